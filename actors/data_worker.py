@@ -1,0 +1,47 @@
+"""Data-loading workers: Ray actors that own the token shards and hand packed batches to training ranks.
+
+A rank asks for its slots of a step; what it gets depends on nothing but (seed, mixture, step, slots), so any worker
+can answer any rank, and one that died is replaced by starting another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moray.actors.mixture import Mixture
+from moray.actors.token_set import Batch, open_token_sets
+
+
+class DataWorker:
+    """Serves batches from the token sets under a folder. Wrapped as a Ray actor by `start_data_workers`."""
+
+    def __init__(self, folder: str, weights: Mapping[str, float], seed: int, batch_sequences: int) -> None:
+        self._sets = open_token_sets(Path(folder))
+        self._mixture = Mixture({name: s.sequences for name, s in self._sets.items()}, weights, seed)
+        self._size = batch_sequences
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        """Slots [start, stop) of the global batch of `step`, in slot order."""
+        slots = self._mixture.batch(step, self._size, start, stop)
+        parts = [self._sets[self._mixture.sources[source]].batch([number]) for source, number in slots]
+        return Batch(
+            ids=np.concatenate([part.ids for part in parts]),
+            documents=np.concatenate([part.documents for part in parts]),
+            mask=np.concatenate([part.mask for part in parts]),
+        )
+
+
+def start_data_workers(
+    count: int, folder: Path, weights: Mapping[str, float], seed: int, batch_sequences: int
+) -> list[Any]:
+    """Starts `count` DataWorker actors. They take no CPU of the cluster's count, so that a small machine can
+    schedule them beside the training workers; one that dies is restarted, and its calls are retried."""
+    import ray
+
+    # num_cpus must be given: an actor without it takes one CPU to be placed.
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DataWorker)
+    return [actor.remote(str(folder), dict(weights), seed, batch_sequences) for _ in range(count)]

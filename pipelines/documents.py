@@ -1,0 +1,83 @@
+"""The Documents contract: Parquet shards of text with stable ids.
+
+    id       128-bit hash of (source, key within the source), hex: the same document has the same id for ever
+    text     the document
+    source   where it came from, as the recipe names it
+    license  as the recipe states it, '' if unknown
+    meta     free string pairs
+
+Steps keep columns they do not know. Row numbers mean nothing; the last tie-break anywhere is (content hash, id).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("text", pa.large_string()),
+        pa.field("source", pa.string()),
+        pa.field("license", pa.string()),
+        pa.field("meta", pa.map_(pa.string(), pa.string())),
+    ]
+)
+
+
+def document_id(source: str, key: str) -> str:
+    """32 hex characters. A NUL parts the two, so ("a", "bc") and ("ab", "c") differ."""
+    return xxhash.xxh3_128_hexdigest(f"{source}\0{key}".encode())
+
+
+def content_hash(text: str) -> str:
+    """32 hex characters over the text's UTF-8 bytes."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def shard_name(number: int) -> str:
+    return f"documents-{number:05d}.parquet"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of a Documents folder, in order. ValueError if there are none."""
+    paths = sorted(folder.glob("documents-*.parquet"))
+    if not paths:
+        raise ValueError(f"{folder} holds no documents-*.parquet")
+    return paths
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    return pq.read_table(path, columns=list(columns) if columns else None)
+
+
+def write_shard(path: Path, table: pa.Table) -> None:
+    """Writes one shard, whole or not at all. Raises ValueError if a contract column is missing or of another type."""
+    for field in SCHEMA:
+        index = table.schema.get_field_index(field.name)
+        if index < 0 or table.schema.field(index).type != field.type:
+            raise ValueError(f"{path.name}: column {field.name!r} must be {field.type}")
+    write_parquet(path, table)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Any table as zstd Parquet, by way of a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def text_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)

@@ -1,0 +1,76 @@
+"""The settings of a pretraining run, and what of them a training worker is handed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pydantic import Field, create_model
+
+from moray.models.config import ModelConfig
+from moray.models.presets import PRESETS
+from moray.platform.step import StepConfig, operational
+
+# One optional override per field of ModelConfig, so that a recipe may change any of a preset's sizes by its name.
+# The vocabulary is the tokenizer's, not the recipe's.
+_OVERRIDES: dict[str, Any] = {
+    field.name: (Any, None) for field in dataclasses.fields(ModelConfig) if field.name != "vocab_size"
+}
+ModelSection: Any = create_model("ModelSection", __base__=StepConfig, preset=(str, "tiny"), **_OVERRIDES)
+
+
+def model_config(section: Any, vocab_size: int) -> ModelConfig:
+    """The preset with the section's overrides. ValueError for an unknown preset or an impossible shape."""
+    if section.preset not in PRESETS:
+        raise ValueError(f"unknown preset {section.preset!r}; there are {', '.join(sorted(PRESETS))}")
+    given = {name: value for name in _OVERRIDES if (value := getattr(section, name)) is not None}
+    return dataclasses.replace(PRESETS[section.preset], vocab_size=vocab_size, **given)
+
+
+class Schedule(StepConfig):
+    """Learning rate over tokens (arXiv 2412.19437, 4.2): linear warm-up, constant, cosine to the final rate."""
+
+    peak: float = Field(3e-3, gt=0, description="learning rate after warm-up")
+    final: float = Field(3e-4, ge=0, description="learning rate at the end")
+    warmup_tokens: int = Field(0, ge=0)
+    decay_tokens: int | None = Field(None, ge=0, description="the last so many tokens decay (default: half)")
+    bias_speed: float = Field(1e-3, ge=0, description="router bias update speed")
+    bias_frozen_tokens: int = Field(0, ge=0, description="the last so many tokens leave the router biases as they are")
+
+
+class Config(StepConfig):
+    """`with:` of the pretrain step. The lower block says how to run, and does not enter the fingerprint."""
+
+    model: ModelSection = ModelSection()
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_sequences: int = Field(16, gt=0, description="sequences in a global batch")
+    mixture: dict[str, float] = Field(default_factory=dict, description="source -> weight; empty: by size")
+    schedule: Schedule = Schedule()
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    document_mask: bool = Field(True, description="attention stays within a document, positions restart there")
+    seed: int = 1
+
+    workers: int = operational(2, gt=0)
+    expert_parallel: int = operational(2, gt=0)
+    micro_batch_sequences: int | None = operational(None, gt=0)
+    data_workers: int = operational(1, gt=0)
+    checkpoint_every: int = operational(50, gt=0)
+    keep_checkpoints: int = operational(2, gt=0)
+    max_failures: int = operational(3, ge=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything one training worker needs; sent to it whole."""
+
+    config: Config
+    model: ModelConfig
+    sequence_length: int
+    folder: str
+    events: str
+    step: str
+    threads: int

@@ -1,0 +1,51 @@
+"""The ranks' arrangement: world = EDP x EP. EP groups are consecutive ranks, so that experts stay within a node.
+
+Dense parameters are replicated over all ranks, an expert over the ranks of one EDP group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from moray.pipelines.pretrain.layout import check_layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `ep_group` holds the ranks that share out the experts, `edp_group` those with the same."""
+
+    rank: int
+    world: int
+    ep: int
+    ep_group: dist.ProcessGroup | None
+    edp_group: dist.ProcessGroup | None
+
+    @classmethod
+    def create(cls, ep: int) -> Mesh:
+        """Builds the groups, all of them on all ranks, in one order. torch.distributed must be initialised."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        check_layout(world, ep)
+        mine: dict[str, dist.ProcessGroup] = {}
+        for start in range(0, world, ep):
+            ranks = list(range(start, start + ep))
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                mine["ep"] = group
+        for offset in range(ep):
+            ranks = list(range(offset, world, ep))
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                mine["edp"] = group
+        return cls(rank, world, ep, mine["ep"], mine["edp"])
+
+    @property
+    def edp(self) -> int:
+        return self.world // self.ep
+
+    def experts(self, count: int) -> range:
+        """The experts this rank holds."""
+        each = count // self.ep
+        first = (self.rank % self.ep) * each
+        return range(first, first + each)

@@ -1,0 +1,153 @@
+"""pretrain: expert-parallel training on Ray Train workers.
+
+Each worker, a Ray actor, hosts the expert shard of its EP rank; Ray Train starts, watches and restarts them. The
+step goes on from the newest checkpoint in its folder, whether a worker died (Ray Train starts the group again) or
+the whole run did (a rerun finds the folder as it was).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moray.actors.token_set import open_token_sets
+from moray.models.config import ModelConfig
+from moray.models.presets import parameter_count
+from moray.pipelines.pretrain.config import Config, Job, model_config
+from moray.pipelines.pretrain.layout import check_layout
+from moray.platform.atomic import write_json
+from moray.platform.errors import InputError, RecipeError, StepFailed
+from moray.platform.events import MetricEvent, read_events
+from moray.platform.step import Estimate, Step, StepContext, Topology
+
+
+class Pretrain(Step[Config]):
+    name: ClassVar[str] = "pretrain"
+    version: ClassVar[int] = 1
+    Config = Config
+    inputs: ClassVar[dict[str, str]] = {"tokens": "tokens"}
+    produces: ClassVar[str] = "checkpoint"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def check(self, config: Config, inputs: Mapping[str, str]) -> None:
+        try:
+            shape = model_config(config.model, vocab_size=1 << 16)  # the real vocabulary is the tokenizer's
+            check_layout(config.workers, config.expert_parallel, shape.n_routed_experts, config.batch_sequences)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+    def estimate(self, config: Config, topology: Topology) -> Estimate:
+        return Estimate(cpus=config.workers)
+
+    def run(self, ctx: StepContext[Config]) -> None:
+        tokens = ctx.inputs["tokens"].folder / "train"
+        sets = open_token_sets(tokens)
+        first = next(iter(sets.values()))
+        config = self._model(ctx, first.vocabulary.size, first.vocabulary.bos, first.vocabulary.eos)
+        if first.sequence_length > config.max_position_embeddings:
+            raise InputError(
+                f"sequences of {first.sequence_length} tokens exceed max_position_embeddings "
+                f"{config.max_position_embeddings}",
+                "shorten tokenize.sequence_length or raise model.max_position_embeddings",
+            )
+        topology = ctx.cluster.ensure()
+        job = Job(
+            config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
+            events=str(ctx.run / "events"), step=ctx.step,
+            threads=max(1, topology.cpus // ctx.config.workers),
+        )  # fmt: skip
+        size = parameter_count(config)
+        ctx.note(f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token")
+        fit(job, tokens, ctx.run / "train", topology)
+        self._finish(ctx, config, job, sum(token_set.tokens for token_set in sets.values()))
+
+    def _model(self, ctx: StepContext[Config], vocab_size: int, bos: int, eos: int) -> ModelConfig:
+        config = model_config(ctx.config.model, vocab_size)
+        return dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos)
+
+    def _finish(self, ctx: StepContext[Config], config: ModelConfig, job: Job, available: int) -> None:
+        """Leaves one checkpoint, the model's shape and the loss curve; says what was reached."""
+        final = ctx.folder / "checkpoints" / f"step-{job.config.steps:08d}"
+        for other in (ctx.folder / "checkpoints").iterdir():
+            if other != final:
+                shutil.rmtree(other)
+        write_json(ctx.folder / "model.json", dataclasses.asdict(config))
+        curve = loss_curve(ctx.run, ctx.step)
+        write_json(ctx.folder / "curve.json", curve)
+        trained = job.config.steps * job.config.batch_sequences * job.sequence_length
+        tail = [value for _, value in curve[-10:]]
+        ctx.counts |= {"in:tokens": trained, "out:steps": job.config.steps, "available_tokens": available}
+        if tail:
+            ctx.counts["final_loss"] = sum(tail) / len(tail)
+            ctx.outcome = f"loss {curve[0][1]:.3f} -> {ctx.counts['final_loss']:.3f} nats/token, "
+        ctx.outcome += f"{trained / available:.2f} epochs"
+
+
+def fit(job: Job, tokens: Path, storage: Path, topology: Topology) -> None:
+    """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
+    import ray.train
+    import ray.train.torch
+
+    from moray.actors.data_worker import start_data_workers
+    from moray.pipelines.pretrain.worker import train
+
+    config = job.config
+    gpu = topology.gpus >= config.workers
+    loaders = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, config.batch_sequences)
+    # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
+    cpus = 1.0 if topology.cpus >= config.workers else round(topology.cpus / config.workers, 3)
+    trainer: Any = ray.train.torch.TorchTrainer(
+        train,
+        train_loop_config={"job": job, "loaders": loaders},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})}
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.step,
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise StepFailed(f"training failed: {_reason(error)}", f"Ray's logs of the run lie beside {storage}") from error
+    finally:
+        for loader in loaders:
+            ray.kill(loader)
+
+
+def loss_curve(run: Path, step: str) -> list[tuple[int, float]]:
+    """(step, loss) of this run, ascending; a step that was done twice (after a failure) counts once, the last time."""
+    found = {
+        event.at: event.value
+        for event in read_events(run)
+        if isinstance(event, MetricEvent) and event.name == "train_loss" and event.step == step
+    }
+    return sorted(found.items())
+
+
+def checkpoint_folder(artifact: Path) -> Path:
+    """The final checkpoint of a pretrain artifact."""
+    return next((artifact / "checkpoints").glob("step-*"))
+
+
+def read_model_config(artifact: Path) -> ModelConfig:
+    return ModelConfig(**json.loads((artifact / "model.json").read_text()))
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something in Ray's chain of causes."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error.__cause__ or error
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__
+
+
+step = Pretrain()

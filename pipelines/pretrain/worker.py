@@ -1,0 +1,211 @@
+"""What one training worker does: Ray Train starts it on every rank with the same `Job`.
+
+The loop is the same for any layout. The position is a step count; batch, learning rate and bias speed are functions
+of it, so going on from a checkpoint needs nothing but the checkpoint. Losses are summed, not averaged, until the
+optimizer divides by the global number of tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moray.actors.token_set import Batch
+from moray.models.balance import update_router_biases
+from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
+from moray.models.layer import Dispatcher
+from moray.models.model import DeepseekV3
+from moray.pipelines.pretrain.checkpoint import Checkpoints
+from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.optimizer import PlainOptimizer
+from moray.pipelines.pretrain.schedule import bias_speed, learning_rate
+from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
+
+REPORT_SECONDS = 1.0
+_IGNORED = -100
+
+
+@dataclass
+class Worker:
+    """One rank's training state."""
+
+    job: Job
+    mesh: Mesh
+    device: torch.device
+    model: DeepseekV3
+    optimizer: PlainOptimizer
+    checkpoints: Checkpoints
+    loaders: list[Any]
+
+    @property
+    def step_tokens(self) -> int:
+        return self.job.config.batch_sequences * self.job.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        return self.job.config.steps * self.step_tokens
+
+    def slots(self) -> tuple[int, int]:
+        """The slots of every global batch that are this rank's."""
+        each = self.job.config.batch_sequences // self.mesh.world
+        return self.mesh.rank * each, (self.mesh.rank + 1) * each
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker: `settings` is {"job": Job, "loaders": [DataWorker handles]}."""
+    import ray.train.torch
+
+    job: Job = settings["job"]
+    torch.set_num_threads(job.threads)
+    worker = build(job, Mesh.create(job.config.expert_parallel), ray.train.torch.get_device(), settings["loaders"])
+    events = EventLog(Path(job.events), f"train-{worker.mesh.rank}") if worker.mesh.rank == 0 else None
+    run(worker, events)
+    if events:
+        events.close()
+
+
+def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Worker:
+    """The rank's model, initialised independently of the layout, with its optimizer and checkpoints."""
+    dispatcher: Dispatcher = LocalDispatcher(job.model.n_routed_experts)
+    if mesh.ep > 1:
+        assert mesh.ep_group is not None
+        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts)
+    model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
+    model.init_weights(job.config.seed)
+    model.train()
+    checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)
+    return Worker(job, mesh, device, model, PlainOptimizer(model, mesh, job.config), checkpoints, loaders)
+
+
+def run(worker: Worker, events: EventLog | None) -> None:
+    """Trains to the last step, from the newest checkpoint if there is one. `events` is given on rank 0 only."""
+    job = worker.job
+    first, tokens = worker.checkpoints.restore(worker.model, worker.optimizer)
+    report = Report(worker, events, tokens)
+    if first:
+        report.note(f"going on from the checkpoint at step {first}")
+    for step, batch, waited in batches(worker, first, job.config.steps):
+        figures = train_step(worker, batch, tokens)
+        tokens += worker.step_tokens
+        report.add(step + 1, tokens, figures, waited)
+        last = step + 1 == job.config.steps
+        if last or (step + 1) % job.config.checkpoint_every == 0:
+            began = time.monotonic()
+            worker.checkpoints.save(worker.model, worker.optimizer, step + 1, tokens)
+            report.saved(step + 1, time.monotonic() - began)
+
+
+def train_step(worker: Worker, batch: Batch, tokens: int) -> dict[str, float]:
+    """One optimizer step on this rank's part of the global batch; returns figures, the same on all ranks."""
+    config = worker.job.config
+    totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss sum, counted tokens
+    for ids, targets, documents in micro_batches(worker, batch):
+        loss, count = worker.model.loss_sum(ids, targets, documents)
+        loss.backward()
+        totals += torch.stack((loss.detach().double(), count.double()))
+    if worker.mesh.world > 1:
+        dist.all_reduce(totals)
+    loss_sum, counted = totals[0], totals[1]
+    worker.optimizer.reduce(counted.to(torch.float32))
+    norm = worker.optimizer.clip(config.clip)
+    rate = learning_rate(config.schedule, tokens, worker.total_tokens)
+    worker.optimizer.step(rate)
+    speed = bias_speed(config.schedule, tokens, worker.total_tokens)
+    balance = update_router_biases(worker.model, speed, _sum_over_ranks if worker.mesh.world > 1 else None)
+    loss = loss_sum / counted
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()} after {tokens:,} tokens; lower schedule.peak or clip")
+    return {
+        "train_loss": loss.item(),
+        "train_grad_norm": norm.item(),
+        "train_learning_rate": rate,
+        "train_bias_speed": speed,
+        "train_max_violation": balance.max_vio_L.max().item() if len(balance.max_vio_L) else 0.0,
+    }
+
+
+def micro_batches(
+    worker: Worker, batch: Batch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(ids, targets, documents), [n, T] each. A target is the next token of the same document, else ignored."""
+    size = worker.job.config.micro_batch_sequences or len(batch.ids)
+    for start in range(0, len(batch.ids), size):
+        part = slice(start, start + size)
+        ids = torch.from_numpy(batch.ids[part]).to(worker.device)
+        documents = torch.from_numpy(batch.documents[part]).to(worker.device)
+        mask = torch.from_numpy(batch.mask[part]).to(worker.device)
+        targets = torch.full_like(ids, _IGNORED)
+        follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
+        targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
+        yield ids, targets, documents if worker.job.config.document_mask else None
+
+
+def batches(worker: Worker, first: int, last: int) -> Iterator[tuple[int, Batch, float]]:
+    """(step, this rank's batch, seconds waited for it), with the next batch always asked for in advance."""
+    import ray
+
+    start, stop = worker.slots()
+
+    def ask(step: int) -> Any:
+        return worker.loaders[step % len(worker.loaders)].batch.remote(step, start, stop)
+
+    coming = ask(first) if first < last else None
+    for step in range(first, last):
+        began = time.monotonic()
+        batch = ray.get(coming)
+        waited = time.monotonic() - began
+        coming = ask(step + 1) if step + 1 < last else None
+        yield step, batch, waited
+
+
+class Report:
+    """Turns steps into events, on rank 0: a loss for every step, progress and rates about once a second."""
+
+    def __init__(self, worker: Worker, events: EventLog | None, tokens: int) -> None:
+        self._step = worker.job.step
+        self._total = worker.total_tokens
+        self._events = events
+        self._last = (time.monotonic(), tokens)
+        self._waited = 0.0
+
+    def add(self, step: int, tokens: int, figures: dict[str, float], waited: float) -> None:
+        if self._events is None:
+            return
+        self._waited += waited
+        self._metric("train_loss", figures["train_loss"], step)
+        now = time.monotonic()
+        elapsed = now - self._last[0]
+        if elapsed < REPORT_SECONDS and tokens < self._total:
+            return
+        rate = (tokens - self._last[1]) / elapsed
+        for name in ("train_grad_norm", "train_learning_rate", "train_bias_speed", "train_max_violation"):
+            self._metric(name, figures[name], step)
+        self._metric("train_tokens", tokens, step)
+        self._metric("train_tokens_per_second", rate, step)
+        self._metric("train_data_wait", self._waited / elapsed, step)
+        self._events.append(
+            ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
+        )
+        self._last, self._waited = (now, tokens), 0.0
+
+    def saved(self, step: int, seconds: float) -> None:
+        self._metric("train_checkpoint_seconds", seconds, step)
+
+    def note(self, text: str) -> None:
+        if self._events:
+            self._events.append(NoteEvent(step=self._step, level="info", text=text))
+
+    def _metric(self, name: str, value: float, step: int) -> None:
+        if self._events:
+            self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step))
+
+
+def _sum_over_ranks(tensor: torch.Tensor) -> None:
+    dist.all_reduce(tensor)

@@ -1,0 +1,59 @@
+"""Runs a function over shards as Ray Data tasks: the one way the text steps use the cluster.
+
+What travels through Ray is a shard's description in and its statistics out; text goes from disk to disk inside the
+task. So a shard is the unit of work, of retry and of resume (a task whose output file exists may return at once), the
+result does not depend on the number of workers, and the object store never holds text.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from moray.platform.errors import StepFailed
+from moray.platform.step import StepContext
+
+Row = dict[str, Any]
+_ERROR, _TRACEBACK = "error", "traceback"
+
+
+def map_shards(
+    ctx: StepContext[Any],
+    phase: str,
+    shards: Sequence[Row],
+    function: Callable[[Row], Row],
+    unit: str,
+    work: Callable[[Row], float],
+) -> list[Row]:
+    """Applies `function` to every shard; returns its rows sorted by their `shard` number.
+
+    `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
+    much of `unit` a shard is, for progress; it sees the input rows. Raises StepFailed for the first shard that fails.
+    """
+    import ray.data
+
+    total = sum(work(shard) for shard in shards)
+    ctx.progress(phase, 0, total, unit)
+    amount = {shard["shard"]: work(shard) for shard in shards}
+    dataset = ray.data.from_items(list(shards), override_num_blocks=len(shards)).map(
+        partial(_guarded, function=function), num_cpus=1
+    )
+    rows, done = [], 0.0
+    for row in dataset.iter_rows():
+        if row[_ERROR]:
+            ctx.write_log("traceback", row[_TRACEBACK])
+            raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
+        rows.append(row)
+        done += amount[row["shard"]]
+        ctx.progress(phase, done, total, unit)
+    return sorted(rows, key=lambda row: int(row["shard"]))
+
+
+def _guarded(shard: Row, function: Callable[[Row], Row]) -> Row:
+    """The function's row, or what it raised: as data it keeps its own words, which Ray Data's wrapping hides."""
+    try:
+        return {**function(shard), _ERROR: "", _TRACEBACK: ""}
+    except Exception as error:
+        return {"shard": shard["shard"], _ERROR: f"{type(error).__name__}: {error}", _TRACEBACK: traceback.format_exc()}

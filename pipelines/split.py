@@ -1,0 +1,62 @@
+"""split: sets documents aside for evaluation by a hash of their id, so that the same document always falls on the
+same side, whatever else the corpus holds. Writes `train/` and `heldout/`, two Documents folders."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+import xxhash
+from pydantic import Field
+
+from moray.pipelines.documents import read_shard, shard_paths, write_shard
+from moray.pipelines.shards import Row, map_shards
+from moray.platform.errors import InputError
+from moray.platform.step import Step, StepConfig, StepContext
+
+PARTS = ("train", "heldout")
+
+
+class Config(StepConfig):
+    heldout: float = Field(0.01, gt=0, lt=1, description="share of documents held out")
+    salt: str = Field("", description="another salt gives another split")
+
+
+def is_heldout(document_id: str, config: Config) -> bool:
+    return xxhash.xxh3_64_intdigest((config.salt + document_id).encode()) < config.heldout * 2**64
+
+
+class Split(Step[Config]):
+    name: ClassVar[str] = "split"
+    version: ClassVar[int] = 1
+    Config = Config
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
+    produces: ClassVar[str] = "split-documents"
+    needs_ray: ClassVar[bool] = True
+
+    def run(self, ctx: StepContext[Config]) -> None:
+        paths = shard_paths(ctx.inputs["documents"].folder)
+        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        apply = partial(_split_shard, folder=str(ctx.folder), config=ctx.config)
+        rows = map_shards(ctx, "splitting", shards, apply, "bytes", lambda row: row["size"])
+        counts = {part: sum(row[part] for row in rows) for part in PARTS}
+        if not all(counts.values()):
+            raise InputError(f"split leaves a side empty: {counts}", "change `heldout` or use more documents")
+        ctx.counts |= {"in:documents": sum(counts.values()), "out:documents": counts["train"], **counts}
+        ctx.outcome = f"{counts['heldout']:,} held out"
+
+
+def _split_shard(shard: Row, folder: str, config: Config) -> Row:
+    """Splits one shard. Runs in a Ray worker."""
+    path = Path(shard["path"])
+    table = read_shard(path)
+    heldout = [is_heldout(i.as_py(), config) for i in table["id"]]
+    sides = {"train": table.filter(pa.array([not h for h in heldout])), "heldout": table.filter(pa.array(heldout))}
+    for part, side in sides.items():
+        write_shard(Path(folder) / part / path.name, side)
+    return {"shard": shard["shard"], **{part: side.num_rows for part, side in sides.items()}}
+
+
+step = Split()

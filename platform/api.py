@@ -1,0 +1,104 @@
+"""The same as the command line, from Python: `plan`, `run`, `serve`.
+
+This module reaches the rooms above the platform by name, when called: `moray.cluster.embedded` to run on and
+`moray.pipelines.serve` to serve with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moray.platform.artifacts import ArtifactStore
+from moray.platform.errors import InputError, nearest
+from moray.platform.events import Event
+from moray.platform.home import Home
+from moray.platform.recipe import Recipe, load_recipe
+from moray.platform.runner import Decision, Runner, RunResult
+from moray.platform.runner import plan as plan_steps
+from moray.platform.step import Cluster
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def open_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by file, or by the name of one that ships with Moray. Raises InputError or RecipeError."""
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        shipped = {p.stem: p for p in RECIPES.glob("*.yaml")}
+        if str(recipe) not in shipped:
+            raise InputError(f"no recipe {str(recipe)!r}", nearest(str(recipe), shipped))
+        path = shipped[str(recipe)]
+    return load_recipe(path, overrides)
+
+
+def plan(recipe: str | Path, overrides: Sequence[str] = (), home: Home | None = None) -> list[Decision]:
+    """What a run would do, in order. Starts and writes nothing."""
+    return plan_steps(open_recipe(recipe, overrides), ArtifactStore(home or Home.from_environment()))
+
+
+def run(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    cpus: int | None = None,
+    home: Home | None = None,
+    listeners: Sequence[Callable[[Event], None]] = (),
+) -> RunResult:
+    """Runs a recipe on an embedded Ray that ends with the run."""
+    home = home or Home.from_environment()
+    opened = open_recipe(recipe, overrides)
+    log = home.runs / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{opened.name}" / "ray.log"
+    return Runner(home, embedded_cluster(home, log, cpus), list(listeners)).run(opened)
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cpus: int | None = None,
+    home: Home | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serves a model over HTTP until interrupted. `ready` is called with the URL once requests are answered."""
+    home = home or Home.from_environment()
+    folder = model_folder(model, home)
+    cluster = embedded_cluster(home, home.runs / "logs" / "serve" / "ray.log", cpus)
+    serving: Any = importlib.import_module("moray.pipelines.serve.deployment")
+    serving.check_port(host, port)
+    try:
+        cluster.ensure()
+        deployment = serving.deploy(folder, name=model_name(model, folder), host=host, port=port)
+        ready(deployment.url)
+        while True:
+            time.sleep(3600)
+    finally:
+        cluster.stop()
+
+
+def model_folder(model: str, home: Home) -> Path:
+    """The Hugging Face folder behind an alias, an artifact reference or a path. Raises InputError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} holds no config.json", "give a folder in the Hugging Face layout")
+        return path
+    artifact = ArtifactStore(home).find(model)
+    if artifact.manifest.produces != "model":
+        raise InputError(f"{model!r} is {artifact.manifest.produces}, not a model", "name an `export` artifact")
+    return artifact.folder
+
+
+def model_name(model: str, folder: Path) -> str:
+    """The name under which a model is served: the alias without its version, or the folder's name."""
+    return model.partition("@")[0] if "@" in model else folder.name
+
+
+def embedded_cluster(home: Home, log: Path, cpus: int | None = None) -> Cluster:
+    module: Any = importlib.import_module("moray.cluster.embedded")
+    cluster: Cluster = module.EmbeddedCluster(home, log, cpus)
+    return cluster

@@ -1,0 +1,205 @@
+"""The command line. Results go to stdout, everything else to stderr; `--json` makes the result one JSON document.
+
+Nothing heavy is imported until a command needs it: `moray --help` loads neither Ray nor torch nor MLflow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from moray.platform.errors import InputError, MorayError, nearest
+from moray.platform.home import Home
+
+app = App(
+    name="moray",
+    help="From raw documents to a trained and served mixture-of-experts model, from one recipe file.",
+    help_format="plaintext",
+)
+
+Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
+Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
+
+
+def err() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def out() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+@app.command
+def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = False) -> int:
+    """Run a recipe on an embedded Ray; steps whose artifacts exist are reused.
+
+    RECIPE is a file, or the name of a recipe that Moray ships.
+    """
+    from moray.platform.api import run as run_recipe
+    from moray.platform.terminal import Terminal, closing_table
+
+    console = err()
+    with Terminal(console) as terminal:
+        result = run_recipe(recipe, set_ or [], cpus=cpus, listeners=[terminal])
+    if json_:
+        print(json.dumps(_run_as_json(result), indent=2))
+        return 0
+    console.print()
+    out().print(closing_table(result))
+    for row in result.steps.values():
+        closing = row.artifact.folder / "closing.txt"
+        if closing.exists():
+            out().print("\n" + closing.read_text().rstrip(), markup=False)
+    out().print("\nartifacts", style="bold")
+    for row in result.steps.values():
+        out().print(f"  {row.key:<12} {row.artifact.folder}", markup=False)
+    out().print(f"  {'run':<12} {result.folder}", markup=False)
+    _suggest(result)
+    return 0
+
+
+@app.command
+def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
+    """Show what a run would do, step by step, and why. Starts and writes nothing."""
+    from moray.platform.api import plan as plan_recipe
+
+    decisions = plan_recipe(recipe, set_ or [])
+    if json_:
+        rows = [
+            {
+                "step": d.planned.key,
+                "uses": d.planned.step.name,
+                "fingerprint": d.address.fingerprint,
+                "action": "reuse" if d.reuse else "run",
+                "why": d.why,
+            }
+            for d in decisions
+        ]
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("step", "action", "fingerprint", "why"):
+        table.add_column(column)
+    for d in decisions:
+        table.add_row(d.planned.key, "reuse" if d.reuse else "run", d.address.fingerprint[:8], d.why)
+    out().print(table)
+    return 0
+
+
+@app.command
+def serve(
+    model: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cpus: Cpus = None,
+) -> int:
+    """Serve a model over an OpenAI-compatible HTTP API until Ctrl-C.
+
+    MODEL is an alias (`quickstart@newest`), an artifact (`export/FINGERPRINT`), or a folder in the Hugging Face
+    DeepSeek-V3 layout.
+    """
+    from moray.platform.api import serve as serve_model
+
+    serve_model(model, host=host, port=port, cpus=cpus, ready=lambda url: _announce(url, model))
+    return 0
+
+
+def _announce(url: str, model: str) -> None:
+    out().print(f"serving {model} at {url}/v1   (Ctrl-C stops it)", markup=False)
+    err().print(
+        f"try: curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "default", "prompt": "In the beginning", "max_tokens": 40}}'""",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _run_as_json(result: Any) -> dict[str, Any]:
+    return {
+        "run": result.run,
+        "recipe": result.recipe,
+        "folder": str(result.folder),
+        "seconds": round(result.seconds, 3),
+        "steps": [
+            {
+                "step": row.key,
+                "uses": row.step,
+                "reused": row.reused,
+                "seconds": round(row.seconds, 3),
+                "fingerprint": row.artifact.fingerprint,
+                "folder": str(row.artifact.folder),
+                "counts": row.artifact.manifest.counts,
+                "outcome": row.artifact.manifest.outcome,
+            }
+            for row in result.steps.values()
+        ],
+    }
+
+
+def _suggest(result: Any) -> None:
+    """Three commands to try next."""
+    served = any(row.artifact.manifest.produces == "registration" for row in result.steps.values())
+    lines = [f"moray serve {result.recipe}@newest"] if served else []
+    lines += [f"moray run {result.recipe}   # again: everything is reused", f"moray plan {result.recipe}"]
+    if any(row.step == "pretrain" for row in result.steps.values()):
+        lines.insert(1, f"moray plan {result.recipe} --set pretrain.steps=400   # what a longer training would run")
+    out().print("\ntry next", style="bold")
+    for line in lines[:3]:
+        out().print(f"  {line}", markup=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and turns errors into `error:` / `hint:` and an exit code."""
+    import moray
+
+    app.version = moray.__version__
+    sys.exit(_guarded(lambda: app(arguments, exit_on_error=False, print_error=False, result_action="return_value")))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    console = err()
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except MorayError as error:
+        return _complain(console, error.message, error.hint, error.exit_code)
+    except CycloptsError as error:
+        return _complain(console, *_usage(error), 2)
+    except KeyboardInterrupt:
+        return _complain(console, "stopped", "run the same command again to go on", 130)
+    except BrokenPipeError:
+        return 141
+
+
+def _usage(error: CycloptsError) -> tuple[str, str]:
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "UnknownCommandError" and error.unused_tokens:
+        name = error.unused_tokens[0]
+        return f"unknown command {name!r}", nearest(name, [n for n in app if not n.startswith("-")])
+    return text[:1].lower() + text[1:].rstrip("."), "see moray --help"
+
+
+def _complain(console: Console, message: str, hint: str, code: int) -> int:
+    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    if hint:
+        console.print(f"hint: {hint}", markup=False, soft_wrap=True)
+    return code
+
+
+def load(reference: str) -> Any:
+    """The object behind `module:name`; how this room reaches rooms it may not import."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+

@@ -1,0 +1,162 @@
+"""What happened, as typed events in JSON lines: the one record that progress, curves, status and ledger are views of.
+
+Each writer (a process) appends to a segment of its own under `<run>/events/`, numbering its events from 0, so no two
+processes share a file and a reader can tell what it has seen by (writer, sequence). A torn last line, left by a kill
+in the middle of a write, is not an event; a writer that starts again opens a new segment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from moray.platform.metrics import metric
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    writer: str = ""
+    sequence: int = 0
+    time: float = 0.0  # seconds since the epoch
+
+
+class RunEvent(_Event):
+    """A run began or ended."""
+
+    kind: Literal["run"] = "run"
+    state: Literal["started", "succeeded", "failed", "cancelled"]
+    recipe: str
+    detail: str = ""
+
+
+class StepEvent(_Event):
+    """A step changed state; `why` says what decided it (for `reused` and `started`)."""
+
+    kind: Literal["step"] = "step"
+    step: str
+    state: Literal["waiting", "started", "reused", "succeeded", "failed"]
+    fingerprint: str
+    why: str = ""
+    seconds: float = 0.0
+    counts: dict[str, float] = Field(default_factory=dict)
+    outcome: str = ""
+
+
+class ProgressEvent(_Event):
+    """`done` of `total` units of work; `phase` names the part of the step, `detail` is shown beside the bar."""
+
+    kind: Literal["progress"] = "progress"
+    step: str
+    phase: str
+    done: float
+    total: float
+    unit: str
+    detail: str = ""
+
+
+class MetricEvent(_Event):
+    """One figure of `platform/metrics.py` at a position (`at`: the training step, or 0)."""
+
+    kind: Literal["metric"] = "metric"
+    step: str
+    name: str
+    value: float
+    at: int = 0
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+class UsageEvent(_Event):
+    """Resources a step held: wall seconds times CPU cores and GPUs. The cost ledger adds these up."""
+
+    kind: Literal["usage"] = "usage"
+    step: str
+    seconds: float
+    cpus: float
+    gpus: float
+    state: Literal["succeeded", "failed", "reused"]
+
+
+class NoteEvent(_Event):
+    """Something a person should read: a choice made automatically, a recovery, a warning."""
+
+    kind: Literal["note"] = "note"
+    step: str
+    level: Literal["info", "warning"]
+    text: str
+
+
+Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent
+_adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+class EventLog:
+    """Appends events to one segment; thread-safe. `listeners` see each event after it is on disk."""
+
+    def __init__(self, folder: Path, writer: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.writer = f"{writer}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.listeners: list[Callable[[Event], None]] = []
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._file = (folder / f"{self.writer}.jsonl").open("ab", buffering=0)
+
+    def append(self, event: Event) -> None:
+        """Stamps `event` with writer, sequence and time, writes it in one call, tells the listeners."""
+        if isinstance(event, MetricEvent):
+            metric(event.name)
+        with self._lock:
+            stamped = event.model_copy(
+                update={"writer": self.writer, "sequence": self._sequence, "time": time.time()},
+            )
+            self._file.write(stamped.model_dump_json().encode() + b"\n")
+            self._sequence += 1
+        for listener in self.listeners:
+            listener(stamped)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventTail:
+    """Follows the segments of a run: `poll()` yields the events that came since the last call."""
+
+    def __init__(self, folder: Path, skip_writer: str = "") -> None:
+        self._folder = folder
+        self._skip = skip_writer
+        self._offsets: dict[Path, int] = {}
+
+    def poll(self) -> Iterator[Event]:
+        """New events, segment by segment. Only whole lines are read; a segment may still be growing."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            if self._skip and path.stem == self._skip:
+                continue
+            offset = self._offsets.get(path, 0)
+            if path.stat().st_size <= offset:
+                continue
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+            whole = data.rfind(b"\n") + 1
+            self._offsets[path] = offset + whole
+            for line in data[:whole].splitlines():
+                yield _adapter.validate_json(line)
+
+
+def read_events(run: Path) -> list[Event]:
+    """All events of a run folder, ordered by time, then writer and sequence."""
+    return sorted(EventTail(run / "events").poll(), key=lambda e: (e.time, e.writer, e.sequence))
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as a plain dictionary, for `--json` output."""
+    return dict(json.loads(event.model_dump_json()))

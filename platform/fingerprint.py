@@ -1,0 +1,88 @@
+"""The content address of a step's result, known before the step runs.
+
+SHA-256 over step name, step version, the identity fields of the config, the inputs' fingerprints, and every external
+file by (source, key, size, content hash). Where files lie, how many workers read them and what the outputs are called
+does not count: the same work on the same bytes has the same address on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from moray.platform.recipe import PlannedStep, Recipe
+from moray.platform.step import ExternalFile
+
+
+def identity(value: Any) -> Any:
+    """`value` (a config) as plain JSON data, without the fields marked `identity: False`, at any depth."""
+    if isinstance(value, BaseModel):
+        return {
+            name: identity(getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def hash_external(files: Sequence[ExternalFile]) -> str:
+    """One hash for a list of external files, whatever order they were found in."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=astuple):
+        digest.update(json.dumps(astuple(file)).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a fingerprint was made of; kept in the manifest so that a change can be explained."""
+
+    step: str
+    version: int
+    config: Any
+    inputs: Mapping[str, str]
+    external: str
+    external_files: int
+    external_bytes: int
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex characters (128 bits)."""
+        parts = [self.step, self.version, self.config, dict(sorted(self.inputs.items())), self.external]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def address(planned: PlannedStep, inputs: Mapping[str, str]) -> Address:
+    """The address of one step, given its inputs' fingerprints. Reads (hashes) the external files."""
+    files = planned.step.external(planned.config)
+    return Address(
+        step=planned.step.name,
+        version=planned.step.version,
+        config=identity(planned.config),
+        inputs=dict(inputs),
+        external=hash_external(files) if files else "",
+        external_files=len(files),
+        external_bytes=sum(file.size for file in files),
+    )
+
+
+def addresses(recipe: Recipe) -> dict[str, Address]:
+    """The address of every step of `recipe`, by step key."""
+    found: dict[str, Address] = {}
+    for planned in recipe.steps:
+        found[planned.key] = address(
+            planned, {name: found[target].fingerprint for name, target in planned.inputs.items()}
+        )
+    return found

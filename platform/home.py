@@ -1,0 +1,53 @@
+"""Where Moray keeps what it makes: `MORAY_HOME`, by default `~/.moray`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from moray.platform.errors import InputError
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folders under one MORAY_HOME. Nothing is made until it is written to."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> Home:
+        """`$MORAY_HOME`, else `~/.moray`. Raises InputError if it cannot be written."""
+        root = Path(os.environ.get("MORAY_HOME") or Path.home() / ".moray").expanduser().absolute()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"MORAY_HOME {root}: {error.strerror}", "set MORAY_HOME to a writable folder") from error
+        if not os.access(root, os.W_OK):
+            raise InputError(f"MORAY_HOME {root} is not writable", "set MORAY_HOME to a writable folder")
+        return cls(root)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def aliases(self) -> Path:
+        return self.root / "aliases"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Compiled kernels and the like: safe to delete at any time."""
+        return self.root / "cache"
+
+    @property
+    def mlflow_db(self) -> Path:
+        return self.root / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.root / "mlflow"

@@ -1,0 +1,112 @@
+"""The manifest: what an artifact is, what made it, and what it cost. No manifest: the artifact does not exist."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MANIFEST = "manifest.json"
+_TEMPORARY = re.compile(r"^\..*\.[^.]+$")  # as platform/atomic.py names them
+_RECORDED = ("ray", "torch", "pyarrow", "tokenizers", "datasketch", "numpy", "mlflow", "deepspeed")
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact: path relative to its folder, size in bytes, SHA-256."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """`manifest.json`. `config` is the whole config, `address` the part of it that made the fingerprint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = 1
+    step: str
+    step_version: int
+    fingerprint: str
+    produces: str
+    config: dict[str, Any]
+    address: dict[str, Any]
+    inputs: dict[str, str] = Field(default_factory=dict)  # input name -> "step/fingerprint"
+    files: list[FileEntry]
+    bytes: int
+    counts: dict[str, float] = Field(default_factory=dict)
+    outcome: str = ""
+    run: str
+    code: dict[str, str]
+    environment: dict[str, str]
+    started: float  # seconds since the epoch
+    seconds: float  # wall time, over all attempts that ended by themselves
+    cpu_seconds: float  # cores held x wall time
+    gpu_seconds: float = 0.0
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> list[FileEntry]:
+    """Every file under `folder` but the manifest and temporary ones (`.name.xyz`), sorted by path."""
+    paths = sorted(_files(folder))
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(hash_file, paths))
+    return [
+        FileEntry(path=str(path.relative_to(folder)), size=path.stat().st_size, sha256=sha)
+        for path, sha in zip(paths, hashes, strict=True)
+    ]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and path != folder / MANIFEST and not _TEMPORARY.match(path.name):
+            yield path
+
+
+@lru_cache(maxsize=1)
+def code_revision() -> dict[str, str]:
+    """Moray's version and, in a checkout, the commit and whether it has uncommitted changes."""
+    import moray
+
+    revision = {"moray": moray.__version__}
+    checkout = Path(moray.__file__).resolve().parent
+    if not (checkout / ".git").exists():
+        return revision
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True, timeout=10
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=checkout, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return revision  # no git, or a checkout of another user: the version is what is known
+    return {**revision, "commit": commit.stdout.strip(), "modified": "yes" if status.stdout.strip() else "no"}
+
+
+@lru_cache(maxsize=1)
+def environment() -> dict[str, str]:
+    """Python, platform and the versions of the packages that can change a result."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for name in _RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

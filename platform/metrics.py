@@ -1,0 +1,48 @@
+"""The one table of metric names. Terminal, MLflow, Prometheus and the page take names, units and help from here.
+
+A metric event whose name is not in this table is refused, so no two places can spell one figure differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moray.platform.errors import nearest
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`name` without the `moray_` prefix; `unit` as shown to people ('' for a plain number)."""
+
+    name: str
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+    digits: int = 3
+
+
+TABLE: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("train_loss", "nats/token", "Mean next-token loss of the global batch"),
+        Metric("train_grad_norm", "", "Global gradient norm before clipping"),
+        Metric("train_learning_rate", "", "Learning rate of the step", digits=6),
+        Metric("train_bias_speed", "", "Router bias update speed of the step", digits=5),
+        Metric("train_tokens", "tokens", "Tokens trained on so far", digits=0),
+        Metric("train_tokens_per_second", "tokens/s", "Throughput over all workers since the last report", digits=0),
+        Metric("train_data_wait", "share", "Share of the step spent waiting for the data loader"),
+        Metric("train_max_violation", "", "Largest (max - mean) / mean expert load over the MoE layers (MaxVio)"),
+        Metric("train_checkpoint_seconds", "s", "Time training stood still to write a checkpoint"),
+        Metric("eval_bits_per_byte", "bits/byte", "Held-out cross entropy", ("source", "model")),
+        Metric("documents", "documents", "Documents after a step", ("step",), digits=0),
+        Metric("step_seconds", "s", "Wall time of a step", ("step",)),
+    )
+}
+
+
+def metric(name: str) -> Metric:
+    """The table's row for `name`; ValueError naming the nearest one if there is none."""
+    try:
+        return TABLE[name]
+    except KeyError:
+        raise ValueError(f"unknown metric {name!r}: {nearest(name, TABLE)}") from None

@@ -1,0 +1,293 @@
+"""A recipe: a DAG of steps in YAML. Read, checked and resolved here, before anything starts.
+
+    name: quickstart
+    steps:
+      corpus:  {uses: corpus, with: {sources: [...]}}
+      filter:  {inputs: {documents: corpus}, with: {min_words: 20}}
+
+`uses` defaults to the step's own key; `inputs` name other steps. Every mistake is one RecipeError that names the file,
+the line, the field, the bad value and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moray.platform.errors import InputError, RecipeError, nearest
+from moray.platform.step import Step, StepConfig, resolve_step
+
+_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+class StepSpec(BaseModel):
+    """One entry under `steps:`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uses: str = ""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with")
+
+
+class RecipeSpec(BaseModel):
+    """The file as written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    steps: dict[str, StepSpec]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step of a recipe, resolved: `config` is validated, `inputs` maps input names to step keys."""
+
+    key: str
+    step: Step[Any]
+    config: StepConfig
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `steps` are in an order in which they can run; `source` is the file's text."""
+
+    name: str
+    path: Path
+    steps: tuple[PlannedStep, ...]
+    source: str
+    description: str = ""
+
+
+class _Lines:
+    """Where each field of the YAML stands, so that errors can name a line."""
+
+    def __init__(self, text: str) -> None:
+        self._lines: dict[tuple[str, ...], int] = {}
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            self._walk(node, ())
+
+    def _walk(self, node: yaml.Node, path: tuple[str, ...]) -> None:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                at = (*path, str(key.value))
+                if at in seen:
+                    raise RecipeError(f"line {key.start_mark.line + 1}: {'.'.join(at)} is given twice", "keep one")
+                seen.add(at)
+                self._lines[at] = key.start_mark.line + 1
+                self._walk(value, at)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                self._walk(value, (*path, str(i)))
+
+    def of(self, path: Sequence[str]) -> int:
+        """The line of `path`, or of its nearest parent that is written down."""
+        for end in range(len(path), -1, -1):
+            if tuple(path[:end]) in self._lines:
+                return self._lines[tuple(path[:end])]
+        return 1
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads `path`, applies `step.field=value` overrides, resolves references, checks everything.
+
+    Raises RecipeError (the recipe is wrong) or InputError (the file cannot be read).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise InputError(f"recipe {path}: {reason}", "recipes/ holds ready ones") from error
+    return parse_recipe(text, path, overrides)
+
+
+def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, from text. Relative paths in it count from the current folder."""
+    try:
+        lines = _Lines(text)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error.message}", error.hint) from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping with `name` and `steps`")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        spec = RecipeSpec.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, RecipeSpec, path, lines, ()) from error
+    if not _NAME.match(spec.name):
+        raise RecipeError(f"{path}:{lines.of(['name'])}: name {spec.name!r} must match {_NAME.pattern}")
+    if not spec.steps:
+        raise RecipeError(f"{path}:{lines.of(['steps'])}: steps is empty", "a recipe needs at least one step")
+    planned = {key: _plan_step(key, step, spec, path, lines) for key, step in spec.steps.items()}
+    order = _order(planned, path, lines)
+    return Recipe(spec.name, path, tuple(planned[key] for key in order), text, spec.description)
+
+
+def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: _Lines) -> PlannedStep:
+    def at(*fields: str) -> str:
+        return f"{path}:{lines.of(['steps', key, *fields])}: steps.{'.'.join((key, *fields))}"
+
+    if not _NAME.match(key):
+        raise RecipeError(f"{at()}: a step's name must match {_NAME.pattern}")
+    uses = spec.uses or key
+    try:
+        step = resolve_step(uses)
+    except RecipeError as error:
+        raise RecipeError(f"{at('uses')}: {error.message}", error.hint) from error
+    for name in step.inputs:
+        if name not in spec.inputs:
+            raise RecipeError(f"{at('inputs')}: step {uses!r} needs the input {name!r}", f"add `{name}: STEP`")
+    for name, target in spec.inputs.items():
+        if name not in step.inputs:
+            raise RecipeError(f"{at('inputs', name)}: {uses!r} has no input {name!r}", nearest(name, step.inputs))
+        if target not in recipe.steps:
+            raise RecipeError(f"{at('inputs', name)}: no step {target!r}", nearest(target, recipe.steps))
+        made = resolve_step(recipe.steps[target].uses or target).produces
+        if made != step.inputs[name]:
+            raise RecipeError(
+                f"{at('inputs', name)}: step {target!r} makes {made}, but {name!r} takes {step.inputs[name]}",
+                "name a step that makes " + step.inputs[name],
+            )
+    values = _substitute(spec.with_, at("with"))
+    try:
+        config = step.Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, step.Config, path, lines, ("steps", key, "with")) from error
+    try:
+        step.check(config, dict(spec.inputs))
+    except RecipeError as error:
+        raise RecipeError(f"{at('with')}: {error.message}", error.hint) from error
+    return PlannedStep(key, step, config, dict(spec.inputs))
+
+
+def _order(steps: Mapping[str, PlannedStep], path: Path, lines: _Lines) -> list[str]:
+    """Topological order that keeps the file's order where it can."""
+    sorter = TopologicalSorter({key: sorted(set(step.inputs.values())) for key, step in steps.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        loop = " -> ".join(reversed(error.args[1]))
+        line = lines.of(["steps", error.args[1][0], "inputs"])
+        raise RecipeError(f"{path}:{line}: steps form a cycle: {loop}", "remove one of these inputs") from error
+    place = {key: i for i, key in enumerate(steps)}
+    order: list[str] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=place.__getitem__)
+        order += ready
+        sorter.done(*ready)
+    return order
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Applies one `step.field[.field...]=value` to the parsed file; the value is YAML."""
+    target, equals, value = text.partition("=")
+    parts = target.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise RecipeError(f"--set {text!r}: expected STEP.FIELD=VALUE", "for example --set pretrain.steps=50")
+    steps = raw.get("steps") or {}
+    if parts[0] not in steps:
+        raise RecipeError(f"--set {text!r}: no step {parts[0]!r}", nearest(parts[0], steps))
+    if not isinstance(steps[parts[0]], dict):
+        steps[parts[0]] = {}
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: the value is not valid YAML") from error
+    node = steps[parts[0]].setdefault("with", {})
+    for part in parts[1:-1]:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise RecipeError(f"--set {text!r}: {part!r} is not a field of a mapping")
+    if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
+        node[int(parts[-1])] = parsed
+    elif isinstance(node, dict):
+        node[parts[-1]] = parsed
+    else:
+        raise RecipeError(f"--set {text!r}: {parts[-1]!r} is not a field of a mapping")
+
+
+def _substitute(value: Any, where: str) -> Any:
+    """Replaces `${python:stdlib}`, `${python:site-packages}` and `${env:NAME}` in every string."""
+    if isinstance(value, dict):
+        return {key: _substitute(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, f"{where}.{i}") for i, item in enumerate(value)]
+    if isinstance(value, str):
+        return _REFERENCE.sub(lambda match: _reference(match.group(1), where), value)
+    return value
+
+
+def _reference(text: str, where: str) -> str:
+    folders = {"python:stdlib": "stdlib", "python:site-packages": "purelib"}
+    if text in folders:
+        return sysconfig.get_paths()[folders[text]]
+    kind, _, name = text.partition(":")
+    if kind == "env":
+        if name not in os.environ:
+            raise RecipeError(f"{where}: ${{{text}}}: the environment has no {name}", f"export {name}=...")
+        return os.environ[name]
+    raise RecipeError(f"{where}: unknown reference ${{{text}}}", nearest(text, [*folders, "env:NAME"]))
+
+
+def _explain(
+    error: ValidationError, model: type[BaseModel], path: Path, lines: _Lines, prefix: tuple[str, ...]
+) -> RecipeError:
+    """The first of pydantic's complaints as one line, with the nearest valid field for an unknown one."""
+    first = error.errors(include_url=False)[0]
+    fields = tuple(str(part) for part in first["loc"])
+    full = (*prefix, *fields)
+    where = f"{path}:{lines.of(full)}: {'.'.join(full)}"
+    if first["type"] == "extra_forbidden":
+        return RecipeError(f"{where}: unknown field", nearest(fields[-1], _fields_at(model, fields[:-1])))
+    shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(f"{where}: {message[0].lower() + message[1:]}{shown}")
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The field names (as written in YAML) of the nested model that `path` leads to."""
+    current: Any = model
+    for part in path:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            break
+        by_alias = {field.alias or name: field for name, field in current.model_fields.items()}
+        if part in by_alias:
+            current = _model_in(by_alias[part].annotation)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return [field.alias or name for name, field in current.model_fields.items()]
+    return []
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model class inside `list[M]`, `dict[str, M]`, `M | None`, ... or the annotation itself."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_in(argument)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return annotation

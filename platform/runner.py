@@ -1,0 +1,293 @@
+"""Runs a recipe: for each step fingerprint -> have it? -> run -> manifest.
+
+Every fingerprint is known before anything starts, so `plan` and `run` decide by the same function. A step in work is
+leased; a rival run of the same work waits and reuses. Whatever ends a run (success, a failing step, Ctrl-C), the
+cluster it started is stopped and the last event says how it ended.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moray.platform.artifacts import Artifact, ArtifactStore
+from moray.platform.atomic import write_json, write_text
+from moray.platform.errors import MorayError, StepFailed
+from moray.platform.events import Event, EventLog, EventTail, RunEvent, StepEvent, UsageEvent
+from moray.platform.fingerprint import Address, addresses
+from moray.platform.home import Home
+from moray.platform.lease import Lease
+from moray.platform.lease import holder as lease_holder
+from moray.platform.manifest import Manifest, code_revision, environment, hash_folder
+from moray.platform.recipe import PlannedStep, Recipe
+from moray.platform.step import Cancelled, Cluster, StepContext
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What will happen to one step, and why."""
+
+    planned: PlannedStep
+    address: Address
+    reuse: bool
+    why: str
+
+
+@dataclass
+class StepResult:
+    """What happened to one step: a row of the closing table."""
+
+    key: str
+    step: str
+    reused: bool
+    seconds: float
+    artifact: Artifact
+
+
+@dataclass
+class RunResult:
+    """A finished run. `steps` is keyed by step key, in the order they ran."""
+
+    run: str
+    recipe: str
+    folder: Path
+    seconds: float
+    steps: dict[str, StepResult] = field(default_factory=dict)
+
+
+def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
+    """Decides for every step whether its artifact is there, without starting or writing anything."""
+    decisions = []
+    for planned, address in zip(recipe.steps, addresses(recipe).values(), strict=True):
+        found = store.get(planned.step.name, address.fingerprint)
+        why = f"have {address.fingerprint[:8]}" if found else explain_change(address, store)
+        decisions.append(Decision(planned, address, found is not None, why))
+    return decisions
+
+
+def explain_change(address: Address, store: ArtifactStore) -> str:
+    """Why there is no artifact at `address`: what differs from the newest one of the same step."""
+    newest = next(store.of_step(address.step), None)
+    if newest is None:
+        return "never run"
+    old = newest.manifest.address
+    if old["version"] != address.version:
+        return f"step version {old['version']} -> {address.version}"
+    changed = [f"input {name} changed" for name, value in address.inputs.items() if old["inputs"].get(name) != value]
+    if old["external"] != address.external:
+        changed.append(
+            f"source files changed ({old['external_files']} files, {old['external_bytes']:,} bytes -> "
+            f"{address.external_files}, {address.external_bytes:,})"
+        )
+    changed += list(_differences(old["config"], address.config))
+    return "; ".join(changed[:4]) or "its artifact was removed"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """`field: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r:.40} -> {new!r:.40}"
+
+
+class Runner:
+    """Executes one recipe once. `cluster` is only asked to start if a step needs it."""
+
+    def __init__(self, home: Home, cluster: Cluster, listeners: list[Callable[[Event], None]] | None = None) -> None:
+        self.home = home
+        self.store = ArtifactStore(home)
+        self.cluster = cluster
+        self.listeners = listeners or []
+        self._cancelled = threading.Event()
+
+    def run(self, recipe: Recipe) -> RunResult:
+        """Runs what is not there yet. Raises StepFailed, MorayError, or Cancelled after cleaning up."""
+        run = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
+        folder = self.home.runs / run
+        write_text(folder / "recipe.yaml", recipe.source)
+        events = EventLog(folder / "events", "runner")
+        events.listeners += self.listeners
+        result = RunResult(run, recipe.name, folder, 0.0)
+        began = time.monotonic()
+        events.append(RunEvent(state="started", recipe=recipe.name, detail=run))
+        state, detail = "failed", ""
+        try:
+            with self._until_interrupted(), _follow(folder / "events", events):
+                for decision in plan(recipe, self.store):
+                    result.steps[decision.planned.key] = self._step(decision, result, events)
+            state = "succeeded"
+        except (Cancelled, KeyboardInterrupt):
+            state = "cancelled"
+            raise
+        except BaseException as error:
+            detail = str(error)
+            raise
+        finally:
+            self.cluster.stop()
+            result.seconds = time.monotonic() - began
+            events.append(RunEvent(state=state, recipe=recipe.name, detail=detail))  # type: ignore[arg-type]
+            events.close()
+        write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
+        return result
+
+    def _step(self, decision: Decision, result: RunResult, events: EventLog) -> StepResult:
+        planned, address = decision.planned, decision.address
+        step, fingerprint = planned.step, address.fingerprint
+        found = self.store.get(step.name, fingerprint)
+        lease = Lease(self.store.lease_path(step.name, fingerprint))
+        if found is None and not lease.acquire():
+            who = lease_holder(lease.path)
+            why = f"process {who.get('pid')} on {who.get('host')} is making it"
+            events.append(StepEvent(step=planned.key, state="waiting", fingerprint=fingerprint, why=why))
+            if not lease.wait(lambda: self.store.get(step.name, fingerprint) is not None, self._cancelled.is_set):
+                if self._cancelled.is_set():
+                    raise Cancelled
+        try:
+            found = self.store.get(step.name, fingerprint)
+            if found is not None:
+                return self._reused(planned, found, decision.why, events)
+            return self._execute(planned, address, decision.why, result, events)
+        finally:
+            lease.release()
+
+    def _reused(self, planned: PlannedStep, found: Artifact, why: str, events: EventLog) -> StepResult:
+        manifest = found.manifest
+        events.append(
+            StepEvent(
+                step=planned.key, state="reused", fingerprint=found.fingerprint, why=why, counts=manifest.counts,
+                outcome=manifest.outcome,
+            )
+        )  # fmt: skip
+        return StepResult(planned.key, planned.step.name, True, 0.0, found)
+
+    def _execute(
+        self, planned: PlannedStep, address: Address, why: str, result: RunResult, events: EventLog
+    ) -> StepResult:
+        step, fingerprint = planned.step, address.fingerprint
+        events.append(StepEvent(step=planned.key, state="started", fingerprint=fingerprint, why=why))
+        inputs = {name: result.steps[target].artifact for name, target in planned.inputs.items()}
+        context: StepContext[Any] = StepContext(
+            step=planned.key, config=planned.config, inputs=inputs, home=self.home, run=result.folder, events=events,
+            folder=self.store.prepare(step.name, fingerprint, step.resumable), cluster=self.cluster,
+            fingerprint=fingerprint, name=result.recipe, cancel=self._cancelled.is_set,
+        )  # fmt: skip
+        started, began = time.time(), time.monotonic()
+        topology = self.cluster.topology()
+        state = "failed"
+        try:
+            if step.needs_ray:
+                topology = self.cluster.ensure()
+            step.run(context)
+            state = "succeeded"
+        except (MorayError, Cancelled, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            log = self._keep_traceback(result.folder, planned.key)
+            raise StepFailed(
+                f"step {planned.key!r} failed: {type(error).__name__}: {_first_line(error)}", f"details: {log}"
+            ) from error
+        finally:
+            seconds = time.monotonic() - began
+            usage = {"cpus": float(topology.cpus), "gpus": float(topology.gpus)}
+            events.append(UsageEvent(step=planned.key, seconds=seconds, state=state, **usage))  # type: ignore[arg-type]
+            if state == "failed":
+                events.append(StepEvent(step=planned.key, state="failed", fingerprint=fingerprint, seconds=seconds))
+        artifact = self._commit(planned, address, context, inputs, started, seconds, usage)
+        events.append(
+            StepEvent(
+                step=planned.key, state="succeeded", fingerprint=fingerprint, seconds=seconds,
+                counts=context.counts, outcome=context.outcome,
+            )
+        )  # fmt: skip
+        return StepResult(planned.key, step.name, False, seconds, artifact)
+
+    def _commit(
+        self, planned: PlannedStep, address: Address, context: StepContext[Any], inputs: Mapping[str, Artifact],
+        started: float, seconds: float, usage: Mapping[str, float],
+    ) -> Artifact:  # fmt: skip
+        files = hash_folder(context.folder)
+        return self.store.commit(
+            Manifest(
+                step=planned.step.name,
+                step_version=planned.step.version,
+                fingerprint=address.fingerprint,
+                produces=planned.step.produces,
+                config=planned.config.model_dump(mode="json"),
+                address=asdict(address),
+                inputs={name: artifact.reference for name, artifact in inputs.items()},
+                files=files,
+                bytes=sum(file.size for file in files),
+                counts=context.counts,
+                outcome=context.outcome,
+                run=context.run.name,
+                code=code_revision(),
+                environment=environment(),
+                started=started,
+                seconds=seconds,
+                cpu_seconds=seconds * usage["cpus"],
+                gpu_seconds=seconds * usage["gpus"],
+            )
+        )
+
+    def _keep_traceback(self, folder: Path, key: str) -> Path:
+        path = folder / "logs" / f"{key}.traceback.txt"
+        write_text(path, traceback.format_exc())
+        return path
+
+    @contextmanager
+    def _until_interrupted(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks steps to stop and interrupts what waits; both end in Cancelled."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals belong to whoever embeds us
+            return
+
+        def stop(number: int, frame: object) -> None:
+            self._cancelled.set()
+            raise KeyboardInterrupt
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _follow(folder: Path, events: EventLog) -> Iterator[None]:
+    """Shows the events of other writers (training workers) to this process's listeners as they appear."""
+    tail = EventTail(folder, skip_writer=events.writer)
+    done = threading.Event()
+
+    def pump() -> None:
+        last = False
+        while not last:
+            last = done.wait(0.25)
+            for event in tail.poll():
+                for listener in events.listeners:
+                    listener(event)
+
+    thread = threading.Thread(target=pump, name="event tail", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+

@@ -1,0 +1,190 @@
+"""What a step is: a name, a version, a config, and `run(ctx)` that fills a folder.
+
+A recipe names steps; `builtin.toml` maps those names to objects such as `moray.pipelines.dedup:step`, imported only
+when needed, and other distributions add theirs by the entry-point group `moray.steps`. A step may be killed at any
+instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers to go on from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import time
+import tomllib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moray.platform.atomic import write_text
+from moray.platform.errors import RecipeError, nearest
+from moray.platform.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
+
+if TYPE_CHECKING:
+    from moray.platform.artifacts import Artifact
+    from moray.platform.home import Home
+
+BUILTIN = Path(__file__).with_name("builtin.toml")
+
+
+class StepConfig(BaseModel):
+    """Base of every step's `with:` block: frozen, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def operational(default: Any, **rules: Any) -> Any:
+    """A config field that says how to run, not what to make (workers, paths): it does not enter the fingerprint."""
+    return Field(default, json_schema_extra={"identity": False}, **rules)
+
+
+ConfigT = TypeVar("ConfigT", bound=StepConfig)
+
+
+@dataclass(frozen=True)
+class ExternalFile:
+    """One file outside Moray that a step reads: `key` within `source`, its size and content hash."""
+
+    source: str
+    key: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step is expected to need, before anything starts. Zero means: not known."""
+
+    seconds: float = 0.0
+    cpus: float = 1.0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The machines a run may use, as far as a step's `estimate` and defaults need to know them."""
+
+    cpus: int
+    gpus: int
+    memory_bytes: int
+
+
+class Cluster(ABC):
+    """What the runner needs of a place where Ray runs. Implemented in the `cluster` room."""
+
+    @abstractmethod
+    def ensure(self) -> Topology:
+        """Starts Ray if it is not up, connects this process to it, and says what it has."""
+
+    @abstractmethod
+    def topology(self) -> Topology:
+        """What the cluster has or would have, without starting anything."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ends everything `ensure` started."""
+
+
+class Cancelled(Exception):
+    """Raised out of `ctx.checkpoint()` after the user asked the run to stop."""
+
+
+@dataclass
+class StepContext(Generic[ConfigT]):
+    """What a running step is given. `counts` and `outcome` end up in the manifest and in the closing table."""
+
+    step: str
+    config: ConfigT
+    inputs: Mapping[str, Artifact]
+    folder: Path
+    home: Home
+    run: Path
+    events: EventLog
+    cluster: Cluster
+    fingerprint: str
+    name: str = ""
+    counts: dict[str, float] = field(default_factory=dict)
+    outcome: str = ""
+    cancel: Callable[[], bool] = lambda: False
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    def progress(self, phase: str, done: float, total: float, unit: str, detail: str = "") -> None:
+        """Reports `done` of `total`; at most ten times a second per phase, the last one always."""
+        self.check_cancelled()
+        now = time.monotonic()
+        if done < total and now - self._last.get(phase, 0.0) < 0.1:
+            return
+        self._last[phase] = now
+        self.emit(ProgressEvent(step=self.step, phase=phase, done=done, total=total, unit=unit, detail=detail))
+
+    def metric(self, name: str, value: float, at: int = 0, **labels: str) -> None:
+        self.emit(MetricEvent(step=self.step, name=name, value=value, at=at, labels=labels))
+
+    def note(self, text: str, level: str = "info") -> None:
+        self.emit(NoteEvent(step=self.step, level="warning" if level == "warning" else "info", text=text))
+
+    def log_path(self, name: str) -> Path:
+        """Where this step's log called `name` lies: with the run, so that it outlives a cleaned-up artifact."""
+        return self.run / "logs" / f"{self.step}.{name}.txt"
+
+    def write_log(self, name: str, text: str) -> None:
+        write_text(self.log_path(name), text)
+
+    def check_cancelled(self) -> None:
+        """Raises Cancelled if the run is being stopped; long loops call it."""
+        if self.cancel():
+            raise Cancelled
+
+
+class Step(ABC, Generic[ConfigT]):
+    """A kind of work a recipe can name. Instances hold no state; one object serves every run.
+
+    `version` is raised when the same config and inputs would give a different result. `inputs` maps the input names
+    a recipe must give to the kind of artifact (`produces` of the step there) each takes.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    Config: ClassVar[type[StepConfig]]
+    inputs: ClassVar[Mapping[str, str]] = {}
+    produces: ClassVar[str]
+    resumable: ClassVar[bool] = False
+    needs_ray: ClassVar[bool] = False
+
+    def check(self, config: ConfigT, inputs: Mapping[str, str]) -> None:  # noqa: B027 - optional
+        """Raises RecipeError for what can be known to fail before anything starts. `inputs`: name -> fingerprint."""
+
+    def external(self, config: ConfigT) -> list[ExternalFile]:
+        """The files outside Moray that decide the result, sorted; they enter the fingerprint by content."""
+        return []
+
+    def estimate(self, config: ConfigT, topology: Topology) -> Estimate:
+        return Estimate()
+
+    @abstractmethod
+    def run(self, ctx: StepContext[ConfigT]) -> None:
+        """Writes the artifact's files into `ctx.folder`. The runner writes the manifest afterwards."""
+
+
+def step_names() -> dict[str, str]:
+    """Every known step: name -> `module:object`. Built-in names win over entry points."""
+    table = {point.name: point.value for point in importlib.metadata.entry_points(group="moray.steps")}
+    return table | tomllib.loads(BUILTIN.read_text())["steps"]
+
+
+def resolve_step(name: str) -> Step[Any]:
+    """Imports the step called `name`. Raises RecipeError naming the nearest known one."""
+    table = step_names()
+    if name not in table:
+        raise RecipeError(f"unknown step {name!r}", nearest(name, table))
+    module, _, attribute = table[name].partition(":")
+    step = getattr(importlib.import_module(module), attribute)
+    if not isinstance(step, Step):
+        raise RecipeError(f"step {name!r}: {table[name]} is not a moray.platform.step.Step")
+    return step
