@@ -2,7 +2,8 @@
 
     <folder>/index.json            what is below; written last
     <folder>/tokens-00000.bin      uint16 or uint32, little endian: sequences of `sequence_length`, one after another
-    <folder>/starts-00000.parquet  id, start, tokens, bytes of every document, in order; start counts tokens in the shard
+    <folder>/starts-00000.parquet  id, start, tokens, bytes of every document, in order; start counts from the shard's
+                                   first token
 
 A document is `bos`, its tokens, `eos`. Documents follow one another and are cut only by sequence ends; the last
 sequence of a shard is filled with `pad`. Nothing here mixes sources: that is the loader's.

@@ -69,20 +69,20 @@ class Source(StepConfig):
         return sorted(found.items())[: self.max_files]
 
 
-class Config(StepConfig):
+class CorpusConfig(StepConfig):
     sources: tuple[Source, ...] = Field(min_length=1)
     max_document_bytes: int = Field(1_000_000, gt=0)
     shard_bytes: int = Field(4_000_000, gt=0)
 
 
-class Corpus(Step[Config]):
+class Corpus(Step[CorpusConfig]):
     name: ClassVar[str] = "corpus"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = CorpusConfig
     produces: ClassVar[str] = "documents"
     needs_ray: ClassVar[bool] = True
 
-    def check(self, config: Config, inputs: Mapping[str, str]) -> None:
+    def check(self, config: CorpusConfig, inputs: Mapping[str, str]) -> None:
         names = Counter(source.name for source in config.sources)
         if repeated := [name for name, n in names.items() if n > 1]:
             raise RecipeError(f"sources: the name {repeated[0]!r} is used twice", "give every source its own name")
@@ -97,18 +97,18 @@ class Corpus(Step[Config]):
                     "correct `include` or `path`",
                 )
 
-    def external(self, config: Config) -> list[ExternalFile]:
+    def external(self, config: CorpusConfig) -> list[ExternalFile]:
         return [
             ExternalFile(source.name, key, path.stat().st_size, _sha256(path))
             for source in config.sources
             for key, path in source.files()
         ]
 
-    def estimate(self, config: Config, topology: Topology) -> Estimate:
+    def estimate(self, config: CorpusConfig, topology: Topology) -> Estimate:
         size = sum(path.stat().st_size for source in config.sources for _, path in source.files())
         return Estimate(seconds=size / 20e6 / topology.cpus)
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[CorpusConfig]) -> None:
         shards = _shards(ctx.config)
         write = partial(_write, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
         rows = map_shards(ctx, "reading", shards, write, "files", lambda row: len(row["files"]))
@@ -128,7 +128,7 @@ class Corpus(Step[Config]):
         ctx.outcome = f"{ctx.counts['bytes'] / 1e6:.1f} MB" + (f"; left out {reasons}" if reasons else "")
 
 
-def _shards(config: Config) -> list[Row]:
+def _shards(config: CorpusConfig) -> list[Row]:
     """Groups each source's files, in order, into shards of about `shard_bytes`."""
     shards: list[Row] = []
     for source in config.sources:

@@ -24,12 +24,11 @@ from moray.pipelines.documents import content_hash, read_shard, shard_paths, tex
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.step import Step, StepConfig, StepContext
 
-
 # Minima of 32-bit hashes under affine maps modulo 2**32: datasketch's fast scheme.
 _SCHEME = "affine32"
 
 
-class Config(StepConfig):
+class DedupConfig(StepConfig):
     bands: int = Field(14, gt=0)
     rows: int = Field(8, gt=0)
     shingle_words: int = Field(5, gt=0)
@@ -48,15 +47,15 @@ class Signatures:
     minima: npt.NDArray[np.uint64]
 
 
-class Dedup(Step[Config]):
+class Dedup(Step[DedupConfig]):
     name: ClassVar[str] = "dedup"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = DedupConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"
     needs_ray: ClassVar[bool] = True
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[DedupConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
         work = ctx.folder / ".signatures"
@@ -80,7 +79,7 @@ class Dedup(Step[Config]):
         ctx.outcome = f"removed {why.count('exact')} exact, {why.count('near')} near, in {clusters} clusters"
 
 
-def find_duplicates(signatures: Signatures, config: Config) -> tuple[pa.Table, int]:
+def find_duplicates(signatures: Signatures, config: DedupConfig) -> tuple[pa.Table, int]:
     """The documents to remove (id, reason, representative, similarity estimate) and the number of clusters."""
     n = len(signatures.ids)
     exact = _exact_edges(signatures.hashes)
@@ -106,7 +105,7 @@ def find_duplicates(signatures: Signatures, config: Config) -> tuple[pa.Table, i
     return table, len({labels[i] for i in gone})
 
 
-def minima_of(texts: list[str], config: Config) -> npt.NDArray[np.uint64]:
+def minima_of(texts: list[str], config: DedupConfig) -> npt.NDArray[np.uint64]:
     """MinHash minima [n, bands * rows] of each text's word n-grams; a text shorter than n words is one shingle."""
     from datasketch import MinHash
 
@@ -139,7 +138,7 @@ def _exact_edges(hashes: list[str]) -> list[tuple[int, int]]:
     return edges
 
 
-def _near_edges(minima: npt.NDArray[np.uint64], members: list[int], config: Config) -> list[tuple[int, int]]:
+def _near_edges(minima: npt.NDArray[np.uint64], members: list[int], config: DedupConfig) -> list[tuple[int, int]]:
     """Pairs of `members` that share a band, found by datasketch's LSH index."""
     from datasketch import MinHash, MinHashLSH
 
@@ -162,7 +161,7 @@ def _components(n: int, edges: list[tuple[int, int]]) -> list[int]:
     return list(connected_components(graph, directed=False)[1])
 
 
-def _keep_order(signatures: Signatures, config: Config) -> list[int]:
+def _keep_order(signatures: Signatures, config: DedupConfig) -> list[int]:
     """All documents, the one to keep of any cluster first."""
     rank = {source: i for i, source in enumerate(config.prefer)}
 
@@ -173,7 +172,7 @@ def _keep_order(signatures: Signatures, config: Config) -> list[int]:
     return sorted(range(len(signatures.ids)), key=key)
 
 
-def _sign_shard(shard: Row, folder: str, config: Config) -> Row:
+def _sign_shard(shard: Row, folder: str, config: DedupConfig) -> Row:
     """Writes the signature rows of one shard. Runs in a Ray worker."""
     table = read_shard(Path(shard["path"]), ["id", "text", "source"])
     texts = [text.as_py() for text in table["text"]]

@@ -7,6 +7,7 @@ in `removed-*.parquet` beside the documents that stay.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +21,7 @@ from moray.platform.errors import InputError
 from moray.platform.step import Step, StepConfig, StepContext
 
 
-class Config(StepConfig):
+class FilterConfig(StepConfig):
     """Thresholds; the defaults are Gopher's where they suit code too."""
 
     min_words: int = Field(50, ge=0)
@@ -44,38 +45,40 @@ RULES = (
 )
 
 
-def reason_to_drop(text: str, config: Config) -> str | None:
+def reason_to_drop(text: str, config: FilterConfig) -> str | None:
     """The first of `RULES` that `text` breaks, or None."""
+    return next(_broken_rules(text, config), None)
+
+
+def _broken_rules(text: str, config: FilterConfig) -> Iterator[str]:
     words = text.split()
-    if len(words) < config.min_words:
-        return "too_short"
-    if len(words) > config.max_words:
-        return "too_long"
     count = max(len(words), 1)
-    mean = sum(map(len, words)) / count
-    if not config.min_mean_word_length <= mean <= config.max_mean_word_length:
-        return "word_length"
+    if len(words) < config.min_words:
+        yield "too_short"
+    if len(words) > config.max_words:
+        yield "too_long"
+    if not config.min_mean_word_length <= sum(map(len, words)) / count <= config.max_mean_word_length:
+        yield "word_length"
     if (text.count("#") + text.count("...") + text.count("\u2026")) / count > config.max_symbol_ratio:
-        return "symbols"
+        yield "symbols"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if sum(line.endswith(("...", "\u2026")) for line in lines) > config.max_ellipsis_lines * len(lines):
-        return "ellipses"
+        yield "ellipses"
     if sum(any(map(str.isalpha, word)) for word in words) < config.min_alphabetic_words * count:
-        return "not_alphabetic"
+        yield "not_alphabetic"
     if len(lines) - len(set(lines)) > config.max_duplicate_lines * len(lines):
-        return "repeated_lines"
-    return None
+        yield "repeated_lines"
 
 
-class Filter(Step[Config]):
+class Filter(Step[FilterConfig]):
     name: ClassVar[str] = "filter"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = FilterConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"
     needs_ray: ClassVar[bool] = True
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[FilterConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
         apply = partial(_filter_shard, folder=str(ctx.folder), config=ctx.config)
@@ -93,7 +96,7 @@ class Filter(Step[Config]):
         ctx.outcome = "dropped " + (", ".join(f"{n} {rule}" for rule, n in dropped.items() if n) or "nothing")
 
 
-def _filter_shard(shard: Row, folder: str, config: Config) -> Row:
+def _filter_shard(shard: Row, folder: str, config: FilterConfig) -> Row:
     """Filters one shard. Runs in a Ray worker."""
     path = Path(shard["path"])
     table = read_shard(path)

@@ -19,24 +19,24 @@ from moray.platform.step import Step, StepConfig, StepContext
 PARTS = ("train", "heldout")
 
 
-class Config(StepConfig):
+class SplitConfig(StepConfig):
     heldout: float = Field(0.01, gt=0, lt=1, description="share of documents held out")
     salt: str = Field("", description="another salt gives another split")
 
 
-def is_heldout(document_id: str, config: Config) -> bool:
+def is_heldout(document_id: str, config: SplitConfig) -> bool:
     return xxhash.xxh3_64_intdigest((config.salt + document_id).encode()) < config.heldout * 2**64
 
 
-class Split(Step[Config]):
+class Split(Step[SplitConfig]):
     name: ClassVar[str] = "split"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = SplitConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "split-documents"
     needs_ray: ClassVar[bool] = True
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[SplitConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
         apply = partial(_split_shard, folder=str(ctx.folder), config=ctx.config)
@@ -48,7 +48,7 @@ class Split(Step[Config]):
         ctx.outcome = f"{counts['heldout']:,} held out"
 
 
-def _split_shard(shard: Row, folder: str, config: Config) -> Row:
+def _split_shard(shard: Row, folder: str, config: SplitConfig) -> Row:
     """Splits one shard. Runs in a Ray worker."""
     path = Path(shard["path"])
     table = read_shard(path)

@@ -20,19 +20,19 @@ from moray.pipelines.tokenizer import load_tokenizer, special_ids
 from moray.platform.step import Step, StepConfig, StepContext
 
 
-class Config(StepConfig):
+class TokenizeConfig(StepConfig):
     sequence_length: int = Field(256, ge=8, description="tokens in a packed sequence")
 
 
-class Tokenize(Step[Config]):
+class Tokenize(Step[TokenizeConfig]):
     name: ClassVar[str] = "tokenize"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = TokenizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents", "tokenizer": "tokenizer"}
     produces: ClassVar[str] = "tokens"
     needs_ray: ClassVar[bool] = True
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[TokenizeConfig]) -> None:
         folder = ctx.inputs["tokenizer"].folder
         vocabulary = Vocabulary(
             tokenizer=ctx.inputs["tokenizer"].fingerprint,
@@ -60,7 +60,7 @@ class Tokenize(Step[Config]):
         ctx.outcome = f"{len(sources)} sources, {size / max(1, sum(totals.values())):.2f} bytes/token"
 
     def _write_indexes(
-        self, ctx: StepContext[Config], rows: list[Row], vocabulary: Vocabulary
+        self, ctx: StepContext[TokenizeConfig], rows: list[Row], vocabulary: Vocabulary
     ) -> dict[str, int]:
         """One index per part and source that has documents; returns tokens per part."""
         totals = dict.fromkeys(PARTS, 0)

@@ -22,7 +22,7 @@ from moray.platform.step import Step, StepConfig, StepContext
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
-class Config(StepConfig):
+class TokenizerConfig(StepConfig):
     vocab_size: int = Field(4096, ge=300, description="tokens, the three special ones included")
     sample_bytes: int = Field(50_000_000, gt=0, description="train on about this much text")
     pattern: str = Field(
@@ -33,14 +33,14 @@ class Config(StepConfig):
     )
 
 
-class Tokenizer(Step[Config]):
+class Tokenizer(Step[TokenizerConfig]):
     name: ClassVar[str] = "tokenizer"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = TokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
     produces: ClassVar[str] = "tokenizer"
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[TokenizerConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder / "train")
         sample = Sample(paths, ctx.config.sample_bytes)
         tokenizer = train(sample.texts(ctx), ctx.config)
@@ -66,7 +66,7 @@ class Sample:
         self.documents = 0
         self.bytes = 0
 
-    def texts(self, ctx: StepContext[Config]) -> Iterator[str]:
+    def texts(self, ctx: StepContext[TokenizerConfig]) -> Iterator[str]:
         for done, path in enumerate(self._paths):
             ctx.progress("sampling", done, len(self._paths), "shards")
             table = read_shard(path, ["id", "text"])
@@ -78,7 +78,7 @@ class Sample:
         ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
 
 
-def train(texts: Iterator[str], config: Config) -> Any:
+def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
     """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HuggingFaceTokenizer

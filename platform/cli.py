@@ -9,15 +9,13 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from moray.platform.errors import InputError, MorayError, nearest
-from moray.platform.home import Home
+from moray.platform.errors import MorayError, nearest
 
 app = App(
     name="moray",
@@ -35,7 +33,10 @@ def err() -> Console:
 
 
 def out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # a file has no width; the default of 80 would fold tables
+    return console
 
 
 @app.command
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into `error:` / `hint:` and an exit code."""
     import moray
 
-    app.version = moray.__version__
+    app.version = moray.__version__  # type: ignore[attr-defined]
     sys.exit(_guarded(lambda: app(arguments, exit_on_error=False, print_error=False, result_action="return_value")))
 
 
@@ -201,5 +202,3 @@ def load(reference: str) -> Any:
     """The object behind `module:name`; how this room reaches rooms it may not import."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
-
-

@@ -84,7 +84,7 @@ def code_revision() -> dict[str, str]:
     """Moray's version and, in a checkout, the commit and whether it has uncommitted changes."""
     import moray
 
-    revision = {"moray": moray.__version__}
+    revision = {"moray": moray.__version__}  # type: ignore[attr-defined]
     checkout = Path(moray.__file__).resolve().parent
     if not (checkout / ".git").exists():
         return revision

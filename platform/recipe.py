@@ -257,7 +257,8 @@ def _explain(
     error: ValidationError, model: type[BaseModel], path: Path, lines: _Lines, prefix: tuple[str, ...]
 ) -> RecipeError:
     """The first of pydantic's complaints as one line, with the nearest valid field for an unknown one."""
-    first = error.errors(include_url=False)[0]
+    # A misspelt field also shows as a missing one; the misspelling is what to mend.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     fields = tuple(str(part) for part in first["loc"])
     full = (*prefix, *fields)
     where = f"{path}:{lines.of(full)}: {'.'.join(full)}"

@@ -149,9 +149,9 @@ class Runner:
             who = lease_holder(lease.path)
             why = f"process {who.get('pid')} on {who.get('host')} is making it"
             events.append(StepEvent(step=planned.key, state="waiting", fingerprint=fingerprint, why=why))
-            if not lease.wait(lambda: self.store.get(step.name, fingerprint) is not None, self._cancelled.is_set):
-                if self._cancelled.is_set():
-                    raise Cancelled
+            made = lambda: self.store.get(step.name, fingerprint) is not None  # noqa: E731
+            if not lease.wait(made, self._cancelled.is_set) and self._cancelled.is_set():
+                raise Cancelled
         try:
             found = self.store.get(step.name, fingerprint)
             if found is not None:
@@ -289,5 +289,3 @@ def _follow(folder: Path, events: EventLog) -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1][:300] if lines else ""
-
-

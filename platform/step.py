@@ -157,7 +157,7 @@ class Step(ABC, Generic[ConfigT]):
     resumable: ClassVar[bool] = False
     needs_ray: ClassVar[bool] = False
 
-    def check(self, config: ConfigT, inputs: Mapping[str, str]) -> None:  # noqa: B027 - optional
+    def check(self, config: ConfigT, inputs: Mapping[str, str]) -> None:
         """Raises RecipeError for what can be known to fail before anything starts. `inputs`: name -> fingerprint."""
 
     def external(self, config: ConfigT) -> list[ExternalFile]:

@@ -147,13 +147,13 @@ def closing_table(result: RunResult) -> Table:
     table.add_column("time", justify="right")
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
-    table.add_column("what")
     table.add_column("reused")
+    table.add_column("what", overflow="fold")
     for row in result.steps.values():
         manifest = row.artifact.manifest
         table.add_row(
             row.key, "-" if row.reused else seconds(row.seconds), quantity(manifest, "in"), quantity(manifest, "out"),
-            manifest.outcome, "yes" if row.reused else "",
+            "yes" if row.reused else "", manifest.outcome,
         )  # fmt: skip
     return table
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.optimizer import PlainOptimizer
@@ -37,7 +39,7 @@ class Checkpoints:
         if _is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
         _barrier()
-        dcp.save(state, checkpoint_id=str(unfinished), no_dist=not dist.is_initialized())
+        save(state, checkpoint_id=str(unfinished), no_dist=not dist.is_initialized())
         _barrier()
         if _is_first():
             shutil.rmtree(final, ignore_errors=True)
@@ -53,7 +55,7 @@ class Checkpoints:
             return 0, 0
         state = _state(model, optimizer)
         state[POSITION] = torch.zeros(2, dtype=torch.int64)
-        dcp.load(state, checkpoint_id=str(self.path(newest)), no_dist=not dist.is_initialized())
+        load(state, checkpoint_id=str(self.path(newest)), no_dist=not dist.is_initialized())
         optimizer.refresh_weights()
         steps, tokens = (int(value) for value in state[POSITION])
         optimizer.set_steps(steps)
@@ -69,13 +71,13 @@ class Checkpoints:
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(logical name, float32 tensor, flat) of every weight and router bias of a checkpoint, one at a time."""
-    metadata = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     for key, entry in sorted(metadata.items()):
         kind, _, name = key.partition("/")
         if kind in ("master", "buffer"):
             properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
             tensor = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
-            dcp.load({key: tensor}, checkpoint_id=str(folder), no_dist=True)
+            load({key: tensor}, checkpoint_id=str(folder), no_dist=True)
             yield name, tensor
 
 

@@ -38,7 +38,7 @@ class Schedule(StepConfig):
     bias_frozen_tokens: int = Field(0, ge=0, description="the last so many tokens leave the router biases as they are")
 
 
-class Config(StepConfig):
+class PretrainConfig(StepConfig):
     """`with:` of the pretrain step. The lower block says how to run, and does not enter the fingerprint."""
 
     model: ModelSection = ModelSection()
@@ -67,7 +67,7 @@ class Config(StepConfig):
 class Job:
     """Everything one training worker needs; sent to it whole."""
 
-    config: Config
+    config: PretrainConfig
     model: ModelConfig
     sequence_length: int
     folder: str

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moray.models.model import DeepseekV3
-from moray.pipelines.pretrain.config import Config
+from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -55,7 +55,7 @@ class ShardedOptimizer(Protocol):
 class PlainOptimizer:
     """Every rank keeps the whole state of the parameters it holds. float32 or float64; the reference."""
 
-    def __init__(self, model: DeepseekV3, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: DeepseekV3, mesh: Mesh, config: PretrainConfig) -> None:
         self._model = model
         self._mesh = mesh
         owners = {id(owner): owner for _, _, owner in model.logical_parameters()}

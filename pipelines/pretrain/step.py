@@ -17,34 +17,36 @@ from typing import Any, ClassVar
 from moray.actors.token_set import open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
-from moray.pipelines.pretrain.config import Config, Job, model_config
+from moray.pipelines.pretrain.config import Job, PretrainConfig, model_config
 from moray.pipelines.pretrain.layout import check_layout
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed
 from moray.platform.events import MetricEvent, read_events
 from moray.platform.step import Estimate, Step, StepContext, Topology
 
+_TRAINING = "training.json"
 
-class Pretrain(Step[Config]):
+
+class Pretrain(Step[PretrainConfig]):
     name: ClassVar[str] = "pretrain"
     version: ClassVar[int] = 1
-    Config = Config
+    Config = PretrainConfig
     inputs: ClassVar[dict[str, str]] = {"tokens": "tokens"}
     produces: ClassVar[str] = "checkpoint"
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
-    def check(self, config: Config, inputs: Mapping[str, str]) -> None:
+    def check(self, config: PretrainConfig, inputs: Mapping[str, str]) -> None:
         try:
             shape = model_config(config.model, vocab_size=1 << 16)  # the real vocabulary is the tokenizer's
             check_layout(config.workers, config.expert_parallel, shape.n_routed_experts, config.batch_sequences)
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
-    def estimate(self, config: Config, topology: Topology) -> Estimate:
+    def estimate(self, config: PretrainConfig, topology: Topology) -> Estimate:
         return Estimate(cpus=config.workers)
 
-    def run(self, ctx: StepContext[Config]) -> None:
+    def run(self, ctx: StepContext[PretrainConfig]) -> None:
         tokens = ctx.inputs["tokens"].folder / "train"
         sets = open_token_sets(tokens)
         first = next(iter(sets.values()))
@@ -64,13 +66,14 @@ class Pretrain(Step[Config]):
         size = parameter_count(config)
         ctx.note(f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token")
         fit(job, tokens, ctx.run / "train", topology)
+        write_json(ctx.folder / _TRAINING, {"tokenizer": first.vocabulary.tokenizer})
         self._finish(ctx, config, job, sum(token_set.tokens for token_set in sets.values()))
 
-    def _model(self, ctx: StepContext[Config], vocab_size: int, bos: int, eos: int) -> ModelConfig:
+    def _model(self, ctx: StepContext[PretrainConfig], vocab_size: int, bos: int, eos: int) -> ModelConfig:
         config = model_config(ctx.config.model, vocab_size)
         return dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos)
 
-    def _finish(self, ctx: StepContext[Config], config: ModelConfig, job: Job, available: int) -> None:
+    def _finish(self, ctx: StepContext[PretrainConfig], config: ModelConfig, job: Job, available: int) -> None:
         """Leaves one checkpoint, the model's shape and the loss curve; says what was reached."""
         final = ctx.folder / "checkpoints" / f"step-{job.config.steps:08d}"
         for other in (ctx.folder / "checkpoints").iterdir():
@@ -140,6 +143,11 @@ def checkpoint_folder(artifact: Path) -> Path:
 
 def read_model_config(artifact: Path) -> ModelConfig:
     return ModelConfig(**json.loads((artifact / "model.json").read_text()))
+
+
+def read_tokenizer_fingerprint(artifact: Path) -> str:
+    """The tokenizer that a pretrain artifact's tokens were made with."""
+    return str(json.loads((artifact / _TRAINING).read_text())["tokenizer"])
 
 
 def _reason(error: Exception) -> str:

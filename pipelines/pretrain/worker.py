@@ -108,7 +108,7 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> dict[str, float]:
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss sum, counted tokens
     for ids, targets, documents in micro_batches(worker, batch):
         loss, count = worker.model.loss_sum(ids, targets, documents)
-        loss.backward()
+        torch.autograd.backward(loss)
         totals += torch.stack((loss.detach().double(), count.double()))
     if worker.mesh.world > 1:
         dist.all_reduce(totals)
@@ -131,9 +131,7 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> dict[str, float]:
     }
 
 
-def micro_batches(
-    worker: Worker, batch: Batch
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+def micro_batches(worker: Worker, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """(ids, targets, documents), [n, T] each. A target is the next token of the same document, else ignored."""
     size = worker.job.config.micro_batch_sequences or len(batch.ids)
     for start in range(0, len(batch.ids), size):
@@ -156,12 +154,12 @@ def batches(worker: Worker, first: int, last: int) -> Iterator[tuple[int, Batch,
     def ask(step: int) -> Any:
         return worker.loaders[step % len(worker.loaders)].batch.remote(step, start, stop)
 
-    coming = ask(first) if first < last else None
+    coming = ask(first)  # past the last step too: any step has a batch
     for step in range(first, last):
         began = time.monotonic()
-        batch = ray.get(coming)
+        batch: Batch = ray.get(coming)
         waited = time.monotonic() - began
-        coming = ask(step + 1) if step + 1 < last else None
+        coming = ask(step + 1)
         yield step, batch, waited
 
 

@@ -1,0 +1,51 @@
+# Two commands do everything: `make quickstart` and `make test`. The rest is for people who change Moray.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
+LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
+
+.PHONY: quickstart test quicktest check evidence format install clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/moray run quickstart
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not evidence" --durations=15
+
+quicktest: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not evidence and not cluster"
+
+evidence: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m evidence --durations=0
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p $(LINK) && ln -sfn $(CURDIR) $(LINK)/moray
+	cd $(LINK) && MYPYPATH=$(LINK) $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(LINK)/cache -p moray.platform -p moray.models -p moray.kernels -p moray.actors \
+	    -p moray.pipelines -p moray.cluster
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/.installed
+
+# torch first and pinned: on a machine without a GPU its pinned version resolves to a CPU build, and nothing that is
+# installed later asks for another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "error: $$($(PYTHON) --version) is not supported"; echo "hint: make PYTHON=python3.11 (3.11 to 3.13)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,32 @@
+"""The SwiGLU of a group of experts over rows sorted by expert: down(silu(gate(x)) * up(x)).
+
+Notable: a loop over the experts' slices. At 8 experts of 192 x 96 and 512 rows each, one thread, forward +
+backward, it takes 18.1 ms; a padded batched product and a hand-written backward take the same. `unbind` matters:
+indexing a stacked weight in the loop would make autograd fill a zero tensor of the whole stack per expert. An expert
+without rows multiplies an empty slice, and so gets zero gradients, not None.
+
+Shapes: R rows, E experts of the group, D hidden size, F expert hidden size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def experts_reference(
+    rows_RD: Tensor, counts_E: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor
+) -> Tensor:
+    """Applies expert e to its `counts_E[e]` consecutive rows; returns rows in the same order.
+
+    `counts_E` (int64, on any device) must sum to R.
+    """
+    slices = torch.split(rows_RD, counts_E.tolist())
+    weights = zip(w_gate_EFD.unbind(0), w_up_EFD.unbind(0), w_down_EDF.unbind(0), strict=True)
+    outputs = [
+        F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        for x, (gate, up, down) in zip(slices, weights, strict=True)
+    ]
+    return torch.cat(outputs)
+
+
+experts = experts_reference

@@ -1,0 +1,110 @@
+"""Multi-head latent attention (DeepSeek-V2 §2.1.2-2.1.3, DeepSeek-V3 §2.1.1), in training and over the cache.
+
+Keys and values of all heads are made from one latent of `kv_lora_rank` elements per token; position enters through
+a decoupled rotary part. In training, keys and values are materialised. Over the cache, `kv_b_proj` is absorbed:
+q^T (W_k c) = (W_k^T q)^T c, so a query is mapped into the latent space once and attends to the cached latents
+themselves, one shared "head" of latent + rope elements; the values' half of `kv_b_proj` is applied to the result.
+
+Notable: the norms within the latents use eps 1e-6 whatever `rms_norm_eps` is, as transformers and DeepSeek's own code
+do (vLLM uses `rms_norm_eps`; DeepSeek's models all have 1e-6, where the two agree).
+
+Shapes: B batch, T tokens, H heads, N elements without position, P rotated elements, Q = P / 2 pairs, V elements of a
+value head, C latent elements, L cached positions, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moray.kernels.attention import causal_attention
+from moray.kernels.documents import Documents
+from moray.kernels.rope import rope
+from moray.models.cache import CacheView
+from moray.models.config import ModelConfig
+from moray.models.linear import Linear, RMSNorm
+
+_LATENT_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines of the tokens' angles; made once a forward, for all layers."""
+
+    cos_BTQ: Tensor
+    sin_BTQ: Tensor
+
+    def turn(self, x_BTHP: Tensor) -> Tensor:
+        return rope(x_BTHP, self.cos_BTQ, self.sin_BTQ)
+
+
+class LatentAttention(nn.Module):
+    """One layer's attention; `q_lora_rank` None means queries straight from the hidden row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, _LATENT_EPS)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
+        self.scale = config.qk_head_dim**-0.5
+
+    def forward(self, x_BTD: Tensor, rotary: RotaryTable, documents: Documents | None) -> Tensor:
+        """Causal attention within the rows, or within their documents."""
+        heads = self.config.num_attention_heads
+        q_nope_BTHN, q_rope_BTHP = self._queries(x_BTD, rotary)
+        latent_BTC, k_rope_BT1P = self._latents(x_BTD, rotary)
+        kv = self.kv_b_proj(latent_BTC).unflatten(-1, (heads, -1))
+        k_nope_BTHN, v_BTHV = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
+        q = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
+        k = torch.cat((k_nope_BTHN, k_rope_BT1P.expand(-1, -1, heads, -1)), dim=-1)
+        out_BTHV = causal_attention(q, k, v_BTHV, self.scale, documents)
+        out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
+        return out_BTD
+
+    def forward_cached(self, x_BTD: Tensor, rotary: RotaryTable, view: CacheView, layer: int) -> Tensor:
+        """Writes the tokens' latents into the cache, then attends over all positions up to each token's own."""
+        latent_BTC, k_rope_BT1P = self._latents(x_BTD, rotary)
+        view.write(layer, torch.cat((latent_BTC, k_rope_BT1P.squeeze(2)), dim=-1))
+        cached_BLC = view.read(layer).to(x_BTD.dtype)
+        q_nope_BTHN, q_rope_BTHP = self._queries(x_BTD, rotary)
+        w_key_HNC, w_value_HVC = self._absorbed_weights()
+        q_BTHC = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_key_HNC), q_rope_BTHP), dim=-1)
+        scores_BTHL = torch.einsum("bthc,blc->bthl", q_BTHC, cached_BLC) * self.scale
+        scores_BTHL = scores_BTHL.masked_fill(~view.visible_BTL.unsqueeze(2), float("-inf"))
+        wide = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+        weights_BTHL = scores_BTHL.softmax(-1, dtype=wide).to(x_BTD.dtype)
+        mixed_BTHC = torch.einsum("bthl,blc->bthc", weights_BTHL, cached_BLC[..., : self.config.kv_lora_rank])
+        out_BTHV = torch.einsum("bthc,hvc->bthv", mixed_BTHC, w_value_HVC)
+        out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
+        return out_BTD
+
+    def _absorbed_weights(self) -> tuple[Tensor, Tensor]:
+        """The two halves of `kv_b_proj` by head, as views: w_key_HNC, w_value_HVC."""
+        stacked = torch.unflatten(self.kv_b_proj.weight, 0, (self.config.num_attention_heads, -1))
+        w_key_HNC, w_value_HVC = torch.split(stacked, [self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
+        return w_key_HNC, w_value_HVC
+
+    def _queries(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_nope_BTHN, q_rope_BTHP = q.unflatten(-1, (self.config.num_attention_heads, -1)).split(
+            [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1
+        )
+        return q_nope_BTHN, rotary.turn(q_rope_BTHP)
+
+    def _latents(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        """The normalised latent and the rotated key, which are what the cache holds."""
+        both = self.kv_a_proj_with_mqa(x_BTD)
+        latent_BTC, k_rope_BTP = both.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent_BTC), rotary.turn(k_rope_BTP.unsqueeze(2))

@@ -1,0 +1,197 @@
+"""The shape of a DeepSeek-V3 model, under the field names of its Hugging Face `config.json`.
+
+Pure Python: the planner reads it where torch is not installed. `to_hf` writes a complete `config.json` that
+transformers, vLLM and SGLang accept; `from_hf` reads one and refuses by name what this code cannot yet do (YaRN, FP8
+weights) or what would make it another model (another activation, scoring or weight tying).
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+# Fields of config.json that have one meaning here: what is written, and the only value that is read. A config that
+# lacks one is taken to mean it, as transformers does.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rope_interleave": True,
+    "tie_word_embeddings": False,
+}
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+)
+_NOT_NEGATIVE = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
+_REAL_POSITIVE = ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and numbers of a model. A value out of range raises ValueError naming field, value and rule."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    first_k_dense_replace: int = 0
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    num_nextn_predict_layers: int = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 1
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            self._check_int(name, 1)
+        for name in _NOT_NEGATIVE:
+            self._check_int(name, 0)
+        for name in ("q_lora_rank", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 1 if name == "q_lora_rank" else 0)
+        for name in _REAL_POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                self._refuse(name, "must be a positive number")
+        if not isinstance(self.norm_topk_prob, bool):
+            self._refuse("norm_topk_prob", "must be true or false")
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        per_group, rest = divmod(self.n_routed_experts, self.n_group)
+        if rest:
+            self._refuse("n_routed_experts", f"must be divisible by n_group = {self.n_group}")
+        if per_group < 2:
+            self._refuse("n_group", "must leave at least 2 experts a group: a group's score is the sum of its two best")
+        if self.topk_group > self.n_group:
+            self._refuse("topk_group", f"must not exceed n_group = {self.n_group}")
+        reachable = self.topk_group * per_group
+        if self.num_experts_per_tok > reachable:
+            self._refuse("num_experts_per_tok", f"must not exceed the {reachable} experts of topk_group groups")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            self._refuse("first_k_dense_replace", f"must not exceed num_hidden_layers = {self.num_hidden_layers}")
+        if self.qk_rope_head_dim % 2:
+            self._refuse("qk_rope_head_dim", "must be even: rotary embedding turns pairs")
+        if self.v_head_dim > self.qk_head_dim:
+            self._refuse("v_head_dim", f"must not exceed qk_nope_head_dim + qk_rope_head_dim = {self.qk_head_dim}")
+        if self.num_nextn_predict_layers:
+            self._refuse("num_nextn_predict_layers", "must be 0: multi-token prediction is not supported yet")
+
+    def _check_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self._refuse(name, f"must be an integer of at least {least}")
+
+    def _refuse(self, name: str, rule: str) -> None:
+        raise ValueError(f"{name} = {getattr(self, name)!r} {rule}")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Elements of a query or key head: the part without position and the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers that hold experts: all after the first dense ones."""
+        return range(self.first_k_dense_replace, self.num_hidden_layers)
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """A complete `config.json`; `dtype` is the weights' ("float32", "bfloat16")."""
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            **dataclasses.asdict(self),
+            **_FIXED,
+            "num_key_value_heads": self.num_attention_heads,
+            "rope_scaling": None,
+            "pretraining_tp": 1,
+            "ep_size": 1,
+            "use_cache": True,
+            "torch_dtype": dtype,
+        }
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """Reads a `config.json`. What it does not know it ignores; what it cannot honour raises ValueError."""
+        _refuse_foreign(hf)
+        values = {field.name: hf[field.name] for field in dataclasses.fields(cls) if field.name in hf}
+        values["rope_theta"] = _rope_theta(hf)
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = _only_eos(values["eos_token_id"])
+        if isinstance(values.get("num_nextn_predict_layers"), int) and values["num_nextn_predict_layers"] > 0:
+            _log.warning("the %d multi-token prediction layers are left out", values["num_nextn_predict_layers"])
+            values["num_nextn_predict_layers"] = 0
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"the config lacks {', '.join(missing)}")
+        return cls(**values)
+
+
+def _refuse_foreign(hf: Mapping[str, Any]) -> None:
+    if hf.get("model_type") != "deepseek_v3":
+        raise ValueError(f"model_type = {hf.get('model_type')!r} must be 'deepseek_v3'")
+    if hf.get("quantization_config") is not None:
+        raise ValueError("quantization_config is set: quantised weights are not supported yet")
+    for name, only in _FIXED.items():
+        if hf.get(name, only) != only:
+            raise ValueError(f"{name} = {hf[name]!r} must be {only!r}")
+    heads = hf.get("num_key_value_heads")
+    if heads is not None and heads != hf.get("num_attention_heads"):
+        raise ValueError(f"num_key_value_heads = {heads!r} must equal num_attention_heads")
+
+
+def _rope_theta(hf: Mapping[str, Any]) -> Any:
+    """The base of the rotary angles: `rope_theta`, or within `rope_parameters` since transformers 5."""
+    theta = hf.get("rope_theta", 10000.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name)
+        if rope is None:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{name} = {dict(rope)!r}: rotary scaling {kind!r} is not supported yet, only 'default'")
+        theta = rope.get("rope_theta", theta)
+    return theta
+
+
+def _only_eos(ids: list[int]) -> int:
+    if len(ids) != 1:
+        raise ValueError(f"eos_token_id = {ids!r} must be one id")
+    return ids[0]

@@ -1,0 +1,59 @@
+"""One decoder layer: attention, then a dense MLP or a mixture of experts, in the five stages of `layer.py`.
+
+Shapes: B batch, T tokens (of a row with B, of the flattened batch without), K slots, R rows, D hidden size.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moray.models.attention import LatentAttention
+from moray.models.config import ModelConfig
+from moray.models.layer import Attended, Dispatcher, Handle
+from moray.models.linear import RMSNorm
+from moray.models.moe import MoE, SwiGLU
+
+Attend = Callable[[LatentAttention, Tensor], Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """Implements `layer.Layer`. `mlp` is a `SwiGLU` in the first dense layers and a `MoE` after them."""
+
+    def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if index in config.moe_layers:
+            self.mlp = MoE(config, experts, dispatcher)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def attend_route(self, x_BTD: Tensor, attend: Attend) -> Attended:
+        residual_BTD = x_BTD + attend(self.self_attn, self.input_layernorm(x_BTD))
+        rows_TD = self.post_attention_layernorm(residual_BTD).flatten(0, 1)
+        routing = self.mlp.route(rows_TD) if isinstance(self.mlp, MoE) else None
+        return Attended(residual_BTD, rows_TD, routing)
+
+    def dispatch(self, attended: Attended) -> Handle:
+        assert isinstance(self.mlp, MoE)
+        assert attended.routing is not None
+        return self.mlp.dispatch(attended.rows_TD, attended.routing)
+
+    def experts(self, handle: Handle) -> Tensor:
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.compute(handle)
+
+    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.combine(handle, rows_RD)
+
+    def aggregate(self, attended: Attended, rows_TKD: Tensor | None) -> Tensor:
+        if isinstance(self.mlp, SwiGLU):
+            out_TD = self.mlp(attended.rows_TD)
+        else:
+            assert attended.routing is not None
+            assert rows_TKD is not None
+            out_TD = self.mlp.aggregate(attended.rows_TD, attended.routing, rows_TKD)
+        return attended.residual_BTD + out_TD.view_as(attended.residual_BTD)

@@ -1,0 +1,89 @@
+"""The protocol of a layer: attend_route -> dispatch -> experts -> combine -> aggregate.
+
+The five stages are separate calls so that a schedule may own the two that communicate (dispatch and combine) and
+run another micro-batch's compute under them; `run_layer` is the plain schedule. A `Dispatcher` moves rows between
+tokens and experts; the layer does not know whether the experts are in this process.
+
+Shapes: B batch, T tokens (of a row, or of the flattened batch where there is no B), K slots, E experts, R rows, D
+hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+A_contra = TypeVar("A_contra", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where a token's row goes. ids_TK int64; weights_TK the factors of the sum; counts_E int64, pairs per expert."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    counts_E: Tensor
+
+
+class Handle(Protocol):
+    """What a dispatch brought to this rank's experts; whoever made it can take the results back.
+
+    rows_RD: rows sorted by local expert. scales: their quantisation scales, None for unquantised rows. counts_E:
+    int64, rows per *local* expert; on the host where the dispatcher had to bring it there.
+    """
+
+    @property
+    def rows_RD(self) -> Tensor: ...  # noqa: N802
+    @property
+    def scales(self) -> Tensor | None: ...
+    @property
+    def counts_E(self) -> Tensor: ...  # noqa: N802
+
+
+class Dispatcher(Protocol):
+    """Brings rows to experts and results back. One combine per handle, and the same calls in the same order on every
+    rank, since each may be a collective."""
+
+    def dispatch(self, rows_TD: Tensor, scales: Tensor | None, expert_ids_TK: Tensor) -> Handle:
+        """Sends row t to the experts `expert_ids_TK[t]`."""
+        ...
+
+    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
+        """Brings the experts' results home: rows_TKD, unweighted, slot by slot."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A layer after its attention: the residual stream, the normalised rows for the experts, their routing.
+
+    routing is None in a layer without experts.
+    """
+
+    residual_BTD: Tensor
+    rows_TD: Tensor
+    routing: Routing | None
+
+
+class Layer(Protocol[A_contra]):
+    """The stages of one layer. `attend` runs the layer's attention on normalised rows (training or cached)."""
+
+    def attend_route(self, x_BTD: Tensor, attend: A_contra) -> Attended: ...
+    def dispatch(self, attended: Attended) -> Handle: ...
+    def experts(self, handle: Handle) -> Tensor: ...
+    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor: ...
+    def aggregate(self, attended: Attended, rows_TKD: Tensor | None) -> Tensor: ...
+
+
+Attend = TypeVar("Attend", bound=Callable[..., Tensor])
+
+
+def run_layer(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> Tensor:
+    """Runs the stages one after the other."""
+    attended = layer.attend_route(x_BTD, attend)
+    if attended.routing is None:
+        return layer.aggregate(attended, None)
+    handle = layer.dispatch(attended)
+    rows_TKD = layer.combine(handle, layer.experts(handle))
+    return layer.aggregate(attended, rows_TKD)

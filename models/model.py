@@ -1,0 +1,225 @@
+"""DeepSeek-V3 as one module, over whichever experts this rank holds.
+
+Notable: parallelism stays outside. The model is given a range of experts and a `Dispatcher` that reaches the others;
+everything that names a tensor (initialisation, checkpoints, optimizers) goes through `logical_parameters`, whose
+names do not depend on that range. Weights are drawn per logical name, so a model starts the same at any layout.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache table, L MoE layers, E experts.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moray.kernels.cross_entropy import cross_entropy_sum
+from moray.kernels.documents import Documents, find_documents
+from moray.kernels.rope import rope_table
+from moray.models.attention import LatentAttention, RotaryTable
+from moray.models.cache import CacheView, LatentCache
+from moray.models.config import ModelConfig
+from moray.models.decoder import DecoderLayer
+from moray.models.dispatch import dispatcher_for
+from moray.models.layer import Dispatcher, run_layer
+from moray.models.linear import Embedding, Linear, RMSNorm
+from moray.models.moe import MoE, Router
+from moray.models.shard import PROJECTIONS, ExpertShard
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """logits_BTV and the normalised last hidden rows they come from, hidden_BTD."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class LogicalParameter(NamedTuple):
+    """A parameter under its canonical name.
+
+    `view` is a detached, contiguous part of `owner`, which may stack many: elements `view.storage_offset()` and on of
+    the flattened owner, and so of its gradient.
+    """
+
+    name: str
+    view: Tensor
+    owner: nn.Parameter
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and the last norm: what Hugging Face names `model.`."""
+
+    def __init__(self, config: ModelConfig, experts: range, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        layers = (DecoderLayer(config, index, experts, dispatcher) for index in range(config.num_hidden_layers))
+        self.layers: nn.ModuleList = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DeepseekV3(nn.Module):
+    """The language model. Its weights are NaN until `init_weights` or `checkpoint.load` sets them.
+
+    experts: the ids that this rank holds in every MoE layer (all by default). dispatcher: how rows reach the others'
+    (local by default, which needs all experts here). Raises ValueError where the two do not fit.
+    """
+
+    def __init__(self, config: ModelConfig, experts: range | None = None, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        everything = range(config.n_routed_experts)
+        experts = everything if experts is None else experts
+        if not len(experts) or experts.step != 1 or experts[0] not in everything or experts[-1] not in everything:
+            raise ValueError(f"experts = {experts} must be consecutive ids of the {len(everything)} experts")
+        self.config = config
+        self.experts = experts
+        dispatcher = dispatcher_for(experts, config.n_routed_experts, dispatcher)
+        self.model = Trunk(config, experts, dispatcher)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> ModelOutput:
+        """Logits of the next token at every place.
+
+        With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
+        """
+        hidden_BTD = self._hidden(ids_BT, document_ids_BT)
+        return ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
+
+    def loss_sum(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of -log p(target) over the counted tokens, and how many were counted.
+
+        A token counts where `mask_BT` (bool) is true, if given, and its target is not negative (-100, say). The full
+        logits are never held.
+        """
+        keep_BT = targets_BT >= 0
+        if mask_BT is not None:
+            keep_BT = keep_BT & mask_BT.bool()
+        hidden_BTD = self._hidden(ids_BT, document_ids_BT)
+        return cross_entropy_sum(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), keep_BT.flatten())
+
+    @torch.no_grad()
+    def forward_cached(
+        self, ids_BT: Tensor, positions_BT: Tensor, cache: LatentCache, tables_BN: Tensor, last_only: bool = False
+    ) -> Tensor:
+        """Prefill and decode: logits_BTV of the given tokens, or logits_B1V of each row's last with `last_only`.
+
+        Writes the tokens' latents at `positions_BT` (a row's ascend) into the blocks of `tables_BN` (int, [B, N]) and
+        attends over all positions up to each token's own. Position -1 marks padding, which is not written and whose
+        logits mean nothing; what its id is does not matter so long as it is one.
+        """
+        view = cache.view(positions_BT, tables_BN)
+        x_BTD = self.model.embed_tokens(ids_BT)
+        rotary = self._rotary(positions_BT.clamp(min=0), x_BTD.dtype)
+        for index, layer in enumerate(self._layers()):
+            x_BTD = run_layer(layer, x_BTD, partial(_attend_cached, rotary=rotary, view=view, layer=index))
+        if last_only:
+            x_BTD = _last_real(x_BTD, positions_BT)
+        logits: Tensor = self.lm_head(self.model.norm(x_BTD))
+        return logits
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Norms one, biases zero, the rest normal with `initializer_range`, each tensor from (seed, its name)."""
+        for name, view, _ in self.logical_parameters():
+            if name.endswith("norm.weight"):
+                view.fill_(1.0)
+            else:
+                view.copy_(_normal(view.shape, self.config.initializer_range, seed, name))
+        for _, bias_E in self.logical_biases():
+            bias_E.zero_()
+
+    def logical_parameters(self) -> Iterator[LogicalParameter]:
+        """The parameters held here, by canonical Hugging Face name, one per expert."""
+        for name, owner in self.named_parameters():
+            prefix, _, attribute = name.rpartition(".")
+            if attribute not in PROJECTIONS:
+                yield LogicalParameter(name, owner.detach(), owner)
+                continue
+            for index, expert in enumerate(self.experts):
+                logical = f"{prefix}.{expert}.{PROJECTIONS[attribute]}.weight"
+                yield LogicalParameter(logical, owner.detach()[index], owner)
+
+    def logical_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """The routers' correction biases by canonical name; FP32, sharing storage with the model."""
+        for name, module in self.named_modules():
+            if isinstance(module, Router):
+                yield f"{name}.e_score_correction_bias", module.e_score_correction_bias
+
+    def routers(self) -> list[Router]:
+        """The routers of the MoE layers, in order."""
+        return [layer.mlp.gate for layer in self._layers() if isinstance(layer.mlp, MoE)]
+
+    def shards(self) -> list[ExpertShard]:
+        """This rank's expert shards, one per MoE layer, in order."""
+        return [layer.mlp.experts for layer in self._layers() if isinstance(layer.mlp, MoE)]
+
+    def router_counts(self) -> Tensor:
+        """Pairs that this rank's tokens sent to each expert since the last bias update: [L, E] int64, a copy."""
+        counts = [router.counts_E for router in self.routers()]
+        return torch.stack(counts) if counts else torch.zeros((0, self.config.n_routed_experts), dtype=torch.int64)
+
+    def reset_counters(self) -> None:
+        """Zeroes the routers' counts and the shards' loads."""
+        for router in self.routers():
+            router.counts_E.zero_()
+        for shard in self.shards():
+            shard.load_E.zero_()
+
+    def _layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
+
+    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> RotaryTable:
+        return RotaryTable(*rope_table(positions_BT, self.config.qk_rope_head_dim, self.config.rope_theta, dtype))
+
+    def _hidden(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        length = ids_BT.shape[1]
+        if length > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"rows of {length} tokens exceed max_position_embeddings = {limit}")
+        if document_ids_BT is None:
+            documents, positions_BT = None, torch.arange(length, device=ids_BT.device).unsqueeze(0)
+        else:
+            documents = find_documents(document_ids_BT)
+            positions_BT = documents.positions_BT
+        x_BTD = self.model.embed_tokens(ids_BT)
+        attend = partial(_attend_rows, rotary=self._rotary(positions_BT, x_BTD.dtype), documents=documents)
+        for layer in self._layers():
+            x_BTD = run_layer(layer, x_BTD, attend)
+        hidden_BTD: Tensor = self.model.norm(x_BTD)
+        return hidden_BTD
+
+
+def _attend_rows(
+    attention: LatentAttention, x_BTD: Tensor, *, rotary: RotaryTable, documents: Documents | None
+) -> Tensor:
+    return attention.forward(x_BTD, rotary, documents)
+
+
+def _attend_cached(
+    attention: LatentAttention, x_BTD: Tensor, *, rotary: RotaryTable, view: CacheView, layer: int
+) -> Tensor:
+    return attention.forward_cached(x_BTD, rotary, view, layer)
+
+
+def _last_real(x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+    """Each row's token at its highest position: [B, 1, D]."""
+    last_B = positions_BT.argmax(dim=1)
+    return x_BTD.gather(1, last_B[:, None, None].expand(-1, 1, x_BTD.shape[-1]))
+
+
+def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    """FP32 on the CPU whatever the model is, so that dtype and device do not change the draw."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

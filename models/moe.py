@@ -1,0 +1,110 @@
+"""The mixture of experts: router, dispatcher, expert shard, shared expert (DeepSeek-V3 §2.1.2).
+
+Notable: the router works in FP32 whatever the model's dtype (two BF16 scores that differ by less than 0.4 % are
+equal), and its correction bias stays FP32 through `.to(bfloat16)`: steps of 0.001 would vanish in BF16. The counts
+behind the bias update accumulate only in training with gradients, so that evaluation cannot move the balance.
+
+Shapes: T tokens, K slots, E experts, R rows, D hidden size.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moray.kernels.router import route
+from moray.models.config import ModelConfig
+from moray.models.layer import Dispatcher, Handle, Routing
+from moray.models.linear import Linear, unset_parameter
+from moray.models.shard import ExpertShard
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, inner)
+        self.up_proj = Linear(hidden, inner)
+        self.down_proj = Linear(inner, hidden)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return out
+
+
+class Router(nn.Module):
+    """Scores tokens against experts and picks `num_experts_per_tok` of them."""
+
+    e_score_correction_bias: Tensor
+    counts_E: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = unset_parameter(config.n_routed_experts, config.hidden_size)
+        bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias_E)
+        counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
+        self.register_buffer("counts_E", counts_E, persistent=False)
+
+    def forward(self, rows_TD: Tensor) -> Routing:
+        wide = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
+        logits_TE = F.linear(rows_TD.to(wide), self.weight.to(wide))
+        ids_TK, weights_TK, counts_E = route(
+            logits_TE,
+            self.e_score_correction_bias,
+            top_k=self.config.num_experts_per_tok,
+            n_group=self.config.n_group,
+            topk_group=self.config.topk_group,
+            normalise=self.config.norm_topk_prob,
+            scale=self.config.routed_scaling_factor,
+        )
+        if self.training and torch.is_grad_enabled():
+            self.counts_E += counts_E
+        return Routing(ids_TK, weights_TK, counts_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        exact = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
+        return self
+
+
+class MoE(nn.Module):
+    """Routed experts, of which this rank holds a shard, and the shared expert, which every token visits."""
+
+    def __init__(self, config: ModelConfig, experts: range, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.dispatcher = dispatcher
+        self.gate = Router(config)
+        self.experts = ExpertShard(experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts: SwiGLU | None = None
+        if config.n_shared_experts:
+            inner = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = SwiGLU(config.hidden_size, inner)
+
+    def route(self, rows_TD: Tensor) -> Routing:
+        routing: Routing = self.gate(rows_TD)
+        return routing
+
+    def dispatch(self, rows_TD: Tensor, routing: Routing) -> Handle:
+        return self.dispatcher.dispatch(rows_TD, None, routing.ids_TK)
+
+    def compute(self, handle: Handle) -> Tensor:
+        """The experts' outputs for the rows of `handle`."""
+        rows_RD: Tensor = self.experts(handle.rows_RD, handle.counts_E)
+        return rows_RD
+
+    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
+        return self.dispatcher.combine(handle, rows_RD)
+
+    def aggregate(self, rows_TD: Tensor, routing: Routing, rows_TKD: Tensor) -> Tensor:
+        """Sum of the slots by weight, in the weights' (wide) dtype, plus the shared expert's output."""
+        routed_TD = (rows_TKD * routing.weights_TK.unsqueeze(-1)).sum(1).to(rows_TD.dtype)
+        if self.shared_experts is None:
+            return routed_TD
+        shared_TD: Tensor = self.shared_experts(rows_TD)
+        return routed_TD + shared_TD

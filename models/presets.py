@@ -1,0 +1,103 @@
+"""Named model sizes, and how many parameters a config has.
+
+`v3` has the sizes of DeepSeek-V3 (§4.2), `small` those of DeepSeek-V2-Lite with V3's router, `tiny` trains on two CPU
+cores in minutes. Pure Python, no torch.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from moray.models.config import ModelConfig
+from moray.models.tensors import parameter_shapes
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        vocab_size=4096,
+        hidden_size=192,
+        intermediate_size=512,
+        moe_intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        max_position_embeddings=2048,
+        # The default, 0.006, is for a width of 7168; narrow rows need larger weights for activations of a like size.
+        initializer_range=0.02,
+    ),
+    "small": ModelConfig(
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    ),
+    "v3": ModelConfig(
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+        first_k_dense_replace=3,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The config of that name; ValueError with the nearest name when there is none."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no model preset {name!r}; there are {', '.join(PRESETS)}{hint}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """total: all parameters. active: those that one token's forward multiplies with."""
+
+    total: int
+    active: int
+
+
+def parameter_count(config: ModelConfig) -> ParameterCount:
+    """Counts parameters.
+
+    Active leaves out the experts that a token does not visit and the embedding table, of which it reads one row; it
+    counts the output head. So V3 gives 671.0B and 36.6B, V2-Lite's sizes 15.7B and 2.5B.
+    """
+    total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = len(config.moe_layers) * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    return ParameterCount(total, total - idle - config.vocab_size * config.hidden_size)

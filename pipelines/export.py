@@ -1,0 +1,63 @@
+"""export: a training checkpoint into the Hugging Face DeepSeek-V3 layout, with its tokenizer.
+
+Tensor by tensor, so memory does not grow with the model. transformers, vLLM and llama.cpp's converter read the folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
+from moray.platform.atomic import write_json
+from moray.platform.errors import InputError
+from moray.platform.step import Step, StepConfig, StepContext
+
+
+class ExportConfig(StepConfig):
+    precision: Literal["float32", "bf16"] = "float32"
+
+
+class Export(Step[ExportConfig]):
+    name: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+    Config = ExportConfig
+    inputs: ClassVar[dict[str, str]] = {"checkpoint": "checkpoint", "tokenizer": "tokenizer"}
+    produces: ClassVar[str] = "model"
+
+    def run(self, ctx: StepContext[ExportConfig]) -> None:
+        from moray.models import checkpoint as hugging_face
+        from moray.models.presets import parameter_count
+
+        source, tokenizer = ctx.inputs["checkpoint"].folder, ctx.inputs["tokenizer"]
+        if read_tokenizer_fingerprint(source) != tokenizer.fingerprint:
+            raise InputError(
+                "the tokenizer is not the one the model was trained with", "give `tokenizer` the input of tokenize"
+            )
+        config = read_model_config(source)
+        hugging_face.write(ctx.folder, config, _tensors(ctx), ctx.config.precision)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer.folder / name, ctx.folder / name)
+        write_json(
+            ctx.folder / "generation_config.json",
+            {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": True},
+        )
+        size = parameter_count(config)
+        ctx.counts |= {"out:parameters": size.total, "active_parameters": size.active}
+        ctx.outcome = f"{size.total / 1e6:.1f}M parameters ({size.active / 1e6:.1f}M active), {ctx.config.precision}"
+
+
+def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:
+    """Logical tensors in their shapes, with progress."""
+    from moray.models.tensors import checkpoint_shapes
+    from moray.pipelines.pretrain.checkpoint import read_weights
+
+    source = ctx.inputs["checkpoint"].folder
+    shapes = checkpoint_shapes(read_model_config(source))
+    for done, (name, tensor) in enumerate(read_weights(checkpoint_folder(source))):
+        ctx.progress("writing", done + 1, len(shapes), "tensors")
+        yield name, tensor.view(shapes[name])
+
+
+step = Export()

@@ -1,0 +1,91 @@
+"""register: an evaluated model becomes the next version of its name, in MLflow and as the alias `NAME@newest`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from moray.platform.artifacts import Artifact, ArtifactStore
+from moray.platform.atomic import write_json
+from moray.platform.errors import InputError
+from moray.platform.evaluation import EvalReport
+from moray.platform.events import MetricEvent, read_events
+from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.tracking import NEWEST, register_model
+
+
+class RegisterConfig(StepConfig):
+    name: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="default: the recipe's name")
+
+
+class Register(Step[RegisterConfig]):
+    name: ClassVar[str] = "register"
+    version: ClassVar[int] = 1
+    Config = RegisterConfig
+    inputs: ClassVar[dict[str, str]] = {"model": "model", "evaluation": "evaluation"}
+    produces: ClassVar[str] = "registration"
+
+    def run(self, ctx: StepContext[RegisterConfig]) -> None:
+        model, report = ctx.inputs["model"], EvalReport.read(ctx.inputs["evaluation"].folder)
+        if report.model != model.reference:
+            raise InputError(
+                f"the evaluation is of {report.model}, not of {model.reference}", "give both steps the same model"
+            )
+        name = ctx.config.name or ctx.name
+        store = ArtifactStore(ctx.home)
+        lineage = list(ancestors(model, store))
+        figures = {
+            "/".join([f"moray_{row.metric}", *(value for _, value in sorted(row.labels.items()))]): row.value
+            for row in report.rows
+        }
+        params = {
+            f"{artifact.manifest.step}.{key}": value
+            for artifact in lineage
+            for key, value in artifact.manifest.config.items()
+            if key != "sources"
+        }
+        ctx.progress("registering", 0, 1, "models")
+        registered = register_model(
+            ctx.home, name, model.folder, list(_curves(ctx, lineage)), figures, params,
+            {"moray.run": ctx.run.name, "moray.artifact": model.reference},
+        )  # fmt: skip
+        store.set_alias(name, NEWEST, model)
+        write_json(
+            ctx.folder / "registration.json",
+            {
+                "name": name,
+                "version": registered.version,
+                "alias": f"{name}@{NEWEST}",
+                "model": model.reference,
+                "mlflow_run": registered.run_id,
+            },
+        )
+        ctx.progress("registering", 1, 1, "models")
+        ctx.counts |= {"out:version": registered.version}
+        ctx.outcome = f"{name}@{NEWEST} is version {registered.version}"
+
+
+def ancestors(artifact: Artifact, store: ArtifactStore) -> Iterator[Artifact]:
+    """`artifact` and everything it was made from, each once."""
+    seen: set[str] = set()
+    waiting = [artifact]
+    while waiting:
+        current = waiting.pop()
+        if current.reference in seen:
+            continue
+        seen.add(current.reference)
+        yield current
+        waiting += [store.find(reference) for reference in current.manifest.inputs.values()]
+
+
+def _curves(ctx: StepContext[Any], lineage: list[Artifact]) -> Iterator[MetricEvent]:
+    """The training metrics of the run that made the checkpoint, which may be an earlier one."""
+    for artifact in lineage:
+        if artifact.manifest.produces == "checkpoint":
+            events = read_events(ctx.home.runs / artifact.manifest.run)
+            yield from (e for e in events if isinstance(e, MetricEvent) and e.name.startswith("train_"))
+
+
+step = Register()

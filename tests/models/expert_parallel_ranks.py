@@ -1,0 +1,125 @@
+"""The ranks of test_dispatch.py: all cases at EP=2 and EP=4 against a model that holds every expert.
+
+Usage: expert_parallel_ranks.py STORE. A script of its own, so that four ranks can fork from one import of torch
+before any thread has started.
+"""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moray.models.dispatch import ProcessGroupDispatcher
+from moray.models.model import DeepseekV3
+from moray.models.presets import preset
+
+CONFIG = dataclasses.replace(
+    preset("tiny"),
+    vocab_size=40,
+    hidden_size=24,
+    num_hidden_layers=3,
+    initializer_range=0.2,
+    max_position_embeddings=16,
+)
+WORLD = 4
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def _model(one_expert, **placement):
+    config = dataclasses.replace(CONFIG, num_experts_per_tok=1) if one_expert else CONFIG
+    model = DeepseekV3(config, **placement).double()
+    model.init_weights(5)
+    if one_expert:
+        for _, bias_E in model.logical_biases():
+            bias_E[5] = 100.0
+    return model
+
+
+def _grads(model):
+    return {
+        name: owner.grad.as_strided(view.shape, view.stride(), view.storage_offset())
+        for name, view, owner in model.logical_parameters()
+    }
+
+
+def check_model(group, one_expert):
+    """Each rank has its own batch, of its own size; losses are sums, so gradients add up."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts)
+    ours = _model(one_expert, experts=dispatcher.experts, dispatcher=dispatcher)
+    whole = _model(one_expert)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, 40, (r + 1, 8), generator=generator) for r in range(ranks)]
+    ids = torch.cat(batches)
+    whole.loss_sum(ids, ids.flip(1))[0].backward()
+    mine = batches[rank]
+    nll, _ = ours.loss_sum(mine, mine.flip(1))
+    nll.backward()
+    torch.testing.assert_close(nll, whole.loss_sum(mine, mine.flip(1))[0], **EXACT)
+    torch.testing.assert_close(ours(mine).logits, whole(mine).logits, **EXACT)
+    expected = _grads(whole)
+    for name, grad in _grads(ours).items():
+        if ".experts." not in name:
+            dist.all_reduce(grad, group=group)
+        torch.testing.assert_close(grad, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+    if one_expert:
+        rows = sum(int(shard.load_E.sum()) for shard in ours.shards())
+        assert (rows > 0) == (5 in dispatcher.experts)
+
+
+def check_empty_rank(group):
+    """The last rank has no tokens; scales travel with their rows."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    dispatcher = ProcessGroupDispatcher(group, 8)
+    tokens = 0 if rank == ranks - 1 else 5
+    rows_TD = (torch.arange(tokens)[:, None] + 100.0 * rank).repeat(1, 3).requires_grad_()
+    scales_T1 = rows_TD.detach()[:, :1] / 10
+    ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
+    handle = dispatcher.dispatch(rows_TD, scales_T1, ids_TK)
+    assert handle.counts_E.sum() == len(handle.rows_RD)
+    torch.testing.assert_close(handle.scales, handle.rows_RD[:, :1] / 10)
+    expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), handle.counts_E)
+    home_TKD = dispatcher.combine(handle, handle.rows_RD * (1 + expert_R[:, None]))
+    torch.testing.assert_close(home_TKD, rows_TD[:, None] * (1 + ids_TK[..., None]))
+    home_TKD.sum().backward()
+    torch.testing.assert_close(rows_TD.grad, (1.0 + ids_TK).sum(1, keepdim=True).expand(-1, 3))
+
+
+def run_rank(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    for group in (dist.group.WORLD, pairs[rank // 2]):
+        for one_expert in (False, True):
+            check_model(group, one_expert)
+        check_empty_rank(group)
+    with pytest.raises(ValueError, match="6 experts do not divide over the 4 ranks"):
+        ProcessGroupDispatcher(dist.group.WORLD, 6)
+    with pytest.raises(ValueError, match="the dispatcher sends range"):
+        DeepseekV3(CONFIG, dispatcher=ProcessGroupDispatcher(dist.group.WORLD, 8))
+    dist.destroy_process_group()
+
+
+def main(store):
+    """Exit status 0 when every rank passed; a rank that fails takes the others, which wait for it, down."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, store)) for rank in range(WORLD)]
+    for rank in ranks:
+        rank.start()
+    waiting = list(ranks)
+    while waiting and not any(rank.exitcode for rank in ranks):
+        done = multiprocessing.connection.wait([rank.sentinel for rank in waiting])
+        waiting = [rank for rank in waiting if rank.sentinel not in done]
+    for rank in waiting:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
+    return any(rank.exitcode for rank in ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from moray.models.cache import CacheFullError, LatentCache
+
+
+@pytest.fixture
+def cache(config):
+    return LatentCache(config, blocks=4, block_size=4)
+
+
+def test_storage_is_one_latent_and_one_key_per_token(cache):
+    assert cache.storage.shape == (3, 4, 4, 8 + 4)
+
+
+def test_blocks_are_handed_out_once_and_come_back(cache):
+    first = cache.allocate(3)
+    assert cache.blocks_free == 1
+    with pytest.raises(CacheFullError, match="2 blocks asked for, 1 of 4 free"):
+        cache.allocate(2)
+    assert cache.blocks_free == 1
+    cache.free(first[:2])
+    assert not set(cache.allocate(3)) & {first[2]}
+
+
+def test_freeing_what_is_not_allocated_is_refused(cache):
+    taken = cache.allocate(2)
+    for blocks in ([3], [taken[0], taken[0]]):
+        with pytest.raises(ValueError, match="not all allocated"):
+            cache.free(blocks)
+    assert cache.blocks_free == 2
+
+
+def test_blocks_for_rounds_up(cache):
+    assert [cache.blocks_for(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_a_view_writes_real_tokens_to_their_blocks_only(cache):
+    view = cache.view(torch.tensor([[3, 4], [0, -1]]), torch.tensor([[2, 0], [3, -1]]))
+    view.write(1, torch.arange(1.0, 5.0)[:, None].expand(4, 12).view(2, 2, 12))
+    written = {tuple(at.tolist()): cache.storage[1][tuple(at)][0].item() for at in cache.storage[1, ..., 0].nonzero()}
+    assert written == {(2, 3): 1.0, (0, 0): 2.0, (3, 0): 3.0}
+    assert not cache.storage[[0, 2]].any()
+    assert view.read(1)[0, :, 0].tolist() == [0, 0, 0, 1, 2, 0, 0, 0]
+    assert view.visible_BTL[0].sum(-1).tolist() == [4, 5]
+
+
+def test_a_position_beyond_the_table_is_refused(cache):
+    with pytest.raises(ValueError, match="position 8 lies beyond the 8 slots"):
+        cache.view(torch.tensor([[8]]), torch.tensor([[0, 1]]))
+
+
+def test_an_empty_cache_is_refused(config):
+    with pytest.raises(ValueError, match="blocks = 0"):
+        LatentCache(config, blocks=0)

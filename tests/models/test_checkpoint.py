@@ -1,0 +1,139 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moray
+from moray.models.checkpoint import load, save, write
+from moray.models.dispatch import LocalDispatcher
+from moray.models.tensors import checkpoint_shapes
+
+
+def _contents(model):
+    return dict([(name, view) for name, view, _ in model.logical_parameters()] + list(model.logical_biases()))
+
+
+def _assert_same(a, b):
+    a, b = _contents(a), _contents(b)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_float32_survives_bit_for_bit(make_model, tmp_path):
+    model = make_model(torch.float32)
+    moray.models.save(model, tmp_path)
+    loaded = moray.models.load(tmp_path)
+    _assert_same(model, loaded)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert not loaded.router_counts().any()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_shards_hold_the_same_and_replace_what_was_there(make_model, tmp_path):
+    model = make_model(torch.float32)
+    save(model, tmp_path)
+    save(model, tmp_path, shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = {path.name for path in tmp_path.iterdir()} - {"config.json", "model.safetensors.index.json"}
+    assert names == set(index["weight_map"].values())
+    assert len(names) > 2
+    assert all(sum(t.nbytes for t in load_file(tmp_path / name).values()) <= 20_000 for name in names)
+    assert set(index["weight_map"]) == set(checkpoint_shapes(model.config))
+    _assert_same(model, load(tmp_path))
+    save(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_bf16_rounds_weights_and_keeps_biases(make_model, tmp_path):
+    model = make_model(torch.float32)
+    save(model, tmp_path, "bf16")
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, tensor in _contents(model).items():
+        expected = tensor if name.endswith("bias") else tensor.bfloat16()
+        assert torch.equal(stored[name], expected), name
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    half = load(tmp_path, torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert half.routers()[0].e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(half.routers()[0].e_score_correction_bias, model.routers()[0].e_score_correction_bias)
+
+
+def test_a_range_of_experts_loads_its_own(make_model, tmp_path):
+    model = make_model(torch.float32)
+    save(model, tmp_path)
+    part = load(tmp_path, experts=range(2, 4), dispatcher=LocalDispatcher(8))
+    assert torch.equal(part.shards()[0].w_up_EFD, model.shards()[0].w_up_EFD[2:4])
+    with pytest.raises(ValueError, match=r"experts range\(2, 4\) of 8"):
+        save(part, tmp_path / "again")
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_an_unknown_precision_is_refused(make_model, tmp_path, precision):
+    with pytest.raises(ValueError, match=precision):
+        save(make_model(torch.float32), tmp_path, precision)
+
+
+NAME = "model.layers.2.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop(NAME), f"tensor '{NAME}' is missing"),
+        (lambda t: t.update({"model.layers.3.stray.weight": torch.zeros(1)}), "tensor 'model.layers.3.stray.weight'"),
+        (lambda t: t.update({NAME: torch.zeros(3, 2)}), rf"tensor '{NAME}' has shape \(3, 2\), the config says \(12, "),
+        (lambda t: t[NAME][0].fill_(float("nan")), f"tensor '{NAME}' holds values that are not finite"),
+    ],
+)
+def test_a_spoilt_checkpoint_is_refused_by_tensor(make_model, tmp_path, spoil, message):
+    save(make_model(torch.float32), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_prediction_layers_of_a_foreign_checkpoint_are_not_read(make_model, tmp_path):
+    model = make_model(torch.float32)
+    save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.3.eh_proj.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _assert_same(model, load(tmp_path))
+
+
+def test_a_cut_file_and_a_folder_without_a_model_are_refused(make_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load(tmp_path)
+    save(make_model(torch.float32), tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda pairs: pairs[:-1], "1 tensors are missing, the first 'model.layers.2.mlp.gate.e_score"),
+        (lambda pairs: [*pairs, pairs[0]], "tensor 'model.embed_tokens.weight' came twice"),
+        (lambda pairs: [("model.embed_tokens.weight", torch.full((50, 24), float("inf")))], "not finite"),
+    ],
+)
+def test_a_failed_write_leaves_no_model(make_model, tmp_path, spoil, message):
+    model = make_model(torch.float32)
+    save(model, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, model.config, spoil(list(_contents(model).items())), shard_bytes=20_000)
+    assert not (tmp_path / "config.json").exists()
+    assert not list(tmp_path.glob(".part-*"))

@@ -1,0 +1,141 @@
+"""Guards of the layout: one import package over fixed top-level folders, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "models", "actors", "pipelines", "platform", "cluster")
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "models": {"models", "kernels"},
+    "actors": {"actors", "models", "kernels", "platform"},
+    "pipelines": {"pipelines", "actors", "models", "kernels", "platform"},
+    "cluster": {"cluster", "platform", "models"},
+    "platform": {"platform"},
+}
+# What a room must be importable without, wherever the import stands.
+NEVER = {"kernels": {"ray", "deepspeed", "mlflow"}, "models": {"ray", "deepspeed", "mlflow"}}
+# What a room's modules must not import when they are imported (inside functions they may).
+NOT_AT_IMPORT = {"platform": {"torch", "ray", "mlflow"}, "cluster": {"torch", "ray", "mlflow"}}
+PURE = {"models/config.py", "models/presets.py", "models/tensors.py"}  # read by the planner, without torch
+
+
+def sources() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported(nodes: list[ast.stmt] | ast.Module, everywhere: bool) -> Iterator[str]:
+    """Dotted names that a module imports: anywhere, or only when it is itself imported."""
+    tree = nodes if isinstance(nodes, ast.Module) else ast.Module(nodes, [])
+    waiting = list(ast.iter_child_nodes(tree))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+        elif not everywhere and runs_later(node):
+            continue
+        waiting += list(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    tree = ast.parse(path.read_text())
+    rooms = {name.split(".")[1] for name in imported(tree, True) if name.startswith("moray.")}
+    assert rooms <= MAY_IMPORT[room], f"{room} may not import {rooms - MAY_IMPORT[room]}"
+    tops = {name.split(".")[0] for name in imported(tree, True)}
+    assert not tops & NEVER.get(room, set())
+    tops_at_import = {name.split(".")[0] for name in imported(tree, False)}
+    barred = {"torch"} if str(path.relative_to(ROOT)) in PURE else NOT_AT_IMPORT.get(room, set())
+    assert not tops_at_import & barred
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), "no module docstring"
+
+
+def test_no_folder_shadows_another_package() -> None:
+    """`platform/__init__.py` would break the standard library's `platform` for Python and every Ray worker."""
+    folders = [ROOT / room for room in (*ROOMS, "recipes", "benchmarks", "docs")]
+    folders += [path for path in (ROOT / "tests").rglob("*") if path.is_dir()] + [ROOT / "tests"]
+    assert not [folder for folder in folders if (folder / "__init__.py").exists()]
+
+
+def test_package_list_equals_the_disk() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    on_disk = {path.parent.relative_to(ROOT) for path in sources()} | {Path("recipes")}
+    listed = {"moray." + ".".join(folder.parts): folder.as_posix() for folder in on_disk}
+    assert set(setuptools["packages"]) == set(listed)
+    assert setuptools["package-dir"] == listed
+
+
+def runs_later(node: ast.AST) -> bool:
+    """A function's body, or a block for the type checker only."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.dump(node.test)
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_kernels_and_models_import_without_ray_deepspeed_and_mlflow() -> None:
+    modules = [
+        "moray." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in ("kernels", "models")
+        for path in sorted((ROOT / room).rglob("*.py"))
+    ]
+    done = run_python(
+        "import importlib, sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('ray', 'deepspeed', 'mlflow', 'transformers'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "print('ok')"
+    )
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    done = run_python(
+        "import sys\n"
+        "from moray.platform.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0, stop.code\n"
+        "loaded = {'torch', 'ray', 'mlflow', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
+
+
+def test_planning_loads_neither_torch_nor_ray_nor_mlflow() -> None:
+    done = run_python(
+        "import sys\n"
+        "from moray.platform.api import open_recipe\n"
+        "open_recipe('quickstart')\n"
+        "loaded = {'torch', 'ray', 'mlflow'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_facade_of_models_is_there_from_a_bare_clone() -> None:
+    done = run_python("import moray.models as m, moray; print(callable(m.load), callable(m.save), moray.models is m)")
+    assert done.stdout.split() == ["True", "True", "True"], done.stderr
