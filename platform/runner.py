@@ -135,7 +135,7 @@ class Runner:
         finally:
             self.cluster.stop()
             result.seconds = time.monotonic() - began
-            events.append(RunEvent(state=state, recipe=recipe.name, detail=detail))  # type: ignore[arg-type]
+            events.append(RunEvent(state=state, recipe=recipe.name, detail=detail))
             events.close()
         write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
         return result
@@ -199,7 +199,7 @@ class Runner:
         finally:
             seconds = time.monotonic() - began
             usage = {"cpus": float(topology.cpus), "gpus": float(topology.gpus)}
-            events.append(UsageEvent(step=planned.key, seconds=seconds, state=state, **usage))  # type: ignore[arg-type]
+            events.append(UsageEvent(step=planned.key, seconds=seconds, state=state, **usage))
             if state == "failed":
                 events.append(StepEvent(step=planned.key, state="failed", fingerprint=fingerprint, seconds=seconds))
         artifact = self._commit(planned, address, context, inputs, started, seconds, usage)

@@ -14,8 +14,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from hypothesis import settings
+
 from moray.platform.home import Home
 from moray.platform.step import Cluster, Topology
+
+settings.register_profile("moray", deadline=None)  # a test never asserts a time
+settings.load_profile("moray")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ What it holds does not depend on how many ranks wrote it: a rank asks for the ke
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,8 +78,15 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if kind in ("master", "buffer"):
             properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
             tensor = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
-            load({key: tensor}, checkpoint_id=str(folder), no_dist=True)
+            _load_alone({key: tensor}, folder)
             yield name, tensor
+
+
+def _load_alone(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Loads in this process only, without the warning that says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, checkpoint_id=str(folder), no_dist=True)
 
 
 def _state(model: DeepseekV3, optimizer: PlainOptimizer) -> dict[str, torch.Tensor]:

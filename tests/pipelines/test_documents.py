@@ -1,0 +1,230 @@
+"""The text steps' own rules: readers, filter, dedup, split, tokenizer. Ray is not needed for any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.pipelines.baselines import ByteCounts, ByteModel, UnigramModel
+from moray.pipelines.corpus import CorpusConfig, Source, _shards
+from moray.pipelines.dedup import DedupConfig, Signatures, find_duplicates, minima_of
+from moray.pipelines.documents import content_hash, document_id, shard_paths, write_shard
+from moray.pipelines.filter import FilterConfig, reason_to_drop
+from moray.pipelines.readers import READERS
+from moray.pipelines.split import SplitConfig, is_heldout
+from moray.pipelines.tokenizer import TokenizerConfig, train
+
+WORDS = [f"word{i}" for i in range(400)]
+
+
+def read(reader: str, path: Path, max_bytes: int = 1000) -> list[tuple[str | None, ...]]:
+    return list(READERS[reader](path, max_bytes))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "empty"), (b" \n\t", "empty"), (b"a\0b", "binary"), (b"\xff\xfe!", "not_utf8"), (b"x" * 1001, "oversized")],
+)
+def test_unusable_files_are_left_out_with_a_reason(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "f").write_bytes(data)
+    assert read("text", tmp_path / "f") == [("", None, reason)]
+
+
+def test_an_unreadable_file_is_left_out(tmp_path: Path) -> None:
+    assert read("text", tmp_path / "gone") == [("", None, "unreadable")]
+
+
+def test_line_ends_are_made_one(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"a\r\nb\n")
+    assert read("text", tmp_path / "f") == [("", "a\nb\n")]
+
+
+def test_json_lines_keep_going_after_a_bad_one(tmp_path: Path) -> None:
+    rows = ['{"text": "one", "id": "x"}', "{torn", '{"no": "text"}', '{"text": 5}', '{"text": "two"}', "", '"text"']
+    (tmp_path / "f.jsonl").write_text("\n".join(rows))
+    assert read("jsonl", tmp_path / "f.jsonl") == [
+        ("#x", "one"),
+        ("#1", None, "malformed"),
+        ("#2", None, "malformed"),
+        ("#3", None, "malformed"),
+        ("#4", "two"),
+        ("#6", None, "malformed"),
+    ]
+
+
+def test_a_pythonbible_module_is_read_by_chapter(tmp_path: Path) -> None:
+    code = 'x = Bible(V.K, """1. aa 2. bb 1. cc""", {1001001: 0, 1001002: 6, 1002001: 12}, '
+    code += "{1001001: 5, 1001002: 11, 1002001: 17})"
+    (tmp_path / "m.py").write_text(code)
+    assert read("pythonbible", tmp_path / "m.py") == [("#1001", "1. aa 2. bb"), ("#1002", "1. cc")]
+    (tmp_path / "m.py").write_text("import this")
+    assert read("pythonbible", tmp_path / "m.py") == [("", None, "malformed")]
+
+
+def test_ids_depend_on_source_and_key_and_on_nothing_else() -> None:
+    assert document_id("a", "bc") == document_id("a", "bc")
+    assert len({document_id("a", "bc"), document_id("ab", "c"), document_id("a", "b")}) == 3
+    assert len(document_id("a", "b")) == 32
+
+
+def test_a_shard_that_breaks_the_contract_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="column 'text' must be large_string"):
+        write_shard(tmp_path / "documents-00000.parquet", pa.table({"id": ["a"], "text": ["b"]}))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="holds no documents"):
+        shard_paths(tmp_path)
+
+
+def test_files_are_listed_in_order_without_links_and_excluded_ones(tmp_path: Path) -> None:
+    for name in ("b.py", "a.py", "sub/c.py", "test/d.py", "__pycache__/e.py", "f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    os.symlink(tmp_path / "a.py", tmp_path / "link.py")
+    source = Source(name="s", path=tmp_path, include=("**/*.py",), exclude=("test/*",))
+    assert [key for key, _ in source.files()] == ["a.py", "b.py", "sub/c.py"]
+    shards = _shards(CorpusConfig(sources=(source,), shard_bytes=2))
+    assert [shard["keys"] for shard in shards] == [["a.py", "b.py"], ["sub/c.py"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("two words", "too_short"),
+        (" ".join(["word"] * 120), "too_long"),
+        (" ".join(["a"] * 60), "word_length"),
+        (" ".join(["word #"] * 40), "symbols"),
+        ("\n".join(f"line {i} of some words here ..." for i in range(9)), "ellipses"),
+        (" ".join(["1234 5678"] * 40), "not_alphabetic"),
+        ("\n".join(["the very same line again"] * 20), "repeated_lines"),
+        ("\n".join(f"line number {i} of a fine document" for i in range(12)), None),
+    ],
+)
+def test_each_rule_drops_what_it_is_for(text: str, reason: str | None) -> None:
+    assert reason_to_drop(text, FilterConfig(min_words=20, max_words=100)) == reason
+
+
+def signatures(texts: list[str], sources: list[str] | None = None) -> Signatures:
+    return Signatures(
+        ids=[document_id("s", str(i)) for i in range(len(texts))],
+        sources=sources or ["s"] * len(texts),
+        hashes=[content_hash(text) for text in texts],
+        lengths=np.array([len(text) for text in texts], np.int64),
+        minima=minima_of(texts, DedupConfig()),
+    )
+
+
+def test_exact_and_near_duplicates_go_and_others_stay() -> None:
+    base = " ".join(WORDS[:200])
+    near = " ".join([*WORDS[:195], "other", "end", "to", "this", "one"])
+    far = " ".join(WORDS[200:])
+    found = signatures([base, near, far, base])
+    removed, clusters = find_duplicates(found, DedupConfig())
+    rows = {row["id"]: row for row in removed.to_pylist()}
+    kept = set(found.ids) - set(rows)
+    assert clusters == 1
+    assert found.ids[2] in kept
+    assert len(kept) == 2
+    reasons = sorted(row["reason"] for row in rows.values())
+    assert reasons in (["exact", "near"], ["near", "near"])
+    assert {row["representative"] for row in rows.values()} == kept - {found.ids[2]}
+
+
+def test_the_preferred_source_is_kept() -> None:
+    text = " ".join(WORDS[:100])
+    found = signatures([text, text], ["second", "first"])
+    removed, _ = find_duplicates(found, DedupConfig(prefer=("first",)))
+    assert removed["id"].to_pylist() == [found.ids[0]]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=24), st.randoms())
+def test_every_cluster_keeps_exactly_one_whatever_the_order(picks: list[tuple[int, int]], random: object) -> None:
+    """Others shipped dedups that lose every member of a cluster, or whose result depends on arrival order."""
+    texts = [" ".join([*WORDS[60 * base : 60 * base + 60], *(["tail"] * changed)]) for base, changed in picks]
+    found = signatures(texts)
+    removed, _ = find_duplicates(found, DedupConfig())
+    gone = dict(zip(removed["id"].to_pylist(), removed["representative"].to_pylist(), strict=True))
+    assert not set(gone.values()) & set(gone), "a representative is never removed"
+    order = list(range(len(texts)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    shuffled = Signatures(
+        ids=[found.ids[i] for i in order], sources=[found.sources[i] for i in order],
+        hashes=[found.hashes[i] for i in order], lengths=found.lengths[order], minima=found.minima[order],
+    )  # fmt: skip
+    assert find_duplicates(shuffled, DedupConfig())[0].equals(removed)
+    by_text: dict[str, list[str]] = {}
+    for name, text in zip(found.ids, texts, strict=True):
+        by_text.setdefault(text, []).append(name)
+    for names in by_text.values():
+        assert len([name for name in names if name not in gone]) <= 1
+
+
+def test_a_document_shorter_than_a_shingle_has_a_signature() -> None:
+    one, same, other = minima_of(["two words", "Two  words", "other words"], DedupConfig())
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+def test_the_split_depends_on_the_id_alone_and_has_its_share() -> None:
+    ids = [document_id("s", str(i)) for i in range(20_000)]
+    share = sum(is_heldout(name, SplitConfig(heldout=0.05)) for name in ids) / len(ids)
+    assert share == pytest.approx(0.05, abs=0.006)  # four standard deviations of a fair draw
+    salted = SplitConfig(heldout=0.05, salt="x")
+    assert any(is_heldout(i, salted) != is_heldout(i, SplitConfig(heldout=0.05)) for i in ids)
+
+
+TEXTS = [f"The number {i} is {'odd' if i % 2 else 'even'}; its square is {i * i}.\n" for i in range(800)]
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=60))
+def test_any_text_round_trips(text: str) -> None:
+    tokenizer = ROUND_TRIP
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_training_the_tokenizer_twice_gives_the_same() -> None:
+    one, other = (train(iter(TEXTS), TokenizerConfig(vocab_size=420)).to_str() for _ in range(2))
+    assert one == other
+    assert [json.loads(one)["model"]["vocab"][t] for t in ("<|bos|>", "<|eos|>", "<|pad|>")] == [0, 1, 2]
+
+
+ROUND_TRIP = train(iter(TEXTS), TokenizerConfig(vocab_size=420))
+
+
+def test_the_byte_model_equals_its_definition() -> None:
+    """Against a dictionary implementation of the same formula, one byte at a time."""
+    corpus, text = [b"abracadabra", b"abba", b"cab"], b"abracab!"
+    counts = ByteCounts()
+    for document in corpus:
+        counts.add(document)
+    seen: dict[bytes, dict[int, int]] = {}
+    for document in corpus:
+        padded = b"\0\0" + document
+        for i in range(2, len(padded)):
+            for order in range(3):
+                row = seen.setdefault(padded[i - order : i], {})
+                row[padded[i]] = row.get(padded[i], 0) + 1
+    bits, padded = 0.0, b"\0\0" + text
+    for i in range(2, len(padded)):
+        p = 1 / 256
+        for order in range(3):
+            row = seen.get(padded[i - order : i], {})
+            if row:
+                p = (row.get(padded[i], 0) + len(row) * p) / (sum(row.values()) + len(row))
+        bits -= np.log2(p)
+    assert ByteModel(counts).bits(text) == pytest.approx(bits, rel=1e-12)
+
+
+def test_the_unigram_model_is_a_distribution() -> None:
+    model = UnigramModel(5)
+    model.add(np.array([1, 1, 3]))
+    assert sum(2 ** -model.bits(np.array([i])) for i in range(5)) == pytest.approx(1.0)
+    assert model.bits(np.array([1])) == pytest.approx(-np.log2(3 / 8))

@@ -1,0 +1,48 @@
+"""Learning rate and layouts: pure functions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moray.pipelines.pretrain.config import ModelSection, Schedule, model_config
+from moray.pipelines.pretrain.layout import check_layout
+from moray.pipelines.pretrain.schedule import bias_speed, learning_rate
+
+
+def test_the_rate_warms_up_stays_and_decays() -> None:
+    schedule = Schedule(peak=1.0, final=0.1, warmup_tokens=100, decay_tokens=400)
+    rates = [learning_rate(schedule, tokens, 1000) for tokens in (0, 50, 100, 600, 800, 1000)]
+    assert rates == pytest.approx([1 / 101, 51 / 101, 1.0, 1.0, 0.55, 0.1])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 10_000))
+def test_the_rate_is_a_function_of_tokens_not_of_steps(tokens: int, batch: int, total: int) -> None:
+    schedule = Schedule(peak=1e-3, final=1e-5, warmup_tokens=500)
+    rate = learning_rate(schedule, min(tokens, total), total)
+    assert 0 < rate <= schedule.peak
+
+
+def test_biases_freeze_at_the_end_only_where_asked() -> None:
+    assert bias_speed(Schedule(bias_speed=0.5), 999, 1000) == 0.5
+    frozen = Schedule(bias_speed=0.5, bias_frozen_tokens=100)
+    assert [bias_speed(frozen, tokens, 1000) for tokens in (899, 900)] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts"), ((2, 2, 8, 15), "batch_sequences")],
+)
+def test_an_impossible_layout_is_refused(layout: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(*layout)
+
+
+def test_a_section_overrides_its_preset() -> None:
+    config = model_config(ModelSection(preset="tiny", hidden_size=64), vocab_size=300)
+    assert (config.hidden_size, config.vocab_size) == (64, 300)
+    with pytest.raises(ValueError, match="there are small, tiny, v3"):
+        model_config(ModelSection(preset="tinny"), vocab_size=300)
+    with pytest.raises(ValueError, match="n_group"):
+        model_config(ModelSection(n_group=3), vocab_size=300)
