@@ -5,10 +5,12 @@ Nothing heavy is imported until a command needs it: `moray --help` loads neither
 
 from __future__ import annotations
 
-import importlib
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -151,13 +153,23 @@ def _run_as_json(result: Any) -> dict[str, Any]:
 def _suggest(result: Any) -> None:
     """Three commands to try next."""
     served = any(row.artifact.manifest.produces == "registration" for row in result.steps.values())
-    lines = [f"moray serve {result.recipe}@newest"] if served else []
-    lines += [f"moray run {result.recipe}   # again: everything is reused", f"moray plan {result.recipe}"]
+    me = _called_as()
+    lines = [f"{me} serve {result.recipe}@newest"] if served else []
     if any(row.step == "pretrain" for row in result.steps.values()):
-        lines.insert(1, f"moray plan {result.recipe} --set pretrain.steps=400   # what a longer training would run")
+        lines.append(f"{me} plan {result.recipe} --set pretrain.steps=400   # what a longer training would run anew")
+    lines += [f"{me} run {result.recipe}   # again: everything is reused", f"{me} plan {result.recipe}"]
     out().print("\ntry next", style="bold")
     for line in lines[:3]:
         out().print(f"  {line}", markup=False)
+
+
+def _called_as() -> str:
+    """How this shell reaches the command: `moray` if it is on the path, else as it was called."""
+    called = Path(sys.argv[0])
+    found = shutil.which("moray")
+    if found and called.exists() and Path(found).samefile(called):
+        return "moray"
+    return os.path.relpath(called) if called.name == "moray" else "python moray.py"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -196,9 +208,3 @@ def _complain(console: Console, message: str, hint: str, code: int) -> int:
     if hint:
         console.print(f"hint: {hint}", markup=False, soft_wrap=True)
     return code
-
-
-def load(reference: str) -> Any:
-    """The object behind `module:name`; how this room reaches rooms it may not import."""
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)

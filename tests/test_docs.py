@@ -1,0 +1,90 @@
+"""The documentation's code runs, its links lead somewhere, and its tables name what exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from moray.pipelines.documents import SCHEMA, write_shard
+from moray.platform.artifacts import Artifact
+from moray.platform.events import EventLog
+from moray.platform.home import Home
+from moray.platform.manifest import Manifest
+from moray.platform.recipe import StepSpec
+from moray.platform.step import Cluster, Step, StepContext
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_in_code_font_exist(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:platform|models|kernels|actors|pipelines|cluster|tests|docs)/[\w./-]+)`", page.read_text()
+    ):
+        assert (ROOT / name).exists() or name.endswith("/__init__.py"), name
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"\bmake ([a-z]+)", page.read_text()))
+    assert targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"make {target}: {done.stderr}"
+
+
+def test_the_example_step_runs(home: Home, tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs" / "add-a-step.md", "python")
+    module = ModuleType("count_words")
+    exec(compile(code, "docs/add-a-step.md", "exec"), module.__dict__)
+    step: Step[Any] = module.__dict__["step"]
+    row = ["i", "a bb ccc", "s", "", [("path", "k")]]
+    columns = [pa.array([value], field.type) for value, field in zip(row, SCHEMA, strict=True)]
+    write_shard(tmp_path / "in" / "documents-00000.parquet", pa.table(columns, schema=SCHEMA))
+    manifest = Manifest(
+        step="filter", step_version=1, fingerprint="f", produces="documents", config={}, address={}, files=[], bytes=0,
+        run="r", code={}, environment={}, started=0, seconds=0, cpu_seconds=0,
+    )  # fmt: skip
+    context: StepContext[Any] = StepContext(
+        step="words", config=step.Config(min_length=2), inputs={"documents": Artifact(tmp_path / "in", manifest)},
+        folder=tmp_path / "out", home=home, run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "t"),
+        cluster=Unused(), fingerprint="f",
+    )  # fmt: skip
+    context.folder.mkdir()
+    step.run(context)
+    assert (tmp_path / "out" / "words.json").read_text() == '{\n  "s": 2\n}\n'
+    (snippet,) = blocks(ROOT / "docs" / "add-a-step.md", "yaml")
+    spec = StepSpec.model_validate(yaml.safe_load(snippet)["words"])
+    assert spec.uses == step.name
+    assert set(spec.inputs) == set(step.inputs)
+    step.Config.model_validate(spec.with_)
+
+
+class Unused(Cluster):
+    """The example step needs no Ray; asking for it is a failure."""
+
+    def ensure(self) -> Any:
+        raise AssertionError
+
+    topology = ensure
+
+    def stop(self) -> None:
+        raise AssertionError
