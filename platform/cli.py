@@ -23,6 +23,7 @@ app = App(
     name="moray",
     help="From raw documents to a trained and served mixture-of-experts model, from one recipe file.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]

@@ -43,7 +43,7 @@ class StepEvent(_Event):
 
     kind: Literal["step"] = "step"
     step: str
-    state: Literal["waiting", "started", "reused", "succeeded", "failed"]
+    state: Literal["waiting", "started", "reused", "succeeded", "failed", "cancelled"]
     fingerprint: str
     why: str = ""
     seconds: float = 0.0
@@ -82,7 +82,7 @@ class UsageEvent(_Event):
     seconds: float
     cpus: float
     gpus: float
-    state: Literal["succeeded", "failed", "reused"]
+    state: Literal["succeeded", "failed", "cancelled"]
 
 
 class NoteEvent(_Event):

@@ -189,7 +189,10 @@ class Runner:
                 topology = self.cluster.ensure()
             step.run(context)
             state = "succeeded"
-        except (MorayError, Cancelled, KeyboardInterrupt):
+        except (Cancelled, KeyboardInterrupt):
+            state = "cancelled"
+            raise
+        except MorayError:
             raise
         except Exception as error:
             log = self._keep_traceback(result.folder, planned.key)
@@ -200,8 +203,8 @@ class Runner:
             seconds = time.monotonic() - began
             usage = {"cpus": float(topology.cpus), "gpus": float(topology.gpus)}
             events.append(UsageEvent(step=planned.key, seconds=seconds, state=state, **usage))
-            if state == "failed":
-                events.append(StepEvent(step=planned.key, state="failed", fingerprint=fingerprint, seconds=seconds))
+            if state != "succeeded":
+                events.append(StepEvent(step=planned.key, state=state, fingerprint=fingerprint, seconds=seconds))
         artifact = self._commit(planned, address, context, inputs, started, seconds, usage)
         events.append(
             StepEvent(

@@ -83,9 +83,10 @@ class Terminal:
             case "succeeded":
                 self._step = ""
                 self._say(_done_line("+", "green", event, seconds(event.seconds)))
-            case "failed":
+            case "failed" | "cancelled":
                 self._step = ""
-                self._say(_done_line("x", "red", event, "failed after " + seconds(event.seconds)))
+                how = "failed" if event.state == "failed" else "stopped"
+                self._say(_done_line("x", "red", event, f"{how} after {seconds(event.seconds)}"))
 
     def _say(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from moray.actors.mixture import Mixture
 from moray.actors.token_set import open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
@@ -57,6 +58,10 @@ class Pretrain(Step[PretrainConfig]):
                 f"{config.max_position_embeddings}",
                 "shorten tokenize.sequence_length or raise model.max_position_embeddings",
             )
+        try:
+            Mixture({name: token_set.sequences for name, token_set in sets.items()}, ctx.config.mixture, 0)
+        except ValueError as error:
+            raise InputError(f"pretrain: {error}", "correct `mixture` in the recipe") from error
         topology = ctx.cluster.ensure()
         job = Job(
             config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
@@ -119,6 +124,8 @@ def fit(job: Job, tokens: Path, storage: Path, topology: Topology) -> None:
     )
     try:
         trainer.fit()
+    except SystemExit as stop:  # how Ray Train answers Ctrl-C, after it has stopped the workers
+        raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
         raise StepFailed(f"training failed: {_reason(error)}", f"Ray's logs of the run lie beside {storage}") from error
     finally:

@@ -1,0 +1,95 @@
+"""What `POST /v1/completions` answers: a `text_completion` object, whole or in server-sent events.
+
+Notable: both shapes are built from the same deltas by the same few functions, so a streamed answer joins to the
+whole one: text, tokens, log probabilities and offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from moray.pipelines.serve.engine import Engine
+from moray.pipelines.serve.sequence import Delta, Request
+from moray.pipelines.serve.text import Token, Vocabulary
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Completion:
+    """One API call's answer: its envelope, and the count of what it used. model: the name that is answered with."""
+
+    def __init__(self, engine: Engine, model: str, requests: Sequence[Request]) -> None:
+        self._vocabulary = engine.vocabulary
+        self._scored = bool(requests) and requests[0].logprobs is not None
+        self._prompt_tokens = sum(engine.prompt_tokens(request) for request in requests)
+        self._generated = [0] * len(requests)
+        self._envelope = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        """One delta as an element of `choices`."""
+        self._generated[index] = max(self._generated[index], delta.generated)
+        logprobs = _logprobs(delta.tokens, self._vocabulary) if self._scored else None
+        return {"text": delta.text, "index": index, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+    def chunk(self, index: int, delta: Delta, with_usage: bool) -> bytes:
+        """One event of a stream; with `with_usage` it has the `usage: null` that promises a last one."""
+        body = {**self._envelope, "choices": [self.choice(index, delta)]}
+        return event({**body, "usage": None} if with_usage else body)
+
+    def usage_chunk(self) -> bytes:
+        """The event before the end that says what was used."""
+        return event({**self._envelope, "choices": [], "usage": self.usage()})
+
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+        """The unstreamed answer: the deltas of each request, joined."""
+        choices = [self.choice(index, _joined(deltas)) for index, deltas in enumerate(answers)]
+        return {**self._envelope, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens read (bos included) and generated (also an end of document that is not shown)."""
+        generated = sum(self._generated)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self._prompt_tokens + generated,
+        }
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        tokens=tuple(token for delta in deltas for token in delta.tokens),
+        generated=deltas[-1].generated,
+        finish_reason=deltas[-1].finish_reason,
+    )
+
+
+def _logprobs(tokens: Sequence[Token], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The API's four parallel lists. `top_logprobs` holds the chosen token too, as OpenAI's does."""
+    return {
+        "tokens": [vocabulary.label(token.id) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_alternatives(token, vocabulary) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _alternatives(token: Token, vocabulary: Vocabulary) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    pairs = [*token.top, (token.id, token.logprob)]
+    return {vocabulary.label(index): logprob for index, logprob in pairs}

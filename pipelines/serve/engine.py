@@ -1,0 +1,224 @@
+"""The engine: many requests at once over one model and one latent cache, step by step.
+
+`step()` runs what the scheduler planned (prompts, then one token of everyone who decodes) and returns what each
+answer gained. It is plain synchronous Python: `async_engine.py` drives it from a thread, tests and benchmarks call
+it directly.
+
+Notable: an error belongs to one request. A batch that fails is run again one by one, which is harmless (a latent
+written twice is the same latent), and only the sequence at fault ends with the error.
+
+Shapes: B sequences, T ids of each in this step, N blocks of a table, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moray.models.cache import LatentCache
+from moray.models.config import ModelConfig
+from moray.models.model import DeepseekV3
+from moray.pipelines.serve.sampler import Draw, sample, score
+from moray.pipelines.serve.scheduler import Chunk, Limits, Scheduler
+from moray.pipelines.serve.sequence import Delta, Request, Sequence
+from moray.pipelines.serve.text import TextStream, Token, Vocabulary
+
+
+class ContextLengthError(ValueError):
+    """Prompt and max_tokens together exceed what the model was made for."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step did to one sequence: it gained something, or it ended with an error."""
+
+    sequence: Sequence
+    result: Delta | Exception
+
+
+class Engine:
+    """Runs requests on a model (in eval mode, on its own device). Not thread-safe."""
+
+    def __init__(self, model: DeepseekV3, vocabulary: Vocabulary, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
+        self.model = model
+        self.config = model.config
+        self.vocabulary = vocabulary
+        weight = model.lm_head.weight
+        self._device = weight.device
+        blocks = cache_blocks(model.config, limits, weight.element_size())
+        self.cache = LatentCache(model.config, blocks, limits.block_size, weight.dtype, weight.device)
+        self._scheduler = Scheduler(self.cache, limits)
+
+    @property
+    def busy(self) -> bool:
+        return self._scheduler.busy
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Everyone who is waiting or running."""
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that could never run; ContextLengthError for one that is too long."""
+        for index in request.prompt:
+            if not 0 <= index < self.config.vocab_size:
+                raise ValueError(f"prompt: id {index} is not one of the model's {self.config.vocab_size}")
+        ids = self._with_bos(request.prompt)
+        if not ids:
+            raise ValueError("prompt: is empty, and the model has no bos to start from")
+        limit = self.config.max_position_embeddings
+        if len(ids) + request.max_tokens > limit:
+            raise ContextLengthError(
+                f"this model's maximum context length is {limit} tokens, but {len(ids) + request.max_tokens} were "
+                f"requested ({len(ids)} in the prompt, {request.max_tokens} in max_tokens)"
+            )
+        positions = len(ids) + max(request.max_tokens - 1, 0)
+        if self.cache.blocks_for(positions) > self.cache.blocks:
+            raise ContextLengthError(
+                f"the request needs {positions} places in the cache, which has {self.cache.blocks} blocks of "
+                f"{self.cache.block_size}"
+            )
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Ids that the model reads for this prompt, bos included."""
+        return len(self._with_bos(request.prompt))
+
+    def submit(self, request: Request) -> Sequence:
+        """Queues a request; raises what `check` raises."""
+        self.check(request)
+        ids = self._with_bos(request.prompt)
+        sequence = Sequence(
+            request, ids, len(ids), TextStream(self.vocabulary, request.stop), _generator(request, self._device)
+        )
+        if request.echo:
+            # With scores, the others follow as they are read; an id that nothing precedes has none.
+            unscored = max(0, 1 - (len(ids) - len(request.prompt))) if sequence.scores_prompt else len(request.prompt)
+            sequence.prompt_tokens = [Token(index) for index in request.prompt[:unscored]]
+        self._scheduler.add(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence and frees its blocks; one that has ended already is no error."""
+        self._scheduler.remove(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Runs one step; nothing to do is no error."""
+        plan = self._scheduler.plan()
+        return [output for chunks in (plan.prefill, plan.decode) if chunks for output in self._advance(chunks)]
+
+    def _advance(self, chunks: tuple[Chunk, ...]) -> Iterator[Output]:
+        try:
+            logits_BTV = self._forward(chunks)
+        except Exception as error:
+            if len(chunks) == 1:
+                yield self._fail(chunks[0].sequence, error)
+            else:
+                for chunk in chunks:
+                    yield from self._advance((chunk,))
+            return
+        last_BV = logits_BTV[:, -1]
+        ready: list[int] = []
+        for row, finite in enumerate(last_BV.isfinite().all(-1).tolist()):
+            sequence = chunks[row].sequence
+            if not finite:
+                yield self._fail(sequence, FloatingPointError("the model's output is not finite (NaN or infinite)"))
+                continue
+            _record(chunks[row], logits_BTV[row])
+            if sequence.prefilling:
+                continue
+            if sequence.generated == 0 and (delta := sequence.after_prefill()):
+                yield self._gain(sequence, delta)
+            if sequence.finish_reason is None:
+                ready.append(row)
+        if ready:
+            yield from self._sample([chunks[row].sequence for row in ready], last_BV[ready])
+
+    def _sample(self, sequences: list[Sequence], logits_BV: Tensor) -> Iterator[Output]:
+        tokens = sample(logits_BV, [_draw(sequence) for sequence in sequences])
+        for sequence, token in zip(sequences, tokens, strict=True):
+            try:
+                delta = sequence.accept(token, self.vocabulary.eos)
+            except Exception as error:
+                yield self._fail(sequence, error)
+                continue
+            if delta:
+                yield self._gain(sequence, delta)
+
+    def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """FP32 logits of the chunks: [B, T, V] where a prompt is to be scored, else the last only, [B, 1, V].
+
+        Rows are padded on the left, so that the last column is everyone's last id.
+        """
+        width = max(chunk.tokens for chunk in chunks)
+        depth = max(self.cache.blocks_for(chunk.end) for chunk in chunks)
+        ids, positions, tables = [], [], []
+        for chunk in chunks:
+            start, padding = chunk.sequence.computed, width - chunk.tokens
+            table = chunk.sequence.blocks[:depth]
+            ids.append([0] * padding + chunk.sequence.ids[start : chunk.end])
+            positions.append([-1] * padding + list(range(start, chunk.end)))
+            tables.append(table + [-1] * (depth - len(table)))
+        logits: Tensor = self.model.forward_cached(
+            self._tensor(ids),
+            self._tensor(positions),
+            self.cache,
+            self._tensor(tables),
+            last_only=not any(chunk.sequence.scores_prompt and chunk.sequence.prefilling for chunk in chunks),
+        )
+        return logits.float() if logits.dtype != torch.float64 else logits
+
+    def _gain(self, sequence: Sequence, delta: Delta) -> Output:
+        if delta.finish_reason is not None:
+            self._scheduler.remove(sequence)
+        return Output(sequence, delta)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Output:
+        self._scheduler.remove(sequence)
+        return Output(sequence, error)
+
+    def _with_bos(self, prompt: tuple[int, ...]) -> list[int]:
+        """Documents start with bos in training, so every prompt does; one that brings its own gets no second."""
+        bos = self.vocabulary.bos
+        return list(prompt) if bos is None or prompt[:1] == (bos,) else [bos, *prompt]
+
+    def _tensor(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, device=self._device)
+
+
+def cache_blocks(config: ModelConfig, limits: Limits, element_bytes: int) -> int:
+    """Blocks of the cache: for `max_running` sequences of full length, or what `cache_bytes` holds."""
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    block_bytes = config.num_hidden_layers * limits.block_size * width * element_bytes
+    most = limits.max_running * -(-config.max_position_embeddings // limits.block_size)
+    return max(1, min(most, limits.cache_bytes // block_bytes))
+
+
+def _record(chunk: Chunk, logits_TV: Tensor) -> None:
+    """Marks a chunk as computed and, where asked for, scores the ids of the prompt that it predicts."""
+    sequence = chunk.sequence
+    if sequence.scores_prompt and sequence.prefilling:
+        following = sequence.ids[sequence.computed + 1 : chunk.end + 1]  # the last id of the prompt has no successor
+        if following:
+            first = logits_TV.shape[0] - chunk.tokens
+            alternatives = [sequence.request.logprobs or 0] * len(following)
+            sequence.prompt_tokens += score(logits_TV[first : first + len(following)], following, alternatives)
+    sequence.computed = chunk.end
+
+
+def _draw(sequence: Sequence) -> Draw:
+    request = sequence.request
+    return Draw(request.temperature, request.top_p, sequence.generator, request.logprobs)
+
+
+def _generator(request: Request, device: torch.device) -> torch.Generator | None:
+    """The request's own randomness; on the CPU, so that a seed means the same on every device."""
+    if request.temperature == 0:
+        return None
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    return torch.Generator().manual_seed(seed)

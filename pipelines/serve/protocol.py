@@ -1,0 +1,175 @@
+"""The wire: the body of `POST /v1/completions`, and errors as OpenAI's API writes them.
+
+Notable: nothing is dropped in silence. A field of the API that this server cannot honour is refused by name unless it
+has the value that changes nothing; fields outside the API are ignored. Types are strict, as OpenAI's are: "5" is not
+a number. `null` means the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from moray.pipelines.serve.sequence import SEEDS, Request
+from moray.pipelines.serve.text import Vocabulary
+
+MOST_STOPS = 4
+MOST_LOGPROBS = 5
+ALIAS = "default"  # names whichever model is served
+
+# Fields of the API that are not supported, and the values with which they change nothing.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+}
+
+Prompt = str | tuple[int, ...]
+
+
+class ApiError(Exception):
+    """An answer that is an error: status 4xx for the client's mistakes, 5xx for ours."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`: whether a last chunk brings the usage."""
+
+    include_usage: bool = Field(False, strict=True)
+
+
+class CompletionRequest(BaseModel):
+    """The body of `POST /v1/completions`. `prompt` is normalised to a tuple of prompts."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str = ALIAS
+    prompt: tuple[Prompt, ...]
+    max_tokens: int = Field(16, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = Field(False, description="goes on after the end of the document; an extension, for benchmarks")
+    n: Any = None
+    best_of: Any = None
+    suffix: Any = None
+    logit_bias: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    top_k: Any = None
+    min_p: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+    @field_validator("prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    @classmethod
+    def _prompts(cls, value: Any) -> tuple[Prompt, ...]:
+        prompts = value if isinstance(value, list) and not _are_ids(value) else [value]
+        found = tuple(tuple(p) if isinstance(p, list) and _are_ids(p) else p for p in prompts)
+        if not found or not all(isinstance(prompt, str | tuple) for prompt in found):
+            raise PydanticCustomError(
+                "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
+            )
+        return found
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise PydanticCustomError("stop", "must be a string or a list of strings, none of them empty")
+        if len(stops) > MOST_STOPS:
+            raise PydanticCustomError("stop", f"may hold up to {MOST_STOPS} strings")
+        return tuple(stops)
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, value: int | None) -> int | None:
+        if value is not None and value not in SEEDS:
+            raise PydanticCustomError("seed", "must fit into 64 bits")
+        return value
+
+    @field_validator(*_NEUTRAL)
+    @classmethod
+    def _unsupported(cls, value: Any, info: ValidationInfo) -> Any:
+        neutral = _NEUTRAL[str(info.field_name)]
+        if value not in neutral:
+            raise PydanticCustomError("unsupported", f"is not supported: leave it out or set it to {neutral[0]!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> CompletionRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "is only allowed when stream is true", {"param": "stream_options"}
+            )
+        return self
+
+    def requests(self, vocabulary: Vocabulary) -> list[Request]:
+        """One request to the engine per prompt. Raises ApiError for text that cannot be encoded."""
+        return [
+            Request(
+                prompt=_encode(prompt, vocabulary) if isinstance(prompt, str) else prompt,
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                stop=self.stop,
+                seed=self.seed,
+                logprobs=self.logprobs,
+                echo=self.echo,
+                ignore_eos=self.ignore_eos,
+            )
+            for prompt in self.prompt
+        ]
+
+
+def validation_error(errors: list[Any]) -> ApiError:
+    """What pydantic and FastAPI found wrong with a body, as one error: the first."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    location = [str(part) for part in first["loc"] if part != "body"]
+    param = first.get("ctx", {}).get("param") or (location[0] if location else None)
+    if param is None:
+        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return ApiError(400, f"{'.'.join(location) or param}: {message}", param)
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(index, int) and not isinstance(index, bool) for index in value)
+
+
+def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    try:
+        return tuple(vocabulary.encode(text))
+    except ValueError as error:
+        raise ApiError(400, f"prompt: {error}", "prompt") from error

@@ -1,0 +1,183 @@
+"""smoke-serve: serves the registered model on Ray Serve, asks it a few things over HTTP, and keeps the answers.
+
+The questions go through the public `openai` client, several at once and one as a stream; then each is asked alone.
+With greedy sampling both should say the same, and the transcript says whether they did: FP32 sums in another order
+may tip the balance between two near-equal tokens, which is worth knowing but no failure.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from pydantic import Field
+
+from moray.platform.artifacts import ArtifactStore
+from moray.platform.atomic import write_json, write_text
+from moray.platform.errors import StepFailed
+from moray.platform.step import Step, StepConfig, StepContext, operational
+
+HOST = "127.0.0.1"
+
+
+class SmokeServeConfig(StepConfig):
+    prompts: tuple[str, ...] = Field(
+        ("In the beginning", "def main(", "The license", "import numpy as"), min_length=1, description="what to ask"
+    )
+    max_tokens: int = Field(48, ge=1, description="tokens of an answer, at most")
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="0: always the likeliest token")
+    seed: int = Field(1, description="of the sampling, where temperature is above 0")
+    concurrent: int = operational(4, ge=1, description="requests at once")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer as it came over HTTP. seconds: the whole request; first_token_seconds only where streamed."""
+
+    prompt: str
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    streamed: bool = False
+    first_token_seconds: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding: the tokens after the first, over the time after the first."""
+        if self.first_token_seconds is None or self.completion_tokens < 2:
+            return None
+        return (self.completion_tokens - 1) / max(self.seconds - self.first_token_seconds, 1e-9)
+
+
+class SmokeServe(Step[SmokeServeConfig]):
+    name: ClassVar[str] = "smoke-serve"
+    version: ClassVar[int] = 1
+    Config = SmokeServeConfig
+    inputs: ClassVar[Mapping[str, str]] = {"model": "registration"}
+    produces: ClassVar[str] = "transcript"
+    needs_ray: ClassVar[bool] = True
+
+    def run(self, ctx: StepContext[SmokeServeConfig]) -> None:
+        from moray.pipelines.serve.deployment import deploy, free_port
+
+        registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
+        folder = ArtifactStore(ctx.home).find(registration["model"]).folder
+        ctx.cluster.ensure()
+        ctx.progress("deploying", 0, 1, "replicas")
+        deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
+        try:
+            ctx.progress("deploying", 1, 1, "replicas")
+            client = Client(f"{deployment.url}/v1", deployment.name, ctx.config)
+            client.check_model_listed()
+            together, alone = _ask_all(ctx, client)
+        finally:
+            deployment.stop()
+        _write(ctx, deployment.name, together, alone)
+
+
+class Client:
+    """The questions of this step, asked with the `openai` package."""
+
+    def __init__(self, url: str, model: str, config: SmokeServeConfig) -> None:
+        import openai
+
+        self._openai = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        self._model = model
+        self._config = config
+
+    def check_model_listed(self) -> None:
+        served = [model.id for model in self._openai.models.list()]
+        if self._model not in served:
+            raise StepFailed(f"/v1/models lists {served}, not {self._model!r}")
+
+    def ask(self, prompt: str) -> Reply:
+        began = time.monotonic()
+        answer = self._openai.completions.create(
+            model=self._model, prompt=prompt, max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature, seed=self._config.seed,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        if answer.usage is None:
+            raise StepFailed("an answer came without its usage")
+        choice, usage = answer.choices[0], answer.usage
+        return Reply(prompt, choice.text, choice.finish_reason, usage.prompt_tokens, usage.completion_tokens, seconds)
+
+    def ask_streamed(self, prompt: str) -> Reply:
+        began = time.monotonic()
+        stream = self._openai.completions.create(
+            model=self._model, prompt=prompt, max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature, seed=self._config.seed,
+            stream=True, stream_options={"include_usage": True},
+        )  # fmt: skip
+        parts: list[str] = []
+        first: float | None = None
+        reason, usage = "", None
+        for chunk in stream:
+            first = first if first is not None else time.monotonic() - began
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                parts.append(choice.text)
+                reason = choice.finish_reason or reason
+        seconds = time.monotonic() - began
+        if usage is None:
+            raise StepFailed("a stream ended without its usage")
+        return Reply(prompt, "".join(parts), reason, usage.prompt_tokens, usage.completion_tokens, seconds, True, first)
+
+
+def _ask_all(ctx: StepContext[SmokeServeConfig], client: Client) -> tuple[list[Reply], list[Reply]]:
+    """Every prompt, `concurrent` at once with the first streamed; then every prompt alone."""
+    prompts = ctx.config.prompts
+    with ThreadPoolExecutor(ctx.config.concurrent) as pool:
+        streamed = pool.submit(client.ask_streamed, prompts[0])
+        waiting = [streamed, *(pool.submit(client.ask, prompt) for prompt in prompts[1:])]
+        together = []
+        for done, future in enumerate(waiting):
+            ctx.progress("asking", done, 2 * len(prompts), "requests")
+            together.append(future.result())
+    alone = []
+    for done, prompt in enumerate(prompts):
+        ctx.progress("asking", len(prompts) + done, 2 * len(prompts), "requests")
+        alone.append(client.ask(prompt))
+    ctx.progress("asking", 2 * len(prompts), 2 * len(prompts), "requests")
+    return together, alone
+
+
+def _write(ctx: StepContext[SmokeServeConfig], name: str, together: list[Reply], alone: list[Reply]) -> None:
+    streamed = together[0]
+    invariant = all(one.text == other.text for one, other in zip(together, alone, strict=True))
+    speed = streamed.tokens_per_second
+    write_json(
+        ctx.folder / "transcript.json",
+        {
+            "model": name,
+            "config": ctx.config.model_dump(mode="json"),
+            "concurrent": [asdict(reply) for reply in together],
+            "alone": [asdict(reply) for reply in alone],
+            "batch_invariant": invariant,
+            "first_token_seconds": streamed.first_token_seconds,
+            "tokens_per_second": speed,
+        },
+    )
+    write_text(ctx.folder / "closing.txt", closing_text(name, together))
+    replies = [*together, *alone]
+    ctx.counts |= {"in:requests": len(replies), "out:tokens": sum(reply.completion_tokens for reply in replies)}
+    latency = (
+        "" if streamed.first_token_seconds is None else f"first token after {streamed.first_token_seconds * 1e3:.0f} ms"
+    )
+    ctx.outcome = ", ".join(part for part in (latency, f"{speed:.0f} tokens/s" if speed else "") if part)
+
+
+def closing_text(name: str, replies: list[Reply]) -> str:
+    """What a person sees at the end of a run: the first question and its answer."""
+    first = replies[0]
+    answer = "\n".join(f"  | {line}" for line in (first.prompt + first.text).splitlines())
+    return f"asked over HTTP: {name} goes on from {first.prompt!r}\n{answer}\n"
+
+
+step = SmokeServe()

@@ -1,0 +1,165 @@
+"""Between ids and text: the bytes behind each id, and a stream that shows text only when it is certain.
+
+Notable: in a byte-level BPE every id stands for a fixed run of bytes, so an answer is decoded by joining bytes, one
+incremental UTF-8 decoder per answer. Nothing is decoded twice, and a code point split over ids waits in the decoder
+until it is whole. Text that may be the start of a stop string waits too, together with the tokens it came from.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Token:
+    """An id, its log probability and the best alternatives (where asked for), and where its text starts.
+
+    logprob is None also for the very first id, which nothing precedes. offset counts characters of the answer.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Released:
+    """Text that may be shown, and the tokens that it came from."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+
+    def __add__(self, later: Released) -> Released:
+        return Released(self.text + later.text, self.tokens + later.tokens)
+
+
+class Vocabulary:
+    """A byte-level tokenizer as serving sees it. Raises ValueError for a tokenizer of another kind.
+
+    bos, eos: the model's, None where it has none. Special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: Any, bos: int | None, eos: int | None) -> None:
+        kind = type(tokenizer.decoder).__name__
+        if kind != "ByteLevel":
+            raise ValueError(f"the tokenizer's decoder is {kind}: only byte-level tokenizers can be served")
+        # As in training: text that spells a special token is plain characters.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.bos = bos
+        self.eos = eos
+        self._added = tokenizer.get_added_tokens_decoder()
+        table = _bytes_of_characters()
+        self.pieces = [self._piece(index, table) for index in range(tokenizer.get_vocab_size())]
+
+    @classmethod
+    def load(cls, folder: Path, bos: int | None, eos: int | None) -> Vocabulary:
+        """Reads `tokenizer.json` of a model folder."""
+        from moray.pipelines.tokenizer import load_tokenizer
+
+        return cls(load_tokenizer(folder), bos, eos)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without bos. Raises ValueError for text that UTF-8 cannot express (lone surrogates)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text holds a lone surrogate, which is not a character") from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def piece(self, index: int) -> bytes:
+        """The bytes of an id; none for special tokens and for ids that the tokenizer does not have."""
+        return self.pieces[index] if index < len(self.pieces) else b""
+
+    def label(self, index: int) -> str:
+        """How logprobs name an id: its text, `bytes:\\x..` where that is no whole text, a special token's name."""
+        added = self._added.get(index)
+        if added is not None:
+            return str(added.content)
+        try:
+            return self.piece(index).decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.piece(index))
+
+    def _piece(self, index: int, table: dict[str, int]) -> bytes:
+        added = self._added.get(index)
+        if added is not None:
+            return b"" if added.special else str(added.content).encode()
+        spelling = self._tokenizer.id_to_token(index) or ""
+        if any(character not in table for character in spelling):
+            return str(spelling).encode()
+        return bytes(table[character] for character in spelling)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte behind each character of a byte-level vocabulary.
+
+    GPT-2's table: printable Latin-1 bytes stand for themselves, the other 68 for the characters from U+0100 on.
+    """
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    table = {chr(byte): byte for byte in shown}
+    return table | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+
+
+class TextStream:
+    """The text of one answer, released piece by piece; `stopped` once a stop string came."""
+
+    def __init__(self, vocabulary: Vocabulary, stop: tuple[str, ...] = ()) -> None:
+        self._vocabulary = vocabulary
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self._released = 0
+        self._waiting: deque[Token] = deque()
+        self.stopped = False
+
+    def echo(self, tokens: Iterable[Token]) -> Released:
+        """Takes the prompt: shown as it is, stop strings within it do not count."""
+        for token in tokens:
+            self._take(token)
+        return self._release(len(self._held))
+
+    def push(self, token: Token) -> Released:
+        """Takes one generated token; what is released ends before a stop string."""
+        self._take(token)
+        found = [place for place in map(self._held.find, self._stop) if place >= 0]
+        if not found:
+            return self._release(len(self._held) - self._risk())
+        self.stopped = True
+        return self._release(min(found))
+
+    def finish(self) -> Released:
+        """Everything held back; bytes that never became a code point are shown as U+FFFD."""
+        self._held += self._decoder.decode(b"", final=True)
+        last = self._release(len(self._held))
+        return last + Released(tokens=tuple(self._waiting))
+
+    def _take(self, token: Token) -> None:
+        self._waiting.append(replace(token, offset=self._released + len(self._held)))
+        self._held += self._decoder.decode(self._vocabulary.piece(token.id))
+
+    def _risk(self) -> int:
+        """Length of the longest end of the held text that a stop string starts with."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _release(self, length: int) -> Released:
+        text, self._held = self._held[:length], self._held[length:]
+        self._released += length
+        tokens = []
+        while self._waiting and self._waiting[0].offset < self._released:
+            tokens.append(self._waiting.popleft())
+        return Released(text, tuple(tokens))

@@ -1,0 +1,83 @@
+"""A tiny model with random weights, a byte-level tokenizer trained on a few sentences, engines over them."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import uvicorn
+
+from moray.models.model import DeepseekV3
+from moray.models.presets import PRESETS
+from moray.pipelines.serve.api import build_app
+from moray.pipelines.serve.async_engine import AsyncEngine
+from moray.pipelines.serve.engine import Engine
+from moray.pipelines.serve.scheduler import Limits
+from moray.pipelines.serve.text import Vocabulary
+from moray.pipelines.tokenizer import TokenizerConfig, train
+
+TEXT = (
+    "In the beginning was the word. Grüße aus Zürich, naïve café. こんにちは世界 🙂🙃 def main(argument): return 42\n"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train(iter([TEXT] * 20), TokenizerConfig(vocab_size=340))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer, bos=0, eos=1)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer) -> DeepseekV3:
+    """Weights ten times as large as usual: next tokens then differ clearly, so greedy answers have no near-ties."""
+    config = replace(
+        PRESETS["tiny"], vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=2, max_position_embeddings=256,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = DeepseekV3(config).eval()
+    model.init_weights(seed=3)
+    return model
+
+
+@pytest.fixture
+def make_engine(model, vocabulary) -> Callable[..., Engine]:
+    def make(limits: Limits | None = None, blocks: int | None = None) -> Engine:
+        limits = limits or Limits(step_tokens=64, max_running=8, block_size=8)
+        if blocks is not None:
+            width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+            block_bytes = model.config.num_hidden_layers * limits.block_size * width * 4
+            limits = replace(limits, cache_bytes=blocks * block_bytes)
+        return Engine(model, vocabulary, limits)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_engine(model, vocabulary) -> Engine:
+    return Engine(model, vocabulary, Limits(step_tokens=64, max_running=8, block_size=8))
+
+
+@pytest.fixture(scope="session")
+def url(shared_engine) -> Iterator[str]:
+    """A real server on loopback."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        app = build_app(AsyncEngine(shared_engine), "tiny")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)

@@ -1,0 +1,204 @@
+"""The HTTP application, through FastAPI's client: shapes, usage, and every error as an OpenAI error object."""
+
+import json
+
+import pytest
+from fastapi.testclient import TestClient
+
+from moray.pipelines.serve.api import build_app
+from moray.pipelines.serve.async_engine import AsyncEngine
+
+BODY = {"model": "tiny", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def client(shared_engine):
+    with TestClient(build_app(AsyncEngine(shared_engine), "tiny"), raise_server_exceptions=False) as client:
+        yield client
+
+
+def ask(client, **changes):
+    return client.post("/v1/completions", json={**BODY, **changes})
+
+
+def events(response) -> list:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_health_and_models(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    (card,) = client.get("/v1/models").json()["data"]
+    assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "moray")
+    assert client.get("/v1/models/tiny").json() == card
+    assert client.get("/v1/models/default").json() == card
+
+
+def test_a_completion(client, vocabulary):
+    body = ask(client).json()
+    assert body["object"] == "text_completion"
+    assert body["model"] == "tiny"
+    (choice,) = body["choices"]
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
+    prompt = 1 + len(vocabulary.encode(BODY["prompt"]))
+    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 8, "total_tokens": prompt + 8}
+
+
+def test_the_same_prompt_as_ids_and_in_lists(client, vocabulary):
+    text = ask(client).json()["choices"][0]["text"]
+    ids = vocabulary.encode(BODY["prompt"])
+    assert ask(client, prompt=ids).json()["choices"][0]["text"] == text
+    for prompts in ([BODY["prompt"], "x"], [ids, vocabulary.encode("x")]):
+        body = ask(client, prompt=prompts).json()
+        assert [choice["index"] for choice in body["choices"]] == [0, 1]
+        assert body["choices"][0]["text"] == text
+        assert body["usage"]["completion_tokens"] == 16
+
+
+def test_defaults_are_those_of_the_api(client):
+    body = client.post("/v1/completions", json={"prompt": "In", "ignore_eos": True, "temperature": None}).json()
+    assert body["model"] == "tiny"
+    assert body["usage"]["completion_tokens"] == 16
+
+
+def test_echo_and_logprobs(client):
+    body = ask(client, echo=True, logprobs=2).json()
+    (choice,) = body["choices"]
+    assert choice["text"].startswith("In the beginning")
+    logprobs = choice["logprobs"]
+    assert {len(values) for values in logprobs.values()} == {body["usage"]["total_tokens"] - 1}
+    assert all(value <= 0 for value in logprobs["token_logprobs"])
+    assert all(2 <= len(top) <= 3 for top in logprobs["top_logprobs"])
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if not token.startswith(("bytes:", "<|")):
+            assert choice["text"][offset : offset + len(token)] == token
+
+
+def test_stop_strings_are_cut_off(client):
+    full = ask(client, max_tokens=30).json()["choices"][0]["text"]
+    choice = ask(client, max_tokens=30, stop=full[6:9]).json()["choices"][0]
+    assert choice["text"] == full[: full.find(full[6:9])]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_a_seed_repeats(client):
+    first, second = (ask(client, temperature=1.5, seed=9, max_tokens=20).json()["choices"][0] for _ in range(2))
+    assert first == second
+
+
+def test_a_stream_joins_to_the_whole(client):
+    whole = ask(client, logprobs=1, echo=True, prompt=["In the", "世界"], max_tokens=12).json()
+    response = ask(client, logprobs=1, echo=True, prompt=["In the", "世界"], max_tokens=12, stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = events(response)
+    assert done == "[DONE]"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+    for index in (0, 1):
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in parts) == whole["choices"][index]["text"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+        for name, values in whole["choices"][index]["logprobs"].items():
+            assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+def test_a_stream_tells_its_usage_only_when_asked(client):
+    *chunks, last, done = events(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"] == ask(client).json()["usage"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "says"),
+    [
+        ({"prompt": []}, "prompt", "prompt: must be a string"),
+        ({"prompt": [1, "a"]}, "prompt", "prompt: must be a string"),
+        ({"prompt": [[]]}, "prompt", "prompt: must be a string"),
+        ({"prompt": None}, "prompt", "field required"),
+        ({"prompt": [99999]}, "prompt", "id 99999"),
+        ({"prompt": [-1]}, "prompt", "id -1"),
+        ({"prompt": "\ud800"}, "prompt", "surrogate"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"max_tokens": "8"}, "max_tokens", "valid integer"),
+        ({"max_tokens": True}, "max_tokens", "valid integer"),
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"stop": ""}, "stop", "none of them empty"),
+        ({"stop": list("abcde")}, "stop", "up to 4"),
+        ({"seed": 1 << 63}, "seed", "64 bits"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"n": 2}, "n", "not supported"),
+        ({"best_of": 3}, "best_of", "not supported"),
+        ({"suffix": "end"}, "suffix", "not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream"),
+    ],
+)
+def test_bad_values_are_refused_by_name(client, changes, param, says):
+    # As ASCII escapes: a lone surrogate has no UTF-8, but JSON can spell it.
+    content = json.dumps({**BODY, **changes})
+    response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert says in error["message"]
+
+
+def test_values_that_change_nothing_are_accepted(client):
+    assert ask(client, n=1, best_of=1, logit_bias={}, presence_penalty=0, suffix="", user="me").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_long_is_refused_before_anything_runs(client, stream):
+    response = ask(client, max_tokens=256, stream=stream)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_an_unknown_model(client):
+    for response in (ask(client, model="gpt-x"), client.get("/v1/models/gpt-x")):
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+    assert ask(client, model="default").json()["model"] == "tiny"
+
+
+@pytest.mark.parametrize("content", [b"{not json", b"", b"[1]", b'"text"', b'{"prompt": NaN}'])
+def test_a_malformed_body(client, content):
+    response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_unknown_paths_and_methods(client):
+    for response, status in ((client.get("/v2/models"), 404), (client.get("/v1/completions"), 405)):
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_failure_of_the_model_is_one_error_and_the_next_request_is_answered(client, shared_engine, monkeypatch):
+    def failing(*arguments, **options):
+        raise RuntimeError("secret path")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shared_engine.model, "forward_cached", failing)
+        response = ask(client)
+        streamed = events(ask(client, stream=True))
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+    assert [set(event) for event in streamed] == [{"error"}]
+    assert ask(client).status_code == 200
+
+
+def test_a_stopped_engine_is_not_healthy(make_engine):
+    engine = AsyncEngine(make_engine())
+    with TestClient(build_app(engine, "tiny"), raise_server_exceptions=False) as client:
+        engine.stop()
+        assert client.get("/health").status_code == 503
+        assert ask(client).status_code == 503
+        engine.stop = lambda: None  # it has ended; the lifespan need not

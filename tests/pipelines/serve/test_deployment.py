@@ -1,0 +1,82 @@
+import json
+import socket
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from moray.pipelines.serve.deployment import check_port, deploy, free_port
+from moray.platform.errors import InputError, StepFailed
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path) -> Path:
+    from moray.models import checkpoint
+
+    checkpoint.save(model, tmp_path / "model")
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path / "model"
+
+
+def test_a_taken_port_is_named_and_a_free_one_hinted():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken") as refused:
+            check_port("127.0.0.1", port)
+    free = int(refused.value.hint.split()[-1])
+    assert free != port
+    check_port("127.0.0.1", free)
+    check_port("127.0.0.1", port)  # its listener is gone
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(InputError, match=r"cannot listen at 203\.0\.113\.1:8000"):
+        check_port("203.0.113.1", 8000)
+
+
+def test_a_folder_that_is_no_model_is_refused_before_ray_is_asked(tmp_path):
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        deploy(tmp_path, "none", port=1)
+
+
+def get(url: str) -> dict:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return json.load(response)
+
+
+@pytest.mark.cluster
+def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
+    port = free_port()
+    deployment = deploy(folder, "tiny", "127.0.0.1", port)
+    try:
+        card = get(f"{deployment.url}/v1/models")["data"][0]
+        assert card["id"] == "tiny"
+        assert deploy(folder, "tiny", "127.0.0.1", port) == deployment
+        assert get(f"{deployment.url}/v1/models")["data"][0] == card  # `created` too: the replica is the same
+        with pytest.raises(InputError, match="runs on this cluster already"):
+            deploy(folder, "tiny", "127.0.0.1", free_port())
+        client = openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0)
+        stream = iter(client.completions.create(model="tiny", prompt="In", max_tokens=200, temperature=0, stream=True))
+        next(stream)
+        with ThreadPoolExecutor(1) as pool:
+            stopping = pool.submit(deployment.stop)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
+            stopping.result()
+    finally:
+        deployment.stop()  # again: no error
+    check_port("127.0.0.1", port)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.cluster
+def test_a_model_that_does_not_load_is_an_error_that_says_why(ray_cluster, folder, capfd):
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    port = free_port()
+    with pytest.raises(StepFailed, match=r"model\.safetensors is not a safetensors file"):
+        deploy(folder, "broken", "127.0.0.1", port)
+    check_port("127.0.0.1", port)  # nothing is left
+    assert capfd.readouterr() == ("", "")

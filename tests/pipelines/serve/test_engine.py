@@ -1,0 +1,231 @@
+import pytest
+import torch
+
+from moray.pipelines.serve.engine import ContextLengthError, Engine
+from moray.pipelines.serve.scheduler import Limits
+from moray.pipelines.serve.sequence import Delta, Request
+
+PROMPTS = ["In the beginning", "def main(", "こんにちは", "x", "Grüße aus Zürich, naïve café."]
+
+
+def greedy_ids(model, ids: list[int], count: int) -> list[int]:
+    """The reference: the whole text through the model again for every token."""
+    ids = list(ids)
+    start = len(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[start:]
+
+
+def run(engine: Engine, requests: list[Request]) -> list[list[Delta]]:
+    """Everyone's deltas, all requests submitted at once."""
+    sequences = [engine.submit(request) for request in requests]
+    deltas: dict = {sequence: [] for sequence in sequences}
+    while engine.busy:
+        for output in engine.step():
+            assert isinstance(output.result, Delta), output.result
+            deltas[output.sequence].append(output.result)
+    return [deltas[sequence] for sequence in sequences]
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+def ids_of(deltas: list[Delta]) -> list[int]:
+    return [token.id for delta in deltas for token in delta.tokens]
+
+
+def greedy(vocabulary, text: str, max_tokens: int = 12, **options) -> Request:
+    return Request(tuple(vocabulary.encode(text)), max_tokens, temperature=0.0, ignore_eos=True, **options)
+
+
+def test_greedy_equals_the_whole_text_run_again_for_every_token(model, vocabulary, make_engine):
+    request = greedy(vocabulary, "In the beginning was", 40)
+    (deltas,) = run(make_engine(), [request])
+    assert ids_of(deltas) == greedy_ids(model, [0, *request.prompt], 40)
+    assert deltas[-1].finish_reason == "length"
+    assert deltas[-1].generated == 40
+
+
+def test_many_at_once_answer_as_each_alone(vocabulary, make_engine):
+    requests = [greedy(vocabulary, text, 10 + 5 * place) for place, text in enumerate(PROMPTS)]
+    together = run(make_engine(), requests)
+    alone = [run(make_engine(), [request])[0] for request in requests]
+    assert [ids_of(deltas) for deltas in together] == [ids_of(deltas) for deltas in alone]
+
+
+def test_a_prompt_in_chunks_is_answered_as_in_one_piece(vocabulary, make_engine):
+    request = greedy(vocabulary, "In the beginning was the word. " * 4, 8)
+    whole = run(make_engine(Limits(step_tokens=200, max_running=2, block_size=8)), [request])
+    pieces = run(make_engine(Limits(step_tokens=7, max_running=2, block_size=8)), [request])
+    assert len(request.prompt) > 20
+    assert ids_of(pieces[0]) == ids_of(whole[0])
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(vocabulary, make_engine):
+    def request(seed: int) -> Request:
+        return Request(tuple(vocabulary.encode("In the")), 16, temperature=1.0, top_p=0.9, seed=seed, ignore_eos=True)
+
+    alone = ids_of(run(make_engine(), [request(11)])[0])
+    crowd = run(make_engine(), [request(4), request(11), greedy(vocabulary, "x"), request(11)])
+    assert ids_of(crowd[1]) == ids_of(crowd[3]) == alone
+    assert ids_of(crowd[0]) != alone
+
+
+def test_without_a_seed_answers_differ(vocabulary, make_engine):
+    request = Request(tuple(vocabulary.encode("In the")), 24, temperature=2.0, ignore_eos=True)
+    first, second = run(make_engine(), [request, request])
+    assert ids_of(first) != ids_of(second)
+
+
+def test_the_end_of_the_document_stops_and_is_not_shown(model, vocabulary, make_engine, monkeypatch):
+    request = greedy(vocabulary, "In the beginning", 20)
+    ids = ids_of(run(make_engine(), [request])[0])
+    engine = make_engine()
+    monkeypatch.setattr(vocabulary, "eos", ids[5])
+    stopped = Request(request.prompt, 20, temperature=0.0)
+    (deltas,) = run(engine, [stopped])
+    cut = ids.index(ids[5])
+    assert deltas[-1].finish_reason == "stop"
+    assert deltas[-1].generated == cut + 1
+
+
+def test_a_stop_string_across_tokens_ends_the_answer(vocabulary, make_engine):
+    request = greedy(vocabulary, "In the beginning", 30)
+    full = text_of(run(make_engine(), [request])[0])
+    stop = full[5:9]
+    engine = make_engine()
+    (deltas,) = run(engine, [greedy(vocabulary, "In the beginning", 30, stop=(stop,))])
+    assert text_of(deltas) == full[: full.find(stop)]
+    assert deltas[-1].finish_reason == "stop"
+    assert deltas[-1].generated < 30
+    assert engine.cache.blocks_free == engine.cache.blocks
+
+
+def test_no_delta_ends_within_a_code_point(vocabulary, make_engine):
+    requests = [
+        Request(tuple(vocabulary.encode("世界")), 60, temperature=1.5, seed=seed, ignore_eos=True) for seed in range(4)
+    ]
+    for deltas in run(make_engine(), requests):
+        whole = b"".join(vocabulary.piece(index) for index in ids_of(deltas)).decode(errors="replace")
+        assert text_of(deltas) == whole
+
+
+def test_log_probabilities_equal_those_of_a_whole_forward(model, vocabulary, make_engine):
+    """FP32 in another order of operations (absorbed attention, chunks): 1e-4 nats."""
+    request = greedy(vocabulary, "In the beginning was the word.", 6, logprobs=3, echo=True)
+    (deltas,) = run(make_engine(Limits(step_tokens=9, max_running=2, block_size=8)), [request])
+    tokens = [token for delta in deltas for token in delta.tokens]
+    ids = [0, *(token.id for token in tokens)]
+    assert tuple(ids[1 : 1 + len(request.prompt)]) == request.prompt
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for place, token in enumerate(tokens):
+        assert token.logprob == pytest.approx(logprobs[place, token.id].item(), abs=1e-4)
+        assert [value for _, value in token.top] == pytest.approx(logprobs[place].topk(3).values.tolist(), abs=1e-4)
+    text = text_of(deltas)
+    assert text.startswith("In the beginning was the word.")
+
+
+def test_echo_alone_reads_the_prompt_and_generates_nothing(vocabulary, make_engine):
+    (deltas,) = run(make_engine(), [greedy(vocabulary, "In the beginning", 0, logprobs=0, echo=True)])
+    assert text_of(deltas) == "In the beginning"
+    assert deltas[-1].finish_reason == "length"
+    assert deltas[-1].generated == 0
+    assert all(token.logprob is not None for delta in deltas for token in delta.tokens)
+
+
+def test_a_prompt_that_brings_its_bos_gets_no_second(vocabulary, make_engine):
+    plain = greedy(vocabulary, "In the", 8)
+    with_bos = Request((0, *plain.prompt), 8, temperature=0.0, ignore_eos=True, logprobs=0, echo=True)
+    first, second = run(make_engine(), [plain, with_bos])
+    tokens = [token for delta in second for token in delta.tokens]
+    assert [token.id for token in tokens][len(with_bos.prompt) :] == ids_of(first)
+    assert tokens[0].logprob is None
+
+
+def test_an_empty_prompt_starts_a_document(model, vocabulary, make_engine):
+    (deltas,) = run(make_engine(), [greedy(vocabulary, "", 5)])
+    assert ids_of(deltas) == greedy_ids(model, [0], 5)
+
+
+def test_a_full_cache_makes_requests_wait_not_fail(vocabulary, make_engine):
+    engine = make_engine(blocks=5)  # 40 positions: room for one of these at a time
+    requests = [greedy(vocabulary, text, 18) for text in ("In the", "was the", "word")]
+    sequences = [engine.submit(request) for request in requests]
+    finished = []
+    most = 0
+    while engine.busy:
+        finished += [o.sequence for o in engine.step() if isinstance(o.result, Delta) and o.result.finish_reason]
+        most = max(most, sum(bool(sequence.blocks) for sequence in sequences))
+    assert finished == sequences
+    assert most == 1
+    assert engine.cache.blocks_free == 5
+
+
+def test_a_request_that_can_never_fit_is_refused(vocabulary, make_engine):
+    with pytest.raises(ContextLengthError, match=r"maximum context length is 256 tokens.*\(2 in the prompt, 255"):
+        make_engine().submit(Request((5,), max_tokens=255))
+    with pytest.raises(ContextLengthError, match="cache, which has 2 blocks of 8"):
+        make_engine(blocks=2).submit(Request((5,), max_tokens=16))
+    with pytest.raises(ValueError, match="id 340 is not one of the model's 340"):
+        make_engine().submit(Request((340,)))
+
+
+def test_cancelling_frees_all_blocks_whether_running_or_waiting(vocabulary, make_engine):
+    engine = make_engine(Limits(step_tokens=16, max_running=2, block_size=8))
+    sequences = [engine.submit(greedy(vocabulary, "In the beginning " * 3, 40)) for _ in range(4)]
+    for _ in range(5):
+        engine.step()
+    assert engine.cache.blocks_free < engine.cache.blocks
+    for sequence in sequences:
+        engine.cancel(sequence)
+        engine.cancel(sequence)  # twice is no error
+    assert not engine.busy
+    assert engine.cache.blocks_free == engine.cache.blocks
+
+
+def test_cancelling_one_does_not_disturb_the_others(vocabulary, make_engine):
+    expected = ids_of(run(make_engine(), [greedy(vocabulary, "In the", 20)])[0])
+    engine = make_engine()
+    kept, cancelled = (engine.submit(greedy(vocabulary, "In the", 20)) for _ in range(2))
+    for _ in range(5):
+        engine.step()
+    engine.cancel(cancelled)
+    while engine.busy:
+        engine.step()
+    assert kept.ids[kept.prompt_length :] == expected
+
+
+def test_a_failure_ends_only_the_request_at_fault(vocabulary, make_engine, model, monkeypatch):
+    engine = make_engine()
+    good = engine.submit(greedy(vocabulary, "In the", 10))
+    bad = engine.submit(greedy(vocabulary, "was the", 10))
+    forward = model.forward_cached
+
+    def failing(ids, positions, cache, tables, last_only=False):
+        if any(bad.blocks and bad.blocks[0] in row for row in tables.tolist()) and bad.generated == 3:
+            raise RuntimeError("broken on purpose")
+        return forward(ids, positions, cache, tables, last_only=last_only)
+
+    monkeypatch.setattr(model, "forward_cached", failing)
+    outputs = []
+    while engine.busy:
+        outputs += engine.step()
+    errors = [output for output in outputs if isinstance(output.result, Exception)]
+    assert [(output.sequence, str(output.result)) for output in errors] == [(bad, "broken on purpose")]
+    assert good.finish_reason == "length"
+    assert good.ids[good.prompt_length :] == greedy_ids(model, good.ids[: good.prompt_length], 10)
+    assert engine.cache.blocks_free == engine.cache.blocks
+
+
+def test_output_that_is_not_finite_is_an_error_not_a_token(vocabulary, make_engine, model, monkeypatch):
+    engine = make_engine()
+    forward = model.forward_cached
+    monkeypatch.setattr(model, "forward_cached", lambda *a, **k: forward(*a, **k) * float("nan"))
+    engine.submit(greedy(vocabulary, "In the"))
+    (output,) = engine.step()
+    assert isinstance(output.result, FloatingPointError)
+    assert not engine.busy

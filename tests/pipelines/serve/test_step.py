@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moray.pipelines.serve.step import Reply, SmokeServeConfig, closing_text, step
+from moray.platform.artifacts import ArtifactStore
+from moray.platform.events import EventLog
+from moray.platform.manifest import Manifest
+from moray.platform.step import StepContext
+
+
+def test_planning_needs_nothing_heavy():
+    """In a process of its own: this one has imported everything."""
+    code = (
+        "import sys, moray.pipelines.serve.step\n"
+        "print([name for name in ('torch', 'ray', 'fastapi', 'openai', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_config_is_checked():
+    with pytest.raises(ValueError, match="max_tokens"):
+        SmokeServeConfig(max_tokens=0)
+    with pytest.raises(ValueError, match="prompts"):
+        SmokeServeConfig(prompts=())
+
+
+def test_decoding_speed_leaves_the_first_token_out():
+    reply = Reply("p", "t", "length", 2, 11, seconds=3.0, streamed=True, first_token_seconds=1.0)
+    assert reply.tokens_per_second == pytest.approx(5.0)
+    assert Reply("p", "t", "length", 2, 11, seconds=3.0).tokens_per_second is None
+
+
+def test_the_closing_text_shows_question_and_answer():
+    text = closing_text("tiny", [Reply("In the", " beginning\nwas", "length", 2, 3, 0.1)])
+    assert text == "asked over HTTP: tiny goes on from 'In the'\n  | In the beginning\n  | was\n"
+
+
+def commit(store: ArtifactStore, step_name: str, produces: str, fingerprint: str):
+    return store.commit(
+        Manifest(
+            step=step_name, step_version=1, fingerprint=fingerprint, produces=produces, config={}, address={}, files=[],
+            bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.cluster
+def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokenizer, tmp_path, capfd):
+    from moray.models import checkpoint
+
+    store = ArtifactStore(home)
+    folder = store.prepare("export", "ab12", keep_leftovers=False)
+    checkpoint.save(model, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    exported = commit(store, "export", "model", "ab12")
+    registration = store.prepare("register", "cd34", keep_leftovers=False)
+    (registration / "registration.json").write_text(json.dumps({"model": exported.reference, "name": "tiny"}))
+    registered = commit(store, "register", "registration", "cd34")
+    (tmp_path / "out").mkdir()
+    context = StepContext(
+        step="smoke-serve", config=SmokeServeConfig(max_tokens=8), inputs={"model": registered},
+        folder=tmp_path / "out", home=home, run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "test"),
+        cluster=ray_cluster, fingerprint="ef56",
+    )  # fmt: skip
+    step.run(context)
+    transcript = json.loads((tmp_path / "out" / "transcript.json").read_text())
+    assert [reply["streamed"] for reply in transcript["concurrent"]] == [True, False, False, False]
+    assert transcript["batch_invariant"] is True
+    assert transcript["tokens_per_second"] > 0
+    assert context.counts["in:requests"] == 8
+    assert context.counts["out:tokens"] == sum(
+        reply["completion_tokens"] for reply in transcript["concurrent"] + transcript["alone"]
+    )
+    assert (tmp_path / "out" / "closing.txt").read_text().startswith("asked over HTTP: tiny goes on from")
+    assert "first token after" in context.outcome
+    assert capfd.readouterr() == ("", "")
