@@ -7,11 +7,15 @@ processes die with this one even after SIGKILL (Ray ties them to their parent).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +51,19 @@ class EmbeddedCluster(Cluster):
             raise InputError("this process is already connected to a Ray cluster", "call ray.shutdown() first")
         self._folder = self._temporary_folder()
         quiet_logging(self._log)
-        context: Any = ray.init(
-            address="local",
-            num_cpus=topology.cpus,
-            num_gpus=topology.gpus,
-            object_store_memory=max(128 << 20, min(1 << 30, topology.memory_bytes // 8)),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=free_port(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(self._folder),
-        )
+        with _signal_handlers_kept():
+            context: Any = ray.init(
+                address="local",
+                num_cpus=topology.cpus,
+                num_gpus=topology.gpus,
+                object_store_memory=max(128 << 20, min(1 << 30, topology.memory_bytes // 8)),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=free_port(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self._folder),
+            )
         self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         return topology
 
@@ -126,6 +131,18 @@ def _prepare_environment(home: Home) -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray puts handlers of its own under SIGTERM, which exit at once; this puts back what was there before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _keep_logs(folder: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ This module reaches the rooms above the platform by name, when called: `moray.cl
 from __future__ import annotations
 
 import importlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from moray.platform.home import Home
 from moray.platform.recipe import Recipe, load_recipe
 from moray.platform.runner import Decision, Runner, RunResult
 from moray.platform.runner import plan as plan_steps
+from moray.platform.signals import until_interrupted
 from moray.platform.step import Cluster
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -70,14 +72,17 @@ def serve(
     cluster = embedded_cluster(home, home.runs / "logs" / "serve" / "ray.log", cpus)
     serving: Any = importlib.import_module("moray.pipelines.serve.deployment")
     serving.check_port(host, port)
-    try:
-        cluster.ensure()
-        deployment = serving.deploy(folder, name=model_name(model, folder), host=host, port=port)
-        ready(deployment.url)
-        while True:
-            time.sleep(3600)
-    finally:
-        cluster.stop()
+    with until_interrupted():
+        try:
+            cluster.ensure()
+            deployment = serving.deploy(folder, name=model_name(model, folder), host=host, port=port)
+            try:
+                ready(deployment.url)
+                threading.Event().wait()
+            finally:
+                deployment.stop()  # lets open answers finish
+        finally:
+            cluster.stop()
 
 
 def model_folder(model: str, home: Home) -> Path:

@@ -8,7 +8,6 @@ cluster it started is stopped and the last event says how it ended.
 from __future__ import annotations
 
 import secrets
-import signal
 import threading
 import time
 import traceback
@@ -28,6 +27,7 @@ from moray.platform.lease import Lease
 from moray.platform.lease import holder as lease_holder
 from moray.platform.manifest import Manifest, code_revision, environment, hash_folder
 from moray.platform.recipe import PlannedStep, Recipe
+from moray.platform.signals import until_interrupted
 from moray.platform.step import Cancelled, Cluster, StepContext
 
 
@@ -122,7 +122,7 @@ class Runner:
         events.append(RunEvent(state="started", recipe=recipe.name, detail=run))
         state, detail = "failed", ""
         try:
-            with self._until_interrupted(), _follow(folder / "events", events):
+            with until_interrupted(self._cancelled.set), _follow(folder / "events", events):
                 for decision in plan(recipe, self.store):
                     result.steps[decision.planned.key] = self._step(decision, result, events)
             state = "succeeded"
@@ -246,24 +246,6 @@ class Runner:
         path = folder / "logs" / f"{key}.traceback.txt"
         write_text(path, traceback.format_exc())
         return path
-
-    @contextmanager
-    def _until_interrupted(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks steps to stop and interrupts what waits; both end in Cancelled."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals belong to whoever embeds us
-            return
-
-        def stop(number: int, frame: object) -> None:
-            self._cancelled.set()
-            raise KeyboardInterrupt
-
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 @contextmanager

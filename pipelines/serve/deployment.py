@@ -204,15 +204,18 @@ def _shut_down(serve: Any, url: str) -> None:
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    deadline = time.monotonic() + DRAIN_SECONDS + 30
     try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return  # it is down
+    deadline = time.monotonic() + DRAIN_SECONDS + 30
+    try:
         ray.get(controller.graceful_shutdown.remote(wait=False))
         while time.monotonic() < deadline:
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
             time.sleep(0.05)
     except (ValueError, ray.exceptions.RayActorError):
-        pass  # no such actor: it is down
+        pass  # no such actor any more
     address = urlsplit(url)
     while _taken(address.hostname or "", address.port or 0) and time.monotonic() < deadline:
         time.sleep(0.05)
