@@ -15,12 +15,14 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moray.platform.errors import InputError
 from moray.platform.home import Home
+from moray.platform.lease import is_alive
 from moray.platform.step import Cluster, Topology
 
 # A Unix socket's path may have 107 bytes; Ray appends about 75 to its folder's.
@@ -28,11 +30,10 @@ _LONGEST_FOLDER = 30
 
 
 class EmbeddedCluster(Cluster):
-    """Ray inside this process's lifetime. `log` gets what Ray's Python side has to say."""
+    """Ray inside this process's lifetime. What it has to say goes to a folder of its own under `home.logs`."""
 
-    def __init__(self, home: Home, log: Path, cpus: int | None = None) -> None:
+    def __init__(self, home: Home, cpus: int | None = None) -> None:
         self._home = home
-        self._log = log
         self._cpus = cpus
         self._folder: Path | None = None
         self.dashboard = ""
@@ -50,7 +51,8 @@ class EmbeddedCluster(Cluster):
         if ray.is_initialized():
             raise InputError("this process is already connected to a Ray cluster", "call ray.shutdown() first")
         self._folder = self._temporary_folder()
-        quiet_logging(self._log)
+        self.logs = self._home.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        quiet_logging(self.logs / "driver.log")
         with _signal_handlers_kept():
             context: Any = ray.init(
                 address="local",
@@ -67,26 +69,29 @@ class EmbeddedCluster(Cluster):
         self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         return topology
 
-    def logs(self) -> Path | None:
-        """The folder with Ray's own logs, while the cluster is up."""
-        return self._folder / "session_latest" / "logs" if self._folder else None
-
     def stop(self) -> None:
         if self._folder is None:
             return
         import ray
 
-        _keep_logs(self._folder, self._log.parent / "ray")
+        assert self.logs is not None
+        _keep_logs(self._folder, self.logs)
         ray.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
 
     def _temporary_folder(self) -> Path:
+        """A folder named after this process; those of processes that are gone are cleared away."""
         parent = self._home.root / "ray"
-        if len(str(parent)) <= _LONGEST_FOLDER:
-            parent.mkdir(exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix="r", dir=parent))
-        return Path(tempfile.mkdtemp(prefix="moray-"))
+        if len(str(parent)) > _LONGEST_FOLDER:
+            return Path(tempfile.mkdtemp(prefix="moray-"))
+        parent.mkdir(exist_ok=True)
+        for old in parent.glob("r*"):
+            if old.name[1:].isdigit() and not is_alive(int(old.name[1:])):
+                shutil.rmtree(old, ignore_errors=True)
+        folder = parent / f"r{os.getpid()}"
+        folder.mkdir()
+        return folder
 
 
 def free_port() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,7 @@ def run(
     """Runs a recipe on an embedded Ray that ends with the run."""
     home = home or Home.from_environment()
     opened = open_recipe(recipe, overrides)
-    log = home.runs / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{opened.name}" / "ray.log"
-    return Runner(home, embedded_cluster(home, log, cpus), list(listeners)).run(opened)
+    return Runner(home, embedded_cluster(home, cpus), list(listeners)).run(opened)
 
 
 def serve(
@@ -69,7 +67,7 @@ def serve(
     """Serves a model over HTTP until interrupted. `ready` is called with the URL once requests are answered."""
     home = home or Home.from_environment()
     folder = model_folder(model, home)
-    cluster = embedded_cluster(home, home.runs / "logs" / "serve" / "ray.log", cpus)
+    cluster = embedded_cluster(home, cpus)
     serving: Any = importlib.import_module("moray.pipelines.serve.deployment")
     serving.check_port(host, port)
     with until_interrupted():
@@ -103,7 +101,7 @@ def model_name(model: str, folder: Path) -> str:
     return model.partition("@")[0] if "@" in model else folder.name
 
 
-def embedded_cluster(home: Home, log: Path, cpus: int | None = None) -> Cluster:
+def embedded_cluster(home: Home, cpus: int | None = None) -> Cluster:
     module: Any = importlib.import_module("moray.cluster.embedded")
-    cluster: Cluster = module.EmbeddedCluster(home, log, cpus)
+    cluster: Cluster = module.EmbeddedCluster(home, cpus)
     return cluster

@@ -36,8 +36,18 @@ class Home:
         return self.root / "aliases"
 
     @property
+    def pins(self) -> Path:
+        """`<step>/<fingerprint>`: an empty file for every artifact that must stay."""
+        return self.root / "pins"
+
+    @property
     def runs(self) -> Path:
         return self.root / "runs"
+
+    @property
+    def logs(self) -> Path:
+        """What Ray had to say, a folder for each time it was started."""
+        return self.root / "logs"
 
     @property
     def cache(self) -> Path:

@@ -77,6 +77,11 @@ def is_stale(path: Path) -> bool:
     return age > STALE_SECONDS
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
+    return _started(pid) is not None
+
+
 def holder(path: Path) -> dict[str, Any]:
     """Who holds the lease, for messages; empty if nobody does."""
     try:

@@ -12,16 +12,30 @@ import importlib.metadata
 import time
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from moray.platform.atomic import write_text
 from moray.platform.errors import RecipeError, nearest
 from moray.platform.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
+from moray.platform.references import found_in, refuse, substitute
 
 if TYPE_CHECKING:
     from moray.platform.artifacts import Artifact
@@ -31,14 +45,49 @@ BUILTIN = Path(__file__).with_name("builtin.toml")
 
 
 class StepConfig(BaseModel):
-    """Base of every step's `with:` block: frozen, and unknown fields are errors."""
+    """Base of every step's `with:` block: frozen, and unknown fields are errors.
+
+    Operational fields and secrets may be given by reference (platform/references.py). Whatever dumps or prints a config
+    shows such a field as it was written.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)  # operational fields that were given by reference
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _read_references(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if is_operational(cls.model_fields[str(info.field_name)]):
+            return handler(substitute(value))
+        checked = handler(value)
+        refuse(checked)
+        return checked
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_references(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        config = handler(data)
+        if isinstance(data, Mapping):
+            names = {field.alias or name: name for name, field in cls.model_fields.items() if is_operational(field)}
+            config._written |= {names[key]: value for key, value in data.items() if key in names and found_in(value)}
+        return config
+
+    @model_serializer(mode="wrap")
+    def _show_references(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        shown: dict[str, Any] = handler(self)
+        return shown | {name: value for name, value in self._written.items() if name in shown}
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, self._written.get(str(name), value)) for name, value in super().__repr_args__()]
 
 
 def operational(default: Any, **rules: Any) -> Any:
     """A config field that says how to run, not what to make (workers, paths): it does not enter the fingerprint."""
     return Field(default, json_schema_extra={"identity": False}, **rules)
+
+
+def is_operational(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
 
 
 ConfigT = TypeVar("ConfigT", bound=StepConfig)
@@ -74,6 +123,8 @@ class Topology:
 
 class Cluster(ABC):
     """What the runner needs of a place where Ray runs. Implemented in the `cluster` room."""
+
+    logs: Path | None = None  # where Ray's own logs are found after it has stopped
 
     @abstractmethod
     def ensure(self) -> Topology:
@@ -134,7 +185,7 @@ class StepContext(Generic[ConfigT]):
         return self.run / "logs" / f"{self.step}.{name}.txt"
 
     def write_log(self, name: str, text: str) -> None:
-        write_text(self.log_path(name), text)
+        write_text(self.log_path(name), self.events.redact(text))
 
     def check_cancelled(self) -> None:
         """Raises Cancelled if the run is being stopped; long loops call it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from hypothesis import settings
 
+from moray.platform.artifacts import Artifact
+from moray.platform.events import Event
 from moray.platform.home import Home
+from moray.platform.runner import RunResult
 from moray.platform.step import Cluster, Topology
+from tests.small_run import run_small, write_text
 
 settings.register_profile("moray", deadline=None)  # a test never asserts a time
 settings.load_profile("moray")
@@ -53,7 +58,33 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedClus
     from moray.cluster.embedded import EmbeddedCluster
 
     folder = tmp_path_factory.mktemp("ray")
-    embedded = EmbeddedCluster(Home(folder), folder / "logs" / "ray.log", cpus=2)
+    embedded = EmbeddedCluster(Home(folder), cpus=2)
     topology = embedded.ensure()
     yield SharedCluster(topology)
     embedded.stop()
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A finished run and what is needed to run it again with changes."""
+
+    home: Home
+    folder: Path
+    result: RunResult
+    events: list[Event]
+    cluster: Cluster
+
+    def artifact(self, step: str) -> Artifact:
+        return self.result.steps[step].artifact
+
+    def run(self, *overrides: str) -> tuple[RunResult, list[Event]]:
+        """Runs the recipe again in the same home."""
+        return run_small(self.home, self.folder, self.cluster, overrides)
+
+
+@pytest.fixture(scope="session")
+def flow(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Flow:
+    folder, home = tmp_path_factory.mktemp("text"), Home(tmp_path_factory.mktemp("home"))
+    write_text(folder)
+    result, events = run_small(home, folder, ray_cluster)
+    return Flow(home, folder, result, events, ray_cluster)

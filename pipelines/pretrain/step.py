@@ -70,7 +70,10 @@ class Pretrain(Step[PretrainConfig]):
         )  # fmt: skip
         size = parameter_count(config)
         ctx.note(f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token")
-        fit(job, tokens, ctx.run / "train", topology)
+        try:
+            fit(job, tokens, ctx.run / "train", topology)
+        except StepFailed as error:
+            raise StepFailed(error.message, f"Ray's logs, once it has stopped: {ctx.cluster.logs}") from error
         write_json(ctx.folder / _TRAINING, {"tokenizer": first.vocabulary.tokenizer})
         self._finish(ctx, config, job, sum(token_set.tokens for token_set in sets.values()))
 
@@ -127,7 +130,7 @@ def fit(job: Job, tokens: Path, storage: Path, topology: Topology) -> None:
     except SystemExit as stop:  # how Ray Train answers Ctrl-C, after it has stopped the workers
         raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
-        raise StepFailed(f"training failed: {_reason(error)}", f"Ray's logs of the run lie beside {storage}") from error
+        raise StepFailed(f"training failed: {_reason(error)}") from error
     finally:
         for loader in loaders:
             ray.kill(loader)

@@ -24,14 +24,10 @@ from moray.platform.artifacts import ArtifactStore
 from moray.platform.evaluation import EvalReport
 from moray.platform.events import MetricEvent, ProgressEvent, RunEvent, StepEvent, read_events
 from moray.platform.manifest import hash_file
-
-from .conftest import Flow
+from tests.conftest import Flow
+from tests.small_run import STEPS, run_small
 
 pytestmark = pytest.mark.cluster
-STEPS = [
-    "corpus", "filter", "dedup", "split", "tokenizer", "tokenize", "pretrain", "export", "evaluate", "register",
-    "smoke-serve",
-]  # fmt: skip
 
 
 def column(folder: Path, name: str) -> list[Any]:
@@ -204,8 +200,6 @@ def kill_a_training_worker(flow_home: Path, killed: list[int]) -> None:
 def test_a_killed_worker_costs_no_bit_of_the_result(flow: Flow, tmp_path: Path) -> None:
     """SIGKILL of a training worker after the first checkpoint: the weights are those of the undisturbed run."""
     from moray.platform.home import Home
-
-    from .conftest import run_small
 
     home = Home(tmp_path / "home")
     home.root.mkdir()

@@ -1,19 +1,16 @@
-"""A small real run of the whole flow, made once and read by the tests of every contract."""
+"""The whole flow at the smallest size that is still real: a recipe, its text, and how to run it."""
 
 from __future__ import annotations
 
 import shutil
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from moray.platform.artifacts import Artifact
 from moray.platform.events import Event
 from moray.platform.home import Home
 from moray.platform.recipe import parse_recipe
 from moray.platform.runner import Runner, RunResult
+from moray.platform.step import Cluster
 
 RECIPE = """
 name: small
@@ -44,40 +41,14 @@ steps:
   smoke-serve: {{inputs: {{model: register}}, with: {{max_tokens: 8}}}}
 """
 
-
-@dataclass(frozen=True)
-class Flow:
-    """A finished run and what is needed to run it again with changes."""
-
-    home: Home
-    folder: Path
-    result: RunResult
-    events: list[Event]
-    cluster: object
-
-    def artifact(self, step: str) -> Artifact:
-        return self.result.steps[step].artifact
-
-    def run(self, *overrides: str) -> tuple[RunResult, list[Event]]:
-        """Runs the recipe again in the same home."""
-        return run_small(self.home, self.folder, self.cluster, overrides)
+STEPS = [
+    "corpus", "filter", "dedup", "split", "tokenizer", "tokenize", "pretrain", "export", "evaluate", "register",
+    "smoke-serve",
+]  # fmt: skip
 
 
-def run_small(
-    home: Home, folder: Path, cluster: object, overrides: tuple[str, ...], until: str = "smoke-serve"
-) -> tuple[RunResult, list[Event]]:
-    """Runs the recipe up to the step `until`."""
-    events: list[Event] = []
-    before, _, after = RECIPE.partition(f"\n  {until}:")
-    text = f"{before}\n  {until}:{after.splitlines()[0]}\n"
-    recipe = parse_recipe(text.format(folder=folder), Path("small.yaml"), overrides)
-    return Runner(home, cluster, [events.append]).run(recipe), events  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def flow(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Flow:
+def write_text(folder: Path) -> None:
     """The standard library's json, email and logging packages, a copy of one of their files, and some JSON lines."""
-    folder, home = tmp_path_factory.mktemp("text"), Home(tmp_path_factory.mktemp("home"))
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for package in ("json", "email", "logging"):
         shutil.copytree(stdlib / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -87,5 +58,29 @@ def flow(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Flow:
     (folder / "lines").mkdir()
     rows = [f'{{"text": "{" ".join(f"entry {i} counts {i * k}" for k in range(30))}"}}' for i in range(40)]
     (folder / "lines" / "a.jsonl").write_text("\n".join([*rows, "{torn"]))
-    result, events = run_small(home, folder, ray_cluster, ())
-    return Flow(home, folder, result, events, ray_cluster)
+
+
+def recipe_text(folder: Path, until: str = "smoke-serve") -> str:
+    """The recipe over the text in `folder`, up to the step `until`."""
+    before, _, after = RECIPE.partition(f"\n  {until}:")
+    block = _block(after) if after.startswith("\n") else after.splitlines()[0]
+    return f"{before}\n  {until}:{block}\n".format(folder=folder)
+
+
+def _block(text: str) -> str:
+    """The lines of a step's block: those indented deeper than its key."""
+    lines = []
+    for line in text.splitlines()[1:]:
+        if line.strip() and not line.startswith("    "):
+            break
+        lines.append(line)
+    return "\n" + "\n".join(lines)
+
+
+def run_small(
+    home: Home, folder: Path, cluster: Cluster, overrides: tuple[str, ...] = (), until: str = "smoke-serve"
+) -> tuple[RunResult, list[Event]]:
+    """Runs the recipe up to the step `until`."""
+    events: list[Event] = []
+    recipe = parse_recipe(recipe_text(folder, until), Path("small.yaml"), overrides)
+    return Runner(home, cluster, [events.append]).run(recipe), events

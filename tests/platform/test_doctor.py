@@ -1,0 +1,34 @@
+"""`moray doctor`: says what is wrong, with a fix, and finds this machine fit."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from moray.platform import doctor
+
+
+def test_this_machine_can_run_the_tests() -> None:
+    assert not [found for found in doctor.examine() if found.state == "fail"]
+
+
+def test_whatever_is_not_well_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MORAY_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = doctor.examine()
+    assert {f.name for f in found if f.state == "fail"} == {"home"}
+    assert "compiler" in {f.name for f in found if f.state == "warn"}
+    assert all(f.fix for f in found if f.state != "ok")
+    assert "  -> " in "\n".join(doctor.lines(found))
+
+
+def test_a_taken_port_is_seen() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert doctor._port(port).state == "warn"
+    assert doctor._port(port).state == "ok"
