@@ -1,4 +1,4 @@
-"""corpus: directories of text and code, and JSON lines, into Documents.
+"""corpus: directories of text and code, JSON lines and Parquet files into Documents.
 
 Files are listed and sorted once, grouped into shards by size, and read by Ray Data tasks; what is left out is counted
 by reason. A document's id depends on the source's name and the file's path within it, not on where the source lies.
@@ -6,10 +6,9 @@ by reason. A document's id depends on the source's name and the file's path with
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,11 +16,15 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from moray.pipelines.documents import SCHEMA, document_id, shard_name, text_bytes, write_shard
-from moray.pipelines.readers import READERS
+from moray.pipelines.documents import SCHEMA, document_id, shard_name, write_batches
+from moray.pipelines.readers import DEFAULT_COLUMNS, READERS, Columns
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.errors import InputError, RecipeError
+from moray.platform.manifest import hash_file
 from moray.platform.step import Estimate, ExternalFile, Step, StepConfig, StepContext, Topology, operational
+
+_ROW_READERS = ("jsonl", "parquet")
+_BATCH_BYTES = 32_000_000  # of text held by a task before it is written
 
 
 class Source(StepConfig):
@@ -30,7 +33,9 @@ class Source(StepConfig):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     path: Path | None = operational(None)
     package: str | None = operational(None)
-    reader: Literal["text", "jsonl", "pythonbible"] = "text"
+    reader: Literal["text", "jsonl", "parquet", "pythonbible"] = "text"
+    text_column: str = Field(DEFAULT_COLUMNS.text, min_length=1, description="jsonl, parquet: where the text is")
+    id_column: str | None = Field(None, min_length=1, description="jsonl, parquet: what names a row; else its number")
     include: tuple[str, ...] = ("**/*",)
     exclude: tuple[str, ...] = ()
     license: str = ""
@@ -40,6 +45,8 @@ class Source(StepConfig):
     def _one_place(self) -> Source:
         if (self.path is None) == (self.package is None):
             raise ValueError("give `path` or `package`, one of them")
+        if self.reader not in _ROW_READERS and (self.text_column, self.id_column) != (DEFAULT_COLUMNS.text, None):
+            raise ValueError(f"`text_column` and `id_column` are for {' and '.join(_ROW_READERS)}, not {self.reader}")
         return self
 
     def root(self) -> Path:
@@ -77,7 +84,7 @@ class CorpusConfig(StepConfig):
 
 class Corpus(Step[CorpusConfig]):
     name: ClassVar[str] = "corpus"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     Config = CorpusConfig
     produces: ClassVar[str] = "documents"
     needs_ray: ClassVar[bool] = True
@@ -135,8 +142,7 @@ def _shards(config: CorpusConfig) -> list[Row]:
         size = config.shard_bytes  # so that every source begins a shard
         for key, path in source.files():
             if size >= config.shard_bytes:
-                description = {"source": source.name, "license": source.license, "reader": source.reader}
-                shards.append({"shard": len(shards), "files": [], "keys": [], **description})
+                shards.append({"shard": len(shards), "files": [], "keys": [], **_description(source)})
                 size = 0
             shards[-1]["files"].append(str(path))
             shards[-1]["keys"].append(key)
@@ -144,26 +150,56 @@ def _shards(config: CorpusConfig) -> list[Row]:
     return shards
 
 
+def _description(source: Source) -> Row:
+    """What a task must know of a source, as strings: Ray Data rows are Arrow, where a None may lose its column."""
+    return {
+        "source": source.name,
+        "license": source.license,
+        "reader": source.reader,
+        "text_column": source.text_column,
+        "id_column": source.id_column or "",
+    }
+
+
 def _write(shard: Row, folder: str, max_bytes: int) -> Row:
     """Reads one shard's files and writes its Parquet file. Runs in a Ray worker."""
-    reader, source = READERS[shard["reader"]], shard["source"]
-    ids, texts, metas = [], [], []
-    dropped: Counter[str] = Counter({reason: 0 for reason in _REASONS})
+    counts: Counter[str] = Counter({"documents": 0, "bytes": 0, **{f"dropped:{reason}": 0 for reason in _REASONS}})
+    write_batches(Path(folder) / shard_name(shard["shard"]), SCHEMA, _tables(shard, max_bytes, counts))
+    return {"shard": shard["shard"], **counts}
+
+
+def _tables(shard: Row, max_bytes: int, counts: Counter[str]) -> Iterator[pa.Table]:
+    """The shard's documents, a batch at a time; adds to `counts` on the way."""
+    reader, columns = READERS[shard["reader"]], Columns(shard["text_column"], shard["id_column"] or None)
+    rows: list[tuple[str, str]] = []
+    held = 0
     for key, path in zip(shard["keys"], shard["files"], strict=True):
-        for suffix, text, *reason in reader(Path(path), max_bytes):
+        for suffix, text, *reason in reader(Path(path), max_bytes, columns):
             if text is None:
-                dropped[reason[0]] += 1
+                counts[f"dropped:{reason[0]}"] += 1
                 continue
-            ids.append(document_id(source, key + suffix))
-            texts.append(text)
-            metas.append([("path", key + suffix)])
-    columns: list[Any] = [ids, texts, [source] * len(ids), [shard["license"]] * len(ids), metas]
-    table = pa.table(
+            size = len(text.encode())
+            counts.update({"documents": 1, "bytes": size})
+            rows.append((key + suffix, text))
+            held += size
+            if held >= _BATCH_BYTES:
+                yield _table(shard, rows)
+                rows, held = [], 0
+    yield _table(shard, rows)
+
+
+def _table(shard: Row, rows: list[tuple[str, str]]) -> pa.Table:
+    """Documents from (key, text) pairs."""
+    columns: list[Any] = [
+        [document_id(shard["source"], key) for key, _ in rows],
+        [text for _, text in rows],
+        [shard["source"]] * len(rows),
+        [shard["license"]] * len(rows),
+        [[("path", key)] for key, _ in rows],
+    ]
+    return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
     )
-    write_shard(Path(folder) / shard_name(shard["shard"]), table)
-    counts = {f"dropped:{reason}": n for reason, n in dropped.items()}
-    return {"shard": shard["shard"], "documents": len(ids), "bytes": text_bytes(texts), **counts}
 
 
 _REASONS = ("unreadable", "empty", "binary", "not_utf8", "oversized", "malformed")
@@ -171,7 +207,7 @@ _REASONS = ("unreadable", "empty", "binary", "not_utf8", "oversized", "malformed
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hash_file(path)
     except OSError:
         return "unreadable"
 

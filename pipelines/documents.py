@@ -68,11 +68,18 @@ def write_shard(path: Path, table: pa.Table) -> None:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Any table as zstd Parquet, by way of a temporary name."""
+    write_batches(path, table.schema, [table])
+
+
+def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """As `write_parquet`, from tables that need not be in memory together."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        pq.write_table(table, temporary, compression="zstd")
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -5,7 +5,6 @@ Nothing heavy is imported until a command needs it: `moray --help` loads neither
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -17,6 +16,8 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
 
+from moray.platform import cli_artifacts, cli_runs
+from moray.platform.console import Json, err, out, print_json
 from moray.platform.errors import MorayError, nearest
 
 app = App(
@@ -25,21 +26,11 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+app.command(cli_runs.app)
+app.command(cli_artifacts.app)
 
 Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
-Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
-
-
-def err() -> Console:
-    return Console(stderr=True, highlight=False)
-
-
-def out() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 160  # a file has no width; the default of 80 would fold tables
-    return console
 
 
 @app.command
@@ -55,7 +46,7 @@ def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = Fa
     with Terminal(console) as terminal:
         result = run_recipe(recipe, set_ or [], cpus=cpus, listeners=[terminal])
     if json_:
-        print(json.dumps(_run_as_json(result), indent=2))
+        print_json(_run_as_json(result))
         return 0
     console.print()
     out().print(closing_table(result))
@@ -88,7 +79,7 @@ def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
             }
             for d in decisions
         ]
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return 0
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("step", "action", "fingerprint", "why"):
@@ -200,7 +191,8 @@ def _usage(error: CycloptsError) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if type(error).__name__ == "UnknownCommandError" and error.unused_tokens:
         name = error.unused_tokens[0]
-        return f"unknown command {name!r}", nearest(name, [n for n in app if not n.startswith("-")])
+        within = error.app or app
+        return f"unknown command {name!r}", nearest(name, [n for n in within if not n.startswith("-")])
     return text[:1].lower() + text[1:].rstrip("."), "see moray --help"
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from moray.platform.metrics import metric
+from moray.platform.references import Redactor
 
 
 class _Event(BaseModel):
@@ -95,16 +96,21 @@ class NoteEvent(_Event):
 
 
 Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent
+_FREE_TEXT = ("detail", "why", "outcome", "text")  # the fields that hold a step's or an error's own words
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 class EventLog:
-    """Appends events to one segment; thread-safe. `listeners` see each event after it is on disk."""
+    """Appends events to one segment; thread-safe. `listeners` see each event after it is on disk.
 
-    def __init__(self, folder: Path, writer: str) -> None:
+    `redact` is applied to what steps say in their own words, so that no value of a reference is written down.
+    """
+
+    def __init__(self, folder: Path, writer: str, redact: Redactor | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.writer = f"{writer}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.redact = redact or Redactor()
         self.listeners: list[Callable[[Event], None]] = []
         self._sequence = 0
         self._lock = threading.Lock()
@@ -116,28 +122,40 @@ class EventLog:
             metric(event.name)
         with self._lock:
             stamped = event.model_copy(
-                update={"writer": self.writer, "sequence": self._sequence, "time": time.time()},
-            )
+                update={
+                    "writer": self.writer, "sequence": self._sequence, "time": time.time(), **self._own_words(event),
+                },
+            )  # fmt: skip
             self._file.write(stamped.model_dump_json().encode() + b"\n")
             self._sequence += 1
         for listener in self.listeners:
             listener(stamped)
+
+    def _own_words(self, event: Event) -> dict[str, Any]:
+        words: dict[str, Any] = {n: self.redact(getattr(event, n)) for n in _FREE_TEXT if hasattr(event, n)}
+        if isinstance(event, MetricEvent):
+            words["labels"] = {name: self.redact(value) for name, value in event.labels.items()}
+        return words
 
     def close(self) -> None:
         self._file.close()
 
 
 class EventTail:
-    """Follows the segments of a run: `poll()` yields the events that came since the last call."""
+    """Follows the segments of a run: `poll()` yields the events that came since the last call.
 
-    def __init__(self, folder: Path, skip_writer: str = "") -> None:
+    `writers` is a pattern of the segments' names.
+    """
+
+    def __init__(self, folder: Path, skip_writer: str = "", writers: str = "*") -> None:
         self._folder = folder
+        self._pattern = f"{writers}.jsonl"
         self._skip = skip_writer
         self._offsets: dict[Path, int] = {}
 
     def poll(self) -> Iterator[Event]:
         """New events, segment by segment. Only whole lines are read; a segment may still be growing."""
-        for path in sorted(self._folder.glob("*.jsonl")):
+        for path in sorted(self._folder.glob(self._pattern)):
             if self._skip and path.stem == self._skip:
                 continue
             offset = self._offsets.get(path, 0)
@@ -152,9 +170,9 @@ class EventTail:
                 yield _adapter.validate_json(line)
 
 
-def read_events(run: Path) -> list[Event]:
-    """All events of a run folder, ordered by time, then writer and sequence."""
-    return sorted(EventTail(run / "events").poll(), key=lambda e: (e.time, e.writer, e.sequence))
+def read_events(run: Path, writers: str = "*") -> list[Event]:
+    """The events of a run folder, ordered by time, then writer and sequence. `runner-*`: of the runner alone."""
+    return sorted(EventTail(run / "events", writers=writers).poll(), key=lambda e: (e.time, e.writer, e.sequence))
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from moray.platform.recipe import PlannedStep, Recipe
-from moray.platform.step import ExternalFile
+from moray.platform.references import Secret
+from moray.platform.step import ExternalFile, is_operational
 
 
 def identity(value: Any) -> Any:
@@ -26,14 +27,14 @@ def identity(value: Any) -> Any:
         return {
             name: identity(getattr(value, name))
             for name, field in type(value).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False)
+            if not is_operational(field)
         }
     if isinstance(value, Mapping):
         return {str(key): identity(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [identity(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, Path | Secret):
+        return str(value)  # a secret's text is its reference
     return value
 
 

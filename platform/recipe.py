@@ -11,7 +11,6 @@ the line, the field, the bad value and the nearest valid one.
 
 from __future__ import annotations
 
-import os
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moray.platform.errors import InputError, RecipeError, nearest
+from moray.platform.references import REFERENCE, Redactor, found_in, redacting
 from moray.platform.step import Step, StepConfig, resolve_step
 
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
-_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+_ANY_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 class StepSpec(BaseModel):
@@ -134,7 +134,7 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
     try:
         spec = RecipeSpec.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, RecipeSpec, path, lines, ()) from error
+        raise _explain(error, RecipeSpec, path, lines, (), raw) from error
     if not _NAME.match(spec.name):
         raise RecipeError(f"{path}:{lines.of(['name'])}: name {spec.name!r} must match {_NAME.pattern}")
     if not spec.steps:
@@ -173,9 +173,10 @@ def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: 
     try:
         config = step.Config.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, step.Config, path, lines, ("steps", key, "with")) from error
+        raise _explain(error, step.Config, path, lines, ("steps", key, "with"), values) from error
     try:
-        step.check(config, dict(spec.inputs))
+        with redacting(Redactor.of([config])):
+            step.check(config, dict(spec.inputs))
     except RecipeError as error:
         raise RecipeError(f"{at('with')}: {error.message}", error.hint) from error
     return PlannedStep(key, step, config, dict(spec.inputs))
@@ -231,13 +232,16 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _substitute(value: Any, where: str) -> Any:
-    """Replaces `${python:stdlib}`, `${python:site-packages}` and `${env:NAME}` in every string."""
+    """Replaces `${python:stdlib}` and `${python:site-packages}` in every string.
+
+    `${env:NAME}` and `${file:PATH}` stay: the config's fields decide what becomes of them.
+    """
     if isinstance(value, dict):
         return {key: _substitute(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list):
         return [_substitute(item, f"{where}.{i}") for i, item in enumerate(value)]
     if isinstance(value, str):
-        return _REFERENCE.sub(lambda match: _reference(match.group(1), where), value)
+        return _ANY_REFERENCE.sub(lambda match: _reference(match.group(1), where), value)
     return value
 
 
@@ -245,18 +249,18 @@ def _reference(text: str, where: str) -> str:
     folders = {"python:stdlib": "stdlib", "python:site-packages": "purelib"}
     if text in folders:
         return sysconfig.get_paths()[folders[text]]
-    kind, _, name = text.partition(":")
-    if kind == "env":
-        if name not in os.environ:
-            raise RecipeError(f"{where}: ${{{text}}}: the environment has no {name}", f"export {name}=...")
-        return os.environ[name]
-    raise RecipeError(f"{where}: unknown reference ${{{text}}}", nearest(text, [*folders, "env:NAME"]))
+    if REFERENCE.fullmatch(f"${{{text}}}"):
+        return f"${{{text}}}"
+    raise RecipeError(f"{where}: unknown reference ${{{text}}}", nearest(text, [*folders, "env:NAME", "file:PATH"]))
 
 
 def _explain(
-    error: ValidationError, model: type[BaseModel], path: Path, lines: _Lines, prefix: tuple[str, ...]
+    error: ValidationError, model: type[BaseModel], path: Path, lines: _Lines, prefix: tuple[str, ...], written: Any
 ) -> RecipeError:
-    """The first of pydantic's complaints as one line, with the nearest valid field for an unknown one."""
+    """The first of pydantic's complaints as one line, with the nearest valid field for an unknown one.
+
+    `written` is what was validated: where it holds a reference, pydantic has seen the value and we show the reference.
+    """
     # A misspelt field also shows as a missing one; the misspelling is what to mend.
     first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     fields = tuple(str(part) for part in first["loc"])
@@ -264,9 +268,22 @@ def _explain(
     where = f"{path}:{lines.of(full)}: {'.'.join(full)}"
     if first["type"] == "extra_forbidden":
         return RecipeError(f"{where}: unknown field", nearest(fields[-1], _fields_at(model, fields[:-1])))
-    shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
+    if first["type"] == "reference":
+        return RecipeError(f"{where}: {first['ctx']['message']}", first["ctx"]["hint"])
+    given = _at(written, first["loc"])
+    shown = "" if first["type"] == "missing" else f" (got {given if found_in(given) else first['input']!r:.80})"
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(f"{where}: {message[0].lower() + message[1:]}{shown}")
+
+
+def _at(written: Any, path: Sequence[str | int]) -> Any:
+    """What stands at `path`, or at its nearest parent that is written down."""
+    for part in path:
+        try:
+            written = written[part]
+        except (KeyError, IndexError, TypeError):  # a tag of pydantic's, or a field that is not there
+            break
+    return written
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:

