@@ -110,6 +110,20 @@ def serve(
     return 0
 
 
+@app.command
+def doctor(*, json_: Json = False) -> int:
+    """Check what this machine has against what Moray needs; exit 1 if something will not work."""
+    from moray.platform.doctor import as_json, examine, lines
+
+    findings = examine()
+    if json_:
+        print_json(as_json(findings))
+    else:
+        for line in lines(findings):
+            out().print(line, markup=False)
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
 def _announce(url: str, model: str) -> None:
     out().print(f"serving {model} at {url}/v1   (Ctrl-C stops it)", markup=False)
     err().print(

@@ -47,6 +47,15 @@ def hash_external(files: Sequence[ExternalFile]) -> str:
 
 
 @dataclass(frozen=True)
+class External:
+    """The files of one source outside Moray, as they were when the address was made."""
+
+    sha256: str
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Address:
     """What a fingerprint was made of; kept in the manifest so that a change can be explained."""
 
@@ -54,28 +63,30 @@ class Address:
     version: int
     config: Any
     inputs: Mapping[str, str]
-    external: str
-    external_files: int
-    external_bytes: int
+    external: Mapping[str, External]
 
     @property
     def fingerprint(self) -> str:
         """32 hex characters (128 bits)."""
-        parts = [self.step, self.version, self.config, dict(sorted(self.inputs.items())), self.external]
+        external = {source: found.sha256 for source, found in self.external.items()}
+        parts = [self.step, self.version, self.config, dict(self.inputs), external]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def address(planned: PlannedStep, inputs: Mapping[str, str]) -> Address:
     """The address of one step, given its inputs' fingerprints. Reads (hashes) the external files."""
-    files = planned.step.external(planned.config)
+    by_source: dict[str, list[ExternalFile]] = {}
+    for file in planned.step.external(planned.config):
+        by_source.setdefault(file.source, []).append(file)
     return Address(
         step=planned.step.name,
         version=planned.step.version,
         config=identity(planned.config),
         inputs=dict(inputs),
-        external=hash_external(files) if files else "",
-        external_files=len(files),
-        external_bytes=sum(file.size for file in files),
+        external={
+            source: External(hash_external(files), len(files), sum(file.size for file in files))
+            for source, files in sorted(by_source.items())
+        },
     )
 
 

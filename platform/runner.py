@@ -19,9 +19,9 @@ from typing import Any
 
 from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.atomic import write_json, write_text
-from moray.platform.differences import differences
 from moray.platform.errors import MorayError, StepFailed
-from moray.platform.events import Event, EventLog, EventTail, RunEvent, StepEvent, UsageEvent
+from moray.platform.events import Event, EventLog, EventTail, NoteEvent, RunEvent, StepEvent, UsageEvent
+from moray.platform.explain import explain_change, is_current
 from moray.platform.fingerprint import Address, addresses
 from moray.platform.home import Home
 from moray.platform.lease import Lease
@@ -30,6 +30,7 @@ from moray.platform.manifest import Manifest, code_revision, environment, hash_f
 from moray.platform.recipe import PlannedStep, Recipe
 from moray.platform.references import Redactor, redacting
 from moray.platform.signals import until_interrupted
+from moray.platform.source import source_hash
 from moray.platform.step import Cancelled, Cluster, StepContext
 
 
@@ -72,27 +73,14 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
         made = addresses(recipe)
     for planned, address in zip(recipe.steps, made.values(), strict=True):
         found = store.get(planned.step.name, address.fingerprint)
-        why = f"have {address.fingerprint[:8]}" if found else explain_change(address, store)
+        if found is None:
+            why = explain_change(address, next(store.of_step(address.step), None))
+        else:
+            why = f"have {address.fingerprint[:8]}" + (
+                "" if is_current(planned.step, found) else ", made by other code"
+            )
         decisions.append(Decision(planned, address, found is not None, why))
     return decisions
-
-
-def explain_change(address: Address, store: ArtifactStore) -> str:
-    """Why there is no artifact at `address`: what differs from the newest one of the same step."""
-    newest = next(store.of_step(address.step), None)
-    if newest is None:
-        return "never run"
-    old = newest.manifest.address
-    if old["version"] != address.version:
-        return f"step version {old['version']} -> {address.version}"
-    changed = [f"input {name} changed" for name, value in address.inputs.items() if old["inputs"].get(name) != value]
-    if old["external"] != address.external:
-        changed.append(
-            f"source files changed ({old['external_files']} files, {old['external_bytes']:,} bytes -> "
-            f"{address.external_files}, {address.external_bytes:,})"
-        )
-    changed += [str(found) for found in differences(old["config"], address.config)]
-    return "; ".join(changed[:4]) or "its artifact was removed"
 
 
 class Runner:
@@ -158,6 +146,10 @@ class Runner:
 
     def _reused(self, planned: PlannedStep, found: Artifact, why: str, events: EventLog) -> StepResult:
         manifest = found.manifest
+        if not is_current(planned.step, found):
+            text = f"{planned.key}: the code of this step has changed since {manifest.step}/{found.fingerprint[:8]} was made"
+            remedy = f"`moray artifacts rm {found.reference}` to make it anew"
+            events.append(NoteEvent(step=planned.key, level="warning", text=f"{text}; {remedy}"))
         events.append(
             StepEvent(
                 step=planned.key, state="reused", fingerprint=found.fingerprint, why=why, counts=manifest.counts,
@@ -192,8 +184,10 @@ class Runner:
             raise
         except Exception as error:
             log = self._keep_traceback(result.folder, planned.key, events)
+            full = "No space left on device" in str(error)
             raise StepFailed(
-                f"step {planned.key!r} failed: {type(error).__name__}: {_first_line(error)}", f"details: {log}"
+                f"step {planned.key!r} failed: {type(error).__name__}: {_first_line(error)}",
+                f"free some disk for {self.home.root}, then run again" if full else f"details: {log}",
             ) from error
         finally:
             seconds = time.monotonic() - began
@@ -229,7 +223,7 @@ class Runner:
                 counts=context.counts,
                 outcome=context.events.redact(context.outcome),
                 run=context.run.name,
-                code=code_revision(),
+                code={**code_revision(), "source": source_hash(planned.step)},
                 environment=environment(),
                 started=started,
                 seconds=seconds,

@@ -11,7 +11,7 @@ import pytest
 
 from moray.platform.artifacts import ArtifactStore
 from moray.platform.errors import InputError, StepFailed
-from moray.platform.events import Event, RunEvent, StepEvent, UsageEvent, read_events
+from moray.platform.events import Event, NoteEvent, RunEvent, StepEvent, UsageEvent, read_events
 from moray.platform.home import Home
 from moray.platform.recipe import PlannedStep, Recipe
 from moray.platform.runner import Runner, plan
@@ -171,3 +171,36 @@ def test_work_in_progress_is_not_an_artifact(home: Home) -> None:
 
     result, _ = run(home, recipe("a", during=look))
     assert store.get("write", result.steps["s0"].artifact.fingerprint) is not None
+
+
+def test_the_plan_names_the_source_that_changed(home: Home, tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from moray.platform.explain import explain_change
+    from moray.platform.fingerprint import addresses
+    from moray.platform.recipe import parse_recipe
+
+    result, _ = run(home, recipe("a"))
+    any_artifact = result.steps["s0"].artifact
+    text = f"name: demo\nsteps:\n  corpus: {{with: {{sources: [{{name: here, path: {tmp_path / 'in'}}}]}}}}\n"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one")
+    before = addresses(parse_recipe(text, Path("demo.yaml")))["corpus"]
+    manifest = any_artifact.manifest.model_copy(update={"address": asdict(before)})
+    old = type(any_artifact)(any_artifact.folder, manifest)
+    (tmp_path / "in" / "b.txt").write_text("three")
+    now = addresses(parse_recipe(text, Path("demo.yaml")))["corpus"]
+    assert explain_change(now, old) == "source here changed (1 -> 2 files, 3 -> 8 bytes)"
+    assert explain_change(before, old) == "its artifact was removed"
+    assert explain_change(now, None) == "never run"
+
+
+def test_an_artifact_made_by_other_code_is_reused_with_a_warning(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moray.platform import explain
+
+    run(home, recipe("a"))
+    monkeypatch.setattr(explain, "source_hash", lambda step: "another")
+    assert plan(recipe("a"), ArtifactStore(home))[0].why.endswith("made by other code")
+    result, seen = run(home, recipe("a"))
+    assert result.steps["s0"].reused
+    assert [e.text for e in seen if isinstance(e, NoteEvent) and e.level == "warning"] != []
