@@ -1,4 +1,4 @@
-"""The same as the command line, from Python: `plan`, `run`, `serve`.
+"""The same as the command line, from Python: `plan`, `run`, `serving`.
 
 This module reaches the rooms above the platform by name, when called: `moray.cluster.embedded` to run on and
 `moray.pipelines.serve` to serve with.
@@ -7,8 +7,8 @@ This module reaches the rooms above the platform by name, when called: `moray.cl
 from __future__ import annotations
 
 import importlib
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from moray.platform.home import Home
 from moray.platform.recipe import Recipe, load_recipe
 from moray.platform.runner import Decision, Runner, RunResult
 from moray.platform.runner import plan as plan_steps
-from moray.platform.signals import until_interrupted
 from moray.platform.step import Cluster
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -55,32 +54,29 @@ def run(
     return Runner(home, embedded_cluster(home, cpus), list(listeners)).run(opened)
 
 
-def serve(
-    model: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    cpus: int | None = None,
-    home: Home | None = None,
-    ready: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Serves a model over HTTP until interrupted. `ready` is called with the URL once requests are answered."""
+@contextmanager
+def serving(
+    model: str, *, host: str = "127.0.0.1", port: int = 8000, cpus: int | None = None, home: Home | None = None
+) -> Iterator[str]:
+    """Serves a model over HTTP while the block lasts; gives the URL once requests are answered.
+
+    `port` 0 takes any that is free. At the end open answers are finished, then the embedded Ray is stopped.
+    """
     home = home or Home.from_environment()
     folder = model_folder(model, home)
     cluster = embedded_cluster(home, cpus)
-    serving: Any = importlib.import_module("moray.pipelines.serve.deployment")
-    serving.check_port(host, port)
-    with until_interrupted():
+    serve: Any = importlib.import_module("moray.pipelines.serve.deployment")
+    port = port or serve.free_port(host)
+    serve.check_port(host, port)
+    try:
+        cluster.ensure()
+        deployment = serve.deploy(folder, name=model_name(model, folder), host=host, port=port)
         try:
-            cluster.ensure()
-            deployment = serving.deploy(folder, name=model_name(model, folder), host=host, port=port)
-            try:
-                ready(deployment.url)
-                threading.Event().wait()
-            finally:
-                deployment.stop()  # lets open answers finish
+            yield deployment.url
         finally:
-            cluster.stop()
+            deployment.stop()
+    finally:
+        cluster.stop()
 
 
 def model_folder(model: str, home: Home) -> Path:

@@ -104,9 +104,14 @@ def serve(
     MODEL is an alias (`quickstart@newest`), an artifact (`export/FINGERPRINT`), or a folder in the Hugging Face
     DeepSeek-V3 layout.
     """
-    from moray.platform.api import serve as serve_model
+    import threading
 
-    serve_model(model, host=host, port=port, cpus=cpus, ready=lambda url: _announce(url, model))
+    from moray.platform.api import serving
+    from moray.platform.signals import until_interrupted
+
+    with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
+        _announce(url, model)
+        threading.Event().wait()
     return 0
 
 

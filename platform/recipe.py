@@ -155,12 +155,13 @@ def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: 
         step = resolve_step(uses)
     except RecipeError as error:
         raise RecipeError(f"{at('uses')}: {error.message}", error.hint) from error
+    for name in spec.inputs:
+        if name not in step.inputs:
+            raise RecipeError(f"{at('inputs', name)}: {uses!r} has no input {name!r}", nearest(name, step.inputs))
     for name in step.inputs:
         if name not in spec.inputs:
             raise RecipeError(f"{at('inputs')}: step {uses!r} needs the input {name!r}", f"add `{name}: STEP`")
     for name, target in spec.inputs.items():
-        if name not in step.inputs:
-            raise RecipeError(f"{at('inputs', name)}: {uses!r} has no input {name!r}", nearest(name, step.inputs))
         if target not in recipe.steps:
             raise RecipeError(f"{at('inputs', name)}: no step {target!r}", nearest(target, recipe.steps))
         made = resolve_step(recipe.steps[target].uses or target).produces

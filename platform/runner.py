@@ -147,7 +147,8 @@ class Runner:
     def _reused(self, planned: PlannedStep, found: Artifact, why: str, events: EventLog) -> StepResult:
         manifest = found.manifest
         if not is_current(planned.step, found):
-            text = f"{planned.key}: the code of this step has changed since {manifest.step}/{found.fingerprint[:8]} was made"
+            made = f"{manifest.step}/{found.fingerprint[:8]}"
+            text = f"{planned.key}: the code of this step has changed since {made} was made"
             remedy = f"`moray artifacts rm {found.reference}` to make it anew"
             events.append(NoteEvent(step=planned.key, level="warning", text=f"{text}; {remedy}"))
         events.append(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,6 +78,30 @@ def test_the_example_step_runs(home: Home, tmp_path: Path) -> None:
     assert spec.uses == step.name
     assert set(spec.inputs) == set(step.inputs)
     step.Config.model_validate(spec.with_)
+
+
+def run_blocks(page: Path, folder: Path) -> str:
+    """All Python blocks of a page as one program, in a folder and a home of its own; returns what it printed."""
+    program = "\n".join(blocks(page, "python"))
+    environment = {**os.environ, "MORAY_HOME": str(folder / "home")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_runs(tmp_path: Path) -> None:
+    assert run_blocks(ROOT / "README.md", tmp_path).splitlines()[0] == "corpus run never run"
+
+
+@pytest.mark.cluster
+def test_the_page_on_python_runs(tmp_path: Path) -> None:
+    printed = run_blocks(ROOT / "docs" / "api.md", tmp_path)
+    assert "step 12: loss" in printed
+    assert "torch.Size([1, 3, 512])" in printed
+    assert "hint: did you mean 'steps'?" in printed
 
 
 class Unused(Cluster):

@@ -1,0 +1,82 @@
+"""Every shipped recipe is valid, and every field of it, misspelt or given nonsense, is one error that says where."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moray.platform.api import RECIPES
+from moray.platform.errors import InputError, RecipeError
+from moray.platform.recipe import load_recipe, parse_recipe
+
+NONSENSE = {"not": ["this"]}
+Place = tuple[str | int, ...]
+
+
+def fields(node: Any, at: Place = ()) -> Iterator[Place]:
+    """The place of every key of every mapping, at any depth."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield (*at, key)
+            yield from fields(value, (*at, key))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from fields(value, (*at, i))
+
+
+def shipped() -> Iterator[Any]:
+    for path in sorted(RECIPES.glob("*.yaml")):
+        for place in fields(yaml.safe_load(path.read_text())):
+            yield pytest.param(path, place, id=f"{path.stem}:{'.'.join(map(str, place))}")
+
+
+def holder(raw: Any, place: Place) -> Any:
+    for part in place[:-1]:
+        raw = raw[part]
+    return raw
+
+
+def error_of(raw: Any, path: Path) -> RecipeError | InputError:
+    with pytest.raises((RecipeError, InputError)) as caught:
+        parse_recipe(yaml.safe_dump(raw, sort_keys=False), path)
+    return caught.value
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.description
+
+
+@pytest.mark.parametrize(("path", "place"), shipped())
+def test_a_misspelt_field_is_named(path: Path, place: Place) -> None:
+    raw = yaml.safe_load(path.read_text())
+    parent, key = holder(raw, place), place[-1]
+    renamed = {(f"{name}x" if name == key else name): value for name, value in parent.items()}
+    parent.clear()
+    parent.update(renamed)
+    is_step = len(place) == 2 and place[0] == "steps"
+    if is_step and not any(key in (step.get("inputs") or {}).values() for step in raw["steps"].values()):
+        raw["steps"][f"{key}x"]["uses"] = key  # a step nobody refers to may have any name
+        parse_recipe(yaml.safe_dump(raw, sort_keys=False), path)
+        return
+    error = error_of(raw, path)
+    assert f"{key}x" in error.message + error.hint
+    assert str(path) in error.message
+    if not is_step:
+        assert str(key) in error.hint
+
+
+@pytest.mark.parametrize(("path", "place"), shipped())
+def test_nonsense_for_a_value_is_named(path: Path, place: Place) -> None:
+    raw = copy.deepcopy(yaml.safe_load(path.read_text()))
+    holder(raw, place)[place[-1]] = NONSENSE
+    error = error_of(raw, path)
+    assert str(path) in error.message
+    assert str(place[-1]) in error.message
