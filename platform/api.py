@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.artifacts import ArtifactStore
+from moray.platform.doctor import require_room
 from moray.platform.errors import InputError, nearest
 from moray.platform.events import Event
 from moray.platform.home import Home
@@ -51,6 +52,7 @@ def run(
     """Runs a recipe on an embedded Ray that ends with the run."""
     home = home or Home.from_environment()
     opened = open_recipe(recipe, overrides)
+    require_room()
     return Runner(home, embedded_cluster(home, cpus), list(listeners)).run(opened)
 
 
@@ -64,6 +66,7 @@ def serving(
     """
     home = home or Home.from_environment()
     folder = model_folder(model, home)
+    require_room()
     cluster = embedded_cluster(home, cpus)
     serve: Any = importlib.import_module("moray.pipelines.serve.deployment")
     port = port or serve.free_port(host)

@@ -11,16 +11,11 @@ from typing import Any
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces `path` by `data` in one step; a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _write_beside(path, data)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -34,16 +29,26 @@ def write_json(path: Path, value: Any) -> None:
 
 def create_bytes(path: Path, data: bytes) -> bool:
     """Like `write_bytes`, but the first writer wins: returns False, changing nothing, if `path` exists."""
+    temporary = _write_beside(path, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    """`data` on disk, synced, under a temporary name in the folder of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return True
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Path(name)

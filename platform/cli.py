@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -127,6 +127,13 @@ def doctor(*, json_: Json = False) -> int:
         for line in lines(findings):
             out().print(line, markup=False)
     return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print the completion script of a shell; bash: eval "$(moray completion bash)"."""
+    print(app.generate_completion(prog_name="moray", shell=shell))
+    return 0
 
 
 def _announce(url: str, model: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moray.platform.errors import MorayError
+from moray.platform.errors import InputError, MorayError
 from moray.platform.home import Home
 
 GIB = 1 << 30
@@ -46,6 +46,14 @@ class Finding:
 def examine() -> list[Finding]:
     """All checks, in the order in which a person would mend things."""
     return [check() for check in _CHECKS]
+
+
+def require_room() -> None:
+    """Raises InputError if this machine has too little memory or disk to start anything."""
+    for check in (_memory, _home):
+        finding = check()
+        if finding.state == "fail":
+            raise InputError(f"{finding.name}: {finding.detail}", finding.fix)
 
 
 def as_json(findings: list[Finding]) -> list[dict[str, Any]]:

@@ -32,6 +32,20 @@ def test_version_and_help(tmp_path: Path) -> None:
         assert command in shown.stdout
 
 
+def test_completion_is_a_script_that_bash_accepts(tmp_path: Path) -> None:
+    script = moray(tmp_path, "completion", "bash").stdout
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    for command in ("artifacts", "doctor", "plan"):
+        assert command in script
+
+
+def test_doctor_as_json_names_every_check(tmp_path: Path) -> None:
+    done = moray(tmp_path, "doctor", "--json")
+    assert {"python", "memory", "home", "compiler"} <= {row["name"] for row in json.loads(done.stdout)}
+    assert done.returncode == 0
+
+
 def test_plan_as_json_lists_every_step(tmp_path: Path) -> None:
     done = moray(tmp_path, "plan", "quickstart", "--json", "--set", "pretrain.steps=50")
     rows = json.loads(done.stdout)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
-from moray.platform import doctor
+from moray.platform import api, doctor
+from moray.platform.errors import InputError
+from moray.platform.home import Home
 
 
 def test_this_machine_can_run_the_tests() -> None:
@@ -23,6 +26,20 @@ def test_whatever_is_not_well_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "compiler" in {f.name for f in found if f.state == "warn"}
     assert all(f.fix for f in found if f.state != "ok")
     assert "  -> " in "\n".join(doctor.lines(found))
+
+
+def test_too_little_memory_or_disk_stops_a_run_before_it_starts(monkeypatch: pytest.MonkeyPatch, home: Home) -> None:
+    monkeypatch.setenv("MORAY_HOME", str(home.root))
+    monkeypatch.setattr(doctor, "_available_memory", lambda: 1 << 30)
+    with pytest.raises(InputError, match=r"memory: 1\.0 GiB available"):
+        api.run("quickstart", home=home)
+    monkeypatch.setattr(doctor, "_available_memory", lambda: 8 << 30)
+    usage = shutil.disk_usage(home.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(InputError, match=r"0\.0 GiB free") as caught:
+        api.run("quickstart", home=home)
+    assert "free some disk" in caught.value.hint
+    assert not list(home.root.iterdir()), "nothing was started"
 
 
 def test_a_taken_port_is_seen() -> None:
