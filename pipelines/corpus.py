@@ -84,7 +84,7 @@ class CorpusConfig(StepConfig):
 
 class Corpus(Step[CorpusConfig]):
     name: ClassVar[str] = "corpus"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 1
     Config = CorpusConfig
     produces: ClassVar[str] = "documents"
     needs_ray: ClassVar[bool] = True
@@ -174,10 +174,12 @@ def _tables(shard: Row, max_bytes: int, counts: Counter[str]) -> Iterator[pa.Tab
     rows: list[tuple[str, str]] = []
     held = 0
     for key, path in zip(shard["keys"], shard["files"], strict=True):
+        seen: set[str] = set()  # keys within the file: two documents of one id could not be told apart later
         for suffix, text, *reason in reader(Path(path), max_bytes, columns):
-            if text is None:
-                counts[f"dropped:{reason[0]}"] += 1
+            if text is None or suffix in seen:
+                counts[f"dropped:{reason[0] if text is None else _REPEATED}"] += 1
                 continue
+            seen.add(suffix)
             size = len(text.encode())
             counts.update({"documents": 1, "bytes": size})
             rows.append((key + suffix, text))
@@ -202,7 +204,8 @@ def _table(shard: Row, rows: list[tuple[str, str]]) -> pa.Table:
     )
 
 
-_REASONS = ("unreadable", "empty", "binary", "not_utf8", "oversized", "malformed")
+_REPEATED = "repeated_id"
+_REASONS = ("unreadable", "empty", "binary", "not_utf8", "oversized", "malformed", _REPEATED)
 
 
 def _sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moray.pipelines.baselines import ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.corpus import CorpusConfig, Source, _shards, _write
 from moray.pipelines.dedup import DedupConfig, Signatures, find_duplicates, minima_of
-from moray.pipelines.documents import content_hash, document_id, read_shard, shard_paths, write_shard
+from moray.pipelines.documents import content_hash, document_id, read_shard, shard_name, shard_paths, write_shard
 from moray.pipelines.filter import FilterConfig, reason_to_drop
 from moray.pipelines.readers import DEFAULT_COLUMNS, READERS, Columns
 from moray.pipelines.split import SplitConfig, is_heldout
@@ -344,3 +344,14 @@ def test_the_unigram_model_is_a_distribution() -> None:
     model.add(np.array([1, 1, 3]))
     assert sum(2 ** -model.bits(np.array([i])) for i in range(5)) == pytest.approx(1.0)
     assert model.bits(np.array([1])) == pytest.approx(-np.log2(3 / 8))
+
+
+def test_documents_that_repeat_an_id_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Two documents of one id would be removed together by dedup."""
+    rows = [{"text": "one", "id": "x"}, {"text": "two", "id": "x"}, {"text": "three", "id": "y"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = Source(name="s", path=tmp_path, reader="jsonl")
+    (shard,) = _shards(CorpusConfig(sources=(source,)))
+    counts = _write(shard, str(tmp_path / "out"), 1000)
+    assert (counts["documents"], counts["dropped:repeated_id"]) == (2, 1)
+    assert read_shard(tmp_path / "out" / shard_name(0))["text"].to_pylist() == ["one", "three"]
