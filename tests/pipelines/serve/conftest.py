@@ -74,6 +74,7 @@ def url(shared_engine) -> Iterator[str]:
     """A real server on loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # from here on a client that is faster than the server waits, instead of being refused
         app = build_app(AsyncEngine(shared_engine), "tiny")
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
