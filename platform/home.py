@@ -61,3 +61,18 @@ class Home:
     @property
     def mlflow_artifacts(self) -> Path:
         return self.root / "mlflow"
+
+    @property
+    def database(self) -> Path:
+        """What the control plane has decided."""
+        return self.root / "moray.db"
+
+    @property
+    def token(self) -> Path:
+        """The token (mode 0600) that the control plane's API asks for."""
+        return self.root / "token"
+
+    @property
+    def up(self) -> Path:
+        """What `moray up` runs: its services' pids, ports, logs, sockets."""
+        return self.root / "up"
