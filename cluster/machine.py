@@ -1,0 +1,97 @@
+"""What this machine has, and what Ray needs of a process's environment, log handlers and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from moray.platform.home import Home
+
+# A Unix socket's path may have 107 bytes; Ray appends about 75 to its folder's.
+LONGEST_FOLDER = 30
+
+
+def free_port() -> int:
+    """A TCP port that was free on loopback a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def quiet_logging(log: Path) -> None:
+    """Sends the log records of Ray and its libraries to `log` instead of the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("ray", "ray.data", "ray.serve", "ray.train", "ray.tune", "py.warnings"):
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.propagate = False
+    logging.captureWarnings(True)
+
+
+def prepare_environment(home: Home) -> None:
+    """Puts `ray_environment` into this process's, where nothing else stands there."""
+    settings = ray_environment(home)
+    os.environ["PYTHONPATH"] = settings.pop("PYTHONPATH")
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def ray_environment(home: Home) -> dict[str, str]:
+    """Settings that Ray reads from the environment, also in the processes it starts."""
+    import moray
+
+    checkout = str(Path(moray.__path__[0]))
+    search = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    if checkout not in search and (Path(checkout) / "moray.py").exists():
+        search.insert(0, checkout)
+    return {
+        "PYTHONPATH": os.pathsep.join(search),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "NUMBA_CACHE_DIR": str(home.cache / "numba"),
+        "TRITON_CACHE_DIR": str(home.cache / "triton"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@contextlib.contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Ray puts handlers of its own under SIGTERM, which exit at once; this puts back what was there before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> int:
+    """NVIDIA devices, counted without importing torch (which takes seconds)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0
+    if visible is not None:
+        return min(present, len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
+    return present
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
