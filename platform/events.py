@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -97,6 +97,7 @@ class NoteEvent(_Event):
 
 Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent
 _FREE_TEXT = ("detail", "why", "outcome", "text")  # the fields that hold a step's or an error's own words
+_BLOCK = 1 << 20  # bytes of a segment read at a time
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
@@ -155,19 +156,31 @@ class EventTail:
 
     def poll(self) -> Iterator[Event]:
         """New events, segment by segment. Only whole lines are read; a segment may still be growing."""
+        return map(parse_event, self.lines())
+
+    def lines(self) -> Iterator[bytes]:
+        """New whole lines, unread, segment by segment and block by block: a long run never lies in memory at once."""
         for path in sorted(self._folder.glob(self._pattern)):
             if self._skip and path.stem == self._skip:
                 continue
-            offset = self._offsets.get(path, 0)
-            if path.stat().st_size <= offset:
-                continue
             with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-            whole = data.rfind(b"\n") + 1
-            self._offsets[path] = offset + whole
-            for line in data[:whole].splitlines():
-                yield _adapter.validate_json(line)
+                while data := self._block(path, file):
+                    yield from data.splitlines()
+
+    def _block(self, path: Path, file: BinaryIO) -> bytes:
+        """The next whole lines of a segment, about a block of them; empty if none is complete yet."""
+        offset = file.seek(self._offsets.get(path, 0))
+        data = file.read(_BLOCK)
+        if len(data) == _BLOCK and b"\n" not in data:
+            data += file.readline()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offsets[path] = offset + len(whole)
+        return whole
+
+
+def parse_event(line: bytes) -> Event:
+    """One line of a segment. Raises ValueError if this Moray does not know such an event."""
+    return _adapter.validate_json(line)
 
 
 def read_events(run: Path, writers: str = "*") -> list[Event]:

@@ -32,6 +32,7 @@ TABLE: dict[str, Metric] = {
         Metric("train_tokens_per_second", "tokens/s", "Throughput over all workers since the last report", digits=0),
         Metric("train_data_wait", "share", "Share of the step spent waiting for the data loader"),
         Metric("train_max_violation", "", "Largest (max - mean) / mean expert load over the MoE layers (MaxVio)"),
+        Metric("train_expert_load", "", "Load of a layer's fullest expert over the mean; 1 is even", ("layer",)),
         Metric("train_checkpoint_seconds", "s", "Time training stood still to write a checkpoint"),
         Metric("eval_bits_per_byte", "bits/byte", "Held-out cross entropy", ("source", "model")),
         Metric("documents", "documents", "Documents after a step", ("step",), digits=0),

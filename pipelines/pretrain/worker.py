@@ -29,6 +29,7 @@ from moray.pipelines.pretrain.schedule import bias_speed, learning_rate
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
+LOAD_ROWS = 200  # how often in a run each layer's expert load is reported: a heat map's width, whatever the model
 _IGNORED = -100
 
 
@@ -92,9 +93,9 @@ def run(worker: Worker, events: EventLog | None) -> None:
     if first:
         report.note(f"going on from the checkpoint at step {first}")
     for step, batch, waited in batches(worker, first, job.config.steps):
-        figures = train_step(worker, batch, tokens)
+        figures, load_L = train_step(worker, batch, tokens)
         tokens += worker.step_tokens
-        report.add(step + 1, tokens, figures, waited)
+        report.add(step + 1, tokens, figures, load_L, waited)
         last = step + 1 == job.config.steps
         if last or (step + 1) % job.config.checkpoint_every == 0:
             began = time.monotonic()
@@ -102,8 +103,11 @@ def run(worker: Worker, events: EventLog | None) -> None:
             report.saved(step + 1, time.monotonic() - began)
 
 
-def train_step(worker: Worker, batch: Batch, tokens: int) -> dict[str, float]:
-    """One optimizer step on this rank's part of the global batch; returns figures, the same on all ranks."""
+def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
+    """One optimizer step on this rank's part of the global batch; returns figures, the same on all ranks.
+
+    The tensor is each MoE layer's load: the pairs of its fullest expert over their mean, 1 for an even layer.
+    """
     config = worker.job.config
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss sum, counted tokens
     for ids, targets, documents in micro_batches(worker, batch):
@@ -128,7 +132,7 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> dict[str, float]:
         "train_learning_rate": rate,
         "train_bias_speed": speed,
         "train_max_violation": balance.max_vio_L.max().item() if len(balance.max_vio_L) else 0.0,
-    }
+    }, balance.max_vio_L + 1
 
 
 def micro_batches(worker: Worker, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
@@ -172,8 +176,10 @@ class Report:
         self._events = events
         self._last = (time.monotonic(), tokens)
         self._waited = 0.0
+        self._layers = worker.job.model.moe_layers
+        self._load_row = -1
 
-    def add(self, step: int, tokens: int, figures: dict[str, float], waited: float) -> None:
+    def add(self, step: int, tokens: int, figures: dict[str, float], load_L: torch.Tensor, waited: float) -> None:
         if self._events is None:
             return
         self._waited += waited
@@ -188,6 +194,7 @@ class Report:
         self._metric("train_tokens", tokens, step)
         self._metric("train_tokens_per_second", rate, step)
         self._metric("train_data_wait", self._waited / elapsed, step)
+        self._load(load_L, tokens, step)
         self._events.append(
             ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
         )
@@ -200,9 +207,17 @@ class Report:
         if self._events:
             self._events.append(NoteEvent(step=self._step, level="info", text=text))
 
-    def _metric(self, name: str, value: float, step: int) -> None:
+    def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
+        """A figure for every MoE layer, but only so often in a run: a model may have sixty of them."""
+        row = tokens * LOAD_ROWS // self._total
+        if row > self._load_row:
+            for layer, load in zip(self._layers, load_L.tolist(), strict=True):
+                self._metric("train_expert_load", load, step, layer=str(layer))
+            self._load_row = row
+
+    def _metric(self, name: str, value: float, step: int, **labels: str) -> None:
         if self._events:
-            self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step))
+            self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step, labels=labels))
 
 
 def _sum_over_ranks(tensor: torch.Tensor) -> None:

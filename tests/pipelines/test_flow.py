@@ -107,6 +107,9 @@ def test_training_learns_and_its_events_reach_the_runner(flow: Flow) -> None:
     assert losses[0] == pytest.approx(np.log(512), abs=0.3), "an untrained model knows nothing"
     assert losses[-1] < losses[0] - 0.5
     assert [v for _, v in loss_curve(flow.result.folder, "pretrain")] == losses
+    loads = [e for e in flow.events if isinstance(e, MetricEvent) and e.name == "train_expert_load"]
+    assert {e.labels["layer"] for e in loads} == {"1", "2"}, "the first of three layers is dense"
+    assert all(e.value >= 1 for e in loads), "the fullest expert has at least the mean"
     phases = {e.phase for e in flow.events if isinstance(e, ProgressEvent)}
     assert {"reading", "filtering", "signing", "tokenizing", "training", "scoring"} <= phases
     assert [e.state for e in read_events(flow.result.folder) if isinstance(e, RunEvent)] == ["started", "succeeded"]
