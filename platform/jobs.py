@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -185,7 +185,7 @@ class Jobs:
         connection = self._database.read()
         return [_job(connection, row) for row in connection.execute(query, (*values, limit)).fetchall()]
 
-    def open(self) -> list[Job]:
+    def open(self) -> Sequence[Job]:
         """Every job that has not ended, oldest first."""
         return self.list([s for s in get_args(JobState) if s not in ENDED], limit=1_000_000)[::-1]
 

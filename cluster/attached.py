@@ -1,0 +1,80 @@
+"""A run on a Ray cluster that is there already: how the driver of a submitted job works.
+
+Nothing here starts or ends Ray. Resources that a cluster has once (its one Ray Serve) are taken by `exclusive`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moray.cluster.machine import prepare_environment, quiet_logging, signal_handlers_kept
+from moray.platform.home import Home
+from moray.platform.lease import Lease
+from moray.platform.step import Cancelled, Cluster, Topology
+
+
+class AttachedCluster(Cluster):
+    """Connects this process to the cluster at `address`. Ray's log files of this job are kept in `logs`."""
+
+    def __init__(self, home: Home, address: str, logs: Path, topology: Topology) -> None:
+        self._home = home
+        self._address = address
+        self._topology = topology
+        self._job = ""
+        self._session: Path | None = None
+        self.logs = logs
+
+    def topology(self) -> Topology:
+        return self._topology
+
+    def ensure(self) -> Topology:
+        if self._session is not None:
+            return self._topology
+        prepare_environment(self._home)
+        import ray
+
+        assert self.logs is not None
+        quiet_logging(self.logs / "driver.log")
+        with signal_handlers_kept():
+            context: Any = ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+        self._session = Path(context.address_info["session_dir"])
+        self._job = ray.get_runtime_context().get_job_id()
+        return self._topology
+
+    def stop(self) -> None:
+        if self._session is None:
+            return
+        import ray
+
+        self._keep_logs()
+        with signal_handlers_kept():
+            ray.shutdown()
+        self._session = None
+
+    @contextlib.contextmanager
+    def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
+        lease = Lease(self._home.up / f"{name}.lease")
+        while not lease.acquire():
+            if cancelled():
+                raise Cancelled
+            time.sleep(0.5)
+        try:
+            yield
+        finally:
+            lease.release()
+
+    def _keep_logs(self) -> None:
+        """Copies what this job's workers printed; their files carry the job's id."""
+        assert self._session is not None
+        assert self.logs is not None
+        for file in (self._session / "logs").glob(f"worker-*-{self._job}-*"):
+            with contextlib.suppress(OSError):  # another machine's, or rotated away meanwhile
+                if file.stat().st_size:
+                    self.logs.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, self.logs / file.name)

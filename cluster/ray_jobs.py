@@ -1,0 +1,109 @@
+"""Attempts as Ray Jobs: the submission id is the attempt's id, and the driver never runs on the head."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from moray.cluster.local import DRIVER, LocalCluster
+from moray.platform.backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
+
+_SECONDS = 20.0
+_STATES: Mapping[str, ExecutorState] = {
+    "PENDING": "pending",
+    "RUNNING": "running",
+    "SUCCEEDED": "succeeded",
+    "FAILED": "failed",
+    "STOPPED": "stopped",
+}
+
+
+class RayJobs(ClusterBackend):
+    """Talks to a local cluster: Ray's documented REST API for jobs, and its state service for usage.
+
+    This process's environment must hold `cluster.environment()`.
+    """
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self._http: Any = None
+
+    def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
+        body = {
+            "entrypoint": shlex.join([sys.executable, "-m", "moray.platform.attempt", attempt]),
+            "submission_id": attempt,
+            "runtime_env": {"env_vars": dict(environment)},
+            "entrypoint_resources": {DRIVER: 1},
+        }
+        answer = self._ask("POST", "", body)
+        if not answer.ok and "already exists" not in answer.text:
+            raise BackendAwayError(f"Ray refused the job: {_last_line(answer.text)}")
+
+    def observe(self) -> Mapping[str, Observed]:
+        answer = self._ask("GET", "")
+        if not answer.ok:
+            raise BackendAwayError(f"Ray does not list its jobs: {_last_line(answer.text)}")
+        found = [job for job in answer.json() if job["submission_id"]]
+        return {job["submission_id"]: Observed(_STATES[job["status"]], job["message"] or "") for job in found}
+
+    def stop(self, attempt: str) -> None:
+        self._ask("POST", f"{attempt}/stop")  # 404: it is unknown, or has just ended
+
+    def forget(self, attempt: str) -> None:
+        self._ask("DELETE", attempt)
+
+    def usage(self) -> Usage:
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        try:
+            status = get_cluster_status(self._cluster.address, timeout=5)
+        except Exception as error:
+            raise BackendAwayError(str(error)) from error
+        nodes = [node.resource_usage for node in (*status.active_nodes, *status.idle_nodes) if node.resource_usage]
+        total: defaultdict[str, float] = defaultdict(float)
+        used: defaultdict[str, float] = defaultdict(float)
+        for resource in (resource for node in nodes for resource in node.usage):
+            total[resource.resource_name] += resource.total
+            used[resource.resource_name] += resource.used
+        demands = status.resource_demands
+        waiting = [d for kind in (demands.ray_task_actor_demand, demands.placement_group_demand) for d in kind]
+        return Usage(
+            cpus=total["CPU"], cpus_used=used["CPU"], gpus=total["GPU"], gpus_used=used["GPU"],
+            nodes=len(nodes), waiting=tuple(_in_words(demand) for demand in waiting),
+        )  # fmt: skip
+
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+        """One request to the Jobs API."""
+        import requests
+
+        try:
+            return self._session().request(
+                method, f"{self._cluster.dashboard}/api/jobs/{path}", json=body, timeout=_SECONDS
+            )
+        except requests.RequestException as error:
+            raise BackendAwayError(f"Ray's dashboard does not answer: {type(error).__name__}") from error
+
+    def _session(self) -> Any:
+        import requests
+
+        if self._http is None:
+            self._http = requests.Session()
+            self._http.trust_env = False  # loopback needs no proxy
+            self._http.headers["Authorization"] = f"Bearer {self._cluster.token.read_text().strip()}"
+        return self._http
+
+
+def _in_words(demand: Any) -> str:
+    """One pending demand: `2 x {CPU: 1}`."""
+    bundles = demand.bundles_by_count
+    return ", ".join(
+        f"{b.count} x {{{', '.join(f'{name}: {value:g}' for name, value in b.bundle.items())}}}" for b in bundles
+    )
+
+
+def _last_line(text: str) -> str:
+    """The error itself, out of the traceback that Ray answers with."""
+    return (text.strip().splitlines() or ["no reason given"])[-1][:300]

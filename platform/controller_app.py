@@ -1,0 +1,126 @@
+"""The controller's process: `python -m moray.platform.controller_app`, one of the services of `moray up`.
+
+One loop (controller.py) and one HTTP server; it alone writes `moray.db`, held to that by a file lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from moray.platform import job_routes, mlflow_proxy, page_routes, schedule_routes
+from moray.platform.auth import TokenRequired, ensure_token
+from moray.platform.controller import Controller
+from moray.platform.database import Database
+from moray.platform.errors import InputError, MorayError, nearest
+from moray.platform.home import Home
+from moray.platform.jobs import ConflictError, NotFoundError
+from moray.platform.overview import Overview
+from moray.platform.run_view import RunViews
+from moray.platform.step import Topology
+from moray.platform.up import HOST, UpOptions, local_cluster, mlflow_socket, ray_jobs
+
+
+def build_app(home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str) -> FastAPI:
+    """Every route of docs/http-api.md, behind the token."""
+    import moray
+
+    app = FastAPI(title="Moray", version=moray.__version__, docs_url=None, redoc_url=None)  # type: ignore[attr-defined]
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok", "version": app.version, "home": str(home.root)}
+
+    @app.get("/api/overview")
+    def look() -> dict[str, Any]:
+        return overview()
+
+    app.include_router(job_routes.routes(home, controller))
+    app.include_router(schedule_routes.routes(controller.schedules, controller.wake))
+    app.include_router(page_routes.routes(token, overview, controller.jobs, RunViews(home)))
+    app.include_router(mlflow_proxy.routes(mlflow_socket(home)))
+    _install_errors(app)
+    app.add_middleware(TokenRequired, token=token)
+    return app
+
+
+def _install_errors(app: FastAPI) -> None:
+    """Every error is `{"error", "hint"}` with the status that says whose it is."""
+
+    @app.exception_handler(MorayError)
+    def explain(request: Request, error: MorayError) -> JSONResponse:
+        status = {NotFoundError: 404, ConflictError: 409}.get(type(error), 422)
+        return JSONResponse({"error": error.message, "hint": error.hint}, status)
+
+    @app.exception_handler(RequestValidationError)
+    def name_field(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in found["loc"] if part != "body")
+        if found["type"] == "json_invalid":
+            return JSONResponse({"error": "the body is not valid JSON", "hint": str(found["ctx"]["error"])}, 400)
+        given = "" if found["type"] == "missing" else f" (got {found['input']!r:.80})"
+        return JSONResponse({"error": f"{where or 'body'}: {found['msg']}{given}", "hint": "see docs/http-api.md"}, 422)
+
+    @app.exception_handler(HTTPException)
+    def plain(request: Request, error: HTTPException) -> JSONResponse:
+        hint = ""
+        if error.status_code == 404:
+            paths = [route.path for route in app.routes if hasattr(route, "path")]
+            hint = nearest(request.url.path, paths) if request.url.path.startswith("/api") else "see docs/http-api.md"
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": detail, "hint": hint}, error.status_code, error.headers)
+
+
+def main() -> int:
+    """Runs until SIGTERM."""
+    import uvicorn
+
+    home = Home.from_environment()
+    options = UpOptions.read(home)
+    lock = (home.up / "controller.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another controller works for {home.root}", "moray status") from None
+    cluster = local_cluster(home, options)
+    os.environ.update(cluster.environment())
+    backend = ray_jobs(cluster)
+    topology = Topology(options.cluster.cpus, options.cluster.gpus, options.cluster.memory_bytes)
+    controller = Controller(
+        home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _say
+    )
+    app = build_app(home, controller, Overview(home, controller, backend), ensure_token(home))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, host=HOST, port=options.port, log_level="warning", timeout_graceful_shutdown=2, access_log=False
+        )
+    )
+    loop = threading.Thread(target=controller.run, name="controller", daemon=True)
+    loop.start()
+    server.run()
+    controller.stop()
+    loop.join(10)
+    return 0
+
+
+def _say(text: str) -> None:
+    import time
+
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MorayError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)

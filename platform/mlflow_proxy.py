@@ -1,0 +1,50 @@
+"""MLflow behind the control plane's token: `/mlflow/...` is passed on to its server.
+
+The server listens on a Unix socket in a folder of mode 0700, so there is no other way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+# Between us and either side only; the rest is passed on. The token is ours, MLflow must not see it.
+_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-authorization", "host"}
+_OURS = {"authorization", "cookie", "content-length", "accept-encoding"}
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
+_CHUNK = 64 << 10
+
+
+def routes(socket: Path) -> APIRouter:
+    """Routes under /mlflow."""
+    router = APIRouter()
+
+    @router.api_route("/mlflow/{path:path}", methods=_METHODS, include_in_schema=False)
+    async def forward(path: str, request: Request) -> Response:
+        session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket)), auto_decompress=False)
+        sent = {name: value for name, value in request.headers.items() if name.lower() not in _HOP | _OURS}
+        try:
+            answer = await session.request(
+                request.method, f"http://localhost/mlflow/{path}", params=str(request.url.query) or None,
+                headers={**sent, "Host": "localhost"}, data=await request.body(), allow_redirects=False,
+            )  # fmt: skip
+        except (aiohttp.ClientError, OSError) as error:
+            await session.close()
+            hint = "it may be starting; `moray status` tells"
+            return JSONResponse({"error": f"MLflow does not answer: {type(error).__name__}", "hint": hint}, 503)
+
+        async def body() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in answer.content.iter_chunked(_CHUNK):
+                    yield chunk
+            finally:
+                await session.close()
+
+        kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP | {"content-length"}}
+        return StreamingResponse(body(), answer.status, kept)
+
+    return router

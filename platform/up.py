@@ -1,0 +1,277 @@
+"""`moray up`: the control plane of one MORAY_HOME on this machine, as services under one supervisor.
+
+Ray's head and worker (cluster/local.py), MLflow on a Unix socket, the controller with API and page. What was decided on
+first use (ports, slots) is kept in `up/options.json`, so that a restart finds the same things at the same places.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moray.platform.atomic import write_json
+from moray.platform.auth import ensure_token
+from moray.platform.errors import InputError, StepFailed
+from moray.platform.home import Home
+from moray.platform.processes import marked
+from moray.platform.supervisor import (
+    Service,
+    ServiceStatus,
+    Supervisor,
+    end_services,
+    mark_of,
+    python,
+    read_state,
+)
+
+HOST = "127.0.0.1"
+PORT = 8400
+NAMES = ("ray-head", "ray-worker", "mlflow", "controller")
+_UP_SECONDS = 240.0
+_DOWN_SECONDS = 90.0
+
+
+class UpOptions(BaseModel):
+    """`up/options.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    port: int = Field(ge=1, le=65535)
+    cluster: Any  # cluster.local.LocalOptions
+
+    @classmethod
+    def read(cls, home: Home) -> UpOptions:
+        """What `moray up` decided here. Raises InputError if it never ran, or another version wrote it."""
+        path = home.up / "options.json"
+        try:
+            found = cls.model_validate_json(path.read_bytes())
+            return found.model_copy(update={"cluster": _local().LocalOptions.model_validate(found.cluster)})
+        except FileNotFoundError:
+            raise InputError(f"nothing was started for {home.root} yet", "start it: moray up") from None
+        except ValidationError as error:
+            raise InputError(
+                f"{path} is not what this version writes", f"moray down, delete {path}, moray up"
+            ) from error
+
+
+def local_cluster(home: Home, options: UpOptions) -> Any:
+    """The Ray cluster of this MORAY_HOME (cluster/local.py)."""
+    return _local().LocalCluster(home, options.cluster)
+
+
+def ray_jobs(cluster: Any) -> Any:
+    """The backend that runs attempts there (cluster/ray_jobs.py)."""
+    module: Any = importlib.import_module("moray.cluster.ray_jobs")
+    return module.RayJobs(cluster)
+
+
+def url(options: UpOptions) -> str:
+    return f"http://{HOST}:{options.port}"
+
+
+def decide(
+    home: Home, *, port: int | None = None, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
+) -> UpOptions:
+    """The options for a start: what was decided before, with what is asked for now. Writes them.
+
+    Raises InputError for a port in use and for what this machine does not have.
+    """
+    local = _local()
+    try:
+        old = UpOptions.read(home)
+        ports = {name: getattr(old.cluster, name) for name in _RAY_PORTS}
+        asked: dict[str, Any] = {"cpus": cpus or old.cluster.cpus, "gpus": old.cluster.gpus if gpus is None else gpus}
+        asked["slots"] = slots or old.cluster.slots
+        port = port or old.port
+    except InputError:
+        ports = {name: 0 for name in _RAY_PORTS}
+        asked = {"cpus": cpus, "gpus": gpus, "slots": slots}
+    chosen = port or PORT
+    if not _free(chosen):
+        raise InputError(f"port {chosen} of {HOST} is taken", f"try --port {_free_ports(1)[0]}")
+    if not all(ports.values()) or not all(map(_free, ports.values())):
+        ports = dict(zip(_RAY_PORTS, _ray_ports(), strict=True))
+    options = UpOptions(port=chosen, cluster=local.default_options(ports, **asked))
+    write_json(home.up / "options.json", options.model_dump(mode="json"))
+    return options
+
+
+def services(home: Home, options: UpOptions) -> list[Service]:
+    """Everything that runs, in the order of starting."""
+    cluster = local_cluster(home, options)
+    environment = {**cluster.environment(), "MORAY_HOME": str(home.root)}
+    ensure_token(home)
+    return [
+        *cluster.services(),
+        Service("mlflow", _mlflow(home), _without_proxy(environment), lambda: _answers(mlflow_socket(home))),
+        Service(
+            "controller", python("moray.platform.controller_app"), environment, lambda: healthy(options),
+            after=["ray-head"],
+        ),
+    ]  # fmt: skip
+
+
+def supervise(home: Home, say: Callable[[str], None] = print) -> None:
+    """Runs the services of this MORAY_HOME until SIGTERM or SIGINT. Raises InputError if somebody does already."""
+    supervisor = Supervisor(home, services(home, UpOptions.read(home)), say)
+    if not supervisor.acquire():
+        raise InputError(f"the control plane of {home.root} is up already", "moray status")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop())
+    supervisor.run()
+
+
+def start(home: Home) -> None:
+    """Starts the supervisor as a process of its own, which outlives this one."""
+    log = home.up / "logs" / "supervisor.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        subprocess.Popen(
+            python("moray.platform.up"), env={**os.environ, "MORAY_HOME": str(home.root)}, cwd="/",
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_until_up(home: Home) -> Iterator[ServiceStatus]:
+    """Gives each service when it has come up. Raises StepFailed with the end of a log if one does not."""
+    deadline = time.monotonic() + _UP_SECONDS
+    waiting = set(NAMES)
+    while waiting:
+        state = read_state(home)
+        for name in NAMES:
+            if name in waiting and name in state and state[name].state == "running":
+                waiting.remove(name)
+                yield state[name]
+        if time.monotonic() > deadline:
+            name = next(name for name in NAMES if name in waiting)
+            log = home.up / "logs" / f"{name}.log"
+            lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+            raise StepFailed(f"{name} is not up after {_UP_SECONDS:.0f} s: {(lines or ['no log'])[-1]}", f"see {log}")
+        time.sleep(0.1)
+
+
+def is_up(home: Home) -> bool:
+    """Whether a supervisor lives."""
+    known = read_state(home).get("supervisor")
+    return bool(known and known.process and known.process.alive())
+
+
+def down(home: Home) -> int:
+    """Ends the supervisor and everything it started, and nothing else; how many processes it found."""
+    state = read_state(home)
+    found = [process for name in NAMES for process in marked(mark_of(home, name))]
+    supervisor = state["supervisor"].process if "supervisor" in state else None
+    if supervisor and supervisor.alive():
+        supervisor.send(signal.SIGTERM)
+        deadline = time.monotonic() + _DOWN_SECONDS
+        while supervisor.alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        supervisor.send(signal.SIGKILL)
+    end_services(home, NAMES)
+    return len(found)
+
+
+def healthy(options: UpOptions) -> bool:
+    """Whether the controller answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url(options)}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def mlflow_socket(home: Home) -> Path:
+    """Where MLflow listens: in the private folder that Ray's sockets lie in, whose path is short."""
+    return Path(_local().short_folder(home)) / "mlflow.sock"
+
+
+def systemd_unit(home: Home) -> str:
+    """A user unit that keeps the supervisor running from login, or with lingering from boot."""
+    return f"""[Unit]
+Description=Moray control plane of {home.root}
+
+[Service]
+ExecStart={sys.executable} -m moray.platform.up
+Environment=MORAY_HOME={home.root}
+Restart=on-failure
+RestartSec=2
+KillMode=process
+TimeoutStopSec={_DOWN_SECONDS:.0f}
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def _mlflow(home: Home) -> list[str]:
+    """MLflow's server. Its socket's folder is private, so it needs no check of host names."""
+    return [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{home.mlflow_db}",
+        "--default-artifact-root", str(home.mlflow_artifacts), "--static-prefix", "/mlflow", "--workers", "1",
+        "--uvicorn-opts", f"--uds {mlflow_socket(home)} --log-level warning",
+    ]  # fmt: skip
+
+
+def _without_proxy(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "NO_PROXY": "*"}
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+_RAY_PORTS = ("ray_port", "dashboard_port", "client_port")
+
+
+def _ray_ports() -> list[int]:
+    """A dashboard at Ray's usual port where that is free; any other ports."""
+    ports = _free_ports(3)
+    return [ports[0], 8265 if _free(8265) else ports[1], ports[2]]
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _local() -> Any:
+    return importlib.import_module("moray.cluster.local")
+
+
+if __name__ == "__main__":
+    supervise(Home.from_environment(), lambda text: print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True))
