@@ -8,6 +8,7 @@ here raises for what a run has not, not yet, or in a form that another version w
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ class _Run:
         curves = {name: curve.points() for name, curve in _named(self._curves).items()}
         loads = max(self._loads.values(), key=lambda found: found.last, default=None)
         return {
-            "job": job.as_json(), "attempt": attempt.id, "state": self._state(attempt), "started": began,
+            "now": time.time(), "job": job.as_json(), "attempt": attempt.id, "state": self._state(attempt),
+            "started": began,
             "seconds": max(0.0, self._last - began) if began and self._last else 0.0,
             "detail": (self._ended.detail if self._ended else "") or attempt.detail,
             "unreadable": self._unreadable, "steps": self._all_steps(job, over),
@@ -238,8 +240,8 @@ def recipe_steps(source: str) -> Mapping[str, tuple[str, dict[str, str]]]:
 def _not_begun(job: Job) -> dict[str, Any]:
     steps = [_Step().as_json(key, uses, inputs, False) for key, (uses, inputs) in recipe_steps(job.source).items()]
     return {
-        "job": job.as_json(), "attempt": None, "state": "pending", "started": None, "seconds": 0.0, "detail": "",
-        "unreadable": 0, "steps": steps, "metrics": {}, "curves": {}, "figures": {}, "expert_load": None,
+        "now": time.time(), "job": job.as_json(), "attempt": None, "state": "pending", "started": None,
+        "seconds": 0.0, "detail": "", "unreadable": 0, "steps": steps, "metrics": {}, "curves": {}, "figures": {}, "expert_load": None,
     }  # fmt: skip
 
 
