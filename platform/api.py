@@ -89,10 +89,11 @@ def model_folder(model: str, home: Home) -> Path:
         if not (path / "config.json").is_file():
             raise InputError(f"{path} holds no config.json", "give a folder in the Hugging Face layout")
         return path
-    artifact = ArtifactStore(home).find(model)
+    store = ArtifactStore(home)
+    artifact = store.find(model)
     if artifact.manifest.produces != "model":
         raise InputError(f"{model!r} is {artifact.manifest.produces}, not a model", "name an `export` artifact")
-    return artifact.folder
+    return store.fetch(artifact).folder
 
 
 def model_name(model: str, folder: Path) -> str:

@@ -1,29 +1,38 @@
-"""The artifact store on local disk: `<root>/<step>/<fingerprint>/` with its manifest, leases, and named aliases.
+"""The artifact store: `<root>/<step>/<fingerprint>/` with its manifest, leases, and named aliases.
 
 A folder without a manifest is work in progress or a leftover. The manifest is created, not replaced: if two writers
 race, the first wins and both see the same artifact. An artifact is removed in one step too: its folder moves to
 `.removed/` and is deleted there.
+
+With a shared root (platform/remote.py) this folder is staging area and cache, and the shared root is the truth: what is
+made here is copied there before it counts as made, and what is only there comes here when its files are needed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moray.platform.atomic import create_bytes, write_text
-from moray.platform.errors import InputError, nearest
+from moray.platform.errors import InputError, MorayError, nearest
 from moray.platform.home import Home
 from moray.platform.lease import Lease, is_stale
 from moray.platform.manifest import MANIFEST, Manifest
 
+if TYPE_CHECKING:
+    from moray.platform.remote import RemoteArtifacts, SharedManifest
+
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact: its folder and manifest."""
+    """A finished artifact: its folder and manifest. The folder may not be here yet: see `ArtifactStore.fetch`."""
 
     folder: Path
     manifest: Manifest
@@ -36,16 +45,28 @@ class Artifact:
     def reference(self) -> str:
         return f"{self.manifest.step}/{self.manifest.fingerprint}"
 
+    @property
+    def here(self) -> bool:
+        """Whether its files are on this machine."""
+        return (self.folder / MANIFEST).is_file()
+
 
 _REMOVED = ".removed"
+_PULLED = ".pull-"
+Progress = Callable[[str, float, float], None]  # what is being done, bytes done, bytes in all
+
+
+def _unseen(phase: str, done: float, total: float) -> None:
+    """Progress that nobody looks at."""
 
 
 class ArtifactStore:
-    """Artifacts and aliases under one MORAY_HOME."""
+    """Artifacts and aliases under one MORAY_HOME, and under its shared root if it has one."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
         self.root = home.artifacts
+        self.remote = _shared_root(home.shared)
 
     def folder(self, step: str, fingerprint: str) -> Path:
         return self.root / step / fingerprint
@@ -53,8 +74,20 @@ class ArtifactStore:
     def lease_path(self, step: str, fingerprint: str) -> Path:
         return self.root / step / f".{fingerprint}.lease"
 
+    def check(self) -> None:
+        """Raises InputError if there is a shared root that cannot be written."""
+        if self.remote is not None:
+            self.remote.check_writable()
+
     def get(self, step: str, fingerprint: str) -> Artifact | None:
-        """The artifact, or None if it has no (whole) manifest."""
+        """The artifact, here or in the shared root, or None if it has no (whole) manifest."""
+        found = self.local(step, fingerprint)
+        if found is None and self.remote is not None and (shared := self.remote.get(step, fingerprint)):
+            found = Artifact(self.folder(step, fingerprint), shared.local())
+        return found
+
+    def local(self, step: str, fingerprint: str) -> Artifact | None:
+        """The artifact if its files are here."""
         folder = self.folder(step, fingerprint)
         try:
             text = (folder / MANIFEST).read_bytes()
@@ -70,31 +103,114 @@ class ArtifactStore:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def commit(self, manifest: Manifest) -> Artifact:
-        """Writes the manifest, last of all. If another writer was first, its artifact is returned."""
+    def commit(self, manifest: Manifest, progress: Progress = _unseen) -> Artifact:
+        """Writes the manifest, last of all. If another writer was first, its artifact is returned.
+
+        With a shared root, the files go there first. Where that fails, the artifact is kept here, to be copied by the
+        next run that wants it, and the error is raised.
+        """
+        if self.remote is not None:
+            folder = self.folder(manifest.step, manifest.fingerprint)
+            try:
+                shared = self.remote.push(folder, manifest, partial(progress, "uploading"))
+            except MorayError:
+                self._seal(manifest)
+                raise
+            if shared.files != manifest.files:
+                return self._pull(shared, progress)
+            manifest = shared.local()
+        return self._seal(manifest)
+
+    def publish(self, artifact: Artifact, progress: Progress = _unseen) -> Artifact:
+        """Copies an artifact that was made here alone to the shared root; a rival's takes its place if one was first.
+
+        Nothing happens without a shared root, or if a process works on the artifact.
+        """
+        lease = Lease(self.lease_path(artifact.manifest.step, artifact.fingerprint))
+        if self.remote is None or not artifact.here or not lease.acquire():
+            return artifact
+        try:
+            shared = self.remote.push(artifact.folder, artifact.manifest, partial(progress, "uploading"))
+            return artifact if shared.files == artifact.manifest.files else self._pull(shared, progress)
+        finally:
+            lease.release()
+
+    def fetch(self, artifact: Artifact, progress: Progress = _unseen) -> Artifact:
+        """The artifact with its files here, pulled from the shared root if need be. Raises InputError."""
+        step, fingerprint = artifact.manifest.step, artifact.fingerprint
+        lease = Lease(self.lease_path(step, fingerprint))
+
+        def is_here() -> bool:
+            return self.local(step, fingerprint) is not None
+
+        if not is_here() and (lease.acquire() or lease.wait(is_here, lambda: False)):
+            try:
+                shared = None if self.remote is None or is_here() else self.remote.get(step, fingerprint)
+                if shared is not None:
+                    return self._pull(shared, progress)
+            finally:
+                lease.release()
+        found = self.local(step, fingerprint)
+        if found is None:
+            raise InputError(f"{artifact.reference} is gone", "run the recipe that makes it again")
+        return found
+
+    def _pull(self, shared: SharedManifest, progress: Progress) -> Artifact:
+        """Brings files here under a lease: into a temporary folder, checked, then to their place, the manifest last."""
+        assert self.remote is not None
+        folder = self.folder(shared.step, shared.fingerprint)
+        for torn in folder.parent.glob(f".{shared.fingerprint}{_PULLED}*"):
+            shutil.rmtree(torn)
+        coming = folder.parent / f".{shared.fingerprint}{_PULLED}{secrets.token_hex(4)}"
+        coming.mkdir(parents=True)
+        try:
+            self.remote.pull(shared, coming, partial(progress, "downloading"))
+            self._bury(folder)
+            coming.rename(folder)
+        finally:
+            shutil.rmtree(coming, ignore_errors=True)
+        return self._seal(shared.local())
+
+    def _seal(self, manifest: Manifest) -> Artifact:
         folder = self.folder(manifest.step, manifest.fingerprint)
         create_bytes(folder / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
-        committed = self.get(manifest.step, manifest.fingerprint)
+        committed = self.local(manifest.step, manifest.fingerprint)
         assert committed is not None
         return committed
 
     def of_step(self, step: str) -> Iterator[Artifact]:
-        """All finished artifacts of a step, newest first."""
-        found = [a for path in (self.root / step).glob(f"*/{MANIFEST}") if (a := self.get(step, path.parent.name))]
-        yield from sorted(found, key=lambda a: a.manifest.started, reverse=True)
+        """The finished artifacts of a step that are here, newest first."""
+        paths = (self.root / step).glob(f"[!.]*/{MANIFEST}")
+        yield from _newest_first(a for path in paths if (a := self.local(step, path.parent.name)))
+
+    def newest(self, step: str) -> Artifact | None:
+        """The artifact of a step that was made last: of those here, or else of those in the shared root."""
+        return next(self.of_step(step), None) or next(iter(_newest_first(self._shared_of(step))), None)
 
     def steps(self) -> list[str]:
         """The steps that have a folder here."""
         return sorted(path.name for path in self.root.glob("*") if path.is_dir() and path.name != _REMOVED)
 
     def all(self) -> Iterator[Artifact]:
-        """All finished artifacts, by step, newest first."""
+        """All finished artifacts that are here, by step, newest first."""
         for step in self.steps():
             yield from self.of_step(step)
 
+    def shared(self) -> Iterator[Artifact]:
+        """All artifacts of the shared root, by step, newest first."""
+        for step in self.remote.steps() if self.remote else ():
+            yield from _newest_first(self._shared_of(step))
+
+    def _shared_of(self, step: str, beginning: str = "") -> Iterator[Artifact]:
+        for found in self.remote.of_step(step, beginning) if self.remote else ():
+            yield Artifact(self.folder(step, found.fingerprint), found.local())
+
     def by_fingerprint(self, fingerprint: str) -> Artifact | None:
         """The artifact with this whole fingerprint, whatever its step."""
-        return next((a for step in self.steps() if (a := self.get(step, fingerprint))), None)
+        here = next((a for step in self.steps() if (a := self.local(step, fingerprint))), None)
+        if here or self.remote is None or not fingerprint:
+            return here
+        return next((a for step in self.remote.steps() for a in self._shared_of(step, fingerprint)), None)
 
     def in_work(self) -> set[str]:
         """`step/fingerprint` of everything that a living process is making."""
@@ -116,19 +232,45 @@ class ArtifactStore:
         return sorted(path.relative_to(self._home.pins).as_posix() for path in self._home.pins.glob("*/[!.]*"))
 
     def remove(self, reference: str) -> bool:
-        """Deletes `step/fingerprint`; False, changing nothing, if a living process works on it."""
+        """Deletes `step/fingerprint`, here and in the shared root.
+
+        False, changing nothing, if a process of this machine works on it.
+        """
+        return self._remove(reference, everywhere=True)
+
+    def free(self, reference: str) -> bool:
+        """Deletes what is here of `step/fingerprint`. False, changing nothing, if a process works on it."""
+        return self._remove(reference, everywhere=False)
+
+    def _remove(self, reference: str, everywhere: bool) -> bool:
         step, _, fingerprint = reference.partition("/")
         lease = Lease(self.lease_path(step, fingerprint))
         if not lease.acquire():
             return False
         try:
-            (self.root / _REMOVED).mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a rival removed it
-                self.folder(step, fingerprint).rename(self.root / _REMOVED / f"{fingerprint}-{secrets.token_hex(4)}")
+            if everywhere and self.remote is not None:
+                self.remote.remove(step, fingerprint)
+            self._bury(self.folder(step, fingerprint))
         finally:
             lease.release()
         self.sweep()
         return True
+
+    def _bury(self, folder: Path) -> None:
+        (self.root / _REMOVED).mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it was not here, or a rival removed it
+            folder.rename(self.root / _REMOVED / f"{folder.name}-{secrets.token_hex(4)}")
+
+    def leftovers(self, before: float) -> list[str]:
+        """`step/name` of folders without a manifest that nobody works on and nothing was written to since a time."""
+        working = self.in_work()
+        found = []
+        for step in self.steps():
+            for folder in (self.root / step).iterdir():
+                fingerprint = folder.name.lstrip(".").partition(_PULLED)[0]
+                if folder.is_dir() and not (folder / MANIFEST).exists() and f"{step}/{fingerprint}" not in working:
+                    found += [f"{step}/{folder.name}"] if _last_change(folder) < before else []
+        return sorted(found)
 
     def sweep(self) -> None:
         """Deletes what was removed, also by a process that was killed at it."""
@@ -136,15 +278,30 @@ class ArtifactStore:
             shutil.rmtree(grave, ignore_errors=True)
 
     def set_alias(self, name: str, version: str, artifact: Artifact) -> None:
-        """Points `name@version` at an artifact, replacing what it pointed at."""
+        """Points `name@version` at an artifact, replacing what it pointed at; in the shared root too."""
+        if self.remote is not None:
+            self.remote.set_alias(f"{name}@{version}", artifact.reference)
         write_text(self._home.aliases / f"{name}@{version}", artifact.reference + "\n")
 
+    def drop_alias(self, alias: str) -> None:
+        """Forgets `name@version`, also in the shared root; the artifact stays. Raises InputError if there is none."""
+        known = self.aliases()
+        if alias not in known:
+            raise InputError(f"no alias {alias!r}", nearest(alias, known))
+        if self.remote is not None:
+            self.remote.drop_alias(alias)
+        (self._home.aliases / alias).unlink(missing_ok=True)
+
     def aliases(self) -> dict[str, str]:
-        """`name@version` -> `step/fingerprint`."""
-        return {path.name: path.read_text().strip() for path in sorted(self._home.aliases.glob("*@*"))}
+        """`name@version` -> `step/fingerprint`. Where both have one, the shared root's counts."""
+        here = {path.name: path.read_text().strip() for path in sorted(self._home.aliases.glob("*@*"))}
+        return here | (self.remote.aliases() if self.remote else {})
 
     def find(self, reference: str) -> Artifact:
-        """An artifact by alias `name@version`, by `step/fingerprint` (a unique prefix is enough), or by its folder."""
+        """An artifact by alias `name@version`, by `step/fingerprint` (a unique prefix is enough), or by its folder.
+
+        Its files need not be here: see `fetch`.
+        """
         aliases = self.aliases()
         target = aliases.get(reference, reference)
         folder = Path(target).expanduser()
@@ -152,10 +309,34 @@ class ArtifactStore:
             step, fingerprint = folder.resolve().parts[-2:]
         else:
             step, _, fingerprint = target.partition("/")
-        matches = [a for a in self.of_step(step) if fingerprint and a.fingerprint.startswith(fingerprint)]
+        matches = {a.fingerprint: a for a in self._shared_of(step, fingerprint)} if fingerprint else {}
+        matches |= {
+            a.fingerprint: a for a in self.of_step(step) if fingerprint and a.fingerprint.startswith(fingerprint)
+        }
         if len(matches) == 1:
-            return matches[0]
+            return next(iter(matches.values()))
         if matches:
             raise InputError(f"{reference!r} names {len(matches)} artifacts", "give more of the fingerprint")
         known = [*aliases, *(f"{step}/..." for step in self.steps())]
         raise InputError(f"no artifact {reference!r}", nearest(reference, known))
+
+
+def _newest_first(artifacts: Iterable[Artifact]) -> list[Artifact]:
+    return sorted(artifacts, key=lambda a: a.manifest.started, reverse=True)
+
+
+def _last_change(folder: Path) -> float:
+    """When anything in a folder was last written, in seconds since the epoch."""
+    times = [folder.stat().st_mtime]
+    for where, _, names in os.walk(folder):
+        with contextlib.suppress(FileNotFoundError):  # a file that goes away meanwhile
+            times += [os.stat(os.path.join(where, name), follow_symlinks=False).st_mtime for name in names]
+    return max(times)
+
+
+def _shared_root(url: str) -> RemoteArtifacts | None:
+    if not url:
+        return None
+    from moray.platform.remote import RemoteArtifacts
+
+    return RemoteArtifacts(url)

@@ -10,8 +10,10 @@ from cyclopts import App, Parameter
 from moray.platform.console import Json, err, out, print_json, print_table
 
 if TYPE_CHECKING:
-    from moray.platform.artifacts import ArtifactStore
+    from moray.platform.artifacts import Artifact, ArtifactStore
     from moray.platform.retention import Entry
+
+_DAY_SECONDS = 24 * 3600.0  # what is older and belongs to nobody was left behind
 
 app = App(name="artifacts", help="Show, pin and remove what runs made.", help_format="plaintext")
 
@@ -21,11 +23,15 @@ DryRun = Annotated[bool, Parameter(negative=(), help="say what would go, and rem
 
 @app.command(name="list")
 def list_(*, json_: Json = False) -> int:
-    """Every artifact, by step, newest first, with what holds it: pin, aliases."""
+    """Every artifact, by step, newest first, with what holds it (pin, aliases) and where it is.
+
+    With a shared root (MORAY_ARTIFACTS): local, remote or both.
+    """
     from moray.platform.units import size
 
     store = _store()
-    names, artifacts = _names(store), list(store.all())
+    names, places = _names(store), _places(store)
+    artifacts = [artifact for artifact, _ in places.values()]
     rows = [
         {
             "artifact": artifact.reference,
@@ -35,6 +41,7 @@ def list_(*, json_: Json = False) -> int:
             "run": artifact.manifest.run,
             "held_by": names.get(artifact.reference, []),
             "folder": str(artifact.folder),
+            "where": places[artifact.reference][1],
         }
         for artifact in artifacts
     ]
@@ -43,10 +50,10 @@ def list_(*, json_: Json = False) -> int:
         return 0
     shown = [
         (a.reference, a.manifest.produces, size(a.manifest.bytes), _when(a.manifest.started),
-         ", ".join(names.get(a.reference, [])), a.manifest.run)
+         places[a.reference][1], ", ".join(names.get(a.reference, [])), a.manifest.run)
         for a in artifacts
     ]  # fmt: skip
-    print_table(("artifact", "is", "size>", "made", "held by", "run"), shown)
+    print_table(("artifact", "is", "size>", "made", "where", "held by", "run"), shown)
     return 0
 
 
@@ -74,8 +81,16 @@ def unpin(reference: str, /, *, json_: Json = False) -> int:
 
 
 @app.command
+def unalias(alias: str, /, *, json_: Json = False) -> int:
+    """Forget NAME@VERSION; the artifact stays, until nothing else holds it."""
+    _store().drop_alias(alias)
+    _say(json_, "forgotten", alias)
+    return 0
+
+
+@app.command
 def rm(reference: str, /, *, json_: Json = False) -> int:
-    """Remove one artifact. What is pinned or aliased, or what such a one was made from, is refused."""
+    """Remove one artifact, from the shared root too. What a pin or an alias needs is refused."""
     from moray.platform.errors import InputError
     from moray.platform.retention import lineage
 
@@ -96,35 +111,69 @@ def rm(reference: str, /, *, json_: Json = False) -> int:
 
 @app.command
 def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -> int:
-    """Remove artifacts, oldest first, until the rest fits the limit.
+    """Remove artifacts from this machine, oldest first, until the rest fits the limit.
 
-    Pinned and aliased artifacts, those that a run works on, and all they were made from stay.
+    Pinned and aliased artifacts, those that a run works on, and all they were made from stay. Copies of what lies in
+    the shared root go first; no artifact is removed there. What killed runs left behind goes after a day, there too.
     """
-    from moray.platform.retention import to_remove
     from moray.platform.units import parse_size, size
 
     allowed, store = parse_size(limit), _store()
-    entries = _entries(store)
-    used = _in_use()
-    roots = [*_names(store), *(e.reference for e in entries if e.reference.partition("/")[2] in used)]
-    chosen = to_remove(entries, roots, allowed)
+    left = _leftovers(store, remove=not dry_run)
+    chosen, total = _chosen(store, allowed)
     if not dry_run:
         store.sweep()
-        chosen = [entry for entry in chosen if store.remove(entry.reference)]
+        chosen = [entry for entry in chosen if store.free(entry.reference)]
     freed = sum(entry.bytes for entry in chosen)
-    kept = sum(entry.bytes for entry in entries) - freed
+    kept = total - freed
     if json_:
         removed = [entry.reference for entry in chosen]
-        print_json({"removed": removed, "freed_bytes": freed, "kept_bytes": kept, "limit_bytes": allowed,
-                    "dry_run": dry_run})  # fmt: skip
+        print_json({"removed": removed, "leftovers": left, "freed_bytes": freed, "kept_bytes": kept,
+                    "limit_bytes": allowed, "dry_run": dry_run})  # fmt: skip
     else:
         if chosen:
             print_table(("artifact", "size>", "made"), [(e.reference, size(e.bytes), _when(e.made)) for e in chosen])
+        for name in left:
+            out().print(f"left behind: {name}", markup=False)
         verb = "would free" if dry_run else "freed"
         out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
     if kept > allowed:
         err().print(f"still {size(kept - allowed)} over the limit: the rest is pinned, aliased or in use", markup=False)
     return 0
+
+
+def _chosen(store: ArtifactStore, allowed: int) -> tuple[list[Entry], int]:
+    """What gc may remove from this machine, and how many bytes lie on it."""
+    from moray.platform.retention import to_free, to_remove
+
+    entries = [entry for entry in _entries(store) if store.local(*entry.reference.split("/"))]
+    used = _in_use()
+    working = [e.reference for e in entries if e.reference.partition("/")[2] in used]
+    copies = to_free(entries, [*store.pins(), *working], allowed)
+    rest = [entry for entry in entries if entry not in copies]
+    return [*copies, *to_remove(rest, [*_names(store), *working], allowed)], sum(entry.bytes for entry in entries)
+
+
+def _leftovers(store: ArtifactStore, remove: bool) -> list[str]:
+    """What killed runs left behind more than a day ago: folders here, and objects in the shared root."""
+    before = time.time() - _DAY_SECONDS
+    here = store.leftovers(before)
+    there = sorted(store.remote.leftovers(before)) if store.remote else []
+    if remove:
+        here = [name for name in here if store.free(name)]
+        if store.remote:
+            store.remote.sweep(before)
+    return [*here, *(f"{store.remote.url}/{name}" for name in there if store.remote)]
+
+
+def _places(store: ArtifactStore) -> dict[str, tuple[Artifact, str]]:
+    """Every artifact, and whether it is local, remote or both; by step, newest first."""
+    here = {artifact.reference: artifact for artifact in store.all()}
+    there = {artifact.reference: artifact for artifact in store.shared()}
+    every = sorted((there | here).values(), key=lambda a: (a.manifest.step, -a.manifest.started))
+    names = [a.reference for a in every]
+    where = {n: "both" if n in here and n in there else "local" if n in here else "remote" for n in names}
+    return {a.reference: (a, where[a.reference]) for a in every}
 
 
 def _store() -> ArtifactStore:
@@ -145,7 +194,8 @@ def _entries(store: ArtifactStore) -> list[Entry]:
     from moray.platform.retention import Entry
 
     return [
-        Entry(a.reference, a.manifest.bytes, a.manifest.started, tuple(a.manifest.inputs.values())) for a in store.all()
+        Entry(a.reference, a.manifest.bytes, a.manifest.started, tuple(a.manifest.inputs.values()), where != "local")
+        for a, where in _places(store).values()
     ]
 
 
@@ -163,7 +213,8 @@ def _release(store: ArtifactStore, reference: str) -> str:
     """How to give up what holds an artifact."""
     if reference in store.pins():
         return f"moray artifacts unpin {reference}"
-    return "register another model under that name, or delete the alias's file in MORAY_HOME/aliases"
+    alias = next(name for name, target in store.aliases().items() if target == reference)
+    return f"moray artifacts unalias {alias}"
 
 
 def _when(made: float) -> str:

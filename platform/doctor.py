@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moray.platform.artifacts import ArtifactStore
 from moray.platform.errors import InputError, MorayError
 from moray.platform.home import Home
 
@@ -45,7 +46,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All checks, in the order in which a person would mend things."""
-    return [check() for check in _CHECKS]
+    shared = [_shared_root()] if os.environ.get("MORAY_ARTIFACTS") else []
+    return [*(check() for check in _CHECKS), *shared]
 
 
 def require_room() -> None:
@@ -164,6 +166,14 @@ def _gpu() -> Finding:
         fix = "install torch's CUDA build in .venv, or run on the CPU"
         return Finding("gpu", "warn", f"{len(cards)} NVIDIA, but torch is a CPU build", fix)
     return Finding("gpu", "ok", f"{len(cards)} NVIDIA")
+
+
+def _shared_root() -> Finding:
+    try:
+        ArtifactStore(Home.from_environment()).check()
+    except MorayError as error:
+        return Finding("artifact root", "fail", error.message, error.hint or "see MORAY_ARTIFACTS")
+    return Finding("artifact root", "ok", f"{os.environ['MORAY_ARTIFACTS']}, can be written")
 
 
 def _open_files() -> Finding:

@@ -1,4 +1,4 @@
-"""Where Moray keeps what it makes: `MORAY_HOME`, by default `~/.moray`."""
+"""Where Moray keeps what it makes: `MORAY_HOME`, by default `~/.moray`, and what machines share: `MORAY_ARTIFACTS`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class Home:
     """The folders under one MORAY_HOME. Nothing is made until it is written to."""
 
     root: Path
+    shared: str = ""  # s3://bucket/prefix: the artifact root that several machines have in common, if there is one
 
     @classmethod
     def from_environment(cls) -> Home:
-        """`$MORAY_HOME`, else `~/.moray`. Raises InputError if it cannot be written."""
+        """`$MORAY_HOME`, else `~/.moray`, and `$MORAY_ARTIFACTS`. Raises InputError if it cannot be written."""
         root = Path(os.environ.get("MORAY_HOME") or Path.home() / ".moray").expanduser().absolute()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ class Home:
             raise InputError(f"MORAY_HOME {root}: {error.strerror}", "set MORAY_HOME to a writable folder") from error
         if not os.access(root, os.W_OK):
             raise InputError(f"MORAY_HOME {root} is not writable", "set MORAY_HOME to a writable folder")
-        return cls(root)
+        return cls(root, os.environ.get("MORAY_ARTIFACTS", ""))
 
     @property
     def artifacts(self) -> Path:

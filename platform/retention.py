@@ -2,6 +2,7 @@
 
 What is pinned, aliased or in use stays, with everything it was made from. Of the rest, an artifact goes only after all
 that was made from it, so no artifact ever loses its ancestors; among those that may go next, the oldest goes first.
+What also lies in a shared root goes before all else, in any order of lineage: freeing a copy loses nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Entry:
     bytes: int
     made: float
     inputs: tuple[str, ...] = ()
+    copied: bool = False  # it also lies in the shared root
 
 
 def lineage(roots: Iterable[str], entries: Mapping[str, Entry]) -> set[str]:
@@ -34,8 +36,22 @@ def lineage(roots: Iterable[str], entries: Mapping[str, Entry]) -> set[str]:
     return found
 
 
+def to_free(entries: Sequence[Entry], roots: Iterable[str], limit: int) -> list[Entry]:
+    """Which copies of what lies in a shared root to delete, oldest first, so that at most `limit` bytes remain.
+
+    roots: what must stay on this machine, with all it was made from: pins, and what runs use.
+    """
+    kept = lineage(roots, {entry.reference: entry for entry in entries})
+    total, chosen = sum(entry.bytes for entry in entries), []
+    for entry in sorted(entries, key=lambda e: (e.made, e.reference)):
+        if total > limit and entry.copied and entry.reference not in kept:
+            chosen.append(entry)
+            total -= entry.bytes
+    return chosen
+
+
 def to_remove(entries: Sequence[Entry], roots: Iterable[str], limit: int) -> list[Entry]:
-    """What to delete, in order, so that at most `limit` bytes remain; less if `roots` hold the rest."""
+    """What to delete for good, in order, so that at most `limit` bytes remain; less if `roots` hold the rest."""
     known = {entry.reference: entry for entry in entries}
     kept = lineage(roots, known)
     made_from = Counter(name for entry in entries for name in set(entry.inputs) if name in known)

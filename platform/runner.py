@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.atomic import write_json, write_text
-from moray.platform.errors import MorayError, StepFailed
+from moray.platform.errors import InputError, MorayError, StepFailed
 from moray.platform.events import Event, EventLog, EventTail, NoteEvent, RunEvent, StepEvent, UsageEvent
 from moray.platform.explain import explain_change, is_current
 from moray.platform.fingerprint import Address, addresses
@@ -31,7 +31,7 @@ from moray.platform.recipe import PlannedStep, Recipe
 from moray.platform.references import Redactor, redacting
 from moray.platform.signals import until_interrupted
 from moray.platform.source import source_hash
-from moray.platform.step import Cancelled, Cluster, StepContext
+from moray.platform.step import Cancelled, Cluster, StepContext, Topology
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
     for planned, address in zip(recipe.steps, made.values(), strict=True):
         found = store.get(planned.step.name, address.fingerprint)
         if found is None:
-            why = explain_change(address, next(store.of_step(address.step), None))
+            why = explain_change(address, store.newest(address.step))
         else:
-            why = f"have {address.fingerprint[:8]}" + (
-                "" if is_current(planned.step, found) else ", made by other code"
-            )
+            why = f"have {address.fingerprint[:8]}"
+            why += f" in {store.remote.url}" if store.remote and not found.here else ""
+            why += "" if is_current(planned.step, found) else ", made by other code"
         decisions.append(Decision(planned, address, found is not None, why))
     return decisions
 
@@ -95,6 +95,7 @@ class Runner:
 
     def run(self, recipe: Recipe) -> RunResult:
         """Runs what is not there yet. Raises StepFailed, MorayError, or Cancelled after cleaning up."""
+        self.store.check()
         run = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
         folder = self.home.runs / run
         write_text(folder / "recipe.yaml", recipe.source)
@@ -109,6 +110,7 @@ class Runner:
             with until_interrupted(self._cancelled.set), _follow(folder / "events", events), redacting(redact):
                 for decision in plan(recipe, self.store):
                     result.steps[decision.planned.key] = self._step(decision, result, events)
+            write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
             state = "succeeded"
         except (Cancelled, KeyboardInterrupt):
             state = "cancelled"
@@ -120,9 +122,18 @@ class Runner:
             self.cluster.stop()
             result.seconds = time.monotonic() - began
             events.append(RunEvent(state=state, recipe=recipe.name, detail=detail))
+            self._keep_run(folder, events)
             events.close()
-        write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
         return result
+
+    def _keep_run(self, folder: Path, events: EventLog) -> None:
+        """Copies the run's folder to the shared root: what it did can be read when this machine is gone."""
+        try:
+            if self.store.remote is not None:
+                self.store.remote.push_run(folder)
+        except InputError as error:  # how the run ended matters more
+            text = f"the run's folder is not copied: {error.message}"
+            events.append(NoteEvent(step="", level="warning", text=text))
 
     def _step(self, decision: Decision, result: RunResult, events: EventLog) -> StepResult:
         planned, address = decision.planned, decision.address
@@ -145,6 +156,8 @@ class Runner:
             lease.release()
 
     def _reused(self, planned: PlannedStep, found: Artifact, why: str, events: EventLog) -> StepResult:
+        with _mid_run():
+            found = self.store.publish(found)
         manifest = found.manifest
         if not is_current(planned.step, found):
             made = f"{manifest.step}/{found.fingerprint[:8]}"
@@ -164,79 +177,110 @@ class Runner:
     ) -> StepResult:
         step, fingerprint = planned.step, address.fingerprint
         events.append(StepEvent(step=planned.key, state="started", fingerprint=fingerprint, why=why))
-        inputs = {name: result.steps[target].artifact for name, target in planned.inputs.items()}
         context: StepContext[Any] = StepContext(
-            step=planned.key, config=planned.config, inputs=inputs, home=self.home, run=result.folder, events=events,
+            step=planned.key, config=planned.config, inputs={}, home=self.home, run=result.folder, events=events,
             folder=self.store.prepare(step.name, fingerprint, step.resumable), cluster=self.cluster,
             fingerprint=fingerprint, name=result.recipe, cancel=self._cancelled.is_set,
         )  # fmt: skip
         started, began = time.time(), time.monotonic()
-        topology = self.cluster.topology()
-        state = "failed"
+        topology, state = self.cluster.topology(), "failed"
+        self.cluster.on_pending = lambda text: context.note(text, "warning")
         try:
-            if step.needs_ray:
-                topology = self.cluster.ensure()
-            step.run(context)
+            with self._explained(context):
+                context.inputs = {name: self._fetch(result.steps[at], context) for name, at in planned.inputs.items()}
+                if step.needs_ray:
+                    topology = self.cluster.ensure()
+                step.run(context)
+                artifact = self._commit(planned, address, context, topology, started, time.monotonic() - began)
             state = "succeeded"
         except (Cancelled, KeyboardInterrupt):
             state = "cancelled"
             raise
-        except MorayError:
-            raise
-        except Exception as error:
-            log = self._keep_traceback(result.folder, planned.key, events)
-            full = "No space left on device" in str(error)
-            raise StepFailed(
-                f"step {planned.key!r} failed: {type(error).__name__}: {_first_line(error)}",
-                f"free some disk for {self.home.root}, then run again" if full else f"details: {log}",
-            ) from error
         finally:
-            seconds = time.monotonic() - began
-            usage = {"cpus": float(topology.cpus), "gpus": float(topology.gpus)}
-            events.append(UsageEvent(step=planned.key, seconds=seconds, state=state, **usage))
+            self.cluster.on_pending = None
+            held = time.monotonic() - began
+            events.append(
+                UsageEvent(step=planned.key, seconds=held, state=state, cpus=topology.cpus, gpus=topology.gpus)
+            )
             if state != "succeeded":
-                events.append(StepEvent(step=planned.key, state=state, fingerprint=fingerprint, seconds=seconds))
-        artifact = self._commit(planned, address, context, inputs, started, seconds, usage)
+                events.append(StepEvent(step=planned.key, state=state, fingerprint=fingerprint, seconds=held))
         events.append(
             StepEvent(
-                step=planned.key, state="succeeded", fingerprint=fingerprint, seconds=seconds,
+                step=planned.key, state="succeeded", fingerprint=fingerprint, seconds=held,
                 counts=context.counts, outcome=context.outcome,
             )
         )  # fmt: skip
-        return StepResult(planned.key, step.name, False, seconds, artifact)
+        return StepResult(planned.key, step.name, False, held, artifact)
+
+    def _fetch(self, row: StepResult, context: StepContext[Any]) -> Artifact:
+        """An earlier step's artifact with its files on this machine."""
+        with _mid_run():
+            row.artifact = self.store.fetch(row.artifact, _progress(context))
+        return row.artifact
+
+    @contextmanager
+    def _explained(self, context: StepContext[Any]) -> Iterator[None]:
+        """What is no MorayError becomes one, with the traceback in a file."""
+        try:
+            yield
+        except (MorayError, Cancelled):
+            raise
+        except Exception as error:
+            what = f"step {context.step!r} failed: {type(error).__name__}: {_first_line(error)}"
+            log = _keep_traceback(context)
+            full = "No space left on device" in str(error) or log is None
+            hint = f"free some disk for {self.home.root}, then run again" if full else f"details: {log}"
+            raise StepFailed(what, hint) from error
 
     def _commit(
-        self, planned: PlannedStep, address: Address, context: StepContext[Any], inputs: Mapping[str, Artifact],
-        started: float, seconds: float, usage: Mapping[str, float],
+        self, planned: PlannedStep, address: Address, context: StepContext[Any], topology: Topology,
+        started: float, seconds: float,
     ) -> Artifact:  # fmt: skip
         files = hash_folder(context.folder)
-        return self.store.commit(
-            Manifest(
-                step=planned.step.name,
-                step_version=planned.step.version,
-                fingerprint=address.fingerprint,
-                produces=planned.step.produces,
-                config=planned.config.model_dump(mode="json"),
-                address=asdict(address),
-                inputs={name: artifact.reference for name, artifact in inputs.items()},
-                files=files,
-                bytes=sum(file.size for file in files),
-                counts=context.counts,
-                outcome=context.events.redact(context.outcome),
-                run=context.run.name,
-                code={**code_revision(), "source": source_hash(planned.step)},
-                environment=environment(),
-                started=started,
-                seconds=seconds,
-                cpu_seconds=seconds * usage["cpus"],
-                gpu_seconds=seconds * usage["gpus"],
-            )
+        manifest = Manifest(
+            step=planned.step.name,
+            step_version=planned.step.version,
+            fingerprint=address.fingerprint,
+            produces=planned.step.produces,
+            config=planned.config.model_dump(mode="json"),
+            address=asdict(address),
+            inputs={name: artifact.reference for name, artifact in context.inputs.items()},
+            files=files,
+            bytes=sum(file.size for file in files),
+            counts=context.counts,
+            outcome=context.events.redact(context.outcome),
+            run=context.run.name,
+            code={**code_revision(), "source": source_hash(planned.step)},
+            environment=environment(),
+            started=started,
+            seconds=seconds,
+            cpu_seconds=seconds * topology.cpus,
+            gpu_seconds=seconds * topology.gpus,
         )
+        with _mid_run():
+            return self.store.commit(manifest, _progress(context))
 
-    def _keep_traceback(self, folder: Path, key: str, events: EventLog) -> Path:
-        path = folder / "logs" / f"{key}.traceback.txt"
-        write_text(path, events.redact(traceback.format_exc()))
-        return path
+
+def _progress(context: StepContext[Any]) -> Callable[[str, float, float], None]:
+    return lambda phase, done, total: context.progress(phase, done, total, "bytes")
+
+
+@contextmanager
+def _mid_run() -> Iterator[None]:
+    """Once a run is under way, trouble with the shared root is no mistake of the user's: a rerun goes on from here."""
+    try:
+        yield
+    except InputError as error:
+        raise StepFailed(error.message, error.hint) from error
+
+
+def _keep_traceback(context: StepContext[Any]) -> Path | None:
+    """Where the traceback now lies; None if the disk has no room for it."""
+    try:
+        context.write_log("traceback", traceback.format_exc())
+    except OSError:
+        return None
+    return context.log_path("traceback")
 
 
 @contextmanager

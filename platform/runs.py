@@ -61,14 +61,22 @@ def list_runs(home: Home) -> list[RunRow]:
 
 
 def find_run(home: Home, name: str) -> RunRow:
-    """A run by its name, or by a part of it that only one run has, with its artifacts. Raises InputError."""
+    """A run by its name, or by a part of it that only one run has, with its artifacts. Raises InputError.
+
+    A run that only the shared root knows is copied here first.
+    """
+    store = ArtifactStore(home)
     folders = {path.name: path for path in _folders(home)}
+    if store.remote is not None:
+        folders = {known: home.runs / known for known in store.remote.runs()} | folders
     matches = [name] if name in folders else [known for known in folders if name in known]
     if not matches:
         raise InputError(f"no run {name!r}", nearest(name, folders))
     if len(matches) > 1:
         raise InputError(f"{name!r} names {len(matches)} runs", f"give more of it: {', '.join(sorted(matches)[-3:])}")
-    run, store = _read(folders[matches[0]]), ArtifactStore(home)
+    if store.remote is not None and not folders[matches[0]].exists():
+        store.remote.pull_run(matches[0], folders[matches[0]])
+    run = _read(folders[matches[0]])
     if run.problem:
         raise InputError(f"run {run.run}: {run.problem}", "another version of Moray may have written it")
     for step in run.steps.values():

@@ -125,6 +125,7 @@ class Cluster(ABC):
     """What the runner needs of a place where Ray runs. Implemented in the `cluster` room."""
 
     logs: Path | None = None  # where Ray's own logs are found after it has stopped
+    on_pending: Callable[[str], None] | None = None  # is told, in words, what Ray cannot place and why
 
     @abstractmethod
     def ensure(self) -> Topology:

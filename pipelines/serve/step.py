@@ -67,7 +67,8 @@ class SmokeServe(Step[SmokeServeConfig]):
         from moray.pipelines.serve.deployment import deploy, free_port
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
-        folder = ArtifactStore(ctx.home).find(registration["model"]).folder
+        store = ArtifactStore(ctx.home)
+        folder = store.fetch(store.find(registration["model"])).folder
         ctx.cluster.ensure()
         ctx.progress("deploying", 0, 1, "replicas")
         deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
