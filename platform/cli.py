@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from moray.platform import cli_artifacts, cli_runs
+from moray.platform import cli_artifacts, cli_jobs, cli_runs, cli_schedule, cli_up
 from moray.platform.console import Json, err, out, print_json
 from moray.platform.errors import MorayError, nearest
 
@@ -26,6 +26,9 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+cli_up.register(app)
+cli_jobs.register(app)
+app.command(cli_schedule.app)
 app.command(cli_runs.app)
 app.command(cli_artifacts.app)
 

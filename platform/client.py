@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,20 @@ class AwayError(StepFailed):
 class Client:
     """Talks to the controller of one MORAY_HOME."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str, is_up: Callable[[], bool] = lambda: True) -> None:
+        """`is_up`: whether somebody restarts a controller that does not answer, so that waiting for it makes sense."""
         self.url = url
+        self._is_up = is_up
         self._token = token
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
 
     @classmethod
     def from_environment(cls) -> Client:
         """The client of `$MORAY_HOME`. Raises InputError if no control plane was ever started there."""
-        from moray.platform.up import UpOptions, url
+        from moray.platform.up import UpOptions, is_up, url
 
         home = Home.from_environment()
-        return cls(url(UpOptions.read(home)), read_token(home))
+        return cls(url(UpOptions.read(home)), read_token(home), lambda: is_up(home))
 
     def get(self, path: str, **query: Any) -> Any:
         """The answer to a GET; query values that are None are left out."""
@@ -58,7 +60,7 @@ class Client:
             try:
                 return self._once(method, path, body, key)
             except AwayError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or not self._is_up():
                     raise
                 time.sleep(0.5)
 

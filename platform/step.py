@@ -139,6 +139,11 @@ class Cluster(ABC):
     def stop(self) -> None:
         """Ends everything `ensure` started."""
 
+    def say_pending(self, text: str) -> None:
+        """What a watcher of the cluster calls; the runner shows it as a warning of the step at work."""
+        if self.on_pending is not None:
+            self.on_pending(text)
+
 
 class Cancelled(Exception):
     """Raised out of `ctx.checkpoint()` after the user asked the run to stop."""

@@ -26,7 +26,7 @@ from moray.platform.processes import MARK, Process, end, kill, marked
 POLL_SECONDS = 0.25
 _LONGEST_BACKOFF = 30.0
 _SETTLED_SECONDS = 60.0  # after so long a death counts as the first again
-_STOP_SECONDS = 20.0
+_STOP_SECONDS = 10.0
 
 ServiceState = Literal["waiting", "starting", "running", "restarting", "stopped"]
 
@@ -210,12 +210,9 @@ class Supervisor:
 
 def end_services(home: Home, names: Sequence[str]) -> None:
     """Ends every process of these services, the last service first; also where no supervisor lives."""
-    known = read_state(home)
     for name in reversed(names):
-        status = known.get(name)
-        if status and status.process:
-            end([status.process], _STOP_SECONDS, time.sleep)
-        end(marked(mark_of(home, name)), 3.0, time.sleep)
+        end(marked(mark_of(home, name)), _STOP_SECONDS, time.sleep)
+        kill(marked(mark_of(home, name)))  # what was started in the meantime
 
 
 def _rotate(log: Path, most: int = 8 << 20) -> None:

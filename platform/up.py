@@ -99,6 +99,8 @@ def decide(
         ports = {name: 0 for name in _RAY_PORTS}
         asked = {"cpus": cpus, "gpus": gpus, "slots": slots}
     chosen = port or PORT
+    if _living(home):
+        return UpOptions.read(home)  # the supervisor alone died: what it started is adopted as it is
     if not _free(chosen):
         raise InputError(f"port {chosen} of {HOST} is taken", f"try --port {_free_ports(1)[0]}")
     if not all(ports.values()) or not all(map(_free, ports.values())):
@@ -115,7 +117,7 @@ def services(home: Home, options: UpOptions) -> list[Service]:
     ensure_token(home)
     return [
         *cluster.services(),
-        Service("mlflow", _mlflow(home), _without_proxy(environment), lambda: _answers(mlflow_socket(home))),
+        Service("mlflow", _mlflow(home), {**environment, **_MLFLOW_ENVIRONMENT}, lambda: _answers(mlflow_socket(home))),
         Service(
             "controller", python("moray.platform.controller_app"), environment, lambda: healthy(options),
             after=["ray-head"],
@@ -151,9 +153,11 @@ def wait_until_up(home: Home) -> Iterator[ServiceStatus]:
     while waiting:
         state = read_state(home)
         for name in NAMES:
-            if name in waiting and name in state and state[name].state == "running":
+            status = state.get(name)
+            # A supervisor that was killed leaves its last words; only what lives counts.
+            if name in waiting and status and status.state == "running" and status.process and status.process.alive():
                 waiting.remove(name)
-                yield state[name]
+                yield status
         if time.monotonic() > deadline:
             name = next(name for name in NAMES if name in waiting)
             log = home.up / "logs" / f"{name}.log"
@@ -166,6 +170,11 @@ def is_up(home: Home) -> bool:
     """Whether a supervisor lives."""
     known = read_state(home).get("supervisor")
     return bool(known and known.process and known.process.alive())
+
+
+def _living(home: Home) -> list[str]:
+    """The services that live, with or without a supervisor."""
+    return [name for name, s in read_state(home).items() if name in NAMES and s.process and s.process.alive()]
 
 
 def down(home: Home) -> int:
@@ -225,8 +234,8 @@ def _mlflow(home: Home) -> list[str]:
     ]  # fmt: skip
 
 
-def _without_proxy(environment: dict[str, str]) -> dict[str, str]:
-    return {**environment, "NO_PROXY": "*"}
+# No telemetry, and none of the seven processes for jobs of MLflow's own, which Moray does not use.
+_MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def _answers(path: Path) -> bool:

@@ -82,6 +82,7 @@ def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, c
     """
     folder = folder.resolve()
     _check_folder(folder)
+    _check_room(cpus)
     serve = _import_serve()
     deployment = Deployment(f"http://{_reachable(host)}:{port}", name)
     status = serve.status()
@@ -133,6 +134,18 @@ def _check_folder(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}", "give a folder that the `export` step wrote")
+
+
+def _check_room(cpus: float) -> None:
+    """Serve would wait for ever for a machine that is not there."""
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    largest = max(node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"])
+    if largest < cpus:
+        raise InputError(
+            f"a replica needs {cpus:g} CPU, the cluster's largest machine has {largest:g}", "give the cluster more CPUs"
+        )
 
 
 def _unit(folder: Path, name: str, cpus: float) -> str:

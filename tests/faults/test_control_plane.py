@@ -1,0 +1,113 @@
+"""The control plane under faults: whatever dies, every accepted job ends exactly once, and no tick runs twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moray.platform.processes import kill
+from moray.platform.up import NAMES
+from tests.control_plane import ControlPlane, wait_for
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    made = ControlPlane(tmp_path_factory.mktemp("plane"))
+    made.up("--slots", "2")
+    yield made
+    made.down()
+    assert made.processes() == [], "down left processes"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("victim", NAMES)
+def test_a_killed_service_costs_no_job(plane: ControlPlane, victim: str) -> None:
+    keys = [f"{victim}-{i}" for i in range(3)]
+    jobs = [plane.submit(plane.recipe(key, ray=i == 0), name=key) for i, key in enumerate(keys)]
+    for key in keys[:2]:
+        plane.begun(key)
+    old = plane.kill_service(victim)
+    plane.replaced(victim, old)
+    for key in keys:
+        plane.open(key)
+    for job in jobs:
+        plane.wait(job, "succeeded")
+    plane.prove([job["id"] for job in jobs])
+
+
+@pytest.mark.cluster
+def test_a_killed_driver_is_tried_again_and_its_loss_is_recorded(plane: ControlPlane) -> None:
+    job = plane.submit(plane.recipe("driver"))
+    kill([plane.begun("driver")])
+    plane.begun("driver", times=2)
+    plane.open("driver")
+    ended = plane.wait(job, "succeeded")
+    assert [attempt["state"] for attempt in ended["attempts"]] == ["lost", "succeeded"]
+    plane.prove([job["id"]])
+
+
+@pytest.mark.cluster
+def test_a_killed_supervisor_leaves_everything_alive_and_up_adopts_it(plane: ControlPlane) -> None:
+    job = plane.submit(plane.recipe("supervisor"))
+    driver = plane.begun("supervisor")
+    before = {name: plane.service(name) for name in NAMES}
+    kill([plane.service("supervisor")])
+    plane.cli("up")
+    assert {name: plane.service(name) for name in NAMES} == before
+    assert driver.alive()
+    plane.open("supervisor")
+    ended = plane.wait(job, "succeeded")
+    assert len(ended["attempts"]) == 1
+
+
+@pytest.mark.cluster
+def test_the_same_submission_twice_is_one_job(plane: ControlPlane) -> None:
+    source = plane.recipe("twice")
+    first, second = plane.submit(source, key="once"), plane.submit(source, key="once")
+    assert first["id"] == second["id"]
+    plane.open("twice")
+    plane.wait(first, "succeeded")
+
+
+@pytest.mark.cluster
+def test_a_failing_job_uses_its_retries_and_a_mistaken_one_does_not(plane: ControlPlane) -> None:
+    plane.open("flaky")
+    flaky = plane.submit(plane.recipe("flaky", fail=1), retries=1)
+    plane.open("broken")
+    broken = plane.submit(plane.recipe("broken", fail=9))
+    assert [a["state"] for a in plane.wait(flaky, "succeeded")["attempts"]] == ["failed", "succeeded"]
+    ended = plane.wait(broken, "failed")
+    assert len(ended["attempts"]) == 1
+    assert "the gate fails as it was asked to" in ended["reason"]
+
+
+@pytest.mark.cluster
+def test_stop_ends_a_running_job_and_a_waiting_one(plane: ControlPlane) -> None:
+    running = plane.submit(plane.recipe("stopped"))
+    driver = plane.begun("stopped")
+    others = [plane.submit(plane.recipe(f"fill-{i}")) for i in range(2)]
+    plane.cli("stop", others[1]["id"])
+    plane.cli("stop", running["id"])
+    plane.wait(running, "cancelled")
+    wait_for(lambda: not driver.alive(), "the stopped driver's end")
+    assert plane.job(others[1])["state"] == "cancelled"
+    plane.open("fill-0")
+    plane.wait(others[0], "succeeded")
+    plane.prove([job["id"] for job in (running, *others)])
+
+
+@pytest.mark.cluster
+def test_logs_and_events_are_there_when_the_cluster_is_gone(tmp_path: Path) -> None:
+    plane = ControlPlane(tmp_path)
+    plane.up()
+    job = plane.submit(plane.recipe("kept"))
+    plane.open("kept")
+    plane.wait(job, "succeeded")
+    shown = plane.cli("logs", job["id"]).stdout
+    plane.down()
+    assert "the gate is open" in shown
+    run = plane.home.runs / f"{job['id']}.1"
+    assert (run / "logs" / "driver.txt").read_text() == shown
+    assert "succeeded" in plane.cli("runs", "show", job["id"]).stdout
