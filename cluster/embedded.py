@@ -25,6 +25,7 @@ from moray.cluster.machine import (
     quiet_logging,
     signal_handlers_kept,
 )
+from moray.cluster.pending import PendingWatcher
 from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.lease import is_alive
@@ -38,6 +39,7 @@ class EmbeddedCluster(Cluster):
         self._home = home
         self._cpus = cpus
         self._folder: Path | None = None
+        self._watcher = PendingWatcher(self.say_pending)
         self.dashboard = ""
 
     def topology(self) -> Topology:
@@ -69,6 +71,7 @@ class EmbeddedCluster(Cluster):
                 _temp_dir=str(self._folder),
             )
         self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        self._watcher.start()
         return topology
 
     def stop(self) -> None:
@@ -77,6 +80,7 @@ class EmbeddedCluster(Cluster):
         import ray
 
         assert self.logs is not None
+        self._watcher.stop()
         _keep_logs(self._folder, self.logs)
         ray.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)

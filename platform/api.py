@@ -7,6 +7,7 @@ This module reaches the rooms above the platform by name, when called: `moray.cl
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,12 +63,14 @@ def serving(
 ) -> Iterator[str]:
     """Serves a model over HTTP while the block lasts; gives the URL once requests are answered.
 
-    `port` 0 takes any that is free. At the end open answers are finished, then the embedded Ray is stopped.
+    `port` 0 takes any that is free. At the end open answers are finished, then the embedded Ray is stopped. What Ray
+    has no room for is logged as a warning.
     """
     home = home or Home.from_environment()
     folder = model_folder(model, home)
     require_room()
     cluster = embedded_cluster(home, cpus)
+    cluster.on_pending = logging.getLogger("moray").warning
     serve: Any = importlib.import_module("moray.pipelines.serve.deployment")
     port = port or serve.free_port(host)
     serve.check_port(host, port)

@@ -1,0 +1,163 @@
+"""What Ray cannot place is said, once, with what is lacking."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moray.cluster.pending import Demand, Machine, PendingReport, PendingWatcher
+from moray.platform.errors import InputError, StepFailed
+from moray.platform.events import Event, NoteEvent
+from moray.platform.home import Home
+from moray.platform.runner import Runner
+from moray.platform.step import Cluster, StepContext, Topology
+from tests.conftest import SharedCluster
+from tests.platform.test_runner import Write, recipe
+
+TWO = Machine({"CPU": 2.0, "memory": 8e9}, {"memory": 8e9})  # a node without an entry has nothing free of it
+
+
+def task(**resources: float) -> Demand:
+    return Demand((tuple(sorted(resources.items())),))
+
+
+def test_what_can_never_be_placed_is_said_at_once_and_once() -> None:
+    report = PendingReport(15.0)
+    (text,) = report.update(0.0, {task(CPU=64.0): 3}, [TWO])
+    assert text == "this can never start: it needs 64 CPU, the cluster has 2 CPU; ask for less or add machines"
+    assert report.update(1.0, {task(CPU=64.0): 3}, [TWO]) == []
+    (text,) = report.update(2.0, {task(GPU=1.0): 1}, [TWO])
+    assert "it needs 1 GPU, the cluster has 0 GPU" in text
+
+
+def test_machines_count_one_by_one_unless_a_group_may_spread() -> None:
+    machines = [TWO, TWO]
+    (text,) = PendingReport(15.0).update(0.0, {task(CPU=3.0): 1}, machines)
+    assert "it needs 3 CPU, on one machine, the largest has 2 CPU" in text
+    bundle = (("CPU", 1.0),)
+    assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 4): 1}, machines) == []
+    assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 5): 1}, machines) != []
+    assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 3, together=True): 1}, machines) != []
+
+
+def test_waiting_for_room_is_said_after_a_while_unless_it_moves() -> None:
+    report = PendingReport(15.0)
+    for now, count in ((0.0, 9), (10.0, 9), (14.0, 8), (28.0, 8)):
+        assert report.update(now, {task(CPU=1.0): count}, [TWO]) == []
+    assert report.update(29.0, {task(CPU=1.0): 8}, [TWO]) == ["waiting for 1 CPU: 2 of 2 CPU in use"]
+    assert report.update(60.0, {task(CPU=1.0): 8}, [TWO]) == []
+    report = PendingReport(15.0)
+    assert report.update(0.0, {task(memory=9e8): 1}, [TWO]) == []
+    assert report.update(5.0, {}, [TWO]) == []
+    assert report.update(16.0, {task(memory=9e8): 1}, [TWO]) == [], "it was placed in between"
+    assert report.update(31.0, {task(memory=9e8): 1}, [TWO]) == ["waiting for 900 MB memory: 0 B of 8 GB memory in use"]
+
+
+def test_nothing_is_said_of_a_cluster_without_machines_yet() -> None:
+    report = PendingReport(15.0)
+    assert report.update(0.0, {task(CPU=1.0): 1}, []) == []
+    assert report.update(60.0, {task(CPU=1.0): 1}, [TWO]) != []
+
+
+class Watched(SharedCluster):
+    """The shared cluster with a watcher of its own, as the embedded one has it."""
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__(topology)
+        self._watcher = PendingWatcher(self.say_pending, patience=1.0)
+
+    def ensure(self) -> Topology:
+        self._watcher.start()
+        return self.topology()
+
+    def stop(self) -> None:
+        self._watcher.stop()
+
+
+class OnRay(Write):
+    needs_ray = True
+
+
+@contextmanager
+def watching() -> Iterator[tuple[list[str], threading.Event]]:
+    notes: list[str] = []
+    heard = threading.Event()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        heard.set()
+
+    watcher = PendingWatcher(note, patience=1.0)
+    watcher.start()
+    try:
+        yield notes, heard
+    finally:
+        watcher.stop()
+
+
+@pytest.mark.cluster
+def test_a_step_that_asks_for_too_much_warns_the_user(ray_cluster: Cluster, home: Home) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    seen: list[Event] = []
+    heard = threading.Event()
+
+    def listen(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, NoteEvent):
+            heard.set()
+
+    def ask(ctx: StepContext[Any]) -> None:
+        group = placement_group([{"CPU": 64}])
+        task = ray.remote(num_cpus=1)(lambda: 1).options(placement_group=group).remote()
+        assert heard.wait(60)
+        ray.cancel(task, force=True)
+        remove_placement_group(group)
+
+    made = recipe("a", during=ask)
+    step = OnRay(ask)
+    planned = made.steps[0].__class__("s0", step, made.steps[0].config, {})
+    Runner(home, Watched(ray_cluster.topology()), [listen]).run(
+        made.__class__("chain", Path("chain.yaml"), (planned,), "name: chain\n")
+    )
+    notes = [(event.step, event.level, event.text) for event in seen if isinstance(event, NoteEvent)]
+    assert notes == [
+        ("s0", "warning", "this can never start: it needs 64 CPU, the cluster has 2 CPU; ask for less or add machines")
+    ]
+
+
+@pytest.mark.cluster
+def test_a_replica_without_room_says_so(ray_cluster: Cluster, tmp_path: Path) -> None:
+    """Other work holds both CPUs while a model is to be served; when that ends, the deployment goes on."""
+    import ray
+
+    from moray.pipelines.serve.deployment import deploy, free_port
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="a replica needs 64 CPU, the cluster's largest machine has 2"):
+        deploy(tmp_path, "m", cpus=64)
+    hog = ray.remote(num_cpus=2)(type("Hog", (), {"ready": lambda self: True})).remote()
+    assert ray.get(hog.ready.remote())
+    ended: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            deploy(tmp_path, "m", port=free_port())
+        except StepFailed as error:  # a model of two empty files, once there is room to look at it
+            ended.append(error)
+
+    thread = threading.Thread(target=serve)
+    with watching() as (notes, heard):
+        thread.start()
+        assert heard.wait(60)
+        ray.kill(hog)
+        thread.join()
+    assert notes[0] == "waiting for 0.5 CPU: 2 of 2 CPU in use"
+    assert len(ended) == 1
