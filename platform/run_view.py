@@ -241,7 +241,8 @@ def _not_begun(job: Job) -> dict[str, Any]:
     steps = [_Step().as_json(key, uses, inputs, False) for key, (uses, inputs) in recipe_steps(job.source).items()]
     return {
         "now": time.time(), "job": job.as_json(), "attempt": None, "state": "pending", "started": None,
-        "seconds": 0.0, "detail": "", "unreadable": 0, "steps": steps, "metrics": {}, "curves": {}, "figures": {}, "expert_load": None,
+        "seconds": 0.0, "detail": "", "unreadable": 0, "steps": steps, "metrics": {}, "curves": {},
+        "figures": {}, "expert_load": None,
     }  # fmt: skip
 
 

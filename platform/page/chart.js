@@ -29,11 +29,14 @@ function one(title, unit, help, height, cursor, point) {
   const frame = h("div", { class: "plot", tabindex: 0, role: "img" }, plot);
   const node = h("figure", { class: "chart" }, h("figcaption", { title: help }, h("span", { class: "chart-title" }, title), value), frame);
 
+  const share = unit === "share", shownUnit = share ? "%" : unit;
+  const reading = (v) => `${figure(v)}${shownUnit ? ` ${shownUnit}` : ""}`;
+
   const scale = () => {
     const values = points.map((found) => found[1]).filter((found) => found !== null);
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
-    const marks = nice(low, high, height < 140 ? 3 : 4);
+    const marks = nice(low, high, 4);
     [low, high] = [Math.min(low, marks[0]), Math.max(high, marks[marks.length - 1])];
     const [first, last] = [points[0][0], points[points.length - 1][0]];
     const x = (at) => PAD.left + ((at - first) / (last - first || 1)) * (width - PAD.left - PAD.right);
@@ -53,20 +56,20 @@ function one(title, unit, help, height, cursor, point) {
     const shown = cursor() === null ? points[points.length - 1] : nearest(cursor());
     plot.setAttribute("width", width);
     patch(plot,
-      marks.map((mark) => [svg("line", { class: "grid", x1: PAD.left, x2: width - PAD.right, y1: y(mark), y2: y(mark) }), svg("text", { class: "mark", x: PAD.left - 8, y: y(mark) + 3.5, "text-anchor": "end" }, short(mark))]),
-      nice(first, last, width < 420 ? 3 : 6).filter((mark) => mark >= first && mark <= last && Number.isInteger(mark)).map((mark) => svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, short(mark))),
+      marks.map((mark) => [svg("line", { class: "rule", x1: PAD.left, x2: width - PAD.right, y1: y(mark), y2: y(mark) }), svg("text", { class: "mark", x: PAD.left - 8, y: y(mark) + 3.5, "text-anchor": "end" }, short(mark))]),
+      nice(first, last, width < 420 ? 5 : 6).filter((mark) => mark >= first && mark <= last && Number.isInteger(mark)).map((mark) => svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, short(mark))),
       svg("path", { class: "area", d: area }), svg("path", { class: "curve", d: line }),
       cursor() !== null ? svg("line", { class: "cursor", x1: x(shown[0]), x2: x(shown[0]), y1: PAD.top, y2: floor }) : null,
       shown[1] !== null ? svg("circle", { class: "dot", cx: x(shown[0]), cy: y(shown[1]), r: 3.5 }) : null);
-    patch(value, h("b", {}, figure(shown[1])), unit ? ` ${unit}` : "", h("span", { class: "dim" }, ` at step ${count(shown[0])}`));
-    frame.setAttribute("aria-label", `${title}: ${figure(shown[1])} ${unit} at step ${shown[0]}. Arrow keys move along the curve.`);
+    patch(value, h("b", {}, reading(shown[1])), h("span", { class: "dim" }, ` at step ${count(shown[0])}`));
+    frame.setAttribute("aria-label", `${title}: ${reading(shown[1])} at step ${shown[0]}. Arrow keys move along the curve.`);
   };
 
   frame.onpointermove = (event) => {
     if (!points.length) return;
     const { first, last } = scale();
-    const share = (event.clientX - frame.getBoundingClientRect().left - PAD.left) / (width - PAD.left - PAD.right);
-    point(nearest(first + Math.min(1, Math.max(0, share)) * (last - first))[0]);
+    const part = (event.clientX - frame.getBoundingClientRect().left - PAD.left) / (width - PAD.left - PAD.right);
+    point(nearest(first + Math.min(1, Math.max(0, part)) * (last - first))[0]);
   };
   frame.onpointerleave = () => point(null);
   frame.onblur = () => point(null);
@@ -82,7 +85,7 @@ function one(title, unit, help, height, cursor, point) {
     draw();
   });
   watch.observe(frame);
-  return { node, draw, end: () => watch.disconnect(), update: (fresh) => ((points = fresh), draw()) };
+  return { node, draw, end: () => watch.disconnect(), update: (fresh) => ((points = share ? fresh.map(([at, v]) => [at, v === null ? v : 100 * v]) : fresh), draw()) };
 }
 
 /** About `most` round numbers from `low` to `high`. */

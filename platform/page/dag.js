@@ -8,7 +8,8 @@ import { h, patch, svg } from "./dom.js";
 import { duration, percent } from "./format.js";
 import { icon } from "./parts.js";
 
-const LANE = 13, WIDE = { main: 150, least: 92, gap: 28, cross: 50, space: 12 }, TALL = { main: 42, least: 42, gap: 22, cross: 210, space: 12 };
+const EDGE = 3; // around all of it, for the outline of the chosen step
+const LANE = 13, WIDE = { main: 150, least: 88, gap: 20, cross: 50, space: 12 }, TALL = { main: 42, least: 42, gap: 22, cross: 230, space: 12 };
 
 /** Places for steps and edges, in units of columns, rows and lanes. */
 export function layout(steps) {
@@ -52,7 +53,10 @@ export function layout(steps) {
 /** Draws into `place`; `choose(key)` is called when a step is pressed. Returns a function that shows new states. */
 export function dag(place, choose) {
   let steps = [], chosen = "";
-  const draw = () => steps.length && patch(place, ...drawn(steps, chosen, place.clientWidth, choose));
+  const draw = () => {
+    const width = place.clientWidth - 2 * EDGE;
+    if (steps.length && width > 0) patch(place, ...drawn(steps, chosen, width, choose));
+  };
   new ResizeObserver(draw).observe(place);
   return (fresh, selected) => {
     [steps, chosen] = [fresh, selected];
@@ -64,7 +68,7 @@ function drawn(steps, chosen, width, choose) {
   const plan = layout(steps);
   const tall = width < 640;
   const size = tall ? TALL : WIDE;
-  const fit = tall ? size.main : Math.min(size.main, Math.floor((width - 2 - (plan.columns - 1) * size.gap) / plan.columns));
+  const fit = tall ? size.main : Math.min(size.main, Math.floor((width - (plan.columns - 1) * size.gap) / plan.columns));
   const main = Math.max(size.least, fit), gap = size.gap;
   const cross = tall ? Math.min(size.cross, Math.floor((width - plan.lanes * LANE - 16) / plan.rows) - size.space) : size.cross;
   const start = (key) => plan.column.get(key) * (main + gap);
@@ -76,7 +80,7 @@ function drawn(steps, chosen, width, choose) {
   const path = ({ from, to, long }) => {
     const [a, b, c, d] = [start(from) + main, start(to), middle(from), middle(to)];
     if (!long) return c === d ? `M${point(a, c)}L${point(b, d)}` : `M${point(a, c)}C${point(a + gap / 2, c)} ${point(b - gap / 2, d)} ${point(b, d)}`;
-    const way = bottom + plan.lane.get(from) * LANE, bend = 6, out = a + gap / 2 - 4, back = b - gap / 2 + 2;
+    const way = bottom + plan.lane.get(from) * LANE, bend = 5, out = a + gap / 2 - 4, back = b - gap / 2 + 3;
     return [
       `M${point(a, c)}`, `L${point(out - bend, c)}`, `Q${point(out, c)} ${point(out, c + bend)}`, `L${point(out, way - bend)}`, `Q${point(out, way)} ${point(out + bend, way)}`,
       `L${point(back - bend, way)}`, `Q${point(back, way)} ${point(back, way - bend)}`, `L${point(back, d + bend)}`, `Q${point(back, d)} ${point(back + bend, d)}`, `L${point(b, d)}`,
@@ -104,6 +108,6 @@ function node(step, chosen, [x, y, width, height], choose) {
   const px = { left: `${x}px`, top: `${y}px`, width: `${width}px`, height: `${height}px` };
   return h("button", { type: "button", class: `node ${step.state}`, "data-key": step.key, "aria-pressed": String(chosen), style: px, title: step.key,
     "aria-label": `${step.key}: ${step.state}${share !== null ? `, ${percent(share)}` : ""}`, onclick: () => choose(step.key) },
-    h("span", { class: "node-name" }, icon(step.state), h("span", {}, step.key)), h("span", { class: "node-below" }, below),
+    h("span", { class: "node-name" }, step.key), h("span", { class: "node-below" }, icon(step.state), h("span", {}, below)),
     share !== null ? h("i", { class: "node-bar", style: { width: `${100 * Math.min(1, share)}%` } }) : null);
 }

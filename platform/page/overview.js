@@ -3,7 +3,7 @@
 import { h, patch } from "./dom.js";
 import { bytes, clock, count, duration, percent, setClock, stamp } from "./format.js";
 import { follow } from "./live.js";
-import { bar, card, empty, icon, priority } from "./parts.js";
+import { bar, card, empty, icon, priority, serviceIcon } from "./parts.js";
 
 export function overview(place) {
   document.title = "Moray";
@@ -43,7 +43,7 @@ function work(state) {
 }
 
 const link = (job) => h("a", { class: "name", href: `/jobs/${encodeURIComponent(job.id)}` }, job.name);
-const from = (job) => (job.schedule ? h("span", { class: "tag" }, `schedule ${job.schedule}`) : null);
+const from = (job) => (job.schedule ? h("span", { class: "tag", title: `By schedule ${job.schedule}` }, job.schedule === job.name ? "scheduled" : `schedule ${job.schedule}`) : null);
 
 function running(job) {
   const run = job.run, at = run?.progress;
@@ -65,13 +65,13 @@ function queued(job, place) {
   return h("li", { class: "row", "data-key": job.id },
     h("span", { class: "position", title: "Position in the queue" }, place + 1),
     h("div", { class: "row-main" },
-      h("div", { class: "line" }, link(job), priority(job.priority), from(job), h("span", { class: "end dim" }, "waits ", clock("elapsed", job.created))),
+      h("div", { class: "line" }, link(job), priority(job.priority), from(job), h("span", { class: "end dim" }, h("span", {}, "waits ", clock("elapsed", job.created)))),
       job.reason ? h("div", { class: "line dim" }, job.reason) : null));
 }
 
 function recent(job) {
   const took = job.started && job.ended ? duration(job.ended - job.started) : "";
-  return h("li", { class: "row", "data-key": job.id },
+  return h("li", { class: "row recent", "data-key": job.id },
     icon(job.state),
     h("div", { class: "row-main" },
       h("div", { class: "line" }, link(job), from(job), h("span", { class: "end dim" }, took && h("span", { class: "took" }, took), clock("ago", job.ended))),
@@ -94,12 +94,15 @@ function cluster(found) {
 }
 
 function services(found) {
-  return card("Services", null, found.length ? h("ul", { class: "rows small" }, found.map((one) => h("li", { class: "row", "data-key": one.name },
-    icon(one.state),
-    h("div", { class: "row-main" },
-      h("div", { class: "line" }, h("span", { class: "name" }, one.name), h("span", { class: "end dim" }, one.pid ? `pid ${one.pid}` : one.state)),
-      h("div", { class: "line dim" }, h("span", {}, one.state, " ", one.since ? clock("elapsed", one.since) : null),
-        one.restarts ? h("span", { class: "warn" }, `${one.restarts} ${one.restarts === 1 ? "restart" : "restarts"}`) : null, one.detail || null))))) : empty("No services.", "moray up"));
+  return card("Services", null, found.length ? h("ul", { class: "rows small" }, found.map(service)) : empty("No services.", "moray up"));
+}
+
+function service(one) {
+  const trouble = one.restarts ? `${one.restarts} ${one.restarts === 1 ? "restart" : "restarts"}` : "";
+  return h("li", { class: "row", "data-key": one.name }, serviceIcon(one.state), h("div", { class: "row-main" },
+    h("div", { class: "line" }, h("span", { class: "name" }, one.name), one.state === "running" ? null : h("span", { class: "warn" }, one.state),
+      h("span", { class: "end dim" }, one.pid ? h("span", {}, `pid ${one.pid}`) : null, h("span", {}, clock("elapsed", one.since)))),
+    trouble || one.detail ? h("div", { class: "line dim" }, trouble ? h("span", { class: "warn" }, trouble) : null, one.detail) : null));
 }
 
 function ticks(found) {

@@ -13,20 +13,24 @@ const SHAPES = {
   failed: [["circle", { cx: 8, cy: 8, r: 6.5, class: "full" }], ["path", { d: "m5.8 5.8 4.4 4.400m0-4.4-4.4 4.4", class: "in" }]],
   cancelled: [["circle", { cx: 8, cy: 8, r: 5.5 }], ["path", { d: "m4.2 11.8 7.6-7.6" }]],
   lost: [["circle", { cx: 8, cy: 8, r: 5.5, "stroke-dasharray": "4 2.9" }], ["path", { d: "M8 5v3.500M8 10.900v.1" }]],
+  up: [["circle", { cx: 8, cy: 8, r: 3.5, class: "full" }]],
   paused: [["circle", { cx: 8, cy: 8, r: 5.5 }], ["path", { d: "M6.5 6v4M9.5 6v4" }]],
 };
 const LOOKS = {
   started: "running", starting: "running", stopping: "running", submitted: "running", created: "queued", skipped: "cancelled",
-  run: "succeeded", stopped: "cancelled", exited: "failed", backoff: "lost",
+  run: "succeeded", stopped: "cancelled", restarting: "lost",
 };
 
 export const look = (state) => (SHAPES[state] ? state : LOOKS[state] || "pending");
 
 /** The icon of a state, with its word for those who do not see it. */
-export function icon(state) {
-  const shape = SHAPES[look(state)].map(([tag, props]) => svg(tag, props));
-  return svg("svg", { class: `icon ${look(state)}`, viewBox: "0 0 16 16", role: "img", "aria-label": state }, shape);
+export function icon(state, shown = look(state)) {
+  const shape = SHAPES[shown].map(([tag, props]) => svg(tag, props));
+  return svg("svg", { class: `icon ${shown}`, viewBox: "0 0 16 16", role: "img", "aria-label": state }, shape);
 }
+
+/** The icon of a service: one that runs is a quiet dot, for it always does. */
+export const serviceIcon = (state) => icon(state, state === "running" ? "up" : look(state));
 
 export const chip = (state) => h("span", { class: `chip ${look(state)}` }, icon(state), h("span", {}, state));
 

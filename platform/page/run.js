@@ -158,8 +158,9 @@ function curveCards(place) {
   const title = h("h2", { class: "section", hidden: true }, "Curves"), large = h("div", { class: "grid two" }), small = h("div", { class: "grid three" }), figures = h("dl", { class: "figures" });
   place.append(title, large, small, figures);
   return (state) => {
-    const names = Object.keys(state.curves);
-    title.hidden = !names.length && !Object.keys(state.figures).length;
+    const names = Object.keys(state.curves).filter((name) => state.curves[name].length > 1);
+    const alone = Object.entries(state.curves).filter(([, curve]) => curve.length === 1).map(([name, [[, value]]]) => [name, value]);
+    title.hidden = !Object.keys(state.curves).length && !Object.keys(state.figures).length;
     for (const name of [...made.keys()]) if (!names.includes(name)) (made.get(name).end(), made.get(name).card.remove(), made.delete(name));
     names.forEach((name, i) => {
       if (!made.has(name)) {
@@ -172,9 +173,9 @@ function curveCards(place) {
       if (card.parentNode !== home) home.append(card);
       update(state.curves[name]);
     });
-    patch(figures, Object.entries(state.figures).map(([name, value]) => {
+    patch(figures, [...Object.entries(state.figures), ...alone].map(([name, value]) => {
       const [base, ...labels] = name.split("/");
-      return h("div", { class: "card" }, h("dt", {}, TITLES[base] || base.replaceAll("_", " "), labels.length ? h("span", { class: "dim" }, ` ${labels.join(" · ")}`) : null), h("dd", {}, figure(value)));
+      return h("div", { class: "card" }, h("dt", {}, TITLES[base] || base.replaceAll("_", " "), labels.length ? h("span", { class: "dim" }, ` ${labels.join(" · ")}`) : null), h("dd", {}, figure(value), state.metrics[base]?.unit ? h("span", { class: "unit" }, ` ${state.metrics[base].unit}`) : null));
     }));
   };
 }

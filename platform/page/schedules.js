@@ -92,6 +92,6 @@ function latest(one) {
     icon(row.outcome),
     h("div", { class: "row-main" }, h("div", { class: "line" },
       row.job ? h("a", { href: `/jobs/${encodeURIComponent(row.job)}` }, row.outcome) : h("span", {}, row.count > 1 ? `${row.count} ${row.outcome}` : row.outcome),
-      h("span", { class: "end dim" }, stamp(row.tick, one.tz))),
+      h("span", { class: "end dim upto" }, stamp(row.tick, one.tz), row.count > 1 ? ` to ${stamp(row.until, one.tz)}` : "")),
     row.reason ? h("div", { class: "line dim" }, row.reason) : null)))) : empty("It has not ticked yet.")];
 }

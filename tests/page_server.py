@@ -1,0 +1,172 @@
+"""A controller's HTTP side over real data: jobs in several states with their events, schedules with ticks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from moray.platform.auth import ensure_token
+from moray.platform.backend import ClusterBackend, Observed, Usage
+from moray.platform.controller import Controller
+from moray.platform.controller_app import build_app
+from moray.platform.database import Database
+from moray.platform.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
+from moray.platform.home import Home
+from moray.platform.jobs import Job, Submission
+from moray.platform.overview import Overview
+from moray.platform.page_guard import PageGuard
+from moray.platform.schedules import NewSchedule
+from moray.platform.step import Topology
+
+RECIPE = """
+name: prose
+steps:
+  corpus: {with: {sources: [{name: here, path: ".", include: ["*.txt"], license: none}]}}
+  filter: {inputs: {documents: corpus}}
+  dedup: {inputs: {documents: filter}}
+  split: {inputs: {documents: dedup}}
+  tokenizer: {inputs: {documents: split}}
+  tokenize: {inputs: {documents: split, tokenizer: tokenizer}}
+  pretrain:
+    inputs: {tokens: tokenize}
+    with: {steps: 200, batch_sequences: 16, schedule: {peak: 3.0e-3}, model: {preset: tiny}}
+  export: {inputs: {checkpoint: pretrain, tokenizer: tokenizer}}
+"""
+
+
+class IdleCluster(ClusterBackend):
+    """A cluster with two cores on which nothing was started: the controller's loop does not run here."""
+
+    def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
+        raise AssertionError("nothing is started here")
+
+    def observe(self) -> Mapping[str, Observed]:
+        return {}
+
+    def stop(self, attempt: str) -> None:
+        raise AssertionError("nothing is stopped here")
+
+    def forget(self, attempt: str) -> None:
+        raise AssertionError("nothing is forgotten here")
+
+    def usage(self) -> Usage:
+        return Usage(cpus=2.0, cpus_used=1.0, gpus=0.0, gpus_used=0.0, nodes=2, waiting=())
+
+
+@dataclass
+class PageServer:
+    """The running server and the data behind it."""
+
+    home: Home
+    controller: Controller
+    url: str
+    token: str
+
+    def submit(self, name: str = "", recipe: str = RECIPE, **fields: object) -> Job:
+        asked = {"recipe": recipe, "folder": str(self.home.root), "name": name, **fields}
+        return self.controller.jobs.submit(Submission.model_validate(asked))[0]
+
+    def start(self, job: Job) -> EventLog:
+        """Opens an attempt and runs it; the log is what its runner would write."""
+        jobs = self.controller.jobs
+        attempt = jobs.new_attempt(job.id)
+        jobs.move_attempt(attempt.id, "running")
+        jobs.move(job.id, "running")
+        return EventLog(self.home.runs / attempt.id / "events", "runner")
+
+    def end(self, job: Job, state: str, reason: str = "") -> None:
+        jobs = self.controller.jobs
+        latest = jobs.get(job.id).latest
+        if latest:
+            jobs.move_attempt(latest.id, state, reason)  # type: ignore[arg-type]
+        jobs.move(job.id, state, reason)  # type: ignore[arg-type]
+
+    def print(self, job: Job, text: str) -> None:
+        """Adds to what the driver of the latest attempt printed."""
+        latest = self.controller.jobs.get(job.id).latest
+        assert latest is not None
+        path = self.home.runs / latest.id / "logs" / "driver.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
+
+
+def step(key: str, state: str, **values: object) -> Event:
+    return StepEvent.model_validate({"step": key, "state": state, "fingerprint": f"{hash(key) % 16:x}" * 64, **values})
+
+
+def training(log: EventLog, first: int, last: int, of: int) -> None:
+    """What training writes for the steps after `first` up to `last`."""
+    for at in range(first + 1, last + 1):
+        values = {
+            "train_loss": 8.3 - 3 * (at / of) ** 0.5 + 0.05 * (at * 7 % 5), "train_tokens_per_second": 7000.0 + at % 9,
+            "train_grad_norm": 1 + 1 / at, "train_learning_rate": 3e-3 * (1 - at / of),
+        }  # fmt: skip
+        for name, value in values.items():
+            log.append(MetricEvent(step="pretrain", name=name, value=value, at=at))
+        for layer in (1, 2, 3):
+            labels = {"layer": str(layer)}
+            log.append(
+                MetricEvent(step="pretrain", name="train_expert_load", value=1 + layer / at, at=at, labels=labels)
+            )
+    log.append(ProgressEvent(step="pretrain", phase="training", done=last * 512, total=of * 512, unit="tokens"))
+
+
+def up_to_pretrain(log: EventLog) -> None:
+    """A run that has reused or made everything before pretrain, which it has begun."""
+    log.append(RunEvent(state="started", recipe="prose"))
+    for key in ("corpus", "filter", "dedup", "split"):
+        log.append(step(key, "reused", why="have 1f0c2a9b", outcome="unchanged", counts={"out:documents": 1563.0}))
+    for key in ("tokenizer", "tokenize"):
+        log.append(step(key, "started", why="never run"))
+        log.append(step(key, "succeeded", seconds=2.6, outcome="byte-level BPE", counts={"out:tokens": 812000.0}))
+    log.append(step("pretrain", "started", why="steps: 200 -> 180"))
+    log.append(NoteEvent(step="pretrain", level="info", text="2.8M parameters, 1.3M active per token"))
+
+
+def log_of(server: PageServer, job: Job) -> EventLog:
+    """A training worker's own segment, in the first attempt."""
+    return EventLog(server.home.runs / f"{job.id}.1" / "events", "train-0")
+
+
+@contextlib.contextmanager
+def page_server(root: Path, port: int = 0) -> Iterator[PageServer]:
+    """An empty MORAY_HOME under `root` and its server, on a free port."""
+    home = Home(root)
+    (root / "one.txt").write_text("a document")
+    controller = Controller(home, Database(home.database), IdleCluster(), "", Topology(2, 0, 1 << 34), 2)
+    token = ensure_token(home)
+    app = build_app(home, controller, Overview(home, controller, IdleCluster()), token)
+    app.add_middleware(PageGuard)
+    listening = socket.create_server(("127.0.0.1", port))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield PageServer(home, controller, f"http://127.0.0.1:{listening.getsockname()[1]}", token)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+def add_schedules(server: PageServer) -> None:
+    """One that has ticked and one that is paused."""
+    fields = {"recipe": RECIPE, "folder": str(server.home.root)}
+    schedules = server.controller.schedules
+    hour = time.time() // 3600 * 3600
+    schedules.clock = lambda: hour - 60 * 3600
+    schedules.add(NewSchedule(**fields, name="nightly", cron="0 2 * * *", tz="Asia/Singapore", retries=1))
+    schedules.add(NewSchedule(**fields, name="often", every="6h", overlap="queue", catchup="last"))
+    for ago in range(60, -1, -1):
+        schedules.clock = lambda ago=ago: hour - ago * 3600
+        schedules.tick(hour - ago * 3600)
+    schedules.clock = time.time
+    schedules.pause("often")
