@@ -26,7 +26,7 @@ class Curve:
             kept = thin([(at, value) for at, (value, _) in sorted(self._found.items())], 2 * MOST_POINTS)
             self._found = {at: self._found[at] for at, _ in kept}
 
-    def points(self) -> list[list[float]]:
+    def points(self) -> list[list[float | None]]:
         """At most 500, ascending, values to six digits."""
         found = thin([(at, value) for at, (value, _) in sorted(self._found.items())], MOST_POINTS)
         return [[at, _short(value)] for at, value in found]

@@ -145,6 +145,7 @@ class _Run:
         over = attempt.state in ATTEMPT_ENDED
         began = self._began.time if self._began else attempt.started
         curves = {name: curve.points() for name, curve in _named(self._curves).items()}
+        figures = {name: event.value for name, event in _named(self._figures).items()}
         loads = max(self._loads.values(), key=lambda found: found.last, default=None)
         return {
             "now": time.time(), "job": job.as_json(), "attempt": attempt.id, "state": self._state(attempt),
@@ -155,10 +156,10 @@ class _Run:
             "metrics": {
                 name: {"unit": row.unit, "help": row.help, "digits": row.digits}
                 for name, row in TABLE.items()
-                if any(key.partition("/")[0] == name for key in curves)
+                if any(key.partition("/")[0] == name for key in (*curves, *figures))
             },
             "curves": dict(sorted(curves.items(), key=lambda item: _rank(item[0]))),
-            "figures": {name: event.value for name, event in _named(self._figures).items()},
+            "figures": figures,
             "expert_load": loads.as_json() if loads else None,
         }  # fmt: skip
 

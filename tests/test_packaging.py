@@ -80,6 +80,13 @@ def test_package_list_equals_the_disk() -> None:
     assert setuptools["package-dir"] == listed
 
 
+def test_a_wheel_carries_the_page() -> None:
+    """platform/page holds no Python file, so no package stands for it."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    carried = {path for pattern in data["moray.platform"] for path in (ROOT / "platform").glob(pattern)}
+    assert {path for path in (ROOT / "platform" / "page").rglob("*") if path.is_file()} <= carried
+
+
 def runs_later(node: ast.AST) -> bool:
     """A function's body, or a block for the type checker only."""
     if isinstance(node, ast.If):

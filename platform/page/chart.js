@@ -92,7 +92,7 @@ function one(title, unit, help, height, cursor, point) {
 export function nice(low, high, most) {
   const rough = (high - low) / most || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= rough) || 10);
+  const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= 0.8 * rough) || 10);
   const marks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) marks.push(Number((i * step).toPrecision(12)));
   return marks.length ? marks : [low];

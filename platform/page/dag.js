@@ -9,7 +9,7 @@ import { duration, percent } from "./format.js";
 import { icon } from "./parts.js";
 
 const EDGE = 3; // around all of it, for the outline of the chosen step
-const LANE = 13, WIDE = { main: 150, least: 88, gap: 20, cross: 50, space: 12 }, TALL = { main: 42, least: 42, gap: 22, cross: 230, space: 12 };
+const LANE = 13, WIDE = { main: 150, least: 88, gap: 17, cross: 50, space: 12 }, TALL = { main: 42, least: 42, gap: 22, cross: 230, space: 12 };
 
 /** Places for steps and edges, in units of columns, rows and lanes. */
 export function layout(steps) {

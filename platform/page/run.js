@@ -175,7 +175,7 @@ function curveCards(place) {
     });
     patch(figures, [...Object.entries(state.figures), ...alone].map(([name, value]) => {
       const [base, ...labels] = name.split("/");
-      return h("div", { class: "card" }, h("dt", {}, TITLES[base] || base.replaceAll("_", " "), labels.length ? h("span", { class: "dim" }, ` ${labels.join(" · ")}`) : null), h("dd", {}, figure(value), state.metrics[base]?.unit ? h("span", { class: "unit" }, ` ${state.metrics[base].unit}`) : null));
+      return h("div", { class: "card" }, h("dt", {}, TITLES[base] || base.replaceAll("_", " "), labels.map((label) => ` · ${label}`)), h("dd", {}, figure(value), state.metrics[base]?.unit ? h("span", { class: "unit" }, ` ${state.metrics[base].unit}`) : null));
     }));
   };
 }

@@ -65,12 +65,12 @@ export function schedules(place) {
 }
 
 function schedule(one, act) {
-  const rule = one.cron ? h("code", {}, one.cron) : `every ${one.every}`;
+  const rule = one.cron ? h("code", { class: "nowrap" }, one.cron) : `every ${one.every}`;
   return h("section", { class: "card schedule", "data-key": one.name, "aria-label": one.name },
     h("div", { class: "card-head" }, h("h2", {}, one.name), one.paused ? chip("paused") : null,
       h("span", { class: "dim" }, one.recipe), priority(one.priority),
       h("button", { class: "button end", type: "button", onclick: () => act(one.name, one.paused ? "resume" : "pause") }, one.paused ? "Resume" : "Pause")),
-    h("p", { class: "reading" }, one.english, " ", h("span", { class: "dim" }, "(", rule, one.tz ? `, ${one.tz}` : "", ")")),
+    h("p", { class: "reading" }, one.english, " ", h("span", { class: "dim" }, "(", rule, ")")),
     h("div", { class: "columns even" }, h("div", {}, upcoming(one)), h("div", {}, latest(one))),
     h("p", { class: "dim rules" }, OVERLAP[one.overlap] || "", " ", CATCHUP[one.catchup] || "",
       one.retries ? ` A failed job is tried ${one.retries} more ${one.retries === 1 ? "time" : "times"}.` : "",
@@ -89,7 +89,7 @@ function upcoming(one) {
 function latest(one) {
   const ticks = one.ticks || [];
   return [h("h3", {}, "Latest ticks"), ticks.length ? h("ul", { class: "rows small" }, ticks.slice(0, 8).map((row) => h("li", { class: "row", "data-key": String(row.tick) },
-    icon(row.outcome),
+    icon(row.outcome, row.outcome === "run" ? "up" : undefined),
     h("div", { class: "row-main" }, h("div", { class: "line" },
       row.job ? h("a", { href: `/jobs/${encodeURIComponent(row.job)}` }, row.outcome) : h("span", {}, row.count > 1 ? `${row.count} ${row.outcome}` : row.outcome),
       h("span", { class: "end dim upto" }, stamp(row.tick, one.tz), row.count > 1 ? ` to ${stamp(row.until, one.tz)}` : "")),

@@ -167,6 +167,7 @@ def test_curves_come_loss_and_throughput_first_with_units(control: Control) -> N
     assert list(view["curves"]) == ["train_loss", "train_tokens_per_second", "train_learning_rate"]
     assert view["metrics"]["train_loss"]["unit"] == "nats/token"
     assert view["figures"] == {"eval_bits_per_byte/m/all": 2.5}
+    assert view["metrics"]["eval_bits_per_byte"]["unit"] == "bits/byte"
     say(log, MetricEvent(step="filter", name="train_loss", value=3.0, at=1))
     assert list(control.views.view(control.job)["curves"])[:2] == ["train_loss/again", "train_loss/filter"]
 
