@@ -7,6 +7,7 @@ processes die with this one even after SIGKILL (Ray ties them to their parent).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -104,4 +105,5 @@ def _keep_logs(folder: Path, target: Path) -> None:
     """Copies Ray's text logs of this session, so that an error can be looked into after the cluster is gone."""
     source = folder / "session_latest" / "logs"
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock", "old"))
+        with contextlib.suppress(OSError):  # a full disk, which has an error of its own: Ray must be stopped all the same
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock", "old"))

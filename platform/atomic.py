@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -37,6 +38,11 @@ def create_bytes(path: Path, data: bytes) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def is_full(error: OSError) -> bool:
+    """Whether this is the error of a disk, or a quota, without room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _write_beside(path: Path, data: bytes) -> Path:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from moray.platform.atomic import is_full
 from moray.platform.metrics import metric
 from moray.platform.references import Redactor
 
@@ -104,7 +105,8 @@ _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator=
 class EventLog:
     """Appends events to one segment; thread-safe. `listeners` see each event after it is on disk.
 
-    `redact` is applied to what steps say in their own words, so that no value of a reference is written down.
+    `redact` is applied to what steps say in their own words, so that no value of a reference is written down. An event
+    that the disk has no room for is told to the listeners alone: whoever writes results there has the error to raise.
     """
 
     def __init__(self, folder: Path, writer: str, redact: Redactor | None = None) -> None:
@@ -127,10 +129,23 @@ class EventLog:
                     "writer": self.writer, "sequence": self._sequence, "time": time.time(), **self._own_words(event),
                 },
             )  # fmt: skip
-            self._file.write(stamped.model_dump_json().encode() + b"\n")
-            self._sequence += 1
+            if self._write(stamped.model_dump_json().encode() + b"\n"):
+                self._sequence += 1
         for listener in self.listeners:
             listener(stamped)
+
+    def _write(self, line: bytes) -> bool:
+        """False if there is no room for the whole line; what was written of it is taken back."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return False
+        if written < len(line):
+            self._file.truncate(end)
+        return written == len(line)
 
     def _own_words(self, event: Event) -> dict[str, Any]:
         words: dict[str, Any] = {n: self.redact(getattr(event, n)) for n in _FREE_TEXT if hasattr(event, n)}

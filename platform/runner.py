@@ -7,6 +7,7 @@ cluster it started is stopped and the last event says how it ended.
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.atomic import write_json, write_text
+from moray.platform.atomic import is_full, write_json, write_text
 from moray.platform.errors import InputError, MorayError, StepFailed
 from moray.platform.events import Event, EventLog, EventTail, NoteEvent, RunEvent, StepEvent, UsageEvent
 from moray.platform.explain import explain_change, is_current
@@ -32,6 +33,9 @@ from moray.platform.references import Redactor, redacting
 from moray.platform.signals import until_interrupted
 from moray.platform.source import source_hash
 from moray.platform.step import Cancelled, Cluster, StepContext, Topology
+
+# As the system and SQLite say it.
+_FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ class Runner:
             raise
         except BaseException as error:
             detail = str(error)
+            if isinstance(error, OSError) and is_full(error):  # between two steps
+                raise StepFailed(detail, self._free_some()) from error
             raise
         finally:
             self.cluster.stop()
@@ -220,17 +226,23 @@ class Runner:
 
     @contextmanager
     def _explained(self, context: StepContext[Any]) -> Iterator[None]:
-        """What is no MorayError becomes one, with the traceback in a file."""
+        """What is no MorayError becomes one, with the traceback in a file. A full disk is named, wherever it shows."""
         try:
             yield
-        except (MorayError, Cancelled):
+        except Cancelled:
             raise
+        except MorayError as error:
+            if not _FULL.search(error.message):
+                raise
+            raise StepFailed(error.message, self._free_some()) from error
         except Exception as error:
             what = f"step {context.step!r} failed: {type(error).__name__}: {_first_line(error)}"
-            log = _keep_traceback(context)
-            full = "No space left on device" in str(error) or log is None
-            hint = f"free some disk for {self.home.root}, then run again" if full else f"details: {log}"
+            context.write_log("traceback", traceback.format_exc())
+            hint = self._free_some() if _FULL.search(str(error)) else f"details: {context.log_path('traceback')}"
             raise StepFailed(what, hint) from error
+
+    def _free_some(self) -> str:
+        return f"free some disk for {self.home.root}, then run again"
 
     def _commit(
         self, planned: PlannedStep, address: Address, context: StepContext[Any], topology: Topology,
@@ -272,15 +284,6 @@ def _mid_run() -> Iterator[None]:
         yield
     except InputError as error:
         raise StepFailed(error.message, error.hint) from error
-
-
-def _keep_traceback(context: StepContext[Any]) -> Path | None:
-    """Where the traceback now lies; None if the disk has no room for it."""
-    try:
-        context.write_log("traceback", traceback.format_exc())
-    except OSError:
-        return None
-    return context.log_path("traceback")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from moray.platform.atomic import write_text
+from moray.platform.atomic import is_full, write_text
 from moray.platform.errors import RecipeError, nearest
 from moray.platform.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
 from moray.platform.references import found_in, refuse, substitute
@@ -191,7 +191,12 @@ class StepContext(Generic[ConfigT]):
         return self.run / "logs" / f"{self.step}.{name}.txt"
 
     def write_log(self, name: str, text: str) -> None:
-        write_text(self.log_path(name), self.events.redact(text))
+        """Keeps a log with the run; on a full disk it is lost, because the error that it explains matters more."""
+        try:
+            write_text(self.log_path(name), self.events.redact(text))
+        except OSError as error:
+            if not is_full(error):
+                raise
 
     def check_cancelled(self) -> None:
         """Raises Cancelled if the run is being stopped; long loops call it."""

@@ -1,0 +1,155 @@
+"""The disk runs full in the middle of a step, on a real small file system; with room, the same command then succeeds.
+
+A tmpfs is mounted as MORAY_HOME, and shrunk to what it holds while the step works.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moray.platform.artifacts import ArtifactStore
+from moray.platform.errors import StepFailed
+from moray.platform.events import EventLog, NoteEvent, RunEvent, read_events
+from moray.platform.home import Home
+from moray.platform.runs import list_runs
+from moray.platform.step import StepContext
+from tests.conftest import Flow
+from tests.faults.test_kill import (
+    STEPS,
+    UNTIL,
+    Undisturbed,
+    finish,
+    hashes,
+    is_working_on,
+    processes_of,
+    start,
+    wait_for,
+)
+from tests.platform.test_runner import recipe, run
+from tests.small_run import recipe_text
+
+ROOMY = "800m"  # a run asks for 512 MiB before it starts
+
+
+@pytest.fixture
+def undisturbed(flow: Flow) -> Undisturbed:
+    (flow.folder / "small.yaml").write_text(recipe_text(flow.folder, UNTIL))
+    return Undisturbed(flow.home, flow.folder, hashes(flow.home))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory, which only root may mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", f"size={ROOMY}", "moray-test", folder)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("mounting a tmpfs takes rights that are not given here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True, capture_output=True)
+
+
+def shrink(disk: Path) -> bool:
+    """Leaves no room but what is left of a page here and there; False if more was written meanwhile."""
+    space = os.statvfs(disk)
+    used = (space.f_blocks - space.f_bfree) * space.f_frsize
+    try:
+        mount("-o", f"remount,size={used}", disk)
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def fill(disk: Path) -> None:
+    wait_for(lambda: shrink(disk), "no write between looking and shrinking")
+
+
+def test_an_event_that_does_not_fit_is_taken_back_whole(disk: Path) -> None:
+    log = EventLog(disk / "run" / "events", "runner")
+    told: list[str] = []
+    log.listeners.append(lambda event: told.append(event.text) if isinstance(event, NoteEvent) else None)
+    log.append(NoteEvent(step="s", level="info", text="first"))
+    fill(disk)
+    for _ in range(3):
+        log.append(NoteEvent(step="s", level="info", text="x" * 5000))
+    mount("-o", f"remount,size={ROOMY}", disk)
+    log.append(NoteEvent(step="s", level="info", text="last"))
+    log.close()
+    assert [len(text) for text in told] == [5, 5000, 5000, 5000, 4]
+    events = read_events(disk / "run")
+    assert [event.text for event in events if isinstance(event, NoteEvent)] == ["first", "last"]
+    assert [event.sequence for event in events] == [0, 1]
+
+
+def test_a_full_disk_does_not_hide_what_a_step_died_of(disk: Path) -> None:
+    def burst(ctx: StepContext[object]) -> None:  # type: ignore[type-var]
+        fill(disk)
+        raise ZeroDivisionError("by nought")
+
+    with pytest.raises(StepFailed, match="ZeroDivisionError: by nought"):
+        run(Home(disk), recipe("a", during=burst))
+
+
+def test_a_full_disk_is_named_wherever_it_shows(disk: Path) -> None:
+    home = Home(disk)
+
+    def write(ctx: StepContext[object]) -> None:  # type: ignore[type-var]
+        fill(disk)
+        (ctx.folder / "more").write_bytes(b"x" * 100_000)
+
+    for during in (write, lambda ctx: fill(disk)):  # in the step; where its manifest is to be written
+        with pytest.raises(StepFailed, match="No space left on device") as caught:
+            run(home, recipe("a", during=during))
+        assert caught.value.hint == f"free some disk for {disk}, then run again"
+        assert list(ArtifactStore(home).all()) == []
+        mount("-o", f"remount,size={ROOMY}", disk)
+    result, _ = run(home, recipe("a"))
+    assert (result.steps["s0"].artifact.folder / "out").read_text() == "a"
+    assert next(row.state for row in list_runs(home)) == "succeeded"
+    assert [e.state for e in read_events(result.folder) if isinstance(e, RunEvent)] == ["started", "succeeded"]
+
+
+def fill_in(step: str, undisturbed: Undisturbed, disk: Path) -> None:
+    """Brings a home on the small disk up to `step`, fills the disk in it, makes room, and compares."""
+    home = Home(disk)
+    for earlier in STEPS[: STEPS.index(step)]:
+        if (undisturbed.home.artifacts / earlier).exists():
+            shutil.copytree(undisturbed.home.artifacts / earlier, home.artifacts / earlier)
+    victim = start(home, undisturbed.folder / "small.yaml")
+    wait_for(lambda: is_working_on(home, step) or victim.poll() is not None, f"{step} began")
+    fill(disk)
+    out, err = victim.communicate(timeout=300)
+    assert victim.returncode == 1, err
+    assert out == ""
+    said = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert [line.partition(":")[0] for line in said] == ["error", "hint"], err
+    assert err.splitlines()[-2:] == said
+    assert "Traceback" not in err
+    assert said[1] == f"hint: free some disk for {disk}, then run again"
+    assert not list(ArtifactStore(home).of_step(step))
+    wait_for(lambda: not processes_of(home), "the end of every process", 30)
+    mount("-o", f"remount,size={ROOMY}", disk)
+    finish(start(home, undisturbed.folder / "small.yaml"))
+    assert hashes(home) == undisturbed.hashes
+
+
+@pytest.mark.cluster
+def test_a_disk_that_runs_full_while_shards_are_written(undisturbed: Undisturbed, disk: Path) -> None:
+    fill_in("tokenize", undisturbed, disk)
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("step", ["corpus", "dedup", "pretrain"])
+def test_a_disk_that_runs_full_in_another_step(step: str, undisturbed: Undisturbed, disk: Path) -> None:
+    fill_in(step, undisturbed, disk)
