@@ -29,7 +29,7 @@ class Curve:
     def points(self) -> list[list[float | None]]:
         """At most 500, ascending, values to six digits."""
         found = thin([(at, value) for at, (value, _) in sorted(self._found.items())], MOST_POINTS)
-        return [[at, _short(value)] for at, value in found]
+        return [[at, short(value)] for at, value in found]
 
 
 def thin(points: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
@@ -70,11 +70,11 @@ class LoadMap:
             return None
         steps = steps[len(steps) - 1 :: -every][::-1]  # the last one always
         layers = sorted({layer for row in self._rows.values() for layer in row})
-        values = [[_short(self._rows[at].get(layer)) for layer in layers] for at in steps]
+        values = [[short(self._rows[at].get(layer)) for layer in layers] for at in steps]
         return {"steps": steps, "layers": layers, "values": values, "what": "max/mean load"}
 
 
-def _short(value: float | None) -> float | None:
+def short(value: float | None) -> float | None:
     """A number that JSON can carry: NaN and infinities become null."""
     if value is None or not math.isfinite(value):
         return None

@@ -24,7 +24,8 @@ from moray.platform.references import Redactor
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A figure may be NaN; as `null`, pydantic's default, it could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     writer: str = ""
     sequence: int = 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from moray.platform.curves import Curve, LoadMap
+from moray.platform.curves import Curve, LoadMap, short
 from moray.platform.events import (
     EventTail,
     MetricEvent,
@@ -78,7 +78,8 @@ class _Step:
             "key": key, "uses": uses, "inputs": dict(inputs), "state": "lost" if lost else state, "why": self.why,
             "fingerprint": event.fingerprint if event else "", "began": self.began or None,
             "seconds": max(0.0, self.last - self.began) if state in _AT_WORK else event.seconds if event else 0.0,
-            "outcome": event.outcome if event else "", "counts": event.counts if event else {},
+            "outcome": event.outcome if event else "",
+            "counts": {name: short(value) for name, value in event.counts.items()} if event else {},
             "notes": [
                 {"time": note.time, "level": note.level, "text": note.text}
                 for note in sorted(self.notes, key=lambda note: note.time)
@@ -145,7 +146,7 @@ class _Run:
         over = attempt.state in ATTEMPT_ENDED
         began = self._began.time if self._began else attempt.started
         curves = {name: curve.points() for name, curve in _named(self._curves).items()}
-        figures = {name: event.value for name, event in _named(self._figures).items()}
+        figures = {name: short(event.value) for name, event in _named(self._figures).items()}
         loads = max(self._loads.values(), key=lambda found: found.last, default=None)
         return {
             "now": time.time(), "job": job.as_json(), "attempt": attempt.id, "state": self._state(attempt),

@@ -48,6 +48,11 @@ function one(title, unit, help, height, cursor, point) {
 
   const draw = () => {
     if (!points.length || !width) return;
+    if (points.every((found) => found[1] === null)) {
+      patch(plot);
+      patch(value, h("span", { class: "dim" }, "not a number"));
+      return;
+    }
     const { x, y, marks, first, last } = scale();
     const drawn = points.filter((found) => found[1] !== null);
     const line = drawn.map(([at, v], i) => `${i ? "L" : "M"}${x(at).toFixed(1)} ${y(v).toFixed(1)}`).join("");

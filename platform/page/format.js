@@ -71,7 +71,7 @@ export function count(value) {
 
 /** A figure with about four digits that say something. */
 export function figure(value) {
-  if (value === null || value === undefined) return "-";
+  if (value === null || value === undefined) return "NaN"; // JSON has no other way to say it
   const size = Math.abs(value);
   if (size >= 1000) return count(value);
   if (size !== 0 && size < 0.001) return value.toExponential(1);

@@ -117,7 +117,7 @@ function heading(state, view, stop, watch) {
     view.said ? problem(view.said) : null,
     reason.length ? h("div", { class: job.state === "failed" || state.state === "failed" ? "problem" : "notice" }, reason.map((text) => h("p", {}, text))) : null,
     view.why.length ? h("div", { class: "notice" }, h("b", {}, "Why it waits"), view.why.map((line) => h("p", {}, line))) : null,
-    state.unreadable ? h("p", { class: "notice" }, `${state.unreadable} events could not be read: another version of Moray may have written them.`) : null,
+    state.unreadable ? h("p", { class: "notice" }, `${count(state.unreadable)} ${state.unreadable === 1 ? "event" : "events"} could not be read: another version of Moray may have written them.`) : null,
   ];
 }
 

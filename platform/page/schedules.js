@@ -26,7 +26,7 @@ export function schedules(place) {
     known === null ? empty("Waiting for the controller…")
       : known.length ? known.map((one) => schedule({ ...one, ...details.get(one.name) }, act))
       : h("section", { class: "card welcome" }, h("h2", {}, "No schedule yet"), h("p", {}, "Run a recipe every night at two:"),
-        h("pre", {}, 'moray schedule add quickstart --cron "0 2 * * *"')));
+        h("pre", {}, 'moray schedule add nightly quickstart --cron "0 2 * * *"')));
 
   const act = async (name, what) => {
     try {

@@ -227,6 +227,19 @@ def test_login_by_the_address_that_up_prints(server: PageServer, context: Browse
     assert server.token not in page.url, "the token is in no history"
 
 
+@browser_test
+@pytest.mark.parametrize(
+    ("wanted", "reached"), [("/schedules", "/schedules"), ("//elsewhere.example/", "/"), ("javascript:alert(1)", "/")]
+)
+def test_login_leads_where_one_wanted_to_go(
+    server: PageServer, context: BrowserContext, wanted: str, reached: str
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/login?next={wanted}#token={server.token}")
+    expect(page.locator("main h1")).to_be_visible()
+    expect(page).to_have_url(server.url + reached)
+
+
 def several_jobs(server: PageServer) -> Job:
     """One that runs, two that wait, one that failed; returns the running one."""
     failed = server.submit("broken")

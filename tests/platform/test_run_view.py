@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 import threading
 from pathlib import Path
 
@@ -205,6 +207,16 @@ def test_a_long_run_stays_small_and_keeps_its_ends_and_extremes(control: Control
     assert curve == sorted(curve)
     assert len(view["expert_load"]["steps"]) <= 250
     assert view["expert_load"]["steps"][-1] == 20_000
+
+
+def test_what_is_not_a_number_is_null_on_the_page(control: Control) -> None:
+    log = control.start()
+    say(
+        log, loss(1, 8.0), loss(2, float("nan")), loss(3, float("inf")), step("again", "failed", counts={"x": math.nan})
+    )
+    view = control.views.view(control.job)
+    assert (view["unreadable"], view["curves"]["train_loss"]) == (0, [[1, 8.0], [2, None], [3, None]])
+    json.dumps(view, allow_nan=False)
 
 
 def test_a_curve_counts_a_position_once() -> None:
