@@ -40,6 +40,13 @@ class Process:
         now = Process.of(self.pid)
         return now is not None and abs(now.started - self.started) < 1.0
 
+    def command(self) -> str:
+        """Its command line; empty if it is gone."""
+        try:
+            return " ".join(psutil.Process(self.pid).cmdline())
+        except psutil.Error:
+            return ""
+
     def send(self, number: int) -> None:
         """Sends a signal; nothing if it is gone."""
         if self.alive():

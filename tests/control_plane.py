@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moray.platform import atomic
 from moray.platform.auth import read_token
 from moray.platform.client import Client
 from moray.platform.home import Home
@@ -47,6 +48,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# Read by Python at its start: the controller's wall clock, and nothing else, is off by what the file says.
+CLOCK = """
+import os, sys, time
+if "moray.platform.controller_app" in sys.orig_argv and "TEST_CLOCK" in os.environ:
+    real = time.time
+    def shifted():
+        with open(os.environ["TEST_CLOCK"]) as file:
+            return real() + float(file.read())
+    time.time = shifted
+"""
+
+
 class ControlPlane:
     """One control plane under `folder`."""
 
@@ -56,9 +69,17 @@ class ControlPlane:
         self.gates.mkdir(parents=True)
         self.home.root.mkdir()
         gate_step.install(folder / "packages")
+        (folder / "packages" / "sitecustomize.py").write_text(CLOCK)
+        self.clock = folder / "clock"
+        self.set_clock(0.0)
         self.environment = {**os.environ, "MORAY_HOME": str(self.home.root), "PYTHONPATH": str(folder / "packages")}
+        self.environment["TEST_CLOCK"] = str(self.clock)
         self.environment.pop("TRITON_INTERPRET", None)
         self._jobs = 0
+
+    def set_clock(self, seconds: float) -> None:
+        """Makes the controller's clock wrong by so much, at once."""
+        atomic.write_text(self.clock, str(seconds))
 
     def cli(self, *arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Runs `moray ARGUMENTS`; fails if it does not end with `code`."""

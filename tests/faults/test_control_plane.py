@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +98,34 @@ def test_stop_ends_a_running_job_and_a_waiting_one(plane: ControlPlane) -> None:
     plane.open("fill-0")
     plane.wait(others[0], "succeeded")
     plane.prove([job["id"] for job in (running, *others)])
+
+
+@pytest.mark.cluster
+def test_a_clock_that_jumps_neither_repeats_a_tick_nor_loses_one(plane: ControlPlane) -> None:
+    plane.open("ticking")
+    body = {"recipe": plane.recipe("ticking"), "folder": str(plane.gates), "name": "ticking", "every": "1m"}
+    made = plane.client.post("/api/schedules", body | {"overlap": "allow"})
+
+    def ticks() -> list[tuple[float, float, int, str]]:
+        query = "SELECT tick, until, count, outcome FROM ticks WHERE schedule = 'ticking' ORDER BY tick"
+        return [tuple(row) for row in plane.rows(query)]
+
+    jumps = [65.0, 130.0, 3730.0, 3600.0, 0.0, 3800.0]  # a minute twice, an hour, back by two minutes, by an hour, on
+    for number, jump in enumerate(jumps):
+        plane.set_clock(jump)
+        due = made["created"] + 60 * ((jump + time.time() - made["created"]) // 60)
+        wait_for(lambda due=due: (found := ticks()) and found[-1][1] >= due - 1, f"the tick after jump {number}")
+    plane.client.delete("/api/schedules/ticking")
+    plane.set_clock(0.0)
+    decided = ticks()
+    covered = sum(count for _, _, count, _ in decided)
+    assert covered == round((decided[-1][1] - made["created"]) / 60), "each tick is decided once, none is left out"
+    assert all(later[0] > earlier[1] for earlier, later in itertools.pairwise(decided)), decided
+    assert [outcome for *_, outcome in decided].count("run") >= 3
+    jobs = [row["id"] for row in plane.rows("SELECT id FROM jobs WHERE schedule = 'ticking'")]
+    for job in jobs:
+        plane.wait({"id": job}, "succeeded")
+    plane.prove(jobs)
 
 
 @pytest.mark.cluster
