@@ -20,6 +20,12 @@ Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STE
 Cron = Annotated[str | None, Parameter(help='five fields, as in "0 2 * * *", or @daily')]
 EveryText = Annotated[str | None, Parameter(name="--every", help="30m, 6h, 1d, 1h30m")]
 Tz = Annotated[str | None, Parameter(help="time zone, as in Asia/Singapore (default: this machine's)")]
+Overlap = Annotated[
+    Literal["skip", "queue", "allow"], Parameter(help="what a tick does while an earlier job of it has not ended")
+]
+Catchup = Annotated[
+    Literal["none", "last"], Parameter(help="which of the ticks that were missed while nothing was running still runs")
+]
 _MOST_TICKS = 10
 
 
@@ -27,13 +33,9 @@ _MOST_TICKS = 10
 def add(
     name: str, recipe: str, /, *, cron: Cron = None, every: EveryText = None, tz: Tz = None, set_: Set = None,
     priority: Literal["production", "interactive", "batch"] = "batch", retries: int = 0,
-    overlap: Literal["skip", "queue", "allow"] = "skip", catchup: Literal["none", "last"] = "none", json_: Json = False,
+    overlap: Overlap = "skip", catchup: Catchup = "none", json_: Json = False,
 ) -> int:  # fmt: skip
-    """Add a schedule NAME that submits RECIPE, as it is written now, at every tick.
-
-    `--overlap`: what a tick does while an earlier job of the schedule has not ended. `--catchup`: whether the newest of
-    the ticks that were missed while nothing was running still runs.
-    """
+    """Add a schedule NAME that submits RECIPE, as it is written now, at every tick."""
     from moray.platform.client import Client, read_submission
 
     asked = read_submission(recipe, set_ or []) | {
@@ -200,6 +202,6 @@ def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} m"
-    if minutes < 48 * 60:
+    if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60} m"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"

@@ -138,7 +138,8 @@ def test_overlap(world: World, overlap: str, jobs: int, exclusive: list[bool]) -
     skipped = [row for row in world.rows() if row["outcome"] == "skipped"]
     assert sum(row["count"] for row in skipped) == 3 - jobs
     assert all(row["reason"] == f"job {first} has not ended" for row in skipped)
-    world.end_jobs()
+    for job in world.jobs.open():
+        world.jobs.request_stop(job.id)
     world.tick(HOUR)
     assert len(world.jobs.list()) == jobs + 1
     assert_sound(world)
@@ -190,6 +191,14 @@ def test_a_paused_schedule_runs_nothing_then_or_later(world: World) -> None:
     assert_sound(world)
 
 
+def test_ticks_skipped_for_different_reasons_have_rows_of_their_own(world: World) -> None:
+    world.add()
+    world.now += 3 * HOUR + 5 * MINUTE
+    world.schedules.pause("steady")
+    world.tick(2 * HOUR)
+    assert [(row["count"], row["reason"]) for row in world.rows()] == [(3, "missed"), (2, "paused")]
+
+
 def test_a_tick_that_came_before_the_pause_is_decided_before_it(world: World) -> None:
     world.add()
     world.now += HOUR + 1
@@ -231,7 +240,7 @@ def test_a_recipe_that_became_invalid_skips_its_ticks_and_stops_nobody(world: Wo
     assert [job.schedule for job in world.jobs.list()] == ["sound"]
     (tick,) = world.schedules.get("broken").ticks
     assert tick.outcome == "skipped"
-    assert "texts" in tick.reason
+    assert tick.reason.startswith("recipe.yaml:3: steps.corpus.with: sources.0: ")
     shutil.move(tmp_path / "away", tmp_path / "texts")
     world.end_jobs()
     world.tick(HOUR)
@@ -274,6 +283,7 @@ def test_next_ticks_follow_the_clock_and_the_cursor(world: World) -> None:
     world.tick(ticks[1] - world.now)
     world.now = START  # back again: what was decided does not come again
     assert world.schedules.next("steady", 1) == [ticks[2]]
+    assert world.schedules.get("steady").next(world.now) == ticks[2]
     for count in (0, 101):
         with pytest.raises(InputError, match="between 1 and 100"):
             world.schedules.next("steady", count)
