@@ -105,5 +105,5 @@ def _keep_logs(folder: Path, target: Path) -> None:
     """Copies Ray's text logs of this session, so that an error can be looked into after the cluster is gone."""
     source = folder / "session_latest" / "logs"
     if source.is_dir():
-        with contextlib.suppress(OSError):  # a full disk, which has an error of its own: Ray must be stopped all the same
+        with contextlib.suppress(OSError):  # a full disk: it has its own error, and Ray must be stopped all the same
             shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock", "old"))

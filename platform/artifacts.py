@@ -14,17 +14,19 @@ import contextlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moray.platform.atomic import create_bytes, write_text
+from moray.platform.atomic import create_bytes, is_full, write_text
 from moray.platform.errors import InputError, MorayError, nearest
 from moray.platform.home import Home
 from moray.platform.lease import Lease, is_stale
 from moray.platform.manifest import MANIFEST, Manifest
+from moray.platform.units import size
 
 if TYPE_CHECKING:
     from moray.platform.remote import RemoteArtifacts, SharedManifest
@@ -167,6 +169,11 @@ class ArtifactStore:
             self.remote.pull(shared, coming, partial(progress, "downloading"))
             self._bury(folder)
             coming.rename(folder)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            what = f"{shared.step}/{shared.fingerprint[:8]} ({size(shared.bytes)})"
+            raise InputError(f"{self.root} has no room for {what}", "free some disk: moray artifacts gc") from error
         finally:
             shutil.rmtree(coming, ignore_errors=True)
         return self._seal(shared.local())
@@ -327,11 +334,11 @@ def _newest_first(artifacts: Iterable[Artifact]) -> list[Artifact]:
 
 def _last_change(folder: Path) -> float:
     """When anything in a folder was last written, in seconds since the epoch."""
-    times = [folder.stat().st_mtime]
-    for where, _, names in os.walk(folder):
-        with contextlib.suppress(FileNotFoundError):  # a file that goes away meanwhile
-            times += [os.stat(os.path.join(where, name), follow_symlinks=False).st_mtime for name in names]
-    return max(times)
+    try:
+        paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+        return max(os.stat(path, follow_symlinks=False).st_mtime for path in [folder, *paths])
+    except FileNotFoundError:  # somebody is at it
+        return time.time()
 
 
 def _shared_root(url: str) -> RemoteArtifacts | None:

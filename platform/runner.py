@@ -137,8 +137,8 @@ class Runner:
         try:
             if self.store.remote is not None:
                 self.store.remote.push_run(folder)
-        except InputError as error:  # how the run ended matters more
-            text = f"the run's folder is not copied: {error.message}"
+        except (InputError, OSError) as error:  # how the run ended matters more
+            text = f"the run's folder is not copied: {error}"
             events.append(NoteEvent(step="", level="warning", text=text))
 
     def _step(self, decision: Decision, result: RunResult, events: EventLog) -> StepResult:

@@ -5,9 +5,7 @@ A tmpfs is mounted as MORAY_HOME, and shrunk to what it holds while the step wor
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,9 +30,8 @@ from tests.faults.test_kill import (
     wait_for,
 )
 from tests.platform.test_runner import recipe, run
+from tests.small_disk import empty, fill, small_disk
 from tests.small_run import recipe_text
-
-ROOMY = "800m"  # a run asks for 512 MiB before it starts
 
 
 @pytest.fixture
@@ -45,34 +42,8 @@ def undisturbed(flow: Flow) -> Undisturbed:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system in memory, which only root may mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        mount("-t", "tmpfs", "-o", f"size={ROOMY}", "moray-test", folder)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        pytest.skip("mounting a tmpfs takes rights that are not given here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def mount(*arguments: str | Path) -> None:
-    subprocess.run(["mount", *map(str, arguments)], check=True, capture_output=True)
-
-
-def shrink(disk: Path) -> bool:
-    """Leaves no room but what is left of a page here and there; False if more was written meanwhile."""
-    space = os.statvfs(disk)
-    used = (space.f_blocks - space.f_bfree) * space.f_frsize
-    try:
-        mount("-o", f"remount,size={used}", disk)
-    except subprocess.CalledProcessError:
-        return False
-    return True
-
-
-def fill(disk: Path) -> None:
-    wait_for(lambda: shrink(disk), "no write between looking and shrinking")
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_an_event_that_does_not_fit_is_taken_back_whole(disk: Path) -> None:
@@ -83,7 +54,7 @@ def test_an_event_that_does_not_fit_is_taken_back_whole(disk: Path) -> None:
     fill(disk)
     for _ in range(3):
         log.append(NoteEvent(step="s", level="info", text="x" * 5000))
-    mount("-o", f"remount,size={ROOMY}", disk)
+    empty(disk)
     log.append(NoteEvent(step="s", level="info", text="last"))
     log.close()
     assert [len(text) for text in told] == [5, 5000, 5000, 5000, 4]
@@ -113,7 +84,7 @@ def test_a_full_disk_is_named_wherever_it_shows(disk: Path) -> None:
             run(home, recipe("a", during=during))
         assert caught.value.hint == f"free some disk for {disk}, then run again"
         assert list(ArtifactStore(home).all()) == []
-        mount("-o", f"remount,size={ROOMY}", disk)
+        empty(disk)
     result, _ = run(home, recipe("a"))
     assert (result.steps["s0"].artifact.folder / "out").read_text() == "a"
     assert next(row.state for row in list_runs(home)) == "succeeded"
@@ -139,7 +110,7 @@ def fill_in(step: str, undisturbed: Undisturbed, disk: Path) -> None:
     assert said[1] == f"hint: free some disk for {disk}, then run again"
     assert not list(ArtifactStore(home).of_step(step))
     wait_for(lambda: not processes_of(home), "the end of every process", 30)
-    mount("-o", f"remount,size={ROOMY}", disk)
+    empty(disk)
     finish(start(home, undisturbed.folder / "small.yaml"))
     assert hashes(home) == undisturbed.hashes
 

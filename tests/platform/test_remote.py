@@ -33,6 +33,7 @@ from tests.platform.test_artifacts import manifest
 from tests.platform.test_runner import recipe, run
 from tests.platform.test_runs import Shell
 from tests.s3 import BUCKET, Fault, Request, faulty_proxy, s3_server
+from tests.small_disk import empty, fill, small_disk
 
 FINGERPRINT = "ab" * 16
 
@@ -58,6 +59,12 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     for key in keys(client):
         client.delete_object(Bucket=BUCKET, Key=key)
     return client
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -500,3 +507,16 @@ def test_a_bucket_lists_in_pages_and_deletes_in_batches(s3: Any) -> None:
     assert names == [f"{i:04}" for i in range(1005)]
     bucket.delete(names)
     assert list(bucket.objects()) == []
+
+
+def test_a_disk_without_room_for_what_is_pulled_says_so(machines: Callable[[str], Home], disk: Path) -> None:
+    store, wanted = make(machines("one"), "x" * 200_000)
+    store.commit(wanted)
+    two = ArtifactStore(Home(disk, machines("one").shared))
+    found = two.find(f"filter/{FINGERPRINT}")
+    fill(disk)
+    with pytest.raises(InputError, match=r"has no room for filter/abababab \(200 kB\)") as caught:
+        two.fetch(found)
+    assert "moray artifacts gc" in caught.value.hint
+    empty(disk)
+    assert hash_folder(two.fetch(found).folder) == wanted.files
