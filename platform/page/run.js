@@ -11,6 +11,7 @@ import { bar, chip, confirm, empty, icon, priority, problem } from "./parts.js";
 
 const ENDED = ["succeeded", "failed", "cancelled"];
 const LARGE = 2; // how many curves are drawn large: loss and throughput
+const STRAIGHT = "train_tokens"; // a straight line, and in the progress already
 const TITLES = {
   train_loss: "Loss", train_tokens_per_second: "Throughput", train_grad_norm: "Gradient norm", train_learning_rate: "Learning rate",
   train_bias_speed: "Router bias speed", train_tokens: "Tokens trained on", train_data_wait: "Waiting for data", train_max_violation: "Worst expert overload (MaxVio)",
@@ -19,7 +20,7 @@ const TITLES = {
 
 export function run(place, id) {
   const part = (name, props) => place.appendChild(h("div", { class: name, ...props }));
-  const head = part("run-head"), steps = part("card dag-card", { role: "group", "aria-label": "Steps" }), curves = part("curves"), load = part("card heat-card", { hidden: true }), log = part("card");
+  const head = part("run-head"), steps = part("card dag-card", { role: "group", "aria-label": "Steps" }), curves = part("curves"), load = h("div", { class: "card heat-card", hidden: true }), log = part("card");
   const graph = steps.appendChild(h("div", { class: "dag scroll" })), detail = steps.appendChild(h("div", { class: "detail" }));
   const view = { chosen: "", picked: false, attempt: null, said: "", why: [] };
   let state = null, endLog = () => {}, logged, endStream = () => {};
@@ -30,7 +31,7 @@ export function run(place, id) {
     view.chosen = key;
     show();
   };
-  const showSteps = dag(graph, choose), showCurves = curveCards(curves);
+  const showSteps = dag(graph, choose), showCurves = curveCards(curves, load);
   const heat = { shown: null };
 
   const show = () => {
@@ -69,7 +70,7 @@ export function run(place, id) {
         await call("GET", `${base}/run${query}`); // a stream cannot say that there is no such job
       } catch (error) {
         patch(head, h("h1", {}, "No such run"), problem(error.message), h("p", {}, h("a", { href: "/" }, "Back to the overview")));
-        for (const node of [steps, curves, load, log]) node.hidden = true;
+        for (const node of [steps, curves, log]) node.hidden = true;
         return () => {};
       }
       return follow(`${base}/stream${query}`, "run", async (fresh) => {
@@ -153,13 +154,13 @@ function stepDetail(step) {
 const spoken = (name) => name.replace(/^(in|out):(.*)$/, "$2 $1").replaceAll("_", " ");
 
 /** Charts are made when a curve first has points, and kept: their cursor and size live on. */
-function curveCards(place) {
+function curveCards(place, load) {
   const made = new Map(), group = charts();
   const title = h("h2", { class: "section", hidden: true }, "Curves"), large = h("div", { class: "grid two" }), small = h("div", { class: "grid three" }), figures = h("dl", { class: "figures" });
-  place.append(title, large, small, figures);
+  place.append(title, large, load, small, figures);
   return (state) => {
-    const names = Object.keys(state.curves).filter((name) => state.curves[name].length > 1);
-    const alone = Object.entries(state.curves).filter(([, curve]) => curve.length === 1).map(([name, [[, value]]]) => [name, value]);
+    const names = Object.keys(state.curves).filter((name) => state.curves[name].length > 1 && name !== STRAIGHT);
+    const alone = Object.entries(state.curves).filter(([name, curve]) => curve.length === 1 && name !== STRAIGHT).map(([name, [[, value]]]) => [name, value]);
     title.hidden = !Object.keys(state.curves).length && !Object.keys(state.figures).length;
     for (const name of [...made.keys()]) if (!names.includes(name)) (made.get(name).end(), made.get(name).card.remove(), made.delete(name));
     names.forEach((name, i) => {

@@ -166,7 +166,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     made = browser.new_context(viewport={"width": 1440, "height": 900}, timezone_id="Europe/Berlin")
-    made.set_default_timeout(15_000)
+    made.set_default_timeout(20_000)
     yield made
     made.close()
 
@@ -196,6 +196,7 @@ def log_in(page: Page, server: PageServer) -> None:
     expect(page.locator("#live")).to_have_attribute("data-state", "live")
 
 
+expect.set_options(timeout=20_000)  # a busy machine; what is there sooner is seen sooner
 browser_test = pytest.mark.cluster  # left out of the quick tests: they take a browser and half a minute
 
 
@@ -274,13 +275,14 @@ def test_the_overview_shows_every_job_and_changes_by_itself(server: PageServer, 
 def test_a_run_is_followed_as_it_writes_its_events(server: PageServer, page: Page) -> None:
     job = server.submit()
     page.goto(f"{server.url}/jobs/{job.id}")
-    expect(page.get_by_text("Why it waits")).to_be_hidden()
     expect(page.get_by_role("button", name="corpus: pending")).to_be_visible()
+    expect(page.get_by_text("Why it waits")).to_be_visible()
     log = server.start(job)
     up_to_pretrain(log)
     training(log, 0, 100, 200)
     server.print(job, "> pretrain  never run\n")
     expect(page.get_by_role("button", name="pretrain: started, 50 %")).to_be_visible()
+    expect(page.get_by_text("Why it waits")).to_be_hidden()
     expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "50")
     expect(page.locator(".detail")).to_contain_text("51,200 of 102,400 tokens")
     expect(page.locator("[data-curve=train_loss]")).to_contain_text("at step 100")
