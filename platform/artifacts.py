@@ -336,7 +336,7 @@ def _last_change(folder: Path) -> float:
     """When anything in a folder was last written, in seconds since the epoch."""
     try:
         paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
-        return max(os.stat(path, follow_symlinks=False).st_mtime for path in [folder, *paths])
+        return max(os.stat(path, follow_symlinks=False).st_mtime for path in [str(folder), *paths])
     except FileNotFoundError:  # somebody is at it
         return time.time()
 

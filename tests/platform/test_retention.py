@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.platform.errors import InputError
-from moray.platform.retention import Entry, lineage, to_remove
+from moray.platform.retention import Entry, lineage, to_free, to_remove
 from moray.platform.units import parse_size, size
 
 CHAIN = [
@@ -32,6 +34,14 @@ def test_what_was_made_goes_before_what_it_was_made_from_and_the_oldest_first() 
     assert removed([], 349) == ["dedup/1"]
     assert removed([], 300) == ["dedup/1"]
     assert removed([], 299) == ["dedup/1", "filter/1"]
+
+
+def test_copies_go_by_age_alone_and_only_copies() -> None:
+    entries = [replace(entry, copied=entry.reference != "corpus/2") for entry in CHAIN]
+    assert [entry.reference for entry in to_free(entries, [], 250)] == ["corpus/1"]
+    assert [entry.reference for entry in to_free(entries, [], 0)] == ["corpus/1", "filter/1", "dedup/1", "filter/2"]
+    assert [entry.reference for entry in to_free(entries, ["filter/1"], 0)] == ["dedup/1", "filter/2"]
+    assert to_free(CHAIN, [], 0) == []
 
 
 def test_roots_and_their_ancestors_stay_whatever_the_limit() -> None:
