@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.cluster.machine import prepare_environment, quiet_logging, signal_handlers_kept
+from moray.cluster.pending import PendingWatcher
 from moray.platform.home import Home
 from moray.platform.lease import Lease
 from moray.platform.step import Cancelled, Cluster, Topology
@@ -28,6 +29,7 @@ class AttachedCluster(Cluster):
         self._topology = topology
         self._job = ""
         self._session: Path | None = None
+        self._pending = PendingWatcher(self.say_pending)
         self.logs = logs
 
     def topology(self) -> Topology:
@@ -45,6 +47,7 @@ class AttachedCluster(Cluster):
             context: Any = ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
         self._session = Path(context.address_info["session_dir"])
         self._job = ray.get_runtime_context().get_job_id()
+        self._pending.start()
         return self._topology
 
     def stop(self) -> None:
@@ -52,6 +55,7 @@ class AttachedCluster(Cluster):
             return
         import ray
 
+        self._pending.stop()
         self._keep_logs()
         with signal_handlers_kept():
             ray.shutdown()

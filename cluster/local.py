@@ -25,7 +25,7 @@ from moray.cluster import machine
 from moray.platform.atomic import create_bytes
 from moray.platform.errors import InputError
 from moray.platform.home import Home
-from moray.platform.supervisor import Service
+from moray.platform.supervisor import Service, python
 
 DRIVER = "moray_driver"  # the custom resource that a job's driver takes one of
 _HEAD_STORE = 80_000_000  # bytes of shared memory; nothing of ours runs on the head
@@ -74,7 +74,7 @@ class LocalCluster:
         }
 
     def services(self) -> list[Service]:
-        """The head, and the worker after it."""
+        """The head, after it the worker, and what watches them."""
         import secrets
 
         create_bytes(self.token, secrets.token_hex(32).encode())
@@ -85,9 +85,13 @@ class LocalCluster:
             "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver that is told to stop may finish what it writes
         }
         environment.pop("RAY_ADDRESS")  # `ray start` refuses it
+        watching = {**self.environment(), "MORAY_HOME": str(self.home.root)}
         return [
             Service("ray-head", self._head(), environment, self._head_answers, prepare=self._forget_address),
             Service("ray-worker", self._worker(), environment, self._worker_known, after=["ray-head"]),
+            Service(
+                "ray-watch", python("moray.cluster.watch", self.address), watching, self._watched, after=["ray-head"]
+            ),
         ]
 
     def _head(self) -> list[str]:
@@ -120,6 +124,11 @@ class LocalCluster:
         body = self._get("/api/v0/nodes?detail=0")
         nodes = json.loads(body)["data"]["result"]["result"] if body else []
         return any(node["state"] == "ALIVE" and not node["is_head_node"] for node in nodes)
+
+    def _watched(self) -> bool:
+        from moray.cluster.watch import usage_file
+
+        return usage_file(self.home).exists()
 
     def _get(self, path: str) -> bytes | None:
         """The body of an answer of Ray's dashboard; None where there is none."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
+from moray.cluster.watch import read_usage
 from moray.platform.backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
 
 _SECONDS = 20.0
@@ -22,10 +22,7 @@ _STATES: Mapping[str, ExecutorState] = {
 
 
 class RayJobs(ClusterBackend):
-    """Talks to a local cluster: Ray's documented REST API for jobs, and its state service for usage.
-
-    This process's environment must hold `cluster.environment()`.
-    """
+    """Talks to a local cluster: Ray's documented REST API for jobs; the figures come from cluster/watch.py."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
@@ -56,24 +53,7 @@ class RayJobs(ClusterBackend):
         self._ask("DELETE", attempt)
 
     def usage(self) -> Usage:
-        from ray.autoscaler.v2.sdk import get_cluster_status
-
-        try:
-            status = get_cluster_status(self._cluster.address, timeout=5)
-        except Exception as error:
-            raise BackendAwayError(str(error)) from error
-        nodes = [node.resource_usage for node in (*status.active_nodes, *status.idle_nodes) if node.resource_usage]
-        total: defaultdict[str, float] = defaultdict(float)
-        used: defaultdict[str, float] = defaultdict(float)
-        for resource in (resource for node in nodes for resource in node.usage):
-            total[resource.resource_name] += resource.total
-            used[resource.resource_name] += resource.used
-        demands = status.resource_demands
-        waiting = [d for kind in (demands.ray_task_actor_demand, demands.placement_group_demand) for d in kind]
-        return Usage(
-            cpus=total["CPU"], cpus_used=used["CPU"], gpus=total["GPU"], gpus_used=used["GPU"],
-            nodes=len(nodes), waiting=tuple(_in_words(demand) for demand in waiting),
-        )  # fmt: skip
+        return read_usage(self._cluster.home)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the Jobs API."""
@@ -94,14 +74,6 @@ class RayJobs(ClusterBackend):
             self._http.trust_env = False  # loopback needs no proxy
             self._http.headers["Authorization"] = f"Bearer {self._cluster.token.read_text().strip()}"
         return self._http
-
-
-def _in_words(demand: Any) -> str:
-    """One pending demand: `2 x {CPU: 1}`."""
-    bundles = demand.bundles_by_count
-    return ", ".join(
-        f"{b.count} x {{{', '.join(f'{name}: {value:g}' for name, value in b.bundle.items())}}}" for b in bundles
-    )
 
 
 def _last_line(text: str) -> str:

@@ -103,15 +103,18 @@ SCHEMA_VERSION = len(_MIGRATIONS)
 class Database:
     """One open `moray.db`, shared by the controller's threads."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens or creates it and brings its schema up to date. Raises InputError if a newer Moray wrote it."""
+    def __init__(self, path: Path, durable: bool = True) -> None:
+        """Opens or creates it and brings its schema up to date. Raises InputError if a newer Moray wrote it.
+
+        durable: a commit outlives a power cut; without, it outlives the process alone, and costs no disk sync.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)
         self._writer.row_factory = sqlite3.Row
         self._lock = threading.RLock()
         self._readers = threading.local()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", f"synchronous={'FULL' if durable else 'OFF'}", "foreign_keys=ON"):
             self._writer.execute(f"PRAGMA {pragma}")
         self._migrate()
 

@@ -38,7 +38,7 @@ from moray.platform.supervisor import (
 
 HOST = "127.0.0.1"
 PORT = 8400
-NAMES = ("ray-head", "ray-worker", "mlflow", "controller")
+NAMES = ("ray-head", "ray-worker", "ray-watch", "mlflow", "controller")
 _UP_SECONDS = 240.0
 _DOWN_SECONDS = 90.0
 

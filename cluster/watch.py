@@ -1,0 +1,76 @@
+"""Writes down, every two seconds, what the cluster has and what of it is held: `python -m moray.cluster.watch ADDRESS`.
+
+A process of its own, because Ray's client ends the process it lives in when the head stays away for a minute; the
+controller must outlive that. It reads `up/cluster.json` and believes it for as long as it is fresh.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moray.cluster.pending import machines_in, waiting_in, words
+from moray.platform.atomic import write_json
+from moray.platform.backend import BackendAwayError, Usage
+from moray.platform.home import Home
+
+POLL_SECONDS = 2.0
+_FRESH_SECONDS = 15.0
+
+
+def usage_file(home: Home) -> Path:
+    return home.up / "cluster.json"
+
+
+def read_usage(home: Home) -> Usage:
+    """What the watch wrote last. Raises BackendAwayError if that is old: it writes only what Ray answers."""
+    path = usage_file(home)
+    try:
+        age = time.time() - path.stat().st_mtime
+        written = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BackendAwayError("nothing is known of the cluster yet") from None
+    if age > _FRESH_SECONDS:
+        raise BackendAwayError(f"Ray's head has not answered for {age:.0f} s")
+    return Usage(**written | {"waiting": tuple(written["waiting"])})
+
+
+def usage_in(state: Any) -> Usage:
+    """The figures in Ray's ClusterResourceState."""
+    machines = machines_in(state)
+
+    def total(name: str) -> float:
+        return sum(machine.total.get(name, 0.0) for machine in machines)
+
+    def free(name: str) -> float:
+        return sum(machine.free.get(name, 0.0) for machine in machines)
+
+    return Usage(
+        cpus=total("CPU"), cpus_used=total("CPU") - free("CPU"),
+        gpus=total("GPU"), gpus_used=total("GPU") - free("GPU"), nodes=len(machines),
+        waiting=tuple(f"{count} x {words(demand.total())}" for demand, count in waiting_in(state).items()),
+    )  # fmt: skip
+
+
+def main(address: str) -> None:
+    """Watches until it is killed."""
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+    from ray.exceptions import RaySystemError, RpcError
+
+    raylet: Any = importlib.import_module("ray._raylet")  # compiled: nothing for a type checker to read
+    client, path = raylet.GcsClient(address=address), usage_file(Home.from_environment())
+    while True:
+        try:
+            write_json(path, asdict(usage_in(get_cluster_resource_state(client))))
+        except (RpcError, RaySystemError) as error:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), f"Ray's head does not answer: {error}", flush=True)
+        time.sleep(POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
