@@ -40,8 +40,8 @@ def submit(
     """
     from moray.platform.client import Client, new_key, read_submission
 
-    client = Client.from_environment()
     body = read_submission(recipe, set_ or []) | {"name": name, "priority": priority, "retries": retries}
+    client = Client.from_environment()
     job = client.post("/api/jobs", body, key=key or new_key())
     if json_:
         print_json(job)

@@ -1,0 +1,109 @@
+"""The control plane's commands where there is no control plane, and with bad input: one error, one hint, exit 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moray.platform.home import Home
+from moray.platform.up import systemd_unit
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def moray(home: Home, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "moray.py"), *arguments]
+    return subprocess.run(
+        command, env={**os.environ, "MORAY_HOME": str(home.root)}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("list",),
+        ("status",),
+        ("status", "some-job"),
+        ("logs", "some-job"),
+        ("stop", "some-job"),
+        ("why", "some-job"),
+        ("submit", "quickstart"),
+        ("schedule", "list"),
+        ("schedule", "rm", "nightly"),
+    ],
+    ids=" ".join,
+)
+def test_without_a_control_plane_every_command_says_how_to_start_one(home: Home, arguments: tuple[str, ...]) -> None:
+    done = moray(home, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines() == [f"error: nothing was started for {home.root} yet", "hint: start it: moray up"]
+    assert not home.database.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("up", "--cpus", "0"), "--cpus 0: this machine has"),
+        (("up", "--cpus", "100000"), "--cpus 100000: this machine has"),
+        (("up", "--gpus", "1000"), "--gpus 1000: this machine has"),
+        (("up", "--slots", "0"), "--slots 0: at least one job"),
+        (("up", "--slots", "many"), "many"),
+        (("cluster", "up", "moon"), "moon"),
+        (("submit", "no-such-recipe"), "no recipe 'no-such-recipe'"),
+        (("submit", "quickstart", "--priority", "urgent"), "urgent"),
+        (("logs",), "parameter"),
+    ],
+)
+def test_bad_input_starts_nothing(home: Home, arguments: tuple[str, ...], said: str) -> None:
+    done = moray(home, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert said.lower() in done.stderr.lower()
+    assert done.stderr.startswith("error: ")
+    assert not (home.up / "state.json").exists()
+
+
+def test_a_port_in_use_is_named_with_a_free_one(home: Home) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = moray(home, "up", "--port", str(port))
+    assert done.returncode == 2
+    error, hint = done.stderr.splitlines()
+    assert error == f"error: port {port} of 127.0.0.1 is taken"
+    assert hint.startswith("hint: try --port ")
+    assert not (home.up / "state.json").exists()
+
+
+def test_a_control_plane_that_is_down_is_said_at_once(home: Home) -> None:
+    home.up.mkdir()
+    cluster = {
+        "ray_port": 1, "dashboard_port": 1, "client_port": 1, "cpus": 1, "gpus": 0, "memory_bytes": 1, "slots": 1,
+    }  # fmt: skip
+    (home.up / "options.json").write_text(json.dumps({"port": 1, "cluster": cluster}))
+    home.token.touch(mode=0o600)
+    home.token.write_text("token")
+    done = moray(home, "list")
+    assert done.returncode == 1
+    assert "the control plane does not answer at http://127.0.0.1:1" in done.stderr
+    assert "hint: moray up starts it" in done.stderr
+    (home.up / "options.json").write_text("{}")
+    assert "is not what this version writes" in moray(home, "list").stderr
+
+
+def test_down_where_nothing_runs_is_no_error(home: Home) -> None:
+    done = moray(home, "down", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"processes": 0})
+
+
+def test_the_systemd_unit_runs_the_supervisor_of_this_home(home: Home) -> None:
+    printed = moray(home, "up", "--systemd").stdout
+    assert printed == systemd_unit(home)
+    assert f"Environment=MORAY_HOME={home.root}" in printed
+    assert "ExecStart=" in printed
