@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import re
 import shutil
 import socket
@@ -321,6 +323,36 @@ def test_charts_answer_to_pointer_and_keys(server: PageServer, page: Page) -> No
     expect(loss).to_contain_text(re.compile(r"at step 2\d"))
     page.locator(".heat-card canvas").hover()
     expect(page.locator(".heat-card .chart-value")).to_contain_text("layer 2")
+
+
+LAYOUT = """async (graphs) => {
+  const { layout } = await import("/static/dag.js");
+  const plain = (plan) => ({ ...plan, column: Object.fromEntries(plan.column), row: Object.fromEntries(plan.row),
+                             lane: Object.fromEntries(plan.lane) });
+  return graphs.map((steps) => plain(layout(steps)));
+}"""
+
+
+@browser_test
+def test_steps_and_edges_of_any_recipe_have_places_of_their_own(server: PageServer, page: Page) -> None:
+    chance = random.Random(7)
+    graphs = []
+    for size in range(1, 40):
+        inputs = [chance.sample(range(i), min(i, chance.randrange(4))) for i in range(size)]
+        graphs.append([{"key": f"s{i}", "inputs": {f"i{j}": f"s{j}" for j in row}} for i, row in enumerate(inputs)])
+    for steps, plan in zip(graphs, page.evaluate(LAYOUT, graphs), strict=True):
+        column, row, lane = plan["column"], plan["row"], plan["lane"]
+        assert len({(column[s["key"]], row[s["key"]]) for s in steps}) == len(steps), "no two steps in one place"
+        assert all(column[e["from"]] < column[e["to"]] for e in plan["edges"])
+        spans: dict[str, tuple[int, int]] = {}
+        for edge in (e for e in plan["edges"] if e["long"]):
+            start, end = spans.get(edge["from"], (column[edge["from"]], 0))
+            spans[edge["from"]] = (start, max(end, column[edge["to"]]))
+        for one, other in itertools.combinations(spans, 2):
+            apart = spans[one][1] < spans[other][0] or spans[other][1] < spans[one][0]
+            assert apart or lane[one] != lane[other], "a lane carries one step's edges at a time"
+    loop = [{"key": "a", "inputs": {"x": "b"}}, {"key": "b", "inputs": {"x": "a"}}, {"key": "c", "inputs": {"x": "c"}}]
+    assert page.evaluate(LAYOUT, [loop])[0]["columns"] >= 1, "what no recipe should have hangs nothing"
 
 
 @browser_test
