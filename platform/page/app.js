@@ -42,7 +42,11 @@ const themeButton = document.getElementById("theme");
 
 function showTheme() {
   const theme = document.documentElement.dataset.theme || "system";
-  patch(themeButton, h("span", { class: `theme-icon ${theme}`, "aria-hidden": "true" }), h("span", { class: "wide" }, theme[0].toUpperCase() + theme.slice(1)));
+  patch(
+    themeButton,
+    h("span", { class: `theme-icon ${theme}`, "aria-hidden": "true" }),
+    h("span", { class: "wide" }, theme[0].toUpperCase() + theme.slice(1)),
+  );
   themeButton.title = `Theme: ${theme}. Press for ${THEMES[theme]}.`;
   themeButton.setAttribute("aria-label", themeButton.title);
 }

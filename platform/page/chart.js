@@ -24,12 +24,20 @@ export function charts() {
 }
 
 function one(title, unit, help, height, cursor, point) {
-  let points = [], width = 0;
-  const value = h("span", { class: "chart-value" }), plot = svg("svg", { height, "aria-hidden": "true" });
+  let points = [],
+    width = 0;
+  const value = h("span", { class: "chart-value" }),
+    plot = svg("svg", { height, "aria-hidden": "true" });
   const frame = h("div", { class: "plot", tabindex: 0, role: "img" }, plot);
-  const node = h("figure", { class: "chart" }, h("figcaption", { title: help }, h("span", { class: "chart-title" }, title), value), frame);
+  const node = h(
+    "figure",
+    { class: "chart" },
+    h("figcaption", { title: help }, h("span", { class: "chart-title" }, title), value),
+    frame,
+  );
 
-  const share = unit === "share", shownUnit = share ? "%" : unit;
+  const share = unit === "share",
+    shownUnit = share ? "%" : unit;
   const reading = (v) => `${figure(v)}${shownUnit ? ` ${shownUnit}` : ""}`;
 
   const scale = () => {
@@ -44,7 +52,8 @@ function one(title, unit, help, height, cursor, point) {
     return { x, y, marks, first, last };
   };
 
-  const nearest = (at) => points.reduce((best, found) => (Math.abs(found[0] - at) < Math.abs(best[0] - at) ? found : best), points[0]);
+  const nearest = (at) =>
+    points.reduce((best, found) => (Math.abs(found[0] - at) < Math.abs(best[0] - at) ? found : best), points[0]);
 
   const draw = () => {
     if (!points.length || !width) return;
@@ -57,17 +66,32 @@ function one(title, unit, help, height, cursor, point) {
     const drawn = points.filter((found) => found[1] !== null);
     const line = drawn.map(([at, v], i) => `${i ? "L" : "M"}${x(at).toFixed(1)} ${y(v).toFixed(1)}`).join("");
     const floor = height - PAD.bottom;
-    const area = drawn.length ? `${line}L${x(drawn[drawn.length - 1][0]).toFixed(1)} ${floor}L${x(drawn[0][0]).toFixed(1)} ${floor}Z` : "";
+    const area = drawn.length
+      ? `${line}L${x(drawn[drawn.length - 1][0]).toFixed(1)} ${floor}L${x(drawn[0][0]).toFixed(1)} ${floor}Z`
+      : "";
     const shown = cursor() === null ? points[points.length - 1] : nearest(cursor());
     plot.setAttribute("width", width);
-    patch(plot,
-      marks.map((mark) => [svg("line", { class: "rule", x1: PAD.left, x2: width - PAD.right, y1: y(mark), y2: y(mark) }), svg("text", { class: "mark", x: PAD.left - 8, y: y(mark) + 3.5, "text-anchor": "end" }, short(mark))]),
-      nice(first, last, width < 420 ? 5 : 6).filter((mark) => mark >= first && mark <= last && Number.isInteger(mark)).map((mark) => svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, short(mark))),
-      svg("path", { class: "area", d: area }), svg("path", { class: "curve", d: line }),
-      cursor() !== null ? svg("line", { class: "cursor", x1: x(shown[0]), x2: x(shown[0]), y1: PAD.top, y2: floor }) : null,
-      shown[1] !== null ? svg("circle", { class: "dot", cx: x(shown[0]), cy: y(shown[1]), r: 3.5 }) : null);
+    patch(
+      plot,
+      marks.map((mark) => [
+        svg("line", { class: "rule", x1: PAD.left, x2: width - PAD.right, y1: y(mark), y2: y(mark) }),
+        svg("text", { class: "mark", x: PAD.left - 8, y: y(mark) + 3.5, "text-anchor": "end" }, short(mark)),
+      ]),
+      nice(first, last, width < 420 ? 5 : 6)
+        .filter((mark) => mark >= first && mark <= last && Number.isInteger(mark))
+        .map((mark) => svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, short(mark))),
+      svg("path", { class: "area", d: area }),
+      svg("path", { class: "curve", d: line }),
+      cursor() !== null
+        ? svg("line", { class: "cursor", x1: x(shown[0]), x2: x(shown[0]), y1: PAD.top, y2: floor })
+        : null,
+      shown[1] !== null ? svg("circle", { class: "dot", cx: x(shown[0]), cy: y(shown[1]), r: 3.5 }) : null,
+    );
     patch(value, h("b", {}, reading(shown[1])), h("span", { class: "dim" }, ` at step ${count(shown[0])}`));
-    frame.setAttribute("aria-label", `${title}: ${reading(shown[1])} at step ${shown[0]}. Arrow keys move along the curve.`);
+    frame.setAttribute(
+      "aria-label",
+      `${title}: ${reading(shown[1])} at step ${shown[0]}. Arrow keys move along the curve.`,
+    );
   };
 
   frame.onpointermove = (event) => {
@@ -90,7 +114,12 @@ function one(title, unit, help, height, cursor, point) {
     draw();
   });
   watch.observe(frame);
-  return { node, draw, end: () => watch.disconnect(), update: (fresh) => ((points = share ? fresh.map(([at, v]) => [at, v === null ? v : 100 * v]) : fresh), draw()) };
+  return {
+    node,
+    draw,
+    end: () => watch.disconnect(),
+    update: (fresh) => ((points = share ? fresh.map(([at, v]) => [at, v === null ? v : 100 * v]) : fresh), draw()),
+  };
 }
 
 /** About `most` round numbers from `low` to `high`. */
@@ -99,8 +128,14 @@ export function nice(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= 0.8 * rough) || 10);
   const marks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) marks.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
+    marks.push(Number((i * step).toPrecision(12)));
   return marks.length ? marks : [low];
 }
 
-const short = (value) => (Math.abs(value) >= 10000 ? `${Number((value / 1000).toPrecision(4))}k` : value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : String(value));
+const short = (value) =>
+  Math.abs(value) >= 10000
+    ? `${Number((value / 1000).toPrecision(4))}k`
+    : value !== 0 && Math.abs(value) < 0.001
+      ? value.toExponential()
+      : String(value);

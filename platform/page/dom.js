@@ -24,7 +24,9 @@ function fill(node, props, children) {
 }
 
 function flat(children) {
-  return children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false && child !== "");
+  return children
+    .flat(Infinity)
+    .filter((child) => child !== null && child !== undefined && child !== false && child !== "");
 }
 
 const HANDLERS = ["onclick", "onchange", "onkeydown", "onpointerenter", "onpointerleave", "onscroll", "ontoggle"];

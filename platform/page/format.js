@@ -39,7 +39,11 @@ const whole = (seconds) => (seconds < 10 ? `${Math.max(0, Math.floor(seconds))} 
 export function clock(how, at) {
   if (!at) return null;
   const exact = new Date(at * 1000);
-  return h("time", { datetime: exact.toISOString(), title: stamp(at), "data-clock": how, "data-at": at }, READINGS[how](at));
+  return h(
+    "time",
+    { datetime: exact.toISOString(), title: stamp(at), "data-clock": how, "data-at": at },
+    READINGS[how](at),
+  );
 }
 
 setInterval(() => {
@@ -51,7 +55,14 @@ setInterval(() => {
 
 /** Date and time, in a zone or in this machine's. */
 export function stamp(at, zone) {
-  const form = { weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+  const form = {
+    weekday: "short",
+    day: "numeric",
+    month: "short",
+    hour: "2-digit",
+    minute: "2-digit",
+    hourCycle: "h23",
+  };
   try {
     return new Intl.DateTimeFormat("en-GB", { ...form, timeZone: zone }).format(new Date(at * 1000));
   } catch {
@@ -62,7 +73,11 @@ export function stamp(at, zone) {
 export const ownZone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
 
 export function count(value) {
-  for (const [limit, by, unit] of [[1e12, 1e12, "T"], [1e9, 1e9, "G"], [1e7, 1e6, "M"]]) {
+  for (const [limit, by, unit] of [
+    [1e12, 1e12, "T"],
+    [1e9, 1e9, "G"],
+    [1e7, 1e6, "M"],
+  ]) {
     if (value >= limit) return `${(value / by).toFixed(1)}${unit}`;
   }
   const digits = value >= 100 || Number.isInteger(value) ? 0 : 1;
@@ -79,7 +94,11 @@ export function figure(value) {
 }
 
 export function bytes(value) {
-  for (const [size, unit] of [[2 ** 40, "TiB"], [2 ** 30, "GiB"], [2 ** 20, "MiB"]]) {
+  for (const [size, unit] of [
+    [2 ** 40, "TiB"],
+    [2 ** 30, "GiB"],
+    [2 ** 20, "MiB"],
+  ]) {
     if (value >= size) return `${(value / size).toFixed(1)} ${unit}`;
   }
   return `${Math.round(value / 1024)} KiB`;

@@ -5,29 +5,56 @@ import { h, patch } from "./dom.js";
 import { count } from "./format.js";
 
 // cividis: even in lightness, and the same to people who see colours differently (Nuñez et al. 2018)
-const STOPS = [[0, 34, 78], [54, 69, 108], [108, 109, 114], [164, 154, 116], [217, 203, 100], [254, 232, 56]];
+const STOPS = [
+  [0, 34, 78],
+  [54, 69, 108],
+  [108, 109, 114],
+  [164, 154, 116],
+  [217, 203, 100],
+  [254, 232, 56],
+];
 
 export function heatmap(place) {
   const canvas = h("canvas", { tabindex: 0, role: "img" });
-  const value = h("span", { class: "chart-value" }), legend = h("div", { class: "legend" });
-  const labels = h("div", { class: "heat-labels", "aria-hidden": "true" }), axis = h("div", { class: "heat-axis", "aria-hidden": "true" });
-  patch(place, h("figure", { class: "chart" },
-    h("figcaption", {}, h("span", { class: "chart-title" }, "Load of each layer's fullest expert, over the mean"), value),
-    h("div", { class: "heat" }, labels, canvas, axis), legend));
-  let load = null, at = null;
+  const value = h("span", { class: "chart-value" }),
+    legend = h("div", { class: "legend" });
+  const labels = h("div", { class: "heat-labels", "aria-hidden": "true" }),
+    axis = h("div", { class: "heat-axis", "aria-hidden": "true" });
+  patch(
+    place,
+    h(
+      "figure",
+      { class: "chart" },
+      h(
+        "figcaption",
+        {},
+        h("span", { class: "chart-title" }, "Load of each layer's fullest expert, over the mean"),
+        value,
+      ),
+      h("div", { class: "heat" }, labels, canvas, axis),
+      legend,
+    ),
+  );
+  let load = null,
+    at = null;
 
   const row = () => Math.max(5, Math.min(26, Math.floor(300 / load.layers.length)));
   const draw = () => {
     const width = canvas.clientWidth;
     if (!load || !width) return;
-    const rows = load.layers.length, columns = load.steps.length, ratio = devicePixelRatio || 1, high = row() * rows;
+    const rows = load.layers.length,
+      columns = load.steps.length,
+      ratio = devicePixelRatio || 1,
+      high = row() * rows;
     canvas.style.height = `${high}px`;
     [canvas.width, canvas.height] = [width * ratio, high * ratio];
-    const pen = canvas.getContext("2d"), most = top();
+    const pen = canvas.getContext("2d"),
+      most = top();
     pen.scale(ratio, ratio);
     const gap = row() > 8 ? 1 : 0;
     for (let c = 0; c < columns; c++) {
-      const left = Math.round((c * width) / columns), right = Math.round(((c + 1) * width) / columns);
+      const left = Math.round((c * width) / columns),
+        right = Math.round(((c + 1) * width) / columns);
       for (let r = 0; r < rows; r++) {
         const found = load.values[c][r];
         if (found === null) continue;
@@ -48,7 +75,10 @@ export function heatmap(place) {
     const found = load.values[c][r];
     const where = `layer ${load.layers[r]}, step ${count(load.steps[c])}`;
     patch(value, h("b", {}, found === null ? "-" : `${found.toFixed(2)} ×`), h("span", { class: "dim" }, ` ${where}`));
-    canvas.setAttribute("aria-label", `Expert load: ${found === null ? "unknown" : found.toFixed(2)} times the mean, ${where}. Arrow keys move.`);
+    canvas.setAttribute(
+      "aria-label",
+      `Expert load: ${found === null ? "unknown" : found.toFixed(2)} times the mean, ${where}. Arrow keys move.`,
+    );
   };
   const worst = (values) => values.reduce((best, found, i) => ((found ?? 0) > (values[best] ?? 0) ? i : best), 0);
 
@@ -56,7 +86,10 @@ export function heatmap(place) {
     if (!load) return;
     const box = canvas.getBoundingClientRect();
     const inside = (share, all) => Math.min(all - 1, Math.max(0, Math.floor(share * all)));
-    at = [inside((event.clientX - box.left) / box.width, load.steps.length), inside((event.clientY - box.top) / box.height, load.layers.length)];
+    at = [
+      inside((event.clientX - box.left) / box.width, load.steps.length),
+      inside((event.clientY - box.top) / box.height, load.layers.length),
+    ];
     draw();
   };
   canvas.onpointerleave = canvas.onblur = () => ((at = null), draw());
@@ -65,7 +98,10 @@ export function heatmap(place) {
     if (!by || !load) return;
     event.preventDefault();
     const [c, r] = at || [load.steps.length - 1, 0];
-    at = [Math.min(load.steps.length - 1, Math.max(0, c + by[0])), Math.min(load.layers.length - 1, Math.max(0, r + by[1]))];
+    at = [
+      Math.min(load.steps.length - 1, Math.max(0, c + by[0])),
+      Math.min(load.layers.length - 1, Math.max(0, r + by[1])),
+    ];
     draw();
   };
   const watch = new ResizeObserver(draw);
@@ -75,15 +111,30 @@ export function heatmap(place) {
     update(fresh) {
       load = fresh;
       const every = Math.ceil(16 / row());
-      patch(labels, load.layers.map((layer, i) => h("span", { style: { height: `${row()}px` } }, i % every === 0 ? `${i === 0 ? "layer " : ""}${layer}` : "")));
-      patch(axis, h("span", {}, `step ${count(load.steps[0])}`), h("span", {}, count(load.steps[load.steps.length - 1])));
-      patch(legend, h("span", {}, "1 (even)"), h("i", { style: { background: `linear-gradient(90deg, ${STOPS.map((stop) => `rgb(${stop})`).join(",")})` } }), h("span", {}, top().toFixed(1)));
+      patch(
+        labels,
+        load.layers.map((layer, i) =>
+          h("span", { style: { height: `${row()}px` } }, i % every === 0 ? `${i === 0 ? "layer " : ""}${layer}` : ""),
+        ),
+      );
+      patch(
+        axis,
+        h("span", {}, `step ${count(load.steps[0])}`),
+        h("span", {}, count(load.steps[load.steps.length - 1])),
+      );
+      patch(
+        legend,
+        h("span", {}, "1 (even)"),
+        h("i", { style: { background: `linear-gradient(90deg, ${STOPS.map((stop) => `rgb(${stop})`).join(",")})` } }),
+        h("span", {}, top().toFixed(1)),
+      );
       draw();
     },
   };
 }
 
 function colour(share) {
-  const place = Math.min(0.9999, Math.max(0, share)) * (STOPS.length - 1), i = Math.floor(place);
+  const place = Math.min(0.9999, Math.max(0, share)) * (STOPS.length - 1),
+    i = Math.floor(place);
   return `rgb(${STOPS[i].map((from, k) => Math.round(from + (STOPS[i + 1][k] - from) * (place - i)))})`;
 }

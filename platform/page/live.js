@@ -6,7 +6,10 @@ const WAITS = [1, 2, 4, 8, 15]; // seconds before the next try
  *
  * A hidden tab lets go of its stream: a browser opens six connections to one address, and tabs are many. */
 export function follow(url, event, heard) {
-  let source = null, timer = 0, tries = 0, over = false;
+  let source = null,
+    timer = 0,
+    tries = 0,
+    over = false;
 
   const open = () => {
     if (over || source || document.hidden) return;
@@ -61,6 +64,7 @@ export async function call(method, url) {
     location.assign("/login");
   }
   const body = answer.status === 204 ? null : await answer.json().catch(() => null);
-  if (!answer.ok) throw new Error([body?.error || `The controller answered ${answer.status}`, body?.hint].filter(Boolean).join("; "));
+  if (!answer.ok)
+    throw new Error([body?.error || `The controller answered ${answer.status}`, body?.hint].filter(Boolean).join("; "));
   return body;
 }

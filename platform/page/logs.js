@@ -3,7 +3,8 @@
 import { h, patch } from "./dom.js";
 import { call } from "./live.js";
 
-const SECONDS = 1.5, MOST = 400000; // characters that stay on the page
+const SECONDS = 1.5,
+  MOST = 400000; // characters that stay on the page
 const COLOURS = /\u001b\[[0-9;?]*[A-Za-z]/g;
 
 /** Fills `place` with the log of `attempt`; returns what ends it. */
@@ -11,8 +12,14 @@ export function logs(place, job, attempt) {
   const text = h("pre", { class: "log", tabindex: 0, role: "log", "aria-label": "Log" });
   const follow = h("input", { type: "checkbox", checked: true });
   const state = h("span", { class: "dim" });
-  patch(place, h("div", { class: "card-head" }, h("h2", {}, "Log"), state, h("label", { class: "check end" }, follow, "Follow")), text);
-  let offset = 0, timer = 0, over = false;
+  patch(
+    place,
+    h("div", { class: "card-head" }, h("h2", {}, "Log"), state, h("label", { class: "check end" }, follow, "Follow")),
+    text,
+  );
+  let offset = 0,
+    timer = 0,
+    over = false;
 
   const bottom = () => (text.scrollTop = text.scrollHeight);
   text.onscroll = () => (follow.checked = text.scrollHeight - text.scrollTop - text.clientHeight < 24);

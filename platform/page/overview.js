@@ -11,71 +11,188 @@ export function overview(place) {
   return follow("/api/stream", "overview", (state) => {
     setClock(state.now);
     document.title = state.running.length ? `${state.running.length} running · Moray` : "Moray";
-    patch(place, heading(state), h("div", { class: "columns" }, h("div", { class: "stack" }, work(state)), h("div", { class: "stack rail" }, base(state))));
+    patch(
+      place,
+      heading(state),
+      h(
+        "div",
+        { class: "columns" },
+        h("div", { class: "stack" }, work(state)),
+        h("div", { class: "stack rail" }, base(state)),
+      ),
+    );
   });
 }
 
 function heading(state) {
   const told = ["succeeded", "failed", "cancelled"].filter((name) => state.counts[name]);
-  return h("div", { class: "heading" },
+  return h(
+    "div",
+    { class: "heading" },
     h("h1", {}, "Overview"),
-    h("p", { class: "sum" },
+    h(
+      "p",
+      { class: "sum" },
       h("span", {}, h("b", {}, state.running.length), " running"),
       h("span", {}, h("b", {}, state.queued.length), " queued"),
       told.length ? h("span", { class: "sum-label" }, "last 24 h") : null,
-      told.map((name) => h("span", {}, icon(name), h("b", {}, state.counts[name]), ` ${name}`))));
+      told.map((name) => h("span", {}, icon(name), h("b", {}, state.counts[name]), ` ${name}`)),
+    ),
+  );
 }
 
 function work(state) {
   const nothing = !state.running.length && !state.queued.length && !state.recent.length;
   if (nothing) {
-    return h("section", { class: "card welcome" }, h("h2", {}, "Nothing has run yet"),
+    return h(
+      "section",
+      { class: "card welcome" },
+      h("h2", {}, "Nothing has run yet"),
       h("p", {}, "Give Moray its first job. It takes raw text to a served model in minutes, on two cores:"),
       h("pre", {}, "moray submit quickstart"),
-      h("p", { class: "dim" }, "It shows up here at once. ", h("code", {}, "moray schedule add"), " runs a recipe at set times."));
+      h(
+        "p",
+        { class: "dim" },
+        "It shows up here at once. ",
+        h("code", {}, "moray schedule add"),
+        " runs a recipe at set times.",
+      ),
+    );
   }
-  const slots = state.slots === undefined ? null : h("span", { class: "dim" }, `${state.running.length} of ${count(state.slots)} ${state.slots === 1 ? "slot" : "slots"}`);
+  const slots =
+    state.slots === undefined
+      ? null
+      : h(
+          "span",
+          { class: "dim" },
+          `${state.running.length} of ${count(state.slots)} ${state.slots === 1 ? "slot" : "slots"}`,
+        );
   return [
-    card("Running", slots, state.running.length ? h("ul", { class: "rows" }, state.running.map(running)) : empty("Nothing runs. Start something:", "moray submit quickstart")),
-    state.queued.length ? card("Queue", h("span", { class: "dim" }, "first to start on top"), h("ol", { class: "rows" }, state.queued.map(queued))) : null,
-    card("Recent", null, state.recent.length ? h("ul", { class: "rows" }, state.recent.map(recent)) : empty("No job has ended yet.")),
+    card(
+      "Running",
+      slots,
+      state.running.length
+        ? h("ul", { class: "rows" }, state.running.map(running))
+        : empty("Nothing runs. Start something:", "moray submit quickstart"),
+    ),
+    state.queued.length
+      ? card(
+          "Queue",
+          h("span", { class: "dim" }, "first to start on top"),
+          h("ol", { class: "rows" }, state.queued.map(queued)),
+        )
+      : null,
+    card(
+      "Recent",
+      null,
+      state.recent.length ? h("ul", { class: "rows" }, state.recent.map(recent)) : empty("No job has ended yet."),
+    ),
   ];
 }
 
 const link = (job) => h("a", { class: "name", href: `/jobs/${encodeURIComponent(job.id)}` }, job.name);
-const from = (job) => (job.schedule ? h("span", { class: "tag", title: `By schedule ${job.schedule}` }, job.schedule === job.name ? "scheduled" : `schedule ${job.schedule}`) : null);
+const from = (job) =>
+  job.schedule
+    ? h(
+        "span",
+        { class: "tag", title: `By schedule ${job.schedule}` },
+        job.schedule === job.name ? "scheduled" : `schedule ${job.schedule}`,
+      )
+    : null;
 
 function running(job) {
-  const run = job.run, at = run?.progress;
-  const where = !run ? job.state : run.step ? `${run.step}${at ? ` · ${at.phase}` : ""}` : job.state === "running" ? "between two steps" : job.state;
+  const run = job.run,
+    at = run?.progress;
+  const where = !run
+    ? job.state
+    : run.step
+      ? `${run.step}${at ? ` · ${at.phase}` : ""}`
+      : job.state === "running"
+        ? "between two steps"
+        : job.state;
   const rate = at?.rate ? `${count(at.rate)} ${at.unit}/s` : "";
   const eta = at?.eta !== null && at?.eta !== undefined ? `about ${duration(at.eta)} left` : "";
-  return h("li", { class: "row running", "data-key": job.id },
+  return h(
+    "li",
+    { class: "row running", "data-key": job.id },
     icon(job.state),
-    h("div", { class: "row-main" },
-      h("div", { class: "line" }, link(job), priority(job.priority), from(job), h("span", { class: "end dim" }, clock("elapsed", job.started || job.created))),
-      run?.steps ? h("div", { class: "beads", "aria-hidden": "true" }, Array.from({ length: run.steps }, (_, i) =>
-        h("i", { class: i < run.done ? "done" : i === run.done && run.step ? "now" : "" }, i === run.done && at?.total ? h("b", { style: { width: percent(at.done / at.total).replace(" ", "") } }) : null))) : null,
-      h("div", { class: "line dim" }, h("span", {}, where, at?.total ? ` · ${percent(at.done / at.total)}` : ""),
+    h(
+      "div",
+      { class: "row-main" },
+      h(
+        "div",
+        { class: "line" },
+        link(job),
+        priority(job.priority),
+        from(job),
+        h("span", { class: "end dim" }, clock("elapsed", job.started || job.created)),
+      ),
+      run?.steps
+        ? h(
+            "div",
+            { class: "beads", "aria-hidden": "true" },
+            Array.from({ length: run.steps }, (_, i) =>
+              h(
+                "i",
+                { class: i < run.done ? "done" : i === run.done && run.step ? "now" : "" },
+                i === run.done && at?.total
+                  ? h("b", { style: { width: percent(at.done / at.total).replace(" ", "") } })
+                  : null,
+              ),
+            ),
+          )
+        : null,
+      h(
+        "div",
+        { class: "line dim" },
+        h("span", {}, where, at?.total ? ` · ${percent(at.done / at.total)}` : ""),
         h("span", {}, [rate, eta].filter(Boolean).join(" · ")),
-        run?.steps ? h("span", { class: "end" }, `${run.done} of ${run.steps} steps`) : null)));
+        run?.steps ? h("span", { class: "end" }, `${run.done} of ${run.steps} steps`) : null,
+      ),
+    ),
+  );
 }
 
 function queued(job, place) {
-  return h("li", { class: "row", "data-key": job.id },
+  return h(
+    "li",
+    { class: "row", "data-key": job.id },
     h("span", { class: "position", title: "Position in the queue" }, place + 1),
-    h("div", { class: "row-main" },
-      h("div", { class: "line" }, link(job), priority(job.priority), from(job), h("span", { class: "end dim" }, h("span", {}, "waits ", clock("elapsed", job.created)))),
-      job.reason ? h("div", { class: "line dim" }, job.reason) : null));
+    h(
+      "div",
+      { class: "row-main" },
+      h(
+        "div",
+        { class: "line" },
+        link(job),
+        priority(job.priority),
+        from(job),
+        h("span", { class: "end dim" }, h("span", {}, "waits ", clock("elapsed", job.created))),
+      ),
+      job.reason ? h("div", { class: "line dim" }, job.reason) : null,
+    ),
+  );
 }
 
 function recent(job) {
   const took = job.started && job.ended ? duration(job.ended - job.started) : "";
-  return h("li", { class: "row recent", "data-key": job.id },
+  return h(
+    "li",
+    { class: "row recent", "data-key": job.id },
     icon(job.state),
-    h("div", { class: "row-main" },
-      h("div", { class: "line" }, link(job), from(job), h("span", { class: "end dim" }, took && h("span", { class: "took" }, took), clock("ago", job.ended))),
-      job.reason ? h("div", { class: `line ${job.state === "failed" ? "bad" : "dim"}` }, job.reason) : null));
+    h(
+      "div",
+      { class: "row-main" },
+      h(
+        "div",
+        { class: "line" },
+        link(job),
+        from(job),
+        h("span", { class: "end dim" }, took && h("span", { class: "took" }, took), clock("ago", job.ended)),
+      ),
+      job.reason ? h("div", { class: `line ${job.state === "failed" ? "bad" : "dim"}` }, job.reason) : null,
+    ),
+  );
 }
 
 function base(state) {
@@ -84,31 +201,108 @@ function base(state) {
 
 function cluster(found) {
   if (!found || !found.alive) {
-    return card("Cluster", h("span", { class: "end" }, icon("lost")), empty(found?.detail || "The cluster is away.", "moray status"));
+    return card(
+      "Cluster",
+      h("span", { class: "end" }, icon("lost")),
+      empty(found?.detail || "The cluster is away.", "moray status"),
+    );
   }
-  const rows = [["CPU", found.cpus_used, found.cpus, count], ["GPU", found.gpus_used, found.gpus, count], ["Memory", found.memory_used_bytes, found.memory_bytes, bytes]];
-  return card("Cluster", h("span", { class: "dim" }, `${found.nodes} ${found.nodes === 1 ? "node" : "nodes"}`),
-    h("dl", { class: "meters" }, rows.filter((row) => row[2]).map(([name, used, all, form]) => h("div", {},
-      h("dt", {}, name), h("dd", {}, `${form(used)} of ${form(all)}`), bar(used / all, `${name} in use`)))),
-    found.detail ? h("p", { class: "dim" }, found.detail) : null);
+  const rows = [
+    ["CPU", found.cpus_used, found.cpus, count],
+    ["GPU", found.gpus_used, found.gpus, count],
+    ["Memory", found.memory_used_bytes, found.memory_bytes, bytes],
+  ];
+  return card(
+    "Cluster",
+    h("span", { class: "dim" }, `${found.nodes} ${found.nodes === 1 ? "node" : "nodes"}`),
+    h(
+      "dl",
+      { class: "meters" },
+      rows
+        .filter((row) => row[2])
+        .map(([name, used, all, form]) =>
+          h(
+            "div",
+            {},
+            h("dt", {}, name),
+            h("dd", {}, `${form(used)} of ${form(all)}`),
+            bar(used / all, `${name} in use`),
+          ),
+        ),
+    ),
+    found.detail ? h("p", { class: "dim" }, found.detail) : null,
+  );
 }
 
 function services(found) {
-  return card("Services", null, found.length ? h("ul", { class: "rows small" }, found.map(service)) : empty("No services.", "moray up"));
+  return card(
+    "Services",
+    null,
+    found.length ? h("ul", { class: "rows small" }, found.map(service)) : empty("No services.", "moray up"),
+  );
 }
 
 function service(one) {
   const trouble = one.restarts ? `${one.restarts} ${one.restarts === 1 ? "restart" : "restarts"}` : "";
-  return h("li", { class: "row", "data-key": one.name }, serviceIcon(one.state), h("div", { class: "row-main" },
-    h("div", { class: "line" }, h("span", { class: "name" }, one.name), one.state === "running" ? null : h("span", { class: "warn" }, one.state),
-      h("span", { class: "end dim" }, one.pid ? h("span", {}, `pid ${one.pid}`) : null, h("span", {}, clock("elapsed", one.since)))),
-    trouble || one.detail ? h("div", { class: "line dim" }, trouble ? h("span", { class: "warn" }, trouble) : null, one.detail) : null));
+  return h(
+    "li",
+    { class: "row", "data-key": one.name },
+    serviceIcon(one.state),
+    h(
+      "div",
+      { class: "row-main" },
+      h(
+        "div",
+        { class: "line" },
+        h("span", { class: "name" }, one.name),
+        one.state === "running" ? null : h("span", { class: "warn" }, one.state),
+        h(
+          "span",
+          { class: "end dim" },
+          one.pid ? h("span", {}, `pid ${one.pid}`) : null,
+          h("span", {}, clock("elapsed", one.since)),
+        ),
+      ),
+      trouble || one.detail
+        ? h("div", { class: "line dim" }, trouble ? h("span", { class: "warn" }, trouble) : null, one.detail)
+        : null,
+    ),
+  );
 }
 
 function ticks(found) {
-  const next = found.filter((one) => one.next && !one.paused).sort((a, b) => a.next - b.next).slice(0, 6);
-  return card("Next ticks", h("a", { href: "/schedules" }, "Schedules"), next.length ? h("ul", { class: "rows small" }, next.map((one) => h("li", { class: "row", "data-key": one.name },
-    h("div", { class: "row-main" },
-      h("div", { class: "line" }, h("span", { class: "name" }, one.name), h("span", { class: "end dim" }, clock("until", one.next))),
-      h("div", { class: "line dim" }, stamp(one.next)))))) : empty(found.length ? "Every schedule is paused." : "No schedule yet.", found.length ? "" : "moray schedule add"));
+  const next = found
+    .filter((one) => one.next && !one.paused)
+    .sort((a, b) => a.next - b.next)
+    .slice(0, 6);
+  return card(
+    "Next ticks",
+    h("a", { href: "/schedules" }, "Schedules"),
+    next.length
+      ? h(
+          "ul",
+          { class: "rows small" },
+          next.map((one) =>
+            h(
+              "li",
+              { class: "row", "data-key": one.name },
+              h(
+                "div",
+                { class: "row-main" },
+                h(
+                  "div",
+                  { class: "line" },
+                  h("span", { class: "name" }, one.name),
+                  h("span", { class: "end dim" }, clock("until", one.next)),
+                ),
+                h("div", { class: "line dim" }, stamp(one.next)),
+              ),
+            ),
+          ),
+        )
+      : empty(
+          found.length ? "Every schedule is paused." : "No schedule yet.",
+          found.length ? "" : "moray schedule add",
+        ),
+  );
 }

@@ -18,15 +18,31 @@ const CATCHUP = {
 export function schedules(place) {
   document.title = "Schedules · Moray";
   const details = new Map(); // name -> what the controller says of one schedule, with its next ticks
-  let known = null, said = "";
+  let known = null,
+    said = "";
 
-  const show = () => patch(place,
-    h("div", { class: "heading" }, h("h1", {}, "Schedules"), h("p", { class: "sum dim" }, `Your time zone is ${ownZone()}.`)),
-    said ? problem(said) : null,
-    known === null ? empty("Waiting for the controller…")
-      : known.length ? known.map((one) => schedule({ ...one, ...details.get(one.name) }, act))
-      : h("section", { class: "card welcome" }, h("h2", {}, "No schedule yet"), h("p", {}, "Run a recipe every night at two:"),
-        h("pre", {}, 'moray schedule add nightly quickstart --cron "0 2 * * *"')));
+  const show = () =>
+    patch(
+      place,
+      h(
+        "div",
+        { class: "heading" },
+        h("h1", {}, "Schedules"),
+        h("p", { class: "sum dim" }, `Your time zone is ${ownZone()}.`),
+      ),
+      said ? problem(said) : null,
+      known === null
+        ? empty("Waiting for the controller…")
+        : known.length
+          ? known.map((one) => schedule({ ...one, ...details.get(one.name) }, act))
+          : h(
+              "section",
+              { class: "card welcome" },
+              h("h2", {}, "No schedule yet"),
+              h("p", {}, "Run a recipe every night at two:"),
+              h("pre", {}, 'moray schedule add nightly quickstart --cron "0 2 * * *"'),
+            ),
+    );
 
   const act = async (name, what) => {
     try {
@@ -66,32 +82,115 @@ export function schedules(place) {
 
 function schedule(one, act) {
   const rule = one.cron ? h("code", { class: "nowrap" }, one.cron) : `every ${one.every}`;
-  return h("section", { class: "card schedule", "data-key": one.name, "aria-label": one.name },
-    h("div", { class: "card-head" }, h("h2", {}, one.name), one.paused ? chip("paused") : null,
-      h("span", { class: "dim" }, one.recipe), priority(one.priority),
-      h("button", { class: "button end", type: "button", onclick: () => act(one.name, one.paused ? "resume" : "pause") }, one.paused ? "Resume" : "Pause")),
+  return h(
+    "section",
+    { class: "card schedule", "data-key": one.name, "aria-label": one.name },
+    h(
+      "div",
+      { class: "card-head" },
+      h("h2", {}, one.name),
+      one.paused ? chip("paused") : null,
+      h("span", { class: "dim" }, one.recipe),
+      priority(one.priority),
+      h(
+        "button",
+        { class: "button end", type: "button", onclick: () => act(one.name, one.paused ? "resume" : "pause") },
+        one.paused ? "Resume" : "Pause",
+      ),
+    ),
     h("p", { class: "reading" }, one.english, " ", h("span", { class: "dim" }, "(", rule, ")")),
     h("div", { class: "columns even" }, h("div", {}, upcoming(one)), h("div", {}, latest(one))),
-    h("p", { class: "dim rules" }, OVERLAP[one.overlap] || "", " ", CATCHUP[one.catchup] || "",
+    h(
+      "p",
+      { class: "dim rules" },
+      OVERLAP[one.overlap] || "",
+      " ",
+      CATCHUP[one.catchup] || "",
       one.retries ? ` A failed job is tried ${one.retries} more ${one.retries === 1 ? "time" : "times"}.` : "",
-      one.set?.length ? [" With ", h("code", {}, one.set.join(" ")), "."] : null));
+      one.set?.length ? [" With ", h("code", {}, one.set.join(" ")), "."] : null,
+    ),
+  );
 }
 
 function upcoming(one) {
   if (one.paused) return [h("h3", {}, "Next ticks"), empty("Paused: it does not tick until you resume it.")];
   const coming = one.coming?.length ? one.coming.map((row) => row.tick) : one.next ? [one.next] : [];
   const elsewhere = one.tz && one.tz !== ownZone();
-  return [h("h3", {}, "Next ticks"), coming.length ? h("div", { class: "scroll" }, h("table", {},
-    h("thead", {}, h("tr", {}, h("th", {}, ""), h("th", {}, one.tz || ownZone()), elsewhere ? h("th", {}, "Your time") : null)),
-    h("tbody", {}, coming.map((at) => h("tr", { "data-key": String(at) }, h("td", {}, clock("until", at)), h("td", {}, stamp(at, one.tz)), elsewhere ? h("td", {}, stamp(at)) : null))))) : empty("It will not tick again.")];
+  return [
+    h("h3", {}, "Next ticks"),
+    coming.length
+      ? h(
+          "div",
+          { class: "scroll" },
+          h(
+            "table",
+            {},
+            h(
+              "thead",
+              {},
+              h(
+                "tr",
+                {},
+                h("th", {}, ""),
+                h("th", {}, one.tz || ownZone()),
+                elsewhere ? h("th", {}, "Your time") : null,
+              ),
+            ),
+            h(
+              "tbody",
+              {},
+              coming.map((at) =>
+                h(
+                  "tr",
+                  { "data-key": String(at) },
+                  h("td", {}, clock("until", at)),
+                  h("td", {}, stamp(at, one.tz)),
+                  elsewhere ? h("td", {}, stamp(at)) : null,
+                ),
+              ),
+            ),
+          ),
+        )
+      : empty("It will not tick again."),
+  ];
 }
 
 function latest(one) {
   const ticks = one.ticks || [];
-  return [h("h3", {}, "Latest ticks"), ticks.length ? h("ul", { class: "rows small" }, ticks.slice(0, 8).map((row) => h("li", { class: "row", "data-key": String(row.tick) },
-    icon(row.outcome, row.outcome === "run" ? "up" : undefined),
-    h("div", { class: "row-main" }, h("div", { class: "line" },
-      row.job ? h("a", { href: `/jobs/${encodeURIComponent(row.job)}` }, row.outcome) : h("span", {}, row.count > 1 ? `${row.count} ${row.outcome}` : row.outcome),
-      h("span", { class: "end dim upto" }, stamp(row.tick, one.tz), row.count > 1 ? ` to ${stamp(row.until, one.tz)}` : "")),
-    row.reason ? h("div", { class: "line dim" }, row.reason) : null)))) : empty("It has not ticked yet.")];
+  return [
+    h("h3", {}, "Latest ticks"),
+    ticks.length
+      ? h(
+          "ul",
+          { class: "rows small" },
+          ticks
+            .slice(0, 8)
+            .map((row) =>
+              h(
+                "li",
+                { class: "row", "data-key": String(row.tick) },
+                icon(row.outcome, row.outcome === "run" ? "up" : undefined),
+                h(
+                  "div",
+                  { class: "row-main" },
+                  h(
+                    "div",
+                    { class: "line" },
+                    row.job
+                      ? h("a", { href: `/jobs/${encodeURIComponent(row.job)}` }, row.outcome)
+                      : h("span", {}, row.count > 1 ? `${row.count} ${row.outcome}` : row.outcome),
+                    h(
+                      "span",
+                      { class: "end dim upto" },
+                      stamp(row.tick, one.tz),
+                      row.count > 1 ? ` to ${stamp(row.until, one.tz)}` : "",
+                    ),
+                  ),
+                  row.reason ? h("div", { class: "line dim" }, row.reason) : null,
+                ),
+              ),
+            ),
+        )
+      : empty("It has not ticked yet."),
+  ];
 }

@@ -1,0 +1,107 @@
+// One step of a run in words: why it runs, how far it is, what came of it.
+
+import { h } from "./dom.js";
+import { clock, count, duration, figure, percent } from "./format.js";
+import { bar, empty, icon } from "./parts.js";
+
+/** The step to look at when nobody chose one: at work, else what went wrong, else the last that was done. */
+export function interesting(steps) {
+  const find = (...states) => steps.find((step) => states.includes(step.state))?.key;
+  return (
+    find("started", "waiting") ||
+    find("failed", "lost", "cancelled") ||
+    steps.filter((step) => step.state !== "pending").pop()?.key ||
+    steps[0]?.key ||
+    ""
+  );
+}
+
+/** What is under the graph for the chosen step. */
+export function stepDetail(step) {
+  if (!step) return empty("This recipe has no steps that can be read.");
+  const at = step.progress;
+  const facts = [
+    ["Why", step.why],
+    ["Outcome", step.outcome],
+    [
+      "Took",
+      ["succeeded", "failed", "cancelled", "lost"].includes(step.state) && step.seconds ? duration(step.seconds) : "",
+    ],
+    [
+      "Inputs",
+      Object.entries(step.inputs)
+        .map(([name, from]) => `${name} from ${from}`)
+        .join(", "),
+    ],
+    ["Uses", step.uses === step.key ? "" : step.uses],
+    [
+      "Artifact",
+      step.fingerprint ? h("code", { title: step.fingerprint }, `${step.uses}/${step.fingerprint.slice(0, 12)}`) : "",
+    ],
+  ].filter(([, value]) => value);
+  const counts = Object.entries(step.counts);
+  return [
+    h(
+      "div",
+      { class: "detail-head" },
+      icon(step.state),
+      h("h2", {}, step.key),
+      h(
+        "span",
+        { class: "dim" },
+        step.state,
+        step.state === "started" && step.began ? [" ", clock("elapsed", step.began)] : null,
+      ),
+    ),
+    at
+      ? h(
+          "div",
+          { class: "progress" },
+          bar(at.total ? at.done / at.total : 0, `${step.key}: ${at.phase}`),
+          h(
+            "p",
+            {},
+            h("b", {}, at.total ? percent(at.done / at.total) : ""),
+            ` ${at.phase} · ${count(at.done)} of ${count(at.total)} ${at.unit}`,
+            at.rate ? ` · ${count(at.rate)} ${at.unit}/s` : "",
+            at.eta !== null ? ` · about ${duration(at.eta)} left` : "",
+            at.detail ? ` · ${at.detail}` : "",
+          ),
+        )
+      : null,
+    h(
+      "dl",
+      { class: "facts-list" },
+      facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+      counts.length
+        ? h(
+            "div",
+            {},
+            h("dt", {}, "Counts"),
+            h(
+              "dd",
+              { class: "counts" },
+              counts.map(([name, value]) => h("span", {}, h("b", {}, figure(value)), ` ${spoken(name)}`)),
+            ),
+          )
+        : null,
+    ),
+    step.notes.length
+      ? h(
+          "ul",
+          { class: "notes" },
+          step.notes.map((note) =>
+            h(
+              "li",
+              { class: note.level },
+              h("span", { class: "dim" }, note.level === "warning" ? "warning" : "note", " "),
+              note.text,
+            ),
+          ),
+        )
+      : null,
+    !at && !facts.length && step.state === "pending" ? empty("Not begun.") : null,
+  ];
+}
+
+const spoken = (name) => name.replace(/^(in|out):(.*)$/, "$2 $1").replaceAll("_", " ");
