@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from moray.platform.atomic import create_bytes
 from moray.platform.errors import InputError
@@ -56,8 +57,8 @@ class TokenRequired:
         from starlette.responses import JSONResponse, RedirectResponse, Response
 
         answer: Response
-        if scope["path"] == "/" and scope["type"] == "http":
-            answer = RedirectResponse("/login", status_code=303)
+        if _from_a_browser(scope):
+            answer = RedirectResponse(f"/login?next={quote(scope['path'], safe='')}", status_code=303)
         else:
             hint = "send `Authorization: Bearer TOKEN`; the token is in $MORAY_HOME/token"
             answer = JSONResponse({"error": "no valid token", "hint": hint}, 401, {"WWW-Authenticate": "Bearer"})
@@ -66,6 +67,12 @@ class TokenRequired:
     def matches(self, presented: str) -> bool:
         """Compares in constant time."""
         return hmac.compare_digest(presented.encode(), self._token.encode())
+
+
+def _from_a_browser(scope: Scope) -> bool:
+    """Whether somebody follows a link to a page: they are sent to the form, programs get an answer they can read."""
+    accepted = dict(scope.get("headers", [])).get(b"accept", b"")
+    return scope["type"] == "http" and scope["method"] == "GET" and b"text/html" in accepted
 
 
 def _presented(scope: Scope) -> str:

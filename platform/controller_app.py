@@ -25,31 +25,36 @@ from moray.platform.errors import InputError, MorayError, nearest
 from moray.platform.home import Home
 from moray.platform.jobs import ConflictError, NotFoundError
 from moray.platform.overview import Overview
+from moray.platform.page_guard import PageGuard
 from moray.platform.run_view import RunViews
 from moray.platform.step import Topology
 from moray.platform.up import HOST, UpOptions, local_cluster, mlflow_socket, ray_jobs
 
 
-def build_app(home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str) -> FastAPI:
-    """Every route of docs/http-api.md, behind the token."""
+def build_app(
+    home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str,
+    stopping: Callable[[], bool] = lambda: False,
+) -> FastAPI:  # fmt: skip
+    """Every route of docs/http-api.md, behind the token. `stopping`: the server is about to end."""
     import moray
 
     app = FastAPI(title="Moray", version=moray.__version__, docs_url=None, redoc_url=None)  # type: ignore[attr-defined]
+
+    views = RunViews(home)
+    look = page_routes.with_progress(overview, controller.jobs, views)
 
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok", "version": app.version, "home": str(home.root)}
 
-    @app.get("/api/overview")
-    def look() -> dict[str, Any]:
-        return overview()
-
+    app.get("/api/overview")(look)
     app.include_router(job_routes.routes(home, controller))
     app.include_router(schedule_routes.routes(controller.schedules, controller.wake))
-    app.include_router(page_routes.routes(token, overview, controller.jobs, RunViews(home)))
+    app.include_router(page_routes.routes(token, overview, controller.jobs, views, stopping))
     app.include_router(mlflow_proxy.routes(mlflow_socket(home)))
     _install_errors(app)
     app.add_middleware(TokenRequired, token=token)
+    app.add_middleware(PageGuard)  # the outermost: it is asked first
     return app
 
 
@@ -98,12 +103,17 @@ def main() -> int:
     controller = Controller(
         home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _say
     )
-    app = build_app(home, controller, Overview(home, controller, backend), ensure_token(home))
+    servers: list[uvicorn.Server] = []
+    app = build_app(
+        home, controller, Overview(home, controller, backend), ensure_token(home),
+        lambda: any(server.should_exit for server in servers),
+    )  # fmt: skip
     server = uvicorn.Server(
         uvicorn.Config(
             app, host=HOST, port=options.port, log_level="warning", timeout_graceful_shutdown=2, access_log=False
         )
     )
+    servers.append(server)
     loop = threading.Thread(target=controller.run, name="controller", daemon=True)
     loop.start()
     server.run()

@@ -97,10 +97,13 @@ class Runner:
         self.listeners = listeners or []
         self._cancelled = threading.Event()
 
-    def run(self, recipe: Recipe) -> RunResult:
-        """Runs what is not there yet. Raises StepFailed, MorayError, or Cancelled after cleaning up."""
+    def run(self, recipe: Recipe, name: str = "") -> RunResult:
+        """Runs what is not there yet. Raises StepFailed, MorayError, or Cancelled after cleaning up.
+
+        name: of the run and its folder; by default made of time and recipe.
+        """
         self.store.check()
-        run = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
+        run = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
         folder = self.home.runs / run
         write_text(folder / "recipe.yaml", recipe.source)
         redact = Redactor.of(step.config for step in recipe.steps)

@@ -7,12 +7,13 @@ instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import time
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -143,6 +144,14 @@ class Cluster(ABC):
         """What a watcher of the cluster calls; the runner shows it as a warning of the step at work."""
         if self.on_pending is not None:
             self.on_pending(text)
+
+    @contextlib.contextmanager
+    def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """Holds something that a cluster has only once, against other runs on it. A cluster of one run: nothing.
+
+        Raises Cancelled if `cancelled()` becomes true while waiting.
+        """
+        yield
 
 
 class Cancelled(Exception):

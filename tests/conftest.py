@@ -22,6 +22,7 @@ from moray.platform.events import Event
 from moray.platform.home import Home
 from moray.platform.runner import RunResult
 from moray.platform.step import Cluster, Topology
+from tests.control_plane import ControlPlane
 from tests.small_run import run_small, write_text
 
 settings.register_profile("moray", deadline=None)  # a test never asserts a time
@@ -88,3 +89,13 @@ def flow(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Flow
     write_text(folder)
     result, events = run_small(home, folder, ray_cluster)
     return Flow(home, folder, result, events, ray_cluster)
+
+
+@pytest.fixture(scope="session")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A control plane for the test run: what is killed in it comes back."""
+    made = ControlPlane(tmp_path_factory.mktemp("plane"))
+    made.up("--slots", "2")
+    yield made
+    made.down()
+    assert made.processes() == [], "down left processes"

@@ -103,6 +103,13 @@ def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, c
     return deployment
 
 
+def clear() -> None:
+    """Ends a Serve that somebody left on the cluster this process is connected to; nothing if there is none."""
+    serve = _import_serve()
+    if serve.status().proxies:
+        _shut_down(serve, "")
+
+
 def check_port(host: str, port: int) -> None:
     """Raises InputError, with a free port in its hint, if nothing can listen at `host:port`."""
     try:

@@ -64,21 +64,23 @@ class SmokeServe(Step[SmokeServeConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[SmokeServeConfig]) -> None:
-        from moray.pipelines.serve.deployment import deploy, free_port
+        from moray.pipelines.serve.deployment import clear, deploy, free_port
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
         store = ArtifactStore(ctx.home)
         folder = store.fetch(store.find(registration["model"])).folder
         ctx.cluster.ensure()
-        ctx.progress("deploying", 0, 1, "replicas")
-        deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
-        try:
-            ctx.progress("deploying", 1, 1, "replicas")
-            client = Client(f"{deployment.url}/v1", deployment.name, ctx.config)
-            client.check_model_listed()
-            together, alone = _ask_all(ctx, client)
-        finally:
-            deployment.stop()
+        with ctx.cluster.exclusive("serve", ctx.cancel):
+            clear()  # what a killed run may have left on a cluster that outlives its runs
+            ctx.progress("deploying", 0, 1, "replicas")
+            deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
+            try:
+                ctx.progress("deploying", 1, 1, "replicas")
+                client = Client(f"{deployment.url}/v1", deployment.name, ctx.config)
+                client.check_model_listed()
+                together, alone = _ask_all(ctx, client)
+            finally:
+                deployment.stop()
         _write(ctx, deployment.name, together, alone)
 
 

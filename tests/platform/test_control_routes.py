@@ -92,11 +92,16 @@ def test_no_route_but_health_and_login_answers_without_the_token(plane: Plane) -
                 answer = http.request(method, path, headers=headers)
                 if path in OPEN:
                     assert answer.status_code != 500
-                elif path == "/":
-                    assert answer.status_code == 303
                 else:
                     assert answer.status_code == 401, f"{method} {path} with {token!r}: {answer.status_code}"
     assert plane.everything() == before
+
+
+def test_a_browser_without_the_token_is_sent_to_the_form(plane: Plane) -> None:
+    with TestClient(plane.app, base_url="http://127.0.0.1:8400", follow_redirects=False) as http:
+        answer = http.get("/jobs/some-job", headers={"Accept": "text/html,*/*;q=0.8"})
+        assert (answer.status_code, answer.headers["Location"]) == (303, "/login?next=%2Fjobs%2Fsome-job")
+        assert http.post("/api/jobs", headers={"Accept": "text/html"}).status_code == 401
 
 
 def test_the_token_counts_as_bearer_and_as_cookie_and_only_as_that(plane: Plane) -> None:
