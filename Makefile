@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest check evidence format install clean
+.PHONY: quickstart test quicktest docs check evidence compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not evidence" --durations=15
+	$(BIN)/python -m pytest -q -m "not evidence and not docs" --durations=15
 
 quicktest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not evidence and not cluster"
+	$(BIN)/python -m pytest -q -m "not evidence and not docs and not cluster"
+
+# Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
+docs: $(VENV)/.installed-dev quickstart
+	$(BIN)/python -m pytest -q -m docs --durations=0
 
 evidence: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m evidence --durations=0
@@ -26,6 +30,18 @@ check: $(VENV)/.installed-dev
 	cd $(LINK) && MYPYPATH=$(LINK) $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(LINK)/cache -p moray.platform -p moray.models -p moray.kernels -p moray.actors \
 	    -p moray.pipelines -p moray.cluster
+
+# Another torch, another Python: in an environment of its own outside of the checkout, removed at the end. Pins that the
+# chosen torch decides are left out; a CUDA build of torch takes 5 GB.
+TORCH ?= 2.11.0
+TRITON ?= 3.6.0
+compat:
+	set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; $(PYTHON) -m venv $$at/venv; \
+	grep -vE '^(torch|triton|nvidia|cuda)' constraints.txt > $$at/constraints.txt; \
+	pip="$$at/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $$at/constraints.txt"; \
+	$$pip torch==$(TORCH) triton==$(TRITON); $$pip -e '.[dev]' torch==$(TORCH) triton==$(TRITON); \
+	PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=1 $$at/venv/bin/python -m pytest -q -p no:cacheprovider \
+	    -m "not evidence and not docs and not cluster" tests/kernels tests/models tests/actors tests/platform
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

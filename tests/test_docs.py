@@ -21,6 +21,8 @@ from moray.platform.home import Home
 from moray.platform.manifest import Manifest
 from moray.platform.recipe import StepSpec
 from moray.platform.step import Cluster, Step, StepContext
+from tests import shell_blocks
+from tests.shell_blocks import NOT_RUN, bash_blocks, reader_home, run_page, without_comment
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -102,6 +104,49 @@ def test_the_page_on_python_runs(tmp_path: Path) -> None:
     assert "step 12: loss" in printed
     assert "torch.Size([1, 3, 512])" in printed
     assert "hint: did you mean 'steps'?" in printed
+
+
+SHELL_PAGES = [page for page in PAGES if bash_blocks(page)]
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", SHELL_PAGES, ids=lambda page: page.name)
+def test_the_shell_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    """What `make quickstart` made is there, in a home that the blocks may change."""
+    home = reader_home(Home.from_environment(), tmp_path / "home")
+    environment = {**os.environ, "MORAY_HOME": str(home.root), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment.pop("TRITON_INTERPRET", None)
+    run_page(page, environment, ROOT)
+
+
+def test_what_is_not_run_stands_somewhere_and_has_a_reason() -> None:
+    lines = {without_comment(line) for page in PAGES for block in bash_blocks(page) for line in block.splitlines()}
+    assert set(NOT_RUN) <= lines
+    assert all(NOT_RUN.values())
+
+
+def test_a_page_runs_in_order_and_a_command_that_lasts_is_asked_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(shell_blocks.LASTING, "python3 -c", ("^ready", 1))  # Python's own status of a Ctrl-C
+    monkeypatch.setitem(NOT_RUN, "false", "would fail")
+    page = tmp_path / "page.md"
+    server = "print('ready', flush=True); open('asked', 'x').close(); import time; time.sleep(600)"
+    page.write_text(
+        "```bash\ntouch one      # a file\nfalse            # left out\n```\n"
+        f'```bash\npython3 -c "{server}"\n```\n```bash\nuntil test -e asked; do :; done\n```\n'
+        "```bash\ntouch last\n```\n```text\nexit 1\n```\n"
+    )
+    with pytest.raises(AssertionError, match="python3 -c"):  # killed by the signal: not the status that is expected
+        run_page(page, os.environ, tmp_path)
+    monkeypatch.setitem(shell_blocks.LASTING, "python3 -c", ("^ready", -2))
+    (tmp_path / "asked").unlink()
+    run_page(page, os.environ, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "one", "asked", "last"}
+    page.write_text("```bash\necho words; exit 3\n```\n")
+    with pytest.raises(AssertionError, match=r"exit 3\n.*\nwords"):
+        run_page(page, os.environ, tmp_path)
 
 
 class Unused(Cluster):
