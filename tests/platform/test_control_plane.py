@@ -24,8 +24,8 @@ def test_submit_follow_list_status_why(plane: ControlPlane) -> None:
     job = done.stdout.splitlines()[0]
     assert "the gate is open" in done.stdout
     assert f"{job}  succeeded" in done.stderr
-    listed = json.loads(plane.cli("list", "--json").stdout)
-    assert (listed[0]["id"], listed[0]["name"], listed[0]["priority"]) == (job, "by hand", "production")
+    listed = {found["id"]: found for found in json.loads(plane.cli("list", "--json", "--limit", "1000").stdout)}
+    assert (listed[job]["name"], listed[job]["priority"]) == ("by hand", "production")
     assert "succeeded" in plane.cli("status", job[-6:]).stdout
     assert "it succeeded" in plane.cli("why", job).stdout
     overview = plane.cli("status").stdout
