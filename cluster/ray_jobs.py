@@ -44,7 +44,7 @@ class RayJobs(ClusterBackend):
         if not answer.ok:
             raise BackendAwayError(f"Ray does not list its jobs: {_last_line(answer.text)}")
         found = [job for job in answer.json() if job["submission_id"]]
-        return {job["submission_id"]: Observed(_STATES[job["status"]], job["message"] or "") for job in found}
+        return {job["submission_id"]: Observed(_STATES[job["status"]], _first_line(job["message"])) for job in found}
 
     def stop(self, attempt: str) -> None:
         self._ask("POST", f"{attempt}/stop")  # 404: it is unknown, or has just ended
@@ -74,6 +74,11 @@ class RayJobs(ClusterBackend):
             self._http.trust_env = False  # loopback needs no proxy
             self._http.headers["Authorization"] = f"Bearer {self._cluster.token.read_text().strip()}"
         return self._http
+
+
+def _first_line(message: str | None) -> str:
+    """What Ray says of a job; below it stand the ids of actors and nodes, or the end of the log."""
+    return (message or "").strip().partition("\n")[0][:300]
 
 
 def _last_line(text: str) -> str:

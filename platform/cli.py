@@ -53,13 +53,11 @@ def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = Fa
         return 0
     console.print()
     out().print(closing_table(result))
-    for row in result.steps.values():
-        closing = row.artifact.folder / "closing.txt"
-        if closing.exists():
-            out().print("\n" + closing.read_text().rstrip(), markup=False)
+    _print_closings(result)
     out().print("\nartifacts", style="bold")
     for row in result.steps.values():
-        out().print(f"  {row.key:<12} {row.artifact.folder}", markup=False)
+        here = row.artifact.folder.exists()
+        out().print(f"  {row.key:<12} {row.artifact.folder if here else 'in the shared root'}", markup=False)
     out().print(f"  {'run':<12} {result.folder}", markup=False)
     _suggest(result)
     return 0
@@ -137,6 +135,18 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
     """Print the completion script of a shell; bash: eval "$(moray completion bash)"."""
     print(app.generate_completion(prog_name="moray", shell=shell))
     return 0
+
+
+def _print_closings(result: Any) -> None:
+    """What steps left for people to read; pulled from the shared root where another machine made it."""
+    from moray.platform.artifacts import ArtifactStore
+    from moray.platform.home import Home
+
+    store = ArtifactStore(Home.from_environment())
+    for row in result.steps.values():
+        if any(file.path == "closing.txt" for file in row.artifact.manifest.files):
+            folder = store.fetch(row.artifact).folder
+            out().print("\n" + (folder / "closing.txt").read_text().rstrip(), markup=False)
 
 
 def _announce(url: str, model: str) -> None:
