@@ -82,6 +82,7 @@ class LocalCluster:
             **self.environment(),
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(self.home.up / "gcs"),
+            "RAY_JOB_START_TIMEOUT_SECONDS": "300",  # later than ours; then Ray forgets what its dead nodes never began
             "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver that is told to stop may finish what it writes
         }
         environment.pop("RAY_ADDRESS")  # `ray start` refuses it

@@ -30,7 +30,7 @@ _ALREADY = 3  # exit code: this attempt runs, or has ended
 
 
 class AttemptOrder(BaseModel):
-    """`attempt.json`: what to run, and on what."""
+    """`attempt.json`: what to run, and on what. `ordered`: seconds of the monotonic clock, which `boot` began."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,6 +42,8 @@ class AttemptOrder(BaseModel):
     cpus: int
     gpus: int
     memory_bytes: int
+    ordered: float
+    boot: str
 
 
 class Outcome(BaseModel):
@@ -72,6 +74,14 @@ def end_with(run: Path, outcome: Outcome) -> bool:
     an attempt that was given up cannot begin, or succeed, later.
     """
     return create_bytes(run / "outcome.json", outcome.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_order(run: Path) -> AttemptOrder | None:
+    """What the attempt in this folder was asked to do; None if it has not been asked yet."""
+    try:
+        return AttemptOrder.model_validate_json((run / "attempt.json").read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 def main(attempt: str) -> int:

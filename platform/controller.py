@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from moray.platform.atomic import write_text
-from moray.platform.attempt import AttemptOrder, Outcome, end_with, lease_of, read_outcome
+from moray.platform.attempt import AttemptOrder, Outcome, end_with, lease_of, read_order, read_outcome
 from moray.platform.backend import BackendAwayError, ClusterBackend, Observed
 from moray.platform.database import Database
 from moray.platform.home import Home
 from moray.platform.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
-from moray.platform.lease import is_stale
+from moray.platform.lease import boot, is_stale
 from moray.platform.queue import IN_FLIGHT, choose, why_waiting
 from moray.platform.reconcile import STOP_SECONDS, Sight, Verdict, after, judge
 from moray.platform.schedules import Schedules
@@ -30,7 +31,7 @@ ROUND_SECONDS = 1.0
 class _Watch:
     """What the controller remembers of an attempt between rounds; lost with it, and then learnt again."""
 
-    last_sign: float  # monotonic: when it was last seen alive, or first looked at
+    last_sign: float  # monotonic: when it was last seen alive, or ordered
     met: bool = False
     told_to_stop: float | None = None
 
@@ -126,10 +127,12 @@ class Controller:
 
     def _see(self, attempt: Attempt, observed: Mapping[str, Observed] | None) -> Sight:
         now = time.monotonic()
-        watch = self._watches.setdefault(attempt.id, _Watch(now, met=attempt.state == "running"))
         run = self._home.runs / attempt.id
+        if attempt.id not in self._watches:
+            self._watches[attempt.id] = _Watch(_ordered(run, now), met=attempt.state == "running")
+        watch = self._watches[attempt.id]
         alive = not is_stale(lease_of(run).path)  # before the outcome: a driver that ends now has written one
-        if alive or observed is None:
+        if alive or (watch.met and observed is None):
             watch.last_sign = now
         watch.met = watch.met or alive
         return Sight(
@@ -172,9 +175,11 @@ class Controller:
         order = AttemptOrder(
             source=job.source, path=job.path, folder=job.folder, overrides=job.overrides, address=self._address,
             cpus=self._topology.cpus, gpus=self._topology.gpus, memory_bytes=self._topology.memory_bytes,
+            ordered=time.monotonic(), boot=boot(),
         )  # fmt: skip
         write_text(self._home.runs / attempt.id / "attempt.json", order.model_dump_json(indent=2) + "\n")
         if self._try(lambda: self._backend.submit(attempt.id, {"MORAY_HOME": str(self._home.root)})):
+            self._watches[attempt.id].last_sign = time.monotonic()
             self.jobs.move_attempt(attempt.id, "submitted")
 
     def _end(self, job: Job, attempt: Attempt, verdict: Verdict) -> None:
@@ -198,3 +203,12 @@ class Controller:
             self.away = str(error)
             return False
         return True
+
+
+def _ordered(run: Path, now: float) -> float:
+    """When the attempt was ordered, by this boot's monotonic clock; now, if that was never or before a reboot.
+
+    A controller that is killed again and again must not begin to wait anew each time.
+    """
+    order = read_order(run)
+    return order.ordered if order is not None and order.boot == boot() else now

@@ -72,7 +72,7 @@ def is_stale(path: Path) -> bool:
         return True
     except ValueError:
         holder = {}
-    if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
+    if holder.get("host") == socket.gethostname() and holder.get("boot") == boot():
         return bool(_started(int(holder["pid"])) != holder.get("process_started"))
     return age > STALE_SECONDS
 
@@ -92,10 +92,10 @@ def holder(path: Path) -> dict[str, Any]:
 
 def _self() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "process_started": _started(pid)}
+    return {"host": socket.gethostname(), "boot": boot(), "pid": pid, "process_started": _started(pid)}
 
 
-def _boot() -> str:
+def boot() -> str:
     """Distinguishes reboots, after which process ids start anew."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""

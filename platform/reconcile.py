@@ -16,7 +16,7 @@ from moray.platform.backend import Observed
 from moray.platform.jobs import ATTEMPT_ENDED, Attempt, AttemptState, Job
 
 LOSSES = 5  # how often a job is tried again after its attempts were lost, whatever its own retries
-START_SECONDS = 180.0  # from submission to the driver's first sign of life
+START_SECONDS = 120.0  # from submission to the driver's first sign of life
 DOUBT_SECONDS = 10.0  # how long a driver without a sign of life is given the benefit of the doubt
 STOP_SECONDS = 60.0  # after so long a driver that was told to stop is told again
 _SHORTEST_BACKOFF, _LONGEST_BACKOFF = 2.0, 60.0

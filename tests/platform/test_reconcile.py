@@ -216,6 +216,22 @@ def test_a_zombie_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(latest.attempts) == 2, "it is tried again"
 
 
+def test_a_driver_that_never_starts_is_given_up_though_the_controller_is_killed_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray keeps a job pending for ever whose node died before it began."""
+    controller, world, database = make(Home(tmp_path), 5, 1, monkeypatch)
+    job = controller.jobs.submit(submission(tmp_path / "text"))[0]
+    for second in range(int(START_SECONDS) + 30):
+        world.now += 1
+        if second % 20 == 0:
+            controller = Controller(Home(tmp_path), database, world, "nowhere", TOPOLOGY, 1, lambda _: None)
+        controller.round()
+    first = controller.jobs.get(job.id).attempts[0]
+    assert first.state == "lost"
+    assert "did not start" in first.detail
+
+
 def test_losses_have_a_budget_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     controller, world, _ = make(Home(tmp_path), 1, 1, monkeypatch)
     job = controller.jobs.submit(submission(tmp_path / "text"))[0]
