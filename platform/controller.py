@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moray.platform.atomic import write_text
@@ -67,28 +68,32 @@ class Controller:
         self._wake.set()
 
     def run(self) -> None:
-        """Rounds until `stop()`. What goes wrong in one is said, and the next one tries again."""
+        """Rounds until `stop()`."""
         while not self._stop.is_set():
-            try:
-                self.round()
-            except Exception as error:
-                self._say(f"round failed: {type(error).__name__}: {error}")
+            self._guarded("round", self.round)
             self._wake.wait(ROUND_SECONDS)
             self._wake.clear()
 
     def round(self) -> None:
-        """One look at everything."""
-        self.schedules.tick(time.time())
+        """One look at everything. What goes wrong with one job keeps no other from moving."""
+        self._guarded("schedules", lambda: self.schedules.tick(time.time()))
         observed = self._observe()
         for job in self.jobs.open():
             if job.state in IN_FLIGHT:
-                self._look_after(job, observed)
+                self._guarded(job.id, partial(self._look_after, job, observed))
         if observed is not None:
             self._tidy(observed)
             for job in choose(self.jobs.open(), self.slots, time.time()):
                 attempt = self.jobs.new_attempt(job.id)
-                self._look_after(self.jobs.get(job.id), observed)
                 self._say(f"{attempt.id}: started")
+                self._guarded(job.id, partial(self._look_after, self.jobs.get(job.id), observed))
+
+    def _guarded(self, what: str, act: Callable[[], None]) -> None:
+        """Says what went wrong; the next round tries again."""
+        try:
+            act()
+        except Exception as error:
+            self._say(f"{what}: {type(error).__name__}: {error}")
 
     def why(self, job: Job) -> list[str]:
         """Why a job is where it is, for people."""

@@ -120,15 +120,25 @@ def test_a_clock_that_jumps_neither_repeats_a_tick_nor_loses_one(plane: ControlP
 
 
 @pytest.mark.cluster
-def test_logs_and_events_are_there_when_the_cluster_is_gone(tmp_path: Path) -> None:
+def test_down_keeps_logs_and_events_and_up_goes_on_with_the_queue(tmp_path: Path) -> None:
     plane = ControlPlane(tmp_path)
     plane.up()
     job = plane.submit(plane.recipe("kept"))
     plane.open("kept")
     plane.wait(job, "succeeded")
     shown = plane.cli("logs", job["id"]).stdout
+    working, waiting = (plane.submit(plane.recipe(key)) for key in ("working", "waiting"))
+    driver = plane.begun("working")
     plane.down()
+    assert not driver.alive()
+    assert plane.processes() == []
     assert "the gate is open" in shown
     run = plane.home.runs / f"{job['id']}.1"
     assert (run / "logs" / "driver.txt").read_text() == shown
     assert "succeeded" in plane.cli("runs", "show", job["id"]).stdout
+    plane.open()
+    plane.up()
+    assert [a["state"] for a in plane.wait(working, "succeeded")["attempts"]] == ["lost", "succeeded"]
+    plane.wait(waiting, "succeeded")
+    plane.prove([job["id"], working["id"], waiting["id"]])
+    plane.down()

@@ -130,7 +130,12 @@ def make(home: Home, seed: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> 
         lambda path: not ((driver := world.drivers.get(path.parent.name)) and driver.alive),
     )  # fmt: skip
     database = Database(home.database, durable=False)
-    return Controller(home, database, world, "nowhere", TOPOLOGY, slots, lambda _: None), world, database
+    return Controller(home, database, world, "nowhere", TOPOLOGY, slots, no_errors), world, database
+
+
+def no_errors(text: str) -> None:
+    """What the controller says when a round failed names the error; in the simulation that is a bug."""
+    assert "Error: " not in text, text
 
 
 def submission(folder: Path, **fields: Any) -> Submission:
@@ -155,7 +160,7 @@ def test_every_job_ends_once_whatever_happens(
             if world.chance.random() < 0.02:
                 stop(controller.jobs, world.chance.choice(names))
             if world.chance.random() < 0.03:  # the controller was killed: what it remembered is gone
-                controller = Controller(home, database, world, "nowhere", TOPOLOGY, slots, lambda _: None)
+                controller = Controller(home, database, world, "nowhere", TOPOLOGY, slots, no_errors)
             controller.round()
             assert sum(job.state in IN_FLIGHT for job in controller.jobs.open()) <= slots
         world.away = False
@@ -230,6 +235,21 @@ def test_a_driver_that_never_starts_is_given_up_though_the_controller_is_killed_
     first = controller.jobs.get(job.id).attempts[0]
     assert first.state == "lost"
     assert "did not start" in first.detail
+
+
+def test_what_goes_wrong_with_one_job_keeps_no_other_from_moving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    controller, world, database = make(Home(tmp_path), 1, 2, monkeypatch)
+    controller = Controller(Home(tmp_path), database, world, "nowhere", TOPOLOGY, 2, said.append)
+    broken, sound = (controller.jobs.submit(submission(tmp_path / "text"))[0].id for _ in range(2))
+    controller.round()
+    (tmp_path / "runs" / f"{broken}.1" / "outcome.json").write_text("not JSON")
+    end_with(tmp_path / "runs" / f"{sound}.1", Outcome(state="succeeded"))
+    controller.round()
+    assert controller.jobs.get(sound).state == "succeeded"
+    assert any(line.startswith(f"{broken}: ") for line in said), said
 
 
 def test_losses_have_a_budget_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
