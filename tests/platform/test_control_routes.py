@@ -5,6 +5,7 @@ The application is the controller's own; its Ray cluster is at a port where nobo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -232,6 +233,24 @@ def test_the_overview_says_that_the_cluster_is_away(plane: Plane) -> None:
     found = plane.http.get("/api/overview").json()
     assert found["cluster"]["alive"] is False
     assert found["cluster"]["detail"]
+
+
+def test_the_examples_in_the_documentation_have_the_fields_of_the_answers(plane: Plane) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+    shown = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.S)]
+    job = plane.http.post("/api/jobs", json=plane.body()).json()
+    plane.controller.jobs.new_attempt(job["id"])
+    every = {"name": "often", "every": "1h", "tz": "UTC"}
+    assert plane.http.post("/api/schedules", json=plane.body(**every)).status_code == 201
+    answers = [
+        plane.http.get(path).json()
+        for path in (f"/api/jobs/{job['id']}", "/api/overview", f"/api/jobs/{job['id']}/run", "/api/schedules/often")
+    ]
+    for example, answer in zip(shown, answers, strict=True):
+        assert example.keys() == answer.keys(), example.keys() ^ answer.keys()
+    assert shown[0]["attempts"][0].keys() == answers[0]["attempts"][0].keys()
+    assert shown[1]["cluster"].keys() == answers[1]["cluster"].keys()
+    assert shown[2]["steps"][0].keys() == answers[2]["steps"][0].keys()
 
 
 def test_a_database_of_a_newer_moray_is_refused(tmp_path: Path) -> None:
