@@ -83,15 +83,18 @@ def down(*, json_: Json = False) -> int:
 
 
 @_cluster.command(name="up")
-def cluster_up(kind: Literal["local"], /, *, port: Port = None, cpus: Cpus = None, slots: Slots = None) -> int:
+def cluster_up(
+    kind: Literal["local"], /, *, port: Port = None, cpus: Cpus = None, gpus: Gpus = None, slots: Slots = None,
+    json_: Json = False,
+) -> int:  # fmt: skip
     """Start a cluster; `local` is what `moray up` starts."""
-    return up(port=port, cpus=cpus, slots=slots)
+    return up(port=port, cpus=cpus, gpus=gpus, slots=slots, json_=json_)
 
 
 @_cluster.command(name="down")
-def cluster_down(kind: Literal["local"], /) -> int:
+def cluster_down(kind: Literal["local"], /, *, json_: Json = False) -> int:
     """End a cluster; `local` is what `moray down` ends."""
-    return down()
+    return down(json_=json_)
 
 
 def show_overview(found: dict[str, Any], json_: bool) -> int:
