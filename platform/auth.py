@@ -58,7 +58,8 @@ class TokenRequired:
 
         answer: Response
         if _from_a_browser(scope):
-            answer = RedirectResponse(f"/login?next={quote(scope['path'], safe='')}", status_code=303)
+            ahead = "" if scope["path"] == "/" else f"?next={quote(scope['path'], safe='')}"
+            answer = RedirectResponse(f"/login{ahead}", status_code=303)
         else:
             hint = "send `Authorization: Bearer TOKEN`; the token is in $MORAY_HOME/token"
             answer = JSONResponse({"error": "no valid token", "hint": hint}, 401, {"WWW-Authenticate": "Bearer"})

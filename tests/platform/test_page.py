@@ -68,7 +68,7 @@ def http(server: PageServer) -> Iterator[Client]:
 def test_only_the_login_is_open(server: PageServer) -> None:
     with Client(server.url) as stranger:
         assert stranger.get("/login").status_code == 200
-        assert stranger.get("/").headers["location"] == "/login"
+        assert stranger.get("/", headers={"Accept": "text/html"}).headers["location"] == "/login"
         for path in ("/static/app.js", "/api/stream", "/api/overview", "/jobs/x", "/schedules"):
             assert stranger.get(path).status_code == 401, path
         wrong = stranger.post("/login", json={"token": "x"})
