@@ -35,6 +35,8 @@ from tests.platform.test_runs import Shell
 from tests.s3 import BUCKET, Fault, Request, faulty_proxy, s3_server
 from tests.small_disk import empty, fill, small_disk
 
+pytestmark = pytest.mark.cluster  # a real S3 server
+
 FINGERPRINT = "ab" * 16
 
 

@@ -360,6 +360,7 @@ def ticked_and_killed(folder: Path, now: float, statement: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.cluster  # a process for every statement
 def test_a_kill_at_any_statement_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Missed ticks, one that catches up, one that finds it at work, one that is queued: all kinds in one call."""
     start = World(tmp_path)
