@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ from moray.platform.runner import RunResult
 from moray.platform.step import Cluster, Topology
 from tests.control_plane import ControlPlane
 from tests.small_run import run_small, write_text
+
+# A shell that starts the suite in the background makes it ignore Ctrl-C, and with it every command that a test
+# interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("moray", deadline=None)  # a test never asserts a time
 settings.load_profile("moray")

@@ -91,7 +91,10 @@ class Background:
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)
-        assert self._process.wait(SECONDS) == self._status, self._command
+        try:
+            assert self._process.wait(SECONDS) == self._status, self._command
+        finally:
+            self._process.kill()
 
 
 def run_page(page: Path, environment: Mapping[str, str], folder: Path) -> None:
