@@ -33,6 +33,11 @@ def _per_document(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, 
     return torch.cat(outputs).view_as(q_BTHA)
 
 
+def pad_values(v_BTHV: Tensor, width: int) -> Tensor:
+    """Value heads filled up with zeros to the width of query heads, if they are narrower."""
+    return v_BTHV if v_BTHV.shape[-1] == width else F.pad(v_BTHV, (0, width - v_BTHV.shape[-1]))
+
+
 def document_mask(documents: Documents) -> Tensor:
     """True where a query (row of the last two axes) sees a key: same document, not later. [B, 1, T, T]."""
     index_BT = documents.index_BT
@@ -50,7 +55,7 @@ def causal_attention_reference(
     width_V = v_BTHV.shape[-1]
     if width_V > q_BTHA.shape[-1]:
         raise ValueError(f"value heads of {width_V} are wider than query heads of {q_BTHA.shape[-1]}")
-    v_BTHA = F.pad(v_BTHV, (0, q_BTHA.shape[-1] - width_V))
+    v_BTHA = pad_values(v_BTHV, q_BTHA.shape[-1])
     batch = q_BTHA.shape[0]
     if documents is None or (documents.lengths is not None and len(documents.lengths) == batch):
         out = _fused(q_BTHA, k_BTHA, v_BTHA, scale, None)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.kernels.quantize import BLOCK, dequantize
+
 
 def experts_reference(
     rows_RD: Tensor, counts_E: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor
@@ -29,4 +31,31 @@ def experts_reference(
     return torch.cat(outputs)
 
 
+def experts_fp8_reference(
+    rows_RD: Tensor,
+    counts_E: Tensor,
+    gate: tuple[Tensor, Tensor],
+    up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The same with FP8 weights, each given as (stack, its scales of 128 x 128 blocks); inference only.
+
+    An expert's weights are made wide when it is its turn, and only if it has rows.
+    """
+    out_RD = torch.empty_like(rows_RD)
+    begin = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            part = slice(begin, begin + count)
+            w_gate, w_up, w_down = (
+                dequantize(stack[expert], scales[expert], (BLOCK, BLOCK), rows_RD.dtype)
+                for stack, scales in (gate, up, down)
+            )
+            x = rows_RD[part]
+            out_RD[part] = F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+            begin += count
+    return out_RD
+
+
 experts = experts_reference
+experts_fp8 = experts_fp8_reference

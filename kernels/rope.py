@@ -11,16 +11,31 @@ angles, for tests.
 Shapes: B batch, T tokens, H heads, P rotated elements of a head, Q = P / 2 pairs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def rope_table(positions_BT: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns (cos_BTQ, sin_BTQ) for integer positions; FP64 when `dtype` is, else FP32."""
+def rope_table(
+    positions_BT: Tensor,
+    dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    scales: Sequence[float] | None = None,
+    magnitude: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns (cos_BTQ, sin_BTQ) for integer positions; FP64 when `dtype` is, else FP32.
+
+    Context extension (`models.yarn`) multiplies each pair's frequency by its scale, and both tables by `magnitude`.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents_Q = torch.arange(0, dim, 2, dtype=wide, device=positions_BT.device) / dim
-    angles_BTQ = positions_BT.to(wide).unsqueeze(-1) * (1.0 / theta**exponents_Q)
-    return angles_BTQ.cos(), angles_BTQ.sin()
+    device = positions_BT.device
+    frequencies_Q = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=wide, device=device) / dim)
+    if scales is not None:
+        frequencies_Q = frequencies_Q * torch.tensor(scales, dtype=wide, device=device)
+    angles_BTQ = positions_BT.to(wide).unsqueeze(-1) * frequencies_Q
+    return angles_BTQ.cos() * magnitude, angles_BTQ.sin() * magnitude
 
 
 def rope_reference(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:

@@ -61,4 +61,26 @@ def route_reference(
     return ids_TK, weights_TK * scale, counts_E
 
 
+def sequence_balance_reference(logits_TE: Tensor, top_k: int, sequences: int) -> Tensor:
+    """The sequence-wise balance loss of one layer without its factor alpha (DeepSeek-V3 §2.1.2, equations 17-20).
+
+    Over each of `sequences` equal runs of tokens: the sum over experts of f (its share of the tokens' top K, times E /
+    K) times P (its mean share of a token's scores). 1 is even. Returns the sum over sequences, times their length, so
+    that a division by the batch's tokens leaves the mean; differentiable in the logits through P.
+
+    Notable: f counts the top K of the unbiased scores, without group limit, as in the paper: the loss speaks of what
+    the router learnt, not of what the bias corrected.
+    """
+    tokens, experts = logits_TE.shape
+    scores_BTE = torch.unflatten(logits_TE.sigmoid(), 0, (sequences, -1))
+    with torch.no_grad():
+        ids_BX = _best(scores_BTE, top_k).flatten(1)
+        share_BE = scores_BTE.new_zeros(sequences, experts)
+        share_BE.scatter_add_(1, ids_BX, torch.ones_like(ids_BX, dtype=share_BE.dtype))
+        share_BE *= experts * sequences / (top_k * max(tokens, 1))
+    mean_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + _TINY)).sum(1)
+    return (share_BE * mean_BE).sum()
+
+
 route = route_reference
+sequence_balance = sequence_balance_reference

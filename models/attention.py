@@ -13,16 +13,18 @@ value head, C latent elements, L cached positions, D hidden size.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from moray.kernels.attention import causal_attention
+from moray.kernels.attention import causal_attention, pad_values
 from moray.kernels.documents import Documents
 from moray.kernels.rope import rope
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
 from moray.models.linear import Linear, RMSNorm
+from moray.models.recompute import Recompute
 
 _LATENT_EPS = 1e-6
 
@@ -55,28 +57,40 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, _LATENT_EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
-        self.scale = config.qk_head_dim**-0.5
+        self.scale = config.softmax_scale
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTable, documents: Documents | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: RotaryTable, documents: Documents | None, recompute: Recompute) -> Tensor:
         """Causal attention within the rows, or within their documents."""
+        q_low, kv_low = self._down(x_BTD)
+        q_BTHA, k_BTHA, v_BTHA = recompute.run(partial(self._up, rotary), q_low, kv_low)
+        out_BTHA = causal_attention(q_BTHA, k_BTHA, v_BTHA, self.scale, documents)
+        out_BTD: Tensor = self.o_proj(out_BTHA[..., : self.config.v_head_dim].flatten(-2))
+        return out_BTD
+
+    def _down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries, and keys and values, are made from: small, where queries have a latent of their own."""
+        q_low = self.q_proj(x_BTD) if self.config.q_lora_rank is None else self.q_a_proj(x_BTD)
+        return q_low, self.kv_a_proj_with_mqa(x_BTD)
+
+    def _up(self, rotary: RotaryTable, q_low: Tensor, kv_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, all of the queries' width: [B, T, H, A] each."""
         heads = self.config.num_attention_heads
-        q_nope_BTHN, q_rope_BTHP = self._queries(x_BTD, rotary)
-        latent_BTC, k_rope_BT1P = self._latents(x_BTD, rotary)
+        q_nope_BTHN, q_rope_BTHP = self._queries(q_low, rotary)
+        latent_BTC, k_rope_BT1P = self._latents(kv_low, rotary)
         kv = self.kv_b_proj(latent_BTC).unflatten(-1, (heads, -1))
         k_nope_BTHN, v_BTHV = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
-        q = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
-        k = torch.cat((k_nope_BTHN, k_rope_BT1P.expand(-1, -1, heads, -1)), dim=-1)
-        out_BTHV = causal_attention(q, k, v_BTHV, self.scale, documents)
-        out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
-        return out_BTD
+        q_BTHA = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
+        k_BTHA = torch.cat((k_nope_BTHN, k_rope_BT1P.expand(-1, -1, heads, -1)), dim=-1)
+        return q_BTHA, k_BTHA, pad_values(v_BTHV, self.config.qk_head_dim).contiguous()
 
     def forward_cached(self, x_BTD: Tensor, rotary: RotaryTable, view: CacheView, layer: int) -> Tensor:
         """Writes the tokens' latents into the cache, then attends over all positions up to each token's own."""
-        latent_BTC, k_rope_BT1P = self._latents(x_BTD, rotary)
+        q_low, kv_low = self._down(x_BTD)
+        latent_BTC, k_rope_BT1P = self._latents(kv_low, rotary)
         view.write(layer, torch.cat((latent_BTC, k_rope_BT1P.squeeze(2)), dim=-1))
         cached_BLC = view.read(layer).to(x_BTD.dtype)
-        q_nope_BTHN, q_rope_BTHP = self._queries(x_BTD, rotary)
-        w_key_HNC, w_value_HVC = self._absorbed_weights()
+        q_nope_BTHN, q_rope_BTHP = self._queries(q_low, rotary)
+        w_key_HNC, w_value_HVC = self._absorbed_weights(x_BTD.dtype)
         q_BTHC = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_key_HNC), q_rope_BTHP), dim=-1)
         scores_BTHL = torch.einsum("bthc,blc->bthl", q_BTHC, cached_BLC) * self.scale
         scores_BTHL = scores_BTHL.masked_fill(~view.visible_BTL.unsqueeze(2), float("-inf"))
@@ -87,24 +101,20 @@ class LatentAttention(nn.Module):
         out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
         return out_BTD
 
-    def _absorbed_weights(self) -> tuple[Tensor, Tensor]:
+    def _absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The two halves of `kv_b_proj` by head, as views: w_key_HNC, w_value_HVC."""
-        stacked = torch.unflatten(self.kv_b_proj.weight, 0, (self.config.num_attention_heads, -1))
+        stacked = torch.unflatten(self.kv_b_proj.wide_weight(dtype), 0, (self.config.num_attention_heads, -1))
         w_key_HNC, w_value_HVC = torch.split(stacked, [self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
         return w_key_HNC, w_value_HVC
 
-    def _queries(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x_BTD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+    def _queries(self, q_low: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        q = q_low if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_low))
         q_nope_BTHN, q_rope_BTHP = q.unflatten(-1, (self.config.num_attention_heads, -1)).split(
             [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1
         )
         return q_nope_BTHN, rotary.turn(q_rope_BTHP)
 
-    def _latents(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+    def _latents(self, kv_low: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
         """The normalised latent and the rotated key, which are what the cache holds."""
-        both = self.kv_a_proj_with_mqa(x_BTD)
-        latent_BTC, k_rope_BTP = both.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        latent_BTC, k_rope_BTP = torch.split(kv_low, [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(latent_BTC), rotary.turn(k_rope_BTP.unsqueeze(2))

@@ -1,53 +1,73 @@
-"""Reading and writing the Hugging Face layout of DeepSeek-V3.
+"""Reading and writing models in the Hugging Face layout of DeepSeek-V3, in FP32, BF16 or the official FP8 form.
 
-A folder holds `config.json` and either `model.safetensors` or `model-00001-of-0000n.safetensors` with
-`model.safetensors.index.json`; one key per parameter and one per expert. transformers, vLLM, SGLang and llama.cpp's
-converter read it.
+One key per parameter and one per expert. In the FP8 form the linear maps are E4M3 (`NAME.weight`) with one FP32 scale
+per 128 x 128 block (`NAME.weight_scale_inv`), and `quantization_config` says so; the rest is BF16. transformers, vLLM,
+SGLang and llama.cpp's converter read such folders.
 
-Notable: `config.json` is removed first and written last, and shards get their names only when all are written, so a
-folder with a config is a complete one at every instant. Reading and writing both hold the tensors against the config:
-a missing, extra, misshapen or non-finite one is refused by name.
+Notable: everything streams, a tensor at a time. What is FP8 stays FP8, bit for bit, unless asked otherwise. Reading and
+writing both hold the tensors against the config: a missing, extra, misshapen or non-finite one is refused by name.
 """
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moray.kernels import quantize as fp8_blocks
+from moray.kernels.quantize import BLOCK
 from moray.models.config import ModelConfig
+from moray.models.folder import DTYPES, SHARD_BYTES, FolderReader, FolderWriter
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
-from moray.models.tensors import Shape, bias_shapes, checkpoint_shapes
+from moray.models.tensors import (
+    Shape,
+    bias_shapes,
+    checkpoint_shapes,
+    is_quantized,
+    scale_name,
+    shared_tensors,
+    stored_tensors,
+)
 
-_CONFIG = "config.json"
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_TEMPORARY = ".part-{:05d}.safetensors"
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-SHARD_BYTES = 2_000_000_000
+PRECISIONS = {"float32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}  # -> config.json's torch_dtype
+_FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+_BLOCK = (BLOCK, BLOCK)
+_CHUNK = 1 << 23  # elements of a large tensor that are looked at, or converted, at once
+
+
+class Weight(NamedTuple):
+    """A tensor by canonical name; `scales` where it is FP8."""
+
+    name: str
+    tensor: Tensor
+    scales: Tensor | None = None
 
 
 def save(model: DeepseekV3, folder: str | Path, precision: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `model` to `folder`, replacing a model that is there. precision: "float32" or "bf16".
+    """Writes `model` to `folder`, replacing a model that is there. precision: "float32", "bf16" or "fp8".
 
     The model must hold every expert; one spread over ranks is exported from its checkpoint with `write`.
     """
     config = model.config
     if config.moe_layers and len(model.experts) != config.n_routed_experts:
         raise ValueError(f"the model holds experts {model.experts} of {config.n_routed_experts}: nothing to save whole")
-    write(folder, config, _tensors(model), precision, shard_bytes)
+    _write(folder, config, _weights(model), precision, shard_bytes)
 
 
-def _tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: DeepseekV3) -> Iterator[Weight]:
+    """Everything the model holds, as it holds it."""
+    scales = dict(model.logical_scales())
     for name, view, _ in model.logical_parameters():
-        yield name, view
-    yield from model.logical_biases()
+        yield Weight(name, view, scales.get(name))
+    for name, bias_E in model.logical_biases():
+        yield Weight(name, bias_E)
 
 
 def write(
@@ -57,103 +77,158 @@ def write(
     precision: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes logical tensors, in any order, as a Hugging Face folder; holds one shard in memory at a time.
+    """Writes logical tensors, in any order, as a Hugging Face folder; holds one tensor in memory at a time.
 
     Router biases stay FP32 at any precision. Raises ValueError for an unknown precision and, naming it, for a tensor
     that the config does not have, lacks, or that has the wrong shape or a value that is not finite.
     """
-    dtype = _dtype(precision)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).unlink(missing_ok=True)
-    parts: list[dict[str, int]] = []
-    try:
-        for part in _parts(_checked(config, tensors, dtype), shard_bytes):
-            path = folder / _TEMPORARY.format(len(parts))
-            save_file(part, path, metadata={"format": "pt"})
-            _flush(path)
-            parts.append({name: tensor.nbytes for name, tensor in part.items()})
-    except BaseException:
-        for path in folder.glob(".part-*"):
-            path.unlink()
-        raise
-    _name_shards(folder, parts)
-    hf = config.to_hf("bfloat16" if precision == "bf16" else "float32")
-    _write_json(folder / _CONFIG, hf)
+    _write(folder, config, (Weight(name, tensor) for name, tensor in tensors), precision, shard_bytes)
 
 
-def _dtype(precision: str) -> torch.dtype:
-    if precision == "fp8":
-        raise ValueError("precision 'fp8' is not supported yet; use 'float32' or 'bf16'")
-    if precision not in _DTYPES:
-        raise ValueError(f"precision {precision!r} must be one of {', '.join(_DTYPES)}")
-    return _DTYPES[precision]
+def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the model of one folder to another in `precision`, a tensor at a time. Raises as `load` and `write` do."""
+    with_config = Checked(source)
+    weights = (with_config.read(name) for name in checkpoint_shapes(with_config.config))
+    _write(folder, with_config.config, weights, precision, shard_bytes)
 
 
-def _checked(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors as they are stored, each held against the config; complains at the end of what did not come."""
+def _write(
+    folder: str | Path, config: ModelConfig, weights: Iterable[Weight], precision: str, shard_bytes: int
+) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     expected, biases = checkpoint_shapes(config), bias_shapes(config)
-    for name, tensor in tensors:
-        if name not in expected:
-            raise ValueError(f"tensor {name!r} came twice or is none of the config's")
-        _check_tensor(name, tensor, expected.pop(name))
-        yield name, tensor.detach().to("cpu", torch.float32 if name in biases else dtype).contiguous()
-    if expected:
-        raise ValueError(f"{len(expected)} tensors are missing, the first {next(iter(expected))!r}")
+    copies = [(copy, source) for copy, source in shared_tensors(config).items()]
+    with FolderWriter(Path(folder), stored_tensors(config, precision), shard_bytes) as writer:
+        for weight in weights:
+            if weight.name not in expected:
+                raise ValueError(f"tensor {weight.name!r} came twice or is none of the config's")
+            _check_values(weight, expected.pop(weight.name))
+            if precision == "fp8" and is_quantized(weight.name):
+                fp8, scales = _to_fp8(weight)
+                writer.write(weight.name, fp8)
+                writer.write(scale_name(weight.name), scales)
+                continue
+            dtype = torch.float32 if weight.name in biases else getattr(torch, PRECISIONS[precision])
+            stored = _to_wide(weight, dtype)
+            for name in (weight.name, *(copy for copy, source in copies if source == weight.name)):
+                writer.write(name, stored)
+        if expected:
+            raise ValueError(f"{len(expected)} tensors are missing, the first {next(iter(expected))!r}")
+        hf = config.to_hf(PRECISIONS[precision])
+        writer.finish(hf | {"quantization_config": _FP8_CONFIG} if precision == "fp8" else hf)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: Shape) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the config says {shape}")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"tensor {name!r} holds values that are not finite (NaN or infinite)")
+def _check_values(weight: Weight, shape: Shape) -> None:
+    if tuple(weight.tensor.shape) != shape:
+        raise ValueError(f"tensor {weight.name!r} has shape {tuple(weight.tensor.shape)}, the config says {shape}")
+    if weight.scales is not None:
+        fp8_blocks.check_scales(weight.tensor, weight.scales, _BLOCK)
+        if not (_is_finite(weight.scales) and (weight.scales > 0).all()):
+            raise ValueError(f"tensor {scale_name(weight.name)!r} holds scales that are not positive and finite")
+    if not _is_finite(weight.tensor):
+        raise ValueError(f"tensor {weight.name!r} holds values that are not finite (NaN or infinite)")
 
 
-def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Groups consecutive tensors up to `limit` bytes; a larger tensor is a group of its own."""
-    part: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if part and size + tensor.nbytes > limit:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor
-        size += tensor.nbytes
-    yield part
+def _is_finite(tensor: Tensor) -> bool:
+    """Part by part, so that the memory for the answer stays small."""
+    parts = torch.split(tensor.reshape(-1), _CHUNK)
+    if tensor.dtype == torch.float8_e4m3fn:  # has NaNs, all bits but the sign set, and no infinity
+        return all(bool(((part.view(torch.uint8) & 0x7F) != 0x7F).all()) for part in parts)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
-def _name_shards(folder: Path, parts: list[dict[str, int]]) -> None:
-    """Gives finished shards their names, writes the index, and removes what an earlier model left."""
-    for stale in [*folder.glob("model*.safetensors"), folder / _INDEX]:
-        stale.unlink(missing_ok=True)
-    if len(parts) == 1:
-        (folder / _TEMPORARY.format(0)).replace(folder / _SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts):
-        final = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        (folder / _TEMPORARY.format(number)).replace(folder / final)
-        weight_map |= dict.fromkeys(part, final)
-    total = sum(sum(part.values()) for part in parts)
-    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _bands(tensor: Tensor) -> Iterator[slice]:
+    """Slices of a matrix's rows, whole blocks, of about `_CHUNK` elements."""
+    rows = max(1, _CHUNK // (tensor.shape[-1] * BLOCK)) * BLOCK
+    yield from (slice(begin, begin + rows) for begin in range(0, tensor.shape[0], rows))
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+def _to_fp8(weight: Weight) -> tuple[Tensor, Tensor]:
+    if weight.scales is not None:
+        return weight.tensor, weight.scales
+    parts = [fp8_blocks.quantize(weight.tensor.detach()[band], _BLOCK) for band in _bands(weight.tensor)]
+    return torch.cat([fp8 for fp8, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
-def _flush(path: Path) -> None:
-    """A rename must not reach the disk before the bytes that it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _to_wide(weight: Weight, dtype: torch.dtype) -> Tensor:
+    if weight.scales is None:
+        return weight.tensor.detach().to("cpu", dtype)
+    wide = torch.empty(weight.tensor.shape, dtype=dtype)
+    for band in _bands(wide):
+        scales = weight.scales[band.start // BLOCK : -(-band.stop // BLOCK)]
+        wide[band] = fp8_blocks.dequantize(weight.tensor[band], scales, _BLOCK, dtype)
+    return wide
+
+
+class Checked:
+    """A folder whose names, dtypes and shapes agree with its config; values are checked as they are read.
+
+    `prediction` False leaves out the layers of multi-token prediction. They are left out, too, where the config speaks
+    of some and no tensor does: transformers writes such folders.
+    """
+
+    def __init__(self, folder: str | Path, prediction: bool = True) -> None:
+        self._reader = FolderReader(Path(folder))
+        config = ModelConfig.from_hf(self._reader.config)
+        self.precision = _stored_precision(self._reader.config)
+        found = set(self._reader.names())
+        skipped = {name for name in found if name.startswith(tuple(_prefixes(config)))}
+        if not prediction or not skipped:
+            found -= skipped
+            config = config.without_prediction()
+        self.config = config
+        self._shapes = checkpoint_shapes(config)
+        self._check_entries(found)
+
+    def read(self, name: str) -> Weight:
+        """A tensor, in memory that the file backs, and its scales."""
+        scales = self._reader.read(scale_name(name)) if self._is_fp8(name) else None
+        weight = Weight(name, self._reader.read(name), scales)
+        _check_values(weight, self._shapes[name])
+        return weight
+
+    def check_copies(self) -> None:
+        """Raises ValueError where a copy of a tensor that is shared here is another tensor."""
+        for copy, source in shared_tensors(self.config).items():
+            if copy in self._reader and not torch.equal(self._reader.read(copy), self._reader.read(source)):
+                raise ValueError(f"tensor {copy!r} differs from {source!r}, which it must share")
+
+    def _is_fp8(self, name: str) -> bool:
+        return self.precision == "fp8" and is_quantized(name)
+
+    def _check_entries(self, found: set[str]) -> None:
+        stored = stored_tensors(self.config, self.precision)
+        optional = shared_tensors(self.config)
+        for name in stored:
+            if name not in found and name not in optional:
+                raise ValueError(f"tensor {name!r} is missing from the checkpoint")
+        for name in sorted(found):
+            if name not in stored:
+                raise ValueError(f"tensor {name!r} is in the checkpoint but not in the model of its config")
+            dtype, shape = self._reader.entry(name)
+            if shape != stored[name][1]:
+                raise ValueError(f"tensor {name!r} has shape {shape}, the config says {stored[name][1]}")
+            fp8 = stored[name][0] == "F8_E4M3"
+            if dtype not in DTYPES or fp8 != (dtype == "F8_E4M3"):
+                raise ValueError(f"tensor {name!r} has dtype {dtype}, the config says {'F8_E4M3' if fp8 else 'BF16'}")
+
+
+def _prefixes(config: ModelConfig) -> Iterator[str]:
+    """Of the names in prediction layers. The dot matters: layer 6 is not layer 61."""
+    for layer in config.prediction_layers or range(config.num_hidden_layers, config.num_hidden_layers + 1):
+        yield f"model.layers.{layer}."
+
+
+def _stored_precision(hf: dict[str, Any]) -> str:
+    """ "fp8" or "bf16" (which stands for every wide dtype). ValueError for another quantisation."""
+    quantization = hf.get("quantization_config")
+    if quantization is None:
+        return "bf16"
+    for name, only in _FP8_CONFIG.items():
+        if quantization.get(name, only) != only:
+            raise ValueError(f"quantization_config.{name} = {quantization[name]!r} must be {only!r}")
+    return "fp8"
 
 
 def load(
@@ -161,80 +236,31 @@ def load(
     dtype: torch.dtype = torch.float32,
     experts: range | None = None,
     dispatcher: Dispatcher | None = None,
+    prediction: bool = True,
+    dequantize: bool = False,
 ) -> DeepseekV3:
     """Reads a Hugging Face folder into a model of `dtype` on the CPU, in eval mode.
 
-    Experts outside `experts` are not read. Raises FileNotFoundError without a config or weights, ValueError for a
-    config that `ModelConfig.from_hf` refuses and, naming it, for a tensor that is missing, extra, misshapen or not
-    finite.
+    Weights in FP8 stay so and cannot be trained, unless `dequantize`. Experts outside `experts` are not read, nor the
+    layers of multi-token prediction without `prediction`. Raises FileNotFoundError without a config or weights,
+    ValueError for a config that `ModelConfig.from_hf` refuses and, naming it, for a tensor that is missing, extra,
+    misshapen or not finite.
     """
-    folder = Path(folder)
-    hf = _read_json(folder / _CONFIG)
-    config = ModelConfig.from_hf(hf)
+    source = Checked(folder, prediction)
     with torch.device("meta"):
-        model = DeepseekV3(config, experts, dispatcher)
-    model = model.to(dtype).to_empty(device="cpu").eval()
+        model = DeepseekV3(source.config, experts, dispatcher)
+    model = model.to(dtype)
+    if source.precision == "fp8" and not dequantize:
+        model.store_fp8()
+    model = model.to_empty(device="cpu").eval()
     model.reset_counters()
-    files = _locate(folder)
-    left_out = tuple(_prediction_layers(config, hf))
-    _check_names(config, {name for name in files if not name.startswith(left_out)})
-    shapes, targets = checkpoint_shapes(config), dict(_tensors(model))
-    for path in sorted(set(files.values())):
-        with _open(path) as shard:
-            for name in [name for name in targets if files[name] == path]:
-                tensor = _read_tensor(shard, name, path)
-                _check_tensor(name, tensor, shapes[name])
-                targets[name].copy_(tensor)
+    source.check_copies()
+    for target in _weights(model):
+        weight = source.read(target.name)
+        if target.scales is None:
+            target.tensor.copy_(_to_wide(weight, target.tensor.dtype))
+        else:
+            assert weight.scales is not None
+            target.tensor.copy_(weight.tensor)
+            target.scales.copy_(weight.scales)
     return model
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _prediction_layers(config: ModelConfig, hf: Mapping[str, Any]) -> Iterator[str]:
-    """Prefixes of the multi-token prediction layers, which sit after the last layer in DeepSeek's own checkpoints."""
-    for extra in range(hf.get("num_nextn_predict_layers") or 0):
-        yield f"model.layers.{config.num_hidden_layers + extra}."
-
-
-def _locate(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the files themselves (the index may be wrong about them)."""
-    index = folder / _INDEX
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [_SINGLE]
-    files: dict[str, Path] = {}
-    for name in names:
-        with _open(folder / name) as shard:
-            files |= dict.fromkeys(shard.keys(), folder / name)
-    return files
-
-
-def _open(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} lacks the weights in {path.name}")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-
-
-def _check_names(config: ModelConfig, found: set[str]) -> None:
-    expected = checkpoint_shapes(config)
-    for name in expected:
-        if name not in found:
-            raise ValueError(f"tensor {name!r} is missing from the checkpoint")
-    for name in sorted(found - expected.keys()):
-        raise ValueError(f"tensor {name!r} is in the checkpoint but not in the model of its config")
-
-
-def _read_tensor(shard: Any, name: str, path: Path) -> Tensor:
-    try:
-        tensor: Tensor = shard.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"tensor {name!r} cannot be read from {path}: {error}") from None
-    return tensor

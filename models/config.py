@@ -1,17 +1,17 @@
 """The shape of a DeepSeek-V3 model, under the field names of its Hugging Face `config.json`.
 
 Pure Python: the planner reads it where torch is not installed. `to_hf` writes a complete `config.json` that
-transformers, vLLM and SGLang accept; `from_hf` reads one and refuses by name what this code cannot yet do (YaRN, FP8
-weights) or what would make it another model (another activation, scoring or weight tying).
+transformers, vLLM and SGLang accept; `from_hf` reads one and refuses by name what would make it another model (another
+activation, scoring, rotary scaling or weight tying). How weights are stored is not the model's: `checkpoint.py` reads
+`quantization_config`.
 """
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_log = logging.getLogger(__name__)
+from moray.models.yarn import Yarn
 
 # Fields of config.json that have one meaning here: what is written, and the only value that is read. A config that
 # lacks one is taken to mean it, as transformers does.
@@ -72,6 +72,7 @@ class ModelConfig:
     first_k_dense_replace: int = 0
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
+    rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
     num_nextn_predict_layers: int = 0
@@ -79,6 +80,8 @@ class ModelConfig:
     eos_token_id: int | None = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):  # as `asdict` wrote it, or a recipe
+            object.__setattr__(self, "rope_scaling", Yarn.from_hf(self.rope_scaling))
         for name in _POSITIVE:
             self._check_int(name, 1)
         for name in _NOT_NEGATIVE:
@@ -111,8 +114,10 @@ class ModelConfig:
             self._refuse("qk_rope_head_dim", "must be even: rotary embedding turns pairs")
         if self.v_head_dim > self.qk_head_dim:
             self._refuse("v_head_dim", f"must not exceed qk_nope_head_dim + qk_rope_head_dim = {self.qk_head_dim}")
-        if self.num_nextn_predict_layers:
-            self._refuse("num_nextn_predict_layers", "must be 0: multi-token prediction is not supported yet")
+        if not isinstance(self.rope_scaling, Yarn | None):
+            self._refuse("rope_scaling", "must be a mapping of YaRN's fields, or absent")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            self._refuse("rope_theta", "must be above 1 where rope_scaling is set")
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -128,9 +133,24 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def prediction_layers(self) -> range:
+        """The layers of multi-token prediction, numbered on after the model's own."""
+        return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
+
+    @property
     def moe_layers(self) -> range:
-        """The layers that hold experts: all after the first dense ones."""
-        return range(self.first_k_dense_replace, self.num_hidden_layers)
+        """The layers that hold experts: all after the first dense ones, the prediction layers among them."""
+        return range(self.first_k_dense_replace, self.prediction_layers.stop)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied with."""
+        correction = 1.0 if self.rope_scaling is None else self.rope_scaling.score_magnitude**2
+        return correction * self.qk_head_dim**-0.5
+
+    def without_prediction(self) -> "ModelConfig":
+        """The same model without layers of multi-token prediction."""
+        return dataclasses.replace(self, num_nextn_predict_layers=0)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """A complete `config.json`; `dtype` is the weights' ("float32", "bfloat16")."""
@@ -140,7 +160,7 @@ class ModelConfig:
             **dataclasses.asdict(self),
             **_FIXED,
             "num_key_value_heads": self.num_attention_heads,
-            "rope_scaling": None,
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_hf(),
             "pretraining_tp": 1,
             "ep_size": 1,
             "use_cache": True,
@@ -152,12 +172,10 @@ class ModelConfig:
         """Reads a `config.json`. What it does not know it ignores; what it cannot honour raises ValueError."""
         _refuse_foreign(hf)
         values = {field.name: hf[field.name] for field in dataclasses.fields(cls) if field.name in hf}
-        values["rope_theta"] = _rope_theta(hf)
+        values["rope_theta"], values["rope_scaling"] = _rotary(hf)
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = _only_eos(values["eos_token_id"])
-        if isinstance(values.get("num_nextn_predict_layers"), int) and values["num_nextn_predict_layers"] > 0:
-            _log.warning("the %d multi-token prediction layers are left out", values["num_nextn_predict_layers"])
-            values["num_nextn_predict_layers"] = 0
+        values["num_nextn_predict_layers"] = values.get("num_nextn_predict_layers") or 0
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise ValueError(f"the config lacks {', '.join(missing)}")
@@ -167,8 +185,6 @@ class ModelConfig:
 def _refuse_foreign(hf: Mapping[str, Any]) -> None:
     if hf.get("model_type") != "deepseek_v3":
         raise ValueError(f"model_type = {hf.get('model_type')!r} must be 'deepseek_v3'")
-    if hf.get("quantization_config") is not None:
-        raise ValueError("quantization_config is set: quantised weights are not supported yet")
     for name, only in _FIXED.items():
         if hf.get(name, only) != only:
             raise ValueError(f"{name} = {hf[name]!r} must be {only!r}")
@@ -177,18 +193,19 @@ def _refuse_foreign(hf: Mapping[str, Any]) -> None:
         raise ValueError(f"num_key_value_heads = {heads!r} must equal num_attention_heads")
 
 
-def _rope_theta(hf: Mapping[str, Any]) -> Any:
-    """The base of the rotary angles: `rope_theta`, or within `rope_parameters` since transformers 5."""
-    theta = hf.get("rope_theta", 10000.0)
+def _rotary(hf: Mapping[str, Any]) -> tuple[Any, Yarn | None]:
+    """The base of the rotary angles and their scaling, on their own or within `rope_parameters` (transformers 5)."""
+    theta, scaling = hf.get("rope_theta", 10000.0), None
     for name in ("rope_scaling", "rope_parameters"):
         rope = hf.get(name)
         if rope is None:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{name} = {dict(rope)!r}: rotary scaling {kind!r} is not supported yet, only 'default'")
+        if kind not in ("default", "yarn"):
+            raise ValueError(f"{name} = {dict(rope)!r}: rotary scaling {kind!r} must be 'default' or 'yarn'")
         theta = rope.get("rope_theta", theta)
-    return theta
+        scaling = Yarn.from_hf(rope) if kind == "yarn" else scaling
+    return theta, scaling
 
 
 def _only_eos(ids: list[int]) -> int:

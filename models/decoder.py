@@ -12,15 +12,20 @@ from moray.models.config import ModelConfig
 from moray.models.layer import Attended, Dispatcher, Handle
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
+from moray.models.recompute import Recompute
 
-Attend = Callable[[LatentAttention, Tensor], Tensor]
+Attend = Callable[[LatentAttention, Tensor, Recompute], Tensor]
 
 
 class DecoderLayer(nn.Module):
-    """Implements `layer.Layer`. `mlp` is a `SwiGLU` in the first dense layers and a `MoE` after them."""
+    """Implements `layer.Layer`. `mlp` is a `SwiGLU` in the first dense layers and a `MoE` after them.
+
+    With `recompute`, what norms and attention's up-projections make is not held for the backward.
+    """
 
     def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__()
+        self.recompute = False
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -31,10 +36,12 @@ class DecoderLayer(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def attend_route(self, x_BTD: Tensor, attend: Attend) -> Attended:
-        residual_BTD = x_BTD + attend(self.self_attn, self.input_layernorm(x_BTD))
-        rows_TD = self.post_attention_layernorm(residual_BTD).flatten(0, 1)
-        routing = self.mlp.route(rows_TD) if isinstance(self.mlp, MoE) else None
-        return Attended(residual_BTD, rows_TD, routing)
+        with Recompute(self.recompute) as recompute:
+            normed_BTD = recompute.run(self.input_layernorm, x_BTD)
+            residual_BTD = x_BTD + attend(self.self_attn, normed_BTD, recompute)
+            rows_TD = recompute.run(self.post_attention_layernorm, residual_BTD).flatten(0, 1)
+            routing = self.mlp.route(rows_TD, len(x_BTD)) if isinstance(self.mlp, MoE) else None
+        return Attended(residual_BTD, rows_TD, routing, recompute)
 
     def dispatch(self, attended: Attended) -> Handle:
         assert isinstance(self.mlp, MoE)
@@ -50,10 +57,12 @@ class DecoderLayer(nn.Module):
         return self.mlp.combine(handle, rows_RD)
 
     def aggregate(self, attended: Attended, rows_TKD: Tensor | None) -> Tensor:
-        if isinstance(self.mlp, SwiGLU):
-            out_TD = self.mlp(attended.rows_TD)
-        else:
-            assert attended.routing is not None
-            assert rows_TKD is not None
-            out_TD = self.mlp.aggregate(attended.rows_TD, attended.routing, rows_TKD)
+        with attended.recompute as recompute:
+            if isinstance(self.mlp, SwiGLU):
+                out_TD = self.mlp(attended.rows_TD)
+            else:
+                assert attended.routing is not None
+                assert rows_TKD is not None
+                out_TD = self.mlp.aggregate(attended.rows_TD, attended.routing, rows_TKD)
+            recompute.forget()
         return attended.residual_BTD + out_TD.view_as(attended.residual_BTD)

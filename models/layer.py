@@ -14,16 +14,22 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from moray.models.recompute import Recompute
+
 A_contra = TypeVar("A_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where a token's row goes. ids_TK int64; weights_TK the factors of the sum; counts_E int64, pairs per expert."""
+    """Where a token's row goes. ids_TK int64; weights_TK the factors of the sum; counts_E int64, pairs per expert.
+
+    balance: the layer's sequence-wise balance loss, a scalar (`kernels.router`); None outside training.
+    """
 
     ids_TK: Tensor
     weights_TK: Tensor
     counts_E: Tensor
+    balance: Tensor | None
 
 
 class Handle(Protocol):
@@ -58,12 +64,13 @@ class Dispatcher(Protocol):
 class Attended:
     """A layer after its attention: the residual stream, the normalised rows for the experts, their routing.
 
-    routing is None in a layer without experts.
+    routing is None in a layer without experts. recompute: what the layer does not hold for its backward.
     """
 
     residual_BTD: Tensor
     rows_TD: Tensor
     routing: Routing | None
+    recompute: Recompute
 
 
 class Layer(Protocol[A_contra]):
@@ -79,11 +86,11 @@ class Layer(Protocol[A_contra]):
 Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 
-def run_layer(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> Tensor:
-    """Runs the stages one after the other."""
+def run_layer(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
+    """Runs the stages one after the other; returns the layer's output and its balance loss, if it has one."""
     attended = layer.attend_route(x_BTD, attend)
     if attended.routing is None:
-        return layer.aggregate(attended, None)
+        return layer.aggregate(attended, None), None
     handle = layer.dispatch(attended)
     rows_TKD = layer.combine(handle, layer.experts(handle))
-    return layer.aggregate(attended, rows_TKD)
+    return layer.aggregate(attended, rows_TKD), attended.routing.balance

@@ -4,11 +4,16 @@ Notable: a new weight is filled with NaN. Initialisation and loading are explici
 `checkpoint.load`), and a weight that both forgot shows in the first loss instead of training as noise.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
+from moray.models.tensors import scale_shape
 
 
 def unset_parameter(*shape: int) -> nn.Parameter:
@@ -16,15 +21,56 @@ def unset_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, float("nan")))
 
 
-class Linear(nn.Module):
-    """x @ weight^T."""
+def unset_fp8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
+    """An FP8 parameter of the weight's shape and its scales, all NaN; any leading axis is a stack of matrices."""
+    bits = torch.full(weight.shape, 0x7F, dtype=torch.uint8, device=weight.device)
+    stack, matrix = weight.shape[:-2], tuple(weight.shape[-2:])
+    scales = torch.full((*stack, *scale_shape(matrix)), float("nan"), device=weight.device)
+    return nn.Parameter(bits.view(torch.float8_e4m3fn), requires_grad=False), scales
+
+
+class ExactModule(nn.Module):
+    """A module some of whose tensors keep their dtype when `.to(dtype)` changes the others'."""
+
+    def exact_tensors(self) -> Iterable[str]:
+        """Their attribute names."""
+        return ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: getattr(self, name).detach() for name in self.exact_tensors()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != exact.dtype:
+                tensor.data = exact.to(tensor.device)
+        return self
+
+
+class Linear(ExactModule):
+    """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks."""
+
+    weight_scale_inv: Tensor | None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = unset_parameter(outputs, inputs)
+        self.register_buffer("weight_scale_inv", None)
+
+    def store_fp8(self) -> None:
+        """Makes room for an FP8 weight and its scales, to be loaded."""
+        self.weight, self.weight_scale_inv = unset_fp8(self.weight)
+
+    def exact_tensors(self) -> Iterable[str]:
+        return () if self.weight_scale_inv is None else ("weight", "weight_scale_inv")
+
+    def wide_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight to compute with in `dtype`."""
+        if self.weight_scale_inv is None:
+            return self.weight
+        return dequantize(self.weight, self.weight_scale_inv, (BLOCK, BLOCK), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.wide_weight(x.dtype))
 
 
 class Embedding(nn.Module):

@@ -22,12 +22,15 @@ from moray.kernels.rope import rope_table
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView, LatentCache
 from moray.models.config import ModelConfig
-from moray.models.decoder import DecoderLayer
+from moray.models.decoder import Attend, DecoderLayer
 from moray.models.dispatch import dispatcher_for
 from moray.models.layer import Dispatcher, run_layer
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.moe import MoE, Router
+from moray.models.prediction import PredictionLayer, ahead
+from moray.models.recompute import Recompute
 from moray.models.shard import PROJECTIONS, ExpertShard
+from moray.models.tensors import is_quantized, scale_name
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class ModelOutput:
 
     logits: Tensor
     hidden: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """Sums over a batch; each divided by the (global) count is a mean per token.
+
+    main: -log p of the next token. prediction: the same for the tokens further ahead, averaged over the depths of
+    multi-token prediction (0 without any). balance: the layers' sequence-wise balance losses, 1 per layer and token
+    where the load is even. count: counted tokens, int64.
+    """
+
+    main: Tensor
+    prediction: Tensor
+    balance: Tensor
+    count: Tensor
 
 
 class LogicalParameter(NamedTuple):
@@ -56,7 +74,8 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        layers = (DecoderLayer(config, index, experts, dispatcher) for index in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config, index, experts, dispatcher) for index in range(config.num_hidden_layers)]
+        layers += [PredictionLayer(config, index, experts, dispatcher) for index in config.prediction_layers]
         self.layers: nn.ModuleList = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -85,7 +104,7 @@ class DeepseekV3(nn.Module):
 
         With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
         """
-        hidden_BTD = self._hidden(ids_BT, document_ids_BT)
+        hidden_BTD, _ = self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT))
         return ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
 
     def loss_sum(
@@ -100,10 +119,38 @@ class DeepseekV3(nn.Module):
         A token counts where `mask_BT` (bool) is true, if given, and its target is not negative (-100, say). The full
         logits are never held.
         """
-        keep_BT = targets_BT >= 0
-        if mask_BT is not None:
-            keep_BT = keep_BT & mask_BT.bool()
-        hidden_BTD = self._hidden(ids_BT, document_ids_BT)
+        hidden_BTD, _ = self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT))
+        return self._cross_entropy(hidden_BTD, targets_BT, _counted(targets_BT, mask_BT))
+
+    def training_loss(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> TrainingLoss:
+        """The terms of the training loss, for tokens that count as in `loss_sum`.
+
+        A place counts at depth k of multi-token prediction if it and the k places after it count: so no prediction
+        crosses from one document into the next, whose first token nobody's target is.
+        """
+        attend = self._attend(ids_BT, document_ids_BT)
+        keep_BT = _counted(targets_BT, mask_BT)
+        hidden_BTD, balance = self._hidden(ids_BT, attend)
+        main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
+        prediction = torch.zeros_like(main)
+        chain_BT = keep_BT
+        for depth, layer in enumerate(self.prediction_layers(), start=1):
+            embedded_BTD = self.model.embed_tokens(ahead(ids_BT, depth, 0))
+            x_BTD, layer_balance = run_layer(layer, layer.join(hidden_BTD, embedded_BTD), attend)
+            hidden_BTD = layer.shared_head.norm(x_BTD)
+            balance = balance if layer_balance is None else balance + layer_balance
+            chain_BT = chain_BT & ahead(keep_BT, depth, 0)
+            nll, _ = self._cross_entropy(hidden_BTD, ahead(targets_BT, depth, -100), chain_BT)
+            prediction = prediction + nll / self.config.num_nextn_predict_layers
+        return TrainingLoss(main, prediction, balance, count)
+
+    def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy_sum(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), keep_BT.flatten())
 
     @torch.no_grad()
@@ -120,7 +167,7 @@ class DeepseekV3(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT)
         rotary = self._rotary(positions_BT.clamp(min=0), x_BTD.dtype)
         for index, layer in enumerate(self._layers()):
-            x_BTD = run_layer(layer, x_BTD, partial(_attend_cached, rotary=rotary, view=view, layer=index))
+            x_BTD, _ = run_layer(layer, x_BTD, partial(_attend_cached, rotary=rotary, view=view, layer=index))
         if last_only:
             x_BTD = _last_real(x_BTD, positions_BT)
         logits: Tensor = self.lm_head(self.model.norm(x_BTD))
@@ -148,6 +195,23 @@ class DeepseekV3(nn.Module):
                 logical = f"{prefix}.{expert}.{PROJECTIONS[attribute]}.weight"
                 yield LogicalParameter(logical, owner.detach()[index], owner)
 
+    def logical_scales(self) -> Iterator[tuple[str, Tensor]]:
+        """The scales of weights in FP8, by the weight's canonical name."""
+        for prefix, module in self.named_modules():
+            if isinstance(module, Linear) and module.weight_scale_inv is not None:
+                yield f"{prefix}.weight", module.weight_scale_inv
+            elif isinstance(module, ExpertShard) and module.is_fp8:
+                for attribute, projection in PROJECTIONS.items():
+                    scales_EIJ = module.get_buffer(scale_name(attribute))
+                    for index, expert in enumerate(self.experts):
+                        yield f"{prefix}.{expert}.{projection}.weight", scales_EIJ[index]
+
+    def store_fp8(self) -> None:
+        """Makes room for weights in FP8, as the official form has them, to be loaded."""
+        for prefix, module in self.named_modules():
+            if isinstance(module, ExpertShard) or (isinstance(module, Linear) and is_quantized(f"{prefix}.weight")):
+                module.store_fp8()
+
     def logical_biases(self) -> Iterator[tuple[str, Tensor]]:
         """The routers' correction biases by canonical name; FP32, sharing storage with the model."""
         for name, module in self.named_modules():
@@ -156,11 +220,11 @@ class DeepseekV3(nn.Module):
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order."""
-        return [layer.mlp.gate for layer in self._layers() if isinstance(layer.mlp, MoE)]
+        return [moe.gate for moe in self._mixtures()]
 
     def shards(self) -> list[ExpertShard]:
         """This rank's expert shards, one per MoE layer, in order."""
-        return [layer.mlp.experts for layer in self._layers() if isinstance(layer.mlp, MoE)]
+        return [moe.experts for moe in self._mixtures()]
 
     def router_counts(self) -> Tensor:
         """Pairs that this rank's tokens sent to each expert since the last bias update: [L, E] int64, a copy."""
@@ -174,15 +238,37 @@ class DeepseekV3(nn.Module):
         for shard in self.shards():
             shard.load_E.zero_()
 
-    def _layers(self) -> Iterator[DecoderLayer]:
+    def set_recompute(self, on: bool) -> None:
+        """Whether training holds less and computes more: see `recompute.py`. Results are the same to the bit."""
+        for layer in (*self._layers(), *self.prediction_layers()):
+            layer.recompute = on
+
+    def prediction_layers(self) -> Iterator[PredictionLayer]:
+        """The layers of multi-token prediction, nearest token first."""
         for layer in self.model.layers:
+            if isinstance(layer, PredictionLayer):
+                yield layer
+
+    def _layers(self) -> Iterator[DecoderLayer]:
+        """The model's own layers."""
+        for layer in self.model.layers[: self.config.num_hidden_layers]:
             assert isinstance(layer, DecoderLayer)
             yield layer
 
-    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> RotaryTable:
-        return RotaryTable(*rope_table(positions_BT, self.config.qk_rope_head_dim, self.config.rope_theta, dtype))
+    def _mixtures(self) -> Iterator[MoE]:
+        for layer in (*self._layers(), *self.prediction_layers()):
+            if isinstance(layer.mlp, MoE):
+                yield layer.mlp
 
-    def _hidden(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> RotaryTable:
+        dim, theta, yarn = self.config.qk_rope_head_dim, self.config.rope_theta, self.config.rope_scaling
+        if yarn is None:
+            return RotaryTable(*rope_table(positions_BT, dim, theta, dtype))
+        scales, magnitude = yarn.frequency_scales(dim, theta), yarn.rotary_magnitude
+        return RotaryTable(*rope_table(positions_BT, dim, theta, dtype, scales, magnitude))
+
+    def _attend(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Attend:
+        """Attention over these rows, for every layer."""
         length = ids_BT.shape[1]
         if length > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
@@ -192,22 +278,37 @@ class DeepseekV3(nn.Module):
         else:
             documents = find_documents(document_ids_BT)
             positions_BT = documents.positions_BT
+        rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
+        return partial(_attend_rows, rotary=rotary, documents=documents)
+
+    def _hidden(self, ids_BT: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """The normalised rows after the last layer, and the sum of the layers' balance losses."""
         x_BTD = self.model.embed_tokens(ids_BT)
-        attend = partial(_attend_rows, rotary=self._rotary(positions_BT, x_BTD.dtype), documents=documents)
+        balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
         for layer in self._layers():
-            x_BTD = run_layer(layer, x_BTD, attend)
-        hidden_BTD: Tensor = self.model.norm(x_BTD)
-        return hidden_BTD
+            x_BTD, layer_balance = run_layer(layer, x_BTD, attend)
+            balance = balance if layer_balance is None else balance + layer_balance
+        return self.model.norm(x_BTD), balance
+
+
+def _counted(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    keep_BT = targets_BT >= 0
+    return keep_BT if mask_BT is None else keep_BT & mask_BT.bool()
 
 
 def _attend_rows(
-    attention: LatentAttention, x_BTD: Tensor, *, rotary: RotaryTable, documents: Documents | None
+    attention: LatentAttention,
+    x_BTD: Tensor,
+    recompute: Recompute,
+    *,
+    rotary: RotaryTable,
+    documents: Documents | None,
 ) -> Tensor:
-    return attention.forward(x_BTD, rotary, documents)
+    return attention.forward(x_BTD, rotary, documents, recompute)
 
 
 def _attend_cached(
-    attention: LatentAttention, x_BTD: Tensor, *, rotary: RotaryTable, view: CacheView, layer: int
+    attention: LatentAttention, x_BTD: Tensor, _: Recompute, *, rotary: RotaryTable, view: CacheView, layer: int
 ) -> Tensor:
     return attention.forward_cached(x_BTD, rotary, view, layer)
 

@@ -7,16 +7,16 @@ behind the bias update accumulate only in training with gradients, so that evalu
 Shapes: T tokens, K slots, E experts, R rows, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.router import route
+from moray.kernels.router import route, sequence_balance
 from moray.models.config import ModelConfig
 from moray.models.layer import Dispatcher, Handle, Routing
-from moray.models.linear import Linear, unset_parameter
+from moray.models.linear import ExactModule, Linear, unset_parameter
 from moray.models.shard import ExpertShard
 
 
@@ -34,7 +34,7 @@ class SwiGLU(nn.Module):
         return out
 
 
-class Router(nn.Module):
+class Router(ExactModule):
     """Scores tokens against experts and picks `num_experts_per_tok` of them."""
 
     e_score_correction_bias: Tensor
@@ -49,7 +49,8 @@ class Router(nn.Module):
         counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
 
-    def forward(self, rows_TD: Tensor) -> Routing:
+    def forward(self, rows_TD: Tensor, sequences: int) -> Routing:
+        """Routes the rows of so many sequences of equal length."""
         wide = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
         logits_TE = F.linear(rows_TD.to(wide), self.weight.to(wide))
         ids_TK, weights_TK, counts_E = route(
@@ -61,16 +62,14 @@ class Router(nn.Module):
             normalise=self.config.norm_topk_prob,
             scale=self.config.routed_scaling_factor,
         )
+        balance = None
         if self.training and torch.is_grad_enabled():
             self.counts_E += counts_E
-        return Routing(ids_TK, weights_TK, counts_E)
+            balance = sequence_balance(logits_TE, self.config.num_experts_per_tok, sequences)
+        return Routing(ids_TK, weights_TK, counts_E, balance)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        exact = self.e_score_correction_bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.e_score_correction_bias.dtype != torch.float32:
-            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
-        return self
+    def exact_tensors(self) -> Iterable[str]:
+        return ("e_score_correction_bias",)
 
 
 class MoE(nn.Module):
@@ -86,8 +85,8 @@ class MoE(nn.Module):
             inner = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = SwiGLU(config.hidden_size, inner)
 
-    def route(self, rows_TD: Tensor) -> Routing:
-        routing: Routing = self.gate(rows_TD)
+    def route(self, rows_TD: Tensor, sequences: int) -> Routing:
+        routing: Routing = self.gate(rows_TD, sequences)
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> Handle:

@@ -6,10 +6,11 @@ cores in minutes. Pure Python, no torch.
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moray.models.config import ModelConfig
-from moray.models.tensors import parameter_shapes
+from moray.models.tensors import Shape, layer_shapes, parameter_shapes
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -70,6 +71,7 @@ PRESETS: dict[str, ModelConfig] = {
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
+        num_nextn_predict_layers=1,
     ),
 }
 
@@ -85,19 +87,27 @@ def preset(name: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all parameters. active: those that one token's forward multiplies with."""
+    """total: the model's parameters. active: those that one token's forward multiplies with. prediction: those of the
+    layers for multi-token prediction, which come on top (embedding and head, which they share, not counted again)."""
 
     total: int
     active: int
+    prediction: int
 
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Counts parameters.
 
     Active leaves out the experts that a token does not visit and the embedding table, of which it reads one row; it
-    counts the output head. So V3 gives 671.0B and 36.6B, V2-Lite's sizes 15.7B and 2.5B.
+    counts the output head. So V3 gives 671.0B, 36.6B and 11.6B, V2-Lite's sizes 15.7B, 2.5B and none.
     """
-    total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    prediction = sum(_size(layer_shapes(config, layer)) for layer in config.prediction_layers)
+    total = _size(parameter_shapes(config)) - prediction
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    idle = len(config.moe_layers) * (config.n_routed_experts - config.num_experts_per_tok) * expert
-    return ParameterCount(total, total - idle - config.vocab_size * config.hidden_size)
+    routed = range(config.first_k_dense_replace, config.num_hidden_layers)
+    idle = len(routed) * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    return ParameterCount(total, total - idle - config.vocab_size * config.hidden_size, prediction)
+
+
+def _size(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

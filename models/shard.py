@@ -7,18 +7,26 @@ stack. `load_E` counts the rows that each expert computed, in training and in se
 Shapes: R rows sorted by expert, E experts of the shard, D hidden size, F expert hidden size.
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moray.kernels.experts import experts as swiglu_experts
-from moray.models.linear import unset_parameter
+from moray.kernels.experts import experts_fp8 as swiglu_experts_fp8
+from moray.models.linear import ExactModule, unset_fp8, unset_parameter
+from moray.models.tensors import scale_name
 
 # Attribute of the stack -> Hugging Face's name of the projection.
 PROJECTIONS = {"w_gate_EFD": "gate_proj", "w_up_EFD": "up_proj", "w_down_EDF": "down_proj"}
 
 
-class ExpertShard(nn.Module):
-    """Consecutive experts of one layer; `experts` is the range of their ids."""
+class ExpertShard(ExactModule):
+    """Consecutive experts of one layer; `experts` is the range of their ids.
+
+    The weights are wide or, for inference, FP8 with scales of 128 x 128 blocks: those of `w_gate_EFD` are in
+    `w_gate_EFD_scale_inv`, and so on.
+    """
 
     load_E: Tensor
 
@@ -30,8 +38,25 @@ class ExpertShard(nn.Module):
         self.w_down_EDF = unset_parameter(len(experts), hidden, inner)
         self.register_buffer("load_E", torch.zeros(len(experts), dtype=torch.int64), persistent=False)
 
+    def store_fp8(self) -> None:
+        """Makes room for FP8 weights and their scales, to be loaded."""
+        for name in PROJECTIONS:
+            weight, scales = unset_fp8(getattr(self, name))
+            setattr(self, name, weight)
+            self.register_buffer(scale_name(name), scales)
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.w_gate_EFD.dtype == torch.float8_e4m3fn
+
+    def exact_tensors(self) -> Iterable[str]:
+        return (*PROJECTIONS, *map(scale_name, PROJECTIONS)) if self.is_fp8 else ()
+
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """The experts' outputs for rows sorted by local expert, `counts_E` rows each."""
         with torch.no_grad():
             self.load_E += counts_E.to(self.load_E.device)
+        if self.is_fp8:
+            weights = [(getattr(self, name), getattr(self, scale_name(name))) for name in PROJECTIONS]
+            return swiglu_experts_fp8(rows_RD, counts_E, *weights)
         return swiglu_experts(rows_RD, counts_E, self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)

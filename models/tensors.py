@@ -44,15 +44,24 @@ def _mlp(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
         yield from _swiglu("shared_experts.", hidden, inner * config.n_shared_experts)
 
 
+def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
+    """The trained parameters of one layer, by their names within it."""
+    row = (config.hidden_size,)
+    shapes: dict[str, Shape] = {"input_layernorm.weight": row}
+    shapes |= {f"self_attn.{name}": shape for name, shape in _attention(config)}
+    shapes["post_attention_layernorm.weight"] = row
+    shapes |= {f"mlp.{name}": shape for name, shape in _mlp(config, layer)}
+    if layer in config.prediction_layers:
+        shapes |= {"enorm.weight": row, "hnorm.weight": row, "shared_head.norm.weight": row}
+        shapes["eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
+    return shapes
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every trained parameter by canonical name."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (config.hidden_size,)
-        shapes |= {f"{prefix}.self_attn.{name}": shape for name, shape in _attention(config)}
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (config.hidden_size,)
-        shapes |= {f"{prefix}.mlp.{name}": shape for name, shape in _mlp(config, layer)}
+    for layer in range(config.prediction_layers.stop):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(config, layer).items()}
     shapes["model.norm.weight"] = (config.hidden_size,)
     shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
@@ -62,6 +71,53 @@ def bias_shapes(config: ModelConfig) -> dict[str, Shape]:
     """The routers' correction biases by canonical name: state that a rule moves, not a gradient."""
     name = "model.layers.{}.mlp.gate.e_score_correction_bias"
     return {name.format(layer): (config.n_routed_experts,) for layer in config.moe_layers}
+
+
+def shared_tensors(config: ModelConfig) -> dict[str, str]:
+    """Names under which a Hugging Face folder holds a tensor once more -> the tensor's canonical name.
+
+    Each multi-token prediction layer comes with the embedding and the head that it shares with the model.
+    """
+    shared = {}
+    for layer in config.prediction_layers:
+        shared[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        shared[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
+    return shared
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the official FP8 form stores this parameter in FP8: the linear maps of attention and MLPs, not the
+    router, the embedding, the head, nor the projection of multi-token prediction."""
+    return name.endswith(("_proj.weight", ".kv_a_proj_with_mqa.weight")) and not name.endswith(".eh_proj.weight")
+
+
+def scale_name(name: str) -> str:
+    """Where the scales of a parameter in FP8 are."""
+    return f"{name}_scale_inv"
+
+
+def scale_shape(shape: Shape) -> Shape:
+    """One scale per block of 128 x 128."""
+    return tuple(-(-size // 128) for size in shape)
+
+
+def stored_tensors(config: ModelConfig, precision: str) -> dict[str, tuple[str, Shape]]:
+    """Name -> (dtype as safetensors says it, shape) of everything that a Hugging Face folder holds, in order.
+
+    precision: "float32", "bf16" or "fp8" (linear maps in E4M3 with scales, the rest in BF16). Router biases are FP32.
+    """
+    wide = "F32" if precision == "float32" else "BF16"
+    copies: dict[str, list[str]] = {}
+    for copy, source in shared_tensors(config).items():
+        copies.setdefault(source, []).append(copy)
+    stored = {}
+    for name, shape in parameter_shapes(config).items():
+        in_fp8 = precision == "fp8" and is_quantized(name)
+        for each in (name, *copies.get(name, ())):
+            stored[each] = ("F8_E4M3" if in_fp8 else wide, shape)
+        if in_fp8:
+            stored[scale_name(name)] = ("F32", scale_shape(shape))
+    return stored | {name: ("F32", shape) for name, shape in bias_shapes(config).items()}
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, Shape]:

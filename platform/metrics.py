@@ -25,6 +25,8 @@ TABLE: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("train_loss", "nats/token", "Mean next-token loss of the global batch"),
+        Metric("train_prediction_loss", "nats/token", "Mean loss of multi-token prediction, over its depths"),
+        Metric("train_balance_loss", "", "Sequence-wise balance loss per layer, without its factor; 1 is even"),
         Metric("train_grad_norm", "", "Global gradient norm before clipping"),
         Metric("train_learning_rate", "", "Learning rate of the step", digits=6),
         Metric("train_bias_speed", "", "Router bias update speed of the step", digits=5),

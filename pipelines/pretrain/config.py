@@ -28,7 +28,7 @@ def model_config(section: Any, vocab_size: int) -> ModelConfig:
 
 
 class Schedule(StepConfig):
-    """Learning rate over tokens (arXiv 2412.19437, 4.2): linear warm-up, constant, cosine to the final rate."""
+    """What changes over tokens (arXiv 2412.19437, 4.2). Learning rate: linear warm-up, constant, cosine to the end."""
 
     peak: float = Field(3e-3, gt=0, description="learning rate after warm-up")
     final: float = Field(3e-4, ge=0, description="learning rate at the end")
@@ -36,6 +36,8 @@ class Schedule(StepConfig):
     decay_tokens: int | None = Field(None, ge=0, description="the last so many tokens decay (default: half)")
     bias_speed: float = Field(1e-3, ge=0, description="router bias update speed")
     bias_frozen_tokens: int = Field(0, ge=0, description="the last so many tokens leave the router biases as they are")
+    prediction_weight: float = Field(0.3, ge=0, description="weight of the multi-token prediction loss")
+    prediction_weight_final: float = Field(0.1, ge=0, description="the same once the learning rate decays")
 
 
 class PretrainConfig(StepConfig):
@@ -51,12 +53,16 @@ class PretrainConfig(StepConfig):
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
     document_mask: bool = Field(True, description="attention stays within a document, positions restart there")
     seed: int = 1
 
     workers: int = operational(2, gt=0)
     expert_parallel: int = operational(2, gt=0)
     micro_batch_sequences: int | None = operational(None, gt=0)
+    recompute: bool = operational(
+        False, description="hold less for the backward, compute norms and up-projections again"
+    )
     data_workers: int = operational(1, gt=0)
     checkpoint_every: int = operational(50, gt=0)
     keep_checkpoints: int = operational(2, gt=0)

@@ -25,7 +25,7 @@ from moray.pipelines.pretrain.checkpoint import Checkpoints
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optimizer import PlainOptimizer
-from moray.pipelines.pretrain.schedule import bias_speed, learning_rate
+from moray.pipelines.pretrain.schedule import bias_speed, learning_rate, prediction_weight
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
@@ -81,6 +81,7 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     model.init_weights(job.config.seed)
     model.train()
+    model.set_recompute(job.config.recompute)
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)
     return Worker(job, mesh, device, model, PlainOptimizer(model, mesh, job.config), checkpoints, loaders)
 
@@ -109,14 +110,16 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
     The tensor is each MoE layer's load: the pairs of its fullest expert over their mean, 1 for an even layer.
     """
     config = worker.job.config
-    totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss sum, counted tokens
+    weight = prediction_weight(config.schedule, tokens, worker.total_tokens)
+    totals = torch.zeros(4, dtype=torch.float64, device=worker.device)
     for ids, targets, documents in micro_batches(worker, batch):
-        loss, count = worker.model.loss_sum(ids, targets, documents)
-        torch.autograd.backward(loss)
-        totals += torch.stack((loss.detach().double(), count.double()))
+        terms = worker.model.training_loss(ids, targets, documents)
+        torch.autograd.backward(terms.main + weight * terms.prediction + config.balance_factor * terms.balance)
+        sums = (terms.main, terms.prediction, terms.balance, terms.count)
+        totals += torch.stack([value.detach().double() for value in sums])
     if worker.mesh.world > 1:
         dist.all_reduce(totals)
-    loss_sum, counted = totals[0], totals[1]
+    loss_sum, prediction_sum, balance_sum, counted = totals
     worker.optimizer.reduce(counted.to(torch.float32))
     norm = worker.optimizer.clip(config.clip)
     rate = learning_rate(config.schedule, tokens, worker.total_tokens)
@@ -128,11 +131,22 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
         raise FloatingPointError(f"the loss is {loss.item()} after {tokens:,} tokens; lower schedule.peak or clip")
     return {
         "train_loss": loss.item(),
+        **_further_terms(worker, prediction_sum.item() / counted.item(), balance_sum.item()),
         "train_grad_norm": norm.item(),
         "train_learning_rate": rate,
         "train_bias_speed": speed,
         "train_max_violation": balance.max_vio_L.max().item() if len(balance.max_vio_L) else 0.0,
     }, balance.max_vio_L + 1
+
+
+def _further_terms(worker: Worker, prediction: float, balance: float) -> dict[str, float]:
+    """What the model has beside its main loss: per counted token, and per layer and token."""
+    terms = {}
+    if worker.job.model.num_nextn_predict_layers:
+        terms["train_prediction_loss"] = prediction
+    if worker.job.model.moe_layers:
+        terms["train_balance_loss"] = balance / (worker.step_tokens * len(worker.job.model.moe_layers))
+    return terms
 
 
 def micro_batches(worker: Worker, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
@@ -183,14 +197,15 @@ class Report:
         if self._events is None:
             return
         self._waited += waited
-        self._metric("train_loss", figures["train_loss"], step)
+        figures = dict(figures)
+        self._metric("train_loss", figures.pop("train_loss"), step)
         now = time.monotonic()
         elapsed = now - self._last[0]
         if elapsed < REPORT_SECONDS and tokens < self._total:
             return
         rate = (tokens - self._last[1]) / elapsed
-        for name in ("train_grad_norm", "train_learning_rate", "train_bias_speed", "train_max_violation"):
-            self._metric(name, figures[name], step)
+        for name, value in figures.items():
+            self._metric(name, value, step)
         self._metric("train_tokens", tokens, step)
         self._metric("train_tokens_per_second", rate, step)
         self._metric("train_data_wait", self._waited / elapsed, step)

@@ -62,7 +62,7 @@ class ModelReplica:
         from moray.pipelines.serve.text import Vocabulary
 
         torch.set_num_threads(threads)
-        model = checkpoint.load(folder)
+        model = checkpoint.load(folder, prediction=False)
         vocabulary = Vocabulary.load(Path(folder), model.config.bos_token_id, model.config.eos_token_id)
         self._name = name
         self._engine = AsyncEngine(Engine(model, vocabulary), threads)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.kernels.router import route
+from moray.kernels.router import route, sequence_balance
 
 
 @st.composite
@@ -62,3 +62,31 @@ def test_negative_choices_of_kept_groups_beat_dropped_groups():
 def test_weights_are_differentiable():
     logits_TE = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: route(x, torch.zeros(8), top_k=3)[1], logits_TE)
+
+
+@given(
+    sequences=st.integers(1, 3), length=st.integers(0, 7), experts=st.integers(2, 6), seed=st.integers(0, 2**31),
+    data=st.data(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_sequence_balance_is_the_published_sum(sequences, length, experts, seed, data):
+    top_k = data.draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(sequences * length, experts, dtype=torch.float64, generator=generator, requires_grad=True)
+    expected = torch.zeros((), dtype=torch.float64)
+    for rows_TE in logits_TE.sigmoid().split(length) if length else ():
+        for i in range(experts):
+            chosen = sum(i in sorted(range(experts), key=lambda e: -row[e].item())[:top_k] for row in rows_TE)
+            f_i = experts / (top_k * length) * chosen
+            p_i = sum(row[i] / row.sum() for row in rows_TE) / length
+            expected = expected + length * f_i * p_i
+    found = sequence_balance(logits_TE, top_k, sequences)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    if length:
+        ours, theirs = (torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_an_even_load_has_a_balance_loss_of_one_per_token():
+    logits_TE = torch.eye(4, dtype=torch.float64).repeat(3, 1)
+    torch.testing.assert_close(sequence_balance(logits_TE, 1, 3), torch.tensor(12.0, dtype=torch.float64))

@@ -69,10 +69,9 @@ def test_a_range_of_experts_loads_its_own(make_model, tmp_path):
         save(part, tmp_path / "again")
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int4"])
-def test_an_unknown_precision_is_refused(make_model, tmp_path, precision):
-    with pytest.raises(ValueError, match=precision):
-        save(make_model(torch.float32), tmp_path, precision)
+def test_an_unknown_precision_is_refused(make_model, tmp_path):
+    with pytest.raises(ValueError, match="'int4' must be one of float32, bf16, fp8"):
+        save(make_model(torch.float32), tmp_path, "int4")
 
 
 NAME = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -96,14 +95,40 @@ def test_a_spoilt_checkpoint_is_refused_by_tensor(make_model, tmp_path, spoil, m
         load(tmp_path)
 
 
-def test_prediction_layers_of_a_foreign_checkpoint_are_not_read(make_model, tmp_path):
+def _edit(folder, change_tensors=None, **config):
+    tensors = load_file(folder / "model.safetensors")
+    if change_tensors:
+        change_tensors(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    hf = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(hf))
+
+
+def test_prediction_layers_that_a_config_only_speaks_of_are_left_out(make_model, tmp_path):
     model = make_model(torch.float32)
     save(model, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.3.eh_proj.weight": torch.zeros(2)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    _edit(tmp_path, num_nextn_predict_layers=1)  # as transformers leaves it
     _assert_same(model, load(tmp_path))
+    _edit(tmp_path, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(24, 48)}))
+    with pytest.raises(ValueError, match=r"'model\.layers\.3\.input_layernorm\.weight' is missing"):
+        load(tmp_path)
+
+
+def test_prediction_layers_come_with_the_tensors_they_share_and_may_be_left_out(make_model, tmp_path):
+    model = make_model(torch.float32, num_nextn_predict_layers=2)
+    save(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for layer in (3, 4):
+        assert torch.equal(stored[f"model.layers.{layer}.embed_tokens.weight"], model.model.embed_tokens.weight)
+        assert torch.equal(stored[f"model.layers.{layer}.shared_head.head.weight"], model.lm_head.weight)
+    _assert_same(model, load(tmp_path))
+    served = load(tmp_path, prediction=False)
+    assert served.config == model.config.without_prediction()
+    ids = torch.randint(0, 50, (1, 5))
+    assert torch.equal(served(ids).logits, model.eval()(ids).logits)
+    _edit(tmp_path, lambda tensors: tensors["model.layers.4.embed_tokens.weight"].fill_(1.0))
+    with pytest.raises(ValueError, match=r"'model\.layers\.4\.embed_tokens\.weight' differs from 'model\.embed_tokens"):
+        load(tmp_path)
 
 
 def test_a_cut_file_and_a_folder_without_a_model_are_refused(make_model, tmp_path):

@@ -1,9 +1,11 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
 
 from moray.models.config import ModelConfig
+from moray.models.yarn import Yarn
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,8 @@ from moray.models.config import ModelConfig
         ("first_k_dense_replace", 4, "num_hidden_layers = 3"),
         ("qk_rope_head_dim", 3, "even"),
         ("v_head_dim", 11, "= 10"),
-        ("num_nextn_predict_layers", 1, "multi-token prediction"),
+        ("num_nextn_predict_layers", -1, "at least 0"),
+        ("rope_scaling", "yarn", "mapping"),
     ],
 )
 def test_a_bad_value_is_refused_by_field_value_and_rule(config, field, value, rule):
@@ -34,7 +37,9 @@ def test_a_bad_value_is_refused_by_field_value_and_rule(config, field, value, ru
 
 
 def test_survives_hugging_faces_json(config):
-    for original in (config, dataclasses.replace(config, q_lora_rank=None, eos_token_id=None)):
+    yarn = Yarn(40.0, 4096, mscale_all_dim=1.0)
+    others = {"q_lora_rank": None, "eos_token_id": None, "rope_scaling": yarn, "num_nextn_predict_layers": 2}
+    for original in (config, dataclasses.replace(config, **others)):
         assert ModelConfig.from_hf(json.loads(json.dumps(original.to_hf()))) == original
 
 
@@ -42,9 +47,12 @@ def test_survives_hugging_faces_json(config):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type = 'llama'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rotary scaling 'yarn' is not supported yet"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling lacks factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_scaling.factor = 0.5 must be at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_slow": 64}}, "rope_scaling.beta_slow = 64"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": 2}}, "attention_factor = 2 is not"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fats": 2}}, r"unknown fields \['beta_fats'\]"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rotary scaling 'linear'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"scoring_func": "softmax"}, "scoring_func = 'softmax' must be 'sigmoid'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"num_key_value_heads": 1}, "num_key_value_heads = 1"),
@@ -69,6 +77,22 @@ def test_rope_theta_is_read_from_either_place(config):
     assert ModelConfig.from_hf(hf).rope_theta == 5000.0
 
 
-def test_prediction_layers_are_left_out_with_a_warning(config, caplog):
-    assert ModelConfig.from_hf(config.to_hf() | {"num_nextn_predict_layers": 1}) == config
-    assert "1 multi-token prediction layers" in caplog.text
+def test_yarn_is_read_from_either_place_and_from_json(config):
+    fields = {"factor": 40, "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 0.707}
+    expected = Yarn(**fields)
+    for place, kind in (("rope_scaling", "type"), ("rope_parameters", "rope_type")):
+        assert ModelConfig.from_hf(config.to_hf() | {place: {kind: "yarn", **fields}}).rope_scaling == expected
+    scaled = dataclasses.replace(config, rope_scaling=expected)
+    assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(scaled)))) == scaled
+
+
+def test_yarns_published_numbers():
+    """DeepSeek-V3: factor 40, both magnitudes 1 (sqrt(t) = 0.1 ln 40 + 1); 64 elements at theta 10000."""
+    yarn = Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
+    assert yarn.rotary_magnitude == 1.0
+    assert yarn.score_magnitude == pytest.approx(1.3689, abs=1e-4)
+    scales = yarn.frequency_scales(64, 10000.0)
+    # beta_fast = 32 turns falls on pair 10.5, beta_slow = 1 on pair 22.5.
+    assert scales[:11] == [1.0] * 11
+    assert scales[23:] == pytest.approx([1 / 40] * 9)
+    assert all(a > b for a, b in itertools.pairwise(scales[10:24]))

@@ -5,12 +5,13 @@ from moray.models.cache import LatentCache
 from moray.models.dispatch import LocalDispatcher
 from moray.models.model import DeepseekV3
 from moray.models.tensors import bias_shapes, parameter_shapes
+from moray.models.yarn import Yarn
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def test_names_and_shapes_are_those_of_the_config(make_model):
-    for variant in ({}, {"q_lora_rank": None, "n_shared_experts": 0}):
+    for variant in ({"num_nextn_predict_layers": 2}, {"q_lora_rank": None, "n_shared_experts": 0}):
         model = make_model(**variant)
         found = {name: tuple(view.shape) for name, view, _ in model.logical_parameters()}
         assert found == parameter_shapes(model.config)
@@ -94,7 +95,10 @@ def test_loss_sum_counts_what_the_mask_and_targets_say(make_model):
     torch.testing.assert_close(nll, expected, **EXACT)
 
 
-@pytest.mark.parametrize("variant", [{}, {"q_lora_rank": None, "first_k_dense_replace": 0}])
+YARN = Yarn(4.0, 16, mscale=0.707, mscale_all_dim=1.0)
+
+
+@pytest.mark.parametrize("variant", [{"rope_scaling": YARN}, {"q_lora_rank": None, "first_k_dense_replace": 0}])
 def test_prefill_and_decode_equal_the_full_forward(make_model, variant):
     model = make_model(**variant).eval()
     lengths, block = [11, 5], 4

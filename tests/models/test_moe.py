@@ -11,7 +11,7 @@ def _moe(model):
 
 
 def _run(moe, rows_TD):
-    routing = moe.route(rows_TD)
+    routing = moe.route(rows_TD, 1)
     handle = moe.dispatch(rows_TD, routing)
     return moe.aggregate(rows_TD, routing, moe.combine(handle, moe.compute(handle)))
 
@@ -19,7 +19,7 @@ def _run(moe, rows_TD):
 def test_stages_equal_a_sum_over_each_tokens_experts(make_model):
     moe = _moe(make_model())
     rows_TD = torch.randn(13, 24, dtype=torch.float64)
-    routing = moe.route(rows_TD)
+    routing = moe.route(rows_TD, 1)
     shard = moe.experts
     expected = moe.shared_experts(rows_TD)
     for t, row in enumerate(rows_TD):

@@ -1,0 +1,195 @@
+"""A Hugging Face folder of safetensors files: planned writing, lazy reading.
+
+Notable: the writer knows every tensor's dtype and shape before the first one comes, so a shard's header is written
+first and each tensor goes straight to its place, in any order: nothing is collected, and memory stays at one tensor.
+(The library's `save_file` takes a whole shard and copies it once more.) Shards get their names when all are whole, and
+`config.json` is removed first and written last, so a folder with a config is a complete one at every instant.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moray.models.tensors import Shape
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_TEMPORARY = ".part-{:05d}.safetensors"
+SHARD_BYTES = 2_000_000_000
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+
+Layout = Mapping[str, tuple[str, Shape]]
+
+
+class FolderWriter:
+    """Writes the tensors of `layout` (name -> safetensors dtype, shape) to a folder, replacing the model that is there.
+
+    A context: leaving it without `finish`, or with an error, leaves no model and no remains.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._places: dict[str, tuple[int, int, int]] = {}  # name -> shard, offset in the file, bytes
+        self._layout = layout
+        self._shards = list(_shards(layout, shard_bytes))
+        self._files: list[BinaryIO] = []
+
+    def __enter__(self) -> "FolderWriter":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / CONFIG).unlink(missing_ok=True)
+        for number, names in enumerate(self._shards):
+            file = (self._folder / _TEMPORARY.format(number)).open("wb")
+            self._files.append(file)
+            header, begin = _header(self._layout, names), 0
+            file.write(header)
+            for name in names:
+                size = _bytes(*self._layout[name])
+                self._places[name] = (number, len(header) + begin, size)
+                begin += size
+            file.truncate(len(header) + begin)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Puts a tensor, which must have the layout's dtype and shape, in its place. Each name once."""
+        shard, offset, size = self._places.pop(name)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert raw.nbytes == size
+        self._files[shard].seek(offset)
+        raw.tofile(self._files[shard])
+
+    @property
+    def missing(self) -> list[str]:
+        """Names that have not come yet."""
+        return list(self._places)
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Names the shards, removes what an earlier model left, writes index and config."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for stale in [*self._folder.glob("model*.safetensors"), self._folder / INDEX]:
+            stale.unlink(missing_ok=True)
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self._folder / _TEMPORARY.format(number)).replace(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            total = sum(_bytes(*entry) for entry in self._layout.values())
+            write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self._folder / CONFIG, config)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files:
+            file.close()
+        for path in self._folder.glob(".part-*"):
+            path.unlink()
+
+
+class FolderReader:
+    """The tensors of a folder, read when asked for. Raises FileNotFoundError or ValueError naming the file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = _read_json(folder / CONFIG)
+        index = folder / INDEX
+        files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
+        # From the files themselves: the index may be wrong about them.
+        self._shards = {name: _open(folder / name) for name in files}
+        self._holder = {name: file for file, shard in self._shards.items() for name in shard.keys()}  # noqa: SIM118
+
+    def names(self) -> Iterator[str]:
+        """Every tensor's name, file by file."""
+        yield from self._holder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._holder
+
+    def entry(self, name: str) -> tuple[str, Shape]:
+        """A tensor's dtype, as safetensors says it, and shape, without reading it."""
+        part = self._shards[self._holder[name]].get_slice(name)
+        return str(part.get_dtype()), tuple(part.get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; its memory is the file's, mapped."""
+        file = self._holder[name]
+        try:
+            tensor: Tensor = self._shards[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"tensor {name!r} cannot be read from {self.folder / file}: {error}") from None
+        return tensor
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _bytes(dtype: str, shape: Shape) -> int:
+    size = DTYPES[dtype].itemsize
+    for extent in shape:
+        size *= extent
+    return size
+
+
+def _shards(layout: Layout, limit: int) -> Iterator[list[str]]:
+    """Consecutive names up to `limit` bytes; a larger tensor is a shard of its own."""
+    names: list[str] = []
+    size = 0
+    for name, entry in layout.items():
+        if names and size + _bytes(*entry) > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += _bytes(*entry)
+    yield names
+
+
+def _header(layout: Layout, names: list[str]) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON, filled up to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in names:
+        dtype, shape = layout[name]
+        end = begin + _bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} lacks the weights in {path.name}")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None

@@ -1,0 +1,52 @@
+"""Multi-token prediction: one more layer per token further ahead (DeepSeek-V3 §2.2).
+
+Depth k takes, at every place, the normalised hidden row of depth k - 1 (depth 0 is the model) and the embedding of the
+token k places on, and predicts the token k + 1 places on through the model's own head. Embedding and head are the
+model's tensors, not copies.
+
+Notable: the projection's input is the embedding first and the hidden row second, as in the published weights (the
+paper's equation 21 has them the other way round), and the row it takes is the one *after* the last norm, as vLLM,
+SGLang and transformers compute it.
+
+Shapes: B batch, T tokens, D hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moray.models.config import ModelConfig
+from moray.models.decoder import DecoderLayer
+from moray.models.layer import Dispatcher
+from moray.models.linear import Linear, RMSNorm
+
+
+class PredictionHead(nn.Module):
+    """The norm before the shared head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class PredictionLayer(DecoderLayer):
+    """A decoder layer whose input joins what was understood so far with the next token."""
+
+    def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
+        super().__init__(config, index, experts, dispatcher)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = PredictionHead(config)
+
+    def join(self, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """The layer's input."""
+        joined_BTD: Tensor = self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), dim=-1))
+        return joined_BTD
+
+
+def ahead(values_BT: Tensor, places: int, filler: int) -> Tensor:
+    """Each row moved `places` to the left; `filler` comes in from the right."""
+    moved_BT = torch.full_like(values_BT, filler)
+    if places < values_BT.shape[1]:
+        moved_BT[:, : values_BT.shape[1] - places] = values_BT[:, places:]
+    return moved_BT

@@ -1,0 +1,131 @@
+"""Computing again instead of keeping (DeepSeek-V3 §3.2.3): what is cheap to compute is not held for the backward.
+
+V3 does so for all RMSNorms and for the up-projections of latent attention: their outputs are large (queries, keys and
+values of all heads), their inputs small and held anyway. `Recompute` is a context over the forward of one layer. What
+`run` computes is handed on as it is; but whoever wants to keep it for the backward, within `run` or after it, keeps a
+note. The first note that is redeemed computes the tensors again, the last one lets them go.
+
+Notable: nothing runs twice in the forward, and neither router nor dispatch runs again in the backward, so counts and
+collectives are as they were; gradients are the same to the bit. (torch.utils.checkpoint can recompute the inside of a
+region, but not its outputs, which the products after a norm hold.)
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Outputs = TypeVar("Outputs", bound=Tensor | tuple[Tensor, ...])
+_hooks = torch.autograd.graph.saved_tensors_hooks
+
+
+class _Region(Generic[Outputs]):
+    """One `run`: how to have its tensors again, and how many notes are out."""
+
+    def __init__(self, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> None:
+        self._function = function
+        self._inputs = inputs
+        self._kept = {tensor.data_ptr() for tensor in inputs}
+        self._again: list[Tensor] | None = None
+        self.saved = 0
+        self.notes = 0
+
+    def forward(self) -> Outputs:
+        """Runs with a note for every tensor that is to be saved, but for the inputs and parameters."""
+
+        def pack(tensor: Tensor) -> "Tensor | _Note":
+            self.saved += 1
+            keep = tensor.is_leaf or tensor.data_ptr() in self._kept
+            return tensor if keep else _Note(self, self.saved - 1, tensor)
+
+        with _hooks(pack, _redeem):
+            return self._function(*self._inputs)
+
+    def tensor(self, index: int) -> Tensor:
+        """The tensor saved as number `index`; the outputs are numbered on after the saved ones."""
+        if self._again is None:
+            self._again = self._run_again()
+        tensor = self._again[index]
+        self.notes -= 1
+        if not self.notes:
+            self._again = None
+        return tensor
+
+    def _run_again(self) -> list[Tensor]:
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor.detach())
+            return tensor
+
+        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._inputs]
+        with torch.enable_grad(), _hooks(pack, lambda tensor: tensor):
+            outputs = self._function(*inputs)
+        assert len(saved) == self.saved
+        return saved + [output.detach() for output in _each(outputs)]
+
+
+class _Note:
+    """Stands for a tensor, or a view of one, that the region can compute again."""
+
+    def __init__(self, region: "_Region[Any]", index: int, tensor: Tensor) -> None:
+        self._region, self._index = region, index
+        self._geometry = (tensor.shape, tensor.stride(), tensor.storage_offset())
+        region.notes += 1
+
+    def redeem(self) -> Tensor:
+        return self._region.tensor(self._index).as_strided(*self._geometry)
+
+
+def _each(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _redeem(packed: "Tensor | _Note") -> Tensor:
+    return packed.redeem() if isinstance(packed, _Note) else packed
+
+
+class Recompute:
+    """The context of one layer's forward; it may be entered again. With `on` False, or without gradients, it does
+    nothing."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on and torch.is_grad_enabled()
+        self._outputs: dict[
+            int, tuple[_Region[Any], int, Tensor]
+        ] = {}  # by address; the tensor keeps the address taken
+        self._entered: Any = None
+
+    def run(self, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
+        """`function(*inputs)`, one tensor or several, which are computed again for the backward. They must depend on
+        nothing but the inputs and on parameters, and be whole (no views of other tensors)."""
+        if not self._on:
+            return function(*inputs)
+        region = _Region(function, inputs)
+        outputs = region.forward()
+        for index, output in enumerate(_each(outputs)):
+            if output.numel():  # memory of no size has no address
+                self._outputs[output.untyped_storage().data_ptr()] = (region, region.saved + index, output)
+        return outputs
+
+    def __enter__(self) -> "Recompute":
+        if self._on:
+            self._entered = _hooks(self._pack, _redeem)
+            self._entered.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on:
+            self._entered.__exit__(kind, error, trace)
+
+    def forget(self) -> None:
+        """Lets the outputs go, when the layer's forward is over."""
+        self._outputs.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Note:
+        known = self._outputs.get(tensor.untyped_storage().data_ptr())
+        return tensor if known is None else _Note(known[0], known[1], tensor)

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.kernels.quantize import E4M3_MAX, check_scales, dequantize, quantize
+
+BLOCKS = [(1, 128), (128, 1), (128, 128)]
+# Every non-negative E4M3 number.
+GRID = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+
+
+def _nearest(values):
+    """The nearest E4M3 numbers in float64, ties to the even mantissa."""
+    magnitude = values.abs()
+    above = torch.searchsorted(GRID, magnitude).clamp(max=len(GRID) - 1)
+    below = (above - 1).clamp(min=0)
+    up, down = GRID[above] - magnitude, magnitude - GRID[below]
+    tie_up = above % 2 == 0
+    pick = torch.where((up < down) | ((up == down) & tie_up), above, below)
+    return GRID[pick] * values.sign()
+
+
+def _spread(scales, block, shape):
+    return scales.double().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[0], : shape[1]]
+
+
+@given(
+    block=st.sampled_from(BLOCKS),
+    rows=st.sampled_from([1, 2, 127, 128, 131]),
+    columns=st.sampled_from([1, 7, 128, 129, 257]),
+    stack=st.sampled_from([(), (2,)]),
+    exponent=st.sampled_from([-100, -30, -3, 0, 20, 100]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    power_of_two=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_number_is_the_nearest_and_nothing_saturates(
+    block, rows, columns, stack, exponent, dtype, power_of_two, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(*stack, rows, columns, generator=generator) * 2.0**exponent).to(dtype)
+    fp8, scales = quantize(x, block, power_of_two)
+    check_scales(fp8, scales, block)
+    spread = _spread(scales, block, (rows, columns))
+    # The quotient is FP32's, which is what a kernel computes.
+    quotient = (x.float() / spread.float()).double().clamp(-E4M3_MAX, E4M3_MAX)
+    assert torch.equal(fp8.double(), _nearest(quotient))
+    assert torch.equal(dequantize(fp8, scales, block).double(), (fp8.double() * spread).float().double())
+    largest = x.double().abs().amax((-2, -1))
+    assert (spread.amax((-2, -1)) >= largest / E4M3_MAX * (1 - 2**-23)).all()
+    if power_of_two:
+        assert (torch.frexp(scales).mantissa == 0.5).all()
+        assert (spread.amax((-2, -1)) < 2 * largest / E4M3_MAX * (1 + 2**-23)).all()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rows_without_columns_and_no_rows(block):
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        fp8, scales = quantize(torch.zeros(shape), block)
+        assert fp8.shape == shape
+        check_scales(fp8, scales, block)
+        assert dequantize(fp8, scales, block).shape == shape
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_extreme_values(power_of_two):
+    def there_and_back(*values):
+        x = torch.tensor([values])
+        return dequantize(*quantize(x, (1, 128), power_of_two))[0]
+
+    assert there_and_back(0.0, -0.0).tolist() == [0.0, 0.0]
+    assert there_and_back(448.0, -448.0, 1.0).tolist() == [448.0, -448.0, 1.0]
+    tiny = torch.tensor([1e-30, -5e-31])
+    torch.testing.assert_close(there_and_back(*tiny.tolist()), tiny, rtol=1 / 16, atol=0)
+    assert there_and_back(1e-42, 0.0).tolist() == [0.0, 0.0]  # below half of 2^-126 times the smallest E4M3 number
+    largest = 3e38
+    assert there_and_back(largest, -largest).isfinite().all()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert there_and_back(1.0, bad).isnan().all()
+
+
+def test_a_power_of_two_scale_stays_where_the_quotient_is_one_exactly():
+    _, scales = quantize(torch.full((1, 4), E4M3_MAX * 0.25), (1, 128), power_of_two=True)
+    assert scales.item() == 0.25
+
+
+def test_scales_that_do_not_fit_are_named():
+    fp8, scales = quantize(torch.zeros(3, 200), (1, 128))
+    with pytest.raises(ValueError, match=r"scales have shape \(3, 2\), blocks of \(128, 128\) need \(1, 2\)"):
+        check_scales(fp8, scales, (128, 128))

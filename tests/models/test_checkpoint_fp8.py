@@ -1,0 +1,127 @@
+"""The official FP8 form: what is stored, that it stays as it is, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moray.kernels.quantize import BLOCK, dequantize
+from moray.models.cache import LatentCache
+from moray.models.checkpoint import convert, load, save
+from moray.models.tensors import is_quantized, parameter_shapes, scale_name
+
+# Sizes above a block, and not multiples of one.
+WIDE = {"hidden_size": 136, "intermediate_size": 150, "moe_intermediate_size": 130, "initializer_range": 0.05}
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    model = make_model(torch.float32, num_nextn_predict_layers=1, **WIDE)
+    save(model, tmp_path / "wide", "bf16")
+    save(load(tmp_path / "wide"), tmp_path / "fp8", "fp8")
+    return tmp_path
+
+
+def test_the_layout_is_the_official_one(folder):
+    stored = load_file(folder / "fp8" / "model.safetensors")
+    wide = load_file(folder / "wide" / "model.safetensors")
+    config = load(folder / "fp8").config
+    hf = json.loads((folder / "fp8" / "config.json").read_text())
+    assert hf["quantization_config"] == {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    assert stored.keys() == wide.keys() | {scale_name(n) for n in parameter_shapes(config) if is_quantized(n)}
+    for name, tensor in wide.items():
+        if not is_quantized(name):
+            assert torch.equal(stored[name], tensor), name
+            continue
+        scales = stored[scale_name(name)]
+        assert stored[name].dtype == torch.float8_e4m3fn
+        assert scales.dtype == torch.float32
+        assert scales.shape == tuple(-(-size // 128) for size in tensor.shape)
+        back = dequantize(stored[name], scales, (BLOCK, BLOCK))
+        # Half a step of E4M3's three bits, or half its smallest number.
+        bound = torch.maximum(tensor.float().abs() / 16, scales.max() * 2.0**-10)
+        assert ((back - tensor.float()).abs() <= bound).all(), name
+    quantized = {
+        name.split(".", 3)[-1].split("experts.")[-1].lstrip("0123456789.") for name in wide if is_quantized(name)
+    }
+    assert "mlp.gate.weight" not in quantized
+    assert "eh_proj.weight" not in quantized
+    assert "self_attn.kv_a_proj_with_mqa.weight" in quantized
+
+
+def test_fp8_stays_fp8_bit_for_bit(folder):
+    model = load(folder / "fp8")
+    assert model.shards()[0].w_up_EFD.dtype == torch.float8_e4m3fn
+    save(model, folder / "again", "fp8")
+    convert(folder / "fp8", folder / "converted", "fp8")
+    for name in ("model.safetensors", "config.json"):
+        original = (folder / "fp8" / name).read_bytes()
+        assert (folder / "again" / name).read_bytes() == original
+        assert (folder / "converted" / name).read_bytes() == original
+
+
+def test_it_computes_what_its_wide_form_computes(folder):
+    ids = torch.randint(0, 50, (2, 9))
+    stored, wide = load(folder / "fp8"), load(folder / "fp8", dequantize=True)
+    assert wide.shards()[0].w_up_EFD.dtype == torch.float32
+    assert torch.equal(stored(ids).logits, wide(ids).logits)
+    caches = [LatentCache(model.config, blocks=3, block_size=4) for model in (stored, wide)]
+    tables = torch.arange(3).expand(1, 3)
+    logits = [
+        model.forward_cached(ids[:1], torch.arange(9)[None], cache, tables)
+        for model, cache in zip((stored, wide), caches, strict=True)
+    ]
+    assert torch.equal(*logits)
+    convert(folder / "fp8", folder / "back", "float32")
+    assert torch.equal(load(folder / "back")(ids).logits, wide(ids).logits)
+
+
+def test_a_change_of_dtype_leaves_fp8_alone(folder):
+    model, changed = load(folder / "fp8"), load(folder / "fp8").to(torch.bfloat16)
+    ours = dict(model.logical_scales())
+    assert changed.lm_head.weight.dtype == torch.bfloat16
+    for (name, scales), (_, view, _) in zip(
+        changed.logical_scales(), (p for p in changed.logical_parameters() if is_quantized(p.name)), strict=False
+    ):
+        assert scales.dtype == torch.float32
+        assert torch.equal(scales, ours[name])
+        assert view.dtype == torch.float8_e4m3fn
+    assert changed(torch.zeros(1, 3, dtype=torch.int64)).logits.isfinite().all()
+
+
+NAME = "model.layers.2.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t[NAME].view(torch.uint8)[0, :2].fill_(0xFF), f"tensor '{NAME}' holds values that are not finite"),
+        (lambda t: t.pop(scale_name(NAME)), f"tensor '{NAME}_scale_inv' is missing"),
+        (lambda t: t[scale_name(NAME)].zero_(), f"tensor '{NAME}_scale_inv' holds scales that are not positive"),
+        (lambda t: t.update({scale_name(NAME): torch.ones(1, 2)}), rf"'{NAME}_scale_inv' has shape \(1, 2\)"),
+        (lambda t: t.update({NAME: t[NAME].bfloat16()}), f"tensor '{NAME}' has dtype BF16, the config says F8_E4M3"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}), "'lm_head.weight' has dtype I32"),
+    ],
+)
+def test_a_spoilt_fp8_checkpoint_is_refused_by_tensor(folder, spoil, message):
+    path = folder / "fp8" / "model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        load(folder / "fp8")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("quant_method", "awq"), ("weight_block_size", [64, 64]), ("fmt", "e5m2")]
+)
+def test_another_quantisation_is_refused_by_field(folder, field, value):
+    path = folder / "fp8" / "config.json"
+    hf = json.loads(path.read_text())
+    hf["quantization_config"][field] = value
+    path.write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=rf"quantization_config\.{field} = "):
+        load(folder / "fp8")
