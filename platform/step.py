@@ -8,6 +8,7 @@ instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import time
@@ -243,7 +244,8 @@ class Step(ABC, Generic[ConfigT]):
         """Writes the artifact's files into `ctx.folder`. The runner writes the manifest afterwards."""
 
 
-def step_names() -> dict[str, str]:
+@functools.cache  # what is installed does not change while a process runs, and looking takes 10 ms
+def step_names() -> Mapping[str, str]:
     """Every known step: name -> `module:object`. Built-in names win over entry points."""
     table = {point.name: point.value for point in importlib.metadata.entry_points(group="moray.steps")}
     return table | tomllib.loads(BUILTIN.read_text())["steps"]

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import moray
@@ -23,6 +24,7 @@ def test_local_rows_are_sorted_by_expert_and_come_home():
     assert torch.equal(home_TKD, rows_TD[:, None].expand(3, 2, 2))
 
 
+@pytest.mark.cluster
 def test_process_groups_equal_one_process(tmp_path):
     """EP=2 and EP=4 over gloo, outputs and gradients in float64; see expert_parallel_ranks.py for the cases."""
     environment = os.environ | {"PYTHONPATH": moray.__path__[0]}

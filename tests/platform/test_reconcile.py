@@ -145,7 +145,7 @@ def submission(folder: Path, **fields: Any) -> Submission:
     return Submission.model_validate({"recipe": recipe_text(folder), "folder": str(folder), **fields})
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 1 << 30), slots=st.integers(1, 3), jobs=st.integers(1, 6), retries=st.integers(0, 2))
 def test_every_job_ends_once_whatever_happens(
     tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int, jobs: int, retries: int
