@@ -58,7 +58,7 @@ def save(model: DeepseekV3, folder: str | Path, precision: str = "float32", shar
     config = model.config
     if config.moe_layers and len(model.experts) != config.n_routed_experts:
         raise ValueError(f"the model holds experts {model.experts} of {config.n_routed_experts}: nothing to save whole")
-    _write(folder, config, _weights(model), precision, shard_bytes)
+    write_weights(folder, config, _weights(model), precision, shard_bytes)
 
 
 def _weights(model: DeepseekV3) -> Iterator[Weight]:
@@ -82,19 +82,23 @@ def write(
     Router biases stay FP32 at any precision. Raises ValueError for an unknown precision and, naming it, for a tensor
     that the config does not have, lacks, or that has the wrong shape or a value that is not finite.
     """
-    _write(folder, config, (Weight(name, tensor) for name, tensor in tensors), precision, shard_bytes)
+    write_weights(folder, config, (Weight(name, tensor) for name, tensor in tensors), precision, shard_bytes)
 
 
 def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the model of one folder to another in `precision`, a tensor at a time. Raises as `load` and `write` do."""
-    with_config = Checked(source)
-    weights = (with_config.read(name) for name in checkpoint_shapes(with_config.config))
-    _write(folder, with_config.config, weights, precision, shard_bytes)
+    checked = Checked(source)
+    write_weights(folder, checked.config, checked.weights(), precision, shard_bytes)
 
 
-def _write(
-    folder: str | Path, config: ModelConfig, weights: Iterable[Weight], precision: str, shard_bytes: int
+def write_weights(
+    folder: str | Path,
+    config: ModelConfig,
+    weights: Iterable[Weight],
+    precision: str,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
+    """As `write`, of weights some of which are in FP8."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     expected, biases = checkpoint_shapes(config), bias_shapes(config)
@@ -188,6 +192,11 @@ class Checked:
         _check_values(weight, self._shapes[name])
         return weight
 
+    def weights(self) -> Iterator[Weight]:
+        """Every tensor, in the order of the config."""
+        self.check_copies()
+        yield from (self.read(name) for name in self._shapes)
+
     def check_copies(self) -> None:
         """Raises ValueError where a copy of a tensor that is shared here is another tensor."""
         for copy, source in shared_tensors(self.config).items():
@@ -254,6 +263,13 @@ def load(
         model.store_fp8()
     model = model.to_empty(device="cpu").eval()
     model.reset_counters()
+    load_weights(model, source)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: DeepseekV3, source: Checked) -> None:
+    """Fills the tensors that `model` holds, which must be of the folder's config, on any device and of any dtype."""
     source.check_copies()
     for target in _weights(model):
         weight = source.read(target.name)
@@ -263,4 +279,3 @@ def load(
             assert weight.scales is not None
             target.tensor.copy_(weight.tensor)
             target.scales.copy_(weight.scales)
-    return model

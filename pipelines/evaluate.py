@@ -82,7 +82,7 @@ class Evaluate(Step[EvaluateConfig]):
         model = checkpoint.load(folder, prediction=False)
         total, done = sum(token_set.tokens for token_set in heldout.values()), 0
         for source, token_set in heldout.items():
-            if token_set.vocabulary.size != model.config.vocab_size:
+            if token_set.vocabulary.size > model.config.vocab_size:
                 raise InputError(
                     f"the tokens have a vocabulary of {token_set.vocabulary.size}, the model of "
                     f"{model.config.vocab_size}",

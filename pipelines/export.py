@@ -16,7 +16,7 @@ from moray.platform.step import Step, StepConfig, StepContext
 
 
 class ExportConfig(StepConfig):
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["float32", "bf16", "fp8"] = "float32"
 
 
 class Export(Step[ExportConfig]):

@@ -122,10 +122,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def special_ids(folder: Path) -> dict[str, int]:
-    """Ids of bos, eos and pad."""
-    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    ids = {token["content"]: token["id"] for token in added}
-    return {"bos": ids[BOS], "eos": ids[EOS], "pad": ids[PAD]}
+    """Ids of bos, eos and pad (eos, where there is none). Raises InputError for a tokenizer without bos or eos."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    ids = load_tokenizer(folder).get_vocab(with_added_tokens=True)
+
+    def find(kind: str) -> int | None:
+        token = config.get(f"{kind}_token")
+        return ids.get(token["content"] if isinstance(token, dict) else token)
+
+    bos, eos, pad = find("bos"), find("eos"), find("pad")
+    if bos is None or eos is None:
+        kind = "bos" if bos is None else "eos"
+        raise InputError(
+            f"{folder}: tokenizer_config.json names no {kind}_token of its vocabulary", f"add {kind}_token"
+        )
+    return {"bos": bos, "eos": eos, "pad": eos if pad is None else pad}
 
 
 step = Tokenizer()

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moray.platform.artifacts import ArtifactStore
+import yaml
+
+from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.doctor import require_room
 from moray.platform.errors import InputError, nearest
 from moray.platform.events import Event
 from moray.platform.home import Home
-from moray.platform.recipe import Recipe, load_recipe
+from moray.platform.recipe import Recipe, load_recipe, parse_recipe
 from moray.platform.runner import Decision, Runner, RunResult
 from moray.platform.runner import plan as plan_steps
 from moray.platform.step import Cluster
+from moray.platform.tracking import NEWEST
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -55,6 +59,32 @@ def run(
     opened = open_recipe(recipe, overrides)
     require_room()
     return Runner(home, embedded_cluster(home, cpus), list(listeners)).run(opened)
+
+
+def import_model(
+    path: str | Path,
+    name: str | None = None,
+    precision: str = "as-is",
+    *,
+    home: Home | None = None,
+    listeners: Sequence[Callable[[Event], None]] = (),
+) -> tuple[str, Artifact]:
+    """Brings in a model in the Hugging Face layout; returns its alias, `NAME@newest`, and its artifact.
+
+    precision: "as-is", "float32", "bf16" or "fp8". The same model is not copied twice. Raises InputError naming what is
+    wrong with it.
+    """
+    home = home or Home.from_environment()
+    folder = Path(path).expanduser().absolute()
+    name = name or re.sub(r"[^a-z0-9_-]+", "-", folder.name.lower()).strip("-_")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise InputError(f"name {name!r} must be of a-z, 0-9, - and _", "give another with --name")
+    step = {"uses": "import-model", "with": {"path": str(folder), "precision": precision}}
+    recipe = parse_recipe(yaml.safe_dump({"name": name, "steps": {"import": step}}), Path(f"import of {folder.name}"))
+    result = Runner(home, embedded_cluster(home), list(listeners)).run(recipe)
+    artifact = result.steps["import"].artifact
+    ArtifactStore(home).set_alias(name, NEWEST, artifact)
+    return f"{name}@{NEWEST}", artifact
 
 
 @contextmanager

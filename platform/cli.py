@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from moray.platform import cli_artifacts, cli_jobs, cli_runs, cli_schedule, cli_up
+from moray.platform import cli_artifacts, cli_jobs, cli_models, cli_runs, cli_schedule, cli_up
 from moray.platform.console import Json, err, out, print_json
 from moray.platform.errors import MorayError, nearest
 
@@ -31,6 +31,7 @@ cli_jobs.register(app)
 app.command(cli_schedule.app)
 app.command(cli_runs.app)
 app.command(cli_artifacts.app)
+app.command(cli_models.app)
 
 Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]

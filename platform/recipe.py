@@ -159,7 +159,7 @@ def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: 
         if name not in step.inputs:
             raise RecipeError(f"{at('inputs', name)}: {uses!r} has no input {name!r}", nearest(name, step.inputs))
     for name in step.inputs:
-        if name not in spec.inputs:
+        if name not in spec.inputs and name not in step.optional:
             raise RecipeError(f"{at('inputs')}: step {uses!r} needs the input {name!r}", f"add `{name}: STEP`")
     for name, target in spec.inputs.items():
         if target not in recipe.steps:

@@ -218,13 +218,15 @@ class Step(ABC, Generic[ConfigT]):
     """A kind of work a recipe can name. Instances hold no state; one object serves every run.
 
     `version` is raised when the same config and inputs would give a different result. `inputs` maps the input names
-    a recipe must give to the kind of artifact (`produces` of the step there) each takes.
+    a recipe must give to the kind of artifact (`produces` of the step there) each takes; those in `optional` it may
+    leave out.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     Config: ClassVar[type[StepConfig]]
     inputs: ClassVar[Mapping[str, str]] = {}
+    optional: ClassVar[frozenset[str]] = frozenset()
     produces: ClassVar[str]
     resumable: ClassVar[bool] = False
     needs_ray: ClassVar[bool] = False

@@ -34,6 +34,7 @@ steps:
       checkpoint_every: 4
       schedule: {{peak: 3.0e-3}}
       model: {{preset: tiny, hidden_size: 64, intermediate_size: 128, moe_intermediate_size: 32, num_hidden_layers: 3,
+              num_nextn_predict_layers: 1,
               kv_lora_rank: 16, q_lora_rank: 24, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}}
   export: {{inputs: {{checkpoint: pretrain, tokenizer: tokenizer}}}}
   evaluate: {{inputs: {{model: export, tokens: tokenize, documents: split}}}}

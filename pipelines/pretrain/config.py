@@ -23,8 +23,13 @@ def model_config(section: Any, vocab_size: int) -> ModelConfig:
     """The preset with the section's overrides. ValueError for an unknown preset or an impossible shape."""
     if section.preset not in PRESETS:
         raise ValueError(f"unknown preset {section.preset!r}; there are {', '.join(sorted(PRESETS))}")
+    return overridden(dataclasses.replace(PRESETS[section.preset], vocab_size=vocab_size), section)
+
+
+def overridden(config: ModelConfig, section: Any) -> ModelConfig:
+    """`config` with the section's overrides. ValueError for an impossible shape."""
     given = {name: value for name in _OVERRIDES if (value := getattr(section, name)) is not None}
-    return dataclasses.replace(PRESETS[section.preset], vocab_size=vocab_size, **given)
+    return dataclasses.replace(config, **given)
 
 
 class Schedule(StepConfig):
@@ -80,3 +85,4 @@ class Job:
     events: str
     step: str
     threads: int
+    initial: str | None = None  # a Hugging Face folder to go on from

@@ -18,7 +18,8 @@ from moray.actors.mixture import Mixture
 from moray.actors.token_set import open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
-from moray.pipelines.pretrain.config import Job, PretrainConfig, model_config
+from moray.models.tensors import checkpoint_shapes
+from moray.pipelines.pretrain.config import Job, PretrainConfig, model_config, overridden
 from moray.pipelines.pretrain.layout import check_layout
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed
@@ -32,15 +33,21 @@ class Pretrain(Step[PretrainConfig]):
     name: ClassVar[str] = "pretrain"
     version: ClassVar[int] = 1
     Config = PretrainConfig
-    inputs: ClassVar[dict[str, str]] = {"tokens": "tokens"}
+    inputs: ClassVar[dict[str, str]] = {"tokens": "tokens", "model": "model"}
+    optional: ClassVar[frozenset[str]] = frozenset({"model"})  # to go on from, instead of random weights
     produces: ClassVar[str] = "checkpoint"
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
     def check(self, config: PretrainConfig, inputs: Mapping[str, str]) -> None:
+        if "model" in inputs and "preset" in config.model.model_fields_set:
+            raise RecipeError("model.preset is given, and a model to go on from", "leave one of them out")
         try:
-            shape = model_config(config.model, vocab_size=1 << 16)  # the real vocabulary is the tokenizer's
-            check_layout(config.workers, config.expert_parallel, shape.n_routed_experts, config.batch_sequences)
+            experts = None
+            if "model" not in inputs:
+                # The real vocabulary is the tokenizer's.
+                experts = model_config(config.model, vocab_size=1 << 16).n_routed_experts
+            check_layout(config.workers, config.expert_parallel, experts, config.batch_sequences)
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
@@ -66,6 +73,7 @@ class Pretrain(Step[PretrainConfig]):
         job = Job(
             config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
             events=str(ctx.run / "events"), step=ctx.step,
+            initial=str(ctx.inputs["model"].folder) if "model" in ctx.inputs else None,
             threads=max(1, topology.cpus // ctx.config.workers),
         )  # fmt: skip
         size = parameter_count(config)
@@ -78,7 +86,7 @@ class Pretrain(Step[PretrainConfig]):
         self._finish(ctx, config, job, sum(token_set.tokens for token_set in sets.values()))
 
     def _model(self, ctx: StepContext[PretrainConfig], vocab_size: int, bos: int, eos: int) -> ModelConfig:
-        config = model_config(ctx.config.model, vocab_size)
+        config = _continued(ctx, vocab_size) if "model" in ctx.inputs else model_config(ctx.config.model, vocab_size)
         return dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos)
 
     def _finish(self, ctx: StepContext[PretrainConfig], config: ModelConfig, job: Job, available: int) -> None:
@@ -97,6 +105,29 @@ class Pretrain(Step[PretrainConfig]):
             ctx.counts["final_loss"] = sum(tail) / len(tail)
             ctx.outcome = f"loss {curve[0][1]:.3f} -> {ctx.counts['final_loss']:.3f} nats/token, "
         ctx.outcome += f"{trained / available:.2f} epochs"
+
+
+def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig:
+    """The shape of the model to go on from, with the recipe's overrides, none of which may change a tensor."""
+    from moray.models.checkpoint import Checked
+
+    try:
+        stored = Checked(ctx.inputs["model"].folder).config
+        config = overridden(stored, ctx.config.model)
+        check_layout(ctx.config.workers, ctx.config.expert_parallel, config.n_routed_experts)
+    except ValueError as error:
+        raise InputError(f"pretrain: {error}", "correct `model` or the layout in the recipe") from error
+    if checkpoint_shapes(config) != checkpoint_shapes(stored):
+        raise InputError(
+            "pretrain: `model` changes the shape of the model to go on from",
+            "override only what changes no tensor, such as rope_scaling or max_position_embeddings",
+        )
+    if vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokens have a vocabulary of {vocab_size}, the model to go on from of {config.vocab_size}",
+            "tokenize with its own tokenizer: step model-tokenizer",
+        )
+    return config
 
 
 def fit(job: Job, tokens: Path, storage: Path, topology: Topology) -> None:

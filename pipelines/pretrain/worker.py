@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from moray.actors.token_set import Batch
 from moray.models.balance import update_router_biases
+from moray.models.checkpoint import Checked, load_weights
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
@@ -79,7 +80,10 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
         assert mesh.ep_group is not None
         dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
-    model.init_weights(job.config.seed)
+    if job.initial is None:
+        model.init_weights(job.config.seed)
+    else:
+        load_weights(model, Checked(job.initial))
     model.train()
     model.set_recompute(job.config.recompute)
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)

@@ -48,6 +48,8 @@ class Engine:
         self.model = model
         self.config = model.config
         self.vocabulary = vocabulary
+        # A padded vocabulary has rows at the end that stand for no token.
+        self._tokens = min(len(vocabulary.pieces), model.config.vocab_size)
         weight = model.lm_head.weight
         self._device = weight.device
         blocks = cache_blocks(model.config, limits, weight.element_size())
@@ -66,8 +68,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that could never run; ContextLengthError for one that is too long."""
         for index in request.prompt:
-            if not 0 <= index < self.config.vocab_size:
-                raise ValueError(f"prompt: id {index} is not one of the model's {self.config.vocab_size}")
+            if not 0 <= index < self._tokens:
+                raise ValueError(f"prompt: id {index} is not one of the model's {self._tokens}")
         ids = self._with_bos(request.prompt)
         if not ids:
             raise ValueError("prompt: is empty, and the model has no bos to start from")
@@ -171,6 +173,7 @@ class Engine:
             self._tensor(tables),
             last_only=not any(chunk.sequence.scores_prompt and chunk.sequence.prefilling for chunk in chunks),
         )
+        logits = logits[..., : self._tokens]
         return logits.float() if logits.dtype != torch.float64 else logits
 
     def _gain(self, sequence: Sequence, delta: Delta) -> Output:

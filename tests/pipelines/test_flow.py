@@ -108,8 +108,11 @@ def test_training_learns_and_its_events_reach_the_runner(flow: Flow) -> None:
     assert losses[-1] < losses[0] - 0.5
     assert [v for _, v in loss_curve(flow.result.folder, "pretrain")] == losses
     loads = [e for e in flow.events if isinstance(e, MetricEvent) and e.name == "train_expert_load"]
-    assert {e.labels["layer"] for e in loads} == {"1", "2"}, "the first of three layers is dense"
+    assert {e.labels["layer"] for e in loads} == {"1", "2", "3"}, "the first of three is dense, a fourth predicts ahead"
     assert all(e.value >= 1 for e in loads), "the fullest expert has at least the mean"
+    further = {e.name: e.value for e in flow.events if isinstance(e, MetricEvent)}
+    assert 3 < further["train_prediction_loss"] < np.log(512) + 0.3
+    assert 1 <= further["train_balance_loss"] < 2, "1 is even"
     phases = {e.phase for e in flow.events if isinstance(e, ProgressEvent)}
     assert {"reading", "filtering", "signing", "tokenizing", "training", "scoring"} <= phases
     assert [e.state for e in read_events(flow.result.folder) if isinstance(e, RunEvent)] == ["started", "succeeded"]
@@ -118,7 +121,7 @@ def test_training_learns_and_its_events_reach_the_runner(flow: Flow) -> None:
 def test_the_checkpoint_names_logical_tensors_without_a_trace_of_the_layout(flow: Flow) -> None:
     names = [name for name, _ in read_weights(checkpoint_folder(flow.artifact("pretrain").folder))]
     experts = [name for name in names if ".mlp.experts." in name]
-    assert len(experts) == len(set(experts)) == 2 * 8 * 3, "two MoE layers of eight experts with three matrices"
+    assert len(experts) == len(set(experts)) == 3 * 8 * 3, "three MoE layers of eight experts with three matrices"
     assert [name for name in names if name.endswith("e_score_correction_bias")]
 
 

@@ -1,0 +1,106 @@
+"""import-model: an existing checkpoint in the Hugging Face DeepSeek-V3 layout, for serving or continued pretraining.
+
+Every tensor is read and held against the config before anything is kept. The weights stay as they are, bit for bit, FP8
+ones in FP8, unless `precision` asks for another form; either way a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from moray.platform.errors import InputError
+from moray.platform.manifest import hash_file
+from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
+
+# What belongs to a model beside its weights and its config.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "LICENSE*",
+    "README*",
+)
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_COPY_BYTES = 16_000_000
+
+
+class ImportConfig(StepConfig):
+    path: Path = operational(..., description="a folder in the Hugging Face layout")
+    precision: Literal["as-is", "float32", "bf16", "fp8"] = "as-is"
+
+
+class ImportModel(Step[ImportConfig]):
+    name: ClassVar[str] = "import-model"
+    version: ClassVar[int] = 1
+    Config = ImportConfig
+    produces: ClassVar[str] = "model"
+
+    def external(self, config: ImportConfig) -> list[ExternalFile]:
+        return [ExternalFile("model", path.name, path.stat().st_size, hash_file(path)) for path in _files(config.path)]
+
+    def run(self, ctx: StepContext[ImportConfig]) -> None:
+        from moray.models.checkpoint import Checked, write_weights
+        from moray.models.presets import parameter_count
+
+        folder = ctx.config.path.expanduser()
+        try:
+            checked = Checked(folder)
+            if ctx.config.precision == "as-is":
+                for _ in _watched(ctx, "checking", checked):
+                    pass
+                _copy(ctx, [path for path in _files(folder) if _is_any(path, (*_WEIGHTS, "config.json"))])
+            else:
+                write_weights(ctx.folder, checked.config, _watched(ctx, "converting", checked), ctx.config.precision)
+        except (ValueError, FileNotFoundError) as error:
+            raise InputError(
+                str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
+            ) from error
+        _copy(ctx, [path for path in _files(folder) if _is_any(path, _COMPANIONS)])
+        size = parameter_count(checked.config)
+        ctx.counts |= {"out:parameters": size.total + size.prediction, "active_parameters": size.active}
+        form = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
+        ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {form}"
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a model, sorted by name. Raises InputError where there is none."""
+    folder = folder.expanduser()
+    if not (folder / "config.json").is_file():
+        reason = "holds no config.json" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder} {reason}", "give a folder in the Hugging Face layout")
+    return [
+        folder / "config.json",
+        *sorted(path for path in folder.iterdir() if path.is_file() and _is_any(path, (*_WEIGHTS, *_COMPANIONS))),
+    ]
+
+
+def _is_any(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
+
+
+def _watched(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> Iterator[Any]:
+    from moray.models.tensors import checkpoint_shapes
+
+    total = len(checkpoint_shapes(checked.config))
+    for done, weight in enumerate(checked.weights(), start=1):
+        yield weight
+        ctx.progress(phase, done, total, "tensors")
+
+
+def _copy(ctx: StepContext[ImportConfig], paths: list[Path]) -> None:
+    total = sum(path.stat().st_size for path in paths)
+    done = 0
+    for path in paths:
+        with path.open("rb") as source, (ctx.folder / path.name).open("wb") as target:
+            while part := source.read(_COPY_BYTES):
+                target.write(part)
+                done += len(part)
+                ctx.progress("copying", done, total, "bytes")
+        shutil.copymode(path, ctx.folder / path.name)
+
+
+step = ImportModel()

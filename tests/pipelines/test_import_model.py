@@ -1,0 +1,148 @@
+"""Models from elsewhere: brought in whole, bit for bit, or refused by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moray
+from moray.models.model import DeepseekV3
+from moray.models.presets import PRESETS
+from moray.pipelines.pretrain.step import loss_curve
+from moray.pipelines.tokenizer import special_ids
+from moray.platform import api
+from moray.platform.errors import InputError, RecipeError
+from moray.platform.home import Home
+from moray.platform.recipe import parse_recipe
+from moray.platform.runner import Runner
+from tests.conftest import Flow
+from tests.small_run import recipe_text
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    num_nextn_predict_layers=1,
+)  # fmt: skip
+TENSOR = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with its companions and something that does not belong to it."""
+    model = DeepseekV3(SMALL)
+    model.init_weights(4)
+    folder = tmp_path / "Some Model"
+    moray.models.save(model, folder, "bf16")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("Apache-2.0")
+    (folder / "modeling_deepseek.py").write_text("raise SystemExit")
+    return folder
+
+
+def test_a_model_comes_in_bit_for_bit_and_only_once(folder: Path, home: Home) -> None:
+    alias, artifact = api.import_model(folder, home=home)
+    assert alias == "some-model@newest"
+    assert api.model_folder(alias, home) == artifact.folder
+    kept = {path.name for path in artifact.folder.iterdir()} - {"manifest.json"}
+    assert kept == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
+    for name in kept:
+        assert (artifact.folder / name).read_bytes() == (folder / name).read_bytes()
+    assert artifact.manifest.counts["out:parameters"] == sum(p.numel() for p in moray.models.load(folder).parameters())
+    again, same = api.import_model(folder.rename(folder.with_name("moved")), "other", home=home)
+    assert (again, same.reference) == ("other@newest", artifact.reference)
+
+
+def test_a_model_is_converted_on_the_way(folder: Path, home: Home) -> None:
+    _, artifact = api.import_model(folder, precision="fp8", home=home)
+    model = moray.models.load(artifact.folder)
+    assert model.shards()[0].w_up_EFD.dtype == torch.float8_e4m3fn
+    assert (artifact.folder / "tokenizer.json").exists()
+    assert artifact.manifest.outcome.endswith("fp8")
+
+
+def test_a_spoilt_model_is_refused_by_tensor_and_nothing_is_kept(folder: Path, home: Home) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[TENSOR][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"'{TENSOR}' holds values that are not finite"):
+        api.import_model(folder, home=home)
+    assert not list(home.aliases.glob("*"))
+    assert not list(home.artifacts.glob("import-model/*/manifest.json"))
+
+
+def test_what_is_no_model_is_refused_before_anything_starts(folder: Path, tmp_path: Path, home: Home) -> None:
+    with pytest.raises(InputError, match="is no folder"):
+        api.import_model(tmp_path / "nowhere", home=home)
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        api.import_model(tmp_path, home=home)
+    with pytest.raises(InputError, match="name 'A B' must be of"):
+        api.import_model(folder, "A B", home=home)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(InputError, match="model_type = 'llama'"):
+        api.import_model(folder, home=home)
+
+
+def test_a_tokenizer_names_its_special_tokens_in_either_form(flow_tokenizer: Path) -> None:
+    expected = {"bos": 0, "eos": 1, "pad": 2}
+    assert special_ids(flow_tokenizer) == expected
+    path = flow_tokenizer / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["bos_token"] = {"content": config["bos_token"], "lstrip": False}
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    assert special_ids(flow_tokenizer) == expected | {"pad": 1}
+    config["eos_token"] = "<unheard of>"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="names no eos_token of its vocabulary"):
+        special_ids(flow_tokenizer)
+
+
+@pytest.fixture
+def flow_tokenizer(tmp_path: Path) -> Path:
+    from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, train
+
+    train(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
+    return tmp_path
+
+
+CONTINUED = """
+  import: {{uses: import-model, with: {{path: "{model}"}}}}
+  own: {{uses: model-tokenizer, inputs: {{model: import}}}}
+  tokenize: {{inputs: {{documents: split, tokenizer: own}}, with: {{sequence_length: 64}}}}
+  pretrain:
+    inputs: {{tokens: tokenize, model: import}}
+    with: {{steps: 3, batch_sequences: 8, schedule: {{peak: 1.0e-4}}, recompute: true{more}}}
+  export: {{inputs: {{checkpoint: pretrain, tokenizer: own}}, with: {{precision: fp8}}}}
+  evaluate: {{inputs: {{model: export, tokens: tokenize, documents: split}}}}
+"""
+
+
+@pytest.mark.cluster
+def test_training_goes_on_from_an_imported_model(flow: Flow) -> None:
+    def recipe(more: str = ""):
+        model = flow.artifact("export").folder
+        text = recipe_text(flow.folder, "split") + CONTINUED.format(model=model, more=more)
+        return parse_recipe(text, Path("continued.yaml"))
+
+    with pytest.raises(RecipeError, match=r"model\.preset is given, and a model to go on from"):
+        recipe(", model: {preset: tiny}")
+    with pytest.raises(InputError, match="changes the shape of the model to go on from"):
+        Runner(flow.home, flow.cluster, []).run(recipe(", model: {hidden_size: 128}"))
+    # A longer context is no other tensor.
+    scaling = (
+        ", model: {max_position_embeddings: 4096, rope_scaling: {factor: 2, original_max_position_embeddings: 2048}}"
+    )
+    done = Runner(flow.home, flow.cluster, []).run(recipe(scaling))
+    before = loss_curve(flow.result.folder, "pretrain")
+    after = loss_curve(done.folder, "pretrain")
+    assert after[0][1] < before[0][1] - 0.5  # not from the start
+    exported = done.steps["export"].artifact.folder
+    hf = json.loads((exported / "config.json").read_text())
+    assert hf["quantization_config"]["quant_method"] == "fp8"
+    assert hf["rope_scaling"]["factor"] == 2
+    assert "bits/byte" in done.steps["evaluate"].artifact.manifest.outcome
