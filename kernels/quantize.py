@@ -23,7 +23,9 @@ BLOCK = 128
 def _blocks(x_XMK: Tensor, block: tuple[int, int]) -> Tensor:
     """FP32 blocks, the last ones filled up with zeros: [X, I, rows, J, columns]."""
     rows, columns = x_XMK.shape[-2:]
-    padded = F.pad(x_XMK.float(), (0, -columns % block[1], 0, -rows % block[0]))
+    padded = x_XMK.float()
+    if rows % block[0] or columns % block[1]:
+        padded = F.pad(padded, (0, -columns % block[1], 0, -rows % block[0]))
     return torch.unflatten(torch.unflatten(padded, -1, (-1, block[1])), -3, (-1, block[0]))
 
 
@@ -45,10 +47,11 @@ def quantize_reference(
 ) -> tuple[Tensor, Tensor]:
     """Returns (float8_e4m3fn of the same shape, FP32 scales_XIJ). Rounds to nearest, ties to even."""
     blocks = _blocks(x_XMK, block)
-    scales_XIJ = block_scales(blocks.abs().amax((-3, -1)), power_of_two)
+    # Along the contiguous axis first, which is twice as fast as along both at once.
+    scales_XIJ = block_scales(blocks.abs().amax(-1).amax(-2), power_of_two)
     scaled = blocks / scales_XIJ[..., :, None, :, None]
     # The quotient of the largest by its scale may round to just above 448.
-    fp8 = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    fp8 = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return _unblock(fp8, *x_XMK.shape[-2:]).contiguous(), scales_XIJ
 
 
@@ -66,6 +69,14 @@ def check_scales(fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int]) ->
     expected = (*fp8_XMK.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
     if tuple(scales_XIJ.shape) != expected:
         raise ValueError(f"scales have shape {tuple(scales_XIJ.shape)}, blocks of {block} need {expected}")
+
+
+def quantize_rows_int8(x_XK: Tensor) -> tuple[Tensor, Tensor]:
+    """(INT8 numbers, FP32 scales_X1): a row's scale is its largest magnitude over 127. A row of zeros has scale 1."""
+    wide = x_XK.float()
+    largest_X1 = wide.abs().amax(-1, keepdim=True)
+    scales_X1 = torch.where(largest_X1 > 0, largest_X1 / 127.0, 1.0)
+    return (wide / scales_X1).round().to(torch.int8), scales_X1
 
 
 quantize = quantize_reference

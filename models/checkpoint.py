@@ -186,7 +186,7 @@ class Checked:
         self._check_entries(found)
 
     def read(self, name: str) -> Weight:
-        """A tensor, in memory that the file backs, and its scales."""
+        """A tensor and its scales."""
         scales = self._reader.read(scale_name(name)) if self._is_fp8(name) else None
         weight = Weight(name, self._reader.read(name), scales)
         _check_values(weight, self._shapes[name])
@@ -247,11 +247,13 @@ def load(
     dispatcher: Dispatcher | None = None,
     prediction: bool = True,
     dequantize: bool = False,
+    int8_routers: bool = False,
 ) -> DeepseekV3:
     """Reads a Hugging Face folder into a model of `dtype` on the CPU, in eval mode.
 
-    Weights in FP8 stay so and cannot be trained, unless `dequantize`. Experts outside `experts` are not read, nor the
-    layers of multi-token prediction without `prediction`. Raises FileNotFoundError without a config or weights,
+    Weights in FP8 stay so and cannot be trained, unless `dequantize`. With `int8_routers` the routers are kept in half
+    of their BF16 size (`benchmarks/router_int8.py` shows what that changes). Experts outside `experts` are not read,
+    nor the layers of multi-token prediction without `prediction`. Raises FileNotFoundError without a config or weights,
     ValueError for a config that `ModelConfig.from_hf` refuses and, naming it, for a tensor that is missing, extra,
     misshapen or not finite.
     """
@@ -264,6 +266,9 @@ def load(
     model = model.to_empty(device="cpu").eval()
     model.reset_counters()
     load_weights(model, source)
+    if int8_routers:
+        for router in model.routers():
+            router.store_int8()
     return model
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of safetensors files: planned writing, lazy reading.
+"""A Hugging Face folder of safetensors files: planned writing, reading tensor by tensor.
 
 Notable: the writer knows every tensor's dtype and shape before the first one comes, so a shard's header is written
 first and each tensor goes straight to its place, in any order: nothing is collected, and memory stays at one tensor.
@@ -12,8 +12,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -99,38 +100,65 @@ class FolderWriter:
             path.unlink()
 
 
+class _Place(NamedTuple):
+    """Where a tensor is: its file, what it is, and its bytes there."""
+
+    path: Path
+    dtype: str
+    shape: Shape
+    offset: int
+    size: int
+
+
 class FolderReader:
-    """The tensors of a folder, read when asked for. Raises FileNotFoundError or ValueError naming the file."""
+    """The tensors of a folder, read when asked for. Raises FileNotFoundError or ValueError naming the file.
+
+    Notable: tensors are read, not mapped. Mapped files would show as memory of the process as large as the checkpoint.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.config: dict[str, Any] = _read_json(folder / CONFIG)
         index = folder / INDEX
         files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
         # From the files themselves: the index may be wrong about them.
-        self._shards = {name: _open(folder / name) for name in files}
-        self._holder = {name: file for file, shard in self._shards.items() for name in shard.keys()}  # noqa: SIM118
+        self._places = {name: place for file in files for name, place in _places(folder / file)}
 
     def names(self) -> Iterator[str]:
         """Every tensor's name, file by file."""
-        yield from self._holder
+        yield from self._places
 
     def __contains__(self, name: str) -> bool:
-        return name in self._holder
+        return name in self._places
 
     def entry(self, name: str) -> tuple[str, Shape]:
         """A tensor's dtype, as safetensors says it, and shape, without reading it."""
-        part = self._shards[self._holder[name]].get_slice(name)
-        return str(part.get_dtype()), tuple(part.get_shape())
+        return self._places[name].dtype, self._places[name].shape
 
     def read(self, name: str) -> Tensor:
-        """The tensor; its memory is the file's, mapped."""
-        file = self._holder[name]
-        try:
-            tensor: Tensor = self._shards[file].get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"tensor {name!r} cannot be read from {self.folder / file}: {error}") from None
-        return tensor
+        """The tensor, whose dtype must be one of `DTYPES`."""
+        place = self._places[name]
+        raw = np.fromfile(place.path, np.uint8, place.size, offset=place.offset)
+        if raw.nbytes != place.size:
+            raise ValueError(f"tensor {name!r} cannot be read from {place.path}: the file was cut")
+        return torch.from_numpy(raw).view(DTYPES[place.dtype]).view(place.shape)
+
+
+def _places(path: Path) -> Iterator[tuple[str, _Place]]:
+    """The tensors of one file by name, after the library has found it sound."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} lacks the weights in {path.name}")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        entries = json.loads(file.read(length))
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield name, _Place(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -184,12 +212,3 @@ def _read_json(path: Path) -> Any:
         raise FileNotFoundError(f"{path.parent} is not a model folder: it has no {path.name}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _open(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} lacks the weights in {path.name}")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance
 from moray.models.config import ModelConfig
 from moray.models.layer import Dispatcher, Handle, Routing
@@ -39,11 +40,13 @@ class Router(ExactModule):
 
     e_score_correction_bias: Tensor
     counts_E: Tensor
+    weight_scale_E1: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = unset_parameter(config.n_routed_experts, config.hidden_size)
+        self.register_buffer("weight_scale_E1", None, persistent=False)
         bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias_E)
         counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
@@ -52,7 +55,10 @@ class Router(ExactModule):
     def forward(self, rows_TD: Tensor, sequences: int) -> Routing:
         """Routes the rows of so many sequences of equal length."""
         wide = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
-        logits_TE = F.linear(rows_TD.to(wide), self.weight.to(wide))
+        weight_ED = self.weight.to(wide)
+        if self.weight_scale_E1 is not None:
+            weight_ED = weight_ED * self.weight_scale_E1
+        logits_TE = F.linear(rows_TD.to(wide), weight_ED)
         ids_TK, weights_TK, counts_E = route(
             logits_TE,
             self.e_score_correction_bias,
@@ -68,8 +74,13 @@ class Router(ExactModule):
             balance = sequence_balance(logits_TE, self.config.num_experts_per_tok, sequences)
         return Routing(ids_TK, weights_TK, counts_E, balance)
 
+    def store_int8(self) -> None:
+        """Keeps the weight in INT8 with a scale per expert, for inference."""
+        int8_ED, self.weight_scale_E1 = quantize_rows_int8(self.weight.detach())
+        self.weight = nn.Parameter(int8_ED, requires_grad=False)
+
     def exact_tensors(self) -> Iterable[str]:
-        return ("e_score_correction_bias",)
+        return ("e_score_correction_bias",) + (() if self.weight_scale_E1 is None else ("weight_scale_E1",))
 
 
 class MoE(nn.Module):

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from moray.kernels.quantize import quantize_rows_int8
+from moray.models.checkpoint import load, save
 from moray.models.moe import MoE, Router
 
 
@@ -64,3 +66,23 @@ def test_the_bias_is_state_and_the_counts_are_not(make_model):
     names = make_model().state_dict().keys()
     assert sum(name.endswith("e_score_correction_bias") for name in names) == 2
     assert not any(name.endswith(("counts_E", "load_E")) for name in names)
+
+
+def test_int8_routers_route_almost_alike_and_keep_their_scales(make_model, tmp_path):
+    model = make_model(torch.float32, hidden_size=64)
+    save(model, tmp_path)
+    small = load(tmp_path, int8_routers=True).to(torch.bfloat16)
+    rows_TD = torch.randn(400, 64)
+    for wide, router in zip(model.eval().routers(), small.routers(), strict=True):
+        assert router.weight.dtype == torch.int8
+        assert router.weight_scale_E1.dtype == torch.float32
+        back_ED = router.weight * router.weight_scale_E1
+        bound_E1 = wide.weight.abs().amax(-1, keepdim=True) / 127 / 2 * 1.0001
+        assert ((back_ED - wide.weight).abs() <= bound_E1).all()
+        same = wide(rows_TD, 1).ids_TK.sort(-1).values == router(rows_TD, 1).ids_TK.sort(-1).values
+        assert same.float().mean() > 0.97
+
+
+def test_a_router_row_of_zeros_stays_zero():
+    int8, scales = quantize_rows_int8(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    assert (int8 * scales).tolist() == [[0.0, 0.0], pytest.approx([1.0, -2.0], abs=0.01)]
