@@ -20,7 +20,7 @@ from moray.platform.events import EventLog
 from moray.platform.home import Home
 from moray.platform.manifest import Manifest
 from moray.platform.recipe import StepSpec
-from moray.platform.step import Cluster, Step, StepContext
+from moray.platform.step import Cluster, Step, StepContext, resolve_step
 from tests import shell_blocks
 from tests.shell_blocks import NOT_RUN, bash_blocks, reader_home, run_page, without_comment
 
@@ -104,6 +104,22 @@ def test_the_page_on_python_runs(tmp_path: Path) -> None:
     assert "step 12: loss" in printed
     assert "torch.Size([1, 3, 512])" in printed
     assert "hint: did you mean 'steps'?" in printed
+
+
+def test_the_page_on_models_runs(tmp_path: Path) -> None:
+    run_blocks(ROOT / "docs" / "models.md", tmp_path)
+    assert (tmp_path / "tiny-fp8" / "config.json").exists()
+
+
+def test_the_recipes_on_models_are_valid() -> None:
+    for snippet in blocks(ROOT / "docs" / "models.md", "yaml"):
+        steps = yaml.safe_load(snippet)
+        for key, fields in steps.get("steps", steps).items():
+            spec = StepSpec.model_validate(fields)
+            step = resolve_step(spec.uses or key)
+            assert set(spec.inputs) <= set(step.inputs)
+            given = {"steps": 1, **spec.with_} if key == "pretrain" else spec.with_
+            step.check(step.Config.model_validate(given), spec.inputs)
 
 
 SHELL_PAGES = [page for page in PAGES if bash_blocks(page)]
