@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.fp8_linear import fp8_linear
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
+from moray.models.fp8 import Fp8Forms
 from moray.models.tensors import scale_shape
 
 
@@ -47,9 +49,14 @@ class ExactModule(nn.Module):
 
 
 class Linear(ExactModule):
-    """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks."""
+    """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks.
+
+    A wide weight may be trained in FP8 (`forms` set); `e5m6` is how its input is then held for the backward.
+    """
 
     weight_scale_inv: Tensor | None
+    forms: Fp8Forms | None = None
+    e5m6 = False
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -70,6 +77,8 @@ class Linear(ExactModule):
         return dequantize(self.weight, self.weight_scale_inv, (BLOCK, BLOCK), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.forms is not None:
+            return fp8_linear(x, self.weight, self.forms.of(self.weight), self.e5m6)
         return F.linear(x, self.wide_weight(x.dtype))
 
 

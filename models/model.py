@@ -24,6 +24,7 @@ from moray.models.cache import CacheView, LatentCache
 from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer
 from moray.models.dispatch import dispatcher_for
+from moray.models.fp8 import Fp8Forms
 from moray.models.layer import Dispatcher, run_layer
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.moe import MoE, Router
@@ -242,6 +243,15 @@ class DeepseekV3(nn.Module):
         """Whether training holds less and computes more: see `recompute.py`. Results are the same to the bit."""
         for layer in (*self._layers(), *self.prediction_layers()):
             layer.recompute = on
+
+    def train_in_fp8(self) -> None:
+        """From now on the linear maps of attention, MLPs and experts compute in FP8, forward and backward. Embedding,
+        head, router, norms, attention's core and the projection of multi-token prediction stay as they are."""
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertShard):
+                module.forms = (Fp8Forms(), Fp8Forms(), Fp8Forms())
+            elif isinstance(module, Linear) and is_quantized(f"{name}.weight"):
+                module.forms, module.e5m6 = Fp8Forms(), name.endswith(".o_proj")
 
     def prediction_layers(self) -> Iterator[PredictionLayer]:
         """The layers of multi-token prediction, nearest token first."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.fp8_linear import fp8_swiglu_down
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance
 from moray.models.config import ModelConfig
@@ -31,7 +32,11 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
+        down = self.down_proj
+        if down.forms is not None:
+            return fp8_swiglu_down(gate_TF, up_TF, down.weight, down.forms.of(down.weight))
+        out: Tensor = down(F.silu(gate_TF) * up_TF)
         return out
 
 

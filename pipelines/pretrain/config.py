@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, create_model
 
@@ -60,6 +60,8 @@ class PretrainConfig(StepConfig):
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
     document_mask: bool = Field(True, description="attention stays within a document, positions restart there")
+    precision: Literal["float32", "fp8"] = Field("float32", description="of the linear maps' products")
+    moments: Literal["float32", "fp8"] = Field("float32", description="of AdamW's moments: 8 bytes a parameter, or 2.1")
     seed: int = 1
 
     workers: int = operational(2, gt=0)

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
-
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+from moray.pipelines.pretrain.moments import moments_for
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,7 @@ class PlainOptimizer:
         # Gradients are views of one buffer per group, so that a reduction is one collective.
         self._dense_grads = _bucket(self._dense)
         self._expert_grads = _bucket(self._experts)
-        matrices = [p for p in owners.values() if p.dim() >= 2]
-        vectors = [p for p in owners.values() if p.dim() < 2]
-        self._adam = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.schedule.peak,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
-        for parameter in owners.values():
-            self._adam.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._moments = moments_for(model, config)
 
     def reduce(self, tokens: torch.Tensor) -> None:
         if self._mesh.world > 1:
@@ -101,26 +86,21 @@ class PlainOptimizer:
         return norm
 
     def step(self, learning_rate: float) -> None:
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
-        self._adam.step()
+        self._moments.step(learning_rate)
         self._dense_grads.zero_()
         self._expert_grads.zero_()
 
     def fragments(self) -> Iterator[Fragment]:
-        for name, view, owner in self._model.logical_parameters():
-            begin, count = view.storage_offset() - owner.storage_offset(), view.numel()
-            state = self._adam.state[owner]
-            for kind, whole in zip(KINDS, (owner.detach(), state["exp_avg"], state["exp_avg_sq"]), strict=True):
-                yield Fragment(kind, name, 0, count, whole.view(-1)[begin : begin + count])
+        for logical in self._model.logical_parameters():
+            for kind, tensor in (("master", logical.view.view(-1)), *self._moments.state(logical)):
+                yield Fragment(kind, logical.name, 0, tensor.numel(), tensor)
 
     def refresh_weights(self) -> None:
         """Nothing to do: this backend's masters are the model's weights."""
 
     def set_steps(self, steps: int) -> None:
         """Sets the count that Adam's bias correction goes by, after a checkpoint was loaded."""
-        for state in self._adam.state.values():
-            state["step"].fill_(steps)
+        self._moments.set_steps(steps)
 
 
 def _bucket(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

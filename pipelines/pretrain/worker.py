@@ -86,6 +86,8 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
         load_weights(model, Checked(job.initial))
     model.train()
     model.set_recompute(job.config.recompute)
+    if job.config.precision == "fp8":
+        model.train_in_fp8()
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)
     return Worker(job, mesh, device, model, PlainOptimizer(model, mesh, job.config), checkpoints, loaders)
 

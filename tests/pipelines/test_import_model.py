@@ -116,7 +116,8 @@ CONTINUED = """
   tokenize: {{inputs: {{documents: split, tokenizer: own}}, with: {{sequence_length: 64}}}}
   pretrain:
     inputs: {{tokens: tokenize, model: import}}
-    with: {{steps: 3, batch_sequences: 8, schedule: {{peak: 1.0e-4}}, recompute: true{more}}}
+    with:
+      {{steps: 3, batch_sequences: 8, schedule: {{peak: 1.0e-4}}, recompute: true, precision: fp8, moments: fp8{more}}}
   export: {{inputs: {{checkpoint: pretrain, tokenizer: own}}, with: {{precision: fp8}}}}
   evaluate: {{inputs: {{model: export, tokens: tokenize, documents: split}}}}
 """

@@ -1,0 +1,75 @@
+"""What ~14 bits of accumulation cost a product over K = 4096, and what promotion every 128 elements saves (DeepSeek-V3
+§3.3.2).
+
+Hopper's FP8 tensor cores add the 32 products of an instruction and the accumulator so: all are aligned to the largest
+exponent, what lies more than 13 bits below it is cut off, the sum is exact. This script does the same in float64, once
+with one accumulator over all of K and once with partial sums over 128 elements that are added up in FP32, and compares
+both with the exact product of the same E4M3 numbers. Usage: python benchmarks/fp8_accuracy.py
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from result import Bar, report
+from torch import Tensor
+
+from moray.kernels.quantize import quantize
+
+ROWS, COLUMNS, K = 64, 64, 4096
+INSTRUCTION = 32  # elements of K that one instruction sums
+PROMOTION = 128
+FRACTION_BITS = 13
+
+
+def cut(addends: Tensor) -> Tensor:
+    """The last axis summed as the tensor cores do: aligned to the largest exponent, cut towards zero."""
+    _, exponents = torch.frexp(addends)
+    largest = torch.where(addends != 0, exponents, -1000).amax(-1, keepdim=True)
+    grid = torch.ldexp(torch.ones_like(addends[..., :1]), largest - 1 - FRACTION_BITS)
+    return ((addends / grid).trunc() * grid).sum(-1)
+
+
+def tensor_core(a_MK: Tensor, b_NK: Tensor, promotion: int | None) -> Tensor:
+    """a @ b^T with an accumulator of few bits; with `promotion`, emptied into an FP32 sum every so many elements."""
+    accumulator = torch.zeros(len(a_MK), len(b_NK), dtype=torch.float64)
+    total = torch.zeros(len(a_MK), len(b_NK), dtype=torch.float32)
+    for begin in range(0, a_MK.shape[1], INSTRUCTION):
+        part = slice(begin, begin + INSTRUCTION)
+        products = a_MK[:, None, part] * b_NK[None, :, part]
+        accumulator = cut(torch.cat((products, accumulator.unsqueeze(-1)), dim=-1))
+        if promotion and (begin + INSTRUCTION) % promotion == 0:
+            total += accumulator.float()
+            accumulator.zero_()
+    return total.double() + accumulator
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """One scale for all of x would do here; the numbers are what matters."""
+    return quantize(x.reshape(1, -1), (1, x.numel()))[0].view_as(x).double()
+
+
+def main() -> int:
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    bars = []
+    for name, draw in (("normal", torch.randn), ("uniform 0..1", torch.rand)):
+        a_MK = e4m3(draw(ROWS, K, generator=generator))
+        b_NK = e4m3(draw(COLUMNS, K, generator=generator))
+        exact = a_MK @ b_NK.t()
+        size = exact.square().mean().sqrt()
+        errors = {}
+        for how, promotion in (("one accumulator", None), (f"promoted every {PROMOTION}", PROMOTION)):
+            error = tensor_core(a_MK, b_NK, promotion) - exact
+            errors[how] = (error.square().mean().sqrt() / size).item()
+            worst = (error.abs().max() / size).item()
+            rows.append({"inputs": name, "sum": how, "rms_error_%": errors[how] * 100, "max_error_%": worst * 100})
+        plain, promoted = errors.values()
+        bars.append(Bar(f"{name}: error without promotion over error with", plain / promoted, 10.0, "higher"))
+    return report("fp8_accuracy", rows, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
