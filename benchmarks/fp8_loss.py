@@ -1,0 +1,129 @@
+"""FP8 against FP32: the same model, seed and data, step by step.
+
+Trains one small model on the tokens of a pretrained model's lineage (by default the quickstart's) four times, in one
+process:
+
+    float32            what the others are held against
+    float32, perturbed the same from weights off by a factor of 1 + 1e-7: the noise floor
+    fp8                linear maps and AdamW's moments in FP8
+    plain fp8 moments  a negative control: moments in E4M3 with a scale per block and no more
+
+and compares the losses of the last 100 steps. Usage: python benchmarks/fp8_loss.py [STEPS] [MODEL]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from result import Bar, report
+
+from moray.actors.data_worker import DataWorker
+from moray.kernels import adamw_fp8
+from moray.models.config import ModelConfig
+from moray.models.flops import token_flops
+from moray.models.presets import preset
+from moray.models.tensors import is_quantized, parameter_shapes
+from moray.pipelines.pretrain import moments
+from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.worker import Worker, build, train_step
+from moray.platform.artifacts import ArtifactStore
+from moray.platform.home import Home
+
+TAIL = 100
+BATCH = 4
+# Dense layers with a sum over 2048 elements, and little vocabulary beside the layers.
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 2048, "moe_intermediate_size": 128, "num_hidden_layers": 4,
+    "first_k_dense_replace": 2,
+}  # fmt: skip
+
+
+def fp8_share(config: ModelConfig, length: int) -> float:
+    """Of the operations of all matrix products: those of linear maps in FP8."""
+    flops = token_flops(config, length)
+    idle = config.n_routed_experts - config.num_experts_per_tok
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if is_quantized(name)}
+    total = sum(2 * rows * columns for rows, columns in shapes.values())
+    total -= len(config.moe_layers) * idle * 6 * config.hidden_size * config.moe_intermediate_size
+    return total / flops.forward
+
+
+def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
+    fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": form, "seed": 3}
+    fields["schedule"] = {"peak": 1e-3, "final": 1e-4, "warmup_tokens": 20 * BATCH * length}
+    job = Job(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
+    return build(job, Mesh(0, 1, 1, None, None), torch.device("cpu"), [])
+
+
+def train(name: str, worker: Worker, data: DataWorker, steps: int) -> np.ndarray[Any, Any]:
+    losses, began = [], time.monotonic()
+    for step in range(steps):
+        figures, _ = train_step(worker, data.batch(step, 0, BATCH), step * worker.step_tokens)
+        losses.append(figures["train_loss"])
+        if step % 50 == 49:
+            pace = (time.monotonic() - began) / (step + 1)
+            print(f"  {name}: step {step + 1}, loss {losses[-1]:.4f}, {pace:.2f} s a step", file=sys.stderr, flush=True)
+    return np.array(losses)
+
+
+def perturb(worker: Worker) -> None:
+    with torch.no_grad():
+        for parameter in worker.model.parameters():
+            parameter.mul_(1 + 1e-7 * torch.sign(torch.rand_like(parameter) - 0.5))
+
+
+def main(steps: str = "600", model: str = "quickstart@newest") -> int:
+    torch.set_num_threads(2)
+    store = ArtifactStore(Home.from_environment())
+    trained = store.find(store.find(model).manifest.inputs["checkpoint"])
+    tokens = store.fetch(store.find(trained.manifest.inputs["tokens"])).folder / "train"
+    data = DataWorker(str(tokens), {}, 3, BATCH)
+    first = next(iter(data._sets.values()))
+    length, count = first.sequence_length, int(steps)
+    config = dataclasses.replace(preset("tiny"), vocab_size=first.vocabulary.size, **SIZES)
+
+    def run(name: str, form: str, prepare: Callable[[Worker], None] | None = None) -> np.ndarray[Any, Any]:
+        worker = worker_of(config, length, count, form)
+        if prepare:
+            prepare(worker)
+        return train(name, worker, data, count)
+
+    curves = {
+        "float32": run("float32", "float32"),
+        "float32, perturbed": run("float32, perturbed", "float32", perturb),
+        "fp8": run("fp8", "fp8"),
+    }
+    moments.adamw_fp8 = functools.partial(adamw_fp8.adamw_fp8, expand=False)
+    try:
+        curves["plain fp8 moments"] = run("plain fp8 moments", "fp8")
+    except FloatingPointError as error:
+        print(f"  plain fp8 moments: {error}", file=sys.stderr)
+        curves["plain fp8 moments"] = np.full(count, np.nan)
+    exact = curves["float32"][-TAIL:]
+    rows: list[dict[str, Any]] = []
+    for name, curve in curves.items():
+        off = curve[-TAIL:] / exact - 1
+        error, worst = float(np.abs(off.mean()) * 100), float(np.abs(off).max() * 100)
+        rows.append({"run": name, "loss": float(curve[-TAIL:].mean()), "off_%": error, "worst_step_%": worst})
+    share = fp8_share(config, length)
+    widest = max(shape[1] for name, shape in parameter_shapes(config).items() if is_quantized(name))
+    control = float("inf") if np.isnan(rows[3]["off_%"]) else rows[3]["off_%"] / rows[2]["off_%"]
+    bars = [
+        Bar("relative loss error of fp8, mean of the last 100 steps, %", rows[2]["off_%"], 0.25, "lower"),
+        Bar("share of matrix operations in FP8", share, 0.7, "higher"),
+        Bar("longest sum of a linear map in FP8", float(widest), 2048, "higher"),
+        Bar("plain fp8 moments, times the error of fp8", control, 2.0, "higher"),
+    ]
+    return report("fp8_loss", rows, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
