@@ -360,7 +360,17 @@ def ticked_and_killed(folder: Path, now: float, statement: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """What the suite has imported by now need not be looked through at every collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.cluster  # a process for every statement
+@pytest.mark.usefixtures("quick_collections")
 def test_a_kill_at_any_statement_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Missed ticks, one that catches up, one that finds it at work, one that is queued: all kinds in one call."""
     start = World(tmp_path)
