@@ -25,11 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.quantize import BLOCK, dequantize, quantize
-
-ROW_TILES = (1, BLOCK)
-COLUMN_TILES = (BLOCK, 1)
-WEIGHT_BLOCKS = (BLOCK, BLOCK)
+from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
 
 
 @dataclass(frozen=True)

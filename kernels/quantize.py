@@ -8,16 +8,30 @@ Notable: a block of zeros or of values below 448 * 2^-126 gets the smallest norm
 by zero, never an FP32 scale that a device flushes to zero. A block with a NaN or an infinity gets the scale NaN, so
 that all of it reads as NaN: it shows in the first product instead of vanishing in a saturated number.
 
+The Triton forms give the reference's bits. A program reads its part once; `quantize_both` writes from that one reading
+the tiles along the columns and the tiles along the rows, the latter transposed, as the tensor cores want both factors
+of a weight's gradient: with the axis that is summed over last.
+
 Shapes: X any leading axes, M rows, K columns, I = ceil(M / block rows), J = ceil(K / block columns).
 """
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from moray.kernels.arguments import WIDE_DTYPES, check
+from moray.kernels.backend import backend, contiguous_blocks, magnitude_bits, place, to_e4m3
 
 E4M3_MAX = 448.0
 _SMALLEST_SCALE = 2.0**-126
 BLOCK = 128
+ROW_TILES = (1, BLOCK)
+COLUMN_TILES = (BLOCK, 1)
+WEIGHT_BLOCKS = (BLOCK, BLOCK)
+# Numbers of one program (rows, columns) by block.
+_PARTS = {ROW_TILES: (32, BLOCK), COLUMN_TILES: (BLOCK, 32), WEIGHT_BLOCKS: (BLOCK, BLOCK)}
 
 
 def _blocks(x_XMK: Tensor, block: tuple[int, int]) -> Tensor:
@@ -43,7 +57,7 @@ def block_scales(largest_XIJ: Tensor, power_of_two: bool = False) -> Tensor:
 
 
 def quantize_reference(
-    x_XMK: Tensor, block: tuple[int, int] = (1, BLOCK), power_of_two: bool = False
+    x_XMK: Tensor, block: tuple[int, int] = ROW_TILES, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Returns (float8_e4m3fn of the same shape, FP32 scales_XIJ). Rounds to nearest, ties to even."""
     blocks = _blocks(x_XMK, block)
@@ -79,5 +93,135 @@ def quantize_rows_int8(x_XK: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scales_X1).round().to(torch.int8), scales_X1
 
 
-quantize = quantize_reference
+def quantize_both_reference(
+    x_MK: Tensor, power_of_two: bool = False
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """x in tiles of 1 x 128, and its transpose in tiles of 1 x 128: ((fp8_MK, scales_MJ), (fp8_KM, scales_KI))."""
+    return quantize_reference(x_MK, ROW_TILES, power_of_two), quantize_reference(x_MK.t(), ROW_TILES, power_of_two)
+
+
+@triton.jit
+def _scales(largest, POWER_OF_TWO: tl.constexpr):
+    """(scales, what to multiply by or 0) of blocks, given the bits of their largest magnitudes."""
+    scales = tl.maximum(tl.math.div_rn(largest.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
+    if POWER_OF_TWO:
+        bits = scales.to(tl.int32, bitcast=True)
+        scales = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(largest < 0x7F800000, scales, float("nan"))
+
+
+@triton.jit
+def _scaled(x, scales, POWER_OF_TWO: tl.constexpr):
+    """x over its scales as FP8."""
+    if POWER_OF_TWO:
+        # The inverse of a power of two is one: exact, and an eighth of a division's instructions.
+        inverse = (0x7F000000 - scales.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        quotient = tl.where(scales == scales, x * inverse, float("nan"))
+    else:
+        quotient = tl.math.div_rn(x, scales)
+    limited = tl.where(quotient != quotient, quotient, tl.minimum(tl.maximum(quotient, -448.0), 448.0))
+    return to_e4m3(limited)
+
+
+@triton.jit
+def _quantize(
+    x_ptr, fp8_ptr, scale_ptr, M, K, block_rows, block_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """One part of TALL x WIDE numbers: ROWS and COLUMNS of a block are 1 or TALL, 1 or WIDE."""
+    row, column, stack = tl.program_id(1), tl.program_id(0), tl.program_id(2)
+    rows, columns = row * TALL + tl.arange(0, TALL), column * WIDE + tl.arange(0, WIDE)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    at = place(place(stack, M) + rows[:, None], K) + columns[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    largest = magnitude_bits(x)
+    if COLUMNS > 1:
+        largest = tl.max(largest, axis=1, keep_dims=True)
+    if ROWS > 1:
+        largest = tl.max(largest, axis=0, keep_dims=True)
+    scales = _scales(largest, POWER_OF_TWO)
+    tl.store(fp8_ptr + at, _scaled(x, scales, POWER_OF_TWO), mask=inside)
+    i = row * (TALL // ROWS) + tl.arange(0, TALL // ROWS)
+    j = column * (WIDE // COLUMNS) + tl.arange(0, WIDE // COLUMNS)
+    there = (i[:, None] < block_rows) & (j[None, :] < block_columns)
+    at = place(place(stack, block_rows) + i[:, None], block_columns) + j[None, :]
+    tl.store(scale_ptr + at, scales, mask=there)
+
+
+def quantize_triton(
+    x_XMK: Tensor, block: tuple[int, int] = ROW_TILES, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same bits as `quantize_reference`, for blocks of 1 x 128, 128 x 1 and 128 x 128 of contiguous tensors."""
+    if block not in _PARTS:
+        raise ValueError(f"block = {block}, expected one of {', '.join(map(str, _PARTS))}")
+    check("x_XMK", x_XMK, (None,) * max(x_XMK.dim(), 2), WIDE_DTYPES)
+    *lead, rows, columns = x_XMK.shape
+    i, j = contiguous_blocks(rows, block[0]), contiguous_blocks(columns, block[1])
+    fp8 = torch.empty(x_XMK.shape, dtype=torch.float8_e4m3fn, device=x_XMK.device)
+    scales = torch.empty((*lead, i, j), dtype=torch.float32, device=x_XMK.device)
+    if fp8.numel():
+        tall, wide = _PARTS[block]
+        stack = x_XMK.numel() // (rows * columns)
+        grid = (triton.cdiv(columns, wide), triton.cdiv(rows, tall), stack)
+        _quantize[grid](
+            x_XMK, fp8, scales, rows, columns, i, j,
+            ROWS=block[0], COLUMNS=block[1], TALL=tall, WIDE=wide, POWER_OF_TWO=power_of_two,
+        )  # fmt: skip
+    return fp8, scales
+
+
+@triton.jit
+def _quantize_both(
+    x_ptr, fp8_ptr, scale_ptr, turned_ptr, turned_scale_ptr, M, K, block_rows, block_columns,
+    POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """One part of 128 x 128 numbers: 128 tiles along its rows and 128 along its columns."""
+    row, column = tl.program_id(1), tl.program_id(0)
+    rows, columns = row * 128 + tl.arange(0, 128), column * 128 + tl.arange(0, 128)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    at = place(rows[:, None], K) + columns[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    bits = magnitude_bits(x)
+    scales = _scales(tl.max(bits, axis=1, keep_dims=True), POWER_OF_TWO)
+    tl.store(fp8_ptr + at, _scaled(x, scales, POWER_OF_TWO), mask=inside)
+    tl.store(scale_ptr + place(rows[:, None], block_columns) + column, scales, mask=rows[:, None] < M)
+    scales = _scales(tl.max(bits, axis=0, keep_dims=True), POWER_OF_TWO)
+    turned = tl.trans(_scaled(x, scales, POWER_OF_TWO))
+    at = place(columns[:, None], M) + rows[None, :]
+    tl.store(turned_ptr + at, turned, mask=(columns[:, None] < K) & (rows[None, :] < M))
+    tl.store(turned_scale_ptr + place(columns[None, :], block_rows) + row, scales, mask=columns[None, :] < K)
+
+
+def quantize_both_triton(
+    x_MK: Tensor, power_of_two: bool = False
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same bits as `quantize_both_reference`, in one pass."""
+    check("x_MK", x_MK, (None, None), WIDE_DTYPES)
+    rows, columns = x_MK.shape
+    i, j = contiguous_blocks(rows, BLOCK), contiguous_blocks(columns, BLOCK)
+    fp8 = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x_MK.device)
+    scales = torch.empty((rows, j), dtype=torch.float32, device=x_MK.device)
+    turned = torch.empty((columns, rows), dtype=torch.float8_e4m3fn, device=x_MK.device)
+    turned_scales = torch.empty((columns, i), dtype=torch.float32, device=x_MK.device)
+    if fp8.numel():
+        _quantize_both[(j, i)](
+            x_MK, fp8, scales, turned, turned_scales, rows, columns, i, j, POWER_OF_TWO=power_of_two, num_warps=8
+        )
+    return (fp8, scales), (turned, turned_scales)
+
+
+def quantize(x_XMK: Tensor, block: tuple[int, int] = ROW_TILES, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns (float8_e4m3fn of the same shape, FP32 scales_XIJ). Rounds to nearest, ties to even."""
+    if backend(x_XMK) == "triton":
+        return quantize_triton(x_XMK.contiguous(), block, power_of_two)
+    return quantize_reference(x_XMK, block, power_of_two)
+
+
+def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """x in tiles of 1 x 128, and its transpose in tiles of 1 x 128: ((fp8_MK, scales_MJ), (fp8_KM, scales_KI))."""
+    if backend(x_MK) == "triton":
+        return quantize_both_triton(x_MK.contiguous(), power_of_two)
+    return quantize_both_reference(x_MK, power_of_two)
+
+
 dequantize = dequantize_reference

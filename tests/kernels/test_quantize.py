@@ -3,11 +3,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.kernels.quantize import E4M3_MAX, check_scales, dequantize, quantize
+from moray.kernels.quantize import (
+    E4M3_MAX,
+    check_scales,
+    dequantize,
+    quantize,
+    quantize_both_reference,
+    quantize_both_triton,
+    quantize_reference,
+    quantize_triton,
+)
+from tests.kernels.compare import draw, same_bits
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 # Every non-negative E4M3 number.
 GRID = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+X = torch.zeros(256, 512, dtype=torch.bfloat16)
+SPECIMENS = {
+    "quantize row tiles": lambda: quantize_triton(X, (1, 128), power_of_two=True),
+    "quantize column tiles": lambda: quantize_triton(X, (128, 1), power_of_two=True),
+    "quantize weight": lambda: quantize_triton(X.float(), (128, 128)),
+    "quantize both": lambda: quantize_both_triton(X, power_of_two=True),
+}
 
 
 def _nearest(values):
@@ -90,3 +107,52 @@ def test_scales_that_do_not_fit_are_named():
     fp8, scales = quantize(torch.zeros(3, 200), (1, 128))
     with pytest.raises(ValueError, match=r"scales have shape \(3, 2\), blocks of \(128, 128\) need \(1, 2\)"):
         check_scales(fp8, scales, (128, 128))
+
+
+@given(
+    block=st.sampled_from(BLOCKS),
+    rows=st.sampled_from([0, 1, 31, 127, 131]),
+    columns=st.sampled_from([1, 7, 128, 257]),
+    stack=st.sampled_from([(), (2,)]),
+    exponent=st.sampled_from([-140, -100, -3, 0, 100]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    power_of_two=st.booleans(),
+    special=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf"), 448.0, 1e-30, 1e-42]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40)
+def test_triton_gives_the_references_bits(block, rows, columns, stack, exponent, dtype, power_of_two, special, seed):
+    x = draw((*stack, rows, columns), exponent, dtype, seed)
+    if rows:
+        x[..., 0, 0] = special
+    for found, expected in zip(
+        quantize_triton(x, block, power_of_two), quantize_reference(x, block, power_of_two), strict=True
+    ):
+        same_bits(found, expected)
+
+
+@given(
+    rows=st.sampled_from([0, 1, 131, 256]),
+    columns=st.sampled_from([1, 7, 257]),
+    exponent=st.sampled_from([-140, 0, 100]),
+    power_of_two=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=15)
+def test_both_directions_in_one_pass(rows, columns, exponent, power_of_two, seed):
+    x = draw((rows, columns), exponent, seed=seed)
+    along, turned = quantize_both_reference(x, power_of_two)
+    assert turned[0].is_contiguous()
+    same_bits(turned[0].t().contiguous(), quantize_reference(x, (128, 1), power_of_two)[0])
+    for found, expected in zip(quantize_both_triton(x, power_of_two), (along, turned), strict=True):
+        same_bits(found[0], expected[0])
+        same_bits(found[1], expected[1])
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"block = \(64, 64\), expected one of \(1, 128\), "):
+        quantize_triton(torch.zeros(4, 4), (64, 64))
+    with pytest.raises(ValueError, match=r"x_XMK has strides \(1, 4\), expected a contiguous tensor"):
+        quantize_triton(torch.zeros(4, 4).t()[:3])
+    with pytest.raises(ValueError, match=r"x_MK has dtype torch\.int32, expected torch\.float32 or"):
+        quantize_both_triton(torch.zeros(4, 4, dtype=torch.int32))

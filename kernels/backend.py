@@ -1,0 +1,75 @@
+"""Which form of a kernel runs: Triton on GPUs, the PyTorch reference elsewhere.
+
+Every kernel file holds `NAME_reference`, `NAME_triton` and `NAME`, which asks `backend()`. `MORAY_KERNELS=reference`
+makes a GPU run the references, to tell a wrong kernel from a wrong model; `MORAY_KERNELS=triton` makes the CPU run
+Triton's interpreter, which needs `TRITON_INTERPRET=1` set before anything imports triton.
+
+Notable: `to_e4m3` is the only way into FP8. GPUs round to nearest, ties to even. Triton's interpreter (3.6, 3.7) halves
+what rounds up into the next power of two (31 becomes 16) and makes 384 of NaN; so there the bits are made by hand.
+"""
+
+import os
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FORMS = ("reference", "triton")
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def backend(tensor: Tensor) -> Literal["reference", "triton"]:
+    """The form for a tensor's device. Raises ValueError where MORAY_KERNELS asks for what cannot be."""
+    wanted = os.environ.get("MORAY_KERNELS") or ("triton" if tensor.is_cuda else "reference")
+    if wanted not in FORMS:
+        raise ValueError(f"MORAY_KERNELS={wanted}: expected one of {', '.join(FORMS)}")
+    if wanted == "reference":
+        return "reference"
+    if not tensor.is_cuda and not INTERPRETED.value:
+        raise ValueError(f"MORAY_KERNELS=triton on device {tensor.device}: set TRITON_INTERPRET=1 as well, or unset it")
+    return "triton"
+
+
+@triton.jit
+def place(index, stride):
+    """index * stride in 64 bits: tensors of more than 2^31 elements are usual here."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def to_e4m3(x):
+    """FP32 numbers within +-448, or NaN, as float8e4nv; to nearest, ties to even."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        # Three bits of mantissa stay, to which half of the rest is added; the exponent's bias goes from 127 to 7.
+        normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        # Added to 2^14, a number below 2^-6 is rounded to a multiple of 2^-9, the smallest step.
+        denormal = (((magnitude + 16384.0) - 16384.0) * 512.0).to(tl.int32)
+        rounded = tl.where(x != x, 0x7F, tl.where(magnitude < 0.015625, denormal, normal))
+        return (rounded | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of |x| in FP32. They order as the numbers do, with infinity and then NaN above all of them, so that a
+    maximum over bits loses no NaN (a maximum over floats does, on a GPU)."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+def contiguous_blocks(count: int, block: int) -> int:
+    """How many blocks cover `count` elements."""
+    return -(-count // block)
+
+
+def element(dtype: torch.dtype) -> Any:
+    """Triton's name of a torch dtype."""
+    return {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float8_e4m3fn: tl.float8e4nv,
+    }[dtype]

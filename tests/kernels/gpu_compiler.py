@@ -1,0 +1,96 @@
+"""Compiles the Triton kernels for a GPU that need not be there: `python tests/kernels/gpu_compiler.py [NAME ...]`.
+
+Triton brings NVIDIA's assembler, so that all of its work but the launch can be done on any machine. The test files'
+`SPECIMENS` call kernels' public functions with small tensors in the form that real models use: sizes divide by 16, rows
+are aligned. Instead of launching, what would be launched is compiled, with the very specialisations (alignment,
+constants, tensor descriptors) that the call leads to. Prints one JSON line per compiled kernel: registers, bytes of the
+stack that a thread spills to, bytes of shared memory, and the tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+HOPPER = GPUTarget("cuda", 90, 32)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Absent:
+    """What Triton asks a driver before it compiles, answered for a GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and shared memory by NVIDIA's own tool."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
+    return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"]}
+
+
+def compile_instead_of_launching() -> list[Any]:
+    """From now on a launch compiles; returns the list that collects what was compiled."""
+    compiled: list[Any] = []
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = original(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = run  # type: ignore[method-assign]
+    driver.set_active(Absent())
+    return compiled
+
+
+def specimens() -> dict[str, Callable[[], object]]:
+    """Those of all test files of this folder."""
+    found: dict[str, Callable[[], object]] = {}
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        found |= getattr(importlib.import_module(f"tests.kernels.{path.stem}"), "SPECIMENS", {})
+    return found
+
+
+def main(names: list[str]) -> None:
+    compiled = compile_instead_of_launching()
+    for name, call in specimens().items():
+        if names and name not in names:
+            continue
+        compiled.clear()
+        call()
+        for kernel in dict.fromkeys(compiled):
+            instructions = Counter(
+                re.findall(r"wgmma\.mma_async\.sync\.aligned[\w.]*|cp\.async\.bulk", kernel.asm["ptx"])
+            )
+            row = {"specimen": name, "kernel": kernel.name, **usage(kernel.asm["cubin"])}
+            row["shared"] = max(row["shared"], kernel.metadata.shared)
+            print(json.dumps({**row, "warps": kernel.metadata.num_warps, "instructions": instructions}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Every Triton kernel compiles for a Hopper GPU, within its limits, on a machine without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.gpu_compiler import specimens
+
+SHARED_LIMIT = 227 * 1024  # bytes of a block on an H100
+# A kernel that multiplies FP8 numbers on tensor cores does so with these, or it does not at all.
+FP8_PRODUCT = ".f32.e4m3.e4m3"
+
+
+@pytest.mark.cluster
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    script = Path(__file__).with_name("gpu_compiler.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["specimen"] for row in rows} == set(specimens())
+    for row in rows:
+        assert row["stack"] == 0, f"{row['specimen']} spills registers: {row}"
+        assert row["shared"] <= SHARED_LIMIT, row
+        if "fp8 product" in row["specimen"]:
+            assert any(FP8_PRODUCT in name for name in row["instructions"]), row
