@@ -101,7 +101,7 @@ def quantize_both_reference(
 
 
 @triton.jit
-def _scales(largest, POWER_OF_TWO: tl.constexpr):
+def tile_scales(largest, POWER_OF_TWO: tl.constexpr):
     """(scales, what to multiply by or 0) of blocks, given the bits of their largest magnitudes."""
     scales = tl.maximum(tl.math.div_rn(largest.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
     if POWER_OF_TWO:
@@ -111,7 +111,7 @@ def _scales(largest, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def _scaled(x, scales, POWER_OF_TWO: tl.constexpr):
+def scaled_e4m3(x, scales, POWER_OF_TWO: tl.constexpr):
     """x over its scales as FP8."""
     if POWER_OF_TWO:
         # The inverse of a power of two is one: exact, and an eighth of a division's instructions.
@@ -139,8 +139,8 @@ def _quantize(
         largest = tl.max(largest, axis=1, keep_dims=True)
     if ROWS > 1:
         largest = tl.max(largest, axis=0, keep_dims=True)
-    scales = _scales(largest, POWER_OF_TWO)
-    tl.store(fp8_ptr + at, _scaled(x, scales, POWER_OF_TWO), mask=inside)
+    scales = tile_scales(largest, POWER_OF_TWO)
+    tl.store(fp8_ptr + at, scaled_e4m3(x, scales, POWER_OF_TWO), mask=inside)
     i = row * (TALL // ROWS) + tl.arange(0, TALL // ROWS)
     j = column * (WIDE // COLUMNS) + tl.arange(0, WIDE // COLUMNS)
     there = (i[:, None] < block_rows) & (j[None, :] < block_columns)
@@ -182,11 +182,11 @@ def _quantize_both(
     at = place(rows[:, None], K) + columns[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     bits = magnitude_bits(x)
-    scales = _scales(tl.max(bits, axis=1, keep_dims=True), POWER_OF_TWO)
-    tl.store(fp8_ptr + at, _scaled(x, scales, POWER_OF_TWO), mask=inside)
+    scales = tile_scales(tl.max(bits, axis=1, keep_dims=True), POWER_OF_TWO)
+    tl.store(fp8_ptr + at, scaled_e4m3(x, scales, POWER_OF_TWO), mask=inside)
     tl.store(scale_ptr + place(rows[:, None], block_columns) + column, scales, mask=rows[:, None] < M)
-    scales = _scales(tl.max(bits, axis=0, keep_dims=True), POWER_OF_TWO)
-    turned = tl.trans(_scaled(x, scales, POWER_OF_TWO))
+    scales = tile_scales(tl.max(bits, axis=0, keep_dims=True), POWER_OF_TWO)
+    turned = tl.trans(scaled_e4m3(x, scales, POWER_OF_TWO))
     at = place(columns[:, None], M) + rows[None, :]
     tl.store(turned_ptr + at, turned, mask=(columns[:, None] < K) & (rows[None, :] < M))
     tl.store(turned_scale_ptr + place(columns[None, :], block_rows) + row, scales, mask=columns[None, :] < K)

@@ -1,0 +1,214 @@
+"""SwiGLU fused with the quantisation around it: silu(gate) * up [* the router's weight], forward and backward.
+
+The forward reads gate and up once and writes three things in FP8: their product, for the down projection, and
+both of them, which is all that the backward keeps (DeepSeek-V3 §3.2.2: the inputs of SwiGLU are held in FP8, its output
+is computed again). The backward reads these and the product's gradient once and writes what the next three products
+want: the gradient of gate and up in tiles along the rows (for dx) and, transposed, along the tokens (for dw), and the
+product itself, transposed (for the down projection's dw).
+
+Gate and up lie side by side, as one product with both weights makes them: gate in columns [0, F), up in [F, 2F). F is
+a multiple of 128, so that no tile holds some of both. Bytes a row and element of F, in BF16: forward 4 read and 3
+written, backward 4 read and 5 written; unfused it is 11 and 21.
+
+Notable: all scales are powers of two, so that a tile's FP8 numbers do not depend on the direction it is quantised in,
+but for what falls below the smallest. The sigmoid of a GPU differs from PyTorch's in the last bits, so a number on the
+edge between two FP8 numbers may fall to the other side.
+
+Shapes: R rows, a multiple of 128 (groups of experts' rows, each padded to that), F inner elements, J = F / 128, I = R /
+128.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check
+from moray.kernels.backend import backend, magnitude_bits, place
+from moray.kernels.quantize import BLOCK, ROW_TILES, dequantize_reference, quantize_reference, scaled_e4m3, tile_scales
+
+Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1 x 128
+
+
+class SwiGLUGradients(NamedTuple):
+    """along [R, 2F]: of gate and up. turned [2F, R]: the same, transposed. inner [F, R]: the product, transposed.
+
+    weights_R: the gradient of the router's weights, FP32, or None.
+    """
+
+    along: Quantized
+    turned: Quantized
+    inner: Quantized
+    weights_R: Tensor | None
+
+
+def swiglu_quantize_reference(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
+    """(the product [R, F], gate and up [R, 2F]), each quantised. H = 2F."""
+    gate_RF, up_RF = gate_up_RH.float().chunk(2, dim=1)
+    inner_RF = gate_RF * gate_RF.sigmoid() * up_RF
+    if weights_R is not None:
+        inner_RF = inner_RF * weights_R.float().unsqueeze(1)
+    return quantize_reference(inner_RF, ROW_TILES, True), quantize_reference(gate_up_RH, ROW_TILES, True)
+
+
+def swiglu_backward_reference(
+    gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None
+) -> SwiGLUGradients:
+    """The gradients at the held gate and up, for a gradient of the product in its own precision."""
+    gate_RF, up_RF = dequantize_reference(*gate_up, ROW_TILES).chunk(2, dim=1)
+    sigmoid_RF, d_RF = gate_RF.sigmoid(), d_inner_RF.float()
+    silu_RF = gate_RF * sigmoid_RF
+    inner_RF, d_weights_R = silu_RF * up_RF, None
+    if weights_R is not None:
+        d_weights_R = (d_RF * inner_RF).sum(1)
+        d_RF, inner_RF = d_RF * weights_R.float().unsqueeze(1), inner_RF * weights_R.float().unsqueeze(1)
+    d_gate_RF = d_RF * up_RF * sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+    both_RH = torch.cat((d_gate_RF, d_RF * silu_RF), dim=1)
+    return SwiGLUGradients(
+        quantize_reference(both_RH, ROW_TILES, True),
+        quantize_reference(both_RH.t(), ROW_TILES, True),
+        quantize_reference(inner_RF.t(), ROW_TILES, True),
+        d_weights_R,
+    )
+
+
+@triton.jit
+def _store_along(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
+    """x as tiles of 1 x 128 of a matrix [R, width]; `tile` is the number of the tile within a row."""
+    scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
+    there = rows[:, None] < R
+    tl.store(fp8_ptr + place(rows[:, None], width) + columns[None, :], scaled_e4m3(x, scales, True), mask=there)
+    tl.store(scale_ptr + place(rows[:, None], width // 128) + tile, scales, mask=there)
+
+
+@triton.jit
+def _store_turned(x, fp8_ptr, scale_ptr, rows, columns, tile, R):
+    """x transposed, as tiles of 1 x 128 of a matrix [columns, R]."""
+    scales = tile_scales(tl.max(magnitude_bits(x), axis=0, keep_dims=True), True)
+    tl.store(fp8_ptr + place(columns[:, None], R) + rows[None, :], tl.trans(scaled_e4m3(x, scales, True)))
+    tl.store(scale_ptr + place(columns[None, :], R // 128) + tile, scales)
+
+
+@triton.jit
+def _forward(
+    gate_up_ptr, weight_ptr, inner_ptr, inner_scale_ptr, held_ptr, held_scale_ptr, R, F, WEIGHTED: tl.constexpr
+):
+    """32 rows of one tile of 128 columns."""
+    rows, tile = tl.program_id(1) * 32 + tl.arange(0, 32), tl.program_id(0)
+    columns = tile * 128 + tl.arange(0, 128)
+    inside = rows[:, None] < R
+    at = gate_up_ptr + place(rows[:, None], 2 * F) + columns[None, :]
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
+    inner = gate * tl.sigmoid(gate) * up
+    if WEIGHTED:
+        inner *= tl.load(weight_ptr + rows, mask=rows < R, other=0.0)[:, None]
+    _store_along(inner, inner_ptr, inner_scale_ptr, rows, columns, tile, R, F)
+    _store_along(gate, held_ptr, held_scale_ptr, rows, columns, tile, R, 2 * F)
+    _store_along(up, held_ptr, held_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
+
+
+@triton.jit
+def _gradients(held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED: tl.constexpr):
+    """(product, gradient of gate, of up, d_inner * the unweighted product) at some rows and columns of one tile."""
+    at = place(rows[:, None], 2 * F) + columns[None, :]
+    scale_at = held_scale_ptr + place(rows[:, None], 2 * F // 128) + tile
+    gate = tl.load(held_ptr + at).to(tl.float32) * tl.load(scale_at)
+    up = tl.load(held_ptr + at + F).to(tl.float32) * tl.load(scale_at + F // 128)
+    d = tl.load(d_inner_ptr + place(rows[:, None], F) + columns[None, :]).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    inner = silu * up
+    d_weight = d * inner
+    if WEIGHTED:
+        weight = tl.load(weight_ptr + rows)[:, None]
+        d *= weight
+        inner *= weight
+    return inner, d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * silu, d_weight
+
+
+@triton.jit
+def _backward(
+    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr,
+    along_ptr, along_scale_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr, d_weight_ptr,
+    R, F, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """One part of 128 x 128, 32 columns at a time for the tiles along the tokens, then 32 rows at a time for those
+    along the rows. The second reading is served by the caches; all of it at once would not fit the registers."""
+    block, tile = tl.program_id(1), tl.program_id(0)
+    for part in range(4):
+        rows, columns = block * 128 + tl.arange(0, 128), tile * 128 + part * 32 + tl.arange(0, 32)
+        inner, d_gate, d_up, _ = _gradients(
+            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
+        )
+        _store_turned(inner, inner_ptr, inner_scale_ptr, rows, columns, block, R)
+        _store_turned(d_gate, turned_ptr, turned_scale_ptr, rows, columns, block, R)
+        _store_turned(d_up, turned_ptr, turned_scale_ptr, rows, columns + F, block, R)
+    for part in range(4):
+        rows, columns = block * 128 + part * 32 + tl.arange(0, 32), tile * 128 + tl.arange(0, 128)
+        _, d_gate, d_up, d_weight = _gradients(
+            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
+        )
+        _store_along(d_gate, along_ptr, along_scale_ptr, rows, columns, tile, R, 2 * F)
+        _store_along(d_up, along_ptr, along_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
+        if WEIGHTED:
+            tl.store(d_weight_ptr + place(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
+
+
+def _room(rows: int, columns: int, like: Tensor) -> Quantized:
+    fp8 = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=like.device)
+    return fp8, torch.empty((rows, columns // BLOCK), dtype=torch.float32, device=like.device)
+
+
+def _sizes(name: str, gate_up: Tensor, dtypes: tuple[torch.dtype, ...], weights_R: Tensor | None) -> tuple[int, int]:
+    check(name, gate_up, (None, None), dtypes)
+    rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    if gate_up.shape[1] % (2 * BLOCK):
+        raise ValueError(f"{name} has {gate_up.shape[1]} columns, expected a multiple of {2 * BLOCK}: gate, then up")
+    if rows % BLOCK:
+        raise ValueError(f"{name} has {rows} rows, expected a multiple of {BLOCK}")
+    if weights_R is not None:
+        check("weights_R", weights_R, (rows,), (torch.float32,), like=gate_up)
+    return rows, inner
+
+
+def swiglu_quantize_triton(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
+    """`swiglu_quantize_reference` in one pass."""
+    rows, inner = _sizes("gate_up_RH", gate_up_RH, WIDE_DTYPES, weights_R)
+    product, held = _room(rows, inner, gate_up_RH), _room(rows, 2 * inner, gate_up_RH)
+    if rows * inner:
+        _forward[(inner // BLOCK, triton.cdiv(rows, 32))](
+            gate_up_RH, gate_up_RH if weights_R is None else weights_R, *product, *held, rows, inner,
+            WEIGHTED=weights_R is not None,
+        )  # fmt: skip
+    return product, held
+
+
+def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None) -> SwiGLUGradients:
+    """`swiglu_backward_reference` in one pass."""
+    rows, inner = _sizes("gate_up", gate_up[0], FP8_DTYPES, weights_R)
+    check("gate_up's scales", gate_up[1], (rows, 2 * inner // BLOCK), (torch.float32,), like=gate_up[0])
+    check("d_inner_RF", d_inner_RF, (rows, inner), WIDE_DTYPES, like=gate_up[0])
+    along, turned = _room(rows, 2 * inner, d_inner_RF), _room(2 * inner, rows, d_inner_RF)
+    product = _room(inner, rows, d_inner_RF)
+    parts_RJ = torch.empty((rows, inner // BLOCK), dtype=torch.float32, device=d_inner_RF.device)
+    if rows * inner:
+        _backward[(inner // BLOCK, rows // BLOCK)](
+            *gate_up, d_inner_RF, d_inner_RF if weights_R is None else weights_R, *along, *turned, *product, parts_RJ,
+            rows, inner, WEIGHTED=weights_R is not None, num_warps=8,
+        )  # fmt: skip
+    return SwiGLUGradients(along, turned, product, None if weights_R is None else parts_RJ.sum(1))
+
+
+def swiglu_quantize(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
+    """(silu(gate) * up [* weights] [R, F], gate and up [R, 2F]), each quantised. H = 2F, F and R multiples of 128."""
+    form = swiglu_quantize_triton if backend(gate_up_RH) == "triton" else swiglu_quantize_reference
+    return form(gate_up_RH, weights_R)
+
+
+def swiglu_backward(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None) -> SwiGLUGradients:
+    """The gradients at what `swiglu_quantize` held."""
+    form = swiglu_backward_triton if backend(d_inner_RF) == "triton" else swiglu_backward_reference
+    return form(gate_up, d_inner_RF, weights_R)

@@ -1,0 +1,63 @@
+"""The tile shapes that products use, by device, kernel and size.
+
+`benchmarks/tune_gpu.py` measures the candidates on the GPU that is there and writes `tuned/DEVICE.json`, which is
+committed. A device without a table gets the default. Nothing is tried out at run time: a training job's first step is as
+fast as its second, and two runs compute in the same order.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+_TABLES = Path(__file__).with_name("tuned")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """rows x columns of a program's part of the result, its warps, and the stages of its pipeline."""
+
+    rows: int = 128
+    columns: int = 128
+    warps: int = 8
+    stages: int = 4
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+DEFAULT = Tiles()
+
+
+def table_file(device_name: str) -> Path:
+    """Where a device's table lies."""
+    return _TABLES / f"{device_name.replace(' ', '-').replace('/', '-')}.json"
+
+
+@functools.cache
+def _table(device_name: str) -> dict[str, list[dict[str, int]]]:
+    path = table_file(device_name)
+    kernels: dict[str, list[dict[str, int]]] = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    return kernels
+
+
+@functools.cache
+def nearest(device_name: str, kernel: str, m: int, n: int, k: int) -> Tiles:
+    """The tiles measured for the size nearest to m x n x k, by the ratio of each of the three."""
+
+    def distance(row: dict[str, int]) -> float:
+        return sum(abs((want / max(row[name], 1)) ** 0.5 - 1) for name, want in (("m", m), ("n", n), ("k", k)))
+
+    rows = _table(device_name).get(kernel)
+    if not rows:
+        return DEFAULT
+    best = min(rows, key=distance)
+    return Tiles(best["rows"], best["columns"], best["warps"], best["stages"])
+
+
+def tiles(kernel: str, device: torch.device, m: int, n: int, k: int) -> Tiles:
+    """The shape for a product of this size on this device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return nearest(name, kernel, m, n, k)
