@@ -13,6 +13,14 @@ instead of becoming zero. That matters for the second moment: a zero in it makes
 
 Notable: the power is kept within [1/4, 8]: below, a few bits would have to cover everything; above, FP32's own rounding
 of the power would show. Blocks of zeros have scale 0. A block with a number that is not finite reads back as NaN.
+Masters are FP32, in which a usual step is thousands of units in the last place, so none needs stochastic rounding;
+masters in BF16 would.
+
+The Triton form is one kernel: a program restores some blocks, steps their masters and compresses the moments again.
+Its floor is its traffic, 16.25 bytes a parameter: gradient 4 (FP32), master 4 + 4, moments 2 * (1 + 1), scales and
+powers 2 * (8 + 8) / 128. It computes x^p as 2^(p log2 x), where torch's pow carries more digits: with p up to 4 and
+log2 x down to -18, a moment reads back within 2e-5 of the reference's, less than a thousandth of what FP8 costs. A
+number that this puts across an edge between two E4M3 numbers is stored as the neighbour.
 
 Shapes: N elements, flat; J = ceil(N / 128) blocks.
 """
@@ -21,13 +29,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from moray.kernels.arguments import WIDE_DTYPES, check
+from moray.kernels.backend import INTERPRETED, backend, contiguous_blocks, magnitude_bits, place, to_e4m3
 from moray.kernels.quantize import BLOCK, E4M3_MAX
 
 _SMALLEST = 2.0**-6  # of E4M3's normal numbers
 _SPAN = torch.log2(torch.tensor(E4M3_MAX / _SMALLEST)).item()
 POWERS = (0.25, 8.0)
+_SPAN_BITS = tl.constexpr(_SPAN)
+_POWER_MIN, _POWER_MAX = tl.constexpr(POWERS[0]), tl.constexpr(POWERS[1])
+_PER_PROGRAM = 16  # blocks
 
 
 @dataclass
@@ -112,6 +127,147 @@ def adamw_fp8_reference(
         moment.powers_J.copy_(made.powers_J)
 
 
+@triton.jit
+def _log2(x):
+    """The GPU's own instruction, with an error of 2^-22 of the logarithm: a twentieth of the accurate one's work, of
+    which there are four for every parameter."""
+    if INTERPRETED:
+        return tl.math.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _signed(magnitude, x):
+    """magnitude with x's sign, a zero's too."""
+    bits = magnitude.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _restore(fp8, scales, powers):
+    """FP32 numbers [ROWS, 128] of E4M3 ones."""
+    stored = fp8.to(tl.float32)
+    log = _log2(tl.abs(stored) * (1.0 / 448.0))  # -inf of 0, whose power is 0 again
+    magnitude = tl.math.exp2(log * tl.math.div_rn(1.0, powers)[:, None])
+    return _signed(magnitude, stored) * scales[:, None]
+
+
+@triton.jit
+def _compress(x, EXPAND: tl.constexpr):
+    """(E4M3 numbers, scales, powers) of blocks [ROWS, 128]."""
+    bits = magnitude_bits(x)
+    largest_bits = tl.max(bits, axis=1)
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    # A quotient by one inverse a block. 2^64 keeps the inverse of a tiny largest number finite.
+    lift = tl.where(largest < 5.421010862427522e-20, 18446744073709551616.0, 1.0)
+    inverse = tl.where(largest > 0, tl.math.div_rn(1.0, largest * lift), 0.0)
+    quotient = (tl.abs(x) * lift[:, None]) * inverse[:, None]
+    powers = tl.full(largest.shape, 1.0, tl.float32)
+    if EXPAND:
+        smallest = tl.min(tl.where(bits > 0, bits, 0x7F800000), axis=1).to(tl.float32, bitcast=True)
+        # Never below 0, which two logarithms of neighbours may come out as. Of zeros it is infinite.
+        span = tl.abs(tl.math.log2(largest) - tl.math.log2(smallest))
+        wanted = tl.math.div_rn(_SPAN_BITS, span)
+        powers = tl.where(wanted == wanted, tl.minimum(tl.maximum(wanted, _POWER_MIN), _POWER_MAX), 1.0)
+        quotient = tl.math.exp2(_log2(quotient) * powers[:, None])
+    finite = largest_bits < 0x7F800000
+    # Within 448 where the block is finite; what is stored of another is never read.
+    stored = tl.where(finite[:, None], tl.minimum(quotient * 448.0, 448.0), 0.0)
+    return to_e4m3(_signed(stored, x)), tl.where(finite, largest, float("nan")), powers
+
+
+@triton.jit
+def _step(
+    master_ptr, grad_ptr, first_ptr, first_scale_ptr, first_power_ptr, second_ptr, second_scale_ptr, second_power_ptr,
+    N, J, new1, keep2, new2, decay, rate, correction, epsilon,
+    ROWS: tl.constexpr, EXPAND: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks. new1, keep2, new2: 1 - beta1, beta2, 1 - beta2; rate and correction: without the moments' bias."""
+    blocks = place(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
+    at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]
+    there, inside = blocks < J, at < N
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    scales = tl.load(first_scale_ptr + blocks, mask=there, other=0.0)
+    powers = tl.load(first_power_ptr + blocks, mask=there, other=1.0)
+    m = _restore(tl.load(first_ptr + at, mask=inside, other=0.0), scales, powers)
+    m += (grad - m) * new1
+    scales = tl.load(second_scale_ptr + blocks, mask=there, other=0.0)
+    powers = tl.load(second_power_ptr + blocks, mask=there, other=1.0)
+    v = _restore(tl.load(second_ptr + at, mask=inside, other=0.0), scales, powers) * keep2 + new2 * grad * grad
+    master = tl.load(master_ptr + at, mask=inside, other=0.0)
+    master = master * decay - rate * m / (tl.math.sqrt_rn(v * correction) + epsilon)
+    tl.store(master_ptr + at, master, mask=inside)
+    fp8, scales, powers = _compress(m, EXPAND)
+    tl.store(first_ptr + at, fp8, mask=inside)
+    tl.store(first_scale_ptr + blocks, scales, mask=there)
+    tl.store(first_power_ptr + blocks, powers, mask=there)
+    fp8, scales, powers = _compress(v, EXPAND)
+    tl.store(second_ptr + at, fp8, mask=inside)
+    tl.store(second_scale_ptr + blocks, scales, mask=there)
+    tl.store(second_power_ptr + blocks, powers, mask=there)
+
+
+@torch.no_grad()
+def adamw_fp8_triton(
+    master_N: Tensor,
+    grad_N: Tensor,
+    first: Fp8Moment,
+    second: Fp8Moment,
+    *,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    expand: bool = True,
+) -> None:
+    """As the reference: the step within 2e-5 of it, and the stored numbers but for rare neighbours.
+
+    `master_N` FP32, `grad_N` FP32, BF16 or FP16, all contiguous. Raises ValueError for what does not fit.
+    """
+    check("master_N", master_N, (None,), (torch.float32,))
+    count = len(master_N)
+    blocks = contiguous_blocks(count, BLOCK)
+    check("grad_N", grad_N, (count,), WIDE_DTYPES, like=master_N)
+    for name, moment in (("first", first), ("second", second)):
+        check(f"{name}.fp8_N", moment.fp8_N, (count,), (torch.float8_e4m3fn,), like=master_N)
+        check(f"{name}.scales_J", moment.scales_J, (blocks,), (torch.float32,), like=master_N)
+        check(f"{name}.powers_J", moment.powers_J, (blocks,), (torch.float32,), like=master_N)
+    if count:
+        _step[(triton.cdiv(blocks, _PER_PROGRAM),)](
+            master_N, grad_N, first.fp8_N, first.scales_J, first.powers_J, second.fp8_N, second.scales_J,
+            second.powers_J, count, blocks, 1 - beta1, beta2, 1 - beta2, 1 - rate * weight_decay,
+            rate / (1 - beta1**step), 1 / (1 - beta2**step), epsilon,
+            ROWS=_PER_PROGRAM, EXPAND=expand, num_warps=4,
+        )  # fmt: skip
+
+
+def adamw_fp8(
+    master_N: Tensor,
+    grad_N: Tensor,
+    first: Fp8Moment,
+    second: Fp8Moment,
+    *,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    expand: bool = True,
+) -> None:
+    """One step, number `step` from 1, in place: master and both moments (Loshchilov & Hutter 2019, algorithm 2).
+
+    The step is taken with the FP32 moments, before they are rounded.
+    """
+    wide = torch.float64 in (master_N.dtype, grad_N.dtype)
+    form = adamw_fp8_reference if wide or backend(master_N) == "reference" else adamw_fp8_triton
+    form(
+        master_N, grad_N if form is adamw_fp8_reference else grad_N.contiguous(), first, second,
+        step=step, rate=rate, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=weight_decay, expand=expand,
+    )  # fmt: skip
+
+
 compress = compress_reference
 restore = restore_reference
-adamw_fp8 = adamw_fp8_reference

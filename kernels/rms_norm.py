@@ -3,10 +3,30 @@
 Notable: the statistics are FP32 even for BF16 rows (a BF16 mean of squares is off by up to 1 %), and the
 normalised row is rounded to the row's dtype *before* the weight multiplies it. That is the order in which
 DeepSeek-V3 was trained and in which its other readers compute; the other order differs in the last BF16 bit.
+
+The Triton form reads a row once forward, and x and dy once backward, where a row is held whole (up to 8,192 elements;
+wider ones are read twice). It keeps x and one FP32 number per row, 1 / sqrt(mean(x^2) + eps), for the backward. The
+weight's gradient is summed without atomics: a program adds up every 264th tile of rows, and the programs' sums are
+added in one order, so that a run repeats to the bit.
+
+Shapes: X any leading axes, R rows, D elements of a row, S programs.
 """
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moray.kernels.arguments import WIDE_DTYPES, check
+from moray.kernels.backend import INTERPRETED, backend, place
+
+_WIDEST = 32768
+_WHOLE = 8192  # elements of a row up to which the backward holds it in registers
+_TILE = 4096  # elements that narrow rows are gathered up to, and that wide rows are cut into
+_PROGRAMS = 264  # of the backward: two for each of an H100's processors; a number of the device's would change bits
 
 
 def rms_norm_reference(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -16,4 +36,150 @@ def rms_norm_reference(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x_XD.dtype) * weight_D
 
 
-rms_norm = rms_norm_reference
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """FP32 numbers in DTYPE; to nearest, ties to even. (The interpreter of Triton 3.6 and 3.7 cuts BF16's bits off.)"""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _normalise(
+    x_ptr, weight_ptr, y_ptr, inverse_ptr, R, D, x_stride, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """ROWS whole rows."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (rows[:, None] < R) & (columns[None, :] < D)
+    x = tl.load(x_ptr + place(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    wide = x.to(tl.float32)
+    inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(wide * wide, axis=1) / D + eps))
+    normal = rounded(wide * inverse[:, None], x.dtype).to(tl.float32)
+    y = rounded(normal * weight[None, :], y_ptr.dtype.element_ty)
+    tl.store(y_ptr + place(rows[:, None], D) + columns[None, :], y, mask=inside)
+    tl.store(inverse_ptr + rows, inverse, mask=rows < R)
+
+
+@triton.jit
+def _dots(x_ptr, dy_ptr, weight_ptr, inverse_ptr, dot_ptr, D, x_stride, dy_stride, WIDTH: tl.constexpr):
+    """Of one wide row: mean(dy * weight * x) / sqrt(mean(x^2) + eps)."""
+    row, columns = tl.program_id(0), tl.arange(0, WIDTH)
+    inverse = tl.load(inverse_ptr + row)
+    products = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, D, WIDTH):
+        inside = start + columns < D
+        x = tl.load(x_ptr + place(row, x_stride) + start + columns, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + place(row, dy_stride) + start + columns, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        products += (x * inverse) * (dy * weight)
+    tl.store(dot_ptr + row, tl.sum(products, axis=0) / D)
+
+
+@triton.jit
+def _gradients(
+    x_ptr, dy_ptr, weight_ptr, inverse_ptr, dot_ptr, dx_ptr, partial_ptr, R, D, x_stride, dy_stride,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of every so many'th tile of ROWS rows; dots are computed of rows held whole, else loaded."""
+    first, columns = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, WIDTH], tl.float32)
+    for tile in tl.range(first, tl.cdiv(R, ROWS), tl.num_programs(0), num_stages=2):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = (rows[:, None] < R) & (columns[None, :] < D)
+        x = tl.load(x_ptr + place(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + place(rows[:, None], dy_stride) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + rows, mask=rows < R, other=0.0)[:, None]
+        normal = x.to(tl.float32) * inverse
+        scaled = dy * weight[None, :]
+        if WHOLE:
+            dot = tl.sum(normal * scaled, axis=1)[:, None] / D
+        else:
+            dot = tl.load(dot_ptr + rows, mask=rows < R, other=0.0)[:, None]
+        dx = rounded(inverse * (scaled - normal * dot), x.dtype)
+        tl.store(dx_ptr + place(rows[:, None], D) + columns[None, :], dx, mask=inside)
+        dweight += dy * rounded(normal, x.dtype).to(tl.float32)
+    tl.store(partial_ptr + place(first, D) + columns, tl.sum(dweight, axis=0), mask=columns < D)
+
+
+def _rows(x_XD: Tensor) -> Tensor:
+    """[R, D] with whole rows: a view where the rows lie evenly in memory."""
+    flat_RD = x_XD.reshape(x_XD.numel() // x_XD.shape[-1], x_XD.shape[-1])
+    return flat_RD if flat_RD.stride(1) == 1 else flat_RD.contiguous()
+
+
+def _warps(elements: int) -> int:
+    return min(max(elements // 1024, 4), 16)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        y_XD = torch.empty(x_XD.shape, dtype=torch.promote_types(x_XD.dtype, weight_D.dtype), device=x_XD.device)
+        inverse_R = torch.empty(x_XD.shape[:-1].numel(), dtype=torch.float32, device=x_XD.device)
+        if x_XD.numel():
+            x_RD = _rows(x_XD)
+            width = triton.next_power_of_2(x_RD.shape[1])
+            rows = max(_TILE // width, 1)
+            _normalise[(triton.cdiv(len(x_RD), rows),)](
+                x_RD, weight_D, y_XD, inverse_R, *x_RD.shape, x_RD.stride(0), eps,
+                ROWS=rows, WIDTH=width, num_warps=_warps(rows * width),
+            )  # fmt: skip
+        ctx.save_for_backward(x_XD, weight_D, inverse_R)
+        return y_XD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_XD, weight_D, inverse_R = ctx.saved_tensors
+        if not x_XD.numel():
+            return torch.empty_like(x_XD), torch.zeros_like(weight_D), None
+        return *_backward(_rows(x_XD), _rows(dy_XD), weight_D, inverse_R, x_XD.shape), None
+
+
+def _backward(
+    x_RD: Tensor, dy_RD: Tensor, weight_D: Tensor, inverse_R: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    count, size = x_RD.shape
+    whole = size <= _WHOLE
+    width = triton.next_power_of_2(size) if whole else _TILE
+    rows = max(_TILE // width, 1)
+    strides = (x_RD.stride(0), dy_RD.stride(0))
+    dots_R = inverse_R
+    if not whole:
+        dots_R = torch.empty_like(inverse_R)
+        _dots[(count,)](x_RD, dy_RD, weight_D, inverse_R, dots_R, size, *strides, WIDTH=width, num_warps=8)
+    programs = min(triton.cdiv(count, rows), _PROGRAMS)
+    dx_XD = torch.empty(shape, dtype=x_RD.dtype, device=x_RD.device)
+    partial_SD = torch.empty((programs, size), dtype=torch.float32, device=x_RD.device)
+    _gradients[(programs, triton.cdiv(size, width))](
+        x_RD, dy_RD, weight_D, inverse_R, dots_R, dx_XD, partial_SD, count, size, *strides,
+        ROWS=rows, WIDTH=width, WHOLE=whole, num_warps=2 * _warps(rows * width),
+    )  # fmt: skip
+    return dx_XD, partial_SD.sum(0).to(weight_D.dtype)
+
+
+def rms_norm_triton(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As the reference, to the order of summation. The last axis has stride 1 and at most 32,768 elements.
+
+    x and weight FP32, BF16 or FP16, not necessarily the same. Differentiable once, in both; the gradients are computed
+    in FP32 and rounded once. Raises ValueError for what does not fit.
+    """
+    size = x_XD.shape[-1] if x_XD.dim() else 0
+    strides = (*(None,) * (x_XD.dim() - 1), 1 if size > 1 else None)
+    check("x_XD", x_XD, (None,) * max(x_XD.dim(), 1), WIDE_DTYPES, strides=strides)
+    check("weight_D", weight_D, (size,), WIDE_DTYPES, like=x_XD)
+    if size > _WIDEST:
+        raise ValueError(f"x_XD has shape {tuple(x_XD.shape)}, expected at most {_WIDEST} elements in the last axis")
+    y_XD: Tensor = _RmsNorm.apply(x_XD, weight_D, eps)  # type: ignore[no-untyped-call]
+    return y_XD
+
+
+def rms_norm(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Normalises the last axis of `x_XD` (any leading shape); returns the same shape and dtype."""
+    if torch.float64 in (x_XD.dtype, weight_D.dtype) or backend(x_XD) == "reference":
+        return rms_norm_reference(x_XD, weight_D, eps)
+    return rms_norm_triton(x_XD if x_XD.stride(-1) == 1 else x_XD.contiguous(), weight_D, eps)

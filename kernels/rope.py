@@ -8,13 +8,26 @@ Notable: angles are FP32 for FP32 and BF16 rows, as in every other reader of the
 FP32 angle is off by 0.008 rad, and a model must be served with the angles it was trained with. FP64 rows get FP64
 angles, for tests.
 
+The Triton form reads a head's elements as they lie, be they a slice of a wider row, and parts the pairs in registers:
+every load and store is of neighbouring elements. Its backward is the same kernel with the opposite angles.
+
 Shapes: B batch, T tokens, H heads, P rotated elements of a head, Q = P / 2 pairs.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moray.kernels.arguments import WIDE_DTYPES, check
+from moray.kernels.backend import backend, place
+from moray.kernels.rms_norm import rounded
+
+_TILE = 2048  # elements of one program, where there are as many
 
 
 def rope_table(
@@ -46,4 +59,87 @@ def rope_reference(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
     return turned.flatten(-2).to(x_BTHP.dtype)
 
 
-rope = rope_reference
+@triton.jit
+def _turn(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, N, T, H, P, x_batch, x_token, x_head, table_batch, table_token,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, OPPOSITE: tl.constexpr,
+):  # fmt: skip
+    """Some heads of some of the N = B * T tokens."""
+    tokens = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
+    columns = tl.arange(0, WIDTH)[None, None, :]
+    inside = (tokens < N) & (heads < H) & (columns < P)
+    batch, token = tokens // T, tokens % T
+    at = place(batch, x_batch) + place(token, x_token) + place(heads, x_head) + columns
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), [TOKENS, HEADS, WIDTH // 2, 2]))
+    pairs = tl.arange(0, WIDTH // 2)[None, None, :]
+    at, known = place(batch, table_batch) + place(token, table_token) + pairs, (tokens < N) & (2 * pairs < P)
+    cos = tl.load(cos_ptr + at, mask=known, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=known, other=0.0)
+    if OPPOSITE:
+        sin = -sin
+    turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TOKENS, HEADS, WIDTH])
+    at = place(place(tokens, H) + heads, P) + columns
+    tl.store(y_ptr + at, rounded(turned, x.dtype), mask=inside)
+
+
+def _launch(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, opposite: bool) -> Tensor:
+    batch, tokens, heads, size = x_BTHP.shape
+    y_BTHP = torch.empty(x_BTHP.shape, dtype=x_BTHP.dtype, device=x_BTHP.device)
+    if y_BTHP.numel():
+        table_strides = cos_BTQ.expand(batch, tokens, size // 2).stride()[:2]
+        width = triton.next_power_of_2(size)
+        tile_heads = min(triton.next_power_of_2(heads), max(_TILE // width, 1))
+        tile_tokens = max(_TILE // width // tile_heads, 1)
+        grid = (triton.cdiv(batch * tokens, tile_tokens), triton.cdiv(heads, tile_heads))
+        _turn[grid](
+            x_BTHP, cos_BTQ, sin_BTQ, y_BTHP, batch * tokens, tokens, heads, size, *x_BTHP.stride()[:3], *table_strides,
+            TOKENS=tile_tokens, HEADS=tile_heads, WIDTH=width, OPPOSITE=opposite,
+        )  # fmt: skip
+    return y_BTHP
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTQ, sin_BTQ)
+        return _launch(x_BTHP, cos_BTQ, sin_BTQ, opposite=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTHP: Tensor) -> tuple[Tensor, None, None]:
+        cos_BTQ, sin_BTQ = ctx.saved_tensors
+        return _launch(_dense_heads(dy_BTHP), cos_BTQ, sin_BTQ, opposite=True), None, None
+
+
+def _dense_heads(x_BTHP: Tensor) -> Tensor:
+    return x_BTHP if x_BTHP.stride(-1) == 1 else x_BTHP.contiguous()
+
+
+def rope_triton(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
+    """The reference's numbers, but that a GPU rounds a product and a sum once instead of twice.
+
+    `x_BTHP` FP32, BF16 or FP16, with stride 1 in the last axis. FP32 tables, contiguous, with 1 or B batches and 1 or
+    T tokens. Returns a contiguous tensor. Differentiable once, in `x_BTHP` only. Raises ValueError for what does not
+    fit.
+    """
+    check("x_BTHP", x_BTHP, (None,) * 4, WIDE_DTYPES, strides=(None, None, None, 1))
+    batch, tokens, _, size = x_BTHP.shape
+    if size % 2:
+        raise ValueError(f"x_BTHP has shape {tuple(x_BTHP.shape)}, expected an even last axis: pairs are turned")
+    shared = [1 if axis == 1 else full for axis, full in zip(cos_BTQ.shape, (batch, tokens), strict=False)]
+    check("cos_BTQ", cos_BTQ, (*shared, size // 2), (torch.float32,), like=x_BTHP)
+    check("sin_BTQ", sin_BTQ, cos_BTQ.shape, (torch.float32,), like=x_BTHP)
+    y_BTHP: Tensor = _Rope.apply(x_BTHP, cos_BTQ, sin_BTQ)  # type: ignore[no-untyped-call]
+    return y_BTHP
+
+
+def rope(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
+    """Rotates every pair of `x_BTHP` by its token's angle; returns the same shape and dtype.
+
+    The tables have 1 or B batches; no gradient reaches them on a GPU.
+    """
+    if torch.float64 in (x_BTHP.dtype, cos_BTQ.dtype) or backend(x_BTHP) == "reference":
+        return rope_reference(x_BTHP, cos_BTQ, sin_BTQ)
+    return rope_triton(_dense_heads(x_BTHP), cos_BTQ.contiguous(), sin_BTQ.contiguous())
