@@ -1,17 +1,36 @@
 """Sorting (token, slot) pairs by expert, and moving rows along that order.
 
-Notable: no atomics anywhere. The backward of a gather by a permutation is the gather by its inverse, so gradients
-are bit-identical from run to run, also on a GPU, where a scatter-add is not. The sort is stable: an expert's rows
-keep the order of the tokens, whatever the other experts got.
+Two orders: `PairOrder` packs the rows, and its counts must come to the host before experts can be cut apart;
+`PaddedOrder` starts every expert at a multiple of `tile` rows in a buffer whose size the host knows beforehand, so that
+a grouped product of FP8 tiles is launched without waiting for the router.
 
-Shapes: T tokens, K slots, R = T * K pairs (pair t * K + k is slot k of token t), E experts, D row width.
+Notable: no atomics on any row or order. The backward of a gather by a permutation is the gather by its inverse, so
+gradients are bit-identical from run to run, also on a GPU, where a scatter-add is not. Both sorts are stable: an
+expert's rows keep the order of the tokens, whatever the other experts got.
+
+The Triton sort counts: a histogram per block of pairs, its prefix over blocks; then a pair's place is its expert's
+start, plus that expert's pairs in earlier blocks, plus those before it in its own block, which the block compared with
+itself gives, whatever the number of experts.
+
+Shapes: T tokens, K slots, R rows: T * K pairs (pair t * K + k is slot k of token t) or the padded buffer's capacity,
+E experts, D row width, J scales per row.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check
+from moray.kernels.backend import backend, contiguous_blocks, place
+
+TILE = 128
+# Pairs of one program of the sort.
+_PAIRS = 256
+_MOST_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,31 @@ class PairOrder:
     order_R: Tensor
     inverse_R: Tensor
     counts_E: Tensor
+
+
+@dataclass(frozen=True)
+class PaddedOrder:
+    """Where pairs go in a buffer in which each expert's rows start at a multiple of `tile`. Tensors are int32.
+
+    positions_TK: the row of slot k of token t; -1 where it is not routed here. offsets_E1: where each expert's rows
+    start, and at last where the padded rows end. counts_E: rows without padding; expert e's rows are offsets[e] up to
+    offsets[e] + counts[e], its padding goes on up to offsets[e + 1].
+    """
+
+    positions_TK: Tensor
+    offsets_E1: Tensor
+    counts_E: Tensor
+    tile: int = TILE
+
+
+def padded_capacity(pairs: int, experts: int, tile: int = TILE) -> int:
+    """The most rows that `pairs` pairs over `experts` experts take, a multiple of `tile`: the least such bound.
+
+    The worst router gives one pair to each expert that it can, n = min(experts, pairs), and the rest so that tiles are
+    full: n + floor((pairs - n) / tile) tiles. Pairs that are not routed here only make it fewer.
+    """
+    begun = min(experts, pairs)
+    return (begun + (pairs - begun) // tile) * tile
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
@@ -76,3 +120,315 @@ def move_rows(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
 
 
 sort_pairs = sort_pairs_reference
+
+
+def _check_ids(expert_ids_TK: Tensor, num_experts: int, tile: int) -> None:
+    check("expert_ids_TK", expert_ids_TK, (None, None), (torch.int64, torch.int32))
+    for name, number in (("num_experts", num_experts), ("tile", tile)):
+        if number < 1:
+            raise ValueError(f"{name} = {number}, expected at least 1")
+    rows = padded_capacity(expert_ids_TK.numel(), num_experts, tile)
+    if rows > _MOST_ROWS:
+        raise ValueError(f"expert_ids_TK may take {rows} padded rows, expected at most {_MOST_ROWS} (int32 positions)")
+
+
+def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
+    """As `padded_order`, in PyTorch and without waiting for a device."""
+    _check_ids(expert_ids_TK, num_experts, tile)
+    ids_R = expert_ids_TK.flatten().long()
+    here_R = (ids_R >= 0) & (ids_R < num_experts)
+    # What is not routed here is sorted behind the last expert.
+    sorted_R, order_R = torch.where(here_R, ids_R, num_experts).sort(stable=True)
+    edges_E1 = torch.searchsorted(sorted_R, torch.arange(num_experts + 1, device=ids_R.device))
+    counts_E = edges_E1.diff()
+    offsets_E1 = torch.zeros_like(edges_E1)
+    offsets_E1[1:] = ((counts_E + tile - 1) // tile * tile).cumsum(0)
+    moved_R = (offsets_E1 - edges_E1)[sorted_R] + torch.arange(len(ids_R), device=ids_R.device)
+    positions_R = torch.where(here_R, moved_R[inverse_permutation(order_R)], -1)
+    return PaddedOrder(positions_R.view(expert_ids_TK.shape).int(), offsets_E1.int(), counts_E.int(), tile)
+
+
+@triton.jit
+def _count_blocks(ids_ptr, block_counts_ptr, P, E, PAIRS: tl.constexpr, BINS: tl.constexpr):
+    """A histogram of one block of pairs."""
+    block = tl.program_id(0)
+    pair, bins = block * PAIRS + tl.arange(0, PAIRS), tl.arange(0, BINS)
+    ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
+    here = (ids >= 0) & (ids < E)
+    counts = tl.histogram(tl.where(here, ids, 0).to(tl.int32), BINS, mask=here)
+    tl.store(block_counts_ptr + place(block, E) + bins, counts, mask=bins < E)
+
+
+@triton.jit
+def _sum_blocks(block_counts_ptr, counts_ptr, blocks, E, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Some experts' counts of a block become those of all blocks before it; and their sums over all blocks."""
+    experts = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.int32)
+    for first in range(0, blocks, TALL):
+        rows = first + tl.arange(0, TALL)
+        inside = (rows[:, None] < blocks) & (experts[None, :] < E)
+        at = block_counts_ptr + place(rows[:, None], E) + experts[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=inside)
+        total += tl.sum(counts, axis=0)
+    tl.store(counts_ptr + experts, total, mask=experts < E)
+
+
+@triton.jit
+def _place_pairs(
+    ids_ptr, before_ptr, counts_ptr, offsets_ptr, positions_ptr, P, E,
+    TILE: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Positions of one block of pairs; the first block writes the offsets as well."""
+    block = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.load(counts_ptr + bins, mask=bins < E, other=0)
+    padded = (counts + TILE - 1) // TILE * TILE
+    ends = tl.cumsum(padded, axis=0)
+    if block == 0:
+        tl.store(offsets_ptr, 0)
+        tl.store(offsets_ptr + 1 + bins, ends, mask=bins < E)
+    lane = tl.arange(0, PAIRS)
+    pair = block * PAIRS + lane
+    ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
+    earlier = tl.zeros((PAIRS, STEP), tl.int32)
+    for first in range(0, PAIRS, STEP):
+        other = first + tl.arange(0, STEP)
+        others = tl.load(ids_ptr + block * PAIRS + other, mask=block * PAIRS + other < P, other=-1)
+        earlier += ((ids[:, None] == others[None, :]) & (other[None, :] < lane[:, None])).to(tl.int32)
+    rank = tl.sum(earlier, axis=1)
+    here = (ids >= 0) & (ids < E)
+    expert = tl.where(here, ids, 0).to(tl.int32)
+    start = tl.gather(ends - padded, expert, axis=0)
+    before = tl.load(before_ptr + place(block, E) + expert, mask=here, other=0)
+    tl.store(positions_ptr + pair, tl.where(here, start + before + rank, -1), mask=pair < P)
+
+
+def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
+    """As `padded_order_reference`, in three launches."""
+    _check_ids(expert_ids_TK, num_experts, tile)
+    device, pairs = expert_ids_TK.device, expert_ids_TK.numel()
+    blocks = contiguous_blocks(pairs, _PAIRS)
+    bins = max(32, triton.next_power_of_2(num_experts))
+    positions_TK = torch.empty(expert_ids_TK.shape, dtype=torch.int32, device=device)
+    offsets_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    counts_E = torch.empty(num_experts, dtype=torch.int32, device=device)
+    block_counts = torch.empty((blocks, num_experts), dtype=torch.int32, device=device)
+    if blocks:
+        _count_blocks[(blocks,)](expert_ids_TK, block_counts, pairs, num_experts, PAIRS=_PAIRS, BINS=bins)
+    wide = 16
+    _sum_blocks[(contiguous_blocks(num_experts, wide),)](
+        block_counts, counts_E, blocks, num_experts, TALL=64, WIDE=wide
+    )
+    _place_pairs[(max(blocks, 1),)](
+        expert_ids_TK, block_counts, counts_E, offsets_E1, positions_TK, pairs, num_experts,
+        TILE=tile, PAIRS=_PAIRS, STEP=16, BINS=bins, num_warps=8,
+    )  # fmt: skip
+    return PaddedOrder(positions_TK, offsets_E1, counts_E, tile)
+
+
+def padded_order(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
+    """Sorts (token, slot) pairs stably by expert, each expert from a multiple of `tile` on.
+
+    expert_ids_TK: int64 or int32. An id outside of 0 .. num_experts - 1 (-1, by custom) is not routed here. Nothing
+    waits for the device: how large a buffer must be, `padded_capacity` knows without looking.
+    Raises ValueError for what is not such ids, and where positions might not fit int32.
+    """
+    if backend(expert_ids_TK) == "triton":
+        return padded_order_triton(expert_ids_TK.contiguous(), num_experts, tile)
+    return padded_order_reference(expert_ids_TK.contiguous(), num_experts, tile)
+
+
+def check_order(order: PaddedOrder, like: Tensor, tokens: int, capacity: int) -> None:
+    """Raises ValueError where an order does not fit so many tokens, or a buffer of `capacity` rows."""
+    check("positions_TK", order.positions_TK, (tokens, None), (torch.int32,), like=like)
+    check("counts_E", order.counts_E, (None,), (torch.int32,), like=like)
+    experts = len(order.counts_E)
+    check("offsets_E1", order.offsets_E1, (experts + 1,), (torch.int32,), like=like)
+    least = padded_capacity(order.positions_TK.numel(), experts, order.tile)
+    if capacity < least:
+        raise ValueError(f"capacity = {capacity} rows, expected at least {least} (padded_capacity)")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over rows of `dtype` are taken in: FP32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def spread_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fill: float = 0.0) -> Tensor:
+    """As `spread_padded`, differentiable by PyTorch, of any dtype. All rows that no pair takes hold `fill`."""
+    check_order(order, x_TD, len(x_TD), capacity)
+    # What is not routed here goes to one row more, which is cut off again.
+    places_R = torch.where(order.positions_TK < 0, capacity, order.positions_TK).flatten().long()
+    wide_TD = x_TD.to(wide_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
+    copies_RD = wide_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
+    rows_RD = copies_RD.new_full((capacity + 1, x_TD.shape[1]), fill).index_copy(0, places_R, copies_RD)
+    return rows_RD[:capacity].to(x_TD.dtype)
+
+
+@triton.jit
+def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl.constexpr, TALL: tl.constexpr):
+    """Some columns of the padding behind an expert's rows."""
+    end = tl.load(offsets_ptr + expert + 1)
+    for first in range(tl.load(offsets_ptr + expert) + tl.load(counts_ptr + expert), end, TALL):
+        rows = (first + tl.arange(0, TALL)).to(tl.int64)
+        inside = (rows[:, None] < end) & (columns[None, :] < D)
+        tl.store(rows_ptr + rows[:, None] * D + columns[None, :], FILL, mask=inside)
+
+
+@triton.jit
+def _spread_columns(
+    x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, columns, D, E,
+    K: tl.constexpr, FILL: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one expert's padding or of one token's row."""
+    program = tl.program_id(0)
+    if program < E:
+        fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, TALL)
+    else:
+        token = program - E
+        x = tl.load(x_ptr + place(token, D) + columns, mask=columns < D)
+        positions_ptr += place(token, K)
+        for k in tl.static_range(K):
+            position = tl.load(positions_ptr + k).to(tl.int64)
+            tl.store(rows_ptr + position * D + columns, x, mask=(columns < D) & (position >= 0))
+
+
+@triton.jit
+def _spread(
+    x_ptr, scales_ptr, rows_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, D, J, E,
+    K: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """The experts' padding first, for it takes longest, then the tokens; the last part of a row are its scales."""
+    first = tl.program_id(1) * WIDTH
+    if first < D:
+        _spread_columns(
+            x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, first + tl.arange(0, WIDTH), D, E, K, 0, 4
+        )
+    elif SCALES > 0:
+        _spread_columns(
+            scales_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, tl.arange(0, SCALES), J, E, K, 1, 4
+        )
+
+
+def _spread_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
+    """Rows and their scales, if there are any."""
+    tokens, width = x_TD.shape
+    check_order(order, x_TD, tokens, capacity)
+    wide = row_width(width)
+    parts, scales = contiguous_blocks(width, wide), 0
+    rows_RD = torch.empty((capacity, width), dtype=x_TD.dtype, device=x_TD.device)
+    row_scales_RJ = x_TD.new_empty((capacity, 0), dtype=torch.float32)
+    if scales_TJ is not None:
+        scales = scales_TJ.shape[1]
+        row_scales_RJ = scales_TJ.new_empty((capacity, scales))
+    if rows_RD.numel():
+        experts, slots = len(order.counts_E), order.positions_TK.shape[1]
+        _spread[(experts + tokens, parts + (scales > 0))](
+            x_TD, scales_TJ if scales else row_scales_RJ, rows_RD, row_scales_RJ,
+            order.positions_TK, order.offsets_E1, order.counts_E, width, scales, experts,
+            K=slots, WIDTH=wide, SCALES=triton.next_power_of_2(scales) if scales else 0,
+        )  # fmt: skip
+    return rows_RD, row_scales_RJ
+
+
+def row_width(columns: int) -> int:
+    """How many columns a program takes of a row."""
+    return min(max(triton.next_power_of_2(columns), 16), 2048)
+
+
+@triton.jit
+def _sum_slots(
+    rows_ptr, weights_ptr, positions_ptr, out_ptr, D, K: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr
+):
+    """Some columns of one token: the sum over its slots, one after the other."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    slots = place(token, K)
+    for k in tl.static_range(K):
+        position = tl.load(positions_ptr + slots + k).to(tl.int64)
+        here = position >= 0
+        row = tl.load(rows_ptr + position * D + columns, mask=(columns < D) & here, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            row *= tl.load(weights_ptr + slots + k, mask=here, other=0.0)
+        total += row
+    tl.store(out_ptr + place(token, D) + columns, total, mask=columns < D)
+
+
+def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: Tensor) -> Tensor:
+    """out[t]: the sum in FP32 over k of (weights[t, k] times) rows[positions[t, k]], in the rows' dtype."""
+    tokens, slots = positions_TK.shape
+    width = rows_RD.shape[1]
+    out_TD = torch.empty((tokens, width), dtype=rows_RD.dtype, device=rows_RD.device)
+    if out_TD.numel():
+        wide = row_width(width)
+        _sum_slots[(tokens, contiguous_blocks(width, wide))](
+            rows_RD, positions_TK if weights_TK is None else weights_TK, positions_TK, out_TD, width,
+            K=slots, WIDTH=wide, WEIGHTED=weights_TK is not None,
+        )  # fmt: skip
+    return out_TD
+
+
+class _SpreadPadded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
+        ctx.save_for_backward(order.positions_TK)
+        return _spread_triton(x_TD, None, order, capacity)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (positions_TK,) = ctx.saved_tensors
+        return sum_slots_triton(grads[0].contiguous(), None, positions_TK), None, None
+
+
+def spread_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
+    """As `spread_padded`, in one launch. Contiguous FP32, BF16 or FP16."""
+    check("x_TD", x_TD, (None, None), WIDE_DTYPES)
+    rows_RD: Tensor = _SpreadPadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
+    return rows_RD
+
+
+def spread_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
+    """Copies each token's row to its positions in a buffer of `capacity` rows: rows_RD, in the dtype of x.
+
+    The padding between an expert's rows and the next expert's is zeros. Rows from offsets_E1[-1] on are not written on
+    a GPU, neither by the gradient: nobody may read them. The gradient of a token is the sum over its slots, in FP32
+    and in their order. Raises ValueError where shapes, dtypes or devices do not fit, or `capacity` may not suffice.
+    """
+    if backend(x_TD) == "triton" and x_TD.dtype != torch.float64:
+        return spread_padded_triton(x_TD.contiguous(), order, capacity)
+    return spread_padded_reference(x_TD, order, capacity)
+
+
+def _check_fp8(fp8_TD: Tensor, scales_TJ: Tensor) -> None:
+    check("fp8_TD", fp8_TD, (None, None), FP8_DTYPES)
+    check("scales_TJ", scales_TJ, (len(fp8_TD), None), (torch.float32,), like=fp8_TD)
+
+
+def spread_padded_fp8_reference(
+    fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """As `spread_padded_fp8`, in PyTorch."""
+    _check_fp8(fp8_TD, scales_TJ)
+    rows_RD = spread_padded_reference(fp8_TD.view(torch.uint8), order, capacity)
+    return rows_RD.view(fp8_TD.dtype), spread_padded_reference(scales_TJ, order, capacity, fill=1.0)
+
+
+def spread_padded_fp8_triton(
+    fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """As `spread_padded_fp8`, in one launch."""
+    _check_fp8(fp8_TD, scales_TJ)
+    rows_RD, row_scales_RJ = _spread_triton(fp8_TD.view(torch.uint8), scales_TJ, order, capacity)
+    return rows_RD.view(fp8_TD.dtype), row_scales_RJ
+
+
+def spread_padded_fp8(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
+    """`spread_padded` of float8_e4m3fn rows and their FP32 scales, not differentiable: (rows_RD, scales_RJ).
+
+    A row of padding has zeros and the scales 1, so that its products are zeros.
+    """
+    if backend(fp8_TD) == "triton":
+        return spread_padded_fp8_triton(fp8_TD.contiguous(), scales_TJ.contiguous(), order, capacity)
+    return spread_padded_fp8_reference(fp8_TD, scales_TJ, order, capacity)

@@ -7,11 +7,26 @@ kept (`topk_group` of `n_group`), and the top K experts are taken among theirs.
 Notable: selection sorts stably, so that equal scores go to the lower expert id, on every device. `torch.topk`
 promises no order among equals, and saturated FP32 sigmoids do collide.
 
+The Triton form routes in one launch: a program holds a few tokens' scores, as integers that order as the scores do, and
+takes the largest K times. Its sigmoids differ from PyTorch's in the last bits, so that of scores as close as that it
+may choose others; equal logits under an equal bias are equal in both. Counts are summed by integer atomics, which give
+the same in any order.
+
+A NaN ranks above all numbers, in both forms, as in torch.sort: a token with NaN logits goes to these experts first,
+with the weight NaN (all of the token's weights are, where they are normalised), so that it shows in the loss.
+
 Shapes: T tokens, E experts, G groups, K slots (experts per token).
 """
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from moray.kernels.arguments import check
+from moray.kernels.backend import backend, contiguous_blocks, place
 
 # Keeps the normalisation finite when every chosen score underflows to zero.
 _TINY = 1e-20
@@ -61,6 +76,208 @@ def route_reference(
     return ids_TK, weights_TK * scale, counts_E
 
 
+def _check(logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> None:
+    check("logits_TE", logits_TE, (None, None), (torch.float32,))
+    experts = logits_TE.shape[1]
+    check("bias_E", bias_E, (experts,), (torch.float32,), like=logits_TE)
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k = {top_k}, expected 1 to {experts} (the experts)")
+    if n_group < 1 or experts % n_group:
+        raise ValueError(f"n_group = {n_group}, expected a divisor of {experts} (the experts)")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group = {topk_group}, expected 1 to {n_group} (n_group)")
+    if topk_group < n_group and experts < 2 * n_group:
+        raise ValueError(f"n_group = {n_group}, expected at least two of {experts} experts per group")
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.math.div_rn(1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _rank(x):
+    """int32 that order as FP32 numbers do, NaN above all; at least -2139095041, which is -infinity's."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _number(rank):
+    """The number of a rank."""
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _first_of_best(rank, index, AXIS: tl.constexpr):
+    """The lowest index along an axis, which is kept, among those of the highest rank."""
+    best = tl.max(rank, axis=AXIS, keep_dims=True)
+    return tl.min(tl.where(rank == best, index, 0x7FFFFFFF), axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def _limit_groups(
+    rank, TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, G: tl.constexpr, X: tl.constexpr
+):
+    """Ranks of [TOKENS, G * X] with -infinity's in dropped groups. What is no expert keeps the lowest rank."""
+    NOTHING: tl.constexpr = -0x80000000
+    cube = tl.reshape(rank, (TOKENS, G, X))
+    within, group = tl.arange(0, X)[None, None, :], tl.arange(0, G)[None, :, None]
+    best = _number(tl.max(cube, axis=2, keep_dims=True))
+    others = tl.where(within == _first_of_best(cube, within, 2), NOTHING, cube)
+    rest = tl.where(group < GROUPS, _rank(best + _number(tl.max(others, axis=2, keep_dims=True))), NOTHING)
+    for _ in tl.static_range(KEPT):
+        rest = tl.where(group == _first_of_best(rest, group, 1), NOTHING, rest)
+    limited = tl.where((rest == NOTHING) | (cube == NOTHING), cube, -2139095041)
+    return tl.reshape(limited, (TOKENS, G * X))
+
+
+@triton.jit
+def _route(
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, counts_ptr, T, E, scale,
+    TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, MEMBERS: tl.constexpr,
+    G: tl.constexpr, X: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens. Columns are G groups of X, both powers of two, of which GROUPS of MEMBERS are experts."""
+    NOTHING: tl.constexpr = -0x80000000
+    column = tl.arange(0, G * X)[None, :]
+    is_expert = (column // X < GROUPS) & (column % X < MEMBERS)
+    expert = column // X * MEMBERS + column % X
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    at = logits_ptr + place(token, E) + expert
+    scores = _sigmoid(tl.load(at, mask=(token < T) & is_expert, other=0.0))
+    rank = _rank(scores + tl.load(bias_ptr + expert, mask=is_expert, other=0.0))
+    rank = tl.where(is_expert, rank, NOTHING)
+    if KEPT < GROUPS:
+        rank = _limit_groups(rank, TOKENS, GROUPS, KEPT, G, X)
+    slot = tl.arange(0, SLOTS)[None, :]
+    chosen = tl.zeros((TOKENS, SLOTS), tl.int32)
+    weights = tl.zeros((TOKENS, SLOTS), tl.float32)
+    for k in tl.static_range(K):
+        best = _first_of_best(rank, column, 1)
+        score = tl.sum(tl.where(column == best, scores, 0.0), axis=1, keep_dims=True)
+        chosen = tl.where(slot == k, best, chosen)
+        weights = tl.where(slot == k, score, weights)
+        rank = tl.where(column == best, NOTHING, rank)
+    if NORMALISE:
+        weights = tl.math.div_rn(weights, tl.sum(weights, axis=1, keep_dims=True) + 1e-20)
+    ids = chosen // X * MEMBERS + chosen % X
+    inside = (token < T) & (slot < K)
+    tl.store(ids_ptr + place(token, K) + slot, ids, mask=inside)
+    tl.store(weights_ptr + place(token, K) + slot, weights * scale, mask=inside)
+    tl.atomic_add(counts_ptr + ids, 1, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _route_backward(
+    grad_ptr, logits_ptr, ids_ptr, d_logits_ptr, T, E, scale,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens: weight k is scale * s_k / n with n = sum of s + 1e-20, and n depends on each chosen score s."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    expert, slot = tl.arange(0, WIDTH)[None, :], tl.arange(0, SLOTS)[None, :]
+    inverse = tl.full((TOKENS, 1), 1.0, tl.float32)
+    mean = tl.zeros((TOKENS, 1), tl.float32)
+    if NORMALISE:
+        inside = (token < T) & (slot < K)
+        ids = tl.load(ids_ptr + place(token, K) + slot, mask=inside, other=0)
+        logits = tl.load(logits_ptr + place(token, E) + ids, mask=inside, other=0.0)
+        grads = tl.load(grad_ptr + place(token, K) + slot, mask=inside, other=0.0)
+        scores = tl.where(inside, _sigmoid(logits), 0.0)
+        inverse = tl.math.div_rn(1.0, tl.sum(scores, axis=1, keep_dims=True) + 1e-20)
+        mean = tl.sum(grads * (scores * inverse), axis=1, keep_dims=True)
+    d_logits = tl.zeros((TOKENS, WIDTH), tl.float32)
+    for k in tl.static_range(K):
+        id_of_slot = tl.load(ids_ptr + place(token, K) + k, mask=token < T, other=0)
+        score = _sigmoid(tl.load(logits_ptr + place(token, E) + id_of_slot, mask=token < T, other=0.0))
+        grad = tl.load(grad_ptr + place(token, K) + k, mask=token < T, other=0.0)
+        slope = scale * (grad - mean) * inverse * (score * (1.0 - score))
+        d_logits = tl.where(expert == id_of_slot, slope, d_logits)
+    tl.store(d_logits_ptr + place(token, E) + expert, d_logits, mask=(token < T) & (expert < E))
+
+
+def _tokens_per_program(columns: int) -> int:
+    return max(1, min(32, 2048 // columns))
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, kept: int, normalise: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, experts = logits_TE.shape
+        device = logits_TE.device
+        ids_TK = torch.empty((tokens, top_k), dtype=torch.int64, device=device)
+        weights_TK = torch.empty((tokens, top_k), dtype=torch.float32, device=device)
+        counts_E = torch.zeros(experts, dtype=torch.int64, device=device)
+        g, x = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
+        together = _tokens_per_program(g * x)
+        if tokens:
+            _route[(contiguous_blocks(tokens, together),)](
+                logits_TE, bias_E, ids_TK, weights_TK, counts_E, tokens, experts, scale,
+                TOKENS=together, GROUPS=groups, KEPT=kept, MEMBERS=experts // groups, G=g, X=x,
+                K=top_k, SLOTS=triton.next_power_of_2(top_k), NORMALISE=normalise,
+            )  # fmt: skip
+        ctx.save_for_backward(logits_TE, ids_TK)
+        ctx.normalise, ctx.scale = normalise, scale
+        ctx.mark_non_differentiable(ids_TK, counts_E)
+        return ids_TK, weights_TK, counts_E
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        logits_TE, ids_TK = ctx.saved_tensors
+        (tokens, experts), top_k = logits_TE.shape, ids_TK.shape[1]
+        d_logits_TE = torch.empty_like(logits_TE)
+        width = triton.next_power_of_2(experts)
+        together = _tokens_per_program(width)
+        if tokens:
+            _route_backward[(contiguous_blocks(tokens, together),)](
+                grads[1].contiguous(), logits_TE, ids_TK, d_logits_TE, tokens, experts, ctx.scale,
+                TOKENS=together, WIDTH=width, K=top_k, SLOTS=triton.next_power_of_2(top_k), NORMALISE=ctx.normalise,
+            )  # fmt: skip
+        return d_logits_TE, None, None, None, None, None, None
+
+
+def route_triton(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `route_reference`, for contiguous FP32 logits and bias. Raises ValueError for anything else."""
+    _check(logits_TE, bias_E, top_k, n_group, topk_group)
+    routed: tuple[Tensor, Tensor, Tensor] = _Route.apply(  # type: ignore[no-untyped-call]
+        logits_TE, bias_E, top_k, n_group, topk_group, normalise, scale
+    )
+    return routed
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses `top_k` experts per token, from logits in FP32 (in float64: by the reference, on every device).
+
+    Returns (ids_TK int64, best biased score first; weights_TK in the logits' dtype, differentiable; counts_E int64,
+    how many (token, slot) pairs each expert got, summing to T * K). Groups hold at least two experts.
+    """
+    options: dict[str, Any] = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
+    options |= {"normalise": normalise, "scale": scale}
+    if backend(logits_TE) == "triton" and logits_TE.dtype != torch.float64:
+        return route_triton(logits_TE.contiguous(), bias_E.contiguous(), **options)
+    return route_reference(logits_TE, bias_E, **options)
+
+
 def sequence_balance_reference(logits_TE: Tensor, top_k: int, sequences: int) -> Tensor:
     """The sequence-wise balance loss of one layer without its factor alpha (DeepSeek-V3 §2.1.2, equations 17-20).
 
@@ -82,5 +299,4 @@ def sequence_balance_reference(logits_TE: Tensor, top_k: int, sequences: int) ->
     return (share_BE * mean_BE).sum()
 
 
-route = route_reference
 sequence_balance = sequence_balance_reference
