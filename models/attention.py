@@ -9,7 +9,7 @@ Notable: the norms within the latents use eps 1e-6 whatever `rms_norm_eps` is, a
 do (vLLM uses `rms_norm_eps`; DeepSeek's models all have 1e-6, where the two agree).
 
 Shapes: B batch, T tokens, H heads, N elements without position, P rotated elements, Q = P / 2 pairs, V elements of a
-value head, C latent elements, L cached positions, D hidden size.
+value head, C latent elements, D hidden size.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moray.kernels.attention import causal_attention, pad_values
+from moray.kernels.attention import attention_form, causal_attention, pad_values
 from moray.kernels.documents import Documents
+from moray.kernels.mla_decode import mla_decode
 from moray.kernels.rope import rope
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
@@ -73,7 +74,7 @@ class LatentAttention(nn.Module):
         return q_low, self.kv_a_proj_with_mqa(x_BTD)
 
     def _up(self, rotary: RotaryTable, q_low: Tensor, kv_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, all of the queries' width: [B, T, H, A] each."""
+        """Queries and keys of all heads, [B, T, H, A] each, and values; the reference takes them padded to A."""
         heads = self.config.num_attention_heads
         q_nope_BTHN, q_rope_BTHP = self._queries(q_low, rotary)
         latent_BTC, k_rope_BT1P = self._latents(kv_low, rotary)
@@ -81,22 +82,21 @@ class LatentAttention(nn.Module):
         k_nope_BTHN, v_BTHV = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         q_BTHA = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
         k_BTHA = torch.cat((k_nope_BTHN, k_rope_BT1P.expand(-1, -1, heads, -1)), dim=-1)
-        return q_BTHA, k_BTHA, pad_values(v_BTHV, self.config.qk_head_dim).contiguous()
+        if attention_form(v_BTHV) == "reference":
+            v_BTHV = pad_values(v_BTHV, self.config.qk_head_dim)
+        return q_BTHA, k_BTHA, v_BTHV.contiguous()
 
     def forward_cached(self, x_BTD: Tensor, rotary: RotaryTable, view: CacheView, layer: int) -> Tensor:
         """Writes the tokens' latents into the cache, then attends over all positions up to each token's own."""
         q_low, kv_low = self._down(x_BTD)
         latent_BTC, k_rope_BT1P = self._latents(kv_low, rotary)
         view.write(layer, torch.cat((latent_BTC, k_rope_BT1P.squeeze(2)), dim=-1))
-        cached_BLC = view.read(layer).to(x_BTD.dtype)
         q_nope_BTHN, q_rope_BTHP = self._queries(q_low, rotary)
         w_key_HNC, w_value_HVC = self._absorbed_weights(x_BTD.dtype)
         q_BTHC = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_key_HNC), q_rope_BTHP), dim=-1)
-        scores_BTHL = torch.einsum("bthc,blc->bthl", q_BTHC, cached_BLC) * self.scale
-        scores_BTHL = scores_BTHL.masked_fill(~view.visible_BTL.unsqueeze(2), float("-inf"))
-        wide = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
-        weights_BTHL = scores_BTHL.softmax(-1, dtype=wide).to(x_BTD.dtype)
-        mixed_BTHC = torch.einsum("bthl,blc->bthc", weights_BTHL, cached_BLC[..., : self.config.kv_lora_rank])
+        mixed_BTHC = mla_decode(
+            q_BTHC, view.blocks(layer), view.tables_BN, view.positions_BT, self.scale, self.config.kv_lora_rank
+        )
         out_BTHV = torch.einsum("bthc,hvc->bthv", mixed_BTHC, w_value_HVC)
         out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
         return out_BTD

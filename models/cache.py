@@ -6,8 +6,8 @@ The cache hands out blocks; each sequence's table of blocks is kept by the calle
 
 Notable: `CacheView` resolves a step's positions to slots once, and every layer reuses it.
 
-Shapes: B sequences, T new tokens of each, N blocks of a table, S slots of a block, L = N * S reachable positions, C =
-latent + rope elements, M written tokens.
+Shapes: B sequences, T new tokens of each, K blocks, N of them in a table, S slots of a block, C = latent + rope
+elements, M written tokens.
 """
 
 from dataclasses import dataclass
@@ -85,19 +85,18 @@ class LatentCache:
         place_BT = positions_BT.long().clamp(min=0)
         blocks_BT = tables_BN.gather(1, place_BT // self.block_size)
         slots_M = (blocks_BT * self.block_size + place_BT % self.block_size).flatten()[real_M]
-        visible_BTL = torch.arange(reach, device=place_BT.device) <= place_BT.unsqueeze(-1)
-        return CacheView(self, real_M, slots_M, tables_BN, visible_BTL)
+        return CacheView(self, real_M, slots_M, tables_BN, positions_BT)
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """One step's way into the cache: which tokens are written where, and which slots each token sees."""
+    """One step's way into the cache: which tokens are written where, and up to which position each token sees."""
 
     cache: LatentCache
     real_M: Tensor
     slots_M: Tensor
     tables_BN: Tensor
-    visible_BTL: Tensor
+    positions_BT: Tensor
 
     def write(self, layer: int, latents_BTC: Tensor) -> None:
         """Stores the real tokens' latents."""
@@ -105,6 +104,6 @@ class CacheView:
         real_MC = latents_BTC.flatten(0, 1).index_select(0, self.real_M)
         storage.index_copy_(0, self.slots_M, real_MC.to(storage.dtype))
 
-    def read(self, layer: int) -> Tensor:
-        """The latents of every reachable position: [B, L, C], those not yet written as they lie."""
-        return self.cache.storage[layer][self.tables_BN].flatten(1, 2)
+    def blocks(self, layer: int) -> Tensor:
+        """The layer's blocks, of all sequences: [K, S, C]; slots not yet written as they lie."""
+        return self.cache.storage[layer]
