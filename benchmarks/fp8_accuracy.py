@@ -1,10 +1,16 @@
 """What ~14 bits of accumulation cost a product over K = 4096, and what promotion every 128 elements saves (DeepSeek-V3
-§3.3.2).
+§3.3.2); and what the way in which a linear map's input is kept costs the gradient of its weight.
 
 Hopper's FP8 tensor cores add the 32 products of an instruction and the accumulator so: all are aligned to the largest
 exponent, what lies more than 13 bits below it is cut off, the sum is exact. This script does the same in float64, once
 with one accumulator over all of K and once with partial sums over 128 elements that are added up in FP32, and compares
-both with the exact product of the same E4M3 numbers. Usage: python benchmarks/fp8_accuracy.py
+both with the exact product of the same E4M3 numbers.
+
+The second table multiplies a gradient in FP8 with an input kept for the backward as E4M3 rows that are turned, as E5M6
+rows that are turned, as E4M3 quantised along the tokens at once (what Moray keeps), or as BF16 (what Moray keeps where
+attention's backward keeps it anyway), and compares with the gradient from the input in float64.
+
+Usage: python benchmarks/fp8_accuracy.py
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import torch
 from result import Bar, report
 from torch import Tensor
 
-from moray.kernels.quantize import quantize
+from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, dequantize, quantize
 
 ROWS, COLUMNS, K = 64, 64, 4096
 INSTRUCTION = 32  # elements of K that one instruction sums
@@ -51,6 +57,36 @@ def e4m3(x: Tensor) -> Tensor:
     return quantize(x.reshape(1, -1), (1, x.numel()))[0].view_as(x).double()
 
 
+def there_and_back(x: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """What the FP8 form of x stands for."""
+    return dequantize(*quantize(x, tiles, power_of_two=True), tiles)
+
+
+def e5m6(x: Tensor) -> Tensor:
+    """x rounded to six bits of mantissa (to nearest, ties to even), in FP32."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF).view(torch.float32)
+
+
+def kept_inputs(generator: torch.Generator) -> list[dict[str, Any]]:
+    """The error of a weight's gradient by how the input was kept, over rows whose sizes differ, as attention's do."""
+    tokens, width = 4096, 512
+    sizes = torch.exp(2 * torch.randn(tokens, 1, generator=generator))
+    x_TK = (torch.randn(tokens, width, generator=generator) * sizes).bfloat16().float()
+    dy_TN = there_and_back(torch.randn(tokens, 256, generator=generator), COLUMN_TILES).double()
+    kept = {
+        "E4M3 rows, turned": there_and_back(there_and_back(x_TK, ROW_TILES), COLUMN_TILES),
+        "E5M6 rows, turned": there_and_back(e5m6(x_TK), COLUMN_TILES),
+        "E4M3 along the tokens": there_and_back(x_TK, COLUMN_TILES),
+        "BF16": there_and_back(x_TK, COLUMN_TILES),
+    }
+    exact = dy_TN.t() @ x_TK.double()
+    return [
+        {"kept": name, "gradient_error_%": ((dy_TN.t() @ x.double() - exact).norm() / exact.norm()).item() * 100}
+        for name, x in kept.items()
+    ]
+
+
 def main() -> int:
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
@@ -68,6 +104,7 @@ def main() -> int:
             rows.append({"inputs": name, "sum": how, "rms_error_%": errors[how] * 100, "max_error_%": worst * 100})
         plain, promoted = errors.values()
         bars.append(Bar(f"{name}: error without promotion over error with", plain / promoted, 10.0, "higher"))
+    rows += kept_inputs(generator)
     return report("fp8_accuracy", rows, bars)
 
 

@@ -1,11 +1,11 @@
-"""FP8 against FP32: the same model, seed and data, step by step.
+"""FP8 against BF16: the same model, seed and data, step by step.
 
 Trains one small model on the tokens of a pretrained model's lineage (by default the quickstart's) four times, in one
 process:
 
-    float32            what the others are held against
-    float32, perturbed the same from weights off by a factor of 1 + 1e-7: the noise floor
-    fp8                linear maps and AdamW's moments in FP8
+    bf16               rows and products in BF16, moments in FP32: what the others are held against
+    bf16, perturbed    the same from weights off by a factor of 1 + 1e-7: the noise floor
+    fp8                linear maps and AdamW's moments in FP8, the rest in BF16
     plain fp8 moments  a negative control: moments in E4M3 with a scale per block and no more
 
 and compares the losses of the last 100 steps. Usage: python benchmarks/fp8_loss.py [STEPS] [MODEL]
@@ -57,7 +57,8 @@ def fp8_share(config: ModelConfig, length: int) -> float:
 
 
 def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
-    fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": form, "seed": 3}
+    moments = "fp8" if form == "fp8" else "float32"
+    fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": moments, "seed": 3}
     fields["schedule"] = {"peak": 1e-3, "final": 1e-4, "warmup_tokens": 20 * BATCH * length}
     job = Job(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
     return build(job, Mesh(0, 1, 1, None, None), torch.device("cpu"), [])
@@ -97,8 +98,8 @@ def main(steps: str = "600", model: str = "quickstart@newest") -> int:
         return train(name, worker, data, count)
 
     curves = {
-        "float32": run("float32", "float32"),
-        "float32, perturbed": run("float32, perturbed", "float32", perturb),
+        "bf16": run("bf16", "bf16"),
+        "bf16, perturbed": run("bf16, perturbed", "bf16", perturb),
         "fp8": run("fp8", "fp8"),
     }
     moments.adamw_fp8 = functools.partial(adamw_fp8.adamw_fp8, expand=False)
@@ -107,7 +108,7 @@ def main(steps: str = "600", model: str = "quickstart@newest") -> int:
     except FloatingPointError as error:
         print(f"  plain fp8 moments: {error}", file=sys.stderr)
         curves["plain fp8 moments"] = np.full(count, np.nan)
-    exact = curves["float32"][-TAIL:]
+    exact = curves["bf16"][-TAIL:]
     rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
         off = curve[-TAIL:] / exact - 1

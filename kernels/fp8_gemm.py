@@ -143,7 +143,8 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     flat = x.flatten(0, -2)
     if flat.shape[-1] % 16:
         flat = F.pad(flat.view(torch.uint8), (0, -flat.shape[-1] % 16)).view(x.dtype)
-    return TensorDescriptor.from_tensor(flat, [rows, BLOCK])
+    # Strides of our own: torch calls a single row contiguous whatever its stride says.
+    return TensorDescriptor(flat, flat.shape, (flat.shape[-1], 1), [rows, BLOCK])
 
 
 def _check_factor(name: str, x: Tensor, scales: Tensor, block: tuple[int, int], like: Tensor) -> None:

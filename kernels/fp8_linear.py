@@ -1,141 +1,105 @@
-"""Linear maps in FP8: forward, gradient of the input and gradient of the weight (DeepSeek-V3 §3.3).
+"""A linear map in FP8: forward, gradient of the input and gradient of the weight (DeepSeek-V3 §3.3).
 
 All three products take E4M3 numbers: activations and gradients in tiles of 1 x 128 along the axis that is summed over,
-weights in blocks of 128 x 128. What the backward needs of the input is held in FP8, not in its own precision:
+weights in blocks of 128 x 128. The input is quantised along both axes in one pass, before the products; the backward
+keeps only the second, one byte per element:
 
-    y  = Q(x; 1x128) Q(w)^T        x [T, K], w [N, K]
-    dx = Q(dy; 1x128) Q(w)         summed over N
-    dw = Q(dy; 128x1)^T Q(x; 128x1)   summed over tokens
+    y  = Q(x; 1x128) Q(w)^T            x [T, K], w [N, K]
+    dx = Q(dy; 1x128) Q(w)             summed over N
+    dw = Q(dy; 128x1)^T Q(x; 128x1)    summed over tokens
 
-Notable: tiles of activations have scales that are powers of two, so x is turned from 1 x 128 into 128 x 1 tiles without
-a second rounding of its mantissas (only what falls below the smallest number of the new tile is lost). The products are
-computed from dequantised numbers in FP32: a product of two E4M3 numbers is exact there, and partial sums are FP32
-throughout, as the promotion every 128 elements makes them on tensor cores.
+Notable: all scales are powers of two (weights' too, as in DeepSeek-V3.1), so that rows that arrive in FP8 can be turned
+without a second rounding of their mantissas, and every number behind an FP8 form is a BF16 number. On the CPU products
+are computed from these: exact products, sums in FP32, as the promotion every 128 elements makes them on tensor cores.
+A CPU with BF16 units so trains in FP8 at BF16's pace.
 
-The input of the linear map after attention is held in E5M6 instead, as in the paper: it feeds attention's backward,
-too, and six bits of mantissa keep that gradient. It is held in 16 bits here; 12 would do.
+Where somebody else keeps the input anyway (`shared_input`: the map after attention, whose backward needs attention's
+output), it is kept as it is instead and quantised in the backward: the same numbers, and no second copy. DeepSeek-V3
+keeps that one in E5M6; `benchmarks/fp8_accuracy.py` compares.
 
-Shapes: T rows, K inputs, N outputs, F inner elements of SwiGLU.
+Shapes: T rows, K inputs, N outputs.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
+from moray.kernels.backend import backend
+from moray.kernels.fp8_gemm import fp8_gemm, fp8_gemm_triton
+from moray.kernels.quantize import ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize, quantize_both
+
+Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales
 
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A weight as the products see it: what its FP8 numbers and scales stand for, in FP32. [N, K]."""
+    """A weight as the products see it: E4M3 numbers [..., N, K] and scales, powers of two, of blocks of 128 x 128."""
 
-    wide: Tensor
+    fp8: Tensor
+    scales: Tensor
+
+    @cached_property
+    def turned(self) -> Quantized:
+        """The same, transposed: for the input's gradient on tensor cores, which want the summed axis last."""
+        return self.fp8.transpose(-1, -2).contiguous(), self.scales.transpose(-1, -2).contiguous()
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """What the numbers stand for, in BF16, which holds it exactly: for products on the CPU."""
+        return dequantize(self.fp8, self.scales, WEIGHT_BLOCKS, torch.bfloat16)
+
+    def product(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+        """x w^T: [T, N]."""
+        if backend(x[0]) == "triton":
+            return fp8_gemm_triton(*x, self.fp8, self.scales, dtype=dtype)
+        return dequantize(*x, dtype=dtype) @ self.wide.t().to(dtype)
+
+    def input_gradient(self, dy: Quantized, dtype: torch.dtype) -> Tensor:
+        """dy w: [T, K]."""
+        if backend(dy[0]) == "triton":
+            return fp8_gemm_triton(*dy, *self.turned, dtype=dtype)
+        return dequantize(*dy, dtype=dtype) @ self.wide.to(dtype)
 
 
-def fp8_weight(weight_NK: Tensor) -> Fp8Weight:
-    """Quantises a weight, to be used until it changes."""
-    fp8_and_scales = quantize(weight_NK.detach(), WEIGHT_BLOCKS)
-    return Fp8Weight(dequantize(*fp8_and_scales, WEIGHT_BLOCKS))
-
-
-def _rounded(x: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """What the FP8 form of `x` stands for, in FP32."""
-    return dequantize(*quantize(x, tiles, power_of_two=True), tiles)
-
-
-def e5m6_reference(x: Tensor) -> Tensor:
-    """`x` rounded to six bits of mantissa (to nearest, ties to even), in FP32. The exponent's range is left as it is:
-    activations stay far within that of five bits once a tile's scale is a power of two."""
-    bits = x.float().contiguous().view(torch.int32)
-    # Of 23 bits of mantissa 17 go: add half of what is cut, less one where the kept part is even.
-    odd = (bits >> 17) & 1
-    return ((bits + 0xFFFF + odd) & ~0x1FFFF).view(torch.float32)
+def fp8_weight(weight: Tensor) -> Fp8Weight:
+    """Quantises a weight, or a stack of them, to be used until it changes."""
+    return Fp8Weight(*quantize(weight.detach(), WEIGHT_BLOCKS, power_of_two=True))
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TK: Tensor, weight_NK: Tensor, quantized: Fp8Weight, e5m6: bool, dgrad_tiles: Any
-    ) -> Tensor:
-        if e5m6:
-            held = e5m6_reference(x_TK)
-            ctx.save_for_backward(held.bfloat16())
-            rounded_TK = _rounded(held, ROW_TILES)
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, quantized: Fp8Weight, shared_input: bool) -> Tensor:
+        if shared_input:
+            along = quantize(x_TK, ROW_TILES, power_of_two=True)
+            ctx.save_for_backward(x_TK)
         else:
-            fp8_TK, scales = quantize(x_TK, ROW_TILES, power_of_two=True)
-            ctx.save_for_backward(fp8_TK, scales)
-            rounded_TK = dequantize(fp8_TK, scales, ROW_TILES)
-        ctx.quantized, ctx.dgrad_tiles = quantized, dgrad_tiles
-        return (rounded_TK @ quantized.wide.t()).to(x_TK.dtype)
+            along, turned = quantize_both(x_TK, power_of_two=True)
+            ctx.save_for_backward(*turned)
+        ctx.quantized = quantized
+        return quantized.product(along, x_TK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_TN,) = grads
         held = ctx.saved_tensors
-        x_TK = held[0].float() if len(held) == 1 else dequantize(held[0], held[1], ROW_TILES)
+        along, turned = quantize_both(dy_TN, power_of_two=True)
         dx_TK, dw_NK = None, None
         if ctx.needs_input_grad[0]:
-            dx_TK = (_rounded(dy_TN, ctx.dgrad_tiles) @ ctx.quantized.wide).to(dy_TN.dtype)
+            dx_TK = ctx.quantized.input_gradient(along, dy_TN.dtype)
         if ctx.needs_input_grad[1]:
-            dw_NK = _rounded(dy_TN, COLUMN_TILES).t() @ _rounded(x_TK, COLUMN_TILES)
-        return dx_TK, dw_NK, None, None, None
+            x = held if len(held) == 2 else quantize_both(held[0], power_of_two=True)[1]
+            dw_NK = fp8_gemm(*turned, *x, b_block=ROW_TILES, dtype=torch.float32)
+        return dx_TK, dw_NK, None, None
 
 
-def fp8_linear_reference(
-    x_TK: Tensor,
-    weight_NK: Tensor,
-    quantized: Fp8Weight,
-    e5m6: bool = False,
-    dgrad_tiles: tuple[int, int] = ROW_TILES,
-) -> Tensor:
-    """x @ weight^T in FP8, in x's dtype; differentiable in `x_TK` and in `weight_NK`, of which `quantized` is the FP8
-    form.
-
-    The weight's gradient is FP32. `e5m6`: how the input is held for the backward. `dgrad_tiles` is for experiments:
-    blocks of 128 x 128 are known to diverge (DeepSeek-V3, appendix B.2).
-    """
-    shape = x_TK.shape
+def fp8_linear(x: Tensor, weight_NK: Tensor, quantized: Fp8Weight, shared_input: bool = False) -> Tensor:
+    """x @ weight^T in FP8, in x's dtype (FP32 or BF16, any leading axes); differentiable in `x` and in `weight_NK`, of
+    which `quantized` is the FP8 form. The weight's gradient is FP32. `shared_input`: somebody keeps x anyway."""
+    shape = x.shape
     out: Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
-        x_TK.reshape(-1, shape[-1]), weight_NK, quantized, e5m6, dgrad_tiles
+        x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input
     )
     return out.view(*shape[:-1], weight_NK.shape[0])
-
-
-class _Fp8SwiGLUDown(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, weight_NF: Tensor, quantized: Fp8Weight) -> Tensor:
-        gate, up = quantize(gate_TF, ROW_TILES, power_of_two=True), quantize(up_TF, ROW_TILES, power_of_two=True)
-        ctx.save_for_backward(*gate, *up)
-        ctx.quantized = quantized
-        inner_TF = F.silu(gate_TF.float()) * up_TF.float()
-        return (_rounded(inner_TF, ROW_TILES) @ quantized.wide.t()).to(gate_TF.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (dy_TN,) = grads
-        gate_fp8, gate_scales, up_fp8, up_scales = ctx.saved_tensors
-        gate_TF, up_TF = dequantize(gate_fp8, gate_scales, ROW_TILES), dequantize(up_fp8, up_scales, ROW_TILES)
-        sigmoid_TF = gate_TF.sigmoid()
-        silu_TF = gate_TF * sigmoid_TF
-        d_inner_TF = _rounded(dy_TN, ROW_TILES) @ ctx.quantized.wide
-        dw_NF = _rounded(dy_TN, COLUMN_TILES).t() @ _rounded(silu_TF * up_TF, COLUMN_TILES)
-        d_silu_TF = sigmoid_TF * (1 + gate_TF * (1 - sigmoid_TF))
-        d_gate_TF, d_up_TF = d_inner_TF * up_TF * d_silu_TF, d_inner_TF * silu_TF
-        return d_gate_TF.to(dy_TN.dtype), d_up_TF.to(dy_TN.dtype), dw_NF, None
-
-
-def fp8_swiglu_down_reference(gate_TF: Tensor, up_TF: Tensor, weight_NF: Tensor, quantized: Fp8Weight) -> Tensor:
-    """(silu(gate) * up) @ weight^T in FP8. Gate and up are held in FP8, their product is computed again in the
-    backward."""
-    shape = gate_TF.shape
-    out: Tensor = _Fp8SwiGLUDown.apply(  # type: ignore[no-untyped-call]
-        gate_TF.reshape(-1, shape[-1]), up_TF.reshape(-1, shape[-1]), weight_NF, quantized
-    )
-    return out.view(*shape[:-1], weight_NF.shape[0])
-
-
-fp8_linear = fp8_linear_reference
-fp8_swiglu_down = fp8_swiglu_down_reference

@@ -1,8 +1,8 @@
 """The tile shapes that products use, by device, kernel and size.
 
 `benchmarks/tune_gpu.py` measures the candidates on the GPU that is there and writes `tuned/DEVICE.json`, which is
-committed. A device without a table gets the default. Nothing is tried out at run time: a training job's first step is as
-fast as its second, and two runs compute in the same order.
+committed. A device without a table gets the default. Nothing is tried out at run time: a training job's first step is
+as fast as its second, and two runs compute in the same order.
 """
 
 import functools

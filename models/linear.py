@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.fp8_linear import fp8_linear
+from moray.kernels.fp8_linear import Fp8Weight, fp8_linear
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
-from moray.models.fp8 import Fp8Forms
+from moray.models.fp8 import Fp8Form
 from moray.models.tensors import scale_shape
 
 
@@ -51,12 +51,12 @@ class ExactModule(nn.Module):
 class Linear(ExactModule):
     """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks.
 
-    A wide weight may be trained in FP8 (`forms` set); `e5m6` is how its input is then held for the backward.
+    A wide weight may be trained in FP8 (`form` set); `shared_input` tells that somebody keeps its input anyway.
     """
 
     weight_scale_inv: Tensor | None
-    forms: Fp8Forms | None = None
-    e5m6 = False
+    form: Fp8Form[Fp8Weight] | None = None
+    shared_input = False
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -73,24 +73,26 @@ class Linear(ExactModule):
     def wide_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with in `dtype`."""
         if self.weight_scale_inv is None:
-            return self.weight
+            return self.weight.to(dtype)
         return dequantize(self.weight, self.weight_scale_inv, (BLOCK, BLOCK), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.forms is not None:
-            return fp8_linear(x, self.weight, self.forms.of(self.weight), self.e5m6)
+        if self.form is not None:
+            return fp8_linear(x, self.weight, self.form.of(self.weight), self.shared_input)
         return F.linear(x, self.wide_weight(x.dtype))
 
 
 class Embedding(nn.Module):
-    """Rows of a table by id."""
+    """Rows of a table by id, in the table's dtype or in `dtype`: what the rows are, all layers compute in."""
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = unset_parameter(rows, width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight).to(self.dtype or self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -102,4 +104,4 @@ class RMSNorm(nn.Module):
         self.weight = unset_parameter(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 
 from moray.kernels.cross_entropy import cross_entropy_sum
 from moray.kernels.documents import Documents, find_documents
+from moray.kernels.fp8_experts import fp8_expert_weights
+from moray.kernels.fp8_linear import fp8_weight
 from moray.kernels.rope import rope_table
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView, LatentCache
 from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer
 from moray.models.dispatch import dispatcher_for
-from moray.models.fp8 import Fp8Forms
+from moray.models.fp8 import Fp8Form
 from moray.models.layer import Dispatcher, run_layer
 from moray.models.linear import Embedding, Linear, RMSNorm
-from moray.models.moe import MoE, Router
+from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.prediction import PredictionLayer, ahead
 from moray.models.recompute import Recompute
 from moray.models.shard import PROJECTIONS, ExpertShard
@@ -152,7 +154,8 @@ class DeepseekV3(nn.Module):
         return TrainingLoss(main, prediction, balance, count)
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy_sum(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), keep_BT.flatten())
+        weight_VD = self.lm_head.wide_weight(hidden_BTD.dtype)
+        return cross_entropy_sum(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), keep_BT.flatten())
 
     @torch.no_grad()
     def forward_cached(
@@ -244,14 +247,19 @@ class DeepseekV3(nn.Module):
         for layer in (*self._layers(), *self.prediction_layers()):
             layer.recompute = on
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """From now on rows are of this dtype from the embedding on, whatever the weights are. Routers, statistics of
+        norms, softmax and losses stay FP32."""
+        self.model.embed_tokens.dtype = dtype
+
     def train_in_fp8(self) -> None:
         """From now on the linear maps of attention, MLPs and experts compute in FP8, forward and backward. Embedding,
         head, router, norms, attention's core and the projection of multi-token prediction stay as they are."""
         for name, module in self.named_modules():
-            if isinstance(module, ExpertShard):
-                module.forms = (Fp8Forms(), Fp8Forms(), Fp8Forms())
-            elif isinstance(module, Linear) and is_quantized(f"{name}.weight"):
-                module.forms, module.e5m6 = Fp8Forms(), name.endswith(".o_proj")
+            if isinstance(module, ExpertShard | SwiGLU):
+                module.form = Fp8Form(fp8_expert_weights)
+            elif isinstance(module, Linear) and is_quantized(f"{name}.weight") and ".mlp." not in name:
+                module.form, module.shared_input = Fp8Form(fp8_weight), name.endswith(".o_proj")
 
     def prediction_layers(self) -> Iterator[PredictionLayer]:
         """The layers of multi-token prediction, nearest token first."""

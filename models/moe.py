@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.fp8_linear import fp8_swiglu_down
+from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance
 from moray.models.config import ModelConfig
+from moray.models.fp8 import Fp8Form
 from moray.models.layer import Dispatcher, Handle, Routing
 from moray.models.linear import ExactModule, Linear, unset_parameter
 from moray.models.shard import ExpertShard
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert."""
+    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. It may be trained in FP8 (`form` set)."""
+
+    form: Fp8Form[Fp8Experts] | None = None
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -32,11 +35,10 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
-        down = self.down_proj
-        if down.forms is not None:
-            return fp8_swiglu_down(gate_TF, up_TF, down.weight, down.forms.of(down.weight))
-        out: Tensor = down(F.silu(gate_TF) * up_TF)
+        if self.form is not None:
+            weights = [m.weight.unsqueeze(0) for m in (self.gate_proj, self.up_proj, self.down_proj)]
+            return fp8_mlp(x_TD, self.form.of(*weights), *weights)
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
         return out
 
 

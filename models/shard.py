@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moray.kernels.experts import experts as swiglu_experts
 from moray.kernels.experts import experts_fp8 as swiglu_experts_fp8
-from moray.kernels.fp8_linear import fp8_linear, fp8_swiglu_down
-from moray.models.fp8 import Fp8Forms
+from moray.kernels.fp8_experts import Fp8Experts, fp8_experts
+from moray.kernels.padding import pad_groups, unpad_groups
+from moray.models.fp8 import Fp8Form
 from moray.models.linear import ExactModule, unset_fp8, unset_parameter
 from moray.models.tensors import scale_name
 
@@ -27,11 +28,11 @@ class ExpertShard(ExactModule):
     """Consecutive experts of one layer; `experts` is the range of their ids.
 
     The weights are wide or, for inference, FP8 with scales of 128 x 128 blocks: those of `w_gate_EFD` are in
-    `w_gate_EFD_scale_inv`, and so on. Wide weights may be trained in FP8 (`forms` set).
+    `w_gate_EFD_scale_inv`, and so on. Wide weights may be trained in FP8 (`form` set).
     """
 
     load_E: Tensor
-    forms: tuple[Fp8Forms, Fp8Forms, Fp8Forms] | None = None
+    form: Fp8Form[Fp8Experts] | None = None
 
     def __init__(self, experts: range, hidden: int, inner: int) -> None:
         super().__init__()
@@ -62,19 +63,9 @@ class ExpertShard(ExactModule):
         if self.is_fp8:
             weights = [(getattr(self, name), getattr(self, scale_name(name))) for name in PROJECTIONS]
             return swiglu_experts_fp8(rows_RD, counts_E, *weights)
-        if self.forms is not None:
-            return self._trained_in_fp8(rows_RD, counts_E, *self.forms)
-        return swiglu_experts(rows_RD, counts_E, self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
-
-    def _trained_in_fp8(
-        self, rows_RD: Tensor, counts_E: Tensor, gate: Fp8Forms, up: Fp8Forms, down: Fp8Forms
-    ) -> Tensor:
-        stacks = zip(self.w_gate_EFD.unbind(0), self.w_up_EFD.unbind(0), self.w_down_EDF.unbind(0), strict=True)
-        outputs = []
-        for index, (x, (w_gate, w_up, w_down)) in enumerate(
-            zip(torch.split(rows_RD, counts_E.tolist()), stacks, strict=True)
-        ):
-            gate_RF = fp8_linear(x, w_gate, gate.of(self.w_gate_EFD, index))
-            up_RF = fp8_linear(x, w_up, up.of(self.w_up_EFD, index))
-            outputs.append(fp8_swiglu_down(gate_RF, up_RF, w_down, down.of(self.w_down_EDF, index)))
-        return torch.cat(outputs)
+        stacks = (self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
+        if self.form is not None:
+            padded_PD, groups = pad_groups(rows_RD, counts_E)
+            out_PD = fp8_experts(padded_PD, groups.offsets_E1, self.form.of(*stacks), *stacks)
+            return unpad_groups(out_PD, groups)
+        return swiglu_experts(rows_RD, counts_E, *(weight.to(rows_RD.dtype) for weight in stacks))

@@ -60,7 +60,10 @@ class PretrainConfig(StepConfig):
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
     document_mask: bool = Field(True, description="attention stays within a document, positions restart there")
-    precision: Literal["float32", "fp8"] = Field("float32", description="of the linear maps' products")
+    precision: Literal["float32", "bf16", "fp8"] = Field(
+        "float32",
+        description="of rows and products; fp8: linear maps in FP8, the rest as in bf16. Weights stay float32",
+    )
     moments: Literal["float32", "fp8"] = Field("float32", description="of AdamW's moments: 8 bytes a parameter, or 2.1")
     seed: int = 1
 

@@ -86,6 +86,8 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
         load_weights(model, Checked(job.initial))
     model.train()
     model.set_recompute(job.config.recompute)
+    if job.config.precision != "float32":
+        model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":
         model.train_in_fp8()
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)

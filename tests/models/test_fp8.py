@@ -1,8 +1,10 @@
 import dataclasses
 
+import pytest
 import torch
 
-from moray.models.fp8 import Fp8Forms
+from moray.kernels.fp8_linear import fp8_weight
+from moray.models.fp8 import Fp8Form
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 
@@ -12,32 +14,33 @@ SMALL = dataclasses.replace(
 )  # fmt: skip
 
 
-def test_a_form_lives_until_the_weight_changes_by_whatever_hand():
-    weight = torch.nn.Parameter(torch.randn(3, 20, 10))
-    forms = Fp8Forms()
-    first = forms.of(weight, 1)
-    assert forms.of(weight, 1) is first
-    assert forms.of(weight, 0) is not first
+def test_a_form_lives_until_a_weight_changes_by_whatever_hand():
+    weight, other = torch.nn.Parameter(torch.randn(20, 10)), torch.nn.Parameter(torch.randn(20, 10))
+    form = Fp8Form(lambda *weights: [fp8_weight(w) for w in weights])
+    first = form.of(weight, other)
+    assert form.of(weight, other) is first
     for fused in (True, False):
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
         weight.grad = torch.ones_like(weight)
-        before = forms.of(weight, 1)
+        before = form.of(weight, other)
         optimizer.step()
-        after = forms.of(weight, 1)
+        after = form.of(weight, other)
         assert after is not before
-        assert not torch.equal(after.wide, before.wide)
+        assert not torch.equal(after[0].wide, before[0].wide)
     with torch.no_grad():
-        weight.detach()[1].zero_()  # as a checkpoint is loaded
-    assert not forms.of(weight, 1).wide.any()
+        other.detach().zero_()  # as a checkpoint is loaded
+    assert not form.of(weight, other)[1].wide.any()
 
 
-def _trained(fp8, recompute=False, steps=25):
+def _trained(precision, recompute=False, steps=25):
     torch.manual_seed(0)
     model = DeepseekV3(SMALL)
     model.init_weights(1)
     model.train()
     model.set_recompute(recompute)
-    if fp8:
+    if precision != "float32":
+        model.compute_in(torch.bfloat16)
+    if precision == "fp8":
         model.train_in_fp8()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
     losses = []
@@ -52,21 +55,27 @@ def _trained(fp8, recompute=False, steps=25):
     return losses
 
 
-def test_training_in_fp8_stays_close_to_training_in_fp32():
-    wide, fp8 = _trained(False), _trained(True)
-    assert wide != fp8
+def test_training_in_bf16_and_fp8_stays_close_to_training_in_fp32():
+    wide, bf16, fp8 = _trained("float32"), _trained("bf16"), _trained("fp8")
+    assert wide != bf16 != fp8
     assert wide[-1] < wide[0] / 2
+    assert all(abs(a - b) < 0.005 * a for a, b in zip(wide, bf16, strict=True))
     assert all(abs(a - b) < 0.02 * a for a, b in zip(wide, fp8, strict=True))
 
 
-def test_recompute_changes_no_bit_in_fp8_either():
-    assert _trained(True, steps=4) == _trained(True, recompute=True, steps=4)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_recompute_changes_no_bit(precision):
+    assert _trained(precision, steps=4) == _trained(precision, recompute=True, steps=4)
 
 
 def test_what_stays_out_of_fp8():
     model = DeepseekV3(SMALL)
     model.train_in_fp8()
-    plain = {name for name, module in model.named_modules() if getattr(module, "forms", None) is None}
+    modules = dict(model.named_modules())
+    plain = {name for name, module in modules.items() if getattr(module, "form", None) is None}
     assert {"lm_head", "model.embed_tokens", "model.layers.1.mlp.gate", "model.layers.3.eh_proj"} <= plain
-    assert not any(name.endswith(("o_proj", "q_b_proj", "kv_b_proj", "up_proj", "mlp.experts")) for name in plain)
-    assert [module.e5m6 for name, module in model.named_modules() if name.endswith("o_proj")] == [True] * 4
+    assert not any(
+        name.endswith(("o_proj", "q_b_proj", "kv_b_proj", "mlp.experts", "shared_experts")) for name in plain
+    )
+    assert "model.layers.0.mlp" not in plain
+    assert [module.shared_input for name, module in modules.items() if name.endswith("o_proj")] == [True] * 4

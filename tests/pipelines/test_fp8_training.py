@@ -1,4 +1,4 @@
-"""Training in FP8 with FP8 moments, in one process: it goes on from a checkpoint to the bit."""
+"""Training in every precision, in one process: it goes on from a checkpoint to the bit."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def _losses(worker: Worker, first: int, last: int) -> list[float]:
     return [train_step(worker, _batch(step), step * 64)[0]["train_loss"] for step in range(first, last)]
 
 
-@pytest.mark.parametrize("form", ["float32", "fp8"])
+@pytest.mark.parametrize("form", ["float32", "bf16", "fp8"])
 def test_it_learns_and_goes_on_from_a_checkpoint_to_the_bit(tmp_path: Path, form: str) -> None:
     torch.set_num_threads(1)
-    worker = _worker(tmp_path, precision=form, moments=form)
+    moments = "fp8" if form == "fp8" else "float32"
+    worker = _worker(tmp_path, precision=form, moments=moments)
     before = _losses(worker, 0, 4)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(worker.model, worker.optimizer, 4, 256)
     after = _losses(worker, 4, 8)
     assert after[-1] < before[0] - 0.1
-    again = _worker(tmp_path, precision=form, moments=form)
+    again = _worker(tmp_path, precision=form, moments=moments)
     assert checkpoints.restore(again.model, again.optimizer) == (4, 256)
     assert _losses(again, 4, 8) == after
 

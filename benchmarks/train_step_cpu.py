@@ -1,0 +1,113 @@
+"""A training step of the toy model on CPU cores: Moray against transformers' DeepseekV3, in FP32 and in BF16.
+
+Both start from the same weights and see the same tokens; both take AdamW's fused step on FP32 weights. In BF16,
+transformers runs under autocast, Moray with `precision: bf16`. transformers is taken with each of its implementations
+of experts, and the fastest counts. Steps of all are interleaved; a figure is the median of the rounds.
+
+Usage: python benchmarks/train_step_cpu.py [ROUNDS]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from result import Bar, report
+from torch import Tensor, nn
+
+import moray.models
+from moray.models.model import DeepseekV3
+from moray.models.presets import preset
+
+THREADS, BATCH, LENGTH, WARM_UP = 2, 8, 512, 3
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+CONFIG = dataclasses.replace(preset("tiny"), vocab_size=8192)
+
+
+def tokens(step: int) -> Tensor:
+    """Ids with structure, so that routers do not see noise: [BATCH, LENGTH + 1]."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(0, CONFIG.vocab_size, (BATCH, 1), generator=generator)
+    stride = torch.randint(1, 9, (BATCH, 1), generator=generator)
+    return (start + stride * torch.arange(LENGTH + 1)) % CONFIG.vocab_size
+
+
+def stepper(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Callable[[int], float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(number: int) -> float:
+        loss = loss_of(tokens(number))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def ours(folder: Path, dtype: torch.dtype) -> Callable[[int], float]:
+    model = moray.models.load(folder)
+    model.train()
+    model.compute_in(dtype)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        terms = model.training_loss(ids[:, :-1], ids[:, 1:])
+        return terms.main / terms.count
+
+    return stepper(model, loss_of)
+
+
+def theirs(folder: Path, dtype: torch.dtype, experts: str) -> Callable[[int], float]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model.set_experts_implementation(experts)
+    model.train()
+    context = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        with context:
+            loss: Tensor = model(input_ids=ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
+        return loss
+
+    return stepper(model, loss_of)
+
+
+def main(rounds: str = "9") -> int:
+    torch.set_num_threads(THREADS)
+    rows: list[dict[str, Any]] = []
+    bars = []
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path) / "model"
+        model = DeepseekV3(CONFIG)
+        model.init_weights(seed=1)
+        moray.models.save(model, folder, "float32")
+        for dtype in (torch.float32, torch.bfloat16):
+            steps = {"moray": ours(folder, dtype)}
+            steps |= {f"transformers {name}": theirs(folder, dtype, name) for name in IMPLEMENTATIONS}
+            seconds: dict[str, list[float]] = {name: [] for name in steps}
+            losses: dict[str, float] = {}
+            for number in range(WARM_UP + int(rounds)):
+                for name, step in steps.items():
+                    began = time.perf_counter()
+                    losses[name] = step(number)
+                    if number >= WARM_UP:
+                        seconds[name].append(time.perf_counter() - began)
+            pace = {name: BATCH * LENGTH / statistics.median(times) for name, times in seconds.items()}
+            kind = str(dtype).removeprefix("torch.")
+            rows += [{"dtype": kind, "who": name, "tokens_s": pace[name], "last_loss": losses[name]} for name in pace]
+            peer = max(value for name, value in pace.items() if name != "moray")
+            bars.append(Bar(f"{kind}: tokens/s over transformers' best", pace["moray"] / peer, 1.5, "higher"))
+    return report("train_step_cpu", rows, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""The SwiGLU of a group of experts in FP8, forward and backward, over rows sorted by expert and padded.
+
+    h = Q(x) Q([gate; up])^T      inner = silu(h_gate) * h_up      y = Q(inner) Q(down)^T
+
+Each expert's rows begin at a multiple of 128, so that no tile along the tokens holds rows of two experts; what fills
+them up is zeros. Offsets stay on the device. Gate and up are one product, forward and backward, of weights that lie on
+top of each other. A dense MLP is one expert.
+
+Of a row, the backward keeps the input, gate and up in FP8: D + 2F bytes. Six grouped products, two quantisations of
+rows in both directions (x, dy) and two fused SwiGLUs (`kernels/swiglu.py`) are all that touches the rows.
+
+Shapes: R padded rows, E experts, D hidden size, F expert hidden size, G = F rounded up to 128: the columns that this
+adds are zero in every FP8 form.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moray.kernels.backend import backend
+from moray.kernels.fp8_gemm import fp8_gemm_grouped_triton, fp8_gemm_k_grouped
+from moray.kernels.fp8_linear import Fp8Weight, Quantized, fp8_weight
+from moray.kernels.quantize import BLOCK, dequantize, quantize_both
+from moray.kernels.swiglu import swiglu_backward, swiglu_quantize
+
+
+@dataclass(frozen=True)
+class Fp8Experts:
+    """gate_up [E, 2G, D] and down [E, D, G] in FP8."""
+
+    gate_up: Fp8Weight
+    down: Fp8Weight
+
+
+def fp8_expert_weights(w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor) -> Fp8Experts:
+    """Quantises the weights of a group of experts, to be used until they change."""
+    more = -w_gate_EFD.shape[1] % BLOCK
+    gate, up = (F.pad(w.detach(), (0, 0, 0, more)) for w in (w_gate_EFD, w_up_EFD))
+    return Fp8Experts(fp8_weight(torch.cat((gate, up), dim=1)), fp8_weight(F.pad(w_down_EDF.detach(), (0, more))))
+
+
+def _grouped(x: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each expert's rows times its weight, transposed."""
+    if backend(x[0]) == "triton":
+        return fp8_gemm_grouped_triton(*x, weight.fp8, weight.scales, offsets_E1, dtype=dtype)
+    return _grouped_wide(x, weight.wide.transpose(1, 2), offsets_E1, dtype)
+
+
+def _grouped_turned(dy: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each expert's rows times its weight."""
+    if backend(dy[0]) == "triton":
+        return fp8_gemm_grouped_triton(*dy, *weight.turned, offsets_E1, dtype=dtype)
+    return _grouped_wide(dy, weight.wide, offsets_E1, dtype)
+
+
+def _grouped_wide(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU: from what the numbers stand for."""
+    wide_RK = dequantize(*x, dtype=dtype)
+    out_RN = wide_RK.new_zeros((wide_RK.shape[0], factors_EKN.shape[2]))
+    edges = offsets_E1.tolist()
+    for expert, factor_KN in enumerate(factors_EKN.unbind(0)):
+        part = slice(edges[expert], edges[expert + 1])
+        out_RN[part] = wide_RK[part] @ factor_KN.to(dtype)
+    return out_RN
+
+
+class _Fp8Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, offsets_E1: Tensor, quantized: Fp8Experts, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+    ) -> Tensor:
+        along, turned = quantize_both(x_RD, power_of_two=True)
+        h_RH = _grouped(along, quantized.gate_up, offsets_E1, x_RD.dtype)
+        inner, gate_up = swiglu_quantize(h_RH)
+        ctx.save_for_backward(*turned, *gate_up, offsets_E1)
+        ctx.quantized, ctx.inner = quantized, w_gate.shape[1]
+        return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (dy_RD,) = grads
+        x_fp8, x_scales, gate_up_fp8, gate_up_scales, offsets_E1 = ctx.saved_tensors
+        along, turned = quantize_both(dy_RD, power_of_two=True)
+        d_inner_RG = _grouped_turned(along, ctx.quantized.down, offsets_E1, dy_RD.dtype)
+        d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG)
+        dx_RD = _grouped_turned(d.along, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
+        d_gate, d_up, d_down = None, None, None
+        if any(ctx.needs_input_grad[3:]):
+            d_gate_up_EHD = fp8_gemm_k_grouped(*d.turned, x_fp8, x_scales, offsets_E1)
+            d_gate, d_up = (half[:, : ctx.inner] for half in d_gate_up_EHD.chunk(2, dim=1))
+            d_down = fp8_gemm_k_grouped(*turned, *d.inner, offsets_E1)[..., : ctx.inner]
+        return dx_RD, None, None, d_gate, d_up, d_down
+
+
+def fp8_experts(
+    x_RD: Tensor, offsets_E1: Tensor, quantized: Fp8Experts, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor
+) -> Tensor:
+    """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16); what rows from the last offset on
+    hold is not defined, and their gradient neither.
+
+    R and the offsets (int32) are multiples of 128. Differentiable in x and in the weights, of which `quantized` is the
+    FP8 form; the weights' gradients are FP32.
+    """
+    out: Tensor = _Fp8Experts.apply(  # type: ignore[no-untyped-call]
+        x_RD, offsets_E1, quantized, w_gate_EFD, w_up_EFD, w_down_EDF
+    )
+    return out
+
+
+def fp8_mlp(x_TD: Tensor, quantized: Fp8Experts, w_gate_1FD: Tensor, w_up_1FD: Tensor, w_down_1DF: Tensor) -> Tensor:
+    """One expert that takes all rows, of any number."""
+    rows = x_TD.shape[0]
+    padded_RD = F.pad(x_TD, (0, 0, 0, -rows % BLOCK))
+    offsets_E1 = torch.arange(2, dtype=torch.int32, device=x_TD.device) * padded_RD.shape[0]
+    return fp8_experts(padded_RD, offsets_E1, quantized, w_gate_1FD, w_up_1FD, w_down_1DF)[:rows]

@@ -1,0 +1,37 @@
+"""Rows sorted by expert, packed, to groups that begin at multiples of 128, and back.
+
+For rows that come packed from elsewhere. Where a token's rows are sorted here, `permute.spread_padded` brings them to
+their padded places at once.
+
+Shapes: R packed rows, P padded rows, E experts, D row width.
+"""
+
+import torch
+from torch import Tensor
+
+from moray.kernels.combine import combine_padded
+from moray.kernels.permute import TILE, PaddedOrder, padded_capacity, spread_padded
+
+
+def group_order(counts_E: Tensor, rows: int, device: torch.device) -> PaddedOrder:
+    """The order of `rows` packed rows, `counts_E` for each expert (on any device), without waiting for one."""
+    counts_E = counts_E.to(device, non_blocking=True)
+    ends_E = counts_E.cumsum(0)
+    offsets_E1 = torch.zeros(len(counts_E) + 1, dtype=torch.int64, device=device)
+    offsets_E1[1:] = ((counts_E + TILE - 1) // TILE * TILE).cumsum(0)
+    places_R = torch.arange(rows, device=device)
+    experts_R = torch.searchsorted(ends_E, places_R, right=True).clamp_(max=len(counts_E) - 1)
+    moved_R = places_R + (offsets_E1[:-1] - (ends_E - counts_E))[experts_R]
+    return PaddedOrder(moved_R.int().unsqueeze(1), offsets_E1.int(), counts_E.int())
+
+
+def pad_groups(rows_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, PaddedOrder]:
+    """(rows at their padded places, with zeros between; the order). Differentiable."""
+    order = group_order(counts_E, rows_RD.shape[0], rows_RD.device)
+    return spread_padded(rows_RD, order, padded_capacity(rows_RD.shape[0], len(counts_E))), order
+
+
+def unpad_groups(rows_PD: Tensor, order: PaddedOrder) -> Tensor:
+    """The rows of `order`, packed again. Differentiable."""
+    ones_R1 = torch.ones(order.positions_TK.shape, device=rows_PD.device)
+    return combine_padded(rows_PD, ones_R1, order)

@@ -1,0 +1,97 @@
+"""A group of experts in FP8: both forms against float64 products of the numbers that they are meant to multiply."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.kernels.fp8_experts import fp8_expert_weights, fp8_experts, fp8_mlp
+from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
+from tests.kernels.compare import draw
+
+
+def _seen(x, tiles):
+    """The numbers behind the FP8 form of x, in float64."""
+    return dequantize(*quantize(x.float(), tiles, power_of_two=True), tiles).double()
+
+
+def _weights(experts, hidden, inner, seed):
+    gate, up = (draw((experts, inner, hidden), -3, seed=seed + i).requires_grad_() for i in (1, 2))
+    return gate, up, draw((experts, hidden, inner), -3, seed=seed + 3).requires_grad_()
+
+
+def _expected(x, dy, gate, up, down):
+    """One expert, step by step: (y, dx, gradients of gate, up, down)."""
+    w_gate, w_up, w_down = (_seen(w.detach(), WEIGHT_BLOCKS) for w in (gate, up, down))
+    g, u = _seen(x, ROW_TILES) @ w_gate.t(), _seen(x, ROW_TILES) @ w_up.t()
+    y = _seen(F.silu(g.float()) * u.float(), ROW_TILES) @ w_down.t()
+    g, u = (_seen(h, ROW_TILES).requires_grad_() for h in (g, u))
+    inner = F.silu(g) * u
+    inner.backward(_seen(dy, ROW_TILES) @ w_down)
+    dx = _seen(g.grad, ROW_TILES) @ w_gate + _seen(u.grad, ROW_TILES) @ w_up
+    x_turned = _seen(x, COLUMN_TILES)
+    d_gate, d_up = _seen(g.grad, COLUMN_TILES).t() @ x_turned, _seen(u.grad, COLUMN_TILES).t() @ x_turned
+    return y, dx, d_gate, d_up, _seen(dy, COLUMN_TILES).t() @ _seen(inner.detach(), COLUMN_TILES)
+
+
+def _off(found, expected):
+    error, size = (found.double() - expected).norm().item(), expected.norm().item()
+    return error / size if size else error
+
+
+# Intermediate results are FP32 here and float64 there, so a number on the edge between two E4M3 numbers may fall to the
+# other side; a wrong tile, scale or row would be off by more than FP8's own 2 %.
+EDGES = 3e-3
+
+
+@given(counts=st.sampled_from([(5,), (0, 128), (130, 0, 7), (0, 0, 1)]), hidden=st.sampled_from([64, 200]),
+       inner=st.sampled_from([96, 128]), form=st.sampled_from(["reference", "triton"]),
+       seed=st.integers(0, 2**31))  # fmt: skip
+@settings(max_examples=8)
+def test_forward_and_backward(counts, hidden, inner, form, seed):
+    weights = _weights(len(counts), hidden, inner, seed)
+    sizes = [-(-count // 128) * 128 for count in counts]
+    offsets = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    end = sum(sizes)
+    x, dy = torch.zeros(end + 128, hidden), torch.zeros(end + 128, hidden)
+    starts = offsets.tolist()[:-1]
+    for begin, count in zip(starts, counts, strict=True):
+        x[begin : begin + count] = draw((count, hidden), seed=seed + 10 + begin)
+        dy[begin : begin + count] = draw((count, hidden), seed=seed + 11 + begin)
+    x.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MORAY_KERNELS", form)
+        y = fp8_experts(x, offsets, fp8_expert_weights(*weights), *weights)
+        y.backward(dy)
+    for expert, (begin, size) in enumerate(zip(starts, sizes, strict=True)):
+        part = slice(begin, begin + size)
+        matrices = [weight[expert] for weight in weights]
+        y_, dx, *gradients = _expected(x.detach()[part], dy[part], *matrices)
+        assert _off(y.detach()[part], y_) < EDGES
+        assert _off(x.grad[part], dx) < EDGES
+        for weight, gradient in zip(weights, gradients, strict=True):
+            assert weight.grad.dtype == torch.float32
+            assert _off(weight.grad[expert], gradient) < EDGES
+
+
+@pytest.mark.parametrize("form", ["reference", "triton"])
+def test_a_dense_mlp_is_one_expert_of_any_number_of_rows(form, monkeypatch):
+    monkeypatch.setenv("MORAY_KERNELS", form)
+    weights = _weights(1, 64, 96, 5)
+    x = draw((37, 64)).requires_grad_()
+    dy = draw((37, 64), seed=1)
+    y = fp8_mlp(x, fp8_expert_weights(*weights), *weights)
+    y.backward(dy)
+    y_, dx, *_ = _expected(x.detach(), dy, *(weight[0] for weight in weights))
+    assert y.shape == (37, 64)
+    assert _off(y.detach(), y_) < EDGES
+    assert _off(x.grad, dx) < EDGES
+
+
+def test_rows_in_bf16_stay_in_bf16():
+    weights = _weights(1, 64, 96, 5)
+    x = draw((37, 64), dtype=torch.bfloat16).requires_grad_()
+    y = fp8_mlp(x, fp8_expert_weights(*weights), *weights)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, weights[0].grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
