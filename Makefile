@@ -13,8 +13,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not evidence and not docs" --durations=15
 
+# A process per core, a file's tests in one of them, and no threads that take the cores from each other.
 quicktest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not evidence and not docs and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not evidence and not docs and not cluster"
 
 # Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
 docs: $(VENV)/.installed-dev quickstart

@@ -26,6 +26,7 @@ Shapes: N elements, flat; J = ceil(N / 128) blocks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ POWERS = (0.25, 8.0)
 _SPAN_BITS = tl.constexpr(_SPAN)
 _POWER_MIN, _POWER_MAX = tl.constexpr(POWERS[0]), tl.constexpr(POWERS[1])
 _PER_PROGRAM = 16  # blocks
+_SLICE = 1 << 17  # numbers the reference takes at a time: what lies between its operations stays in a CPU's cache
 
 
 @dataclass
@@ -261,12 +263,18 @@ def adamw_fp8(
 
     The step is taken with the FP32 moments, before they are rounded.
     """
+    numbers: dict[str, Any] = {
+        "step": step, "rate": rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon,
+        "weight_decay": weight_decay, "expand": expand,
+    }  # fmt: skip
     wide = torch.float64 in (master_N.dtype, grad_N.dtype)
-    form = adamw_fp8_reference if wide or backend(master_N) == "reference" else adamw_fp8_triton
-    form(
-        master_N, grad_N if form is adamw_fp8_reference else grad_N.contiguous(), first, second,
-        step=step, rate=rate, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=weight_decay, expand=expand,
-    )  # fmt: skip
+    if not wide and backend(master_N) == "triton":
+        adamw_fp8_triton(master_N, grad_N.contiguous(), first, second, **numbers)
+        return
+    for start in range(0, len(master_N), _SLICE):
+        part, blocks = slice(start, start + _SLICE), slice(start // BLOCK, (start + _SLICE) // BLOCK)
+        moments = [Fp8Moment(m.fp8_N[part], m.scales_J[blocks], m.powers_J[blocks]) for m in (first, second)]
+        adamw_fp8_reference(master_N[part], grad_N[part], *moments, **numbers)
 
 
 compress = compress_reference

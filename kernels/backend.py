@@ -9,9 +9,8 @@ what rounds up into the next power of two (31 becomes 16) and makes 384 of NaN; 
 """
 
 import os
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,9 +47,19 @@ def to_e4m3(x):
         normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         # Added to 2^14, a number below 2^-6 is rounded to a multiple of 2^-9, the smallest step.
         denormal = (((magnitude + 16384.0) - 16384.0) * 512.0).to(tl.int32)
-        rounded = tl.where(x != x, 0x7F, tl.where(magnitude < 0.015625, denormal, normal))
-        return (rounded | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        nearest = tl.where(x != x, 0x7F, tl.where(magnitude < 0.015625, denormal, normal))
+        return (nearest | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """FP32 numbers in DTYPE; to nearest, ties to even. (The interpreter of Triton 3.6 and 3.7 cuts BF16's bits off.)"""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -63,13 +72,3 @@ def magnitude_bits(x):
 def contiguous_blocks(count: int, block: int) -> int:
     """How many blocks cover `count` elements."""
     return -(-count // block)
-
-
-def element(dtype: torch.dtype) -> Any:
-    """Triton's name of a torch dtype."""
-    return {
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-        torch.float8_e4m3fn: tl.float8e4nv,
-    }[dtype]

@@ -26,8 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, place
-from moray.kernels.rms_norm import rounded
+from moray.kernels.backend import backend, place, rounded
 
 # Logits of a chunk: 4 MB on the CPU (about a core's cache; larger is slower), 512 MB elsewhere (large products).
 _CHUNK_LOGITS_CPU = 1 << 20

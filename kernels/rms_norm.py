@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import INTERPRETED, backend, place
+from moray.kernels.backend import backend, place, rounded
 
 _WIDEST = 32768
 _WHOLE = 8192  # elements of a row up to which the backward holds it in registers
@@ -34,16 +34,6 @@ def rms_norm_reference(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide = x_XD if x_XD.dtype == torch.float64 else x_XD.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x_XD.dtype) * weight_D
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """FP32 numbers in DTYPE; to nearest, ties to even. (The interpreter of Triton 3.6 and 3.7 cuts BF16's bits off.)"""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, place
-from moray.kernels.rms_norm import rounded
+from moray.kernels.backend import backend, place, rounded
 
 _TILE = 2048  # elements of one program, where there are as many
 

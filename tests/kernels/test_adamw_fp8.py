@@ -160,8 +160,9 @@ def _restored_exactly(moment, count):
 def _same_but_for_neighbours(found, expected):
     """Moments after a step from one state, whose FP32 forms agree within 2e-5."""
     torch.testing.assert_close(found.scales_J, expected.scales_J, rtol=2e-5, atol=1e-44)
-    # The power is a quotient by a difference of logarithms of up to 149, each with an error of 2^-17.
-    torch.testing.assert_close(found.powers_J, expected.powers_J, rtol=1e-4, atol=0)
+    # The power is a quotient by a difference of logarithms of up to 149, each with an error of 2^-17. A smallest number
+    # below FP32's normal ones has few bits: where the two differ in its last, so do their logarithms.
+    torch.testing.assert_close(found.powers_J, expected.powers_J, rtol=5e-3, atol=0)
     ours, theirs = (moment.fp8_N.view(torch.uint8).int() for moment in (found, expected))
     assert ((ours - theirs).abs() <= 1).all()
     # Mostly below one in a thousand; BF16 gradients and plain FP8 moments put more numbers on edges.
