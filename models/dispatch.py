@@ -3,11 +3,16 @@
 `LocalDispatcher` sorts. `ProcessGroupDispatcher` sorts, exchanges with all_to_all_single (gloo on the CPU, NCCL on
 GPUs) and sorts what arrived by local expert. Expert e lives on rank e // (E / ranks).
 
+In FP8 training, what goes to experts goes in FP8 (`kernels/wire.py`): rows forward, gradients of their outputs
+backward. What comes home is summed there, and comes in the rows' own dtype (DeepSeek-V3 §3.3.3). The rows that do not
+leave the process are rounded all the same: what is computed depends on no layout.
+
 Notable: per dispatch, one small exchange of counts and one copy of them to the host (the exchange of rows needs its
 split sizes there). The backward of an exchange is the reverse exchange, so all ranks must run the same layers in the
 same order; a rank that sends or receives no rows takes part all the same.
 
-Shapes: T tokens, K slots, E experts, P ranks, L = E / P local experts, R rows here, S rows sent, D hidden size.
+Shapes: T tokens, K slots, E experts, P ranks, L = E / P local experts, R rows here, S = T * K rows sent, D hidden size,
+X columns of any meaning.
 """
 
 from collections.abc import Sequence
@@ -18,60 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.permute import PairOrder, inverse_permutation, move_rows, sort_pairs, spread_rows
+from moray.kernels.permute import PairOrder, inverse_permutation, sort_pairs
+from moray.kernels.wire import pack_rows, unpack_rows
 from moray.models.layer import Dispatcher, Handle
-
-
-@dataclass(frozen=True)
-class LocalHandle:
-    """Rows sorted by expert, and the order that undoes the sort."""
-
-    rows_RD: Tensor
-    scales: Tensor | None
-    counts_E: Tensor
-    pairs: PairOrder
-    slots: int
-
-
-def _send(rows_TD: Tensor, scales: Tensor | None, pairs: PairOrder, slots: int) -> tuple[Tensor, Tensor | None]:
-    """Rows and scales, one per pair, sorted by expert."""
-    sorted_scales = None if scales is None else scales.index_select(0, pairs.order_R // slots)
-    return spread_rows(rows_TD, pairs, slots), sorted_scales
-
-
-def _by_slot(rows_RD: Tensor, pairs: PairOrder, slots: int) -> Tensor:
-    home_RD = move_rows(rows_RD, pairs.inverse_R, pairs.order_R)
-    return home_RD.view(-1, slots, rows_RD.shape[-1])
-
-
-class LocalDispatcher:
-    """All experts are here."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(self, rows_TD: Tensor, scales: Tensor | None, expert_ids_TK: Tensor) -> LocalHandle:
-        slots = expert_ids_TK.shape[1]
-        pairs = sort_pairs(expert_ids_TK, self.num_experts)
-        rows_RD, sorted_scales = _send(rows_TD, scales, pairs, slots)
-        return LocalHandle(rows_RD, sorted_scales, pairs.counts_E, pairs, slots)
-
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
-        assert isinstance(handle, LocalHandle)
-        return _by_slot(rows_RD, handle.pairs, handle.slots)
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -80,29 +34,107 @@ def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], grou
     return out
 
 
-def _exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Differentiable: gradients go back the way the rows came."""
-    out: Tensor = _Exchange.apply(rows, sent, received, group)  # type: ignore[no-untyped-call]
-    return out
-
-
 @dataclass(frozen=True)
-class GroupHandle:
-    """Rows that came to this rank, and the way back.
+class Crossing:
+    """The part of the way that lies between ranks.
 
-    pairs: the sort before sending. sent_P, received_P: rows to and from each rank. order_R, inverse_R: from the order
-    of arrival (rank by rank) to the order by local expert.
+    sent_P, received_P: rows to and from each rank. order_R, inverse_R: from the order of arrival (rank by rank) to the
+    order by local expert.
     """
 
-    rows_RD: Tensor
-    scales: Tensor | None
-    counts_E: Tensor
-    pairs: PairOrder
-    slots: int
+    group: dist.ProcessGroup
     sent_P: tuple[int, ...]
     received_P: tuple[int, ...]
     order_R: Tensor
     inverse_R: Tensor
+
+    def there(self, rows_SX: Tensor) -> Tensor:
+        return _all_to_all(rows_SX, self.sent_P, self.received_P, self.group).index_select(0, self.order_R)
+
+    def back(self, rows_RX: Tensor) -> Tensor:
+        return _all_to_all(rows_RX.index_select(0, self.inverse_R), self.received_P, self.sent_P, self.group)
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way of one layer's rows: to the experts, in FP8 if `fp8`, and home."""
+
+    pairs: PairOrder
+    slots: int
+    fp8: bool
+    crossing: Crossing | None
+
+    def to_experts(self, rows_XD: Tensor, source_S: Tensor) -> Tensor:
+        """Rows `source_S`, which is in the order of the pairs by expert, where their experts are: rows_RD."""
+        columns, dtype = rows_XD.shape[1], rows_XD.dtype
+        if self.crossing is None:
+            rows_XD = unpack_rows(pack_rows(rows_XD), columns, dtype) if self.fp8 else rows_XD
+            return rows_XD.index_select(0, source_S)
+        sent_SX = (pack_rows(rows_XD) if self.fp8 else rows_XD).index_select(0, source_S)
+        arrived_RX = self.crossing.there(sent_SX)
+        return unpack_rows(arrived_RX, columns, dtype) if self.fp8 else arrived_RX
+
+    def home(self, rows_RD: Tensor) -> Tensor:
+        """Every pair's row where its token is: rows_TKD."""
+        if self.crossing is not None:
+            rows_RD = self.crossing.back(rows_RD)
+        return rows_RD.index_select(0, self.pairs.inverse_R).view(-1, self.slots, rows_RD.shape[1])
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_TD: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way.to_experts(rows_TD, way.pairs.order_R // way.slots)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return ctx.way.home(grads[0]).sum(1), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way.home(rows_RD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return ctx.way.to_experts(grads[0].flatten(0, 1), ctx.way.pairs.order_R), None
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows at their experts, and the way home."""
+
+    rows_RD: Tensor
+    counts_E: Tensor
+    way: Way
+
+    @classmethod
+    def along(cls, way: Way, rows_TD: Tensor, counts_E: Tensor) -> "Dispatched":
+        rows_RD: Tensor = _Dispatch.apply(rows_TD, way)  # type: ignore[no-untyped-call]
+        return cls(rows_RD, counts_E, way)
+
+
+def _combine(handle: Handle, rows_RD: Tensor) -> Tensor:
+    assert isinstance(handle, Dispatched)
+    rows_TKD: Tensor = _Combine.apply(rows_RD, handle.way)  # type: ignore[no-untyped-call]
+    return rows_TKD
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatched:
+        pairs = sort_pairs(expert_ids_TK, self.num_experts)
+        return Dispatched.along(Way(pairs, expert_ids_TK.shape[1], fp8, None), rows_TD, pairs.counts_E)
+
+    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
+        return _combine(handle, rows_RD)
 
 
 class ProcessGroupDispatcher:
@@ -121,33 +153,15 @@ class ProcessGroupDispatcher:
         first = dist.get_rank(group) * self.num_local
         self.experts = range(first, first + self.num_local)
 
-    def dispatch(self, rows_TD: Tensor, scales: Tensor | None, expert_ids_TK: Tensor) -> GroupHandle:
-        slots = expert_ids_TK.shape[1]
+    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatched:
         pairs = sort_pairs(expert_ids_TK, self.num_experts)
         sent_PL, received_PL = self._exchange_counts(pairs.counts_E)
         sent_P, received_P = tuple(sent_PL.sum(1).tolist()), tuple(received_PL.sum(1).tolist())
-        order_R, inverse_R = self._arrival_order(received_PL, rows_TD.device)
-        rows_SD, sorted_scales = _send(rows_TD, scales, pairs, slots)
-        arrived_RD = _exchange(rows_SD, sent_P, received_P, self.group)
-        if sorted_scales is not None:
-            sorted_scales = _all_to_all(sorted_scales, sent_P, received_P, self.group).index_select(0, order_R)
-        return GroupHandle(
-            rows_RD=move_rows(arrived_RD, order_R, inverse_R),
-            scales=sorted_scales,
-            counts_E=received_PL.sum(0),
-            pairs=pairs,
-            slots=slots,
-            sent_P=sent_P,
-            received_P=received_P,
-            order_R=order_R,
-            inverse_R=inverse_R,
-        )
+        crossing = Crossing(self.group, sent_P, received_P, *self._arrival_order(received_PL, rows_TD.device))
+        return Dispatched.along(Way(pairs, expert_ids_TK.shape[1], fp8, crossing), rows_TD, received_PL.sum(0))
 
     def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
-        assert isinstance(handle, GroupHandle)
-        arrived_RD = move_rows(rows_RD, handle.inverse_R, handle.order_R)
-        home_SD = _exchange(arrived_RD, handle.received_P, handle.sent_P, self.group)
-        return _by_slot(home_SD, handle.pairs, handle.slots)
+        return _combine(handle, rows_RD)
 
     def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs from here to each expert of each rank, and from each rank to each expert here: [P, L] on the host."""

@@ -35,14 +35,12 @@ class Routing:
 class Handle(Protocol):
     """What a dispatch brought to this rank's experts; whoever made it can take the results back.
 
-    rows_RD: rows sorted by local expert. scales: their quantisation scales, None for unquantised rows. counts_E:
-    int64, rows per *local* expert; on the host where the dispatcher had to bring it there.
+    rows_RD: rows sorted by local expert. counts_E: int64, rows per *local* expert; on the host where the dispatcher had
+    to bring it there.
     """
 
     @property
     def rows_RD(self) -> Tensor: ...  # noqa: N802
-    @property
-    def scales(self) -> Tensor | None: ...
     @property
     def counts_E(self) -> Tensor: ...  # noqa: N802
 
@@ -51,8 +49,8 @@ class Dispatcher(Protocol):
     """Brings rows to experts and results back. One combine per handle, and the same calls in the same order on every
     rank, since each may be a collective."""
 
-    def dispatch(self, rows_TD: Tensor, scales: Tensor | None, expert_ids_TK: Tensor) -> Handle:
-        """Sends row t to the experts `expert_ids_TK[t]`."""
+    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Handle:
+        """Sends row t to the experts `expert_ids_TK[t]`; with `fp8`, in FP8, and so the results' gradients too."""
         ...
 
     def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class MoE(nn.Module):
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> Handle:
-        return self.dispatcher.dispatch(rows_TD, None, routing.ids_TK)
+        return self.dispatcher.dispatch(rows_TD, routing.ids_TK, fp8=self.experts.form is not None)
 
     def compute(self, handle: Handle) -> Tensor:
         """The experts' outputs for the rows of `handle`."""

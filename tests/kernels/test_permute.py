@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from moray.kernels.permute import (
     PaddedOrder,
     _sum_blocks,
-    move_rows,
     padded_capacity,
     padded_order,
     padded_order_reference,
@@ -18,7 +17,6 @@ from moray.kernels.permute import (
     spread_padded_fp8_triton,
     spread_padded_reference,
     spread_padded_triton,
-    spread_rows,
 )
 from tests.kernels.compare import draw, same_bits
 
@@ -45,18 +43,6 @@ def test_the_order_sorts_stably_and_the_inverse_undoes_it(tokens, slots, experts
     assert pairs.order_R.tolist() == sorted(range(len(flat)), key=lambda pair: flat[pair])
     assert pairs.order_R[pairs.inverse_R].tolist() == list(range(len(flat)))
     assert pairs.counts_E.tolist() == [flat.count(e) for e in range(experts)]
-
-
-def test_rows_travel_there_and_back_with_gradients():
-    x_TD = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    pairs = sort_pairs(torch.randint(0, 4, (5, 2)), 4)
-
-    def there_and_back(x):
-        rows = spread_rows(x, pairs, 2)
-        return move_rows(rows, pairs.inverse_R, pairs.order_R)
-
-    assert torch.equal(there_and_back(x_TD), x_TD.repeat_interleave(2, dim=0))
-    assert torch.autograd.gradcheck(there_and_back, x_TD)
 
 
 @st.composite

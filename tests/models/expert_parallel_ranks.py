@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moray.models.dispatch import ProcessGroupDispatcher
+from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 
@@ -78,21 +78,38 @@ def check_model(group, one_expert):
 
 
 def check_empty_rank(group):
-    """The last rank has no tokens; scales travel with their rows."""
+    """The last rank has no tokens."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     dispatcher = ProcessGroupDispatcher(group, 8)
     tokens = 0 if rank == ranks - 1 else 5
     rows_TD = (torch.arange(tokens)[:, None] + 100.0 * rank).repeat(1, 3).requires_grad_()
-    scales_T1 = rows_TD.detach()[:, :1] / 10
     ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
-    handle = dispatcher.dispatch(rows_TD, scales_T1, ids_TK)
+    handle = dispatcher.dispatch(rows_TD, ids_TK)
     assert handle.counts_E.sum() == len(handle.rows_RD)
-    torch.testing.assert_close(handle.scales, handle.rows_RD[:, :1] / 10)
     expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), handle.counts_E)
     home_TKD = dispatcher.combine(handle, handle.rows_RD * (1 + expert_R[:, None]))
     torch.testing.assert_close(home_TKD, rows_TD[:, None] * (1 + ids_TK[..., None]))
     home_TKD.sum().backward()
     torch.testing.assert_close(rows_TD.grad, (1.0 + ids_TK).sum(1, keepdim=True).expand(-1, 3))
+
+
+def check_fp8(group):
+    """Rows and gradients that cross in FP8 are, to the bit, those that do not cross; results come home as they are."""
+    rank = dist.get_rank(group)
+    crossing, local = ProcessGroupDispatcher(group, 8), LocalDispatcher(8)
+    generator = torch.Generator().manual_seed(rank)
+    x_TD, weights_TKD = torch.randn(6, 1, 200, generator=generator), torch.randn(6, 2, 200, generator=generator)
+    x_TD = (x_TD[:, 0] * torch.logspace(-4, 4, 200)).bfloat16()
+    ids_TK = torch.rand(6, 8, generator=generator).topk(2).indices
+    found = []
+    for dispatcher in (local, crossing):
+        rows_TD = x_TD.clone().requires_grad_()
+        handle = dispatcher.dispatch(rows_TD, ids_TK, fp8=True)
+        home_TKD = dispatcher.combine(handle, handle.rows_RD * 3)
+        (home_TKD * weights_TKD).sum().backward()
+        found.append((home_TKD.detach(), rows_TD.grad))
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there)
 
 
 def run_rank(rank, store):
@@ -103,6 +120,7 @@ def run_rank(rank, store):
         for one_expert in (False, True):
             check_model(group, one_expert)
         check_empty_rank(group)
+        check_fp8(group)
     with pytest.raises(ValueError, match="6 experts do not divide over the 4 ranks"):
         ProcessGroupDispatcher(dist.group.WORLD, 6)
     with pytest.raises(ValueError, match="the dispatcher sends range"):
