@@ -33,16 +33,19 @@ check: $(VENV)/.installed-dev
 	    -p moray.pipelines -p moray.cluster
 
 # Another torch, another Python: in an environment of its own outside of the checkout, removed at the end. Pins that the
-# chosen torch decides are left out; a CUDA build of torch takes 5 GB.
+# chosen torch decides are left out; a CUDA build of torch takes 5 GB. The interpreter of Triton 3.6 takes no numpy 2.4.
 TORCH ?= 2.11.0
 TRITON ?= 3.6.0
 compat:
 	set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; $(PYTHON) -m venv $$at/venv; \
-	grep -vE '^(torch|triton|nvidia|cuda)' constraints.txt > $$at/constraints.txt; \
+	grep -vE '^(torch|triton|nvidia|cuda|numpy)' constraints.txt > $$at/constraints.txt; \
+	chosen="torch==$(TORCH) triton==$(TRITON) numpy<2.4"; \
 	pip="$$at/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $$at/constraints.txt"; \
-	$$pip torch==$(TORCH) triton==$(TRITON); $$pip -e '.[dev]' torch==$(TORCH) triton==$(TRITON); \
-	PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=1 $$at/venv/bin/python -m pytest -q -p no:cacheprovider \
-	    -m "not evidence and not docs and not cluster" tests/kernels tests/models tests/actors tests/platform
+	$$pip $$chosen; $$pip -e '.[dev]' $$chosen; export PYTHONDONTWRITEBYTECODE=1; \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $$at/venv/bin/python -m pytest -q -p no:cacheprovider -n logical \
+	    --dist loadfile -m "not evidence and not docs and not cluster" tests/kernels tests/models tests/actors \
+	    tests/platform; \
+	$$at/venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_gpu_compile.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -140,7 +140,7 @@ def _load(ptr, row, limit, stride, AT: tl.constexpr, WIDTH: tl.constexpr, ROWS: 
     inside = (row + rows < limit)[:, None]
     if AT + COLUMNS > WIDTH:
         inside = inside & (columns < WIDTH)[None, :]
-    at = ptr + place(tl.to_tensor(row), stride) + (rows[:, None] * stride + columns[None, :])
+    at = ptr + place(row, stride) + (rows[:, None] * stride + columns[None, :])
     return tl.load(at, mask=inside, other=0.0)
 
 
@@ -149,7 +149,7 @@ def _store(ptr, x, row, limit, stride, AT: tl.constexpr, WIDTH: tl.constexpr):
     """Rounds x to the matrix's dtype and stores it where `_load` would read it."""
     rows, columns = tl.arange(0, x.shape[0]), AT + tl.arange(0, x.shape[1])
     inside = (row + rows < limit)[:, None] & (columns < WIDTH)[None, :]
-    at = ptr + place(tl.to_tensor(row), stride) + (rows[:, None] * stride + columns[None, :])
+    at = ptr + place(row, stride) + (rows[:, None] * stride + columns[None, :])
     tl.store(at, x.to(ptr.dtype.element_ty), mask=inside)
 
 

@@ -34,7 +34,7 @@ def backend(tensor: Tensor) -> Literal["reference", "triton"]:
 @triton.jit
 def place(index, stride):
     """index * stride in 64 bits: tensors of more than 2^31 elements are usual here."""
-    return index.to(tl.int64) * stride
+    return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
