@@ -2,7 +2,9 @@
 
 Both start from the same weights and see the same tokens; both take AdamW's fused step on FP32 weights. In BF16,
 transformers runs under autocast, Moray with `precision: bf16`. transformers is taken with each of its implementations
-of experts, and the fastest counts. Steps of all are interleaved; a figure is the median of the rounds.
+of experts, and the fastest counts. Each is in a process of its own, as a trainer is; Moray's workers keep freed memory
+(`kernels/host_memory.py`), and a row shows what that alone does for transformers. Steps of all are interleaved; a
+figure is the median of the rounds.
 
 Usage: python benchmarks/train_step_cpu.py [ROUNDS]
 """
@@ -11,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,15 @@ from result import Bar, report
 from torch import Tensor, nn
 
 import moray.models
+from moray.kernels.host_memory import keep_freed_memory
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 
 THREADS, BATCH, LENGTH, WARM_UP = 2, 8, 512, 3
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+KEPT = " with freed memory kept"
+PEERS = {f"transformers {name}": name for name in IMPLEMENTATIONS}
+CONTESTANTS = ("moray", *PEERS, "transformers eager" + KEPT)
 CONFIG = dataclasses.replace(preset("tiny"), vocab_size=8192)
 
 
@@ -81,8 +89,43 @@ def theirs(folder: Path, dtype: torch.dtype, experts: str) -> Callable[[int], fl
     return stepper(model, loss_of)
 
 
-def main(rounds: str = "9") -> int:
+def contestant(link: Connection, who: str, folder: Path, dtype: torch.dtype) -> None:
+    """A process that takes a step for every number it is sent, and says how long it took and what the loss was."""
     torch.set_num_threads(THREADS)
+    if who == "moray" or who.endswith(KEPT):
+        keep_freed_memory()
+    step = ours(folder, dtype) if who == "moray" else theirs(folder, dtype, PEERS[who.removesuffix(KEPT)])
+    for number in iter(link.recv, None):
+        began = time.perf_counter()
+        loss = step(number)
+        link.send((time.perf_counter() - began, loss))
+
+
+def race(folder: Path, dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens per second and the last loss of each contestant."""
+    spawn = multiprocessing.get_context("spawn")
+    links, processes = {}, []
+    for who in CONTESTANTS:
+        links[who], theirs_end = spawn.Pipe()
+        processes.append(spawn.Process(target=contestant, args=(theirs_end, who, folder, dtype)))
+        processes[-1].start()
+        theirs_end.close()
+    seconds: dict[str, list[float]] = {who: [] for who in CONTESTANTS}
+    losses: dict[str, float] = {}
+    for number in range(WARM_UP + rounds):
+        for who, link in links.items():
+            link.send(number)
+            took, losses[who] = link.recv()
+            if number >= WARM_UP:
+                seconds[who].append(took)
+    for link in links.values():
+        link.send(None)
+    for process in processes:
+        process.join()
+    return {who: BATCH * LENGTH / statistics.median(times) for who, times in seconds.items()}, losses
+
+
+def main(rounds: str = "9") -> int:
     rows: list[dict[str, Any]] = []
     bars = []
     with tempfile.TemporaryDirectory() as path:
@@ -91,20 +134,10 @@ def main(rounds: str = "9") -> int:
         model.init_weights(seed=1)
         moray.models.save(model, folder, "float32")
         for dtype in (torch.float32, torch.bfloat16):
-            steps = {"moray": ours(folder, dtype)}
-            steps |= {f"transformers {name}": theirs(folder, dtype, name) for name in IMPLEMENTATIONS}
-            seconds: dict[str, list[float]] = {name: [] for name in steps}
-            losses: dict[str, float] = {}
-            for number in range(WARM_UP + int(rounds)):
-                for name, step in steps.items():
-                    began = time.perf_counter()
-                    losses[name] = step(number)
-                    if number >= WARM_UP:
-                        seconds[name].append(time.perf_counter() - began)
-            pace = {name: BATCH * LENGTH / statistics.median(times) for name, times in seconds.items()}
+            pace, losses = race(folder, dtype, int(rounds))
             kind = str(dtype).removeprefix("torch.")
-            rows += [{"dtype": kind, "who": name, "tokens_s": pace[name], "last_loss": losses[name]} for name in pace]
-            peer = max(value for name, value in pace.items() if name != "moray")
+            rows += [{"dtype": kind, "who": who, "tokens_s": pace[who], "last_loss": losses[who]} for who in pace]
+            peer = max(pace[who] for who in PEERS)
             bars.append(Bar(f"{kind}: tokens/s over transformers' best", pace["moray"] / peer, 1.5, "higher"))
     return report("train_step_cpu", rows, bars)
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from moray.kernels.arguments import WIDE_DTYPES, check
 from moray.kernels.backend import backend, place, rounded
 
-# Logits of a chunk: 4 MB on the CPU (about a core's cache; larger is slower), 512 MB elsewhere (large products).
-_CHUNK_LOGITS_CPU = 1 << 20
+# Logits of a chunk: 8 MB on the CPU (about what two cores' caches hold), 512 MB elsewhere (large products).
+_CHUNK_LOGITS_CPU = 1 << 21
 _CHUNK_LOGITS = 1 << 27
 _CHUNK_BYTES = 1 << 29
 
@@ -42,26 +42,27 @@ def _chunk_tokens(vocab: int, device: torch.device) -> int:
     return max(128, budget // vocab)
 
 
-def _chunk_loss(logits_CV: Tensor, targets_C1: Tensor, keep_C1: Tensor) -> Tensor:
-    """The chunk's loss; turns `logits_CV` into the softmax in place."""
-    picked_C1 = logits_CV.gather(1, targets_C1)
-    peak_C1 = logits_CV.amax(1, keepdim=True)
-    total_C1 = logits_CV.sub_(peak_C1).exp_().sum(1, keepdim=True)
-    logits_CV.div_(total_C1)
-    return torch.where(keep_C1, total_C1.log() + peak_C1 - picked_C1, 0.0).sum()
-
-
 def _chunk_reference(
     hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, keep_C: Tensor, grads: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits, softmax and gradient FP32, or FP64; the gradient is handed on in the rows' dtype."""
+    """Logits, softmax and gradient FP32, or FP64; the gradient is handed on in the rows' dtype.
+
+    The softmax is one fused pass, and its largest probability, at least 1 / V, tells the sum: no word's loss is lost to
+    a probability that is too small for FP32.
+    """
     wide = torch.float64 if hidden_CD.dtype == torch.float64 else torch.float32
-    targets_C1, keep_C1 = torch.where(keep_C, targets_C, 0).unsqueeze(1), keep_C.unsqueeze(1)
-    probs_CV = (hidden_CD @ weight_VD.t()).to(wide)
-    loss = _chunk_loss(probs_CV, targets_C1, keep_C1)
+    targets_C1 = torch.where(keep_C, targets_C, 0).unsqueeze(1)
+    logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
+    picked_C1 = logits_CV.gather(1, targets_C1)
+    peak_C1, place_C1 = logits_CV.max(1, keepdim=True)
+    probs_CV = logits_CV.softmax(1)
+    losses_C1 = peak_C1 - probs_CV.gather(1, place_C1).log() - picked_C1
+    left_out_C1 = ~keep_C.unsqueeze(1)
     if grads:
-        probs_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=wide)).masked_fill_(~keep_C1, 0.0)
-    return loss, probs_CV.to(hidden_CD.dtype)
+        probs_CV.scatter_add_(1, targets_C1, torch.full_like(picked_C1, -1.0))
+        if left_out_C1.any():
+            probs_CV.masked_fill_(left_out_C1, 0.0)
+    return losses_C1.masked_fill(left_out_C1, 0.0).sum(), probs_CV.to(hidden_CD.dtype)
 
 
 @triton.jit

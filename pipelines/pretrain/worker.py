@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.token_set import Batch
+from moray.kernels.host_memory import keep_freed_memory
 from moray.models.balance import update_router_biases
 from moray.models.checkpoint import Checked, load_weights
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
@@ -66,6 +67,7 @@ def train(settings: dict[str, Any]) -> None:
 
     job: Job = settings["job"]
     torch.set_num_threads(job.threads)
+    keep_freed_memory()
     worker = build(job, Mesh.create(job.config.expert_parallel), ray.train.torch.get_device(), settings["loaders"])
     events = EventLog(Path(job.events), f"train-{worker.mesh.rank}") if worker.mesh.rank == 0 else None
     run(worker, events)

@@ -158,3 +158,10 @@ def test_wrong_arguments_are_named(monkeypatch):
     turned = draw((6, 4)).t()
     same_bits(rms_norm(turned, weight, EPS), rms_norm_reference(turned, weight, EPS))
     assert rms_norm(x.double(), weight.double(), EPS).dtype == torch.float64
+
+
+def test_the_references_gradient_is_the_formulas():
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm_reference(x, w, EPS), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm_reference(x.transpose(0, 1)[:0], w, EPS), (x, weight))
