@@ -26,6 +26,7 @@ from result import Bar, report
 
 from moray.actors.data_worker import DataWorker
 from moray.kernels import adamw_fp8
+from moray.kernels.host_memory import keep_freed_memory
 from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset
@@ -83,6 +84,7 @@ def perturb(worker: Worker) -> None:
 
 def main(steps: str = "600", model: str = "quickstart@newest") -> int:
     torch.set_num_threads(2)
+    keep_freed_memory()
     store = ArtifactStore(Home.from_environment())
     trained = store.find(store.find(model).manifest.inputs["checkpoint"])
     tokens = store.fetch(store.find(trained.manifest.inputs["tokens"])).folder / "train"

@@ -32,9 +32,13 @@ def machine() -> dict[str, Any]:
     """The machine by processor, cores and system, with the versions that matter."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {name: importlib.metadata.version(name) for name in ("ray", "torch", "numpy")}
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in ("ray", "torch", "triton", "numpy") if name in installed}
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {
         "processor": names[0] if names else platform.processor(),
+        "gpu": gpu,
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),

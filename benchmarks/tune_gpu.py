@@ -1,0 +1,123 @@
+"""Measures tile shapes of the FP8 products on the GPU that is there, and writes the table that the kernels read.
+
+`kernels/tuned/DEVICE.json` holds, for each product and size, the fastest shape whose result is right, the command that
+made it and what it measured. Nothing is tuned at run time.
+
+Usage: PYTHONPATH=. python benchmarks/tune_gpu.py          needs torch and triton, not Ray
+       TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/tune_gpu.py --small     without a GPU: are all shapes right?
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_cases import SMALL, V3, Sizes, near, offsets_of
+from kernels_gpu import Clock
+from result import machine
+from torch import Tensor
+
+from moray.kernels import fp8_gemm, quantize
+from moray.kernels.quantize import ROW_TILES, WEIGHT_BLOCKS
+from moray.kernels.tuning import Tiles, table_file
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kernel at one size: what runs it with a shape, what it should give, and the widths it can take."""
+
+    kernel: str
+    size: tuple[int, int, int]
+    run: Callable[..., Tensor]
+    expected: Callable[[], Tensor]
+    columns: tuple[int, ...]
+
+
+def candidates(product: Product) -> Iterator[Tiles]:
+    for rows, columns, warps, stages in itertools.product((64, 128), product.columns, (4, 8), (3, 4, 5, 6)):
+        yield Tiles(rows, columns, warps, stages)
+
+
+def products(size: Sizes, device: str) -> Iterator[Product]:
+    """The shapes of V3's linear maps, plain and grouped."""
+    for n, k in ((size.inner, size.hidden), (size.hidden, size.inner), (2 * size.inner, size.hidden)):
+        weight = torch.randn(size.experts, n, k, device=device, dtype=torch.bfloat16) / k**0.5
+        w = quantize.quantize(weight, WEIGHT_BLOCKS, True)
+        for m in size.tokens:
+            x = quantize.quantize(torch.randn(m, k, device=device, dtype=torch.bfloat16), ROW_TILES, True)
+            one = (w[0][0], w[1][0])
+            yield Product(
+                "fp8_gemm", (m, n, k), partial(fp8_gemm.fp8_gemm_triton, *x, *one),
+                partial(fp8_gemm.fp8_gemm_reference, *x, *one, dtype=torch.float32), (64, 128),
+            )  # fmt: skip
+        offsets = offsets_of(size, False, device)
+        wide = torch.randn(size.rows, k, device=device, dtype=torch.bfloat16)
+        along, turned = quantize.quantize_both(wide, True)
+        yield Product(
+            "fp8_gemm_grouped", (size.rows, n, k), partial(fp8_gemm.fp8_gemm_grouped_triton, *along, *w, offsets),
+            partial(fp8_gemm.fp8_gemm_grouped_reference, *along, *w, offsets, dtype=torch.float32), (64, 128),
+        )  # fmt: skip
+        other = quantize.quantize_both(torch.randn(size.rows, n, device=device, dtype=torch.bfloat16), True)[1]
+        yield Product(
+            "fp8_gemm_k_grouped", (n, k, size.rows),
+            partial(fp8_gemm.fp8_gemm_k_grouped_triton, *other, *turned, offsets),
+            partial(fp8_gemm.fp8_gemm_k_grouped_reference, *other, *turned, offsets), (64, 128, 256),
+        )  # fmt: skip
+
+
+def best_of(product: Product, clock: Clock) -> dict[str, Any]:
+    """The fastest shape: one that the device cannot hold is passed over, one that is wrong ends the run."""
+    expected, measured = product.expected(), {}
+    for shape in candidates(product):
+        run = partial(product.run, shape=shape)
+        try:
+            found = run()
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+            continue
+        near(found, expected, 2.0**-7)
+        measured[shape] = clock.milliseconds(run)
+    shape = min(measured, key=measured.__getitem__)
+    m, n, k = product.size
+    row = {"m": m, "n": n, "k": k, **shape.as_dict(), "TFLOPS": round(2 * m * n * k / measured[shape] / 1e9, 1)}
+    print(product.kernel, row, f"default {measured.get(Tiles(), float('nan')) / measured[shape]:.2f}x", flush=True)
+    return row
+
+
+def check_small() -> int:
+    for product in products(SMALL, "cpu"):
+        expected = product.expected()
+        for shape in (Tiles(64, 64), Tiles(), Tiles(128, product.columns[-1])):
+            near(product.run(shape=shape), expected, 2.0**-7)
+        print(f"shapes agree: {product.kernel} {product.size}", flush=True)
+    return 0
+
+
+def main(*arguments: str) -> int:
+    if arguments == ("--small",):
+        return check_small()
+    if not torch.cuda.is_available():
+        print("error: no GPU here, so nothing was tuned", file=sys.stderr)
+        print("hint: TRITON_INTERPRET=1 python benchmarks/tune_gpu.py --small checks the shapes", file=sys.stderr)
+        return 2
+    clock = Clock()
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for product in products(V3, "cuda"):
+        kernels.setdefault(product.kernel, []).append(best_of(product, clock))
+    path = table_file(torch.cuda.get_device_name())
+    path.parent.mkdir(exist_ok=True)
+    content = {"command": "python benchmarks/tune_gpu.py", "machine": machine(), "kernels": kernels}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
