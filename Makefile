@@ -10,8 +10,9 @@ LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not evidence and not docs" --durations=15
+# What needs servers runs in one process, which shares one Ray cluster.
+test: quicktest
+	$(BIN)/python -m pytest -q -m "cluster and not evidence and not docs" --durations=15
 
 # A process per core, a file's tests in one of them, and no threads that take the cores from each other.
 quicktest: $(VENV)/.installed-dev

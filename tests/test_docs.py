@@ -98,7 +98,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     assert run_blocks(ROOT / "README.md", tmp_path).splitlines()[0] == "corpus run never run"
 
 
-@pytest.mark.cluster
+@pytest.mark.docs
 def test_the_page_on_python_runs(tmp_path: Path) -> None:
     printed = run_blocks(ROOT / "docs" / "api.md", tmp_path)
     assert "step 12: loss" in printed
