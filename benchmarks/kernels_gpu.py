@@ -23,6 +23,14 @@ from result import Bar, report
 ROUNDS, WARM_UP = 20, 3
 
 
+def has_gpu(script: str) -> bool:
+    """Whether there is a GPU; says what can be done without one."""
+    if not torch.cuda.is_available():
+        print("error: no GPU here, so nothing was measured", file=sys.stderr)
+        print(f"hint: TRITON_INTERPRET=1 python benchmarks/{script} --small checks every case", file=sys.stderr)
+    return torch.cuda.is_available()
+
+
 class Clock:
     """Times launches by the device's own events, each after the L2 cache was written over."""
 
@@ -92,9 +100,7 @@ def check_small() -> int:
 def main(*arguments: str) -> int:
     if arguments == ("--small",):
         return check_small()
-    if not torch.cuda.is_available():
-        print("error: no GPU here, so nothing was measured", file=sys.stderr)
-        print("hint: TRITON_INTERPRET=1 python benchmarks/kernels_gpu.py --small checks every case", file=sys.stderr)
+    if not has_gpu("kernels_gpu.py"):
         return 2
     wanted = arguments[0] if arguments else ""
     clock = Clock()

@@ -28,12 +28,19 @@ class Bar:
         return self.value >= self.goal if self.better == "higher" else self.value <= self.goal
 
 
+def _version(package: str) -> str | None:
+    """None where it is not installed: benchmarks of kernels need no Ray."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def machine() -> dict[str, Any]:
     """The machine by processor, cores and system, with the versions that matter."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in ("ray", "torch", "triton", "numpy") if name in installed}
+    versions = {name: version for name in ("ray", "torch", "triton", "numpy") if (version := _version(name))}
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {

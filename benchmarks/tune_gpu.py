@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu_cases import SMALL, V3, Sizes, near, offsets_of
-from kernels_gpu import Clock
+from kernels_gpu import Clock, has_gpu
 from result import machine
 from torch import Tensor
 
@@ -103,9 +103,7 @@ def check_small() -> int:
 def main(*arguments: str) -> int:
     if arguments == ("--small",):
         return check_small()
-    if not torch.cuda.is_available():
-        print("error: no GPU here, so nothing was tuned", file=sys.stderr)
-        print("hint: TRITON_INTERPRET=1 python benchmarks/tune_gpu.py --small checks the shapes", file=sys.stderr)
+    if not has_gpu("tune_gpu.py"):
         return 2
     clock = Clock()
     kernels: dict[str, list[dict[str, Any]]] = {}

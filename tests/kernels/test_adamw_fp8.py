@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -157,17 +158,18 @@ def _restored_exactly(moment, count):
     return stored.abs().pow(1 / power).copysign(stored) * scale
 
 
-def _same_but_for_neighbours(found, expected):
-    """Moments after a step from one state, whose FP32 forms agree within 2e-5."""
+def _same_but_for_neighbours(found, expected, edges):
+    """Moments after a step from one state, whose FP32 forms agree within 2e-5; `edges`: the part of the stored numbers
+    that may lie on an edge between two E4M3 numbers."""
     torch.testing.assert_close(found.scales_J, expected.scales_J, rtol=2e-5, atol=1e-44)
     # The power is a quotient by a difference of logarithms of up to 149, each with an error of 2^-17. A smallest number
     # below FP32's normal ones has few bits: where the two differ in its last, so do their logarithms.
-    torch.testing.assert_close(found.powers_J, expected.powers_J, rtol=5e-3, atol=0)
+    few_bits = expected.scales_J.log2() - math.log2(448 * 2**6) / expected.powers_J < -120
+    for where, rtol in ((~few_bits, 1e-4), (few_bits, 5e-3)):
+        torch.testing.assert_close(found.powers_J[where], expected.powers_J[where], rtol=rtol, atol=0)
     ours, theirs = (moment.fp8_N.view(torch.uint8).int() for moment in (found, expected))
     assert ((ours - theirs).abs() <= 1).all()
-    # Mostly below one in a thousand. But where a moment is a BF16 gradient's over another's, as after a first step
-    # without expansion, one number in 16 lies on an edge.
-    assert (ours != theirs).sum() <= 2 + len(ours) / 6
+    assert (ours != theirs).sum() <= 1 + len(ours) * edges
 
 
 @given(
@@ -195,7 +197,9 @@ def test_triton_and_the_reference_are_near_fp64(count, decades, scale, step, dty
         largest = rate * (old.abs() * b1 + (1 - b1) * g.abs()) / divisor
         assert ((master.double() - exact).abs() <= 2e-5 * largest + 1e-37).all()
     for found, expected in zip(ours, theirs, strict=True):
-        _same_but_for_neighbours(found, expected)
+        # Mostly below one in a thousand. But where a moment is a BF16 gradient's over another's, as after a first step
+        # without expansion, one number in 16 lies on an edge.
+        _same_but_for_neighbours(found, expected, 1 / 6 if dtype == torch.bfloat16 and not expand else 1 / 50)
 
 
 def test_decay_and_a_master_that_is_not_zero():
