@@ -19,7 +19,6 @@ from typing import Any
 from moray.cluster.machine import (
     LONGEST_FOLDER,
     cores,
-    free_port,
     gpus,
     memory_bytes,
     prepare_environment,
@@ -30,6 +29,7 @@ from moray.cluster.pending import PendingWatcher
 from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.lease import is_alive
+from moray.platform.ports import free_port
 from moray.platform.step import Cluster, Topology
 
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,6 @@ from moray.platform.home import Home
 
 # A Unix socket's path may have 107 bytes; Ray appends about 75 to its folder's.
 LONGEST_FOLDER = 30
-
-
-def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def quiet_logging(log: Path) -> None:

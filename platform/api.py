@@ -21,6 +21,7 @@ from moray.platform.doctor import require_room
 from moray.platform.errors import InputError, nearest
 from moray.platform.events import Event
 from moray.platform.home import Home
+from moray.platform.ports import check_port, free_port
 from moray.platform.recipe import Recipe, load_recipe, parse_recipe
 from moray.platform.runner import Decision, Runner, RunResult
 from moray.platform.runner import plan as plan_steps
@@ -102,8 +103,8 @@ def serving(
     cluster = embedded_cluster(home, cpus)
     cluster.on_pending = logging.getLogger("moray").warning
     serve: Any = importlib.import_module("moray.pipelines.serve.deployment")
-    port = port or serve.free_port(host)
-    serve.check_port(host, port)
+    port = port or free_port(host)
+    check_port(host, port)
     try:
         cluster.ensure()
         deployment = serve.deploy(folder, name=model_name(model, folder), host=host, port=port)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from moray.platform.artifacts import ArtifactStore
 from moray.platform.errors import InputError, MorayError
 from moray.platform.home import Home
+from moray.platform.ports import is_free
 
 GIB = 1 << 30
 NEEDED = (
@@ -140,14 +141,8 @@ def _loopback() -> Finding:
 
 
 def _port(port: int = 8000) -> Finding:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return Finding(
-                f"port {port}", "warn", "in use", "`moray serve` wants it by default: --port chooses another"
-            )
+    if not is_free(port):
+        return Finding(f"port {port}", "warn", "in use", "`moray serve` wants it by default: --port chooses another")
     return Finding(f"port {port}", "ok", "free, the default of `moray serve`")
 
 

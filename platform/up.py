@@ -25,6 +25,7 @@ from moray.platform.atomic import write_json
 from moray.platform.auth import ensure_token
 from moray.platform.errors import InputError, StepFailed
 from moray.platform.home import Home
+from moray.platform.ports import check_port, free_ports, is_free
 from moray.platform.processes import marked
 from moray.platform.supervisor import (
     Service,
@@ -101,9 +102,8 @@ def decide(
     chosen = port or PORT
     if _living(home):
         return UpOptions.read(home)  # the supervisor alone died: what it started is adopted as it is
-    if not _free(chosen):
-        raise InputError(f"port {chosen} of {HOST} is taken", f"try --port {_free_ports(1)[0]}")
-    if not all(ports.values()) or not all(map(_free, ports.values())):
+    check_port(HOST, chosen)
+    if not all(ports.values()) or not all(map(is_free, ports.values())):
         ports = dict(zip(_RAY_PORTS, _ray_ports(), strict=True))
     options = UpOptions(port=chosen, cluster=local.default_options(ports, **asked))
     write_json(home.up / "options.json", options.model_dump(mode="json"))
@@ -253,29 +253,8 @@ _RAY_PORTS = ("ray_port", "dashboard_port", "client_port")
 
 def _ray_ports() -> list[int]:
     """A dashboard at Ray's usual port where that is free; any other ports."""
-    ports = _free_ports(3)
-    return [ports[0], 8265 if _free(8265) else ports[1], ports[2]]
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+    ports = free_ports(3)
+    return [ports[0], 8265 if is_free(8265) else ports[1], ports[2]]
 
 
 def _local() -> Any:

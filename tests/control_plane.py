@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from moray.platform import atomic
 from moray.platform.auth import read_token
 from moray.platform.client import Client
 from moray.platform.home import Home
+from moray.platform.ports import free_port
 from moray.platform.processes import Process, kill, marked
 from moray.platform.supervisor import mark_of, read_state
 from moray.platform.up import NAMES, UpOptions, is_up, url
@@ -40,12 +40,6 @@ def wait_for(condition: Callable[[], T | None], what: str, seconds: float = 120.
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s"
         time.sleep(0.05)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # Read by Python at its start: the controller's wall clock, and nothing else, is off by what the file says.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from moray.cluster.embedded import free_port
+from moray.platform.ports import free_port
 
 BUCKET = "moray-test"
 

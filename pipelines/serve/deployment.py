@@ -7,10 +7,8 @@ deploying the same model again changes nothing, another one takes its place.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from moray.platform.errors import InputError, StepFailed
+from moray.platform.ports import check_port, is_free
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -96,9 +95,10 @@ def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, c
         _start(serve, folder, name, unit, host, port, cpus)
         _wait_until_running(serve, folder, unit)
         _wait_until_healthy(deployment.url)
-    except BaseException:
+    except BaseException as error:
         if not status.proxies:  # Serve is here because of this call alone
-            _shut_down(serve, deployment.url)
+            # An InputError says that the port is another's, which nobody should wait for.
+            _shut_down(serve, "" if isinstance(error, InputError) else deployment.url)
         raise
     return deployment
 
@@ -108,33 +108,6 @@ def clear() -> None:
     serve = _import_serve()
     if serve.status().proxies:
         _shut_down(serve, "")
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises InputError, with a free port in its hint, if nothing can listen at `host:port`."""
-    try:
-        _bind(host, port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} of {host} is taken", f"try --port {free_port(host)}") from error
-        if error.errno == errno.EACCES:
-            raise InputError(f"port {port} of {host} needs more rights", f"try --port {free_port(host)}") from error
-        raise InputError(
-            f"cannot listen at {host}:{port}: {error.strerror}", "is --host an address of this machine?"
-        ) from error
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that was free a moment ago."""
-    return _bind(host, 0)
-
-
-def _bind(host: str, port: int) -> int:
-    with socket.socket() as probe:
-        # As the server will: a port whose last connections are still being forgotten (TIME_WAIT) is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        return int(probe.getsockname()[1])
 
 
 def _check_folder(folder: Path) -> None:
@@ -176,11 +149,16 @@ def _import_serve() -> Any:
 
 
 def _start(serve: Any, folder: Path, name: str, unit: str, host: str, port: int, cpus: float) -> None:
+    from ray.exceptions import RayTaskError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+    try:
+        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+    except RayTaskError:  # of the proxy that listens
+        check_port(host, port)
+        raise
     replica = serve.deployment(
         serve.ingress()(ModelReplica),
         name=unit,
@@ -237,17 +215,9 @@ def _shut_down(serve: Any, url: str) -> None:
     except (ValueError, ray.exceptions.RayActorError):
         pass  # no such actor any more
     address = urlsplit(url)
-    while _taken(address.hostname or "", address.port or 0) and time.monotonic() < deadline:
+    while not is_free(address.port or 0, address.hostname or "") and time.monotonic() < deadline:
         time.sleep(0.05)
     serve.shutdown()  # forgets the handle that this process keeps
-
-
-def _taken(host: str, port: int) -> bool:
-    try:
-        _bind(host, port)
-    except OSError as error:
-        return error.errno == errno.EADDRINUSE
-    return False
 
 
 def _check_address(url: str) -> None:

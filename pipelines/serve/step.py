@@ -19,6 +19,7 @@ from pydantic import Field
 from moray.platform.artifacts import ArtifactStore
 from moray.platform.atomic import write_json, write_text
 from moray.platform.errors import StepFailed
+from moray.platform.ports import free_port
 from moray.platform.step import Step, StepConfig, StepContext, operational
 
 HOST = "127.0.0.1"
@@ -64,7 +65,7 @@ class SmokeServe(Step[SmokeServeConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[SmokeServeConfig]) -> None:
-        from moray.pipelines.serve.deployment import clear, deploy, free_port
+        from moray.pipelines.serve.deployment import clear, deploy
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
         store = ArtifactStore(ctx.home)

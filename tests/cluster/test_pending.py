@@ -14,6 +14,7 @@ from moray.cluster.pending import Demand, Machine, PendingReport, PendingWatcher
 from moray.platform.errors import InputError, StepFailed
 from moray.platform.events import Event, NoteEvent
 from moray.platform.home import Home
+from moray.platform.ports import free_port
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster, StepContext, Topology
 from tests.conftest import SharedCluster
@@ -137,7 +138,7 @@ def test_a_replica_without_room_says_so(ray_cluster: Cluster, tmp_path: Path) ->
     """Other work holds both CPUs while a model is to be served; when that ends, the deployment goes on."""
     import ray
 
-    from moray.pipelines.serve.deployment import deploy, free_port
+    from moray.pipelines.serve.deployment import deploy
 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")

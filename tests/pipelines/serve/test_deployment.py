@@ -7,8 +7,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from moray.pipelines.serve.deployment import check_port, deploy, free_port
+from moray.pipelines.serve.deployment import deploy
 from moray.platform.errors import InputError, StepFailed
+from moray.platform.ports import check_port, free_port
 
 
 @pytest.fixture
@@ -20,24 +21,6 @@ def folder(model, tokenizer, tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_taken_port_is_named_and_a_free_one_hinted():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken") as refused:
-            check_port("127.0.0.1", port)
-    free = int(refused.value.hint.split()[-1])
-    assert free != port
-    check_port("127.0.0.1", free)
-    check_port("127.0.0.1", port)  # its listener is gone
-
-
-def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(InputError, match=r"cannot listen at 203\.0\.113\.1:8000"):
-        check_port("203.0.113.1", 8000)
-
-
 def test_a_folder_that_is_no_model_is_refused_before_ray_is_asked(tmp_path):
     with pytest.raises(InputError, match=r"holds no config\.json"):
         deploy(tmp_path, "none", port=1)
@@ -46,6 +29,16 @@ def test_a_folder_that_is_no_model_is_refused_before_ray_is_asked(tmp_path):
 def get(url: str) -> dict:
     with urllib.request.urlopen(url, timeout=10) as response:
         return json.load(response)
+
+
+@pytest.mark.cluster
+def test_a_port_that_somebody_takes_in_the_meantime_is_one_clear_error(ray_cluster, folder, capfd):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
+        listener.listen()
+        with pytest.raises(InputError, match="is taken"):
+            deploy(folder, "tiny", "127.0.0.1", listener.getsockname()[1])
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.cluster
