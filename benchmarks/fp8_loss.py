@@ -31,7 +31,7 @@ from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset
 from moray.models.tensors import is_quantized, parameter_shapes
-from moray.pipelines.pretrain import moments
+from moray.pipelines.pretrain import adamw
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import Worker, build, train_step
@@ -121,7 +121,7 @@ def main(steps: str = "600", model: str = "quickstart@newest") -> int:
         "bf16, perturbed": run("bf16, perturbed", "bf16", perturb),
         "fp8": run("fp8", "fp8"),
     }
-    moments.adamw_fp8 = naive_adamw
+    adamw.adamw_fp8 = naive_adamw
     try:
         curves[NAIVE] = run(NAIVE, "fp8")
     except FloatingPointError as error:

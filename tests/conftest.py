@@ -24,6 +24,7 @@ from moray.platform.home import Home
 from moray.platform.runner import RunResult
 from moray.platform.step import Cluster, Topology
 from tests.control_plane import ControlPlane
+from tests.ranks import RankPool
 from tests.small_run import run_small, write_text
 
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and with it every command that a test
@@ -94,6 +95,14 @@ def flow(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Flow
     write_text(folder)
     result, events = run_small(home, folder, ray_cluster)
     return Flow(home, folder, result, events, ray_cluster)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four processes for jobs that need ranks."""
+    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moray.models.model import DeepseekV3
-from moray.pipelines.pretrain.optimizer import PlainOptimizer
+from moray.pipelines.pretrain.optimizer import ShardedOptimizer
+from moray.pipelines.pretrain.stored import StoredPart
 
 # The schedule position: steps taken, tokens seen. The data cursor is the step; nothing here draws random numbers
 # after initialisation, so there is no generator state to keep.
@@ -32,7 +33,7 @@ class Checkpoints:
         self._folder = folder
         self._keep = keep
 
-    def save(self, model: DeepseekV3, optimizer: PlainOptimizer, steps: int, tokens: int) -> None:
+    def save(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int, tokens: int) -> None:
         """Writes the checkpoint after `steps` steps; all ranks call it. Older ones beyond `keep` are removed."""
         unfinished, final = self._folder / f".step-{steps:08d}", self.path(steps)
         state = _state(model, optimizer)
@@ -49,7 +50,7 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
         _barrier()
 
-    def restore(self, model: DeepseekV3, optimizer: PlainOptimizer) -> tuple[int, int]:
+    def restore(self, model: DeepseekV3, optimizer: ShardedOptimizer) -> tuple[int, int]:
         """Loads the newest whole checkpoint in place; returns (steps, tokens), or (0, 0) if there is none."""
         newest = max(self.complete(), default=None)
         if newest is None:
@@ -89,11 +90,12 @@ def _load_alone(state: dict[str, torch.Tensor], folder: Path) -> None:
         load(state, checkpoint_id=str(folder), no_dist=True)
 
 
-def _state(model: DeepseekV3, optimizer: PlainOptimizer) -> dict[str, torch.Tensor]:
-    """Live tensors under `kind/logical name`. Ranks that hold the same key hold the same values."""
-    state = {}
+def _state(model: DeepseekV3, optimizer: ShardedOptimizer) -> dict[str, torch.Tensor]:
+    """Live tensors under `kind/logical name`. Ranks that hold the same elements of a key hold the same values."""
+    state: dict[str, torch.Tensor] = {}
     for fragment in optimizer.fragments():
-        state[f"{fragment.kind}/{fragment.name}"] = fragment.tensor
+        part = StoredPart(fragment.tensor, fragment.offset, fragment.total)
+        state[f"{fragment.kind}/{fragment.name}"] = part
     for name, buffer in model.logical_biases():
         state[f"buffer/{name}"] = buffer
     return state

@@ -60,9 +60,10 @@ class PretrainConfig(StepConfig):
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
     document_mask: bool = Field(True, description="attention stays within a document, positions restart there")
-    precision: Literal["float32", "bf16", "fp8"] = Field(
+    precision: Literal["float64", "float32", "bf16", "fp8"] = Field(
         "float32",
-        description="of rows and products; fp8: linear maps in FP8, the rest as in bf16. Weights stay float32",
+        description="of rows and products; fp8: linear maps in FP8, the rest as in bf16. Weights stay float32, but for "
+        "float64, which is for checks",
     )
     moments: Literal["float32", "fp8"] = Field("float32", description="of AdamW's moments: 8 bytes a parameter, or 2.1")
     seed: int = 1
@@ -70,6 +71,11 @@ class PretrainConfig(StepConfig):
     workers: int = operational(2, gt=0)
     expert_parallel: int = operational(2, gt=0)
     micro_batch_sequences: int | None = operational(None, gt=0)
+    zero_stage: Literal[0, 1, 2] = operational(
+        0,
+        description="1: masters and moments are partitioned over ranks with the same weights; 2: gradients too",
+    )
+    offload: bool = operational(False, description="masters, moments and AdamW on the CPU; needs zero_stage 1 or 2")
     recompute: bool = operational(
         False, description="hold less for the backward, compute norms and up-projections again"
     )

@@ -2,6 +2,27 @@
 
 from __future__ import annotations
 
+from moray.models.config import ModelConfig
+
+BLOCK = 128  # numbers that share a scale in a moment in FP8
+
+
+def check_blocks(config: ModelConfig) -> None:
+    """Raises ValueError if moments in FP8 cannot be: an expert's matrix must be made of whole blocks."""
+    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    if config.moe_layers and inner * hidden % BLOCK:
+        raise ValueError(
+            f"moments: fp8 wants hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a multiple of {BLOCK}"
+        )
+
+
+def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) -> None:
+    """Raises ValueError for an optimizer that cannot be."""
+    if offload and not zero_stage:
+        raise ValueError("offload: true wants zero_stage 1 or 2; at 0 masters are the weights themselves")
+    if precision == "float64" and (zero_stage or moments == "fp8"):
+        raise ValueError("precision: float64 wants zero_stage 0 and moments: float32; ZeRO's masters are float32")
+
 
 def check_layout(world: int, ep: int, experts: int | None = None, batch_sequences: int | None = None) -> None:
     """Raises ValueError if the layout cannot be: EP must divide the world and the experts, the world the batch."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from moray.pipelines.pretrain.layout import check_layout
@@ -23,8 +24,12 @@ class Mesh:
     edp_group: dist.ProcessGroup | None
 
     @classmethod
-    def create(cls, ep: int) -> Mesh:
-        """Builds the groups, all of them on all ranks, in one order. torch.distributed must be initialised."""
+    def create(cls, ep: int, device: torch.device) -> Mesh:
+        """Builds the groups, all of them on all ranks, in one order. torch.distributed must be initialised.
+
+        Each group communicates once, here: NCCL sets a group up at its first collective, which would otherwise come
+        when memory is full, and at different times on different ranks.
+        """
         rank, world = dist.get_rank(), dist.get_world_size()
         check_layout(world, ep)
         mine: dict[str, dist.ProcessGroup] = {}
@@ -38,6 +43,8 @@ class Mesh:
             group = dist.new_group(ranks)
             if rank in ranks:
                 mine["edp"] = group
+        for group in (dist.group.WORLD, mine["ep"], mine["edp"]):
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
         return cls(rank, world, ep, mine["ep"], mine["edp"])
 
     @property

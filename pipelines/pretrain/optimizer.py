@@ -1,45 +1,58 @@
 """The ShardedOptimizer contract and its reference backend: plain all-reduce, AdamW in full on every rank.
 
-A training step calls, in this order: backward (of summed losses), `reduce`, `clip`, `step`. The loss is normalised
-here, by the number of tokens in the global batch, so gradients do not depend on the layout: an expert's gradient is
-summed over its EP group by the all-to-all's backward, and over EDP here; dense gradients are summed over all ranks.
-Checkpoints are written from `fragments()` alone, one format for every backend.
+A training step calls, in this order: `backward` of each micro-batch's summed loss, `reduce`, `clip`, `step`. The loss
+is normalised here, by the number of tokens in the global batch, so gradients do not depend on the layout: an expert's
+gradient is summed over its EP group by the all-to-all's backward, and over EDP here; dense gradients are summed over
+all ranks. Checkpoints are written from `fragments()` alone, one format for every backend.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from moray.models.fp8 import weights_changed
 from moray.models.model import DeepseekV3
+from moray.pipelines.pretrain.adamw import AdamW, State, adamw, set_rate
 from moray.pipelines.pretrain.config import PretrainConfig
+from moray.pipelines.pretrain.flat import FlatGroup, flat_groups
+from moray.pipelines.pretrain.layout import check_blocks
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.moments import moments_for
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [offset, offset + numel) of a logical tensor's state of one kind, flat; `tensor` is live memory."""
+    """Elements [offset, offset + len(tensor)) of a logical tensor's state of one kind, flat; `tensor` is live memory.
+
+    `total`: elements of the whole.
+    """
 
     kind: str
     name: str
     offset: int
-    numel: int
+    total: int
     tensor: torch.Tensor
 
 
 class ShardedOptimizer(Protocol):
     """What the training loop and the checkpoint need of an optimizer."""
 
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds a micro-batch's gradients; `last`: it is the step's last one."""
+
     def reduce(self, tokens: torch.Tensor) -> None:
         """Sums gradients over ranks and divides by `tokens`, the global batch's token count (a 0-d tensor)."""
 
     def clip(self, largest: float) -> torch.Tensor:
-        """Scales gradients to a global norm of at most `largest`; returns the norm before, the same on all ranks."""
+        """Has gradients scaled to a global norm of at most `largest`; returns the norm before, the same on all ranks.
+
+        Not finite if a gradient is not; then no `step` may follow.
+        """
 
     def step(self, learning_rate: float) -> None:
         """Updates the weights and clears the gradients."""
@@ -50,67 +63,102 @@ class ShardedOptimizer(Protocol):
     def refresh_weights(self) -> None:
         """Makes the model's weights agree with the masters, after fragments were loaded into."""
 
+    def set_steps(self, steps: int) -> None:
+        """Sets the count that Adam's bias correction goes by, after a checkpoint was loaded."""
+
+
+def sharded_optimizer(model: DeepseekV3, mesh: Mesh, config: PretrainConfig) -> ShardedOptimizer:
+    """The backend that `zero_stage` names. Raises ValueError for what it cannot train (`layout.py` says it earlier)."""
+    if config.moments == "fp8":
+        check_blocks(model.config)
+    groups = flat_groups(model, mesh)
+    if not config.zero_stage:
+        return PlainOptimizer(groups, mesh, config)
+    module: Any = importlib.import_module("moray.pipelines.pretrain.zero")  # it imports deepspeed
+    optimizer: ShardedOptimizer = module.ZeroOptimizer(groups, mesh, config)
+    return optimizer
+
+
+def fragments_of(group: FlatGroup, begin: int, end: int, master: torch.Tensor, inner: AdamW) -> Iterator[Fragment]:
+    """The fragments of elements [begin, end) of a group, which `master` and its state hold."""
+    for piece in group.pieces(begin, end):
+        for state in (State("master", master.detach()), *inner.states(master)):
+            first, numel = piece.at // state.per, -(-piece.numel // state.per)
+            total = -(-piece.total // state.per)
+            tensor = state.tensor[first : first + numel]
+            yield Fragment(state.kind, piece.name, piece.offset // state.per, total, tensor)
+
 
 class PlainOptimizer:
-    """Every rank keeps the whole state of the parameters it holds. float32 or float64; the reference."""
+    """Every rank keeps the whole state of the parameters it holds. float32 or float64; the reference.
 
-    def __init__(self, model: DeepseekV3, mesh: Mesh, config: PretrainConfig) -> None:
-        self._model = model
+    The masters are the model's weights: a parameter is a view of its group's flat buffer, and so is its gradient.
+    """
+
+    def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig) -> None:
         self._mesh = mesh
-        owners = {id(owner): owner for _, _, owner in model.logical_parameters()}
-        expert = {id(owner) for name, _, owner in model.logical_parameters() if ".mlp.experts." in name}
-        self._dense = [p for key, p in owners.items() if key not in expert]
-        self._experts = [p for key, p in owners.items() if key in expert]
-        # Gradients are views of one buffer per group, so that a reduction is one collective.
-        self._dense_grads = _bucket(self._dense)
-        self._expert_grads = _bucket(self._experts)
-        self._moments = moments_for(model, config)
+        self._groups = groups
+        self._masters = [_flatten(group) for group in groups]
+        decays = [config.weight_decay if group.decays else 0.0 for group in groups]
+        pairs = zip(self._masters, decays, strict=True)
+        self._inner = adamw([{"params": [master], "weight_decay": decay} for master, decay in pairs], config)
+        self._inner.prepare()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        torch.autograd.backward(loss)
 
     def reduce(self, tokens: torch.Tensor) -> None:
-        if self._mesh.world > 1:
-            dist.all_reduce(self._dense_grads)
-        if self._mesh.edp > 1:
-            dist.all_reduce(self._expert_grads, group=self._mesh.edp_group)
-        self._dense_grads.div_(tokens)
-        self._expert_grads.div_(tokens)
+        for group, grad in self._gradients():
+            if group.replicas > 1:
+                dist.all_reduce(grad, group=self._mesh.edp_group if group.expert else None)
+            grad.div_(tokens)
 
     def clip(self, largest: float) -> torch.Tensor:
-        dense = self._dense_grads.square().sum()
-        experts = self._expert_grads.square().sum()
+        dense = experts = self._masters[0].new_zeros(())
+        for group, grad in self._gradients():
+            if group.expert:
+                experts = experts + grad.square().sum()
+            else:
+                dense = dense + grad.square().sum()
         if self._mesh.ep > 1:
             dist.all_reduce(experts, group=self._mesh.ep_group)
         norm = (dense + experts).sqrt()
         scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-        self._dense_grads.mul_(scale)
-        self._expert_grads.mul_(scale)
+        for _, grad in self._gradients():
+            grad.mul_(scale)
         return norm
 
     def step(self, learning_rate: float) -> None:
-        self._moments.step(learning_rate)
-        self._dense_grads.zero_()
-        self._expert_grads.zero_()
+        set_rate(self._inner, learning_rate)
+        self._inner.step()
+        for _, grad in self._gradients():
+            grad.zero_()
+        weights_changed()
 
     def fragments(self) -> Iterator[Fragment]:
-        for logical in self._model.logical_parameters():
-            for kind, tensor in (("master", logical.view.view(-1)), *self._moments.state(logical)):
-                yield Fragment(kind, logical.name, 0, tensor.numel(), tensor)
+        for group, master in zip(self._groups, self._masters, strict=True):
+            yield from fragments_of(group, 0, group.numel, master, self._inner)
 
     def refresh_weights(self) -> None:
-        """Nothing to do: this backend's masters are the model's weights."""
+        weights_changed()  # the masters are the weights
 
     def set_steps(self, steps: int) -> None:
-        """Sets the count that Adam's bias correction goes by, after a checkpoint was loaded."""
-        self._moments.set_steps(steps)
+        self._inner.set_steps(steps)
+
+    def _gradients(self) -> Iterator[tuple[FlatGroup, torch.Tensor]]:
+        for group, master in zip(self._groups, self._masters, strict=True):
+            assert master.grad is not None
+            yield group, master.grad
 
 
-def _bucket(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """One zeroed buffer of which every parameter's gradient is a view."""
-    if not parameters:
-        return torch.zeros(0)
-    first = parameters[0]
-    buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    at = 0
-    for parameter in parameters:
-        parameter.grad = buffer[at : at + parameter.numel()].view_as(parameter)
-        at += parameter.numel()
-    return buffer
+def _flatten(group: FlatGroup) -> torch.nn.Parameter:
+    """The group's weights in one buffer, of which they become views, as their gradients do of its gradient."""
+    first = group.parameters[0]
+    flat = torch.nn.Parameter(torch.zeros(group.numel, dtype=first.dtype, device=first.device))
+    flat.grad = torch.zeros_like(flat, requires_grad=False)
+    for parameter, start in zip(group.parameters, group.starts, strict=True):
+        place = slice(start, start + parameter.numel())
+        flat.data[place] = parameter.data.flatten()
+        parameter.data = flat.data[place].view_as(parameter)
+        parameter.grad = flat.grad[place].view_as(parameter)
+    return flat

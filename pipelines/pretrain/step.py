@@ -20,7 +20,7 @@ from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
 from moray.pipelines.pretrain.config import Job, PretrainConfig, model_config, overridden
-from moray.pipelines.pretrain.layout import check_layout
+from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_layout
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed
 from moray.platform.events import MetricEvent, read_events
@@ -46,7 +46,11 @@ class Pretrain(Step[PretrainConfig]):
             experts = None
             if "model" not in inputs:
                 # The real vocabulary is the tokenizer's.
-                experts = model_config(config.model, vocab_size=1 << 16).n_routed_experts
+                model = model_config(config.model, vocab_size=1 << 16)
+                experts = model.n_routed_experts
+                if config.moments == "fp8":
+                    check_blocks(model)
+            check_backend(config.zero_stage, config.offload, config.precision, config.moments)
             check_layout(config.workers, config.expert_parallel, experts, config.batch_sequences)
         except ValueError as error:
             raise RecipeError(str(error)) from error
@@ -115,6 +119,8 @@ def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig
         stored = Checked(ctx.inputs["model"].folder).config
         config = overridden(stored, ctx.config.model)
         check_layout(ctx.config.workers, ctx.config.expert_parallel, config.n_routed_experts)
+        if ctx.config.moments == "fp8":
+            check_blocks(config)
     except ValueError as error:
         raise InputError(f"pretrain: {error}", "correct `model` or the layout in the recipe") from error
     if checkpoint_shapes(config) != checkpoint_shapes(stored):

@@ -26,7 +26,7 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.checkpoint import Checkpoints
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.optimizer import PlainOptimizer
+from moray.pipelines.pretrain.optimizer import ShardedOptimizer, sharded_optimizer
 from moray.pipelines.pretrain.schedule import bias_speed, learning_rate, prediction_weight
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
@@ -43,7 +43,7 @@ class Worker:
     mesh: Mesh
     device: torch.device
     model: DeepseekV3
-    optimizer: PlainOptimizer
+    optimizer: ShardedOptimizer
     checkpoints: Checkpoints
     loaders: list[Any]
 
@@ -68,7 +68,8 @@ def train(settings: dict[str, Any]) -> None:
     job: Job = settings["job"]
     torch.set_num_threads(job.threads)
     keep_freed_memory()
-    worker = build(job, Mesh.create(job.config.expert_parallel), ray.train.torch.get_device(), settings["loaders"])
+    device = ray.train.torch.get_device()
+    worker = build(job, Mesh.create(job.config.expert_parallel, device), device, settings["loaders"])
     events = EventLog(Path(job.events), f"train-{worker.mesh.rank}") if worker.mesh.rank == 0 else None
     run(worker, events)
     if events:
@@ -86,14 +87,16 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
         model.init_weights(job.config.seed)
     else:
         load_weights(model, Checked(job.initial))
+    if job.config.precision == "float64":
+        model.double()
     model.train()
     model.set_recompute(job.config.recompute)
-    if job.config.precision != "float32":
+    if job.config.precision in ("bf16", "fp8"):
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":
         model.train_in_fp8()
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)
-    return Worker(job, mesh, device, model, PlainOptimizer(model, mesh, job.config), checkpoints, loaders)
+    return Worker(job, mesh, device, model, sharded_optimizer(model, mesh, job.config), checkpoints, loaders)
 
 
 def run(worker: Worker, events: EventLog | None) -> None:
@@ -122,9 +125,10 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
     config = worker.job.config
     weight = prediction_weight(config.schedule, tokens, worker.total_tokens)
     totals = torch.zeros(4, dtype=torch.float64, device=worker.device)
-    for ids, targets, documents in micro_batches(worker, batch):
+    for ids, targets, documents, last in micro_batches(worker, batch):
         terms = worker.model.training_loss(ids, targets, documents)
-        torch.autograd.backward(terms.main + weight * terms.prediction + config.balance_factor * terms.balance)
+        loss = terms.main + weight * terms.prediction + config.balance_factor * terms.balance
+        worker.optimizer.backward(loss, last)
         sums = (terms.main, terms.prediction, terms.balance, terms.count)
         totals += torch.stack([value.detach().double() for value in sums])
     if worker.mesh.world > 1:
@@ -132,13 +136,16 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
     loss_sum, prediction_sum, balance_sum, counted = totals
     worker.optimizer.reduce(counted.to(torch.float32))
     norm = worker.optimizer.clip(config.clip)
+    loss = loss_sum / counted
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise FloatingPointError(
+            f"the loss is {loss.item()}, the gradient's norm {norm.item()} after {tokens:,} tokens; lower schedule.peak"
+            " or clip"
+        )
     rate = learning_rate(config.schedule, tokens, worker.total_tokens)
     worker.optimizer.step(rate)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
     balance = update_router_biases(worker.model, speed, _sum_over_ranks if worker.mesh.world > 1 else None)
-    loss = loss_sum / counted
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} after {tokens:,} tokens; lower schedule.peak or clip")
     return {
         "train_loss": loss.item(),
         **_further_terms(worker, prediction_sum.item() / counted.item(), balance_sum.item()),
@@ -159,8 +166,11 @@ def _further_terms(worker: Worker, prediction: float, balance: float) -> dict[st
     return terms
 
 
-def micro_batches(worker: Worker, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """(ids, targets, documents), [n, T] each. A target is the next token of the same document, else ignored."""
+def micro_batches(
+    worker: Worker, batch: Batch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]]:
+    """(ids, targets, documents, whether it is the last), [n, T] each. A target is the next token of the same document,
+    else ignored."""
     size = worker.job.config.micro_batch_sequences or len(batch.ids)
     for start in range(0, len(batch.ids), size):
         part = slice(start, start + size)
@@ -170,7 +180,7 @@ def micro_batches(worker: Worker, batch: Batch) -> Iterator[tuple[torch.Tensor, 
         targets = torch.full_like(ids, _IGNORED)
         follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
-        yield ids, targets, documents if worker.job.config.document_mask else None
+        yield ids, targets, documents if worker.job.config.document_mask else None, start + size >= len(batch.ids)
 
 
 def batches(worker: Worker, first: int, last: int) -> Iterator[tuple[int, Batch, float]]:

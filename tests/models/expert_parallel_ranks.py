@@ -1,13 +1,6 @@
-"""The ranks of test_dispatch.py: all cases at EP=2 and EP=4 against a model that holds every expert.
-
-Usage: expert_parallel_ranks.py STORE. A script of its own, so that four ranks can fork from one import of torch
-before any thread has started.
-"""
+"""The ranks of test_dispatch.py: all cases at EP=2 and EP=4 against a model that holds every expert."""
 
 import dataclasses
-import multiprocessing
-import multiprocessing.connection
-import sys
 
 import pytest
 import torch
@@ -26,7 +19,6 @@ CONFIG = dataclasses.replace(
     max_position_embeddings=16,
     num_nextn_predict_layers=1,
 )
-WORLD = 4
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -112,9 +104,9 @@ def check_fp8(group):
         assert torch.equal(here, there)
 
 
-def run_rank(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD)
+def check_all():
+    """Every case, at EP=2 and EP=4."""
+    rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for group in (dist.group.WORLD, pairs[rank // 2]):
         for one_expert in (False, True):
@@ -125,25 +117,3 @@ def run_rank(rank, store):
         ProcessGroupDispatcher(dist.group.WORLD, 6)
     with pytest.raises(ValueError, match="the dispatcher sends range"):
         DeepseekV3(CONFIG, dispatcher=ProcessGroupDispatcher(dist.group.WORLD, 8))
-    dist.destroy_process_group()
-
-
-def main(store):
-    """Exit status 0 when every rank passed; a rank that fails takes the others, which wait for it, down."""
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(rank, store)) for rank in range(WORLD)]
-    for rank in ranks:
-        rank.start()
-    waiting = list(ranks)
-    while waiting and not any(rank.exitcode for rank in ranks):
-        done = multiprocessing.connection.wait([rank.sentinel for rank in waiting])
-        waiting = [rank for rank in waiting if rank.sentinel not in done]
-    for rank in waiting:
-        rank.kill()
-    for rank in ranks:
-        rank.join()
-    return any(rank.exitcode for rank in ranks)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -1,16 +1,9 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import moray
 from moray.kernels.wire import pack_rows, unpack_rows
 from moray.models.dispatch import LocalDispatcher
-
-RANKS = Path(__file__).with_name("expert_parallel_ranks.py")
+from tests.models.expert_parallel_ranks import check_all
 
 
 def test_local_rows_are_sorted_by_expert_and_come_home():
@@ -54,9 +47,6 @@ def test_in_fp8_rows_go_and_gradients_of_results_too_but_sums_do_not():
 
 
 @pytest.mark.cluster
-def test_process_groups_equal_one_process(tmp_path):
+def test_process_groups_equal_one_process(ranks):
     """EP=2 and EP=4 over gloo, outputs and gradients in float64; see expert_parallel_ranks.py for the cases."""
-    environment = os.environ | {"PYTHONPATH": moray.__path__[0]}
-    command = [sys.executable, RANKS, tmp_path / "store"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    ranks.run(4, check_all)
