@@ -63,7 +63,7 @@ def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
     fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": moments, "seed": 3}
     fields["schedule"] = {"peak": 1e-3, "final": 1e-4, "warmup_tokens": 20 * BATCH * length}
     job = Job(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
-    return build(job, Mesh(0, 1, 1, None, None), torch.device("cpu"), [])
+    return build(job, Mesh.alone(), torch.device("cpu"), [])
 
 
 def train(name: str, worker: Worker, data: DataWorker, steps: int) -> np.ndarray[Any, Any]:

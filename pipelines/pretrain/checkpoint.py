@@ -1,74 +1,226 @@
 """Checkpoints by torch.distributed.checkpoint, in logical tensors: one key per parameter and one per expert.
 
-A checkpoint is written beside its place and renamed when every rank is done, so a folder named `step-...` is whole.
-What it holds does not depend on how many ranks wrote it: a rank asks for the keys it holds, whoever wrote them.
+What a checkpoint holds does not depend on how many ranks wrote it: a rank asks for the keys it holds, whoever wrote
+them. Training stands still only while every rank copies what it owns; a thread writes the copy, over a process group of
+its own, hashes it, and one rank gives the folder its name when all are done (`checkpoint_files.py`). A save that fails
+is reported and training goes on: the checkpoint before it is still there.
 """
 
 from __future__ import annotations
 
-import shutil
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moray.models.model import DeepseekV3
+from moray.pipelines.pretrain import checkpoint_files
+from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optimizer import ShardedOptimizer
 from moray.pipelines.pretrain.stored import StoredPart
 
 # The schedule position: steps taken, tokens seen. The data cursor is the step; nothing here draws random numbers
 # after initialisation, so there is no generator state to keep.
 POSITION = "position"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save went: training stood still for `stalled` seconds, and it was on disk `seconds` after it began.
+
+    `error` says why it is not there, "" if it is. `bytes` are those of all ranks.
+    """
+
+    steps: int
+    stalled: float
+    seconds: float
+    bytes: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where training goes on, and what is to be said about it."""
+
+    steps: int
+    tokens: int
+    warnings: tuple[str, ...] = ()
+
+
+class CheckpointFailed(Exception):
+    """A checkpoint was not written, or cannot be read. The message has the first rank's reason."""
 
 
 class Checkpoints:
-    """The checkpoints of one run under `folder`."""
+    """The checkpoints of one run under `folder`. All ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, keep: int = 2, keep_hours: float | None = None) -> None:
         self._folder = folder
-        self._keep = keep
+        self._mesh = mesh
+        self._keep, self._hours = keep, keep_hours
+        self._copies: dict[str, torch.Tensor] = {}
+        self._writing: _Writing | None = None
+        self._ended: list[Saved] = []
 
     def save(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int, tokens: int) -> None:
-        """Writes the checkpoint after `steps` steps; all ranks call it. Older ones beyond `keep` are removed."""
-        unfinished, final = self._folder / f".step-{steps:08d}", self.path(steps)
-        state = _state(model, optimizer)
-        state[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
-        if _is_first():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        _barrier()
-        save(state, checkpoint_id=str(unfinished), no_dist=not dist.is_initialized())
-        _barrier()
-        if _is_first():
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
-            for old in list(self.complete())[: -self._keep]:
-                shutil.rmtree(self.path(old))
-        _barrier()
+        """Begins to write the checkpoint after `steps` steps, once the one before is written."""
+        began = time.monotonic()
+        self.wait()
+        state = self._copy(model, optimizer, steps, tokens)
+        stalled = time.monotonic() - began
+        self._writing = _Writing(lambda: self._write(state, steps), steps, began, stalled)
 
-    def restore(self, model: DeepseekV3, optimizer: ShardedOptimizer) -> tuple[int, int]:
-        """Loads the newest whole checkpoint in place; returns (steps, tokens), or (0, 0) if there is none."""
-        newest = max(self.complete(), default=None)
-        if newest is None:
-            return 0, 0
-        state = _state(model, optimizer)
-        state[POSITION] = torch.zeros(2, dtype=torch.int64)
-        load(state, checkpoint_id=str(self.path(newest)), no_dist=not dist.is_initialized())
+    def wait(self) -> None:
+        """Until nothing is being written any more."""
+        if self._writing:
+            self._ended.append(self._writing.result())
+            self._writing = None
+
+    def ended(self) -> list[Saved]:
+        """The saves that ended since the last call, in their order."""
+        if self._writing and self._writing.is_over:
+            self.wait()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def restore(self, model: DeepseekV3, optimizer: ShardedOptimizer) -> Restored:
+        """Loads the newest checkpoint that is what was written; steps and tokens are 0 if there is none."""
+        said: list[str] = []
+        while (newest := self._newest()) is not None:
+            damage = self._damage(newest)
+            if not damage:
+                steps, tokens = self._load(model, optimizer, newest)
+                return Restored(steps, tokens, tuple(said))
+            said.append(f"the checkpoint at step {newest} is damaged, the one before it is used: {damage}")
+            self._together(self._first_only(partial(checkpoint_files.set_aside, self._folder, newest)))
+        return Restored(0, 0, tuple(said))
+
+    def _copy(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int, tokens: int) -> dict[str, torch.Tensor]:
+        """What this rank is to write, in memory of its own."""
+        state: dict[str, torch.Tensor] = {}
+        for fragment in optimizer.fragments(owned=True):
+            key = f"{fragment.kind}/{fragment.name}"
+            state[key] = StoredPart(self._kept(key, fragment.tensor), fragment.offset, fragment.total)
+        if self._mesh.rank == 0:
+            state |= {f"buffer/{name}": self._kept(name, buffer) for name, buffer in model.logical_biases()}
+            state[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
+        if any(tensor.device.type == "cuda" for tensor in model.parameters()):
+            torch.cuda.synchronize()
+        return state
+
+    def _kept(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host; the memory is used again in the next save."""
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._copies[key] = copy
+        return copy.copy_(tensor, non_blocking=True)
+
+    def _write(self, state: dict[str, torch.Tensor], steps: int) -> int:
+        """Everything that happens beside training; the bytes that all ranks wrote."""
+        unfinished = checkpoint_files.unfinished_path(self._folder, steps)
+        self._together(self._first_only(lambda: checkpoint_files.prepare(self._folder, steps)))
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                writer = FileSystemWriter(unfinished)
+                save(state, storage_writer=writer, process_group=self._mesh.io_group, no_dist=self._alone)
+        except CheckpointException as error:
+            raise CheckpointFailed(_first_reason(error)) from None
+        mine = [f"__{self._mesh.rank}_*.distcp", *([".metadata"] if self._mesh.rank == 0 else [])]
+        by_rank = self._together(lambda: checkpoint_files.hash_files(unfinished, mine))
+        files = [entry for files in by_rank for entry in files]
+        self._together(self._first_only(lambda: self._finish(steps, files)))
+        return sum(entry.size for entry in files)
+
+    def _finish(self, steps: int, files: list[Any]) -> None:
+        checkpoint_files.commit(self._folder, steps, files)
+        for old in checkpoint_files.outdated(self._folder, self._keep, self._hours):
+            checkpoint_files.remove(self._folder, old)
+
+    def _newest(self) -> int | None:
+        """As the first rank sees it."""
+        found = self._together(lambda: max(checkpoint_files.whole(self._folder), default=None))
+        return found[0]
+
+    def _damage(self, steps: int) -> str:
+        share = (self._mesh.rank, self._mesh.world)
+        return next(filter(None, self._together(lambda: checkpoint_files.damage(self._folder, steps, share))), "")
+
+    def _load(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int) -> tuple[int, int]:
+        state: dict[str, torch.Tensor] = {}
+        for fragment in optimizer.fragments():
+            part = StoredPart(fragment.tensor, fragment.offset, fragment.total)
+            state[f"{fragment.kind}/{fragment.name}"] = part
+        state |= {f"buffer/{name}": buffer for name, buffer in model.logical_biases()}
+        state[POSITION] = position = torch.zeros(2, dtype=torch.int64)
+        _load(state, checkpoint_files.path_of(self._folder, steps), self._mesh.io_group, self._alone)
         optimizer.refresh_weights()
-        steps, tokens = (int(value) for value in state[POSITION])
-        optimizer.set_steps(steps)
-        return steps, tokens
+        optimizer.set_steps(int(position[0]))
+        return int(position[0]), int(position[1])
 
-    def path(self, steps: int) -> Path:
-        return self._folder / f"step-{steps:08d}"
+    @property
+    def _alone(self) -> bool:
+        return self._mesh.io_group is None
 
-    def complete(self) -> Iterator[int]:
-        """The steps of all whole checkpoints, ascending."""
-        yield from sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
+    def _first_only(self, action: Callable[[], None]) -> Callable[[], None]:
+        return action if self._mesh.rank == 0 else lambda: None
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What every rank's action gave. Raises CheckpointFailed on all ranks if it failed on any."""
+        result, failure = None, ""
+        try:
+            result = action()
+        except Exception as error:  # the other ranks must hear of it, whatever it is
+            failure = str(error) or type(error).__name__
+        if self._alone:
+            everyone: list[Any] = [(result, failure)]
+        else:
+            everyone = [None] * self._mesh.world
+            dist.all_gather_object(everyone, (result, failure), group=self._mesh.io_group)
+        if reason := next((failure for _, failure in everyone if failure), ""):
+            raise CheckpointFailed(reason)
+        return [result for result, _ in everyone]
+
+
+class _Writing:
+    """A save on its way, in a thread that does not keep the process alive."""
+
+    def __init__(self, write: Callable[[], int], steps: int, began: float, stalled: float) -> None:
+        self._write = write
+        self._steps, self._began, self._stalled = steps, began, stalled
+        self._outcome: Saved | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Saved:
+        self._thread.join()
+        assert self._outcome is not None
+        return self._outcome
+
+    def _run(self) -> None:
+        written, reason = 0, ""
+        try:
+            written = self._write()
+        except Exception as error:  # whatever it is, training goes on and says it
+            reason = str(error) or type(error).__name__
+        self._outcome = Saved(self._steps, self._stalled, time.monotonic() - self._began, written, reason)
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,32 +231,21 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if kind in ("master", "buffer"):
             properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
             tensor = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
-            _load_alone({key: tensor}, folder)
+            _load({key: tensor}, folder, None, alone=True)
             yield name, tensor
 
 
-def _load_alone(state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Loads in this process only, without the warning that says so."""
+def _load(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None, alone: bool) -> None:
+    """Loads in place; in this process only, without the warning that says so, if `alone`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, checkpoint_id=str(folder), no_dist=True)
+        try:
+            load(state, checkpoint_id=str(folder), process_group=group, no_dist=alone)
+        except CheckpointException as error:  # a BaseException
+            raise CheckpointFailed(f"{folder} cannot be read: {_first_reason(error)}") from None
 
 
-def _state(model: DeepseekV3, optimizer: ShardedOptimizer) -> dict[str, torch.Tensor]:
-    """Live tensors under `kind/logical name`. Ranks that hold the same elements of a key hold the same values."""
-    state: dict[str, torch.Tensor] = {}
-    for fragment in optimizer.fragments():
-        part = StoredPart(fragment.tensor, fragment.offset, fragment.total)
-        state[f"{fragment.kind}/{fragment.name}"] = part
-    for name, buffer in model.logical_biases():
-        state[f"buffer/{name}"] = buffer
-    return state
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _first_reason(error: CheckpointException) -> str:
+    """The error of the first rank that had one, without the traceback of all."""
+    exception, _ = next(iter(error.failures.values()))
+    return str(exception) or type(exception).__name__

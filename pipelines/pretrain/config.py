@@ -81,7 +81,8 @@ class PretrainConfig(StepConfig):
     )
     data_workers: int = operational(1, gt=0)
     checkpoint_every: int = operational(50, gt=0)
-    keep_checkpoints: int = operational(2, gt=0)
+    keep_checkpoints: int = operational(2, gt=0, description="the newest so many stay")
+    keep_checkpoint_hours: float | None = operational(None, gt=0, description="older ones go, but never the newest")
     max_failures: int = operational(3, ge=0)
 
 

@@ -15,13 +15,17 @@ from moray.pipelines.pretrain.layout import check_layout
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `ep_group` holds the ranks that share out the experts, `edp_group` those with the same."""
+    """This rank's place. `ep_group` holds the ranks that share out the experts, `edp_group` those with the same.
+
+    `io_group`, over gloo, is for whatever happens beside training. All are None in a process that is alone.
+    """
 
     rank: int
     world: int
     ep: int
     ep_group: dist.ProcessGroup | None
     edp_group: dist.ProcessGroup | None
+    io_group: dist.ProcessGroup | None = None
 
     @classmethod
     def create(cls, ep: int, device: torch.device) -> Mesh:
@@ -45,7 +49,14 @@ class Mesh:
                 mine["edp"] = group
         for group in (dist.group.WORLD, mine["ep"], mine["edp"]):
             dist.all_reduce(torch.zeros(1, device=device), group=group)
-        return cls(rank, world, ep, mine["ep"], mine["edp"])
+        io_group = dist.new_group(backend="gloo")
+        dist.all_reduce(torch.zeros(1), group=io_group)
+        return cls(rank, world, ep, mine["ep"], mine["edp"], io_group)
+
+    @classmethod
+    def alone(cls) -> Mesh:
+        """Of a process without others."""
+        return cls(0, 1, 1, None, None)
 
     @property
     def edp(self) -> int:

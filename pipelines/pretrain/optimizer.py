@@ -57,8 +57,9 @@ class ShardedOptimizer(Protocol):
     def step(self, learning_rate: float) -> None:
         """Updates the weights and clears the gradients."""
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Everything a checkpoint must hold to go on, as far as this rank has it."""
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:
+        """Everything a checkpoint must hold to go on, as far as this rank has it; `owned`: as far as it is to write it,
+        which is every element once over all ranks."""
 
     def refresh_weights(self) -> None:
         """Makes the model's weights agree with the masters, after fragments were loaded into."""
@@ -79,11 +80,13 @@ def sharded_optimizer(model: DeepseekV3, mesh: Mesh, config: PretrainConfig) -> 
     return optimizer
 
 
-def fragments_of(group: FlatGroup, begin: int, end: int, master: torch.Tensor, inner: AdamW) -> Iterator[Fragment]:
-    """The fragments of elements [begin, end) of a group, which `master` and its state hold."""
+def fragments_of(
+    group: FlatGroup, begin: int, end: int, master: torch.Tensor, inner: AdamW, origin: int
+) -> Iterator[Fragment]:
+    """The fragments of elements [begin, end) of a group; `master` and its state hold it from element `origin` on."""
     for piece in group.pieces(begin, end):
         for state in (State("master", master.detach()), *inner.states(master)):
-            first, numel = piece.at // state.per, -(-piece.numel // state.per)
+            first, numel = (begin - origin + piece.at) // state.per, -(-piece.numel // state.per)
             total = -(-piece.total // state.per)
             tensor = state.tensor[first : first + numel]
             yield Fragment(state.kind, piece.name, piece.offset // state.per, total, tensor)
@@ -135,9 +138,13 @@ class PlainOptimizer:
             grad.zero_()
         weights_changed()
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:
         for group, master in zip(self._groups, self._masters, strict=True):
-            yield from fragments_of(group, 0, group.numel, master, self._inner)
+            replica = self._mesh.rank // self._mesh.ep if group.expert else self._mesh.rank
+            begin, end = 0, group.numel
+            if owned:
+                begin, end = replica * group.partition, (replica + 1) * group.partition
+            yield from fragments_of(group, begin, end, master, self._inner, 0)
 
     def refresh_weights(self) -> None:
         weights_changed()  # the masters are the weights

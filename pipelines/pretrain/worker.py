@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from moray.models.checkpoint import Checked, load_weights
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
-from moray.pipelines.pretrain.checkpoint import Checkpoints
+from moray.pipelines.pretrain.checkpoint import CheckpointFailed, Checkpoints, Saved
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optimizer import ShardedOptimizer, sharded_optimizer
@@ -95,26 +95,37 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":
         model.train_in_fp8()
-    checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.config.keep_checkpoints)
+    folder, config = Path(job.folder) / "checkpoints", job.config
+    checkpoints = Checkpoints(folder, mesh, config.keep_checkpoints, config.keep_checkpoint_hours)
     return Worker(job, mesh, device, model, sharded_optimizer(model, mesh, job.config), checkpoints, loaders)
 
 
 def run(worker: Worker, events: EventLog | None) -> None:
-    """Trains to the last step, from the newest checkpoint if there is one. `events` is given on rank 0 only."""
-    job = worker.job
-    first, tokens = worker.checkpoints.restore(worker.model, worker.optimizer)
+    """Trains to the last step, from the newest checkpoint if there is one. `events` is given on rank 0 only.
+
+    Raises CheckpointFailed if the last checkpoint, which is what training is for, cannot be written.
+    """
+    job, checkpoints = worker.job, worker.checkpoints
+    restored = checkpoints.restore(worker.model, worker.optimizer)
+    tokens = restored.tokens
     report = Report(worker, events, tokens)
-    if first:
-        report.note(f"going on from the checkpoint at step {first}")
-    for step, batch, waited in batches(worker, first, job.config.steps):
+    for text in restored.warnings:
+        report.note(text, "warning")
+    if restored.steps:
+        report.note(f"going on from the checkpoint at step {restored.steps}")
+    for step, batch, waited in batches(worker, restored.steps, job.config.steps):
         figures, load_L = train_step(worker, batch, tokens)
         tokens += worker.step_tokens
         report.add(step + 1, tokens, figures, load_L, waited)
         last = step + 1 == job.config.steps
         if last or (step + 1) % job.config.checkpoint_every == 0:
-            began = time.monotonic()
-            worker.checkpoints.save(worker.model, worker.optimizer, step + 1, tokens)
-            report.saved(step + 1, time.monotonic() - began)
+            checkpoints.save(worker.model, worker.optimizer, step + 1, tokens)
+        report.saved(checkpoints.ended())
+    checkpoints.wait()
+    ended = checkpoints.ended()
+    report.saved(ended)
+    if ended and ended[-1].error:
+        raise CheckpointFailed(f"the last checkpoint was not written: {ended[-1].error}")
 
 
 def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
@@ -212,6 +223,7 @@ class Report:
         self._waited = 0.0
         self._layers = worker.job.model.moe_layers
         self._load_row = -1
+        self._failures = 0
 
     def add(self, step: int, tokens: int, figures: dict[str, float], load_L: torch.Tensor, waited: float) -> None:
         if self._events is None:
@@ -235,12 +247,24 @@ class Report:
         )
         self._last, self._waited = (now, tokens), 0.0
 
-    def saved(self, step: int, seconds: float) -> None:
-        self._metric("train_checkpoint_seconds", seconds, step)
+    def saved(self, ended: list[Saved]) -> None:
+        """How saves went; one that failed is a warning."""
+        for one in ended:
+            if one.error:
+                self._failures += 1
+                self._metric("train_checkpoint_failures", self._failures, one.steps)
+                self.note(
+                    f"the checkpoint at step {one.steps} was not written ({one.error}); the one before it stays",
+                    "warning",
+                )
+            else:
+                self._metric("train_checkpoint_seconds", one.stalled, one.steps)
+                self._metric("train_checkpoint_write_seconds", one.seconds, one.steps)
+                self._metric("train_checkpoint_bytes", one.bytes, one.steps)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         if self._events:
-            self._events.append(NoteEvent(step=self._step, level="info", text=text))
+            self._events.append(NoteEvent(step=self._step, level=level, text=text))
 
     def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
         """A figure for every MoE layer, but only so often in a run: a model may have sixty of them."""

@@ -83,10 +83,10 @@ class ZeroOptimizer:
         self._norm = None
         weights_changed()
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:  # a rank holds what it owns, and no more
         for index, (group, master) in enumerate(zip(self._groups, self._masters(), strict=True)):
             begin = dist.get_rank(self._zero.real_dp_process_group[index]) * group.partition
-            yield from fragments_of(group, begin, begin + group.partition, master, self._inner)
+            yield from fragments_of(group, begin, begin + group.partition, master, self._inner, begin)
 
     def refresh_weights(self) -> None:
         self._zero.update_lp_params()

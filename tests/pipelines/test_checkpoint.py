@@ -12,7 +12,7 @@ from tests.pipelines.training_ranks import (
     LENGTH,
     SEQUENCES,
     Arrays,
-    Restored,
+    Read,
     Trace,
     logical,
     restore,
@@ -70,7 +70,7 @@ def test_what_any_topology_saved_any_other_loads_to_the_bit(saved: Saved) -> Non
     """One rank's experts were kept (verl #2086), moments were dropped on load (AReaL #1468), and nobody was told."""
     states = [logical([trace.state for trace in traces]) for traces in saved.traces]
     for ep, edp, settings in saved.topologies:
-        by_rank: list[list[Restored]] = saved.ranks.run(ep * edp, restore, saved.folders, saved.settings(ep, settings))
+        by_rank: list[list[Read]] = saved.ranks.run(ep * edp, restore, saved.folders, saved.settings(ep, settings))
         for writer, state in enumerate(states):
             found = [restored[writer] for restored in by_rank]
             assert_equal(logical([one.state for one in found]), state)

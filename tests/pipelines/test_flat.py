@@ -85,8 +85,7 @@ def test_weights_stay_what_they_were_and_gradients_go_where_the_optimizer_looks(
     model = DeepseekV3(SMALL)
     model.init_weights(3)
     before = {name: view.clone() for name, view, _ in model.logical_parameters()}
-    alone = Mesh(rank=0, world=1, ep=1, ep_group=None, edp_group=None)
-    optimizer = sharded_optimizer(model, alone, PretrainConfig(steps=1))
+    optimizer = sharded_optimizer(model, Mesh.alone(), PretrainConfig(steps=1))
     assert isinstance(optimizer, PlainOptimizer)
     for name, view, _ in model.logical_parameters():
         assert torch.equal(view, before[name])

@@ -11,12 +11,12 @@ import torch
 
 from moray.actors.token_set import Batch
 from moray.models.presets import preset
-from moray.pipelines.pretrain.checkpoint import Checkpoints
+from moray.pipelines.pretrain.checkpoint import Checkpoints, Restored
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import Worker, build, train_step
 
-ALONE = Mesh(rank=0, world=1, ep=1, ep_group=None, edp_group=None)
+ALONE = Mesh.alone()
 
 
 def _worker(folder: Path, **config: object) -> Worker:
@@ -41,12 +41,13 @@ def test_it_learns_and_goes_on_from_a_checkpoint_to_the_bit(tmp_path: Path, form
     moments = "fp8" if form == "fp8" else "float32"
     worker = _worker(tmp_path, precision=form, moments=moments)
     before = _losses(worker, 0, 4)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", ALONE, keep=1)
     checkpoints.save(worker.model, worker.optimizer, 4, 256)
     after = _losses(worker, 4, 8)
     assert after[-1] < before[0] - 0.1
     again = _worker(tmp_path, precision=form, moments=moments)
-    assert checkpoints.restore(again.model, again.optimizer) == (4, 256)
+    checkpoints.wait()
+    assert checkpoints.restore(again.model, again.optimizer) == Restored(4, 256)
     assert _losses(again, 4, 8) == after
 
 

@@ -159,11 +159,13 @@ def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
     worker.checkpoints.save(worker.model, worker.optimizer, count, count * worker.step_tokens)
     trace.losses = [figures["train_loss"] for figures in steps(worker, count, count + 3)]
+    worker.checkpoints.wait()
+    assert [saved.error for saved in worker.checkpoints.ended()] == [""]
     return trace
 
 
 @dataclass
-class Restored:
+class Read:
     """What came out of a checkpoint; `weights` are the model's, not the optimizer's."""
 
     position: tuple[int, int]
@@ -172,23 +174,23 @@ class Restored:
     weights: Arrays
 
 
-def restore(folders: list[str], settings: dict[str, Any]) -> list[Restored]:
+def restore(folders: list[str], settings: dict[str, Any]) -> list[Read]:
     """Loads the newest checkpoint of each folder in turn."""
     found = []
     for folder in folders:
         worker = toy_worker(folder, **settings)
-        position = worker.checkpoints.restore(worker.model, worker.optimizer)
+        restored = worker.checkpoints.restore(worker.model, worker.optimizer)
+        position = (restored.steps, restored.tokens)
         weights = {name: view.numpy().copy() for name, view, _ in worker.model.logical_parameters()}
         biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
-        found.append(Restored(position, held(worker), biases, weights))
+        found.append(Read(position, held(worker), biases, weights))
     return found
 
 
 def resume(folder: str, count: int, settings: dict[str, Any]) -> list[float]:
     """The losses of three steps after the newest checkpoint, which is at `count` steps."""
     worker = toy_worker(folder, **settings)
-    first, _ = worker.checkpoints.restore(worker.model, worker.optimizer)
-    assert first == count
+    assert worker.checkpoints.restore(worker.model, worker.optimizer).steps == count
     return [figures["train_loss"] for figures in steps(worker, count, count + 3)]
 
 
@@ -198,4 +200,20 @@ def collectives(settings: dict[str, Any]) -> list[Collective]:
     with CollectiveTrace() as trace:
         list(steps(worker, 0, 2))
         worker.checkpoints.save(worker.model, worker.optimizer, 2, 2 * worker.step_tokens)
+        worker.checkpoints.wait()
     return trace.collectives
+
+
+def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> Worker:
+    """A worker in a process that is no rank of anything."""
+    fields = {"steps": 20, "batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1, "moments": "fp8"}
+    config = PretrainConfig.model_validate(fields | settings)
+    model = dataclasses.replace(MODEL, vocab_size=vocabulary)
+    job = Job(config, model, LENGTH, folder, "", "pretrain", threads=1)
+    return build(job, Mesh.alone(), torch.device("cpu"), [])
+
+
+def state_of(worker: Worker) -> dict[str, bytes]:
+    """Everything that a checkpoint holds, comparable."""
+    biases = {name: bias_E.numpy().tobytes() for name, bias_E in worker.model.logical_biases()}
+    return biases | {name: tensor.tobytes() for name, tensor in held(worker).items()}
