@@ -6,12 +6,14 @@ can answer any rank, and one that died is replaced by starting another.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moray.actors.batch_plan import BatchPlan
 from moray.actors.mixture import Mixture
 from moray.actors.token_set import Batch, open_token_sets
 
@@ -19,29 +21,32 @@ from moray.actors.token_set import Batch, open_token_sets
 class DataWorker:
     """Serves batches from the token sets under a folder. Wrapped as a Ray actor by `start_data_workers`."""
 
-    def __init__(self, folder: str, weights: Mapping[str, float], seed: int, batch_sequences: int) -> None:
+    def __init__(self, folder: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
         self._sets = open_token_sets(Path(folder))
-        self._mixture = Mixture({name: s.sequences for name, s in self._sets.items()}, weights, seed)
-        self._size = batch_sequences
+        self._mixture = Mixture({name: s.sequences for name, s in self._sets.items()}, weights, seed, plan)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Slots [start, stop) of the global batch of `step`, in slot order."""
-        slots = self._mixture.batch(step, self._size, start, stop)
-        parts = [self._sets[self._mixture.sources[source]].batch([number]) for source, number in slots]
-        return Batch(
-            ids=np.concatenate([part.ids for part in parts]),
-            documents=np.concatenate([part.documents for part in parts]),
-            mask=np.concatenate([part.mask for part in parts]),
-        )
+        sources, numbers = self._mixture.batch(step, start, stop)
+        length = next(iter(self._sets.values())).sequence_length
+        shape = (stop - start, length)
+        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int32), np.empty(shape, np.bool_))
+        for source in np.unique(sources):
+            rows = sources == source
+            part = self._sets[self._mixture.sources[source]].batch(numbers[rows].tolist())
+            batch.ids[rows], batch.documents[rows], batch.mask[rows] = part.ids, part.documents, part.mask
+        return batch
+
+    def process(self) -> int:
+        """The id of the process that answers."""
+        return os.getpid()
 
 
-def start_data_workers(
-    count: int, folder: Path, weights: Mapping[str, float], seed: int, batch_sequences: int
-) -> list[Any]:
+def start_data_workers(count: int, folder: Path, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> list[Any]:
     """Starts `count` DataWorker actors. They take no CPU of the cluster's count, so that a small machine can
     schedule them beside the training workers; one that dies is restarted, and its calls are retried."""
     import ray
 
     # num_cpus must be given: an actor without it takes one CPU to be placed.
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DataWorker)
-    return [actor.remote(str(folder), dict(weights), seed, batch_sequences) for _ in range(count)]
+    return [actor.remote(str(folder), dict(weights), seed, plan) for _ in range(count)]

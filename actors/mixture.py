@@ -1,25 +1,38 @@
 """Which sequences make up a global batch: a pure function of (seed, mixture, step).
 
-No rank, no world size, no number of loaders enters. Sources take turns in a fixed cycle in which each has its share
-of slots, spread evenly, so every batch holds each source's share to within one or two sequences. Within a source the
-k-th draw is the k-th entry of that epoch's permutation: every sequence exactly once an epoch.
+No rank, no world size, no number of loaders enters, and any step is reached at once. A batch of B sequences has the
+whole part of its share, floor(w * B), of every source, and what is missing to B goes to some sources that have a
+fraction left, one to each, so that no batch is off by a whole sequence. Which sources those are follows from one number
+u of the step, by systematic sampling: the fractions lie one after another on a line, and a source gets one if a point
+u, u + 1, u + 2, ... falls into its fraction. u takes every multiple of 2^-32 once in 2^32 steps, evenly (steps of the
+golden ratio), so every source gets its fraction to 2^-32 in the long run and to a few sequences at any time; how often
+it had been lucky before a step is a sum of floors, which a Euclidean algorithm gives in 32 turns.
+
+Within a source the k-th draw is the k-th entry of that epoch's order: every sequence exactly once an epoch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-CYCLE = 4096  # slots; shares are rounded to 1/4096
+from moray.actors.batch_plan import BatchPlan
+from moray.actors.permutation import permuted
+
+_ONE = 1 << 32  # of these units, a sequence has
+_STRIDE = 2_654_435_769  # odd, and nearest to the golden ratio times _ONE
+
+Int64 = npt.NDArray[np.int64]
 
 
 class Mixture:
-    """Maps a slot (position in the endless stream of sequences) to (source, sequence number)."""
+    """Maps a step to the (source, sequence number) of every slot of its batch."""
 
-    def __init__(self, sequences: Mapping[str, int], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(self, sequences: Mapping[str, int], weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
         """`sequences`: how many each source has. `weights`: relative; a source left out weighs what it holds.
 
         Raises ValueError for an unknown source, a weight that is not positive, or a source without sequences.
@@ -31,51 +44,103 @@ class Mixture:
             if weight < 0:
                 raise ValueError(f"mixture: the weight of {source!r} is {weight}, it must not be negative")
         chosen = weights or {source: float(n) for source, n in sequences.items()}
-        shares = np.array([chosen.get(source, 0.0) for source in self.sources])
-        if shares.sum() <= 0:
+        shares = [chosen.get(source, 0.0) for source in self.sources]
+        if sum(shares) <= 0:
             raise ValueError("mixture: at least one weight must be positive")
         for source, share in zip(self.sources, shares, strict=True):
             if share > 0 and not sequences[source]:
                 raise ValueError(f"mixture: source {source!r} has no sequences")
         self._sequences = [sequences[source] for source in self.sources]
+        self._shares = tuple(share / sum(shares) for share in shares)
         self._seed = seed
-        self._slots = _largest_remainder(shares / shares.sum(), CYCLE)
-        self._cycle, self._rank = _spread(self._slots)
+        self.plan = plan
+        self._before = [[0] * len(self.sources)]  # of each part of the plan
+        for size, steps in plan.parts(plan.starts[-1])[:-1]:
+            self._before.append(_sums(self._before[-1], _quota(self._shares, size).drawn(steps)))
 
-    def slot(self, position: int) -> tuple[int, int]:
-        """(index into `sources`, sequence number) of one slot; O(1) but for the epoch's permutation, kept cached."""
-        turn, within = divmod(position, CYCLE)
-        source = int(self._cycle[within])
-        draw = turn * int(self._slots[source]) + int(self._rank[within])
-        epoch, k = divmod(draw, self._sequences[source])
-        return source, int(_permutation(self._sequences[source], self._seed, source, epoch)[k])
+    def counts(self, step: int) -> list[int]:
+        """Sequences of each source in the batch of `step`."""
+        size, within = self.plan.parts(step)[-1]
+        quota = _quota(self._shares, size)
+        return [after - before for before, after in zip(quota.drawn(within), quota.drawn(within + 1), strict=True)]
 
-    def batch(self, step: int, size: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """Slots [start, stop) of the global batch of `step`, which has `size` sequences."""
-        return [self.slot(step * size + i) for i in range(start, size if stop is None else stop)]
+    def drawn(self, step: int) -> list[int]:
+        """Sequences of each source in all batches before that of `step`."""
+        parts = self.plan.parts(step)
+        size, within = parts[-1]
+        return _sums(self._before[len(parts) - 1], _quota(self._shares, size).drawn(within))
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[Int64, Int64]:
+        """(indices into `sources`, sequence numbers) of slots [start, stop) of the global batch of `step`."""
+        counts, size = np.array(self.counts(step)), self.plan.size(step)
+        slots = np.arange(start, size if stop is None else stop)
+        # Sources are spread over the slots, so that ranks see alike mixtures.
+        entries = permuted(slots, size, f"{self._seed}/step {step}")
+        firsts = np.cumsum(counts) - counts
+        source = np.searchsorted(np.cumsum(counts), entries, side="right")
+        draws = np.array(self.drawn(step))[source] + entries - firsts[source]
+        return source, self._numbers(source, draws)
+
+    def _numbers(self, source: Int64, draws: Int64) -> Int64:
+        numbers = np.empty_like(draws)
+        size = np.array(self._sequences)[source]
+        epochs, places = draws // size, draws % size
+        for index, epoch in {(int(s), int(e)) for s, e in zip(source, epochs, strict=True)}:
+            chosen = (source == index) & (epochs == epoch)
+            key = f"{self._seed}/{self.sources[index]}/epoch {epoch}"
+            numbers[chosen] = permuted(places[chosen], self._sequences[index], key)
+        return numbers
 
 
-def _largest_remainder(shares: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
-    """Integers that sum to `total`, as near to shares * total as can be; a positive share gets at least one."""
-    exact = shares * total
-    slots = np.floor(exact).astype(np.int64)
-    slots[(shares > 0) & (slots == 0)] = 1
-    while slots.sum() != total:
-        step = 1 if slots.sum() < total else -1
-        room = np.where(slots > 1, exact - slots, np.inf) if step < 0 else exact - slots
-        slots[np.argmax(room) if step > 0 else np.argmin(room)] += step
-    return slots
+class _Quota:
+    """How many of each source the first b batches of one size have, all together."""
+
+    def __init__(self, shares: tuple[float, ...], size: int) -> None:
+        units = _largest_remainder(shares, size * _ONE)
+        self._whole = [unit // _ONE for unit in units]
+        ends = [0]
+        for unit in units:
+            ends.append(ends[-1] + unit % _ONE)
+        self._ends = ends  # of the fractions, on the line; the last is a whole number
+
+    def drawn(self, batches: int) -> list[int]:
+        points = [batches * (end // _ONE) + _below(end % _ONE, batches) for end in self._ends]
+        lucky = [after - before for before, after in pairwise(points)]
+        return [batches * whole + extra for whole, extra in zip(self._whole, lucky, strict=True)]
 
 
-def _spread(slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The cycle: which source each slot belongs to, and which of that source's slots it is."""
-    source = np.repeat(np.arange(len(slots)), slots)
-    rank = np.concatenate([np.arange(n) for n in slots])
-    place = (rank + 0.5) / slots[source]
-    order = np.lexsort((source, place))
-    return source[order], rank[order]
+_quota = lru_cache(maxsize=1024)(_Quota)
 
 
-@lru_cache(maxsize=64)
-def _permutation(n: int, seed: int, source: int, epoch: int) -> npt.NDArray[np.int64]:
-    return np.random.Generator(np.random.Philox(key=[seed, (source << 32) + epoch])).permutation(n)
+def _sums(first: list[int], second: list[int]) -> list[int]:
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def _below(limit: int, batches: int) -> int:
+    """For how many b < batches the point u(b) = b * _STRIDE mod _ONE lies below `limit`."""
+    return batches - (_floor_sum(batches, _ONE, _STRIDE, _ONE - limit) - _floor_sum(batches, _ONE, _STRIDE, 0))
+
+
+def _floor_sum(n: int, m: int, a: int, b: int) -> int:
+    """The sum of floor((a * i + b) / m) over i in [0, n); a, b >= 0. Each turn is one of Euclid's for (a, m)."""
+    total = 0
+    while True:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        last = a * n + b
+        if last < m:
+            return total
+        n, b = divmod(last, m)
+        m, a = a, m
+
+
+def _largest_remainder(shares: tuple[float, ...], total: int) -> list[int]:
+    """Integers that sum to `total`, each within one of share * total; a positive share gets at least one."""
+    exact = [share * total for share in shares]
+    units = [max(int(value), 1) if value > 0 else 0 for value in exact]
+    missing = total - sum(units)
+    order = sorted(range(len(shares)), key=lambda i: exact[i] - units[i], reverse=missing > 0)
+    for index in [i for i in order if shares[i] > 0][: abs(missing)]:
+        units[index] += 1 if missing > 0 else -1
+    units[max(range(len(units)), key=units.__getitem__)] += total - sum(units)  # what floats could not say
+    return units

@@ -24,6 +24,7 @@ import torch
 from result import Bar, report
 from torch import Tensor
 
+from moray.actors.batch_plan import BatchPlan
 from moray.actors.data_worker import DataWorker
 from moray.kernels.adamw_fp8 import Fp8Moment, restore
 from moray.kernels.host_memory import keep_freed_memory
@@ -69,7 +70,7 @@ def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
 def train(name: str, worker: Worker, data: DataWorker, steps: int) -> np.ndarray[Any, Any]:
     losses, began = [], time.monotonic()
     for step in range(steps):
-        figures, _ = train_step(worker, data.batch(step, 0, BATCH), step * worker.step_tokens)
+        figures, _ = train_step(worker, data.batch(step, 0, BATCH), worker.tokens_before(step))
         losses.append(figures["train_loss"])
         if step % 50 == 49:
             pace = (time.monotonic() - began) / (step + 1)
@@ -105,7 +106,7 @@ def main(steps: str = "600", model: str = "quickstart@newest") -> int:
     store = ArtifactStore(Home.from_environment())
     trained = store.find(store.find(model).manifest.inputs["checkpoint"])
     tokens = store.fetch(store.find(trained.manifest.inputs["tokens"])).folder / "train"
-    data = DataWorker(str(tokens), {}, 3, BATCH)
+    data = DataWorker(str(tokens), {}, 3, BatchPlan.constant(BATCH))
     first = next(iter(data._sets.values()))
     length, count = first.sequence_length, int(steps)
     config = dataclasses.replace(preset("tiny"), vocab_size=first.vocabulary.size, **SIZES)

@@ -45,12 +45,21 @@ class Schedule(StepConfig):
     prediction_weight_final: float = Field(0.1, ge=0, description="the same once the learning rate decays")
 
 
+class BatchRamp(StepConfig):
+    """A batch that grows from `sequences` to `batch_sequences` in equal steps, each for an equal part of the tokens."""
+
+    sequences: int = Field(gt=0, description="sequences in the first global batches")
+    tokens: int = Field(gt=0, description="tokens over which the batch grows")
+    stages: int = Field(8, gt=0, description="sizes before the last one")
+
+
 class PretrainConfig(StepConfig):
     """`with:` of the pretrain step. The lower block says how to run, and does not enter the fingerprint."""
 
     model: ModelSection = ModelSection()
     steps: int = Field(gt=0, description="optimizer steps")
     batch_sequences: int = Field(16, gt=0, description="sequences in a global batch")
+    batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the beginning")
     mixture: dict[str, float] = Field(default_factory=dict, description="source -> weight; empty: by size")
     schedule: Schedule = Schedule()
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -80,6 +89,7 @@ class PretrainConfig(StepConfig):
         False, description="hold less for the backward, compute norms and up-projections again"
     )
     data_workers: int = operational(1, gt=0)
+    prefetch: int = operational(2, gt=0, description="batches that are read in advance")
     checkpoint_every: int = operational(50, gt=0)
     keep_checkpoints: int = operational(2, gt=0, description="the newest so many stay")
     keep_checkpoint_hours: float | None = operational(None, gt=0, description="older ones go, but never the newest")

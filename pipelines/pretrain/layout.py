@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moray.models.config import ModelConfig
 
 BLOCK = 128  # numbers that share a scale in a moment in FP8
@@ -24,11 +26,12 @@ def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) 
         raise ValueError("precision: float64 wants zero_stage 0 and moments: float32; ZeRO's masters are float32")
 
 
-def check_layout(world: int, ep: int, experts: int | None = None, batch_sequences: int | None = None) -> None:
-    """Raises ValueError if the layout cannot be: EP must divide the world and the experts, the world the batch."""
+def check_layout(world: int, ep: int, experts: int | None = None, batches: Sequence[int] = ()) -> None:
+    """Raises ValueError if the layout cannot be: EP must divide the world and the experts, the world all batches."""
     if world % ep:
         raise ValueError(f"workers ({world}) must be a multiple of expert_parallel ({ep})")
     if experts is not None and experts % ep:
         raise ValueError(f"n_routed_experts ({experts}) must be a multiple of expert_parallel ({ep})")
-    if batch_sequences is not None and batch_sequences % world:
-        raise ValueError(f"batch_sequences ({batch_sequences}) must be a multiple of workers ({world})")
+    for size in batches:
+        if size % world:
+            raise ValueError(f"batch_sequences ({size}) must be a multiple of workers ({world})")

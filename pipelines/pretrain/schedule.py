@@ -4,7 +4,31 @@ from __future__ import annotations
 
 import math
 
-from moray.pipelines.pretrain.config import Schedule
+from moray.actors.batch_plan import BatchPlan
+from moray.pipelines.pretrain.config import PretrainConfig, Schedule
+
+
+def batch_plan(config: PretrainConfig, sequence_length: int) -> BatchPlan:
+    """The size of every step's global batch. Raises ValueError for a ramp that does not grow in whole sequences.
+
+    A size holds from the first step on before which its share of the ramp's tokens has been seen.
+    """
+    ramp, final = config.batch_ramp, config.batch_sequences
+    if ramp is None:
+        return BatchPlan.constant(final)
+    if not 0 < ramp.sequences < final or (final - ramp.sequences) % ramp.stages:
+        raise ValueError(
+            f"batch_ramp: {ramp.stages} stages must grow by whole sequences from sequences ({ramp.sequences}) to "
+            f"batch_sequences ({final})"
+        )
+    starts, sizes, seen = [0], [ramp.sequences], 0
+    for stage in range(1, ramp.stages + 1):
+        wanted = ramp.tokens * stage // ramp.stages
+        steps = max(1, -(-(wanted - seen) // (sizes[-1] * sequence_length)))
+        seen += steps * sizes[-1] * sequence_length
+        starts.append(starts[-1] + steps)
+        sizes.append(ramp.sequences + (final - ramp.sequences) * stage // ramp.stages)
+    return BatchPlan(tuple(starts), tuple(sizes))
 
 
 def learning_rate(schedule: Schedule, tokens: int, total: int) -> float:

@@ -21,6 +21,7 @@ from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
 from moray.pipelines.pretrain.config import Job, PretrainConfig, model_config, overridden
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_layout
+from moray.pipelines.pretrain.schedule import batch_plan
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed
 from moray.platform.events import MetricEvent, read_events
@@ -31,7 +32,7 @@ _TRAINING = "training.json"
 
 class Pretrain(Step[PretrainConfig]):
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: another order of the data
     Config = PretrainConfig
     inputs: ClassVar[dict[str, str]] = {"tokens": "tokens", "model": "model"}
     optional: ClassVar[frozenset[str]] = frozenset({"model"})  # to go on from, instead of random weights
@@ -51,7 +52,8 @@ class Pretrain(Step[PretrainConfig]):
                 if config.moments == "fp8":
                     check_blocks(model)
             check_backend(config.zero_stage, config.offload, config.precision, config.moments)
-            check_layout(config.workers, config.expert_parallel, experts, config.batch_sequences)
+            sizes = batch_plan(config, sequence_length=1).sizes
+            check_layout(config.workers, config.expert_parallel, experts, sizes)
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
@@ -70,7 +72,8 @@ class Pretrain(Step[PretrainConfig]):
                 "shorten tokenize.sequence_length or raise model.max_position_embeddings",
             )
         try:
-            Mixture({name: token_set.sequences for name, token_set in sets.items()}, ctx.config.mixture, 0)
+            plan = batch_plan(ctx.config, first.sequence_length)
+            Mixture({name: token_set.sequences for name, token_set in sets.items()}, ctx.config.mixture, 0, plan)
         except ValueError as error:
             raise InputError(f"pretrain: {error}", "correct `mixture` in the recipe") from error
         topology = ctx.cluster.ensure()
@@ -102,7 +105,7 @@ class Pretrain(Step[PretrainConfig]):
         write_json(ctx.folder / "model.json", dataclasses.asdict(config))
         curve = loss_curve(ctx.run, ctx.step)
         write_json(ctx.folder / "curve.json", curve)
-        trained = job.config.steps * job.config.batch_sequences * job.sequence_length
+        trained = batch_plan(job.config, job.sequence_length).before(job.config.steps) * job.sequence_length
         tail = [value for _, value in curve[-10:]]
         ctx.counts |= {"in:tokens": trained, "out:steps": job.config.steps, "available_tokens": available}
         if tail:
@@ -146,7 +149,8 @@ def fit(job: Job, tokens: Path, storage: Path, topology: Topology) -> None:
 
     config = job.config
     gpu = topology.gpus >= config.workers
-    loaders = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, config.batch_sequences)
+    plan = batch_plan(config, job.sequence_length)
+    loaders = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, plan)
     # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
     cpus = 1.0 if topology.cpus >= config.workers else round(topology.cpus / config.workers, 3)
     trainer: Any = ray.train.torch.TorchTrainer(

@@ -8,14 +8,17 @@ optimizer divides by the global number of tokens.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from moray.actors.batch_plan import BatchPlan
 from moray.actors.token_set import Batch
 from moray.kernels.host_memory import keep_freed_memory
 from moray.models.balance import update_router_biases
@@ -27,7 +30,7 @@ from moray.pipelines.pretrain.checkpoint import CheckpointFailed, Checkpoints, S
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optimizer import ShardedOptimizer, sharded_optimizer
-from moray.pipelines.pretrain.schedule import bias_speed, learning_rate, prediction_weight
+from moray.pipelines.pretrain.schedule import batch_plan, bias_speed, learning_rate, prediction_weight
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
@@ -47,17 +50,21 @@ class Worker:
     checkpoints: Checkpoints
     loaders: list[Any]
 
-    @property
-    def step_tokens(self) -> int:
-        return self.job.config.batch_sequences * self.job.sequence_length
+    @cached_property
+    def plan(self) -> BatchPlan:
+        return batch_plan(self.job.config, self.job.sequence_length)
 
     @property
     def total_tokens(self) -> int:
-        return self.job.config.steps * self.step_tokens
+        return self.tokens_before(self.job.config.steps)
 
-    def slots(self) -> tuple[int, int]:
-        """The slots of every global batch that are this rank's."""
-        each = self.job.config.batch_sequences // self.mesh.world
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding included, of all steps before this one."""
+        return self.plan.before(step) * self.job.sequence_length
+
+    def slots(self, step: int) -> tuple[int, int]:
+        """The slots of a step's global batch that are this rank's."""
+        each = self.plan.size(step) // self.mesh.world
         return self.mesh.rank * each, (self.mesh.rank + 1) * each
 
 
@@ -115,7 +122,7 @@ def run(worker: Worker, events: EventLog | None) -> None:
         report.note(f"going on from the checkpoint at step {restored.steps}")
     for step, batch, waited in batches(worker, restored.steps, job.config.steps):
         figures, load_L = train_step(worker, batch, tokens)
-        tokens += worker.step_tokens
+        tokens = worker.tokens_before(step + 1)
         report.add(step + 1, tokens, figures, load_L, waited)
         last = step + 1 == job.config.steps
         if last or (step + 1) % job.config.checkpoint_every == 0:
@@ -159,7 +166,7 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
     balance = update_router_biases(worker.model, speed, _sum_over_ranks if worker.mesh.world > 1 else None)
     return {
         "train_loss": loss.item(),
-        **_further_terms(worker, prediction_sum.item() / counted.item(), balance_sum.item()),
+        **_further_terms(worker, prediction_sum.item() / counted.item(), balance_sum.item() / batch.ids.size),
         "train_grad_norm": norm.item(),
         "train_learning_rate": rate,
         "train_bias_speed": speed,
@@ -168,12 +175,12 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
 
 
 def _further_terms(worker: Worker, prediction: float, balance: float) -> dict[str, float]:
-    """What the model has beside its main loss: per counted token, and per layer and token."""
+    """What the model has beside its main loss: per counted token; `balance` is summed over ranks and layers."""
     terms = {}
     if worker.job.model.num_nextn_predict_layers:
         terms["train_prediction_loss"] = prediction
     if worker.job.model.moe_layers:
-        terms["train_balance_loss"] = balance / (worker.step_tokens * len(worker.job.model.moe_layers))
+        terms["train_balance_loss"] = balance / (worker.mesh.world * len(worker.job.model.moe_layers))
     return terms
 
 
@@ -195,20 +202,19 @@ def micro_batches(
 
 
 def batches(worker: Worker, first: int, last: int) -> Iterator[tuple[int, Batch, float]]:
-    """(step, this rank's batch, seconds waited for it), with the next batch always asked for in advance."""
+    """(step, this rank's batch, seconds waited for it), with the next batches always asked for in advance."""
     import ray
 
-    start, stop = worker.slots()
-
     def ask(step: int) -> Any:
-        return worker.loaders[step % len(worker.loaders)].batch.remote(step, start, stop)
+        return worker.loaders[step % len(worker.loaders)].batch.remote(step, *worker.slots(step))
 
-    coming = ask(first)  # past the last step too: any step has a batch
+    # Past the last step too: any step has a batch.
+    coming = deque(ask(step) for step in range(first, first + worker.job.config.prefetch))
     for step in range(first, last):
         began = time.monotonic()
-        batch: Batch = ray.get(coming)
+        batch: Batch = ray.get(coming.popleft())
         waited = time.monotonic() - began
-        coming = ask(step + 1)
+        coming.append(ask(step + worker.job.config.prefetch))
         yield step, batch, waited
 
 

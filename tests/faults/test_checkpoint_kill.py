@@ -40,7 +40,7 @@ def train_and_save(folder: str, connection: Connection) -> None:
     while True:
         list(steps(worker, at, at + 1))
         at += 1
-        worker.checkpoints.save(worker.model, worker.optimizer, at, at * worker.step_tokens)
+        worker.checkpoints.save(worker.model, worker.optimizer, at, worker.tokens_before(at))
         for saved in worker.checkpoints.ended():
             connection.send((saved.steps, saved.error))
 

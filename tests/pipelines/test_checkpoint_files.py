@@ -94,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, d
     worker, states = lone_worker(str(folder)), {}
     for at in (2, 4):
         list(steps(worker, at - 2, at))
-        worker.checkpoints.save(worker.model, worker.optimizer, at, at * worker.step_tokens)
+        worker.checkpoints.save(worker.model, worker.optimizer, at, worker.tokens_before(at))
         states[at] = state_of(worker)
     worker.checkpoints.wait()
     saved = worker.checkpoints.ended()
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     assert state_of(worker) == trained[1][2]
     assert (folder / "checkpoints" / "damaged-step-00000004").is_dir()
     list(steps(worker, 2, 4))  # goes on, and takes the damaged one's name
-    worker.checkpoints.save(worker.model, worker.optimizer, 4, 4 * worker.step_tokens)
+    worker.checkpoints.save(worker.model, worker.optimizer, 4, worker.tokens_before(4))
     worker.checkpoints.wait()
     assert [one.error for one in worker.checkpoints.ended()] == [""]
     assert state_of(worker) == trained[1][4]
@@ -150,7 +150,7 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path))
     list(steps(worker, 0, 1))
     expected = state_of(worker)
-    worker.checkpoints.save(worker.model, worker.optimizer, 1, worker.step_tokens)
+    worker.checkpoints.save(worker.model, worker.optimizer, 1, worker.tokens_before(1))
     list(steps(worker, 1, 3))
     worker.checkpoints.wait()
     again = lone_worker(str(tmp_path))
@@ -162,10 +162,10 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path) -> None:
 def test_a_save_that_cannot_be_written_is_said_and_the_one_before_it_stays(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path))
     list(steps(worker, 0, 1))
-    worker.checkpoints.save(worker.model, worker.optimizer, 1, worker.step_tokens)
+    worker.checkpoints.save(worker.model, worker.optimizer, 1, worker.tokens_before(1))
     worker.checkpoints.wait()
     (tmp_path / "checkpoints" / ".step-00000002").write_text("a file where a folder must be made")
-    worker.checkpoints.save(worker.model, worker.optimizer, 2, 2 * worker.step_tokens)
+    worker.checkpoints.save(worker.model, worker.optimizer, 2, worker.tokens_before(2))
     worker.checkpoints.wait()
     good, bad = worker.checkpoints.ended()
     assert not good.error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.pipelines.pretrain.config import ModelSection, Schedule, model_config
+from moray.pipelines.pretrain.config import ModelSection, PretrainConfig, Schedule, model_config
 from moray.pipelines.pretrain.layout import check_layout
-from moray.pipelines.pretrain.schedule import bias_speed, learning_rate
+from moray.pipelines.pretrain.schedule import batch_plan, bias_speed, learning_rate
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
@@ -32,9 +34,9 @@ def test_biases_freeze_at_the_end_only_where_asked() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts"), ((2, 2, 8, 15), "batch_sequences")],
+    [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts"), ((2, 2, 8, (16, 15)), "batch_sequences")],
 )
-def test_an_impossible_layout_is_refused(layout: tuple[int, ...], message: str) -> None:
+def test_an_impossible_layout_is_refused(layout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(*layout)
 
@@ -46,3 +48,23 @@ def test_a_section_overrides_its_preset() -> None:
         model_config(ModelSection(preset="tinny"), vocab_size=300)
     with pytest.raises(ValueError, match="n_group"):
         model_config(ModelSection(n_group=3), vocab_size=300)
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 6), st.integers(1, 10**6), st.integers(1, 64))
+def test_a_batch_grows_with_the_tokens(first: int, more: int, stages: int, tokens: int, length: int) -> None:
+    ramp = {"sequences": first, "tokens": tokens, "stages": stages}
+    final = first + more * stages
+    plan = batch_plan(PretrainConfig.model_validate({"steps": 1, "batch_sequences": final, "batch_ramp": ramp}), length)
+    assert plan.sizes == tuple(first + more * stage for stage in range(stages + 1))
+    assert plan.sizes[-1] == final
+    for stage, start in enumerate(plan.starts[1:], start=1):
+        seen, before = (plan.before(step) * length for step in (start, start - 1))
+        assert seen >= tokens * stage // stages
+        assert before < tokens * stage // stages or plan.starts[stage - 1] == start - 1
+
+
+def test_a_ramp_that_does_not_grow_in_whole_sequences_is_refused() -> None:
+    for ramp in ({"sequences": 5, "stages": 8, "tokens": 1}, {"sequences": 16, "stages": 1, "tokens": 1}):
+        config = PretrainConfig.model_validate({"steps": 1, "batch_sequences": 16, "batch_ramp": ramp})
+        with pytest.raises(ValueError, match="stages must grow by whole sequences"):
+            batch_plan(config, 8)

@@ -88,11 +88,11 @@ def global_batch(step: int) -> Batch:
 
 def steps(worker: Worker, first: int, last: int) -> Iterator[dict[str, float]]:
     """Trains steps [first, last)."""
-    begin, end = worker.slots()
     for step in range(first, last):
         whole = global_batch(step)
+        begin, end = worker.slots(step)
         mine = Batch(whole.ids[begin:end], whole.documents[begin:end], whole.mask[begin:end])
-        yield train_step(worker, mine, step * worker.step_tokens)[0]
+        yield train_step(worker, mine, worker.tokens_before(step))[0]
 
 
 def held(worker: Worker) -> Arrays:
@@ -157,7 +157,7 @@ def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
     list(steps(worker, 0, count))
     trace.state = held(worker)
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
-    worker.checkpoints.save(worker.model, worker.optimizer, count, count * worker.step_tokens)
+    worker.checkpoints.save(worker.model, worker.optimizer, count, worker.tokens_before(count))
     trace.losses = [figures["train_loss"] for figures in steps(worker, count, count + 3)]
     worker.checkpoints.wait()
     assert [saved.error for saved in worker.checkpoints.ended()] == [""]
@@ -199,7 +199,7 @@ def collectives(settings: dict[str, Any]) -> list[Collective]:
     worker = toy_worker(settings.pop("folder"), **settings)
     with CollectiveTrace() as trace:
         list(steps(worker, 0, 2))
-        worker.checkpoints.save(worker.model, worker.optimizer, 2, 2 * worker.step_tokens)
+        worker.checkpoints.save(worker.model, worker.optimizer, 2, worker.tokens_before(2))
         worker.checkpoints.wait()
     return trace.collectives
 

@@ -1,0 +1,41 @@
+"""How many sequences each step's global batch has: a size, or a ramp of sizes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """`sizes[i]` sequences a step from step `starts[i]` on; `starts` ascends from 0."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes or len(self.starts) != len(self.sizes) or self.starts[0] != 0 or min(self.sizes) < 1:
+            raise ValueError(f"not a plan of batches: {self.sizes} from steps {self.starts} on")
+        if any(before >= after for before, after in pairwise(self.starts)):
+            raise ValueError(f"a plan's steps must ascend: {self.starts}")
+
+    @classmethod
+    def constant(cls, size: int) -> BatchPlan:
+        return cls((0,), (size,))
+
+    def size(self, step: int) -> int:
+        """Sequences in the batch of `step`."""
+        return self.sizes[bisect_right(self.starts, step) - 1]
+
+    def before(self, step: int) -> int:
+        """Sequences in all batches before that of `step`."""
+        return sum(size * steps for size, steps in self.parts(step))
+
+    def parts(self, step: int) -> list[tuple[int, int]]:
+        """(size, steps of that size) of everything before `step`, in order; the last is the part that `step` is in."""
+        last = bisect_right(self.starts, step)
+        ends = (*self.starts[1:last], step)
+        return [
+            (size, end - start) for size, start, end in zip(self.sizes[:last], self.starts[:last], ends, strict=True)
+        ]
