@@ -16,7 +16,7 @@ from moray.platform.auth import read_token
 from moray.platform.errors import InputError, MorayError, StepFailed
 from moray.platform.home import Home
 
-_PATIENCE_SECONDS = 30.0  # for a controller that is just being restarted
+_PATIENCE_SECONDS = 60.0  # for a controller that is being restarted: twice the longest that the supervisor waits
 _SECONDS = 60.0
 
 
