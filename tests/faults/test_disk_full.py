@@ -115,12 +115,7 @@ def fill_in(step: str, undisturbed: Undisturbed, disk: Path) -> None:
     assert hashes(home) == undisturbed.hashes
 
 
-@pytest.mark.cluster
-def test_a_disk_that_runs_full_while_shards_are_written(undisturbed: Undisturbed, disk: Path) -> None:
-    fill_in("tokenize", undisturbed, disk)
-
-
 @pytest.mark.evidence
-@pytest.mark.parametrize("step", ["corpus", "dedup", "pretrain"])
-def test_a_disk_that_runs_full_in_another_step(step: str, undisturbed: Undisturbed, disk: Path) -> None:
+@pytest.mark.parametrize("step", ["corpus", "dedup", "tokenize", "pretrain"])
+def test_a_disk_that_runs_full_in_a_step(step: str, undisturbed: Undisturbed, disk: Path) -> None:
     fill_in(step, undisturbed, disk)
