@@ -6,7 +6,6 @@ can answer any rank, and one that died is replaced by starting another.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,6 @@ class DataWorker:
             part = self._sets[self._mixture.sources[source]].batch(numbers[rows].tolist())
             batch.ids[rows], batch.documents[rows], batch.mask[rows] = part.ids, part.documents, part.mask
         return batch
-
-    def process(self) -> int:
-        """The id of the process that answers."""
-        return os.getpid()
 
 
 def start_data_workers(count: int, folder: Path, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> list[Any]:

@@ -13,9 +13,11 @@ Within a source the k-th draw is the k-th entry of that epoch's order: every seq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +43,10 @@ class Mixture:
         for source, weight in weights.items():
             if source not in sequences:
                 raise ValueError(f"mixture names {source!r}; the sources are {', '.join(self.sources)}")
-            if weight < 0:
-                raise ValueError(f"mixture: the weight of {source!r} is {weight}, it must not be negative")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"mixture: the weight of {source!r} is {weight}, it must be finite and not negative")
         chosen = weights or {source: float(n) for source, n in sequences.items()}
-        shares = [chosen.get(source, 0.0) for source in self.sources]
+        shares = [Fraction(chosen.get(source, 0.0)) for source in self.sources]  # exact: they sum to 1
         if sum(shares) <= 0:
             raise ValueError("mixture: at least one weight must be positive")
         for source, share in zip(self.sources, shares, strict=True):
@@ -95,8 +97,10 @@ class Mixture:
 class _Quota:
     """How many of each source the first b batches of one size have, all together."""
 
-    def __init__(self, shares: tuple[float, ...], size: int) -> None:
-        units = _largest_remainder(shares, size * _ONE)
+    def __init__(self, shares: tuple[Fraction, ...], size: int) -> None:
+        # Rounded where one source ends and the next begins: so they sum up, and each is within a unit of its share.
+        borders = [0, *(round(share * size * _ONE) for share in accumulate(shares))]
+        units = [end - begin for begin, end in pairwise(borders)]
         self._whole = [unit // _ONE for unit in units]
         ends = [0]
         for unit in units:
@@ -132,15 +136,3 @@ def _floor_sum(n: int, m: int, a: int, b: int) -> int:
             return total
         n, b = divmod(last, m)
         m, a = a, m
-
-
-def _largest_remainder(shares: tuple[float, ...], total: int) -> list[int]:
-    """Integers that sum to `total`, each within one of share * total; a positive share gets at least one."""
-    exact = [share * total for share in shares]
-    units = [max(int(value), 1) if value > 0 else 0 for value in exact]
-    missing = total - sum(units)
-    order = sorted(range(len(shares)), key=lambda i: exact[i] - units[i], reverse=missing > 0)
-    for index in [i for i in order if shares[i] > 0][: abs(missing)]:
-        units[index] += 1 if missing > 0 else -1
-    units[max(range(len(units)), key=units.__getitem__)] += total - sum(units)  # what floats could not say
-    return units

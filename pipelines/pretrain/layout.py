@@ -1,4 +1,4 @@
-"""Which layouts of workers can be. Pure Python, so that a recipe is checked without torch."""
+"""Which layouts of workers and which optimizers can be. Pure Python, so that a recipe is checked without torch."""
 
 from __future__ import annotations
 

@@ -8,10 +8,9 @@ all ranks. Checkpoints are written from `fragments()` alone, one format for ever
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,9 +74,9 @@ def sharded_optimizer(model: DeepseekV3, mesh: Mesh, config: PretrainConfig) -> 
     groups = flat_groups(model, mesh)
     if not config.zero_stage:
         return PlainOptimizer(groups, mesh, config)
-    module: Any = importlib.import_module("moray.pipelines.pretrain.zero")  # it imports deepspeed
-    optimizer: ShardedOptimizer = module.ZeroOptimizer(groups, mesh, config)
-    return optimizer
+    from moray.pipelines.pretrain.zero import ZeroOptimizer  # it imports deepspeed, which takes seconds
+
+    return ZeroOptimizer(groups, mesh, config)
 
 
 def fragments_of(

@@ -35,7 +35,6 @@ from moray.pipelines.pretrain.flat import FlatGroup
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optimizer import Fragment, fragments_of
 
-_EXPERTS = "experts"
 _BUCKET = 1 << 26  # elements that are reduced at a time
 
 
@@ -108,13 +107,12 @@ class ZeroOptimizer:
                 pad = torch.nn.Parameter(torch.zeros(gap, device=parameter.device))
                 self._pads.append(pad)
                 parameters.append(pad)
-        marks: dict[str, Any] = {"name": group.name}
         if group.expert:
-            marks = {"name": _EXPERTS, "moe": True}
             for parameter in parameters:
                 parameter.allreduce = False  # type: ignore[attr-defined]
-                parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
-        return {"params": parameters, "weight_decay": config.weight_decay if group.decays else 0.0, **marks}
+                parameter.group_name = group.name  # type: ignore[attr-defined]
+        decay = config.weight_decay if group.decays else 0.0
+        return {"params": parameters, "weight_decay": decay, "name": group.name, "moe": group.expert}
 
     def _check_layout(self) -> None:
         """DeepSpeed's layout and groups are what this file assumes."""
@@ -143,6 +141,7 @@ def _deepspeed_optimizer(inner: Any, groups: list[FlatGroup], mesh: Mesh, config
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     names = {p: f"{group['name']}.{i}" for group in inner.param_groups for i, p in enumerate(group["params"])}
+    experts = [group.name for group in groups if group.expert]
     offload = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=device.type != "cpu")
     return DeepSpeedZeroOptimizer(
         inner,
@@ -152,12 +151,12 @@ def _deepspeed_optimizer(inner: Any, groups: list[FlatGroup], mesh: Mesh, config
         verbose=False,
         reduce_bucket_size=min(_BUCKET, max(group.numel for group in groups)),
         dp_process_group=dist.group.WORLD,
-        expert_parallel_group={_EXPERTS: mesh.ep_group},
-        expert_data_parallel_group={_EXPERTS: mesh.edp_group},
+        expert_parallel_group={name: mesh.ep_group for name in experts},
+        expert_data_parallel_group={name: mesh.edp_group for name in experts},
         offload_optimizer_config=offload if config.offload else None,
         communication_data_type=torch.float32,
         gradient_accumulation_dtype=torch.float32,
         gradient_average=False,
         partition_grads=config.zero_stage == 2,
-        has_moe_layers=any(group.expert for group in groups),
+        has_moe_layers=bool(experts),
     )

@@ -36,7 +36,8 @@ def test_a_data_worker_that_dies_is_replaced_without_a_lost_or_repeated_sequence
                 for rank in range(4)
             ]
             if step in (2, 4):
-                os.kill(ray.get(loaders[step // 2 % 2].process.remote()), signal.SIGKILL)
+                victim = loaders[step // 2 % 2]
+                os.kill(ray.get(victim.__ray_call__.remote(lambda worker: os.getpid())), signal.SIGKILL)
                 killed += 1
             parts = ray.get(asked)
             whole = here.batch(step, 0, PLAN.size(step))

@@ -115,7 +115,12 @@ def test_a_further_source_leaves_the_others_orders_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({"z": 1.0}, "the sources are a, b"), ({"a": -1.0}, "negative"), ({"a": 0.0}, "at least one")],
+    [
+        ({"z": 1.0}, "the sources are a, b"),
+        ({"a": -1.0}, "negative"),
+        ({"a": float("inf")}, "finite"),
+        ({"a": 0.0}, "at least one"),
+    ],
 )
 def test_an_impossible_mixture_is_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

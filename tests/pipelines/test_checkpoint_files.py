@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,8 +107,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, d
 
 
 def copy_of(folder: Path, target: Path) -> Path:
-    import shutil
-
     shutil.copytree(folder, target)
     return target
 

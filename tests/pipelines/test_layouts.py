@@ -18,7 +18,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def exact(ranks: RankPool) -> dict[tuple[int, int], list[Trace]]:
-    """Twenty steps in float64 in every layout, with as many micro-batches as there are ranks too few."""
+    """Twenty steps in float64 in every layout."""
     return {
         (ep, edp): ranks.run(ep * edp, train, STEPS, {"precision": "float64", "expert_parallel": ep})
         for ep, edp in LAYOUTS
