@@ -47,7 +47,7 @@ def block(worker: Worker, first: int, every: int, save: bool) -> float:
     began = time.monotonic()
     for step in range(first, first + every):
         if save and step == first:
-            worker.checkpoints.save(worker.model, worker.optimizer, step, worker.tokens_before(step))
+            worker.checkpoints.save(worker.state, step, worker.tokens_before(step))
         ids = generator.integers(0, worker.job.model.vocab_size, shape)
         train_step(worker, Batch(ids, np.zeros(shape, np.int32), np.ones(shape, np.bool_)), worker.tokens_before(step))
     return time.monotonic() - began

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
@@ -17,6 +19,7 @@ from moray.platform.step import Step, StepConfig, StepContext
 
 class ExportConfig(StepConfig):
     precision: Literal["float32", "bf16", "fp8"] = "float32"
+    weights: Literal["last", "ema"] = Field("last", description="the last step's, or their exponential moving average")
 
 
 class Export(Step[ExportConfig]):
@@ -51,13 +54,18 @@ class Export(Step[ExportConfig]):
 def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:
     """Logical tensors in their shapes, with progress."""
     from moray.models.tensors import checkpoint_shapes
-    from moray.pipelines.pretrain.checkpoint import read_weights
+    from moray.pipelines.pretrain.checkpoint import CheckpointFailed, read_weights
 
     source = ctx.inputs["checkpoint"].folder
     shapes = checkpoint_shapes(read_model_config(source))
-    for done, (name, tensor) in enumerate(read_weights(checkpoint_folder(source))):
-        ctx.progress("writing", done + 1, len(shapes), "tensors")
-        yield name, tensor.view(shapes[name])
+    kind = "master" if ctx.config.weights == "last" else "ema"
+    try:
+        for done, (name, tensor) in enumerate(read_weights(checkpoint_folder(source), kind)):
+            ctx.progress("writing", done + 1, len(shapes), "tensors")
+            yield name, tensor.view(shapes[name])
+    except CheckpointFailed as error:
+        hint = "train with pretrain.ema_half_life_tokens" if kind == "ema" else "remove the artifact and run again"
+        raise InputError(f"export: {error}", hint) from error
 
 
 step = Export()

@@ -39,6 +39,7 @@ TABLE: dict[str, Metric] = {
         Metric("train_checkpoint_write_seconds", "s", "Time from a checkpoint's begin until it was on disk"),
         Metric("train_checkpoint_bytes", "bytes", "Size of a checkpoint", digits=0),
         Metric("train_checkpoint_failures", "", "Checkpoints that could not be written, so far", digits=0),
+        Metric("train_archive_failures", "", "Copies of checkpoints to the archive that failed, so far", digits=0),
         Metric("eval_bits_per_byte", "bits/byte", "Held-out cross entropy", ("source", "model")),
         Metric("documents", "documents", "Documents after a step", ("step",), digits=0),
         Metric("step_seconds", "s", "Wall time of a step", ("step",)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain import checkpoint_files
+from moray.pipelines.pretrain.archive import Archive, Archived
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.optimizer import ShardedOptimizer
+from moray.pipelines.pretrain.state import TrainingState
 from moray.pipelines.pretrain.stored import StoredPart
+from moray.platform.errors import InputError
 
 # The schedule position: steps taken, tokens seen. The data cursor is the step; nothing here draws random numbers
 # after initialisation, so there is no generator state to keep.
@@ -57,6 +58,7 @@ class Restored:
     steps: int
     tokens: int
     warnings: tuple[str, ...] = ()
+    fetched: bool = False  # from the archive
 
 
 class CheckpointFailed(Exception):
@@ -66,21 +68,29 @@ class CheckpointFailed(Exception):
 class Checkpoints:
     """The checkpoints of one run under `folder`. All ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, mesh: Mesh, keep: int = 2, keep_hours: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        keep: int = 2,
+        keep_hours: float | None = None,
+        archive: Archive | None = None,
+    ) -> None:
         self._folder = folder
         self._mesh = mesh
         self._keep, self._hours = keep, keep_hours
+        self._archive = archive
         self._copies: dict[str, torch.Tensor] = {}
         self._writing: _Writing | None = None
         self._ended: list[Saved] = []
 
-    def save(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int, tokens: int) -> None:
+    def save(self, state: TrainingState, steps: int, tokens: int) -> None:
         """Begins to write the checkpoint after `steps` steps, once the one before is written."""
         began = time.monotonic()
         self.wait()
-        state = self._copy(model, optimizer, steps, tokens)
+        copy = self._copy(state, steps, tokens)
         stalled = time.monotonic() - began
-        self._writing = _Writing(lambda: self._write(state, steps), steps, began, stalled)
+        self._writing = _Writing(lambda: self._write(copy, steps), steps, began, stalled)
 
     def wait(self) -> None:
         """Until nothing is being written any more."""
@@ -95,30 +105,45 @@ class Checkpoints:
         ended, self._ended = self._ended, []
         return ended
 
-    def restore(self, model: DeepseekV3, optimizer: ShardedOptimizer) -> Restored:
+    def archived(self, last: bool = False) -> list[Archived]:
+        """The copies to the archive that ended since the last call; with `last`, waits for all of them."""
+        if self._archive is None:
+            return []
+        if last:
+            self._archive.wait()
+        return self._archive.ended()
+
+    def restore(self, state: TrainingState) -> Restored:
         """Loads the newest checkpoint that is what was written; steps and tokens are 0 if there is none."""
         said: list[str] = []
-        while (newest := self._newest()) is not None:
+        refused: set[int] = set()
+        while (found := self._newest(refused, said)) is not None:
+            newest, is_here = found
+            if not is_here:
+                self._fetch(newest)
             damage = self._damage(newest)
             if not damage:
-                steps, tokens = self._load(model, optimizer, newest)
-                return Restored(steps, tokens, tuple(said))
-            said.append(f"the checkpoint at step {newest} is damaged, the one before it is used: {damage}")
+                steps, tokens = self._load(state, newest)
+                return Restored(steps, tokens, tuple(said), fetched=not is_here)
+            if not is_here:
+                refused.add(newest)
+            where = "" if is_here else ", as it is in the archive,"
+            said.append(f"the checkpoint at step {newest}{where} is damaged, the one before it is used: {damage}")
             self._together(self._first_only(partial(checkpoint_files.set_aside, self._folder, newest)))
         return Restored(0, 0, tuple(said))
 
-    def _copy(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int, tokens: int) -> dict[str, torch.Tensor]:
+    def _copy(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
         """What this rank is to write, in memory of its own."""
-        state: dict[str, torch.Tensor] = {}
-        for fragment in optimizer.fragments(owned=True):
+        copy: dict[str, torch.Tensor] = {}
+        for fragment in state.fragments(owned=True):
             key = f"{fragment.kind}/{fragment.name}"
-            state[key] = StoredPart(self._kept(key, fragment.tensor), fragment.offset, fragment.total)
+            copy[key] = StoredPart(self._kept(key, fragment.tensor), fragment.offset, fragment.total)
         if self._mesh.rank == 0:
-            state |= {f"buffer/{name}": self._kept(name, buffer) for name, buffer in model.logical_biases()}
-            state[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
-        if any(tensor.device.type == "cuda" for tensor in model.parameters()):
+            copy |= {key: self._kept(key, tensor) for key, tensor in state.shared()}
+            copy[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
+        if any(tensor.device.type == "cuda" for tensor in state.model.parameters()):
             torch.cuda.synchronize()
-        return state
+        return copy
 
     def _kept(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host; the memory is used again in the next save."""
@@ -128,7 +153,7 @@ class Checkpoints:
             self._copies[key] = copy
         return copy.copy_(tensor, non_blocking=True)
 
-    def _write(self, state: dict[str, torch.Tensor], steps: int) -> int:
+    def _write(self, copy: dict[str, torch.Tensor], steps: int) -> int:
         """Everything that happens beside training; the bytes that all ranks wrote."""
         unfinished = checkpoint_files.unfinished_path(self._folder, steps)
         self._together(self._first_only(lambda: checkpoint_files.prepare(self._folder, steps)))
@@ -136,39 +161,69 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 writer = FileSystemWriter(unfinished)
-                save(state, storage_writer=writer, process_group=self._mesh.io_group, no_dist=self._alone)
+                save(copy, storage_writer=writer, process_group=self._mesh.io_group, no_dist=self._alone)
         except CheckpointException as error:
             raise CheckpointFailed(_first_reason(error)) from None
         mine = [f"__{self._mesh.rank}_*.distcp", *([".metadata"] if self._mesh.rank == 0 else [])]
         by_rank = self._together(lambda: checkpoint_files.hash_files(unfinished, mine))
         files = [entry for files in by_rank for entry in files]
         self._together(self._first_only(lambda: self._finish(steps, files)))
+        if self._archive:
+            self._archive.start()
         return sum(entry.size for entry in files)
 
     def _finish(self, steps: int, files: list[Any]) -> None:
         checkpoint_files.commit(self._folder, steps, files)
         for old in checkpoint_files.outdated(self._folder, self._keep, self._hours):
-            checkpoint_files.remove(self._folder, old)
+            if self._is_elsewhere(old):
+                checkpoint_files.remove(self._folder, old)
 
-    def _newest(self) -> int | None:
-        """As the first rank sees it."""
-        found = self._together(lambda: max(checkpoint_files.whole(self._folder), default=None))
-        return found[0]
+    def _is_elsewhere(self, steps: int) -> bool:
+        """Whether a checkpoint may leave the disk: always, unless there is an archive that does not have it."""
+        try:
+            return self._archive is None or self._archive.has(steps)
+        except InputError:
+            return False
+
+    def _newest(self, refused: Set[int], said: list[str]) -> tuple[int, bool] | None:
+        """The newest checkpoint as the first rank sees it, and whether it is on disk: else it is archived."""
+
+        def look() -> tuple[int | None, int | None, str]:
+            here = max(checkpoint_files.whole(self._folder), default=None)
+            try:
+                return here, self._archive.newest(refused) if self._archive else None, ""
+            except InputError as error:
+                if here is None:
+                    raise
+                return here, None, str(error)
+
+        here, archived, failure = self._together(look)[0]
+        if failure:
+            said.append(f"the archive cannot be asked, the newest checkpoint on disk is used: {failure}")
+        if archived is not None and (here is None or archived > here):
+            return archived, False
+        return None if here is None else (here, True)
+
+    def _fetch(self, steps: int) -> None:
+        """Brings an archived checkpoint here; every rank a share of its files."""
+        archive = self._archive
+        assert archive is not None
+        self._together(self._first_only(lambda: checkpoint_files.prepare(self._folder, steps)))
+        self._together(lambda: archive.fetch(steps))
+        self._together(self._first_only(lambda: checkpoint_files.publish(self._folder, steps)))
 
     def _damage(self, steps: int) -> str:
         share = (self._mesh.rank, self._mesh.world)
         return next(filter(None, self._together(lambda: checkpoint_files.damage(self._folder, steps, share))), "")
 
-    def _load(self, model: DeepseekV3, optimizer: ShardedOptimizer, steps: int) -> tuple[int, int]:
-        state: dict[str, torch.Tensor] = {}
-        for fragment in optimizer.fragments():
+    def _load(self, state: TrainingState, steps: int) -> tuple[int, int]:
+        wanted: dict[str, torch.Tensor] = dict(state.shared())
+        for fragment in state.fragments():
             part = StoredPart(fragment.tensor, fragment.offset, fragment.total)
-            state[f"{fragment.kind}/{fragment.name}"] = part
-        state |= {f"buffer/{name}": buffer for name, buffer in model.logical_biases()}
-        state[POSITION] = position = torch.zeros(2, dtype=torch.int64)
-        _load(state, checkpoint_files.path_of(self._folder, steps), self._mesh.io_group, self._alone)
-        optimizer.refresh_weights()
-        optimizer.set_steps(int(position[0]))
+            wanted[f"{fragment.kind}/{fragment.name}"] = part
+        wanted[POSITION] = position = torch.zeros(2, dtype=torch.int64)
+        _load(wanted, checkpoint_files.path_of(self._folder, steps), self._mesh.io_group, self._alone)
+        state.loaded(int(position[0]))
         return int(position[0]), int(position[1])
 
     @property
@@ -223,12 +278,17 @@ class _Writing:
         self._outcome = Saved(self._steps, self._stalled, time.monotonic() - self._began, written, reason)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(logical name, float32 tensor, flat) of every weight and router bias of a checkpoint, one at a time."""
+def read_weights(folder: Path, weights: str = "master") -> Iterator[tuple[str, torch.Tensor]]:
+    """(logical name, float32 tensor, flat) of every weight and router bias of a checkpoint, one at a time.
+
+    `weights`: the kind, "master" or "ema". Raises CheckpointFailed if the checkpoint has none of these.
+    """
     metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    if not any(key.startswith(f"{weights}/") for key in metadata):
+        raise CheckpointFailed(f"{folder} has no {weights} weights")
     for key, entry in sorted(metadata.items()):
         kind, _, name = key.partition("/")
-        if kind in ("master", "buffer"):
+        if kind in (weights, "buffer"):
             properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
             tensor = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
             _load({key: tensor}, folder, None, alone=True)

@@ -63,8 +63,14 @@ def hash_files(folder: Path, patterns: Iterable[str]) -> list[FileEntry]:
 
 def commit(folder: Path, steps: int, files: Sequence[FileEntry]) -> None:
     """Makes the unfinished checkpoint a whole one: in one step, and so that a power cut does not undo it."""
+    listing = Checksums(files=list(files)).model_dump_json(indent=1) + "\n"
+    write_text(unfinished_path(folder, steps) / CHECKSUMS, listing)
+    publish(folder, steps)
+
+
+def publish(folder: Path, steps: int) -> None:
+    """Gives a checkpoint its name, all of whose files are there."""
     unfinished, final = unfinished_path(folder, steps), path_of(folder, steps)
-    write_text(unfinished / CHECKSUMS, Checksums(files=list(files)).model_dump_json(indent=1) + "\n")
     _sync(unfinished)
     unfinished.rename(final)
     _sync(folder)

@@ -75,6 +75,9 @@ class PretrainConfig(StepConfig):
         "float64, which is for checks",
     )
     moments: Literal["float32", "fp8"] = Field("float32", description="of AdamW's moments: 8 bytes a parameter, or 2.1")
+    ema_half_life_tokens: int | None = Field(
+        None, gt=0, description="keep an exponential moving average of the weights, on the CPU"
+    )
     seed: int = 1
 
     workers: int = operational(2, gt=0)
@@ -93,6 +96,11 @@ class PretrainConfig(StepConfig):
     checkpoint_every: int = operational(50, gt=0)
     keep_checkpoints: int = operational(2, gt=0, description="the newest so many stay")
     keep_checkpoint_hours: float | None = operational(None, gt=0, description="older ones go, but never the newest")
+    archive: str | None = operational(
+        None,
+        pattern="^s3://[^/]",
+        description="s3://bucket/prefix that gets every checkpoint, also those not kept here",
+    )
     max_failures: int = operational(3, ge=0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,15 +26,17 @@ from moray.models.checkpoint import Checked, load_weights
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
-from moray.pipelines.pretrain.checkpoint import CheckpointFailed, Checkpoints, Saved
+from moray.pipelines.pretrain.archive import Archive
+from moray.pipelines.pretrain.checkpoint import CheckpointFailed, Checkpoints
 from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.ema import Ema
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optimizer import ShardedOptimizer, sharded_optimizer
+from moray.pipelines.pretrain.report import Report
 from moray.pipelines.pretrain.schedule import batch_plan, bias_speed, learning_rate, prediction_weight
-from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
+from moray.pipelines.pretrain.state import TrainingState
+from moray.platform.events import EventLog
 
-REPORT_SECONDS = 1.0
-LOAD_ROWS = 200  # how often in a run each layer's expert load is reported: a heat map's width, whatever the model
 _IGNORED = -100
 
 
@@ -45,10 +47,17 @@ class Worker:
     job: Job
     mesh: Mesh
     device: torch.device
-    model: DeepseekV3
-    optimizer: ShardedOptimizer
+    state: TrainingState
     checkpoints: Checkpoints
     loaders: list[Any]
+
+    @property
+    def model(self) -> DeepseekV3:
+        return self.state.model
+
+    @property
+    def optimizer(self) -> ShardedOptimizer:
+        return self.state.optimizer
 
     @cached_property
     def plan(self) -> BatchPlan:
@@ -103,8 +112,13 @@ def build(job: Job, mesh: Mesh, device: torch.device, loaders: list[Any]) -> Wor
     if job.config.precision == "fp8":
         model.train_in_fp8()
     folder, config = Path(job.folder) / "checkpoints", job.config
-    checkpoints = Checkpoints(folder, mesh, config.keep_checkpoints, config.keep_checkpoint_hours)
-    return Worker(job, mesh, device, model, sharded_optimizer(model, mesh, job.config), checkpoints, loaders)
+    archive = None
+    if config.archive:
+        archive = Archive(config.archive, Path(job.folder).name, folder, (mesh.rank, mesh.world))
+    checkpoints = Checkpoints(folder, mesh, config.keep_checkpoints, config.keep_checkpoint_hours, archive)
+    optimizer = sharded_optimizer(model, mesh, config)
+    ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
+    return Worker(job, mesh, device, TrainingState(model, optimizer, ema), checkpoints, loaders)
 
 
 def run(worker: Worker, events: EventLog | None) -> None:
@@ -113,24 +127,27 @@ def run(worker: Worker, events: EventLog | None) -> None:
     Raises CheckpointFailed if the last checkpoint, which is what training is for, cannot be written.
     """
     job, checkpoints = worker.job, worker.checkpoints
-    restored = checkpoints.restore(worker.model, worker.optimizer)
+    restored = checkpoints.restore(worker.state)
     tokens = restored.tokens
-    report = Report(worker, events, tokens)
+    report = Report(job, worker.total_tokens, events, tokens)
     for text in restored.warnings:
         report.note(text, "warning")
     if restored.steps:
-        report.note(f"going on from the checkpoint at step {restored.steps}")
+        whence = ", fetched from the archive" if restored.fetched else ""
+        report.note(f"going on from the checkpoint at step {restored.steps}{whence}")
     for step, batch, waited in batches(worker, restored.steps, job.config.steps):
         figures, load_L = train_step(worker, batch, tokens)
         tokens = worker.tokens_before(step + 1)
         report.add(step + 1, tokens, figures, load_L, waited)
         last = step + 1 == job.config.steps
         if last or (step + 1) % job.config.checkpoint_every == 0:
-            checkpoints.save(worker.model, worker.optimizer, step + 1, tokens)
+            checkpoints.save(worker.state, step + 1, tokens)
         report.saved(checkpoints.ended())
+        report.archived(checkpoints.archived())
     checkpoints.wait()
     ended = checkpoints.ended()
     report.saved(ended)
+    report.archived(checkpoints.archived(last=True))
     if ended and ended[-1].error:
         raise CheckpointFailed(f"the last checkpoint was not written: {ended[-1].error}")
 
@@ -162,6 +179,8 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
         )
     rate = learning_rate(config.schedule, tokens, worker.total_tokens)
     worker.optimizer.step(rate)
+    if worker.state.ema:
+        worker.state.ema.update(worker.mesh.world * batch.ids.size)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
     balance = update_router_biases(worker.model, speed, _sum_over_ranks if worker.mesh.world > 1 else None)
     return {
@@ -216,73 +235,6 @@ def batches(worker: Worker, first: int, last: int) -> Iterator[tuple[int, Batch,
         waited = time.monotonic() - began
         coming.append(ask(step + worker.job.config.prefetch))
         yield step, batch, waited
-
-
-class Report:
-    """Turns steps into events, on rank 0: a loss for every step, progress and rates about once a second."""
-
-    def __init__(self, worker: Worker, events: EventLog | None, tokens: int) -> None:
-        self._step = worker.job.step
-        self._total = worker.total_tokens
-        self._events = events
-        self._last = (time.monotonic(), tokens)
-        self._waited = 0.0
-        self._layers = worker.job.model.moe_layers
-        self._load_row = -1
-        self._failures = 0
-
-    def add(self, step: int, tokens: int, figures: dict[str, float], load_L: torch.Tensor, waited: float) -> None:
-        if self._events is None:
-            return
-        self._waited += waited
-        figures = dict(figures)
-        self._metric("train_loss", figures.pop("train_loss"), step)
-        now = time.monotonic()
-        elapsed = now - self._last[0]
-        if elapsed < REPORT_SECONDS and tokens < self._total:
-            return
-        rate = (tokens - self._last[1]) / elapsed
-        for name, value in figures.items():
-            self._metric(name, value, step)
-        self._metric("train_tokens", tokens, step)
-        self._metric("train_tokens_per_second", rate, step)
-        self._metric("train_data_wait", self._waited / elapsed, step)
-        self._load(load_L, tokens, step)
-        self._events.append(
-            ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
-        )
-        self._last, self._waited = (now, tokens), 0.0
-
-    def saved(self, ended: list[Saved]) -> None:
-        """How saves went; one that failed is a warning."""
-        for one in ended:
-            if one.error:
-                self._failures += 1
-                self._metric("train_checkpoint_failures", self._failures, one.steps)
-                self.note(
-                    f"the checkpoint at step {one.steps} was not written ({one.error}); the one before it stays",
-                    "warning",
-                )
-            else:
-                self._metric("train_checkpoint_seconds", one.stalled, one.steps)
-                self._metric("train_checkpoint_write_seconds", one.seconds, one.steps)
-                self._metric("train_checkpoint_bytes", one.bytes, one.steps)
-
-    def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
-        if self._events:
-            self._events.append(NoteEvent(step=self._step, level=level, text=text))
-
-    def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
-        """A figure for every MoE layer, but only so often in a run: a model may have sixty of them."""
-        row = tokens * LOAD_ROWS // self._total
-        if row > self._load_row:
-            for layer, load in zip(self._layers, load_L.tolist(), strict=True):
-                self._metric("train_expert_load", load, step, layer=str(layer))
-            self._load_row = row
-
-    def _metric(self, name: str, value: float, step: int, **labels: str) -> None:
-        if self._events:
-            self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step, labels=labels))
 
 
 def _sum_over_ranks(tensor: torch.Tensor) -> None:

@@ -34,13 +34,13 @@ def train_and_save(folder: str, connection: Connection) -> None:
     """Goes on from the newest checkpoint, tells where and with what, then saves after every step, for ever."""
     torch.set_num_threads(1)
     worker = lone_worker(folder, steps=LONG)
-    restored = worker.checkpoints.restore(worker.model, worker.optimizer)
+    restored = worker.checkpoints.restore(worker.state)
     connection.send((restored.steps, digest(worker), restored.warnings))
     at = restored.steps
     while True:
         list(steps(worker, at, at + 1))
         at += 1
-        worker.checkpoints.save(worker.model, worker.optimizer, at, worker.tokens_before(at))
+        worker.checkpoints.save(worker.state, at, worker.tokens_before(at))
         for saved in worker.checkpoints.ended():
             connection.send((saved.steps, saved.error))
 

@@ -53,11 +53,15 @@ SPECIMENS = {
 }
 
 
-def _close(found, expected):
+def _close(found, expected, a, b):
     """Partial sums of 128 products in FP32, then one FP32 addition for each: an error of some 2^-24 per addend of the
-    largest sum; products of two E4M3 numbers are exact."""
-    size = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5 * size)
+    largest sum of sizes (the products themselves may cancel); products of two E4M3 numbers are exact.
+
+    a [m, k], b [n, k]: float64, the operands of everything that was found.
+    """
+    sizes = a.abs() @ b.abs().t()
+    largest = sizes.max().item() if sizes.numel() else 0.0
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-5 * largest)
 
 
 @given(m=SIZES, n=SIZES, k=SUMMED, exponent=EXPONENTS, block=st.sampled_from([WEIGHT_BLOCKS, ROW_TILES]),
@@ -66,12 +70,13 @@ def _close(found, expected):
 def test_the_product(m, n, k, exponent, block, seed):
     a, a_scales = quantize(draw((m, k), exponent, seed=seed))
     b, b_scales = quantize(draw((n, k), seed=seed + 1), block)
-    exact = dequantize(a, a_scales).double() @ dequantize(b, b_scales, block).double().t()
+    wide = dequantize(a, a_scales).double(), dequantize(b, b_scales, block).double()
+    exact = wide[0] @ wide[1].t()
     options = {"b_block": block, "dtype": torch.float32}
-    _close(fp8_gemm_reference(a, a_scales, b, b_scales, **options), exact)
+    _close(fp8_gemm_reference(a, a_scales, b, b_scales, **options), exact, *wide)
     found = fp8_gemm_triton(a, a_scales, b, b_scales, shape=SMALL, **options)
     assert found.dtype == torch.float32
-    _close(found, exact)
+    _close(found, exact, *wide)
 
 
 def _offsets(blocks):
@@ -92,11 +97,14 @@ def test_groups_of_rows(blocks, n, k, spare, seed):
     expected = fp8_gemm_grouped_reference(a, a_scales, b, b_scales, offsets, dtype=torch.float32)
     assert not expected[end:].any()
     found = fp8_gemm_grouped_triton(a, a_scales, b, b_scales, offsets, dtype=torch.float32, shape=SMALL)
-    _close(found[:end], expected[:end])
     for expert in range(len(blocks)):
         part = slice(int(offsets[expert]), int(offsets[expert + 1]))
-        wide = dequantize(b[expert], b_scales[expert], WEIGHT_BLOCKS).double()
-        _close(found[part], dequantize(a[part], a_scales[part]).double() @ wide.t())
+        wide = (
+            dequantize(a[part], a_scales[part]).double(),
+            dequantize(b[expert], b_scales[expert], WEIGHT_BLOCKS).double(),
+        )
+        _close(found[part], expected[part], *wide)
+        _close(found[part], wide[0] @ wide[1].t(), *wide)
 
 
 @given(blocks=GROUPS, m=st.sampled_from([0, 1, 97]), n=st.sampled_from([1, 33, 130]), seed=st.integers(0, 2**31))
@@ -109,11 +117,11 @@ def test_groups_of_the_summed_axis(blocks, m, n, seed):
     expected = fp8_gemm_k_grouped_reference(a, a_scales, b, b_scales, offsets)
     found = fp8_gemm_k_grouped_triton(a, a_scales, b, b_scales, offsets, shape=SMALL)
     assert found.shape == (len(blocks), m, n)
-    _close(found, expected)
     for expert, count in enumerate(blocks):
         part = slice(int(offsets[expert]), int(offsets[expert + 1]))
-        exact = dequantize(a, a_scales).double()[:, part] @ dequantize(b, b_scales).double()[:, part].t()
-        _close(found[expert], exact)
+        wide = dequantize(a, a_scales).double()[:, part], dequantize(b, b_scales).double()[:, part]
+        _close(found[expert], expected[expert], *wide)
+        _close(found[expert], wide[0] @ wide[1].t(), *wide)
         assert count or not found[expert].any()
 
 

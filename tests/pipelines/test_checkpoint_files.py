@@ -95,7 +95,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, d
     worker, states = lone_worker(str(folder)), {}
     for at in (2, 4):
         list(steps(worker, at - 2, at))
-        worker.checkpoints.save(worker.model, worker.optimizer, at, worker.tokens_before(at))
+        worker.checkpoints.save(worker.state, at, worker.tokens_before(at))
         states[at] = state_of(worker)
     worker.checkpoints.wait()
     saved = worker.checkpoints.ended()
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     folder, (says, damage_it) = copy_of(trained[0], tmp_path / "copy"), HARM[harm]
     damage_it(folder / "checkpoints" / "step-00000004")
     worker = lone_worker(str(folder))
-    restored = worker.checkpoints.restore(worker.model, worker.optimizer)
+    restored = worker.checkpoints.restore(worker.state)
     assert restored.steps == 2
     assert len(restored.warnings) == 1
     assert "step 4 is damaged, the one before it is used" in restored.warnings[0]
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     assert state_of(worker) == trained[1][2]
     assert (folder / "checkpoints" / "damaged-step-00000004").is_dir()
     list(steps(worker, 2, 4))  # goes on, and takes the damaged one's name
-    worker.checkpoints.save(worker.model, worker.optimizer, 4, worker.tokens_before(4))
+    worker.checkpoints.save(worker.state, 4, worker.tokens_before(4))
     worker.checkpoints.wait()
     assert [one.error for one in worker.checkpoints.ended()] == [""]
     assert state_of(worker) == trained[1][4]
@@ -139,9 +139,9 @@ def test_without_any_good_checkpoint_training_begins_anew_and_says_so(
     for at in (2, 4):
         flip(folder / "checkpoints" / f"step-{at:08d}" / "__0_0.distcp")
     worker = lone_worker(str(folder))
-    restored = worker.checkpoints.restore(worker.model, worker.optimizer)
+    restored = worker.checkpoints.restore(worker.state)
     assert (restored.steps, restored.tokens, len(restored.warnings)) == (0, 0, 2)
-    assert lone_worker(str(tmp_path)).checkpoints.restore(worker.model, worker.optimizer) == Restored(0, 0)
+    assert lone_worker(str(tmp_path)).checkpoints.restore(worker.state) == Restored(0, 0)
 
 
 def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path) -> None:
@@ -149,11 +149,11 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path))
     list(steps(worker, 0, 1))
     expected = state_of(worker)
-    worker.checkpoints.save(worker.model, worker.optimizer, 1, worker.tokens_before(1))
+    worker.checkpoints.save(worker.state, 1, worker.tokens_before(1))
     list(steps(worker, 1, 3))
     worker.checkpoints.wait()
     again = lone_worker(str(tmp_path))
-    again.checkpoints.restore(again.model, again.optimizer)
+    again.checkpoints.restore(again.state)
     assert state_of(again) == expected
     assert state_of(worker) != expected
 
@@ -161,10 +161,10 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path) -> None:
 def test_a_save_that_cannot_be_written_is_said_and_the_one_before_it_stays(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path))
     list(steps(worker, 0, 1))
-    worker.checkpoints.save(worker.model, worker.optimizer, 1, worker.tokens_before(1))
+    worker.checkpoints.save(worker.state, 1, worker.tokens_before(1))
     worker.checkpoints.wait()
     (tmp_path / "checkpoints" / ".step-00000002").write_text("a file where a folder must be made")
-    worker.checkpoints.save(worker.model, worker.optimizer, 2, worker.tokens_before(2))
+    worker.checkpoints.save(worker.state, 2, worker.tokens_before(2))
     worker.checkpoints.wait()
     good, bad = worker.checkpoints.ended()
     assert not good.error
@@ -178,4 +178,4 @@ def test_a_checkpoint_of_another_model_is_one_error(
     folder = copy_of(trained[0], tmp_path / "copy")
     worker = lone_worker(str(folder), vocabulary=65)
     with pytest.raises(CheckpointFailed, match=r"step-00000004 cannot be read: Size mismatch"):
-        worker.checkpoints.restore(worker.model, worker.optimizer)
+        worker.checkpoints.restore(worker.state)

@@ -42,12 +42,12 @@ def test_it_learns_and_goes_on_from_a_checkpoint_to_the_bit(tmp_path: Path, form
     worker = _worker(tmp_path, precision=form, moments=moments)
     before = _losses(worker, 0, 4)
     checkpoints = Checkpoints(tmp_path / "checkpoints", ALONE, keep=1)
-    checkpoints.save(worker.model, worker.optimizer, 4, 256)
+    checkpoints.save(worker.state, 4, 256)
     after = _losses(worker, 4, 8)
     assert after[-1] < before[0] - 0.1
     again = _worker(tmp_path, precision=form, moments=moments)
     checkpoints.wait()
-    assert checkpoints.restore(again.model, again.optimizer) == Restored(4, 256)
+    assert checkpoints.restore(again.state) == Restored(4, 256)
     assert _losses(again, 4, 8) == after
 
 

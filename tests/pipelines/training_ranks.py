@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ def toy_worker(folder: str, **settings: Any) -> Worker:
         "workers": dist.get_world_size(),
         "expert_parallel": 1,
         "clip": 0.5,
+        "ema_half_life_tokens": 2 * SEQUENCES * LENGTH,
         "schedule": {"peak": 1e-2, "bias_speed": 1e-2},
     }
     config = PretrainConfig.model_validate(fields | settings)
@@ -97,7 +99,7 @@ def steps(worker: Worker, first: int, last: int) -> Iterator[dict[str, float]]:
 
 def held(worker: Worker) -> Arrays:
     """Live state by `kind/name@offset`, copied."""
-    return {f"{f.kind}/{f.name}@{f.offset}": f.tensor.numpy().copy() for f in worker.optimizer.fragments()}
+    return {f"{f.kind}/{f.name}@{f.offset}": f.tensor.numpy().copy() for f in worker.state.fragments()}
 
 
 def train(count: int, settings: dict[str, Any]) -> Trace:
@@ -157,7 +159,7 @@ def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
     list(steps(worker, 0, count))
     trace.state = held(worker)
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
-    worker.checkpoints.save(worker.model, worker.optimizer, count, worker.tokens_before(count))
+    worker.checkpoints.save(worker.state, count, worker.tokens_before(count))
     trace.losses = [figures["train_loss"] for figures in steps(worker, count, count + 3)]
     worker.checkpoints.wait()
     assert [saved.error for saved in worker.checkpoints.ended()] == [""]
@@ -179,7 +181,7 @@ def restore(folders: list[str], settings: dict[str, Any]) -> list[Read]:
     found = []
     for folder in folders:
         worker = toy_worker(folder, **settings)
-        restored = worker.checkpoints.restore(worker.model, worker.optimizer)
+        restored = worker.checkpoints.restore(worker.state)
         position = (restored.steps, restored.tokens)
         weights = {name: view.numpy().copy() for name, view, _ in worker.model.logical_parameters()}
         biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
@@ -190,7 +192,7 @@ def restore(folders: list[str], settings: dict[str, Any]) -> list[Read]:
 def resume(folder: str, count: int, settings: dict[str, Any]) -> list[float]:
     """The losses of three steps after the newest checkpoint, which is at `count` steps."""
     worker = toy_worker(folder, **settings)
-    assert worker.checkpoints.restore(worker.model, worker.optimizer).steps == count
+    assert worker.checkpoints.restore(worker.state).steps == count
     return [figures["train_loss"] for figures in steps(worker, count, count + 3)]
 
 
@@ -199,9 +201,20 @@ def collectives(settings: dict[str, Any]) -> list[Collective]:
     worker = toy_worker(settings.pop("folder"), **settings)
     with CollectiveTrace() as trace:
         list(steps(worker, 0, 2))
-        worker.checkpoints.save(worker.model, worker.optimizer, 2, worker.tokens_before(2))
+        worker.checkpoints.save(worker.state, 2, worker.tokens_before(2))
         worker.checkpoints.wait()
     return trace.collectives
+
+
+def archived(environment: dict[str, str], folder: str, settings: dict[str, Any]) -> list[tuple[int, str]]:
+    """Saves after each of three steps; (steps, error) of this rank's copies to the archive."""
+    os.environ.update(environment)
+    worker = toy_worker(folder, **settings)
+    for step in range(3):
+        list(steps(worker, step, step + 1))
+        worker.checkpoints.save(worker.state, step + 1, worker.tokens_before(step + 1))
+    worker.checkpoints.wait()
+    return [(one.steps, one.error) for one in worker.checkpoints.archived(last=True)]
 
 
 def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> Worker:

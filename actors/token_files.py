@@ -1,0 +1,111 @@
+"""Where a token set's files lie: a folder, of which they are mapped, or an S3 bucket, read by ranges.
+
+A batch touches one sequence here and one there. On a disk that is a page each; over S3 it is a request each, many at
+once. Requests are repeated on 5xx answers, broken connections and silence (`platform/bucket.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moray.platform.bucket import Bucket
+
+_TOGETHER = 32  # requests
+_SILENCE = 10.0  # seconds without a byte after which a request is made again
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class TokenFiles(Protocol):
+    """The files below one place."""
+
+    def sources(self) -> list[str]:
+        """The folders that hold an index, sorted."""
+
+    def read(self, path: str) -> bytes:
+        """A whole file."""
+
+    def size(self, path: str) -> int:
+        """In bytes."""
+
+    def rows(self, places: Sequence[tuple[str, int]], width: int) -> Bytes:
+        """[n, width]: of each file, the row of so many bytes with that number."""
+
+
+class FolderFiles:
+    """Files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: dict[str, Bytes] = {}
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def sources(self) -> list[str]:
+        return sorted(path.parent.name for path in self._folder.glob("*/index.json"))
+
+    def read(self, path: str) -> bytes:
+        return (self._folder / path).read_bytes()
+
+    def size(self, path: str) -> int:
+        return (self._folder / path).stat().st_size
+
+    def rows(self, places: Sequence[tuple[str, int]], width: int) -> Bytes:
+        rows = np.empty((len(places), width), np.uint8)
+        for row, (path, number) in zip(rows, places, strict=True):
+            if path not in self._maps:
+                self._maps[path] = np.memmap(self._folder / path, np.uint8, "r")
+            row[:] = self._maps[path][number * width : (number + 1) * width]
+        return rows
+
+
+class BucketFiles:
+    """Objects below `s3://bucket/prefix`. Every error is an InputError that names the object."""
+
+    def __init__(self, url: str) -> None:
+        self._bucket = Bucket(url, read_seconds=_SILENCE)
+        self._threads = ThreadPoolExecutor(_TOGETHER, "tokens")
+        self._sizes: dict[str, int] = {}
+
+    def __str__(self) -> str:
+        return self._bucket.url
+
+    def sources(self) -> list[str]:
+        return [name for name in sorted(self._bucket.folders()) if f"{name}/index.json" in self._listing()]
+
+    def read(self, path: str) -> bytes:
+        data = self._bucket.get(path)
+        if data is None:
+            raise FileNotFoundError(f"{self}/{path} is missing")
+        return data
+
+    def size(self, path: str) -> int:
+        try:
+            return self._listing()[path]
+        except KeyError:
+            raise FileNotFoundError(f"{self}/{path} is missing") from None
+
+    def rows(self, places: Sequence[tuple[str, int]], width: int) -> Bytes:
+        def read(place: tuple[str, int]) -> bytes:
+            path, number = place
+            return self._bucket.read_range(path, number * width, (number + 1) * width)
+
+        data = b"".join(self._threads.map(read, places))
+        return np.frombuffer(data, np.uint8).reshape(-1, width)
+
+    def _listing(self) -> dict[str, int]:
+        if not self._sizes:
+            self._sizes = {item.key: item.size for item in self._bucket.objects()}
+        return self._sizes
+
+
+def files_at(address: str | Path) -> TokenFiles:
+    """The files below a folder or an `s3://` address."""
+    return BucketFiles(address) if str(address).startswith("s3://") else FolderFiles(Path(address))  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""What a training run says of itself: steps and saves as events, which the runner, MLflow and the page read."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+from moray.pipelines.pretrain.archive import Archived
+from moray.pipelines.pretrain.checkpoint import Saved
+from moray.pipelines.pretrain.config import Job
+from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
+
+REPORT_SECONDS = 1.0
+LOAD_ROWS = 200  # how often in a run each layer's expert load is reported: a heat map's width, whatever the model
+
+
+class Report:
+    """Turns steps into events, on rank 0: a loss for every step, progress and rates about once a second."""
+
+    def __init__(self, job: Job, total_tokens: int, events: EventLog | None, tokens: int) -> None:
+        self._step = job.step
+        self._total = total_tokens
+        self._events = events
+        self._last = (time.monotonic(), tokens)
+        self._waited = 0.0
+        self._layers = job.model.moe_layers
+        self._load_row = -1
+        self._failures = 0
+        self._archive_failures = 0
+
+    def add(self, step: int, tokens: int, figures: dict[str, float], load_L: torch.Tensor, waited: float) -> None:
+        if self._events is None:
+            return
+        self._waited += waited
+        figures = dict(figures)
+        self._metric("train_loss", figures.pop("train_loss"), step)
+        now = time.monotonic()
+        elapsed = now - self._last[0]
+        if elapsed < REPORT_SECONDS and tokens < self._total:
+            return
+        rate = (tokens - self._last[1]) / elapsed
+        for name, value in figures.items():
+            self._metric(name, value, step)
+        self._metric("train_tokens", tokens, step)
+        self._metric("train_tokens_per_second", rate, step)
+        self._metric("train_data_wait", self._waited / elapsed, step)
+        self._load(load_L, tokens, step)
+        self._events.append(
+            ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
+        )
+        self._last, self._waited = (now, tokens), 0.0
+
+    def saved(self, ended: list[Saved]) -> None:
+        """How saves went; one that failed is a warning."""
+        for one in ended:
+            if one.error:
+                self._failures += 1
+                self._metric("train_checkpoint_failures", self._failures, one.steps)
+                self.note(
+                    f"the checkpoint at step {one.steps} was not written ({one.error}); the one before it stays",
+                    "warning",
+                )
+            else:
+                self._metric("train_checkpoint_seconds", one.stalled, one.steps)
+                self._metric("train_checkpoint_write_seconds", one.seconds, one.steps)
+                self._metric("train_checkpoint_bytes", one.bytes, one.steps)
+
+    def archived(self, ended: list[Archived]) -> None:
+        """How this rank's copies to the archive went; one that failed is a warning."""
+        for one in ended:
+            self._archive_failures += bool(one.error)
+            self._metric("train_archive_failures", self._archive_failures, one.steps)
+            if one.error:
+                self.note(
+                    f"the checkpoint at step {one.steps} is not in the archive ({one.error}); it stays on disk and is "
+                    "tried again",
+                    "warning",
+                )
+
+    def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
+        if self._events:
+            self._events.append(NoteEvent(step=self._step, level=level, text=text))
+
+    def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
+        """A figure for every MoE layer, but only so often in a run: a model may have sixty of them."""
+        row = tokens * LOAD_ROWS // self._total
+        if row > self._load_row:
+            for layer, load in zip(self._layers, load_L.tolist(), strict=True):
+                self._metric("train_expert_load", load, step, layer=str(layer))
+            self._load_row = row
+
+    def _metric(self, name: str, value: float, step: int, **labels: str) -> None:
+        if self._events:
+            self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step, labels=labels))
