@@ -7,7 +7,6 @@ can answer any rank, and one that died is replaced by starting another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from moray.actors.token_set import Batch, open_token_sets
 
 
 class DataWorker:
-    """Serves batches from the token sets under a folder. Wrapped as a Ray actor by `start_data_workers`."""
+    """Serves batches from the token sets under a folder or an `s3://` address. Wrapped as a Ray actor below."""
 
-    def __init__(self, folder: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
-        self._sets = open_token_sets(Path(folder))
+    def __init__(self, address: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
+        self._sets = open_token_sets(address)
         self._mixture = Mixture({name: s.sequences for name, s in self._sets.items()}, weights, seed, plan)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
@@ -37,11 +36,11 @@ class DataWorker:
         return batch
 
 
-def start_data_workers(count: int, folder: Path, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> list[Any]:
+def start_data_workers(count: int, address: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> list[Any]:
     """Starts `count` DataWorker actors. They take no CPU of the cluster's count, so that a small machine can
     schedule them beside the training workers; one that dies is restarted, and its calls are retried."""
     import ray
 
     # num_cpus must be given: an actor without it takes one CPU to be placed.
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DataWorker)
-    return [actor.remote(str(folder), dict(weights), seed, plan) for _ in range(count)]
+    return [actor.remote(address, dict(weights), seed, plan) for _ in range(count)]

@@ -106,6 +106,6 @@ class BucketFiles:
         return self._sizes
 
 
-def files_at(address: str | Path) -> TokenFiles:
+def files_at(address: str) -> TokenFiles:
     """The files below a folder or an `s3://` address."""
-    return BucketFiles(address) if str(address).startswith("s3://") else FolderFiles(Path(address))  # type: ignore[arg-type]
+    return BucketFiles(address) if address.startswith("s3://") else FolderFiles(Path(address))

@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moray.actors.token_files import TokenFiles, files_at
 from moray.platform.atomic import write_bytes, write_json
 
 SCHEMA_VERSION = 1
@@ -124,24 +124,25 @@ def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, voc
 
 
 class TokenSet:
-    """One source's token set, memory-mapped. Sequences are numbered over all shards."""
+    """One source's token set. Sequences are numbered over all shards; of its files, only what is asked for is read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, files: TokenFiles, source: str) -> None:
         """Raises ValueError if the index and the files disagree in size."""
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads(files.read(f"{source}/index.json"))
         if index["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"{folder}: token set of schema {index['schema_version']}, this reads {SCHEMA_VERSION}")
-        self.folder = folder
-        self.source = folder.name
+            raise ValueError(
+                f"{files}/{source}: token set of schema {index['schema_version']}, this reads {SCHEMA_VERSION}"
+            )
+        self.source = source
         self.sequence_length: int = index["sequence_length"]
         self.vocabulary = Vocabulary(**index["vocabulary"])
         self.shards = [Shard(**shard) for shard in index["shards"]]
+        self._files = files
         self._ends = np.cumsum([shard.sequences for shard in self.shards], dtype=np.int64)
         for shard in self.shards:
-            path = self._path("tokens", shard.number, "bin")
-            expected = shard.sequences * self.sequence_length * self.vocabulary.dtype.itemsize
-            if path.stat().st_size != expected:
-                raise ValueError(f"{path}: {path.stat().st_size} bytes, its index says {expected}")
+            path, expected = self._tokens(shard), shard.sequences * self._width
+            if (found := files.size(path)) != expected:
+                raise ValueError(f"{files}/{path}: {found} bytes, its index says {expected}")
 
     @property
     def sequences(self) -> int:
@@ -155,26 +156,15 @@ class TokenSet:
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
-    @cached_property
-    def _maps(self) -> list[npt.NDArray[np.uint16] | npt.NDArray[np.uint32]]:
-        return [
-            np.memmap(self._path("tokens", s.number, "bin"), self.vocabulary.dtype, "r").reshape(
-                -1, self.sequence_length
-            )
-            if s.sequences
-            else np.zeros((0, self.sequence_length), self.vocabulary.dtype)
-            for s in self.shards
-        ]
-
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The sequences with these numbers, in this order."""
         length = self.sequence_length
-        ids = np.empty((len(numbers), length), np.int64)
-        mask = np.ones((len(numbers), length), np.bool_)
-        for row, number in enumerate(numbers):
-            shard = int(np.searchsorted(self._ends, number, side="right"))
-            within = int(number) - (int(self._ends[shard - 1]) if shard else 0)
-            ids[row] = self._maps[shard][within]
+        shards = np.searchsorted(self._ends, numbers, side="right").tolist()
+        withins = [n - (int(self._ends[shard - 1]) if shard else 0) for n, shard in zip(numbers, shards, strict=True)]
+        places = [(self._tokens(self.shards[shard]), n) for shard, n in zip(shards, withins, strict=True)]
+        ids = self._files.rows(places, self._width).view(self.vocabulary.dtype).astype(np.int64)
+        mask = np.ones(ids.shape, np.bool_)
+        for row, (shard, within) in enumerate(zip(shards, withins, strict=True)):
             mask[row, max(0, self.shards[shard].tokens - within * length) :] = False
         # Every document begins with bos, so counting them numbers the documents; a sequence that begins inside a
         # document begins with number 0 as well, because the first token never raises the count.
@@ -183,22 +173,31 @@ class TokenSet:
 
     def documents(self, shard: Shard) -> pa.Table:
         """id, start, tokens, bytes of every document of a shard."""
-        return pq.read_table(self._path("starts", shard.number, "parquet"))
+        return pq.read_table(pa.BufferReader(self._files.read(f"{self.source}/starts-{shard.number:05d}.parquet")))
 
     def stream(self, shard: Shard) -> npt.NDArray[np.int64]:
         """All tokens of a shard, without padding."""
-        flat = self._maps[self.shards.index(shard)].reshape(-1)
+        flat = np.frombuffer(self._files.read(self._tokens(shard)), self.vocabulary.dtype)
         return flat[: shard.tokens].astype(np.int64)
 
-    def _path(self, kind: str, number: int, extension: str) -> Path:
-        return self.folder / f"{kind}-{number:05d}.{extension}"
+    @property
+    def _width(self) -> int:
+        """Bytes of a sequence."""
+        return self.sequence_length * self.vocabulary.dtype.itemsize
+
+    def _tokens(self, shard: Shard) -> str:
+        return f"{self.source}/tokens-{shard.number:05d}.bin"
 
 
-def open_token_sets(folder: Path) -> dict[str, TokenSet]:
-    """The token sets under `folder`, by source. ValueError if there are none or their tokenizers differ."""
-    sets = {path.parent.name: TokenSet(path.parent) for path in sorted(folder.glob("*/index.json"))}
+def open_token_sets(address: str) -> dict[str, TokenSet]:
+    """The token sets under a folder or an `s3://` address, by source.
+
+    ValueError if there are none or their tokenizers differ.
+    """
+    files = files_at(address)
+    sets = {source: TokenSet(files, source) for source in files.sources()}
     if not sets:
-        raise ValueError(f"{folder} holds no token set (*/index.json)")
+        raise ValueError(f"{address} holds no token set (*/index.json)")
     if len({(s.vocabulary, s.sequence_length) for s in sets.values()}) > 1:
-        raise ValueError(f"{folder}: token sets of different tokenizers or sequence lengths cannot be mixed")
+        raise ValueError(f"{address}: token sets of different tokenizers or sequence lengths cannot be mixed")
     return sets

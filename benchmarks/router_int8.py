@@ -44,7 +44,7 @@ class Agreement:
 
 def windows(tokens: Any) -> Iterator[tuple[list[Any], int]]:
     """Batches of held-out windows, and the bytes of the documents they come from."""
-    for token_set in open_token_sets(tokens / "heldout").values():
+    for token_set in open_token_sets(str(tokens / "heldout")).values():
         for ids, size in documents_of(token_set):
             cut = list(split_windows(ids, token_set.sequence_length))
             batches = [cut[i : i + WINDOWS] for i in range(0, len(cut), WINDOWS)]

@@ -51,8 +51,8 @@ class Evaluate(Step[EvaluateConfig]):
     produces: ClassVar[str] = "evaluation"
 
     def run(self, ctx: StepContext[EvaluateConfig]) -> None:
-        train = open_token_sets(ctx.inputs["tokens"].folder / "train")
-        heldout = open_token_sets(ctx.inputs["tokens"].folder / "heldout")
+        train = open_token_sets(f"{ctx.inputs['tokens'].folder}/train")
+        heldout = open_token_sets(f"{ctx.inputs['tokens'].folder}/heldout")
         scores = {source: Scores() for source in heldout}
         self._score_model(ctx, heldout, scores)
         self._score_unigram(ctx, train, heldout, scores)

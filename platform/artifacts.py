@@ -34,10 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact: its folder and manifest. The folder may not be here yet: see `ArtifactStore.fetch`."""
+    """A finished artifact: its folder and manifest. The folder may not be here yet: see `ArtifactStore.fetch`.
+
+    `url` is where its files lie in the shared root, where somebody asked for that: see `ArtifactStore.locate`.
+    """
 
     folder: Path
     manifest: Manifest
+    url: str = ""
+
+    @property
+    def address(self) -> str:
+        """Where its files are read: the folder, or an `s3://` address."""
+        return self.url or str(self.folder)
 
     @property
     def fingerprint(self) -> str:
@@ -156,6 +165,16 @@ class ArtifactStore:
         if found is None:
             raise InputError(f"{artifact.reference} is gone", "run the recipe that makes it again")
         return found
+
+    def locate(self, artifact: Artifact) -> Artifact:
+        """The artifact with the address of its files: here, or else in the shared root. Raises InputError."""
+        step, fingerprint = artifact.manifest.step, artifact.fingerprint
+        if (found := self.local(step, fingerprint)) is not None:
+            return found
+        shared = self.remote.get(step, fingerprint) if self.remote else None
+        if self.remote is None or shared is None:
+            raise InputError(f"{artifact.reference} is gone", "run the recipe that makes it again")
+        return Artifact(self.folder(step, fingerprint), shared.local(), self.remote.address(shared))
 
     def _pull(self, shared: SharedManifest, progress: Progress) -> Artifact:
         """Brings files here under a lease: into a temporary folder, checked, then to their place, the manifest last."""

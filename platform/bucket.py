@@ -40,6 +40,7 @@ from moray.platform.manifest import FileEntry
 Progress = Callable[[float, float], None]  # bytes done, bytes in all
 
 _ATTEMPTS = 8
+_CONNECTIONS = 32
 _PART = 16 << 20  # bytes; files of at least one part travel in parts
 _QUIET_SECONDS = 2.0  # what takes no longer reports no progress
 _BATCH = 1000  # the most objects that one request deletes
@@ -59,20 +60,22 @@ class Stored:
 class Bucket:
     """Objects below `s3://bucket/prefix`; keys are relative to the prefix. Every error is an InputError."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, read_seconds: float = 60.0) -> None:
+        """`read_seconds`: how long an answer may be silent before the request is made again."""
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
             raise InputError(f"{url!r} is not an artifact root", "write MORAY_ARTIFACTS=s3://bucket/prefix")
         self.url = url.rstrip("/")
         self._name = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+        self._read_seconds = read_seconds
 
     @cached_property
     def _client(self) -> Any:
         with self._in_words():
-            quick = _client(attempts=2, connect_seconds=5)
+            quick = _client(2, 5, self._read_seconds)
             quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1)
-            return _client(attempts=_ATTEMPTS, connect_seconds=10)
+            return _client(_ATTEMPTS, 10, self._read_seconds)
 
     def check_writable(self) -> None:
         """Raises InputError if objects cannot be created here, or if the server lets a second writer replace them."""
@@ -85,17 +88,29 @@ class Bucket:
     def get(self, key: str) -> bytes | None:
         """A small object, or None if there is none."""
         with self._in_words(key):
-            for attempt in range(_ATTEMPTS):
-                try:
-                    answer = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
-                    return bytes(answer["Body"].read())
-                except ClientError as error:
-                    if _code(error) in ("NoSuchKey", "404"):
-                        return None
+            try:
+                return self._body(key)
+            except ClientError as error:
+                if _code(error) in ("NoSuchKey", "404"):
+                    return None
+                raise
+
+    def read_range(self, key: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of an object."""
+        with self._in_words(key):
+            data = self._body(key, Range=f"bytes={begin}-{end - 1}")
+        if len(data) != end - begin:
+            raise InputError(f"{self.url}/{key}: {len(data)} bytes came of {end - begin} from {begin} on")
+        return data
+
+    def _body(self, key: str, **request: str) -> bytes:
+        for attempt in range(_ATTEMPTS):
+            answer = self._client.get_object(Bucket=self._name, Key=self._prefix + key, **request)
+            try:
+                return bytes(answer["Body"].read())
+            except _BROKEN_BODY:
+                if attempt == _ATTEMPTS - 1:
                     raise
-                except _BROKEN_BODY:
-                    if attempt == _ATTEMPTS - 1:
-                        raise
         raise AssertionError
 
     def put(self, key: str, data: bytes) -> None:
@@ -264,11 +279,13 @@ class _Watcher(BaseSubscriber):
         self.done.set()
 
 
-def _client(attempts: int, connect_seconds: float) -> Any:
+def _client(attempts: int, connect_seconds: float, read_seconds: float) -> Any:
     config = Config(
-        retries={"mode": "standard", "max_attempts": attempts}, connect_timeout=connect_seconds, read_timeout=60,
-        max_pool_connections=2 * _ATTEMPTS,
-    )  # fmt: skip
+        retries={"mode": "standard", "max_attempts": attempts},
+        connect_timeout=connect_seconds,
+        read_timeout=read_seconds,
+        max_pool_connections=_CONNECTIONS,
+    )
     return boto3.session.Session().client("s3", config=config)  # its own: boto3's default one keeps old credentials
 
 

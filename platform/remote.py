@@ -83,6 +83,10 @@ class RemoteArtifacts:
                 what = "corrupt" if found and found.size == entry.size else "short or missing"
                 raise InputError(f"{self.url}/{place}/{entry.path} is {what}", remedy)
 
+    def address(self, manifest: SharedManifest) -> str:
+        """Where an artifact's files lie."""
+        return f"{self.url}/{manifest.step}/{manifest.fingerprint}/{manifest.objects}"
+
     def steps(self) -> list[str]:
         return [name for name in self._bucket.folders() if name not in (_ALIASES, _RUNS)]
 

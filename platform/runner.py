@@ -196,7 +196,11 @@ class Runner:
         self.cluster.on_pending = lambda text: context.note(text, "warning")
         try:
             with self._explained(context):
-                context.inputs = {name: self._fetch(result.steps[at], context) for name, at in planned.inputs.items()}
+                in_place = step.reads_in_place(planned.config)
+                context.inputs = {
+                    name: self._fetch(result.steps[at], context, in_place=name in in_place)
+                    for name, at in planned.inputs.items()
+                }
                 if step.needs_ray:
                     topology = self.cluster.ensure()
                 step.run(context)
@@ -221,9 +225,11 @@ class Runner:
         )  # fmt: skip
         return StepResult(planned.key, step.name, False, held, artifact)
 
-    def _fetch(self, row: StepResult, context: StepContext[Any]) -> Artifact:
-        """An earlier step's artifact with its files on this machine."""
+    def _fetch(self, row: StepResult, context: StepContext[Any], in_place: bool) -> Artifact:
+        """An earlier step's artifact with its files on this machine, or with the address that they are read at."""
         with _mid_run():
+            if in_place:
+                return self.store.locate(row.artifact)
             row.artifact = self.store.fetch(row.artifact, _progress(context))
         return row.artifact
 

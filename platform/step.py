@@ -238,6 +238,10 @@ class Step(ABC, Generic[ConfigT]):
         """The files outside Moray that decide the result, sorted; they enter the fingerprint by content."""
         return []
 
+    def reads_in_place(self, config: ConfigT) -> frozenset[str]:
+        """The inputs that `run` reads by `address`, wherever they lie; the others are brought here first."""
+        return frozenset()
+
     def estimate(self, config: ConfigT, topology: Topology) -> Estimate:
         return Estimate()
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from moray.platform.runner import RunResult
 from moray.platform.step import Cluster, Topology
 from tests.control_plane import ControlPlane
 from tests.ranks import RankPool
+from tests.s3 import KEYS, empty_bucket, s3_server
 from tests.small_run import run_small, write_text
 
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and with it every command that a test
@@ -113,3 +115,20 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     yield made
     made.down()
     assert made.processes() == [], "down left processes"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The URL of a real S3 server."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of the server, on an empty bucket; the environment leads Moray there too."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**KEYS, "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": server}.items():
+        monkeypatch.setenv(name, value)
+    return empty_bucket(server)

@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import boto3.session
 
 from moray.platform.ports import free_port
 
 BUCKET = "moray-test"
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,20 @@ def s3_server() -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
+
+
+def empty_bucket(url: str) -> Any:
+    """A client of a server, in which the test's bucket is, and nothing in it."""
+    names = (KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"])
+    client = boto3.session.Session(*names, region_name="us-east-1").client("s3", endpoint_url=url)
+    client.create_bucket(Bucket=BUCKET)
+    for key in keys(client):
+        client.delete_object(Bucket=BUCKET, Key=key)
+    return client
+
+
+def keys(client: Any, prefix: str = "") -> list[str]:
+    return [item["Key"] for item in client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
 
 
 def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -93,6 +93,9 @@ class PretrainConfig(StepConfig):
     )
     data_workers: int = operational(1, gt=0)
     prefetch: int = operational(2, gt=0, description="batches that are read in advance")
+    stream_tokens: bool = operational(
+        False, description="tokens that are only in the shared root are read there, by ranges, and not copied here"
+    )
     checkpoint_every: int = operational(50, gt=0)
     keep_checkpoints: int = operational(2, gt=0, description="the newest so many stay")
     keep_checkpoint_hours: float | None = operational(None, gt=0, description="older ones go, but never the newest")

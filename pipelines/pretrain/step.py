@@ -57,11 +57,14 @@ class Pretrain(Step[PretrainConfig]):
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
+    def reads_in_place(self, config: PretrainConfig) -> frozenset[str]:
+        return frozenset({"tokens"} if config.stream_tokens else ())
+
     def estimate(self, config: PretrainConfig, topology: Topology) -> Estimate:
         return Estimate(cpus=config.workers)
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
-        tokens = ctx.inputs["tokens"].folder / "train"
+        tokens = f"{ctx.inputs['tokens'].address}/train"
         sets = open_token_sets(tokens)
         first = next(iter(sets.values()))
         config = self._model(ctx, first.vocabulary.size, first.vocabulary.bos, first.vocabulary.eos)
@@ -139,7 +142,7 @@ def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig
     return config
 
 
-def fit(job: Job, tokens: Path, storage: Path, topology: Topology) -> None:
+def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
     import ray.train
     import ray.train.torch

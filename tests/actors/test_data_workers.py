@@ -27,7 +27,7 @@ def test_a_data_worker_that_dies_is_replaced_without_a_lost_or_repeated_sequence
     for name in ("a", "b"):
         write(tmp_path / name, [[[i + 3] * (LENGTH + i) for i in range(40)]])
     here = DataWorker(str(tmp_path), {"a": 2.0, "b": 1.0}, 5, PLAN)
-    loaders = start_data_workers(2, tmp_path, {"a": 2.0, "b": 1.0}, 5, PLAN)
+    loaders = start_data_workers(2, str(tmp_path), {"a": 2.0, "b": 1.0}, 5, PLAN)
     try:
         killed = 0
         for step in range(6):

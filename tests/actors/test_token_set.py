@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moray.actors.batch_plan import BatchPlan
 from moray.actors.data_worker import DataWorker
 from moray.actors.mixture import Mixture
+from moray.actors.token_files import FolderFiles
 from moray.actors.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
 
 VOCABULARY = Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
@@ -26,7 +27,11 @@ def write(folder: Path, shards: list[list[list[int]]], vocabulary: Vocabulary = 
         for number, docs in enumerate(shards)
     ]  # fmt: skip
     write_index(folder, made, LENGTH, vocabulary)
-    return TokenSet(folder)
+    return token_set(folder)
+
+
+def token_set(folder: Path) -> TokenSet:
+    return TokenSet(FolderFiles(folder.parent), folder.name)
 
 
 documents = st.lists(st.lists(st.integers(3, 999), max_size=40), max_size=6)
@@ -74,14 +79,14 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ValueError, match="its index says"):
-        TokenSet(tmp_path)
+        token_set(tmp_path)
 
 
 def test_token_sets_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[5]]])
     write(tmp_path / "b", [[[5]]], Vocabulary(tokenizer="other", size=1000, bos=0, eos=1, pad=2))
     with pytest.raises(ValueError, match="different tokenizers"):
-        open_token_sets(tmp_path)
+        open_token_sets(str(tmp_path))
 
 
 def test_a_token_set_of_another_schema_is_refused(tmp_path: Path) -> None:
@@ -89,7 +94,7 @@ def test_a_token_set_of_another_schema_is_refused(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 9}))
     with pytest.raises(ValueError, match="schema 9"):
-        TokenSet(tmp_path)
+        token_set(tmp_path)
 
 
 def test_a_data_worker_hands_out_the_mixtures_sequences(tmp_path: Path) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
 
 from moray.pipelines.pretrain import checkpoint_files
@@ -15,35 +14,16 @@ from moray.pipelines.pretrain.checkpoint_files import CHECKSUMS
 from moray.pipelines.pretrain.worker import Worker
 from tests.pipelines.training_ranks import archived, lone_worker, state_of, steps
 from tests.ranks import RankPool
-from tests.s3 import BUCKET, Request, faulty_proxy, s3_server
+from tests.s3 import BUCKET, KEYS, Request, faulty_proxy, keys
 
 pytestmark = pytest.mark.cluster
 
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 DENIED = (403, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as url:
-        boto3.client(
-            "s3", endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
-        ).create_bucket(Bucket=BUCKET)
-        yield url
-
-
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """Each test's own archive."""
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": server}.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{request.node.name}"
-
-
-def keys(server: str, archive: str) -> list[str]:
-    client = boto3.client("s3", endpoint_url=server)
-    prefix = archive.removeprefix(f"s3://{BUCKET}/")
-    return [item["Key"] for item in client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
+def bucket(s3: Any) -> str:
+    return f"s3://{BUCKET}/archive"
 
 
 def saved(worker: Worker, at: int) -> list[str]:
@@ -58,7 +38,7 @@ def on_disk(folder: Path) -> list[int]:
     return checkpoint_files.whole(folder / "checkpoints")
 
 
-def test_the_newest_are_here_and_all_are_in_the_archive(tmp_path: Path, bucket: str, server: str) -> None:
+def test_the_newest_are_here_and_all_are_in_the_archive(tmp_path: Path, bucket: str, s3: Any) -> None:
     worker = lone_worker(str(tmp_path), archive=bucket, keep_checkpoints=1)
     states = {}
     for at in range(1, 4):
@@ -70,16 +50,16 @@ def test_the_newest_are_here_and_all_are_in_the_archive(tmp_path: Path, bucket: 
         restored = fresh.checkpoints.restore(fresh.state)
         assert (restored.steps, restored.fetched, restored.warnings) == (at, True, ())
         assert state_of(fresh) == states[at]
-        listing = next(key for key in keys(server, bucket) if key.endswith(f"step-{at:08d}/{CHECKSUMS}"))
-        boto3.client("s3", endpoint_url=server).delete_object(Bucket=BUCKET, Key=listing)  # now it is not whole
+        listing = next(key for key in keys(s3) if key.endswith(f"step-{at:08d}/{CHECKSUMS}"))
+        s3.delete_object(Bucket=BUCKET, Key=listing)  # now it is not whole
 
 
-def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, server: str, ranks: RankPool) -> None:
+def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, server: str, s3: Any, ranks: RankPool) -> None:
     settings = {"archive": bucket, "keep_checkpoints": 1, "expert_parallel": 2, "moments": "fp8"}
     ended = ranks.run(2, archived, {**KEYS, "AWS_ENDPOINT_URL": server}, str(tmp_path), settings)
     assert {at for at, error in ended[0] if not error} == {1, 2, 3}
     assert not [error for rank in ended for _, error in rank if error]
-    assert len([key for key in keys(server, bucket) if key.endswith(f"/{CHECKSUMS}")]) == 3
+    assert len([key for key in keys(s3) if key.endswith(f"/{CHECKSUMS}")]) == 3
     shutil.rmtree(tmp_path / "checkpoints")
     fresh = lone_worker(str(tmp_path), archive=bucket, ema_half_life_tokens=1)
     assert fresh.checkpoints.restore(fresh.state).steps == 3
@@ -110,16 +90,15 @@ def test_an_archive_that_refuses_costs_nothing_but_disk(
     assert all(archive.has(at) for at in (1, 2, 3, 4))
 
 
-def test_what_is_damaged_in_the_archive_is_not_used(tmp_path: Path, bucket: str, server: str) -> None:
+def test_what_is_damaged_in_the_archive_is_not_used(tmp_path: Path, bucket: str, s3: Any) -> None:
     worker = lone_worker(str(tmp_path), archive=bucket)
     saved(worker, 1)
     expected = state_of(worker)
     saved(worker, 2)
-    victim = next(key for key in keys(server, bucket) if "step-00000002" in key and key.endswith(".distcp"))
-    client = boto3.client("s3", endpoint_url=server)
-    data = bytearray(client.get_object(Bucket=BUCKET, Key=victim)["Body"].read())
+    victim = next(key for key in keys(s3) if "step-00000002" in key and key.endswith(".distcp"))
+    data = bytearray(s3.get_object(Bucket=BUCKET, Key=victim)["Body"].read())
     data[len(data) // 2] ^= 1
-    client.put_object(Bucket=BUCKET, Key=victim, Body=bytes(data))
+    s3.put_object(Bucket=BUCKET, Key=victim, Body=bytes(data))
     shutil.rmtree(tmp_path / "checkpoints")
     fresh = lone_worker(str(tmp_path), archive=bucket)
     restored = fresh.checkpoints.restore(fresh.state)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3.session
 import pytest
 
 from moray.platform import api, doctor
@@ -32,35 +31,12 @@ from tests.faults.test_kill import wait_for
 from tests.platform.test_artifacts import manifest
 from tests.platform.test_runner import recipe, run
 from tests.platform.test_runs import Shell
-from tests.s3 import BUCKET, Fault, Request, faulty_proxy, s3_server
+from tests.s3 import BUCKET, Fault, Request, faulty_proxy, keys
 from tests.small_disk import empty, fill, small_disk
 
 pytestmark = pytest.mark.cluster  # a real S3 server
 
 FINGERPRINT = "ab" * 16
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
-
-
-@pytest.fixture
-def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A client of the server, on an empty bucket; the environment leads Moray there too."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    client = boto3.session.Session().client("s3")
-    client.create_bucket(Bucket=BUCKET)
-    for key in keys(client):
-        client.delete_object(Bucket=BUCKET, Key=key)
-    return client
 
 
 @pytest.fixture
@@ -91,10 +67,6 @@ def through(server: str, s3: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[
             yield
 
     return within
-
-
-def keys(client: Any) -> list[str]:
-    return [item["Key"] for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
 
 
 def files(client: Any) -> list[str]:
