@@ -26,7 +26,8 @@ from moray.kernels.host_memory import keep_freed_memory
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.worker import Worker, build, train_step
+from moray.pipelines.pretrain.train_step import train_step
+from moray.pipelines.pretrain.worker import Worker, build
 
 WORLD, SEQUENCES, LENGTH = 2, 16, 256
 
@@ -36,7 +37,7 @@ def worker_of(folder: str, zero_stage: int) -> Worker:
     config = PretrainConfig.model_validate(fields)
     job = Job(config, preset("tiny"), LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
-    return build(job, Mesh.create(WORLD, device), device, [])
+    return build(job, Mesh.create(WORLD, device), device)
 
 
 def block(worker: Worker, first: int, every: int, save: bool) -> float:

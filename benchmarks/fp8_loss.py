@@ -35,7 +35,8 @@ from moray.models.tensors import is_quantized, parameter_shapes
 from moray.pipelines.pretrain import adamw
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.worker import Worker, build, train_step
+from moray.pipelines.pretrain.train_step import train_step
+from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.artifacts import ArtifactStore
 from moray.platform.home import Home
 
@@ -64,7 +65,7 @@ def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
     fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": moments, "seed": 3}
     fields["schedule"] = {"peak": 1e-3, "final": 1e-4, "warmup_tokens": 20 * BATCH * length}
     job = Job(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
-    return build(job, Mesh.alone(), torch.device("cpu"), [])
+    return build(job, Mesh.alone(), torch.device("cpu"))
 
 
 def train(name: str, worker: Worker, data: DataWorker, steps: int) -> np.ndarray[Any, Any]:

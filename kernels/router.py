@@ -60,20 +60,24 @@ def route_reference(
     Returns (ids_TK int64, best biased score first; weights_TK in the logits' dtype, differentiable; counts_E int64,
     how many (token, slot) pairs each expert got, summing to T * K). Groups hold at least two experts.
     """
-    scores_TE = logits_TE.sigmoid()
     with torch.no_grad():
-        choice_TE = scores_TE + bias_E
+        choice_TE = logits_TE.sigmoid() + bias_E
         if topk_group < n_group:
             # -inf and not 0: a bias may push the scores of kept experts below zero.
             choice_TE.masked_fill_(_outside_best_groups(choice_TE, n_group, topk_group), float("-inf"))
         ids_TK = _best(choice_TE, top_k)
-        flat = ids_TK.flatten()
-        counts_E = torch.zeros(logits_TE.shape[-1], dtype=torch.int64, device=flat.device)
-        counts_E.scatter_add_(0, flat, torch.ones_like(flat))
-    weights_TK = scores_TE.gather(-1, ids_TK)
+    return ids_TK, *weigh(logits_TE, ids_TK, normalise=normalise, scale=scale)
+
+
+def weigh(logits_TE: Tensor, ids_TK: Tensor, *, normalise: bool = True, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The weights of experts that are chosen already, differentiable, and how many pairs each expert got, counts_E."""
+    weights_TK = logits_TE.sigmoid().gather(-1, ids_TK)
     if normalise:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _TINY)
-    return ids_TK, weights_TK * scale, counts_E
+    flat = ids_TK.flatten()
+    counts_E = torch.zeros(logits_TE.shape[-1], dtype=torch.int64, device=flat.device)
+    counts_E.scatter_add_(0, flat, torch.ones_like(flat))
+    return weights_TK * scale, counts_E
 
 
 def _check(logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> None:

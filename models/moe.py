@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
-from moray.kernels.router import route, sequence_balance
+from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.config import ModelConfig
 from moray.models.fp8 import Fp8Form
 from moray.models.layer import Dispatcher, Handle, Routing
@@ -48,6 +48,10 @@ class Router(ExactModule):
     e_score_correction_bias: Tensor
     counts_E: Tensor
     weight_scale_E1: Tensor | None
+    # Set from outside for a while (`anticipation.py`): the experts to send tokens to; and, if not None, where the
+    # experts that were chosen are put.
+    given_TK: Tensor | None = None
+    chosen_TK: Tensor | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -66,20 +70,28 @@ class Router(ExactModule):
         if self.weight_scale_E1 is not None:
             weight_ED = weight_ED * self.weight_scale_E1
         logits_TE = F.linear(rows_TD.to(wide), weight_ED)
-        ids_TK, weights_TK, counts_E = route(
-            logits_TE,
-            self.e_score_correction_bias,
-            top_k=self.config.num_experts_per_tok,
-            n_group=self.config.n_group,
-            topk_group=self.config.topk_group,
-            normalise=self.config.norm_topk_prob,
-            scale=self.config.routed_scaling_factor,
-        )
+        ids_TK, weights_TK, counts_E = self._route(logits_TE)
+        if self.chosen_TK is not None:
+            self.chosen_TK = ids_TK
         balance = None
         if self.training and torch.is_grad_enabled():
             self.counts_E += counts_E
             balance = sequence_balance(logits_TE, self.config.num_experts_per_tok, sequences)
         return Routing(ids_TK, weights_TK, counts_E, balance)
+
+    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normalise, scale = self.config.norm_topk_prob, self.config.routed_scaling_factor
+        if self.given_TK is not None:
+            return self.given_TK, *weigh(logits_TE, self.given_TK, normalise=normalise, scale=scale)
+        return route(
+            logits_TE,
+            self.e_score_correction_bias,
+            top_k=self.config.num_experts_per_tok,
+            n_group=self.config.n_group,
+            topk_group=self.config.topk_group,
+            normalise=normalise,
+            scale=scale,
+        )
 
     def store_int8(self) -> None:
         """Keeps the weight in INT8 with a scale per expert, for inference."""

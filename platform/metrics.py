@@ -35,6 +35,10 @@ TABLE: dict[str, Metric] = {
         Metric("train_data_wait", "share", "Share of the step spent waiting for the data loader"),
         Metric("train_max_violation", "", "Largest (max - mean) / mean expert load over the MoE layers (MaxVio)"),
         Metric("train_expert_load", "", "Load of a layer's fullest expert over the mean; 1 is even", ("layer",)),
+        Metric("train_skipped_batches", "", "Batches left out so far, because they would have harmed", digits=0),
+        Metric(
+            "train_rollbacks", "", "Times so far that training went back because the weights had gone bad", digits=0
+        ),
         Metric("train_checkpoint_seconds", "s", "Time training stood still for a checkpoint"),
         Metric("train_checkpoint_write_seconds", "s", "Time from a checkpoint's begin until it was on disk"),
         Metric("train_checkpoint_bytes", "bytes", "Size of a checkpoint", digits=0),

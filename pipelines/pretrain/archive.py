@@ -75,8 +75,13 @@ class Archive:
 
     def newest(self, but: Set[int] = frozenset()) -> int | None:
         """The last archived checkpoint, of those that are not in `but`. Raises InputError if it cannot be asked."""
-        found = {int(name.removeprefix("step-")) for name in self._bucket.folders() if name.startswith("step-")}
-        return next((steps for steps in sorted(found - but, reverse=True) if self.has(steps)), None)
+        return next((steps for steps in sorted(self._steps() - but, reverse=True) if self.has(steps)), None)
+
+    def forget_after(self, steps: int) -> None:
+        """Makes checkpoints of more than `steps` steps be no longer archived."""
+        later = [at for at in self._steps() if at > steps]
+        self._bucket.delete([f"{_place(at)}/{CHECKSUMS}" for at in later])
+        self._known -= set(later)
 
     def fetch(self, steps: int) -> None:
         """Copies this rank's share of an archived checkpoint's files to where an unfinished one lies."""
@@ -87,6 +92,9 @@ class Archive:
         self._bucket.download(_place(steps, listing), self._mine(listing), unfinished, _silent)
         if self._share[0] == 0:
             (unfinished / CHECKSUMS).write_bytes(listing)
+
+    def _steps(self) -> set[int]:
+        return {int(name.removeprefix("step-")) for name in self._bucket.folders() if name.startswith("step-")}
 
     def _mine(self, listing: bytes) -> list[FileEntry]:
         return _files(listing)[self._share[0] :: self._share[1]]

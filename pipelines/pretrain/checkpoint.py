@@ -105,6 +105,15 @@ class Checkpoints:
         ended, self._ended = self._ended, []
         return ended
 
+    def discard_after(self, steps: int) -> None:
+        """Sets aside every checkpoint of more than `steps` steps: nobody goes on from these, nor from the archive's."""
+        later = self._together(lambda: [at for at in checkpoint_files.whole(self._folder) if at > steps])[0]
+        for at in later:
+            self._together(self._first_only(partial(checkpoint_files.set_aside, self._folder, at)))
+        if self._archive:
+            self._archive.wait()
+            self._together(partial(self._archive.forget_after, steps))
+
     def archived(self, last: bool = False) -> list[Archived]:
         """The copies to the archive that ended since the last call; with `last`, waits for all of them."""
         if self._archive is None:

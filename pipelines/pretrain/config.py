@@ -53,6 +53,15 @@ class BatchRamp(StepConfig):
     stages: int = Field(8, gt=0, description="sizes before the last one")
 
 
+class Spikes(StepConfig):
+    """When a batch is skipped, and what is done if trouble returns (`guard.py`)."""
+
+    sigmas: float | None = Field(8.0, gt=0, description="deviations above the last losses; null: only NaN counts")
+    window: int = Field(64, ge=16, description="steps whose losses a loss is compared to")
+    anticipate_steps: int = Field(100, ge=0, description="steps routed by older weights after trouble has returned")
+    anticipate_lag: int = Field(4, gt=0, description="how many steps older these weights are")
+
+
 class PretrainConfig(StepConfig):
     """`with:` of the pretrain step. The lower block says how to run, and does not enter the fingerprint."""
 
@@ -75,6 +84,7 @@ class PretrainConfig(StepConfig):
         "float64, which is for checks",
     )
     moments: Literal["float32", "fp8"] = Field("float32", description="of AdamW's moments: 8 bytes a parameter, or 2.1")
+    spikes: Spikes = Spikes()
     ema_half_life_tokens: int | None = Field(
         None, gt=0, description="keep an exponential moving average of the weights, on the CPU"
     )

@@ -5,12 +5,16 @@ Dense parameters are replicated over all ranks, an expert over the ranks of one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moray.pipelines.pretrain.layout import check_layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Mesh:
     def alone(cls) -> Mesh:
         """Of a process without others."""
         return cls(0, 1, 1, None, None)
+
+    def from_first(self, read: Callable[[], T]) -> T:
+        """What rank 0 reads, on every rank; the others do not look."""
+        if self.io_group is None:
+            return read()
+        found: list[Any] = [read() if self.rank == 0 else None]
+        dist.broadcast_object_list(found, 0, self.io_group)
+        value: T = found[0]
+        return value
 
     @property
     def edp(self) -> int:

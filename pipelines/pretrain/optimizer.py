@@ -1,9 +1,9 @@
 """The ShardedOptimizer contract and its reference backend: plain all-reduce, AdamW in full on every rank.
 
-A training step calls, in this order: `backward` of each micro-batch's summed loss, `reduce`, `clip`, `step`. The loss
-is normalised here, by the number of tokens in the global batch, so gradients do not depend on the layout: an expert's
-gradient is summed over its EP group by the all-to-all's backward, and over EDP here; dense gradients are summed over
-all ranks. Checkpoints are written from `fragments()` alone, one format for every backend.
+A training step calls, in this order: `backward` of each micro-batch's summed loss, `reduce`, `clip`, and `step` or
+`skip`. The loss is normalised here, by the number of tokens in the global batch, so gradients do not depend on the
+layout: an expert's gradient is summed over its EP group by the all-to-all's backward, and over EDP here; dense
+gradients are summed over all ranks. Checkpoints are written from `fragments()` alone, one format for every backend.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class ShardedOptimizer(Protocol):
 
     def step(self, learning_rate: float) -> None:
         """Updates the weights and clears the gradients."""
+
+    def skip(self) -> None:
+        """Clears the gradients, in place of `step`."""
 
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:
         """Everything a checkpoint must hold to go on, as far as this rank has it; `owned`: as far as it is to write it,
@@ -133,9 +136,12 @@ class PlainOptimizer:
     def step(self, learning_rate: float) -> None:
         set_rate(self._inner, learning_rate)
         self._inner.step()
+        self.skip()
+        weights_changed()
+
+    def skip(self) -> None:
         for _, grad in self._gradients():
             grad.zero_()
-        weights_changed()
 
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:
         for group, master in zip(self._groups, self._masters, strict=True):

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 
 from moray.pipelines.pretrain.archive import Archived
-from moray.pipelines.pretrain.checkpoint import Saved
+from moray.pipelines.pretrain.checkpoint import Restored, Saved
 from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.guard import Record
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
@@ -78,6 +79,32 @@ class Report:
                     "tried again",
                     "warning",
                 )
+
+    def restored(self, restored: Restored) -> None:
+        """Where training goes on, and what was wrong on the way there."""
+        for text in restored.warnings:
+            self.note(text, "warning")
+        if restored.steps:
+            whence = ", fetched from the archive" if restored.fetched else ""
+            self.note(f"going on from the checkpoint at step {restored.steps}{whence}")
+
+    def skipped(self, history: Record) -> None:
+        """The batch that was skipped last."""
+        trouble = history.skipped[-1]
+        self._metric("train_skipped_batches", len(history.skipped), trouble.step + 1)
+        further = "; tokens are routed by older weights for a while" if history.anticipated[1] > trouble.step else ""
+        self.note(f"the batch of step {trouble.step + 1} is skipped: {trouble.why}{further}", "warning")
+
+    def went_back(self, step: int, guilty: int, to: int, history: Record) -> None:
+        """Training goes back from `step` to `to` and leaves out the batch of `guilty`."""
+        self._metric("train_skipped_batches", len(history.skipped), guilty + 1)
+        self._metric("train_rollbacks", history.rollbacks, step + 1)
+        self.note(
+            f"the weights are bad at step {step + 1}: back to step {to}; the batch of step {guilty + 1} is skipped, "
+            "and tokens are routed by older weights for a while",
+            "warning",
+        )
+        self._last = (time.monotonic(), self._last[1])
 
     def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         if self._events:

@@ -9,16 +9,18 @@ import torch
 
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.ema import Ema
+from moray.pipelines.pretrain.guard import Guard
 from moray.pipelines.pretrain.optimizer import Fragment, ShardedOptimizer
 
 
 @dataclass
 class TrainingState:
-    """Model, optimizer and, where one is kept, the average of the weights."""
+    """Model, optimizer, the average of the weights where one is kept, and what losses are judged by."""
 
     model: DeepseekV3
     optimizer: ShardedOptimizer
-    ema: Ema | None = None
+    ema: Ema | None
+    guard: Guard
 
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:
         """What is spread over ranks; `owned`: as far as this rank is to write it."""
@@ -30,8 +32,9 @@ class TrainingState:
         """What is the same on all ranks, by key; live memory."""
         for name, bias_E in self.model.logical_biases():
             yield f"buffer/{name}", bias_E
+        yield "guard/losses", self.guard.losses
 
     def loaded(self, steps: int) -> None:
         """Makes everything agree after a checkpoint of `steps` steps was loaded into the live memory."""
         self.optimizer.refresh_weights()
-        self.optimizer.set_steps(steps)
+        self.optimizer.set_steps(self.guard.taken(steps))

@@ -32,7 +32,7 @@ _TRAINING = "training.json"
 
 class Pretrain(Step[PretrainConfig]):
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 2  # 2: another order of the data
+    version: ClassVar[int] = 3  # 3: batches that would harm are skipped
     Config = PretrainConfig
     inputs: ClassVar[dict[str, str]] = {"tokens": "tokens", "model": "model"}
     optional: ClassVar[frozenset[str]] = frozenset({"model"})  # to go on from, instead of random weights
@@ -148,7 +148,7 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     import ray.train.torch
 
     from moray.actors.data_worker import start_data_workers
-    from moray.pipelines.pretrain.worker import train
+    from moray.pipelines.pretrain.loop import train
 
     config = job.config
     gpu = topology.gpus >= config.workers

@@ -82,6 +82,21 @@ class ZeroOptimizer:
         self._norm = None
         weights_changed()
 
+    def skip(self) -> None:
+        """As DeepSpeed does where it finds an overflow."""
+        zero = self._zero
+        zero.micro_step_id = -1
+        zero.zero_grad()
+        zero._release_preflattened_grad_buffers()
+        if zero.cpu_offload:
+            zero._wait_for_offload_copies()
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        else:
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+        self._norm = None
+
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:  # a rank holds what it owns, and no more
         for index, (group, master) in enumerate(zip(self._groups, self._masters(), strict=True)):
             begin = dist.get_rank(self._zero.real_dp_process_group[index]) * group.partition

@@ -14,7 +14,8 @@ from moray.models.presets import preset
 from moray.pipelines.pretrain.checkpoint import Checkpoints, Restored
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.worker import Worker, build, train_step
+from moray.pipelines.pretrain.train_step import train_step
+from moray.pipelines.pretrain.worker import Worker, build
 
 ALONE = Mesh.alone()
 
@@ -23,7 +24,7 @@ def _worker(folder: Path, **config: object) -> Worker:
     model = dataclasses.replace(preset("tiny"), vocab_size=64, hidden_size=32, num_hidden_layers=2)
     settings = PretrainConfig.model_validate({"steps": 8, "batch_sequences": 4, **config})
     job = Job(settings, model, sequence_length=16, folder=str(folder), events="", step="pretrain", threads=1)
-    return build(job, ALONE, torch.device("cpu"), [])
+    return build(job, ALONE, torch.device("cpu"))
 
 
 def _batch(step: int) -> Batch:

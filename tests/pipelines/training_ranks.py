@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.token_set import Batch
+from moray.models.anticipation import choose_experts
 from moray.models.presets import preset
 from moray.pipelines.pretrain.collectives import Collective, CollectiveTrace
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.worker import Worker, build, train_step
+from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, train_step
+from moray.pipelines.pretrain.worker import Worker, build
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -76,7 +78,7 @@ def toy_worker(folder: str, **settings: Any) -> Worker:
     config = PretrainConfig.model_validate(fields | settings)
     job = Job(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
-    return build(job, Mesh.create(config.expert_parallel, device), device, [])
+    return build(job, Mesh.create(config.expert_parallel, device), device)
 
 
 def global_batch(step: int) -> Batch:
@@ -91,10 +93,14 @@ def global_batch(step: int) -> Batch:
 def steps(worker: Worker, first: int, last: int) -> Iterator[dict[str, float]]:
     """Trains steps [first, last)."""
     for step in range(first, last):
-        whole = global_batch(step)
-        begin, end = worker.slots(step)
-        mine = Batch(whole.ids[begin:end], whole.documents[begin:end], whole.mask[begin:end])
-        yield train_step(worker, mine, worker.tokens_before(step))[0]
+        yield train_step(worker, part_of(worker, step), worker.tokens_before(step))[0]
+
+
+def part_of(worker: Worker, step: int) -> Batch:
+    """This rank's part of a step's global batch."""
+    whole = global_batch(step)
+    begin, end = worker.slots(step)
+    return Batch(whole.ids[begin:end], whole.documents[begin:end], whole.mask[begin:end])
 
 
 def held(worker: Worker) -> Arrays:
@@ -141,6 +147,24 @@ def failing_step(settings: dict[str, Any]) -> tuple[str, bool]:
         after = held(worker)
         return str(error), all(np.array_equal(before[key], after[key]) for key in before)
     return "", False
+
+
+def skipping(settings: dict[str, Any]) -> bool:
+    """Whether a batch that was dropped, its tokens routed as its ranks chose, leaves no trace in the step after it."""
+    disturbed, other = (toy_worker("unused", **settings) for _ in range(2))
+    batch = part_of(disturbed, 0)
+    routes = [
+        choose_experts(disturbed.model, part.ids, part.targets, part.documents)
+        for part in micro_batches(disturbed, batch)
+    ]
+    assert measure(disturbed, batch, 0, routes) == measure(other, batch, 0)
+    drop(disturbed)
+    drop(other)
+    clean = toy_worker("unused", **settings)
+    for worker in (disturbed, clean):
+        list(steps(worker, 1, 2))
+    after, expected = held(disturbed), held(clean)
+    return all(np.array_equal(after[key], expected[key]) for key in expected)
 
 
 def refused(settings: dict[str, Any]) -> str:
@@ -223,7 +247,7 @@ def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> W
     config = PretrainConfig.model_validate(fields | settings)
     model = dataclasses.replace(MODEL, vocab_size=vocabulary)
     job = Job(config, model, LENGTH, folder, "", "pretrain", threads=1)
-    return build(job, Mesh.alone(), torch.device("cpu"), [])
+    return build(job, Mesh.alone(), torch.device("cpu"))
 
 
 def state_of(worker: Worker) -> dict[str, bytes]:

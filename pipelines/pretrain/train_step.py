@@ -1,0 +1,139 @@
+"""One training step of one rank, in two halves: `measure` leaves weights as they are, `take` changes them.
+
+Between the two, the loss and the gradient's norm are known, on all ranks the same: a batch that would harm is dropped.
+Losses are summed, not averaged, until the optimizer divides by the global number of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moray.actors.token_set import Batch
+from moray.models.anticipation import routed_as
+from moray.models.balance import update_router_biases
+from moray.pipelines.pretrain.schedule import bias_speed, learning_rate, prediction_weight
+from moray.pipelines.pretrain.worker import Worker
+
+_IGNORED = -100
+
+Routes = Sequence[Sequence[torch.Tensor]]  # of each micro-batch, of each router: the experts to go to
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the global batch: loss and multi-token prediction's, nats per token; balance per layer; the gradient's norm
+    before clipping. `flags`: how many ranks raised theirs."""
+
+    loss: float
+    prediction: float
+    balance: float
+    norm: float
+    flags: int
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """[n, T] each. A target is the next token of the same document, else it is not counted. `last` of its batch."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    documents: torch.Tensor | None
+    last: bool
+
+
+def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
+    """Both halves, for a batch that comes after `tokens` tokens: figures, and each MoE layer's load (see `take`).
+
+    Raises FloatingPointError, with the weights as they were, for a loss or gradient that is not finite.
+    """
+    measured = measure(worker, batch, tokens)
+    if not measured.is_finite:
+        raise FloatingPointError(f"the loss is {measured.loss}, the gradient's norm {measured.norm}")
+    return take(worker, batch, tokens, measured)
+
+
+def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = None, flag: bool = False) -> Measured:
+    """Loss and gradient of this rank's part of the global batch, summed over ranks; the gradient is clipped.
+
+    With `routes`, tokens go to these experts. `flag` is for whatever all ranks must hear of at the same step.
+    """
+    config, model = worker.job.config, worker.model
+    weight = prediction_weight(config.schedule, tokens, worker.total_tokens)
+    totals = torch.zeros(5, dtype=torch.float64, device=worker.device)
+    totals[4] = flag
+    for number, part in enumerate(micro_batches(worker, batch)):
+        with routed_as(model, routes[number]) if routes else contextlib.nullcontext():
+            terms = model.training_loss(part.ids, part.targets, part.documents)
+        loss = terms.main + weight * terms.prediction + config.balance_factor * terms.balance
+        worker.optimizer.backward(loss, part.last)
+        sums = (terms.main, terms.prediction, terms.balance, terms.count)
+        totals[:4] += torch.stack([value.detach().double() for value in sums])
+    if worker.mesh.world > 1:
+        dist.all_reduce(totals)
+    worker.optimizer.reduce(totals[3].to(torch.float32))
+    norm = worker.optimizer.clip(config.clip).item()
+    main, prediction, balance, count, flags = totals.tolist()
+    layers = max(1, len(worker.job.model.moe_layers))
+    positions = worker.mesh.world * batch.ids.size
+    return Measured(main / count, prediction / count, balance / (positions * layers), norm, int(flags))
+
+
+def take(worker: Worker, batch: Batch, tokens: int, measured: Measured) -> tuple[dict[str, float], torch.Tensor]:
+    """Updates weights, average and router biases; figures by metric name.
+
+    The tensor is each MoE layer's load: the pairs of its fullest expert over their mean, 1 for an even layer.
+    """
+    config = worker.job.config
+    rate = learning_rate(config.schedule, tokens, worker.total_tokens)
+    worker.optimizer.step(rate)
+    if worker.state.ema:
+        worker.state.ema.update(worker.mesh.world * batch.ids.size)
+    speed = bias_speed(config.schedule, tokens, worker.total_tokens)
+    balance = update_router_biases(worker.model, speed, _sum_over_ranks if worker.mesh.world > 1 else None)
+    figures = {"train_loss": measured.loss}
+    if worker.job.model.num_nextn_predict_layers:
+        figures["train_prediction_loss"] = measured.prediction
+    if worker.job.model.moe_layers:
+        figures["train_balance_loss"] = measured.balance
+    figures |= {
+        "train_grad_norm": measured.norm,
+        "train_learning_rate": rate,
+        "train_bias_speed": speed,
+        "train_max_violation": balance.max_vio_L.max().item() if len(balance.max_vio_L) else 0.0,
+    }
+    return figures, balance.max_vio_L + 1
+
+
+def drop(worker: Worker) -> None:
+    """Forgets what was measured: no weight, average, bias or count is changed."""
+    worker.optimizer.skip()
+    worker.model.reset_counters()
+
+
+def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
+    """The parts of this rank's batch, on its device."""
+    size = worker.job.config.micro_batch_sequences or len(batch.ids)
+    for start in range(0, len(batch.ids), size):
+        part = slice(start, start + size)
+        ids = torch.from_numpy(batch.ids[part]).to(worker.device)
+        documents = torch.from_numpy(batch.documents[part]).to(worker.device)
+        mask = torch.from_numpy(batch.mask[part]).to(worker.device)
+        targets = torch.full_like(ids, _IGNORED)
+        follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
+        targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
+        shown = documents if worker.job.config.document_mask else None
+        yield MicroBatch(ids, targets, shown, start + size >= len(batch.ids))
+
+
+def _sum_over_ranks(tensor: torch.Tensor) -> None:
+    dist.all_reduce(tensor)
