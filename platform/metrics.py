@@ -35,6 +35,8 @@ TABLE: dict[str, Metric] = {
         Metric("train_data_wait", "share", "Share of the step spent waiting for the data loader"),
         Metric("train_max_violation", "", "Largest (max - mean) / mean expert load over the MoE layers (MaxVio)"),
         Metric("train_expert_load", "", "Load of a layer's fullest expert over the mean; 1 is even", ("layer",)),
+        Metric("train_workers", "", "Ranks that train", digits=0),
+        Metric("train_start_seconds", "s", "Time from the start of a worker's process to its first step", ("phase",)),
         Metric("train_skipped_batches", "", "Batches left out so far, because they would have harmed", digits=0),
         Metric(
             "train_rollbacks", "", "Times so far that training went back because the weights had gone bad", digits=0

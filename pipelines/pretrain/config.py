@@ -114,6 +114,17 @@ class PretrainConfig(StepConfig):
         pattern="^s3://[^/]",
         description="s3://bucket/prefix that gets every checkpoint, also those not kept here",
     )
+    min_workers: int | None = operational(
+        None,
+        gt=0,
+        description="go on with as few, where machines are lost, and with `workers` again once there is room",
+    )
+    resize_seconds: float = operational(60.0, ge=0, description="how often room for more workers is looked for")
+    hang_seconds: float = operational(
+        600.0,
+        gt=0,
+        description="a rank that makes no progress for so long is ended, and training goes on from a checkpoint",
+    )
     max_failures: int = operational(3, ge=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from moray.models.config import ModelConfig
@@ -24,6 +25,15 @@ def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) 
         raise ValueError("offload: true wants zero_stage 1 or 2; at 0 masters are the weights themselves")
     if precision == "float64" and (zero_stage or moments == "fp8"):
         raise ValueError("precision: float64 wants zero_stage 0 and moments: float32; ZeRO's masters are float32")
+
+
+def usable_layout(world: int, ep: int, batches: Sequence[int]) -> tuple[int, int]:
+    """(ranks, EP) to train with where there are `world` ranks and `ep` was wished for.
+
+    As many ranks as divide all batches, the others having nothing to do; the largest EP that divides them and `ep`.
+    """
+    size = next(size for size in range(world, 0, -1) if all(batch % size == 0 for batch in batches))
+    return size, math.gcd(size, ep)
 
 
 def check_layout(world: int, ep: int, experts: int | None = None, batches: Sequence[int] = ()) -> None:

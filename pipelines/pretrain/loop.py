@@ -6,6 +6,7 @@ needs nothing but the checkpoint.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,14 +14,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from moray.actors.token_set import Batch
+from moray.actors.watch import Beat, Pulse
 from moray.kernels.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.anticipation import Anticipation
 from moray.pipelines.pretrain.checkpoint import CheckpointFailed
 from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.flight import position
+from moray.pipelines.pretrain.layout import usable_layout
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.report import Report
+from moray.pipelines.pretrain.notice import NoNotice, Notice
+from moray.pipelines.pretrain.report import Report, Start
+from moray.pipelines.pretrain.schedule import batch_plan
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.events import EventLog
@@ -53,37 +60,66 @@ class Loaders:
 
 
 def train(settings: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker: `settings` is {"job": Job, "loaders": [DataWorker handles]}."""
+    """Entry point of a Ray Train worker: `settings` is {"job": Job, "loaders": [DataWorker handles], "watch": Watch}.
+
+    Where Ray has room for fewer workers than were wished for, a smaller layout trains, and ranks too many end at once.
+    """
     import ray.train.torch
 
     job: Job = settings["job"]
+    start = Start()
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     device = ray.train.torch.get_device()
-    worker = build(job, Mesh.create(job.config.expert_parallel, device), device)
-    events = EventLog(Path(job.events), f"train-{worker.mesh.rank}") if worker.mesh.rank == 0 else None
-    run(worker, Loaders(settings["loaders"]), events)
+    there = dist.get_world_size()
+    world, ep = usable_layout(there, job.config.expert_parallel, batch_plan(job.config, job.sequence_length).sizes)
+    if world < there and not Mesh.shrink(world, device):
+        return
+    mesh = Mesh.create(ep, device)
+    start.reached("groups")
+    worker = build(job, mesh, device)
+    start.reached("model")
+    events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
+    team = mesh.from_first(lambda: secrets.token_hex(4))
+    with Pulse(settings["watch"], team, world, mesh.rank, job.config.hang_seconds, lambda: _beat(worker)):
+        run(worker, Loaders(settings["loaders"]), events, start, Notice())
     if events:
         events.close()
 
 
-def run(worker: Worker, source: Source, events: EventLog | None) -> None:
+def _beat(worker: Worker) -> Beat:
+    begun, waiting = position()
+    return Beat(worker.step, begun, waiting, worker.busy)
+
+
+def run(
+    worker: Worker,
+    source: Source,
+    events: EventLog | None,
+    start: Start | None = None,
+    notice: Notice | None = None,
+) -> None:
     """Trains to the last step, from the newest checkpoint if there is one. `events` is given on rank 0 only.
 
-    Raises CheckpointFailed if the last checkpoint, which is what training is for, cannot be written, and
-    FloatingPointError where losses stay bad whatever is left out.
+    `start` times what comes before the first step; `notice` tells that machines are to be taken away. Raises
+    CheckpointFailed if the last checkpoint, which is what training is for, cannot be written, and FloatingPointError
+    where losses stay bad whatever is left out.
     """
-    restored = worker.checkpoints.restore(worker.state)
+    start = start or Start()
+    with worker.doing("reading a checkpoint"):
+        restored = worker.checkpoints.restore(worker.state)
+    start.reached("checkpoint")
     report = Report(worker.job, worker.total_tokens, events, restored.tokens)
-    report.restored(restored)
-    loop = Loop(worker, source, report)
+    report.restored(restored, worker.mesh)
+    loop = Loop(worker, source, report, start, notice or NoNotice())
     at = restored.steps
     while at < worker.job.config.steps:
         at = loop.advance(at)
-    worker.checkpoints.wait()
-    ended = worker.checkpoints.ended()
-    report.saved(ended)
-    report.archived(worker.checkpoints.archived(last=True))
+    with worker.doing("writing a checkpoint"):
+        worker.checkpoints.wait()
+        ended = worker.checkpoints.ended()
+        report.saved(ended)
+        report.archived(worker.checkpoints.archived(last=True))
     if ended and ended[-1].error:
         raise CheckpointFailed(f"the last checkpoint was not written: {ended[-1].error}")
 
@@ -91,22 +127,44 @@ def run(worker: Worker, source: Source, events: EventLog | None) -> None:
 class Loop:
     """Steps one after another, with checkpoints on the way."""
 
-    def __init__(self, worker: Worker, source: Source, report: Report) -> None:
-        self._worker, self._source, self._report = worker, source, report
+    def __init__(self, worker: Worker, source: Source, report: Report, start: Start, notice: NoNotice) -> None:
+        self._worker, self._source, self._report, self._start, self._notice = worker, source, report, start, notice
+        self._saving = 0.0  # seconds that the last checkpoint took
+        self._leaving = False  # a machine is to be taken away, and it is time
         self._anticipation = Anticipation(worker, self._batch_of)
 
     def advance(self, first: int) -> int:
         """Trains from step `first` on; where to go on: after the last step, or earlier if training has to go back."""
         worker, checkpoints, steps = self._worker, self._worker.checkpoints, self._worker.job.config.steps
         for step, batch, waited in self._batches(first, steps):
+            worker.step = step
             if not self._attempt(step, batch, waited):
                 return self._go_back(step)
+            if step == first:
+                self._start.reached("first step")
+                self._report.started(self._start)
             done = step + 1
-            if done == steps or done % worker.job.config.checkpoint_every == 0:
-                checkpoints.save(worker.state, done, worker.tokens_before(done))
-            self._report.saved(checkpoints.ended())
+            if self._leaving:
+                self._leave(done)
+            elif done == steps or done % worker.job.config.checkpoint_every == 0:
+                self._save(done)
+            ended = checkpoints.ended()
+            self._saving = ended[-1].seconds if ended else self._saving
+            self._report.saved(ended)
             self._report.archived(checkpoints.archived())
         return steps
+
+    def _save(self, done: int) -> None:
+        with self._worker.doing("writing a checkpoint"):
+            self._worker.checkpoints.save(self._worker.state, done, self._worker.tokens_before(done))
+
+    def _leave(self, done: int) -> None:
+        """Writes a last checkpoint before a machine is taken away, and waits for that: steps after it would be lost."""
+        self._save(done)
+        with self._worker.doing("waiting for a machine to be taken away"):
+            self._worker.checkpoints.wait()
+            self._report.note(f"a machine is to be taken away: checkpoint at step {done}", "warning")
+            self._notice.wait()
 
     def _attempt(self, step: int, batch: Batch, waited: float) -> bool:
         """Trains on a batch, or skips it. False if the weights turn out to be bad."""
@@ -114,7 +172,9 @@ class Loop:
         if guard.skips(step):
             return True
         tokens = worker.tokens_before(step)
-        measured = measure(worker, batch, tokens, self._anticipation.routes(step))
+        near = self._notice.is_near(self._saving)
+        measured = measure(worker, batch, tokens, self._anticipation.routes(step), near)
+        self._leaving = measured.flags > 0
         verdict = guard.judge(step, measured.loss, measured.norm)
         if verdict == "take":
             figures, load_L = take(worker, batch, tokens, measured)
@@ -132,9 +192,10 @@ class Loop:
         guilty = guard.go_back()
         self._write_down()
         self._anticipation.forget()
-        worker.checkpoints.wait()
-        worker.checkpoints.discard_after(guilty)
-        restored = worker.checkpoints.restore(worker.state)
+        with worker.doing("going back to a checkpoint"):
+            worker.checkpoints.wait()
+            worker.checkpoints.discard_after(guilty)
+            restored = worker.checkpoints.restore(worker.state)
         self._report.went_back(step, guilty, restored.steps, guard.history)
         if not restored.steps:
             raise FloatingPointError(

@@ -5,6 +5,7 @@ Dense parameters are replicated over all ranks, an expert over the ranks of one 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moray.pipelines.pretrain.layout import check_layout
+from moray.platform.ports import free_port
 
 T = TypeVar("T")
 
@@ -43,19 +45,30 @@ class Mesh:
         mine: dict[str, dist.ProcessGroup] = {}
         for start in range(0, world, ep):
             ranks = list(range(start, start + ep))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, group_desc="experts")
             if rank in ranks:
                 mine["ep"] = group
         for offset in range(ep):
             ranks = list(range(offset, world, ep))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, group_desc="replicas of experts")
             if rank in ranks:
                 mine["edp"] = group
         for group in (dist.group.WORLD, mine["ep"], mine["edp"]):
             dist.all_reduce(torch.zeros(1, device=device), group=group)
-        io_group = dist.new_group(backend="gloo")
+        io_group = dist.new_group(backend="gloo", group_desc="checkpoints")
         dist.all_reduce(torch.zeros(1), group=io_group)
         return cls(rank, world, ep, mine["ep"], mine["edp"], io_group)
+
+    @staticmethod
+    def shrink(world: int, device: torch.device) -> bool:
+        """Makes the first `world` ranks the whole process group. False on the others, which are then in none."""
+        rank, backend = dist.get_rank(), dist.get_backend()
+        address: list[Any] = [f"tcp://{os.environ['MASTER_ADDR']}:{free_port()}" if rank == 0 else None]
+        dist.broadcast_object_list(address, 0, device=device)
+        dist.destroy_process_group()
+        if rank < world:
+            dist.init_process_group(backend, init_method=address[0], rank=rank, world_size=world)
+        return rank < world
 
     @classmethod
     def alone(cls) -> Mesh:

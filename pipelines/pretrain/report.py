@@ -5,16 +5,32 @@ from __future__ import annotations
 import time
 from typing import Literal
 
+import psutil
 import torch
 
 from moray.pipelines.pretrain.archive import Archived
 from moray.pipelines.pretrain.checkpoint import Restored, Saved
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.guard import Record
+from moray.pipelines.pretrain.mesh import Mesh
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
 LOAD_ROWS = 200  # how often in a run each layer's expert load is reported: a heat map's width, whatever the model
+
+
+class Start:
+    """Times what a process does until its first step has ended; `phases`: seconds each, in order."""
+
+    def __init__(self) -> None:
+        self._last = time.time()
+        self.phases = {"process": self._last - psutil.Process().create_time()}
+
+    def reached(self, phase: str) -> None:
+        """The phase of this name has ended."""
+        now = time.time()
+        self.phases[phase] = now - self._last
+        self._last = now
 
 
 class Report:
@@ -80,13 +96,19 @@ class Report:
                     "warning",
                 )
 
-    def restored(self, restored: Restored) -> None:
-        """Where training goes on, and what was wrong on the way there."""
+    def restored(self, restored: Restored, mesh: Mesh) -> None:
+        """Where training goes on and with how many ranks, and what was wrong on the way there."""
+        self._metric("train_workers", mesh.world, restored.steps)
         for text in restored.warnings:
             self.note(text, "warning")
         if restored.steps:
             whence = ", fetched from the archive" if restored.fetched else ""
-            self.note(f"going on from the checkpoint at step {restored.steps}{whence}")
+            self.note(f"going on from the checkpoint at step {restored.steps}{whence}, with {mesh.world} workers")
+
+    def started(self, start: Start) -> None:
+        """What it took from the start of this process to the end of its first step."""
+        for phase, seconds in start.phases.items():
+            self._metric("train_start_seconds", seconds, phase=phase)
 
     def skipped(self, history: Record) -> None:
         """The batch that was skipped last."""
@@ -118,6 +140,6 @@ class Report:
                 self._metric("train_expert_load", load, step, layer=str(layer))
             self._load_row = row
 
-    def _metric(self, name: str, value: float, step: int, **labels: str) -> None:
+    def _metric(self, name: str, value: float, step: int = 0, **labels: str) -> None:
         if self._events:
             self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step, labels=labels))

@@ -54,6 +54,8 @@ class Pretrain(Step[PretrainConfig]):
             check_backend(config.zero_stage, config.offload, config.precision, config.moments)
             sizes = batch_plan(config, sequence_length=1).sizes
             check_layout(config.workers, config.expert_parallel, experts, sizes)
+            if config.min_workers and config.min_workers > config.workers:
+                raise ValueError(f"min_workers ({config.min_workers}) must not exceed workers ({config.workers})")
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
@@ -148,20 +150,28 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     import ray.train.torch
 
     from moray.actors.data_worker import start_data_workers
+    from moray.actors.watch import start_watch
     from moray.pipelines.pretrain.loop import train
 
     config = job.config
     gpu = topology.gpus >= config.workers
     plan = batch_plan(config, job.sequence_length)
-    loaders = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, plan)
+    helpers = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, plan)
+    settings = {"job": job, "loaders": list(helpers)}
+    settings["watch"] = start_watch(config.hang_seconds, job.events, job.step)
+    helpers.append(settings["watch"])
     # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
     cpus = 1.0 if topology.cpus >= config.workers else round(topology.cpus / config.workers, 3)
+    scaling: Any = ray.train.ScalingConfig
     trainer: Any = ray.train.torch.TorchTrainer(
         train,
-        train_loop_config={"job": job, "loaders": loaders},
+        train_loop_config=settings,
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})}
+        scaling_config=scaling(
+            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+            elastic_resize_monitor_interval_s=config.resize_seconds,
         ),
         run_config=ray.train.RunConfig(
             name=job.step,
@@ -176,8 +186,8 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     except ray.train.TrainingFailedError as error:
         raise StepFailed(f"training failed: {_reason(error)}") from error
     finally:
-        for loader in loaders:
-            ray.kill(loader)
+        for helper in helpers:
+            ray.kill(helper)
 
 
 def loss_curve(run: Path, step: str) -> list[tuple[int, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +35,17 @@ class Worker:
     device: torch.device
     state: TrainingState
     checkpoints: Checkpoints
+    step: int = 0  # the one at work
+    busy: str = ""  # with something long that is no step
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says, while in the block, that this rank is busy and does not hang."""
+        self.busy = what
+        try:
+            yield
+        finally:
+            self.busy = ""
 
     @property
     def model(self) -> DeepseekV3:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from moray.pipelines.pretrain.checkpoint import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder, loss_curve
 from moray.platform.artifacts import ArtifactStore
 from moray.platform.evaluation import EvalReport
-from moray.platform.events import MetricEvent, ProgressEvent, RunEvent, StepEvent, read_events
+from moray.platform.events import MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent, read_events
 from moray.platform.manifest import hash_file
 from tests.conftest import Flow
 from tests.small_run import STEPS, run_small
@@ -189,8 +190,8 @@ def weights_of(artifact: Path) -> str:
     return hashlib.sha256((artifact / "model.safetensors").read_bytes()).hexdigest()
 
 
-def kill_a_training_worker(flow_home: Path, killed: list[int]) -> None:
-    """Waits for a checkpoint to appear, then kills -9 one of the training workers."""
+def strike_a_training_worker(flow_home: Path, number: signal.Signals, struck: list[int]) -> None:
+    """Waits for a checkpoint to appear, then sends a signal to one of the training workers."""
     import psutil
 
     deadline = time.monotonic() + 120
@@ -198,14 +199,17 @@ def kill_a_training_worker(flow_home: Path, killed: list[int]) -> None:
         if any(flow_home.glob("artifacts/pretrain/*/checkpoints/step-00000004")):
             for process in psutil.process_iter(["pid", "cmdline"]):
                 if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
-                    os.kill(process.info["pid"], signal.SIGKILL)
-                    killed.append(process.info["pid"])
+                    os.kill(process.info["pid"], number)
+                    struck.append(process.info["pid"])
                     return
         time.sleep(0.02)
 
 
-def test_a_killed_worker_costs_no_bit_of_the_result(flow: Flow, tmp_path: Path) -> None:
-    """SIGKILL of a training worker after the first checkpoint: the weights are those of the undisturbed run."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_killed_or_stopped_costs_no_bit_of_the_result(
+    flow: Flow, tmp_path: Path, number: signal.Signals
+) -> None:
+    """After the first checkpoint: the weights are those of the undisturbed run. Who hangs, is named and ended."""
     from moray.platform.home import Home
 
     home = Home(tmp_path / "home")
@@ -214,13 +218,19 @@ def test_a_killed_worker_costs_no_bit_of_the_result(flow: Flow, tmp_path: Path) 
         (home.artifacts / step).mkdir(parents=True)
         for found in (flow.home.artifacts / step).iterdir():
             os.symlink(found, home.artifacts / step / found.name)
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_training_worker, args=(home.root, killed))
-    killer.start()
-    result, _ = run_small(home, flow.folder, flow.cluster, (), until="export")
-    killer.join()
-    assert killed, "no worker was killed"
-    assert any("going on from the checkpoint" in getattr(e, "text", "") for e in read_events(result.folder))
+    struck: list[int] = []
+    striker = threading.Thread(target=strike_a_training_worker, args=(home.root, number, struck))
+    striker.start()
+    result, _ = run_small(home, flow.folder, flow.cluster, ("pretrain.hang_seconds=4",), until="export")
+    striker.join()
+    assert struck, "no worker was struck"
+    said = [e.text for e in read_events(result.folder) if isinstance(e, NoteEvent)]
+    assert any("going on from the checkpoint" in text for text in said)
+    if number == signal.SIGSTOP:
+        named = re.compile(
+            r"rank [01] is silent for [4-9] s; rank [01] waiting in gloo:\w+ number \d+ of group .*, at step"
+        )
+        assert [text for text in said if named.match(text)], said
     assert weights_of(result.steps["export"].artifact.folder) == weights_of(flow.artifact("export").folder)
 
 

@@ -1,0 +1,211 @@
+"""Who hangs: a judgement over what ranks say of themselves, and a Ray actor that acts on it.
+
+Every rank has a thread that tells, about ten times in `limit` seconds, how far its process is: steps taken, collectives
+begun, and the one it waits in. A stopped process, or one on a host that is gone, tells nothing; one that is stuck
+elsewhere is not in the collective that the others wait in. The actor ends the culprit with SIGKILL, because whoever
+started the ranks notices a dead process and not a stopped one, and writes down why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moray.platform.events import EventLog, NoteEvent
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The collective that a rank waits in: its operation, its group, and its number in the group."""
+
+    operation: str
+    group: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says: its next step, how many collectives it has begun, the one it waits in; `busy`: with something
+    that may take long without a collective, such as a checkpoint."""
+
+    step: int
+    begun: int
+    waiting: Waiting | None = None
+    busy: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Ranks that hold up the others, and the words for it."""
+
+    ranks: tuple[int, ...]
+    text: str
+
+
+class Judge:
+    """Pure: beats and times in, a verdict out. `limit`: seconds without progress that are one too many."""
+
+    def __init__(self, world: int, limit: float) -> None:
+        self._world, self._limit = world, limit
+        self._beats: dict[int, tuple[float, Beat]] = {}
+        self._progress = 0.0
+
+    def hear(self, now: float, rank: int, beat: Beat) -> None:
+        before = self._beats.get(rank)
+        if before is None or before[1] != beat:
+            self._progress = now
+        self._beats[rank] = (now, beat)
+
+    def verdict(self, now: float) -> Verdict | None:
+        """Who hangs, if anybody does; nobody before every rank has spoken."""
+        if len(self._beats) < self._world:
+            return None
+        beats = {rank: beat for rank, (_, beat) in self._beats.items()}
+        silent = [rank for rank, (heard, _) in self._beats.items() if now - heard > self._limit]
+        if silent:
+            quiet = max(now - self._beats[rank][0] for rank in silent)
+            return Verdict(tuple(silent), f"{_names(silent)} silent for {quiet:.0f} s; {_others(beats, silent)}")
+        if now - self._progress <= self._limit or any(beat.busy for beat in beats.values()):
+            return None
+        elsewhere = [rank for rank, beat in beats.items() if beat.waiting is None]
+        if not elsewhere or len(elsewhere) == len(beats):  # all wait, or none does: the one with the fewest collectives
+            elsewhere = [min(beats, key=lambda rank: beats[rank].begun)]
+        stood = now - self._progress
+        return Verdict(tuple(elsewhere), f"{_names(elsewhere)} stuck for {stood:.0f} s; {_others(beats, elsewhere)}")
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, sorted(ranks)))} are"
+
+
+def _others(beats: Mapping[int, Beat], but: list[int]) -> str:
+    """What the other ranks wait in, and at which step."""
+    waiting: dict[Waiting, list[int]] = {}
+    for rank, beat in beats.items():
+        if rank not in but and beat.waiting:
+            waiting.setdefault(beat.waiting, []).append(rank)
+    step = max(beat.step for beat in beats.values()) + 1
+    if not waiting:
+        return f"no other rank waits in a collective, at step {step}"
+    what, ranks = max(waiting.items(), key=lambda item: len(item[1]))
+    who = "rank" if len(ranks) == 1 else "ranks"
+    return (
+        f"{who} {', '.join(map(str, sorted(ranks)))} waiting in {what.operation} number {what.number} of group "
+        f"{what.group}, at step {step}"
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's process is."""
+
+    node: str
+    pid: int
+    started: float  # seconds since the epoch: another process may get the number
+
+
+class Watch:
+    """The actor: judges every half second, and ends who hangs. Wrapped by `start_watch`."""
+
+    def __init__(self, limit: float, events: str, step: str) -> None:
+        self._limit, self._events, self._step = limit, events, step
+        self._team = ""
+        self._judge: Judge | None = None
+        self._places: dict[int, Place] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def join(self, team: str, world: int, rank: int, place: Place) -> None:
+        """A rank of a team, one start of all ranks; a new team takes the place of the one before."""
+        with self._lock:
+            if team != self._team:
+                self._team, self._judge, self._places = team, Judge(world, self._limit), {}
+            self._places[rank] = place
+
+    def beat(self, team: str, rank: int, beat: Beat) -> None:
+        with self._lock:
+            if team == self._team and self._judge is not None:
+                self._judge.hear(time.monotonic(), rank, beat)
+
+    def leave(self, team: str) -> None:
+        """The team has done its work: nobody of it hangs."""
+        with self._lock:
+            if team == self._team:
+                self._judge = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.5)
+            with self._lock:
+                verdict = self._judge.verdict(time.monotonic()) if self._judge else None
+                if verdict is None:
+                    continue
+                self._judge = None  # said once; the next team is judged anew
+                places = [self._places[rank] for rank in verdict.ranks]
+            log = EventLog(Path(self._events), "watch")
+            log.append(NoteEvent(step=self._step, level="warning", text=f"{verdict.text}; it is ended"))
+            log.close()
+            for place in places:
+                _end(place)
+
+
+def _end(place: Place) -> None:
+    """SIGKILL on the process's own machine. No answer from there: then Ray finds out by itself that it is gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    remote: Any = ray.remote
+    remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_kill).remote(place)
+
+
+def _kill(place: Place) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(place.pid)
+        if process.create_time() == place.started:
+            process.kill()
+
+
+def start_watch(limit: float, events: str, step: str) -> Any:
+    """The Watch as a Ray actor that takes no CPU of the cluster's count."""
+    import ray
+
+    remote: Any = ray.remote
+    return remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Watch).remote(limit, events, step)
+
+
+class Pulse:
+    """A rank's side: tells the watch how far `look` says this process is. A context: it ends with the block."""
+
+    def __init__(self, watch: Any, team: str, world: int, rank: int, limit: float, look: Callable[[], Beat]) -> None:
+        import ray
+
+        self._tell: Callable[[Beat], Any] = lambda beat: watch.beat.remote(team, rank, beat)
+        self._done: Callable[[], Any] = lambda: watch.leave.remote(team)
+        self._look, self._pause = look, max(0.1, limit / 10)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+        ray.get(watch.join.remote(team, world, rank, place))
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """A rank that is done or has failed: whoever started the ranks hears of it in another way."""
+        self._over.set()
+        self._thread.join()
+        self._done()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._pause):
+            self._tell(self._look())

@@ -1,0 +1,79 @@
+"""Who hangs: the judgement, as a pure function of what ranks said and when."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moray.actors.watch import Beat, Judge, Waiting
+
+LIMIT = 10.0
+EXCHANGE = Waiting("gloo:all_to_all", "experts", 7)
+
+
+def judge_of(beats: dict[int, Beat], world: int | None = None) -> Judge:
+    """All ranks having spoken at time 0."""
+    judge = Judge(world or len(beats), LIMIT)
+    for rank, beat in beats.items():
+        judge.hear(0.0, rank, beat)
+    return judge
+
+
+def repeat(judge: Judge, beats: dict[int, Beat], until: float) -> None:
+    for second in range(1, int(until) + 1):
+        for rank, beat in beats.items():
+            judge.hear(float(second), rank, beat)
+
+
+def test_a_stopped_process_is_named_with_what_the_others_wait_in() -> None:
+    beats = {0: Beat(4, 40, EXCHANGE), 1: Beat(4, 39), 2: Beat(4, 40, EXCHANGE)}
+    judge = judge_of(beats)
+    repeat(judge, {0: beats[0], 2: beats[2]}, 11)
+    verdict = judge.verdict(11.0)
+    assert verdict is not None
+    assert verdict.ranks == (1,)
+    assert verdict.text == (
+        "rank 1 is silent for 11 s; ranks 0, 2 waiting in gloo:all_to_all number 7 of group experts, at step 5"
+    )
+
+
+def test_a_rank_that_is_stuck_elsewhere_is_named() -> None:
+    beats = {0: Beat(4, 40, EXCHANGE), 1: Beat(4, 40, EXCHANGE), 2: Beat(4, 39)}
+    judge = judge_of(beats)
+    repeat(judge, beats, 11)
+    verdict = judge.verdict(11.0)
+    assert verdict is not None
+    assert verdict.ranks == (2,)
+    assert "rank 2 is stuck for 11 s; ranks 0, 1 waiting in" in verdict.text
+
+
+def test_of_ranks_that_all_wait_the_one_behind_is_named() -> None:
+    behind = Beat(4, 38, Waiting("gloo:all_reduce", "replicas of experts", 3))
+    beats = {0: Beat(4, 40, EXCHANGE), 1: behind, 2: Beat(4, 40, EXCHANGE)}
+    judge = judge_of(beats)
+    repeat(judge, beats, 11)
+    verdict = judge.verdict(11.0)
+    assert verdict is not None
+    assert verdict.ranks == (1,)
+
+
+def test_nobody_hangs_before_all_have_spoken_or_while_one_is_busy() -> None:
+    assert judge_of({0: Beat(0, 1)}, world=2).verdict(1000.0) is None
+    beats = {0: Beat(4, 40, EXCHANGE), 1: Beat(4, 39, busy="writing a checkpoint")}
+    judge = judge_of(beats)
+    repeat(judge, beats, 100)
+    assert judge.verdict(100.0) is None
+    repeat(judge, {0: beats[0]}, 120)
+    assert judge.verdict(120.0) is not None, "busy or not, a silent rank hangs"
+
+
+@given(st.lists(st.integers(0, 3), min_size=20, max_size=60))
+def test_who_makes_progress_and_speaks_never_hangs(order: list[int]) -> None:
+    """Whatever the order in which ranks are heard, as long as each is within the limit."""
+    judge = judge_of({rank: Beat(0, 0) for rank in range(4)})
+    for second, rank in enumerate(order, start=1):
+        judge.hear(second * 1.0, rank, Beat(second // 10, second, EXCHANGE if second % 2 else None))
+        for other in range(4):
+            if other != rank:
+                judge.hear(second * 1.0, other, Beat(second // 10, second - 1, EXCHANGE))
+        assert judge.verdict(second + LIMIT / 2) is None

@@ -1,0 +1,197 @@
+"""Training on several hosts, which fail: it goes on from the last checkpoint without a hand, to the same losses.
+
+Each drill prints what it measured from death to the next optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moray.pipelines.pretrain import checkpoint_files
+from moray.platform.events import Event, MetricEvent, NoteEvent, read_events
+from tests.faults.hosts import NETWORK, Hosts, hosts_of, reason_against
+
+pytestmark = [
+    pytest.mark.evidence,
+    pytest.mark.skipif(bool(reason_against()), reason=reason_against() or "there is none"),
+]
+
+STEPS, SECONDS = 300, 180.0
+SETTINGS: dict[str, Any] = {
+    "steps": STEPS, "batch_sequences": 8, "workers": 2, "expert_parallel": 2, "checkpoint_every": 20,
+    "keep_checkpoints": 100, "schedule": {"peak": 3e-3},
+}  # fmt: skip
+
+
+class Drill:
+    """One training run on hosts."""
+
+    def __init__(self, hosts: Hosts, folder: Path, **settings: Any) -> None:
+        self.hosts, self.folder = hosts, folder
+        command = [sys.executable, "-m", "tests.faults.drill", str(folder), json.dumps({**SETTINGS, **settings})]
+        self._driver = hosts.run(0, command)
+
+    def events(self) -> list[Event]:
+        return list(read_events(self.folder)) if (self.folder / "events").exists() else []
+
+    def losses(self) -> dict[int, float]:
+        """By step, the last time that each was done."""
+        return {e.at: e.value for e in self.events() if isinstance(e, MetricEvent) and e.name == "train_loss"}
+
+    def notes(self) -> list[str]:
+        return [event.text for event in self.events() if isinstance(event, NoteEvent)]
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert self._driver.poll() is None, f"the driver ended before {what}: see {self.hosts.folder.parent}"
+            assert time.monotonic() < deadline, f"not in {SECONDS:.0f} s: {what}"
+            time.sleep(0.05)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: max(self.losses(), default=0) >= step, f"step {step}")
+
+    def finish(self) -> dict[int, float]:
+        """Waits for the end; the losses."""
+        assert self._driver.wait(SECONDS) == 0, f"the driver failed: see {self.hosts.folder.parent}"
+        assert checkpoint_files.whole(self.folder / "run" / "checkpoints")[-1] == STEPS
+        losses = self.losses()
+        assert sorted(losses) == list(range(1, STEPS + 1))
+        return losses
+
+    def recovery(self, died: float) -> dict[str, float]:
+        """Seconds from a death to the end of the first step after it, broken down."""
+        first = next(
+            e for e in self.events() if isinstance(e, MetricEvent) and e.name == "train_loss" and e.time > died
+        )
+        start = {
+            e.labels["phase"]: e.value
+            for e in self.events()
+            if isinstance(e, MetricEvent) and e.name == "train_start_seconds" and died < e.time < first.time + 5
+        }
+        whole = first.time - died
+        return {"noticed and placed": whole - sum(start.values()), **start, "in all": whole}
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a short path: Ray's sockets are in it."""
+    folder = Path(tempfile.mkdtemp(prefix="mry"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a run that nothing happens to."""
+    short = Path(tempfile.mkdtemp(prefix="mry"))
+    with hosts_of(short / "ray", 2) as hosts:
+        losses = Drill(hosts, tmp_path_factory.mktemp("undisturbed")).finish()
+    shutil.rmtree(short, ignore_errors=True)
+    return losses
+
+
+def occupied(hosts: Hosts) -> list[int]:
+    """The hosts that training workers are on."""
+    return [host for host in hosts.processes if host and hosts.workers(host)]
+
+
+def kill_worker(hosts: Hosts, host: int) -> None:
+    os.kill(hosts.workers(host)[0], signal.SIGKILL)
+
+
+def kill_raylet(hosts: Hosts, host: int) -> None:
+    os.kill(hosts.raylet(host), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("strike", [kill_worker, kill_raylet, Hosts.cut_power], ids=["worker", "raylet", "host"])
+def test_what_dies_is_replaced_and_losses_are_the_same(
+    short: Path,
+    tmp_path: Path,
+    undisturbed: dict[int, float],
+    strike: Callable[[Hosts, int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with hosts_of(short / "ray", 3) as hosts:
+        drill = Drill(hosts, tmp_path)
+        drill.until_step(70)
+        died = time.time()
+        strike(hosts, occupied(hosts)[-1])
+        losses = drill.finish()
+        assert any("going on from the checkpoint at step" in text for text in drill.notes())
+    assert losses == undisturbed
+    recovery = drill.recovery(died)
+    with capsys.disabled():
+        print("\nseconds to the next step:", {phase: round(seconds, 2) for phase, seconds in recovery.items()})
+
+
+def test_four_workers_then_two_then_four(short: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with hosts_of(short / "ray", 4) as hosts:
+        drill = Drill(hosts, tmp_path, workers=4, min_workers=2, expert_parallel=4, resize_seconds=2.0)
+        drill.until_step(50)
+        for host in (3, 4):
+            hosts.cut_power(host)
+        drill.until(lambda: 2 in worlds(drill), "training with two workers")
+        at = max(drill.losses())
+        drill.until_step(at + 30)
+        for host in (3, 4):
+            hosts.start(host)
+        drill.until(lambda: worlds(drill)[-1] == 4, "training with four workers again")
+        losses = drill.finish()
+    assert [losses[step] for step in (1, STEPS // 2, STEPS)] == pytest.approx(
+        [undisturbed[step] for step in (1, STEPS // 2, STEPS)], rel=2e-3
+    )
+
+
+def worlds(drill: Drill) -> list[int]:
+    return [int(e.value) for e in drill.events() if isinstance(e, MetricEvent) and e.name == "train_workers"]
+
+
+def test_before_a_machine_is_taken_away_a_checkpoint_is_written(
+    short: Path, tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    with hosts_of(short / "ray", 3) as hosts:
+        drill = Drill(hosts, tmp_path, checkpoint_every=1000)
+        drill.until_step(70)
+        host = occupied(hosts)[-1]
+        drain(hosts, host, seconds=15)
+        drill.until(lambda: any("is to be taken away" in text for text in drill.notes()), "a last checkpoint")
+        saved = checkpoint_files.whole(tmp_path / "run" / "checkpoints")
+        assert len(saved) == 1
+        last = max(drill.losses())
+        assert saved == [last], "no step is lost"
+        drill.until(lambda: max(drill.losses()) > last, "steps on other machines")
+        losses = drill.finish()
+        assert any(f"going on from the checkpoint at step {last}" in text for text in drill.notes())
+    assert losses == undisturbed
+
+
+def drain(hosts: Hosts, host: int, seconds: float) -> None:
+    """Tells Ray that a host is to be taken away in so many seconds, as a cloud's notice does."""
+    code = f"""
+import time, ray
+from ray._private.worker import global_worker
+ray.init(log_to_driver=False)
+node = next(n for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == "{NETWORK}.{host + 1}")
+deadline = int((time.time() + {seconds}) * 1000)
+from ray.core.generated import autoscaler_pb2
+gcs = ray._raylet.GcsClient(address="{hosts.address}")
+accepted, why = gcs.drain_node(
+    node["NodeID"], autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot notice", deadline
+)
+assert accepted, why
+"""
+    done: subprocess.Popen[bytes] = hosts.run(0, [sys.executable, "-c", code])
+    assert done.wait(60) == 0
