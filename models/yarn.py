@@ -48,9 +48,8 @@ class Yarn:
             if rope.get(name, only) != only:
                 raise ValueError(f"rope_scaling.{name} = {rope[name]!r} is not supported; leave it out")
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = set(rope) - {*names, "type", "rope_type", "rope_theta", "attention_factor", "truncate"}
-        if unknown:
-            raise ValueError(f"rope_scaling has unknown fields {sorted(unknown)}; it may have {', '.join(names)}")
+        if unknown := unknown_fields(rope):
+            raise ValueError(f"rope_scaling has unknown fields {unknown}; it may have {', '.join(names)}")
         if "factor" not in rope:
             raise ValueError("rope_scaling lacks factor")
         return cls(**{name: rope[name] for name in names if rope.get(name) is not None})
@@ -82,3 +81,9 @@ class Yarn:
 
     def _magnitude(self, scale: float) -> float:
         return 0.1 * scale * math.log(self.factor) + 1.0
+
+
+def unknown_fields(rope: Mapping[str, Any]) -> list[str]:
+    """The names in `rope_scaling` or `rope_parameters` that mean nothing."""
+    names = {field.name for field in dataclasses.fields(Yarn)}
+    return sorted(set(rope) - names - {"type", "rope_type", "rope_theta", "attention_factor", "truncate"})

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from moray.actors.token_set import Shard, Vocabulary, write_index, write_shard
 from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.fim import Marks, encode_middles_last, fim_marks
 from moray.pipelines.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.tokenizer import load_tokenizer, special_ids
@@ -22,6 +23,7 @@ from moray.platform.step import Step, StepConfig, StepContext
 
 class TokenizeConfig(StepConfig):
     sequence_length: int = Field(256, ge=8, description="tokens in a packed sequence")
+    fim_rate: float = Field(0.0, ge=0, le=1, description="share of the training documents whose middle comes last")
 
 
 class Tokenize(Step[TokenizeConfig]):
@@ -39,6 +41,7 @@ class Tokenize(Step[TokenizeConfig]):
             size=load_tokenizer(folder).get_vocab_size(),
             **special_ids(folder),
         )
+        marks = fim_marks(load_tokenizer(folder)) if ctx.config.fim_rate else None
         shards = _shards(ctx.inputs["documents"].folder)
         apply = partial(
             _tokenize_shard,
@@ -46,6 +49,8 @@ class Tokenize(Step[TokenizeConfig]):
             tokenizer=str(folder),
             length=ctx.config.sequence_length,
             vocabulary=vocabulary,
+            marks=marks,
+            fim_rate=ctx.config.fim_rate,
         )
         rows = map_shards(ctx, "tokenizing", shards, apply, "bytes", lambda row: row["size"])
         totals = self._write_indexes(ctx, rows, vocabulary)
@@ -85,7 +90,9 @@ def _shards(folder: Path) -> list[Row]:
     ]
 
 
-def _tokenize_shard(shard: Row, folder: str, tokenizer: str, length: int, vocabulary: Vocabulary) -> Row:
+def _tokenize_shard(
+    shard: Row, folder: str, tokenizer: str, length: int, vocabulary: Vocabulary, marks: Marks | None, fim_rate: float
+) -> Row:
     """Tokenizes one Documents shard, which is of one source. Runs in a Ray worker."""
     table = read_shard(Path(shard["path"]), ["id", "text", "source"])
     sources = set(table["source"].to_pylist())
@@ -98,12 +105,12 @@ def _tokenize_shard(shard: Row, folder: str, tokenizer: str, length: int, vocabu
     source = sources.pop()
     model = load_tokenizer(Path(tokenizer))
     model.encode_special_tokens = True
-    texts = table["text"].to_pylist()
-    encoded = model.encode_batch(texts, add_special_tokens=False)
-    documents = [
-        (name, encoding.ids, len(text.encode()))
-        for name, encoding, text in zip(table["id"].to_pylist(), encoded, texts, strict=True)
-    ]
+    names, texts = table["id"].to_pylist(), table["text"].to_pylist()
+    if marks is None or shard["part"] != "train":
+        encoded = [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
+    else:
+        encoded = encode_middles_last(model, marks, names, texts, fim_rate)
+    documents = [(name, ids, len(text.encode())) for name, ids, text in zip(names, encoded, texts, strict=True)]
     made = write_shard(Path(folder) / shard["part"] / source, shard["number"], documents, length, vocabulary)
     counts = {"sequences": made.sequences, "tokens": made.tokens, "documents": made.documents}
     return {**row, "source": source, **counts, "bytes": made.bytes, "sha256": made.sha256}

@@ -20,10 +20,12 @@ from moray.platform.errors import InputError
 from moray.platform.step import Step, StepConfig, StepContext
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
 
 class TokenizerConfig(StepConfig):
-    vocab_size: int = Field(4096, ge=300, description="tokens, the three special ones included")
+    vocab_size: int = Field(4096, ge=300, description="tokens, special ones included")
+    fim: bool = Field(False, description="also tokens that mark a document whose middle comes last (tokenize.fim_rate)")
     sample_bytes: int = Field(50_000_000, gt=0, description="train on about this much text")
     pattern: str = Field(
         # Words with a leading space, runs of digits of at most three, punctuation, and runs of spaces: the split of
@@ -93,7 +95,7 @@ def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=[BOS, EOS, PAD, *(FIM if config.fim else ())],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -26,19 +26,37 @@ def model_config(section: Any, vocab_size: int) -> ModelConfig:
     return overridden(dataclasses.replace(PRESETS[section.preset], vocab_size=vocab_size), section)
 
 
+def check_context(section: Any) -> None:
+    """Raises ValueError for a context that cannot be, whatever the model to go on from is.
+
+    The rest of the section can only be checked once that is there.
+    """
+    fields = ("rope_scaling", "rope_theta", "max_position_embeddings")
+    given = {name: value for name in fields if (value := getattr(section, name)) is not None}
+    dataclasses.replace(PRESETS["tiny"], **given)
+
+
 def overridden(config: ModelConfig, section: Any) -> ModelConfig:
     """`config` with the section's overrides. ValueError for an impossible shape."""
     given = {name: value for name in _OVERRIDES if (value := getattr(section, name)) is not None}
     return dataclasses.replace(config, **given)
 
 
+class Plateau(StepConfig):
+    """A constant learning rate for so many tokens."""
+
+    tokens: int = Field(gt=0)
+    rate: float = Field(ge=0)
+
+
 class Schedule(StepConfig):
-    """What changes over tokens (arXiv 2412.19437, 4.2). Learning rate: linear warm-up, constant, cosine to the end."""
+    """What changes over tokens (arXiv 2412.19437, 4.2). Learning rate: linear warm-up, constant, cosine, plateaus."""
 
     peak: float = Field(3e-3, gt=0, description="learning rate after warm-up")
-    final: float = Field(3e-4, ge=0, description="learning rate at the end")
+    final: float = Field(3e-4, ge=0, description="learning rate at the end of the cosine")
     warmup_tokens: int = Field(0, ge=0)
-    decay_tokens: int | None = Field(None, ge=0, description="the last so many tokens decay (default: half)")
+    decay_tokens: int | None = Field(None, ge=0, description="tokens of the cosine (default: half of the rest)")
+    plateaus: tuple[Plateau, ...] = Field((), description="constant rates after the cosine, up to the last token")
     bias_speed: float = Field(1e-3, ge=0, description="router bias update speed")
     bias_frozen_tokens: int = Field(0, ge=0, description="the last so many tokens leave the router biases as they are")
     prediction_weight: float = Field(0.3, ge=0, description="weight of the multi-token prediction loss")

@@ -35,8 +35,13 @@ def learning_rate(schedule: Schedule, tokens: int, total: int) -> float:
     """The rate for the step that begins after `tokens` of `total` tokens."""
     if tokens < schedule.warmup_tokens:
         return schedule.peak * (tokens + 1) / (schedule.warmup_tokens + 1)
-    decay = _decay_tokens(schedule, total)
-    into = tokens - (total - decay)
+    end = _decay_end(schedule, total)
+    for plateau in schedule.plateaus:
+        if end <= tokens < end + plateau.tokens:
+            return plateau.rate
+        end += plateau.tokens
+    begin, decay = _decay_begin(schedule, total), _decay_tokens(schedule, total)
+    into = tokens - begin
     if into <= 0:
         return schedule.peak
     return schedule.final + 0.5 * (schedule.peak - schedule.final) * (1 + math.cos(math.pi * into / decay))
@@ -44,12 +49,30 @@ def learning_rate(schedule: Schedule, tokens: int, total: int) -> float:
 
 def prediction_weight(schedule: Schedule, tokens: int, total: int) -> float:
     """Weight of the multi-token prediction loss: lower once the learning rate decays."""
-    decays = tokens >= total - _decay_tokens(schedule, total)
+    decays = tokens >= _decay_begin(schedule, total)
     return schedule.prediction_weight_final if decays else schedule.prediction_weight
 
 
+def check_schedule(schedule: Schedule, total: int) -> None:
+    """Raises ValueError if the phases take more tokens than there are."""
+    parts = {"warmup_tokens": schedule.warmup_tokens, "decay_tokens": _decay_tokens(schedule, total)}
+    parts["plateaus"] = sum(plateau.tokens for plateau in schedule.plateaus)
+    if sum(parts.values()) > total:
+        shown = ", ".join(f"{name} {tokens:,}" for name, tokens in parts.items())
+        raise ValueError(f"the schedule's phases take more than the run's {total:,} tokens: {shown}")
+
+
+def _decay_end(schedule: Schedule, total: int) -> int:
+    return max(0, total - sum(plateau.tokens for plateau in schedule.plateaus))
+
+
 def _decay_tokens(schedule: Schedule, total: int) -> int:
-    return total // 2 if schedule.decay_tokens is None else min(schedule.decay_tokens, total)
+    end = _decay_end(schedule, total)
+    return end // 2 if schedule.decay_tokens is None else min(schedule.decay_tokens, end)
+
+
+def _decay_begin(schedule: Schedule, total: int) -> int:
+    return _decay_end(schedule, total) - _decay_tokens(schedule, total)
 
 
 def bias_speed(schedule: Schedule, tokens: int, total: int) -> float:

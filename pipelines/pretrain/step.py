@@ -19,11 +19,12 @@ from moray.actors.token_set import open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
-from moray.pipelines.pretrain.config import Job, PretrainConfig, model_config, overridden
+from moray.models.yarn import Yarn, unknown_fields
+from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_layout
-from moray.pipelines.pretrain.schedule import batch_plan
+from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
 from moray.platform.atomic import write_json
-from moray.platform.errors import InputError, RecipeError, StepFailed
+from moray.platform.errors import InputError, RecipeError, StepFailed, nearest
 from moray.platform.events import MetricEvent, read_events
 from moray.platform.step import Estimate, Step, StepContext, Topology
 
@@ -43,9 +44,15 @@ class Pretrain(Step[PretrainConfig]):
     def check(self, config: PretrainConfig, inputs: Mapping[str, str]) -> None:
         if "model" in inputs and "preset" in config.model.model_fields_set:
             raise RecipeError("model.preset is given, and a model to go on from", "leave one of them out")
+        rope = getattr(config.model, "rope_scaling")  # noqa: B009 - a field that `create_model` made
+        for name in unknown_fields(rope) if isinstance(rope, Mapping) else ():
+            fields = [field.name for field in dataclasses.fields(Yarn)]
+            raise RecipeError(f"model.rope_scaling: unknown field {name!r}", nearest(name, fields))
         try:
             experts = None
-            if "model" not in inputs:
+            if "model" in inputs:
+                check_context(config.model)
+            else:
                 # The real vocabulary is the tokenizer's.
                 model = model_config(config.model, vocab_size=1 << 16)
                 experts = model.n_routed_experts
@@ -78,9 +85,10 @@ class Pretrain(Step[PretrainConfig]):
             )
         try:
             plan = batch_plan(ctx.config, first.sequence_length)
+            check_schedule(ctx.config.schedule, plan.before(ctx.config.steps) * first.sequence_length)
             Mixture({name: token_set.sequences for name, token_set in sets.items()}, ctx.config.mixture, 0, plan)
         except ValueError as error:
-            raise InputError(f"pretrain: {error}", "correct `mixture` in the recipe") from error
+            raise InputError(f"pretrain: {error}", "correct `schedule` or `mixture` in the recipe") from error
         topology = ctx.cluster.ensure()
         job = Job(
             config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),

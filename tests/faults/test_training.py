@@ -73,13 +73,14 @@ class Drill:
 
     def recovery(self, died: float) -> dict[str, float]:
         """Seconds from a death to the end of the first step after it, broken down."""
-        first = next(
-            e for e in self.events() if isinstance(e, MetricEvent) and e.name == "train_loss" and e.time > died
-        )
+        events = [event for event in self.events() if event.time > died]
+        again = next(e.time for e in events if isinstance(e, NoteEvent) and "going on from the checkpoint" in e.text)
+        figures = [event for event in events if isinstance(event, MetricEvent) and event.time > again]
+        first = next(event for event in figures if event.name == "train_loss")
         start = {
-            e.labels["phase"]: e.value
-            for e in self.events()
-            if isinstance(e, MetricEvent) and e.name == "train_start_seconds" and died < e.time < first.time + 5
+            event.labels["phase"]: event.value
+            for event in figures
+            if event.name == "train_start_seconds" and event.time < first.time + 5
         }
         whole = first.time - died
         return {"noticed and placed": whole - sum(start.values()), **start, "in all": whole}

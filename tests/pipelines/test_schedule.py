@@ -10,13 +10,52 @@ from hypothesis import strategies as st
 
 from moray.pipelines.pretrain.config import ModelSection, PretrainConfig, Schedule, model_config
 from moray.pipelines.pretrain.layout import check_layout
-from moray.pipelines.pretrain.schedule import batch_plan, bias_speed, learning_rate
+from moray.pipelines.pretrain.schedule import (
+    batch_plan,
+    bias_speed,
+    check_schedule,
+    learning_rate,
+    prediction_weight,
+)
+from moray.platform.api import RECIPES
+from moray.platform.recipe import load_recipe
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
     schedule = Schedule(peak=1.0, final=0.1, warmup_tokens=100, decay_tokens=400)
     rates = [learning_rate(schedule, tokens, 1000) for tokens in (0, 50, 100, 600, 800, 1000)]
     assert rates == pytest.approx([1 / 101, 51 / 101, 1.0, 1.0, 0.55, 0.1])
+
+
+def test_plateaus_follow_the_cosine() -> None:
+    plateaus = ({"tokens": 100, "rate": 0.1}, {"tokens": 50, "rate": 0.03})
+    fields = {"peak": 1.0, "final": 0.1, "warmup_tokens": 100, "decay_tokens": 400, "plateaus": plateaus}
+    schedule = Schedule.model_validate(fields)
+    places = (99, 100, 449, 450, 650, 849, 850, 949, 950, 999)
+    rates = [learning_rate(schedule, tokens, 1000) for tokens in places]
+    assert rates == pytest.approx([100 / 101, 1, 1, 1, 0.55, 0.1, 0.1, 0.1, 0.03, 0.03], abs=1e-4)
+    assert [prediction_weight(schedule, tokens, 1000) for tokens in (449, 450, 999)] == [0.3, 0.1, 0.1]
+    check_schedule(schedule, 1000)
+    with pytest.raises(ValueError, match=r"more than the run's 600 tokens: warmup_tokens 100, decay_tokens 400"):
+        check_schedule(schedule, 600)
+
+
+def test_deepseek_v3s_rates_are_where_its_report_has_them() -> None:
+    """arXiv 2412.19437, 4.2: constant to 10 T, cosine over 4.3 T, 2.2e-5 for 333 B, 7.3e-6 for 167 B."""
+    step = next(s for s in load_recipe(RECIPES / "v3-671b.yaml").steps if s.key == "pretrain")
+    config: PretrainConfig = step.config
+    plan = batch_plan(config, 4096)
+    total = plan.before(config.steps) * 4096
+    assert total == pytest.approx(14.8e12, rel=1e-5)
+    check_schedule(config.schedule, total)
+    assert plan.starts[1] > 2000, "the warm-up is in steps of the first size"
+    assert config.schedule.warmup_tokens == plan.before(2000) * 4096
+    rates = [
+        learning_rate(config.schedule, int(at * 1e12), total) for at in (1, 9.99, 12.15, 14.29, 14.31, 14.62, 14.64)
+    ]
+    assert rates == pytest.approx([2.2e-4, 2.2e-4, 1.21e-4, 2.2e-5, 2.2e-5, 2.2e-5, 7.3e-6], rel=2e-3)
+    assert [bias_speed(config.schedule, int(at * 1e12), total) for at in (14.29, 14.31)] == [1e-3, 0]
+    assert plan.before(plan.starts[-1]) * 4096 == pytest.approx(469e9, rel=1e-3)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 10_000))
