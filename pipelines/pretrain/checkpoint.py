@@ -34,6 +34,7 @@ from moray.platform.errors import InputError
 # The schedule position: steps taken, tokens seen. The data cursor is the step; nothing here draws random numbers
 # after initialisation, so there is no generator state to keep.
 POSITION = "position"
+_TOGETHER = 1 << 28  # bytes that are read at once
 T = TypeVar("T")
 
 
@@ -288,20 +289,32 @@ class _Writing:
 
 
 def read_weights(folder: Path, weights: str = "master") -> Iterator[tuple[str, torch.Tensor]]:
-    """(logical name, float32 tensor, flat) of every weight and router bias of a checkpoint, one at a time.
+    """(logical name, float32 tensor, flat) of every weight and router bias of a checkpoint, some 256 MB at a time.
 
     `weights`: the kind, "master" or "ema". Raises CheckpointFailed if the checkpoint has none of these.
     """
     metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     if not any(key.startswith(f"{weights}/") for key in metadata):
         raise CheckpointFailed(f"{folder} has no {weights} weights")
+    together: dict[str, torch.Tensor] = {}
+    held = 0
     for key, entry in sorted(metadata.items()):
-        kind, _, name = key.partition("/")
-        if kind in (weights, "buffer"):
+        if key.partition("/")[0] in (weights, "buffer"):
             properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
-            tensor = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
-            _load({key: tensor}, folder, None, alone=True)
-            yield name, tensor
+            together[key] = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
+            held += together[key].nbytes
+        if held >= _TOGETHER:
+            yield from _read(together, folder)
+            together, held = {}, 0
+    yield from _read(together, folder)
+
+
+def _read(tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Fills the tensors, which are named by key; every load reads the checkpoint's whole index."""
+    if tensors:
+        _load(dict(tensors), folder, None, alone=True)
+    for key, tensor in tensors.items():
+        yield key.partition("/")[2], tensor
 
 
 def _load(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None, alone: bool) -> None:
