@@ -7,6 +7,9 @@ In FP8 training, what goes to experts goes in FP8 (`kernels/wire.py`): rows forw
 backward. What comes home is summed there, and comes in the rows' own dtype (DeepSeek-V3 §3.3.3). The rows that do not
 leave the process are rounded all the same: what is computed depends on no layout.
 
+On the way to the experts a row crosses once to each rank that has any of its token's (`copies.py`), and is expanded
+there. On the way home every expert's result is a row of its own, since its weight is known at home only.
+
 Notable: per dispatch, one small exchange of counts and one copy of them to the host (the exchange of rows needs its
 split sizes there). The backward of an exchange is the reverse exchange, so all ranks must run the same layers in the
 same order; a rank that sends or receives no rows takes part all the same.
@@ -15,7 +18,8 @@ Shapes: T tokens, K slots, E experts, P ranks, L = E / P local experts, R rows h
 X columns of any meaning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,21 +29,24 @@ from torch import Tensor
 
 from moray.kernels.permute import PairOrder, inverse_permutation, sort_pairs
 from moray.kernels.wire import pack_rows, unpack_rows
+from moray.models.copies import Copies, expand
 from moray.models.layer import Dispatcher, Handle
 
+# Made for a device, and entered around every exchange on it: whoever wants to know what communication takes.
+Timed = Callable[[torch.device], AbstractContextManager[None]]
 
-def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    out = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
-    return out
+
+def _untimed(device: torch.device) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
 class Crossing:
     """The part of the way that lies between ranks.
 
-    sent_P, received_P: rows to and from each rank. order_R, inverse_R: from the order of arrival (rank by rank) to the
-    order by local expert.
+    sent_P, received_P: rows to and from each rank, one for each pair of token and expert. order_R, inverse_R: from the
+    order of arrival (rank by rank) to the order by local expert. copies: those sent on the way there,
+    copied_P to each rank, and arriving_P come from each, for `local` experts here.
     """
 
     group: dist.ProcessGroup
@@ -47,12 +54,28 @@ class Crossing:
     received_P: tuple[int, ...]
     order_R: Tensor
     inverse_R: Tensor
+    copies: Copies
+    copied_P: tuple[int, ...]
+    arriving_P: tuple[int, ...]
+    local: int
+    timed: Timed
+
+    def once(self, rows_TX: Tensor) -> Tensor:
+        """A token's row to all its experts, by one copy for each rank."""
+        arrived_AW = self._exchange(self.copies.made(rows_TX), self.copied_P, self.arriving_P)
+        return expand(arrived_AW, rows_TX, self.local, sum(self.received_P))
 
     def there(self, rows_SX: Tensor) -> Tensor:
-        return _all_to_all(rows_SX, self.sent_P, self.received_P, self.group).index_select(0, self.order_R)
+        return self._exchange(rows_SX, self.sent_P, self.received_P).index_select(0, self.order_R)
 
     def back(self, rows_RX: Tensor) -> Tensor:
-        return _all_to_all(rows_RX.index_select(0, self.inverse_R), self.received_P, self.sent_P, self.group)
+        return self._exchange(rows_RX.index_select(0, self.inverse_R), self.received_P, self.sent_P)
+
+    def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        with self.timed(rows.device):
+            dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=self.group)
+        return out
 
 
 @dataclass(frozen=True)
@@ -64,15 +87,23 @@ class Way:
     fp8: bool
     crossing: Crossing | None
 
-    def to_experts(self, rows_XD: Tensor, source_S: Tensor) -> Tensor:
-        """Rows `source_S`, which is in the order of the pairs by expert, where their experts are: rows_RD."""
-        columns, dtype = rows_XD.shape[1], rows_XD.dtype
+    def tokens_to_experts(self, rows_TD: Tensor) -> Tensor:
+        """Every token's row where its experts are: rows_RD."""
         if self.crossing is None:
-            rows_XD = unpack_rows(pack_rows(rows_XD), columns, dtype) if self.fp8 else rows_XD
-            return rows_XD.index_select(0, source_S)
-        sent_SX = (pack_rows(rows_XD) if self.fp8 else rows_XD).index_select(0, source_S)
+            return self._rounded(rows_TD).index_select(0, self.pairs.order_R // self.slots)
+        arrived_RX = self.crossing.once(pack_rows(rows_TD) if self.fp8 else rows_TD)
+        return unpack_rows(arrived_RX, rows_TD.shape[1], rows_TD.dtype) if self.fp8 else arrived_RX
+
+    def pairs_to_experts(self, rows_SD: Tensor) -> Tensor:
+        """Every pair's row, slot by slot, where its expert is: rows_RD."""
+        if self.crossing is None:
+            return self._rounded(rows_SD).index_select(0, self.pairs.order_R)
+        sent_SX = (pack_rows(rows_SD) if self.fp8 else rows_SD).index_select(0, self.pairs.order_R)
         arrived_RX = self.crossing.there(sent_SX)
-        return unpack_rows(arrived_RX, columns, dtype) if self.fp8 else arrived_RX
+        return unpack_rows(arrived_RX, rows_SD.shape[1], rows_SD.dtype) if self.fp8 else arrived_RX
+
+    def _rounded(self, rows_XD: Tensor) -> Tensor:
+        return unpack_rows(pack_rows(rows_XD), rows_XD.shape[1], rows_XD.dtype) if self.fp8 else rows_XD
 
     def home(self, rows_RD: Tensor) -> Tensor:
         """Every pair's row where its token is: rows_TKD."""
@@ -85,7 +116,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_TD: Tensor, way: Way) -> Tensor:
         ctx.way = way
-        return way.to_experts(rows_TD, way.pairs.order_R // way.slots)
+        return way.tokens_to_experts(rows_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -100,7 +131,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return ctx.way.to_experts(grads[0].flatten(0, 1), ctx.way.pairs.order_R), None
+        return ctx.way.pairs_to_experts(grads[0].flatten(0, 1)), None
 
 
 @dataclass(frozen=True)
@@ -143,8 +174,9 @@ class ProcessGroupDispatcher:
     `experts` is the range that this rank must hold. Raises ValueError when the experts do not divide.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, timed: Timed = _untimed) -> None:
         self.group = group
+        self.timed = timed
         self.ranks = dist.get_world_size(group)
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not divide over the {self.ranks} ranks of the group")
@@ -155,21 +187,30 @@ class ProcessGroupDispatcher:
 
     def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatched:
         pairs = sort_pairs(expert_ids_TK, self.num_experts)
-        sent_PL, received_PL = self._exchange_counts(pairs.counts_E)
+        copies = Copies.of(expert_ids_TK, self.ranks, self.num_local)
+        (sent_PL, copied_P), (received_PL, arriving_P) = self._exchange_counts(pairs.counts_E, copies.counts_P)
+        there_P, here_P = tuple(copied_P.tolist()), tuple(arriving_P.tolist())
         sent_P, received_P = tuple(sent_PL.sum(1).tolist()), tuple(received_PL.sum(1).tolist())
-        crossing = Crossing(self.group, sent_P, received_P, *self._arrival_order(received_PL, rows_TD.device))
+        orders = self._arrival_order(received_PL, rows_TD.device)
+        crossing = Crossing(
+            self.group, sent_P, received_P, *orders, copies, there_P, here_P, self.num_local, self.timed
+        )
         return Dispatched.along(Way(pairs, expert_ids_TK.shape[1], fp8, crossing), rows_TD, received_PL.sum(0))
 
     def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
         return _combine(handle, rows_RD)
 
-    def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs from here to each expert of each rank, and from each rank to each expert here: [P, L] on the host."""
-        received_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_E, counts_E, group=self.group)
-        both = torch.stack((counts_E, received_E)).cpu()  # the one sync
-        sent_PL, received_PL = both.view(2, self.ranks, self.num_local).unbind(0)
-        return sent_PL, received_PL
+    def _exchange_counts(
+        self, counts_E: Tensor, copies_P: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """From here, and to here: pairs for each expert of each rank, [P, L], and copies for each rank, [P]; on the
+        host."""
+        sent_PX = torch.cat((counts_E.view(self.ranks, self.num_local), copies_P.unsqueeze(1)), dim=1)
+        received_PX = torch.empty_like(sent_PX)
+        with self.timed(counts_E.device):
+            dist.all_to_all_single(received_PX, sent_PX, group=self.group)
+        both = torch.stack((sent_PX, received_PX)).cpu()  # the one sync
+        return (both[0, :, :-1], both[0, :, -1]), (both[1, :, :-1], both[1, :, -1])
 
     def _arrival_order(self, received_PL: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows arrive by rank, then by expert; the experts want them by expert, then by rank."""

@@ -32,6 +32,13 @@ TABLE: dict[str, Metric] = {
         Metric("train_bias_speed", "", "Router bias update speed of the step", digits=5),
         Metric("train_tokens", "tokens", "Tokens trained on so far", digits=0),
         Metric("train_tokens_per_second", "tokens/s", "Throughput over all workers since the last report", digits=0),
+        Metric(
+            "train_tokens_per_second_per_worker", "tokens/s", "Throughput of one worker, which is one GPU", digits=0
+        ),
+        Metric("train_mfu", "share", "Model FLOPs over the device's peak, attention causal or whole", ("attention",)),
+        Metric("train_exposed_communication", "share", "Share of the time that rank 0 stands in communication"),
+        Metric("train_bias_range", "", "Largest difference of two biases of one router", digits=4),
+        Metric("train_memory_bytes", "bytes", "Of rank 0: the most that its GPU held, or its process", digits=0),
         Metric("train_data_wait", "share", "Share of the step spent waiting for the data loader"),
         Metric("train_max_violation", "", "Largest (max - mean) / mean expert load over the MoE layers (MaxVio)"),
         Metric("train_expert_load", "", "Load of a layer's fullest expert over the mean; 1 is even", ("layer",)),

@@ -178,6 +178,7 @@ def _training_line(metrics: dict[str, float]) -> str:
     shown = (
         ("train_tokens_per_second", "{:,.0f} tokens/s"), ("train_learning_rate", "lr {:.1e}"),
         ("train_grad_norm", "grad norm {:.2f}"), ("train_max_violation", "MaxVio {:.2f}"),
+        ("train_mfu", "MFU {:.0%}"), ("train_exposed_communication", "comm {:.0%}"),
         ("train_data_wait", "data wait {:.0%}"),
     )  # fmt: skip
     parts += [form.format(metrics[name]) for name, form in shown if name in metrics]

@@ -109,8 +109,8 @@ def run(
     with worker.doing("reading a checkpoint"):
         restored = worker.checkpoints.restore(worker.state)
     start.reached("checkpoint")
-    report = Report(worker.job, worker.total_tokens, events, restored.tokens)
-    report.restored(restored, worker.mesh)
+    report = Report(worker, events, restored.tokens)
+    report.restored(restored)
     loop = Loop(worker, source, report, start, notice or NoNotice())
     at = restored.steps
     while at < worker.job.config.steps:
@@ -196,7 +196,7 @@ class Loop:
             worker.checkpoints.wait()
             worker.checkpoints.discard_after(guilty)
             restored = worker.checkpoints.restore(worker.state)
-        self._report.went_back(step, guilty, restored.steps, guard.history)
+        self._report.went_back(step, guilty, restored, guard.history)
         if not restored.steps:
             raise FloatingPointError(
                 f"training has to go back to before step {guilty}, and there is no checkpoint: it begins anew. If it "

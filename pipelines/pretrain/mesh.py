@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moray.pipelines.pretrain.layout import check_layout
+from moray.pipelines.pretrain.stopwatch import Stopwatch
 from moray.platform.ports import free_port
 
 T = TypeVar("T")
@@ -23,7 +24,8 @@ T = TypeVar("T")
 class Mesh:
     """This rank's place. `ep_group` holds the ranks that share out the experts, `edp_group` those with the same.
 
-    `io_group`, over gloo, is for whatever happens beside training. All are None in a process that is alone.
+    `io_group`, over gloo, is for whatever happens beside training. All are None in a process that is alone. `clock`
+    runs while training stands in communication.
     """
 
     rank: int
@@ -32,6 +34,7 @@ class Mesh:
     ep_group: dist.ProcessGroup | None
     edp_group: dist.ProcessGroup | None
     io_group: dist.ProcessGroup | None = None
+    clock: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def create(cls, ep: int, device: torch.device) -> Mesh:

@@ -115,7 +115,8 @@ class PlainOptimizer:
     def reduce(self, tokens: torch.Tensor) -> None:
         for group, grad in self._gradients():
             if group.replicas > 1:
-                dist.all_reduce(grad, group=self._mesh.edp_group if group.expert else None)
+                with self._mesh.clock.over(grad.device):
+                    dist.all_reduce(grad, group=self._mesh.edp_group if group.expert else None)
             grad.div_(tokens)
 
     def clip(self, largest: float) -> torch.Tensor:
@@ -126,7 +127,8 @@ class PlainOptimizer:
             else:
                 dense = dense + grad.square().sum()
         if self._mesh.ep > 1:
-            dist.all_reduce(experts, group=self._mesh.ep_group)
+            with self._mesh.clock.over(experts.device):
+                dist.all_reduce(experts, group=self._mesh.ep_group)
         norm = (dense + experts).sqrt()
         scale = (largest / (norm + 1e-6)).clamp(max=1.0)
         for _, grad in self._gradients():

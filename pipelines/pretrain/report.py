@@ -8,11 +8,13 @@ from typing import Literal
 import psutil
 import torch
 
+from moray.models.flops import utilisation
 from moray.pipelines.pretrain.archive import Archived
 from moray.pipelines.pretrain.checkpoint import Restored, Saved
-from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.gauges import Gauges
 from moray.pipelines.pretrain.guard import Record
-from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.peak import peak_flops
+from moray.pipelines.pretrain.worker import Worker
 from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
@@ -36,13 +38,16 @@ class Start:
 class Report:
     """Turns steps into events, on rank 0: a loss for every step, progress and rates about once a second."""
 
-    def __init__(self, job: Job, total_tokens: int, events: EventLog | None, tokens: int) -> None:
-        self._step = job.step
-        self._total = total_tokens
+    def __init__(self, worker: Worker, events: EventLog | None, tokens: int) -> None:
+        self._worker = worker
+        self._step = worker.job.step
+        self._total = worker.total_tokens
         self._events = events
+        self._gauges = Gauges()
         self._last = (time.monotonic(), tokens)
         self._waited = 0.0
-        self._layers = job.model.moe_layers
+        self._layers = worker.job.model.moe_layers
+        self._peak = peak_flops(worker.device)
         self._load_row = -1
         self._failures = 0
         self._archive_failures = 0
@@ -63,6 +68,8 @@ class Report:
         self._metric("train_tokens", tokens, step)
         self._metric("train_tokens_per_second", rate, step)
         self._metric("train_data_wait", self._waited / elapsed, step)
+        self._metric("train_exposed_communication", self._worker.mesh.clock.take() / elapsed, step)
+        self._use(rate, step)
         self._load(load_L, tokens, step)
         self._events.append(
             ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
@@ -96,14 +103,16 @@ class Report:
                     "warning",
                 )
 
-    def restored(self, restored: Restored, mesh: Mesh) -> None:
+    def restored(self, restored: Restored) -> None:
         """Where training goes on and with how many ranks, and what was wrong on the way there."""
-        self._metric("train_workers", mesh.world, restored.steps)
+        self._metric("train_workers", self._worker.mesh.world, restored.steps)
         for text in restored.warnings:
             self.note(text, "warning")
         if restored.steps:
             whence = ", fetched from the archive" if restored.fetched else ""
-            self.note(f"going on from the checkpoint at step {restored.steps}{whence}, with {mesh.world} workers")
+            self.note(
+                f"going on from the checkpoint at step {restored.steps}{whence}, with {self._worker.mesh.world} workers"
+            )
 
     def started(self, start: Start) -> None:
         """What it took from the start of this process to the end of its first step."""
@@ -117,20 +126,34 @@ class Report:
         further = "; tokens are routed by older weights for a while" if history.anticipated[1] > trouble.step else ""
         self.note(f"the batch of step {trouble.step + 1} is skipped: {trouble.why}{further}", "warning")
 
-    def went_back(self, step: int, guilty: int, to: int, history: Record) -> None:
-        """Training goes back from `step` to `to` and leaves out the batch of `guilty`."""
+    def went_back(self, step: int, guilty: int, to: Restored, history: Record) -> None:
+        """Training goes back from `step` to a checkpoint and leaves out the batch of `guilty`."""
         self._metric("train_skipped_batches", len(history.skipped), guilty + 1)
         self._metric("train_rollbacks", history.rollbacks, step + 1)
         self.note(
-            f"the weights are bad at step {step + 1}: back to step {to}; the batch of step {guilty + 1} is skipped, "
-            "and tokens are routed by older weights for a while",
+            f"the weights are bad at step {step + 1}: back to step {to.steps}; the batch of step {guilty + 1} is "
+            "skipped, and tokens are routed by older weights for a while",
             "warning",
         )
-        self._last = (time.monotonic(), self._last[1])
+        self._last = (time.monotonic(), to.tokens)
 
     def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         if self._events:
             self._events.append(NoteEvent(step=self._step, level=level, text=text))
+
+    def _use(self, rate: float, step: int) -> None:
+        """What the machine gives at so many tokens a second, and what it holds."""
+        worker, world = self._worker, self._worker.mesh.world
+        self._metric("train_tokens_per_second_per_worker", rate / world, step)
+        for attention, causal in (("causal", True), ("whole", False)):
+            use = utilisation(worker.job.model, worker.job.sequence_length, rate, world, self._peak, causal)
+            self._metric("train_mfu", use.share, step, attention=attention)
+        biases = [bias_E.max() - bias_E.min() for _, bias_E in worker.model.logical_biases()]
+        if biases:
+            self._metric("train_bias_range", max(biases).item(), step)
+        on_gpu = worker.device.type == "cuda"
+        held = torch.cuda.max_memory_allocated(worker.device) if on_gpu else psutil.Process().memory_info().rss
+        self._metric("train_memory_bytes", held, step)
 
     def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
         """A figure for every MoE layer, but only so often in a run: a model may have sixty of them."""
@@ -142,4 +165,6 @@ class Report:
 
     def _metric(self, name: str, value: float, step: int = 0, **labels: str) -> None:
         if self._events:
-            self._events.append(MetricEvent(step=self._step, name=name, value=value, at=step, labels=labels))
+            event = MetricEvent(step=self._step, name=name, value=value, at=step, labels=labels)
+            self._events.append(event)
+            self._gauges.show(event)

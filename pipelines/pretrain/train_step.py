@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -78,8 +79,7 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
         worker.optimizer.backward(loss, part.last)
         sums = (terms.main, terms.prediction, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
-    if worker.mesh.world > 1:
-        dist.all_reduce(totals)
+    _sum_over_ranks(worker, totals)
     worker.optimizer.reduce(totals[3].to(torch.float32))
     norm = worker.optimizer.clip(config.clip).item()
     main, prediction, balance, count, flags = totals.tolist()
@@ -99,7 +99,7 @@ def take(worker: Worker, batch: Batch, tokens: int, measured: Measured) -> tuple
     if worker.state.ema:
         worker.state.ema.update(worker.mesh.world * batch.ids.size)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
-    balance = update_router_biases(worker.model, speed, _sum_over_ranks if worker.mesh.world > 1 else None)
+    balance = update_router_biases(worker.model, speed, partial(_sum_over_ranks, worker))
     figures = {"train_loss": measured.loss}
     if worker.job.model.num_nextn_predict_layers:
         figures["train_prediction_loss"] = measured.prediction
@@ -135,5 +135,7 @@ def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
         yield MicroBatch(ids, targets, shown, start + size >= len(batch.ids))
 
 
-def _sum_over_ranks(tensor: torch.Tensor) -> None:
-    dist.all_reduce(tensor)
+def _sum_over_ranks(worker: Worker, tensor: torch.Tensor) -> None:
+    if worker.mesh.world > 1:
+        with worker.mesh.clock.over(tensor.device):
+            dist.all_reduce(tensor)

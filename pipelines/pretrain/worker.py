@@ -92,7 +92,7 @@ def _model(job: Job, mesh: Mesh, device: torch.device) -> DeepseekV3:
     dispatcher: Dispatcher = LocalDispatcher(job.model.n_routed_experts)
     if mesh.ep > 1:
         assert mesh.ep_group is not None
-        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts)
+        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts, mesh.clock.over)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     if job.initial is None:
         model.init_weights(job.config.seed)

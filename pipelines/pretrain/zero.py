@@ -48,6 +48,7 @@ class ZeroOptimizer:
             raise ValueError(f"ZeRO trains float32 weights, these are {dtype}: use zero_stage 0")
         self._groups = groups
         self._stage = config.zero_stage
+        self._clock = mesh.clock
         self._norm: torch.Tensor | None = None
         self._pads: list[torch.nn.Parameter] = []
         self._inner = adamw([self._torch_group(group, config) for group in groups], config)
@@ -63,7 +64,8 @@ class ZeroOptimizer:
 
     def reduce(self, tokens: torch.Tensor) -> None:
         if self._stage == 1:
-            self._zero.reduce_gradients()
+            with self._clock.over(tokens.device):
+                self._zero.reduce_gradients()
         self._zero.override_loss_scale(float(tokens))
 
     def clip(self, largest: float) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""One copy of a row for each rank that has experts of its token, whatever their number: made here, expanded there.
+
+A copy is the row's bytes, and after them a bit for each expert of the rank that it goes to. With DeepSeek-V3's eight
+experts of at most four groups, a token sends half as many rows as it has experts, or fewer.
+
+Shapes: T tokens, K slots, P ranks, L experts of a rank, E = P * L, C copies sent, A copies that arrive, R rows at the
+experts here, N bytes of a row, B = ceil(L / 8).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The copies that a rank sends, rank by rank.
+
+    source_C: the token of each. experts_CB: the bits. counts_P: how many go to each rank.
+    """
+
+    source_C: Tensor
+    experts_CB: Tensor
+    counts_P: Tensor
+
+    @classmethod
+    def of(cls, ids_TK: Tensor, ranks: int, local: int) -> "Copies":
+        """For tokens that go to the experts ids_TK, int64, no expert twice. Waits for the device once."""
+        tokens = len(ids_TK)
+        visited_TE = torch.zeros(tokens, ranks * local, dtype=torch.uint8, device=ids_TK.device)
+        visited_TE.scatter_(1, ids_TK, 1)
+        visited_PTL = visited_TE.view(tokens, ranks, local).transpose(0, 1)
+        goes_PT = visited_PTL.any(-1)
+        rank_C, source_C = goes_PT.nonzero(as_tuple=True)
+        return cls(source_C, _pack_bits(visited_PTL[rank_C, source_C]), goes_PT.sum(1))
+
+    def made(self, rows_TX: Tensor) -> Tensor:
+        """The copies of these rows as bytes: uint8 [C, N + B]."""
+        width = rows_TX.shape[1] * rows_TX.element_size()
+        bytes_TN = rows_TX.reshape(-1).view(torch.uint8).view(-1, width)
+        return torch.cat((bytes_TN.index_select(0, self.source_C), self.experts_CB), dim=1)
+
+
+def expand(arrived_AW: Tensor, like: Tensor, local: int, rows: int) -> Tensor:
+    """The rows of copies that arrived (uint8 [A, N + B]), one for each bit.
+
+    R = `rows` of them, by expert, then in the order of arrival; `like` has their columns and dtype.
+    """
+    width = arrived_AW.shape[1] - -(-local // 8)
+    rows_AX = arrived_AW[:, :width].reshape(-1).view(like.dtype).view(-1, like.shape[1])
+    visited_AL = _unpack_bits(arrived_AW[:, width:], local)
+    order_R2 = torch.nonzero_static(visited_AL.t(), size=rows)
+    return rows_AX.index_select(0, order_R2[:, 1])
+
+
+def _weights(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def _pack_bits(bits_CL: Tensor) -> Tensor:
+    """uint8 [C, B] of 0 and 1."""
+    padded_CX = torch.nn.functional.pad(bits_CL, (0, -bits_CL.shape[1] % 8))
+    return (padded_CX.unflatten(1, (-1, 8)) * _weights(bits_CL.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(bytes_AB: Tensor, local: int) -> Tensor:
+    """bool [A, L]."""
+    bits_AB8 = bytes_AB.unsqueeze(-1) & _weights(bytes_AB.device)
+    return bits_AB8.ne(0).flatten(1)[:, :local]

@@ -1,0 +1,26 @@
+"""Figures of training as gauges of Ray, which its agents export to Prometheus as `ray_moray_NAME`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moray.platform.events import MetricEvent
+from moray.platform.metrics import metric
+
+
+class Gauges:
+    """A gauge for every metric that comes by; its labels are the metric's, and the step."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Any] = {}
+
+    def show(self, event: MetricEvent) -> None:
+        import ray
+        from ray.util.metrics import Gauge
+
+        if not ray.is_initialized():
+            return
+        if event.name not in self._gauges:
+            row = metric(event.name)
+            self._gauges[event.name] = Gauge(f"moray_{row.name}", row.help, ("step", *row.labels))
+        self._gauges[event.name].set(event.value, {"step": event.step, **event.labels})

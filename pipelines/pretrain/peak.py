@@ -1,0 +1,30 @@
+"""What a device could do at most: what utilisation is a share of."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense BF16 operations a second, as the makers state them; FP8 training is quoted against BF16 too, as DeepSeek does.
+_BF16 = {"A100": 312e12, "H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "B200": 2250e12}
+_SIZE = 768  # rows and columns of the product that measures an unknown device
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations a second: of a known GPU its data sheet's, else what a matrix product of FP32 reaches here and now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, flops in _BF16.items():
+            if known in name:
+                return flops
+    a = torch.ones(_SIZE, _SIZE, device=device)
+    return 2 * _SIZE**3 / min(_seconds(a) for _ in range(5))
+
+
+def _seconds(a: torch.Tensor) -> float:
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    began = time.perf_counter()
+    (a @ a)[0, 0].item()
+    return time.perf_counter() - began

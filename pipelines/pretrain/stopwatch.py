@@ -1,0 +1,41 @@
+"""How long a rank stands in communication: the time that is exposed, because nothing else is done meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Sums up the time spent in its blocks: the host's for work on the CPU, the stream's for work on a GPU."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def over(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds += time.perf_counter() - began
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        yield
+        end.record()
+        self._spans.append((begin, end))
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds = self._seconds
+        for begin, end in self._spans:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1e3
+        self._seconds, self._spans = 0.0, []
+        return seconds
