@@ -1,7 +1,7 @@
 """What crosses between nodes when tokens go to their experts: counted over simulated routing, nothing is sent.
 
 DeepSeek-V3's routing (256 experts in 8 groups, 8 of at most 4 groups) over 4 nodes of 8 ranks; logits are drawn, so
-every expert is as likely as another. Against the naive way, a BF16 row for each expert: an FP8 row (with its scales) for
+every expert is as likely as another. Against the naive way, a BF16 row for each expert: an FP8 row (with scales) for
 each rank that has experts of the token, which is what `models/dispatch.py` sends, or for each node, which passes it on.
 
 Usage: python benchmarks/dispatch_bytes.py [tokens=65536]
