@@ -61,7 +61,7 @@ def _weights(device: torch.device) -> Tensor:
 def _pack_bits(bits_CL: Tensor) -> Tensor:
     """uint8 [C, B] of 0 and 1."""
     padded_CX = torch.nn.functional.pad(bits_CL, (0, -bits_CL.shape[1] % 8))
-    return (padded_CX.unflatten(1, (-1, 8)) * _weights(bits_CL.device)).sum(-1, dtype=torch.uint8)
+    return (torch.unflatten(padded_CX, 1, (-1, 8)) * _weights(bits_CL.device)).sum(-1, dtype=torch.uint8)
 
 
 def _unpack_bits(bytes_AB: Tensor, local: int) -> Tensor:
