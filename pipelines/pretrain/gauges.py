@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from moray.platform.events import MetricEvent
@@ -15,11 +16,11 @@ class Gauges:
         self._gauges: dict[str, Any] = {}
 
     def show(self, event: MetricEvent) -> None:
-        import ray
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():  # a rank that Ray did not start
+            return
         from ray.util.metrics import Gauge
 
-        if not ray.is_initialized():
-            return
         if event.name not in self._gauges:
             row = metric(event.name)
             self._gauges[event.name] = Gauge(f"moray_{row.name}", row.help, ("step", *row.labels))

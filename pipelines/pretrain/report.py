@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Literal
 
@@ -47,7 +48,7 @@ class Report:
         self._last = (time.monotonic(), tokens)
         self._waited = 0.0
         self._layers = worker.job.model.moe_layers
-        self._peak = peak_flops(worker.device)
+        self._peak = peak_flops(worker.device) if events else math.inf
         self._load_row = -1
         self._failures = 0
         self._archive_failures = 0

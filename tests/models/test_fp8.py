@@ -55,7 +55,7 @@ def _trained(precision, recompute=False, steps=25):
     return losses
 
 
-@pytest.mark.cluster  # for its length
+@pytest.mark.evidence
 def test_training_in_bf16_and_fp8_stays_close_to_training_in_fp32():
     wide, bf16, fp8 = _trained("float32"), _trained("bf16"), _trained("fp8")
     assert wide != bf16 != fp8

@@ -18,7 +18,7 @@ from tests.conftest import Flow
 from tests.s3 import BUCKET, keys
 from tests.small_run import recipe_text
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.evidence
 
 
 def test_a_fresh_machine_trains_from_the_bucket_to_the_same_bits(flow: Flow, tmp_path: Path, s3: Any) -> None:
