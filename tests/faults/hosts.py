@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,7 @@ class Hosts:
 @contextlib.contextmanager
 def hosts_of(folder: Path, count: int) -> Iterator[Hosts]:
     """A cluster of a head and `count` hosts with one CPU each. `folder` is for Ray; its path must be short."""
+    _sweep()
     _ip("link", "add", _bridge(), "type", "bridge")
     _ip("link", "set", _bridge(), "up")
     hosts = Hosts(folder, free_port())
@@ -142,6 +144,25 @@ def hosts_of(folder: Path, count: int) -> Iterator[Hosts]:
         for host in sorted(hosts.processes, reverse=True):
             hosts.cut_power(host)
         _ip("link", "del", _bridge())
+
+
+def _sweep() -> None:
+    """Removes what test runs left that were killed."""
+    for found in _listed("netns", "list", r"(mry(\d+)[hp]\d*)"):
+        listed = subprocess.run(["ip", "netns", "pids", found], check=True, capture_output=True, text=True)
+        for pid in listed.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        _ip("netns", "del", found)
+    for found in _listed("-o", "link", r"(mry(\d+)b):"):
+        _ip("link", "del", found)
+
+
+def _listed(*arguments: str) -> list[str]:
+    """The names that the last argument, a pattern, finds in what `ip` says, of test runs that are no more."""
+    *command, pattern = arguments
+    said = subprocess.run(["ip", *command], check=True, capture_output=True, text=True).stdout
+    return [name for name, pid in re.findall(pattern, said) if not psutil.pid_exists(int(pid))]
 
 
 def _name(host: int) -> str:
