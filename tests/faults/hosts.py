@@ -154,7 +154,7 @@ def _sweep() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         _ip("netns", "del", found)
-    for found in _listed("-o", "link", r"(mry(\d+)b):"):
+    for found in _listed("-o", "link", r"(mry(\d+)(?:b|h\d+v))[:@]"):
         _ip("link", "del", found)
 
 
