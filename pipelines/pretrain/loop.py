@@ -165,6 +165,7 @@ class Loop:
             self._worker.checkpoints.wait()
             self._report.note(f"a machine is to be taken away: checkpoint at step {done}", "warning")
             self._notice.wait()
+        self._leaving = False
 
     def _attempt(self, step: int, batch: Batch, waited: float) -> bool:
         """Trains on a batch, or skips it. False if the weights turn out to be bad."""
@@ -217,9 +218,8 @@ class Loop:
     def _batches(self, first: int, last: int) -> Iterator[tuple[int, Batch, float]]:
         """(step, this rank's batch, seconds waited for it), with the next batches always asked for in advance."""
         prefetch = self._worker.job.config.prefetch
-        coming = deque(
-            self._ask(step) for step in range(first, first + prefetch)
-        )  # past the last step too: any has one
+        # Past the last step too: any step has a batch.
+        coming = deque(self._ask(step) for step in range(first, first + prefetch))
         for step in range(first, last):
             began = time.monotonic()
             batch = self._source.answer(coming.popleft())

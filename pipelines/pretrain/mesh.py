@@ -25,7 +25,7 @@ class Mesh:
     """This rank's place. `ep_group` holds the ranks that share out the experts, `edp_group` those with the same.
 
     `io_group`, over gloo, is for whatever happens beside training. All are None in a process that is alone. `clock`
-    runs while training stands in communication.
+    runs while training stands in communication, on rank 0, which reports it.
     """
 
     rank: int
@@ -60,7 +60,7 @@ class Mesh:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
         io_group = dist.new_group(backend="gloo", group_desc="checkpoints")
         dist.all_reduce(torch.zeros(1), group=io_group)
-        return cls(rank, world, ep, mine["ep"], mine["edp"], io_group)
+        return cls(rank, world, ep, mine["ep"], mine["edp"], io_group, Stopwatch(on=rank == 0))
 
     @staticmethod
     def shrink(world: int, device: torch.device) -> bool:
