@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.kernels.deferred import DeferredGradients, deferred_linear
 from moray.kernels.quantize import BLOCK, dequantize
 
 
@@ -28,6 +29,22 @@ def experts_reference(
         F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
         for x, (gate, up, down) in zip(slices, weights, strict=True)
     ]
+    return torch.cat(outputs)
+
+
+def experts_deferred(
+    rows_RD: Tensor,
+    counts_E: Tensor,
+    w_gate_EFD: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    later: DeferredGradients,
+) -> Tensor:
+    """The same in the rows' dtype, with weights of any, leaves, whose gradients come about `later`."""
+    outputs = []
+    for e, x in enumerate(torch.split(rows_RD, counts_E.tolist())):
+        gate, up = (deferred_linear(x, weight, later, e) for weight in (w_gate_EFD, w_up_EFD))
+        outputs.append(deferred_linear(F.silu(gate) * up, w_down_EDF, later, e))
     return torch.cat(outputs)
 
 

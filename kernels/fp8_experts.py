@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moray.kernels.backend import backend
+from moray.kernels.deferred import DeferredGradients, add_gradient
 from moray.kernels.fp8_gemm import fp8_gemm_grouped_triton, fp8_gemm_k_grouped
 from moray.kernels.fp8_linear import Fp8Weight, Quantized, fp8_weight
 from moray.kernels.quantize import BLOCK, dequantize, quantize_both
@@ -70,13 +71,18 @@ def _grouped_wide(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype: 
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, offsets_E1: Tensor, quantized: Fp8Experts, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+        ctx: Any,
+        x_RD: Tensor,
+        offsets_E1: Tensor,
+        quantized: Fp8Experts,
+        later: DeferredGradients | None,
+        *weights: Tensor,
     ) -> Tensor:
         along, turned = quantize_both(x_RD, power_of_two=True)
         h_RH = _grouped(along, quantized.gate_up, offsets_E1, x_RD.dtype)
         inner, gate_up = swiglu_quantize(h_RH)
         ctx.save_for_backward(*turned, *gate_up, offsets_E1)
-        ctx.quantized, ctx.inner = quantized, w_gate.shape[1]
+        ctx.quantized, ctx.later, ctx.weights = quantized, later, weights
         return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
 
     @staticmethod
@@ -87,32 +93,60 @@ class _Fp8Experts(torch.autograd.Function):
         d_inner_RG = _grouped_turned(along, ctx.quantized.down, offsets_E1, dy_RD.dtype)
         d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG)
         dx_RD = _grouped_turned(d.along, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
-        d_gate, d_up, d_down = None, None, None
-        if any(ctx.needs_input_grad[3:]):
+        weights = ctx.weights
+
+        def weight_gradients() -> tuple[Tensor, ...]:
+            inner = weights[0].shape[-2]
             d_gate_up_EHD = fp8_gemm_k_grouped(*d.turned, x_fp8, x_scales, offsets_E1)
-            d_gate, d_up = (half[:, : ctx.inner] for half in d_gate_up_EHD.chunk(2, dim=1))
-            d_down = fp8_gemm_k_grouped(*turned, *d.inner, offsets_E1)[..., : ctx.inner]
-        return dx_RD, None, None, d_gate, d_up, d_down
+            d_gate, d_up = (half[:, :inner] for half in d_gate_up_EHD.chunk(2, dim=1))
+            d_down = fp8_gemm_k_grouped(*turned, *d.inner, offsets_E1)[..., :inner]
+            shapes = (weight.shape for weight in weights)
+            return tuple(d_w.reshape(shape) for d_w, shape in zip((d_gate, d_up, d_down), shapes, strict=True))
+
+        if not any(ctx.needs_input_grad[4:]):
+            return dx_RD, None, None, None, None, None, None
+        if ctx.later is None:
+            return dx_RD, None, None, None, *weight_gradients()
+
+        def compute() -> None:
+            for weight, gradient in zip(weights, weight_gradients(), strict=True):
+                add_gradient(weight, gradient)
+
+        ctx.later.add(compute)
+        return dx_RD, None, None, None, None, None, None
 
 
 def fp8_experts(
-    x_RD: Tensor, offsets_E1: Tensor, quantized: Fp8Experts, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor
+    x_RD: Tensor,
+    offsets_E1: Tensor,
+    quantized: Fp8Experts,
+    w_gate_EFD: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    later: DeferredGradients | None = None,
 ) -> Tensor:
     """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16); what rows from the last offset on
     hold is not defined, and their gradient neither.
 
     R and the offsets (int32) are multiples of 128. Differentiable in x and in the weights, of which `quantized` is the
-    FP8 form; the weights' gradients are FP32.
+    FP8 form; the weights' gradients are FP32, and come about `later` where that is given: then weights are leaves.
     """
     out: Tensor = _Fp8Experts.apply(  # type: ignore[no-untyped-call]
-        x_RD, offsets_E1, quantized, w_gate_EFD, w_up_EFD, w_down_EDF
+        x_RD, offsets_E1, quantized, later, w_gate_EFD, w_up_EFD, w_down_EDF
     )
     return out
 
 
-def fp8_mlp(x_TD: Tensor, quantized: Fp8Experts, w_gate_1FD: Tensor, w_up_1FD: Tensor, w_down_1DF: Tensor) -> Tensor:
-    """One expert that takes all rows, of any number."""
+def fp8_mlp(
+    x_TD: Tensor,
+    quantized: Fp8Experts,
+    w_gate_FD: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    later: DeferredGradients | None = None,
+) -> Tensor:
+    """One expert that takes all rows, of any number. `quantized` is the form of a stack of one."""
     rows = x_TD.shape[0]
     padded_RD = F.pad(x_TD, (0, 0, 0, -rows % BLOCK))
     offsets_E1 = torch.arange(2, dtype=torch.int32, device=x_TD.device) * padded_RD.shape[0]
-    return fp8_experts(padded_RD, offsets_E1, quantized, w_gate_1FD, w_up_1FD, w_down_1DF)[:rows]
+    return fp8_experts(padded_RD, offsets_E1, quantized, w_gate_FD, w_up_FD, w_down_DF, later)[:rows]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from moray.kernels.backend import backend
+from moray.kernels.deferred import DeferredGradients, add_gradient
 from moray.kernels.fp8_gemm import fp8_gemm, fp8_gemm_triton
 from moray.kernels.quantize import ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize, quantize_both
 
@@ -71,14 +72,21 @@ def fp8_weight(weight: Tensor) -> Fp8Weight:
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, quantized: Fp8Weight, shared_input: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        quantized: Fp8Weight,
+        shared_input: bool,
+        later: DeferredGradients | None,
+    ) -> Tensor:
         if shared_input:
             along = quantize(x_TK, ROW_TILES, power_of_two=True)
             ctx.save_for_backward(x_TK)
         else:
             along, turned = quantize_both(x_TK, power_of_two=True)
             ctx.save_for_backward(*turned)
-        ctx.quantized = quantized
+        ctx.quantized, ctx.weight, ctx.later = quantized, weight_NK, later
         return quantized.product(along, x_TK.dtype)
 
     @staticmethod
@@ -87,19 +95,34 @@ class _Fp8Linear(torch.autograd.Function):
         held = ctx.saved_tensors
         along, turned = quantize_both(dy_TN, power_of_two=True)
         dx_TK, dw_NK = None, None
+
+        def weight_gradient() -> Tensor:
+            x = held if len(held) == 2 else quantize_both(held[0], power_of_two=True)[1]
+            return fp8_gemm(*turned, *x, b_block=ROW_TILES, dtype=torch.float32)
+
         if ctx.needs_input_grad[0]:
             dx_TK = ctx.quantized.input_gradient(along, dy_TN.dtype)
         if ctx.needs_input_grad[1]:
-            x = held if len(held) == 2 else quantize_both(held[0], power_of_two=True)[1]
-            dw_NK = fp8_gemm(*turned, *x, b_block=ROW_TILES, dtype=torch.float32)
-        return dx_TK, dw_NK, None, None
+            if ctx.later is None:
+                dw_NK = weight_gradient()
+            else:
+                weight = ctx.weight
+                ctx.later.add(lambda: add_gradient(weight, weight_gradient()))
+        return dx_TK, dw_NK, None, None, None
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor, quantized: Fp8Weight, shared_input: bool = False) -> Tensor:
+def fp8_linear(
+    x: Tensor,
+    weight_NK: Tensor,
+    quantized: Fp8Weight,
+    shared_input: bool = False,
+    later: DeferredGradients | None = None,
+) -> Tensor:
     """x @ weight^T in FP8, in x's dtype (FP32 or BF16, any leading axes); differentiable in `x` and in `weight_NK`, of
-    which `quantized` is the FP8 form. The weight's gradient is FP32. `shared_input`: somebody keeps x anyway."""
+    which `quantized` is the FP8 form. The weight's gradient is FP32, and comes about `later` where that is given.
+    `shared_input`: somebody keeps x anyway."""
     shape = x.shape
     out: Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input
+        x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input, later
     )
     return out.view(*shape[:-1], weight_NK.shape[0])

@@ -15,31 +15,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Copies:
-    """The copies that a rank sends, rank by rank.
+    """The copies that a rank sends, rank by rank: visited_PTL, 1 for each expert that a token goes to, else 0."""
 
-    source_C: the token of each. experts_CB: the bits. counts_P: how many go to each rank.
-    """
-
-    source_C: Tensor
-    experts_CB: Tensor
-    counts_P: Tensor
+    visited_PTL: Tensor
 
     @classmethod
     def of(cls, ids_TK: Tensor, ranks: int, local: int) -> "Copies":
-        """For tokens that go to the experts ids_TK, int64, no expert twice. Waits for the device once."""
+        """For tokens that go to the experts ids_TK, int64, no expert twice."""
         tokens = len(ids_TK)
         visited_TE = torch.zeros(tokens, ranks * local, dtype=torch.uint8, device=ids_TK.device)
         visited_TE.scatter_(1, ids_TK, 1)
-        visited_PTL = visited_TE.view(tokens, ranks, local).transpose(0, 1)
-        goes_PT = visited_PTL.any(-1)
-        rank_C, source_C = goes_PT.nonzero(as_tuple=True)
-        return cls(source_C, _pack_bits(visited_PTL[rank_C, source_C]), goes_PT.sum(1))
+        return cls(visited_TE.view(tokens, ranks, local).transpose(0, 1))
 
-    def made(self, rows_TX: Tensor) -> Tensor:
-        """The copies of these rows as bytes: uint8 [C, N + B]."""
+    def counts_P(self) -> Tensor:  # noqa: N802
+        """How many go to each rank, int64."""
+        return self.visited_PTL.any(-1).sum(1)
+
+    def made(self, rows_TX: Tensor, count: int) -> Tensor:
+        """The copies of these rows as bytes, uint8 [C, N + B]; `count` is C, which a device need not be asked for."""
         width = rows_TX.shape[1] * rows_TX.element_size()
         bytes_TN = rows_TX.reshape(-1).view(torch.uint8).view(-1, width)
-        return torch.cat((bytes_TN.index_select(0, self.source_C), self.experts_CB), dim=1)
+        rank_C, source_C = torch.nonzero_static(self.visited_PTL.any(-1), size=count).unbind(1)
+        bits_CB = _pack_bits(self.visited_PTL[rank_C, source_C])
+        return torch.cat((bytes_TN.index_select(0, source_C), bits_CB), dim=1)
 
 
 def expand(arrived_AW: Tensor, like: Tensor, local: int, rows: int) -> Tensor:

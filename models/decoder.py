@@ -1,4 +1,4 @@
-"""One decoder layer: attention, then a dense MLP or a mixture of experts, in the five stages of `layer.py`.
+"""One decoder layer: attention, then a dense MLP or a mixture of experts, in the stages of `layer.py`.
 
 Shapes: B batch, T tokens (of a row with B, of the flattened batch without), K slots, R rows, D hidden size.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moray.models.attention import LatentAttention
 from moray.models.config import ModelConfig
-from moray.models.layer import Attended, Dispatcher, Handle
+from moray.models.layer import Attended, Dispatch, Dispatcher
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute
@@ -43,26 +43,26 @@ class DecoderLayer(nn.Module):
             routing = self.mlp.route(rows_TD, len(x_BTD)) if isinstance(self.mlp, MoE) else None
         return Attended(residual_BTD, rows_TD, routing, recompute)
 
-    def dispatch(self, attended: Attended) -> Handle:
+    def dispatch(self, attended: Attended) -> Dispatch:
         assert isinstance(self.mlp, MoE)
         assert attended.routing is not None
         return self.mlp.dispatch(attended.rows_TD, attended.routing)
 
-    def experts(self, handle: Handle) -> Tensor:
-        assert isinstance(self.mlp, MoE)
-        return self.mlp.compute(handle)
+    def local(self, attended: Attended) -> Tensor | None:
+        with attended.recompute:
+            return self.mlp.local(attended.rows_TD) if isinstance(self.mlp, MoE) else self.mlp(attended.rows_TD)
 
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
+    def experts(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         assert isinstance(self.mlp, MoE)
-        return self.mlp.combine(handle, rows_RD)
+        return self.mlp.compute(rows_RD, counts_E)
 
-    def aggregate(self, attended: Attended, rows_TKD: Tensor | None) -> Tensor:
+    def aggregate(self, attended: Attended, local_TD: Tensor | None, rows_TKD: Tensor | None) -> Tensor:
         with attended.recompute as recompute:
-            if isinstance(self.mlp, SwiGLU):
-                out_TD = self.mlp(attended.rows_TD)
-            else:
+            out_TD = local_TD
+            if rows_TKD is not None:
+                assert isinstance(self.mlp, MoE)
                 assert attended.routing is not None
-                assert rows_TKD is not None
-                out_TD = self.mlp.aggregate(attended.rows_TD, attended.routing, rows_TKD)
+                out_TD = self.mlp.aggregate(attended.routing, rows_TKD, local_TD)
             recompute.forget()
+        assert out_TD is not None
         return attended.residual_BTD + out_TD.view_as(attended.residual_BTD)

@@ -10,16 +10,15 @@ leave the process are rounded all the same: what is computed depends on no layou
 On the way to the experts a row crosses once to each rank that has any of its token's (`copies.py`), and is expanded
 there. On the way home every expert's result is a row of its own, since its weight is known at home only.
 
-Notable: per dispatch, one small exchange of counts and one copy of them to the host (the exchange of rows needs its
-split sizes there). The backward of an exchange is the reverse exchange, so all ranks must run the same layers in the
-same order; a rank that sends or receives no rows takes part all the same.
+Notable: a departure and an arrival are two nodes of autograd's graph, so that what is computed between them, forward
+and backward, hides the way (`interleave.py`). Per dispatch there is one small exchange of counts, read on the host,
+since an exchange of rows needs its split sizes there. The backward of an exchange is the reverse exchange, so all ranks
+must run the same layers in the same order; a rank that sends or receives no rows takes part all the same.
 
-Shapes: T tokens, K slots, E experts, P ranks, L = E / P local experts, R rows here, S = T * K rows sent, D hidden size,
-X columns of any meaning.
+Shapes: T tokens, K slots, E experts, P ranks, L = E / P local experts, R rows here, S = T * K rows sent, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,131 +26,155 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.permute import PairOrder, inverse_permutation, sort_pairs
+from moray.kernels.deferred import DeferredGradients
+from moray.kernels.permute import PairOrder, sort_pairs
 from moray.kernels.wire import pack_rows, unpack_rows
-from moray.models.copies import Copies, expand
-from moray.models.layer import Dispatcher, Handle
-
-# Made for a device, and entered around every exchange on it: whoever wants to know what communication takes.
-Timed = Callable[[torch.device], AbstractContextManager[None]]
-
-
-def _untimed(device: torch.device) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """The part of the way that lies between ranks.
-
-    sent_P, received_P: rows to and from each rank, one for each pair of token and expert. order_R, inverse_R: from the
-    order of arrival (rank by rank) to the order by local expert. copies: those sent on the way there,
-    copied_P to each rank, and arriving_P come from each, for `local` experts here.
-    """
-
-    group: dist.ProcessGroup
-    sent_P: tuple[int, ...]
-    received_P: tuple[int, ...]
-    order_R: Tensor
-    inverse_R: Tensor
-    copies: Copies
-    copied_P: tuple[int, ...]
-    arriving_P: tuple[int, ...]
-    local: int
-    timed: Timed
-
-    def once(self, rows_TX: Tensor) -> Tensor:
-        """A token's row to all its experts, by one copy for each rank."""
-        arrived_AW = self._exchange(self.copies.made(rows_TX), self.copied_P, self.arriving_P)
-        return expand(arrived_AW, rows_TX, self.local, sum(self.received_P))
-
-    def there(self, rows_SX: Tensor) -> Tensor:
-        return self._exchange(rows_SX, self.sent_P, self.received_P).index_select(0, self.order_R)
-
-    def back(self, rows_RX: Tensor) -> Tensor:
-        return self._exchange(rows_RX.index_select(0, self.inverse_R), self.received_P, self.sent_P)
-
-    def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        out = rows.new_empty((sum(received), *rows.shape[1:]))
-        with self.timed(rows.device):
-            dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=self.group)
-        return out
+from moray.models.copies import Copies
+from moray.models.crossing import Announcement, Arrival, Crossing, Link, Timed, untimed
+from moray.models.layer import Dispatcher
 
 
 @dataclass(frozen=True)
 class Way:
-    """The way of one layer's rows: to the experts, in FP8 if `fp8`, and home."""
+    """The way of one layer's rows: to the experts, in FP8 if `fp8`, and home. Each call is a departure."""
 
     pairs: PairOrder
     slots: int
     fp8: bool
     crossing: Crossing | None
 
-    def tokens_to_experts(self, rows_TD: Tensor) -> Tensor:
+    def tokens_to_experts(self, rows_TD: Tensor) -> Arrival:
         """Every token's row where its experts are: rows_RD."""
         if self.crossing is None:
-            return self._rounded(rows_TD).index_select(0, self.pairs.order_R // self.slots)
-        arrived_RX = self.crossing.once(pack_rows(rows_TD) if self.fp8 else rows_TD)
-        return unpack_rows(arrived_RX, rows_TD.shape[1], rows_TD.dtype) if self.fp8 else arrived_RX
+            rows_RD = self._rounded(rows_TD).index_select(0, self.pairs.order_R // self.slots)
+            return lambda: rows_RD
+        return self._unpacked(self.crossing.once(self._packed(rows_TD)), rows_TD)
 
-    def pairs_to_experts(self, rows_SD: Tensor) -> Tensor:
+    def pairs_to_experts(self, rows_SD: Tensor) -> Arrival:
         """Every pair's row, slot by slot, where its expert is: rows_RD."""
         if self.crossing is None:
-            return self._rounded(rows_SD).index_select(0, self.pairs.order_R)
-        sent_SX = (pack_rows(rows_SD) if self.fp8 else rows_SD).index_select(0, self.pairs.order_R)
-        arrived_RX = self.crossing.there(sent_SX)
-        return unpack_rows(arrived_RX, rows_SD.shape[1], rows_SD.dtype) if self.fp8 else arrived_RX
+            rows_RD = self._rounded(rows_SD).index_select(0, self.pairs.order_R)
+            return lambda: rows_RD
+        return self._unpacked(self.crossing.there(self._packed(rows_SD).index_select(0, self.pairs.order_R)), rows_SD)
+
+    def home(self, rows_RD: Tensor) -> Arrival:
+        """Every pair's row where its token is: rows_TKD."""
+        if self.crossing is None:
+            rows_TKD = self._by_token(rows_RD)
+            return lambda: rows_TKD
+        arrival = self.crossing.back(rows_RD)
+        return lambda: self._by_token(arrival())
+
+    def _packed(self, rows_XD: Tensor) -> Tensor:
+        return pack_rows(rows_XD) if self.fp8 else rows_XD
+
+    def _unpacked(self, arrival: Arrival, like_XD: Tensor) -> Arrival:
+        columns, dtype = like_XD.shape[1], like_XD.dtype
+        return (lambda: unpack_rows(arrival(), columns, dtype)) if self.fp8 else arrival
 
     def _rounded(self, rows_XD: Tensor) -> Tensor:
         return unpack_rows(pack_rows(rows_XD), rows_XD.shape[1], rows_XD.dtype) if self.fp8 else rows_XD
 
-    def home(self, rows_RD: Tensor) -> Tensor:
-        """Every pair's row where its token is: rows_TKD."""
-        if self.crossing is not None:
-            rows_RD = self.crossing.back(rows_RD)
-        return rows_RD.index_select(0, self.pairs.inverse_R).view(-1, self.slots, rows_RD.shape[1])
+    def _by_token(self, rows_SD: Tensor) -> Tensor:
+        return rows_SD.index_select(0, self.pairs.inverse_R).view(-1, self.slots, rows_SD.shape[1])
 
 
-class _Dispatch(torch.autograd.Function):
+class Trip:
+    """A layer's dispatch (`layer.Dispatch`). `plan` waits until the way and the rows of each expert here are known.
+
+    What is not needed any more it lets go: the graph holds it up to the backward.
+    """
+
+    def __init__(self, rows_TD: Tensor, plan: Callable[[], tuple[Way, Tensor]]) -> None:
+        self._rows_TD: Tensor | None = rows_TD
+        self._plan: Callable[[], tuple[Way, Tensor]] | None = plan
+        self._way: Way | None = None
+        self._counts_E: Tensor | None = None
+        # Between a departure and its arrival the graph has an edge, and there is no tensor yet: this stands for it.
+        self._ticket: Tensor | None = None
+        self._arrival: Arrival | None = None
+
+    @property
+    def way(self) -> Way:
+        assert self._way is not None, "rows are sent first"
+        return self._way
+
+    def send(self) -> None:
+        assert self._plan is not None
+        self._way, self._counts_E = self._plan()
+        self._ticket = _Send.apply(self._rows_TD, self)  # type: ignore[no-untyped-call]
+        self._plan = self._rows_TD = None
+
+    def arrived(self) -> tuple[Tensor, Tensor]:
+        assert self._counts_E is not None
+        ticket, self._ticket = self._ticket, None
+        return _Arrived.apply(ticket, self), self._counts_E  # type: ignore[no-untyped-call]
+
+    def send_back(self, rows_RD: Tensor) -> None:
+        self._ticket = _SendBack.apply(rows_RD, self)  # type: ignore[no-untyped-call]
+
+    def home(self) -> Tensor:
+        ticket, self._ticket = self._ticket, None
+        rows_TKD: Tensor = _Home.apply(ticket, self)  # type: ignore[no-untyped-call]
+        return rows_TKD
+
+    def under_way(self, arrival: Arrival) -> None:
+        """Remembers the one transfer that this trip now waits for."""
+        self._arrival = arrival
+
+    def take(self) -> Tensor:
+        """Waits for it; what arrived."""
+        assert self._arrival is not None
+        arrival, self._arrival = self._arrival, None
+        return arrival()
+
+
+class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_TD: Tensor, way: Way) -> Tensor:
-        ctx.way = way
-        return way.tokens_to_experts(rows_TD)
+    def forward(ctx: Any, rows_TD: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.under_way(trip.way.tokens_to_experts(rows_TD))
+        return rows_TD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        return ctx.trip.take().sum(1), None
+
+
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.take()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return ctx.way.home(grads[0]).sum(1), None
+        ctx.trip.under_way(ctx.trip.way.home(grads[0]))
+        return grads[0].new_empty(0), None
 
 
-class _Combine(torch.autograd.Function):
+class _SendBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, way: Way) -> Tensor:
-        ctx.way = way
-        return way.home(rows_RD)
+    def forward(ctx: Any, rows_RD: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.under_way(trip.way.home(rows_RD))
+        return rows_RD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        return ctx.trip.take(), None
+
+
+class _Home(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.take()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return ctx.way.pairs_to_experts(grads[0].flatten(0, 1)), None
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows at their experts, and the way home."""
-
-    rows_RD: Tensor
-    counts_E: Tensor
-    way: Way
-
-    @classmethod
-    def along(cls, way: Way, rows_TD: Tensor, counts_E: Tensor) -> "Dispatched":
-        rows_RD: Tensor = _Dispatch.apply(rows_TD, way)  # type: ignore[no-untyped-call]
-        return cls(rows_RD, counts_E, way)
-
-
-def _combine(handle: Handle, rows_RD: Tensor) -> Tensor:
-    assert isinstance(handle, Dispatched)
-    rows_TKD: Tensor = _Combine.apply(rows_RD, handle.way)  # type: ignore[no-untyped-call]
-    return rows_TKD
+        ctx.trip.under_way(ctx.trip.way.pairs_to_experts(grads[0].flatten(0, 1)))
+        return grads[0].new_empty(0), None
 
 
 class LocalDispatcher:
@@ -160,23 +183,27 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatched:
+    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Trip:
         pairs = sort_pairs(expert_ids_TK, self.num_experts)
-        return Dispatched.along(Way(pairs, expert_ids_TK.shape[1], fp8, None), rows_TD, pairs.counts_E)
-
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
-        return _combine(handle, rows_RD)
+        way = Way(pairs, expert_ids_TK.shape[1], fp8, None)
+        return Trip(rows_TD, lambda: (way, pairs.counts_E))
 
 
 class ProcessGroupDispatcher:
     """Experts are spread evenly over the ranks of a torch.distributed group.
 
-    `experts` is the range that this rank must hold. Raises ValueError when the experts do not divide.
+    `experts` is the range that this rank must hold; `later` are gradients to be computed while it waits. Raises
+    ValueError when the experts do not divide.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int, timed: Timed = _untimed) -> None:
-        self.group = group
-        self.timed = timed
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        timed: Timed = untimed,
+        later: DeferredGradients | None = None,
+    ) -> None:
+        self.link = Link(group, timed, later)
         self.ranks = dist.get_world_size(group)
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not divide over the {self.ranks} ranks of the group")
@@ -185,38 +212,16 @@ class ProcessGroupDispatcher:
         first = dist.get_rank(group) * self.num_local
         self.experts = range(first, first + self.num_local)
 
-    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatched:
+    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Trip:
         pairs = sort_pairs(expert_ids_TK, self.num_experts)
         copies = Copies.of(expert_ids_TK, self.ranks, self.num_local)
-        (sent_PL, copied_P), (received_PL, arriving_P) = self._exchange_counts(pairs.counts_E, copies.counts_P)
-        there_P, here_P = tuple(copied_P.tolist()), tuple(arriving_P.tolist())
-        sent_P, received_P = tuple(sent_PL.sum(1).tolist()), tuple(received_PL.sum(1).tolist())
-        orders = self._arrival_order(received_PL, rows_TD.device)
-        crossing = Crossing(
-            self.group, sent_P, received_P, *orders, copies, there_P, here_P, self.num_local, self.timed
-        )
-        return Dispatched.along(Way(pairs, expert_ids_TK.shape[1], fp8, crossing), rows_TD, received_PL.sum(0))
+        announcement = Announcement(self.link, pairs.counts_E, copies.counts_P())
 
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
-        return _combine(handle, rows_RD)
+        def plan() -> tuple[Way, Tensor]:
+            crossing, counts_L = Crossing.of(self.link, copies, announcement, rows_TD.device)
+            return Way(pairs, expert_ids_TK.shape[1], fp8, crossing), counts_L
 
-    def _exchange_counts(
-        self, counts_E: Tensor, copies_P: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """From here, and to here: pairs for each expert of each rank, [P, L], and copies for each rank, [P]; on the
-        host."""
-        sent_PX = torch.cat((counts_E.view(self.ranks, self.num_local), copies_P.unsqueeze(1)), dim=1)
-        received_PX = torch.empty_like(sent_PX)
-        with self.timed(counts_E.device):
-            dist.all_to_all_single(received_PX, sent_PX, group=self.group)
-        both = torch.stack((sent_PX, received_PX)).cpu()  # the one sync
-        return (both[0, :, :-1], both[0, :, -1]), (both[1, :, :-1], both[1, :, -1])
-
-    def _arrival_order(self, received_PL: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows arrive by rank, then by expert; the experts want them by expert, then by rank."""
-        experts_PL = torch.arange(self.num_local).repeat(self.ranks)
-        order_R = experts_PL.repeat_interleave(received_PL.flatten()).argsort(stable=True).to(device)
-        return order_R, inverse_permutation(order_R)
+        return Trip(rows_TD, plan)
 
 
 def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -> Dispatcher:

@@ -1,8 +1,8 @@
-"""The protocol of a layer: attend_route -> dispatch -> experts -> combine -> aggregate.
+"""The protocol of a layer: attend_route -> dispatch -> shared -> send -> experts -> send back -> aggregate.
 
-The five stages are separate calls so that a schedule may own the two that communicate (dispatch and combine) and
-run another micro-batch's compute under them; `run_layer` is the plain schedule. A `Dispatcher` moves rows between
-tokens and experts; the layer does not know whether the experts are in this process.
+The stages are separate calls so that a schedule may run other compute while rows are on their way; `layer_parts` is
+that schedule. A `Dispatcher` moves rows between tokens and experts; the layer does not know whether the experts are in
+this process.
 
 Shapes: B batch, T tokens (of a row, or of the flattened batch where there is no B), K slots, E experts, R rows, D
 hidden size.
@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from moray.models.interleave import Parts
 from moray.models.recompute import Recompute
 
 A_contra = TypeVar("A_contra", contravariant=True)
@@ -32,29 +33,30 @@ class Routing:
     balance: Tensor | None
 
 
-class Handle(Protocol):
-    """What a dispatch brought to this rank's experts; whoever made it can take the results back.
+class Dispatch(Protocol):
+    """One layer's rows on their way to experts and home. Its calls come in this order, once each."""
 
-    rows_RD: rows sorted by local expert. counts_E: int64, rows per *local* expert; on the host where the dispatcher had
-    to bring it there.
-    """
+    def send(self) -> None:
+        """Sets the rows on their way."""
 
-    @property
-    def rows_RD(self) -> Tensor: ...  # noqa: N802
-    @property
-    def counts_E(self) -> Tensor: ...  # noqa: N802
+    def arrived(self) -> tuple[Tensor, Tensor]:
+        """Waits for those that come here: rows_RD, sorted by local expert, and counts_E, int64, the rows of each
+        *local* expert; on the host where the dispatcher had to bring it there."""
+
+    def send_back(self, rows_RD: Tensor) -> None:
+        """Sets the experts' results on their way."""
+
+    def home(self) -> Tensor:
+        """Waits for the results of the tokens here: rows_TKD, unweighted, slot by slot."""
 
 
 class Dispatcher(Protocol):
-    """Brings rows to experts and results back. One combine per handle, and the same calls in the same order on every
-    rank, since each may be a collective."""
+    """Brings rows to experts and results back. Every rank makes the same calls in the same order, since each may be a
+    collective."""
 
-    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Handle:
-        """Sends row t to the experts `expert_ids_TK[t]`; with `fp8`, in FP8, and so the results' gradients too."""
-        ...
-
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
-        """Brings the experts' results home: rows_TKD, unweighted, slot by slot."""
+    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatch:
+        """Prepares to send row t to the experts `expert_ids_TK[t]`, whose owners begin to hear how much will come; with
+        `fp8` it goes in FP8, and so do the results' gradients."""
         ...
 
 
@@ -72,23 +74,33 @@ class Attended:
 
 
 class Layer(Protocol[A_contra]):
-    """The stages of one layer. `attend` runs the layer's attention on normalised rows (training or cached)."""
+    """The stages of one layer. `attend` runs the layer's attention on normalised rows (training or cached).
+
+    `local` is what every token visits: the dense MLP of a layer without experts, or the shared expert, or None.
+    """
 
     def attend_route(self, x_BTD: Tensor, attend: A_contra) -> Attended: ...
-    def dispatch(self, attended: Attended) -> Handle: ...
-    def experts(self, handle: Handle) -> Tensor: ...
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor: ...
-    def aggregate(self, attended: Attended, rows_TKD: Tensor | None) -> Tensor: ...
+    def dispatch(self, attended: Attended) -> Dispatch: ...
+    def local(self, attended: Attended) -> Tensor | None: ...
+    def experts(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor: ...
+    def aggregate(self, attended: Attended, local_TD: Tensor | None, rows_TKD: Tensor | None) -> Tensor: ...
 
 
 Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 
-def run_layer(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
-    """Runs the stages one after the other; returns the layer's output and its balance loss, if it has one."""
+def layer_parts(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> Parts[tuple[Tensor, Tensor | None]]:
+    """The layer's output and its balance loss, if it has one. Yields while rows are on their way.
+
+    What every token visits is computed while the ranks hear from each other how many rows will come.
+    """
     attended = layer.attend_route(x_BTD, attend)
     if attended.routing is None:
-        return layer.aggregate(attended, None), None
-    handle = layer.dispatch(attended)
-    rows_TKD = layer.combine(handle, layer.experts(handle))
-    return layer.aggregate(attended, rows_TKD), attended.routing.balance
+        return layer.aggregate(attended, layer.local(attended), None), None
+    dispatch = layer.dispatch(attended)
+    local_TD = layer.local(attended)
+    dispatch.send()
+    yield
+    dispatch.send_back(layer.experts(*dispatch.arrived()))
+    yield
+    return layer.aggregate(attended, local_TD, dispatch.home()), attended.routing.balance

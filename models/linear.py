@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.deferred import DeferredGradients, deferred_linear
 from moray.kernels.fp8_linear import Fp8Weight, fp8_linear
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
@@ -51,12 +52,14 @@ class ExactModule(nn.Module):
 class Linear(ExactModule):
     """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks.
 
-    A wide weight may be trained in FP8 (`form` set); `shared_input` tells that somebody keeps its input anyway.
+    A wide weight may be trained in FP8 (`form` set); `shared_input` tells that somebody keeps its input anyway. Its
+    gradient comes about at once or, where that is set, `later`.
     """
 
     weight_scale_inv: Tensor | None
     form: Fp8Form[Fp8Weight] | None = None
     shared_input = False
+    later: DeferredGradients | None = None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -78,7 +81,9 @@ class Linear(ExactModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.form is not None:
-            return fp8_linear(x, self.weight, self.form.of(self.weight), self.shared_input)
+            return fp8_linear(x, self.weight, self.form.of(self.weight), self.shared_input, self.later)
+        if self.later is not None:
+            return deferred_linear(x, self.weight, self.later)
         return F.linear(x, self.wide_weight(x.dtype))
 
 

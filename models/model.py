@@ -8,8 +8,8 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache tabl
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moray.kernels.cross_entropy import cross_entropy_sum
+from moray.kernels.deferred import DeferredGradients
 from moray.kernels.documents import Documents, find_documents
 from moray.kernels.fp8_experts import fp8_expert_weights
 from moray.kernels.fp8_linear import fp8_weight
@@ -27,7 +28,8 @@ from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer
 from moray.models.dispatch import dispatcher_for
 from moray.models.fp8 import Fp8Form
-from moray.models.layer import Dispatcher, run_layer
+from moray.models.interleave import Parts, alone, in_turn
+from moray.models.layer import Dispatcher, layer_parts
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.prediction import PredictionLayer, ahead
@@ -57,6 +59,14 @@ class TrainingLoss:
     prediction: Tensor
     balance: Tensor
     count: Tensor
+
+    def __add__(self, other: "TrainingLoss") -> "TrainingLoss":
+        terms = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return TrainingLoss(*(mine + its for mine, its in terms))
+
+
+# As `training_loss` takes it: ids, targets and, if there are any, documents.
+TrainingBatch = tuple[Tensor, Tensor, Tensor | None]
 
 
 class LogicalParameter(NamedTuple):
@@ -107,7 +117,7 @@ class DeepseekV3(nn.Module):
 
         With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
         """
-        hidden_BTD, _ = self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT))
+        hidden_BTD, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT)))
         return ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
 
     def loss_sum(
@@ -122,7 +132,7 @@ class DeepseekV3(nn.Module):
         A token counts where `mask_BT` (bool) is true, if given, and its target is not negative (-100, say). The full
         logits are never held.
         """
-        hidden_BTD, _ = self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT))
+        hidden_BTD, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT)))
         return self._cross_entropy(hidden_BTD, targets_BT, _counted(targets_BT, mask_BT))
 
     def training_loss(
@@ -137,15 +147,32 @@ class DeepseekV3(nn.Module):
         A place counts at depth k of multi-token prediction if it and the k places after it count: so no prediction
         crosses from one document into the next, whose first token nobody's target is.
         """
+        return alone(self._training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT))
+
+    def training_losses(self, batches: Sequence[TrainingBatch]) -> list[TrainingLoss]:
+        """The same of several batches, each computed while the others' rows are on their way to experts and back.
+
+        So is their backward, if it is one backward of the sum of their losses.
+        """
+        return in_turn([self._training_parts(*batch) for batch in batches])
+
+    def _training_parts(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> Parts[TrainingLoss]:
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = _counted(targets_BT, mask_BT)
-        hidden_BTD, balance = self._hidden(ids_BT, attend)
+        hidden_BTD, balance = yield from self._hidden(ids_BT, attend)
         main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
         prediction = torch.zeros_like(main)
         chain_BT = keep_BT
         for depth, layer in enumerate(self.prediction_layers(), start=1):
             embedded_BTD = self.model.embed_tokens(ahead(ids_BT, depth, 0))
-            x_BTD, layer_balance = run_layer(layer, layer.join(hidden_BTD, embedded_BTD), attend)
+            joined_BTD = layer.join(hidden_BTD, embedded_BTD)
+            x_BTD, layer_balance = yield from layer_parts(layer, joined_BTD, attend)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             balance = balance if layer_balance is None else balance + layer_balance
             chain_BT = chain_BT & ahead(keep_BT, depth, 0)
@@ -171,7 +198,8 @@ class DeepseekV3(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT)
         rotary = self._rotary(positions_BT.clamp(min=0), x_BTD.dtype)
         for index, layer in enumerate(self._layers()):
-            x_BTD, _ = run_layer(layer, x_BTD, partial(_attend_cached, rotary=rotary, view=view, layer=index))
+            attend = partial(_attend_cached, rotary=rotary, view=view, layer=index)
+            x_BTD, _ = alone(layer_parts(layer, x_BTD, attend))
         if last_only:
             x_BTD = _last_real(x_BTD, positions_BT)
         logits: Tensor = self.lm_head(self.model.norm(x_BTD))
@@ -261,6 +289,13 @@ class DeepseekV3(nn.Module):
             elif isinstance(module, Linear) and is_quantized(f"{name}.weight") and ".mlp." not in name:
                 module.form, module.shared_input = Fp8Form(fp8_weight), name.endswith(".o_proj")
 
+    def defer_gradients(self, later: DeferredGradients | None) -> None:
+        """From now on the gradients of the weights of linear maps and experts come about when `later` computes them: in
+        full after its `finish`. Those of embedding, head, router and norms come as ever."""
+        for module in self.modules():
+            if isinstance(module, ExpertShard | SwiGLU | Linear) and module is not self.lm_head:
+                module.later = later
+
     def prediction_layers(self) -> Iterator[PredictionLayer]:
         """The layers of multi-token prediction, nearest token first."""
         for layer in self.model.layers:
@@ -299,12 +334,12 @@ class DeepseekV3(nn.Module):
         rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
         return partial(_attend_rows, rotary=rotary, documents=documents)
 
-    def _hidden(self, ids_BT: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def _hidden(self, ids_BT: Tensor, attend: Attend) -> Parts[tuple[Tensor, Tensor]]:
         """The normalised rows after the last layer, and the sum of the layers' balance losses."""
         x_BTD = self.model.embed_tokens(ids_BT)
         balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
         for layer in self._layers():
-            x_BTD, layer_balance = run_layer(layer, x_BTD, attend)
+            x_BTD, layer_balance = yield from layer_parts(layer, x_BTD, attend)
             balance = balance if layer_balance is None else balance + layer_balance
         return self.model.norm(x_BTD), balance
 

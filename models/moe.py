@@ -13,20 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.deferred import DeferredGradients
 from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.config import ModelConfig
 from moray.models.fp8 import Fp8Form
-from moray.models.layer import Dispatcher, Handle, Routing
+from moray.models.layer import Dispatch, Dispatcher, Routing
 from moray.models.linear import ExactModule, Linear, unset_parameter
 from moray.models.shard import ExpertShard
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. It may be trained in FP8 (`form` set)."""
+    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. It may be trained in FP8 (`form` set),
+    with the weights' gradients `later`."""
 
     form: Fp8Form[Fp8Experts] | None = None
+    later: DeferredGradients | None = None
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -36,8 +39,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.form is not None:
-            weights = [m.weight.unsqueeze(0) for m in (self.gate_proj, self.up_proj, self.down_proj)]
-            return fp8_mlp(x_TD, self.form.of(*weights), *weights)
+            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            quantized = self.form.of(*(weight.unsqueeze(0) for weight in weights))
+            return fp8_mlp(x_TD, quantized, *weights, self.later)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
         return out
 
@@ -119,21 +123,19 @@ class MoE(nn.Module):
         routing: Routing = self.gate(rows_TD, sequences)
         return routing
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing) -> Handle:
+    def dispatch(self, rows_TD: Tensor, routing: Routing) -> Dispatch:
         return self.dispatcher.dispatch(rows_TD, routing.ids_TK, fp8=self.experts.form is not None)
 
-    def compute(self, handle: Handle) -> Tensor:
-        """The experts' outputs for the rows of `handle`."""
-        rows_RD: Tensor = self.experts(handle.rows_RD, handle.counts_E)
-        return rows_RD
+    def local(self, rows_TD: Tensor) -> Tensor | None:
+        """The shared expert's output, if there is one."""
+        return None if self.shared_experts is None else self.shared_experts(rows_TD)
 
-    def combine(self, handle: Handle, rows_RD: Tensor) -> Tensor:
-        return self.dispatcher.combine(handle, rows_RD)
+    def compute(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """The outputs of the experts held here."""
+        out_RD: Tensor = self.experts(rows_RD, counts_E)
+        return out_RD
 
-    def aggregate(self, rows_TD: Tensor, routing: Routing, rows_TKD: Tensor) -> Tensor:
+    def aggregate(self, routing: Routing, rows_TKD: Tensor, local_TD: Tensor | None) -> Tensor:
         """Sum of the slots by weight, in the weights' (wide) dtype, plus the shared expert's output."""
-        routed_TD = (rows_TKD * routing.weights_TK.unsqueeze(-1)).sum(1).to(rows_TD.dtype)
-        if self.shared_experts is None:
-            return routed_TD
-        shared_TD: Tensor = self.shared_experts(rows_TD)
-        return routed_TD + shared_TD
+        routed_TD = (rows_TKD * routing.weights_TK.unsqueeze(-1)).sum(1).to(rows_TKD.dtype)
+        return routed_TD if local_TD is None else routed_TD + local_TD

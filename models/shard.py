@@ -12,7 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from moray.kernels.deferred import DeferredGradients
 from moray.kernels.experts import experts as swiglu_experts
+from moray.kernels.experts import experts_deferred as swiglu_experts_deferred
 from moray.kernels.experts import experts_fp8 as swiglu_experts_fp8
 from moray.kernels.fp8_experts import Fp8Experts, fp8_experts
 from moray.kernels.padding import pad_groups, unpad_groups
@@ -28,11 +30,13 @@ class ExpertShard(ExactModule):
     """Consecutive experts of one layer; `experts` is the range of their ids.
 
     The weights are wide or, for inference, FP8 with scales of 128 x 128 blocks: those of `w_gate_EFD` are in
-    `w_gate_EFD_scale_inv`, and so on. Wide weights may be trained in FP8 (`form` set).
+    `w_gate_EFD_scale_inv`, and so on. Wide weights may be trained in FP8 (`form` set). Their gradients come about at
+    once or, where that is set, `later`.
     """
 
     load_E: Tensor
     form: Fp8Form[Fp8Experts] | None = None
+    later: DeferredGradients | None = None
 
     def __init__(self, experts: range, hidden: int, inner: int) -> None:
         super().__init__()
@@ -66,6 +70,8 @@ class ExpertShard(ExactModule):
         stacks = (self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
         if self.form is not None:
             padded_PD, groups = pad_groups(rows_RD, counts_E)
-            out_PD = fp8_experts(padded_PD, groups.offsets_E1, self.form.of(*stacks), *stacks)
+            out_PD = fp8_experts(padded_PD, groups.offsets_E1, self.form.of(*stacks), *stacks, self.later)
             return unpad_groups(out_PD, groups)
+        if self.later is not None:
+            return swiglu_experts_deferred(rows_RD, counts_E, *stacks, self.later)
         return swiglu_experts(rows_RD, counts_E, *(weight.to(rows_RD.dtype) for weight in stacks))

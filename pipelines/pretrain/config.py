@@ -111,6 +111,11 @@ class PretrainConfig(StepConfig):
     workers: int = operational(2, gt=0)
     expert_parallel: int = operational(2, gt=0)
     micro_batch_sequences: int | None = operational(None, gt=0)
+    overlap: bool = operational(
+        True,
+        description="micro-batches two at a time, so that one computes while the other's rows are on their way between "
+        "ranks; holds what both need for the backward",
+    )
     zero_stage: Literal[0, 1, 2] = operational(
         0,
         description="1: masters and moments are partitioned over ranks with the same weights; 2: gradients too",

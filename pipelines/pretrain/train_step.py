@@ -6,7 +6,6 @@ Losses are summed, not averaged, until the optimizer divides by the global numbe
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from moray.actors.token_set import Batch
 from moray.models.anticipation import routed_as
 from moray.models.balance import update_router_biases
+from moray.models.model import TrainingLoss
 from moray.pipelines.pretrain.schedule import bias_speed, learning_rate, prediction_weight
 from moray.pipelines.pretrain.worker import Worker
 
@@ -68,15 +68,15 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
 
     With `routes`, tokens go to these experts. `flag` is for whatever all ranks must hear of at the same step.
     """
-    config, model = worker.job.config, worker.model
+    config = worker.job.config
     weight = prediction_weight(config.schedule, tokens, worker.total_tokens)
     totals = torch.zeros(5, dtype=torch.float64, device=worker.device)
     totals[4] = flag
-    for number, part in enumerate(micro_batches(worker, batch)):
-        with routed_as(model, routes[number]) if routes else contextlib.nullcontext():
-            terms = model.training_loss(part.ids, part.targets, part.documents)
+    for terms, last in _losses(worker, batch, routes):
         loss = terms.main + weight * terms.prediction + config.balance_factor * terms.balance
-        worker.optimizer.backward(loss, part.last)
+        worker.optimizer.backward(loss, last)
+        if worker.later is not None:
+            worker.later.finish()
         sums = (terms.main, terms.prediction, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
     _sum_over_ranks(worker, totals)
@@ -118,6 +118,24 @@ def drop(worker: Worker) -> None:
     """Forgets what was measured: no weight, average, bias or count is changed."""
     worker.optimizer.skip()
     worker.model.reset_counters()
+
+
+def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tuple[TrainingLoss, bool]]:
+    """The loss of each micro-batch, or of every two, each computed in the other's waits; and whether it is the last.
+
+    Where routes are given, which only happens after trouble, it is one at a time.
+    """
+    model, parts = worker.model, list(micro_batches(worker, batch))
+    if routes:
+        for part, experts in zip(parts, routes, strict=True):
+            with routed_as(model, experts):
+                yield model.training_loss(part.ids, part.targets, part.documents), part.last
+        return
+    together = 2 if worker.overlaps else 1
+    for first in range(0, len(parts), together):
+        turn = parts[first : first + together]
+        losses = model.training_losses([(part.ids, part.targets, part.documents) for part in turn])
+        yield sum(losses[1:], losses[0]), turn[-1].last
 
 
 def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moray.actors.batch_plan import BatchPlan
+from moray.kernels.deferred import DeferredGradients
 from moray.models.checkpoint import Checked, load_weights
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
@@ -35,8 +36,14 @@ class Worker:
     device: torch.device
     state: TrainingState
     checkpoints: Checkpoints
+    later: DeferredGradients | None = None  # of weights, for when others are waited for
     step: int = 0  # the one at work
     busy: str = ""  # with something long that is no step
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether micro-batches are computed in each other's waits. Who has all experts never waits for rows."""
+        return self.job.config.overlap and self.mesh.ep > 1
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -76,7 +83,9 @@ class Worker:
 def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
     """The rank's model, initialised independently of the layout, with its optimizer and checkpoints."""
     config, folder = job.config, Path(job.folder)
-    model = _model(job, mesh, device)
+    # ZeRO 2 sends gradients off as the backward makes them, so there none is put off.
+    later = DeferredGradients() if config.overlap and mesh.ep > 1 and config.zero_stage < 2 else None
+    model = _model(job, mesh, device, later)
     optimizer = sharded_optimizer(model, mesh, config)
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
     guard = Guard(config.spikes, mesh.from_first(lambda: read_record(folder)))
@@ -85,14 +94,14 @@ def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
     if config.archive:
         archive = Archive(config.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
     keep = (config.keep_checkpoints, config.keep_checkpoint_hours)
-    return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive))
+    return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), later)
 
 
-def _model(job: Job, mesh: Mesh, device: torch.device) -> DeepseekV3:
+def _model(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> DeepseekV3:
     dispatcher: Dispatcher = LocalDispatcher(job.model.n_routed_experts)
     if mesh.ep > 1:
         assert mesh.ep_group is not None
-        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts, mesh.clock.over)
+        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts, mesh.clock.over, later)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     if job.initial is None:
         model.init_weights(job.config.seed)
@@ -106,4 +115,5 @@ def _model(job: Job, mesh: Mesh, device: torch.device) -> DeepseekV3:
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":
         model.train_in_fp8()
+    model.defer_gradients(later)
     return model

@@ -76,10 +76,13 @@ def check_empty_rank(group):
     tokens = 0 if rank == ranks - 1 else 5
     rows_TD = (torch.arange(tokens)[:, None] + 100.0 * rank).repeat(1, 3).requires_grad_()
     ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
-    handle = dispatcher.dispatch(rows_TD, ids_TK)
-    assert handle.counts_E.sum() == len(handle.rows_RD)
-    expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), handle.counts_E)
-    home_TKD = dispatcher.combine(handle, handle.rows_RD * (1 + expert_R[:, None]))
+    dispatch = dispatcher.dispatch(rows_TD, ids_TK)
+    dispatch.send()
+    rows_RD, counts_E = dispatch.arrived()
+    assert counts_E.sum() == len(rows_RD)
+    expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), counts_E)
+    dispatch.send_back(rows_RD * (1 + expert_R[:, None]))
+    home_TKD = dispatch.home()
     torch.testing.assert_close(home_TKD, rows_TD[:, None] * (1 + ids_TK[..., None]))
     home_TKD.sum().backward()
     torch.testing.assert_close(rows_TD.grad, (1.0 + ids_TK).sum(1, keepdim=True).expand(-1, 3))
@@ -96,8 +99,10 @@ def check_fp8(group):
     found = []
     for dispatcher in (local, crossing):
         rows_TD = x_TD.clone().requires_grad_()
-        handle = dispatcher.dispatch(rows_TD, ids_TK, fp8=True)
-        home_TKD = dispatcher.combine(handle, handle.rows_RD * 3)
+        dispatch = dispatcher.dispatch(rows_TD, ids_TK, fp8=True)
+        dispatch.send()
+        dispatch.send_back(dispatch.arrived()[0] * 3)
+        home_TKD = dispatch.home()
         (home_TKD * weights_TKD).sum().backward()
         found.append((home_TKD.detach(), rows_TD.grad))
     for here, there in zip(*found, strict=True):

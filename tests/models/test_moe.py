@@ -14,8 +14,10 @@ def _moe(model):
 
 def _run(moe, rows_TD):
     routing = moe.route(rows_TD, 1)
-    handle = moe.dispatch(rows_TD, routing)
-    return moe.aggregate(rows_TD, routing, moe.combine(handle, moe.compute(handle)))
+    dispatch = moe.dispatch(rows_TD, routing)
+    dispatch.send()
+    dispatch.send_back(moe.compute(*dispatch.arrived()))
+    return moe.aggregate(routing, dispatch.home(), moe.local(rows_TD))
 
 
 def test_stages_equal_a_sum_over_each_tokens_experts(make_model):

@@ -1,0 +1,105 @@
+"""Two batches in turn: the same numbers as one after the other, and each computes while the other's rows are away."""
+
+import pytest
+import torch
+
+from moray.kernels.deferred import DeferredGradients
+from moray.models.dispatch import LocalDispatcher
+from moray.models.interleave import alone, in_turn
+from moray.models.model import DeepseekV3
+from tests.models.overlap_ranks import CONFIG, check_overlap, check_same, losses_of, make_batches
+
+
+def _parts(name, count, log):
+    for number in range(count):
+        log.append(f"{name}{number}")
+        yield
+    return name
+
+
+def test_parts_come_in_turn_and_results_in_order():
+    log = []
+    assert in_turn([_parts("a", 1, log), _parts("b", 3, log), _parts("c", 0, log)]) == ["a", "b", "c"]
+    assert log == ["a0", "b0", "b1", "b2"]
+    assert alone(_parts("d", 2, log)) == "d"
+
+
+class Watched:
+    """A dispatcher that writes down departures and arrivals, forward and backward, by the size of the batch."""
+
+    def __init__(self, log):
+        self._inner, self._log = LocalDispatcher(CONFIG.n_routed_experts), log
+
+    def dispatch(self, rows_TD, expert_ids_TK, fp8=False):
+        trip = self._inner.dispatch(rows_TD, expert_ids_TK, fp8)
+        under_way, take = trip.under_way, trip.take
+
+        def departs(arrival):
+            self._log.append(("departs", len(rows_TD)))
+            under_way(arrival)
+
+        def arrives():
+            self._log.append(("arrives", len(rows_TD)))
+            return take()
+
+        trip.under_way, trip.take = departs, arrives
+        return trip
+
+
+def _model(**how):
+    model = DeepseekV3(CONFIG, **how)
+    model.init_weights(3)
+    model.train()
+    return model
+
+
+def test_what_lies_between_departure_and_arrival_does_so_in_the_backward_too():
+    log = []
+    model = _model(dispatcher=Watched(log))
+    small, large = torch.randint(0, 40, (1, 8)), torch.randint(0, 40, (2, 8))
+    losses = model.training_losses([(small, small, None), (large, large, None)])
+    forward, log[:] = list(log), []
+    (losses[0].main + losses[1].main + losses[0].prediction + losses[1].prediction).backward()
+    turns = [("departs", 8), ("departs", 16), ("arrives", 8), ("departs", 8), ("arrives", 16), ("departs", 16),
+             ("arrives", 8)]  # fmt: skip
+    assert forward[: len(turns)] == turns
+    assert forward[-1] == ("arrives", 16)
+    other = {"departs": "arrives", "arrives": "departs"}
+    assert log == [(other[event], size) for event, size in reversed(forward)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["float64", "float32", "bf16", "fp8"])
+def test_gradients_put_off_are_the_same_to_the_bit(precision, recompute):
+    batches = make_batches(torch.Generator().manual_seed(1), 2, 2)
+    found = []
+    for limit in (None, 0, 3, 1000):
+        model = _model()
+        model.set_recompute(recompute)
+        if precision == "float64":
+            model.double()
+        if precision in ("bf16", "fp8"):
+            model.compute_in(torch.bfloat16)
+        if precision == "fp8":
+            model.train_in_fp8()
+        later = None if limit is None else DeferredGradients(limit)
+        model.defer_gradients(later)
+        losses = losses_of(model, batches, later is not None)
+        loss = sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses)
+        loss.backward()
+        if later is not None:
+            assert len(later) <= limit
+            later.finish()
+            assert not len(later)
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    for loss, gradients in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        for name, gradient in gradients.items():
+            assert gradient is not None, name
+            check_same(name, gradient, found[0][1][name])
+
+
+@pytest.mark.cluster
+def test_ranks_that_overlap_compute_the_same(ranks):
+    """At EP 2 and 4 over gloo; see overlap_ranks.py."""
+    ranks.run(4, check_overlap)
