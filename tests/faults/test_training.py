@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(bool(reason_against()), reason=reason_against() or "there is none"),
 ]
 
-STEPS, SECONDS = 300, 180.0
+STEPS, SECONDS = 600, 240.0
 SETTINGS: dict[str, Any] = {
     "steps": STEPS, "batch_sequences": 8, "workers": 2, "expert_parallel": 2, "checkpoint_every": 20,
     "keep_checkpoints": 100, "schedule": {"peak": 3e-3},

@@ -1,0 +1,188 @@
+"""How much of a training step is spent in communication that nothing hides: the overlapped schedule against the other.
+
+Two ranks, EP 2, on two hosts of one machine joined by a link of a set rate: CPU, gloo, emulated link. That rate is
+bisected until the sequential schedule spends 31 % (give or take 2) of its step waiting for the other host, as
+DeepSeek-V3 would have without overlap; then steps of both schedules alternate. Both train the same model on the same
+batches with the product's own training step, so their losses must be the same. Exposed communication is what a rank
+waits: for rows, for counts, for the gradients' reduction; also where the other rank is merely late.
+
+Usage: python benchmarks/overlap.py [ROUNDS]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from result import Bar, report
+from shaped_link import ADDRESSES, ShapedLink
+
+SCHEDULES = {"sequential": False, "overlapped": True}
+GOAL, TOLERANCE = 0.31, 0.02
+BATCH, LENGTH, VOCABULARY = 32, 256, 512
+PORT = 29555
+Figures = dict[str, float]
+
+
+def rank_main(rank: int) -> None:
+    """One rank: takes a step for every schedule that it is sent, and says how it went."""
+    import os
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        workers = {name: _worker(folder, overlap) for name, overlap in SCHEDULES.items()}
+        done = dict.fromkeys(workers, 0)
+        for line in sys.stdin:
+            worker = workers[line.strip()]
+            batch = _batch(done[line.strip()], rank)
+            done[line.strip()] += 1
+            dist.barrier()
+            worker.mesh.clock.take()
+            began = time.perf_counter()
+            figures = _step(worker, batch)
+            took = time.perf_counter() - began
+            print(json.dumps({"seconds": took, "exposed": worker.mesh.clock.take(), **figures}), flush=True)
+    dist.destroy_process_group()
+
+
+def _worker(folder: str, overlap: bool) -> Any:
+    import torch
+
+    from moray.kernels.host_memory import keep_freed_memory
+    from moray.models.presets import preset
+    from moray.pipelines.pretrain.config import Job, PretrainConfig
+    from moray.pipelines.pretrain.mesh import Mesh
+    from moray.pipelines.pretrain.worker import build
+
+    keep_freed_memory()
+    model = dataclasses.replace(
+        preset("tiny"), vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=5,
+        num_attention_heads=4, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=192,
+        n_shared_experts=2, n_group=1, topk_group=1, max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
+    )  # fmt: skip
+    config = PretrainConfig(
+        steps=1000, batch_sequences=BATCH, workers=2, expert_parallel=2, precision="bf16", overlap=overlap,
+        micro_batch_sequences=BATCH // 4,
+    )  # fmt: skip
+    job = Job(config, model, LENGTH, folder, "", "pretrain", threads=1)
+    device = torch.device("cpu")
+    return build(job, Mesh.create(2, device), device)
+
+
+def _batch(step: int, rank: int) -> Any:
+    """Rows that count up by some number, half of the global batch."""
+    import numpy as np
+
+    from moray.actors.token_set import Batch
+
+    generator = np.random.default_rng((step, rank))
+    start, stride = generator.integers(0, VOCABULARY, (BATCH // 2, 1)), generator.integers(1, 9, (BATCH // 2, 1))
+    ids = (start + stride * np.arange(LENGTH)) % VOCABULARY
+    return Batch(ids, np.zeros_like(ids, dtype=np.int32), np.ones_like(ids, dtype=bool))
+
+
+def _step(worker: Any, batch: Any) -> Figures:
+    from moray.pipelines.pretrain.train_step import train_step
+
+    figures, _ = train_step(worker, batch, worker.tokens_before(worker.step))
+    worker.step += 1
+    return {"loss": figures["train_loss"]}
+
+
+class Ranks:
+    """The two processes."""
+
+    def __init__(self, link: ShapedLink) -> None:
+        command = [sys.executable, __file__, "--rank"]
+        self.losses: dict[str, list[float]] = {schedule: [] for schedule in SCHEDULES}
+        self._processes = [link.start(rank, [*command, str(rank)], stderr=subprocess.DEVNULL) for rank in (0, 1)]
+
+    def step(self, schedule: str) -> Figures:
+        """A step of both; what rank 0 says of it."""
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.write(schedule + "\n")
+            process.stdin.flush()
+        said = [process.stdout.readline() for process in self._processes if process.stdout]
+        figures: Figures = json.loads(said[0])
+        self.losses[schedule].append(figures["loss"])
+        return figures
+
+    def share(self, schedule: str, steps: int) -> float:
+        """Of some steps, the median share that is exposed communication."""
+        return statistics.median(_share(self.step(schedule)) for _ in range(steps))
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+def _share(figures: Figures) -> float:
+    return figures["exposed"] / figures["seconds"]
+
+
+def find_rate(link: ShapedLink, ranks: Ranks) -> float:
+    """Mbit/s at which the sequential schedule's share is the goal, within half of the tolerance."""
+    slow, fast = 50.0, 12800.0
+    for _ in range(12):
+        rate = (slow * fast) ** 0.5
+        link.set_rate(rate)
+        share = ranks.share("sequential", 5)
+        print(f"{rate:.0f} Mbit/s: {share:.3f} of a sequential step is exposed communication", file=sys.stderr)
+        if abs(share - GOAL) <= TOLERANCE / 2:
+            break
+        slow, fast = (rate, fast) if share > GOAL else (slow, rate)
+    return rate
+
+
+def main(rounds: str = "15") -> int:
+    with ShapedLink() as link:
+        link.set_rate(10000)
+        ranks = Ranks(link)
+        try:
+            for schedule in SCHEDULES:
+                ranks.share(schedule, 3)
+            rate = find_rate(link, ranks)
+            done: dict[str, list[Figures]] = {schedule: [] for schedule in SCHEDULES}
+            for _ in range(int(rounds)):
+                for schedule, steps in done.items():
+                    steps.append(ranks.step(schedule))
+        finally:
+            ranks.stop()
+    rows: list[dict[str, Any]] = []
+    for schedule, steps in done.items():
+        seconds = statistics.median(step["seconds"] for step in steps)
+        share = statistics.median(map(_share, steps))
+        last = ranks.losses[schedule][len(ranks.losses["overlapped"]) - 1]
+        rows.append({"schedule": schedule, "exposed_share": share, "step_s": seconds, "mbit_s": rate, "loss": last})
+    sequential, overlapped = rows
+    losses = zip(*ranks.losses.values(), strict=False)  # the search for the rate took more steps of one
+    difference = max(abs(one / other - 1) for one, other in losses)
+    off = abs(sequential["exposed_share"] - GOAL)
+    speed = sequential["step_s"] / overlapped["step_s"]
+    bars = [
+        Bar(f"sequential: distance of its exposed share from {GOAL}", off, TOLERANCE, "lower"),
+        Bar("overlapped: exposed share", overlapped["exposed_share"], 0.09, "lower"),
+        Bar("largest relative difference of a step's losses", difference, 1e-6, "lower"),
+        Bar("sequential step over overlapped step", speed, 1.0, "higher"),
+    ]
+    return report("overlap", rows, bars)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        rank_main(int(sys.argv[2]))
+    else:
+        sys.exit(main(*sys.argv[1:]))
