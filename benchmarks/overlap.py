@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from result import Bar, report
@@ -31,9 +33,6 @@ Figures = dict[str, float]
 
 def rank_main(rank: int) -> None:
     """One rank: takes a step for every schedule that it is sent, and says how it went."""
-    import os
-    import time
-
     import torch
     import torch.distributed as dist
 
@@ -93,11 +92,23 @@ def _batch(step: int, rank: int) -> Any:
 
 
 def _step(worker: Any, batch: Any) -> Figures:
-    from moray.pipelines.pretrain.train_step import train_step
+    from moray.pipelines.pretrain.train_step import measure, take
 
-    figures, _ = train_step(worker, batch, worker.tokens_before(worker.step))
+    tokens, reduce, spent = worker.tokens_before(worker.step), worker.optimizer.reduce, []
+
+    def timed(count: Any) -> None:
+        began = time.perf_counter()
+        reduce(count)
+        spent.append(time.perf_counter() - began)
+
+    worker.optimizer.reduce = timed
+    try:
+        measured = measure(worker, batch, tokens)
+    finally:
+        worker.optimizer.reduce = reduce
+    take(worker, batch, tokens, measured)
     worker.step += 1
-    return {"loss": figures["train_loss"]}
+    return {"loss": measured.loss, "reduction": spent[0]}
 
 
 class Ranks:
@@ -166,7 +177,13 @@ def main(rounds: str = "15") -> int:
         seconds = statistics.median(step["seconds"] for step in steps)
         share = statistics.median(map(_share, steps))
         last = ranks.losses[schedule][len(ranks.losses["overlapped"]) - 1]
-        rows.append({"schedule": schedule, "exposed_share": share, "step_s": seconds, "mbit_s": rate, "loss": last})
+        reduction = statistics.median(step["reduction"] / step["seconds"] for step in steps)
+        rows.append(
+            {
+                "schedule": schedule, "exposed_share": share, "of_it_reduction": reduction, "step_s": seconds,
+                "mbit_s": rate, "loss": last,
+            }
+        )  # fmt: skip
     sequential, overlapped = rows
     losses = zip(*ranks.losses.values(), strict=False)  # the search for the rate took more steps of one
     difference = max(abs(one / other - 1) for one, other in losses)

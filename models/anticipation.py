@@ -8,11 +8,15 @@ Shapes: B batch, T tokens, K slots.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from moray.models.interleave import Parts
 from moray.models.model import DeepseekV3
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -29,6 +33,18 @@ def choose_experts(
     finally:
         for router in routers:
             router.chosen_TK = None
+
+
+def routed_parts(model: DeepseekV3, experts: Sequence[Tensor], parts: Parts[T]) -> Parts[T]:
+    """Parts of a forward, each routed as in `routed_as`; others may come between them."""
+    while True:
+        with routed_as(model, experts):
+            try:
+                next(parts)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+        yield
 
 
 @contextmanager

@@ -33,10 +33,16 @@ from moray.models.copies import Copies
 from moray.models.crossing import Announcement, Arrival, Crossing, Link, Timed, untimed
 from moray.models.layer import Dispatcher
 
+Departure = Callable[[Tensor], Arrival]
+
 
 @dataclass(frozen=True)
 class Way:
-    """The way of one layer's rows: to the experts, in FP8 if `fp8`, and home. Each call is a departure."""
+    """The way of one layer's rows: to the experts, in FP8 if `fp8`, and home. Each call is a departure.
+
+    Rows and their gradients: what `tokens_to_experts` brings, `sums_home` brings back; what `home` brings,
+    `pairs_to_experts`.
+    """
 
     pairs: PairOrder
     slots: int
@@ -50,8 +56,9 @@ class Way:
             return lambda: rows_RD
         return self._unpacked(self.crossing.once(self._packed(rows_TD)), rows_TD)
 
-    def pairs_to_experts(self, rows_SD: Tensor) -> Arrival:
-        """Every pair's row, slot by slot, where its expert is: rows_RD."""
+    def pairs_to_experts(self, rows_TKD: Tensor) -> Arrival:
+        """Every pair's row where its expert is: rows_RD."""
+        rows_SD = rows_TKD.flatten(0, 1)
         if self.crossing is None:
             rows_RD = self._rounded(rows_SD).index_select(0, self.pairs.order_R)
             return lambda: rows_RD
@@ -64,6 +71,11 @@ class Way:
             return lambda: rows_TKD
         arrival = self.crossing.back(rows_RD)
         return lambda: self._by_token(arrival())
+
+    def sums_home(self, rows_RD: Tensor) -> Arrival:
+        """The sum of each token's rows where it is: rows_TD."""
+        arrival = self.home(rows_RD)
+        return lambda: arrival().sum(1)
 
     def _packed(self, rows_XD: Tensor) -> Tensor:
         return pack_rows(rows_XD) if self.fp8 else rows_XD
@@ -102,20 +114,21 @@ class Trip:
     def send(self) -> None:
         assert self._plan is not None
         self._way, self._counts_E = self._plan()
-        self._ticket = _Send.apply(self._rows_TD, self)  # type: ignore[no-untyped-call]
+        self._ticket = _Depart.apply(self._rows_TD, self, self._way.tokens_to_experts)  # type: ignore[no-untyped-call]
         self._plan = self._rows_TD = None
 
     def arrived(self) -> tuple[Tensor, Tensor]:
         assert self._counts_E is not None
         ticket, self._ticket = self._ticket, None
-        return _Arrived.apply(ticket, self), self._counts_E  # type: ignore[no-untyped-call]
+        rows_RD = _Arrive.apply(ticket, self, self.way.sums_home)  # type: ignore[no-untyped-call]
+        return rows_RD, self._counts_E
 
     def send_back(self, rows_RD: Tensor) -> None:
-        self._ticket = _SendBack.apply(rows_RD, self)  # type: ignore[no-untyped-call]
+        self._ticket = _Depart.apply(rows_RD, self, self.way.home)  # type: ignore[no-untyped-call]
 
     def home(self) -> Tensor:
         ticket, self._ticket = self._ticket, None
-        rows_TKD: Tensor = _Home.apply(ticket, self)  # type: ignore[no-untyped-call]
+        rows_TKD: Tensor = _Arrive.apply(ticket, self, self.way.pairs_to_experts)  # type: ignore[no-untyped-call]
         return rows_TKD
 
     def under_way(self, arrival: Arrival) -> None:
@@ -129,52 +142,28 @@ class Trip:
         return arrival()
 
 
-class _Send(torch.autograd.Function):
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_TD: Tensor, trip: Trip) -> Tensor:
+    def forward(ctx: Any, rows_XD: Tensor, trip: Trip, departure: Departure) -> Tensor:
         ctx.trip = trip
-        trip.under_way(trip.way.tokens_to_experts(rows_TD))
-        return rows_TD.new_empty(0)
+        trip.under_way(departure(rows_XD))
+        return rows_XD.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        return ctx.trip.take().sum(1), None
+        return ctx.trip.take(), None, None
 
 
-class _Arrived(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
+    def forward(ctx: Any, ticket: Tensor, trip: Trip, gradients_departure: Departure) -> Tensor:
+        ctx.trip, ctx.departure = trip, gradients_departure
         return trip.take()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        ctx.trip.under_way(ctx.trip.way.home(grads[0]))
-        return grads[0].new_empty(0), None
-
-
-class _SendBack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        trip.under_way(trip.way.home(rows_RD))
-        return rows_RD.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        return ctx.trip.take(), None
-
-
-class _Home(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ticket: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        return trip.take()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        ctx.trip.under_way(ctx.trip.way.pairs_to_experts(grads[0].flatten(0, 1)))
-        return grads[0].new_empty(0), None
+        ctx.trip.under_way(ctx.departure(grads[0]))
+        return grads[0].new_empty(0), None, None
 
 
 class LocalDispatcher:

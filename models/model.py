@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache tabl
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer
 from moray.models.dispatch import dispatcher_for
 from moray.models.fp8 import Fp8Form
-from moray.models.interleave import Parts, alone, in_turn
+from moray.models.interleave import Parts, alone
 from moray.models.layer import Dispatcher, layer_parts
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.moe import MoE, Router, SwiGLU
@@ -63,10 +63,6 @@ class TrainingLoss:
     def __add__(self, other: "TrainingLoss") -> "TrainingLoss":
         terms = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return TrainingLoss(*(mine + its for mine, its in terms))
-
-
-# As `training_loss` takes it: ids, targets and, if there are any, documents.
-TrainingBatch = tuple[Tensor, Tensor, Tensor | None]
 
 
 class LogicalParameter(NamedTuple):
@@ -147,22 +143,17 @@ class DeepseekV3(nn.Module):
         A place counts at depth k of multi-token prediction if it and the k places after it count: so no prediction
         crosses from one document into the next, whose first token nobody's target is.
         """
-        return alone(self._training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT))
+        return alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT))
 
-    def training_losses(self, batches: Sequence[TrainingBatch]) -> list[TrainingLoss]:
-        """The same of several batches, each computed while the others' rows are on their way to experts and back.
-
-        So is their backward, if it is one backward of the sum of their losses.
-        """
-        return in_turn([self._training_parts(*batch) for batch in batches])
-
-    def _training_parts(
+    def training_parts(
         self,
         ids_BT: Tensor,
         targets_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
     ) -> Parts[TrainingLoss]:
+        """`training_loss` in parts, so that others compute while its rows are on their way (`interleave.py`). So does
+        their backward, if it is one backward of the sum of their losses."""
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = _counted(targets_BT, mask_BT)
         hidden_BTD, balance = yield from self._hidden(ids_BT, attend)

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.token_set import Batch
-from moray.models.anticipation import routed_as
+from moray.models.anticipation import routed_parts
 from moray.models.balance import update_router_biases
+from moray.models.interleave import in_turn
 from moray.models.model import TrainingLoss
 from moray.pipelines.pretrain.schedule import bias_speed, learning_rate, prediction_weight
 from moray.pipelines.pretrain.worker import Worker
@@ -121,21 +122,16 @@ def drop(worker: Worker) -> None:
 
 
 def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tuple[TrainingLoss, bool]]:
-    """The loss of each micro-batch, or of every two, each computed in the other's waits; and whether it is the last.
-
-    Where routes are given, which only happens after trouble, it is one at a time.
-    """
-    model, parts = worker.model, list(micro_batches(worker, batch))
-    if routes:
-        for part, experts in zip(parts, routes, strict=True):
-            with routed_as(model, experts):
-                yield model.training_loss(part.ids, part.targets, part.documents), part.last
-        return
-    together = 2 if worker.overlaps else 1
-    for first in range(0, len(parts), together):
-        turn = parts[first : first + together]
-        losses = model.training_losses([(part.ids, part.targets, part.documents) for part in turn])
-        yield sum(losses[1:], losses[0]), turn[-1].last
+    """The loss of each micro-batch, or of every two, each computed in the other's waits; and whether it is the last."""
+    model, together = worker.model, 2 if worker.overlaps else 1
+    batches = list(micro_batches(worker, batch))
+    for first in range(0, len(batches), together):
+        turn = range(first, min(first + together, len(batches)))
+        works = [model.training_parts(one.ids, one.targets, one.documents) for one in (batches[n] for n in turn)]
+        if routes:
+            works = [routed_parts(model, routes[n], work) for n, work in zip(turn, works, strict=True)]
+        losses = in_turn(works)
+        yield sum(losses[1:], losses[0]), batches[turn[-1]].last
 
 
 def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:

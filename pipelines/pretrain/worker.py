@@ -42,8 +42,8 @@ class Worker:
 
     @property
     def overlaps(self) -> bool:
-        """Whether micro-batches are computed in each other's waits. Who has all experts never waits for rows."""
-        return self.job.config.overlap and self.mesh.ep > 1
+        """Whether micro-batches are computed in each other's waits."""
+        return overlaps(self.job, self.mesh)
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -80,11 +80,16 @@ class Worker:
         return self.mesh.rank * each, (self.mesh.rank + 1) * each
 
 
+def overlaps(job: Job, mesh: Mesh) -> bool:
+    """Who has all experts never waits for rows."""
+    return job.config.overlap and mesh.ep > 1
+
+
 def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
     """The rank's model, initialised independently of the layout, with its optimizer and checkpoints."""
     config, folder = job.config, Path(job.folder)
     # ZeRO 2 sends gradients off as the backward makes them, so there none is put off.
-    later = DeferredGradients() if config.overlap and mesh.ep > 1 and config.zero_stage < 2 else None
+    later = DeferredGradients() if overlaps(job, mesh) and config.zero_stage < 2 else None
     model = _model(job, mesh, device, later)
     optimizer = sharded_optimizer(model, mesh, config)
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None

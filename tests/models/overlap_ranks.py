@@ -1,25 +1,19 @@
 """The ranks of test_interleave.py: batches in turn, with gradients put off, against one after the other."""
 
 import dataclasses
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from moray.kernels.deferred import DeferredGradients
 from moray.models.dispatch import ProcessGroupDispatcher
+from moray.models.interleave import alone, in_turn
 from moray.models.model import DeepseekV3
-from moray.models.presets import preset
 from moray.pipelines.pretrain.collectives import CollectiveTrace, check_order
+from tests.models.expert_parallel_ranks import CONFIG as SMALL
 
-CONFIG = dataclasses.replace(
-    preset("tiny"),
-    vocab_size=40,
-    hidden_size=128,
-    num_hidden_layers=3,
-    initializer_range=0.2,
-    max_position_embeddings=16,
-    num_nextn_predict_layers=1,
-)
+CONFIG = dataclasses.replace(SMALL, hidden_size=128)  # whole tiles, for FP8
 
 
 def make_batches(generator, *sizes):
@@ -37,7 +31,8 @@ def check_same(name, gradient, expected):
 
 
 def losses_of(model, batches, overlapped):
-    return model.training_losses(batches) if overlapped else [model.training_loss(*batch) for batch in batches]
+    run = in_turn if overlapped else partial(map, alone)
+    return list(run([model.training_parts(*batch) for batch in batches]))
 
 
 def _step(group, fp8, overlapped, batches):

@@ -57,7 +57,7 @@ def test_what_lies_between_departure_and_arrival_does_so_in_the_backward_too():
     log = []
     model = _model(dispatcher=Watched(log))
     small, large = torch.randint(0, 40, (1, 8)), torch.randint(0, 40, (2, 8))
-    losses = model.training_losses([(small, small, None), (large, large, None)])
+    losses = in_turn([model.training_parts(ids, ids) for ids in (small, large)])
     forward, log[:] = list(log), []
     (losses[0].main + losses[1].main + losses[0].prediction + losses[1].prediction).backward()
     turns = [("departs", 8), ("departs", 16), ("arrives", 8), ("departs", 8), ("arrives", 16), ("departs", 16),
