@@ -21,6 +21,7 @@ class DeferredGradients:
 
     def __init__(self, limit: int = 128) -> None:
         self._limit = limit
+        self.added = 0  # so far
         self._waiting: deque[Callable[[], None]] = deque()
 
     def __len__(self) -> int:
@@ -29,6 +30,7 @@ class DeferredGradients:
     def add(self, compute: Callable[[], None]) -> None:
         """Puts one off; if there are too many, the oldest is computed now."""
         self._waiting.append(compute)
+        self.added += 1
         if len(self._waiting) > self._limit:
             self._next()
 
@@ -37,9 +39,10 @@ class DeferredGradients:
         while self._waiting and not done():
             self._next()
 
-    def finish(self) -> None:
-        """Computes what is left, at the end of a backward."""
-        self.fill(lambda: False)
+    def finish(self, added: int | None = None) -> None:
+        """Computes what is left: the first so many that were added, or all, as at the end of a backward."""
+        last = self.added if added is None else added
+        self.fill(lambda: self.added - len(self._waiting) >= last)
 
     def _next(self) -> None:
         with torch.no_grad():

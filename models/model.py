@@ -31,6 +31,7 @@ from moray.models.fp8 import Fp8Form
 from moray.models.interleave import Parts, alone
 from moray.models.layer import Dispatcher, layer_parts
 from moray.models.linear import Embedding, Linear, RMSNorm
+from moray.models.milestones import Milestones
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.prediction import PredictionLayer, ahead
 from moray.models.recompute import Recompute
@@ -107,6 +108,7 @@ class DeepseekV3(nn.Module):
         dispatcher = dispatcher_for(experts, config.n_routed_experts, dispatcher)
         self.model = Trunk(config, experts, dispatcher)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.milestones: Milestones | None = None
 
     def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> ModelOutput:
         """Logits of the next token at every place.
@@ -287,6 +289,14 @@ class DeepseekV3(nn.Module):
             if isinstance(module, ExpertShard | SwiGLU | Linear) and module is not self.lm_head:
                 module.later = later
 
+    def milestone_of(self, name: str) -> int:
+        """The last milestone that a backward has passed when the gradient of a parameter, by its name, is complete: its
+        layer's number; the number of layers for what comes after them; -1, which is the end, for the embedding."""
+        kind, _, rest = name.removeprefix("model.").partition(".")
+        if kind == "layers":
+            return min(int(rest.partition(".")[0]), self.config.num_hidden_layers)
+        return -1 if kind == "embed_tokens" else self.config.num_hidden_layers
+
     def prediction_layers(self) -> Iterator[PredictionLayer]:
         """The layers of multi-token prediction, nearest token first."""
         for layer in self.model.layers:
@@ -329,10 +339,16 @@ class DeepseekV3(nn.Module):
         """The normalised rows after the last layer, and the sum of the layers' balance losses."""
         x_BTD = self.model.embed_tokens(ids_BT)
         balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
-        for layer in self._layers():
+        for number, layer in enumerate(self._layers()):
+            self._set_milestone(x_BTD, number)
             x_BTD, layer_balance = yield from layer_parts(layer, x_BTD, attend)
             balance = balance if layer_balance is None else balance + layer_balance
+        self._set_milestone(x_BTD, self.config.num_hidden_layers)
         return self.model.norm(x_BTD), balance
+
+    def _set_milestone(self, x_BTD: Tensor, number: int) -> None:
+        if self.milestones is not None:
+            self.milestones.set(x_BTD, number)
 
 
 def _counted(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from moray.kernels.deferred import DeferredGradients
 from moray.models.fp8 import weights_changed
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.adamw import AdamW, State, adamw, set_rate
@@ -22,6 +23,7 @@ from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.flat import FlatGroup, flat_groups
 from moray.pipelines.pretrain.layout import check_blocks
 from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.reduction import Reduction
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,16 @@ class ShardedOptimizer(Protocol):
         """Sets the count that Adam's bias correction goes by, after a checkpoint was loaded."""
 
 
-def sharded_optimizer(model: DeepseekV3, mesh: Mesh, config: PretrainConfig) -> ShardedOptimizer:
-    """The backend that `zero_stage` names. Raises ValueError for what it cannot train (`layout.py` says it earlier)."""
+def sharded_optimizer(
+    model: DeepseekV3, mesh: Mesh, config: PretrainConfig, later: DeferredGradients | None = None
+) -> ShardedOptimizer:
+    """The backend that `zero_stage` names; `later` has gradients that backwards put off. Raises ValueError for what it
+    cannot train (`layout.py` says it earlier)."""
     if config.moments == "fp8":
         check_blocks(model.config)
     groups = flat_groups(model, mesh)
     if not config.zero_stage:
-        return PlainOptimizer(groups, mesh, config)
+        return PlainOptimizer(model, groups, mesh, config, later)
     from moray.pipelines.pretrain.zero import ZeroOptimizer  # it imports deepspeed, which takes seconds
 
     return ZeroOptimizer(groups, mesh, config)
@@ -100,7 +105,10 @@ class PlainOptimizer:
     The masters are the model's weights: a parameter is a view of its group's flat buffer, and so is its gradient.
     """
 
-    def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig) -> None:
+    def __init__(
+        self, model: DeepseekV3, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig,
+        later: DeferredGradients | None,
+    ) -> None:  # fmt: skip
         self._mesh = mesh
         self._groups = groups
         self._masters = [_flatten(group) for group in groups]
@@ -108,15 +116,15 @@ class PlainOptimizer:
         pairs = zip(self._masters, decays, strict=True)
         self._inner = adamw([{"params": [master], "weight_decay": decay} for master, decay in pairs], config)
         self._inner.prepare()
+        self._reduction = Reduction(model, mesh, list(self._gradients()), later, config.overlap and mesh.world > 1)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self._reduction.begin(last)
         torch.autograd.backward(loss)
 
     def reduce(self, tokens: torch.Tensor) -> None:
-        for group, grad in self._gradients():
-            if group.replicas > 1:
-                with self._mesh.clock.over(grad.device):
-                    dist.all_reduce(grad, group=self._mesh.edp_group if group.expert else None)
+        self._reduction.finish(tokens.device)
+        for _, grad in self._gradients():
             grad.div_(tokens)
 
     def clip(self, largest: float) -> torch.Tensor:

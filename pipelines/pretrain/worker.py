@@ -91,7 +91,7 @@ def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
     # ZeRO 2 sends gradients off as the backward makes them, so there none is put off.
     later = DeferredGradients() if overlaps(job, mesh) and config.zero_stage < 2 else None
     model = _model(job, mesh, device, later)
-    optimizer = sharded_optimizer(model, mesh, config)
+    optimizer = sharded_optimizer(model, mesh, config, later)
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
     guard = Guard(config.spikes, mesh.from_first(lambda: read_record(folder)))
     state = TrainingState(model, optimizer, ema, guard)

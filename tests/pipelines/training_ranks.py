@@ -16,6 +16,7 @@ import torch.distributed as dist
 from moray.actors.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.models.presets import preset
+from moray.pipelines.pretrain import reduction
 from moray.pipelines.pretrain.collectives import Collective, CollectiveTrace
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
@@ -23,6 +24,7 @@ from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, tr
 from moray.pipelines.pretrain.worker import Worker, build
 
 Arrays = dict[str, npt.NDArray[Any]]
+reduction._LEAST = 1  # or all of a toy's gradients would be summed up after the backward
 
 SEQUENCES, LENGTH, VOCABULARY = 8, 16, 64
 # Matrices of experts are whole blocks of 128; dense ones are not, and the vectors are short.

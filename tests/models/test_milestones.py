@@ -1,0 +1,83 @@
+"""What a backward has passed is complete: nothing is added to those gradients afterwards."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from moray.kernels.deferred import DeferredGradients
+from moray.models.milestones import Milestones
+from moray.models.model import DeepseekV3
+from tests.models.overlap_ranks import CONFIG, losses_of, make_batches
+
+LAYERS = CONFIG.num_hidden_layers
+
+
+def _model(precision, recompute, later):
+    model = DeepseekV3(CONFIG)
+    model.init_weights(3)
+    model.train()
+    model.set_recompute(recompute)
+    if precision == "fp8":
+        model.compute_in(torch.bfloat16)
+        model.train_in_fp8()
+    model.defer_gradients(later)
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "fp8"])
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("put_off", [False, True])
+def test_gradients_are_complete_when_their_milestone_is_passed(precision, recompute, batches, put_off):
+    later = DeferredGradients() if put_off else None
+    model = _model(precision, recompute, later)
+    passed = {}
+
+    def note(number):
+        if later is not None:
+            later.finish(later.added)
+        own = [(name, p) for name, p in model.named_parameters() if model.milestone_of(name) == number]
+        passed[number] = {name: parameter.grad.clone() for name, parameter in own}
+
+    model.milestones = Milestones(note)
+    losses = losses_of(model, make_batches(torch.Generator().manual_seed(1), *[2] * batches), batches == 2)
+    sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses).backward()
+    if later is not None:
+        later.finish()
+    assert list(passed) == list(range(LAYERS, -1, -1))
+    for gradients in passed.values():
+        assert gradients
+        for name, gradient in gradients.items():
+            assert gradient.any(), name
+            assert torch.equal(gradient, model.get_parameter(name).grad), name
+
+
+def test_milestones_are_in_the_order_of_parameters():
+    model = DeepseekV3(CONFIG)
+    numbers = [model.milestone_of(parameter.name) for parameter in model.logical_parameters()]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == {-1, *range(LAYERS + 1)}
+
+
+def test_forwards_without_gradients_are_not_waited_for():
+    model, passed = _model("float32", False, None), []
+    model.milestones = Milestones(passed.append)
+    (ids, targets, _), = make_batches(torch.Generator().manual_seed(1), 2)  # fmt: skip
+    with torch.no_grad():
+        model.training_loss(ids, targets)
+    model.training_loss(ids, targets).main.backward()
+    assert Counter(passed) == Counter(range(LAYERS + 1))
+
+
+def test_of_what_was_put_off_the_first_are_computed():
+    later, done = DeferredGradients(), []
+    for number in range(5):
+        later.add(lambda number=number: done.append(number))
+    later.fill(lambda: len(done) == 1)
+    later.finish(3)
+    assert done == [0, 1, 2]
+    later.finish(2)
+    assert len(later) == 2
+    later.finish()
+    assert done == [0, 1, 2, 3, 4]
