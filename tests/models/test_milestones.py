@@ -27,8 +27,7 @@ def _model(precision, recompute, later):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "fp8"])
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize("put_off", [False, True])
+@pytest.mark.parametrize(("batches", "put_off"), [(1, False), (2, True)])
 def test_gradients_are_complete_when_their_milestone_is_passed(precision, recompute, batches, put_off):
     later = DeferredGradients() if put_off else None
     model = _model(precision, recompute, later)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def shipped() -> Iterator[Any]:
     """Every field of every recipe, but those of a kind of step that were there before."""
     seen = set()
     for path in sorted(RECIPES.glob("*.yaml")):
-        raw = yaml.safe_load(path.read_text())
+        raw = read(path)
         for place in fields(raw):
             kind: Place = place
             if len(place) > 2:
@@ -41,6 +40,14 @@ def shipped() -> Iterator[Any]:
             if kind not in seen:
                 seen.add(kind)
                 yield pytest.param(path, place, id=f"{path.stem}:{'.'.join(map(str, place))}")
+
+
+def read(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+
+
+def written(raw: Any) -> str:
+    return yaml.dump(raw, Dumper=yaml.CSafeDumper, sort_keys=False)
 
 
 def holder(raw: Any, place: Place) -> Any:
@@ -51,7 +58,7 @@ def holder(raw: Any, place: Place) -> Any:
 
 def error_of(raw: Any, path: Path) -> RecipeError | InputError:
     with pytest.raises((RecipeError, InputError)) as caught:
-        parse_recipe(yaml.safe_dump(raw, sort_keys=False), path)
+        parse_recipe(written(raw), path)
     return caught.value
 
 
@@ -64,7 +71,7 @@ def test_a_shipped_recipe_is_valid(path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "place"), shipped())
 def test_a_misspelt_field_is_named(path: Path, place: Place) -> None:
-    raw = yaml.safe_load(path.read_text())
+    raw = read(path)
     parent, key = holder(raw, place), place[-1]
     renamed = {(f"{name}x" if name == key else name): value for name, value in parent.items()}
     parent.clear()
@@ -72,7 +79,7 @@ def test_a_misspelt_field_is_named(path: Path, place: Place) -> None:
     is_step = len(place) == 2 and place[0] == "steps"
     if is_step and not any(key in (step.get("inputs") or {}).values() for step in raw["steps"].values()):
         raw["steps"][f"{key}x"]["uses"] = key  # a step nobody refers to may have any name
-        parse_recipe(yaml.safe_dump(raw, sort_keys=False), path)
+        parse_recipe(written(raw), path)
         return
     error = error_of(raw, path)
     assert f"{key}x" in error.message + error.hint
@@ -83,7 +90,7 @@ def test_a_misspelt_field_is_named(path: Path, place: Place) -> None:
 
 @pytest.mark.parametrize(("path", "place"), shipped())
 def test_nonsense_for_a_value_is_named(path: Path, place: Place) -> None:
-    raw = copy.deepcopy(yaml.safe_load(path.read_text()))
+    raw = read(path)
     holder(raw, place)[place[-1]] = NONSENSE
     error = error_of(raw, path)
     assert str(path) in error.message
