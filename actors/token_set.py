@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from moray.actors.token_files import TokenFiles, files_at
 from moray.platform.atomic import write_bytes, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: with the largest id of each shard
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Shard:
-    """One token shard. `tokens` counts without padding, `bytes` is the UTF-8 size of its documents."""
+    """One token shard. `tokens` counts without padding, `bytes` is the UTF-8 size of its documents, `largest` the
+    largest token id."""
 
     number: int
     sequences: int
     tokens: int
     documents: int
     bytes: int
+    largest: int
     sha256: str
 
 
@@ -106,7 +108,8 @@ def write_shard(
     write_bytes(folder / f"starts-{number:05d}.parquet", sink.getvalue().to_pybytes())
     write_bytes(folder / f"tokens-{number:05d}.bin", data)
     total = sum(size for _, _, size in documents)
-    return Shard(number, sequences, at, len(documents), total, hashlib.sha256(data).hexdigest())
+    largest = int(packed.max(initial=0))
+    return Shard(number, sequences, at, len(documents), total, largest, hashlib.sha256(data).hexdigest())
 
 
 def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, vocabulary: Vocabulary) -> None:
@@ -127,7 +130,7 @@ class TokenSet:
     """One source's token set. Sequences are numbered over all shards; of its files, only what is asked for is read."""
 
     def __init__(self, files: TokenFiles, source: str) -> None:
-        """Raises ValueError if the index and the files disagree in size."""
+        """Raises ValueError if the index and the files disagree in size, or if an id is beyond the vocabulary."""
         index = json.loads(files.read(f"{source}/index.json"))
         if index["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
@@ -143,6 +146,8 @@ class TokenSet:
             path, expected = self._tokens(shard), shard.sequences * self._width
             if (found := files.size(path)) != expected:
                 raise ValueError(f"{files}/{path}: {found} bytes, its index says {expected}")
+            if shard.largest >= self.vocabulary.size:
+                raise ValueError(f"{files}/{path}: {self._beyond(shard.largest)}")
 
     @property
     def sequences(self) -> int:
@@ -157,12 +162,15 @@ class TokenSet:
         return sum(shard.bytes for shard in self.shards)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The sequences with these numbers, in this order."""
+        """The sequences with these numbers, in this order. ValueError for an id that the index did not tell of."""
         length = self.sequence_length
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         withins = [n - (int(self._ends[shard - 1]) if shard else 0) for n, shard in zip(numbers, shards, strict=True)]
         places = [(self._tokens(self.shards[shard]), n) for shard, n in zip(shards, withins, strict=True)]
         ids = self._files.rows(places, self._width).view(self.vocabulary.dtype).astype(np.int64)
+        if (largest := ids.max(initial=0)) >= self.vocabulary.size:
+            row = shards[int(ids.max(axis=1).argmax())]
+            raise ValueError(f"{self._files}/{self._tokens(self.shards[row])}: {self._beyond(largest)}")
         mask = np.ones(ids.shape, np.bool_)
         for row, (shard, within) in enumerate(zip(shards, withins, strict=True)):
             mask[row, max(0, self.shards[shard].tokens - within * length) :] = False
@@ -179,6 +187,9 @@ class TokenSet:
         """All tokens of a shard, without padding."""
         flat = np.frombuffer(self._files.read(self._tokens(shard)), self.vocabulary.dtype)
         return flat[: shard.tokens].astype(np.int64)
+
+    def _beyond(self, largest: int) -> str:
+        return f"token id {largest} is beyond its vocabulary of {self.vocabulary.size}"
 
     @property
     def _width(self) -> int:

@@ -28,7 +28,7 @@ class TokenizeConfig(StepConfig):
 
 class Tokenize(Step[TokenizeConfig]):
     name: ClassVar[str] = "tokenize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: the index has the largest id of each shard
     Config = TokenizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents", "tokenizer": "tokenizer"}
     produces: ClassVar[str] = "tokens"
@@ -72,7 +72,7 @@ class Tokenize(Step[TokenizeConfig]):
         groups: dict[tuple[str, str], list[Shard]] = {}
         for row in rows:
             if row["documents"]:
-                fields = ("number", "sequences", "tokens", "documents", "bytes", "sha256")
+                fields = ("number", "sequences", "tokens", "documents", "bytes", "largest", "sha256")
                 shard = Shard(**{field: row[field] for field in fields})
                 groups.setdefault((row["part"], row["source"]), []).append(shard)
                 totals[row["part"]] += shard.tokens
@@ -98,7 +98,7 @@ def _tokenize_shard(
     sources = set(table["source"].to_pylist())
     row = {"shard": shard["shard"], "part": shard["part"], "number": shard["number"]}
     if not sources:
-        empty = {"sequences": 0, "tokens": 0, "documents": 0, "bytes": 0, "sha256": ""}
+        empty = {"sequences": 0, "tokens": 0, "documents": 0, "bytes": 0, "largest": 0, "sha256": ""}
         return {**row, "source": "", **empty}
     if len(sources) > 1:
         raise ValueError(f"{shard['path']} mixes sources: {sorted(sources)}")

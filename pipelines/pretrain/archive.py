@@ -23,6 +23,8 @@ from moray.platform.bucket import Bucket
 from moray.platform.errors import InputError
 from moray.platform.manifest import FileEntry
 
+_ROOT = "moray-archive.json"
+
 
 @dataclass(frozen=True)
 class Archived:
@@ -30,6 +32,11 @@ class Archived:
 
     steps: int
     error: str = ""
+
+
+def check_archive(url: str) -> None:
+    """Raises InputError if nothing can be written there."""
+    Bucket(url).put(_ROOT, b"{}\n")
 
 
 class Archive:

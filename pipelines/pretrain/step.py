@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moray.actors.mixture import Mixture
-from moray.actors.token_set import open_token_sets
+from moray.actors.token_set import TokenSet, open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
@@ -74,7 +74,7 @@ class Pretrain(Step[PretrainConfig]):
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
         tokens = f"{ctx.inputs['tokens'].address}/train"
-        sets = open_token_sets(tokens)
+        sets = _open(tokens)
         first = next(iter(sets.values()))
         config = self._model(ctx, first.vocabulary.size, first.vocabulary.bos, first.vocabulary.eos)
         if first.sequence_length > config.max_position_embeddings:
@@ -89,6 +89,10 @@ class Pretrain(Step[PretrainConfig]):
             Mixture({name: token_set.sequences for name, token_set in sets.items()}, ctx.config.mixture, 0, plan)
         except ValueError as error:
             raise InputError(f"pretrain: {error}", "correct `schedule` or `mixture` in the recipe") from error
+        if ctx.config.archive:
+            from moray.pipelines.pretrain.archive import check_archive  # it imports boto3
+
+            check_archive(ctx.config.archive)
         topology = ctx.cluster.ensure()
         job = Job(
             config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
@@ -125,6 +129,13 @@ class Pretrain(Step[PretrainConfig]):
             ctx.counts["final_loss"] = sum(tail) / len(tail)
             ctx.outcome = f"loss {curve[0][1]:.3f} -> {ctx.counts['final_loss']:.3f} nats/token, "
         ctx.outcome += f"{trained / available:.2f} epochs"
+
+
+def _open(tokens: str) -> dict[str, TokenSet]:
+    try:
+        return open_token_sets(tokens)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"pretrain: {error}", "tokenize again: step tokenize") from error
 
 
 def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig:

@@ -74,6 +74,19 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
         write(tmp_path, [[[5, 1000]]])
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_foreign_shard_with_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, told: bool) -> None:
+    """When it is opened if its index says so, and when it is read if not."""
+    write(tmp_path / "a", [[[5] * 3], [[5, 998]]])
+    index = json.loads((tmp_path / "a" / "index.json").read_text())
+    assert [shard["largest"] for shard in index["shards"]] == [5, 998]
+    index["vocabulary"]["size"] = 998
+    index["shards"][1]["largest"] = 998 if told else 997
+    (tmp_path / "a" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"a/tokens-00001\.bin: token id 998 is beyond its vocabulary of 998"):
+        open_token_sets(str(tmp_path))["a"].batch([0, 1])
+
+
 def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [[[5] * 30]])
     path = tmp_path / "tokens-00000.bin"
