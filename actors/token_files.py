@@ -14,8 +14,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moray.platform.bucket import Bucket
-
 _TOGETHER = 32  # requests
 _SILENCE = 10.0  # seconds without a byte after which a request is made again
 
@@ -70,6 +68,8 @@ class BucketFiles:
     """Objects below `s3://bucket/prefix`. Every error is an InputError that names the object."""
 
     def __init__(self, url: str) -> None:
+        from moray.platform.bucket import Bucket  # it imports boto3, which takes a while
+
         self._bucket = Bucket(url, read_seconds=_SILENCE)
         self._threads = ThreadPoolExecutor(_TOGETHER, "tokens")
         self._sizes: dict[str, int] = {}
