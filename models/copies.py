@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moray.kernels.wire import pack_bits, unpack_bits
+
 
 @dataclass(frozen=True)
 class Copies:
@@ -36,7 +38,7 @@ class Copies:
         width = rows_TX.shape[1] * rows_TX.element_size()
         bytes_TN = rows_TX.reshape(-1).view(torch.uint8).view(-1, width)
         rank_C, source_C = torch.nonzero_static(self.visited_PTL.any(-1), size=count).unbind(1)
-        bits_CB = _pack_bits(self.visited_PTL[rank_C, source_C])
+        bits_CB = pack_bits(self.visited_PTL[rank_C, source_C])
         return torch.cat((bytes_TN.index_select(0, source_C), bits_CB), dim=1)
 
 
@@ -47,22 +49,6 @@ def expand(arrived_AW: Tensor, like: Tensor, local: int, rows: int) -> Tensor:
     """
     width = arrived_AW.shape[1] - -(-local // 8)
     rows_AX = arrived_AW[:, :width].reshape(-1).view(like.dtype).view(-1, like.shape[1])
-    visited_AL = _unpack_bits(arrived_AW[:, width:], local)
+    visited_AL = unpack_bits(arrived_AW[:, width:], local)
     order_R2 = torch.nonzero_static(visited_AL.t(), size=rows)
     return rows_AX.index_select(0, order_R2[:, 1])
-
-
-def _weights(device: torch.device) -> Tensor:
-    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def _pack_bits(bits_CL: Tensor) -> Tensor:
-    """uint8 [C, B] of 0 and 1."""
-    padded_CX = torch.nn.functional.pad(bits_CL, (0, -bits_CL.shape[1] % 8))
-    return (torch.unflatten(padded_CX, 1, (-1, 8)) * _weights(bits_CL.device)).sum(-1, dtype=torch.uint8)
-
-
-def _unpack_bits(bytes_AB: Tensor, local: int) -> Tensor:
-    """bool [A, L]."""
-    bits_AB8 = bytes_AB.unsqueeze(-1) & _weights(bytes_AB.device)
-    return bits_AB8.ne(0).flatten(1)[:, :local]

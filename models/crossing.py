@@ -1,57 +1,17 @@
-"""Rows on their way between ranks, while the ranks do something else.
-
-Everything that communicates is begun here, and ended when it is needed. Who waits computes gradients of weights that
-were put off (`kernels/deferred.py`), as long as there are any. On a GPU the host is ahead of the device, so it sees a
-transfer end late, and hands over all that was put off: it runs beside the transfer all the same.
+"""The part of a layer's way that lies between ranks: who sends how much to whom, and in which order it arrives.
 
 Shapes: P ranks, L experts of a rank, X columns of any meaning, W bytes, R rows here, S rows sent.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.deferred import DeferredGradients
 from moray.kernels.permute import inverse_permutation
+from moray.kernels.wire import pack_rows, packed_width
 from moray.models.copies import Copies, expand
-
-# Made for a device, and entered around every wait for others: whoever wants to know what communication takes.
-Timed = Callable[[torch.device], AbstractContextManager[None]]
-Arrival = Callable[[], Tensor]  # waits for a transfer that is under way; what arrived
-
-
-def untimed(device: torch.device) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-@dataclass(frozen=True)
-class Link:
-    """How this rank exchanges rows with those of `group`."""
-
-    group: dist.ProcessGroup
-    timed: Timed = untimed
-    later: DeferredGradients | None = None
-
-    def exchange(self, rows: Tensor, sent: Sequence[int] | None, received: Sequence[int] | None) -> Arrival:
-        """Begins to send so many rows to each rank, and to receive so many; None: equal numbers."""
-        out = rows.new_empty((sum(received), *rows.shape[1:])) if received is not None else torch.empty_like(rows)
-        rows = rows.contiguous()
-        arriving, leaving = (None if of is None else list(of) for of in (received, sent))
-        work = dist.all_to_all_single(out, rows, arriving, leaving, group=self.group, async_op=True)
-        assert work is not None
-
-        def arrived() -> Tensor:
-            if self.later is not None:
-                self.later.fill(work.is_completed)
-            with self.timed(rows.device):
-                work.wait()
-            return out
-
-        return arrived
+from moray.models.link import Arrival, Link
 
 
 class Announcement:
@@ -114,9 +74,18 @@ class Crossing:
     def once(self, rows_TX: Tensor) -> Arrival:
         """A token's row to all its experts, by one copy for each rank."""
         copies_CW = self.copies.made(rows_TX, sum(self.copied_P))
-        arrival = self.link.exchange(copies_CW, self.copied_P, self.arriving_P)
-        like = rows_TX.new_empty(0, rows_TX.shape[1])
-        return lambda: expand(arrival(), like, self.local, sum(self.received_P))
+        return self._expanded(self.link.exchange(copies_CW, self.copied_P, self.arriving_P), rows_TX)
+
+    def once_packed(self, rows_TD: Tensor) -> Arrival:
+        """The same of rows in FP8, packed (`kernels/wire.py`)."""
+        if self.link.memory is None:
+            return self.once(pack_rows(rows_TD))
+        arrival = self.link.push(rows_TD, self.copies.visited_PTL, self.copied_P, self.arriving_P)
+        return self._expanded(arrival, rows_TD.new_empty(0, packed_width(rows_TD.shape[1]), dtype=torch.uint8))
+
+    def _expanded(self, arrival: Arrival, like_TX: Tensor) -> Arrival:
+        like_TX = like_TX.new_empty(0, like_TX.shape[1])
+        return lambda: expand(arrival(), like_TX, self.local, sum(self.received_P))
 
     def there(self, rows_SX: Tensor) -> Arrival:
         arrival = self.link.exchange(rows_SX, self.sent_P, self.received_P)

@@ -30,8 +30,10 @@ from moray.kernels.deferred import DeferredGradients
 from moray.kernels.permute import PairOrder, sort_pairs
 from moray.kernels.wire import pack_rows, unpack_rows
 from moray.models.copies import Copies
-from moray.models.crossing import Announcement, Arrival, Crossing, Link, Timed, untimed
+from moray.models.crossing import Announcement, Crossing
 from moray.models.layer import Dispatcher
+from moray.models.link import Arrival, Link, Timed, untimed
+from moray.models.peers import PeerMemory
 
 Departure = Callable[[Tensor], Arrival]
 
@@ -54,7 +56,8 @@ class Way:
         if self.crossing is None:
             rows_RD = self._rounded(rows_TD).index_select(0, self.pairs.order_R // self.slots)
             return lambda: rows_RD
-        return self._unpacked(self.crossing.once(self._packed(rows_TD)), rows_TD)
+        arrival = self.crossing.once_packed(rows_TD) if self.fp8 else self.crossing.once(rows_TD)
+        return self._unpacked(arrival, rows_TD)
 
     def pairs_to_experts(self, rows_TKD: Tensor) -> Arrival:
         """Every pair's row where its expert is: rows_RD."""
@@ -181,8 +184,8 @@ class LocalDispatcher:
 class ProcessGroupDispatcher:
     """Experts are spread evenly over the ranks of a torch.distributed group.
 
-    `experts` is the range that this rank must hold; `later` are gradients to be computed while it waits. Raises
-    ValueError when the experts do not divide.
+    `experts` is the range that this rank must hold; `later` are gradients to be computed while it waits; rows go
+    through `memory` if there is one. Raises ValueError when the experts do not divide.
     """
 
     def __init__(
@@ -191,8 +194,9 @@ class ProcessGroupDispatcher:
         num_experts: int,
         timed: Timed = untimed,
         later: DeferredGradients | None = None,
+        memory: PeerMemory | None = None,
     ) -> None:
-        self.link = Link(group, timed, later)
+        self.link = Link(group, timed, later, memory)
         self.ranks = dist.get_world_size(group)
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not divide over the {self.ranks} ranks of the group")

@@ -121,6 +121,9 @@ class PretrainConfig(StepConfig):
         description="1: masters and moments are partitioned over ranks with the same weights; 2: gradients too",
     )
     offload: bool = operational(False, description="masters, moments and AdamW on the CPU; needs zero_stage 1 or 2")
+    shared_memory: bool = operational(
+        True, description="rows for experts of the same host go through memory that ranks share, on CPUs"
+    )
     recompute: bool = operational(
         False, description="hold less for the backward, compute norms and up-projections again"
     )

@@ -16,6 +16,7 @@ from moray.models.checkpoint import Checked, load_weights
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
+from moray.models.peers import connect
 from moray.pipelines.pretrain.archive import Archive
 from moray.pipelines.pretrain.checkpoint import Checkpoints
 from moray.pipelines.pretrain.config import Job
@@ -106,7 +107,8 @@ def _model(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients 
     dispatcher: Dispatcher = LocalDispatcher(job.model.n_routed_experts)
     if mesh.ep > 1:
         assert mesh.ep_group is not None
-        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts, mesh.clock.over, later)
+        memory = connect(mesh.ep_group) if job.config.shared_memory and device.type == "cpu" else None
+        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts, mesh.clock.over, later, memory)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     if job.initial is None:
         model.init_weights(job.config.seed)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.model import DeepseekV3
+from moray.models.peers import connect
 from moray.models.presets import preset
 
 CONFIG = dataclasses.replace(
@@ -44,10 +45,10 @@ def _loss(model, ids):
     return terms.main + 0.3 * terms.prediction + 0.1 * terms.balance
 
 
-def check_model(group, one_expert):
+def check_model(group, memory, one_expert):
     """Each rank has its own batch, of its own size; losses are sums, so gradients add up."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts)
+    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, memory=memory)
     ours = _model(one_expert, experts=dispatcher.experts, dispatcher=dispatcher)
     whole = _model(one_expert)
     generator = torch.Generator().manual_seed(1)
@@ -69,10 +70,10 @@ def check_model(group, one_expert):
         assert (rows > 0) == (5 in dispatcher.experts)
 
 
-def check_empty_rank(group):
+def check_empty_rank(group, memory):
     """The last rank has no tokens."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    dispatcher = ProcessGroupDispatcher(group, 8)
+    dispatcher = ProcessGroupDispatcher(group, 8, memory=memory)
     tokens = 0 if rank == ranks - 1 else 5
     rows_TD = (torch.arange(tokens)[:, None] + 100.0 * rank).repeat(1, 3).requires_grad_()
     ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
@@ -88,10 +89,10 @@ def check_empty_rank(group):
     torch.testing.assert_close(rows_TD.grad, (1.0 + ids_TK).sum(1, keepdim=True).expand(-1, 3))
 
 
-def check_fp8(group):
+def check_fp8(group, memory):
     """Rows and gradients that cross in FP8 are, to the bit, those that do not cross; results come home as they are."""
     rank = dist.get_rank(group)
-    crossing, local = ProcessGroupDispatcher(group, 8), LocalDispatcher(8)
+    crossing, local = ProcessGroupDispatcher(group, 8, memory=memory), LocalDispatcher(8)
     generator = torch.Generator().manual_seed(rank)
     x_TD, weights_TKD = torch.randn(6, 1, 200, generator=generator), torch.randn(6, 2, 200, generator=generator)
     x_TD = (x_TD[:, 0] * torch.logspace(-4, 4, 200)).bfloat16()
@@ -110,14 +111,15 @@ def check_fp8(group):
 
 
 def check_all():
-    """Every case, at EP=2 and EP=4."""
+    """Every case, at EP=2 and EP=4, through gloo and through shared memory."""
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for group in (dist.group.WORLD, pairs[rank // 2]):
-        for one_expert in (False, True):
-            check_model(group, one_expert)
-        check_empty_rank(group)
-        check_fp8(group)
+        for memory in (None, connect(group)):
+            for one_expert in (False, True):
+                check_model(group, memory, one_expert)
+            check_empty_rank(group, memory)
+            check_fp8(group, memory)
     with pytest.raises(ValueError, match="6 experts do not divide over the 4 ranks"):
         ProcessGroupDispatcher(dist.group.WORLD, 6)
     with pytest.raises(ValueError, match="the dispatcher sends range"):

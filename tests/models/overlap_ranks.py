@@ -10,6 +10,7 @@ from moray.kernels.deferred import DeferredGradients
 from moray.models.dispatch import ProcessGroupDispatcher
 from moray.models.interleave import alone, in_turn
 from moray.models.model import DeepseekV3
+from moray.models.peers import connect
 from moray.pipelines.pretrain.collectives import CollectiveTrace, check_order
 from tests.models.expert_parallel_ranks import CONFIG as SMALL
 
@@ -35,10 +36,10 @@ def losses_of(model, batches, overlapped):
     return list(run([model.training_parts(*batch) for batch in batches]))
 
 
-def _step(group, fp8, overlapped, batches):
+def _step(group, memory, fp8, overlapped, batches):
     """Loss, gradients by name, and what this rank communicated."""
     later = DeferredGradients() if overlapped else None
-    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, later=later)
+    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, later=later, memory=memory)
     model = DeepseekV3(CONFIG, experts=dispatcher.experts, dispatcher=dispatcher)
     model.init_weights(5)
     model.train()
@@ -62,10 +63,12 @@ def check_overlap():
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     generator = torch.Generator().manual_seed(rank)
     for group in (dist.group.WORLD, pairs[rank // 2]):
-        for fp8 in (False, True):
+        memory = connect(group)
+        assert memory is not None
+        for fp8, shared in ((False, None), (True, None), (True, memory)):
             batches = make_batches(generator, rank + 1, rank + 2)  # different sizes on different ranks
-            loss, gradients, trace = _step(group, fp8, False, batches)
-            again, same, overlapped = _step(group, fp8, True, batches)
+            loss, gradients, trace = _step(group, None, fp8, False, batches)
+            again, same, overlapped = _step(group, shared, fp8, True, batches)
             assert torch.equal(loss, again)
             for name, gradient in gradients.items():
                 check_same(name, same[name], gradient)

@@ -18,10 +18,12 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def exact(ranks: RankPool) -> dict[tuple[int, int], list[Trace]]:
-    """Twenty steps in float64 in every layout; where rows cross, micro-batches do so in each other's waits."""
+    """Twenty steps in float64 in every layout; where rows cross, micro-batches do so in each other's waits, and through
+    sockets where all four ranks have experts of their own."""
     found = {}
     for ep, edp in LAYOUTS:
-        settings = {"precision": "float64", "expert_parallel": ep, "micro_batch_sequences": 1 if ep > 1 else None}
+        settings = {"precision": "float64", "expert_parallel": ep, "micro_batch_sequences": 1 if ep > 1 else None,
+                    "shared_memory": ep < 4}  # fmt: skip
         found[ep, edp] = ranks.run(ep * edp, train, STEPS, settings)
     return found
 

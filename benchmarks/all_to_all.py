@@ -1,0 +1,170 @@
+"""Rows to the ranks of their experts: permuted, quantised and transferred in one pass, against separate operations.
+
+Both start with the same BF16 rows and the same routing (DeepSeek-V3's, over the ranks' share of its experts), and both
+end when the same bytes lie with their receivers. By separate operations these are packed in FP8 (`kernels/wire.py`),
+copied in the order of their receivers, and sent by `all_to_all_single`; fused, a row is quantised once and written
+straight into the receivers' memory (`kernels/push.py`), who are told by a small collective.
+
+On CPUs: two ranks with a core each, gloo against shared memory. On GPUs with NVLink, where the kernel is Triton's and
+memory is torch's symmetric memory, against NCCL: torchrun --nproc-per-node GPUS benchmarks/all_to_all.py --gpu
+
+Usage: python benchmarks/all_to_all.py [TOKENS=4096] [ROUNDS=15]
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from result import Bar, report
+from torch import Tensor
+
+from moray.kernels.host_memory import keep_freed_memory
+from moray.kernels.push import push_rows
+from moray.kernels.router import route
+from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width
+from moray.models.copies import Copies
+from moray.models.link import Link
+from moray.models.peers import connect
+from moray.models.presets import preset
+
+Way = Callable[[], Tensor]  # all that a transfer takes; the bytes that arrived
+PORT = 29556
+
+
+class Payload:
+    """This rank's rows, where they go, and how many copies go and come."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        config, rank, self.ranks = preset("v3"), dist.get_rank(), dist.get_world_size()
+        experts = config.n_routed_experts
+        generator = torch.Generator().manual_seed(rank)
+        self.rows_TD = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16().to(device)
+        ids_TK, _, _ = route(
+            torch.randn(tokens, experts, generator=generator), torch.zeros(experts), top_k=config.num_experts_per_tok,
+            n_group=config.n_group, topk_group=config.topk_group,
+        )  # fmt: skip
+        self.copies = Copies.of(ids_TK.to(device), self.ranks, experts // self.ranks)
+        counts = self.copies.counts_P()
+        came = torch.empty_like(counts)
+        dist.all_to_all_single(came, counts)
+        self.sent, self.received = counts.tolist(), came.tolist()
+        self.width = packed_width(config.hidden_size) + -(-experts // self.ranks // 8)
+
+
+def separate(payload: Payload, link: Link, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    copies_CW = payload.copies.made(pack(payload.rows_TD), sum(payload.sent))
+    return link.exchange(copies_CW, payload.sent, payload.received)()
+
+
+def cpu_ways(payload: Payload) -> dict[str, Way]:
+    sockets, memory = Link(dist.group.WORLD), connect(dist.group.WORLD)
+    assert memory is not None, "the ranks share no memory"
+    shared = Link(dist.group.WORLD, memory=memory)
+    sent, received, visited_PTL = payload.sent, payload.received, payload.copies.visited_PTL
+
+    def fused() -> Tensor:
+        return shared.push(payload.rows_TD, visited_PTL, sent, received)()
+
+    return {
+        "separate, packed by torch": lambda: separate(payload, sockets, pack_rows_reference),
+        "separate": lambda: separate(payload, sockets, pack_rows),
+        "separate, by shared memory": lambda: separate(payload, shared, pack_rows),
+        "fused": fused,
+    }
+
+
+def gpu_ways(payload: Payload) -> dict[str, Way]:
+    from torch.distributed import _symmetric_memory as symmetric
+
+    tokens, rank = len(payload.rows_TD), dist.get_rank()
+    shape = (tokens, payload.width)
+    mine = symmetric.empty(payload.ranks * tokens * payload.width, dtype=torch.uint8, device=payload.rows_TD.device)
+    handle = symmetric.rendezvous(mine, dist.group.WORLD)
+    begin = rank * tokens * payload.width
+    inboxes = [handle.get_buffer(peer, shape, torch.uint8, begin) for peer in range(payload.ranks)]
+
+    def fused() -> Tensor:
+        push_rows(payload.rows_TD, payload.copies.visited_PTL, inboxes)
+        handle.barrier()
+        parts = mine.view(payload.ranks, *shape)
+        return torch.cat([part[:count] for part, count in zip(parts, payload.received, strict=True)])
+
+    nccl = Link(dist.group.WORLD)
+    return {"separate": lambda: separate(payload, nccl, pack_rows), "fused": fused}
+
+
+def seconds(way: Way, device: torch.device) -> tuple[float, Tensor]:
+    """Of the slowest rank."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    arrived = way()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=device)
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return took.item(), arrived
+
+
+def rank_main(tokens: int, rounds: int, device: torch.device) -> int:
+    payload = Payload(tokens, device)
+    ways = gpu_ways(payload) if device.type == "cuda" else cpu_ways(payload)
+    expected = seconds(ways["separate"], device)[1]
+    for name, way in ways.items():
+        assert torch.equal(seconds(way, device)[1], expected), f"{name}: other bytes arrived"
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way, device)[0])
+    return say(payload, times, device) if dist.get_rank() == 0 else 0
+
+
+def say(payload: Payload, times: dict[str, list[float]], device: torch.device) -> int:
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    sent = sum(payload.sent) * payload.width
+    rows: list[dict[str, Any]] = [
+        {"way": name, "ms": took * 1e3, "GB_s": sent / took / 1e9, "over_fused": took / medians["fused"]}
+        for name, took in medians.items()
+    ]
+    rows.append({"ranks": payload.ranks, "tokens": len(payload.rows_TD), "bytes_of_a_rank": sent})
+    bar = Bar("separate operations over fused", medians["separate"] / medians["fused"], 1.2, "higher")
+    return report(f"all_to_all{'_gpu' if device.type == 'cuda' else ''}", rows, [bar])
+
+
+def main(tokens: str = "4096", rounds: str = "15") -> int:
+    command = [sys.executable, __file__, "--rank"]
+    own = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(PORT),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [subprocess.Popen([*command, tokens, rounds], env={**own, "RANK": str(rank)}) for rank in (0, 1)]
+    return max(process.wait() for process in ranks)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--gpu"]:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        result = rank_main(int((*sys.argv[2:], "4096")[0]), 50, device)
+    elif sys.argv[1:2] == ["--rank"]:
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        dist.init_process_group("gloo")
+        result = rank_main(int(sys.argv[2]), int(sys.argv[3]), torch.device("cpu"))
+    else:
+        sys.exit(main(*sys.argv[1:]))
+    dist.destroy_process_group()
+    sys.exit(result)

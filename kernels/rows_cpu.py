@@ -1,0 +1,51 @@
+"""Rows to FP8 on the CPU in one pass (`rows_numba.py`): the bits of the references, ten times as fast.
+
+Where numba is not installed, the references do.
+
+Shapes: T tokens, D columns, P ranks, L experts of a rank.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SHIFTS = {torch.float32: 0, torch.bfloat16: 16}  # from a dtype's bits to those of FP32
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def compiles(rows: Tensor) -> bool:
+    """Whether these forms run for such rows. With MORAY_KERNELS set they never do."""
+    return rows.device.type == "cpu" and rows.dtype in _SHIFTS and "MORAY_KERNELS" not in os.environ and _installed()
+
+
+def pack_rows_compiled(rows_TD: Tensor) -> Tensor:
+    """As `wire.pack_rows_reference`."""
+    tokens, columns = rows_TD.shape
+    out_TW = torch.empty((tokens, columns + -(-columns // 128)), dtype=torch.uint8)
+    from moray.kernels.rows_numba import pack  # it imports numba, which takes a while
+
+    pack(*_bits(rows_TD), out_TW.numpy())
+    return out_TW
+
+
+def push_rows_compiled(rows_TD: Tensor, visited_PTL: Tensor, inboxes: Sequence[Tensor]) -> None:
+    """As `push.push_rows_reference`."""
+    from moray.kernels.rows_numba import push
+
+    arrays = tuple(inbox.numpy() for inbox in inboxes)
+    push(*_bits(rows_TD), visited_PTL.transpose(0, 1).contiguous().numpy(), arrays)
+
+
+def _bits(rows_TD: Tensor) -> tuple[Any, np.int32]:
+    shift = _SHIFTS[rows_TD.dtype]
+    return rows_TD.contiguous().view(torch.int16 if shift else torch.int32).numpy(), np.int32(shift)

@@ -1,0 +1,120 @@
+"""Memory that the ranks of one host write into each other, where their rows would otherwise go through a socket.
+
+A rank has a file in memory, with an inbox for each rank of its group, that all of them map. It has no name, so nothing
+stays behind, however a process ends; and it takes memory only where something was ever written, so that its inboxes may
+be as large as one likes.
+
+Who has written says so by a collective, which is as visible to whoever watches collectives as any, and ends when a
+peer does. Inboxes are used in turn, SETS of them. With at most IN_FLIGHT exchanges between their write and their read,
+and reads in the order of writes, exchange n is written after n - IN_FLIGHT was heard of: its peers had then read what
+they were told before n - 2 * IN_FLIGHT, so no inbox is written that is still to be read.
+"""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moray.kernels.push import push_rows
+from moray.kernels.wire import packed_width
+
+IN_FLIGHT = 2
+SETS = 2 * IN_FLIGHT
+_INBOX = 1 << 32  # bytes of addresses
+
+
+class PeerMemory:
+    """Inboxes of a group's ranks. `files`: of all ranks, in their order, uint8."""
+
+    def __init__(self, rank: int, files: Sequence[Tensor]) -> None:
+        self._rank, self._files = rank, files
+        self._written = self._read = 0
+
+    def write(self, parts: Sequence[Tensor]) -> int:
+        """Rows for each rank, contiguous; the number of this exchange."""
+        for inbox, rows in zip(self._inboxes([rows.nbytes for rows in parts]), parts, strict=True):
+            inbox.copy_(rows.reshape(-1).view(torch.uint8))
+        return self._next()
+
+    def push(self, rows_TD: Tensor, visited_PTL: Tensor, counts: Sequence[int]) -> int:
+        """FP8 copies of rows for each rank (`kernels/push.py`), of which there are so many."""
+        width = packed_width(rows_TD.shape[1]) + -(-visited_PTL.shape[2] // 8)
+        inboxes = [inbox.view(-1, width) for inbox in self._inboxes([count * width for count in counts])]
+        push_rows(rows_TD, visited_PTL, inboxes)
+        return self._next()
+
+    def read(self, number: int, counts: Sequence[int], like: Tensor) -> Tensor:
+        """So many rows from each rank, of exchange `number`, once all are said to be written; `like` has their
+        trailing shape and dtype."""
+        assert number == self._read, "arrivals come in the order of departures"
+        self._read += 1
+        width = like.shape[1:].numel() * like.element_size()
+        parts = [self._place(self._rank, sender, number)[: count * width] for sender, count in enumerate(counts)]
+        return torch.cat(parts).view(like.dtype).view(-1, *like.shape[1:])
+
+    def _inboxes(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Of every rank, the one for this rank's next exchange, as many bytes of it."""
+        if self._written - self._read == IN_FLIGHT:
+            raise RuntimeError(f"more than {IN_FLIGHT} exchanges are between their departure and their arrival")
+        if max(sizes) > _INBOX:
+            raise RuntimeError(f"{max(sizes)} bytes for one rank are more than {_INBOX}: make micro-batches smaller")
+        return [self._place(peer, self._rank, self._written)[:size] for peer, size in enumerate(sizes)]
+
+    def _place(self, owner: int, sender: int, number: int) -> Tensor:
+        begin = (number % SETS * len(self._files) + sender) * _INBOX
+        return self._files[owner][begin : begin + _INBOX]
+
+    def _next(self) -> int:
+        self._written += 1
+        return self._written - 1
+
+
+def connect(group: dist.ProcessGroup) -> PeerMemory | None:
+    """The memory of a gloo group's ranks, which all call this; None on all if any cannot write to any other's."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    with contextlib.ExitStack() as stack:
+        descriptor = _create(SETS * ranks * _INBOX)
+        if descriptor is not None:
+            stack.callback(os.close, descriptor)
+        places: list[tuple[str, str] | None] = [None] * ranks
+        mine = None if descriptor is None else (_host(), f"/proc/{os.getpid()}/fd/{descriptor}")
+        dist.all_gather_object(places, mine, group)
+        files = [_map(place) for place in places]
+        missing = torch.tensor(sum(file is None for file in files))
+        dist.all_reduce(missing, group=group)  # after it, files need no descriptor
+    return None if missing else PeerMemory(rank, [file for file in files if file is not None])
+
+
+def _create(size: int) -> int | None:
+    """A descriptor of a file in memory. None where there are none: another system than Linux."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        descriptor = os.memfd_create("moray-inboxes")
+    except OSError:
+        return None
+    os.truncate(descriptor, size)
+    return descriptor
+
+
+def _host() -> str:
+    """The same for processes that see each other, and no network lies between."""
+    names = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
+    return " ".join((Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *names))
+
+
+def _map(place: tuple[str, str] | None) -> Tensor | None:
+    if place is None or place[0] != _host():
+        return None
+    try:
+        with open(place[1], "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+    except (OSError, ValueError):  # no right to, or more addresses than this process may have
+        return None
+    return torch.from_numpy(np.frombuffer(memory, np.uint8))

@@ -1,0 +1,67 @@
+"""The ranks of test_peers.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moray.models import peers
+from moray.models.link import Link
+from moray.models.peers import IN_FLIGHT, connect
+
+
+def _counts(number, ranks):
+    """How many rows rank i sends to rank j; none, at times."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, 4, (ranks, ranks), generator=generator).tolist()
+
+
+def _rows(number, sender, receiver, count):
+    return torch.full((count, 3), 100.0 * number + 10 * sender + receiver, dtype=torch.float64)
+
+
+def check_many_exchanges():
+    """More than there are inboxes, as many at a time as there may be, read as they were written."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    link = Link(dist.group.WORLD, memory=connect(dist.group.WORLD))
+    under_way = []
+
+    def finish():
+        number, arrival = under_way.pop(0)
+        counts = _counts(number, ranks)
+        expected = [_rows(number, sender, rank, counts[sender][rank]) for sender in range(ranks)]
+        assert torch.equal(arrival(), torch.cat(expected)), number
+
+    for number in range(60):
+        counts = _counts(number, ranks)
+        rows = torch.cat([_rows(number, rank, to, counts[rank][to]) for to in range(ranks)])
+        under_way.append((number, link.exchange(rows, counts[rank], [row[rank] for row in counts])))
+        while len(under_way) > number % (IN_FLIGHT + 1) or len(under_way) == IN_FLIGHT:
+            finish()
+    while under_way:
+        finish()
+
+
+def check_limits():
+    """Too many at once, and arrivals out of order, are said."""
+    ranks = dist.get_world_size()
+    memory = connect(dist.group.WORLD)
+    parts = [torch.zeros(1)] * ranks
+    numbers = [memory.write(parts) for _ in range(IN_FLIGHT)]
+    with pytest.raises(RuntimeError, match="between their departure and their arrival"):
+        memory.write(parts)
+    dist.barrier()
+    with pytest.raises(AssertionError, match="in the order of departures"):
+        memory.read(numbers[1], [1] * ranks, torch.zeros(1))
+    assert memory.read(numbers[0], [1] * ranks, torch.zeros(1)).tolist() == [0.0] * ranks
+
+
+def check_nobody_connects_unless_all_can():
+    rank = dist.get_rank()
+    host = peers._host
+    for change in ({"_host": lambda: f"{host()} {rank % 2}"}, {"_create": lambda size: None}):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in change.items():
+                if name == "_host" or rank == 1:
+                    patch.setattr(peers, name, value)
+            assert connect(dist.group.WORLD) is None
+    assert connect(dist.group.WORLD) is not None
