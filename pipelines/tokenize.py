@@ -6,6 +6,7 @@ spells a special token (`<|eos|>` in a document) is encoded as plain characters:
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -72,8 +73,7 @@ class Tokenize(Step[TokenizeConfig]):
         groups: dict[tuple[str, str], list[Shard]] = {}
         for row in rows:
             if row["documents"]:
-                fields = ("number", "sequences", "tokens", "documents", "bytes", "largest", "sha256")
-                shard = Shard(**{field: row[field] for field in fields})
+                shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
                 groups.setdefault((row["part"], row["source"]), []).append(shard)
                 totals[row["part"]] += shard.tokens
         for (part, source), shards in groups.items():
@@ -98,8 +98,7 @@ def _tokenize_shard(
     sources = set(table["source"].to_pylist())
     row = {"shard": shard["shard"], "part": shard["part"], "number": shard["number"]}
     if not sources:
-        empty = {"sequences": 0, "tokens": 0, "documents": 0, "bytes": 0, "largest": 0, "sha256": ""}
-        return {**row, "source": "", **empty}
+        return {**row, "source": "", **asdict(Shard(row["number"], 0, 0, 0, 0, 0, ""))}
     if len(sources) > 1:
         raise ValueError(f"{shard['path']} mixes sources: {sorted(sources)}")
     source = sources.pop()
@@ -112,8 +111,7 @@ def _tokenize_shard(
         encoded = encode_middles_last(model, marks, names, texts, fim_rate)
     documents = [(name, ids, len(text.encode())) for name, ids, text in zip(names, encoded, texts, strict=True)]
     made = write_shard(Path(folder) / shard["part"] / source, shard["number"], documents, length, vocabulary)
-    counts = {"sequences": made.sequences, "tokens": made.tokens, "documents": made.documents}
-    return {**row, "source": source, **counts, "bytes": made.bytes, "sha256": made.sha256}
+    return {**row, "source": source, **asdict(made)}
 
 
 step = Tokenize()

@@ -28,7 +28,7 @@ NEEDED = (
     "numpy",
     "pydantic",
     "tokenizers",
-    "datasketch",
+    "numba",
     "safetensors",
     "mlflow",
     "fastapi",

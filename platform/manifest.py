@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"^\..*\.[^.]+$")  # as platform/atomic.py names them
-_RECORDED = ("ray", "torch", "pyarrow", "tokenizers", "datasketch", "numpy", "mlflow", "deepspeed")
+_RECORDED = ("ray", "torch", "pyarrow", "tokenizers", "numba", "numpy", "mlflow", "deepspeed")
 
 
 class FileEntry(BaseModel):

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.baselines import ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.corpus import CorpusConfig, Source, _shards, _write
-from moray.pipelines.dedup import DedupConfig, Signatures, find_duplicates, minima_of
-from moray.pipelines.documents import content_hash, document_id, read_shard, shard_name, shard_paths, write_shard
+from moray.pipelines.documents import document_id, read_shard, shard_name, shard_paths, write_shard
 from moray.pipelines.filter import FilterConfig, reason_to_drop
 from moray.pipelines.readers import DEFAULT_COLUMNS, READERS, Columns
 from moray.pipelines.split import SplitConfig, is_heldout
@@ -224,68 +223,6 @@ def test_files_are_listed_in_order_without_links_and_excluded_ones(tmp_path: Pat
 )
 def test_each_rule_drops_what_it_is_for(text: str, reason: str | None) -> None:
     assert reason_to_drop(text, FilterConfig(min_words=20, max_words=100)) == reason
-
-
-def signatures(texts: list[str], sources: list[str] | None = None) -> Signatures:
-    return Signatures(
-        ids=[document_id("s", str(i)) for i in range(len(texts))],
-        sources=sources or ["s"] * len(texts),
-        hashes=[content_hash(text) for text in texts],
-        lengths=np.array([len(text) for text in texts], np.int64),
-        minima=minima_of(texts, DedupConfig()),
-    )
-
-
-def test_exact_and_near_duplicates_go_and_others_stay() -> None:
-    base = " ".join(WORDS[:200])
-    near = " ".join([*WORDS[:195], "other", "end", "to", "this", "one"])
-    far = " ".join(WORDS[200:])
-    found = signatures([base, near, far, base])
-    removed, clusters = find_duplicates(found, DedupConfig())
-    rows = {row["id"]: row for row in removed.to_pylist()}
-    kept = set(found.ids) - set(rows)
-    assert clusters == 1
-    assert found.ids[2] in kept
-    assert len(kept) == 2
-    reasons = sorted(row["reason"] for row in rows.values())
-    assert reasons in (["exact", "near"], ["near", "near"])
-    assert {row["representative"] for row in rows.values()} == kept - {found.ids[2]}
-
-
-def test_the_preferred_source_is_kept() -> None:
-    text = " ".join(WORDS[:100])
-    found = signatures([text, text], ["second", "first"])
-    removed, _ = find_duplicates(found, DedupConfig(prefer=("first",)))
-    assert removed["id"].to_pylist() == [found.ids[0]]
-
-
-@settings(max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=24), st.randoms())
-def test_every_cluster_keeps_exactly_one_whatever_the_order(picks: list[tuple[int, int]], random: object) -> None:
-    """Others shipped dedups that lose every member of a cluster, or whose result depends on arrival order."""
-    texts = [" ".join([*WORDS[60 * base : 60 * base + 60], *(["tail"] * changed)]) for base, changed in picks]
-    found = signatures(texts)
-    removed, _ = find_duplicates(found, DedupConfig())
-    gone = dict(zip(removed["id"].to_pylist(), removed["representative"].to_pylist(), strict=True))
-    assert not set(gone.values()) & set(gone), "a representative is never removed"
-    order = list(range(len(texts)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    shuffled = Signatures(
-        ids=[found.ids[i] for i in order], sources=[found.sources[i] for i in order],
-        hashes=[found.hashes[i] for i in order], lengths=found.lengths[order], minima=found.minima[order],
-    )  # fmt: skip
-    assert find_duplicates(shuffled, DedupConfig())[0].equals(removed)
-    by_text: dict[str, list[str]] = {}
-    for name, text in zip(found.ids, texts, strict=True):
-        by_text.setdefault(text, []).append(name)
-    for names in by_text.values():
-        assert len([name for name in names if name not in gone]) <= 1
-
-
-def test_a_document_shorter_than_a_shingle_has_a_signature() -> None:
-    one, same, other = minima_of(["two words", "Two  words", "other words"], DedupConfig())
-    assert (one == same).all()
-    assert (one != other).any()
 
 
 def test_the_split_depends_on_the_id_alone_and_has_its_share() -> None:

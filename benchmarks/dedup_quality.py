@@ -1,0 +1,139 @@
+"""How many near duplicates dedup finds, of all that there are, and what verification costs.
+
+The texts are the Python files, readmes and licences of this environment: vendored copies and licence texts are real
+near duplicates. All pairs are compared exactly (a product of sparse matrices of documents and shingles, which knows no
+sketch); recall is the share of the pairs of at least a similarity that end in one cluster, for five seeds.
+
+Usage: python benchmarks/dedup_quality.py [MEGABYTES=120]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from result import Bar, report
+from scipy.sparse import csr_matrix, triu
+
+from moray.pipelines.dedup.find import Documents, Found, find, near_candidates
+from moray.pipelines.dedup.graph import components
+from moray.pipelines.dedup.shingles import similarities
+from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.documents import content_hash
+
+SEEDS = range(1, 6)
+LEAST = 0.7
+BARS = {0.9: 1.0, 0.8: 0.997, 0.72: 0.975}
+
+
+def texts_of(megabytes: float) -> list[str]:
+    """Of the environment's packages, then of the standard library, each text once."""
+    found: dict[str, str] = {}
+    size = 0
+    for root in ("purelib", "stdlib"):
+        for path in sorted(Path(sysconfig.get_path(root)).rglob("*")):
+            if path.suffix not in (".py", ".md", ".rst", ".txt", "") or not path.is_file() or "/test" in str(path):
+                continue
+            if root == "stdlib" and "site-packages" in path.parts:
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            if 400 <= len(text) <= 200_000 and content_hash(text) not in found:
+                found[content_hash(text)] = text
+                size += len(text.encode())
+            if size > megabytes * 1e6:
+                return list(found.values())
+    return list(found.values())
+
+
+def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
+    """All pairs of documents, [E, 2], whose Jaccard similarity is at least LEAST, and it."""
+    sizes = np.diff(bounds)
+    names, columns, seen = np.unique(sets, return_inverse=True, return_counts=True)
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    twice = seen[columns] > 1
+    matrix = csr_matrix((np.ones(twice.sum(), np.int32), (rows[twice], columns[twice])), shape=(len(sizes), len(names)))
+    common = triu(matrix @ matrix.T, 1).tocoo()
+    alike = common.data / (sizes[common.row] + sizes[common.col] - common.data)
+    chosen = alike >= LEAST
+    return np.stack((common.row[chosen], common.col[chosen]), axis=1).astype(np.int64), alike[chosen]
+
+
+def documents_of(texts: list[str], keys: Any, shingles: Any) -> Documents:
+    count = len(texts)
+    return Documents(
+        ids=np.array([f"{i:032d}" for i in range(count)], "S"), hashes=np.array([content_hash(t) for t in texts], "S"),
+        sources=np.zeros(count, np.int64), lengths=np.array([len(t) for t in texts]), shingles=shingles, keys=keys,
+    )  # fmt: skip
+
+
+def main(megabytes: str = "120") -> int:
+    texts = texts_of(float(megabytes))
+    column = pa.chunked_array([pa.array(texts, pa.large_string())])
+    size = sum(len(text.encode()) for text in texts)
+    sets, bounds = Shingling().sets(column)
+    began = time.process_time()
+    pairs, alike = exact_pairs(sets, bounds)
+    oracle_seconds = time.process_time() - began
+    Shingling().keys(column.slice(0, 1))  # compiled
+    rows: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        rows.append(one_seed(texts, column, sets, bounds, pairs, alike, seed))
+        rows[-1]["MB_per_cpu_s"] = size / 1e6 / rows[-1]["sign_s"]
+    bars = [
+        Bar(f"least recall of pairs >= {s}", min(row[f"recall_{s}"] for row in rows), goal, "higher")
+        for s, goal in BARS.items()
+    ]
+    bars += [
+        Bar("least precision of verified pairs", min(row["precision"] for row in rows), 1.0, "higher"),
+        Bar("most documents that went without a partner", max(row["without_partner"] for row in rows), 0.0, "lower"),
+        Bar("verification over all the rest", statistics.median(row["verify_share"] for row in rows), 0.25, "lower"),
+    ]
+    rows.append(
+        {"documents": len(texts), "MB": size / 1e6, "pairs": len(pairs), "exact_comparison_cpu_s": oracle_seconds}
+    )
+    return report("dedup_quality", rows, bars)
+
+
+def one_seed(
+    texts: list[str], column: pa.ChunkedArray, sets: Any, bounds: Any, pairs: Any, alike: Any, seed: int
+) -> dict[str, Any]:
+    began = time.process_time()
+    keys, shingles = Shingling(seed=seed).keys(column)
+    signed = time.process_time()
+    ordered, order = documents_of(texts, keys, shingles).in_keep_order()
+    near = near_candidates(ordered)
+    sketched = time.process_time()
+    wanted = np.unique(near.pairs)
+    own_sets, own_bounds = Shingling(seed=seed).sets(column.take(pa.array(order[wanted])))
+    places = np.zeros((len(texts), 2), np.int64)
+    places[wanted, 0], places[wanted, 1] = own_bounds[:-1], own_bounds[1:]
+    scores = similarities(near.pairs, places, own_sets, False)
+    verified = time.process_time()
+    found: Found = find(ordered, near, lambda _: scores, LEAST)
+    joined = components(len(texts), near.pairs[scores >= LEAST])
+    keep_index = np.argsort(order)
+    together = joined[keep_index[pairs[:, 0]]] == joined[keep_index[pairs[:, 1]]]
+    exact = {tuple(sorted(pair)) for pair in pairs.tolist()}
+    said = [tuple(sorted(order[pair].tolist())) for pair in near.pairs[scores >= LEAST]]
+    row: dict[str, Any] = {f"recall_{s}": float(together[alike >= s].mean()) for s in BARS}
+    theory = 1 - (1 - alike[alike >= min(BARS)] ** 8) ** 14
+    return {
+        "seed": seed, **row, "share_a_key_by_theory": float(theory.mean()),
+        "candidates": len(near.pairs), "removed": len(found.removed),
+        "precision": sum(pair in exact for pair in said) / max(1, len(said)),
+        "without_partner": int((found.removed["similarity"].to_numpy() < LEAST).sum()), "sign_s": signed - began,
+        "verify_share": (verified - sketched) / (sketched - began),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

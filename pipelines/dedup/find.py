@@ -1,0 +1,102 @@
+"""Which documents go, given what is known of all of them: exact copies, then verified near duplicates, by component.
+
+Everything is in the order in which documents are kept: a source named earlier in `prefer`, then the longer text, then
+content hash and id. So the first of a component is the one that stays, and nothing depends on the order in which
+documents, shards or workers come.
+
+Shapes: N documents, E pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.pipelines.dedup.graph import Candidates, Indices, candidates, components
+from moray.pipelines.dedup.signatures import Keys
+
+# Of pairs of documents [E, 2]: how alike they are, [E].
+Measure = Callable[[Indices], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Columns of equal length. shingles: how many each has; none: its keys [N, bands] mean nothing."""
+
+    ids: npt.NDArray[np.bytes_]
+    hashes: npt.NDArray[np.bytes_]
+    sources: npt.NDArray[np.int64]  # rank by preference, 0 the best
+    lengths: npt.NDArray[np.int64]
+    shingles: npt.NDArray[np.int64]
+    keys: Keys
+
+    def in_keep_order(self) -> tuple[Documents, Indices]:
+        """The same documents, and where each was."""
+        order = np.lexsort((self.ids, self.hashes, -self.lengths, self.sources))
+        return replace(self, **{field.name: getattr(self, field.name)[order] for field in fields(self)}), order
+
+
+@dataclass(frozen=True)
+class Found:
+    """removed: see `docs/formats.md`. near: how many candidate pairs were looked at, and how many were alike."""
+
+    removed: pa.Table
+    clusters: int
+    candidates: Candidates
+    alike: int
+
+
+def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The rank of each name."""
+    rank = {source: i for i, source in enumerate(prefer)}
+    return np.array([rank.get(name, len(rank)) for name in names], np.int64)
+
+
+def near_candidates(documents: Documents) -> Candidates:
+    """Pairs to be verified, of documents in keep order: of exact copies, only the first."""
+    firsts = np.sort(np.unique(documents.hashes, return_index=True)[1])
+    return candidates(documents.keys, firsts[documents.shingles[firsts] > 0])
+
+
+def find(documents: Documents, near: Candidates, measure: Measure, least: float) -> Found:
+    """What goes of documents in keep order: of pairs in `near`, those of at least `least` are duplicates."""
+    count = len(documents.ids)
+    _, first, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
+    original = first[group]
+    copies = np.flatnonzero(original != np.arange(count))
+    scores = measure(near.pairs)
+    alike, scores = near.pairs[scores >= least], scores[scores >= least]
+    labels = components(count, np.concatenate((np.stack((original[copies], copies), axis=1), alike)))
+    gone = np.flatnonzero(labels != np.arange(count))
+    partner, similarity = _partners(count, alike, scores)
+    partner[copies], similarity[copies] = original[copies], 1.0
+    exact = documents.hashes[gone] == documents.hashes[labels[gone]]
+    table = pa.table(
+        {
+            "id": _text(documents.ids[gone]),
+            "reason": pa.array(np.where(exact, "exact", "near"), pa.string()),
+            "representative": _text(documents.ids[labels[gone]]),
+            "partner": _text(documents.ids[partner[gone]]),
+            "similarity": pa.array(similarity[gone], pa.float64()),
+        }
+    )
+    return Found(table.sort_by("id"), len(np.unique(labels[gone])), near, len(alike))
+
+
+def _partners(count: int, pairs: Indices, scores: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """Of each document the one it is most like, the first of these, and how much; itself and 0 for who has none."""
+    partner, best = np.arange(count), np.zeros(count)
+    both = np.concatenate((pairs, pairs[:, ::-1]))
+    twice = np.concatenate((scores, scores))
+    order = np.lexsort((both[:, 1], -twice, both[:, 0]))
+    who, at = np.unique(both[order, 0], return_index=True)
+    partner[who], best[who] = both[order[at], 1], twice[order[at]]
+    return partner, best
+
+
+def _text(column: npt.NDArray[np.bytes_]) -> pa.Array:
+    return pa.array([value.decode() for value in column.tolist()], pa.string())

@@ -1,0 +1,70 @@
+"""What dedup keeps of a document instead of its text: hash, length and band keys; and the shingles of a few.
+
+Shapes: N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.pipelines.dedup.characters import tables
+
+Keys = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shingling:
+    """size words, or characters, are a shingle; `bands` keys of `rows` minima each, of maps drawn by `seed`."""
+
+    size: int = 5
+    characters: bool = False
+    bands: int = 14
+    rows: int = 8
+    seed: int = 1
+
+    def keys(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
+        """Band keys [N, bands], and how many shingles each document has: where none, its keys mean nothing."""
+        from moray.pipelines.dedup.shingles import band_keys
+
+        offsets, data = _buffers(texts)
+        count = len(offsets) - 1
+        keys, counts = np.empty((count, self.bands), np.uint64), np.empty(count, np.int32)
+        generator = np.random.default_rng(self.seed)
+        maps = generator.integers(0, 1 << 32, (2, self.bands * self.rows), dtype=np.uint32)
+        band_keys(offsets, data, *tables(), self.size, self.characters, maps[0] | 1, maps[1], self.rows, keys, counts)
+        return keys, counts.astype(np.int64)
+
+    def sets(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
+        """The distinct shingles of all documents, ascending in each, one after another; and where each one's begin,
+        with the end of the last: [N + 1]."""
+        from moray.pipelines.dedup.shingles import shingle_sets
+
+        offsets, data = _buffers(texts)
+        count = len(offsets) - 1
+        room = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
+        bounds = np.zeros(count + 1, np.int64)
+        shingle_sets(offsets, data, *tables(), self.size, self.characters, bounds[1:], room)
+        return room[: bounds[-1]].copy(), bounds
+
+
+def _buffers(texts: pa.ChunkedArray) -> tuple[Integers, npt.NDArray[np.uint8]]:
+    """Arrow's own memory of a large_string column: where each text begins, and the bytes."""
+    array: Any = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+        array = pa.array([], pa.large_string())
+    if array.type != pa.large_string():
+        array = array.cast(pa.large_string())
+    _, offsets, data = array.buffers()
+    if not len(array):
+        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
+    begin = array.offset
+    return (
+        np.frombuffer(offsets, np.int64)[begin : begin + len(array) + 1],
+        np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8),
+    )

@@ -1,0 +1,290 @@
+"""dedup against its definition (dedup_oracle.py), and what it promises whatever the order and the number of shards."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.pipelines.dedup import step as dedup_step
+from moray.pipelines.dedup.find import Documents, find, near_candidates, sources_by
+from moray.pipelines.dedup.graph import LARGEST, candidates, components
+from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.dedup.step import DedupConfig
+from moray.pipelines.documents import content_hash, document_id, read_shard, shard_name, write_shard
+from moray.platform.artifacts import Artifact
+from moray.platform.events import EventLog
+from moray.platform.home import Home
+from moray.platform.manifest import Manifest
+from moray.platform.step import StepContext
+from tests.pipelines import dedup_oracle as oracle
+
+# Words of several scripts: lower case that is another letter, marks that belong to words, scripts without spaces.
+SCRIPTS = (
+    "aB", "z_9", "\u00e9", "\u00c9", "\u00df", "\u0130", "\u0301", "\u0416", "\u0436", "\u0915", "\u093f", "\u4e2d",
+    "\u6587", "\u304b", "\u30ca", "\u30fc", "\uac00", "\U00020001", "\U0001f600", "\U0001d400", "\ufb01", ".", ",", "-",
+    " ", "\n",
+)  # fmt: skip
+mixed = st.lists(st.sampled_from(SCRIPTS), max_size=30).map("".join)
+
+
+def column(texts: list[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(texts, pa.large_string())])
+
+
+@pytest.mark.parametrize("unit", ["words", "characters"])
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(mixed, min_size=1, max_size=4), size=st.integers(1, 6))
+def test_shingles_are_those_of_the_definition(unit: str, texts: list[str], size: int) -> None:
+    shingling = Shingling(size, unit == "characters")
+    sets, bounds = shingling.sets(column(texts))
+    found = [set(sets[begin:end].tolist()) for begin, end in pairwise(bounds)]
+    expected = [oracle.shingles(text, size, unit) for text in texts]
+    assert [len(one) for one in found] == [len(one) for one in expected]
+    for i in range(len(texts)):
+        for j in range(i):
+            assert len(found[i] & found[j]) == len(expected[i] & expected[j])
+    keys, counts = shingling.keys(column(texts))
+    for i in range(len(texts)):
+        assert (counts[i] > 0) == bool(expected[i])
+        for j in range(i):
+            if expected[i] and expected[i] == expected[j]:
+                assert (keys[i] == keys[j]).all()
+
+
+def test_parts_of_a_column_are_read_where_they_lie() -> None:
+    texts = [f"{i} and some more words {i * i} of it" for i in range(9)]
+    whole, _ = Shingling().keys(column(texts))
+    parts = pa.chunked_array([pa.array(texts[:4], pa.large_string()), pa.array(texts[4:], pa.large_string())])
+    assert (Shingling().keys(parts)[0] == whole).all()
+    assert (Shingling().keys(column(texts).slice(3, 4))[0] == whole[3:7]).all()
+    assert Shingling().keys(pa.chunked_array([], pa.large_string()))[0].shape == (0, 14)
+    assert len(Shingling().sets(column(["", "?"]))[0]) == 0
+
+
+def test_keys_are_shared_as_often_as_the_theory_says() -> None:
+    """1 - (1 - s^rows)^bands, within four deviations of 400 pairs; sets of single words, so that s is exact."""
+    generator = random.Random(4)
+    for alike, total in ((60, 100), (72, 100), (80, 100), (90, 100)):
+        firsts, seconds = [], []
+        for pair in range(400):
+            vocabulary = [f"w{pair}x{i}" for i in range(total)]
+            generator.shuffle(vocabulary)
+            own = (total - alike) // 2
+            firsts.append(" ".join(vocabulary[: alike + own]))
+            seconds.append(" ".join(vocabulary[:alike] + vocabulary[alike + own :]))
+        shingling = Shingling(size=1, seed=alike)
+        one, other = shingling.keys(column(firsts))[0], shingling.keys(column(seconds))[0]
+        share = (one == other).any(axis=1).mean()
+        theory = 1 - (1 - (alike / total) ** 8) ** 14
+        assert share == pytest.approx(theory, abs=4 * (theory * (1 - theory) / 400) ** 0.5)
+
+
+def documents(texts: list[oracle.Text], config: DedupConfig) -> Documents:
+    keys, shingles = config.shingling.keys(column([one.text for one in texts]))
+    return Documents(
+        ids=np.array([one.id for one in texts], "S"),
+        hashes=np.array([content_hash(one.text) for one in texts], "S"),
+        sources=sources_by(config.prefer, [one.source for one in texts]),
+        lengths=np.array([len(one.text) for one in texts]),
+        shingles=shingles,
+        keys=keys,
+    )
+
+
+def found(texts: list[oracle.Text], config: DedupConfig) -> pa.Table:
+    ordered, order = documents(texts, config).in_keep_order()
+    sets = [oracle.shingles(texts[i].text, config.shingle) for i in order]
+
+    def measure(pairs: Any) -> Any:
+        return np.array([oracle.jaccard(sets[a], sets[b]) for a, b in pairs.tolist()])
+
+    return find(ordered, near_candidates(ordered), measure, config.similarity).removed
+
+
+# One minimum a key and many of them: whoever is alike at all shares one.
+SURE = DedupConfig(bands=96, rows=1, similarity=0.7, shingle=2, prefer=("best",))
+changed = st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from(["best", "s"]))
+
+
+def drawn(picks: list[tuple[int, int, str]]) -> list[oracle.Text]:
+    """Copies of a few texts, some of whose words are other ones; so chains of documents, each alike the next."""
+    texts = []
+    for number, (base, shift, source) in enumerate(picks):
+        words = [f"b{base}w{i + 2 * shift}" for i in range(24)]
+        texts.append(oracle.Text(document_id("d", str(number)), " ".join(words), source))
+    return texts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(changed, min_size=1, max_size=20), st.randoms())
+def test_what_goes_is_what_the_definition_says_whatever_the_order(picks: Any, generator: random.Random) -> None:
+    texts = drawn(picks)
+    gone = oracle.removed(texts, SURE.similarity, SURE.shingle, SURE.prefer)
+    for _ in range(2):
+        table = found(texts, SURE)
+        rows = table.to_pylist()
+        assert {row["id"]: row["representative"] for row in rows} == gone
+        generator.shuffle(texts)
+    assert found(texts, SURE).equals(table)
+    by_id = {one.id: one for one in texts}
+    for row in rows:
+        one, partner = by_id[row["id"]], by_id[row["partner"]]
+        alike = oracle.jaccard(*(oracle.shingles(text.text, SURE.shingle) for text in (one, partner)))
+        assert row["similarity"] == pytest.approx(alike)
+        assert alike >= SURE.similarity, "nobody goes without a partner"
+        assert (row["reason"] == "exact") == (one.text == by_id[row["representative"]].text)
+    kept = {one.id for one in texts} - set(gone)
+    assert kept
+    assert set(gone.values()) <= kept, "text-dedup 0.4.1 loses every member of a cluster"
+
+
+def test_without_verification_whoever_shares_a_key_goes() -> None:
+    texts = [oracle.Text(str(i), f"a b c d e f g h {i}") for i in range(4)]
+    loose = DedupConfig(bands=96, rows=1, shingle=1, similarity=0)
+    assert len(found(texts, loose)) == 3
+    assert len(found(texts, loose.model_copy(update={"similarity": 0.95}))) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40))
+def test_components_are_those_of_scipy(count: int, edges: list[tuple[int, int]]) -> None:
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = np.array([(a % count, b % count) for a, b in edges], np.int64).reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1]
+    least = {label: int(np.flatnonzero(labels == label)[0]) for label in labels}
+    assert components(count, pairs).tolist() == [least[label] for label in labels]
+
+
+@pytest.mark.parametrize("order", ["up", "down", "shuffled"])
+def test_a_chain_of_a_million_is_one_component(order: str) -> None:
+    """Others stop after ten rounds, and leave it in pieces."""
+    count = 1_000_000
+    pairs = np.stack((np.arange(count - 1), np.arange(1, count)), axis=1)
+    if order != "up":
+        pairs = pairs[::-1] if order == "down" else np.random.default_rng(1).permutation(pairs)
+    assert not components(count, np.ascontiguousarray(pairs)).any()
+
+
+def test_a_key_that_many_share_makes_few_pairs_and_one_component() -> None:
+    many = 50 * LARGEST
+    keys = np.zeros((many + 1, 2), np.uint64)
+    keys[-1] = (7, 8)
+    made = candidates(keys, np.arange(many + 1))
+    assert made.capped == 2
+    assert len(made.pairs) < 2 * many
+    assert (components(many + 1, made.pairs) == [0] * many + [many]).all()
+
+
+# Whoever is as alike as that shares a key.
+CLOSE = DedupConfig(bands=64, rows=3, prefer=("best",))
+
+
+class Interrupted(Exception):
+    """A worker is gone."""
+
+
+def run_step(
+    folder: Path, texts: list[oracle.Text], shards: int, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
+) -> dict[str, pa.Table]:
+    """The step over so many shards, its tasks one after another in this process; the tables it leaves, by name."""
+    source, work = folder / f"in-{shards}", folder / f"out-{shards}"
+    for number in range(shards):
+        part = texts[number::shards]
+        table = pa.table(
+            {
+                "id": pa.array([one.id for one in part], pa.string()),
+                "text": pa.array([one.text for one in part], pa.large_string()),
+                "source": pa.array([one.source for one in part], pa.string()),
+                "license": pa.array([""] * len(part), pa.string()),
+                "meta": pa.array([[]] * len(part), pa.map_(pa.string(), pa.string())),
+            }
+        )
+        write_shard(source / shard_name(number), table)
+    done = 0
+
+    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, unit: str, amount: Any) -> Any:
+        nonlocal done
+        results = []
+        for row in rows:
+            if done == stop_after:
+                raise Interrupted
+            done += 1
+            results.append(function(row))
+        return results
+
+    monkeypatch.setattr(dedup_step, "map_shards", map_shards)
+    manifest = Manifest(
+        step="filter", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[],
+        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
+    )  # fmt: skip
+    context = StepContext(
+        step="dedup", config=CLOSE, inputs={"documents": Artifact(source, manifest)},
+        folder=work, home=Home(folder / "home"), run=folder / "run", events=EventLog(folder / "run" / "events", "t"),
+        cluster=None, fingerprint="cd",  # type: ignore[arg-type]
+    )  # fmt: skip
+    dedup_step.step.run(context)
+    assert context.counts["in:documents"] == len(texts)
+    assert not [path.name for path in work.iterdir() if path.name.startswith(".")]
+    return {path.name: read_shard(path) for path in sorted(work.iterdir())}
+
+
+def near_texts(count: int) -> list[oracle.Text]:
+    """Long texts, one in three a changed copy of an earlier one."""
+    generator = random.Random(2)
+    texts: list[list[str]] = []
+    for _ in range(count):
+        words = [f"w{generator.randrange(3000)}" for _ in range(150)]
+        if texts and generator.random() < 0.35:
+            words = list(generator.choice(texts))
+            for _ in range(generator.randrange(9)):
+                words[generator.randrange(len(words))] = "other"
+        texts.append(words)
+    sources = [generator.choice(["best", "s"]) for _ in texts]
+    return [oracle.Text(document_id("n", str(i)), " ".join(words), sources[i]) for i, words in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[oracle.Text]:
+    return near_texts(160)
+
+
+def kept(tables: dict[str, pa.Table]) -> list[str]:
+    names = [name for name in tables if name != "removed.parquet"]
+    return sorted(name for table in names for name in tables[table]["id"].to_pylist())
+
+
+def test_the_number_of_shards_changes_nothing(
+    tmp_path: Path, corpus: list[oracle.Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run_step(tmp_path, corpus, 1, monkeypatch)
+    assert len(one["removed.parquet"]) > 30
+    gone = oracle.removed(corpus, 0.7, prefer=("best",))
+    rows = one["removed.parquet"].to_pylist()
+    assert {row["id"]: row["representative"] for row in rows} == gone
+    for shards in (2, 4, 7, 16):
+        other = run_step(tmp_path, corpus, shards, monkeypatch)
+        assert other["removed.parquet"].equals(one["removed.parquet"])
+        assert kept(other) == kept(one)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 5, 7, 8, 10])
+def test_a_run_that_was_interrupted_goes_on(
+    tmp_path: Path, corpus: list[oracle.Text], monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """Four shards are signed, read again and written: a stop in each of the three."""
+    with pytest.raises(Interrupted):
+        run_step(tmp_path, corpus, 4, monkeypatch, stop_after)
+    again = run_step(tmp_path, corpus, 4, monkeypatch)
+    whole = run_step(tmp_path / "whole", corpus, 4, monkeypatch)
+    assert again == whole
