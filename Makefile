@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest docs check evidence compat format install clean
+.PHONY: quickstart test quicktest docs check evidence bench-peers bench-data compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# What needs servers runs in one process, which shares one Ray cluster.
+# What needs Ray or ranks runs in one process, which shares one cluster and one pool of them; what starts servers of its
+# own, and mostly waits for them, in another (tests/conftest.py).
 test: quicktest
-	$(BIN)/python -m pytest -q -m "cluster and not evidence and not docs" --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "cluster and not evidence and not docs" --durations=15
 
 # A process per core, a file's tests in one of them, and no threads that take the cores from each other.
 quicktest: $(VENV)/.installed-dev
@@ -24,6 +25,15 @@ docs: $(VENV)/.installed-dev quickstart
 
 evidence: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m evidence --durations=0
+
+# What the data benchmarks compare with, in an environment of its own.
+bench-peers:
+	$(PYTHON) -m venv benchmarks/peers/.venv
+	benchmarks/peers/.venv/bin/pip install -q -r benchmarks/peers/requirements.txt
+
+bench-data: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/dedup_quality.py
+	$(BIN)/python benchmarks/dedup_engine.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -69,4 +79,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) benchmarks/peers/.venv build *.egg-info

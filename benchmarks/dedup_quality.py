@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-import sysconfig
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from environment_texts import texts_of
 from result import Bar, report
 from scipy.sparse import csr_matrix, triu
 
@@ -30,28 +29,6 @@ from moray.pipelines.documents import content_hash
 SEEDS = range(1, 6)
 LEAST = 0.7
 BARS = {0.9: 1.0, 0.8: 0.997, 0.72: 0.975}
-
-
-def texts_of(megabytes: float) -> list[str]:
-    """Of the environment's packages, then of the standard library, each text once."""
-    found: dict[str, str] = {}
-    size = 0
-    for root in ("purelib", "stdlib"):
-        for path in sorted(Path(sysconfig.get_path(root)).rglob("*")):
-            if path.suffix not in (".py", ".md", ".rst", ".txt", "") or not path.is_file() or "/test" in str(path):
-                continue
-            if root == "stdlib" and "site-packages" in path.parts:
-                continue
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue
-            if 400 <= len(text) <= 200_000 and content_hash(text) not in found:
-                found[content_hash(text)] = text
-                size += len(text.encode())
-            if size > megabytes * 1e6:
-                return list(found.values())
-    return list(found.values())
 
 
 def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
@@ -97,10 +74,30 @@ def main(megabytes: str = "120") -> int:
         Bar("most documents that went without a partner", max(row["without_partner"] for row in rows), 0.0, "lower"),
         Bar("verification over all the rest", statistics.median(row["verify_share"] for row in rows), 0.25, "lower"),
     ]
+    rates = {name: edges_per_second(pairs) for name, pairs in graphs().items()}
+    bars += [Bar(f"millions of edges a second, {name}", rate / 1e6, 5.0, "higher") for name, rate in rates.items()]
     rows.append(
         {"documents": len(texts), "MB": size / 1e6, "pairs": len(pairs), "exact_comparison_cpu_s": oracle_seconds}
     )
     return report("dedup_quality", rows, bars)
+
+
+def graphs() -> dict[str, Any]:
+    """Edges of what clusters look like, and of what is hardest, in no order."""
+    generator, count = np.random.default_rng(1), 4_000_000
+    chain = generator.permutation(np.stack((np.arange(count - 1), np.arange(1, count)), axis=1))
+    return {
+        "small clusters": np.stack((np.arange(count), np.arange(count) // 5 * 5), axis=1),
+        "a shuffled chain": np.ascontiguousarray(chain),
+        "a random graph": generator.integers(0, count, (count, 2)),
+    }
+
+
+def edges_per_second(pairs: Any) -> float:
+    components(2, pairs[:1] * 0)  # compiled
+    began = time.process_time()
+    components(int(pairs.max()) + 1, pairs)
+    return float(len(pairs) / (time.process_time() - began))
 
 
 def one_seed(

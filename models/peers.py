@@ -95,11 +95,14 @@ def _create(size: int) -> int | None:
     """A descriptor of a file in memory. None where there are none: another system than Linux."""
     if not hasattr(os, "memfd_create"):
         return None
+    descriptor = None
     try:
         descriptor = os.memfd_create("moray-inboxes")
-    except OSError:
+        os.truncate(descriptor, size)
+    except OSError:  # not allowed, or larger than files may be
+        if descriptor is not None:
+            os.close(descriptor)
         return None
-    os.truncate(descriptor, size)
     return descriptor
 
 

@@ -5,7 +5,6 @@ Shapes: N documents, E pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numba
@@ -34,33 +33,33 @@ def candidates(keys: npt.NDArray[np.uint64], members: Indices) -> Candidates:
     for band in range(keys.shape[1]):
         column = keys[members, band]
         order = np.argsort(column, kind="stable")
-        for group in _groups(column[order]):
-            alike = members[order[group]]
-            large = len(alike) > LARGEST
-            capped += large
-            found.append(_star(alike) if large else _all_pairs(alike))
-    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
-    return Candidates(pairs, capped)
+        ascending = column[order]
+        bounds = np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1, [len(members)]))
+        sizes = np.diff(bounds)
+        count = np.where(sizes > LARGEST, 2 * (sizes - 1), sizes * (sizes - 1) // 2).sum()
+        pairs = np.empty((count, 2), np.int64)
+        _write_pairs(members[order], bounds, LARGEST, pairs)
+        found.append(pairs)
+        capped += int((sizes > LARGEST).sum())
+    return Candidates(np.unique(np.sort(np.concatenate(found), axis=1), axis=0), capped)
 
 
-def _groups(ascending: npt.NDArray[np.uint64]) -> Iterator[slice]:
-    """Runs of two or more equal keys."""
-    changes = np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
-    starts, ends = np.append(0, changes), np.append(changes, len(ascending))
-    for begin, end in zip(starts, ends, strict=True):
-        if end - begin > 1:
-            yield slice(begin, end)
-
-
-def _all_pairs(alike: Indices) -> Indices:
-    first, second = np.triu_indices(len(alike), 1)
-    return np.stack((alike[first], alike[second]), axis=1)
-
-
-def _star(alike: Indices) -> Indices:
-    neighbours = np.stack((alike[:-1], alike[1:]), axis=1)
-    star = np.stack((np.full(len(alike) - 1, alike[0]), alike[1:]), axis=1)
-    return np.concatenate((neighbours, star))
+@numba.njit(nogil=True, cache=True)
+def _write_pairs(members: Indices, bounds: Indices, largest: int, pairs: Indices) -> None:
+    """Of each run members[bounds[g] : bounds[g + 1]], all pairs, or a chain and a star where it is too long."""
+    at = 0
+    for g in range(len(bounds) - 1):
+        begin, end = bounds[g], bounds[g + 1]
+        for i in range(begin, end):
+            for j in range(i + 1, end):
+                if end - begin <= largest or i == begin:
+                    pairs[at, 0], pairs[at, 1] = members[i], members[j]
+                    at += 1
+                if end - begin > largest and j == i + 1:
+                    pairs[at, 0], pairs[at, 1] = members[i], members[j]
+                    at += 1
+                    if i > begin:
+                        break
 
 
 @numba.njit(nogil=True, cache=True)

@@ -28,6 +28,10 @@ class Shingling:
     rows: int = 8
     seed: int = 1
 
+    def chance(self, similarity: float) -> float:
+        """That two documents of this Jaccard similarity share a key."""
+        return float(1 - (1 - similarity**self.rows) ** self.bands)
+
     def keys(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
         """Band keys [N, bands], and how many shingles each document has: where none, its keys mean nothing."""
         from moray.pipelines.dedup.shingles import band_keys

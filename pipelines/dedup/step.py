@@ -62,6 +62,8 @@ class Dedup(Step[DedupConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[DedupConfig]) -> None:
+        curve = ", ".join(f"{ctx.config.shingling.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
+        ctx.note(f"two documents share one of {ctx.config.bands} keys with probability {curve} similarity")
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
         work = ctx.folder / _SIGNATURES

@@ -83,7 +83,8 @@ def test_keys_are_shared_as_often_as_the_theory_says() -> None:
         shingling = Shingling(size=1, seed=alike)
         one, other = shingling.keys(column(firsts))[0], shingling.keys(column(seconds))[0]
         share = (one == other).any(axis=1).mean()
-        theory = 1 - (1 - (alike / total) ** 8) ** 14
+        theory = shingling.chance(alike / total)
+        assert theory == pytest.approx(1 - (1 - (alike / total) ** 8) ** 14)
         assert share == pytest.approx(theory, abs=4 * (theory * (1 - theory) / 400) ** 0.5)
 
 

@@ -1,0 +1,95 @@
+"""Fuzzy dedup, texts in memory to what goes: Moray's against others', in CPU-seconds, one thread each.
+
+The same 5-grams, bands and rows on the same texts, those of this environment. Others start from Python strings, which
+is what they take; Moray from Arrow's memory, which is what Parquet is read into, and it verifies what it finds, which
+they do not. The peers are in an environment of their own: `make bench-peers`.
+
+Usage: python benchmarks/dedup_engine.py [MEGABYTES=60] [ROUNDS=3]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from dedup_quality import documents_of
+from environment_texts import texts_of
+from result import Bar, report
+
+from moray.pipelines.dedup.find import find, near_candidates
+from moray.pipelines.dedup.shingles import similarities
+from moray.pipelines.dedup.signatures import Shingling
+
+HERE = Path(__file__).resolve().parent
+PEERS = {"rensa": 8.0, "daft": 3.0, "datasketch": 35.0, "datatrove": 45.0}  # how many times as long they should take
+
+
+def ours(path: str) -> dict[str, Any]:
+    """CPU-seconds, and how many documents go."""
+    column = pq.read_table(path)["text"]
+    texts = column.to_pylist()
+    run(column.slice(0, 50), texts[:50])  # compiled
+    began = time.process_time()
+    removed = run(column, texts)
+    return {"cpu_s": time.process_time() - began, "removed": removed}
+
+
+def run(column: pa.ChunkedArray, texts: list[str]) -> int:
+    shingling = Shingling()
+    keys, shingles = shingling.keys(column)
+    documents, order = documents_of(texts, keys, shingles).in_keep_order()
+    near = near_candidates(documents)
+    wanted = np.unique(near.pairs)
+    sets, bounds = shingling.sets(column.take(pa.array(order[wanted])))
+    places = np.zeros((len(texts), 2), np.int64)
+    places[wanted, 0], places[wanted, 1] = bounds[:-1], bounds[1:]
+    return len(find(documents, near, lambda pairs: similarities(pairs, places, sets, False), 0.7).removed)
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "DAFT_RUNNER": "native"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main(megabytes: str = "60", rounds: str = "3") -> int:
+    python = HERE / "peers" / ".venv" / "bin" / "python"
+    if not python.exists():
+        raise SystemExit("error: the peers are not installed: make bench-peers")
+    texts = texts_of(float(megabytes))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/texts.parquet"
+        pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path)
+        commands = {name: [str(python), str(HERE / "peers" / "dedup.py"), name, path] for name in PEERS}
+        commands["moray"] = [sys.executable, __file__, "--ours", path]
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+        for _ in range(int(rounds)):
+            for name, command in commands.items():
+                found[name].append(measured(command))
+    cpu = {name: statistics.median(one["cpu_s"] for one in runs) for name, runs in found.items()}
+    rows: list[dict[str, Any]] = [
+        {"engine": name, "cpu_s": took, "MB_per_cpu_s": size / took, "removed": found[name][0]["removed"]}
+        for name, took in cpu.items()
+    ]
+    rows.append({"documents": len(texts), "MB": size})
+    bars = [Bar(f"{name} over moray", cpu[name] / cpu["moray"], goal, "higher") for name, goal in PEERS.items()]
+    return report("dedup_engine", rows, bars)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--ours"]:
+        print(json.dumps(ours(sys.argv[2])))
+    else:
+        sys.exit(main(*sys.argv[1:]))
