@@ -10,10 +10,9 @@ LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# What needs Ray or ranks runs in one process, which shares one cluster and one pool of them; what starts servers of its
-# own, and mostly waits for them, in another (tests/conftest.py).
+# What needs servers runs in one process, which shares one Ray cluster.
 test: quicktest
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "cluster and not evidence and not docs" --durations=15
+	$(BIN)/python -m pytest -q -m "cluster and not evidence and not docs" --durations=15
 
 # A process per core, a file's tests in one of them, and no threads that take the cores from each other.
 quicktest: $(VENV)/.installed-dev

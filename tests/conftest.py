@@ -37,18 +37,6 @@ settings.register_profile("moray", deadline=None)  # a test never asserts a time
 settings.load_profile("moray")
 
 
-_SHARED = {"ray_cluster", "ranks"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the shared Ray cluster or the pool of ranks is run by one process, what starts servers of its own by
-    another, which mostly waits for them."""
-    for item in items:
-        if item.get_closest_marker("cluster"):
-            shared = _SHARED & set(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("shared" if shared else "own"))
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """An empty MORAY_HOME."""
