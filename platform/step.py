@@ -1,6 +1,6 @@
 """What a step is: a name, a version, a config, and `run(ctx)` that fills a folder.
 
-A recipe names steps; `builtin.toml` maps those names to objects such as `moray.pipelines.dedup:step`, imported only
+A recipe names steps; `builtin.toml` maps those names to objects such as `moray.pipelines.dedup.step:step`, imported only
 when needed, and other distributions add theirs by the entry-point group `moray.steps`. A step may be killed at any
 instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers to go on from.
 """

@@ -42,7 +42,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Found:
-    """removed: see `docs/formats.md`. near: how many candidate pairs were looked at, and how many were alike."""
+    """removed: see `docs/formats.md`. clusters: how many have any that goes. alike: how many candidate pairs were."""
 
     removed: pa.Table
     clusters: int

@@ -55,16 +55,22 @@ def _decoded(data: Bytes, at: int) -> tuple[int, int]:
     return (first & 0x07) << 18 | last, at + 4
 
 
+@numba.njit(nogil=True, cache=True, inline="always")
+def _character(data: Bytes, at: int, kinds: Bytes, lowers: Codes) -> tuple[int, int, int]:
+    """(kind, code point in lower case, where the next one is)."""
+    code, following = _decoded(data, at)
+    if code < SIZE:
+        return int(kinds[code]), int(lowers[code]), following
+    return (ALONE if code < _LAST else BETWEEN), code, following
+
+
 @numba.njit(nogil=True, cache=True)
 def _words(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: Hashes) -> int:
     """Writes a hash for each word of data[begin:end]; how many."""
     count, at = 0, begin
     word, inside = _FIRST, False
     while at < end:
-        code, at = _decoded(data, at)
-        kind = ALONE if SIZE <= code < _LAST else BETWEEN
-        if code < SIZE:
-            kind, code = kinds[code], lowers[code]
+        kind, code, at = _character(data, at, kinds, lowers)
         if kind == WORD:
             word, inside = (word ^ np.uint64(code)) * _PRIME, True
             continue
@@ -86,10 +92,7 @@ def _characters(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, 
     """The same for each character of words, and for what lies between two of them."""
     count, at, between = 0, begin, False
     while at < end:
-        code, at = _decoded(data, at)
-        kind = ALONE if SIZE <= code < _LAST else BETWEEN
-        if code < SIZE:
-            kind, code = kinds[code], lowers[code]
+        kind, code, at = _character(data, at, kinds, lowers)
         if kind == BETWEEN:
             between = count > 0
             continue
