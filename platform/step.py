@@ -1,8 +1,8 @@
 """What a step is: a name, a version, a config, and `run(ctx)` that fills a folder.
 
-A recipe names steps; `builtin.toml` maps those names to objects such as `moray.pipelines.dedup.step:step`, imported only
-when needed, and other distributions add theirs by the entry-point group `moray.steps`. A step may be killed at any
-instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers to go on from.
+A recipe names steps; `builtin.toml` maps those names to objects such as `moray.pipelines.dedup.step:step`, imported
+only when needed, and other distributions add theirs by the entry-point group `moray.steps`. A step may be killed at
+any instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers to go on from.
 """
 
 from __future__ import annotations
