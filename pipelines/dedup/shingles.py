@@ -4,7 +4,8 @@ A shingle is `size` consecutive words (or characters, a run of other characters 
 64-bit hash; a text that is shorter is one shingle, and one without any word has none. A document's minima are those of
 `bands * rows` affine maps of its shingles' upper halves modulo 2^32, and the key of a band is a hash of its rows'
 minima: two documents of Jaccard similarity s have a key in common with probability 1 - (1 - s^rows)^bands (Broder
-1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4).
+1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4). Keys have KEY_BITS bits, because an index keeps
+them for ever: of 10^10 documents, a band's keys make some 3,000 pairs by chance, which verification refuses.
 
 Notable: numba makes float64 of uint64 and int together, so every constant of the hashes is a uint64.
 
@@ -30,6 +31,8 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _30, _27, _31, _32 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32)
 _SPACE = np.uint64(32)
+KEY_BITS = 54
+_UNUSED = np.uint64(64 - KEY_BITS)
 _LAST = 0x40000  # code points from SIZE up to here are ideographs
 
 
@@ -152,7 +155,7 @@ def band_keys(
             key = np.uint64(band) * _STEP
             for row in range(rows):
                 key = _mixed(key ^ np.uint64(minima[band * rows + row])) + _STEP
-            keys[n, band] = key
+            keys[n, band] = key >> _UNUSED
 
 
 @numba.njit(nogil=True, cache=True)

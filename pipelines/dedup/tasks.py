@@ -1,0 +1,98 @@
+"""What workers do for dedup: each function takes a description, leaves a file, and says what it counted.
+
+A task whose file is there returns at once, so a rerun after a kill does what is missing. Text is read here and nowhere
+else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moray.pipelines.dedup import index
+from moray.pipelines.dedup.graph import Indices, bucket_pairs
+from moray.pipelines.dedup.index import Earlier
+from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.documents import content_hash, read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.shards import Row
+
+
+def key_column(band: int) -> str:
+    return f"key_{band:02d}"
+
+
+def sign_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
+    """Writes what is kept of each document of a shard: id, source, hash, length, shingles and keys."""
+    path = Path(folder) / Path(shard["path"]).name
+    if not path.exists():
+        table = read_shard(Path(shard["path"]), ["id", "text", "source"])
+        keys, shingles = shingling.keys(table["text"])
+        columns = {key_column(band): pa.array(keys[:, band]) for band in range(shingling.bands)}
+        described = _described(table)
+        write_parquet(path, pa.table({**described, "shingles": pa.array(shingles, pa.int64()), **columns}))
+    return {"shard": shard["shard"]}
+
+
+def _described(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    texts = [text.as_py() for text in table["text"]]
+    return {
+        "id": table["id"],
+        "source": table["source"],
+        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
+        "length": pa.array([len(text) for text in texts], pa.int64()),
+    }
+
+
+def compare_band(
+    band: Row, folder: str, signatures: Sequence[str], members: str, offset: int, earlier: Sequence[Earlier],
+    index_folder: str, ranges: int,
+) -> Row:  # fmt: skip
+    """Writes the pairs of documents, by number, that share a key of one band; and that band of the index, if wanted.
+
+    members: a file of the places of documents, in keep order, that are compared. offset: the number of the first place.
+    """
+    path = Path(folder) / f"band-{band['shard']:02d}.parquet"
+    if not path.exists():
+        column = key_column(band["shard"])
+        places: Indices = np.load(members)
+        every = np.concatenate([read_shard(Path(one), [column])[column].to_numpy() for one in signatures])
+        keys, numbers = every[places], offset + places
+        if index_folder:
+            index.write_band(Path(index_folder), band["shard"], ranges, keys, numbers)
+        found = bucket_pairs(keys, numbers, *index.find_keys(earlier, band["shard"], keys))
+        table = pa.table({"one": found.pairs[:, 0], "other": found.pairs[:, 1]})
+        write_parquet(path, table.replace_schema_metadata({"capped": str(found.capped)}))
+    return {"shard": band["shard"], "capped": int(pq.read_schema(path).metadata[b"capped"])}
+
+
+def shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
+    """Writes what some rows of a shard are, and their shingles."""
+    path = Path(folder) / f"part-{shard['shard']:05d}.parquet"
+    if not path.exists():
+        table = read_shard(Path(shard["path"]), ["id", "text", "source"]).take(shard["rows"])
+        sets, bounds = shingling.sets(table["text"])
+        lists = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(sets, pa.uint64()))
+        write_parquet(path, pa.table({**_described(table), "shingles": lists}))
+    return {"shard": shard["shard"]}
+
+
+def keep_shard(shard: Row, folder: str) -> Row:
+    """Writes one shard without the removed documents."""
+    path = Path(shard["path"])
+    target = Path(folder) / path.name
+    if not target.exists():
+        removed = read_shard(Path(folder) / "removed.parquet", ["id"])["id"]
+        table = read_shard(path)
+        gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
+        write_shard(target, table.filter(pc.invert(gone)))
+    texts = read_shard(target, ["text"])["text"]
+    return {
+        "shard": shard["shard"],
+        "kept": len(texts),
+        "bytes": text_bytes(text.as_py() for text in texts),
+    }
