@@ -76,7 +76,7 @@ class Dedup(Step[DedupConfig]):
         return config.index
 
     def follow(self, config: DedupConfig, earlier: Manifest) -> None:
-        if found := differences(earlier.config, config.model_dump(mode="json")):
+        if found := list(differences(earlier.config, config.model_dump(mode="json"))):
             raise RecipeError(
                 f"index {config.index!r} was made with other settings: {', '.join(map(str, found))}",
                 "use those, or another name for the index",
