@@ -53,7 +53,7 @@ def run(column: pa.ChunkedArray, texts: list[str]) -> int:
     sets, bounds = shingling.sets(column.take(pa.array(order[wanted])))
     places = np.zeros((len(texts), 2), np.int64)
     places[wanted, 0], places[wanted, 1] = bounds[:-1], bounds[1:]
-    return len(find(documents, near.pairs, lambda pairs: similarities(pairs, places, sets, False), 0.7).removed)
+    return len(find(documents, near.pairs, similarities(near.pairs, places, sets, False), 0.7).removed)
 
 
 def measured(command: list[str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def one_seed(
     places[wanted, 0], places[wanted, 1] = own_bounds[:-1], own_bounds[1:]
     scores = similarities(near.pairs, places, own_sets, False)
     verified = time.process_time()
-    found: Found = find(ordered, near.pairs, lambda _: scores, LEAST)
+    found: Found = find(ordered, near.pairs, scores, LEAST)
     joined = components(len(texts), near.pairs[scores >= LEAST])
     keep_index = np.argsort(order)
     together = joined[keep_index[pairs[:, 0]]] == joined[keep_index[pairs[:, 1]]]

@@ -9,7 +9,7 @@ Shapes: N documents, E pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -19,8 +19,7 @@ import pyarrow as pa
 from moray.pipelines.dedup.graph import Candidates, Indices, candidates, components
 from moray.pipelines.dedup.signatures import Keys
 
-# Of pairs of documents [E, 2]: how alike they are, [E].
-Measure = Callable[[Indices], npt.NDArray[np.float64]]
+Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ def near_candidates(documents: Documents, keys: Keys, shingles: Indices) -> Cand
     return candidates(keys, firsts[shingles[firsts] > 0])
 
 
-def find(documents: Documents, pairs: Indices, measure: Measure, least: float, known: Indices | None = None) -> Found:
-    """What goes of documents in keep order: of `pairs`, those of at least `least` are duplicates, and all `known`."""
+def find(documents: Documents, pairs: Indices, scores: Scores, least: float, known: Indices | None = None) -> Found:
+    """What goes of documents in keep order: of `pairs` [E, 2], each as alike as `scores` [E] says, those of at least
+    `least` are duplicates, and all `known` ones."""
     count = len(documents.ids)
     _, first, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
     original = first[group]
     copies = np.flatnonzero(original != np.arange(count))
-    scores = measure(pairs)
     alike, scores = pairs[scores >= least], scores[scores >= least]
     edges = [
         np.stack((original[copies], copies), axis=1),

@@ -15,9 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup.find import Documents, sources_by
-from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.signatures import Keys
-from moray.pipelines.documents import read_shard
+from moray.pipelines.dedup.graph import Indices, components
 from moray.pipelines.shards import Row
 
 _OLDER = 1 << 32  # more than there are sources
@@ -56,72 +54,74 @@ class Shards:
 def documents_in(table: pa.Table, prefer: Sequence[str]) -> Documents:
     """From columns id, source, hash and length."""
     return Documents(
-        ids=np.array(table["id"].to_pylist(), "S32"),
-        hashes=np.array(table["hash"].to_pylist(), "S32"),
+        ids=_texts(table["id"]),
+        hashes=_texts(table["hash"]),
         sources=sources_by(prefer, table["source"].to_pylist()),
         lengths=table["length"].to_numpy(),
     )
 
 
-@dataclass(frozen=True)
-class Reread:
-    """Documents that were read again: what they are, by ascending number, and [begin, end) of each one's shingles."""
-
-    numbers: Indices
-    documents: Documents
-    bounds: Indices
-    sets: Keys
-
-    @staticmethod
-    def of(numbers: Indices, files: Sequence[Path], prefer: Sequence[str]) -> Reread:
-        tables, bounds, sets, at = [], [np.zeros((0, 2), np.int64)], [np.zeros(0, np.uint64)], 0
-        for path in files:
-            table = read_shard(path).combine_chunks()
-            lists = table["shingles"].combine_chunks()
-            ends = at + (lists.offsets.to_numpy() - lists.offsets[0].as_py())
-            bounds.append(np.stack((ends[:-1], ends[1:]), axis=1))
-            sets.append(lists.flatten().to_numpy())
-            at = int(ends[-1])
-            tables.append(table.drop_columns(["shingles"]))
-        documents = documents_in(pa.concat_tables(tables), prefer) if tables else _no_documents()
-        return Reread(numbers, documents, np.concatenate(bounds), np.concatenate(sets))
-
-
-def _no_documents() -> Documents:
-    nothing = np.zeros(0, np.int64)
-    return Documents(np.zeros(0, "S32"), np.zeros(0, "S32"), nothing, nothing)
+def _texts(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
+    """Hexadecimal digits as bytes, a chunk at a time: strings of Python take three times the memory."""
+    parts = [np.zeros(0, "S32"), *(np.array(chunk.to_pylist(), "S32") for chunk in column.chunks)]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """documents: in keep order; numbers: of each; bounds: of each one's shingles in `sets`, none where never read."""
+    """documents: in keep order; numbers: of each."""
 
     documents: Documents
     numbers: Indices
-    bounds: Indices
-    sets: Keys
 
     @staticmethod
-    def of(new: Documents, new_numbers: Indices, read: Reread, shards: Shards) -> Nodes:
-        """All new documents, and those that were read and are older."""
-        old = np.flatnonzero(read.numbers < new_numbers.min()) if len(new_numbers) else np.arange(len(read.numbers))
-        older = read.documents.take(old)
-        ages = shards.generation_of(read.numbers[old]) - len(np.unique(shards.generations))
+    def of(new: Documents, new_numbers: Indices, old: Documents, old_numbers: Indices, shards: Shards) -> Nodes:
+        """All new documents, and some that are older."""
+        ages = shards.generation_of(old_numbers) - len(np.unique(shards.generations))
         together = Documents(
-            ids=np.concatenate((older.ids, new.ids)),
-            hashes=np.concatenate((older.hashes, new.hashes)),
-            sources=np.concatenate((older.sources + ages * _OLDER, new.sources)),
-            lengths=np.concatenate((older.lengths, new.lengths)),
+            ids=np.concatenate((old.ids, new.ids)),
+            hashes=np.concatenate((old.hashes, new.hashes)),
+            sources=np.concatenate((old.sources + ages * _OLDER, new.sources)),
+            lengths=np.concatenate((old.lengths, new.lengths)),
         )
         documents, order = together.in_keep_order()
-        numbers = np.concatenate((read.numbers[old], new_numbers))[order]
-        bounds = np.zeros((len(numbers), 2), np.int64)
-        nodes = Nodes(documents, numbers, bounds, read.sets)
-        bounds[nodes.at(read.numbers)] = read.bounds
-        return nodes
+        return Nodes(documents, np.concatenate((old_numbers, new_numbers))[order])
 
     def at(self, numbers: Indices) -> Indices:
         """The nodes with these numbers, which must be there; any shape."""
         order = np.argsort(self.numbers)
         found: npt.NDArray[np.int64] = order[np.searchsorted(self.numbers[order], numbers)]
         return found
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Documents that are read again, in groups that are compared apart: whoever is in a pair is with its partner.
+
+    numbers: ascending; groups: of each; count: of groups.
+    """
+
+    numbers: Indices
+    groups: Indices
+    count: int
+
+    @staticmethod
+    def of(numbers: Indices, pairs: Indices, weights: Indices, most: int) -> Groups:
+        """Components of pairs (numbers, [E, 2]), packed one after another into groups of about `most` weight."""
+        edges = np.sort(np.searchsorted(numbers, pairs), axis=1)
+        labels = components(len(numbers), edges)
+        sizes = np.bincount(labels, weights, len(numbers))
+        before = np.cumsum(sizes) - sizes  # a component's number is its first document's, so this is in order
+        of_label = (before // most).astype(np.int64)
+        names, groups = np.unique(of_label[labels], return_inverse=True)
+        return Groups(numbers, groups, len(names))
+
+    def rows_of(self, shards: Shards) -> list[Row]:
+        """A description for each file that is read."""
+        rows = shards.rows_of(self.numbers)
+        at = 0
+        for row in rows:
+            end = at + len(row["rows"])
+            row |= {"numbers": self.numbers[at:end].tolist(), "groups": self.groups[at:end].tolist()}
+            at = end
+        return rows

@@ -12,7 +12,6 @@ over all of them would remove. A rerun after a kill goes on with the files that 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,21 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.pipelines.dedup import index
-from moray.pipelines.dedup.find import Documents, Found, find
+from moray.pipelines.dedup.crawl import Crawl
+from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.graph import Candidates, Indices, together
-from moray.pipelines.dedup.nodes import Nodes, Reread, Shards, documents_in
+from moray.pipelines.dedup.index import ranges_for
+from moray.pipelines.dedup.nodes import Groups, Nodes, documents_in
 from moray.pipelines.dedup.signatures import Shingling
-from moray.pipelines.dedup.tasks import compare_band, keep_shard, shingle_shard, sign_shard
+from moray.pipelines.dedup.tasks import (
+    compare_band,
+    keep_shard,
+    measure_group,
+    pairs_path,
+    reread_path,
+    shingle_shard,
+    sign_shard,
+)
 from moray.pipelines.documents import read_shard, shard_paths, write_parquet
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.artifacts import ArtifactStore
 from moray.platform.differences import differences
 from moray.platform.errors import RecipeError
-from moray.platform.fingerprint import EARLIER
 from moray.platform.manifest import Manifest
 from moray.platform.step import Step, StepConfig, StepContext
 
+Scores = npt.NDArray[np.float64]
+
+_GROUP_CHARACTERS = 50_000_000  # of documents that a worker compares at once: some 400 MB of shingles at the most
 _SIGNATURES, _PAIRS, _SETS, _MEMBERS = ".signatures", ".pairs", ".shingles", ".members.npy"
 
 
@@ -89,10 +98,10 @@ class Dedup(Step[DedupConfig]):
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
         sign = partial(sign_shard, folder=str(ctx.folder / _SIGNATURES), shingling=ctx.config.shingling)
         map_shards(ctx, "signing", shards, sign, "bytes", lambda row: row["size"])
-        crawl = _Crawl.of(ctx, paths)
+        crawl = Crawl.of(ctx, paths, ctx.folder / _SIGNATURES)
         near = self._compare(ctx, crawl)
-        nodes = self._read_again(ctx, crawl, near)
-        found = self._decide(ctx, crawl, near, nodes)
+        nodes, scores = self._read_again(ctx, crawl, near)
+        found = self._decide(ctx, crawl, near, nodes, scores)
         if ctx.config.index:
             crawl.write_index(ctx.folder, nodes, found)
             superseded = found.removed.filter(pa.array(crawl.superseded(nodes, found)))
@@ -108,14 +117,14 @@ class Dedup(Step[DedupConfig]):
         (ctx.folder / _MEMBERS).unlink(missing_ok=True)
         self._say(ctx, len(crawl.order), found, near, removed, rows)
 
-    def _compare(self, ctx: StepContext[DedupConfig], crawl: _Crawl) -> Candidates:
+    def _compare(self, ctx: StepContext[DedupConfig], crawl: Crawl) -> Candidates:
         """Pairs of numbers that share a key."""
         with (ctx.folder / _MEMBERS).open("wb") as file:
             np.save(file, crawl.order[crawl.members])
         compare = partial(
             compare_band, folder=str(ctx.folder / _PAIRS), members=str(ctx.folder / _MEMBERS), offset=crawl.offset,
             signatures=[str(ctx.folder / _SIGNATURES / path.name) for path in crawl.paths], earlier=crawl.earlier,
-            index_folder=str(ctx.folder) if ctx.config.index else "", ranges=index.ranges_for(len(crawl.order)),
+            index_folder=str(ctx.folder) if ctx.config.index else "", ranges=ranges_for(len(crawl.order)),
         )  # fmt: skip
         bands: list[Row] = [{"shard": band} for band in range(ctx.config.bands)]
         rows = map_shards(ctx, "comparing", bands, compare, "bands", lambda row: 1)
@@ -123,35 +132,32 @@ class Dedup(Step[DedupConfig]):
         pairs = [np.stack((table["one"].to_numpy(), table["other"].to_numpy()), axis=1) for table in tables]
         return together([Candidates(pair, row["capped"]) for pair, row in zip(pairs, rows, strict=True)])
 
-    def _read_again(self, ctx: StepContext[DedupConfig], crawl: _Crawl, near: Candidates) -> Nodes:
-        """All that is needed to decide: documents of pairs with their shingles, and what stays for old ones."""
-        verified = near.pairs if ctx.config.similarity else near.pairs[near.pairs < crawl.offset]
+    def _read_again(self, ctx: StepContext[DedupConfig], crawl: Crawl, near: Candidates) -> tuple[Nodes, Scores]:
+        """All that is needed to decide: what stays for old documents, and how alike the pairs of numbers are."""
         old = np.unique(np.concatenate((near.pairs[near.pairs < crawl.offset], crawl.copied[crawl.copied >= 0])))
         stays = np.array([crawl.representatives.get(number, number) for number in old.tolist()], np.int64)
-        wanted = np.unique(np.concatenate((verified.ravel(), old, stays)))
-        rows = crawl.shards.rows_of(wanted)
-        read = partial(shingle_shard, folder=str(ctx.folder / _SETS), shingling=ctx.config.shingling)
+        compared = near.pairs if ctx.config.similarity else near.pairs[:0]
+        wanted = np.unique(np.concatenate((compared.ravel(), old, stays)))
+        groups = Groups.of(wanted, compared, crawl.weights(wanted), _GROUP_CHARACTERS)
+        rows = groups.rows_of(crawl.shards)
+        sets = ctx.folder / _SETS
         if rows:
-            map_shards(ctx, "verifying", rows, read, "documents", lambda row: len(row["rows"]))
-        files = [ctx.folder / _SETS / f"part-{row['shard']:05d}.parquet" for row in rows]
-        read_again = Reread.of(wanted, files, ctx.config.prefer)
-        return Nodes.of(crawl.documents, crawl.offset + crawl.order, read_again, crawl.shards)
+            read = partial(shingle_shard, folder=str(sets), shingling=ctx.config.shingling)
+            map_shards(ctx, "reading candidates", rows, read, "documents", lambda row: len(row["rows"]))
+        scores = _measure(ctx, groups, compared, len(rows)) if len(compared) else np.ones(len(near.pairs))
+        older = _older(sets, len(rows), crawl.offset)
+        described = documents_in(older, ctx.config.prefer)
+        numbers = older["number"].to_numpy()
+        return Nodes.of(crawl.documents, crawl.offset + crawl.order, described, numbers, crawl.shards), scores
 
-    def _decide(self, ctx: StepContext[DedupConfig], crawl: _Crawl, near: Candidates, nodes: Nodes) -> Found:
-        def measure(pairs: Indices) -> npt.NDArray[np.float64]:
-            from moray.pipelines.dedup.shingles import similarities
-
-            if not ctx.config.similarity:
-                return np.ones(len(pairs))
-            contained = ctx.config.measure == "containment"
-            scores: npt.NDArray[np.float64] = similarities(pairs, nodes.bounds, nodes.sets, contained)
-            return scores
-
-        pairs = np.sort(nodes.at(near.pairs), axis=1)
+    def _decide(
+        self, ctx: StepContext[DedupConfig], crawl: Crawl, near: Candidates, nodes: Nodes, scores: Scores
+    ) -> Found:
         stays = crawl.representatives
         gone = np.array([number for number in nodes.numbers.tolist() if number in stays], np.int64)
         known = np.stack((nodes.at(np.array([stays[n] for n in gone.tolist()], np.int64)), nodes.at(gone)), axis=1)
-        return find(nodes.documents, pairs, measure, ctx.config.similarity, known)
+        pairs = np.sort(nodes.at(near.pairs), axis=1)
+        return find(nodes.documents, pairs, scores, ctx.config.similarity, known)
 
     def _say(
         self, ctx: StepContext[DedupConfig], count: int, found: Found, near: Candidates, removed: pa.Table,
@@ -173,76 +179,34 @@ class Dedup(Step[DedupConfig]):
         ctx.outcome = f"removed {why.count('exact')} exact, {why.count('near')} near, in {found.clusters} clusters"
 
 
-@dataclass(frozen=True)
-class _Crawl:
-    """What is known of the documents once all are signed. documents: in keep order; order: the place of each;
-    members: those of them that are compared; copied: the number of the earlier document with the same text, or -1."""
-
-    reference: str
-    paths: list[Path]
-    documents: Documents
-    order: Indices
-    members: Indices
-    copied: Indices
-    earlier: list[index.Earlier]
-    shards: Shards
-    representatives: dict[int, int]
-
-    @staticmethod
-    def of(ctx: StepContext[DedupConfig], paths: list[Path]) -> _Crawl:
-        columns = ["id", "source", "hash", "length", "shingles"]
-        table = pa.concat_tables([read_shard(ctx.folder / _SIGNATURES / path.name, columns) for path in paths])
-        documents, order = documents_in(table, ctx.config.prefer).in_keep_order()
-        earlier = _earlier(ctx)
-        copied = np.full(len(order), -1, np.int64)
-        firsts = documents.firsts()
-        copied[firsts] = index.find_hashes(earlier, documents.hashes[firsts])
-        has_keys = table["shingles"].to_numpy()[order] > 0
-        generations = [([one.texts / name for name in one.generation.shards], one.generation.rows) for one in earlier]
-        own = (paths, [pq.read_metadata(path).num_rows for path in paths])
-        return _Crawl(
-            ctx.inputs["documents"].reference, paths, documents, order,
-            firsts[(copied[firsts] < 0) & has_keys[firsts]], copied, earlier, Shards.of([*generations, own]),
-            index.read_representatives(earlier),
-        )  # fmt: skip
-
-    @property
-    def offset(self) -> int:
-        """The number of the first document."""
-        return sum(one.generation.count for one in self.earlier)
-
-    def superseded(self, nodes: Nodes, found: Found) -> npt.NDArray[np.bool_]:
-        """Of what goes: older documents that stayed, until new ones showed what they are like."""
-        gone = nodes.numbers[found.gone]
-        known = np.fromiter(self.representatives, np.int64, len(self.representatives))
-        superseded: npt.NDArray[np.bool_] = (gone < self.offset) & ~np.isin(gone, known)
-        return superseded
-
-    def write_index(self, folder: Path, nodes: Nodes, found: Found) -> None:
-        """All but the bands, which are there: hashes, who stays for whom, and last of all what it is of."""
-        firsts = self.documents.firsts()
-        firsts = firsts[self.copied[firsts] < 0]
-        numbers, ranges = self.offset + self.order[firsts], index.ranges_for(len(self.order))
-        index.write_hashes(folder, ranges, self.documents.hashes[firsts], numbers)
-        gone = nodes.numbers[found.gone]
-        chosen = self.superseded(nodes, found) | np.isin(gone, numbers)
-        index.write_representatives(folder, gone[chosen], nodes.numbers[found.labels[found.gone]][chosen])
-        rows = [pq.read_metadata(path).num_rows for path in self.paths]
-        names = tuple(path.name for path in self.paths)
-        index.Generation(self.reference, self.offset, names, tuple(rows), ranges).write(folder)
+def _measure(ctx: StepContext[DedupConfig], groups: Groups, pairs: Indices, files: int) -> Scores:
+    """How alike each pair of numbers is."""
+    group_of = groups.groups[np.searchsorted(groups.numbers, pairs[:, 0])]
+    places = [np.flatnonzero(group_of == group) for group in range(groups.count)]
+    for group, place in enumerate(places):
+        table = pa.table({"one": pairs[place, 0], "other": pairs[place, 1]})
+        write_parquet(pairs_path(ctx.folder / _PAIRS, group), table)
+    measure = partial(
+        measure_group, folder=str(ctx.folder / _PAIRS), sets=str(ctx.folder / _SETS), files=files,
+        containment=ctx.config.measure == "containment",
+    )  # fmt: skip
+    rows: list[Row] = [{"shard": group, "pairs": len(place)} for group, place in enumerate(places) if len(place)]
+    map_shards(ctx, "verifying", rows, measure, "pairs", lambda row: row["pairs"])
+    scores = np.zeros(len(pairs))
+    for row in rows:
+        table = read_shard(ctx.folder / _PAIRS / f"scores-{row['shard']:05d}.parquet")
+        scores[places[row["shard"]]] = table["score"].to_numpy()
+    return scores
 
 
-def _earlier(ctx: StepContext[DedupConfig]) -> list[index.Earlier]:
-    """The generations before this one, oldest first, with their files on this machine."""
-    store, found = ArtifactStore(ctx.home), []
-    link = ctx.inputs.get(EARLIER)
-    while link is not None:
-        generation = index.Generation.read(link.folder)
-        texts = store.fetch(store.find(generation.documents))
-        found.append(index.Earlier(generation, link.folder, texts.folder))
-        before = link.manifest.inputs.get(EARLIER)
-        link = store.fetch(store.find(before)) if before else None
-    return found[::-1]
+def _older(sets: Path, files: int, offset: int) -> pa.Table:
+    """What the older of the documents are that were read again, by ascending number."""
+    columns = ["number", "id", "source", "hash", "length"]
+    older = [("number", "<", offset)]
+    tables = [pq.read_table(reread_path(sets, file), columns=columns, filters=older) for file in range(files)]
+    kinds = [pa.int64(), pa.string(), pa.string(), pa.string(), pa.int64()]
+    empty = pa.schema(list(zip(columns, kinds, strict=True))).empty_table()
+    return pa.concat_tables([empty, *tables]).sort_by("number")
 
 
 step = Dedup()

@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.pipelines.dedup import index
-from moray.pipelines.dedup.graph import Indices, bucket_pairs
+from moray.pipelines.dedup.graph import Indices, Keys, bucket_pairs
 from moray.pipelines.dedup.index import Earlier
 from moray.pipelines.dedup.signatures import Shingling
-from moray.pipelines.documents import content_hash, read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.documents import content_hash, read_shard, text_bytes, write_batches, write_parquet, write_shard
 from moray.pipelines.shards import Row
 
 
@@ -71,14 +71,57 @@ def compare_band(
 
 
 def shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
-    """Writes what some rows of a shard are, and their shingles."""
-    path = Path(folder) / f"part-{shard['shard']:05d}.parquet"
+    """Writes what some `rows` of a shard are, with their shingles, each of `groups` in row groups of its own."""
+    path = reread_path(Path(folder), shard["shard"])
     if not path.exists():
         table = read_shard(Path(shard["path"]), ["id", "text", "source"]).take(shard["rows"])
         sets, bounds = shingling.sets(table["text"])
         lists = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(sets, pa.uint64()))
-        write_parquet(path, pa.table({**_described(table), "shingles": lists}))
+        numbers, groups = np.array(shard["numbers"], np.int64), np.array(shard["groups"], np.int64)
+        whole = pa.table({"number": numbers, "group": groups, **_described(table), "shingles": lists})
+        order = np.argsort(groups, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+        write_batches(path, whole.schema, (whole.take(pa.array(part)) for part in parts))
     return {"shard": shard["shard"]}
+
+
+def measure_group(group: Row, folder: str, sets: str, files: int, containment: bool) -> Row:
+    """Writes how alike the pairs of one group are, whose documents lie in row groups of all files of `sets`."""
+    from moray.pipelines.dedup.shingles import similarities
+
+    path = Path(folder) / f"scores-{group['shard']:05d}.parquet"
+    if not path.exists():
+        pairs = read_shard(pairs_path(Path(folder), group["shard"]))
+        numbers, bounds, shingles = _sets_of(Path(sets), files, group["shard"])
+        at = np.stack([np.searchsorted(numbers, pairs[name].to_numpy()) for name in ("one", "other")], axis=1)
+        write_parquet(path, pa.table({"score": similarities(at, bounds, shingles, containment)}))
+    return {"shard": group["shard"]}
+
+
+def _sets_of(folder: Path, files: int, group: int) -> tuple[Indices, Indices, Keys]:
+    """Of one group: numbers, ascending, [begin, end) of each one's shingles, and all shingles."""
+    numbers, bounds, sets, at = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)], [np.zeros(0, np.uint64)], 0
+    for file in range(files):
+        wanted = [("group", "=", group)]  # which row groups, their statistics say
+        table = pq.read_table(reread_path(folder, file), columns=["number", "shingles"], filters=wanted)
+        for batch in table.to_batches():
+            lists = batch["shingles"]
+            ends = at + (lists.offsets.to_numpy() - lists.offsets[0].as_py())
+            bounds.append(np.stack((ends[:-1], ends[1:]), axis=1))
+            sets.append(lists.flatten().to_numpy())
+            numbers.append(batch["number"].to_numpy())
+            at = int(ends[-1])
+    every = np.concatenate(numbers)
+    order = np.argsort(every)
+    return every[order], np.concatenate(bounds)[order], np.concatenate(sets)
+
+
+def reread_path(folder: Path, file: int) -> Path:
+    return folder / f"part-{file:05d}.parquet"
+
+
+def pairs_path(folder: Path, group: int) -> Path:
+    return folder / f"pairs-{group:05d}.parquet"
 
 
 def keep_shard(shard: Row, folder: str) -> Row:
