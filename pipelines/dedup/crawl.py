@@ -41,7 +41,7 @@ class Crawl:
 
     @staticmethod
     def of(ctx: StepContext[DedupConfig], paths: list[Path], signatures: Path) -> Crawl:
-        columns = ["id", "source", "hash", "length", "shingles"]
+        columns = ["id", "source", "hash", "quality", "length", "shingles"]
         table = pa.concat_tables([read_shard(signatures / path.name, columns) for path in paths])
         documents, order = documents_in(table, ctx.config.prefer).in_keep_order()
         earlier = _earlier(ctx)

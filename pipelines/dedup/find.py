@@ -1,8 +1,8 @@
 """Which documents go, given what is known of all of them: exact copies, then verified near duplicates, by component.
 
-Everything is in the order in which documents are kept: an older generation, a source named earlier in `prefer`, then
-the longer text, then content hash and id. So the first of a component is the one that stays, and nothing depends on the
-order in which documents, shards or workers come.
+Everything is in the order in which documents are kept: an older generation, a source named earlier in `prefer`, the
+better quality, the longer text, then content hash and id. So the first of a component is the one that stays, and
+nothing depends on the order in which documents, shards or workers come.
 
 Shapes: N documents, E pairs.
 """
@@ -29,11 +29,12 @@ class Documents:
     ids: npt.NDArray[np.bytes_]
     hashes: npt.NDArray[np.bytes_]
     sources: npt.NDArray[np.int64]
+    qualities: npt.NDArray[np.float64]
     lengths: npt.NDArray[np.int64]
 
     def in_keep_order(self) -> tuple[Documents, Indices]:
         """The same documents, and where each was."""
-        order = np.lexsort((self.ids, self.hashes, -self.lengths, self.sources))
+        order = np.lexsort((self.ids, self.hashes, -self.lengths, -self.qualities, self.sources))
         return self.take(order), order
 
     def take(self, places: Indices) -> Documents:

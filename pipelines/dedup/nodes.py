@@ -52,11 +52,12 @@ class Shards:
 
 
 def documents_in(table: pa.Table, prefer: Sequence[str]) -> Documents:
-    """From columns id, source, hash and length."""
+    """From columns id, source, hash, quality and length."""
     return Documents(
         ids=_texts(table["id"]),
         hashes=_texts(table["hash"]),
         sources=sources_by(prefer, table["source"].to_pylist()),
+        qualities=table["quality"].to_numpy(),
         lengths=table["length"].to_numpy(),
     )
 
@@ -82,6 +83,7 @@ class Nodes:
             ids=np.concatenate((old.ids, new.ids)),
             hashes=np.concatenate((old.hashes, new.hashes)),
             sources=np.concatenate((old.sources + ages * _OLDER, new.sources)),
+            qualities=np.concatenate((old.qualities, new.qualities)),
             lengths=np.concatenate((old.lengths, new.lengths)),
         )
         documents, order = together.in_keep_order()

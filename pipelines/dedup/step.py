@@ -55,6 +55,9 @@ class DedupConfig(StepConfig):
     unit: Literal["words", "characters"] = "words"
     bands: int = Field(14, gt=0, description="keys of a document; who shares one with another is looked at")
     rows: int = Field(8, gt=0, description="minima that make a key: more of them, fewer documents that are looked at")
+    threshold: float | None = Field(
+        None, gt=0, lt=1, description="of bands * rows minima, as many a key as tell best who is as alike as this"
+    )
     similarity: float = Field(
         0.7, ge=0, le=1, description="of near duplicates at least; 0: whoever shares a key is one, nothing is verified"
     )
@@ -69,7 +72,10 @@ class DedupConfig(StepConfig):
 
     @property
     def shingling(self) -> Shingling:
-        return Shingling(self.shingle, self.unit == "characters", self.bands, self.rows, self.seed)
+        bands, rows = self.bands, self.rows
+        if self.threshold is not None:
+            bands, rows = Shingling.for_threshold(self.threshold, bands * rows)
+        return Shingling(self.shingle, self.unit == "characters", bands, rows, self.seed)
 
 
 class Dedup(Step[DedupConfig]):
@@ -92,8 +98,9 @@ class Dedup(Step[DedupConfig]):
             )
 
     def run(self, ctx: StepContext[DedupConfig]) -> None:
-        curve = ", ".join(f"{ctx.config.shingling.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
-        ctx.note(f"two documents share one of {ctx.config.bands} keys with probability {curve} similarity")
+        sketch = ctx.config.shingling
+        curve = ", ".join(f"{sketch.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
+        ctx.note(f"two documents share one of {sketch.bands} keys of {sketch.rows} with probability {curve} similarity")
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
         sign = partial(sign_shard, folder=str(ctx.folder / _SIGNATURES), shingling=ctx.config.shingling)
@@ -126,7 +133,7 @@ class Dedup(Step[DedupConfig]):
             signatures=[str(ctx.folder / _SIGNATURES / path.name) for path in crawl.paths], earlier=crawl.earlier,
             index_folder=str(ctx.folder) if ctx.config.index else "", ranges=ranges_for(len(crawl.order)),
         )  # fmt: skip
-        bands: list[Row] = [{"shard": band} for band in range(ctx.config.bands)]
+        bands: list[Row] = [{"shard": band} for band in range(ctx.config.shingling.bands)]
         rows = map_shards(ctx, "comparing", bands, compare, "bands", lambda row: 1)
         tables = [read_shard(ctx.folder / _PAIRS / f"band-{band['shard']:02d}.parquet") for band in bands]
         pairs = [np.stack((table["one"].to_numpy(), table["other"].to_numpy()), axis=1) for table in tables]
@@ -201,10 +208,10 @@ def _measure(ctx: StepContext[DedupConfig], groups: Groups, pairs: Indices, file
 
 def _older(sets: Path, files: int, offset: int) -> pa.Table:
     """What the older of the documents are that were read again, by ascending number."""
-    columns = ["number", "id", "source", "hash", "length"]
+    columns = ["number", "id", "source", "hash", "quality", "length"]
     older = [("number", "<", offset)]
     tables = [pq.read_table(reread_path(sets, file), columns=columns, filters=older) for file in range(files)]
-    kinds = [pa.int64(), pa.string(), pa.string(), pa.string(), pa.int64()]
+    kinds = [pa.int64(), pa.string(), pa.string(), pa.string(), pa.float64(), pa.int64()]
     empty = pa.schema(list(zip(columns, kinds, strict=True))).empty_table()
     return pa.concat_tables([empty, *tables]).sort_by("number")
 

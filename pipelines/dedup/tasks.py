@@ -21,6 +21,8 @@ from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.documents import content_hash, read_shard, text_bytes, write_batches, write_parquet, write_shard
 from moray.pipelines.shards import Row
 
+QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one stays
+
 
 def key_column(band: int) -> str:
     return f"key_{band:02d}"
@@ -30,7 +32,7 @@ def sign_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
     """Writes what is kept of each document of a shard: id, source, hash, length, shingles and keys."""
     path = Path(folder) / Path(shard["path"]).name
     if not path.exists():
-        table = read_shard(Path(shard["path"]), ["id", "text", "source"])
+        table = _read(Path(shard["path"]))
         keys, shingles = shingling.keys(table["text"])
         columns = {key_column(band): pa.array(keys[:, band]) for band in range(shingling.bands)}
         described = _described(table)
@@ -38,12 +40,20 @@ def sign_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
     return {"shard": shard["shard"]}
 
 
+def _read(path: Path) -> pa.Table:
+    """What is looked at of a shard; a quality, where an earlier step gave one."""
+    known = set(pq.read_schema(path).names) & {QUALITY}
+    return read_shard(path, ["id", "text", "source", *known])
+
+
 def _described(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     texts = [text.as_py() for text in table["text"]]
+    no_quality = pa.array(np.zeros(len(texts)))
     return {
         "id": table["id"],
         "source": table["source"],
         "hash": pa.array([content_hash(text) for text in texts], pa.string()),
+        "quality": table[QUALITY].cast(pa.float64()).fill_null(0.0) if QUALITY in table.column_names else no_quality,
         "length": pa.array([len(text) for text in texts], pa.int64()),
     }
 
@@ -74,7 +84,7 @@ def shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
     """Writes what some `rows` of a shard are, with their shingles, each of `groups` in row groups of its own."""
     path = reread_path(Path(folder), shard["shard"])
     if not path.exists():
-        table = read_shard(Path(shard["path"]), ["id", "text", "source"]).take(shard["rows"])
+        table = _read(Path(shard["path"])).take(shard["rows"])
         sets, bounds = shingling.sets(table["text"])
         lists = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(sets, pa.uint64()))
         numbers, groups = np.array(shard["numbers"], np.int64), np.array(shard["groups"], np.int64)

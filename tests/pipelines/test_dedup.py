@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def documents(texts: list[oracle.Text], config: DedupConfig) -> Documents:
         ids=np.array([one.id for one in texts], "S"),
         hashes=np.array([content_hash(one.text) for one in texts], "S"),
         sources=sources_by(config.prefer, [one.source for one in texts]),
+        qualities=np.zeros(len(texts)),
         lengths=np.array([len(one.text) for one in texts]),
     )
 
@@ -139,6 +141,24 @@ def test_what_goes_is_what_the_definition_says_whatever_the_order(picks: Any, ge
     kept = {one.id for one in texts} - set(gone)
     assert kept
     assert set(gone.values()) <= kept, "text-dedup 0.4.1 loses every member of a cluster"
+
+
+@pytest.mark.parametrize(("least", "minima", "expected"), [(0.7, 112, (14, 8)), (0.9, 112, (6, 18)), (0.5, 1, (1, 1))])
+def test_bands_follow_from_a_threshold(least: float, minima: int, expected: tuple[int, int]) -> None:
+    assert Shingling.for_threshold(least, minima) == expected
+    bands, rows = expected
+    made = DedupConfig(threshold=least, bands=minima, rows=1).shingling
+    assert (made.bands, made.rows) == (bands, rows)
+
+
+def test_the_better_of_two_stays_though_it_is_shorter() -> None:
+    texts = [oracle.Text(str(i), " ".join(f"w{k}" for k in range(30 - i))) for i in range(3)]
+    made = documents(texts, SURE)
+    rated = replace(made, qualities=np.array([0.1, 0.7, 0.7]))
+    ordered, _ = rated.in_keep_order()
+    pairs = np.array([[0, 1], [1, 2]])
+    assert find(made.in_keep_order()[0], pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["0", "0"]
+    assert find(ordered, pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["1", "1"]
 
 
 def test_without_verification_whoever_shares_a_key_goes() -> None:
