@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moray.pipelines.dedup import index
+from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.find import Documents, Found
-from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.dedup.graph import Candidates, Indices
 from moray.pipelines.dedup.nodes import Nodes, Shards, documents_in
 from moray.pipelines.documents import read_shard
 from moray.platform.artifacts import ArtifactStore
@@ -23,11 +23,15 @@ from moray.platform.step import StepContext
 if TYPE_CHECKING:
     from moray.pipelines.dedup.step import DedupConfig
 
+NEW, SEEN = -1, -2
+_HASHES = "hashes"
+
 
 @dataclass(frozen=True)
 class Crawl:
     """What is known of the documents once all are signed. documents: in keep order; order: the place of each;
-    members: those of them that are compared; copied: the number of the earlier document with the same text, or -1."""
+    members: those of them that are compared; copied: the number of the earlier document with the same text, NEW where
+    there is none, SEEN where it is not known which."""
 
     reference: str
     paths: list[Path]
@@ -45,17 +49,27 @@ class Crawl:
         table = pa.concat_tables([read_shard(signatures / path.name, columns) for path in paths])
         documents, order = documents_in(table, ctx.config.prefer).in_keep_order()
         earlier = _earlier(ctx)
-        copied = np.full(len(order), -1, np.int64)
+        copied = np.full(len(order), NEW, np.int64)
         firsts = documents.firsts()
-        copied[firsts] = index.find_hashes(earlier, documents.hashes[firsts])
+        if ctx.config.index_form == "bloom":
+            high, _ = index.halves(documents.hashes[firsts])
+            copied[firsts] = np.where(bloom.seen(earlier, _HASHES, high), SEEN, NEW)
+        else:
+            copied[firsts] = index.find_hashes(earlier, documents.hashes[firsts])
         has_keys = table["shingles"].to_numpy()[order] > 0
         generations = [([one.texts / name for name in one.generation.shards], one.generation.rows) for one in earlier]
         own = (paths, [pq.read_metadata(path).num_rows for path in paths])
         return Crawl(
             ctx.inputs["documents"].reference, paths, documents, order,
-            firsts[(copied[firsts] < 0) & has_keys[firsts]], copied, earlier, Shards.of([*generations, own]),
-            index.read_representatives(earlier),
+            firsts[(copied[firsts] == NEW) & has_keys[firsts]], copied, earlier, Shards.of([*generations, own]),
+            {} if ctx.config.index_form == "bloom" else index.read_representatives(earlier),
         )  # fmt: skip
+
+    def split(self, near: Candidates) -> tuple[Candidates, Indices]:
+        """The pairs of documents; and the numbers of those that a filter has seen, by text or by key."""
+        seen = near.pairs[:, 0] < 0
+        by_text = self.offset + self.order[self.copied == SEEN]
+        return Candidates(near.pairs[~seen], near.capped), np.unique(np.concatenate((by_text, near.pairs[seen, 1])))
 
     def weights(self, numbers: Indices) -> Indices:
         """Characters of each document with these numbers; of older ones, what they have is not known: as the new."""
@@ -73,18 +87,21 @@ class Crawl:
         """Of what goes: older documents that stayed, until new ones showed what they are like."""
         gone = nodes.numbers[found.gone]
         known = np.fromiter(self.representatives, np.int64, len(self.representatives))
-        superseded: npt.NDArray[np.bool_] = (gone < self.offset) & ~np.isin(gone, known)
+        superseded: npt.NDArray[np.bool_] = (gone >= 0) & (gone < self.offset) & ~np.isin(gone, known)
         return superseded
 
-    def write_index(self, folder: Path, nodes: Nodes, found: Found) -> None:
+    def write_index(self, folder: Path, form: str, nodes: Nodes, found: Found) -> None:
         """All but the bands, which are there: hashes, who stays for whom, and last of all what it is of."""
         firsts = self.documents.firsts()
-        firsts = firsts[self.copied[firsts] < 0]
+        firsts = firsts[self.copied[firsts] == NEW]
         numbers, ranges = self.offset + self.order[firsts], index.ranges_for(len(self.order))
-        index.write_hashes(folder, ranges, self.documents.hashes[firsts], numbers)
-        gone = nodes.numbers[found.gone]
-        chosen = self.superseded(nodes, found) | np.isin(gone, numbers)
-        index.write_representatives(folder, gone[chosen], nodes.numbers[found.labels[found.gone]][chosen])
+        if form == "bloom":
+            bloom.write(folder, _HASHES, index.halves(self.documents.hashes[firsts])[0])
+        else:
+            index.write_hashes(folder, ranges, self.documents.hashes[firsts], numbers)
+            gone = nodes.numbers[found.gone]
+            chosen = self.superseded(nodes, found) | np.isin(gone, numbers)
+            index.write_representatives(folder, gone[chosen], nodes.numbers[found.labels[found.gone]][chosen])
         rows = [pq.read_metadata(path).num_rows for path in self.paths]
         names = tuple(path.name for path in self.paths)
         index.Generation(self.reference, self.offset, names, tuple(rows), ranges).write(folder)

@@ -96,14 +96,14 @@ def find_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, 
 
 def write_hashes(folder: Path, ranges: int, hashes: Hashes, numbers: Indices) -> None:
     """Distinct hashes, and who has them."""
-    high, low = _parts(hashes)
+    high, low = halves(hashes)
     order = np.lexsort((low, high))
     _write_ranges(folder / FOLDER / "hashes", high[order], 64, ranges, {"rest": low[order], "document": numbers[order]})
 
 
 def find_hashes(earlier: Sequence[Earlier], hashes: Hashes) -> Indices:
     """int64 [M]: the number of the earlier document with each of these hashes, -1 where there is none."""
-    high, low = _parts(hashes)
+    high, low = halves(hashes)
     found = np.full(len(hashes), -1, np.int64)
     order = np.argsort(high, kind="stable")
     for one in earlier:
@@ -146,7 +146,7 @@ def _band_folder(folder: Path, band: int) -> Path:
     return folder / FOLDER / f"band-{band:02d}"
 
 
-def _parts(hashes: Hashes) -> tuple[Keys, npt.NDArray[np.uint32]]:
+def halves(hashes: Hashes) -> tuple[Keys, npt.NDArray[np.uint32]]:
     """The first 64 and the next 32 bits of hashes in hexadecimal."""
     raw = np.frombuffer(bytes.fromhex(b"".join(one[:24] for one in hashes.tolist()).decode()), np.uint8).reshape(-1, 12)
     return (

@@ -37,7 +37,7 @@ _LAST = 0x40000  # code points from SIZE up to here are ideographs
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _mixed(x: np.uint64) -> np.uint64:
+def mixed(x: np.uint64) -> np.uint64:
     """splitmix64's finish."""
     x = (x ^ (x >> _30)) * _MIX_1
     x = (x ^ (x >> _27)) * _MIX_2
@@ -78,14 +78,14 @@ def _words(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: 
             word, inside = (word ^ np.uint64(code)) * _PRIME, True
             continue
         if inside:
-            out[count] = _mixed(word)
+            out[count] = mixed(word)
             count += 1
             word, inside = _FIRST, False
         if kind == ALONE:
-            out[count] = _mixed((_FIRST ^ np.uint64(code)) * _PRIME)
+            out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
             count += 1
     if inside:
-        out[count] = _mixed(word)
+        out[count] = mixed(word)
         count += 1
     return count
 
@@ -100,10 +100,10 @@ def _characters(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, 
             between = count > 0
             continue
         if between:
-            out[count] = _mixed((_FIRST ^ _SPACE) * _PRIME)
+            out[count] = mixed((_FIRST ^ _SPACE) * _PRIME)
             count += 1
             between = False
-        out[count] = _mixed((_FIRST ^ np.uint64(code)) * _PRIME)
+        out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
         count += 1
     return count
 
@@ -124,7 +124,7 @@ def shingle(
         rolled = out[i]
         for k in range(1, long):
             rolled = rolled * _STEP + out[i + k]
-        out[i] = _mixed(rolled)
+        out[i] = mixed(rolled)
     return count - long + 1
 
 
@@ -154,7 +154,7 @@ def band_keys(
         for band in range(keys.shape[1]):
             key = np.uint64(band) * _STEP
             for row in range(rows):
-                key = _mixed(key ^ np.uint64(minima[band * rows + row])) + _STEP
+                key = mixed(key ^ np.uint64(minima[band * rows + row])) + _STEP
             keys[n, band] = key >> _UNUSED
 
 

@@ -12,6 +12,7 @@ over all of them would remove. A rerun after a kill goes on with the files that 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,12 +24,13 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from moray.pipelines.dedup.crawl import Crawl
-from moray.pipelines.dedup.find import Found, find
+from moray.pipelines.dedup.find import Found, find, with_seen
 from moray.pipelines.dedup.graph import Candidates, Indices, together
 from moray.pipelines.dedup.index import ranges_for
 from moray.pipelines.dedup.nodes import Groups, Nodes, documents_in
 from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.tasks import (
+    Keep,
     compare_band,
     keep_shard,
     measure_group,
@@ -69,6 +71,9 @@ class DedupConfig(StepConfig):
     index: str = Field(
         "", pattern=r"^([a-z0-9][a-z0-9._-]*)?$", description="what runs with this name have seen before counts too"
     )
+    index_form: Literal["exact", "bloom"] = Field(
+        "exact", description="bloom: half the size, and what it has seen is not verified"
+    )
 
     @property
     def shingling(self) -> Shingling:
@@ -106,15 +111,17 @@ class Dedup(Step[DedupConfig]):
         sign = partial(sign_shard, folder=str(ctx.folder / _SIGNATURES), shingling=ctx.config.shingling)
         map_shards(ctx, "signing", shards, sign, "bytes", lambda row: row["size"])
         crawl = Crawl.of(ctx, paths, ctx.folder / _SIGNATURES)
-        near = self._compare(ctx, crawl)
+        near, seen = crawl.split(self._compare(ctx, crawl))
         nodes, scores = self._read_again(ctx, crawl, near)
         found = self._decide(ctx, crawl, near, nodes, scores)
         if ctx.config.index:
-            crawl.write_index(ctx.folder, nodes, found)
+            crawl.write_index(ctx.folder, ctx.config.index_form, nodes, found)
             superseded = found.removed.filter(pa.array(crawl.superseded(nodes, found)))
             write_parquet(ctx.folder / "superseded.parquet", superseded.sort_by("id"))
             ctx.counts["superseded"] = len(superseded)
-        removed = found.removed.filter(pa.array(nodes.numbers[found.gone] >= crawl.offset)).sort_by("id")
+        removed = found.removed.filter(pa.array(nodes.numbers[found.gone] >= crawl.offset))
+        found = with_seen(replace(found, removed=removed), nodes.documents, nodes.at(seen))
+        removed = found.removed.sort_by("id")
         write_parquet(ctx.folder / "removed.parquet", removed)
         rows = map_shards(
             ctx, "writing", shards, partial(keep_shard, folder=str(ctx.folder)), "bytes", lambda row: row["size"]
@@ -131,7 +138,7 @@ class Dedup(Step[DedupConfig]):
         compare = partial(
             compare_band, folder=str(ctx.folder / _PAIRS), members=str(ctx.folder / _MEMBERS), offset=crawl.offset,
             signatures=[str(ctx.folder / _SIGNATURES / path.name) for path in crawl.paths], earlier=crawl.earlier,
-            index_folder=str(ctx.folder) if ctx.config.index else "", ranges=ranges_for(len(crawl.order)),
+            keep=Keep(ctx.config.index_form if ctx.config.index else "", str(ctx.folder), ranges_for(len(crawl.order))),
         )  # fmt: skip
         bands: list[Row] = [{"shard": band} for band in range(ctx.config.shingling.bands)]
         rows = map_shards(ctx, "comparing", bands, compare, "bands", lambda row: 1)
@@ -177,13 +184,17 @@ class Dedup(Step[DedupConfig]):
             "bytes": sum(row["bytes"] for row in rows),
             "exact": why.count("exact"),
             "near": why.count("near"),
+            "seen": why.count("seen"),
             "clusters": found.clusters,
             "candidates": len(near.pairs),
             "alike": found.alike,
         }
         if near.capped:
             ctx.note(f"{near.capped} keys are shared by many: not every pair of theirs is looked at")
-        ctx.outcome = f"removed {why.count('exact')} exact, {why.count('near')} near, in {found.clusters} clusters"
+        kinds = ", ".join(
+            f"{why.count(kind)} {kind}" for kind in ("exact", "near", "seen") if kind != "seen" or kind in why
+        )
+        ctx.outcome = f"removed {kinds}, in {found.clusters} clusters"
 
 
 def _measure(ctx: StepContext[DedupConfig], groups: Groups, pairs: Indices, files: int) -> Scores:

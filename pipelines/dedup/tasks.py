@@ -7,6 +7,7 @@ else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moray.pipelines.dedup import index
+from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import Indices, Keys, bucket_pairs
 from moray.pipelines.dedup.index import Earlier
 from moray.pipelines.dedup.signatures import Shingling
@@ -58,13 +59,23 @@ def _described(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     }
 
 
+@dataclass(frozen=True)
+class Keep:
+    """How a band is kept for later runs: `exact`, `bloom` or, with none, not at all."""
+
+    form: str
+    folder: str
+    ranges: int
+
+
 def compare_band(
     band: Row, folder: str, signatures: Sequence[str], members: str, offset: int, earlier: Sequence[Earlier],
-    index_folder: str, ranges: int,
+    keep: Keep,
 ) -> Row:  # fmt: skip
     """Writes the pairs of documents, by number, that share a key of one band; and that band of the index, if wanted.
 
     members: a file of the places of documents, in keep order, that are compared. offset: the number of the first place.
+    A pair with -1 is one whose key a filter has seen.
     """
     path = Path(folder) / f"band-{band['shard']:02d}.parquet"
     if not path.exists():
@@ -72,10 +83,15 @@ def compare_band(
         places: Indices = np.load(members)
         every = np.concatenate([read_shard(Path(one), [column])[column].to_numpy() for one in signatures])
         keys, numbers = every[places], offset + places
-        if index_folder:
-            index.write_band(Path(index_folder), band["shard"], ranges, keys, numbers)
-        found = bucket_pairs(keys, numbers, *index.find_keys(earlier, band["shard"], keys))
-        table = pa.table({"one": found.pairs[:, 0], "other": found.pairs[:, 1]})
+        if keep.form == "bloom":
+            bloom.write(Path(keep.folder), column, keys)
+            found, seen = bucket_pairs(keys, numbers), numbers[bloom.seen(earlier, column, keys)]
+        else:
+            if keep.form == "exact":
+                index.write_band(Path(keep.folder), band["shard"], keep.ranges, keys, numbers)
+            found, seen = bucket_pairs(keys, numbers, *index.find_keys(earlier, band["shard"], keys)), numbers[:0]
+        before = np.concatenate((np.full(len(seen), -1), found.pairs[:, 0]))
+        table = pa.table({"one": before, "other": np.concatenate((seen, found.pairs[:, 1]))})
         write_parquet(path, table.replace_schema_metadata({"capped": str(found.capped)}))
     return {"shard": band["shard"], "capped": int(pq.read_schema(path).metadata[b"capped"])}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moray.pipelines.dedup import graph, index, tasks
+from moray.pipelines.dedup import bloom, graph, index, tasks
 from moray.pipelines.dedup.index import Earlier, Generation
 from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import document_id
@@ -126,3 +126,43 @@ def test_a_band_writes_its_part_of_the_index_once(tmp_path: Path) -> None:
     index.write_band(tmp_path, 0, 2, keys, np.arange(50))
     assert {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()} == before
     assert tasks.key_column(3) == "key_03"
+
+
+def test_a_filter_removes_all_that_was_seen_and_little_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shares a key with an earlier document goes, and whoever is alike one that goes."""
+    config = CONFIG.model_copy(update={"index_form": "bloom", "similarity": 0.0})
+    generator = random.Random(11)
+    nights = drawn(generator, 3, 25)
+    night, gone = None, set()
+    for number, texts in enumerate(nights):
+        night = Night(tmp_path, texts, 2, config, night)
+        tables = night.run(monkeypatch)
+        gone |= set(tables["removed.parquet"]["id"].to_pylist())
+        scratch = Night(tmp_path / f"{number}", ordered(nights[: number + 1]), 2, unverified(number + 1))
+        own = {one.id for one in texts}
+        assert gone & own == set(scratch.run(monkeypatch)["removed.parquet"]["id"].to_pylist()) & own
+        assert set(kept(tables)) == {one.id for one in texts} - gone
+    seen = [row for row in tables["removed.parquet"].to_pylist() if row["reason"] == "seen"]
+    assert seen
+    assert {(row["representative"], row["partner"], row["similarity"]) for row in seen} == {("", "", None)}
+
+
+def ordered(nights: list[list[Text]]) -> list[Text]:
+    return [Text(one.id, one.text, f"{i}-{one.source}") for i, night in enumerate(nights) for one in night]
+
+
+def unverified(nights: int) -> DedupConfig:
+    prefer = tuple(f"{i}-{source}" for i in range(nights) for source in ("best", "s"))
+    return CONFIG.model_copy(update={"index": "", "similarity": 0.0, "prefer": prefer})
+
+
+def test_a_filter_takes_55_bytes_a_document_and_errs_once_in_a_million(tmp_path: Path) -> None:
+    count, generator = 100_000, np.random.default_rng(5)
+    keys = generator.integers(0, 1 << 54, (15, count), np.uint64)
+    for band in range(15):
+        bloom.write(tmp_path, f"{band}", keys[band])
+    assert sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) <= 55 * count
+    earlier = [Earlier(Generation("a/b", 0, (), (count,), 1), tmp_path, tmp_path)]
+    assert bloom.seen(earlier, "3", keys[3]).all()
+    unseen = generator.integers(0, 1 << 54, 2_000_000, np.uint64)
+    assert bloom.seen(earlier, "3", unseen).sum() <= 10, "2 are expected"
