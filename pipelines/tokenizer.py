@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moray.pipelines.documents import read_shard, shard_paths
 from moray.platform.atomic import write_json
@@ -23,21 +23,34 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
 
+# DeepSeek-V3's split: digits in threes; runs of Chinese and Japanese; words with what stands before them, punctuation
+# with the line ends after it, line ends, spaces. Character by character as its tokenizer.json has it: by that, and by
+# nothing else, the fast encoder knows it.
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
+
 class TokenizerConfig(StepConfig):
     vocab_size: int = Field(4096, ge=300, description="tokens, special ones included")
     fim: bool = Field(False, description="also tokens that mark a document whose middle comes last (tokenize.fim_rate)")
     sample_bytes: int = Field(50_000_000, gt=0, description="train on about this much text")
-    pattern: str = Field(
-        # Words with a leading space, runs of digits of at most three, punctuation, and runs of spaces: the split of
-        # the GPT family, with digits in threes as DeepSeek-V3 has them.
-        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        description="regular expression that splits text before merging",
+    pattern: tuple[str, ...] = Field(
+        DEEPSEEK_V3, description="regular expressions that split text before merging, one within what the last left"
     )
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class Tokenizer(Step[TokenizerConfig]):
     name: ClassVar[str] = "tokenizer"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: splits as DeepSeek-V3 does
     Config = TokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
     produces: ClassVar[str] = "tokenizer"
@@ -88,7 +101,7 @@ def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
     tokenizer = HuggingFaceTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(config.pattern), behavior="isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in config.pattern),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -124,9 +137,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def special_ids(folder: Path) -> dict[str, int]:
-    """Ids of bos, eos and pad (eos, where there is none). Raises InputError for a tokenizer without bos or eos."""
+    """Ids of bos, eos and pad. Where none is named for padding, or the same as for an end, a token that is called pad,
+    or else the last control token. Raises InputError if that leaves fewer than three tokens."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    ids = load_tokenizer(folder).get_vocab(with_added_tokens=True)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
 
     def find(kind: str) -> int | None:
         token = config.get(f"{kind}_token")
@@ -138,7 +153,19 @@ def special_ids(folder: Path) -> dict[str, int]:
         raise InputError(
             f"{folder}: tokenizer_config.json names no {kind}_token of its vocabulary", f"add {kind}_token"
         )
-    return {"bos": bos, "eos": eos, "pad": eos if pad is None else pad}
+    if bos == eos:
+        raise InputError(
+            f"{folder}: bos_token and eos_token are one token, {bos}", "name two: documents lie between them"
+        )
+    if pad in (None, bos, eos):
+        names = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        free = [i for i in names if i not in (bos, eos) and not names[i].isspace()]
+        pad = min((i for i in free if "pad" in names[i].lower()), default=max(free, default=None))
+    if pad is None:
+        raise InputError(
+            f"{folder}: no token is left to pad with", "add a pad_token to tokenizer_config.json and vocabulary"
+        )
+    return {"bos": bos, "eos": eos, "pad": pad}
 
 
 step = Tokenizer()
