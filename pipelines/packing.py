@@ -6,8 +6,8 @@ sequence with the least room that still takes it. A tree over the amounts of roo
 take O(n log length), and what is found follows from their lengths and order alone.
 
 Notable: the sequences are full to 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
-emptiest sequences are taken apart, and their pieces are cut to fill the room in others; but not to fill less than a
-hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is how readers know where
+emptiest sequences are taken apart, and their pieces are cut to fill the room in others; more than every fiftieth piece
+only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is how readers know where
 documents meet (actors/token_set.py).
 """
 
@@ -27,7 +27,8 @@ Packing = Literal["best-fit", "concatenate"]
 Int64 = npt.NDArray[np.int64]
 
 _ROOM = 1000  # of so many tokens, one may be room that is left
-_WORTH = 100  # a piece is cut to fill this part of a sequence, but not less
+_WORTH = 100  # a piece is cut to fill this part of a sequence; to fill less,
+_FEW = 50  # only this part of the pieces
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ def pack(
 def _topped_up(tokens: Int64, bins: Int64, at: Int64, room: Int64, length: int) -> tuple[Parts, int]:
     """The pieces of best fit, if need be with the emptiest sequences taken apart; and how many sequences that makes."""
     whole = Parts(np.arange(len(tokens)), np.zeros_like(tokens), tokens, bins, at)
-    worth, left, made = max(2, length // _WORTH), int(room.sum()), len(room)
+    worth, few = max(2, length // _WORTH), len(tokens) // _FEW
+    left, made = int(room.sum()), len(room)
+    if left <= max(length - 1, made * length // _ROOM):
+        return whole, made
     upcoming = iter(np.argsort(-room, kind="stable").tolist())
     by_sequence = np.argsort(bins, kind="stable")
     firsts = np.searchsorted(bins[by_sequence], np.arange(len(room) + 1))
@@ -154,9 +158,10 @@ def _topped_up(tokens: Int64, bins: Int64, at: Int64, room: Int64, length: int) 
         for piece in by_sequence[firsts[giver] : firsts[giver + 1]].tolist():
             skipped = 0
             while skipped < tokens[piece]:
-                if gap < worth:
+                least = 2 if len(moved) + len(own) < few else worth
+                if gap < least:
                     hole = next(upcoming, -1)
-                    if hole < 0 or room[hole] < worth:
+                    if hole < 0 or room[hole] < least:
                         return _without(whole, gone, moved, len(room))
                     gap = int(room[hole])
                 part = min(gap, int(tokens[piece]) - skipped)
