@@ -5,10 +5,10 @@ than a sequence, full sequences; what is left of it, and every shorter document,
 sequence with the least room that still takes it. A tree over the amounts of room finds that sequence, so n documents
 take O(n log length), and what is found follows from their lengths and order alone.
 
-Notable: the sequences are full to 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
+Notable: sequences are full to about 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
 emptiest sequences are taken apart, and their pieces are cut to fill the room in others; more than every fiftieth piece
-only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is how readers know where
-documents meet (actors/token_set.py).
+only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is
+how readers know where documents meet (actors/token_set.py).
 """
 
 from __future__ import annotations

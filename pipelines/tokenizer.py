@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import xxhash
 from pydantic import Field, field_validator
 
+from moray.pipelines.bpe import train_apart
 from moray.pipelines.documents import read_shard, shard_paths
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
@@ -42,10 +43,26 @@ class TokenizerConfig(StepConfig):
         DEEPSEEK_V3, description="regular expressions that split text before merging, one within what the last left"
     )
 
+    @property
+    def special(self) -> tuple[str, ...]:
+        return (BOS, EOS, PAD, *(FIM if self.fim else ()))
+
     @field_validator("pattern", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from tokenizers import Regex
+
+        for pattern in value:
+            try:
+                Regex(pattern)
+            except Exception as error:  # the library raises bare Exception
+                raise ValueError(f"{pattern!r} is no regular expression of Oniguruma: {error}") from error
+        return value
 
 
 class Tokenizer(Step[TokenizerConfig]):
@@ -58,26 +75,33 @@ class Tokenizer(Step[TokenizerConfig]):
     def run(self, ctx: StepContext[TokenizerConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder / "train")
         sample = Sample(paths, ctx.config.sample_bytes)
-        tokenizer = train(sample.texts(ctx), ctx.config)
+        if not sample.size:
+            raise InputError("tokenizer: the training documents hold no text", "look at what the steps before it kept")
+        path = ctx.folder / "tokenizer.json"
+
+        def progress(stage: str, done: int, total: int) -> None:
+            ctx.progress(stage, done, total, "merges" if "merge" in stage else "words")
+
+        train_apart(sample.texts(ctx), ctx.config.pattern, ctx.config.vocab_size, ctx.config.special, path, progress)
+        tokenizer = load_tokenizer(ctx.folder)
         if tokenizer.get_vocab_size() < ctx.config.vocab_size:
             raise InputError(
                 f"the sample of {sample.bytes:,} bytes gives only {tokenizer.get_vocab_size()} tokens, "
                 f"vocab_size asks for {ctx.config.vocab_size}",
                 "lower vocab_size or use more text",
             )
-        tokenizer.save(str(ctx.folder / "tokenizer.json"))
         write_json(ctx.folder / "tokenizer_config.json", hugging_face_config())
         ctx.counts |= {"in:documents": sample.documents, "out:tokens": tokenizer.get_vocab_size()}
         ctx.outcome = f"byte-level BPE on {sample.bytes / 1e6:.1f} MB"
 
 
 class Sample:
-    """Documents whose id hashes below sample_bytes / all bytes."""
+    """Documents whose id hashes below sample_bytes / all bytes. size: all bytes; the others count what was given."""
 
     def __init__(self, paths: list[Path], sample_bytes: int) -> None:
         self._paths = paths
-        sizes = [sum(len(t.as_py().encode()) for t in read_shard(path, ["text"])["text"]) for path in paths]
-        self._share = min(1.0, sample_bytes / max(1, sum(sizes)))
+        self.size = sum(_text_bytes(path) for path in paths)
+        self._share = min(1.0, sample_bytes / max(1, self.size))
         self.documents = 0
         self.bytes = 0
 
@@ -93,27 +117,17 @@ class Sample:
         ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
 
 
-def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
-    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as HuggingFaceTokenizer
+def _text_bytes(path: Path) -> int:
+    import pyarrow.compute as pc
 
-    tokenizer = HuggingFaceTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in config.pattern),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[BOS, EOS, PAD, *(FIM if config.fim else ())],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return pc.sum(pc.binary_length(read_shard(path, ["text"])["text"])).as_py() or 0
+
+
+def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
+    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2; in this process."""
+    from moray.pipelines import bpe
+
+    return bpe.train(texts, config.pattern, config.vocab_size, config.special)
 
 
 def hugging_face_config() -> dict[str, Any]:
