@@ -18,6 +18,7 @@ from pydantic import Field
 from moray.actors.token_set import TokenSet, open_token_sets
 from moray.pipelines.baselines import LN2, ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.split import PARTS
 from moray.platform.errors import InputError
 from moray.platform.evaluation import EvalReport, EvalRow
 from moray.platform.step import Step, StepConfig, StepContext
@@ -51,8 +52,10 @@ class Evaluate(Step[EvaluateConfig]):
     produces: ClassVar[str] = "evaluation"
 
     def run(self, ctx: StepContext[EvaluateConfig]) -> None:
-        train = open_token_sets(f"{ctx.inputs['tokens'].folder}/train")
-        heldout = open_token_sets(f"{ctx.inputs['tokens'].folder}/heldout")
+        try:
+            train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].folder}/{part}") for part in PARTS)
+        except (ValueError, FileNotFoundError) as error:
+            raise InputError(f"evaluate: {error}", "tokenize again: step tokenize") from error
         scores = {source: Scores() for source in heldout}
         self._score_model(ctx, heldout, scores)
         self._score_unigram(ctx, train, heldout, scores)
