@@ -108,12 +108,12 @@ class Sample:
     def texts(self, ctx: StepContext[TokenizerConfig]) -> Iterator[str]:
         for done, path in enumerate(self._paths):
             ctx.progress("sampling", done, len(self._paths), "shards")
-            table = read_shard(path, ["id", "text"])
-            for name, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
-                if xxhash.xxh3_64_intdigest(name.encode()) < self._share * 2**64:
-                    self.documents += 1
-                    self.bytes += len(text.encode())
-                    yield text
+            names, limit = read_shard(path, ["id"])["id"].to_pylist(), self._share * 2**64
+            rows = [n for n, name in enumerate(names) if xxhash.xxh3_64_intdigest(name.encode()) < limit]
+            for text in read_shard(path, ["text"])["text"].take(rows) if rows else ():
+                self.documents += 1
+                self.bytes += text.as_buffer().size
+                yield text.as_py()
         ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
 
 
