@@ -124,7 +124,7 @@ class Tokenize(Step[TokenizeConfig]):
         sources = len({row["source"] for row in rows})
         ctx.outcome = (
             f"{sources} sources, {size / max(1, sum(totals.values())):.2f} bytes/token, "
-            f"sequences {fill:.2%} full, {cut:.1%} of documents cut"
+            f"sequences {fill:.2%} full, {cut:.1%} of documents in several"
         )
 
 
