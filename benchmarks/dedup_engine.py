@@ -47,13 +47,13 @@ def ours(path: str) -> dict[str, Any]:
 def run(column: pa.ChunkedArray, texts: list[str]) -> int:
     shingling = Shingling()
     keys, shingles = shingling.keys(column)
-    documents, order = documents_of(texts, keys, shingles).in_keep_order()
-    near = near_candidates(documents)
+    documents, order = documents_of(texts).in_keep_order()
+    near = near_candidates(documents, keys[order], shingles[order])
     wanted = np.unique(near.pairs)
     sets, bounds = shingling.sets(column.take(pa.array(order[wanted])))
     places = np.zeros((len(texts), 2), np.int64)
     places[wanted, 0], places[wanted, 1] = bounds[:-1], bounds[1:]
-    return len(find(documents, near, lambda pairs: similarities(pairs, places, sets, False), 0.7).removed)
+    return len(find(documents, near.pairs, similarities(near.pairs, places, sets, False), 0.7).removed)
 
 
 def measured(command: list[str]) -> dict[str, Any]:

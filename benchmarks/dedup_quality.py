@@ -44,11 +44,11 @@ def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
     return np.stack((common.row[chosen], common.col[chosen]), axis=1).astype(np.int64), alike[chosen]
 
 
-def documents_of(texts: list[str], keys: Any, shingles: Any) -> Documents:
+def documents_of(texts: list[str]) -> Documents:
     count = len(texts)
     return Documents(
         ids=np.array([f"{i:032d}" for i in range(count)], "S"), hashes=np.array([content_hash(t) for t in texts], "S"),
-        sources=np.zeros(count, np.int64), lengths=np.array([len(t) for t in texts]), shingles=shingles, keys=keys,
+        sources=np.zeros(count, np.int64), qualities=np.zeros(count), lengths=np.array([len(t) for t in texts]),
     )  # fmt: skip
 
 
@@ -106,8 +106,8 @@ def one_seed(
     began = time.process_time()
     keys, shingles = Shingling(seed=seed).keys(column)
     signed = time.process_time()
-    ordered, order = documents_of(texts, keys, shingles).in_keep_order()
-    near = near_candidates(ordered)
+    ordered, order = documents_of(texts).in_keep_order()
+    near = near_candidates(ordered, keys[order], shingles[order])
     sketched = time.process_time()
     wanted = np.unique(near.pairs)
     own_sets, own_bounds = Shingling(seed=seed).sets(column.take(pa.array(order[wanted])))
@@ -115,7 +115,7 @@ def one_seed(
     places[wanted, 0], places[wanted, 1] = own_bounds[:-1], own_bounds[1:]
     scores = similarities(near.pairs, places, own_sets, False)
     verified = time.process_time()
-    found: Found = find(ordered, near, lambda _: scores, LEAST)
+    found: Found = find(ordered, near.pairs, scores, LEAST)
     joined = components(len(texts), near.pairs[scores >= LEAST])
     keep_index = np.argsort(order)
     together = joined[keep_index[pairs[:, 0]]] == joined[keep_index[pairs[:, 1]]]

@@ -62,6 +62,12 @@ def run(
     return Runner(home, embedded_cluster(home, cpus), list(listeners)).run(opened)
 
 
+def explain_document(document: str, run: str | None = None, home: Home | None = None) -> Any:
+    """What became of a document, by id or SOURCE/KEY (`pipelines/explain.py`). Raises InputError if no run has it."""
+    module = importlib.import_module("moray.pipelines.explain")
+    return module.explain_in(home or Home.from_environment(), document, run)
+
+
 def import_model(
     path: str | Path,
     name: str | None = None,

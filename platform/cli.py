@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from moray.platform import cli_artifacts, cli_jobs, cli_models, cli_runs, cli_schedule, cli_up
+from moray.platform import cli_artifacts, cli_explain, cli_jobs, cli_models, cli_runs, cli_schedule, cli_up
 from moray.platform.console import Json, err, out, print_json
 from moray.platform.errors import MorayError, nearest
 
@@ -28,6 +28,7 @@ app = App(
 )
 cli_up.register(app)
 cli_jobs.register(app)
+cli_explain.register(app)
 app.command(cli_schedule.app)
 app.command(cli_runs.app)
 app.command(cli_artifacts.app)

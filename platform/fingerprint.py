@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from pydantic import BaseModel
 from moray.platform.recipe import PlannedStep, Recipe
 from moray.platform.references import Secret
 from moray.platform.step import ExternalFile, is_operational
+
+EARLIER = "earlier"  # the input of a step that goes on from an earlier result of its own (platform/chain.py)
 
 
 def identity(value: Any) -> Any:
@@ -90,11 +92,15 @@ def address(planned: PlannedStep, inputs: Mapping[str, str]) -> Address:
     )
 
 
-def addresses(recipe: Recipe) -> dict[str, Address]:
+# Of a step and its inputs' fingerprints: the fingerprint of the result that it goes on from, if there is one.
+Before = Callable[[PlannedStep, Mapping[str, str]], str | None]
+
+
+def addresses(recipe: Recipe, before: Before = lambda planned, inputs: None) -> dict[str, Address]:
     """The address of every step of `recipe`, by step key."""
     found: dict[str, Address] = {}
     for planned in recipe.steps:
-        found[planned.key] = address(
-            planned, {name: found[target].fingerprint for name, target in planned.inputs.items()}
-        )
+        inputs = {name: found[target].fingerprint for name, target in planned.inputs.items()}
+        earlier = before(planned, inputs)
+        found[planned.key] = address(planned, inputs | ({EARLIER: earlier} if earlier else {}))
     return found

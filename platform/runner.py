@@ -12,18 +12,20 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moray.platform import chain
 from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.atomic import is_full, write_json, write_text
 from moray.platform.errors import InputError, MorayError, StepFailed
 from moray.platform.events import Event, EventLog, EventTail, NoteEvent, RunEvent, StepEvent, UsageEvent
 from moray.platform.explain import explain_change, is_current
-from moray.platform.fingerprint import Address, addresses
+from moray.platform.fingerprint import EARLIER, Address, addresses
 from moray.platform.home import Home
 from moray.platform.lease import Lease
 from moray.platform.lease import holder as lease_holder
@@ -74,7 +76,7 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
     """Decides for every step whether its artifact is there, without starting or writing anything."""
     decisions = []
     with redacting(Redactor.of(step.config for step in recipe.steps)):
-        made = addresses(recipe)
+        made = addresses(recipe, partial(_before, store))
     for planned, address in zip(recipe.steps, made.values(), strict=True):
         found = store.get(planned.step.name, address.fingerprint)
         if found is None:
@@ -85,6 +87,11 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
             why += "" if is_current(planned.step, found) else ", made by other code"
         decisions.append(Decision(planned, address, found is not None, why))
     return decisions
+
+
+def _before(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str]) -> str | None:
+    found = chain.earlier(store, planned, inputs)
+    return found.fingerprint if found else None
 
 
 class Runner:
@@ -159,8 +166,12 @@ class Runner:
         try:
             found = self.store.get(step.name, fingerprint)
             if found is not None:
-                return self._reused(planned, found, decision.why, events)
-            return self._execute(planned, address, decision.why, result, events)
+                row = self._reused(planned, found, decision.why, events)
+            else:
+                row = self._execute(planned, address, decision.why, result, events)
+            if name := step.chain(planned.config):
+                chain.advance(self.store, self.home, name, row.artifact)
+            return row
         finally:
             lease.release()
 
@@ -201,6 +212,9 @@ class Runner:
                     name: self._fetch(result.steps[at], context, in_place=name in in_place)
                     for name, at in planned.inputs.items()
                 }
+                if EARLIER in address.inputs:
+                    link = self.store.find(f"{step.name}/{address.inputs[EARLIER]}")
+                    context.inputs = {**context.inputs, EARLIER: self.store.fetch(link, _progress(context))}
                 if step.needs_ray:
                     topology = self.cluster.ensure()
                 step.run(context)

@@ -42,6 +42,7 @@ from moray.platform.references import found_in, refuse, substitute
 if TYPE_CHECKING:
     from moray.platform.artifacts import Artifact
     from moray.platform.home import Home
+    from moray.platform.manifest import Manifest
 
 BUILTIN = Path(__file__).with_name("builtin.toml")
 
@@ -241,6 +242,13 @@ class Step(ABC, Generic[ConfigT]):
     def reads_in_place(self, config: ConfigT) -> frozenset[str]:
         """The inputs that `run` reads by `address`, wherever they lie; the others are brought here first."""
         return frozenset()
+
+    def chain(self, config: ConfigT) -> str:
+        """The name of the chain whose newest result this one goes on from, as its input `earlier`; '' for none."""
+        return ""
+
+    def follow(self, config: ConfigT, earlier: Manifest) -> None:
+        """Raises RecipeError if a result with this config cannot go on from `earlier`."""
 
     def estimate(self, config: ConfigT, topology: Topology) -> Estimate:
         return Estimate()

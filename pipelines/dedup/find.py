@@ -1,15 +1,15 @@
 """Which documents go, given what is known of all of them: exact copies, then verified near duplicates, by component.
 
-Everything is in the order in which documents are kept: a source named earlier in `prefer`, then the longer text, then
-content hash and id. So the first of a component is the one that stays, and nothing depends on the order in which
-documents, shards or workers come.
+Everything is in the order in which documents are kept: an older generation, a source named earlier in `prefer`, the
+better quality, the longer text, then content hash and id. So the first of a component is the one that stays, and
+nothing depends on the order in which documents, shards or workers come.
 
 Shapes: N documents, E pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -19,35 +19,51 @@ import pyarrow as pa
 from moray.pipelines.dedup.graph import Candidates, Indices, candidates, components
 from moray.pipelines.dedup.signatures import Keys
 
-# Of pairs of documents [E, 2]: how alike they are, [E].
-Measure = Callable[[Indices], npt.NDArray[np.float64]]
+Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Columns of equal length. shingles: how many each has; none: its keys [N, bands] mean nothing."""
+    """Columns of equal length. sources: rank by preference, 0 the best; less than 0 what is older."""
 
     ids: npt.NDArray[np.bytes_]
     hashes: npt.NDArray[np.bytes_]
-    sources: npt.NDArray[np.int64]  # rank by preference, 0 the best
+    sources: npt.NDArray[np.int64]
+    qualities: npt.NDArray[np.float64]
     lengths: npt.NDArray[np.int64]
-    shingles: npt.NDArray[np.int64]
-    keys: Keys
 
     def in_keep_order(self) -> tuple[Documents, Indices]:
         """The same documents, and where each was."""
-        order = np.lexsort((self.ids, self.hashes, -self.lengths, self.sources))
-        return replace(self, **{field.name: getattr(self, field.name)[order] for field in fields(self)}), order
+        order = np.lexsort((self.ids, self.hashes, -self.lengths, -self.qualities, self.sources))
+        return self.take(order), order
+
+    def take(self, places: Indices) -> Documents:
+        return replace(self, **{field.name: getattr(self, field.name)[places] for field in fields(self)})
+
+    def firsts(self) -> Indices:
+        """Of documents in keep order, those that are no exact copy of one before."""
+        return np.sort(np.unique(self.hashes, return_index=True)[1])
 
 
 @dataclass(frozen=True)
 class Found:
-    """removed: see `docs/formats.md`. clusters: how many have any that goes. alike: how many candidate pairs were."""
+    """What goes of documents in keep order. labels: of each the one that stays for it, itself where it stays.
 
+    removed: see `docs/formats.md`. alike: how many of the candidate pairs were.
+    """
+
+    labels: Indices
     removed: pa.Table
-    clusters: int
-    candidates: Candidates
     alike: int
+
+    @property
+    def gone(self) -> Indices:
+        return np.flatnonzero(self.labels != np.arange(len(self.labels)))
+
+    @property
+    def clusters(self) -> int:
+        """That have any that goes."""
+        return len(np.unique(self.labels[self.gone]))
 
 
 def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -56,21 +72,29 @@ def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.in
     return np.array([rank.get(name, len(rank)) for name in names], np.int64)
 
 
-def near_candidates(documents: Documents) -> Candidates:
-    """Pairs to be verified, of documents in keep order: of exact copies, only the first."""
-    firsts = np.sort(np.unique(documents.hashes, return_index=True)[1])
-    return candidates(documents.keys, firsts[documents.shingles[firsts] > 0])
+def near_candidates(documents: Documents, keys: Keys, shingles: Indices) -> Candidates:
+    """Pairs to be verified, of documents in keep order: of exact copies, only the first.
+
+    keys: [N, bands]; shingles: [N], how many each has; none: its keys mean nothing.
+    """
+    firsts = documents.firsts()
+    return candidates(keys, firsts[shingles[firsts] > 0])
 
 
-def find(documents: Documents, near: Candidates, measure: Measure, least: float) -> Found:
-    """What goes of documents in keep order: of pairs in `near`, those of at least `least` are duplicates."""
+def find(documents: Documents, pairs: Indices, scores: Scores, least: float, known: Indices | None = None) -> Found:
+    """What goes of documents in keep order: of `pairs` [E, 2], each as alike as `scores` [E] says, those of at least
+    `least` are duplicates, and all `known` ones."""
     count = len(documents.ids)
     _, first, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
     original = first[group]
     copies = np.flatnonzero(original != np.arange(count))
-    scores = measure(near.pairs)
-    alike, scores = near.pairs[scores >= least], scores[scores >= least]
-    labels = components(count, np.concatenate((np.stack((original[copies], copies), axis=1), alike)))
+    alike, scores = pairs[scores >= least], scores[scores >= least]
+    edges = [
+        np.stack((original[copies], copies), axis=1),
+        alike,
+        np.zeros((0, 2), np.int64) if known is None else known,
+    ]
+    labels = components(count, np.concatenate(edges))
     gone = np.flatnonzero(labels != np.arange(count))
     partner, similarity = _partners(count, alike, scores)
     partner[copies], similarity[copies] = original[copies], 1.0
@@ -84,7 +108,19 @@ def find(documents: Documents, near: Candidates, measure: Measure, least: float)
             "similarity": pa.array(similarity[gone], pa.float64()),
         }
     )
-    return Found(table.sort_by("id"), len(np.unique(labels[gone])), near, len(alike))
+    return Found(labels, table, len(alike))
+
+
+def with_seen(found: Found, documents: Documents, seen: Indices) -> Found:
+    """Besides, whoever is in a component with one of `seen`: of those no document stays here, so they name none."""
+    if not len(seen):
+        return found
+    labels = np.where(np.isin(found.labels, found.labels[seen]), -1, found.labels)
+    known = {row["id"]: row for row in found.removed.to_pylist()}
+    for name in _text(documents.ids[labels < 0]).to_pylist():
+        alone = {"id": name, "reason": "seen", "partner": "", "similarity": None}
+        known[name] = {**known.get(name, alone), "representative": ""}
+    return Found(labels, pa.Table.from_pylist(list(known.values()), found.removed.schema), found.alike)
 
 
 def _partners(count: int, pairs: Indices, scores: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:

@@ -1,6 +1,6 @@
 """Pairs of documents that share a band key, and the connected components of pairs; compiled by numba.
 
-Shapes: N documents, E pairs.
+Shapes: N documents, M members of a band, E pairs.
 """
 
 from __future__ import annotations
@@ -12,54 +12,82 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
 LARGEST = 64  # documents of one key of which every pair is a candidate
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """pairs: [E, 2], the smaller index first, ascending, each once. capped: keys that more than LARGEST share."""
+    """pairs: [E, 2], each once, ascending. capped: keys that more than LARGEST documents share."""
 
     pairs: Indices
     capped: int
 
 
-def candidates(keys: npt.NDArray[np.uint64], members: Indices) -> Candidates:
-    """Of the documents `members`, those that share a key of a band; keys: [N, bands].
+def candidates(keys: Keys, members: Indices) -> Candidates:
+    """Of the documents `members`, in keep order, those that share a key of a band; keys: [N, bands]."""
+    return together([bucket_pairs(keys[members, band], members) for band in range(keys.shape[1])])
 
-    Of a key that more than LARGEST documents share, only neighbours, and the first with every other, are pairs, in the
-    order of `members`: so they stay one component if they are alike, and their number does not explode.
+
+def together(bands: list[Candidates]) -> Candidates:
+    """The pairs of all bands."""
+    pairs = [np.sort(band.pairs, axis=1) for band in bands]
+    return Candidates(
+        np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0), sum(band.capped for band in bands)
+    )
+
+
+def bucket_pairs(
+    keys: Keys, numbers: Indices, old_keys: Keys | None = None, old_numbers: Indices | None = None
+) -> Candidates:
+    """Which documents of one band share a key; keys [M], in keep order. pairs: of their `numbers`, the kept one first.
+
+    Of a key, the first LARGEST documents are all compared; each further one with the first and with the one before it.
+    So their number does not explode, they stay one component if they are alike, and a document's pairs depend on those
+    before it only: with `old` ones, which come before all others, none of which are paired, the result is what all of
+    them would give together.
     """
-    found, capped = [np.zeros((0, 2), np.int64)], 0
-    for band in range(keys.shape[1]):
-        column = keys[members, band]
-        order = np.argsort(column, kind="stable")
-        ascending = column[order]
-        bounds = np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1, [len(members)]))
-        sizes = np.diff(bounds)
-        count = np.where(sizes > LARGEST, 2 * (sizes - 1), sizes * (sizes - 1) // 2).sum()
-        pairs = np.empty((count, 2), np.int64)
-        _write_pairs(members[order], bounds, LARGEST, pairs)
-        found.append(pairs)
-        capped += int((sizes > LARGEST).sum())
-    return Candidates(np.unique(np.sort(np.concatenate(found), axis=1), axis=0), capped)
+    if old_keys is None or old_numbers is None:
+        old_keys, old_numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    every = np.concatenate((old_keys, keys))
+    order = np.argsort(every, kind="stable")
+    ascending = every[order]
+    bounds = np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1, [len(every)])).astype(np.int64)
+    pairs = np.empty((_count_pairs(order, bounds, len(old_keys), LARGEST), 2), np.int64)
+    _write_pairs(np.concatenate((old_numbers, numbers)), order, bounds, len(old_keys), LARGEST, pairs)
+    return Candidates(pairs, int((np.diff(bounds) > LARGEST).sum()))
 
 
 @numba.njit(nogil=True, cache=True)
-def _write_pairs(members: Indices, bounds: Indices, largest: int, pairs: Indices) -> None:
-    """Of each run members[bounds[g] : bounds[g + 1]], all pairs, or a chain and a star where it is too long."""
+def _count_pairs(order: Indices, bounds: Indices, old: int, largest: int) -> int:
+    """How many pairs `_write_pairs` writes."""
+    count = 0
+    for g in range(len(bounds) - 1):
+        for i in range(bounds[g], bounds[g + 1]):
+            if order[i] >= old:
+                before = i - bounds[g]
+                count += before if before < largest else 2
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _write_pairs(numbers: Indices, order: Indices, bounds: Indices, old: int, largest: int, pairs: Indices) -> None:
+    """Of each run order[bounds[g] : bounds[g + 1]], every later member that is not one of the first `old` with those
+    before it, or with the first and the last of them where they are many."""
     at = 0
     for g in range(len(bounds) - 1):
-        begin, end = bounds[g], bounds[g + 1]
-        for i in range(begin, end):
-            for j in range(i + 1, end):
-                if end - begin <= largest or i == begin:
-                    pairs[at, 0], pairs[at, 1] = members[i], members[j]
+        begin = bounds[g]
+        for i in range(begin, bounds[g + 1]):
+            if order[i] < old:
+                continue
+            if i - begin < largest:
+                for j in range(begin, i):
+                    pairs[at, 0], pairs[at, 1] = numbers[order[j]], numbers[order[i]]
                     at += 1
-                if end - begin > largest and j == i + 1:
-                    pairs[at, 0], pairs[at, 1] = members[i], members[j]
-                    at += 1
-                    if i > begin:
-                        break
+            else:
+                pairs[at, 0], pairs[at, 1] = numbers[order[begin]], numbers[order[i]]
+                pairs[at + 1, 0], pairs[at + 1, 1] = numbers[order[i - 1]], numbers[order[i]]
+                at += 2
 
 
 @numba.njit(nogil=True, cache=True)

@@ -4,7 +4,8 @@ A shingle is `size` consecutive words (or characters, a run of other characters 
 64-bit hash; a text that is shorter is one shingle, and one without any word has none. A document's minima are those of
 `bands * rows` affine maps of its shingles' upper halves modulo 2^32, and the key of a band is a hash of its rows'
 minima: two documents of Jaccard similarity s have a key in common with probability 1 - (1 - s^rows)^bands (Broder
-1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4).
+1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4). Keys have KEY_BITS bits, because an index keeps
+them for ever: of 10^10 documents, a band's keys make some 3,000 pairs by chance, which verification refuses.
 
 Notable: numba makes float64 of uint64 and int together, so every constant of the hashes is a uint64.
 
@@ -30,11 +31,13 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _30, _27, _31, _32 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32)
 _SPACE = np.uint64(32)
+KEY_BITS = 54
+_UNUSED = np.uint64(64 - KEY_BITS)
 _LAST = 0x40000  # code points from SIZE up to here are ideographs
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _mixed(x: np.uint64) -> np.uint64:
+def mixed(x: np.uint64) -> np.uint64:
     """splitmix64's finish."""
     x = (x ^ (x >> _30)) * _MIX_1
     x = (x ^ (x >> _27)) * _MIX_2
@@ -75,14 +78,14 @@ def _words(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: 
             word, inside = (word ^ np.uint64(code)) * _PRIME, True
             continue
         if inside:
-            out[count] = _mixed(word)
+            out[count] = mixed(word)
             count += 1
             word, inside = _FIRST, False
         if kind == ALONE:
-            out[count] = _mixed((_FIRST ^ np.uint64(code)) * _PRIME)
+            out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
             count += 1
     if inside:
-        out[count] = _mixed(word)
+        out[count] = mixed(word)
         count += 1
     return count
 
@@ -97,10 +100,10 @@ def _characters(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, 
             between = count > 0
             continue
         if between:
-            out[count] = _mixed((_FIRST ^ _SPACE) * _PRIME)
+            out[count] = mixed((_FIRST ^ _SPACE) * _PRIME)
             count += 1
             between = False
-        out[count] = _mixed((_FIRST ^ np.uint64(code)) * _PRIME)
+        out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
         count += 1
     return count
 
@@ -121,7 +124,7 @@ def shingle(
         rolled = out[i]
         for k in range(1, long):
             rolled = rolled * _STEP + out[i + k]
-        out[i] = _mixed(rolled)
+        out[i] = mixed(rolled)
     return count - long + 1
 
 
@@ -151,8 +154,8 @@ def band_keys(
         for band in range(keys.shape[1]):
             key = np.uint64(band) * _STEP
             for row in range(rows):
-                key = _mixed(key ^ np.uint64(minima[band * rows + row])) + _STEP
-            keys[n, band] = key
+                key = mixed(key ^ np.uint64(minima[band * rows + row])) + _STEP
+            keys[n, band] = key >> _UNUSED
 
 
 @numba.njit(nogil=True, cache=True)

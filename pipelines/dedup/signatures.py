@@ -28,6 +28,20 @@ class Shingling:
     rows: int = 8
     seed: int = 1
 
+    @staticmethod
+    def for_threshold(least: float, minima: int) -> tuple[int, int]:
+        """(bands, rows), of at most so many minima, that separate best at a similarity: of all, those whose curve has
+        the least area on the wrong side of it, above it counted twice, because verification refuses what is below."""
+        steps = np.linspace(0, 1, 201)
+        below = steps < least
+
+        def wrong(rows: int) -> float:
+            curve = 1 - (1 - steps**rows) ** (minima // rows)
+            return float(curve[below].sum() + 2 * (1 - curve[~below]).sum())
+
+        rows = min(range(1, minima + 1), key=wrong)
+        return minima // rows, rows
+
     def chance(self, similarity: float) -> float:
         """That two documents of this Jaccard similarity share a key."""
         return float(1 - (1 - similarity**self.rows) ** self.bands)

@@ -1,17 +1,18 @@
 """dedup: exact copies, then near duplicates by MinHash-LSH whose similarity is verified; each cluster keeps one.
 
-Two passes over shards, as Ray Data tasks: the first leaves a row per document (hash, length, band keys), which is
-compared without any text; the second reads again, of the shards that have some, only those documents that share a key
-with another, to know how alike they really are. `removed.parquet` says of every document that goes which one stays in
-its place, and which one it is most like.
+Phases, each as Ray Data tasks that leave files: every shard is signed (a row per document: hash, length, band keys);
+every band is compared, which gives pairs of documents; those documents, and only they, are read again to know how alike
+they really are; every shard is written without what goes. `removed.parquet` says of every document that goes which one
+stays in its place, and which one it is most like.
 
-A rerun after a kill goes on with the shards whose files are not there yet.
+With `index`, what earlier runs of that name have seen counts too, as older and so kept first: what goes is what a run
+over all of them would remove. A rerun after a kill goes on with the files that are not there yet.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,18 +20,36 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.pipelines.dedup.find import Documents, Found, find, near_candidates, sources_by
-from moray.pipelines.dedup.graph import Candidates, Indices
-from moray.pipelines.dedup.signatures import Keys, Shingling
-from moray.pipelines.documents import content_hash, read_shard, shard_paths, text_bytes, write_parquet, write_shard
+from moray.pipelines.dedup.crawl import Crawl
+from moray.pipelines.dedup.find import Found, find, with_seen
+from moray.pipelines.dedup.graph import Candidates, Indices, together
+from moray.pipelines.dedup.index import ranges_for
+from moray.pipelines.dedup.nodes import Groups, Nodes, documents_in
+from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.dedup.tasks import (
+    Keep,
+    compare_band,
+    keep_shard,
+    measure_group,
+    pairs_path,
+    reread_path,
+    shingle_shard,
+    sign_shard,
+)
+from moray.pipelines.documents import read_shard, shard_paths, write_parquet
 from moray.pipelines.shards import Row, map_shards
+from moray.platform.differences import differences
+from moray.platform.errors import RecipeError
+from moray.platform.manifest import Manifest
 from moray.platform.step import Step, StepConfig, StepContext
 
-_SIGNATURES, _SETS = ".signatures", ".shingles"
+Scores = npt.NDArray[np.float64]
+
+_GROUP_CHARACTERS = 50_000_000  # of documents that a worker compares at once: some 400 MB of shingles at the most
+_SIGNATURES, _PAIRS, _SETS, _MEMBERS = ".signatures", ".pairs", ".shingles", ".members.npy"
 
 
 class DedupConfig(StepConfig):
@@ -38,6 +57,9 @@ class DedupConfig(StepConfig):
     unit: Literal["words", "characters"] = "words"
     bands: int = Field(14, gt=0, description="keys of a document; who shares one with another is looked at")
     rows: int = Field(8, gt=0, description="minima that make a key: more of them, fewer documents that are looked at")
+    threshold: float | None = Field(
+        None, gt=0, lt=1, description="of bands * rows minima, as many a key as tell best who is as alike as this"
+    )
     similarity: float = Field(
         0.7, ge=0, le=1, description="of near duplicates at least; 0: whoever shares a key is one, nothing is verified"
     )
@@ -46,10 +68,19 @@ class DedupConfig(StepConfig):
     )
     prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
     seed: int = 1
+    index: str = Field(
+        "", pattern=r"^([a-z0-9][a-z0-9._-]*)?$", description="what runs with this name have seen before counts too"
+    )
+    index_form: Literal["exact", "bloom"] = Field(
+        "exact", description="bloom: half the size, and what it has seen is not verified"
+    )
 
     @property
     def shingling(self) -> Shingling:
-        return Shingling(self.shingle, self.unit == "characters", self.bands, self.rows, self.seed)
+        bands, rows = self.bands, self.rows
+        if self.threshold is not None:
+            bands, rows = Shingling.for_threshold(self.threshold, bands * rows)
+        return Shingling(self.shingle, self.unit == "characters", bands, rows, self.seed)
 
 
 class Dedup(Step[DedupConfig]):
@@ -61,150 +92,139 @@ class Dedup(Step[DedupConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def chain(self, config: DedupConfig) -> str:
+        return config.index
+
+    def follow(self, config: DedupConfig, earlier: Manifest) -> None:
+        if found := list(differences(earlier.config, config.model_dump(mode="json"))):
+            raise RecipeError(
+                f"index {config.index!r} was made with other settings: {', '.join(map(str, found))}",
+                "use those, or another name for the index",
+            )
+
     def run(self, ctx: StepContext[DedupConfig]) -> None:
-        curve = ", ".join(f"{ctx.config.shingling.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
-        ctx.note(f"two documents share one of {ctx.config.bands} keys with probability {curve} similarity")
+        sketch = ctx.config.shingling
+        curve = ", ".join(f"{sketch.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
+        ctx.note(f"two documents share one of {sketch.bands} keys of {sketch.rows} with probability {curve} similarity")
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
-        work = ctx.folder / _SIGNATURES
-        sign = partial(_sign_shard, folder=str(work), shingling=ctx.config.shingling)
+        sign = partial(sign_shard, folder=str(ctx.folder / _SIGNATURES), shingling=ctx.config.shingling)
         map_shards(ctx, "signing", shards, sign, "bytes", lambda row: row["size"])
-        documents, order = _read_signatures([work / path.name for path in paths], ctx.config).in_keep_order()
-        near = near_candidates(documents)
-        found = self._find(ctx, documents, order, near, shards)
-        write_parquet(ctx.folder / "removed.parquet", found.removed)
-        apply = partial(_keep_shard, folder=str(ctx.folder))
-        rows = map_shards(ctx, "writing", shards, apply, "bytes", lambda row: row["size"])
-        for folder in (_SIGNATURES, _SETS):
+        crawl = Crawl.of(ctx, paths, ctx.folder / _SIGNATURES)
+        near, seen = crawl.split(self._compare(ctx, crawl))
+        nodes, scores = self._read_again(ctx, crawl, near)
+        found = self._decide(ctx, crawl, near, nodes, scores)
+        if ctx.config.index:
+            crawl.write_index(ctx.folder, ctx.config.index_form, nodes, found)
+            superseded = found.removed.filter(pa.array(crawl.superseded(nodes, found)))
+            write_parquet(ctx.folder / "superseded.parquet", superseded.sort_by("id"))
+            ctx.counts["superseded"] = len(superseded)
+        removed = found.removed.filter(pa.array(nodes.numbers[found.gone] >= crawl.offset))
+        found = with_seen(replace(found, removed=removed), nodes.documents, nodes.at(seen))
+        removed = found.removed.sort_by("id")
+        write_parquet(ctx.folder / "removed.parquet", removed)
+        rows = map_shards(
+            ctx, "writing", shards, partial(keep_shard, folder=str(ctx.folder)), "bytes", lambda row: row["size"]
+        )
+        for folder in (_SIGNATURES, _PAIRS, _SETS):
             shutil.rmtree(ctx.folder / folder, ignore_errors=True)
-        self._say(ctx, len(documents.ids), found, rows)
+        (ctx.folder / _MEMBERS).unlink(missing_ok=True)
+        self._say(ctx, len(crawl.order), found, near, removed, rows)
 
-    def _find(
-        self, ctx: StepContext[DedupConfig], documents: Documents, order: Indices, near: Candidates, shards: list[Row]
+    def _compare(self, ctx: StepContext[DedupConfig], crawl: Crawl) -> Candidates:
+        """Pairs of numbers that share a key."""
+        with (ctx.folder / _MEMBERS).open("wb") as file:
+            np.save(file, crawl.order[crawl.members])
+        compare = partial(
+            compare_band, folder=str(ctx.folder / _PAIRS), members=str(ctx.folder / _MEMBERS), offset=crawl.offset,
+            signatures=[str(ctx.folder / _SIGNATURES / path.name) for path in crawl.paths], earlier=crawl.earlier,
+            keep=Keep(ctx.config.index_form if ctx.config.index else "", str(ctx.folder), ranges_for(len(crawl.order))),
+        )  # fmt: skip
+        bands: list[Row] = [{"shard": band} for band in range(ctx.config.shingling.bands)]
+        rows = map_shards(ctx, "comparing", bands, compare, "bands", lambda row: 1)
+        tables = [read_shard(ctx.folder / _PAIRS / f"band-{band['shard']:02d}.parquet") for band in bands]
+        pairs = [np.stack((table["one"].to_numpy(), table["other"].to_numpy()), axis=1) for table in tables]
+        return together([Candidates(pair, row["capped"]) for pair, row in zip(pairs, rows, strict=True)])
+
+    def _read_again(self, ctx: StepContext[DedupConfig], crawl: Crawl, near: Candidates) -> tuple[Nodes, Scores]:
+        """All that is needed to decide: what stays for old documents, and how alike the pairs of numbers are."""
+        old = np.unique(np.concatenate((near.pairs[near.pairs < crawl.offset], crawl.copied[crawl.copied >= 0])))
+        stays = np.array([crawl.representatives.get(number, number) for number in old.tolist()], np.int64)
+        compared = near.pairs if ctx.config.similarity else near.pairs[:0]
+        wanted = np.unique(np.concatenate((compared.ravel(), old, stays)))
+        groups = Groups.of(wanted, compared, crawl.weights(wanted), _GROUP_CHARACTERS)
+        rows = groups.rows_of(crawl.shards)
+        sets = ctx.folder / _SETS
+        if rows:
+            read = partial(shingle_shard, folder=str(sets), shingling=ctx.config.shingling)
+            map_shards(ctx, "reading candidates", rows, read, "documents", lambda row: len(row["rows"]))
+        scores = _measure(ctx, groups, compared, len(rows)) if len(compared) else np.ones(len(near.pairs))
+        older = _older(sets, len(rows), crawl.offset)
+        described = documents_in(older, ctx.config.prefer)
+        numbers = older["number"].to_numpy()
+        return Nodes.of(crawl.documents, crawl.offset + crawl.order, described, numbers, crawl.shards), scores
+
+    def _decide(
+        self, ctx: StepContext[DedupConfig], crawl: Crawl, near: Candidates, nodes: Nodes, scores: Scores
     ) -> Found:
-        if not ctx.config.similarity or not len(near.pairs):
-            return find(documents, near, lambda pairs: np.ones(len(pairs)), 0.0)
-        starts = _starts([ctx.folder / _SIGNATURES / Path(shard["path"]).name for shard in shards])
-        wanted = _rows_by_shard(order[np.unique(near.pairs)], starts)
-        chosen: list[Row] = [{**shards[shard], "rows": rows} for shard, rows in wanted.items()]
-        read = partial(_shingle_shard, folder=str(ctx.folder / _SETS), shingling=ctx.config.shingling)
-        map_shards(ctx, "verifying", chosen, read, "documents", lambda row: len(row["rows"]))
-        sets, bounds = _read_sets(ctx.folder / _SETS, chosen, starts, np.argsort(order))
+        stays = crawl.representatives
+        gone = np.array([number for number in nodes.numbers.tolist() if number in stays], np.int64)
+        known = np.stack((nodes.at(np.array([stays[n] for n in gone.tolist()], np.int64)), nodes.at(gone)), axis=1)
+        pairs = np.sort(nodes.at(near.pairs), axis=1)
+        return find(nodes.documents, pairs, scores, ctx.config.similarity, known)
 
-        def measure(pairs: Indices) -> npt.NDArray[np.float64]:
-            from moray.pipelines.dedup.shingles import similarities
-
-            scores: npt.NDArray[np.float64] = similarities(pairs, bounds, sets, ctx.config.measure == "containment")
-            return scores
-
-        return find(documents, near, measure, ctx.config.similarity)
-
-    def _say(self, ctx: StepContext[DedupConfig], count: int, found: Found, rows: list[Row]) -> None:
-        why = found.removed["reason"].to_pylist()
+    def _say(
+        self, ctx: StepContext[DedupConfig], count: int, found: Found, near: Candidates, removed: pa.Table,
+        rows: list[Row],
+    ) -> None:  # fmt: skip
+        why = removed["reason"].to_pylist()
         ctx.counts |= {
             "in:documents": count,
             "out:documents": sum(row["kept"] for row in rows),
             "bytes": sum(row["bytes"] for row in rows),
             "exact": why.count("exact"),
             "near": why.count("near"),
+            "seen": why.count("seen"),
             "clusters": found.clusters,
-            "candidates": len(found.candidates.pairs),
-            "verified": found.alike,
+            "candidates": len(near.pairs),
+            "alike": found.alike,
         }
-        if found.candidates.capped:
-            ctx.note(f"{found.candidates.capped} keys are shared by many: not every pair of theirs is looked at")
-        ctx.outcome = f"removed {why.count('exact')} exact, {why.count('near')} near, in {found.clusters} clusters"
-
-
-def _sign_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
-    """Writes the signature rows of one shard. Runs in a Ray worker."""
-    path = Path(folder) / Path(shard["path"]).name
-    if not path.exists():
-        table = read_shard(Path(shard["path"]), ["id", "text", "source"])
-        texts = [text.as_py() for text in table["text"]]
-        keys, shingles = shingling.keys(table["text"])
-        signed = pa.table(
-            {
-                "id": table["id"],
-                "source": table["source"],
-                "hash": pa.array([content_hash(text) for text in texts], pa.string()),
-                "length": pa.array([len(text) for text in texts], pa.int64()),
-                "shingles": pa.array(shingles, pa.int64()),
-                "keys": pa.FixedSizeListArray.from_arrays(pa.array(keys.ravel(), pa.uint64()), shingling.bands),
-            }
+        if near.capped:
+            ctx.note(f"{near.capped} keys are shared by many: not every pair of theirs is looked at")
+        kinds = ", ".join(
+            f"{why.count(kind)} {kind}" for kind in ("exact", "near", "seen") if kind != "seen" or kind in why
         )
-        write_parquet(path, signed)
-    return {"shard": shard["shard"]}
+        ctx.outcome = f"removed {kinds}, in {found.clusters} clusters"
 
 
-def _read_signatures(paths: list[Path], config: DedupConfig) -> Documents:
-    table = pa.concat_tables([read_shard(path) for path in paths]).combine_chunks()
-    return Documents(
-        ids=np.array(table["id"].to_pylist(), "S"),
-        hashes=np.array(table["hash"].to_pylist(), "S"),
-        sources=sources_by(config.prefer, table["source"].to_pylist()),
-        lengths=table["length"].to_numpy(),
-        shingles=table["shingles"].to_numpy(),
-        keys=table["keys"].combine_chunks().flatten().to_numpy().reshape(-1, config.bands),
-    )
+def _measure(ctx: StepContext[DedupConfig], groups: Groups, pairs: Indices, files: int) -> Scores:
+    """How alike each pair of numbers is."""
+    group_of = groups.groups[np.searchsorted(groups.numbers, pairs[:, 0])]
+    places = [np.flatnonzero(group_of == group) for group in range(groups.count)]
+    for group, place in enumerate(places):
+        table = pa.table({"one": pairs[place, 0], "other": pairs[place, 1]})
+        write_parquet(pairs_path(ctx.folder / _PAIRS, group), table)
+    measure = partial(
+        measure_group, folder=str(ctx.folder / _PAIRS), sets=str(ctx.folder / _SETS), files=files,
+        containment=ctx.config.measure == "containment",
+    )  # fmt: skip
+    rows: list[Row] = [{"shard": group, "pairs": len(place)} for group, place in enumerate(places) if len(place)]
+    map_shards(ctx, "verifying", rows, measure, "pairs", lambda row: row["pairs"])
+    scores = np.zeros(len(pairs))
+    for row in rows:
+        table = read_shard(ctx.folder / _PAIRS / f"scores-{row['shard']:05d}.parquet")
+        scores[places[row["shard"]]] = table["score"].to_numpy()
+    return scores
 
 
-def _starts(paths: list[Path]) -> Indices:
-    """The place of each shard's first document, of all documents."""
-    sizes = [pq.read_metadata(path).num_rows for path in paths]
-    return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
-
-
-def _rows_by_shard(places: Indices, starts: Indices) -> dict[int, list[int]]:
-    """Rows within their shards, of places counted over all shards."""
-    rows: dict[int, list[int]] = defaultdict(list)
-    for place in np.sort(places).tolist():
-        shard = int(np.searchsorted(starts, place, side="right")) - 1
-        rows[shard].append(place - int(starts[shard]))
-    return rows
-
-
-def _shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
-    """Writes the shingles of some rows of a shard. Runs in a Ray worker."""
-    path = Path(folder) / f"{Path(shard['path']).stem}.parquet"
-    if not path.exists():
-        sets, bounds = shingling.sets(read_shard(Path(shard["path"]), ["text"])["text"].take(shard["rows"]))
-        lists = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(sets, pa.uint64()))
-        write_parquet(path, pa.table({"shingles": lists}))
-    return {"shard": shard["shard"]}
-
-
-def _read_sets(folder: Path, chosen: list[Row], starts: Indices, keep_index: Indices) -> tuple[Keys, Indices]:
-    """The shingles of all chosen rows, one document after another, and [begin, end) of each document's, in keep order.
-
-    starts: the place of each shard's first document; keep_index: of a place.
-    """
-    bounds, sets, at = np.zeros((len(keep_index), 2), np.int64), [], 0
-    for shard in chosen:
-        lists = read_shard(folder / f"{Path(shard['path']).stem}.parquet")["shingles"].combine_chunks()
-        own = at + (lists.offsets.to_numpy() - lists.offsets[0].as_py())
-        documents = keep_index[starts[shard["shard"]] + np.array(shard["rows"])]
-        bounds[documents, 0], bounds[documents, 1] = own[:-1], own[1:]
-        sets.append(lists.flatten().to_numpy())
-        at = int(own[-1])
-    return np.concatenate(sets), bounds
-
-
-def _keep_shard(shard: Row, folder: str) -> Row:
-    """Writes one shard without the removed documents. Runs in a Ray worker."""
-    path = Path(shard["path"])
-    target = Path(folder) / path.name
-    if not target.exists():
-        removed = read_shard(Path(folder) / "removed.parquet", ["id"])["id"]
-        table = read_shard(path)
-        gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
-        write_shard(target, table.filter(pc.invert(gone)))
-    texts = read_shard(target, ["text"])["text"]
-    return {
-        "shard": shard["shard"],
-        "kept": len(texts),
-        "bytes": text_bytes(text.as_py() for text in texts),
-    }
+def _older(sets: Path, files: int, offset: int) -> pa.Table:
+    """What the older of the documents are that were read again, by ascending number."""
+    columns = ["number", "id", "source", "hash", "quality", "length"]
+    older = [("number", "<", offset)]
+    tables = [pq.read_table(reread_path(sets, file), columns=columns, filters=older) for file in range(files)]
+    kinds = [pa.int64(), pa.string(), pa.string(), pa.string(), pa.float64(), pa.int64()]
+    empty = pa.schema(list(zip(columns, kinds, strict=True))).empty_table()
+    return pa.concat_tables([empty, *tables]).sort_by("number")
 
 
 step = Dedup()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,9 @@ from moray.pipelines.dedup.find import Documents, find, near_candidates, sources
 from moray.pipelines.dedup.graph import LARGEST, candidates, components
 from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.step import DedupConfig
-from moray.pipelines.documents import content_hash, document_id, read_shard, shard_name, write_shard
-from moray.platform.artifacts import Artifact
-from moray.platform.events import EventLog
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext
+from moray.pipelines.documents import content_hash, document_id
 from tests.pipelines import dedup_oracle as oracle
+from tests.pipelines.dedup_runs import Interrupted, kept, run_step
 
 # Words of several scripts: lower case that is another letter, marks that belong to words, scripts without spaces.
 SCRIPTS = (
@@ -89,25 +86,24 @@ def test_keys_are_shared_as_often_as_the_theory_says() -> None:
 
 
 def documents(texts: list[oracle.Text], config: DedupConfig) -> Documents:
-    keys, shingles = config.shingling.keys(column([one.text for one in texts]))
     return Documents(
         ids=np.array([one.id for one in texts], "S"),
         hashes=np.array([content_hash(one.text) for one in texts], "S"),
         sources=sources_by(config.prefer, [one.source for one in texts]),
+        qualities=np.zeros(len(texts)),
         lengths=np.array([len(one.text) for one in texts]),
-        shingles=shingles,
-        keys=keys,
     )
 
 
 def found(texts: list[oracle.Text], config: DedupConfig) -> pa.Table:
     ordered, order = documents(texts, config).in_keep_order()
     sets = [oracle.shingles(texts[i].text, config.shingle) for i in order]
-
-    def measure(pairs: Any) -> Any:
-        return np.array([oracle.jaccard(sets[a], sets[b]) for a, b in pairs.tolist()])
-
-    return find(ordered, near_candidates(ordered), measure, config.similarity).removed
+    keys, shingles = config.shingling.keys(column([one.text for one in texts]))
+    pairs = near_candidates(ordered, keys[order], shingles[order]).pairs
+    scores = np.array([oracle.jaccard(sets[a], sets[b]) for a, b in pairs.tolist()])
+    if not config.similarity:
+        scores = np.ones(len(pairs))
+    return find(ordered, pairs, scores, config.similarity).removed.sort_by("id")
 
 
 # One minimum a key and many of them: whoever is alike at all shares one.
@@ -147,6 +143,24 @@ def test_what_goes_is_what_the_definition_says_whatever_the_order(picks: Any, ge
     assert set(gone.values()) <= kept, "text-dedup 0.4.1 loses every member of a cluster"
 
 
+@pytest.mark.parametrize(("least", "minima", "expected"), [(0.7, 112, (14, 8)), (0.9, 112, (6, 18)), (0.5, 1, (1, 1))])
+def test_bands_follow_from_a_threshold(least: float, minima: int, expected: tuple[int, int]) -> None:
+    assert Shingling.for_threshold(least, minima) == expected
+    bands, rows = expected
+    made = DedupConfig(threshold=least, bands=minima, rows=1).shingling
+    assert (made.bands, made.rows) == (bands, rows)
+
+
+def test_the_better_of_two_stays_though_it_is_shorter() -> None:
+    texts = [oracle.Text(str(i), " ".join(f"w{k}" for k in range(30 - i))) for i in range(3)]
+    made = documents(texts, SURE)
+    rated = replace(made, qualities=np.array([0.1, 0.7, 0.7]))
+    ordered, _ = rated.in_keep_order()
+    pairs = np.array([[0, 1], [1, 2]])
+    assert find(made.in_keep_order()[0], pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["0", "0"]
+    assert find(ordered, pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["1", "1"]
+
+
 def test_without_verification_whoever_shares_a_key_goes() -> None:
     texts = [oracle.Text(str(i), f"a b c d e f g h {i}") for i in range(4)]
     loose = DedupConfig(bands=96, rows=1, shingle=1, similarity=0)
@@ -183,61 +197,8 @@ def test_a_key_that_many_share_makes_few_pairs_and_one_component() -> None:
     keys[-1] = (7, 8)
     made = candidates(keys, np.arange(many + 1))
     assert made.capped == 2
-    assert len(made.pairs) < 2 * many
+    assert len(made.pairs) <= LARGEST**2 // 2 + 2 * many
     assert (components(many + 1, made.pairs) == [0] * many + [many]).all()
-
-
-# Whoever is as alike as that shares a key.
-CLOSE = DedupConfig(bands=64, rows=3, prefer=("best",))
-
-
-class Interrupted(Exception):
-    """A worker is gone."""
-
-
-def run_step(
-    folder: Path, texts: list[oracle.Text], shards: int, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
-) -> dict[str, pa.Table]:
-    """The step over so many shards, its tasks one after another in this process; the tables it leaves, by name."""
-    source, work = folder / f"in-{shards}", folder / f"out-{shards}"
-    for number in range(shards):
-        part = texts[number::shards]
-        table = pa.table(
-            {
-                "id": pa.array([one.id for one in part], pa.string()),
-                "text": pa.array([one.text for one in part], pa.large_string()),
-                "source": pa.array([one.source for one in part], pa.string()),
-                "license": pa.array([""] * len(part), pa.string()),
-                "meta": pa.array([[]] * len(part), pa.map_(pa.string(), pa.string())),
-            }
-        )
-        write_shard(source / shard_name(number), table)
-    done = 0
-
-    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, unit: str, amount: Any) -> Any:
-        nonlocal done
-        results = []
-        for row in rows:
-            if done == stop_after:
-                raise Interrupted
-            done += 1
-            results.append(function(row))
-        return results
-
-    monkeypatch.setattr(dedup_step, "map_shards", map_shards)
-    manifest = Manifest(
-        step="filter", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[],
-        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
-    context = StepContext(
-        step="dedup", config=CLOSE, inputs={"documents": Artifact(source, manifest)},
-        folder=work, home=Home(folder / "home"), run=folder / "run", events=EventLog(folder / "run" / "events", "t"),
-        cluster=None, fingerprint="cd",  # type: ignore[arg-type]
-    )  # fmt: skip
-    dedup_step.step.run(context)
-    assert context.counts["in:documents"] == len(texts)
-    assert not [path.name for path in work.iterdir() if path.name.startswith(".")]
-    return {path.name: read_shard(path) for path in sorted(work.iterdir())}
 
 
 def near_texts(count: int) -> list[oracle.Text]:
@@ -260,21 +221,17 @@ def corpus() -> list[oracle.Text]:
     return near_texts(160)
 
 
-def kept(tables: dict[str, pa.Table]) -> list[str]:
-    names = [name for name in tables if name != "removed.parquet"]
-    return sorted(name for table in names for name in tables[table]["id"].to_pylist())
-
-
 def test_the_number_of_shards_changes_nothing(
     tmp_path: Path, corpus: list[oracle.Text], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = run_step(tmp_path, corpus, 1, monkeypatch)
+    one = run_step(tmp_path / "1", corpus, 1, monkeypatch)
     assert len(one["removed.parquet"]) > 30
     gone = oracle.removed(corpus, 0.7, prefer=("best",))
     rows = one["removed.parquet"].to_pylist()
     assert {row["id"]: row["representative"] for row in rows} == gone
     for shards in (2, 4, 7, 16):
-        other = run_step(tmp_path, corpus, shards, monkeypatch)
+        monkeypatch.setattr(dedup_step, "_GROUP_CHARACTERS", 20_000 // shards)
+        other = run_step(tmp_path / str(shards), corpus, shards, monkeypatch)
         assert other["removed.parquet"].equals(one["removed.parquet"])
         assert kept(other) == kept(one)
 

@@ -1,0 +1,78 @@
+"""An index of half the size, which knows that it has seen a key, but not whose it was: a Bloom filter per band.
+
+LSHBloom (arXiv 2411.04257). 29 bits a value and 20 probes give a false answer in 10^6 (0.6185^29, Bloom 1970), so of
+new documents some 15 in 10^6 go that share no key with any. What was seen cannot be read again, so nothing is verified
+against it: whoever shares a key goes. 14 bands and the hashes take 54.4 bytes a document.
+
+Files `index/bloom-NAME.npy` are mapped, not read: a probe touches a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from moray.pipelines.dedup.index import FOLDER, Earlier
+from moray.pipelines.dedup.shingles import Hashes, mixed
+
+BITS, PROBES = 29, 20
+_63, _6 = np.uint64(63), np.uint64(6)
+_ONE, _TURN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
+
+
+def write(folder: Path, name: str, values: Hashes) -> None:
+    """A filter of these values; whole or not there."""
+    path = _path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = np.zeros(max(1, -(-len(values) * BITS // 64)), np.uint64)
+    _insert(words, values)
+    coming = path.with_name(f".{path.name}")
+    with coming.open("wb") as file:
+        np.save(file, words)
+    coming.replace(path)
+
+
+def seen(earlier: Sequence[Earlier], name: str, values: Hashes) -> npt.NDArray[np.bool_]:
+    """Of each value whether a filter of this name has it."""
+    found = np.zeros(len(values), np.bool_)
+    for one in earlier:
+        _look(np.load(_path(one.folder, name), mmap_mode="r"), values, found)
+    return found
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / FOLDER / f"bloom-{name}.npy"
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _bit(value: np.uint64, probe: int, bits: np.uint64) -> np.uint64:
+    """The place of a probe: two hashes make all of them (Kirsch and Mitzenmacher 2006)."""
+    one = mixed(value)
+    return (one + np.uint64(probe) * (mixed(value + _TURN) | _ONE)) % bits
+
+
+@numba.njit(nogil=True, cache=True)
+def _insert(words: Hashes, values: Hashes) -> None:
+    bits = np.uint64(len(words) * 64)
+    for value in values:
+        for probe in range(PROBES):
+            at = _bit(value, probe, bits)
+            words[at >> _6] |= _ONE << (at & _63)
+
+
+@numba.njit(nogil=True, cache=True)
+def _look(words: Hashes, values: Hashes, found: npt.NDArray[np.bool_]) -> None:
+    bits = np.uint64(len(words) * 64)
+    for i in range(len(values)):
+        has = True
+        for probe in range(PROBES):
+            at = _bit(values[i], probe, bits)
+            if not (words[at >> _6] >> (at & _63)) & _ONE:
+                has = False
+                break
+        if has:
+            found[i] = True

@@ -1,0 +1,196 @@
+"""What dedup keeps of documents for those that come later: their keys by band and range, and their hashes.
+
+An index is a chain of generations, one per run that was given its name, each in that run's artifact and never changed:
+
+    index/index.json                     what follows belongs to, and the number of its first document
+    index/band-BB/range-RRRRR.parquet    key, document: ascending by key, documents of one key in keep order
+    index/hashes/range-RRRRR.parquet     96 bits of the hash of each text, document
+    index/representatives.parquet        document, representative: of those above that did not stay
+
+Documents are numbered in the order of their shards, generation after generation, so a number is a place in a file,
+where the text is that a new document is verified against. Exact copies and texts without words have no keys here.
+Sorted numbers are stored as packed differences: of n documents, a key of 54 bits and its document take 59 bits whatever
+n is, a hash 101, so 14 bands need 116 bytes a document.
+
+Shapes: N documents, M keys that are looked up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moray.pipelines.dedup.graph import Indices, Keys
+from moray.pipelines.dedup.shingles import KEY_BITS
+from moray.platform.atomic import write_json
+
+FOLDER = "index"
+_RANGE_ENTRIES = 4_000_000  # of a file, at most about: what a lookup holds in memory
+
+Hashes = npt.NDArray[np.bytes_]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The documents of one run. offset: the number of the first one; shards, rows: their files, and documents in each;
+    ranges: files of a band, a power of two. documents: the artifact (`step/fingerprint`) that the files are in."""
+
+    documents: str
+    offset: int
+    shards: tuple[str, ...]
+    rows: tuple[int, ...]
+    ranges: int
+
+    @property
+    def count(self) -> int:
+        return sum(self.rows)
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / FOLDER / "index.json", asdict(self))
+
+    @staticmethod
+    def read(folder: Path) -> Generation:
+        stored = json.loads((folder / FOLDER / "index.json").read_text())
+        return Generation(**stored | {"shards": tuple(stored["shards"]), "rows": tuple(stored["rows"])})
+
+
+def ranges_for(count: int) -> int:
+    """Files per band for so many documents."""
+    return 1 << max(0, (count - 1) // _RANGE_ENTRIES).bit_length()
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A generation of earlier runs: where its index is, and its documents."""
+
+    generation: Generation
+    folder: Path
+    texts: Path
+
+
+def write_band(folder: Path, band: int, ranges: int, keys: Keys, numbers: Indices) -> None:
+    """The keys of one band, in keep order, and whose they are."""
+    order = np.argsort(keys, kind="stable")
+    _write_ranges(_band_folder(folder, band), keys[order], KEY_BITS, ranges, {"document": numbers[order]})
+
+
+def find_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, Indices]:
+    """Of every earlier document that has one of these keys [M]: the key and its number, in keep order by key."""
+    wanted = np.unique(keys)
+    found_keys, found_numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for one in earlier:
+        for part, table in _read_ranges(_band_folder(one.folder, band), one.generation.ranges, KEY_BITS, wanted):
+            stored = table["key"].to_numpy().view(np.uint64)
+            here = np.flatnonzero(np.isin(stored, part, assume_unique=False))
+            found_keys.append(stored[here])
+            found_numbers.append(table["document"].to_numpy()[here])
+    return np.concatenate(found_keys), np.concatenate(found_numbers)
+
+
+def write_hashes(folder: Path, ranges: int, hashes: Hashes, numbers: Indices) -> None:
+    """Distinct hashes, and who has them."""
+    high, low = halves(hashes)
+    order = np.lexsort((low, high))
+    _write_ranges(folder / FOLDER / "hashes", high[order], 64, ranges, {"rest": low[order], "document": numbers[order]})
+
+
+def find_hashes(earlier: Sequence[Earlier], hashes: Hashes) -> Indices:
+    """int64 [M]: the number of the earlier document with each of these hashes, -1 where there is none."""
+    high, low = halves(hashes)
+    found = np.full(len(hashes), -1, np.int64)
+    order = np.argsort(high, kind="stable")
+    for one in earlier:
+        for part, table in _read_ranges(one.folder / FOLDER / "hashes", one.generation.ranges, 64, high[order]):
+            at = {(h, r): n for h, r, n in zip(*_matching(table, part), strict=True)}
+            begin = int(np.searchsorted(high[order], part[0]))
+            for i in order[begin : begin + len(part)].tolist():
+                found[i] = at.get((int(high[i]), int(low[i])), found[i])
+    return found
+
+
+def _matching(table: pa.Table, part: Keys) -> tuple[list[int], list[int], list[int]]:
+    """(key, rest, document) of the rows with one of these keys."""
+    stored = table["key"].to_numpy().view(np.uint64)
+    here = np.flatnonzero(np.isin(stored, part))
+    rest = table["rest"].to_numpy()[here].view(np.uint32)
+    return stored[here].tolist(), rest.tolist(), table["document"].to_numpy()[here].tolist()
+
+
+def write_representatives(folder: Path, documents: Indices, representatives: Indices) -> None:
+    table = pa.table({"document": documents, "representative": representatives})
+    _write(folder / FOLDER / "representatives.parquet", table)
+
+
+def read_representatives(earlier: Sequence[Earlier]) -> dict[int, int]:
+    """Who stays for an earlier document that does not, by number."""
+    direct: dict[int, int] = {}
+    for one in earlier:
+        table = pq.read_table(one.folder / FOLDER / "representatives.parquet")
+        direct |= dict(zip(table["document"].to_pylist(), table["representative"].to_pylist(), strict=True))
+    for document in direct:
+        last = direct[document]
+        while last in direct:  # who stayed may have gone since, for an older one
+            last = direct[last]
+        direct[document] = last
+    return direct
+
+
+def _band_folder(folder: Path, band: int) -> Path:
+    return folder / FOLDER / f"band-{band:02d}"
+
+
+def halves(hashes: Hashes) -> tuple[Keys, npt.NDArray[np.uint32]]:
+    """The first 64 and the next 32 bits of hashes in hexadecimal."""
+    raw = np.frombuffer(bytes.fromhex(b"".join(one[:24] for one in hashes.tolist()).decode()), np.uint8).reshape(-1, 12)
+    return (
+        np.ascontiguousarray(raw[:, :8]).view(">u8").ravel().astype(np.uint64),
+        np.ascontiguousarray(raw[:, 8:]).view(">u4").ravel().astype(np.uint32),
+    )
+
+
+def _write_ranges(
+    folder: Path, keys: Keys, bits: int, ranges: int, columns: dict[str, npt.NDArray[np.generic]]
+) -> None:
+    """A file per range of ascending keys; each is whole or not there."""
+    for number, (begin, end) in enumerate(_range_bounds(keys, bits, ranges)):
+        rows = {name: _signed(values[begin:end]) for name, values in {"key": keys, **columns}.items()}
+        _write(folder / f"range-{number:05d}.parquet", pa.table(rows))
+
+
+def _read_ranges(folder: Path, ranges: int, bits: int, wanted: Keys) -> Iterator[tuple[Keys, pa.Table]]:
+    """The ranges that ascending keys fall into: those keys, and the file."""
+    for number, (begin, end) in enumerate(_range_bounds(wanted, bits, ranges)):
+        if end > begin:
+            yield wanted[begin:end], pq.read_table(folder / f"range-{number:05d}.parquet")
+
+
+def _range_bounds(keys: Keys, bits: int, ranges: int) -> list[tuple[int, int]]:
+    """[begin, end) of each range of ascending keys: ranges have equal numbers of values of so many bits."""
+    shift = np.uint64(bits - (ranges.bit_length() - 1))
+    if ranges == 1:
+        return [(0, len(keys))]
+    ends = np.searchsorted(keys >> shift, np.arange(ranges, dtype=np.uint64), side="right").tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _signed(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Parquet packs differences of signed numbers; they wrap around as unsigned ones do."""
+    return values.view(f"i{values.dtype.itemsize}")
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coming = path.with_name(f".{path.name}")
+    packed = [name for name in table.column_names if name != "rest"]
+    encodings = {name: "DELTA_BINARY_PACKED" if name in packed else "PLAIN" for name in table.column_names}
+    pq.write_table(
+        table, coming, use_dictionary=False, column_encoding=encodings, compression="none", write_statistics=False
+    )
+    coming.replace(path)
