@@ -189,8 +189,7 @@ def _tokenize_group(group: Row, job: Job) -> Row:
         row: Row = json.loads(record.read_text())
         return row
     training = group["part"] == "train"
-    table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in group["paths"]]).combine_chunks()
-    documents = _encoded(table, job, job.config.fim_rate if training else 0.0)
+    documents = _encoded(group["paths"], job, job.config.fim_rate if training else 0.0)
     length = job.config.sequence_length
     pieces = plan(np.diff(documents.bounds), length, job.config.packing if training else "concatenate")
     packed, rows = pack(documents, pieces, length, job.vocabulary)
@@ -204,7 +203,9 @@ def _tokenize_group(group: Row, job: Job) -> Row:
     return row
 
 
-def _encoded(table: pa.Table, job: Job, fim_rate: float) -> Documents:
+def _encoded(paths: list[str], job: Job, fim_rate: float) -> Documents:
+    """The documents of some shards as tokens; their text is gone from memory when this returns."""
+    table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in paths]).combine_chunks()
     names = table["id"].to_pylist()
     column = table["text"].chunk(0).cast(pa.large_string())
     sizes = np.diff(text_buffers(column)[0])
