@@ -63,7 +63,7 @@ class LoadTokenizer(Step[LoadTokenizerConfig]):
             ctx.note(f"text will be encoded by Hugging Face tokenizers, the slower way: {reason}", level="warning")
         size = tokenizer.get_vocab_size()
         ctx.counts |= {"out:tokens": size}
-        ctx.outcome = f"{size:,} tokens, {'as fast as can be' if not reason else 'the slower way'}"
+        ctx.outcome = f"{size:,} tokens, {'slow' if reason else 'fast'} to encode"
 
 
 def _folder(config: LoadTokenizerConfig) -> Path:
