@@ -48,7 +48,7 @@ characters = st.one_of(st.sampled_from(encoding._KINDS), st.characters(exclude_c
 texts = st.lists(st.lists(characters, max_size=25).map("".join), max_size=6)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(found=texts)
 def test_both_encoders_give_the_same_ids(both: tuple[FastEncoder, ReferenceEncoder], found: list[str]) -> None:
     column = pa.array(found, pa.large_string())

@@ -178,7 +178,7 @@ def test_documents_are_the_same_however_they_lie_in_shards(
     assert apart.counts["train_sequences"] >= one.counts["train_sequences"]
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 5, 23])
+@pytest.mark.parametrize("stop_after", [1, 23])
 def test_a_run_that_was_interrupted_goes_on(
     tmp_path: Path, texts: Texts, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
