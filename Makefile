@@ -33,6 +33,8 @@ bench-peers:
 bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/dedup_quality.py
 	$(BIN)/python benchmarks/dedup_engine.py
+	$(BIN)/python benchmarks/encoding.py
+	$(BIN)/python benchmarks/packing.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
