@@ -147,16 +147,22 @@ def read_pythonbible(path: Path, max_bytes: int, columns: Columns = DEFAULT_COLU
         yield "", None, "unreadable"
         return
     try:
-        call = next(node for node in ast.walk(ast.parse(data)) if isinstance(node, ast.Call))
-        text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
+        chapters = bible_chapters(data)
     except (StopIteration, SyntaxError, ValueError):
         yield "", None, "malformed"
         return
+    for chapter, text in chapters.items():
+        yield _decode(text.encode(), max_bytes, f"#{chapter}")
+
+
+def bible_chapters(data: bytes) -> dict[int, str]:
+    """Texts by chapter (book * 1000 + number). StopIteration, SyntaxError or ValueError for another kind of file."""
+    call = next(node for node in ast.walk(ast.parse(data)) if isinstance(node, ast.Call))
+    text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
     chapters: dict[int, list[str]] = {}
     for verse, start in starts.items():
         chapters.setdefault(verse // 1000, []).append(text[start : ends[verse]].strip())
-    for chapter, verses in chapters.items():
-        yield _decode(" ".join(verses).encode(), max_bytes, f"#{chapter}")
+    return {chapter: " ".join(verses) for chapter, verses in chapters.items()}
 
 
 READERS: dict[str, Reader] = {
