@@ -106,18 +106,20 @@ class ObjectReader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Fills the whole buffer unless the object ends: Arrow takes a short read for the end."""
         target = memoryview(buffer).cast("B")
-        if not len(target) or self._at >= self._size:
-            return 0
-        if not self._begin <= self._at < self._begin + len(self._block):
-            end = min(self._size, self._at + max(_BLOCK, len(target)))
-            self._block = self._bucket.read_range(self._key, self._at, end, self._etag)
-            self._begin = self._at
-        start = self._at - self._begin
-        part = self._block[start : start + len(target)]
-        target[: len(part)] = part
-        self._at += len(part)
-        return len(part)
+        done = 0
+        while done < len(target) and self._at < self._size:
+            if not self._begin <= self._at < self._begin + len(self._block):
+                end = min(self._size, self._at + max(_BLOCK, len(target) - done))
+                self._block = self._bucket.read_range(self._key, self._at, end, self._etag)
+                self._begin = self._at
+            start = self._at - self._begin
+            part = self._block[start : start + len(target) - done]
+            target[done : done + len(part)] = part
+            done += len(part)
+            self._at += len(part)
+        return done
 
 
 @lru_cache(maxsize=64)

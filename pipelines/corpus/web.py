@@ -153,7 +153,7 @@ def _text(data: bytes, charset: str, is_html: bool = False) -> str:
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
     marked = next((name for mark, name in _BOMS if data.startswith(mark)), None)
-    chosen = marked or (map_encoding_to_html5(charset) if charset else None)
+    chosen = marked or (map_encoding_to_html5(charset, False) if charset else None)
     chosen = chosen or detect_encoding(data, from_html_meta=is_html)
     return str(bytes_to_str(data, chosen or "utf-8", errors="replace")).encode(errors="replace").decode()
 
