@@ -71,7 +71,7 @@ class Source(StepConfig):
             root = self.path.expanduser()
             if not root.exists():
                 hint = f"`{self.made_by}` makes it" if self.made_by else "correct the path in the recipe"
-                raise InputError(f"source {self.name!r}: {root} does not exist", hint)
+                raise InputError(f"source {self.name!r}: {root.absolute()} does not exist", hint)
             return root.absolute()
         spec = importlib.util.find_spec(str(self.package))
         if spec is None or spec.origin is None:
