@@ -239,7 +239,7 @@ class Bucket:
     def _refused(self, error: ClientError, key: str) -> InputError:
         code, where = _code(error), f"{self.url}/{key}" if key else self.url
         if code == "NoSuchBucket":
-            return InputError(f"{self.url}: there is no bucket {self._name!r}", "create it, or mend MORAY_ARTIFACTS")
+            return InputError(f"{self.url}: there is no bucket {self._name!r}", "create it, or correct the address")
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
             return InputError(f"{self.url}: the credentials are refused ({code})", "check AWS_ACCESS_KEY_ID and so on")
         if code == "AccessDenied" or _status(error) == 403:

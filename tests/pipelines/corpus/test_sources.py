@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,6 +194,18 @@ def test_patterns_mean_for_a_bucket_what_they_mean_for_a_folder(keys: set[str], 
 def test_sources_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Source(name="s", **fields)
+
+
+def test_the_page_on_sources_is_true() -> None:
+    """Its example is valid, and its table has every field."""
+    page = (Path(__file__).parents[3] / "docs" / "corpus.md").read_text()
+    (snippet,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.S | re.M)
+    sources = yaml.safe_load(snippet)["steps"]["corpus"]["with"]["sources"]
+    assert {Source.model_validate(source).reader for source in sources} == set(READERS) - {"pythonbible"}
+    for field in Source.model_fields:
+        assert f"`{field}`" in page.partition("## Readers")[0], field
+    for reader in READERS:
+        assert f"| `{reader}` |" in page, reader
 
 
 def test_a_source_that_is_not_there_says_what_makes_it(tmp_path: Path) -> None:
