@@ -75,7 +75,7 @@ def read_warc(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         except InputError:
             raise
         except Exception as error:  # the library's own, and whatever a torn header makes it stumble over
-            yield Reject("", MALFORMED, f"after record {number}: {words(error)}")
+            yield Reject("", MALFORMED, f"after record {number}: {words(error)}" if number >= 0 else words(error))
 
 
 _DOCUMENTS = ("response", "resource", "conversion")
