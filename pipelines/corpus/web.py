@@ -159,7 +159,9 @@ def _text(data: bytes, charset: str, is_html: bool = False) -> str:
 
 
 def _depth(html: str) -> int:
-    """How deep blocks lie in one another, by their tags."""
+    """How deep blocks lie in one another, by their tags; 0 where there are too few to matter."""
+    if html.count("<") <= _DEPTH:
+        return 0
     depth = deepest = 0
     for tag in _TAG.finditer(html):
         depth += -1 if tag.group(1) else 1
