@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from moray.pipelines.filter.mask import Kind
 from moray.platform.step import StepConfig
 
 Family = Literal["basic", "gopher_quality", "gopher_repetition", "c4", "fineweb"]
@@ -152,6 +153,11 @@ class FilterConfig(RulesConfig):
     languages: tuple[str, ...] = Field((), description="documents in others go: codes of ISO 639, as fastText has them")
     min_language_score: float = Field(0.65, ge=0, le=1, description="the probability of the language, at least")
     identify_language: bool = Field(False, description="say the language without `languages` too")
+
+    mask: tuple[Kind, ...] = Field((), description="what becomes `<email>` and so on in the documents that stay")
+    phone_regions: tuple[str, ...] = Field(
+        (), description="countries whose phone numbers are found without '+' too: two letters of ISO 3166"
+    )
 
     @property
     def identifies(self) -> bool:

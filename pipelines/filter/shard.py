@@ -1,7 +1,7 @@
 """The work of one task of filter: a shard of documents, a batch at a time, from file to file.
 
-A document passes the rules, then the language, in this order, up to the first that it does not meet. What is known of
-it by then goes with it in columns.
+A document passes the rules, then the language, up to the first that it does not meet; what it gives away of people is
+masked last. What was found out goes with it in columns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from moray.pipelines.documents import write_batches, write_parquet
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.language import identify
+from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge
 from moray.pipelines.shards import Row
 from moray.platform.atomic import write_json
@@ -53,7 +54,8 @@ class _Work:
 
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
-        names = ("documents", "bytes", "kept", "kept_bytes", "edited", *(f"dropped:{r}" for r in config.reasons()))
+        names = ["documents", "bytes", "kept", "kept_bytes", "edited"]
+        names += [f"dropped:{reason}" for reason in config.reasons()] + [f"masked:{kind}" for kind in config.mask]
         self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # the same columns in every shard's row
         self._removed: list[pa.Table] = []
 
@@ -71,6 +73,8 @@ class _Work:
             kept = self._by_rules(table)
             if self.config.identifies:
                 kept = self._by_language(kept)
+            if self.config.mask:
+                kept = self._masked(kept)
             self.counts["kept"] += kept.num_rows
             self.counts["kept_bytes"] += _bytes(kept["text"])
             yield kept.select(schema.names).cast(schema)
@@ -85,7 +89,7 @@ class _Work:
             return kept
         texts = judged.texts.filter(pa.array([reason is None for reason in judged.reasons]))
         self.counts["edited"] += _different(kept["text"], texts)
-        return kept.set_column(kept.schema.get_field_index("text"), kept.schema.field("text"), texts)
+        return with_column(kept, kept.schema.field("text"), texts)
 
     def _by_language(self, table: pa.Table) -> pa.Table:
         languages, found = identify(table["text"].combine_chunks())
@@ -96,6 +100,14 @@ class _Work:
             return table
         other = [name not in wanted or score < least for name, score in zip(languages, found, strict=True)]
         return self._remove(table, ["language" if is_other else None for is_other in other], scores, least)
+
+    def _masked(self, table: pa.Table) -> pa.Table:
+        texts = []
+        for text in table["text"].to_pylist():
+            masked, counts = mask(text, self.config.mask, self.config.phone_regions)
+            self.counts.update({f"masked:{kind}": n for kind, n in counts.items()})
+            texts.append(masked)
+        return with_column(table, table.schema.field("text"), pa.array(texts, pa.large_string()))
 
     def _remove(self, table: pa.Table, reasons: list[str | None], values: Any, limits: Any) -> pa.Table:
         """The documents without a reason; remembers the others. values, limits: a number, or one for each."""

@@ -1,4 +1,4 @@
-"""filter: drops documents that break rules on words and lines, or are in another language.
+"""filter: drops documents that break rules on words and lines, or are in another language, and masks personal data.
 
 Which rules and which limits the recipe says; the first that a document breaks is its reason, kept in
 `removed-*.parquet` beside the documents that stay. A rerun after a kill goes on with the shards that are missing.
@@ -36,6 +36,12 @@ class Filter(Step[FilterConfig]):
             for language in config.languages:
                 if language not in known_languages():
                     raise RecipeError(f"languages: {language!r} is not known", nearest(language, known_languages()))
+        if config.phone_regions:
+            from phonenumbers import SUPPORTED_REGIONS
+
+            for region in config.phone_regions:
+                if region not in SUPPORTED_REGIONS:
+                    raise RecipeError(f"phone_regions: {region!r} is not known", nearest(region, SUPPORTED_REGIONS))
 
     def run(self, ctx: StepContext[FilterConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder)
@@ -53,7 +59,7 @@ class Filter(Step[FilterConfig]):
             "in:documents": totals["documents"],
             "out:documents": totals["kept"],
             "bytes": totals["kept_bytes"],
-            **{name: n for name, n in totals.items() if name.startswith(("dropped:", "edited")) and n},
+            **{name: n for name, n in totals.items() if name.startswith(("dropped:", "masked:", "edited")) and n},
         }
         ctx.outcome = "dropped " + (", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing")
 
