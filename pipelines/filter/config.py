@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moray.pipelines.filter.mask import Kind
 from moray.platform.step import StepConfig
@@ -154,10 +154,21 @@ class FilterConfig(RulesConfig):
     min_language_score: float = Field(0.65, ge=0, le=1, description="the probability of the language, at least")
     identify_language: bool = Field(False, description="say the language without `languages` too")
 
+    min_quality: float | None = Field(None, ge=0, le=1, description="the score by the input `quality`, at least")
+    quality_bands: tuple[float, ...] = Field(
+        (0.5, 0.8), description="scores between 0 and 1 that part bands, ascending"
+    )
     mask: tuple[Kind, ...] = Field((), description="what becomes `<email>` and so on in the documents that stay")
     phone_regions: tuple[str, ...] = Field(
         (), description="countries whose phone numbers are found without '+' too: two letters of ISO 3166"
     )
+
+    @field_validator("quality_bands")
+    @classmethod
+    def _ascending(cls, bands: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < one < 1 for one in bands) or sorted(set(bands)) != list(bands):
+            raise ValueError("must ascend, between 0 and 1")
+        return bands
 
     @property
     def identifies(self) -> bool:
@@ -168,4 +179,8 @@ class FilterConfig(RulesConfig):
         found = [EMPTY] if self.rules != ("basic",) else []
         for family in self.rules:
             found += [reason(family, k) for k in range(len(_fields(family)))]
-        return list(dict.fromkeys(found)) + (["language"] if self.languages else [])
+        return (
+            list(dict.fromkeys(found))
+            + (["language"] if self.languages else [])
+            + (["quality"] if self.min_quality is not None else [])
+        )

@@ -1,7 +1,7 @@
 """The work of one task of filter: a shard of documents, a batch at a time, from file to file.
 
-A document passes the rules, then the language, up to the first that it does not meet; what it gives away of people is
-masked last. What was found out goes with it in columns.
+A document passes the rules, then the language, then the quality, up to the first that it does not meet; what it gives
+away of people is masked last. What was found out goes with it in columns.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.language import identify
 from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge
+from moray.pipelines.quality.model import QualityModel, load
 from moray.pipelines.shards import Row
 from moray.platform.atomic import write_json
 
@@ -31,14 +33,19 @@ REMOVED = pa.schema(
 )
 _LANGUAGE = (pa.field("language", pa.string()), pa.field("language_score", pa.float32()))
 
+_QUALITY = (pa.field("quality", pa.float32()), pa.field("quality_band", pa.string()))
 
-def filter_shard(shard: Row, folder: str, config: FilterConfig) -> Row:
-    """Writes the documents that stay, those that go with the reason, and returns counts. Runs in a Ray worker."""
+
+def filter_shard(shard: Row, folder: str, config: FilterConfig, model: str) -> Row:
+    """Writes the documents that stay, those that go with the reason, and returns counts. Runs in a Ray worker.
+
+    model: the folder of a quality model, or ''.
+    """
     path = Path(shard["path"])
     counts = Path(folder) / COUNTS / f"{path.stem}.json"
     if counts.exists():
         return dict(json.loads(counts.read_text()))
-    work = _Work(config)
+    work = _Work(config, model)
     file = pq.ParquetFile(path)
     schema = work.schema(file.schema_arrow)
     tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH))
@@ -52,8 +59,8 @@ def filter_shard(shard: Row, folder: str, config: FilterConfig) -> Row:
 class _Work:
     """Filters tables, and remembers what was removed and how much there was of what."""
 
-    def __init__(self, config: FilterConfig) -> None:
-        self.config = config
+    def __init__(self, config: FilterConfig, model: str) -> None:
+        self.config, self._model = config, load(Path(model)) if model else None
         names = ["documents", "bytes", "kept", "kept_bytes", "edited"]
         names += [f"dropped:{reason}" for reason in config.reasons()] + [f"masked:{kind}" for kind in config.mask]
         self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # the same columns in every shard's row
@@ -61,7 +68,8 @@ class _Work:
 
     def schema(self, before: pa.Schema) -> pa.Schema:
         """The columns of what is kept: those of before, and those that are found out here."""
-        for field in _LANGUAGE if self.config.identifies else ():
+        found = (_LANGUAGE if self.config.identifies else ()) + (_QUALITY if self._model else ())
+        for field in found:
             at = before.get_field_index(field.name)
             before = before.append(field) if at < 0 else before.set(at, field)
         return before
@@ -73,6 +81,8 @@ class _Work:
             kept = self._by_rules(table)
             if self.config.identifies:
                 kept = self._by_language(kept)
+            if self._model:
+                kept = self._by_quality(kept, self._model)
             if self.config.mask:
                 kept = self._masked(kept)
             self.counts["kept"] += kept.num_rows
@@ -101,6 +111,17 @@ class _Work:
         other = [name not in wanted or score < least for name, score in zip(languages, found, strict=True)]
         return self._remove(table, ["language" if is_other else None for is_other in other], scores, least)
 
+    def _by_quality(self, table: pa.Table, model: QualityModel) -> pa.Table:
+        scores, least = model.scores(table["text"]).astype(np.float32), self.config.min_quality
+        edges = [0.0, *self.config.quality_bands, 1.0]
+        names = np.array([f"{low:g}-{high:g}" for low, high in pairwise(edges)])
+        bands = names[np.searchsorted(np.array(edges[1:-1], np.float32), scores, side="right")]
+        table = with_column(table, _QUALITY[0], pa.array(scores, pa.float32()))
+        table = with_column(table, _QUALITY[1], pa.array(bands, pa.string()))
+        if least is None:
+            return table
+        return self._remove(table, ["quality" if score < least else None for score in scores], scores, least)
+
     def _masked(self, table: pa.Table) -> pa.Table:
         texts = []
         for text in table["text"].to_pylist():
@@ -115,7 +136,7 @@ class _Work:
         stays = pa.array([reason is None for reason in reasons], pa.bool_())
         gone = np.flatnonzero([reason is not None for reason in reasons])
         columns = [table["id"].take(pa.array(gone)), [reason for reason in reasons if reason]]
-        columns += [np.broadcast_to(numbers, len(reasons))[gone] for numbers in (values, limits)]
+        columns += [np.broadcast_to(numbers, len(reasons))[gone].astype(np.float64) for numbers in (values, limits)]
         self._removed.append(pa.table(columns, schema=REMOVED))
         return table.filter(stays)
 

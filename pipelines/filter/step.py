@@ -1,4 +1,4 @@
-"""filter: drops documents that break rules on words and lines, or are in another language, and masks personal data.
+"""filter: drops documents that break rules on words and lines, are in another language, or not good enough; and masks.
 
 Which rules and which limits the recipe says; the first that a document breaks is its reason, kept in
 `removed-*.parquet` beside the documents that stay. A rerun after a kill goes on with the shards that are missing.
@@ -24,12 +24,17 @@ class Filter(Step[FilterConfig]):
     name: ClassVar[str] = "filter"
     version: ClassVar[int] = 2  # 2: `removed-*.parquet` has values and thresholds
     Config = FilterConfig
-    inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents", "quality": "quality-model"}
+    optional: ClassVar[frozenset[str]] = frozenset({"quality"})
     produces: ClassVar[str] = "documents"
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
     def check(self, config: FilterConfig, inputs: Mapping[str, str]) -> None:
+        if config.min_quality is not None and "quality" not in inputs:
+            raise RecipeError(
+                "min_quality: there is no model to score by", "add the input `quality`, a step that uses quality-model"
+            )
         if config.languages:
             from moray.pipelines.filter.language import known_languages
 
@@ -46,7 +51,8 @@ class Filter(Step[FilterConfig]):
     def run(self, ctx: StepContext[FilterConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder)
         shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
-        apply = partial(filter_shard, folder=str(ctx.folder), config=ctx.config)
+        model = str(ctx.inputs["quality"].folder) if "quality" in ctx.inputs else ""
+        apply = partial(filter_shard, folder=str(ctx.folder), config=ctx.config, model=model)
         rows = map_shards(ctx, "filtering", shards, apply, "bytes", lambda row: row["size"], pace)
         totals: Counter[str] = Counter()
         for row in rows:
