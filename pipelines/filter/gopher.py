@@ -30,6 +30,7 @@ from moray.pipelines.filter.layout import (
     hash_of,
     hash_of_words,
     line_end,
+    most_counted,
     stripped,
 )
 
@@ -115,36 +116,34 @@ def _repeated_parts(document: Document, begin: int, end: int, least: int, counts
 
 
 @numba.njit(nogil=True, cache=True)
-def _most_frequent(document: Document, size: int, counts: Counts) -> int:
-    """Characters, with a space between words, of all occurrences of the most frequent n-gram."""
+def _characters(document: Document, begin: int, count: int) -> int:
+    """Of so many words."""
+    characters = 0
+    for w in range(begin, begin + count):
+        characters += document.ends[w] - document.begins[w]
+    return characters
+
+
+@numba.njit(nogil=True, cache=True)
+def _most_frequent(document: Document, size: int, counts: Counts) -> tuple[int, int]:
+    """Characters, with a space between words, of all occurrences of the most frequent n-gram; how many there are."""
     grams = len(document.words) - size + 1
-    if grams <= 0:
-        return 0
     mask = empty_table(counts, grams)
     for w in range(grams):
         count_key(counts, mask, hash_of_words(document.words, w, size), w)
-    best = counts.filled[0]
-    for i in range(1, counts.clock[1]):
-        if counts.times[counts.filled[i]] > counts.times[best]:
-            best = counts.filled[i]
-    length = size - 1
-    for w in range(counts.first[best], counts.first[best] + size):
-        length += document.ends[w] - document.begins[w]
-    return length * counts.times[best]
+    first, times = most_counted(counts)
+    return (_characters(document, first, size) + size - 1) * times, times
 
 
 @numba.njit(nogil=True, cache=True)
 def _repeated_grams(document: Document, size: int, counts: Counts) -> int:
     """Characters of words within n-grams that came before."""
     grams = len(document.words) - size + 1
-    if grams <= 0:
-        return 0
     mask = empty_table(counts, grams)
     characters = w = 0
     while w < grams:
         if count_key(counts, mask, hash_of_words(document.words, w, size), w):
-            for k in range(w, w + size):
-                characters += document.ends[k] - document.begins[k]
+            characters += _characters(document, w, size)
             w += size
         else:
             w += 1
@@ -165,11 +164,28 @@ def repetition(document: Document, limits: Numbers, counts: Counts) -> tuple[int
         return 2, repeated / parts
     if characters / length > limits[3]:
         return 3, characters / length
+    return _repeated_words(document, limits, counts)
+
+
+@numba.njit(nogil=True, cache=True)
+def _repeated_words(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+    """The limits from the fifth on: the most frequent 2 to 4 words, and repeated ones of 5 to 10.
+
+    Where no few words come twice, no more do: what follows need not be counted.
+    """
+    length, found, times = len(document.codes), 1, 2
     for k in range(4, len(limits)):
+        size = k - 2
+        if len(document.words) < size:
+            break
         if np.isnan(limits[k]):
             continue
-        size = k - 2  # the most frequent of 2 to 4 words, the repeated ones of 5 to 10
-        found = _most_frequent(document, size, counts) if size <= 4 else _repeated_grams(document, size, counts)
+        if size > 4:
+            found = _repeated_grams(document, size, counts) if found and times > 1 else 0
+        elif times > 1:
+            found, times = _most_frequent(document, size, counts)
+        else:
+            found = _characters(document, 0, size) + size - 1
         if found / length > limits[k]:
             return k, found / length
     return NONE, 0.0

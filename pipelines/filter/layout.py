@@ -41,14 +41,13 @@ class Document(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """A hash table that is emptied by turning `clock`: keys, when each was set, how often, where first; and the slots
-    in the order in which they were filled."""
+    """A hash table that is emptied by turning `clock[0]`. By slot: the key, and the clock when it was set and how often
+    it came, as one number; by order of first coming, of which there were `clock[1]`: the slot, and the place."""
 
     keys: Hashes
-    set_at: Places
     times: Places
-    first: Places
-    filled: Places
+    slots: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int32]
     clock: Places
 
 
@@ -56,8 +55,8 @@ def counts_for(items: int) -> Counts:
     """Room for that many different keys."""
     room = 1 << max(4, int(2 * items).bit_length())
     return Counts(
-        np.zeros(room, np.uint64), np.zeros(room, np.int64), np.zeros(room, np.int64), np.zeros(room, np.int64),
-        np.zeros(items + 1, np.int64), np.zeros(2, np.int64),
+        np.zeros(room, np.uint64), np.zeros(room, np.int64), np.zeros(items + 1, np.int32),
+        np.zeros(items + 1, np.int32), np.zeros(2, np.int64),
     )  # fmt: skip
 
 
@@ -77,18 +76,28 @@ def count_key(counts: Counts, mask: int, key: np.uint64, place: int) -> int:
     """How often this key has come before; counts it."""
     now = counts.clock[0]
     slot = np.int64(key & np.uint64(mask))
-    while counts.set_at[slot] == now:
+    while counts.times[slot] >> 32 == now:
         if counts.keys[slot] == key:
             counts.times[slot] += 1
-            return counts.times[slot] - 1
+            return (counts.times[slot] & 0xFFFFFFFF) - 1
         slot = (slot + 1) & mask
     counts.keys[slot] = key
-    counts.set_at[slot] = now
-    counts.times[slot] = 1
-    counts.first[slot] = place
-    counts.filled[counts.clock[1]] = slot
+    counts.times[slot] = now << 32 | 1
+    counts.slots[counts.clock[1]] = slot
+    counts.places[counts.clock[1]] = place
     counts.clock[1] += 1
     return 0
+
+
+@numba.njit(nogil=True, cache=True)
+def most_counted(counts: Counts) -> tuple[int, int]:
+    """(where it came first, how often) of the key that came most often, and first of those; there must be one."""
+    best = most = 0
+    for i in range(counts.clock[1]):
+        times = counts.times[counts.slots[i]] & 0xFFFFFFFF
+        if times > most:
+            best, most = i, times
+    return counts.places[best], most
 
 
 @numba.njit(nogil=True, cache=True)
