@@ -36,9 +36,8 @@ _BEGIN = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-
 _END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _BODY = re.compile(r"[A-Za-z0-9+/=]{32}")
 _LONGEST_BLOCK = 20_000
-_GIVEN = re.compile(
-    r"(?:key|token|secret)[\"']?[ \t]{0,4}(?::=|=>|[:=])[ \t]{0,4}[\"']?([A-Za-z0-9+/_.~=-]{20,200}+)", re.IGNORECASE
-)
+_GIVEN = re.compile(r"[:=][=>]?[ \t]{0,4}[\"']?([A-Za-z0-9+/_.~=-]{20,200}+)")
+_NAME = re.compile(r"(?:key|token|secret)[\"']?[ \t]{0,4}$", re.IGNORECASE)
 _LEAST_BITS = 3.5  # a character; 20 random hexadecimal digits have 3.4 on average and 4 at most, English less
 _LEAST_DIGITS = 2
 
@@ -50,7 +49,7 @@ def find_keys(text: str) -> Iterator[Span]:
             yield from (found.span() for found in form.finditer(text))
     yield from _blocks(text)
     for found in _GIVEN.finditer(text):
-        if _random(found[1]):
+        if _NAME.search(text, max(0, found.start() - 12), found.start()) and _random(found[1]):
             yield found.span(1)
 
 
