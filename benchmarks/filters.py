@@ -3,9 +3,10 @@
 Both are given the same words (those between white space) and the same ends of sentences, one thread each, the median of
 the rounds. datatrove starts from Python strings, which is what it takes, Moray from Arrow's memory, which is what
 Parquet is read into. Decisions are compared family by family, with the rule that a document is dropped for and the text
-that C4 leaves of it; time is that of the four families one after another, in FineWeb's order. The texts are those of
-this environment, or the Parquet files (column `text`) of a folder. The peers are in an environment of their own:
-`make bench-peers`.
+that C4 leaves of it; time is that of the four families one after another, in FineWeb's order. Then what else filter
+does: languages by the first 1,000 characters and by all of a text, and masks. The texts are those of a folder of
+Parquet files (column `text`), by default of the built corpus (`make bench-corpus`), or of this environment where it is
+not built. The peers are in an environment of their own: `make bench-peers`.
 
 Usage: python benchmarks/filters.py [MEGABYTES=20] [ROUNDS=3] [FOLDER]
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ from result import Bar, report
 
 from moray.pipelines.documents import content_hash
 from moray.pipelines.filter.config import Family, FilterConfig
+from moray.pipelines.filter.language import identify
+from moray.pipelines.filter.mask import KINDS, mask
 from moray.pipelines.filter.rules import judge
 
 HERE = Path(__file__).resolve().parent
+BUILT = HERE / "corpus" / ".cache" / "documents"
 ORDER: tuple[Family, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 NAMES = {  # datatrove's reasons, as Moray's fields
     "gopher_short_doc": "min_words", "gopher_long_doc": "max_words", "empty": "empty",
@@ -89,6 +94,35 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
     return shares
 
 
+def seconds(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and its CPU-seconds."""
+    began = time.process_time()
+    found = work()
+    return found, time.process_time() - began
+
+
+def others(texts: list[str]) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """Languages and masks: rows and bars."""
+    column = pa.array(texts, pa.large_string())
+    identify(column[:10])
+    by_first, first_s = seconds(lambda: identify(column))
+    by_all, all_s = seconds(lambda: identify(column, max(map(len, texts))))
+    same = sum(one == other for one, other in zip(by_first[0], by_all[0], strict=True)) / len(texts)
+    found, mask_s = seconds(lambda: [mask(text, KINDS)[1] for text in texts])
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    rows: list[dict[str, Any]] = [
+        {"engine": "languages by 1,000 characters", "cpu_s": first_s, "documents_per_cpu_s": len(texts) / first_s},
+        {"engine": "languages by all of a text", "cpu_s": all_s, "documents_per_cpu_s": len(texts) / all_s},
+        {"engine": "masks, all kinds", "cpu_s": mask_s, "MB_per_cpu_s": size / mask_s,
+         "masked": {kind: sum(counts[kind] for counts in found) for kind in KINDS}},
+    ]  # fmt: skip
+    bars = [
+        Bar("languages: the same by 1,000 characters", same, 0.99, "higher"),
+        Bar("languages: all of a text over 1,000 characters", all_s / first_s, 4.0, "higher"),
+    ]
+    return rows, bars
+
+
 def measured(command: list[str]) -> float:
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True
@@ -100,7 +134,8 @@ def main(megabytes: str = "20", rounds: str = "3", folder: str = "") -> int:
     python = HERE / "peers" / ".venv" / "bin" / "python"
     if not python.exists():
         raise SystemExit("error: the peers are not installed: make bench-peers")
-    texts = texts_in(Path(folder), float(megabytes)) if folder else texts_of(float(megabytes))
+    place = Path(folder) if folder else BUILT
+    texts = texts_in(place, float(megabytes)) if place.is_dir() else texts_of(float(megabytes))
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as work:
         path, decisions = f"{work}/texts.parquet", f"{work}/decisions.json"
@@ -116,10 +151,11 @@ def main(megabytes: str = "20", rounds: str = "3", folder: str = "") -> int:
         {"engine": name, "cpu_s": s, "MB_per_cpu_s": size / s, "documents_per_cpu_s": len(texts) / s}
         for name, s in cpu.items()
     ]
-    rows.append({"documents": len(texts), "MB": size, "corpus": Path(folder).name if folder else "environment"})
+    rows.append({"documents": len(texts), "MB": size, "corpus": "built" if place.is_dir() else "environment"})
     bars = [Bar(f"same decisions, {family}", found, 0.999, "higher") for family, found in shares.items()]
     bars.append(Bar("datatrove over moray", cpu["datatrove"] / cpu["moray"], 10.0, "higher"))
-    return report("filters", rows, bars)
+    more_rows, more_bars = others(texts)
+    return report("filters", [*rows, *more_rows], [*bars, *more_bars])
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def known_languages() -> frozenset[str]:
     return frozenset(label.removeprefix(_LABEL) for label in labels)
 
 
-def identify(texts: pa.Array) -> tuple[list[str], list[float]]:
-    """The likeliest language of each text, '' if it says none, and its probability."""
+def identify(texts: pa.Array, characters: int = CHARACTERS) -> tuple[list[str], list[float]]:
+    """The likeliest language of each text by its first characters, '' if they say none, and its probability."""
     model = _model()
     languages, scores = [], []
-    for text in pc.utf8_slice_codeunits(texts, 0, CHARACTERS).to_pylist():
+    for text in pc.utf8_slice_codeunits(texts, 0, characters).to_pylist():
         labels, chances = model.predict(" ".join(text.split()))
         languages.append(labels[0].removeprefix(_LABEL) if labels else "")
         scores.append(min(float(chances[0]), 1.0) if labels else 0.0)
