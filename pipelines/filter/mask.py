@@ -27,11 +27,14 @@ _FILES = frozenset(  # names of files are no domains
     ("png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "css", "js", "json", "html", "htm", "php", "xml")
 )
 _V4 = re.compile(r"\d(?<![\w.].)\d{0,2}(?:\.\d{1,3}){3}(?![\w+]|[.-]\w)")
+_SHORTEST = len("1.2.3.4")  # of four digits alone: sections and versions, but one address in 400,000
 _VERSION = re.compile(
     r"(?:\bv|\bver|version|release|build|revision|firmware|section|\brev)[\"']?\W{0,4}$|[=<>~^!]=?\s?[\"']?$|\w[/@_-]$",
     re.IGNORECASE,
 )
-_ADDRESS = re.compile(r"(?:\bip|addr|address|host|server|remote|dns)\w{0,8}[\"']?\s?[=:]{1,2}\s?[\"']?$", re.IGNORECASE)
+_ADDRESS = re.compile(
+    r"(?:\bip|addr|address|host|server|remote|dns)\w{0,8}[\"']?\s?[=:]{1,2}\s?[\"']?$|//$|\bip $", re.IGNORECASE
+)
 _V6 = re.compile(r"[23](?<![\w:.].)[0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,8}(?![\w:])")
 _CARD = re.compile(
     r"\d(?<![\w.+-].)(?:\d{12,18}|\d{3}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{1,3})?|\d{3}([ -])\d{6}\2\d{4,5})"
@@ -85,12 +88,13 @@ def _emails(text: str) -> Iterator[Span]:
 def _addresses(text: str) -> Iterator[Span]:
     for found in _V4.finditer(text):
         before = text[max(0, found.start() - 24) : found.start()]
-        if _public(found[0]) and (_ADDRESS.search(before) or not _VERSION.search(before)):
+        looks_so = len(found[0]) > _SHORTEST and not _VERSION.search(before)
+        if (looks_so or _ADDRESS.search(before)) and _public(found[0]):
             yield found.span()
     for found in _V6.finditer(text):
         whole = found[0]
         address = whole[:-1] if whole.endswith(":") and not whole.endswith("::") else whole
-        if _public(address):
+        if _public(address) and not address.endswith("::"):  # a network's
             yield found.start(), found.start() + len(address)
 
 

@@ -103,7 +103,7 @@ CONFIG = FilterConfig(
 
 @pytest.fixture(scope="module")
 def rows() -> list[tuple[str, str]]:
-    stop = "Write to joe@example.com of it, with all that you have, from 8.8.8.8. "
+    stop = "Write to joe@example.com of it, with all that you have, from 93.184.216.34. "
     texts = [
         ENGLISH * 6 + stop, ENGLISH * 6 + "\nno end of a sentence\n" + ENGLISH, "too short", "1234 5678 " * 30,
         ENGLISH, "To be, they have it with that and the of it. " + GERMAN * 5, ENGLISH * 6 + "So { is not prose.",

@@ -12,7 +12,7 @@ from moray.pipelines.filter.mask import KINDS, _luhn, mask
 
 SHOWN = {
     "email": ("joe.doe+tag@mail.example.co.uk", "ANNA@firma.de", "x_y%z@sub-domain.org", "j\u00f6rg@m\u00fcller.de"),
-    "ip": ("8.8.8.8", "93.184.216.34", "2001:4860:4860::8888", "2A00:1450:4001:0:0:0:0:200E"),
+    "ip": ("8.8.200.8", "93.184.216.34", "2001:4860:4860::8888", "2A00:1450:4001:0:0:0:0:200E"),
     "phone": ("+49 30 901820", "+1 415-555-2671", "+44 20 7031 3000", "+33142685300"),
     "card": ("4111 1111 1111 1111", "5500-0055-5555-5559", "378282246310005", "3782 822463 10005", "6011000990139424"),
     "key": (
@@ -29,7 +29,8 @@ KEPT = (
     # private and documentation addresses, versions, times, names in code
     "10.0.0.1 192.168.1.1 127.0.0.1 0.0.0.0", "version 1.2.3.4", "v4.18.0.553", "numpy==1.2.3.4",
     "Chrome/91.0.4472.124",
-    "1.2.3.4.5", "256.1.1.1", "01.02.03.04", "1.2.3.4-rc1", "fe80::1 ::1 2001:db8::1", "a::b std::vector dead::beef",
+    "see 8.4.2.1 of it", "2002::/16", "1.2.3.4.5", "256.1.1.1", "01.02.03.04", "1.2.3.4-rc1", "fe80::1 ::1 2001:db8::1",
+    "a::b std::vector dead::beef",
     "12:34:56 00:1a:2b:3c:4d:5e",
     # digits
     "4111 1111 1111 1112", "0000 0000 0000 0000", "1234567890123", "3.14159265358979323846", "41111111111111111111111",
@@ -68,6 +69,8 @@ def test_a_value_is_a_key_where_a_name_says_so() -> None:
 def test_addresses_where_a_name_says_so_are_no_versions() -> None:
     assert mask("host=93.184.216.34", KINDS)[0] == "host=<ip>"
     assert mask("http://93.184.216.34/index", KINDS)[0] == "http://<ip>/index"
+    assert mask("http://8.8.8.8/index", KINDS)[0] == "http://<ip>/index"
+    assert mask("server: 9.9.9.9", KINDS)[0] == "server: <ip>"
     assert mask("2001:4860:4860::8888: unreachable", KINDS)[0] == "<ip>: unreachable"
 
 
@@ -108,7 +111,7 @@ def test_one_digit_in_ten_completes_a_card(digits: str) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["@", "a@a.", "a.", "1.", "1.1.1.1 ", "::", "eyJaaaaaaaa.", "key=a1b2", "+1", "4111-", "sk-",
+    ["@", "a@a.", "a.", "1.", "11.1.1.1 ", "::", "eyJaaaaaaaa.", "key=a1b2", "+1", "4111-", "sk-",
      "-----BEGIN PRIVATE KEY-----\n-----END X"],
 )  # fmt: skip
 def test_a_megabyte_made_to_take_long_ends(piece: str) -> None:
