@@ -44,7 +44,7 @@ def _lower(code: int) -> int:
     return 107 if code == _KELVIN else code
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _begins_with(codes: Codes, begin: int, end: int, phrase: Codes, any_case: bool) -> bool:
     if end - begin < len(phrase):
         return False
@@ -55,12 +55,12 @@ def _begins_with(codes: Codes, begin: int, end: int, phrase: Codes, any_case: bo
     return True
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _phrase(phrases: Codes, bounds: Places, which: int) -> Codes:
     return phrases[bounds[which] : bounds[which + 1]]
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _holds(codes: Codes, begin: int, end: int, phrases: Codes, bounds: Places, first: int, last: int) -> bool:
     """Whether one of the phrases [first, last), which are in lower case, is there in any case."""
     for which in range(first, last):
@@ -71,7 +71,7 @@ def _holds(codes: Codes, begin: int, end: int, phrases: Codes, bounds: Places, f
     return False
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _has(codes: Codes, begin: int, end: int, code: int) -> bool:
     found = False
     for i in range(begin, end):
@@ -79,7 +79,7 @@ def _has(codes: Codes, begin: int, end: int, code: int) -> bool:
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _citation_end(document: Document, at: int, end: int, phrases: Codes, bounds: Places) -> int:
     """Where the mark of a citation that begins at `at` ends; `at` if none does."""
     following = at + 1
@@ -94,7 +94,7 @@ def _citation_end(document: Document, at: int, end: int, phrases: Codes, bounds:
     return at
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _copy(
     document: Document, begin: int, end: int, citations: bool, phrases: Codes, bounds: Places, out: Document, to: int
 ) -> int:
@@ -112,7 +112,7 @@ def _copy(
     return to
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _words(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
     """(words, characters of the longest)."""
     words = longest = length = 0
@@ -123,7 +123,7 @@ def _words(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
     return words, longest
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _sentences(bits: Bytes, begin: int, end: int) -> int:
     sentences, at, open_ = 0, begin, False
     while at < end:
@@ -138,14 +138,14 @@ def _sentences(bits: Bytes, begin: int, end: int) -> int:
     return sentences + open_
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _ends_well(codes: Codes, begin: int, end: int) -> bool:
     if begin == end or ends_in_ellipsis(codes, begin, end):
         return False
     return codes[end - 1] in _ENDS
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _judge_line(
     out: Document, begin: int, end: int, words: int, limits: Numbers, phrases: Codes, bounds: Places
 ) -> int:
@@ -164,7 +164,7 @@ def _judge_line(
     return NONE
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def c4(
     document: Document, limits: Numbers, phrases: Codes, bounds: Places, out: Document
 ) -> tuple[int, float, int, int]:

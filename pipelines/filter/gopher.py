@@ -38,7 +38,7 @@ _HYPHEN, _BULLET = 45, 0x2022
 _LEAST = np.array([1, 0, 1, 0, 0, 0, 0, 0, 1, 1], np.bool_)  # which limits are least values
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _words(document: Document) -> tuple[int, int, int]:
     """(words that are not of symbols alone, their characters, words with a letter)."""
     plain = characters = alphabetic = 0
@@ -54,7 +54,7 @@ def _words(document: Document) -> tuple[int, int, int]:
     return plain, characters, alphabetic
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _lines(document: Document) -> tuple[int, int, int]:
     """(lines, those that begin with a bullet, those that end in an ellipsis)."""
     lines = bullets = ellipses = at = ZERO
@@ -68,7 +68,7 @@ def _lines(document: Document) -> tuple[int, int, int]:
     return lines, bullets, ellipses
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _different_stop_words(words: Hashes, stop_words: Hashes) -> int:
     found = 0
     for stop_word in stop_words:
@@ -79,7 +79,7 @@ def _different_stop_words(words: Hashes, stop_words: Hashes) -> int:
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def quality(document: Document, limits: Numbers, stop_words: Hashes) -> tuple[int, float]:
     plain, characters, alphabetic = _words(document)
     hashes, ellipses = count_symbols(document.codes)
@@ -93,7 +93,7 @@ def quality(document: Document, limits: Numbers, stop_words: Hashes) -> tuple[in
     return first_broken(values, limits, _LEAST)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _repeated_parts(document: Document, begin: int, end: int, least: int, counts: Counts) -> tuple[int, int, int]:
     """(parts between runs of at least so many newlines, those that came before, their characters)."""
     mask = empty_table(counts, end - begin + 1)
@@ -115,7 +115,7 @@ def _repeated_parts(document: Document, begin: int, end: int, least: int, counts
         at = i = following
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _characters(document: Document, begin: int, count: int) -> int:
     """Of so many words."""
     characters = 0
@@ -124,7 +124,7 @@ def _characters(document: Document, begin: int, count: int) -> int:
     return characters
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _most_frequent(document: Document, size: int, counts: Counts) -> tuple[int, int]:
     """Characters, with a space between words, of all occurrences of the most frequent n-gram; how many there are."""
     grams = len(document.words) - size + 1
@@ -135,7 +135,7 @@ def _most_frequent(document: Document, size: int, counts: Counts) -> tuple[int, 
     return (_characters(document, first, size) + size - 1) * times, times
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _repeated_grams(document: Document, size: int, counts: Counts) -> int:
     """Characters of words within n-grams that came before."""
     grams = len(document.words) - size + 1
@@ -150,7 +150,7 @@ def _repeated_grams(document: Document, size: int, counts: Counts) -> int:
     return characters
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def repetition(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
     length = len(document.codes)
     begin, end = stripped(document.bits, ZERO, length)
@@ -167,7 +167,7 @@ def repetition(document: Document, limits: Numbers, counts: Counts) -> tuple[int
     return _repeated_words(document, limits, counts)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _repeated_words(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
     """The limits from the fifth on: the most frequent 2 to 4 words, and repeated ones of 5 to 10.
 

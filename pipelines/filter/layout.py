@@ -60,7 +60,7 @@ def counts_for(items: int) -> Counts:
     )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def empty_table(counts: Counts, items: int) -> int:
     """Empties the table for so many items; the mask that `count_key` takes: few items keep to little memory."""
     counts.clock[0] += 1
@@ -71,7 +71,7 @@ def empty_table(counts: Counts, items: int) -> int:
     return room - 1
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def count_key(counts: Counts, mask: int, key: np.uint64, place: int) -> int:
     """How often this key has come before; counts it."""
     now = counts.clock[0]
@@ -89,7 +89,7 @@ def count_key(counts: Counts, mask: int, key: np.uint64, place: int) -> int:
     return 0
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def most_counted(counts: Counts) -> tuple[int, int]:
     """(where it came first, how often) of the key that came most often, and first of those; there must be one."""
     best = most = 0
@@ -100,7 +100,7 @@ def most_counted(counts: Counts) -> tuple[int, int]:
     return counts.places[best], most
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def hash_of(codes: Codes, begin: int, end: int) -> np.uint64:
     """Of the characters [begin, end)."""
     found = _FIRST
@@ -109,7 +109,7 @@ def hash_of(codes: Codes, begin: int, end: int) -> np.uint64:
     return mixed(found)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def hash_of_words(words: Hashes, begin: int, count: int) -> np.uint64:
     found = words[begin]
     for i in range(begin + 1, begin + count):
@@ -117,7 +117,7 @@ def hash_of_words(words: Hashes, begin: int, count: int) -> np.uint64:
     return mixed(found)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def decode(data: Bytes, begin: int, end: int, table: Bytes, codes: Codes, bits: Bytes) -> int:
     """Writes the characters of data[begin:end], valid UTF-8, and what they are; how many."""
     count, at = 0, begin
@@ -129,7 +129,7 @@ def decode(data: Bytes, begin: int, end: int, table: Bytes, codes: Codes, bits: 
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def find_words(codes: Codes, bits: Bytes, count: int, begins: Places, ends: Places, words: Hashes) -> int:
     """Writes where the words of the first `count` characters are, and their hashes; how many."""
     found = at = ZERO
@@ -148,7 +148,7 @@ def find_words(codes: Codes, bits: Bytes, count: int, begins: Places, ends: Plac
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def encode(codes: Codes, count: int, out: Bytes, at: int) -> int:
     """Writes characters as UTF-8 from out[at] on; where they end."""
     for i in range(count):
@@ -169,7 +169,7 @@ def encode(codes: Codes, count: int, out: Bytes, at: int) -> int:
     return at
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def line_end(codes: Codes, bits: Bytes, begin: int) -> tuple[int, int]:
     """(where the line that begins here ends, where the next begins), as `str.splitlines` has it."""
     end = begin
@@ -180,7 +180,7 @@ def line_end(codes: Codes, bits: Bytes, begin: int) -> tuple[int, int]:
     return end, end + 1
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def stripped(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
     """[begin, end) without white space around."""
     while begin < end and bits[begin] & SPACE:
@@ -190,14 +190,14 @@ def stripped(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
     return begin, end
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def ends_in_ellipsis(codes: Codes, begin: int, end: int) -> bool:
     if end > begin and codes[end - 1] == 0x2026:
         return True
     return end - begin >= 3 and codes[end - 1] == 46 and codes[end - 2] == 46 and codes[end - 3] == 46
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def count_symbols(codes: Codes) -> tuple[int, int]:
     """('#', ellipses): '...' without overlap, and the character for it."""
     hashes = ellipses = dots = 0
@@ -211,7 +211,7 @@ def count_symbols(codes: Codes) -> tuple[int, int]:
     return hashes, ellipses
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def first_broken(values: Any, limits: Numbers, least: npt.NDArray[np.bool_]) -> tuple[int, float]:
     """(the first limit that is broken or NONE, its value) of a tuple of values; least: which are least values."""
     for k in range(len(values)):

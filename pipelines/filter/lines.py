@@ -31,7 +31,7 @@ from moray.pipelines.filter.layout import (
 _LEAST = np.array([1, 0, 1, 0, 0, 0, 1, 0], np.bool_)  # which limits are least values
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _words(document: Document) -> tuple[int, int]:
     """(characters of words, words with a letter)."""
     characters = alphabetic = 0
@@ -44,7 +44,7 @@ def _words(document: Document) -> tuple[int, int]:
     return characters, alphabetic
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _lines(document: Document, counts: Counts) -> tuple[int, int, int]:
     """(lines that are not blank, those that end in an ellipsis, those that came before), white space taken off."""
     mask = empty_table(counts, len(document.codes))
@@ -60,7 +60,7 @@ def _lines(document: Document, counts: Counts) -> tuple[int, int, int]:
     return lines, ellipses, repeated
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def basic(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
     characters, alphabetic = _words(document)
     hashes, ellipses = count_symbols(document.codes)
@@ -74,7 +74,7 @@ def basic(document: Document, limits: Numbers, counts: Counts) -> tuple[int, flo
     return first_broken(values, limits, _LEAST)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _newline_lines(document: Document, longest_short: float, counts: Counts) -> tuple[int, int, int, int]:
     """(lines that are not blank, those that end a sentence, short ones, characters of those that came before)."""
     codes, bits = document.codes, document.bits
@@ -95,7 +95,7 @@ def _newline_lines(document: Document, longest_short: float, counts: Counts) -> 
     return lines, punctuated, short, characters
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def fineweb(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
     """limits[4]: the length of a short line; limits[5]: 1 where a document without any punctuated line stays."""
     newlines = 0

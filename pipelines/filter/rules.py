@@ -66,22 +66,27 @@ def _reasons(families: npt.NDArray[np.int8], limits: npt.NDArray[np.int8]) -> li
 @lru_cache(maxsize=8)
 def _rules(config: RulesConfig) -> Rules:
     from moray.pipelines.filter.c4 import PHRASES
-    from moray.pipelines.filter.kernel import Rules, word_hash
+    from moray.pipelines.filter.kernel import Rules
 
     by_family = [config.limits(family) for family in FAMILIES]
     limits = np.full((len(FAMILIES), max(map(len, by_family))), np.nan)
     for row, own in zip(limits, by_family, strict=True):
         row[: len(own)] = own
-    stop_words = dict.fromkeys(config.gopher_quality.stop_words)
+    stop_words = tuple(dict.fromkeys(config.gopher_quality.stop_words))
     return Rules(
         families=np.array([FAMILIES.index(family) for family in config.rules], np.int64),
         limits=limits,
         sizes=np.array([len(own) for own in by_family], np.int64),
-        stop_words=np.array([word_hash(_codes(word)) for word in stop_words], np.uint64),
-        phrases=_codes("".join(PHRASES)),
-        phrase_bounds=np.cumsum([0, *map(len, PHRASES)], dtype=np.int64),
+        stop_words=_codes(stop_words),
+        stop_word_bounds=_bounds(stop_words),
+        phrases=_codes(PHRASES),
+        phrase_bounds=_bounds(PHRASES),
     )
 
 
-def _codes(text: str) -> npt.NDArray[np.uint32]:
-    return np.array([ord(character) for character in text], np.uint32)
+def _codes(words: tuple[str, ...]) -> npt.NDArray[np.uint32]:
+    return np.array([ord(character) for character in "".join(words)], np.uint32)
+
+
+def _bounds(words: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    return np.cumsum([0, *map(len, words)], dtype=np.int64)
