@@ -52,14 +52,14 @@ def broken(judged: Judged) -> list[tuple[str, float] | None]:
     return [None if reason is None else (reason.partition(".")[2] or reason, value) for reason, value in pairs]
 
 
-@pytest.mark.parametrize(
-    ("family", "block", "defined"),
-    [
-        ("gopher_quality", GopherQuality, oracle.gopher_quality),
-        ("gopher_repetition", GopherRepetition, oracle.gopher_repetition),
-        ("fineweb", FineWeb, oracle.fineweb),
-    ],
+BLOCKS: tuple[tuple[str, type[StepConfig], Any], ...] = (
+    ("gopher_quality", GopherQuality, oracle.gopher_quality),
+    ("gopher_repetition", GopherRepetition, oracle.gopher_repetition),
+    ("fineweb", FineWeb, oracle.fineweb),
 )
+
+
+@pytest.mark.parametrize(("family", "block", "defined"), BLOCKS)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data(), documents=st.lists(texts, min_size=1, max_size=6))
 def test_rules_are_those_of_their_definitions(
@@ -74,7 +74,31 @@ def test_rules_are_those_of_their_definitions(
             assert threshold == getattr(limits, reason.partition(".")[2])
 
 
-@settings(max_examples=120, deadline=None)
+LIMITS = [
+    (family, block, defined, field)
+    for family, block, defined in BLOCKS
+    for field in block.model_fields
+    if field.startswith(("min_", "max_"))
+]
+
+
+@pytest.mark.parametrize(("family", "block", "defined", "field"), LIMITS)
+@settings(max_examples=40, deadline=None)
+@given(documents=st.lists(texts, min_size=1, max_size=8), short_line=st.integers(0, 12))
+def test_every_value_is_that_of_the_definition(
+    family: str, block: type[StepConfig], defined: Any, field: str, documents: list[str], short_line: int
+) -> None:
+    """Each limit alone, so tight that what is measured nearly always breaks it."""
+    off = {name: None for name in block.model_fields if name.startswith(("min_", "max_"))}
+    is_share = any(hasattr(rule, "le") for rule in block.model_fields[field].metadata)
+    tight = 0.0 if field.startswith("max_") else 1.0 if is_share else 1e9
+    more = {"short_line": short_line} if block is FineWeb else {}
+    limits = block(**off | {field: tight} | more)
+    judged = judge(column(documents), FilterConfig(rules=(family,), **{family: limits}))
+    assert broken(judged) == [defined(text, limits) if text else ("empty", 0) for text in documents]
+
+
+@settings(max_examples=200, deadline=None)
 @given(limits=limits_of(C4), documents=st.lists(texts, min_size=1, max_size=6))
 def test_c4_leaves_of_a_text_what_its_definition_does(limits: C4, documents: list[str]) -> None:
     judged = judge(column(documents), FilterConfig(rules=("c4",), c4=limits))
