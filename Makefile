@@ -40,6 +40,7 @@ bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/filters.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
