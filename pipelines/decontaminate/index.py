@@ -1,7 +1,9 @@
 """The n-grams of evals by hash, with the items that have each; and the search of texts for them, exact in the end.
 
 An item's n-grams are those of its texts (fields). One all of whose texts are shorter than an n-gram is looked for by
-these texts as wholes, where they have the least length; an item with none of that is too short to be looked for.
+these texts as wholes, where they have the least length; an item with none of that is too short to be looked for. Nor
+are n-grams looked for that say nothing, such as 1 2 3 ... 13 or 8 9 a b c d: those with few distinct words that are
+more than a number or a letter.
 
 Shapes: G distinct n-grams, M places where they stand in pieces, I items, P pieces.
 """
@@ -19,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.decontaminate.evals import Piece
-from moray.pipelines.decontaminate.units import Units, units_of
+from moray.pipelines.decontaminate.units import Units, is_telling, units_of
 from moray.pipelines.dedup.characters import tables
 from moray.pipelines.dedup.signatures import _buffers
 from moray.pipelines.documents import read_shard, write_parquet
@@ -29,13 +31,13 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Grams:
-    """What an n-gram is: `size` words or characters, `letters` distinct ones of them with a letter. Texts of an item
-    without one that long are wholes, from `least` on."""
+    """What an n-gram is: `size` words or characters, `telling` distinct ones of them more than a number or a letter
+    (units.py). Texts of an item without one that long are wholes, from `least` on."""
 
     size: int = 13
     characters: bool = False
     least: int = 8
-    letters: int = 3
+    telling: int = 3
 
 
 @dataclass(frozen=True)
@@ -158,27 +160,29 @@ def build_index(pieces: Sequence[Piece], grams: Grams) -> EvalIndex:
     counts = np.where(sizes > 0, lengths - sizes + 1, 0)
     piece_of = np.repeat(np.arange(len(pieces)), counts)
     unit_of = np.arange(len(hashes)) - np.repeat(np.cumsum(counts) - counts, counts)
-    says = np.concatenate([_telling(*pair, grams.letters) for pair in zip(units, sizes.tolist(), strict=True)])
+    says = np.concatenate(
+        [_telling(*pair, grams.telling, grams.characters) for pair in zip(units, sizes.tolist(), strict=True)]
+    )
     order = np.flatnonzero(says)[np.argsort(hashes[says], kind="stable")]
     return _indexed(names, texts, sizes, grams.characters, hashes[order], piece_of[order], unit_of[order])
 
 
-def _telling(units: Units, size: int, letters: int) -> npt.NDArray[np.bool_]:
-    """Of each n-gram whether so many distinct units of it have a letter."""
+def _telling(units: Units, size: int, least: int, characters: bool) -> npt.NDArray[np.bool_]:
+    """Of each n-gram whether at least so many distinct units of it are telling."""
     if not size:
         return np.zeros(0, bool)
-    lettered = {name: any(map(str.isalpha, name)) for name in set(units.names)}
+    tells = {name: is_telling(name, characters) for name in set(units.names)}
     inside: Counter[str] = Counter()
     said = np.zeros(len(units) - size + 1, bool)
     for end, name in enumerate(units.names):
-        if lettered[name]:
+        if tells[name]:
             inside[name] += 1
-        if end >= size and lettered[left := units.names[end - size]]:
+        if end >= size and tells[left := units.names[end - size]]:
             inside[left] -= 1
             if not inside[left]:
                 del inside[left]
         if end >= size - 1:
-            said[end - size + 1] = len(inside) >= letters
+            said[end - size + 1] = len(inside) >= least
     return said
 
 

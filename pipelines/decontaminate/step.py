@@ -43,7 +43,9 @@ class DecontaminateConfig(StepConfig):
         gt=0,
         description="an item shorter than an n-gram is looked for as a whole from here on; default: 8, or 30",
     )
-    letters: int = Field(3, ge=0, description="distinct units with a letter that an n-gram must have to be looked for")
+    telling: int = Field(
+        3, ge=0, description="distinct words of two letters (ideographs, letters) that an n-gram must have"
+    )
     max_overlap: float = Field(
         0.0, ge=0, lt=1, description="share of an item's n-grams that a document may have; 0: with any, it goes"
     )
@@ -62,7 +64,7 @@ class DecontaminateConfig(StepConfig):
     def grams(self) -> Grams:
         size = self.size or _SIZES[self.unit]
         shortest = self.shortest or min(_SHORTEST[self.unit], size)
-        return Grams(size, self.unit == "characters", shortest, self.letters)
+        return Grams(size, self.unit == "characters", shortest, self.telling)
 
 
 class Decontaminate(Step[DecontaminateConfig]):

@@ -36,6 +36,16 @@ class Units:
         return self.text[self.begins[at] : self.ends[at + size - 1]]
 
 
+def is_telling(name: str, characters: bool) -> bool:
+    """Whether a unit is more than a number or a letter that counts: a word of two letters or an ideograph; a letter,
+    where characters are units."""
+    letters = sum(map(str.isalpha, name))
+    if characters or letters != 1:
+        return letters > 0
+    code = ord(name[0])
+    return bool(tables()[0][code] == ALONE) if code < SIZE else True
+
+
 def units_of(text: str, characters: bool) -> Units:
     """Units in order; of characters, a run of others between two is one that is called " "."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -17,13 +17,18 @@ def windows(found: Sequence[str], size: int) -> set[Gram]:
     return {tuple(found[i : i + size]) for i in range(len(found) - size + 1)}
 
 
-def grams(texts: Sequence[str], unit: str, size: int, least: int, letters: int) -> set[Gram]:
+def telling(name: str, unit: str) -> bool:
+    ideograph = len(name) == 1 and name >= "\u2e80"
+    return sum(map(str.isalpha, name)) > (unit == "words" and not ideograph)
+
+
+def grams(texts: Sequence[str], unit: str, size: int, least: int, tells: int) -> set[Gram]:
     """The n-grams of an item by the texts in it."""
     read = [units(text, unit) for text in texts]
     found = set().union(*(windows(one, size) for one in read))
     if all(len(one) < size for one in read):
         found = {tuple(one) for one in read if len(one) >= least}
-    return {gram for gram in found if len({u for u in gram if any(map(str.isalpha, u))}) >= letters}
+    return {gram for gram in found if len({u for u in gram if telling(u, unit)}) >= tells}
 
 
 def hits(
@@ -32,11 +37,11 @@ def hits(
     unit: str,
     size: int,
     least: int,
-    letters: int,
+    tells: int,
     ignore_common: int | None = None,
 ) -> dict[tuple[str, str], tuple[int, float]]:
     """(document, item) -> n-grams in common, and their share of the item's."""
-    wanted = {item: grams(texts, unit, size, least, letters) for item, texts in items.items()}
+    wanted = {item: grams(texts, unit, size, least, tells) for item, texts in items.items()}
     sizes = {len(gram) for its in wanted.values() for gram in its}
     held = {name: set().union(*(windows(units(text, unit), one) for one in sizes)) for name, text in documents.items()}
     if ignore_common is not None:

@@ -38,7 +38,7 @@ from tests.pipelines.test_dedup import column, mixed
 
 UNITS = pytest.mark.parametrize("unit", ["words", "characters"])
 # Few words of several scripts, so that n-grams meet often.
-FEW = st.lists(st.sampled_from(["a", "B", "b", "7", "\u4e2d", "\u6587", "\u00c9", "- ", ". "]), max_size=24)
+FEW = st.lists(st.sampled_from(["a", "Bb", "bb", "7", "\u4e2d", "\u6587", "\u00c9", "- ", ". "]), max_size=24)
 texts_of_few = FEW.map(" ".join) | FEW.map("".join)
 
 
@@ -74,23 +74,23 @@ def test_units_are_those_of_the_definition_with_their_places(unit: str, text: st
     documents=st.lists(texts_of_few, min_size=1, max_size=4),
     items=st.lists(st.lists(texts_of_few, min_size=1, max_size=3), min_size=1, max_size=3),
     size=st.integers(1, 6),
-    letters=st.integers(0, 2),
+    telling=st.integers(0, 2),
     ignore_common=st.none() | st.integers(1, 2),
 )
 def test_hits_are_those_of_the_definition(
-    unit: str, documents: list[str], items: list[list[str]], size: int, letters: int, ignore_common: int | None
+    unit: str, documents: list[str], items: list[list[str]], size: int, telling: int, ignore_common: int | None
 ) -> None:
     named, evals = {f"d{i}": text for i, text in enumerate(documents)}, {f"i{i}": its for i, its in enumerate(items)}
     least = max(1, size - 2)
-    verdict = judged(evals, named, Grams(size, unit == "characters", least, letters), ignore_common=ignore_common)
+    verdict = judged(evals, named, Grams(size, unit == "characters", least, telling), ignore_common=ignore_common)
     rows = verdict.hits.to_pylist()
-    expected = oracle.hits(named, evals, unit, size, least, letters, ignore_common)
+    expected = oracle.hits(named, evals, unit, size, least, telling, ignore_common)
     assert {(row["id"], row["item"]): (row["ngrams"], row["overlap"]) for row in rows} == expected
     assert set(verdict.removed["id"].to_pylist()) == {name for name, _ in expected}
     for row in rows:
         assert row["text"] in named[row["id"]]
         found = oracle.windows(oracle.units(row["text"], "words"), size)
-        assert unit == "characters" or found <= oracle.grams(evals[row["item"]], unit, size, least, letters)
+        assert unit == "characters" or found <= oracle.grams(evals[row["item"]], unit, size, least, telling)
 
 
 def test_a_collision_of_hashes_is_no_hit() -> None:
@@ -104,7 +104,7 @@ def test_a_collision_of_hashes_is_no_hit() -> None:
 
 
 def test_more_hits_than_there_is_room_for_at_first() -> None:
-    words = [f"w{i}" for i in range(20_000)]
+    words = [f"word{i}" for i in range(20_000)]
     index = build_index([Piece("e", "0", "f", " ".join(words))], Grams())
     assert len(index.find(column([" ".join(words)]))) == 20_000 - 12
 
@@ -112,19 +112,28 @@ def test_more_hits_than_there_is_room_for_at_first() -> None:
 def test_numbers_alone_say_nothing() -> None:
     counting = ", ".join(str(i) for i in range(30))
     assert not len(judged({"0": [counting]}, {"table": f"rows {counting}"}, Grams()).hits)
-    assert len(judged({"0": [counting]}, {"table": f"rows {counting}"}, Grams(letters=0)).hits) == 1
+    assert len(judged({"0": [counting]}, {"table": f"rows {counting}"}, Grams(telling=0)).hits) == 1
+
+
+def test_an_alphabet_says_nothing_and_ideographs_do() -> None:
+    alphabet, clause = (
+        "0 1 2 3 4 5 6 7 8 9 a b c d e f",
+        "\u5b66\u800c\u65f6\u4e60\u4e4b\u4e0d\u4ea6\u8bf4\u4e4e\u6709\u670b\u81ea\u8fdc",
+    )
+    assert not len(judged({"0": [alphabet]}, {"hex": alphabet}, Grams()).hits)
+    assert len(judged({"0": [clause]}, {"analects": f"\u5b50\u66f0{clause}\u65b9\u6765"}, Grams()).hits) == 1
 
 
 def test_an_item_goes_by_its_long_texts_or_as_a_whole() -> None:
-    long, short = " ".join(f"w{i}" for i in range(13)), " ".join(f"s{i}" for i in range(8))
+    long, short = " ".join(f"word{i}" for i in range(13)), " ".join(f"short{i}" for i in range(8))
     documents = {"long": f"x {long} y", "short": f"x {short} y", "part": long[:-1]}
     assert judged({"0": [long, short]}, documents, Grams()).removed["id"].to_pylist() == ["long"]
-    assert judged({"0": [short, "s0 s1"]}, documents, Grams()).removed["id"].to_pylist() == ["short"]
+    assert judged({"0": [short, "short0 short1"]}, documents, Grams()).removed["id"].to_pylist() == ["short"]
     assert not len(judged({"0": [short[3:]]}, documents, Grams()).hits)
 
 
 def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> None:
-    phrase, own = " ".join(f"p{i}" for i in range(13)), " ".join(f"o{i}" for i in range(20))
+    phrase, own = " ".join(f"phrase{i}" for i in range(13)), " ".join(f"own{i}" for i in range(20))
     documents = {f"d{i}": phrase for i in range(4)} | {"leak": f"{phrase} {own}"}
     items = {"0": [f"{phrase} . {own}"], "1": [phrase], "never": [own[::-1]]}
     index = build_index([Piece("e", item, "f", text) for item, its in items.items() for text in its], Grams())
