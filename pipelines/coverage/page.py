@@ -69,14 +69,13 @@ def _css() -> str:
 
 
 def _thin(report: dict[str, Any]) -> str:
-    limit = (
-        f"{report['thin_below']:.0%} of an even share ({_short(report['thin_below'] * report['even_share'])} tokens)"
-    )
+    least, even = report["thin_below"], report["even_share"]
+    limit = f"{_percent(least)} of an even share ({_short(least * even)} tokens)"
     if not report["thin"]:
         return _card("Thin domains", "", f"<p>None: every domain has at least {limit}.</p>")
     rows = "".join(
         f"<li>{_MARK}<b>{escape(one['domain'])}</b>"
-        f'<span class="dim">{_short(one["tokens"])} tokens, {_percent(one["of_even_share"])} of an even share</span>'
+        f'<span class="dim">{_percent(one["of_even_share"])} of an even share</span>'
         "</li>"
         for one in report["thin"]
     )
@@ -86,7 +85,7 @@ def _thin(report: dict[str, Any]) -> str:
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:
     """A bar for each stage: what it kept, and behind it what it dropped, with the reasons below."""
-    whole = max(1, *(stage["tokens"] for stage in stages))
+    whole = max([1, *(stage["tokens"] for stage in stages)])
     rows = []
     for number, stage in enumerate(stages):
         before = stages[number - 1]["tokens"] if number else stage["tokens"]
@@ -108,7 +107,7 @@ def _reasons(dropped: Sequence[dict[str, Any]]) -> str:
     shown = list(dropped[:_MOST_REASONS])
     if rest := sum(one["documents"] for one in dropped[_MOST_REASONS:]):
         tokens = sum(one["tokens"] for one in dropped[_MOST_REASONS:])
-        shown.append({"reason": f"{len(dropped) - _MOST_REASONS} others", "documents": rest, "tokens": tokens})
+        shown.append({"reason": _others(len(dropped) - _MOST_REASONS), "documents": rest, "tokens": tokens})
     chips = "".join(
         f"<li>{escape(one['reason'].replace('_', ' '))} <b>{one['documents']:,}</b>"
         + (f' <span class="dim">{_short(one["tokens"])} tokens</span>' if one["tokens"] else "")
@@ -124,10 +123,10 @@ def _domains(report: dict[str, Any]) -> str:
     rows = [row for row in report["domain"] if row["name"] not in outside]
     thin = {one["domain"] for one in report["thin"]}
     even = max(1, report["even_share"])
-    end = min(_EVEN_AT * even, max(1, *(max(row["tokens"]) for row in rows)))
+    end = min(_EVEN_AT * even, max([1, *(max(row["tokens"]) for row in rows)]))
     lines = [("even share", even / end), ("thin", report["thin_below"] * even / end)]
     marks = "".join(f'<i class="rule {name.split()[0]}" style="left:{at:.2%}"></i>' for name, at in lines if at <= 1)
-    body = "".join(_bar(row, end, marks, row["name"] in thin, _percent(row["tokens"][-1] / even)) for row in rows)
+    body = "".join(_bar(row, end, marks, row["name"] in thin, _times(row["tokens"][-1] / even)) for row in rows)
     rest = " and ".join(
         f"{_short(row['tokens'][-1])} of {'no domain' if row['name'] == GENERAL else 'other languages'}"
         for row in report["domain"]
@@ -138,15 +137,17 @@ def _domains(report: dict[str, Any]) -> str:
         '<span><i class="swatch ghost"></i>before the first</span>'
         '<span><i class="swatch even"></i>even share</span><span><i class="swatch thin"></i>thin below</span></p>'
     )
-    note = "by words at home in each: rough" + (f"; besides, {rest}" if rest else "")
+    note = "tokens, and how much of an even share; by words at home in each: rough" + (
+        f"; besides, {rest}" if rest else ""
+    )
     return _card("Domains", note, body + key)
 
 
 def _bars(title: str, rows: Sequence[dict[str, Any]]) -> str:
     shown = list(rows[:_MOST_ROWS])
     if rest := rows[_MOST_ROWS:]:
-        shown.append({"name": f"{len(rest)} others", "tokens": _sums(row["tokens"] for row in rest)})
-    end = max(1, *(max(row["tokens"]) for row in shown))
+        shown.append({"name": _others(len(rest)), "tokens": _sums(row["tokens"] for row in rest)})
+    end = max([1, *(max(row["tokens"]) for row in shown)])
     whole = max(1, sum(row["tokens"][-1] for row in rows))
     return _card(title, "", "".join(_bar(row, end, "", False, _percent(row["tokens"][-1] / whole)) for row in shown))
 
@@ -166,7 +167,7 @@ def _bar(row: dict[str, Any], end: float, marks: str, thin: bool, share: str) ->
 
 
 def _kept(report: dict[str, Any]) -> str:
-    """A cell for each domain and stage: which part of the first stage's tokens is still there."""
+    """A cell for each domain and stage: which part of the first stage's tokens is still there, red for what is not."""
     stages = [stage["stage"] for stage in report["stages"]]
     rows = [row for row in report["domain"] if row["tokens"][0]]
     if len(stages) < 2 or not rows:
@@ -184,8 +185,8 @@ def _kept(report: dict[str, Any]) -> str:
 
 
 def _cell(share: float) -> str:
-    strength = min(1.0, share)
-    return f'<td style="--share:{strength:.0%}"{" class=strong" if strength > 0.55 else ""}>{_percent(share)}</td>'
+    lost = max(0.0, 1 - share)
+    return f'<td style="--lost:{lost:.0%}"{" class=strong" if lost > 0.55 else ""}>{_percent(share)}</td>'
 
 
 def _numbers(report: dict[str, Any]) -> str:
@@ -217,6 +218,10 @@ def _part(name: str, share: float) -> str:
     return f'<i class="part {name}" style="width:{share:.2%}"></i>' if share else ""
 
 
+def _others(count: int) -> str:
+    return f"{count} other{'s' if count > 1 else ''}"
+
+
 def _sums(rows: Iterable[Sequence[int]]) -> list[int]:
     return [sum(column) for column in zip(*rows, strict=True)]
 
@@ -225,6 +230,11 @@ def _percent(share: float) -> str:
     if 0 < share < 0.001:
         return "<0.1 %"
     return f"{share:.0%}".replace("%", " %") if share >= 0.095 or not share else f"{share:.1%}".replace("%", " %")
+
+
+def _times(share: float) -> str:
+    """Of an even share: 17 %, but 3.2 x."""
+    return _percent(share) if share < 2 else f"{share:.2g} \u00d7" if share < 10 else f"{share:.0f} \u00d7"
 
 
 def _short(count: float) -> str:

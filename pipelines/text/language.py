@@ -20,7 +20,8 @@ def identify(texts: Sequence[str]) -> tuple[list[str], list[float]]:
     probability."""
     model, codes, scores = _model(), [], []
     for text in texts:
-        labels, chances = model.predict(" ".join(text[:CHARACTERS].split()))  # a line at a time is what it reads
+        line = " ".join(text[:CHARACTERS].split())  # it reads one line, and takes none for English
+        labels, chances = model.predict(line) if line else ((), ())
         codes.append(labels[0].removeprefix(_LABEL) if labels else "")
         scores.append(min(1.0, float(chances[0])) if labels else 0.0)
     return codes, scores
