@@ -41,6 +41,7 @@ bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/filters.py
+	$(BIN)/python benchmarks/decontamination.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
