@@ -17,7 +17,7 @@ import pyarrow as pa
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.nodes import documents_in
-from moray.pipelines.documents import content_hash, read_shard, shard_paths
+from moray.pipelines.documents import read_shard, shard_paths
 from moray.pipelines.shards import Row
 from moray.platform.step import StepContext
 
@@ -31,17 +31,6 @@ def shards_of(ctx: StepContext[Any]) -> list[Row]:
 def size_of(shard: Row) -> float:
     """The work of a shard, in bytes of its file."""
     return float(shard["size"])
-
-
-def described(table: pa.Table) -> dict[str, Any]:
-    """Columns id, source, hash and length (in characters), from id, source and text."""
-    texts = [text.as_py() for text in table["text"]]
-    return {
-        "id": table["id"],
-        "source": table["source"],
-        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
-        "length": pa.array([len(text) for text in texts], pa.int64()),
-    }
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class Order:
         documents = documents_in(table, prefer)
         if earlier is not None and len(earlier):
             ranks = documents.sources * (int(earlier.max()) + 1) + earlier
-            documents = Documents(documents.ids, documents.hashes, ranks, documents.lengths)
+            documents = Documents(documents.ids, documents.hashes, ranks, documents.qualities, documents.lengths)
         documents, order = documents.in_keep_order()
         firsts = np.cumsum([0, *(len(one) for one in tables[:-1])], dtype=np.int64)
         return Order(table, firsts, documents, order)
