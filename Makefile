@@ -37,7 +37,11 @@ bench-peers:
 bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/dedup_quality.py
 	$(BIN)/python benchmarks/dedup_engine.py
+	$(BIN)/python benchmarks/encoding.py
+	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/filters.py
+	$(BIN)/python benchmarks/decontamination.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The text steps' own rules: filter, dedup, split, tokenizer. Ray is not needed for any of them."""
+"""The text steps' own rules: split, tokenizer, documents. Ray is not needed for any of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from moray.pipelines.baselines import ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.documents import document_id, shard_paths, write_shard
-from moray.pipelines.filter import FilterConfig, reason_to_drop
 from moray.pipelines.split import SplitConfig, is_heldout
 from moray.pipelines.tokenizer import TokenizerConfig, train
 
@@ -32,23 +31,6 @@ def test_a_shard_that_breaks_the_contract_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="holds no documents"):
         shard_paths(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("two words", "too_short"),
-        (" ".join(["word"] * 120), "too_long"),
-        (" ".join(["a"] * 60), "word_length"),
-        (" ".join(["word #"] * 40), "symbols"),
-        ("\n".join(f"line {i} of some words here ..." for i in range(9)), "ellipses"),
-        (" ".join(["1234 5678"] * 40), "not_alphabetic"),
-        ("\n".join(["the very same line again"] * 20), "repeated_lines"),
-        ("\n".join(f"line number {i} of a fine document" for i in range(12)), None),
-    ],
-)
-def test_each_rule_drops_what_it_is_for(text: str, reason: str | None) -> None:
-    assert reason_to_drop(text, FilterConfig(min_words=20, max_words=100)) == reason
 
 
 def test_the_split_depends_on_the_id_alone_and_has_its_share() -> None:

@@ -1,0 +1,83 @@
+"""What the steps beside `dedup` share: a row for each document, and which of them comes before which.
+
+The order is that of `dedup`: a source named earlier in `prefer`, then the longer text, then content hash and id. It is
+of the documents, not of files or workers, so what is decided by it depends on neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moray.pipelines.dedup.find import Documents
+from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.dedup.nodes import documents_in
+from moray.pipelines.documents import content_hash, read_shard, shard_paths
+from moray.pipelines.shards import Row
+from moray.platform.step import StepContext
+
+
+def shards_of(ctx: StepContext[Any]) -> list[Row]:
+    """A description of each shard of the input `documents`."""
+    paths = shard_paths(ctx.inputs["documents"].folder)
+    return [{"shard": i, "path": str(path), "size": path.stat().st_size} for i, path in enumerate(paths)]
+
+
+def size_of(shard: Row) -> float:
+    """The work of a shard, in bytes of its file."""
+    return float(shard["size"])
+
+
+def described(table: pa.Table) -> dict[str, Any]:
+    """Columns id, source, hash and length (in characters), from id, source and text."""
+    texts = [text.as_py() for text in table["text"]]
+    return {
+        "id": table["id"],
+        "source": table["source"],
+        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
+        "length": pa.array([len(text) for text in texts], pa.int64()),
+    }
+
+
+@dataclass(frozen=True)
+class Order:
+    """All documents of a corpus. table: a row of each, shard after shard; firsts: the row of each shard's first one;
+    order: the row of each place in keep order."""
+
+    table: pa.Table
+    firsts: Indices
+    documents: Documents
+    order: Indices
+
+    @staticmethod
+    def of(tables: Sequence[pa.Table], prefer: Sequence[str], earlier: Indices | None = None) -> Order:
+        """From the tables of the shards. earlier: [N], by which documents of one preference come first, least first."""
+        table = pa.concat_tables(tables)
+        documents = documents_in(table, prefer)
+        if earlier is not None and len(earlier):
+            ranks = documents.sources * (int(earlier.max()) + 1) + earlier
+            documents = Documents(documents.ids, documents.hashes, ranks, documents.lengths)
+        documents, order = documents.in_keep_order()
+        firsts = np.cumsum([0, *(len(one) for one in tables[:-1])], dtype=np.int64)
+        return Order(table, firsts, documents, order)
+
+    @property
+    def places(self) -> Indices:
+        """Of each row its place in keep order."""
+        places = np.empty(len(self.order), np.int64)
+        places[self.order] = np.arange(len(self.order))
+        return places
+
+    def ids(self, places: Indices) -> pa.Array:
+        """Of the documents at these places."""
+        return pa.array([name.decode() for name in self.documents.ids[places].tolist()], pa.string())
+
+
+def read_parts(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
+    """What the tasks of the shards left in `folder`, under the shards' own names."""
+    return [read_shard(folder / Path(shard["path"]).name) for shard in shards]
