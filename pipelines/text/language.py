@@ -20,8 +20,12 @@ def identify(texts: Sequence[str]) -> tuple[list[str], list[float]]:
     probability."""
     model, codes, scores = _model(), [], []
     for text in texts:
-        line = " ".join(text[:CHARACTERS].split())  # it reads one line, and takes none for English
-        labels, chances = model.predict(line) if line else ((), ())
+        line = " ".join(text[:CHARACTERS].split())  # it reads one line
+        if not line:  # which it would take for English
+            codes.append("")
+            scores.append(0.0)
+            continue
+        labels, chances = model.predict(line)
         codes.append(labels[0].removeprefix(_LABEL) if labels else "")
         scores.append(min(1.0, float(chances[0])) if labels else 0.0)
     return codes, scores
