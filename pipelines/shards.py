@@ -26,11 +26,13 @@ def map_shards(
     function: Callable[[Row], Row],
     unit: str,
     work: Callable[[Row], float],
+    detail: Callable[[Sequence[Row]], str] = lambda rows: "",
 ) -> list[Row]:
     """Applies `function` to every shard; returns its rows sorted by their `shard` number.
 
     `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
-    much of `unit` a shard is, for progress; it sees the input rows. Raises StepFailed for the first shard that fails.
+    much of `unit` a shard is, for progress; it sees the input rows. `detail` is shown beside the progress; it sees the
+    rows that are done. Raises StepFailed for the first shard that fails.
     """
     import ray.data
 
@@ -47,7 +49,7 @@ def map_shards(
             raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
         rows.append(row)
         done += amount[row["shard"]]
-        ctx.progress(phase, done, total, unit)
+        ctx.progress(phase, done, total, unit, detail(rows))
     return sorted(rows, key=lambda row: int(row["shard"]))
 
 
