@@ -40,7 +40,7 @@ def check_all(checks: Sequence[Check], unsafe: bool) -> list[Checked]:
         results, broke = _check_batch(part, unsafe)
         found += results
         if len(results) < len(part):
-            found.append(Checked(False, f"the verifier met a limit: {broke}"))
+            found.append(Checked(False, f"the verifier ended: {broke}"))
     return found
 
 
@@ -54,7 +54,7 @@ def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[Checked], 
     ended = run(files, ["checker.py", mark], limits, unsafe, _packages())
     lines = [line.partition(mark)[2] for line in ended.output.splitlines() if mark in line]
     results = [Checked(bool(good), str(detail)) for _, good, detail in map(json.loads, lines)]
-    return results, ended.broke or ended.output[-200:]
+    return results, ended.broke or f"it left with code {ended.exit_code}: {ended.output[-200:]}"
 
 
 def _packages() -> list[str]:
