@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from moray.actors.sandbox_watch import Limits
 from moray.platform.references import Secret
@@ -77,8 +78,21 @@ class Rephrase(_Generator):
     min_characters: int = Field(80, gt=0, description="shorter answers are rejected")
 
 
+_KINDS = ("gym", "programs", "maths", "code", "rephrase")
+
+
 def _kind(written: Any) -> Any:
-    return written.get("kind") if isinstance(written, dict) else getattr(written, "kind", None)
+    kind = written.get("kind") if isinstance(written, dict) else getattr(written, "kind", None)
+    if kind in _KINDS:
+        return kind
+    raise PydanticCustomError(
+        "generator",
+        "{message}",
+        {
+            "message": f"a generator of no known kind (got {written!r:.80})",
+            "hint": f"give `kind`: {', '.join(_KINDS)}",
+        },
+    )
 
 
 # By a function: pydantic takes no field for it that has a validator around it, as all fields of a step have.
@@ -88,11 +102,7 @@ Generator = Annotated[
     | Annotated[Maths, Tag("maths")]
     | Annotated[Code, Tag("code")]
     | Annotated[Rephrase, Tag("rephrase")],
-    Discriminator(
-        _kind,
-        custom_error_type="kind",
-        custom_error_message="a generator needs `kind`: gym, programs, maths, code or rephrase",
-    ),
+    Discriminator(_kind),
 ]
 
 
