@@ -1,22 +1,25 @@
 """What the steps beside `dedup` share: a row for each document, and which of them comes before which.
 
-The order is that of `dedup`: a source named earlier in `prefer`, then the longer text, then content hash and id. It is
-of the documents, not of files or workers, so what is decided by it depends on neither.
+The order is that of `dedup`: a source named earlier in `prefer`, then the better quality, where an earlier step gave
+one, then the longer text, then content hash and id. It is of the documents, not of files or workers, so what is decided
+by it depends on neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.nodes import documents_in
+from moray.pipelines.dedup.tasks import QUALITY
 from moray.pipelines.documents import content_hash, read_shard, shard_paths
 from moray.pipelines.shards import Row
 from moray.platform.step import StepContext
@@ -33,10 +36,19 @@ def size_of(shard: Row) -> float:
     return float(shard["size"])
 
 
+def read_documents(shard: Row, *columns: str) -> pa.Table:
+    """What `described` needs of a shard's documents, and these columns."""
+    path = Path(shard["path"])
+    known = {QUALITY} & set(pq.read_schema(path).names)
+    return read_shard(path, ["id", "text", "source", *columns, *known])
+
+
 def described(table: pa.Table) -> dict[str, Any]:
-    """Columns id, source, hash and length (in characters), from id, source and text."""
+    """Columns id, source, hash, quality and length (in characters), from what `read_documents` gives."""
     texts = [text.as_py() for text in table["text"]]
+    given = table[QUALITY].cast(pa.float64()).fill_null(0.0) if QUALITY in table.column_names else None
     return {
+        "quality": pa.array(np.zeros(len(texts))) if given is None else given,
         "id": table["id"],
         "source": table["source"],
         "hash": pa.array([content_hash(text) for text in texts], pa.string()),
@@ -61,7 +73,7 @@ class Order:
         documents = documents_in(table, prefer)
         if earlier is not None and len(earlier):
             ranks = documents.sources * (int(earlier.max()) + 1) + earlier
-            documents = Documents(documents.ids, documents.hashes, ranks, documents.lengths)
+            documents = replace(documents, sources=ranks)
         documents, order = documents.in_keep_order()
         firsts = np.cumsum([0, *(len(one) for one in tables[:-1])], dtype=np.int64)
         return Order(table, firsts, documents, order)
