@@ -33,6 +33,7 @@ bench-peers:
 bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/dedup_quality.py
 	$(BIN)/python benchmarks/dedup_engine.py
+	$(BIN)/python benchmarks/dedup_parts.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
