@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest docs check evidence bench-peers bench-data compat format install clean
+.PHONY: quickstart test quicktest docs check evidence bench-corpus bench-peers bench-data compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -25,6 +25,10 @@ docs: $(VENV)/.installed-dev quickstart
 evidence: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m evidence --durations=0
 
+# Some 220 MB of real text from Debian's and Python's packages, for recipes/corpus-demo.yaml and the data benchmarks.
+bench-corpus: $(VENV)/.installed
+	$(BIN)/python benchmarks/corpus/build.py
+
 # What the data benchmarks compare with, in an environment of its own.
 bench-peers:
 	$(PYTHON) -m venv benchmarks/peers/.venv
@@ -34,6 +38,11 @@ bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/dedup_quality.py
 	$(BIN)/python benchmarks/dedup_engine.py
 	$(BIN)/python benchmarks/dedup_parts.py
+	$(BIN)/python benchmarks/encoding.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/filters.py
+	$(BIN)/python benchmarks/decontamination.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

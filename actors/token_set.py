@@ -2,30 +2,32 @@
 
     <folder>/index.json            what is below; written last
     <folder>/tokens-00000.bin      uint16 or uint32, little endian: sequences of `sequence_length`, one after another
-    <folder>/starts-00000.parquet  id, start, tokens, bytes of every document, in order; start counts from the shard's
-                                   first token
+    <folder>/starts-00000.parquet  where the documents lie: a row for each run of a document's tokens, in order
 
-A document is `bos`, its tokens, `eos`. Documents follow one another and are cut only by sequence ends; the last
-sequence of a shard is filled with `pad`. Nothing here mixes sources: that is the loader's.
+A document is `bos`, its tokens, `eos`; how documents are cut and put into sequences is pipelines/packing.py. Two rules
+hold for whatever packed them, so that a sequence needs nothing but its tokens to be read: a document's run ends with
+`eos` or with the sequence, so a new document begins after every `eos`; and what a sequence lacks is filled with `pad`
+at its end, which is a token that no document has. Nothing here mixes sources: that is the loader's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.actors.token_files import TokenFiles, files_at
 from moray.platform.atomic import write_bytes, write_json
 
-SCHEMA_VERSION = 2  # 2: with the largest id of each shard
+SCHEMA_VERSION = 3  # 3: documents in pieces, and padding at the end of any sequence
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Vocabulary:
     bos: int
     eos: int
     pad: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if two of the special ids are one: where documents end could not be told."""
+        if len({self.bos, self.eos, self.pad}) < 3:
+            raise ValueError(f"bos {self.bos}, eos {self.eos} and pad {self.pad} must be three tokens")
 
     @property
     def dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -69,47 +76,23 @@ class Batch:
     mask: npt.NDArray[np.bool_]
 
 
-def write_shard(
-    folder: Path,
-    number: int,
-    documents: Sequence[tuple[str, Sequence[int], int]],
-    sequence_length: int,
-    vocabulary: Vocabulary,
-) -> Shard:
-    """Packs `documents` (id, token ids without bos and eos, UTF-8 bytes) into one shard.
-
-    Raises ValueError if a token id is not below the vocabulary's size.
-    """
-    pieces, starts, lengths = [], [], []
-    at = 0
-    for name, ids, _ in documents:
-        if len(ids) and not 0 <= min(ids) <= max(ids) < vocabulary.size:
-            raise ValueError(f"document {name}: token ids {min(ids)}..{max(ids)} outside 0..{vocabulary.size - 1}")
-        piece = np.empty(len(ids) + 2, vocabulary.dtype)
-        piece[0], piece[1:-1], piece[-1] = vocabulary.bos, ids, vocabulary.eos
-        pieces.append(piece)
-        starts.append(at)
-        lengths.append(len(piece))
-        at += len(piece)
-    sequences = -(-at // sequence_length)
-    packed = np.full(sequences * sequence_length, vocabulary.pad, vocabulary.dtype)
-    packed[:at] = np.concatenate(pieces) if pieces else 0
+def write_shard(folder: Path, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:
+    """Writes one shard: sequences [n, sequence_length] in the vocabulary's dtype, and the rows of its `starts` file
+    (docs/formats.md), in the order of `start`."""
     data = packed.tobytes()
-    table = pa.table(
-        {
-            "id": pa.array([name for name, _, _ in documents], pa.string()),
-            "start": pa.array(starts, pa.int64()),
-            "tokens": pa.array(lengths, pa.int64()),
-            "bytes": pa.array([size for _, _, size in documents], pa.int64()),
-        }
-    )
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(pieces, sink, compression="zstd")
     write_bytes(folder / f"starts-{number:05d}.parquet", sink.getvalue().to_pybytes())
     write_bytes(folder / f"tokens-{number:05d}.bin", data)
-    total = sum(size for _, _, size in documents)
-    largest = int(packed.max(initial=0))
-    return Shard(number, sequences, at, len(documents), total, largest, hashlib.sha256(data).hexdigest())
+    return Shard(
+        number,
+        sequences=len(packed),
+        tokens=pc.sum(pieces["tokens"]).as_py() or 0,
+        documents=pc.sum(pc.equal(pieces["part"], 0)).as_py() or 0,
+        bytes=pc.sum(pieces["bytes"]).as_py() or 0,
+        largest=int(packed.max(initial=0)),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
 
 
 def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, vocabulary: Vocabulary) -> None:
@@ -134,7 +117,8 @@ class TokenSet:
         index = json.loads(files.read(f"{source}/index.json"))
         if index["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
-                f"{files}/{source}: token set of schema {index['schema_version']}, this reads {SCHEMA_VERSION}"
+                f"{files}/{source}: token set of schema {index['schema_version']}, this reads {SCHEMA_VERSION}; "
+                f"tokenize the documents again"
             )
         self.source = source
         self.sequence_length: int = index["sequence_length"]
@@ -163,7 +147,6 @@ class TokenSet:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The sequences with these numbers, in this order. ValueError for an id that the index did not tell of."""
-        length = self.sequence_length
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         withins = [n - (int(self._ends[shard - 1]) if shard else 0) for n, shard in zip(numbers, shards, strict=True)]
         places = [(self._tokens(self.shards[shard]), n) for shard, n in zip(shards, withins, strict=True)]
@@ -171,22 +154,35 @@ class TokenSet:
         if (largest := ids.max(initial=0)) >= self.vocabulary.size:
             row = shards[int(ids.max(axis=1).argmax())]
             raise ValueError(f"{self._files}/{self._tokens(self.shards[row])}: {self._beyond(largest)}")
-        mask = np.ones(ids.shape, np.bool_)
-        for row, (shard, within) in enumerate(zip(shards, withins, strict=True)):
-            mask[row, max(0, self.shards[shard].tokens - within * length) :] = False
-        # Every document begins with bos, so counting them numbers the documents; a sequence that begins inside a
-        # document begins with number 0 as well, because the first token never raises the count.
-        documents = np.cumsum(ids == self.vocabulary.bos, axis=1, dtype=np.int32)
-        return Batch(ids, documents - documents[:, :1], mask)
+        mask = np.logical_or.accumulate(ids[:, ::-1] != self.vocabulary.pad, axis=1)[:, ::-1]
+        ends = (ids == self.vocabulary.eos).astype(np.int32)
+        documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # how many have ended before
+        return Batch(ids, documents, mask)
 
-    def documents(self, shard: Shard) -> pa.Table:
-        """id, start, tokens, bytes of every document of a shard."""
+    def documents(self, shard: Shard) -> Iterator[tuple[str, npt.NDArray[np.int64], int]]:
+        """(id, token ids with bos and eos, UTF-8 bytes) of every document of a shard, by where it begins; whole, even
+        if it lies in pieces."""
+        tokens, rows = self.stream(shard), self.pieces(shard)
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        sizes: dict[str, int] = {}
+        columns = (rows[name].to_pylist() for name in ("id", "part", "start", "tokens", "bytes"))
+        for name, part, start, count, size in zip(*columns, strict=True):
+            found.setdefault(name, []).append((part, start, count))
+            sizes[name] = sizes.get(name, 0) + size
+        for name, parts in found.items():
+            yield (
+                name,
+                np.concatenate([tokens[start : start + count] for _, start, count in sorted(parts)]),
+                sizes[name],
+            )
+
+    def pieces(self, shard: Shard) -> pa.Table:
+        """The rows of a shard's `starts` file."""
         return pq.read_table(pa.BufferReader(self._files.read(f"{self.source}/starts-{shard.number:05d}.parquet")))
 
     def stream(self, shard: Shard) -> npt.NDArray[np.int64]:
-        """All tokens of a shard, without padding."""
-        flat = np.frombuffer(self._files.read(self._tokens(shard)), self.vocabulary.dtype)
-        return flat[: shard.tokens].astype(np.int64)
+        """All tokens of a shard, sequence after sequence, with padding."""
+        return np.frombuffer(self._files.read(self._tokens(shard)), self.vocabulary.dtype).astype(np.int64)
 
     def _beyond(self, largest: int) -> str:
         return f"token id {largest} is beyond its vocabulary of {self.vocabulary.size}"

@@ -11,9 +11,10 @@ Steps keep columns they do not know. Row numbers mean nothing; the last tie-brea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -73,13 +74,20 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """As `write_parquet`, from tables that need not be in memory together."""
+    with parquet_writer(path, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+@contextlib.contextmanager
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of zstd Parquet; the file gets its name when the block ends, or never."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table)
+            yield writer
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pydantic import Field
 from moray.actors.token_set import TokenSet, open_token_sets
 from moray.pipelines.baselines import LN2, ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.split import PARTS
 from moray.platform.errors import InputError
 from moray.platform.evaluation import EvalReport, EvalRow
 from moray.platform.step import Step, StepConfig, StepContext
@@ -51,8 +52,10 @@ class Evaluate(Step[EvaluateConfig]):
     produces: ClassVar[str] = "evaluation"
 
     def run(self, ctx: StepContext[EvaluateConfig]) -> None:
-        train = open_token_sets(f"{ctx.inputs['tokens'].folder}/train")
-        heldout = open_token_sets(f"{ctx.inputs['tokens'].folder}/heldout")
+        try:
+            train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].folder}/{part}") for part in PARTS)
+        except (ValueError, FileNotFoundError) as error:
+            raise InputError(f"evaluate: {error}", "tokenize again: step tokenize") from error
         scores = {source: Scores() for source in heldout}
         self._score_model(ctx, heldout, scores)
         self._score_unigram(ctx, train, heldout, scores)
@@ -111,7 +114,7 @@ class Evaluate(Step[EvaluateConfig]):
         shards = [(token_set, shard) for token_set in train.values() for shard in token_set.shards]
         for done, (token_set, shard) in enumerate(shards):
             ids = token_set.stream(shard)
-            unigram.add(ids[ids != token_set.vocabulary.bos])
+            unigram.add(ids[(ids != token_set.vocabulary.bos) & (ids != token_set.vocabulary.pad)])
             ctx.progress("unigram", done + 1, len(shards), "shards")
         for source, token_set in heldout.items():
             scores[source].bits["unigram"] = [unigram.bits(ids[1:]) for ids, _ in documents_of(token_set)]
@@ -157,10 +160,8 @@ class Evaluate(Step[EvaluateConfig]):
 def documents_of(token_set: TokenSet) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
     """(token ids with bos and eos, UTF-8 bytes) of every document, in order."""
     for shard in token_set.shards:
-        stream, table = token_set.stream(shard), token_set.documents(shard)
-        columns = (table[name].to_pylist() for name in ("start", "tokens", "bytes"))
-        for start, count, size in zip(*columns, strict=True):
-            yield stream[start : start + count], size
+        for _, ids, size in token_set.documents(shard):
+            yield ids, size
 
 
 def split_windows(ids: npt.NDArray[np.int64], length: int) -> Iterator[npt.NDArray[np.int64]]:

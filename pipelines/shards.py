@@ -7,7 +7,9 @@ result does not depend on the number of workers, and the object store never hold
 
 from __future__ import annotations
 
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,11 +28,14 @@ def map_shards(
     function: Callable[[Row], Row],
     unit: str,
     work: Callable[[Row], float],
+    detail: Callable[[Counter[str], float], str] | None = None,
 ) -> list[Row]:
     """Applies `function` to every shard; returns its rows sorted by their `shard` number.
 
     `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
-    much of `unit` a shard is, for progress; it sees the input rows. Raises StepFailed for the first shard that fails.
+    much of `unit` a shard is, for progress; it sees the input rows. `detail`, such as `pace`, says more about what has
+    been done, from the sums of the numbers in the rows so far and the seconds since the start. Raises StepFailed for
+    the first shard that fails.
     """
     import ray.data
 
@@ -40,15 +45,25 @@ def map_shards(
     dataset = ray.data.from_items(list(shards), override_num_blocks=len(shards)).map(
         partial(_guarded, function=function), num_cpus=1
     )
-    rows, done = [], 0.0
+    rows, done, totals, began = [], 0.0, Counter[str](), time.monotonic()
     for row in dataset.iter_rows():
         if row[_ERROR]:
             ctx.write_log("traceback", row[_TRACEBACK])
             raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
         rows.append(row)
         done += amount[row["shard"]]
-        ctx.progress(phase, done, total, unit)
+        totals.update({name: value for name, value in row.items() if isinstance(value, int)})
+        said = detail(totals, max(time.monotonic() - began, 1e-9)) if detail else ""
+        ctx.progress(phase, done, total, unit, said)
     return sorted(rows, key=lambda row: int(row["shard"]))
+
+
+def pace(totals: Counter[str], seconds: float) -> str:
+    """Documents and megabytes a second, and what was dropped, by reason: of rows with `documents`, `bytes` (how many
+    were read) and `dropped:REASON`."""
+    rates = f"{totals['documents'] / seconds:,.0f} documents/s, {totals['bytes'] / 1e6 / seconds:.1f} MB/s"
+    dropped = [(name.partition(":")[2], n) for name, n in totals.most_common() if name.startswith("dropped:") and n]
+    return rates + ("; dropped " + ", ".join(f"{n} {reason}" for reason, n in dropped) if dropped else "")
 
 
 def _guarded(shard: Row, function: Callable[[Row], Row]) -> Row:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from moray.pipelines.bpe import train_apart
 from moray.pipelines.documents import read_shard, shard_paths
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
@@ -23,21 +24,50 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
 
+# DeepSeek-V3's split: digits in threes; runs of Chinese and Japanese; words with what stands before them, punctuation
+# with the line ends after it, line ends, spaces. Character by character as its tokenizer.json has it: by that, and by
+# nothing else, the fast encoder knows it.
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
+
 class TokenizerConfig(StepConfig):
     vocab_size: int = Field(4096, ge=300, description="tokens, special ones included")
     fim: bool = Field(False, description="also tokens that mark a document whose middle comes last (tokenize.fim_rate)")
     sample_bytes: int = Field(50_000_000, gt=0, description="train on about this much text")
-    pattern: str = Field(
-        # Words with a leading space, runs of digits of at most three, punctuation, and runs of spaces: the split of
-        # the GPT family, with digits in threes as DeepSeek-V3 has them.
-        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        description="regular expression that splits text before merging",
+    pattern: tuple[str, ...] = Field(
+        DEEPSEEK_V3, description="regular expressions that split text before merging, one within what the last left"
     )
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        return (BOS, EOS, PAD, *(FIM if self.fim else ()))
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from tokenizers import Regex
+
+        for pattern in value:
+            try:
+                Regex(pattern)
+            except Exception as error:  # the library raises bare Exception
+                raise ValueError(f"{pattern!r} is no regular expression of Oniguruma: {error}") from error
+        return value
 
 
 class Tokenizer(Step[TokenizerConfig]):
     name: ClassVar[str] = "tokenizer"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: splits as DeepSeek-V3 does
     Config = TokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
     produces: ClassVar[str] = "tokenizer"
@@ -45,62 +75,59 @@ class Tokenizer(Step[TokenizerConfig]):
     def run(self, ctx: StepContext[TokenizerConfig]) -> None:
         paths = shard_paths(ctx.inputs["documents"].folder / "train")
         sample = Sample(paths, ctx.config.sample_bytes)
-        tokenizer = train(sample.texts(ctx), ctx.config)
+        if not sample.size:
+            raise InputError("tokenizer: the training documents hold no text", "look at what the steps before it kept")
+        path = ctx.folder / "tokenizer.json"
+
+        def progress(stage: str, done: int, total: int) -> None:
+            ctx.progress(stage, done, total, "merges" if "merge" in stage else "words")
+
+        train_apart(sample.texts(ctx), ctx.config.pattern, ctx.config.vocab_size, ctx.config.special, path, progress)
+        tokenizer = load_tokenizer(ctx.folder)
         if tokenizer.get_vocab_size() < ctx.config.vocab_size:
             raise InputError(
                 f"the sample of {sample.bytes:,} bytes gives only {tokenizer.get_vocab_size()} tokens, "
                 f"vocab_size asks for {ctx.config.vocab_size}",
                 "lower vocab_size or use more text",
             )
-        tokenizer.save(str(ctx.folder / "tokenizer.json"))
         write_json(ctx.folder / "tokenizer_config.json", hugging_face_config())
         ctx.counts |= {"in:documents": sample.documents, "out:tokens": tokenizer.get_vocab_size()}
         ctx.outcome = f"byte-level BPE on {sample.bytes / 1e6:.1f} MB"
 
 
 class Sample:
-    """Documents whose id hashes below sample_bytes / all bytes."""
+    """Documents whose id hashes below sample_bytes / all bytes. size: all bytes; the others count what was given."""
 
     def __init__(self, paths: list[Path], sample_bytes: int) -> None:
         self._paths = paths
-        sizes = [sum(len(t.as_py().encode()) for t in read_shard(path, ["text"])["text"]) for path in paths]
-        self._share = min(1.0, sample_bytes / max(1, sum(sizes)))
+        self.size = sum(_text_bytes(path) for path in paths)
+        self._share = min(1.0, sample_bytes / max(1, self.size))
         self.documents = 0
         self.bytes = 0
 
     def texts(self, ctx: StepContext[TokenizerConfig]) -> Iterator[str]:
         for done, path in enumerate(self._paths):
             ctx.progress("sampling", done, len(self._paths), "shards")
-            table = read_shard(path, ["id", "text"])
-            for name, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
-                if xxhash.xxh3_64_intdigest(name.encode()) < self._share * 2**64:
-                    self.documents += 1
-                    self.bytes += len(text.encode())
-                    yield text
+            names, limit = read_shard(path, ["id"])["id"].to_pylist(), self._share * 2**64
+            rows = [n for n, name in enumerate(names) if xxhash.xxh3_64_intdigest(name.encode()) < limit]
+            for text in read_shard(path, ["text"])["text"].take(rows) if rows else ():
+                self.documents += 1
+                self.bytes += text.as_buffer().size
+                yield text.as_py()
         ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
 
 
-def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
-    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as HuggingFaceTokenizer
+def _text_bytes(path: Path) -> int:
+    import pyarrow.compute as pc
 
-    tokenizer = HuggingFaceTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(config.pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[BOS, EOS, PAD, *(FIM if config.fim else ())],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return pc.sum(pc.binary_length(read_shard(path, ["text"])["text"])).as_py() or 0
+
+
+def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
+    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2; in this process."""
+    from moray.pipelines import bpe
+
+    return bpe.train(texts, config.pattern, config.vocab_size, config.special)
 
 
 def hugging_face_config() -> dict[str, Any]:
@@ -124,9 +151,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def special_ids(folder: Path) -> dict[str, int]:
-    """Ids of bos, eos and pad (eos, where there is none). Raises InputError for a tokenizer without bos or eos."""
+    """Ids of bos, eos and pad. Where none is named for padding, or the same as for an end, a token that is called pad,
+    or else the last control token. Raises InputError if that leaves fewer than three tokens."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    ids = load_tokenizer(folder).get_vocab(with_added_tokens=True)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
 
     def find(kind: str) -> int | None:
         token = config.get(f"{kind}_token")
@@ -138,7 +167,19 @@ def special_ids(folder: Path) -> dict[str, int]:
         raise InputError(
             f"{folder}: tokenizer_config.json names no {kind}_token of its vocabulary", f"add {kind}_token"
         )
-    return {"bos": bos, "eos": eos, "pad": eos if pad is None else pad}
+    if bos == eos:
+        raise InputError(
+            f"{folder}: bos_token and eos_token are one token, {bos}", "name two: documents lie between them"
+        )
+    if pad in (None, bos, eos):
+        names = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        free = [i for i in names if i not in (bos, eos) and not names[i].isspace()]
+        pad = min((i for i in free if "pad" in names[i].lower()), default=max(free, default=None))
+    if pad is None:
+        raise InputError(
+            f"{folder}: no token is left to pad with", "add a pad_token to tokenizer_config.json and vocabulary"
+        )
+    return {"bos": bos, "eos": eos, "pad": pad}
 
 
 step = Tokenizer()

@@ -50,11 +50,12 @@ _ROOT = "moray-root.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """One object: its key below the root, size in bytes, and when it was written (seconds since the epoch)."""
+    """One object: its key below the root, size in bytes, when it was written (seconds since the epoch), its ETag."""
 
     key: str
     size: int
     modified: float
+    etag: str = ""
 
 
 class Bucket:
@@ -95,10 +96,11 @@ class Bucket:
                     return None
                 raise
 
-    def read_range(self, key: str, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of an object."""
+    def read_range(self, key: str, begin: int, end: int, etag: str = "") -> bytes:
+        """Bytes [begin, end) of an object; with an ETag, of that version or not at all."""
+        only = {"IfMatch": etag} if etag else {}
         with self._in_words(key):
-            data = self._body(key, Range=f"bytes={begin}-{end - 1}")
+            data = self._body(key, Range=f"bytes={begin}-{end - 1}", **only)
         if len(data) != end - begin:
             raise InputError(f"{self.url}/{key}: {len(data)} bytes came of {end - begin} from {begin} on")
         return data
@@ -149,7 +151,7 @@ class Bucket:
         for page in self._pages(Prefix=self._prefix + prefix):
             for item in page.get("Contents", []):
                 key = item["Key"][len(self._prefix) :]
-                yield Stored(key, item["Size"], item["LastModified"].timestamp())
+                yield Stored(key, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
 
     def folders(self, prefix: str = "") -> list[str]:
         """The names that follow `prefix` up to the next slash, where there is one."""
@@ -237,7 +239,7 @@ class Bucket:
     def _refused(self, error: ClientError, key: str) -> InputError:
         code, where = _code(error), f"{self.url}/{key}" if key else self.url
         if code == "NoSuchBucket":
-            return InputError(f"{self.url}: there is no bucket {self._name!r}", "create it, or mend MORAY_ARTIFACTS")
+            return InputError(f"{self.url}: there is no bucket {self._name!r}", "create it, or correct the address")
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
             return InputError(f"{self.url}: the credentials are refused ({code})", "check AWS_ACCESS_KEY_ID and so on")
         if code == "AccessDenied" or _status(error) == 403:
@@ -245,6 +247,8 @@ class Bucket:
             return InputError(f"{where}: access denied", hint)
         if code in ("NoSuchKey", "404"):
             return InputError(f"{where} is missing", "")
+        if _status(error) == 412:
+            return InputError(f"{where} was replaced while it was read", "run again")
         message = error.response.get("Error", {}).get("Message", "")
         return InputError(f"{where}: {code}: {message}", "the server's own words; run again once it is well")
 

@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it: `moray --help` loads neither
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -48,7 +49,8 @@ def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = Fa
     from moray.platform.terminal import Terminal, closing_table
 
     console = err()
-    with Terminal(console) as terminal:
+    # Ray prints what befalls its workers to stdout, which is for the result.
+    with Terminal(console) as terminal, contextlib.redirect_stdout(sys.stderr):
         result = run_recipe(recipe, set_ or [], cpus=cpus, listeners=[terminal])
     if json_:
         print_json(_run_as_json(result))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +30,7 @@ def import_(
     from moray.platform.api import import_model
     from moray.platform.terminal import Terminal
 
-    with Terminal(err()) as terminal:
+    with Terminal(err()) as terminal, redirect_stdout(sys.stderr):
         alias, artifact = import_model(path, name, precision, listeners=[terminal])
     if json_:
         print_json({"alias": alias, "artifact": artifact.reference, "folder": str(artifact.folder),

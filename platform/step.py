@@ -98,12 +98,15 @@ ConfigT = TypeVar("ConfigT", bound=StepConfig)
 
 @dataclass(frozen=True)
 class ExternalFile:
-    """One file outside Moray that a step reads: `key` within `source`, its size and content hash."""
+    """One file outside Moray that a step reads: `key` within `source`, its size, and what stands for its content.
+
+    That is its SHA-256, or for an object in a bucket `etag:` and its ETag: nothing has to be read to know it.
+    """
 
     source: str
     key: str
     size: int
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.index import FOLDER, Earlier
-from moray.pipelines.dedup.shingles import Hashes, mixed
+from moray.pipelines.dedup.shingles import Hashes
+from moray.pipelines.text.utf8 import mixed
 
 BITS, PROBES = 29, 20
 _63, _6 = np.uint64(63), np.uint64(6)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.characters import ALONE, BETWEEN, SIZE, WORD
+from moray.pipelines.text.utf8 import decoded, mixed
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint32]
@@ -28,8 +29,7 @@ Places = npt.NDArray[np.int64]
 _FIRST = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_30, _27, _31, _32 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32)
+_32 = np.uint64(32)
 _SPACE = np.uint64(32)
 KEY_BITS = 54
 _UNUSED = np.uint64(64 - KEY_BITS)
@@ -37,31 +37,9 @@ _LAST = 0x40000  # code points from SIZE up to here are ideographs
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def mixed(x: np.uint64) -> np.uint64:
-    """splitmix64's finish."""
-    x = (x ^ (x >> _30)) * _MIX_1
-    x = (x ^ (x >> _27)) * _MIX_2
-    return x ^ (x >> _31)
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def _decoded(data: Bytes, at: int) -> tuple[int, int]:
-    """(code point, where the next one is) of valid UTF-8."""
-    first = int(data[at])
-    if first < 0x80:
-        return first, at + 1
-    if first < 0xE0:
-        return (first & 0x1F) << 6 | (data[at + 1] & 0x3F), at + 2
-    if first < 0xF0:
-        return (first & 0x0F) << 12 | (data[at + 1] & 0x3F) << 6 | (data[at + 2] & 0x3F), at + 3
-    last = (data[at + 1] & 0x3F) << 12 | (data[at + 2] & 0x3F) << 6 | (data[at + 3] & 0x3F)
-    return (first & 0x07) << 18 | last, at + 4
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
 def _character(data: Bytes, at: int, kinds: Bytes, lowers: Codes) -> tuple[int, int, int]:
     """(kind, code point in lower case, where the next one is)."""
-    code, following = _decoded(data, at)
+    code, following = decoded(data, at)
     if code < SIZE:
         return int(kinds[code]), int(lowers[code]), following
     return (ALONE if code < _LAST else BETWEEN), code, following

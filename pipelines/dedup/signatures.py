@@ -6,13 +6,13 @@ Shapes: N documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup.characters import tables
+from moray.pipelines.text.arrow import text_buffers
 
 Keys = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Shingling:
         """Band keys [N, bands], and how many shingles each document has: where none, its keys mean nothing."""
         from moray.pipelines.dedup.shingles import band_keys
 
-        offsets, data = _buffers(texts)
+        offsets, data = text_buffers(texts)
         count = len(offsets) - 1
         keys, counts = np.empty((count, self.bands), np.uint64), np.empty(count, np.int32)
         generator = np.random.default_rng(self.seed)
@@ -63,26 +63,9 @@ class Shingling:
         with the end of the last: [N + 1]."""
         from moray.pipelines.dedup.shingles import shingle_sets
 
-        offsets, data = _buffers(texts)
+        offsets, data = text_buffers(texts)
         count = len(offsets) - 1
         room = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
         bounds = np.zeros(count + 1, np.int64)
         shingle_sets(offsets, data, *tables(), self.size, self.characters, bounds[1:], room)
         return room[: bounds[-1]].copy(), bounds
-
-
-def _buffers(texts: pa.ChunkedArray) -> tuple[Integers, npt.NDArray[np.uint8]]:
-    """Arrow's own memory of a large_string column: where each text begins, and the bytes."""
-    array: Any = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
-    if isinstance(array, pa.ChunkedArray):  # no chunk at all
-        array = pa.array([], pa.large_string())
-    if array.type != pa.large_string():
-        array = array.cast(pa.large_string())
-    _, offsets, data = array.buffers()
-    if not len(array):
-        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
-    begin = array.offset
-    return (
-        np.frombuffer(offsets, np.int64)[begin : begin + len(array) + 1],
-        np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8),
-    )

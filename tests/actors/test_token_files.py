@@ -53,7 +53,7 @@ def test_a_bucket_gives_what_a_folder_gives(folder: Path) -> None:
     for source, tokens in here.items():
         for shard in tokens.shards:
             np.testing.assert_array_equal(there[source].stream(shard), tokens.stream(shard))
-            assert there[source].documents(shard).equals(tokens.documents(shard))
+            assert there[source].pieces(shard).equals(tokens.pieces(shard))
 
 
 def test_no_more_is_read_than_is_asked_for(folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

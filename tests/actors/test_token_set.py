@@ -15,17 +15,31 @@ from moray.actors.data_worker import DataWorker
 from moray.actors.mixture import Mixture
 from moray.actors.token_files import FolderFiles
 from moray.actors.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
+from moray.pipelines.packing import Documents, Packing, pack, plan
 
 VOCABULARY = Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
 LENGTH = 16
 
 
-def write(folder: Path, shards: list[list[list[int]]], vocabulary: Vocabulary = VOCABULARY) -> TokenSet:
-    made = [
-        write_shard(folder, number, [(f"d{number}.{i}", ids, 2 * len(ids)) for i, ids in enumerate(docs)], LENGTH,
-                    vocabulary)
-        for number, docs in enumerate(shards)
-    ]  # fmt: skip
+def documents_of(docs: list[list[int]], number: int = 0, vocabulary: Vocabulary = VOCABULARY) -> Documents:
+    """Documents d0.0, d0.1, ... of these ids between bos and eos; two bytes an id."""
+    tokens = [[vocabulary.bos, *ids, vocabulary.eos] for ids in docs]
+    return Documents(
+        [f"d{number}.{i}" for i in range(len(docs))],
+        np.array([2 * len(ids) for ids in docs], np.int64),
+        np.array([token for ids in tokens for token in ids], np.uint32),
+        np.cumsum([0, *map(len, tokens)]),
+    )
+
+
+def write(
+    folder: Path, shards: list[list[list[int]]], vocabulary: Vocabulary = VOCABULARY, packing: Packing = "concatenate"
+) -> TokenSet:
+    made = []
+    for number, docs in enumerate(shards):
+        documents = documents_of(docs, number, vocabulary)
+        pieces = plan(np.diff(documents.bounds), LENGTH, packing)
+        made.append(write_shard(folder, number, *pack(documents, pieces, LENGTH, vocabulary)))
     write_index(folder, made, LENGTH, vocabulary)
     return token_set(folder)
 
@@ -37,21 +51,38 @@ def token_set(folder: Path) -> TokenSet:
 documents = st.lists(st.lists(st.integers(3, 999), max_size=40), max_size=6)
 
 
+@pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
 @settings(max_examples=40)
-@given(st.lists(documents, min_size=1, max_size=3))
-def test_what_is_packed_comes_back(tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[int]]]) -> None:
-    tokens = write(tmp_path_factory.mktemp("tokens"), shards)
+@given(shards=st.lists(documents, min_size=1, max_size=3))
+def test_what_is_packed_comes_back(
+    packing: Packing, tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[int]]]
+) -> None:
+    tokens = write(tmp_path_factory.mktemp("tokens"), shards, packing=packing)
     for shard, docs in zip(tokens.shards, shards, strict=True):
-        stream, table = tokens.stream(shard), tokens.documents(shard)
-        back = [
-            stream[start : start + count].tolist()
-            for start, count in zip(table["start"].to_pylist(), table["tokens"].to_pylist(), strict=True)
-        ]
-        assert back == [[0, *ids, 1] for ids in docs]
+        back = {name: (ids.tolist(), size) for name, ids, size in tokens.documents(shard)}
+        assert back == {f"d{shard.number}.{i}": ([0, *ids, 1], 2 * len(ids)) for i, ids in enumerate(docs)}
+        assert (shard.documents, shard.bytes) == (len(docs), sum(2 * len(ids) for ids in docs))
     assert tokens.tokens == sum(len(ids) + 2 for docs in shards for ids in docs)
     everything = tokens.batch(range(tokens.sequences))
     assert everything.mask.sum() == tokens.tokens
     assert (everything.ids[~everything.mask] == VOCABULARY.pad).all()
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
+@settings(max_examples=40)
+@given(docs=documents)
+def test_tokens_have_one_number_exactly_if_they_are_of_one_document(
+    packing: Packing, tmp_path_factory: pytest.TempPathFactory, docs: list[list[int]]
+) -> None:
+    """In each sequence, whatever pieces it is made of: attention and the loss stay within these numbers."""
+    tokens = write(tmp_path_factory.mktemp("tokens"), [docs], packing=packing)
+    batch = tokens.batch(range(tokens.sequences))
+    owners = np.full(batch.ids.size, -1)
+    for n, row in enumerate(tokens.pieces(tokens.shards[0]).to_pylist()):
+        owners[row["start"] : row["start"] + row["tokens"]] = n
+    for own, numbers, mask in zip(owners.reshape(batch.ids.shape), batch.documents, batch.mask, strict=True):
+        assert ((own >= 0) == mask).all()
+        assert ((np.diff(own[mask]) != 0) == (np.diff(numbers[mask]) == 1)).all()
 
 
 def test_documents_are_numbered_within_a_sequence(tmp_path: Path) -> None:
@@ -69,8 +100,13 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "tokens-00000.bin").stat().st_size == 4 * LENGTH
 
 
+def test_special_ids_must_be_three() -> None:
+    with pytest.raises(ValueError, match="bos 0, eos 1 and pad 1 must be three tokens"):
+        Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=1)
+
+
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"d0\.0: token ids 5\.\.1000 outside 0\.\.999"):
+    with pytest.raises(ValueError, match=r"d0\.0: token ids 0\.\.1000 outside 0\.\.999"):
         write(tmp_path, [[[5, 1000]]])
 
 
@@ -106,7 +142,7 @@ def test_a_token_set_of_another_schema_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [[[5]]])
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 9}))
-    with pytest.raises(ValueError, match="schema 9"):
+    with pytest.raises(ValueError, match="schema 9, this reads 3; tokenize the documents again"):
         token_set(tmp_path)
 
 

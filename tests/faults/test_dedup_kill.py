@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -50,12 +52,12 @@ def result(home: Home) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in artifact.manifest.files}
 
 
-def workers(home: Home) -> list[psutil.Process]:
-    """Ray's workers that run a task right now."""
+def tasks(run: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Processes of Ray that work on shards right now: they are called after what they do."""
     found = []
-    for raylet in processes_of(home):
-        for child in raylet.children(recursive=True) if raylet.is_running() else []:
-            if child.is_running() and child.name().startswith("ray::") and "IDLE" not in child.name():
+    for child in psutil.Process(run.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name().startswith("ray::") and "Map" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
@@ -97,7 +99,7 @@ def test_workers_killed_while_they_work_change_nothing(tmp_path: Path) -> None:
     run, killed, last = start(home, recipe), 0, 0
     while run.poll() is None and killed < WORKER_KILLS:
         files = len(finished(home))
-        if files > last and (victims := workers(home)):
+        if files > last and (victims := tasks(run)):
             os.kill(victims[0].pid, signal.SIGKILL)
             killed, last = killed + 1, files + 4
     finish(run)

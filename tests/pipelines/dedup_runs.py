@@ -38,7 +38,7 @@ class Night:
         self.home = Home(folder / "home")
         self.store = ArtifactStore(self.home)
         self.number = before.number + 1 if before else 0
-        folder = self.store.prepare("filter", f"{self.number:032x}", keep_leftovers=True)
+        folder = self.store.prepare("filter", _fingerprint("filter", self.number), keep_leftovers=True)
         for number in range(shards):
             write_shard(folder / shard_name(number), _table(texts[number::shards]))
         self.documents = self.store.commit(_manifest("filter", self.number, {}, {}))
@@ -58,7 +58,7 @@ class Night:
             return results
 
         monkeypatch.setattr(dedup_step, "map_shards", map_shards)
-        work = self.store.prepare("dedup", f"{self.number:032x}", keep_leftovers=True)
+        work = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
         context = StepContext(
             step="dedup", config=self.config, inputs=inputs, folder=work, home=self.home, run=self.home.root / "run",
@@ -98,9 +98,13 @@ def _table(part: Sequence[Text]) -> pa.Table:
     )
 
 
+def _fingerprint(step: str, number: int) -> str:
+    return f"{len(step):x}{number:031x}"
+
+
 def _manifest(step: str, number: int, config: dict[str, Any], inputs: dict[str, str]) -> Manifest:
     return Manifest(
-        step=step, step_version=1, fingerprint=f"{number:032x}", produces="documents", config=config, address={},
-        inputs=inputs, files=[], bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0,
+        step=step, step_version=1, fingerprint=_fingerprint(step, number), produces="documents", config=config,
+        address={}, inputs=inputs, files=[], bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0,
         cpu_seconds=0.0,
     )  # fmt: skip

@@ -95,11 +95,9 @@ def test_tokens_spell_the_documents(flow: Flow) -> None:
             assert token_set.vocabulary.tokenizer == flow.artifact("tokenizer").fingerprint
             for shard in token_set.shards:
                 assert hash_file(folder / token_set.source / f"tokens-{shard.number:05d}.bin") == shard.sha256
-                stream = token_set.stream(shard)
-                for row in token_set.documents(shard).to_pylist():
-                    ids = stream[row["start"] : row["start"] + row["tokens"]]
+                for name, ids, _ in token_set.documents(shard):
                     assert (ids[0], ids[-1]) == (token_set.vocabulary.bos, token_set.vocabulary.eos)
-                    spelled[row["id"]] = tokenizer.decode(ids[1:-1].tolist())
+                    spelled[name] = tokenizer.decode(ids[1:-1].tolist())
     assert spelled == texts
 
 

@@ -94,7 +94,12 @@ def test_a_tokenizer_names_its_special_tokens_in_either_form(flow_tokenizer: Pat
     config["bos_token"] = {"content": config["bos_token"], "lstrip": False}
     del config["pad_token"]
     path.write_text(json.dumps(config))
-    assert special_ids(flow_tokenizer) == expected | {"pad": 1}
+    assert special_ids(flow_tokenizer) == expected, "a token that is called pad"
+    path.write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
+    assert special_ids(flow_tokenizer) == expected, "padding is never an end"
+    path.write_text(json.dumps({**config, "eos_token": config["bos_token"]}))
+    with pytest.raises(InputError, match="bos_token and eos_token are one token, 0"):
+        special_ids(flow_tokenizer)
     config["eos_token"] = "<unheard of>"
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match="names no eos_token of its vocabulary"):

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 
 from moray.actors.token_set import Vocabulary, write_index, write_shard
 from moray.models import checkpoint
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
+from moray.pipelines.packing import pack, plan
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
 from moray.platform.artifacts import Artifact
@@ -21,6 +23,7 @@ from moray.platform.events import EventLog
 from moray.platform.home import Home
 from moray.platform.manifest import Manifest
 from moray.platform.step import StepContext
+from tests.actors.test_token_set import documents_of
 from tests.s3 import BUCKET, Request, faulty_proxy
 
 LENGTH = 16
@@ -47,7 +50,9 @@ def artifact(folder: Path, step_name: str, produces: str) -> Artifact:
 @pytest.fixture
 def tokens(tmp_path: Path) -> Artifact:
     folder = tmp_path / "tokens"
-    shard = write_shard(folder / "train" / "a", 0, [(f"d{i}", [5, 99], 2) for i in range(64)], LENGTH, VOCABULARY)
+    documents = documents_of([[5, 99]] * 64, vocabulary=VOCABULARY)
+    pieces = plan(np.diff(documents.bounds), LENGTH, "concatenate")
+    shard = write_shard(folder / "train" / "a", 0, *pack(documents, pieces, LENGTH, VOCABULARY))
     write_index(folder / "train" / "a", [shard], LENGTH, VOCABULARY)
     return artifact(folder, "tokenize", "tokens")
 

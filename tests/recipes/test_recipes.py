@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ NONSENSE = {"not": ["this"]}
 Place = tuple[str | int, ...]
 
 
+@pytest.fixture(autouse=True)
+def a_built_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for what `make bench-corpus` builds below the current folder; nothing here reads more than names."""
+    built = tmp_path / "benchmarks/corpus/.cache/documents"
+    built.mkdir(parents=True)
+    for source in read(RECIPES / "corpus-demo.yaml")["steps"]["corpus"]["with"]["sources"]:
+        (built / source["include"][0].replace("0*", "000").replace("*", "000")).touch()
+    monkeypatch.chdir(tmp_path)
+
+
 def fields(node: Any, at: Place = ()) -> Iterator[Place]:
     """The place of every key of every mapping, at any depth."""
     if isinstance(node, dict):
@@ -29,7 +40,7 @@ def fields(node: Any, at: Place = ()) -> Iterator[Place]:
 
 
 def shipped() -> Iterator[Any]:
-    """Every field of every recipe, but those of a kind of step that were there before."""
+    """Every field of every recipe, but those of a kind of step, or of one list, that were there before."""
     seen = set()
     for path in sorted(RECIPES.glob("*.yaml")):
         raw = read(path)
@@ -37,6 +48,7 @@ def shipped() -> Iterator[Any]:
             kind: Place = place
             if len(place) > 2:
                 kind = (raw["steps"][place[1]].get("uses", place[1]), *place[2:])
+            kind = tuple("*" if isinstance(part, int) else part for part in kind)
             if kind not in seen:
                 seen.add(kind)
                 yield pytest.param(path, place, id=f"{path.stem}:{'.'.join(map(str, place))}")
@@ -95,3 +107,21 @@ def test_nonsense_for_a_value_is_named(path: Path, place: Place) -> None:
     error = error_of(raw, path)
     assert str(path) in error.message
     assert str(place[-1]) in error.message
+
+
+def test_the_demo_reads_every_source_of_the_built_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES.parent / "benchmarks" / "corpus"))
+    from sources import SOURCES
+
+    listed = read(RECIPES / "corpus-demo.yaml")["steps"]["corpus"]["with"]["sources"]
+    shards = {source.name: f"documents-{source.name}-000.parquet" for source in SOURCES}
+    found = {item["name"]: [n for n, shard in shards.items() if fnmatch(shard, item["include"][0])] for item in listed}
+    assert found == {name: [name] for name in shards}
+
+
+def test_without_the_corpus_the_demo_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match=r"elsewhere/benchmarks/corpus/\.cache/documents does not exist") as caught:
+        load_recipe(RECIPES / "corpus-demo.yaml")
+    assert caught.value.hint == "`make bench-corpus` makes it"

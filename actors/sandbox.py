@@ -1,0 +1,220 @@
+"""Runs generated Python shut in: no network, a folder of its own in memory, bounds on time, memory, processes, files.
+
+`run_tests` gives a program and its tests to a fresh interpreter inside namespaces (`sandbox_cell.py` builds them) and
+says in a Verdict how it ended, by name of the limit if it met one. Where this system allows no namespaces, that is an
+error (`SandboxRefused`), unless the caller asks for the unsafe form: limits of resources and a process group only,
+which keeps no program from reading or writing what the user may. A verdict holds for programs that do not set out to
+forge it: what runs beside its tests could report in their place, but gets no further.
+
+A program runs until the first limit (`sandbox_watch.py`), and when `run` returns none of its processes is left.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import errno
+import functools
+import json
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moray.actors.sandbox_cell import BOX
+from moray.actors.sandbox_watch import Ended, Limits, SandboxRefused, Watch
+
+_LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+
+# Reads its token, runs the program and then its tests in one namespace, and says on descriptor 3 what came of it.
+_HARNESS = """
+import json, os, sys, traceback
+own = os.getpid()
+token, names = sys.argv[1], sys.argv[2:]
+sys.argv[:] = ["program"]
+scope = {"__name__": "program"}
+report = {"token": token}
+try:
+    for name in names:
+        with open(name, encoding="utf-8") as file:
+            text = file.read()
+        exec(compile(text, name, "exec"), scope)
+    for name, value in list(scope.items()):
+        if name.startswith("test") and callable(value) and not isinstance(value, type):
+            value()
+    if "unittest" in sys.modules:
+        import unittest
+        cases = [v for v in scope.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)]
+        suite = unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, cases))
+        result = unittest.TextTestRunner(stream=sys.stdout).run(suite)
+        if not result.wasSuccessful():
+            raise AssertionError("unittest: " + (result.errors + result.failures)[0][1].strip().splitlines()[-1])
+except BaseException as error:
+    kind = MemoryError if isinstance(error, MemoryError) else type(error)
+    place = getattr(error, "filename", None)
+    report = {"error": kind.__name__, "errno": getattr(error, "errno", None), "text": str(error)[:300],
+              "file": place if isinstance(place, str) else None, "os": isinstance(error, OSError)}
+    try:
+        traceback.print_exc(file=sys.stdout)
+    except BaseException:
+        report["untold"] = True
+try:
+    sys.stdout.flush()
+finally:
+    if os.getpid() == own:  # not a fork of it
+        os.write(3, json.dumps(report).encode())
+    os._exit(0 if "token" in report else 1)
+"""
+
+# What an error that reaches the end says of the limit that it met.
+_BY_NUMBER = {
+    errno.EAGAIN: "processes",
+    errno.ENOMEM: "memory",
+    errno.EFBIG: "file size",
+    errno.ENOSPC: "disk",
+    errno.EMFILE: "open files",
+    errno.EROFS: "outside",
+    errno.EACCES: "outside",
+    errno.EPERM: "outside",
+}
+_BY_SIGNAL = {signal.SIGXCPU: "cpu", signal.SIGSYS: "network"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program ended.
+
+    outcome: passed, failed, or the limit that it met: time, cpu, memory, processes, file size, disk, open files,
+    output, outside (its folder), network. detail: its last words. peak_bytes, peak_processes: the most that was seen.
+    """
+
+    outcome: str
+    detail: str = ""
+    output: str = ""
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    peak_processes: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
+
+
+def run_tests(code: str, tests: str, limits: Limits | None = None, unsafe: bool = False) -> Verdict:
+    """Runs `code`, then `tests` in the same namespace: bare asserts, functions test*, unittest cases.
+
+    Passed means that all of it ran to its end without an error. Tests that test nothing fail. Raises SandboxRefused.
+    """
+    if reason := why_no_tests(tests):
+        return Verdict("failed", reason)
+    token = secrets.token_hex(16)
+    files = {"harness.py": _HARNESS, "program.py": code, "tests.py": tests}
+    ended = run(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe)
+    return judge(ended, token)
+
+
+def why_no_tests(tests: str) -> str:
+    """What is wrong with tests before anything runs: '' if they hold at least one check."""
+    try:
+        tree = ast.parse(tests)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"the tests are no Python: {error}"
+    checks = (ast.Assert, ast.Raise)
+    if any(isinstance(node, checks) or _is_unittest_check(node) for node in ast.walk(tree)):
+        return ""
+    return "the tests check nothing"
+
+
+def _is_unittest_check(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("assert")
+
+
+def judge(ended: Ended, token: str) -> Verdict:
+    """The verdict on what a harness with this token left."""
+    try:
+        report = json.loads(ended.report)
+    except ValueError:
+        report = {}
+    outcome, detail = _outcome(ended, report if isinstance(report, dict) else {}, token)
+    return Verdict(outcome, detail, ended.output, ended.seconds, ended.peak_bytes, ended.peak_processes)
+
+
+def _outcome(ended: Ended, report: Mapping[str, Any], token: str) -> tuple[str, str]:
+    if ended.broke:
+        return ended.broke, f"ended after {ended.seconds:.2f} s"
+    if report.get("token") == token and ended.exit_code == 0:
+        return "passed", ""
+    if "error" in report:
+        text = f"{report['error']}: {report.get('text', '')}"
+        return _limit_of(report) or "failed", text
+    if ended.exit_code < 0:
+        number = -ended.exit_code
+        return _BY_SIGNAL.get(signal.Signals(number), "failed"), f"ended by {signal.Signals(number).name}"
+    return "failed", f"it left with code {ended.exit_code} before its tests had run"
+
+
+def _limit_of(report: Mapping[str, Any]) -> str:
+    if report["error"] == "MemoryError":
+        return "memory"
+    if report["error"] == "RuntimeError" and "new thread" in str(report.get("text")):
+        return "processes"
+    if not report.get("os"):
+        return ""
+    place = str(report.get("file") or "")
+    if report.get("errno") == errno.ENOENT and place.startswith("/") and not place.startswith(BOX + "/"):
+        return "outside"
+    return _BY_NUMBER.get(report.get("errno") or 0, "")
+
+
+@functools.cache
+def refusal() -> str:
+    """Why this system shuts no program in; '' if it does. Found out by trying, once per process."""
+    try:
+        ended = _run({"harness.py": "print('here')"}, ["harness.py"], Limits(), False, ())
+    except SandboxRefused as error:
+        return error.message
+    return "" if ended.output == "here\n" else f"a program that prints a word left {ended.output!r}, {ended.report}"
+
+
+def run(
+    files: Mapping[str, str],
+    arguments: Sequence[str],
+    limits: Limits | None = None,
+    unsafe: bool = False,
+    readable: Sequence[str] = (),
+) -> Ended:
+    """Runs `python *arguments` where `files` (name -> text) lie, and nothing else of the caller's but `readable`:
+    folders of packages that it may import. The environment is empty, standard input too. Raises SandboxRefused."""
+    if not unsafe and (reason := refusal()):
+        raise SandboxRefused(
+            f"no sandbox on this system: {reason}",
+            "run where user namespaces are allowed (sysctl user.max_user_namespaces; docker: --cap-add SYS_ADMIN or"
+            " --security-opt seccomp=unconfined), or accept the risk: unsafe_sandbox: true in the recipe",
+        )
+    return _run(files, arguments, limits or Limits(), unsafe, readable)
+
+
+def _run(
+    files: Mapping[str, str], arguments: Sequence[str], limits: Limits, unsafe: bool, readable: Sequence[str]
+) -> Ended:
+    with contextlib.ExitStack() as stack:
+        python = os.path.realpath(sys.executable)
+        script = ["-I", "-S", "-B", "-X", "utf8"]
+        if readable:  # packages are found beside the standard library
+            start = f"import runpy, sys; sys.path += {list(readable)!r}; sys.argv.pop(0); runpy.run_path(sys.argv[0])"
+            script += ["-c", start]
+        request = {
+            "isolate": not unsafe,
+            "files": dict(files),
+            "argv": [python, *script, *arguments],
+            "limits": {key: value for key, value in asdict(limits).items() if key != "seconds"},
+            "folders": [*_LIBRARIES, python, f"{os.path.realpath(sys.base_prefix)}/lib", *readable],
+            "devices": _DEVICES,
+            "folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="moray-sandbox-")) if unsafe else BOX,
+        }
+        return Watch(limits, unsafe).over(json.dumps(request).encode() + b"\n", python)

@@ -1,0 +1,35 @@
+"""The readers a source can name: from a file to documents, with a reason for everything left out.
+
+A reader never raises for bad content. Files ending in .gz or .zst are decompressed as they are read; one that breaks
+off or does not decompress counts once as `malformed`, after whatever came before the damage. Memory is bounded by
+`max_bytes`, not by the size of a file, because a few KB of .gz can hold GBs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from moray.pipelines.corpus.files import File
+from moray.pipelines.corpus.pieces import Piece
+from moray.pipelines.corpus.rows import Columns, read_huggingface, read_jsonl, read_parquet
+from moray.pipelines.corpus.text import read_pythonbible, read_text
+from moray.pipelines.corpus.web import read_html, read_warc
+
+
+class Reader(Protocol):
+    """Reads one file; documents of more than `max_bytes` UTF-8 bytes are left out."""
+
+    def __call__(self, file: File, max_bytes: int, columns: Columns, /) -> Iterator[Piece]: ...
+
+
+READERS: dict[str, Reader] = {
+    "text": read_text,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "huggingface": read_huggingface,
+    "html": read_html,
+    "warc": read_warc,
+    "pythonbible": read_pythonbible,
+}
+ROW_READERS = ("jsonl", "parquet", "huggingface")

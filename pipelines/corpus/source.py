@@ -1,0 +1,134 @@
+"""A source of documents as a recipe describes it, and the files it has: on this machine, in a package, in a bucket."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moray.pipelines.corpus.files import File, bucket_at
+from moray.pipelines.corpus.globs import matches
+from moray.pipelines.corpus.readers import ROW_READERS
+from moray.pipelines.corpus.rows import Columns
+from moray.platform.errors import InputError
+from moray.platform.step import StepConfig, operational
+
+Split = Literal["train", "validation", "test"]
+
+# What folders and files of Hugging Face datasets are called by.
+_SPLITS: dict[str, Split] = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+_DATA = re.compile(r"\.(parquet|arrow|jsonl|ndjson)$|\.(jsonl|ndjson)\.(gz|zst)$")
+
+
+class Source(StepConfig):
+    """One origin of documents: a folder or file (`path`), an installed Python package (`package`), or `url: s3://...`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    path: Path | None = operational(None)
+    package: str | None = operational(None)
+    url: str | None = operational(None, pattern=r"^s3://[^/?#]+(/[^?#]*)?$", description="s3://bucket/prefix")
+    reader: Literal["text", "jsonl", "parquet", "huggingface", "html", "warc", "pythonbible"] = "text"
+    text_column: str = Field("text", min_length=1, description="rows: where the text is")
+    id_column: str | None = Field(None, min_length=1, description="rows: what names a row; else its number")
+    url_column: str | None = Field(None, min_length=1, description="rows: the page's address, `url` in meta")
+    license_column: str | None = Field(None, min_length=1, description="rows: the licence; else `license`")
+    meta_columns: tuple[str, ...] = Field((), description="rows: what goes into meta, as strings")
+    split: Split = Field("train", description="huggingface: whose files are read")
+    include: tuple[str, ...] = ("**/*",)
+    exclude: tuple[str, ...] = ()
+    license: str = ""
+    max_files: int | None = Field(None, gt=0)
+    made_by: str = operational("", description="the command that makes the files, for who does not have them")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if sum(place is not None for place in (self.path, self.package, self.url)) != 1:
+            raise ValueError("give `path`, `package` or `url`, one of them")
+        if self.reader not in ROW_READERS and self.columns() != Columns():
+            raise ValueError(f"`text_column`, `id_column` and the like are for {', '.join(ROW_READERS)}")
+        if self.reader != "huggingface" and self.split != "train":
+            raise ValueError("`split` is for huggingface")
+        return self
+
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.id_column, self.url_column, self.license_column, self.meta_columns)
+
+    def place(self) -> str:
+        """Where the files are looked for, for messages."""
+        return self.url or str(self.root())
+
+    def root(self) -> Path:
+        """The folder (or file) on this machine. Raises InputError if it is not there."""
+        if self.path is not None:
+            root = self.path.expanduser()
+            if not root.exists():
+                hint = f"`{self.made_by}` makes it" if self.made_by else "correct the path in the recipe"
+                raise InputError(f"source {self.name!r}: {root.absolute()} does not exist", hint)
+            return root.absolute()
+        spec = importlib.util.find_spec(str(self.package))
+        if spec is None or spec.origin is None:
+            raise InputError(f"source {self.name!r}: no package {self.package!r}", f"pip install {self.package}")
+        return Path(spec.origin).parent
+
+    def files(self) -> list[tuple[str, File]]:
+        """(key, file) of every file, sorted by key: the path relative to the root, with slashes. Raises InputError."""
+        found = dict(self._objects() if self.url is not None else self._paths())
+        if self.reader == "huggingface":
+            found = {key: file for key, file in found.items() if _is_data(key, self.split)}
+        return sorted(found.items())[: self.max_files]
+
+    def _paths(self) -> Iterator[tuple[str, File]]:
+        root = self.root()
+        if root.is_file():
+            yield root.name, File(str(root), root.stat().st_size)
+            return
+        excluded = {path for pattern in self.exclude for path in root.glob(pattern)}
+        for path in {path for pattern in self.include for path in root.glob(pattern)} - excluded:
+            if "__pycache__" not in path.parts and path.is_file() and not path.is_symlink():
+                yield path.relative_to(root).as_posix(), File(str(path), path.stat().st_size)
+
+    def _objects(self) -> Iterator[tuple[str, File]]:
+        """What lies below the address; or, if nothing does, the object that has it."""
+        url = str(self.url).rstrip("/")
+        try:
+            listed = list(_listed(url))
+            if not listed and url.count("/") > 2:
+                folder, _, name = url.rpartition("/")
+                yield from ((key, file) for key, file in _listed(folder, name) if key == name)
+        except InputError as error:
+            raise InputError(f"source {self.name!r}: {error.message}", error.hint) from error
+        for key, file in listed:
+            wanted = any(matches(key, pattern) for pattern in self.include)
+            if wanted and not any(matches(key, pattern) for pattern in self.exclude):
+                yield key, file
+
+
+def _listed(url: str, beginning: str = "") -> Iterator[tuple[str, File]]:
+    for item in bucket_at(url).objects(beginning):
+        if not item.key.endswith("/"):  # what stands for a folder
+            yield item.key, File(f"{url}/{item.key}", item.size, item.etag, url)
+
+
+def _is_data(key: str, split: Split) -> bool:
+    """Whether a file of a dataset's folder holds rows of the split. What `datasets` keeps of its own work does not."""
+    name = key.rpartition("/")[2]
+    if not _DATA.search(name.lower()) or name.startswith(("cache-", ".")):
+        return False
+    return split_of(key) == split
+
+
+def split_of(key: str) -> Split:
+    """By the nearest name that says so: the file's, then its folders' from the inside out; "train" if none does."""
+    for part in reversed(key.lower().split("/")):
+        for word in re.split(r"[^a-z]+", part):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return "train"

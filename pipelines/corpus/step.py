@@ -1,0 +1,125 @@
+"""corpus: files of text, code, rows and web pages, on this machine or in a bucket, into Documents.
+
+Files are listed and sorted once, grouped into shards by size, and read by Ray Data tasks; what is left out is counted
+by reason and written down. A document's id depends on the source's name and the file's path within it, not on where the
+source lies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from moray.pipelines.corpus.files import File
+from moray.pipelines.corpus.shard import write_corpus_shard
+from moray.pipelines.corpus.source import Source
+from moray.pipelines.shards import Row, map_shards
+from moray.platform.errors import InputError, RecipeError
+from moray.platform.manifest import hash_file
+from moray.platform.step import Estimate, ExternalFile, Step, StepConfig, StepContext, Topology
+
+
+class CorpusConfig(StepConfig):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    max_document_bytes: int = Field(1_000_000, gt=0)
+    shard_bytes: int = Field(4_000_000, gt=0)
+
+
+class Corpus(Step[CorpusConfig]):
+    name: ClassVar[str] = "corpus"
+    version: ClassVar[int] = 1
+    Config = CorpusConfig
+    produces: ClassVar[str] = "documents"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def check(self, config: CorpusConfig, inputs: Mapping[str, str]) -> None:
+        names = Counter(source.name for source in config.sources)
+        if repeated := [name for name, n in names.items() if n > 1]:
+            raise RecipeError(f"sources: the name {repeated[0]!r} is used twice", "give every source its own name")
+        for i, source in enumerate(config.sources):
+            try:
+                files = source.files()
+            except InputError as error:
+                raise RecipeError(f"sources.{i}: {error.message}", error.hint) from error
+            if not files:
+                raise RecipeError(
+                    f"sources.{i}: source {source.name!r}: no file matches {list(source.include)} in {source.place()}",
+                    f"correct `include` or `{'url' if source.url else 'path'}`",
+                )
+
+    def external(self, config: CorpusConfig) -> list[ExternalFile]:
+        return [
+            ExternalFile(source.name, key, file.size, _digest(file))
+            for source in config.sources
+            for key, file in source.files()
+        ]
+
+    def estimate(self, config: CorpusConfig, topology: Topology) -> Estimate:
+        size = sum(file.size for source in config.sources for _, file in source.files())
+        return Estimate(seconds=size / 20e6 / topology.cpus)
+
+    def run(self, ctx: StepContext[CorpusConfig]) -> None:
+        shards = corpus_shards(ctx.config)
+        write = partial(write_corpus_shard, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
+        rows = map_shards(ctx, "reading", shards, write, "files", lambda row: len(row["files"]))
+        dropped: Counter[str] = Counter()
+        for row in rows:
+            dropped.update({key.removeprefix("dropped:"): n for key, n in row.items() if key.startswith("dropped:")})
+        documents = sum(row["documents"] for row in rows)
+        if not documents:
+            raise InputError("the corpus has no usable document", f"left out: {dict(+dropped)}")
+        ctx.counts |= {
+            "in:files": sum(len(shard["files"]) for shard in shards),
+            "out:documents": documents,
+            "bytes": sum(row["bytes"] for row in rows),
+            **{f"dropped:{reason}": n for reason, n in sorted(dropped.items()) if n},
+        }
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()) if n)
+        ctx.outcome = f"{ctx.counts['bytes'] / 1e6:.1f} MB" + (f"; left out {reasons}" if reasons else "")
+
+
+def corpus_shards(config: CorpusConfig) -> list[Row]:
+    """Groups each source's files, in order, into shards of about `shard_bytes`."""
+    shards: list[Row] = []
+    for source in config.sources:
+        size = config.shard_bytes  # so that every source begins a shard
+        for key, file in source.files():
+            if size >= config.shard_bytes:
+                lists: Row = {name: [] for name in ("keys", "files", "sizes", "etags")}
+                shards.append({"shard": len(shards), "root": file.root, **lists, **_description(source)})
+                size = 0
+            for name, value in (("keys", key), ("files", file.place), ("sizes", file.size), ("etags", file.etag)):
+                shards[-1][name].append(value)
+            size += file.size
+    return shards
+
+
+def _description(source: Source) -> Row:
+    """What a task must know of a source, as strings: Ray Data rows are Arrow, where a None may lose its column."""
+    return {
+        "source": source.name,
+        "license": source.license,
+        "reader": source.reader,
+        "columns": json.dumps(asdict(source.columns())),
+    }
+
+
+def _digest(file: File) -> str:
+    """An object is known by the ETag that its server gave it; a file here by its SHA-256."""
+    if file.is_object:
+        return f"etag:{file.etag}"
+    try:
+        return hash_file(Path(file.place))
+    except OSError:
+        return "unreadable"
+
+
+step = Corpus()

@@ -1,0 +1,57 @@
+"""Readers of files that are one document each, and of the packages that hold a book as a Python module."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from moray.pipelines.corpus.files import File, unreadable
+from moray.pipelines.corpus.pieces import MALFORMED, Piece, Reject, decode
+from moray.pipelines.corpus.rows import Columns
+
+
+def read_text(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
+    """A file of text or code is one document."""
+    try:
+        stream = file.stream()
+    except OSError as error:
+        yield unreadable(error)
+        return
+    with stream:
+        try:
+            data = stream.read(max_bytes + 1)
+        except OSError as error:
+            yield file.damage(error)
+            return
+    yield decode(data, max_bytes, "")
+
+
+def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
+    """A `plain_text_bible.py` of the pythonbible-* packages: one document a chapter.
+
+    The module calls `Bible(version, text, {verse: start}, {verse: end})` with verse = book * 1e6 + chapter * 1e3 +
+    number. It is parsed, not imported.
+    """
+    try:
+        with file.stream() as stream:
+            data = stream.read()
+    except OSError as error:
+        yield unreadable(error)
+        return
+    try:
+        chapters = bible_chapters(data)
+    except (StopIteration, SyntaxError, ValueError):
+        yield Reject("", MALFORMED, "not a module of a pythonbible package")
+        return
+    for chapter, text in chapters.items():
+        yield decode(text.encode(), max_bytes, f"#{chapter}")
+
+
+def bible_chapters(data: bytes) -> dict[int, str]:
+    """Texts by chapter (book * 1000 + number). StopIteration, SyntaxError or ValueError for another kind of file."""
+    call = next(node for node in ast.walk(ast.parse(data)) if isinstance(node, ast.Call))
+    text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
+    chapters: dict[int, list[str]] = {}
+    for verse, start in starts.items():
+        chapters.setdefault(verse // 1000, []).append(text[start : ends[verse]].strip())
+    return {chapter: " ".join(verses) for chapter, verses in chapters.items()}

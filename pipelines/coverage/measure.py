@@ -1,0 +1,127 @@
+"""What a shard of a stage holds: a row per document (language, domain, quality band, bytes, tokens), and their sums.
+
+A document is read once, where it first appears. Later stages know it by its id: they take its row from the shard of the
+same name of the stage before, and only its bytes anew; where a step changed a text, its tokens change in proportion.
+Whatever is not found there is read, so a step that makes other shards costs time, never truth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moray.pipelines.coverage.domains import domain_of
+from moray.pipelines.documents import read_shard, write_parquet
+from moray.pipelines.shards import Row
+from moray.pipelines.text.language import identify
+from moray.pipelines.tokenizer import load_tokenizer
+
+BYTES_PER_TOKEN = 4
+UNKNOWN = "unknown"
+_COLUMNS = ("source", "language", "domain", "quality")
+_BATCH = 256
+
+
+def measure_shard(shard: Row, folder: str, before: str, tokenizer: str) -> Row:
+    """Writes the rows of one shard to `folder`; `before` has those of the stage before, or is ''. Runs in a Ray worker.
+
+    Returns, as JSON, `cells`: [source, language, domain, quality, documents, bytes, tokens], and `dropped`:
+    [reason, documents, tokens] of the documents of the same shard before.
+    """
+    path = Path(shard["path"])
+    target, known = Path(folder) / path.name, Path(before) / path.name
+    old = read_shard(known) if before and known.exists() else None
+    if not target.exists():
+        write_parquet(target, _rows(path, old, tokenizer))
+    rows = read_shard(target)
+    dropped = [] if old is None else _dropped(old, path)
+    return {"shard": shard["shard"], "cells": json.dumps(_cells(rows)), "dropped": json.dumps(dropped)}
+
+
+def _rows(path: Path, old: pa.Table | None, tokenizer: str) -> pa.Table:
+    names = set(pq.read_schema(path).names)
+    table = read_shard(path, ["id", "text", "source", *({"language", "quality_band"} & names)])
+    size = pc.cast(pc.binary_length(table["text"]), pa.int64()).to_numpy()
+    places = np.full(table.num_rows, -1)
+    if old is not None and table.num_rows:
+        places = pc.index_in(table["id"], value_set=old["id"].combine_chunks()).fill_null(-1).to_numpy()
+    new = np.flatnonzero(places < 0)
+    said = table["language"].to_pylist() if "language" in names else None
+    columns = _read(table["text"].take(pa.array(new)).to_pylist(), said and [said[i] for i in new], tokenizer)
+    made: dict[str, list[Any]] = {}
+    for name, values in columns.items():
+        fresh, kept = iter(values), [] if old is None else old[name].to_pylist()
+        made[name] = [next(fresh) if place < 0 else kept[place] for place in places]
+    if old is not None:
+        was = old["bytes"].to_pylist()
+        changed = [i for i, place in enumerate(places) if place >= 0 and size[i] != was[place]]
+        for i in changed:
+            share = size[i] / max(1, was[places[i]])
+            made["tokens"][i] = round(4 * made["tokens"][i] * share) / 4  # sums of quarters are exact in any order
+    if said is not None:
+        made["language"] = [name or UNKNOWN for name in said]
+    bands = table["quality_band"].to_pylist() if "quality_band" in names else [""] * table.num_rows
+    return pa.table(
+        {
+            "id": table["id"],
+            "source": table["source"],
+            "language": pa.array(made["language"], pa.string()),
+            "domain": pa.array(made["domain"], pa.string()),
+            "quality": pa.array([str(band or "") for band in bands], pa.string()),
+            "bytes": pa.array(size, pa.int64()),
+            "tokens": pa.array(made["tokens"], pa.float64()),
+        }
+    )
+
+
+def _read(texts: list[str], languages: list[str] | None, tokenizer: str) -> dict[str, list[Any]]:
+    """language, domain and tokens of texts; `languages`, where a step before has said them."""
+    codes = [code or "" for code in languages] if languages is not None else identify(texts)[0]
+    return {
+        "language": [code or UNKNOWN for code in codes],
+        "domain": [domain_of(text, code) for text, code in zip(texts, codes, strict=True)],
+        "tokens": _tokens(texts, tokenizer),
+    }
+
+
+def _tokens(texts: list[str], tokenizer: str) -> list[float]:
+    """By the tokenizer in a folder; without one, a token is four bytes."""
+    if not tokenizer:
+        return [len(text.encode()) / BYTES_PER_TOKEN for text in texts]
+    model = load_tokenizer(Path(tokenizer))
+    model.encode_special_tokens = True  # a text that spells one has no special token in it
+    counts: list[float] = []
+    for begin in range(0, len(texts), _BATCH):
+        encoded = model.encode_batch_fast(texts[begin : begin + _BATCH], add_special_tokens=False)
+        counts += [float(len(one.ids)) for one in encoded]
+    return counts
+
+
+def _cells(rows: pa.Table) -> list[list[Any]]:
+    sums = rows.group_by(list(_COLUMNS)).aggregate([("id", "count"), ("bytes", "sum"), ("tokens", "sum")])
+    names = [*_COLUMNS, "id_count", "bytes_sum", "tokens_sum"]
+    return [[row[name] for name in names] for row in sums.to_pylist()]
+
+
+def _dropped(old: pa.Table, path: Path) -> list[list[Any]]:
+    """What this stage says it removed of the shard before, by reason."""
+    files = [path.with_name(path.name.replace("documents-", "removed-")), path.with_name("removed.parquet")]
+    reasons: dict[str, str] = {}
+    for file in files:
+        if file.exists():
+            removed = read_shard(file, ["id", "reason"])
+            own = removed.filter(pc.is_in(removed["id"], value_set=old["id"].combine_chunks()))
+            reasons |= dict(zip(own["id"].to_pylist(), own["reason"].to_pylist(), strict=True))
+    sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for name, tokens in zip(old["id"].to_pylist(), old["tokens"].to_pylist(), strict=True):
+        if (reason := reasons.get(name)) is not None:
+            sums[reason][0] += 1
+            sums[reason][1] += tokens
+    return [[reason, *count] for reason, count in sorted(sums.items())]

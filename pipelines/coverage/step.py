@@ -1,0 +1,92 @@
+"""coverage: how many tokens of which source, language, domain and quality each stage had, as a page with pictures.
+
+It follows the last stage's manifest back to the corpus (lineage.py), so one input is enough. `report.html` needs
+nothing from outside; `report.json` has the same numbers. Documents go nowhere: nothing is made from this artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from moray.pipelines.coverage.lineage import Stage, stages_of
+from moray.pipelines.coverage.measure import BYTES_PER_TOKEN, measure_shard
+from moray.pipelines.coverage.page import page
+from moray.pipelines.coverage.summary import Cells, Dropped, summarize
+from moray.pipelines.documents import shard_paths
+from moray.pipelines.shards import Row, map_shards
+from moray.platform.atomic import write_json, write_text
+from moray.platform.step import Step, StepConfig, StepContext
+
+_MEASURES = ".measures"
+
+
+class CoverageConfig(StepConfig):
+    title: str = "What the corpus covers"
+    thin: float = Field(0.2, gt=0, le=1, description="a domain with less than this part of an even share is thin")
+
+
+class Coverage(Step[CoverageConfig]):
+    name: ClassVar[str] = "coverage"
+    version: ClassVar[int] = 1
+    Config = CoverageConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents", "tokenizer": "tokenizer"}
+    optional: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
+    produces: ClassVar[str] = "coverage-report"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def run(self, ctx: StepContext[CoverageConfig]) -> None:
+        stages = stages_of(ctx.inputs["documents"], ctx.home)
+        tokenizer = ctx.inputs.get("tokenizer")
+        folder = str(tokenizer.folder) if tokenizer else ""
+        before, cells, dropped = "", [], []
+        for number, stage in enumerate(stages):
+            target = str(ctx.folder / _MEASURES / str(number))
+            its, gone = self._measure(ctx, stage, target, before, folder)
+            cells.append(its)
+            dropped.append(gone if number else _left_out(stage))
+            before = target
+        report: dict[str, Any] = {
+            "title": ctx.config.title,
+            "tokens": f"counted by {tokenizer.reference}"
+            if tokenizer
+            else f"estimated: a token is {BYTES_PER_TOKEN} bytes",
+            **summarize([stage.label for stage in stages], cells, dropped, ctx.config.thin),
+        }
+        write_json(ctx.folder / "report.json", report)
+        write_text(ctx.folder / "report.html", page(report))
+        shutil.rmtree(ctx.folder / _MEASURES)
+        thin = [one["domain"] for one in report["thin"]]
+        write_text(ctx.folder / "closing.txt", f"coverage: file://{ctx.folder / 'report.html'}\n")
+        last = report["stages"][-1]
+        ctx.counts |= {
+            "in:stages": len(stages),
+            "documents": last["documents"],
+            "tokens": last["tokens"],
+            "domains:thin": len(thin),
+        }
+        ctx.outcome = f"{last['tokens'] / 1e6:.1f} M tokens; thin: {', '.join(thin) or 'nothing'}"
+
+    def _measure(
+        self, ctx: StepContext[CoverageConfig], stage: Stage, folder: str, before: str, tokenizer: str
+    ) -> tuple[Cells, Dropped]:
+        paths = shard_paths(stage.artifact.folder)
+        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        apply = partial(measure_shard, folder=folder, before=before, tokenizer=tokenizer)
+        rows = map_shards(ctx, f"reading {stage.label}", shards, apply, "bytes", lambda row: row["size"])
+        cells = [cell for row in rows for cell in json.loads(row["cells"])]
+        return cells, [one for row in rows for one in json.loads(row["dropped"])]
+
+
+def _left_out(stage: Stage) -> Dropped:
+    """What the first stage never took in, by its own counts; nobody knows the tokens."""
+    counts = stage.artifact.manifest.counts.items()
+    return [[name.removeprefix("dropped:"), int(n), 0.0] for name, n in counts if name.startswith("dropped:")]
+
+
+step = Coverage()

@@ -1,0 +1,103 @@
+"""Hashes of n-grams, and which of a corpus are among those of evals; compiled by numba: the only pass over the text.
+
+Units, words or characters, are those of dedup: its kernel gives a hash for each (a shingle of one unit). An n-gram's
+hash is a polynomial of its units' modulo 2^64, rolled from one n-gram to the next (Karp, Rabin 1987), so that 50
+characters cost no more than 13 words. A bitmap answers for nearly all that no eval has it; what it lets pass is looked
+up in the sorted hashes. What is found is a guess until its text has been compared (index.py).
+
+Shapes: N texts, G distinct n-grams.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from moray.pipelines.dedup.shingles import Bytes, Codes, Hashes, Places, shingle
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_SPREAD = np.uint64(0xD1342543DE82EF95)
+_ZERO, _ONE, _THREE, _SEVEN = np.uint64(0), np.uint64(1), np.uint64(3), np.uint64(7)
+_BITS_PER_GRAM = 32
+
+
+@numba.njit(nogil=True, cache=True)
+def _rolled(units: Hashes, count: int, size: int, out: Hashes) -> int:
+    """Writes the hash of every n-gram of `size` of the first `count` units; how many."""
+    if count < size:
+        return 0
+    power, value = _ONE, _ZERO
+    for k in range(size):
+        value = value * _FACTOR + units[k]
+        if k:
+            power = power * _FACTOR
+    out[0] = value
+    for i in range(1, count - size + 1):
+        value = (value - units[i - 1] * power) * _FACTOR + units[i + size - 1]
+        out[i] = value
+    return count - size + 1
+
+
+@numba.njit(nogil=True, cache=True)
+def hashes_of(
+    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, characters: bool, sizes: Places, out: Hashes
+) -> int:
+    """Writes the hashes of all n-grams of text n, of sizes[n] units each (0: none), one text after another.
+
+    out: uint64, with room for one a byte; returns how many there are.
+    """
+    total = 0
+    units = np.empty(_longest(offsets), np.uint64)
+    for n in range(len(offsets) - 1):
+        if not sizes[n]:
+            continue
+        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, 1, characters, units)
+        total += _rolled(units, count, sizes[n], out[total:])
+    return total
+
+
+def bitmap(grams: Hashes) -> tuple[Bytes, np.uint64]:
+    """A bit for each hash, in 32 times as many, and by how much a spread hash is shifted to find its own."""
+    power = max(10, int(len(grams) * _BITS_PER_GRAM).bit_length())
+    shift = np.uint64(64 - power)
+    bits = np.zeros(1 << power, bool)
+    bits[(grams * _SPREAD) >> shift] = True
+    return np.packbits(bits, bitorder="little"), shift
+
+
+@numba.njit(nogil=True, cache=True)
+def scan(
+    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, characters: bool, sizes: Places, grams: Hashes,
+    bits: Bytes, shift: np.uint64, found: Places,
+) -> int:  # fmt: skip
+    """Writes (text, n-gram as an index of `grams`, its first unit) to `found`, int64 [room, 3], once for each text and
+    n-gram; returns how many there are, also when there is no room for them.
+
+    sizes: those that n-grams have; grams: uint64 [G], ascending.
+    """
+    total = 0
+    units, rolled = np.empty(_longest(offsets), np.uint64), np.empty(_longest(offsets), np.uint64)
+    seen = np.full(len(grams), -1)
+    for n in range(len(offsets) - 1):
+        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, 1, characters, units)
+        for s in range(len(sizes)):
+            for i in range(_rolled(units, count, sizes[s], rolled)):
+                bit = (rolled[i] * _SPREAD) >> shift
+                if not (bits[bit >> _THREE] >> (bit & _SEVEN)) & 1:
+                    continue
+                gram = np.searchsorted(grams, rolled[i])
+                if gram == len(grams) or grams[gram] != rolled[i] or seen[gram] == n:
+                    continue
+                seen[gram] = n
+                if total < len(found):
+                    found[total, 0], found[total, 1], found[total, 2] = n, gram, i
+                total += 1
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _longest(offsets: Places) -> int:
+    longest = 0
+    for n in range(len(offsets) - 1):
+        longest = max(longest, offsets[n + 1] - offsets[n])
+    return longest

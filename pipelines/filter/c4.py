@@ -1,0 +1,195 @@
+"""C4's rules (JMLR 21 (140), 2.2), which take lines out and drop what is left too small; compiled by numba.
+
+They decide as datatrove 0.10 does, which follows the code that made C4: line by line, in the order below, with marks of
+citations taken out on the way. C4 counts sentences by a trained splitter; here one ends where a mark that ends
+sentences (and quotes or brackets that close behind it) is followed by white space, or by the end of the line.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from moray.pipelines.filter.characters import CLOSING, DIGIT, SPACE, TERMINAL
+from moray.pipelines.filter.layout import (
+    EMPTY,
+    NEWLINE,
+    NONE,
+    ZERO,
+    Bytes,
+    Codes,
+    Document,
+    Numbers,
+    Places,
+    ends_in_ellipsis,
+    line_end,
+    stripped,
+)
+
+# limits, as the fields of C4 in config.py; of what is on or off, 0 is on and NaN is off
+SENTENCES, LOREM, CURLY, WORDS, LONGEST, PUNCTUATION, CITATIONS, JAVASCRIPT, POLICY = range(9)
+PHRASES = (
+    "[edit]", "[citation needed]", "lorem ipsum", "javascript",
+    "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
+)  # fmt: skip
+_EDIT, _CITATION, _LOREM, _JAVASCRIPT, _POLICY = range(5)
+_OPEN, _CLOSE, _CURLY, _KELVIN = 91, 93, 123, 0x212A
+_ENDS = (46, 63, 33, 34, 39)  # . ? ! " '
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _lower(code: int) -> int:
+    """ASCII letters', and of the only other character whose lower case is one."""
+    if 65 <= code <= 90:
+        return code + 32
+    return 107 if code == _KELVIN else code
+
+
+@numba.njit(nogil=True)
+def _begins_with(codes: Codes, begin: int, end: int, phrase: Codes, any_case: bool) -> bool:
+    if end - begin < len(phrase):
+        return False
+    for k in range(len(phrase)):
+        code = int(codes[begin + k])
+        if (_lower(code) if any_case else code) != phrase[k]:
+            return False
+    return True
+
+
+@numba.njit(nogil=True)
+def _phrase(phrases: Codes, bounds: Places, which: int) -> Codes:
+    return phrases[bounds[which] : bounds[which + 1]]
+
+
+@numba.njit(nogil=True)
+def _holds(codes: Codes, begin: int, end: int, phrases: Codes, bounds: Places, first: int, last: int) -> bool:
+    """Whether one of the phrases [first, last), which are in lower case, is there in any case."""
+    for which in range(first, last):
+        phrase = _phrase(phrases, bounds, which)
+        for i in range(begin, end - len(phrase) + 1):
+            if _lower(int(codes[i])) == phrase[0] and _begins_with(codes, i, end, phrase, True):
+                return True
+    return False
+
+
+@numba.njit(nogil=True)
+def _has(codes: Codes, begin: int, end: int, code: int) -> bool:
+    found = False
+    for i in range(begin, end):
+        found |= codes[i] == code
+    return found
+
+
+@numba.njit(nogil=True)
+def _citation_end(document: Document, at: int, end: int, phrases: Codes, bounds: Places) -> int:
+    """Where the mark of a citation that begins at `at` ends; `at` if none does."""
+    following = at + 1
+    while following < end and document.bits[following] & DIGIT:
+        following += 1
+    if following < end and document.codes[following] == _CLOSE:
+        return following + 1
+    for which in (_EDIT, _CITATION):
+        phrase = _phrase(phrases, bounds, which)
+        if _begins_with(document.codes, at, end, phrase, False):
+            return at + len(phrase)
+    return at
+
+
+@numba.njit(nogil=True)
+def _copy(
+    document: Document, begin: int, end: int, citations: bool, phrases: Codes, bounds: Places, out: Document, to: int
+) -> int:
+    """Copies [begin, end), citations taken out where they are to be, to `to` of `out`; where it ends there."""
+    at = begin
+    while at < end:
+        if citations and document.codes[at] == _OPEN:
+            following = _citation_end(document, at, end, phrases, bounds)
+            if following > at:
+                at = following
+                continue
+        out.codes[to], out.bits[to] = document.codes[at], document.bits[at]
+        at += 1
+        to += 1
+    return to
+
+
+@numba.njit(nogil=True)
+def _words(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
+    """(words, characters of the longest)."""
+    words = longest = length = 0
+    for i in range(begin, end):
+        length = 0 if bits[i] & SPACE else length + 1
+        words += length == 1
+        longest = max(longest, length)
+    return words, longest
+
+
+@numba.njit(nogil=True)
+def _sentences(bits: Bytes, begin: int, end: int) -> int:
+    sentences, at, open_ = 0, begin, False
+    while at < end:
+        open_ |= not bits[at] & SPACE
+        if bits[at] & TERMINAL:
+            while at + 1 < end and bits[at + 1] & (TERMINAL | CLOSING):
+                at += 1
+            if at + 1 == end or bits[at + 1] & SPACE:
+                sentences += 1
+                open_ = False
+        at += 1
+    return sentences + open_
+
+
+@numba.njit(nogil=True)
+def _ends_well(codes: Codes, begin: int, end: int) -> bool:
+    if begin == end or ends_in_ellipsis(codes, begin, end):
+        return False
+    return codes[end - 1] in _ENDS
+
+
+@numba.njit(nogil=True)
+def _judge_line(
+    out: Document, begin: int, end: int, words: int, limits: Numbers, phrases: Codes, bounds: Places
+) -> int:
+    """NONE: the line stays; EMPTY: it goes; LOREM or CURLY: the whole document does."""
+    codes = out.codes
+    if (limits[PUNCTUATION] == 0 and not _ends_well(codes, begin, end)) or words < limits[WORDS]:
+        return EMPTY
+    if limits[LOREM] == 0 and _holds(codes, begin, end, phrases, bounds, _LOREM, _JAVASCRIPT):
+        return LOREM
+    if limits[JAVASCRIPT] == 0 and _holds(codes, begin, end, phrases, bounds, _JAVASCRIPT, _POLICY):
+        return EMPTY
+    if limits[CURLY] == 0 and _has(codes, begin, end, _CURLY):
+        return CURLY
+    if limits[POLICY] == 0 and _holds(codes, begin, end, phrases, bounds, _POLICY, len(PHRASES)):
+        return EMPTY
+    return NONE
+
+
+@numba.njit(nogil=True)
+def c4(
+    document: Document, limits: Numbers, phrases: Codes, bounds: Places, out: Document
+) -> tuple[int, float, int, int]:
+    """(the limit that is broken, the value, [begin, end) of what is left, in `out`, which has room for the document).
+
+    phrases: the characters of PHRASES one after another; bounds: where each begins, and the end of the last.
+    """
+    sentences = written = at = ZERO
+    while at < len(document.codes):
+        end, following = line_end(document.codes, document.bits, at)
+        begin, end = stripped(document.bits, at, end)
+        at = following
+        words, longest = _words(document.bits, begin, end)
+        if longest > limits[LONGEST]:
+            continue
+        stop = _copy(document, begin, end, limits[CITATIONS] == 0, phrases, bounds, out, written)
+        judged = _judge_line(out, written, stop, words, limits, phrases, bounds)
+        if judged == EMPTY:
+            continue
+        if judged != NONE:
+            return judged, 1.0, 0, 0
+        sentences += _sentences(out.bits, written, stop)
+        out.codes[stop], out.bits[stop] = NEWLINE, SPACE
+        written = stop + 1
+    if sentences < limits[SENTENCES]:
+        return SENTENCES, float(sentences), 0, 0
+    begin, end = stripped(out.bits, 0, written)
+    return (NONE if begin < end else EMPTY), 0.0, begin, end

@@ -1,0 +1,191 @@
+"""Gopher's rules on quality and on repetition (arXiv 2112.11446, A.1, table A1), compiled by numba.
+
+Where the paper leaves a choice these decide as datatrove 0.10 does: words of symbols alone are not counted among the
+words of a document; a share of characters is one of all of them, white space too; of n-grams that come twice those are
+counted that do not overlap one counted before; of equally frequent n-grams the first.
+
+Each function gives (the limit that is broken or NONE, the value); a limit that is NaN is off. limits: as the fields of
+the family in config.py.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from moray.pipelines.filter.characters import LETTER, SYMBOL
+from moray.pipelines.filter.layout import (
+    NEWLINE,
+    NONE,
+    ZERO,
+    Counts,
+    Document,
+    Hashes,
+    Numbers,
+    count_key,
+    count_symbols,
+    empty_table,
+    ends_in_ellipsis,
+    first_broken,
+    hash_of,
+    hash_of_words,
+    line_end,
+    most_counted,
+    stripped,
+)
+
+_HYPHEN, _BULLET = 45, 0x2022
+_LEAST = np.array([1, 0, 1, 0, 0, 0, 0, 0, 1, 1], np.bool_)  # which limits are least values
+
+
+@numba.njit(nogil=True)
+def _words(document: Document) -> tuple[int, int, int]:
+    """(words that are not of symbols alone, their characters, words with a letter)."""
+    plain = characters = alphabetic = 0
+    for w in range(len(document.words)):
+        every, some = True, False
+        for i in range(document.begins[w], document.ends[w]):
+            every &= document.bits[i] & SYMBOL != 0
+            some |= document.bits[i] & LETTER != 0
+        alphabetic += some
+        if not every:
+            plain += 1
+            characters += document.ends[w] - document.begins[w]
+    return plain, characters, alphabetic
+
+
+@numba.njit(nogil=True)
+def _lines(document: Document) -> tuple[int, int, int]:
+    """(lines, those that begin with a bullet, those that end in an ellipsis)."""
+    lines = bullets = ellipses = at = ZERO
+    while at < len(document.codes):
+        end, following = line_end(document.codes, document.bits, at)
+        begin, end = stripped(document.bits, at, end)
+        lines += 1
+        bullets += begin < end and (document.codes[begin] == _HYPHEN or document.codes[begin] == _BULLET)
+        ellipses += ends_in_ellipsis(document.codes, begin, end)
+        at = following
+    return lines, bullets, ellipses
+
+
+@numba.njit(nogil=True)
+def _different_stop_words(words: Hashes, stop_words: Hashes) -> int:
+    found = 0
+    for stop_word in stop_words:
+        for word in words:
+            if word == stop_word:
+                found += 1
+                break
+    return found
+
+
+@numba.njit(nogil=True)
+def quality(document: Document, limits: Numbers, stop_words: Hashes) -> tuple[int, float]:
+    plain, characters, alphabetic = _words(document)
+    hashes, ellipses = count_symbols(document.codes)
+    lines, bullets, cut_off = _lines(document)
+    words, lines = max(len(document.words), 1), max(lines, 1)
+    mean = characters / max(plain, 1)
+    values = (
+        float(plain), float(plain), mean, mean, hashes / words, ellipses / words, bullets / lines, cut_off / lines,
+        alphabetic / words, float(_different_stop_words(document.words, stop_words)),
+    )  # fmt: skip
+    return first_broken(values, limits, _LEAST)
+
+
+@numba.njit(nogil=True)
+def _repeated_parts(document: Document, begin: int, end: int, least: int, counts: Counts) -> tuple[int, int, int]:
+    """(parts between runs of at least so many newlines, those that came before, their characters)."""
+    mask = empty_table(counts, end - begin + 1)
+    parts = repeated = characters = 0
+    at = i = begin
+    while True:
+        following = i
+        while following < end and document.codes[following] == NEWLINE:
+            following += 1
+        if i < end and following - i < least:  # within a part
+            i = max(following, i + 1)
+            continue
+        parts += 1
+        if count_key(counts, mask, hash_of(document.codes, at, i), at):
+            repeated += 1
+            characters += i - at
+        if i == end:
+            return parts, repeated, characters
+        at = i = following
+
+
+@numba.njit(nogil=True)
+def _characters(document: Document, begin: int, count: int) -> int:
+    """Of so many words."""
+    characters = 0
+    for w in range(begin, begin + count):
+        characters += document.ends[w] - document.begins[w]
+    return characters
+
+
+@numba.njit(nogil=True)
+def _most_frequent(document: Document, size: int, counts: Counts) -> tuple[int, int]:
+    """Characters, with a space between words, of all occurrences of the most frequent n-gram; how many there are."""
+    grams = len(document.words) - size + 1
+    mask = empty_table(counts, grams)
+    for w in range(grams):
+        count_key(counts, mask, hash_of_words(document.words, w, size), w)
+    first, times = most_counted(counts)
+    return (_characters(document, first, size) + size - 1) * times, times
+
+
+@numba.njit(nogil=True)
+def _repeated_grams(document: Document, size: int, counts: Counts) -> int:
+    """Characters of words within n-grams that came before."""
+    grams = len(document.words) - size + 1
+    mask = empty_table(counts, grams)
+    characters = w = 0
+    while w < grams:
+        if count_key(counts, mask, hash_of_words(document.words, w, size), w):
+            characters += _characters(document, w, size)
+            w += size
+        else:
+            w += 1
+    return characters
+
+
+@numba.njit(nogil=True)
+def repetition(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+    length = len(document.codes)
+    begin, end = stripped(document.bits, ZERO, length)
+    parts, repeated, characters = _repeated_parts(document, begin, end, ZERO + 2, counts)
+    if repeated / parts > limits[0]:
+        return 0, repeated / parts
+    if characters / length > limits[1]:
+        return 1, characters / length
+    parts, repeated, characters = _repeated_parts(document, ZERO, length, ZERO + 1, counts)
+    if repeated / parts > limits[2]:
+        return 2, repeated / parts
+    if characters / length > limits[3]:
+        return 3, characters / length
+    return _repeated_words(document, limits, counts)
+
+
+@numba.njit(nogil=True)
+def _repeated_words(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+    """The limits from the fifth on: the most frequent 2 to 4 words, and repeated ones of 5 to 10.
+
+    Where no few words come twice, no more do: what follows need not be counted.
+    """
+    length, found, times = len(document.codes), 1, 2
+    for k in range(4, len(limits)):
+        size = k - 2
+        if len(document.words) < size:
+            break
+        if np.isnan(limits[k]):
+            continue
+        if size > 4:
+            found = _repeated_grams(document, size, counts) if found and times > 1 else 0
+        elif times > 1:
+            found, times = _most_frequent(document, size, counts)
+        else:
+            found = _characters(document, 0, size) + size - 1
+        if found / length > limits[k]:
+            return k, found / length
+    return NONE, 0.0

@@ -1,0 +1,72 @@
+"""Where a text gives away keys: access keys of well-known services, private keys, web tokens, and values that are given
+to names such as `api_key` and look drawn at random.
+
+Every pattern is bounded or possessive, so a search takes time in proportion to the text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+Span = tuple[int, int]
+
+# what stands in a key of this form whatever else, which is looked for first; and the form
+_FORMS = tuple(
+    (mark, re.compile(rf"(?<![\w-]){form}(?![\w-])"))
+    for mark, form in (
+        ("AKIA", r"AKIA[A-Z0-9]{16}"),  # AWS
+        ("ASIA", r"ASIA[A-Z0-9]{16}"),
+        ("gh", r"gh[pousr]_[A-Za-z0-9]{36,255}+"),  # GitHub
+        ("github_pat_", r"github_pat_\w{22,255}+"),
+        ("glpat-", r"glpat-[\w-]{20,64}+"),  # GitLab
+        ("xox", r"xox[abeoprs]-[A-Za-z0-9-]{10,255}+"),  # Slack
+        ("AIza", r"AIza[\w-]{35}"),  # Google
+        ("_live_", r"[rs]k_live_[A-Za-z0-9]{16,255}+"),  # Stripe
+        ("sk-", r"sk-[\w-]{20,255}+"),  # OpenAI, Anthropic
+        ("hf_", r"hf_[A-Za-z0-9]{30,64}+"),  # Hugging Face
+        ("npm_", r"npm_[A-Za-z0-9]{36}"),
+        ("pypi-", r"pypi-[\w-]{60,255}+"),
+        ("eyJ", r"eyJ[\w-]{8,4000}+\.eyJ[\w-]{8,8000}+\.[\w-]{8,1000}+"),  # a JSON Web Token
+    )
+)
+_BEGIN = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_BODY = re.compile(r"[A-Za-z0-9+/=]{32}")
+_LONGEST_BLOCK = 20_000
+_GIVEN = re.compile(r"[:=][=>]?[ \t]{0,4}[\"']?([A-Za-z0-9+/_.~=-]{20,200}+)")
+_NAME = re.compile(r"(?:key|token|secret)[\"']?[ \t]{0,4}$", re.IGNORECASE)
+_LEAST_BITS = 3.5  # a character; 20 random hexadecimal digits have 3.4 on average and 4 at most, English less
+_LEAST_DIGITS = 2
+
+
+def find_keys(text: str) -> Iterator[Span]:
+    """Where keys are, in no order; they may overlap."""
+    for mark, form in _FORMS:
+        if mark in text:
+            yield from (found.span() for found in form.finditer(text))
+    yield from _blocks(text)
+    for found in _GIVEN.finditer(text):
+        if _NAME.search(text, max(0, found.start() - 12), found.start()) and _random(found[1]):
+            yield found.span(1)
+
+
+def _blocks(text: str) -> Iterator[Span]:
+    """Private keys in PEM and PGP's form, whose begin and end are there and something between them."""
+    at = 0
+    while (begin := _BEGIN.search(text, at)) and text.find("-----END", begin.end()) >= 0:
+        at = begin.end()
+        end = _END.search(text, at, at + _LONGEST_BLOCK)
+        if end and _BODY.search(text, at, end.start()):
+            yield begin.start(), end.end()
+            at = end.end()
+
+
+def _random(value: str) -> bool:
+    """Whether the characters differ as those of a key do, and some of them are digits and letters."""
+    if sum(map(str.isdigit, value)) < _LEAST_DIGITS or not any(map(str.isalpha, value)):
+        return False
+    shares = [n / len(value) for n in Counter(value).values()]
+    return -sum(share * math.log2(share) for share in shares) >= _LEAST_BITS

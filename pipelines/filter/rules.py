@@ -1,0 +1,92 @@
+"""The rules over a column of texts: which documents stay, what else they break by how much, and the texts that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.pipelines.filter.characters import table
+from moray.pipelines.filter.config import EMPTY, FAMILIES, RulesConfig, reason
+from moray.pipelines.text.arrow import text_buffers
+
+if TYPE_CHECKING:
+    from moray.pipelines.filter.kernel import Rules
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of N documents: reason (None: it stays), value and limit [N]; `texts`, large_string [N]: as they are now."""
+
+    reasons: list[str | None]
+    values: npt.NDArray[np.float64]
+    limits: npt.NDArray[np.float64]
+    texts: pa.Array
+
+
+def judge(texts: pa.ChunkedArray, config: RulesConfig) -> Judged:
+    """texts: large_string [N]. Of a document that does not stay, the text means nothing."""
+    from moray.pipelines.filter import kernel
+
+    offsets, data = text_buffers(texts)
+    count, size = len(offsets) - 1, int(offsets[-1] - offsets[0])
+    edits = "c4" in config.rules
+    verdicts = kernel.Verdicts(
+        np.empty(count, np.int8), np.empty(count, np.int8), np.empty(count),
+        np.empty(size if edits else 0, np.uint8), np.zeros(count + 1, np.int64),
+    )  # fmt: skip
+    longest = int(np.diff(offsets).max(initial=0))
+    rules = _rules(config)
+    room, edited, counts = kernel.room_for(longest)
+    others = edited if config.rules != ("basic",) else None
+    kernel.judge(offsets, data, table(), rules, room, others, counts, verdicts, edits)
+    if edits:
+        bounds, text = pa.py_buffer(verdicts.ends), pa.py_buffer(verdicts.text[: verdicts.ends[-1]])
+        now = pa.Array.from_buffers(pa.large_string(), count, [None, bounds, text])
+    else:
+        now = pa.concat_arrays(texts.chunks) if texts.num_chunks else pa.array([], pa.large_string())
+    broken = verdicts.limits >= 0
+    limits = np.zeros(count)
+    limits[broken] = rules.limits[verdicts.families[broken], verdicts.limits[broken]]
+    return Judged(_reasons(verdicts.families, verdicts.limits), verdicts.values, limits, now)
+
+
+def _reasons(families: npt.NDArray[np.int8], limits: npt.NDArray[np.int8]) -> list[str | None]:
+    """The words for pairs of family and limit, as kernel.Verdicts has them."""
+    return [
+        None if limit == -1 else EMPTY if limit < 0 else reason(FAMILIES[family], limit)
+        for family, limit in zip(families.tolist(), limits.tolist(), strict=True)
+    ]
+
+
+@lru_cache(maxsize=8)
+def _rules(config: RulesConfig) -> Rules:
+    from moray.pipelines.filter.c4 import PHRASES
+    from moray.pipelines.filter.kernel import Rules
+
+    by_family = [config.limits(family) for family in FAMILIES]
+    limits = np.full((len(FAMILIES), max(map(len, by_family))), np.nan)
+    for row, own in zip(limits, by_family, strict=True):
+        row[: len(own)] = own
+    stop_words = tuple(dict.fromkeys(config.gopher_quality.stop_words))
+    return Rules(
+        families=np.array([FAMILIES.index(family) for family in config.rules], np.int64),
+        limits=limits,
+        sizes=np.array([len(own) for own in by_family], np.int64),
+        stop_words=_codes(stop_words),
+        stop_word_bounds=_bounds(stop_words),
+        phrases=_codes(PHRASES),
+        phrase_bounds=_bounds(PHRASES),
+    )
+
+
+def _codes(words: tuple[str, ...]) -> npt.NDArray[np.uint32]:
+    return np.array([ord(character) for character in "".join(words)], np.uint32)
+
+
+def _bounds(words: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    return np.cumsum([0, *map(len, words)], dtype=np.int64)

@@ -1,0 +1,159 @@
+"""The work of one task of filter: a shard of documents, a batch at a time, from file to file.
+
+A document passes the rules, then the language, then the quality, up to the first that it does not meet; what it gives
+away of people is masked last. What was found out goes with it in columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moray.pipelines.documents import write_batches, write_parquet
+from moray.pipelines.filter.config import FilterConfig
+from moray.pipelines.filter.language import identify
+from moray.pipelines.filter.mask import mask
+from moray.pipelines.filter.rules import judge
+from moray.pipelines.quality.model import QualityModel, load
+from moray.pipelines.shards import Row
+from moray.platform.atomic import write_json
+
+_BATCH = 512  # documents; a kernel's start costs microseconds
+COUNTS = ".counts"  # what a finished shard came to, for a rerun after a kill
+REMOVED = pa.schema(
+    [("id", pa.string()), ("reason", pa.string()), ("value", pa.float64()), ("threshold", pa.float64())]
+)
+_LANGUAGE = (pa.field("language", pa.string()), pa.field("language_score", pa.float32()))
+
+_QUALITY = (pa.field("quality", pa.float32()), pa.field("quality_band", pa.string()))
+
+
+def filter_shard(shard: Row, folder: str, config: FilterConfig, model: str) -> Row:
+    """Writes the documents that stay, those that go with the reason, and returns counts. Runs in a Ray worker.
+
+    model: the folder of a quality model, or ''.
+    """
+    path = Path(shard["path"])
+    counts = Path(folder) / COUNTS / f"{path.stem}.json"
+    if counts.exists():
+        return dict(json.loads(counts.read_text()))
+    work = _Work(config, model)
+    file = pq.ParquetFile(path)
+    schema = work.schema(file.schema_arrow)
+    tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH))
+    write_batches(Path(folder) / path.name, schema, work.kept(schema, tables))
+    write_parquet(Path(folder) / path.name.replace("documents-", "removed-"), work.removed())
+    row = {"shard": shard["shard"], **work.counts}
+    write_json(counts, row)
+    return row
+
+
+class _Work:
+    """Filters tables, and remembers what was removed and how much there was of what."""
+
+    def __init__(self, config: FilterConfig, model: str) -> None:
+        self.config, self._model = config, load(Path(model)) if model else None
+        names = ["documents", "bytes", "kept", "kept_bytes", "edited"]
+        names += [f"dropped:{reason}" for reason in config.reasons()] + [f"masked:{kind}" for kind in config.mask]
+        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # the same columns in every shard's row
+        self._removed: list[pa.Table] = []
+
+    def schema(self, before: pa.Schema) -> pa.Schema:
+        """The columns of what is kept: those of before, and those that are found out here."""
+        found = (_LANGUAGE if self.config.identifies else ()) + (_QUALITY if self._model else ())
+        for field in found:
+            at = before.get_field_index(field.name)
+            before = before.append(field) if at < 0 else before.set(at, field)
+        return before
+
+    def kept(self, schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            self.counts["documents"] += table.num_rows
+            self.counts["bytes"] += _bytes(table["text"])
+            kept = self._by_rules(table)
+            if self.config.identifies:
+                kept = self._by_language(kept)
+            if self._model:
+                kept = self._by_quality(kept, self._model)
+            if self.config.mask:
+                kept = self._masked(kept)
+            self.counts["kept"] += kept.num_rows
+            self.counts["kept_bytes"] += _bytes(kept["text"])
+            yield kept.select(schema.names).cast(schema)
+
+    def removed(self) -> pa.Table:
+        return pa.concat_tables([REMOVED.empty_table(), *self._removed])
+
+    def _by_rules(self, table: pa.Table) -> pa.Table:
+        judged = judge(table["text"], self.config)
+        kept = self._remove(table, judged.reasons, judged.values, judged.limits)
+        if "c4" not in self.config.rules:
+            return kept
+        texts = judged.texts.filter(pa.array([reason is None for reason in judged.reasons]))
+        self.counts["edited"] += _different(kept["text"], texts)
+        return with_column(kept, kept.schema.field("text"), texts)
+
+    def _by_language(self, table: pa.Table) -> pa.Table:
+        languages, found = identify(table["text"].combine_chunks())
+        scores, least, wanted = np.array(found), self.config.min_language_score, set(self.config.languages)
+        table = with_column(table, _LANGUAGE[0], pa.array(languages, pa.string()))
+        table = with_column(table, _LANGUAGE[1], pa.array(scores, pa.float32()))
+        if not wanted:
+            return table
+        other = [name not in wanted or score < least for name, score in zip(languages, found, strict=True)]
+        return self._remove(table, ["language" if is_other else None for is_other in other], scores, least)
+
+    def _by_quality(self, table: pa.Table, model: QualityModel) -> pa.Table:
+        scores, least = model.scores(table["text"]).astype(np.float32), self.config.min_quality
+        edges = [0.0, *self.config.quality_bands, 1.0]
+        names = np.array([f"{low:g}-{high:g}" for low, high in pairwise(edges)])
+        bands = names[np.searchsorted(np.array(edges[1:-1], np.float32), scores, side="right")]
+        table = with_column(table, _QUALITY[0], pa.array(scores, pa.float32()))
+        table = with_column(table, _QUALITY[1], pa.array(bands, pa.string()))
+        if least is None:
+            return table
+        return self._remove(table, ["quality" if score < least else None for score in scores], scores, least)
+
+    def _masked(self, table: pa.Table) -> pa.Table:
+        texts = []
+        for text in table["text"].to_pylist():
+            masked, counts = mask(text, self.config.mask, self.config.phone_regions)
+            self.counts.update({f"masked:{kind}": n for kind, n in counts.items()})
+            texts.append(masked)
+        return with_column(table, table.schema.field("text"), pa.array(texts, pa.large_string()))
+
+    def _remove(self, table: pa.Table, reasons: list[str | None], values: Any, limits: Any) -> pa.Table:
+        """The documents without a reason; remembers the others. values, limits: a number, or one for each."""
+        self.counts.update(f"dropped:{reason}" for reason in reasons if reason)
+        stays = pa.array([reason is None for reason in reasons], pa.bool_())
+        gone = np.flatnonzero([reason is not None for reason in reasons])
+        columns = [table["id"].take(pa.array(gone)), [reason for reason in reasons if reason]]
+        columns += [np.broadcast_to(numbers, len(reasons))[gone].astype(np.float64) for numbers in (values, limits)]
+        self._removed.append(pa.table(columns, schema=REMOVED))
+        return table.filter(stays)
+
+
+def with_column(table: pa.Table, field: pa.Field, column: pa.Array) -> pa.Table:
+    """The table with this column, in the place of one of its name if there is one."""
+    at = table.schema.get_field_index(field.name)
+    return table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
+
+
+def _bytes(texts: pa.ChunkedArray) -> int:
+    import pyarrow.compute as pc
+
+    return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
+
+
+def _different(before: pa.ChunkedArray, after: pa.Array) -> int:
+    import pyarrow.compute as pc
+
+    return int(pc.sum(pc.not_equal(before, after)).as_py() or 0)

@@ -1,0 +1,73 @@
+"""filter: drops documents that break rules on words and lines, are in another language, or not good enough; and masks.
+
+Which rules and which limits the recipe says; the first that a document breaks is its reason, kept in
+`removed-*.parquet` beside the documents that stay. A rerun after a kill goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
+
+from moray.pipelines.documents import shard_paths
+from moray.pipelines.filter.config import FilterConfig
+from moray.pipelines.filter.shard import COUNTS, filter_shard
+from moray.pipelines.shards import Row, map_shards, pace
+from moray.platform.errors import InputError, RecipeError, nearest
+from moray.platform.step import Step, StepContext
+
+
+class Filter(Step[FilterConfig]):
+    name: ClassVar[str] = "filter"
+    version: ClassVar[int] = 2  # 2: `removed-*.parquet` has values and thresholds
+    Config = FilterConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents", "quality": "quality-model"}
+    optional: ClassVar[frozenset[str]] = frozenset({"quality"})
+    produces: ClassVar[str] = "documents"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def check(self, config: FilterConfig, inputs: Mapping[str, str]) -> None:
+        if config.min_quality is not None and "quality" not in inputs:
+            raise RecipeError(
+                "min_quality: there is no model to score by", "add the input `quality`, a step that uses quality-model"
+            )
+        if config.languages:
+            from moray.pipelines.filter.language import known_languages
+
+            for language in config.languages:
+                if language not in known_languages():
+                    raise RecipeError(f"languages: {language!r} is not known", nearest(language, known_languages()))
+        if config.phone_regions:
+            from phonenumbers import SUPPORTED_REGIONS
+
+            for region in config.phone_regions:
+                if region not in SUPPORTED_REGIONS:
+                    raise RecipeError(f"phone_regions: {region!r} is not known", nearest(region, SUPPORTED_REGIONS))
+
+    def run(self, ctx: StepContext[FilterConfig]) -> None:
+        paths = shard_paths(ctx.inputs["documents"].folder)
+        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        model = str(ctx.inputs["quality"].folder) if "quality" in ctx.inputs else ""
+        apply = partial(filter_shard, folder=str(ctx.folder), config=ctx.config, model=model)
+        rows = map_shards(ctx, "filtering", shards, apply, "bytes", lambda row: row["size"], pace)
+        totals: Counter[str] = Counter()
+        for row in rows:
+            totals.update({name: value for name, value in row.items() if isinstance(value, int)})
+        dropped = {reason: totals[f"dropped:{reason}"] for reason in ctx.config.reasons()}
+        if not totals["kept"]:
+            raise InputError("filter drops every document", f"by rule: { ({r: n for r, n in dropped.items() if n}) }")
+        shutil.rmtree(ctx.folder / COUNTS, ignore_errors=True)
+        ctx.counts |= {
+            "in:documents": totals["documents"],
+            "out:documents": totals["kept"],
+            "bytes": totals["kept_bytes"],
+            **{name: n for name, n in totals.items() if name.startswith(("dropped:", "masked:", "edited")) and n},
+        }
+        ctx.outcome = "dropped " + (", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing")
+
+
+step = Filter()

@@ -1,0 +1,194 @@
+"""quality-model: learns what good documents look like from examples of both kinds; `filter` uses it.
+
+The examples are the documents of some sources against those of others, or a file of labelled texts. Which are taken,
+which are held out to measure by, and what comes of it, depends on ids and the seed alone, not on shards or workers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from pydantic import Field, model_validator
+
+from moray.pipelines.documents import shard_paths, write_parquet
+from moray.pipelines.quality.model import Features, QualityModel
+from moray.pipelines.shards import Row, map_shards
+from moray.platform.errors import InputError, RecipeError
+from moray.platform.manifest import hash_file
+from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
+
+_EXAMPLES = ".examples"
+_SCHEMA = pa.schema([("id", pa.string()), ("order", pa.uint64()), ("good", pa.bool_()), ("text", pa.large_string())])
+
+
+class QualityModelConfig(StepConfig):
+    positive: tuple[str, ...] = Field((), description="sources whose documents are good")
+    negative: tuple[str, ...] = Field((), description="sources whose documents are not")
+    labels: Path | None = operational(None, description="or JSON lines of `text` and `label`, 1 or 0")
+    max_documents: int = Field(20_000, gt=1, description="of each kind at most, by chance")
+    heldout: float = Field(0.1, gt=0, lt=1, description="share of them that the model is measured by, and not taught")
+    words: int = Field(2, ge=1, le=5, description="the longest n-gram")
+    buckets: int = Field(1 << 18, ge=1 << 10, le=1 << 26, description="that n-grams are hashed to: a power of two")
+    characters: int = Field(10_000, gt=0, description="of a text, that are read")
+    epochs: int = Field(10, gt=0)
+    regularization: float = Field(1e-5, gt=0, description="L2's weight")
+    seed: int = 1
+
+    @model_validator(mode="after")
+    def _one_kind_of_examples(self) -> QualityModelConfig:
+        if bool(self.positive and self.negative) == (self.labels is not None) or bool(self.positive) != bool(
+            self.negative
+        ):
+            raise ValueError("give `positive` and `negative`, or `labels`")
+        if both := set(self.positive) & set(self.negative):
+            raise ValueError(f"{sorted(both)} are both positive and negative")
+        if self.buckets & (self.buckets - 1):
+            raise ValueError(f"buckets: {self.buckets} is no power of two")
+        return self
+
+    @property
+    def features(self) -> Features:
+        return Features(self.words, self.buckets, self.characters)
+
+
+class QualityModelStep(Step[QualityModelConfig]):
+    name: ClassVar[str] = "quality-model"
+    version: ClassVar[int] = 1
+    Config = QualityModelConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
+    optional: ClassVar[frozenset[str]] = frozenset({"documents"})
+    produces: ClassVar[str] = "quality-model"
+    needs_ray: ClassVar[bool] = True
+
+    def check(self, config: QualityModelConfig, inputs: Mapping[str, str]) -> None:
+        if (config.labels is None) != ("documents" in inputs):
+            raise RecipeError(
+                "give it `documents`, or `labels` and no documents", "quality-model learns from one of them"
+            )
+        if config.labels is not None and not config.labels.expanduser().is_file():
+            raise RecipeError(f"labels: {config.labels} does not exist", "correct the path in the recipe")
+
+    def external(self, config: QualityModelConfig) -> list[ExternalFile]:
+        if config.labels is None:
+            return []
+        path = config.labels.expanduser()
+        return [ExternalFile("labels", path.name, path.stat().st_size, hash_file(path))] if path.is_file() else []
+
+    def run(self, ctx: StepContext[QualityModelConfig]) -> None:
+        if ctx.config.labels is not None:
+            examples = _sample([_labelled(ctx.config.labels.expanduser(), ctx.config.seed)], ctx.config)
+        else:
+            examples = self._of_sources(ctx)
+        good = examples["good"].to_numpy()
+        held = _held_out(examples["id"].to_pylist(), ctx.config)
+        for kind, name in ((True, "positive"), (False, "negative")):
+            taught, measured = (int(((good == kind) & (held == is_held)).sum()) for is_held in (False, True))
+            if not taught or not measured:
+                raise InputError(
+                    f"too few {name} examples: {taught} to learn from, {measured} held out",
+                    "name sources with more documents, or hold out another share",
+                )
+            ctx.counts[name] = taught + measured
+        ctx.progress("training", 0, 1, "models")
+        model, auc = _train(examples["text"], good, held, ctx.config)
+        ctx.progress("training", 1, 1, "models")
+        counted = {name: int(ctx.counts[name]) for name in ("positive", "negative")}
+        model.save(ctx.folder, auc=auc, heldout=int(held.sum()), **counted)
+        shutil.rmtree(ctx.folder / _EXAMPLES, ignore_errors=True)
+        ctx.counts |= {"in:documents": len(good), "heldout": int(held.sum()), "auc": auc}
+        ctx.outcome = f"AUC {auc:.4f} on {int(held.sum())} held-out documents"
+
+    def _of_sources(self, ctx: StepContext[QualityModelConfig]) -> pa.Table:
+        paths = shard_paths(ctx.inputs["documents"].folder)
+        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        apply = partial(_examples_of_shard, folder=str(ctx.folder / _EXAMPLES), config=ctx.config)
+        map_shards(ctx, "sampling", shards, apply, "bytes", lambda row: row["size"])
+        return _sample((pq.read_table(ctx.folder / _EXAMPLES / path.name) for path in paths), ctx.config)
+
+
+def _train(texts: pa.ChunkedArray, good: Any, held: Any, config: QualityModelConfig) -> tuple[QualityModel, float]:
+    """The model, and the area under its ROC curve on what was held out."""
+    from sklearn.linear_model import SGDClassifier
+    from sklearn.metrics import roc_auc_score
+
+    matrix = config.features.matrix(texts)
+    learner = SGDClassifier(
+        loss="log_loss", alpha=config.regularization, max_iter=config.epochs, tol=None, average=True,
+        class_weight="balanced", random_state=config.seed,
+    )  # fmt: skip
+    learner.fit(matrix[~held], good[~held])
+    model = QualityModel(config.features, learner.coef_[0].astype(np.float32), float(learner.intercept_[0]))
+    scores = model.scores(texts.filter(pa.array(held)))
+    return model, float(roc_auc_score(good[held], scores))
+
+
+def _chance(name: str, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode(), seed=seed)
+
+
+def _held_out(ids: list[str], config: QualityModelConfig) -> Any:
+    """bool [N]: by a hash of the id, other than the one that documents are chosen by."""
+    limit = config.heldout * 2.0**64
+    return np.array([_chance(f"heldout {name}", config.seed) < limit for name in ids])
+
+
+def _sample(tables: Iterable[pa.Table], config: QualityModelConfig) -> pa.Table:
+    """Of each kind the `max_documents` whose hashes are least, sorted by them: so from any shards the same."""
+    kept: dict[bool, pa.Table] = {kind: _SCHEMA.empty_table() for kind in (True, False)}
+    for table in tables:
+        for kind, before in kept.items():
+            both = pa.concat_tables([before, table.filter(pc.equal(table["good"], kind))])
+            kept[kind] = both.sort_by([("order", "ascending"), ("id", "ascending")]).slice(0, config.max_documents)
+    whole = pa.concat_tables(kept.values())
+    return whole.sort_by([("order", "ascending"), ("id", "ascending")])
+
+
+def _examples_of_shard(shard: Row, folder: str, config: QualityModelConfig) -> Row:
+    """Writes those examples of a shard that may be among the chosen. Runs in a Ray worker."""
+    file = pq.ParquetFile(shard["path"])
+    tables = (_examples(pa.Table.from_batches([batch]), config) for batch in file.iter_batches(512))
+    write_parquet(Path(folder) / Path(shard["path"]).name, _sample(tables, config))
+    return {"shard": shard["shard"]}
+
+
+def _examples(table: pa.Table, config: QualityModelConfig) -> pa.Table:
+    sources = pa.array([*config.positive, *config.negative], pa.string())
+    table = table.filter(pc.is_in(table["source"], value_set=sources))
+    texts = pc.utf8_slice_codeunits(table["text"], 0, config.characters)
+    order = [_chance(name, config.seed) for name in table["id"].to_pylist()]
+    good = pc.is_in(table["source"], value_set=pa.array(config.positive, pa.string()))
+    return pa.table([table["id"], pa.array(order, pa.uint64()), good, texts], schema=_SCHEMA)
+
+
+def _labelled(path: Path, seed: int) -> pa.Table:
+    """The examples of a file. Raises InputError naming the first line that is none."""
+    rows = list(_lines(path))
+    ids = [str(number) for number, _, _ in rows]
+    order = pa.array([_chance(name, seed) for name in ids], pa.uint64())
+    return pa.table([ids, order, [good for _, good, _ in rows], [text for _, _, text in rows]], schema=_SCHEMA)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bool, str]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                text, label = row["text"], row["label"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: no JSON object with `text` and `label`: {error!r}") from error
+            if not isinstance(text, str) or label not in (0, 1):
+                raise InputError(f"{path}, line {number}: `text` must be a string and `label` 1 or 0, not {label!r}")
+            yield number, bool(label), text
+
+
+step = QualityModelStep()

@@ -1,0 +1,112 @@
+"""Tokenizers from elsewhere: taken as they are, or refused with a word on what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moray.pipelines.load_tokenizer import step
+from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
+from moray.platform.errors import InputError
+from moray.platform.events import EventLog, NoteEvent, read_events
+from moray.platform.home import Home
+from moray.platform.step import StepContext
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    train(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
+    return folder
+
+
+def load(tmp_path: Path, **settings: Any) -> StepContext[Any]:
+    (tmp_path / "out").mkdir(exist_ok=True)
+    context = StepContext(
+        step="load-tokenizer", config=step.Config.model_validate(settings), inputs={}, folder=tmp_path / "out",
+        home=Home(tmp_path / "home"), run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "t"),
+        cluster=None, fingerprint="cd",  # type: ignore[arg-type]
+    )  # fmt: skip
+    step.run(context)
+    return context
+
+
+def change(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def notes(context: StepContext[Any]) -> list[str]:
+    return [event.text for event in read_events(context.run) if isinstance(event, NoteEvent)]
+
+
+def test_a_folder_or_its_file_is_taken_as_it_is(tmp_path: Path, folder: Path) -> None:
+    for path in (folder, folder / "tokenizer.json"):
+        context = load(tmp_path, path=path)
+        assert (context.folder / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert special_ids(context.folder) == {"bos": 0, "eos": 1, "pad": 2}
+        assert context.counts == {"out:tokens": load_tokenizer(folder).get_vocab_size()}
+        assert notes(context) == []
+        files = step.external(context.config)
+        assert [file.key for file in files] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_tokens_that_no_file_names_come_from_the_recipe(tmp_path: Path, folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match=r"load-tokenizer\.bos: .* does not name it") as found:
+        load(tmp_path, path=folder)
+    assert found.value.hint == "give one of the tokens: <|bos|>, <|eos|>, <|pad|>"
+    with pytest.raises(InputError, match=r"load-tokenizer\.eos: '<\|oes\|>' is not in the vocabulary") as found:
+        load(tmp_path, path=folder, bos="<|bos|>", eos="<|oes|>")
+    assert found.value.hint == "did you mean '<|eos|>'?"
+    context = load(tmp_path, path=folder, bos="<|eos|>", eos="<|bos|>")
+    assert special_ids(context.folder) == {"bos": 1, "eos": 0, "pad": 2}
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(InputError, match="is no folder"):
+        load(tmp_path, path=tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json"):
+        load(tmp_path, path=tmp_path)
+    with pytest.raises(InputError, match="no package 'no_such_package' is installed"):
+        load(tmp_path, package="no_such_package")
+    with pytest.raises(InputError, match=r"pyarrow holds no tokenizer\.json"):
+        load(tmp_path, package="pyarrow")
+    with pytest.raises(ValueError, match="give `path` or `package`, one of them"):
+        load(tmp_path)
+    (folder / "tokenizer_config.json").write_text("{torn")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is no JSON"):
+        load(tmp_path, path=folder)
+    for content in ("{torn", "[]", '{"model": {"type": "Magic"}}'):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match=r"tokenizer\.json is no tokenizer"):
+            load(tmp_path, path=folder)
+
+
+def test_a_tokenizer_that_draws_lots_is_refused(tmp_path: Path, folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    change(folder / "tokenizer.json", model={**model, "dropout": 0.1})
+    with pytest.raises(InputError, match=r"merges at random \(dropout 0\.1\)"):
+        load(tmp_path, path=folder)
+
+
+def test_what_a_tokenizer_does_to_text_is_said(tmp_path: Path, folder: Path) -> None:
+    change(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    lossy, slow = notes(load(tmp_path, path=folder))
+    assert lossy.startswith("this tokenizer does not give text back as it was: ' Two words")
+    assert "becomes ' two words" in lossy
+    assert slow.startswith("text will be encoded by Hugging Face tokenizers, the slower way: gigatoken does not take")
+
+
+def test_a_package_is_found_by_its_name(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "some_tokenizer"
+    (tmp_path / "site").mkdir()
+    folder.rename(package)
+    (package / "__init__.py").write_text("raise SystemExit('a package is looked into, not run')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    context = load(tmp_path, package="some_tokenizer")
+    assert special_ids(context.folder) == {"bos": 0, "eos": 1, "pad": 2}
