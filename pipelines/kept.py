@@ -1,22 +1,24 @@
 """What the steps beside `dedup` share: a row for each document, and which of them comes before which.
 
-The order is that of `dedup`: a source named earlier in `prefer`, then the longer text, then content hash and id. It is
-of the documents, not of files or workers, so what is decided by it depends on neither.
+The order is that of `dedup`: a source named earlier in `prefer`, then the better quality, where an earlier step gave
+one, then the longer text, then content hash and id. It is of the documents, not of files or workers, so what is decided
+by it depends on neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.nodes import documents_in
+from moray.pipelines.dedup.nodes import QUALITY, documents_in
 from moray.pipelines.documents import read_shard, shard_paths
 from moray.pipelines.shards import Row
 from moray.platform.step import StepContext
@@ -31,6 +33,13 @@ def shards_of(ctx: StepContext[Any]) -> list[Row]:
 def size_of(shard: Row) -> float:
     """The work of a shard, in bytes of its file."""
     return float(shard["size"])
+
+
+def read_documents(shard: Row, *columns: str) -> pa.Table:
+    """What `described` needs of a shard's documents, and these columns."""
+    path = Path(shard["path"])
+    known = {QUALITY} & set(pq.read_schema(path).names)
+    return read_shard(path, ["id", "text", "source", *columns, *known])
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Order:
         documents = documents_in(table, prefer)
         if earlier is not None and len(earlier):
             ranks = documents.sources * (int(earlier.max()) + 1) + earlier
-            documents = Documents(documents.ids, documents.hashes, ranks, documents.qualities, documents.lengths)
+            documents = replace(documents, sources=ranks)
         documents, order = documents.in_keep_order()
         firsts = np.cumsum([0, *(len(one) for one in tables[:-1])], dtype=np.int64)
         return Order(table, firsts, documents, order)

@@ -183,3 +183,27 @@ def similarities(pairs: Places, bounds: Places, sets: Hashes, containment: bool)
         whole = min(len(one), len(other)) if containment else len(one) + len(other) - common
         found[e] = common / whole if whole else 0.0
     return found
+
+
+@numba.njit(nogil=True, cache=True)
+def word_places(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, places: Places) -> int:
+    """Writes where each word of data[begin:end] begins and ends, in characters from its begin; how many there are.
+
+    places: int64 [room for one a byte, 2].
+    """
+    count, at, character, inside = 0, begin, 0, False
+    while at < end:
+        kind, _, at = _character(data, at, kinds, lowers)
+        if kind == WORD and not inside:
+            places[count, 0], inside = character, True
+        elif kind != WORD and inside:
+            places[count, 1], inside = character, False
+            count += 1
+        if kind == ALONE:
+            places[count, 0], places[count, 1] = character, character + 1
+            count += 1
+        character += 1
+    if inside:
+        places[count, 1] = character
+        count += 1
+    return count

@@ -1,0 +1,115 @@
+"""dedup-parts on real texts, in CPU-seconds: each phase's task over shards, in one process, Parquet to Parquet.
+
+The texts are those of this environment, or the shards of a Documents folder. Reading, hashing and writing are included;
+Ray is not, so the figures are of one core.
+
+Usage: python benchmarks/dedup_parts.py [MEGABYTES=60 | FOLDER] [ROUNDS=3]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from environment_texts import texts_of
+from result import report
+
+from moray.pipelines.dedup_parts.case import Case
+from moray.pipelines.dedup_parts.decide import decide
+from moray.pipelines.dedup_parts.exchange import ranges_for
+from moray.pipelines.dedup_parts.step import DedupPartsConfig
+from moray.pipelines.dedup_parts.tasks import (
+    Folders,
+    cut_shard,
+    fingerprint_shard,
+    match_fingerprints,
+    match_pieces,
+    part_shard,
+    text_size,
+    window_shard,
+)
+from moray.pipelines.documents import document_id, read_shard, shard_name, write_shard
+from moray.pipelines.kept import Order, read_parts
+from moray.pipelines.shards import Row
+
+_SHARD = 500  # documents
+
+
+def write_texts(folder: Path, texts: list[str]) -> list[Path]:
+    paths = []
+    for number, at in enumerate(range(0, len(texts), _SHARD)):
+        part = texts[at : at + _SHARD]
+        table = {
+            "id": pa.array([document_id("b", str(at + i)) for i in range(len(part))], pa.string()),
+            "text": pa.array(part, pa.large_string()),
+            "source": pa.array(["b"] * len(part), pa.string()),
+            "license": pa.array([""] * len(part), pa.string()),
+            "meta": pa.array([[]] * len(part), pa.map_(pa.string(), pa.string())),
+        }
+        paths.append(folder / shard_name(number))
+        write_shard(paths[-1], pa.table(table))
+    return paths
+
+
+def keys(shards: list[Row], folders: Folders, config: DedupPartsConfig) -> int:
+    """The phases before the comparison, as the step runs them; in how many ranges."""
+    size = sum(text_size(Path(shard["path"])) for shard in shards)
+    if config.unit != "substring":
+        ranges = ranges_for(size / 80)
+        for shard in shards:
+            part_shard(shard, folders, config.unit, config.min_characters, ranges)
+        return ranges
+    shared = ranges_for(size / 60)
+    for shard in shards:
+        fingerprint_shard(shard, folders, config.tokens, shared)
+    found = sum(match_fingerprints({"shard": number}, folders, shards)["rows"] for number in range(shared))
+    for shard in shards:
+        window_shard(shard, folders, config.tokens, shared, ranges_for(found * 16))
+    return ranges_for(found * 16)
+
+
+def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, Any]:
+    """CPU-seconds of the phases, and what was cut."""
+    folders, took = Folders(root), {}
+    began = time.process_time()
+    ranges = keys(shards, folders, config)
+    took["keys_cpu_s"] = time.process_time() - began
+    for number in range(ranges):
+        match_pieces({"shard": number}, folders, shards)
+    order = Order.of(read_parts(root / ".described", shards), ())
+    case = Case.of(folders, ranges, order)
+    lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
+    found = decide(case.pieces, lengths, words, config.copies, config.max_loss, config.min_words)
+    case.write(shards, folders, found)
+    took["decided_cpu_s"] = time.process_time() - began
+    for shard in shards:
+        cut_shard(shard, folders)
+    cut = int(found.lost.sum())
+    return {**took, "cpu_s": time.process_time() - began, "spans": int(found.spans.sum()), "cut_MB": cut / 1e6}
+
+
+def main(corpus: str = "60", rounds: str = "3") -> int:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = sorted(Path(corpus).glob("documents-*.parquet")) if Path(corpus).is_dir() else []
+        paths = paths or write_texts(folder / "in", texts_of(float(corpus)))
+        shards: list[Row] = [{"shard": i, "path": str(path)} for i, path in enumerate(paths)]
+        sizes = [sum(len(t.as_py().encode()) for t in read_shard(path, ["text"])["text"]) for path in paths]
+        rows: list[dict[str, Any]] = []
+        for unit in ("line", "paragraph", "substring"):
+            config = DedupPartsConfig(unit=unit)  # type: ignore[arg-type]
+            run(shards[:1], folder / unit / "compiled", config)
+            found = [run(shards, folder / unit / str(number), config) for number in range(int(rounds))]
+            median = {key: statistics.median(one[key] for one in found) for key in found[0]}
+            rows.append({"unit": unit, **median, "MB_per_cpu_s": sum(sizes) / 1e6 / median["cpu_s"]})
+        rows.append({"shards": len(shards), "MB": sum(sizes) / 1e6})
+        return report("dedup_parts", rows, [])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,46 @@
+"""A text in lines or paragraphs, and a text without some of its characters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from moray.pipelines.dedup.characters import SIZE, WORD, tables
+
+_LINE_END = re.compile("\n")
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")  # not what the next paragraph's first line is indented by
+
+
+def parts_of(text: str, unit: str) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each line or paragraph, what parts it from the next one included; together they are the text."""
+    begin = 0
+    for found in (_LINE_END if unit == "line" else _BLANK_LINES).finditer(text):
+        yield begin, found.end()
+        begin = found.end()
+    if begin < len(text):
+        yield begin, len(text)
+
+
+def normalized(part: str) -> str:
+    """What makes two parts the same: case and white space do not matter."""
+    return " ".join(part.casefold().split())
+
+
+def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The text without ascending spans that do not touch. Where two words would become one, a space parts them."""
+    kept, at = "", 0
+    pieces: list[str] = []
+    for begin, end in [*spans, (len(text), len(text))]:
+        piece = text[at:begin]
+        if piece:
+            if kept and _in_word(kept) and _in_word(piece[0]):
+                pieces.append(" ")
+            pieces.append(piece)
+            kept = piece[-1]
+        at = end
+    return "".join(pieces)
+
+
+def _in_word(character: str) -> bool:
+    code = ord(character)
+    return code < SIZE and int(tables()[0][code]) == WORD

@@ -1,0 +1,48 @@
+"""The steps beside dedup on a real Ray, one after another, and what `moray explain` says of their decisions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moray.pipelines.explain import explain_in
+from moray.platform.home import Home
+from moray.platform.recipe import parse_recipe
+from moray.platform.runner import Runner
+from moray.platform.step import Cluster
+
+RECIPE = """
+name: more
+steps:
+  corpus: {{with: {{shard_bytes: 4000, sources: [{{name: s, path: "{folder}", include: ["*.jsonl"], reader: jsonl}}]}}}}
+  dedup-urls: {{inputs: {{documents: corpus}}, with: {{key: path}}}}
+  dedup-parts: {{inputs: {{documents: dedup-urls}}, with: {{unit: substring, tokens: 30, min_words: 5}}}}
+"""
+
+
+@pytest.mark.cluster
+def test_steps_run_on_ray_and_explain_shows_their_decisions(home: Home, tmp_path: Path, ray_cluster: Cluster) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    shared = " ".join(f"shared{i}" for i in range(40))
+    own = [" ".join(f"own{number}x{i}" for i in range(60)) for number in range(12)]
+    for number, text in enumerate(own):
+        lines = [{"text": f"{text}. {shared}." if number in (3, 7) else text}, {"text": shared if number == 9 else ""}]
+        (folder / f"{number:02d}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    recipe = parse_recipe(RECIPE.format(folder=folder), Path("more.yaml"), ())
+    result = Runner(home, ray_cluster, []).run(recipe)
+    counts = result.steps["dedup-parts"].artifact.manifest.counts
+    assert counts["in:documents"] == 13
+    assert (counts["edited"], counts["dropped:nothing_left"]) == (1, 1)
+    assert result.steps["dedup-urls"].artifact.manifest.counts["unreadable:url"] == 13
+    bare = explain_in(home, "s/09.jsonl#1")
+    assert [one.verdict for one in bare.decisions] == ["read", "kept", "removed"]
+    last = bare.decisions[-1].details
+    assert last["reason"] == "nothing_left"
+    assert "own" in bare.others[last["partner"]]["begins"], "the document that has what was cut"
+    explained = [explain_in(home, f"s/{name}.jsonl#0") for name in ("03", "07")]
+    edited = [one for found in explained for one in found.decisions if one.verdict == "has"]
+    assert len(edited) == 1
+    assert edited[0].details["characters"] - edited[0].details["characters_after"] == len(shared)
