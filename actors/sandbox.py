@@ -206,7 +206,10 @@ def _run(
         python = os.path.realpath(sys.executable)
         script = ["-I", "-S", "-B", "-X", "utf8"]
         if readable:  # packages are found beside the standard library
-            start = f"import runpy, sys; sys.path += {list(readable)!r}; sys.argv.pop(0); runpy.run_path(sys.argv[0])"
+            start = (
+                f"import runpy, sys; sys.path += {list(readable)!r}; sys.argv.pop(0);"
+                "runpy.run_path(sys.argv[0], run_name='__main__')"
+            )
             script += ["-c", start]
         request = {
             "isolate": not unsafe,

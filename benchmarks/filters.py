@@ -31,9 +31,9 @@ from result import Bar, report
 
 from moray.pipelines.documents import content_hash
 from moray.pipelines.filter.config import Family, FilterConfig
-from moray.pipelines.filter.language import identify
 from moray.pipelines.filter.mask import KINDS, mask
 from moray.pipelines.filter.rules import judge
+from moray.pipelines.text.language import identify
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE / "corpus" / ".cache" / "documents"

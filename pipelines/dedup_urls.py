@@ -21,9 +21,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.dedup.nodes import described
 from moray.pipelines.dedup.tasks import keep_shard
 from moray.pipelines.documents import write_parquet
-from moray.pipelines.kept import Order, described, read_documents, read_parts, shards_of, size_of
+from moray.pipelines.kept import Order, read_documents, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.step import Step, StepConfig, StepContext
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from moray.pipelines.text.arrow import text_buffers
 from moray.platform.errors import InputError
 
 Choice = Literal["fast", "reference"]
@@ -172,21 +173,6 @@ def probes(folder: Path) -> list[str]:
     ]
     runs = "".join(f"{one * 70}{one * 1300} " for one in _KINDS)
     return [feigned, runs, "", *pairs]
-
-
-def text_buffers(texts: pa.Array | pa.ChunkedArray) -> tuple[Int64, Bytes]:
-    """Arrow's own memory of a column of strings: where each text begins, with the end of the last, and the bytes."""
-    array: Any = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
-    if array.type != pa.large_string():
-        array = array.cast(pa.large_string())
-    if not len(array):
-        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
-    _, offsets, data = array.buffers()
-    begin = array.offset
-    return (
-        np.frombuffer(offsets, np.int64)[begin : begin + len(array) + 1],
-        np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8),
-    )
 
 
 def _strings(offsets: Int64, data: Bytes) -> Any:

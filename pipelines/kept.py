@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.nodes import documents_in
-from moray.pipelines.dedup.tasks import QUALITY
-from moray.pipelines.documents import content_hash, read_shard, shard_paths
+from moray.pipelines.dedup.nodes import QUALITY, documents_in
+from moray.pipelines.documents import read_shard, shard_paths
 from moray.pipelines.shards import Row
 from moray.platform.step import StepContext
 
@@ -37,23 +36,10 @@ def size_of(shard: Row) -> float:
 
 
 def read_documents(shard: Row, *columns: str) -> pa.Table:
-    """What `described` needs of a shard's documents, and these columns."""
+    """What `described` (dedup/nodes.py) needs of a shard's documents, and these columns."""
     path = Path(shard["path"])
     known = {QUALITY} & set(pq.read_schema(path).names)
     return read_shard(path, ["id", "text", "source", *columns, *known])
-
-
-def described(table: pa.Table) -> dict[str, Any]:
-    """Columns id, source, hash, quality and length (in characters), from what `read_documents` gives."""
-    texts = [text.as_py() for text in table["text"]]
-    given = table[QUALITY].cast(pa.float64()).fill_null(0.0) if QUALITY in table.column_names else None
-    return {
-        "quality": pa.array(np.zeros(len(texts))) if given is None else given,
-        "id": table["id"],
-        "source": table["source"],
-        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
-        "length": pa.array([len(text) for text in texts], pa.int64()),
-    }
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from pydantic import Field
 
 from moray.actors.token_set import Shard, Vocabulary, write_index, write_shard
 from moray.pipelines.documents import read_shard, shard_paths
-from moray.pipelines.encoding import Choice, choose, encoder, text_buffers
+from moray.pipelines.encoding import Choice, choose, encoder
 from moray.pipelines.fim import Marks, fim_marks, framed, rearranged
 from moray.pipelines.packing import Documents, Packing, pack, plan
 from moray.pipelines.shards import Row, map_shards
 from moray.pipelines.split import PARTS
+from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenizer import load_tokenizer, special_ids
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError

@@ -270,8 +270,8 @@ def _explain(
     where = f"{path}:{lines.of(full)}: {'.'.join(full)}"
     if first["type"] == "extra_forbidden":
         return RecipeError(f"{where}: unknown field", nearest(fields[-1], _fields_at(model, fields[:-1])))
-    if first["type"] == "reference":
-        return RecipeError(f"{where}: {first['ctx']['message']}", first["ctx"]["hint"])
+    if "hint" in (context := first.get("ctx", {})):  # an error of ours
+        return RecipeError(f"{where}: {context['message']}", context["hint"])
     given = _at(written, first["loc"])
     shown = "" if first["type"] == "missing" else f" (got {given if found_in(given) else first['input']!r:.80})"
     message = first["msg"].removeprefix("Value error, ")

@@ -106,11 +106,13 @@ def read_arrow(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         if is_file:
             whole = pa.ipc.open_file(source)
             _check_columns(whole.schema, columns)
-            yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
+            found = (whole.get_batch(i) for i in range(whole.num_record_batches))
         else:
-            stream = pa.ipc.open_stream(source)
-            _check_columns(stream.schema, columns)
-            yield from stream
+            found = pa.ipc.open_stream(source)
+            _check_columns(found.schema, columns)
+        for batch in found:
+            _check_batch(batch, columns)
+            yield batch
 
     yield from _read_batches(file, batches, max_bytes, columns)
 
@@ -125,6 +127,17 @@ def _check_columns(schema: pa.Schema, columns: Columns) -> None:
     """Raises KeyError with what is wrong, in words."""
     if missing := [name for name in columns.wanted() if name not in schema.names]:
         raise KeyError(f"no column {missing[0]!r}; there are: {', '.join(schema.names)}")
+
+
+def _check_batch(batch: pa.RecordBatch, columns: Columns) -> None:
+    """Raises ArrowInvalid where a column points out of its memory, which nobody else checks in Arrow's own formats.
+
+    A column of strings is looked at as bytes: one row of bad UTF-8 is no reason to leave out all.
+    """
+    for name in columns.wanted():
+        column = batch.column(name)
+        bare = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+        (column.view(bare) if bare else column).validate(full=True)
 
 
 def _read_batches(file: File, batches: Any, max_bytes: int, columns: Columns) -> Iterator[Piece]:
@@ -142,17 +155,18 @@ def _read_batches(file: File, batches: Any, max_bytes: int, columns: Columns) ->
                     part = batch.slice(start, _BATCH_ROWS)
                     yield from _pieces(part, number, max_bytes, columns)
                     number += part.num_rows
-        except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
+        except (OSError, KeyError, ValueError, OverflowError, SystemError, pa.ArrowException) as error:
             yield Reject("", MALFORMED, error.args[0][:200] if isinstance(error, KeyError) else words(error))
 
 
 def _pieces(batch: pa.RecordBatch, first: int, max_bytes: int, columns: Columns) -> Iterator[Piece]:
     texts = _as_bytes(batch.column(columns.text), columns.text)
-    names = None if columns.id is None else batch.column(columns.id)
+    names = [None] * batch.num_rows if columns.id is None else _values(batch.column(columns.id))
     metas = _metas(batch, columns)
-    for i, text in enumerate(texts):
-        named = names is not None and names[i].is_valid
-        key = f"#{names[i].as_py()}" if names is not None and named else f"#{first + i}"
+    for i, (text, name) in enumerate(zip(texts, names, strict=True)):
+        if isinstance(name, bytes):
+            name = name.decode(errors="replace")  # noqa: PLW2901
+        key = printable(f"#{first + i if name is None else name}")
         yield decode(text.as_py() or b"", max_bytes, key, metas[i])
 
 
@@ -160,9 +174,17 @@ def _metas(batch: pa.RecordBatch, columns: Columns) -> list[Meta]:
     named = columns.further()
     if not named:
         return [()] * batch.num_rows
-    values = [batch.column(column).to_pylist() for _, column in named]
+    values = [_values(batch.column(column)) for _, column in named]
     names = [name for name, _ in named]
     return [meta_of(list(zip(names, row, strict=True))) for row in zip(*values, strict=True)]
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column as Python's values; strings that hold bad UTF-8 as bytes."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return list(_as_bytes(column, "").to_pylist())
 
 
 def _as_bytes(column: Any, name: str) -> Any:

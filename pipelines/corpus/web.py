@@ -140,8 +140,9 @@ def page(data: bytes, max_bytes: int, key: str, charset: str, meta: Meta = ()) -
     from resiliparse.extract.html2text import extract_plain_text
 
     text = extract_plain_text(html, main_content=True, alt_texts=False)
-    piece = decode(text.encode(errors="replace"), max_bytes, key, meta)
-    return Reject(key, EMPTY, "no main text") if isinstance(piece, Reject) and piece.reason == EMPTY else piece
+    if not text.strip():
+        return Reject(key, EMPTY, "no main text")
+    return decode(text.encode(errors="replace"), max_bytes, key, meta)
 
 
 def _page_limit(max_bytes: int) -> int:

@@ -134,13 +134,11 @@ def _domains(report: dict[str, Any]) -> str:
     )
     key = (
         '<p class="key"><span><i class="swatch kept"></i>after the last stage</span>'
-        '<span><i class="swatch ghost"></i>before the first</span>'
+        '<span><i class="swatch ghost"></i>at the first stage</span>'
         '<span><i class="swatch even"></i>even share</span><span><i class="swatch thin"></i>thin below</span></p>'
     )
-    note = "tokens, and how much of an even share; by words at home in each: rough" + (
-        f"; besides, {rest}" if rest else ""
-    )
-    return _card("Domains", note, body + key)
+    said = "Found by words that are at home in each, so rough" + (f"; besides, {rest}." if rest else ".")
+    return _card("Domains", "tokens, and part of an even share", f'{body}{key}<p class="dim">{escape(said)}</p>')
 
 
 def _bars(title: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -154,7 +152,9 @@ def _bars(title: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def _bar(row: dict[str, Any], end: float, marks: str, thin: bool, share: str) -> str:
     first, last = row["tokens"][0], row["tokens"][-1]
-    said = f"{row['name']}: {_short(last)} tokens, {share}{', thin' if thin else ''}; {_short(first)} before"
+    said = (
+        f"{row['name']}: {_short(last)} tokens, {share}{', thin' if thin else ''}; {_short(first)} at the first stage"
+    )
     over = '<i class="over" aria-hidden="true"></i>' if last > end else ""
     return (
         f'<div class="bar-row{" is-thin" if thin else ""}"><span class="bar-name">'
@@ -181,7 +181,7 @@ def _kept(report: dict[str, Any]) -> str:
     )
     rows_of = f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody>"
     table = f'<div class="scroll"><table class="heat">{rows_of}</table></div>'
-    return _card("What each stage left of a domain", "of the tokens before the first", table)
+    return _card("What each stage left of a domain", "of the tokens at the first stage", table)
 
 
 def _cell(share: float) -> str:

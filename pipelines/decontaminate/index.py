@@ -23,8 +23,8 @@ import pyarrow as pa
 from moray.pipelines.decontaminate.evals import Piece
 from moray.pipelines.decontaminate.units import Units, is_telling, units_of
 from moray.pipelines.dedup.characters import tables
-from moray.pipelines.dedup.signatures import _buffers
 from moray.pipelines.documents import read_shard, write_parquet
+from moray.pipelines.text.arrow import text_buffers
 
 Integers = npt.NDArray[np.int64]
 
@@ -82,7 +82,7 @@ class EvalIndex:
         from moray.pipelines.decontaminate.matching import bitmap, scan
 
         sizes = np.unique(self.sizes[self.sizes > 0])
-        where = (*_buffers(texts), *tables(), self.characters, sizes, self.hashes, *bitmap(self.hashes))
+        where = (*text_buffers(texts), *tables(), self.characters, sizes, self.hashes, *bitmap(self.hashes))
         found = np.empty((1 << 14, 3), np.int64)
         if (count := scan(*where, found)) > len(found):
             found = np.empty((count, 3), np.int64)
@@ -154,7 +154,7 @@ def build_index(pieces: Sequence[Piece], grams: Grams) -> EvalIndex:
     names = [(piece.eval, piece.item) for piece in pieces]
     sizes = _sizes(names, lengths, grams)
     texts = [piece.text for piece in pieces]
-    offsets, data = _buffers(pa.chunked_array([pa.array(texts, pa.large_string())]))
+    offsets, data = text_buffers(pa.chunked_array([pa.array(texts, pa.large_string())]))
     hashes = np.empty(len(data), np.uint64)
     hashes = hashes[: hashes_of(offsets, data, *tables(), grams.characters, sizes, hashes)]
     counts = np.where(sizes > 0, lengths - sizes + 1, 0)

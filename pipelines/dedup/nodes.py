@@ -16,9 +16,11 @@ import pyarrow as pa
 
 from moray.pipelines.dedup.find import Documents, sources_by
 from moray.pipelines.dedup.graph import Indices, components
+from moray.pipelines.documents import content_hash
 from moray.pipelines.shards import Row
 
 _OLDER = 1 << 32  # more than there are sources
+QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one stays
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,28 @@ class Shards:
 
     def rows_of(self, numbers: Indices) -> list[Row]:
         """Which rows of which file, for ascending numbers; `shard` counts the files that are needed."""
-        files = np.searchsorted(self.firsts, numbers, side="right") - 1
+        files, starts = np.unique(np.searchsorted(self.firsts, numbers, side="right") - 1, return_index=True)
+        ends = [*starts[1:].tolist(), len(numbers)]
         return [
-            {"shard": i, "path": str(self.paths[file]), "rows": (numbers[files == file] - self.firsts[file]).tolist()}
-            for i, file in enumerate(np.unique(files).tolist())
+            {"shard": i, "path": str(self.paths[file]), "rows": (numbers[start:end] - self.firsts[file]).tolist()}
+            for i, (file, start, end) in enumerate(zip(files.tolist(), starts.tolist(), ends, strict=True))
         ]
 
     def generation_of(self, numbers: Indices) -> Indices:
         return self.generations[np.searchsorted(self.firsts, numbers, side="right") - 1]
+
+
+def described(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """Columns id, source, hash, quality (0 where unknown) and length (in characters), from id, source and text."""
+    texts = [text.as_py() for text in table["text"]]
+    no_quality = pa.array(np.zeros(len(texts)))
+    return {
+        "id": table["id"],
+        "source": table["source"],
+        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
+        "quality": table[QUALITY].cast(pa.float64()).fill_null(0.0) if QUALITY in table.column_names else no_quality,
+        "length": pa.array([len(text) for text in texts], pa.int64()),
+    }
 
 
 def documents_in(table: pa.Table, prefer: Sequence[str]) -> Documents:

@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import Indices, Keys, bucket_pairs
 from moray.pipelines.dedup.index import Earlier
+from moray.pipelines.dedup.nodes import QUALITY, described
 from moray.pipelines.dedup.signatures import Shingling
-from moray.pipelines.documents import content_hash, read_shard, text_bytes, write_batches, write_parquet, write_shard
+from moray.pipelines.documents import read_shard, text_bytes, write_batches, write_parquet, write_shard
 from moray.pipelines.shards import Row
-
-QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one stays
 
 
 def key_column(band: int) -> str:
@@ -36,8 +35,7 @@ def sign_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
         table = _read(Path(shard["path"]))
         keys, shingles = shingling.keys(table["text"])
         columns = {key_column(band): pa.array(keys[:, band]) for band in range(shingling.bands)}
-        described = _described(table)
-        write_parquet(path, pa.table({**described, "shingles": pa.array(shingles, pa.int64()), **columns}))
+        write_parquet(path, pa.table({**described(table), "shingles": pa.array(shingles, pa.int64()), **columns}))
     return {"shard": shard["shard"]}
 
 
@@ -45,18 +43,6 @@ def _read(path: Path) -> pa.Table:
     """What is looked at of a shard; a quality, where an earlier step gave one."""
     known = set(pq.read_schema(path).names) & {QUALITY}
     return read_shard(path, ["id", "text", "source", *known])
-
-
-def _described(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    texts = [text.as_py() for text in table["text"]]
-    no_quality = pa.array(np.zeros(len(texts)))
-    return {
-        "id": table["id"],
-        "source": table["source"],
-        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
-        "quality": table[QUALITY].cast(pa.float64()).fill_null(0.0) if QUALITY in table.column_names else no_quality,
-        "length": pa.array([len(text) for text in texts], pa.int64()),
-    }
 
 
 @dataclass(frozen=True)
@@ -104,7 +90,7 @@ def shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
         sets, bounds = shingling.sets(table["text"])
         lists = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(sets, pa.uint64()))
         numbers, groups = np.array(shard["numbers"], np.int64), np.array(shard["groups"], np.int64)
-        whole = pa.table({"number": numbers, "group": groups, **_described(table), "shingles": lists})
+        whole = pa.table({"number": numbers, "group": groups, **described(table), "shingles": lists})
         order = np.argsort(groups, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
         write_batches(path, whole.schema, (whole.take(pa.array(part)) for part in parts))

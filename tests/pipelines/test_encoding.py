@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines import encoding
-from moray.pipelines.encoding import FastEncoder, ReferenceEncoder, choose, encoder, plain_json, probes, text_buffers
+from moray.pipelines.encoding import FastEncoder, ReferenceEncoder, choose, encoder, plain_json, probes
+from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenizer import EOS, TokenizerConfig, hugging_face_config, train
 from moray.platform.errors import InputError
 

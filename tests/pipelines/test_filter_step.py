@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from moray.pipelines.documents import document_id, read_shard, shard_name, shard_paths, write_shard
 from moray.pipelines.filter import step as filter_step
 from moray.pipelines.filter.config import FilterConfig, GopherQuality
-from moray.pipelines.filter.language import identify, known_languages
 from moray.pipelines.quality import step as quality_step
 from moray.pipelines.quality.model import Features, QualityModel, load
 from moray.pipelines.quality.step import QualityModelConfig
+from moray.pipelines.text.language import identify, known_languages
 from moray.platform.artifacts import Artifact
 from moray.platform.errors import InputError, RecipeError
 from moray.platform.events import EventLog, ProgressEvent
@@ -178,14 +178,14 @@ def test_nothing_left_is_an_error_that_says_why(
 
 def test_languages_are_told_apart_offline() -> None:
     texts = [ENGLISH, GERMAN, "\u8fd9\u662f\u4e00\u4e2a\u6c49\u8bed\u53e5\u5b50\u3002", ENGLISH + GERMAN * 40, ""]
-    languages, scores = identify(pa.array(texts, pa.large_string()))
+    languages, scores = identify(texts)
     assert languages[:4] == ["en", "de", "zh", "de"]
     assert all(0 <= score <= 1 for score in scores)
     assert scores[0] > 0.9
     assert {"en", "de", "zh", "ja"} < known_languages()
     assert len(known_languages()) == 176
     long = "x " * 400 + GERMAN * 4 + "y" * 2_000_000
-    assert identify(pa.array([long])) == identify(pa.array([long[:1000]]))
+    assert identify([long]) == identify([long[:1000]])
 
 
 @pytest.mark.parametrize(

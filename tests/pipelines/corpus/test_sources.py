@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,35 @@ def test_wrong_columns_name_those_that_are_there(tmp_path: Path) -> None:
         (tmp_path / column).mkdir()
         _, rejects, _ = corpus(folder, tmp_path / column, reader="parquet", text_column=column)
         assert [(row["key"], row["reason"], row["detail"]) for row in rejects] == [("a.parquet", "malformed", detail)]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_bad_utf8_in_a_name_or_an_address_costs_nothing(tmp_path: Path, suffix: str) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"], pa.binary()).buffers())
+    table = pa.table({"text": ["one", "two"], "name": bad})
+    (tmp_path / "data").mkdir()
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "data/a.parquet")
+    else:
+        with pa.ipc.new_stream(tmp_path / "data/a.arrow", table.schema) as writer:
+            writer.write_table(table)
+    documents, rejects, _ = corpus(
+        tmp_path / "data", tmp_path, reader="huggingface", id_column="name", url_column="name"
+    )
+    assert [row["text"] for row in documents] == ["one", "two"]
+    assert [dict(row["meta"])["url"] for row in documents] == ["fine", "\ufffd\ufffd"]
+    assert not rejects
+
+
+def test_an_arrow_file_that_points_out_of_its_memory_is_refused(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(struct.pack("<3i", 0, -5, 7))
+    wild = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"onetwo!")])
+    for name in ("text", "url"):
+        table = pa.table({"text": ["a", "b"], "url": ["a", "b"], name: wild})
+        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+            writer.write_table(table)
+        (piece,) = READERS["huggingface"](File(str(tmp_path / "a.arrow")), 100, Columns(url="url"))
+        assert piece[:2] == ("", "malformed")
 
 
 def test_a_shard_that_is_there_is_taken_as_it_is_and_half_a_one_is_made_anew(tmp_path: Path) -> None:

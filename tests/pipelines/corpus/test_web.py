@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.corpus.files import File
@@ -192,6 +192,7 @@ MARKUP += ["<template>", "</body>", "<article>", "<ul><li>", "<script>", "<![CDA
 
 
 @settings(max_examples=100)
+@example(["\x1f<?"], "utf-8")
 @given(
     st.lists(st.one_of(st.sampled_from(MARKUP), st.text(max_size=8)), max_size=60),
     st.sampled_from(["utf-8", "utf-16-le", "latin-1", "shift_jis"]),
@@ -199,7 +200,7 @@ MARKUP += ["<template>", "</body>", "<article>", "<ul><li>", "<script>", "<![CDA
 def test_any_markup_gives_text_or_a_reason(parts: list[str], charset: str) -> None:
     piece = page("".join(parts).encode(charset, "replace"), 1000, "k", charset)
     if isinstance(piece, Document):
-        assert piece.text.strip()
+        assert piece.text.strip(), "neither nothing nor blanks of Unicode alone"
         assert len(piece.text.encode()) <= 1000
     else:
         assert piece.reason in REASONS

@@ -1,0 +1,131 @@
+"""The budget of a run, and the health of its teacher: one actor, because all tasks spend from one purse.
+
+What a request may cost at most is set aside before it is sent and settled when its answer is there. Both are lines in
+a file, so that what a killed run had sent counts for the next one, at most as much as it could have cost.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from moray.pipelines.synthesize.config import Budget
+
+DEAD_AFTER = 8  # requests in a row that failed by the engine's fault, each with its retries
+
+
+@dataclass(frozen=True)
+class Spent:
+    requests: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    dollars: float = 0.0
+
+
+class Purse(Protocol):
+    """What tasks see of it."""
+
+    def reserve(self, key: str, prompt_tokens: int, answer_tokens: int) -> str:
+        """'' if the request may be sent, else why not: budget or engine."""
+
+    def settle(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
+        """What it really took."""
+
+    def failed(self, key: str, engine: bool) -> None:
+        """It came to nothing: nothing is owed."""
+
+    def spent(self) -> Spent:
+        """So far, with what is set aside."""
+
+
+class FilePurse:
+    """The purse itself; in a run it lives in an actor."""
+
+    def __init__(self, path: str, budget: Budget) -> None:
+        self._path, self._budget = Path(path), budget
+        self._amounts: dict[str, tuple[int, int]] = {}
+        self._prompts = self._answers = self._failures = 0
+        if self._path.exists():
+            data = self._path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._path.write_bytes(whole)
+            for line in whole.splitlines():
+                self._set(*json.loads(line))
+
+    def reserve(self, key: str, prompt_tokens: int, answer_tokens: int) -> str:
+        if self._failures >= DEAD_AFTER:
+            return "engine"
+        known = self._amounts.get(key, (0, 0))
+        prompts, answers = self._prompts + prompt_tokens - known[0], self._answers + answer_tokens - known[1]
+        if self._budget.tokens is not None and prompts + answers > self._budget.tokens:
+            return "budget"
+        if self._budget.dollars is not None and dollars(self._budget, prompts, answers) > self._budget.dollars:
+            return "budget"
+        self._write(key, prompt_tokens, answer_tokens)
+        return ""
+
+    def settle(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
+        self._failures = 0
+        self._write(key, prompt_tokens, answer_tokens)
+
+    def failed(self, key: str, engine: bool) -> None:
+        self._failures = self._failures + 1 if engine else 0
+        self._write(key, 0, 0)
+
+    def spent(self) -> Spent:
+        requests = sum(any(amount) for amount in self._amounts.values())
+        return Spent(requests, self._prompts, self._answers, dollars(self._budget, self._prompts, self._answers))
+
+    def _set(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
+        known = self._amounts.get(key, (0, 0))
+        self._prompts += prompt_tokens - known[0]
+        self._answers += answer_tokens - known[1]
+        self._amounts[key] = (prompt_tokens, answer_tokens)
+
+    def _write(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
+        self._set(key, prompt_tokens, answer_tokens)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(json.dumps([key, prompt_tokens, answer_tokens]).encode() + b"\n")
+
+
+def dollars(budget: Budget, prompt_tokens: int, answer_tokens: int) -> float:
+    prompt, answer = budget.dollars_per_million_prompt_tokens, budget.dollars_per_million_answer_tokens
+    return (prompt_tokens * prompt + answer_tokens * answer) / 1e6
+
+
+class RemotePurse:
+    """A purse in an actor, from any task."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def reserve(self, key: str, prompt_tokens: int, answer_tokens: int) -> str:
+        return _get(self._actor.reserve.remote(key, prompt_tokens, answer_tokens))
+
+    def settle(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
+        _get(self._actor.settle.remote(key, prompt_tokens, answer_tokens))
+
+    def failed(self, key: str, engine: bool) -> None:
+        _get(self._actor.failed.remote(key, engine))
+
+    def spent(self) -> Spent:
+        return _get(self._actor.spent.remote())
+
+
+def _get(reference: Any) -> Any:
+    import ray
+
+    return ray.get(reference)
+
+
+def start_purse(path: Path, budget: Budget) -> RemotePurse:
+    """Beside the driver, because its file is there; restarted if it dies, and reads the file again."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return RemotePurse(ray.remote(FilePurse).options(**options).remote(str(path), budget))

@@ -1,0 +1,105 @@
+"""Verifies a folder of synthetic documents once more, from nothing but the documents: `reverify(folder)`.
+
+Also a command: `python -m moray.pipelines.synthesize.reverify FOLDER`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moray.actors.sandbox import run_tests
+from moray.actors.sandbox_watch import Limits
+from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.synthesize import gym
+from moray.pipelines.synthesize.programs import blocks
+from moray.pipelines.synthesize.prompts import boxed
+from moray.pipelines.synthesize.verify import Check, check_all, full_marks, same_maths
+
+_BATCH = 64
+
+
+@dataclass
+class Reverified:
+    """How many documents held, by verifier; the ids of those that did not, with the reason; those none can verify."""
+
+    held: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    unverifiable: int = 0
+
+
+def reverify(folder: Path, limits: Limits | None = None, unsafe: bool = False) -> Reverified:
+    """Runs code with its tests, draws tasks anew and scores their answers, compares mathematics. Rephrasings are not
+    counted: nothing says whether they are right."""
+    found = Reverified()
+    for path in shard_paths(folder):
+        table = read_shard(path, ["id", "text", "meta"])
+        rows = list(zip(*(table[name].to_pylist() for name in ("id", "text", "meta")), strict=True))
+        for begin in range(0, len(rows), _BATCH):
+            batch = [(name, text, dict(meta)) for name, text, meta in rows[begin : begin + _BATCH]]
+            _batch(batch, found, limits or Limits(), unsafe)
+    return found
+
+
+def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limits: Limits, unsafe: bool) -> None:
+    later: list[tuple[str, str, Check]] = []
+    for name, text, meta in rows:
+        verifier = meta.get("verifier", "")
+        if verifier == "sandbox":
+            _note(found, name, verifier, _code(text, limits, unsafe))
+        elif verifier == "reasoning-gym":
+            check = full_marks(meta["task"], int(meta["level"]), int(meta["seed"]), meta["answer"])
+            trusted = "model" not in meta  # the task's own answer needs no sandbox
+            if problem := _told(text, meta):
+                _note(found, name, verifier, problem)
+            elif trusted:
+                good = gym.score(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
+                _note(found, name, verifier, "" if good else "not full marks")
+            else:
+                later.append((name, verifier, check))
+        elif verifier.startswith("math-verify"):
+            later.append((name, verifier, same_maths(meta["answer"], boxed(text) or "")))
+        else:
+            found.unverifiable += 1
+    checks = check_all([check for _, _, check in later], unsafe)
+    for (name, verifier, _), checked in zip(later, checks, strict=True):
+        _note(found, name, verifier, "" if checked.good else checked.detail or "another answer")
+
+
+def _code(text: str, limits: Limits, unsafe: bool) -> str:
+    parts = blocks(text)
+    if len(parts) != 2:
+        return "not a program and its tests"
+    verdict = run_tests(parts[0], parts[1], limits, unsafe)
+    return "" if verdict.passed else f"{verdict.outcome}: {verdict.detail}"
+
+
+def _told(text: str, meta: dict[str, str]) -> str:
+    """'' if the document has the question of its task, and ends with the answer that is verified."""
+    entry, _ = gym.draw(meta["task"], int(meta["level"]), int(meta["seed"]))
+    if entry["question"].strip() not in text:
+        return "another question"
+    return "" if text.rstrip().endswith(meta["answer"].strip()) else "another answer"
+
+
+def _note(found: Reverified, name: str, verifier: str, problem: str) -> None:
+    if problem:
+        found.failed[name] = problem
+    else:
+        found.held[verifier] = found.held.get(verifier, 0) + 1
+
+
+def main(say: Callable[[str], object] = print) -> int:
+    found = reverify(Path(sys.argv[1]), unsafe="--unsafe-sandbox" in sys.argv[2:])
+    for verifier, count in sorted(found.held.items()):
+        say(f"{count} documents hold: {verifier}")
+    say(f"{found.unverifiable} documents that nothing verifies")
+    for name, problem in sorted(found.failed.items()):
+        say(f"FAILS {name}: {problem}")
+    return 1 if found.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

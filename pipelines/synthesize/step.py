@@ -1,0 +1,251 @@
+"""synthesize: documents that are made, not found: mathematics and code that verify, and rephrasings.
+
+Three passes of Ray Data tasks: items are made and verified, compared with each other and the corpus, and written. An
+item depends on its generator, its number and the seed alone, so shards and workers do not show in the result. What is
+finished is in its shard's log at once, so a rerun after a kill makes none of it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from moray.actors.sandbox import refusal
+from moray.actors.sandbox_watch import SandboxRefused
+from moray.pipelines.documents import (
+    SCHEMA,
+    document_id,
+    read_shard,
+    shard_name,
+    shard_paths,
+    text_bytes,
+    write_parquet,
+    write_shard,
+)
+from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.synthesize import copies, gym
+from moray.pipelines.synthesize.config import Gym, Maths, Programs, Rephrase, SynthesizeConfig, asks, runs_code
+from moray.pipelines.synthesize.produce import Room, produce
+from moray.pipelines.synthesize.purse import RemotePurse, Spent, start_purse
+from moray.pipelines.synthesize.rows import Log, Made
+from moray.platform.errors import InputError, RecipeError, StepFailed
+from moray.platform.step import Step, StepContext
+
+_WORK = ".work"
+
+
+class Synthesize(Step[SynthesizeConfig]):
+    name: ClassVar[str] = "synthesize"
+    version: ClassVar[int] = 1
+    Config = SynthesizeConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents", "corpus": "documents"}
+    optional: ClassVar[frozenset[str]] = frozenset({"documents", "corpus"})
+    produces: ClassVar[str] = "documents"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def check(self, config: SynthesizeConfig, inputs: Mapping[str, str]) -> None:
+        for generator in config.generators:
+            if isinstance(generator, Rephrase) and "documents" not in inputs:
+                raise RecipeError(f"generator {generator.name!r} rephrases, but has nothing", "give input `documents`")
+            if isinstance(generator, Gym | Programs):
+                gym.need_packages("reasoning_gym")
+            if isinstance(generator, Maths) or (isinstance(generator, Gym) and asks(generator)):
+                gym.need_packages("math_verify", "reasoning_gym")
+            if isinstance(generator, Gym):
+                gym.choose(generator.tasks, generator.solver == "task")
+
+    def run(self, ctx: StepContext[SynthesizeConfig]) -> None:
+        self._look_at_sandbox(ctx)
+        shards = self._shards(ctx)
+        purse = start_purse(ctx.folder / _WORK / "spent.jsonl", ctx.config.budget) if ctx.config.teacher else None
+        made = self._make(ctx, shards, purse)
+        spent = purse.spent() if purse else Spent()
+        self._unanswered(ctx, made)
+        found = self._copies(ctx, shards)
+        write_copies(ctx.folder / _WORK, found)
+        write = partial(write_items, folder=str(ctx.folder), config=ctx.config)
+        rows = map_shards(ctx, "writing", shards, write, "items", lambda row: row["end"] - row["begin"])
+        self._say(ctx, rows, spent, sum(row["before"] for row in made))
+        for path in sorted((ctx.folder / _WORK).iterdir()):
+            path.unlink()
+        (ctx.folder / _WORK).rmdir()
+
+    def _look_at_sandbox(self, ctx: StepContext[SynthesizeConfig]) -> None:
+        if not any(map(runs_code, ctx.config.generators)):
+            return
+        reason = refusal()
+        if reason and not ctx.config.unsafe_sandbox:
+            raise SandboxRefused(
+                f"no sandbox on this system: {reason}",
+                "run where user namespaces are allowed, or accept the risk: unsafe_sandbox: true",
+            )
+        if ctx.config.unsafe_sandbox:
+            text = (
+                "UNSAFE: generated code may read and write this user's files; only time, memory and sockets are limited"
+            )
+            ctx.note(text, "warning")
+
+    def _shards(self, ctx: StepContext[SynthesizeConfig]) -> list[Row]:
+        """[begin, end) of a generator's items each; in order, so that numbers go up with the recipe."""
+        shards: list[Row] = []
+        for place, generator in enumerate(ctx.config.generators):
+            drawn: list[tuple[str, int]] = []
+            items = generator.items
+            if isinstance(generator, Rephrase):
+                drawn = draw_documents(ctx.inputs["documents"].folder, items, ctx.config.seed)
+                items = len(drawn)
+            for begin in range(0, items, ctx.config.shard_items):
+                end = min(begin + ctx.config.shard_items, items)
+                log = ctx.folder / _WORK / f"made-{len(shards):05d}.jsonl"
+                shards.append(
+                    {
+                        "shard": len(shards), "generator": place, "begin": begin, "end": end, "log": str(log),
+                        "documents": drawn[begin:end],
+                    }
+                )  # fmt: skip
+        return shards
+
+    def _make(self, ctx: StepContext[SynthesizeConfig], shards: list[Row], purse: RemotePurse | None) -> list[Row]:
+        threads = 1
+        if ctx.config.teacher:
+            threads = -(-ctx.config.teacher.concurrency // max(min(ctx.cluster.topology().cpus, len(shards)), 1))
+        room = Room(ctx.folder / _WORK, ctx.home.cache / "teacher", purse, threads)
+
+        def detail(totals: Counter[str], seconds: float) -> str:
+            good, bad = totals["accepted"], totals["refused"]
+            money = f", {purse.spent().dollars:.4f} dollars" if purse else ""
+            return f"{good / max(good + bad, 1):.0%} accepted{money}"
+
+        make = partial(produce, config=ctx.config, room=room)
+        return map_shards(ctx, "making", shards, make, "items", lambda row: row["end"] - row["begin"], detail)
+
+    def _unanswered(self, ctx: StepContext[SynthesizeConfig], made: list[Row]) -> None:
+        counts: Counter[str] = Counter()
+        for row in made:
+            counts += Counter(json.loads(row["unanswered"]))
+        if counts["budget"]:
+            ctx.note(f"the budget is used up: {counts['budget']} items were not asked for", "warning")
+        if not counts["engine"]:
+            return
+        total = sum(generator.items for generator in ctx.config.generators)
+        assert ctx.config.teacher is not None
+        text = f"{counts['engine']} of {total} items have no answer: {ctx.config.teacher.url} failed"
+        if counts["engine"] > ctx.config.unanswered * total:
+            raise StepFailed(text, "all others are kept: the same command asks for these alone; or raise `unanswered`")
+        ctx.note(text, "warning")
+
+    def _copies(self, ctx: StepContext[SynthesizeConfig], shards: list[Row]) -> dict[str, list[Any]]:
+        """Item key -> [reason, of what, similarity]."""
+        work = ctx.folder / _WORK
+        map_shards(ctx, "sketching", shards, partial(copies.sketch_shard, folder=str(work)), "shards", lambda row: 1)
+        sketches = [copies.sketch_path(work, shard["shard"]) for shard in shards]
+        found: dict[str, list[Any]] = {key: ["repeated", of, 1.0] for key, of in copies.repeated(sketches).items()}
+        if "corpus" in ctx.inputs:
+            corpus = [
+                {"shard": i, "path": str(path), "size": path.stat().st_size}
+                for i, path in enumerate(shard_paths(ctx.inputs["corpus"].folder))
+            ]
+            compare = partial(
+                copies.compare_shard, sketches=[str(path) for path in sketches], similarity=ctx.config.similarity
+            )
+            rows = map_shards(ctx, "comparing", corpus, compare, "bytes", lambda row: row["size"])
+            for key, of, score in sorted(entry for row in rows for entry in json.loads(row["copies"])):
+                if key not in found or (found[key][0] == "corpus" and found[key][2] < score):
+                    found[key] = ["corpus", of, score]
+        return found
+
+    def _say(self, ctx: StepContext[SynthesizeConfig], rows: list[Row], spent: Spent, before: int) -> None:
+        reasons: Counter[str] = Counter()
+        for row in rows:
+            reasons += Counter(json.loads(row["rejected"]))
+        accepted = sum(row["accepted"] for row in rows)
+        if not accepted:
+            raise InputError("synthesize accepts no item", f"by reason: {dict(reasons)}")
+        ctx.counts |= {
+            "in:items": accepted + sum(reasons.values()),
+            "out:documents": accepted,
+            "bytes": sum(row["bytes"] for row in rows),
+            "found_finished": before,
+            "requests": spent.requests,
+            "prompt_tokens": spent.prompt_tokens,
+            "answer_tokens": spent.answer_tokens,
+            "dollars": round(spent.dollars, 6),
+            **{f"dropped:{reason}": count for reason, count in sorted(reasons.items())},
+        }
+        rate = accepted / (accepted + sum(reasons.values()))
+        ctx.outcome = f"{accepted} documents, {rate:.0%} of the items accepted, {spent.dollars:.4f} dollars"
+
+
+def draw_documents(folder: Path, wanted: int, seed: int) -> list[tuple[str, int]]:
+    """(shard, row) of the documents to rephrase: the least by a hash of their ids, whatever shards they lie in."""
+    import xxhash
+
+    found = [
+        (xxhash.xxh3_128_hexdigest(f"{seed}\0{name}".encode()), str(path), row)
+        for path in shard_paths(folder)
+        for row, name in enumerate(read_shard(path, ["id"])["id"].to_pylist())
+    ]
+    return [(path, row) for _, path, row in sorted(found)[:wanted]]
+
+
+def write_copies(work: Path, found: Mapping[str, list[Any]]) -> None:
+    keys = sorted(found)
+    columns: list[tuple[str, pa.DataType]] = [
+        ("reason", pa.string()),
+        ("of", pa.string()),
+        ("similarity", pa.float64()),
+    ]
+    table = {"key": pa.array(keys, pa.string())}
+    table |= {name: pa.array([found[key][i] for key in keys], kind) for i, (name, kind) in enumerate(columns)}
+    write_parquet(work / "copies.parquet", pa.table(table))
+
+
+def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
+    """Writes a shard's documents and rejected rows. Runs in a Ray worker."""
+    generator = config.generators[shard["generator"]]
+    work, log = Path(folder) / _WORK, Log(Path(shard["log"]))
+    table = read_shard(work / "copies.parquet")
+    gone = dict(zip(table["key"].to_pylist(), table.select(["reason", "of"]).to_pylist(), strict=True))
+    good = copies.accepted(log)
+    kept = [made for made in good if made.key not in gone]
+    bad = [made for made in log.read().values() if made.reason]
+    bad += [
+        Made(one.key, one.text, gone[one.key]["reason"], f"as {gone[one.key]['of']}", one.meta)
+        for one in good
+        if one.key in gone
+    ]
+    lines = (work / f"unanswered-{shard['shard']:05d}.jsonl").read_text().splitlines()
+    bad += [Made(**json.loads(line)) for line in lines]
+    name = shard_name(shard["shard"])
+    write_shard(Path(folder) / name, documents(kept, generator.name, generator.license))
+    rejected = documents(bad, generator.name, generator.license)
+    for column in ("reason", "detail"):
+        rejected = rejected.append_column(column, pa.array([getattr(one, column) for one in bad], pa.string()))
+    write_parquet(Path(folder) / name.replace("documents-", "rejected-"), rejected)
+    return {
+        "shard": shard["shard"],
+        "accepted": len(kept),
+        "rejected": json.dumps(Counter(made.reason for made in bad)),
+        "bytes": text_bytes(made.text for made in kept),
+    }
+
+
+def documents(made: Iterable[Made], source: str, license: str) -> pa.Table:
+    rows = [
+        {
+            "id": document_id(source, one.key), "text": one.text, "source": source, "license": license,
+            "meta": list(one.meta.items()),
+        }
+        for one in made
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+step = Synthesize()

@@ -1,0 +1,77 @@
+"""Verdicts on what was made: mathematics and tasks' scores in batches, in the sandbox; code by its tests, there too."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moray.actors.sandbox import run
+from moray.actors.sandbox_watch import Limits
+
+Check = dict[str, Any]
+_SECONDS_EACH = 6  # math-verify gives up after five by itself
+_CHECKER = Path(__file__).with_name("checker.py")
+
+
+@dataclass(frozen=True)
+class Checked:
+    good: bool
+    detail: str = ""
+
+
+def same_maths(gold: str, answer: str) -> Check:
+    return {"kind": "maths", "gold": gold, "answer": answer}
+
+
+def full_marks(task: str, level: int, seed: int, answer: str) -> Check:
+    return {"kind": "gym", "task": task, "level": level, "seed": seed, "answer": answer}
+
+
+def check_all(checks: Sequence[Check], unsafe: bool) -> list[Checked]:
+    """A verdict for each check. One that breaks a limit fails, and those after it are tried again without it."""
+    found: list[Checked] = []
+    while len(found) < len(checks):
+        part = checks[len(found) :]
+        results, broke = _check_batch(part, unsafe)
+        found += results
+        if len(results) < len(part):
+            found.append(Checked(False, f"the verifier ended: {broke}"))
+    return found
+
+
+def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[Checked], str]:
+    mark = f"{secrets.token_hex(8)}:"
+    limits = Limits(
+        seconds=30 + _SECONDS_EACH * len(checks), cpu_seconds=30 + _SECONDS_EACH * len(checks), memory_bytes=4 << 30,
+        processes=256, open_files=256, output_bytes=1 << 20,
+    )  # fmt: skip
+    files = {"checker.py": _CHECKER.read_text(), "checks.jsonl": "".join(json.dumps(one) + "\n" for one in checks)}
+    ended = run(files, ["checker.py", mark], limits, unsafe, _packages())
+    lines = [line.partition(mark)[2] for line in ended.output.splitlines() if mark in line]
+    results = [Checked(bool(good), str(detail)) for _, good, detail in map(json.loads, lines)]
+    return results, ended.broke or f"it left with code {ended.exit_code}: {ended.output[-200:]}"
+
+
+def _packages() -> list[str]:
+    """Folders that the checker imports from."""
+    specs = (importlib.util.find_spec(name) for name in ("moray", "math_verify", "reasoning_gym", "sympy"))
+    origins = [Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None]
+    return sorted({str(one.parent if one.name == "moray.py" else one.parent.parent) for one in origins})
+
+
+def majority(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(place of the answer that most others equal, the first of such; how many that is with itself).
+
+    pairs: places of answers found equal; equality need not be transitive, so it is counted for each answer.
+    """
+    votes = [1] * count
+    for one, other in pairs:
+        votes[one] += 1
+        votes[other] += 1
+    best = max(range(count), key=lambda at: (votes[at], -at))
+    return best, votes[best]
