@@ -44,7 +44,7 @@ class Shards:
     def rows_of(self, numbers: Indices) -> list[Row]:
         """Which rows of which file, for ascending numbers; `shard` counts the files that are needed."""
         files, starts = np.unique(np.searchsorted(self.firsts, numbers, side="right") - 1, return_index=True)
-        ends = [*starts[1:].tolist(), len(numbers)]
+        ends = [*starts[1:].tolist(), len(numbers)][: len(starts)]
         return [
             {"shard": i, "path": str(self.paths[file]), "rows": (numbers[start:end] - self.firsts[file]).tolist()}
             for i, (file, start, end) in enumerate(zip(files.tolist(), starts.tolist(), ends, strict=True))

@@ -184,10 +184,10 @@ class Dedup(Step[DedupConfig]):
             "bytes": sum(row["bytes"] for row in rows),
             "exact": why.count("exact"),
             "near": why.count("near"),
-            "seen": why.count("seen"),
+            **({"seen": why.count("seen")} if ctx.config.index_form == "bloom" else {}),
             "clusters": found.clusters,
             "candidates": len(near.pairs),
-            "alike": found.alike,
+            "verified": found.alike,
         }
         if near.capped:
             ctx.note(f"{near.capped} keys are shared by many: not every pair of theirs is looked at")
