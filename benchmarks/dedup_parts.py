@@ -1,9 +1,9 @@
 """dedup-parts on real texts, in CPU-seconds: each phase's task over shards, in one process, Parquet to Parquet.
 
-The texts are those of this environment, or the shards of a Documents folder. Reading, hashing and writing are included;
-Ray is not, so the figures are of one core.
+The texts are the built corpus (`make bench-corpus`), or those of this environment where it is not there. Reading,
+hashing and writing are included; Ray is not, so the figures are of one core.
 
-Usage: python benchmarks/dedup_parts.py [MEGABYTES=60 | FOLDER] [ROUNDS=3]
+Usage: python benchmarks/dedup_parts.py [ROUNDS=3]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from moray.pipelines.documents import document_id, read_shard, shard_name, write
 from moray.pipelines.kept import Order, read_parts
 from moray.pipelines.shards import Row
 
+BUILT = Path(__file__).resolve().parent / "corpus" / ".cache" / "documents"
 _SHARD = 500  # documents
 
 
@@ -93,11 +94,10 @@ def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, An
     return {**took, "cpu_s": time.process_time() - began, "spans": int(found.spans.sum()), "cut_MB": cut / 1e6}
 
 
-def main(corpus: str = "60", rounds: str = "3") -> int:
+def main(rounds: str = "3") -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = sorted(Path(corpus).glob("documents-*.parquet")) if Path(corpus).is_dir() else []
-        paths = paths or write_texts(folder / "in", texts_of(float(corpus)))
+        paths = sorted(BUILT.glob("documents-*.parquet")) or write_texts(folder / "in", texts_of(60))
         shards: list[Row] = [{"shard": i, "path": str(path)} for i, path in enumerate(paths)]
         sizes = [sum(len(t.as_py().encode()) for t in read_shard(path, ["text"])["text"]) for path in paths]
         rows: list[dict[str, Any]] = []

@@ -36,7 +36,7 @@ def size_of(shard: Row) -> float:
 
 
 def read_documents(shard: Row, *columns: str) -> pa.Table:
-    """What `described` needs of a shard's documents, and these columns."""
+    """What `described` (dedup/nodes.py) needs of a shard's documents, and these columns."""
     path = Path(shard["path"])
     known = {QUALITY} & set(pq.read_schema(path).names)
     return read_shard(path, ["id", "text", "source", *columns, *known])

@@ -34,7 +34,7 @@ class Case:
             groups += int(names.max(initial=-1)) + 1
         joined = {name: np.concatenate([one[name] for one in found]) for name in (*SPOT, "file", "group")}
         places = order.places[order.firsts[joined["file"]] + joined["row"]]
-        ascending = np.lexsort((joined["begin"], places))
+        ascending = np.argsort(places << 31 | joined["begin"])  # a document has fewer than 2^31 characters
         places = places[ascending]
         documents, first = np.unique(places, return_index=True)
         bounds = np.append(first, len(places)).astype(np.int64)

@@ -61,7 +61,9 @@ def read_parts(paths: Sequence[Path], part: int) -> Columns:
 
 def repeated(keys: Sequence[Keys]) -> tuple[Indices, Indices]:
     """Of rows with keys of one or more columns: those whose keys another row has too, and the number of that key."""
-    order = np.lexsort(keys)
+    order = np.argsort(keys[-1])
+    if not _in_runs(keys, order):
+        order = np.lexsort(keys)
     ascending = [column[order] for column in keys]
     differs = np.zeros(max(0, len(order) - 1), np.bool_)
     for column in ascending:
@@ -71,3 +73,9 @@ def repeated(keys: Sequence[Keys]) -> tuple[Indices, Indices]:
     many = np.bincount(group, minlength=1)[group] > 1 if len(group) else first
     names = np.cumsum(first & many) - 1
     return order[many], names[many].astype(np.int64)
+
+
+def _in_runs(keys: Sequence[Keys], order: Indices) -> bool:
+    """Whether rows that are equal in the last column are so in the others: then one sort is enough, and faster."""
+    same = keys[-1][order[1:]] == keys[-1][order[:-1]]
+    return all(bool((column[order[1:]] == column[order[:-1]])[same].all()) for column in keys[:-1])

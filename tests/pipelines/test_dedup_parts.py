@@ -65,6 +65,16 @@ def found_by_kernels(texts: list[str], tokens: int) -> tuple[set[tuple[int, int,
     return set(zip(rows[:count].tolist(), places[:count].tolist(), keys[:count].tolist(), strict=True)), by_hash
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))
+def test_rows_are_the_same_if_both_their_keys_are(rows: list[tuple[int, int]]) -> None:
+    columns = [np.array([row[i] for row in rows], np.uint64) for i in (0, 1)]
+    found, groups = exchange.repeated(columns)
+    assert sorted(found.tolist()) == [i for i, row in enumerate(rows) if rows.count(row) > 1]
+    names = {rows[i]: group for i, group in zip(found.tolist(), groups.tolist(), strict=True)}
+    assert all(names[rows[i]] == group for i, group in zip(found.tolist(), groups.tolist(), strict=True))
+    assert sorted(names.values()) == list(range(len(names)))
+
+
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(drawn, min_size=1, max_size=4), tokens=st.integers(2, 9))
 def test_every_repeat_of_so_many_words_is_found_and_nothing_shorter(texts: list[str], tokens: int) -> None:
