@@ -148,7 +148,7 @@ class Watch:
         before: while the cell lives, no process can get away from under it."""
         assert process.stdin is not None
         while self.unsafe and (own := descendants(process.pid)[1:]):
-            # A group is killed in one step, in which none of it can fork; one by one, a fork bomb is faster than we are.
+            # A group is killed in one step, in which none of it can fork; one by one, a fork bomb is faster.
             groups = set()
             for pid in own:
                 with contextlib.suppress(ProcessLookupError):
