@@ -19,13 +19,10 @@ from moray.platform.home import Home
 from moray.platform.manifest import Manifest
 from moray.platform.step import StepContext
 from tests.pipelines.dedup_oracle import Text
+from tests.pipelines.step_runs import in_process
 
 # Whoever is as alike as that shares a key.
 CLOSE = DedupConfig(bands=64, rows=3, prefer=("best",))
-
-
-class Interrupted(Exception):
-    """A worker is gone."""
 
 
 class Night:
@@ -45,19 +42,7 @@ class Night:
 
     def run(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> dict[str, pa.Table]:
         """The tables that the step leaves, by path. Raises Interrupted after so many tasks."""
-        done = 0
-
-        def map_shards(ctx: Any, phase: str, rows: Any, function: Any, *_: Any, **__: Any) -> Any:
-            nonlocal done
-            results = []
-            for row in rows:
-                if done == stop_after:
-                    raise Interrupted
-                done += 1
-                results.append(function(row))
-            return results
-
-        monkeypatch.setattr(dedup_step, "map_shards", map_shards)
+        in_process(monkeypatch, dedup_step, stop_after)
         work = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
         context = StepContext(

@@ -23,6 +23,23 @@ class Interrupted(Exception):
     """A worker is gone."""
 
 
+def in_process(monkeypatch: pytest.MonkeyPatch, module: ModuleType, stop_after: int | None = None) -> None:
+    """Tasks of the module's step one after another in this process; the one after `stop_after` of them is killed."""
+    done = 0
+
+    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, *_: Any, **__: Any) -> Any:
+        nonlocal done
+        results = []
+        for row in rows:
+            if done == stop_after:
+                raise Interrupted
+            done += 1
+            results.append(function(row))
+        return results
+
+    monkeypatch.setattr(module, "map_shards", map_shards)
+
+
 @dataclass(frozen=True)
 class Page:
     """A document as a step gets it."""
@@ -72,19 +89,7 @@ def run_in_process(
     monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None,
 ) -> Done:  # fmt: skip
     """Runs `module.step`; a second time in the same folder, it goes on. Raises Interrupted after so many tasks."""
-    done = 0
-
-    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, *_: Any, **__: Any) -> Any:
-        nonlocal done
-        results = []
-        for row in rows:
-            if done == stop_after:
-                raise Interrupted
-            done += 1
-            results.append(function(row))
-        return results
-
-    monkeypatch.setattr(module, "map_shards", map_shards)
+    in_process(monkeypatch, module, stop_after)
     home = Home(folder / "home")
     work = ArtifactStore(home).prepare(module.step.name, "0" * 32, keep_leftovers=True)
     context = StepContext(

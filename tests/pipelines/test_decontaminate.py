@@ -34,6 +34,7 @@ from moray.platform.recipe import parse_recipe
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster, StepContext
 from tests.pipelines import decontaminate_oracle as oracle
+from tests.pipelines.step_runs import Interrupted, in_process
 from tests.pipelines.test_dedup import column, mixed
 
 UNITS = pytest.mark.parametrize("unit", ["words", "characters"])
@@ -255,10 +256,6 @@ def test_every_planted_item_of_humaneval_is_found_and_nothing_else(unit: str) ->
     assert per_eval(index, verdict.hits)[0]["items_found"] == 164
 
 
-class Interrupted(Exception):
-    """A worker is gone."""
-
-
 def run_step(
     folder: Path, documents: dict[str, str], shards: int, monkeypatch: pytest.MonkeyPatch,
     stop_after: int | None = None, **rules: Any,
@@ -275,19 +272,7 @@ def run_step(
             "meta": pa.array([[]] * len(part), pa.map_(pa.string(), pa.string())),
         }
         write_shard(source / shard_name(number), pa.table(columns))
-    done = 0
-
-    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, unit: str, amount: Any) -> Any:
-        nonlocal done
-        results = []
-        for row in rows:
-            if done == stop_after:
-                raise Interrupted
-            done += 1
-            results.append(function(row))
-        return results
-
-    monkeypatch.setattr(decontaminate_step, "map_shards", map_shards)
+    in_process(monkeypatch, decontaminate_step, stop_after)
     manifest = Manifest(
         step="filter", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[],
         bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,

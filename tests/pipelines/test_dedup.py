@@ -21,7 +21,8 @@ from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import content_hash, document_id
 from tests.pipelines import dedup_oracle as oracle
-from tests.pipelines.dedup_runs import Interrupted, kept, run_step
+from tests.pipelines.dedup_runs import kept, run_step
+from tests.pipelines.step_runs import Interrupted
 
 # Words of several scripts: lower case that is another letter, marks that belong to words, scripts without spaces.
 SCRIPTS = (

@@ -14,7 +14,8 @@ from moray.pipelines.dedup.index import Earlier, Generation
 from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import document_id
 from tests.pipelines.dedup_oracle import Text
-from tests.pipelines.dedup_runs import Interrupted, Night, kept
+from tests.pipelines.dedup_runs import Night, kept
+from tests.pipelines.step_runs import Interrupted
 
 CONFIG = DedupConfig(bands=8, rows=1, shingle=2, similarity=0.6, prefer=("best",), index="crawl")
 

@@ -27,33 +27,13 @@ from moray.platform.manifest import Manifest
 from moray.platform.recipe import parse_recipe
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster, Step, StepContext
+from tests.pipelines.step_runs import Interrupted, in_process
 
 GERMAN = (
     "Die Verwaltung der Stadt hat gestern beschlossen, dass die alte Br\u00fccke \u00fcber den Fluss erneuert wird. "
 )
 ENGLISH = "The council of the town decided yesterday that the old bridge over the river will be made anew. "
 SPANISH = "El ayuntamiento ha decidido que el viejo puente sobre el r\u00edo se va a construir de nuevo este verano. "
-
-
-class Interrupted(Exception):
-    """A worker is gone."""
-
-
-def in_process(monkeypatch: pytest.MonkeyPatch, module: Any, stop_after: int | None = None) -> None:
-    """Tasks of the module's step one after another in this process; the one after `stop_after` of them is killed."""
-    done = 0
-
-    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, *rest: Any) -> Any:
-        nonlocal done
-        results = []
-        for row in rows:
-            if done == stop_after:
-                raise Interrupted
-            done += 1
-            results.append(function(row))
-        return results
-
-    monkeypatch.setattr(module, "map_shards", map_shards)
 
 
 def context(step: Step[Any], config: Any, folder: Path, **inputs: Path) -> StepContext[Any]:

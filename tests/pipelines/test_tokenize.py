@@ -20,12 +20,9 @@ from moray.platform.events import EventLog, NoteEvent, read_events
 from moray.platform.home import Home
 from moray.platform.manifest import Manifest
 from moray.platform.step import StepContext
+from tests.pipelines.step_runs import Interrupted, in_process
 
 Texts = dict[str, list[str]]  # by source
-
-
-class Interrupted(Exception):
-    """A worker is gone."""
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +78,7 @@ def run_step(
     """The step, its tasks one after another in this process."""
     if not (folder / "documents").exists():
         write_documents(folder / "documents", texts, shards)
-    done = 0
-
-    def map_shards(ctx: Any, phase: str, rows: Any, function: Any, unit: str, amount: Any) -> Any:
-        nonlocal done
-        results = []
-        for row in rows:
-            if done == stop_after:
-                raise Interrupted
-            done += 1
-            results.append(function(row))
-        return results
-
-    monkeypatch.setattr(tokenize, "map_shards", map_shards)
+    in_process(monkeypatch, tokenize, stop_after)
     config = tokenize.TokenizeConfig.model_validate({"sequence_length": 64, "fim_rate": 0.1, **settings})
     inputs = {
         "documents": artifact(folder / "documents", "split-documents"),
