@@ -21,10 +21,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.nodes import described
+from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.dedup.tasks import keep_shard
 from moray.pipelines.documents import write_parquet
-from moray.pipelines.kept import Order, read_documents, read_parts, shards_of, size_of
+from moray.pipelines.kept import Order, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.step import Step, StepConfig, StepContext
 
@@ -79,7 +79,7 @@ def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
     """Writes a row for each document of a shard, with its address: null if it has none, '' if that is not readable."""
     path = Path(folder) / Path(shard["path"]).name
     if not path.exists():
-        table = read_documents(shard, "meta")
+        table = read_documents(Path(shard["path"]), "meta")
         metas = [dict(meta.as_py() or []) for meta in table["meta"]]
         urls = [canonical_url(meta[config.key], config.ignore) if meta.get(config.key) else None for meta in metas]
         dates = [_seconds(meta.get(config.newest)) if config.newest else None for meta in metas]

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.nodes import QUALITY, documents_in
+from moray.pipelines.dedup.nodes import documents_in
 from moray.pipelines.documents import read_shard, shard_paths
 from moray.pipelines.shards import Row
 from moray.platform.step import StepContext
@@ -33,13 +32,6 @@ def shards_of(ctx: StepContext[Any]) -> list[Row]:
 def size_of(shard: Row) -> float:
     """The work of a shard, in bytes of its file."""
     return float(shard["size"])
-
-
-def read_documents(shard: Row, *columns: str) -> pa.Table:
-    """What `described` (dedup/nodes.py) needs of a shard's documents, and these columns."""
-    path = Path(shard["path"])
-    known = {QUALITY} & set(pq.read_schema(path).names)
-    return read_shard(path, ["id", "text", "source", *columns, *known])
 
 
 @dataclass(frozen=True)

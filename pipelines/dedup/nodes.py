@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.find import Documents, sources_by
 from moray.pipelines.dedup.graph import Indices, components
-from moray.pipelines.documents import content_hash
+from moray.pipelines.documents import content_hash, read_shard
 from moray.pipelines.shards import Row
 
 _OLDER = 1 << 32  # more than there are sources
@@ -52,6 +53,12 @@ class Shards:
 
     def generation_of(self, numbers: Indices) -> Indices:
         return self.generations[np.searchsorted(self.firsts, numbers, side="right") - 1]
+
+
+def read_documents(path: Path, *columns: str) -> pa.Table:
+    """What `described` needs of a shard, and these columns; a quality, where an earlier step gave one."""
+    known = set(pq.read_schema(path).names) & {QUALITY}
+    return read_shard(path, ["id", "text", "source", *columns, *known])
 
 
 def described(table: pa.Table) -> dict[str, pa.ChunkedArray]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import Indices, Keys, bucket_pairs
 from moray.pipelines.dedup.index import Earlier
-from moray.pipelines.dedup.nodes import QUALITY, described
+from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.documents import read_shard, text_bytes, write_batches, write_parquet, write_shard
 from moray.pipelines.shards import Row
@@ -32,17 +32,11 @@ def sign_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
     """Writes what is kept of each document of a shard: id, source, hash, length, shingles and keys."""
     path = Path(folder) / Path(shard["path"]).name
     if not path.exists():
-        table = _read(Path(shard["path"]))
+        table = read_documents(Path(shard["path"]))
         keys, shingles = shingling.keys(table["text"])
         columns = {key_column(band): pa.array(keys[:, band]) for band in range(shingling.bands)}
         write_parquet(path, pa.table({**described(table), "shingles": pa.array(shingles, pa.int64()), **columns}))
     return {"shard": shard["shard"]}
-
-
-def _read(path: Path) -> pa.Table:
-    """What is looked at of a shard; a quality, where an earlier step gave one."""
-    known = set(pq.read_schema(path).names) & {QUALITY}
-    return read_shard(path, ["id", "text", "source", *known])
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
     """Writes what some `rows` of a shard are, with their shingles, each of `groups` in row groups of its own."""
     path = reread_path(Path(folder), shard["shard"])
     if not path.exists():
-        table = _read(Path(shard["path"])).take(shard["rows"])
+        table = read_documents(Path(shard["path"])).take(shard["rows"])
         sets, bounds = shingling.sets(table["text"])
         lists = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(sets, pa.uint64()))
         numbers, groups = np.array(shard["numbers"], np.int64), np.array(shard["groups"], np.int64)

@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from moray.pipelines.dedup.characters import tables
-from moray.pipelines.dedup.nodes import described
+from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.dedup_parts.exchange import Columns, range_of, read_part, read_parts, repeated, write_parts
 from moray.pipelines.dedup_parts.parts import normalized, parts_of, without
 from moray.pipelines.documents import read_shard, text_bytes, write_parquet, write_shard
-from moray.pipelines.kept import read_documents
 from moray.pipelines.shards import Row
 from moray.pipelines.text.arrow import text_buffers
 
@@ -58,7 +57,7 @@ def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int)
 
     path = folders.of("described", shard)
     if not path.exists():
-        table = read_documents(shard)
+        table = read_documents(Path(shard["path"]))
         hashes, spots, parts = [], [], []
         for row, text in enumerate(table["text"].to_pylist()):
             for begin, end in parts_of(text, unit):
@@ -85,7 +84,7 @@ def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) ->
 
     path = folders.of("described", shard)
     if not path.exists():
-        table = read_documents(shard)
+        table = read_documents(Path(shard["path"]))
         offsets, data = text_buffers(table["text"])
         room = int(offsets[-1] - offsets[0])
         words = np.zeros(len(table), np.int64)

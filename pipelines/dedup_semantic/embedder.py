@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup.nodes import described
+from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.documents import write_parquet
-from moray.pipelines.kept import read_documents
 from moray.pipelines.shards import Row
 from moray.platform.errors import InputError
 
@@ -53,7 +52,7 @@ def embed_shard(shard: Row, folder: str, described_folder: str, model: str, batc
     name = Path(shard["path"]).name
     target = Path(folder) / name.replace("documents-", "embeddings-")
     if not target.exists():
-        table = read_documents(shard)
+        table = read_documents(Path(shard["path"]))
         write_parquet(Path(described_folder) / name, pa.table(described(table)))
         vectors = _embed(table["text"].to_pylist(), model, batch)
         flat = pa.array(vectors.astype(np.float16).ravel())
