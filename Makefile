@@ -37,6 +37,7 @@ bench-peers:
 bench-data: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/dedup_quality.py
 	$(BIN)/python benchmarks/dedup_engine.py
+	$(BIN)/python benchmarks/dedup_pipeline.py
 	$(BIN)/python benchmarks/dedup_parts.py
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/packing.py

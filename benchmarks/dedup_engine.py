@@ -1,6 +1,6 @@
 """Fuzzy dedup, texts in memory to what goes: Moray's against others', in CPU-seconds, one thread each.
 
-The same 5-grams, bands and rows on the same texts, those of this environment. Others start from Python strings, which
+The same 5-grams, bands and rows on the same texts (texts.py). Others start from Python strings, which
 is what they take; Moray from Arrow's memory, which is what Parquet is read into, and it verifies what it finds, which
 they do not. The peers are in an environment of their own: `make bench-peers`.
 
@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dedup_quality import documents_of
-from environment_texts import texts_of
 from result import Bar, report
+from texts import texts as texts_for
 
 from moray.pipelines.dedup.find import find, near_candidates
 from moray.pipelines.dedup.shingles import similarities
@@ -67,7 +67,7 @@ def main(megabytes: str = "60", rounds: str = "3") -> int:
     python = HERE / "peers" / ".venv" / "bin" / "python"
     if not python.exists():
         raise SystemExit("error: the peers are not installed: make bench-peers")
-    texts = texts_of(float(megabytes))
+    texts = texts_for(float(megabytes))
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/texts.parquet"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from environment_texts import texts_of
 from result import report
+from texts import BUILT, texts_of
 
 from moray.pipelines.dedup_parts.case import Case
 from moray.pipelines.dedup_parts.decide import decide
@@ -37,7 +37,6 @@ from moray.pipelines.documents import document_id, read_shard, shard_name, write
 from moray.pipelines.kept import Order, read_parts
 from moray.pipelines.shards import Row
 
-BUILT = Path(__file__).resolve().parent / "corpus" / ".cache" / "documents"
 _SHARD = 500  # documents
 
 

@@ -1,8 +1,9 @@
 """How many near duplicates dedup finds, of all that there are, and what verification costs.
 
-The texts are the Python files, readmes and licences of this environment: vendored copies and licence texts are real
-near duplicates. All pairs are compared exactly (a product of sparse matrices of documents and shingles, which knows no
-sketch); recall is the share of the pairs of at least a similarity that end in one cluster, for five seeds.
+The texts are half of the built corpus, or of this environment (texts.py): two versions of one documentation, vendored
+copies and licences are real near duplicates. All pairs are compared exactly (a product of sparse matrices of documents
+and shingles, which knows no sketch); recall is the share of the pairs of at least a similarity that end in one cluster,
+for five seeds.
 
 Usage: python benchmarks/dedup_quality.py [MEGABYTES=120]
 """
@@ -16,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from environment_texts import texts_of
 from result import Bar, report
 from scipy.sparse import csr_matrix, triu
+from texts import texts as texts_for
 
 from moray.pipelines.dedup.find import Documents, Found, find, near_candidates
 from moray.pipelines.dedup.graph import components
@@ -53,7 +54,7 @@ def documents_of(texts: list[str]) -> Documents:
 
 
 def main(megabytes: str = "120") -> int:
-    texts = texts_of(float(megabytes))
+    texts = texts_for(float(megabytes))
     column = pa.chunked_array([pa.array(texts, pa.large_string())])
     size = sum(len(text.encode()) for text in texts)
     sets, bounds = Shingling().sets(column)

@@ -26,17 +26,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from environment_texts import texts_of
 from result import Bar, report
+from texts import BUILT, texts_in, texts_of
 
-from moray.pipelines.documents import content_hash
 from moray.pipelines.filter.config import Family, FilterConfig
 from moray.pipelines.filter.mask import KINDS, mask
 from moray.pipelines.filter.rules import judge
 from moray.pipelines.text.language import identify
 
 HERE = Path(__file__).resolve().parent
-BUILT = HERE / "corpus" / ".cache" / "documents"
 ORDER: tuple[Family, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 NAMES = {  # datatrove's reasons, as Moray's fields
     "gopher_short_doc": "min_words", "gopher_long_doc": "max_words", "empty": "empty",
@@ -52,15 +50,6 @@ NAMES = {  # datatrove's reasons, as Moray's fields
     "line_punct_ratio": "min_punctuated_lines", "short_line_ratio": "max_short_lines",
     "char_dup_ratio": "max_duplicate_line_characters", "list_ratio": "max_newlines_per_word",
 }  # fmt: skip
-
-
-def texts_in(folder: Path, megabytes: float) -> list[str]:
-    """Of the folder's Parquet files about so many megabytes: every n-th document, by its hash."""
-    paths = sorted(folder.rglob("*.parquet"))
-    columns = [pq.read_table(path, columns=["text"])["text"] for path in paths]
-    every = max(1, round(sum(column.nbytes for column in columns) / (megabytes * 1e6)))
-    texts = (text for column in columns for text in column.to_pylist())
-    return [text for text in texts if int(content_hash(text)[:8], 16) % every == 0]
 
 
 def ours(path: str) -> dict[str, Any]:
