@@ -68,6 +68,7 @@ def ours(source: str, out: str) -> dict[str, Any]:
     from moray.platform.step import StepContext
 
     home = Home(Path(out) / "home")
+    home.root.mkdir(parents=True)
     manifest = Manifest(
         step="corpus", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[], bytes=0,
         run="", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,

@@ -48,10 +48,10 @@ def main(source: str, out: str) -> None:
         at = Path(name)
         signature = MinhashDedupSignature(str(at / "signatures"), config, language=Spaces())  # type: ignore[arg-type]
         stages = (
-            (TASKS, [ParquetReader(source), signature]),
+            (TASKS, [ParquetReader(source, glob_pattern="*.parquet"), signature]),
             (BANDS, [MinhashDedupBuckets(str(at / "signatures"), str(at / "buckets"), config=config)]),
             (1, [MinhashDedupCluster(str(at / "buckets"), str(at / "removed"), config)]),
-            (TASKS, [ParquetReader(source), MinhashDedupFilter(str(at / "removed")), ParquetWriter(out)]),
+            (TASKS, [ParquetReader(source, glob_pattern="*.parquet"), MinhashDedupFilter(str(at / "removed")), ParquetWriter(out)]),
         )
         for number, (tasks, steps) in enumerate(stages):
             LocalPipelineExecutor(steps, tasks=tasks, workers=2, logging_dir=str(at / f"logs-{number}")).run()
