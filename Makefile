@@ -89,4 +89,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) benchmarks/peers/.venv build *.egg-info
+	rm -rf $(VENV) .numba benchmarks/peers/.venv build *.egg-info

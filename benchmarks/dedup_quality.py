@@ -117,9 +117,8 @@ def one_seed(
     scores = similarities(near.pairs, places, own_sets, False)
     verified = time.process_time()
     found: Found = find(ordered, near.pairs, scores, LEAST)
-    joined = components(len(texts), near.pairs[scores >= LEAST])
     keep_index = np.argsort(order)
-    together = joined[keep_index[pairs[:, 0]]] == joined[keep_index[pairs[:, 1]]]
+    together = found.labels[keep_index[pairs[:, 0]]] == found.labels[keep_index[pairs[:, 1]]]
     exact = {tuple(sorted(pair)) for pair in pairs.tolist()}
     said = [tuple(sorted(order[pair].tolist())) for pair in near.pairs[scores >= LEAST]]
     row: dict[str, Any] = {f"recall_{s}": float(together[alike >= s].mean()) for s in BARS}

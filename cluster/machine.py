@@ -7,7 +7,9 @@ import logging
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from moray.platform.home import Home
@@ -54,10 +56,23 @@ def ray_environment(home: Home) -> dict[str, str]:
         "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "NUMBA_CACHE_DIR": str(home.cache / "numba"),
+        "NUMBA_CACHE_DIR": str(home.cache / "numba" / kernels_checksum()),
         "TRITON_CACHE_DIR": str(home.cache / "triton"),
         "HF_HUB_OFFLINE": "1",
     }
+
+
+@cache
+def kernels_checksum() -> str:
+    """Of all files that numba compiles something of. It keeps what it has compiled by a function's own file, and does
+    not look at what that calls: after a change there it would go on running what was, had it not another folder."""
+    import moray
+
+    found = 0
+    for room in ("kernels", "models", "pipelines"):
+        for path in sorted(Path(moray.__path__[0], room).rglob("*.py")):
+            found = zlib.crc32(path.read_bytes(), found)
+    return f"{found:08x}"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -72,21 +73,23 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     write_batches(path, table.schema, [table])
 
 
-def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], plain: bool = False) -> None:
     """As `write_parquet`, from tables that need not be in memory together."""
-    with parquet_writer(path, schema) as writer:
+    with parquet_writer(path, schema, plain) as writer:
         for table in tables:
             writer.write_table(table)
 
 
 @contextlib.contextmanager
-def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer of zstd Parquet; the file gets its name when the block ends, or never."""
+def parquet_writer(path: Path, schema: pa.Schema, plain: bool = False) -> Iterator[pq.ParquetWriter]:
+    """A writer of zstd Parquet; the file gets its name when the block ends, or never. plain: neither compressed nor by
+    dictionary, for hashes, which get no smaller by either."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        compression = "none" if plain else "zstd"
+        with pq.ParquetWriter(temporary, schema, compression=compression, use_dictionary=not plain) as writer:
             yield writer
         os.replace(temporary, path)
     except BaseException:
@@ -94,5 +97,6 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         raise
 
 
-def text_bytes(texts: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
+def text_bytes(texts: pa.Array | pa.ChunkedArray) -> int:
+    """Of a column of strings, in UTF-8."""
+    return int(pc.sum(pc.binary_length(texts)).as_py() or 0)

@@ -15,7 +15,7 @@ import xxhash
 from pydantic import Field, field_validator
 
 from moray.pipelines.bpe import train_apart
-from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.documents import read_shard, shard_paths, text_bytes
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
 from moray.platform.step import Step, StepConfig, StepContext
@@ -100,7 +100,7 @@ class Sample:
 
     def __init__(self, paths: list[Path], sample_bytes: int) -> None:
         self._paths = paths
-        self.size = sum(_text_bytes(path) for path in paths)
+        self.size = sum(text_bytes(read_shard(path, ["text"])["text"]) for path in paths)
         self._share = min(1.0, sample_bytes / max(1, self.size))
         self.documents = 0
         self.bytes = 0
@@ -115,12 +115,6 @@ class Sample:
                 self.bytes += text.as_buffer().size
                 yield text.as_py()
         ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
-
-
-def _text_bytes(path: Path) -> int:
-    import pyarrow.compute as pc
-
-    return pc.sum(pc.binary_length(read_shard(path, ["text"])["text"])).as_py() or 0
 
 
 def train(texts: Iterator[str], config: TokenizerConfig) -> Any:

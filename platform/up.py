@@ -104,7 +104,7 @@ def decide(
         return UpOptions.read(home)  # the supervisor alone died: what it started is adopted as it is
     check_port(HOST, chosen)
     if not all(ports.values()) or not all(map(is_free, ports.values())):
-        ports = dict(zip(_RAY_PORTS, _ray_ports(), strict=True))
+        ports = dict(zip(_RAY_PORTS, free_ports(len(_RAY_PORTS)), strict=True))
     options = UpOptions(port=chosen, cluster=local.default_options(ports, **asked))
     write_json(home.up / "options.json", options.model_dump(mode="json"))
     return options
@@ -248,13 +248,8 @@ def _answers(path: Path) -> bool:
     return True
 
 
+# None of them is Ray's usual one: of two clusters that start at a time, each would find that free.
 _RAY_PORTS = ("ray_port", "dashboard_port", "client_port")
-
-
-def _ray_ports() -> list[int]:
-    """A dashboard at Ray's usual port where that is free; any other ports."""
-    ports = free_ports(3)
-    return [ports[0], 8265 if is_free(8265) else ports[1], ports[2]]
 
 
 def _local() -> Any:

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from hypothesis import settings
 
+from moray.cluster.machine import kernels_checksum
 from moray.platform.artifacts import Artifact
 from moray.platform.events import Event
 from moray.platform.home import Home
@@ -29,12 +30,25 @@ from tests.ranks import RankPool
 from tests.s3 import KEYS, empty_bucket, s3_server
 from tests.small_run import run_small, write_text
 
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".numba" / kernels_checksum()))
+
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and with it every command that a test
 # interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("moray", deadline=None)  # a test never asserts a time
 settings.load_profile("moray")
+
+
+# What is started once for the test run, and so is used by one process alone.
+_SHARED = ("ray_cluster", "plane", "ranks", "server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: who uses the same shared thing is in one group, everybody else is with their file."""
+    for item in items:
+        used = [name for name in _SHARED if name in getattr(item, "fixturenames", ())]
+        item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
 
 
 @pytest.fixture

@@ -51,7 +51,14 @@ def main(source: str, out: str) -> None:
             (TASKS, [ParquetReader(source, glob_pattern="*.parquet"), signature]),
             (BANDS, [MinhashDedupBuckets(str(at / "signatures"), str(at / "buckets"), config=config)]),
             (1, [MinhashDedupCluster(str(at / "buckets"), str(at / "removed"), config)]),
-            (TASKS, [ParquetReader(source, glob_pattern="*.parquet"), MinhashDedupFilter(str(at / "removed")), ParquetWriter(out)]),
+            (
+                TASKS,
+                [
+                    ParquetReader(source, glob_pattern="*.parquet"),
+                    MinhashDedupFilter(str(at / "removed")),
+                    ParquetWriter(out),
+                ],
+            ),
         )
         for number, (tasks, steps) in enumerate(stages):
             LocalPipelineExecutor(steps, tasks=tasks, workers=2, logging_dir=str(at / f"logs-{number}")).run()

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.index import FOLDER, Earlier
-from moray.pipelines.dedup.shingles import Hashes
+from moray.pipelines.dedup.words import Hashes
 from moray.pipelines.text.utf8 import mixed
 
 BITS, PROBES = 29, 20

@@ -24,14 +24,16 @@ _ALONE = (
 
 @cache
 def tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
-    """(kind, lower case), by code point below SIZE. A lower case of several characters counts as its first."""
+    """(kind, lower case), by code point below SIZE. Of a lower case of several characters the first counts; one that is
+    in ASCII where the character is not (the Kelvin sign, a dotted capital I) does not: words of ASCII are bytes."""
     kinds = np.zeros(SIZE, np.uint8)
     lowers = np.arange(SIZE, dtype=np.uint32)
     for code in range(SIZE):
         character = chr(code)
         if character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M":
             kinds[code] = WORD
-            lowers[code] = ord(character.lower()[0])
+            lower = ord(character.lower()[0])
+            lowers[code] = lower if code < 128 or lower >= 128 else code
     for begin, end in _ALONE:
         kinds[begin:end] = np.where(kinds[begin:end] == WORD, ALONE, BETWEEN)
     return kinds, lowers

@@ -18,92 +18,58 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.characters import ALONE, BETWEEN, SIZE, WORD
-from moray.pipelines.text.utf8 import decoded, mixed
+from moray.pipelines.dedup.words import Bytes, Codes, Hashes, Places, characters_of, words
+from moray.pipelines.text.utf8 import mixed
 
-Bytes = npt.NDArray[np.uint8]
-Codes = npt.NDArray[np.uint32]
-Hashes = npt.NDArray[np.uint64]
-Places = npt.NDArray[np.int64]
-
-_FIRST = np.uint64(0xCBF29CE484222325)
-_PRIME = np.uint64(0x100000001B3)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _32 = np.uint64(32)
-_SPACE = np.uint64(32)
 KEY_BITS = 54
 _UNUSED = np.uint64(64 - KEY_BITS)
-_LAST = 0x40000  # code points from SIZE up to here are ideographs
+_AT_ONCE = 512  # words whose shingles are made
+_MANY, _PART = 128, 4096  # shingles: of so many, a minimum is taken over after another; of so many at a time
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
-def _character(data: Bytes, at: int, kinds: Bytes, lowers: Codes) -> tuple[int, int, int]:
-    """(kind, code point in lower case, where the next one is)."""
-    code, following = decoded(data, at)
-    if code < SIZE:
-        return int(kinds[code]), int(lowers[code]), following
-    return (ALONE if code < _LAST else BETWEEN), code, following
-
-
-@numba.njit(nogil=True, cache=True)
-def _words(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: Hashes) -> int:
-    """Writes a hash for each word of data[begin:end]; how many."""
-    count, at = 0, begin
-    word, inside = _FIRST, False
-    while at < end:
-        kind, code, at = _character(data, at, kinds, lowers)
-        if kind == WORD:
-            word, inside = (word ^ np.uint64(code)) * _PRIME, True
-            continue
-        if inside:
-            out[count] = mixed(word)
-            count += 1
-            word, inside = _FIRST, False
-        if kind == ALONE:
-            out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
-            count += 1
-    if inside:
-        out[count] = mixed(word)
-        count += 1
-    return count
-
-
-@numba.njit(nogil=True, cache=True)
-def _characters(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: Hashes) -> int:
-    """The same for each character of words, and for what lies between two of them."""
-    count, at, between = 0, begin, False
-    while at < end:
-        kind, code, at = _character(data, at, kinds, lowers)
-        if kind == BETWEEN:
-            between = count > 0
-            continue
-        if between:
-            out[count] = mixed((_FIRST ^ _SPACE) * _PRIME)
-            count += 1
-            between = False
-        out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
-        count += 1
-    return count
-
-
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def shingle(
     data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, size: int, characters: bool, out: Hashes
 ) -> int:
     """Writes the shingles of data[begin:end], valid UTF-8, to `out`, which has room for one a byte; how many."""
     if characters:
-        count = _characters(data, begin, end, kinds, lowers, out)
+        count = characters_of(data, begin, end, kinds, lowers, out)
     else:
-        count = _words(data, begin, end, kinds, lowers, out)
+        count = words(data, begin, end, kinds, lowers, out)
     if not count:
         return 0
     long = min(size, count)
-    for i in range(count - long + 1):
-        rolled = out[i]
+    total = count - long + 1
+    rolled = np.empty(min(_AT_ONCE, total), np.uint64)
+    for first in range(0, total, _AT_ONCE):
+        length = min(_AT_ONCE, total - first)
+        for i in range(length):
+            rolled[i] = out[first + i]
         for k in range(1, long):
-            rolled = rolled * _STEP + out[i + k]
-        out[i] = mixed(rolled)
-    return count - long + 1
+            for i in range(length):
+                rolled[i] = rolled[i] * _STEP + out[first + i + k]
+        for i in range(length):
+            out[first + i] = mixed(rolled[i])
+    return total
+
+
+@numba.njit(nogil=True)
+def _lower(minima: Codes, shingles: Codes, factors: Codes, terms: Codes) -> None:
+    """minima[p] becomes the least that map p makes of any of the shingles, where that is less. uint32 [P] and [S]."""
+    if len(shingles) < _MANY:
+        for i in range(len(shingles)):
+            for p in range(len(factors)):
+                minima[p] = min(minima[p], np.uint32(factors[p] * shingles[i] + terms[p]))
+        return
+    for begin in range(0, len(shingles), _PART):  # which stay in the fastest cache
+        part = shingles[begin : begin + _PART]
+        for p in range(len(factors)):
+            factor, term, least = factors[p], terms[p], minima[p]
+            for i in range(len(part)):
+                least = min(least, np.uint32(factor * part[i] + term))
+            minima[p] = least
 
 
 @numba.njit(nogil=True, cache=True)
@@ -118,17 +84,15 @@ def band_keys(
     longest = 0
     for n in range(len(offsets) - 1):
         longest = max(longest, offsets[n + 1] - offsets[n])
-    out = np.empty(longest, np.uint64)
+    out, upper = np.empty(longest, np.uint64), np.empty(longest, np.uint32)
     minima = np.empty(len(factors), np.uint32)
     for n in range(len(offsets) - 1):
         count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, characters, out)
         counts[n] = count
         minima[:] = 0xFFFFFFFF
         for i in range(count):
-            x = np.uint32(out[i] >> _32)
-            for p in range(len(factors)):
-                value = np.uint32(factors[p] * x + terms[p])
-                minima[p] = min(minima[p], value)
+            upper[i] = out[i] >> _32
+        _lower(minima, upper[:count], factors, terms)
         for band in range(keys.shape[1]):
             key = np.uint64(band) * _STEP
             for row in range(rows):
@@ -137,22 +101,31 @@ def band_keys(
 
 
 @numba.njit(nogil=True, cache=True)
-def shingle_sets(
+def shingles_of(
     offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, size: int, characters: bool, ends: Places, out: Hashes
 ) -> None:
-    """Writes each document's distinct shingles, ascending, one after another to `out`; ends[n]: where document n's do.
+    """Writes each document's shingles, one after another, to `out`; ends[n]: where document n's do.
 
     out: uint64, with room for a shingle a byte.
     """
     total = 0
     for n in range(len(offsets) - 1):
-        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, characters, out[total:])
-        found = np.sort(out[total : total + count])
-        for i in range(count):
-            if i == 0 or found[i] != found[i - 1]:
-                out[total] = found[i]
-                total += 1
+        total += shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, characters, out[total:])
         ends[n] = total
+
+
+@numba.njit(nogil=True, cache=True)
+def distinct(bounds: Places, shingles: Hashes) -> None:
+    """Of shingles that ascend from each of `bounds` [N + 1] to the next, leaves each document's distinct ones, one
+    document after another, in place, and makes the bounds theirs."""
+    total = begin = 0
+    for n in range(len(bounds) - 1):
+        end = bounds[n + 1]
+        for i in range(begin, end):
+            if i == begin or shingles[i] != shingles[total - 1]:
+                shingles[total] = shingles[i]
+                total += 1
+        bounds[n + 1], begin = total, end
 
 
 @numba.njit(nogil=True, cache=True)
@@ -183,27 +156,3 @@ def similarities(pairs: Places, bounds: Places, sets: Hashes, containment: bool)
         whole = min(len(one), len(other)) if containment else len(one) + len(other) - common
         found[e] = common / whole if whole else 0.0
     return found
-
-
-@numba.njit(nogil=True, cache=True)
-def word_places(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, places: Places) -> int:
-    """Writes where each word of data[begin:end] begins and ends, in characters from its begin; how many there are.
-
-    places: int64 [room for one a byte, 2].
-    """
-    count, at, character, inside = 0, begin, 0, False
-    while at < end:
-        kind, _, at = _character(data, at, kinds, lowers)
-        if kind == WORD and not inside:
-            places[count, 0], inside = character, True
-        elif kind != WORD and inside:
-            places[count, 1], inside = character, False
-            count += 1
-        if kind == ALONE:
-            places[count, 0], places[count, 1] = character, character + 1
-            count += 1
-        character += 1
-    if inside:
-        places[count, 1] = character
-        count += 1
-    return count

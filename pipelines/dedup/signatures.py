@@ -6,6 +6,7 @@ Shapes: N documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +62,14 @@ class Shingling:
     def sets(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
         """The distinct shingles of all documents, ascending in each, one after another; and where each one's begin,
         with the end of the last: [N + 1]."""
-        from moray.pipelines.dedup.shingles import shingle_sets
+        from moray.pipelines.dedup.shingles import distinct, shingles_of
 
         offsets, data = text_buffers(texts)
         count = len(offsets) - 1
         room = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
         bounds = np.zeros(count + 1, np.int64)
-        shingle_sets(offsets, data, *tables(), self.size, self.characters, bounds[1:], room)
+        shingles_of(offsets, data, *tables(), self.size, self.characters, bounds[1:], room)
+        for begin, end in pairwise(bounds.tolist()):
+            room[begin:end].sort()  # numpy's own uses wide instructions, numba's does not
+        distinct(bounds, room)
         return room[: bounds[-1]].copy(), bounds

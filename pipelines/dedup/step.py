@@ -85,7 +85,7 @@ class DedupConfig(StepConfig):
 
 class Dedup(Step[DedupConfig]):
     name: ClassVar[str] = "dedup"
-    version: ClassVar[int] = 2  # 2: near duplicates are verified; words are words, not what lies between spaces
+    version: ClassVar[int] = 3  # 2: near duplicates are verified; words are words. 3: other hashes of words
     Config = DedupConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"
@@ -96,6 +96,11 @@ class Dedup(Step[DedupConfig]):
         return config.index
 
     def follow(self, config: DedupConfig, earlier: Manifest) -> None:
+        if earlier.step_version != self.version:
+            raise RecipeError(
+                f"index {config.index!r} was made by version {earlier.step_version} of dedup, this is {self.version}",
+                "use another name for the index: it begins anew",
+            )
         if found := list(differences(earlier.config, config.model_dump(mode="json"))):
             raise RecipeError(
                 f"index {config.index!r} was made with other settings: {', '.join(map(str, found))}",

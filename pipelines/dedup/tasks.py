@@ -87,7 +87,7 @@ def shingle_shard(shard: Row, folder: str, shingling: Shingling) -> Row:
         whole = pa.table({"number": numbers, "group": groups, **described(table), "shingles": lists})
         order = np.argsort(groups, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-        write_batches(path, whole.schema, (whole.take(pa.array(part)) for part in parts))
+        write_batches(path, whole.schema, (whole.take(pa.array(part)) for part in parts), plain=True)
     return {"shard": shard["shard"]}
 
 
@@ -138,10 +138,8 @@ def keep_shard(shard: Row, folder: str) -> Row:
         removed = read_shard(Path(folder) / "removed.parquet", ["id"])["id"]
         table = read_shard(path)
         gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
-        write_shard(target, table.filter(pc.invert(gone)))
-    texts = read_shard(target, ["text"])["text"]
-    return {
-        "shard": shard["shard"],
-        "kept": len(texts),
-        "bytes": text_bytes(text.as_py() for text in texts),
-    }
+        kept = table.filter(pc.invert(gone))
+        write_shard(target, kept)
+    else:
+        kept = read_shard(target, ["text"])
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"])}

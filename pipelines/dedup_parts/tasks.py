@@ -167,7 +167,7 @@ def cut_shard(shard: Row, folders: Folders) -> Row:
         write_shard(target, table.drop_columns(["row"]))
     kept = read_shard(target, ["text"])["text"]
     why = Counter(f"dropped:{reason}" for reason in verdicts["reason"].to_pylist() if reason)
-    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(t.as_py() for t in kept), **why}
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept), **why}
 
 
 def _spans(cuts: pa.Table) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -15,7 +15,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.shingles import Bytes, Codes, Hashes, Places, shingle, word_places
+from moray.pipelines.dedup.shingles import shingle
+from moray.pipelines.dedup.words import Bytes, Codes, Hashes, Places, word_places
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _OTHER_BASE = np.uint64(0xD1342543DE82EF95)

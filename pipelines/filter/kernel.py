@@ -8,7 +8,7 @@ Shapes: N documents, F families, L limits of the family that has most.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -34,7 +34,6 @@ from moray.pipelines.filter.layout import (
     hash_of,
 )
 from moray.pipelines.filter.lines import basic, fineweb
-from moray.pipelines.text.sources import sources
 
 BASIC, QUALITY, REPETITION, C4, FINEWEB = range(5)
 
@@ -121,36 +120,22 @@ def _judge(
     return NONE, NONE, 0.0, document
 
 
-def _kernel(made_of: int) -> Any:
-    """`judge`, compiled, and kept under the checksum of all that it is made of (text/sources.py)."""
+@numba.njit(nogil=True, cache=True)
+def judge(
+    offsets: Places, data: Bytes, table: Bytes, rules: Rules, room: Document, edited: Document | None,
+    counts: Counts, verdicts: Verdicts, write: bool,
+) -> None:  # fmt: skip
+    """Fills `verdicts`, the texts only where `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
 
-    @numba.njit(nogil=True, cache=True)
-    def judge(
-        offsets: Places, data: Bytes, table: Bytes, rules: Rules, room: Document, edited: Document | None,
-        counts: Counts, verdicts: Verdicts, write: bool,
-    ) -> int:  # fmt: skip
-        """Fills `verdicts`, the texts only where `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
-
-        room, edited, counts: of `room_for`; `edited` is None where the basic rules are the only ones.
-        """
-        stop_words = _hashes(rules.stop_words, rules.stop_word_bounds)
-        at = ZERO
-        for n in range(len(offsets) - 1):
-            length = decode(data, offsets[n], offsets[n + 1], table, room.codes, room.bits)
-            document = _read(room, room.codes[:length], room.bits[:length])
-            family, limit, value, document = _judge(document, rules, stop_words, room, edited, counts)
-            verdicts.families[n], verdicts.limits[n], verdicts.values[n] = family, limit, value
-            if write and family == NONE:
-                at = encode(document.codes, len(document.codes), verdicts.text, at)
-            verdicts.ends[n + 1] = at
-        return made_of
-
-    return judge
-
-
-_ROOM = "moray.pipelines.filter"
-FILES = (
-    *(f"{_ROOM}.{name}" for name in ("c4", "characters", "gopher", "kernel", "layout", "lines")),
-    "moray.pipelines.text.utf8",
-)
-judge = _kernel(sources(*FILES))
+    room, edited, counts: of `room_for`; `edited` is None where the basic rules are the only ones.
+    """
+    stop_words = _hashes(rules.stop_words, rules.stop_word_bounds)
+    at = ZERO
+    for n in range(len(offsets) - 1):
+        length = decode(data, offsets[n], offsets[n + 1], table, room.codes, room.bits)
+        document = _read(room, room.codes[:length], room.bits[:length])
+        family, limit, value, document = _judge(document, rules, stop_words, room, edited, counts)
+        verdicts.families[n], verdicts.limits[n], verdicts.values[n] = family, limit, value
+        if write and family == NONE:
+            at = encode(document.codes, len(document.codes), verdicts.text, at)
+        verdicts.ends[n + 1] = at

@@ -9,14 +9,11 @@ Shapes: N documents, B buckets.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.shingles import shingle
-from moray.pipelines.text.sources import sources
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint32]
@@ -31,52 +28,39 @@ def _longest(offsets: Places) -> int:
     return longest
 
 
-def _kernels(made_of: int) -> tuple[Any, Any]:
-    """(buckets, logits), compiled, and kept under the checksum of all they are made of (text/sources.py)."""
+@numba.njit(nogil=True, cache=True)
+def buckets(
+    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, longest: int, count: int, ends: Places,
+    out: npt.NDArray[np.int32],
+) -> None:  # fmt: skip
+    """Writes the buckets, of `count`, of each document's n-grams of up to `longest` words, one document after
+    another; ends[n]: where document n's end.
 
-    @numba.njit(nogil=True, cache=True)
-    def buckets(
-        offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, longest: int, count: int, ends: Places,
-        out: npt.NDArray[np.int32],
-    ) -> int:  # fmt: skip
-        """Writes the buckets, of `count`, of each document's n-grams of up to `longest` words, one document after
-        another; ends[n]: where document n's end.
-
-        out: int32, with room for `longest` a byte. kinds, lowers: dedup's table of characters.
-        """
-        room = np.empty(_longest(offsets), np.uint64)
-        at = 0
-        for n in range(len(offsets) - 1):
-            for size in range(1, longest + 1):
-                found = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, False, room)
-                for i in range(found):
-                    out[at + i] = room[i] & np.uint64(count - 1)
-                at += found
-            ends[n] = at
-        return made_of
-
-    @numba.njit(nogil=True, cache=True)
-    def logits(
-        offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, longest: int, weights: npt.NDArray[np.float32],
-        out: npt.NDArray[np.float64],
-    ) -> int:  # fmt: skip
-        """Writes each document's product with the weights [B], float64 [N]; 0 for one without any word."""
-        room = np.empty(_longest(offsets), np.uint64)
-        for n in range(len(offsets) - 1):
-            total, number = 0.0, 0
-            for size in range(1, longest + 1):
-                found = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, False, room)
-                for i in range(found):
-                    total += weights[room[i] & np.uint64(len(weights) - 1)]
-                number += found
-            out[n] = total / np.sqrt(number) if number else 0.0
-        return made_of
-
-    return buckets, logits
+    out: int32, with room for `longest` a byte. kinds, lowers: dedup's table of characters.
+    """
+    room = np.empty(_longest(offsets), np.uint64)
+    at = 0
+    for n in range(len(offsets) - 1):
+        for size in range(1, longest + 1):
+            found = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, False, room)
+            for i in range(found):
+                out[at + i] = room[i] & np.uint64(count - 1)
+            at += found
+        ends[n] = at
 
 
-FILES = (
-    "moray.pipelines.quality.features", "moray.pipelines.dedup.shingles", "moray.pipelines.dedup.characters",
-    "moray.pipelines.text.utf8",
-)  # fmt: skip
-buckets, logits = _kernels(sources(*FILES))
+@numba.njit(nogil=True, cache=True)
+def logits(
+    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, longest: int, weights: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float64],
+) -> None:  # fmt: skip
+    """Writes each document's product with the weights [B], float64 [N]; 0 for one without any word."""
+    room = np.empty(_longest(offsets), np.uint64)
+    for n in range(len(offsets) - 1):
+        total, number = 0.0, 0
+        for size in range(1, longest + 1):
+            found = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, False, room)
+            for i in range(found):
+                total += weights[room[i] & np.uint64(len(weights) - 1)]
+            number += found
+        out[n] = total / np.sqrt(number) if number else 0.0

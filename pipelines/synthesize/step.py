@@ -42,7 +42,7 @@ _WORK = ".work"
 
 class Synthesize(Step[SynthesizeConfig]):
     name: ClassVar[str] = "synthesize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: other hashes of words
     Config = SynthesizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents", "corpus": "documents"}
     optional: ClassVar[frozenset[str]] = frozenset({"documents", "corpus"})
@@ -224,7 +224,8 @@ def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
     lines = (work / f"unanswered-{shard['shard']:05d}.jsonl").read_text().splitlines()
     bad += [Made(**json.loads(line)) for line in lines]
     name = shard_name(shard["shard"])
-    write_shard(Path(folder) / name, documents(kept, generator.name, generator.license))
+    accepted = documents(kept, generator.name, generator.license)
+    write_shard(Path(folder) / name, accepted)
     rejected = documents(bad, generator.name, generator.license)
     for column in ("reason", "detail"):
         rejected = rejected.append_column(column, pa.array([getattr(one, column) for one in bad], pa.string()))
@@ -233,7 +234,7 @@ def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
         "shard": shard["shard"],
         "accepted": len(kept),
         "rejected": json.dumps(Counter(made.reason for made in bad)),
-        "bytes": text_bytes(made.text for made in kept),
+        "bytes": text_bytes(accepted["text"]),
     }
 
 

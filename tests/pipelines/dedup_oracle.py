@@ -23,12 +23,17 @@ class Text:
     source: str = "s"
 
 
+def lower_of(character: str) -> str:
+    lower = character.lower()[0]
+    return character if lower.isascii() and not character.isascii() else lower
+
+
 def words(text: str) -> Iterator[str]:
     word = ""
     for character in text:
         alone = bool(_CJK.match(character)) and (character.isalnum() or ord(character) >= 0x20000)
         if not alone and (character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"):
-            word += character.lower()[0]
+            word += lower_of(character)
             continue
         if word:
             yield word

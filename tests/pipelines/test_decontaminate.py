@@ -34,6 +34,7 @@ from moray.platform.recipe import parse_recipe
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster, StepContext
 from tests.pipelines import decontaminate_oracle as oracle
+from tests.pipelines.dedup_oracle import lower_of
 from tests.pipelines.step_runs import Interrupted, in_process
 from tests.pipelines.test_dedup import column, mixed
 
@@ -65,7 +66,7 @@ def test_units_are_those_of_the_definition_with_their_places(unit: str, text: st
     assert units.names == oracle.units(text, unit)
     for i, name in enumerate(units.names):
         written = units.excerpt(i, 1)
-        assert name == " " or name == "".join(character.lower()[0] for character in written)
+        assert name == " " or name == "".join(map(lower_of, written))
     assert (units.begins[1:] >= units.ends[:-1]).all()
 
 

@@ -28,7 +28,7 @@ from tests.pipelines.step_runs import Interrupted
 SCRIPTS = (
     "aB", "z_9", "\u00e9", "\u00c9", "\u00df", "\u0130", "\u0301", "\u0416", "\u0436", "\u0915", "\u093f", "\u4e2d",
     "\u6587", "\u304b", "\u30ca", "\u30fc", "\uac00", "\U00020001", "\U0001f600", "\U0001d400", "\ufb01", ".", ",", "-",
-    " ", "\n",
+    " ", "\n", "i", "K", "\u212a", "longerth", "internationalisation", "\u201cquoted\u201d", "." * 70,
 )  # fmt: skip
 mixed = st.lists(st.sampled_from(SCRIPTS), max_size=30).map("".join)
 

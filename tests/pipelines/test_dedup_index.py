@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from moray.pipelines.dedup import bloom, graph, index, tasks
+from moray.pipelines.dedup import step as dedup_step
 from moray.pipelines.dedup.index import Earlier, Generation
 from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import document_id
+from moray.platform.errors import RecipeError
+from moray.platform.manifest import Manifest
 from tests.pipelines.dedup_oracle import Text
 from tests.pipelines.dedup_runs import Night, kept
 from tests.pipelines.step_runs import Interrupted
@@ -167,3 +170,21 @@ def test_a_filter_takes_55_bytes_a_document_and_errs_once_in_a_million(tmp_path:
     assert bloom.seen(earlier, "3", keys[3]).all()
     unseen = generator.integers(0, 1 << 54, 2_000_000, np.uint64)
     assert bloom.seen(earlier, "3", unseen).sum() <= 10, "2 are expected"
+
+
+@pytest.mark.parametrize(
+    ("version", "changed", "said"),
+    [
+        (dedup_step.step.version - 1, {}, "was made by version"),
+        (dedup_step.step.version, {"seed": 9}, "other settings: seed"),
+    ],
+)
+def test_an_index_that_would_find_nothing_is_refused(version: int, changed: dict[str, int], said: str) -> None:
+    """Other hashes or another seed have other keys, under which no copy would be met."""
+    earlier = Manifest(
+        step="dedup", step_version=version, fingerprint="f", produces="documents",
+        config={**CONFIG.model_dump(mode="json"), **changed}, address={}, files=[], bytes=0, run="r", code={},
+        environment={}, started=0, seconds=0, cpu_seconds=0,
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match=said):
+        dedup_step.step.follow(CONFIG, earlier)
