@@ -40,17 +40,6 @@ settings.register_profile("moray", deadline=None)  # a test never asserts a time
 settings.load_profile("moray")
 
 
-# What is started once for the test run, and so is used by one process alone.
-_SHARED = ("ray_cluster", "plane", "ranks", "server")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: who uses the same shared thing is in one group, everybody else is with their file."""
-    for item in items:
-        used = [name for name in _SHARED if name in getattr(item, "fixturenames", ())]
-        item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """An empty MORAY_HOME."""
