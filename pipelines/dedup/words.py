@@ -38,7 +38,7 @@ def _character(data: Bytes, at: int, kinds: Bytes, lowers: Codes) -> tuple[int, 
     return (ALONE if code < _LAST else BETWEEN), code, following
 
 
-@numba.njit(nogil=True, inline="always")
+@numba.njit(nogil=True)
 def _ascii(data: Bytes, begin: int, end: int) -> tuple[np.uint64, np.uint64]:
     """The hash of a word of ASCII, and bits that tell whether it is one."""
     word, at, seen = _FIRST, begin, np.uint64(0)

@@ -203,7 +203,8 @@ def strike_a_training_worker(flow_home: Path, number: signal.Signals, struck: li
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.evidence), signal.SIGSTOP])
+@pytest.mark.evidence
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_killed_or_stopped_costs_no_bit_of_the_result(
     flow: Flow, tmp_path: Path, number: signal.Signals
 ) -> None:
