@@ -130,19 +130,18 @@ def main(corpus: str = str(CORPUS), rounds: str = "3") -> int:
     if not paths:
         raise SystemExit(f"error: {corpus} holds no documents: make bench-corpus")
     size = sum(pc.sum(pc.binary_length(pq.read_table(p, columns=["text"])["text"])).as_py() or 0 for p in paths) / 1e6
+    peer = [str(python), str(HERE / "peers" / "dedup_pipeline.py")]
     found: dict[str, list[dict[str, Any]]] = {"moray": [], "datatrove": []}
     with tempfile.TemporaryDirectory() as name:
         at = Path(name)
         for number in range(int(rounds)):
             out = str(at / f"{number}")
             found["moray"].append(measured([sys.executable, __file__, "--ours", corpus, out]))
-            peer = [str(python), str(HERE / "peers" / "dedup_pipeline.py"), corpus, str(at / f"peer-{number}")]
-            found["datatrove"].append(measured(peer))
+            found["datatrove"].append(measured([*peer, corpus, str(at / f"peer-{number}")]))
         (at / "four").mkdir()
         four_times(Path(corpus), at / "four")
         large = measured([sys.executable, __file__, "--ours", str(at / "four"), str(at / "large")])
-        script = str(HERE / "peers" / "dedup_pipeline.py")
-        peer_large = measured([str(python), script, str(at / "four"), str(at / "peer-large")])
+        peer_large = measured([*peer, str(at / "four"), str(at / "peer-large")])
     middle = {name: sorted(runs, key=lambda run: run["wall_s"])[len(runs) // 2] for name, runs in found.items()}
     rows = [{"engine": name, "MB": size, **row} for name, row in middle.items()]
     rows += [{"engine": "moray", "MB": 4 * size, **large}, {"engine": "datatrove", "MB": 4 * size, **peer_large}]
@@ -152,6 +151,7 @@ def main(corpus: str = str(CORPUS), rounds: str = "3") -> int:
         Bar("the same at four times the data", peer_large["wall_s"] / large["wall_s"], 3.0, "higher"),
         Bar("a worker's most memory, MB", max(large["worker_MB"], middle["moray"]["worker_MB"]), 1500.0, "lower"),
         Bar("it at four times the data, over it", large["worker_MB"] / middle["moray"]["worker_MB"], 1.15, "lower"),
+        Bar("MB of the object store in use", max(large["store_MB"], middle["moray"]["store_MB"]), 1.0, "lower"),
         Bar("the object store's bytes over the text's", stored, 0.01, "lower"),
     ]
     return report("dedup_pipeline", rows, bars)

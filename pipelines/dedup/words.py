@@ -61,7 +61,8 @@ def _ascii(data: Bytes, begin: int, end: int) -> tuple[np.uint64, np.uint64]:
 def _of_ascii(data: Bytes, begin: int, end: int, out: Hashes, count: int) -> tuple[int, int]:
     """`words`, up to the first that may have a character beyond ASCII: where that begins, or the end; and how many.
 
-    It calls nothing with an array: numba would count references to it, which takes longer than the word.
+    What is not of ASCII is left to the caller: with that in this loop too, LLVM no longer removes numba's counting of
+    references to the arrays, which takes longer than a word.
     """
     at, since, carry = begin, -1, np.uint64(0)  # since: where the run of bytes in words that is open began
     while at < end:
