@@ -47,7 +47,7 @@ def ours(path: str) -> dict[str, Any]:
 
 
 def run(column: pa.ChunkedArray, texts: list[str]) -> int:
-    shingling = Shingling()
+    shingling = Shingling(bands=14, rows=8)  # as the others
     keys, shingles = shingling.keys(column)
     documents, order = documents_of(texts).in_keep_order()
     near = near_candidates(documents, keys[order], shingles[order])

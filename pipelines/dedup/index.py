@@ -9,8 +9,8 @@ An index is a chain of generations, one per run that was given its name, each in
 
 Documents are numbered in the order of their shards, generation after generation, so a number is a place in a file,
 where the text is that a new document is verified against. Exact copies and texts without words have no keys here.
-Sorted numbers are stored as packed differences: of n documents, a key of 54 bits and its document take 59 bits whatever
-n is, a hash 101, so 14 bands need 116 bytes a document.
+Sorted numbers are stored as packed differences: of n documents, a key of 48 bits and its document take 53 bits whatever
+n is, a hash 101, so 16 bands need 118 bytes a document.
 
 Shapes: N documents, M keys that are looked up.
 """

@@ -6,7 +6,6 @@ Shapes: N documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +20,15 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shingling:
-    """size words, or characters, are a shingle; `bands` keys of `rows` minima each, of maps drawn by `seed`."""
+    """size words, or characters, are a shingle; `bands` keys of `rows` minima each, of maps drawn by `seed`.
+
+    Of the same 112 minima, 16 keys of 7 find what 14 of 8, which others use, miss: 0.98 for 0.92 of the pairs of
+    similarity 0.8, for a seventh more keys and an eighth more candidates, which are verified."""
 
     size: int = 5
     characters: bool = False
-    bands: int = 14
-    rows: int = 8
+    bands: int = 16
+    rows: int = 7
     seed: int = 1
 
     @staticmethod
@@ -62,14 +64,13 @@ class Shingling:
     def sets(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
         """The distinct shingles of all documents, ascending in each, one after another; and where each one's begin,
         with the end of the last: [N + 1]."""
-        from moray.pipelines.dedup.shingles import distinct, shingles_of
+        from moray.pipelines.dedup.shingles import ascend, distinct, shingles_of
 
         offsets, data = text_buffers(texts)
         count = len(offsets) - 1
         room = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
         bounds = np.zeros(count + 1, np.int64)
         shingles_of(offsets, data, *tables(), self.size, self.characters, bounds[1:], room)
-        for begin, end in pairwise(bounds.tolist()):
-            room[begin:end].sort()  # numpy's own uses wide instructions, numba's does not
+        ascend(bounds, room)
         distinct(bounds, room)
-        return room[: bounds[-1]].copy(), bounds
+        return room[: bounds[-1]], bounds

@@ -55,8 +55,8 @@ _SIGNATURES, _PAIRS, _SETS, _MEMBERS = ".signatures", ".pairs", ".shingles", ".m
 class DedupConfig(StepConfig):
     shingle: int = Field(5, gt=0, description="consecutive words, or characters, that are compared as one")
     unit: Literal["words", "characters"] = "words"
-    bands: int = Field(14, gt=0, description="keys of a document; who shares one with another is looked at")
-    rows: int = Field(8, gt=0, description="minima that make a key: more of them, fewer documents that are looked at")
+    bands: int = Field(16, gt=0, description="keys of a document; who shares one with another is looked at")
+    rows: int = Field(7, gt=0, description="minima that make a key: more of them, fewer documents that are looked at")
     threshold: float | None = Field(
         None, gt=0, lt=1, description="of bands * rows minima, as many a key as tell best who is as alike as this"
     )
@@ -85,7 +85,7 @@ class DedupConfig(StepConfig):
 
 class Dedup(Step[DedupConfig]):
     name: ClassVar[str] = "dedup"
-    version: ClassVar[int] = 3  # 2: near duplicates are verified; words are words. 3: other hashes of words
+    version: ClassVar[int] = 4  # 2: near duplicates are verified; words are words. 3: other hashes of words. 4: bands
     Config = DedupConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from moray.pipelines.dedup import step as dedup_step
 from moray.pipelines.dedup.find import Documents, find, near_candidates, sources_by
 from moray.pipelines.dedup.graph import LARGEST, candidates, components
+from moray.pipelines.dedup.shingles import ascend
 from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import content_hash, document_id
@@ -57,13 +58,26 @@ def test_shingles_are_those_of_the_definition(unit: str, texts: list[str], size:
                 assert (keys[i] == keys[j]).all()
 
 
+@pytest.mark.parametrize("copies", [1, 7, 1000])
+def test_hashes_are_sorted_document_by_document(copies: int) -> None:
+    generator = np.random.default_rng(copies)
+    sizes = np.array([0, 1, 2, 3, 5, 900, 0, 4096, 70_000])
+    bounds = np.concatenate(([0], np.cumsum(sizes)))
+    drawn = generator.integers(0, 1 << 64, -(-bounds[-1] // copies), np.uint64)
+    values = generator.permutation(np.repeat(drawn, copies)[: bounds[-1]])
+    values[5] = values[2000] = (1 << 64) - 1
+    expected = np.concatenate([np.sort(values[begin:end]) for begin, end in pairwise(bounds.tolist())])
+    ascend(bounds, values)
+    assert (values == expected).all()
+
+
 def test_parts_of_a_column_are_read_where_they_lie() -> None:
     texts = [f"{i} and some more words {i * i} of it" for i in range(9)]
     whole, _ = Shingling().keys(column(texts))
     parts = pa.chunked_array([pa.array(texts[:4], pa.large_string()), pa.array(texts[4:], pa.large_string())])
     assert (Shingling().keys(parts)[0] == whole).all()
     assert (Shingling().keys(column(texts).slice(3, 4))[0] == whole[3:7]).all()
-    assert Shingling().keys(pa.chunked_array([], pa.large_string()))[0].shape == (0, 14)
+    assert Shingling().keys(pa.chunked_array([], pa.large_string()))[0].shape == (0, 16)
     assert len(Shingling().sets(column(["", "?"]))[0]) == 0
 
 
@@ -82,7 +96,7 @@ def test_keys_are_shared_as_often_as_the_theory_says() -> None:
         one, other = shingling.keys(column(firsts))[0], shingling.keys(column(seconds))[0]
         share = (one == other).any(axis=1).mean()
         theory = shingling.chance(alike / total)
-        assert theory == pytest.approx(1 - (1 - (alike / total) ** 8) ** 14)
+        assert theory == pytest.approx(1 - (1 - (alike / total) ** 7) ** 16)
         assert share == pytest.approx(theory, abs=4 * (theory * (1 - theory) / 400) ** 0.5)
 
 
