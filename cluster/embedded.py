@@ -1,8 +1,9 @@
 """An embedded Ray: started for one run on this machine, ended with it.
 
-Always our own: `ray.init()` without an address attaches to any cluster it finds on the box. The dashboard listens on
-loopback only, token authentication is Ray's default for local clusters, what Ray prints goes to files, and the
-processes die with this one even after SIGKILL (Ray ties them to their parent).
+Always our own: `ray.init()` without an address attaches to any cluster it finds on the box. Without Ray's dashboard,
+which nobody watches for so short a time, and which takes a second to start; token authentication is Ray's default for
+local clusters, what Ray prints goes to files, and the processes die with this one even after SIGKILL (Ray ties them to
+their parent).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from moray.cluster.machine import (
     LONGEST_FOLDER,
@@ -29,7 +29,6 @@ from moray.cluster.pending import PendingWatcher
 from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.lease import is_alive
-from moray.platform.ports import free_port
 from moray.platform.step import Cluster, Topology
 
 
@@ -41,7 +40,6 @@ class EmbeddedCluster(Cluster):
         self._cpus = cpus
         self._folder: Path | None = None
         self._watcher = PendingWatcher(self.say_pending)
-        self.dashboard = ""
 
     def topology(self) -> Topology:
         return Topology(self._cpus or cores(), gpus(), memory_bytes())
@@ -59,19 +57,16 @@ class EmbeddedCluster(Cluster):
         self.logs = self._home.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         quiet_logging(self.logs / "driver.log")
         with signal_handlers_kept():
-            context: Any = ray.init(
+            ray.init(
                 address="local",
                 num_cpus=topology.cpus,
                 num_gpus=topology.gpus,
                 object_store_memory=max(128 << 20, min(1 << 30, topology.memory_bytes // 8)),
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=free_port(),
+                include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(self._folder),
             )
-        self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         self._watcher.start()
         return topology
 

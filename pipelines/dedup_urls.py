@@ -22,9 +22,8 @@ from pydantic import Field
 
 from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.nodes import described, read_documents
-from moray.pipelines.dedup.tasks import keep_shard
 from moray.pipelines.documents import write_parquet
-from moray.pipelines.kept import Order, read_parts, shards_of, size_of
+from moray.pipelines.kept import Order, keep_shard, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.step import Step, StepConfig, StepContext
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.nodes import documents_in
-from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.documents import read_shard, shard_paths, text_bytes, write_shard
 from moray.pipelines.shards import Row
 from moray.platform.step import StepContext
 
@@ -71,3 +72,18 @@ class Order:
 def read_parts(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
     """What the tasks of the shards left in `folder`, under the shards' own names."""
     return [read_shard(folder / Path(shard["path"]).name) for shard in shards]
+
+
+def keep_shard(shard: Row, folder: str) -> Row:
+    """Writes one shard without the removed documents."""
+    path = Path(shard["path"])
+    target = Path(folder) / path.name
+    if not target.exists():
+        removed = read_shard(Path(folder) / "removed.parquet", ["id"])["id"]
+        table = read_shard(path)
+        gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
+        kept = table.filter(pc.invert(gone))
+        write_shard(target, kept)
+    else:
+        kept = read_shard(target, ["text"])
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"])}

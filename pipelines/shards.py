@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,27 +33,21 @@ def map_shards(
     unit: str,
     work: Callable[[Row], float],
     detail: Callable[[Counter[str], float], str] | None = None,
+    here: bool = False,
 ) -> list[Row]:
     """Applies `function` to every shard; returns its rows sorted by their `shard` number.
 
     `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
     much of `unit` a shard is, for progress; it sees the input rows. `detail`, such as `pace`, says more about what has
-    been done, from the sums of the numbers in the rows so far and the seconds since the start. Raises StepFailed for
-    the first shard that fails.
+    been done, from the sums of the numbers in the rows so far and the seconds since the start. `here`: in this process,
+    for what takes less than the second in which Ray Data begins. Raises StepFailed for the first shard that fails.
     """
-    import ray.data
-
     total = sum(work(shard) for shard in shards)
-    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-    tasks = min(len(shards), _TASKS_PER_CPU * max(1, cpus))
     ctx.progress(phase, 0, total, unit)
     amount = {shard["shard"]: work(shard) for shard in shards}
-    dataset = ray.data.from_items(list(shards), override_num_blocks=tasks).map(
-        partial(_guarded, function=function), num_cpus=1
-    )
-    dataset.context.target_max_block_size = 1
+    guarded = partial(_guarded, function=function)
     rows, done, totals, began = [], 0.0, Counter[str](), time.monotonic()
-    for row in dataset.iter_rows():
+    for row in map(guarded, shards) if here or not shards else _in_tasks(shards, guarded):
         if row[_ERROR]:
             ctx.write_log("traceback", row[_TRACEBACK])
             raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
@@ -63,6 +57,16 @@ def map_shards(
         said = detail(totals, max(time.monotonic() - began, 1e-9)) if detail else ""
         ctx.progress(phase, done, total, unit, said)
     return sorted(rows, key=lambda row: int(row["shard"]))
+
+
+def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator[Row]:
+    import ray.data
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    tasks = min(len(shards), _TASKS_PER_CPU * max(1, cpus))
+    dataset = ray.data.from_items(list(shards), override_num_blocks=tasks).map(function, num_cpus=1)
+    dataset.context.target_max_block_size = 1
+    yield from dataset.iter_rows()
 
 
 def pace(totals: Counter[str], seconds: float) -> str:

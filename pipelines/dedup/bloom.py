@@ -1,10 +1,11 @@
-"""An index of half the size, which knows that it has seen a key, but not whose it was: a Bloom filter per band.
+"""An index of half the size, which knows that it has seen a key, but not whose it was: a Bloom filter
+per band and range.
 
 LSHBloom (arXiv 2411.04257). 25 bits a value and 17 probes give 6 false answers in 10^6 (0.6185^25, Bloom 1970), so of
 new documents some 100 in 10^6 go that share no key with any. What was seen cannot be read again, so nothing is verified
 against it: whoever shares a key goes. 16 bands and the hashes take 53.1 bytes a document.
 
-Files `index/bloom-NAME.npy` are mapped, not read: a probe touches a page.
+Files `index/bloom-NAME-RRRRR.npy` are mapped, not read: a probe touches a page.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.index import FOLDER, Earlier
+from moray.pipelines.dedup.index import FOLDER, Earlier, range_bounds
 from moray.pipelines.dedup.words import Hashes
 from moray.pipelines.text.utf8 import mixed
 
@@ -25,9 +26,9 @@ _63, _6 = np.uint64(63), np.uint64(6)
 _ONE, _TURN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 
 
-def write(folder: Path, name: str, values: Hashes) -> None:
-    """A filter of these values; whole or not there."""
-    path = _path(folder, name)
+def write(folder: Path, name: str, part: int, values: Hashes) -> None:
+    """A filter of these values of one range; whole or not there."""
+    path = _path(folder, name, part)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = np.zeros(max(1, -(-len(values) * BITS // 64)), np.uint64)
     _insert(words, values)
@@ -37,16 +38,21 @@ def write(folder: Path, name: str, values: Hashes) -> None:
     coming.replace(path)
 
 
-def seen(earlier: Sequence[Earlier], name: str, values: Hashes) -> npt.NDArray[np.bool_]:
-    """Of each value whether a filter of this name has it."""
-    found = np.zeros(len(values), np.bool_)
+def seen(earlier: Sequence[Earlier], name: str, values: Hashes, bits: int) -> npt.NDArray[np.bool_]:
+    """Of each value, of so many bits, whether a filter of this name has it."""
+    order = np.argsort(values)
+    ascending, hits = values[order], np.zeros(len(values), np.bool_)
     for one in earlier:
-        _look(np.load(_path(one.folder, name), mmap_mode="r"), values, found)
+        for part, (begin, end) in enumerate(range_bounds(ascending, bits, one.generation.ranges)):
+            if end > begin:
+                _look(np.load(_path(one.folder, name, part), mmap_mode="r"), ascending[begin:end], hits[begin:end])
+    found = np.empty(len(values), np.bool_)
+    found[order] = hits
     return found
 
 
-def _path(folder: Path, name: str) -> Path:
-    return folder / FOLDER / f"bloom-{name}.npy"
+def _path(folder: Path, name: str, part: int) -> Path:
+    return folder / FOLDER / f"bloom-{name}-{part:05d}.npy"
 
 
 @numba.njit(nogil=True, cache=True, inline="always")

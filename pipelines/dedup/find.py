@@ -111,18 +111,6 @@ def find(documents: Documents, pairs: Indices, scores: Scores, least: float, kno
     return Found(labels, table, len(alike))
 
 
-def with_seen(found: Found, documents: Documents, seen: Indices) -> Found:
-    """Besides, whoever is in a component with one of `seen`: of those no document stays here, so they name none."""
-    if not len(seen):
-        return found
-    labels = np.where(np.isin(found.labels, found.labels[seen]), -1, found.labels)
-    known = {row["id"]: row for row in found.removed.to_pylist()}
-    for name in _text(documents.ids[labels < 0]).to_pylist():
-        alone = {"id": name, "reason": "seen", "partner": "", "similarity": None}
-        known[name] = {**known.get(name, alone), "representative": ""}
-    return Found(labels, pa.Table.from_pylist(list(known.values()), found.removed.schema), found.alike)
-
-
 def _partners(count: int, pairs: Indices, scores: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
     """Of each document the one it is most like, the first of these, and how much; itself and 0 for who has none."""
     partner, best = np.arange(count), np.zeros(count)

@@ -26,11 +26,7 @@ class Candidates:
 
 def candidates(keys: Keys, members: Indices) -> Candidates:
     """Of the documents `members`, in keep order, those that share a key of a band; keys: [N, bands]."""
-    return together([bucket_pairs(keys[members, band], members) for band in range(keys.shape[1])])
-
-
-def together(bands: list[Candidates]) -> Candidates:
-    """The pairs of all bands."""
+    bands = [bucket_pairs(keys[members, band], members) for band in range(keys.shape[1])]
     pairs = [np.sort(band.pairs, axis=1) for band in bands]
     return Candidates(
         np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0), sum(band.capped for band in bands)
@@ -50,12 +46,25 @@ def bucket_pairs(
     if old_keys is None or old_numbers is None:
         old_keys, old_numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
     every = np.concatenate((old_keys, keys))
-    order = np.argsort(every, kind="stable")
+    shared = buckets(every)
+    order = shared[np.lexsort((shared, every[shared]))]
     ascending = every[order]
-    bounds = np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1, [len(every)])).astype(np.int64)
+    bounds = np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1, [len(order)])).astype(np.int64)
     pairs = np.empty((_count_pairs(order, bounds, len(old_keys), LARGEST), 2), np.int64)
     _write_pairs(np.concatenate((old_numbers, numbers)), order, bounds, len(old_keys), LARGEST, pairs)
     return Candidates(pairs, int((np.diff(bounds) > LARGEST).sum()))
+
+
+def buckets(keys: Keys, more_than: int = 1) -> Indices:
+    """Where the keys are that so many have; one key after another, of a key in no order.
+
+    Few keys are, and only those need an order: numpy's fastest sort keeps none.
+    """
+    order = np.argsort(keys)
+    ascending = keys[order]
+    starts = np.flatnonzero(np.concatenate(([True], ascending[1:] != ascending[:-1]))) if len(keys) else order
+    sizes = np.diff(np.concatenate((starts, [len(keys)])))
+    return order[np.repeat(sizes > more_than, sizes)]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -90,10 +99,29 @@ def _write_pairs(numbers: Indices, order: Indices, bounds: Indices, old: int, la
                 at += 2
 
 
-@numba.njit(nogil=True, cache=True)
 def components(count: int, pairs: Indices) -> Indices:
-    """int64 [count]: of each document the smallest index of its component. Union by the smaller root, path halving."""
+    """int64 [count]: of each document the smallest index of its component."""
     parent = np.arange(count)
+    joined = np.empty(len(pairs), np.bool_)
+    _unite(parent, pairs, joined)
+    _flatten(parent)
+    return parent
+
+
+def forest(pairs: Indices) -> Indices:
+    """Those of the pairs of any numbers that connect all that the pairs do, and no more: less than there are numbers.
+
+    So forests of parts of a graph, merged, are a forest of it, whatever the parts.
+    """
+    numbers, places = np.unique(pairs, return_inverse=True)
+    joined = np.empty(len(pairs), np.bool_)
+    _unite(np.arange(len(numbers)), np.ascontiguousarray(places.reshape(-1, 2)), joined)
+    return pairs[joined]
+
+
+@numba.njit(nogil=True, cache=True)
+def _unite(parent: Indices, pairs: Indices, joined: npt.NDArray[np.bool_]) -> None:
+    """Union by the smaller root, path halving. joined: whether a pair's two were apart before it."""
     for e in range(len(pairs)):
         a, b = pairs[e, 0], pairs[e, 1]
         while parent[a] != a:
@@ -102,10 +130,15 @@ def components(count: int, pairs: Indices) -> Indices:
         while parent[b] != b:
             parent[b] = parent[parent[b]]
             b = parent[b]
+        joined[e] = a != b
         if a < b:
             parent[b] = a
         else:
             parent[a] = b
-    for i in range(count):  # a root is smaller than what it is the root of, so it is final before
+
+
+@numba.njit(nogil=True, cache=True)
+def _flatten(parent: Indices) -> None:
+    """Of each its root: a root is smaller than what it is the root of, so it is final before."""
+    for i in range(len(parent)):
         parent[i] = parent[parent[i]]
-    return parent

@@ -18,9 +18,10 @@ Shapes: N documents, M keys that are looked up.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,10 +76,10 @@ class Earlier:
     texts: Path
 
 
-def write_band(folder: Path, band: int, ranges: int, keys: Keys, numbers: Indices) -> None:
-    """The keys of one band, in keep order, and whose they are."""
+def write_band(folder: Path, band: int, part: int, keys: Keys, numbers: Indices) -> None:
+    """The keys of one range of a band, those of documents that share one in keep order, and whose they are."""
     order = np.argsort(keys, kind="stable")
-    _write_ranges(_band_folder(folder, band), keys[order], KEY_BITS, ranges, {"document": numbers[order]})
+    _write(_range(_band_folder(folder, band), part), {"key": keys[order], "document": numbers[order]})
 
 
 def find_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, Indices]:
@@ -94,11 +95,12 @@ def find_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, 
     return np.concatenate(found_keys), np.concatenate(found_numbers)
 
 
-def write_hashes(folder: Path, ranges: int, hashes: Hashes, numbers: Indices) -> None:
-    """Distinct hashes, and who has them."""
+def write_hashes(folder: Path, part: int, hashes: Hashes, numbers: Indices) -> None:
+    """Distinct hashes of one range, and who has them."""
     high, low = halves(hashes)
     order = np.lexsort((low, high))
-    _write_ranges(folder / FOLDER / "hashes", high[order], 64, ranges, {"rest": low[order], "document": numbers[order]})
+    columns: dict[str, npt.NDArray[Any]] = {"key": high[order], "rest": low[order], "document": numbers[order]}
+    _write(_range(folder / FOLDER / "hashes", part), columns)
 
 
 def find_hashes(earlier: Sequence[Earlier], hashes: Hashes) -> Indices:
@@ -124,22 +126,33 @@ def _matching(table: pa.Table, part: Keys) -> tuple[list[int], list[int], list[i
 
 
 def write_representatives(folder: Path, documents: Indices, representatives: Indices) -> None:
-    table = pa.table({"document": documents, "representative": representatives})
-    _write(folder / FOLDER / "representatives.parquet", table)
+    columns = {"document": documents, "representative": representatives}
+    _write(folder / FOLDER / "representatives.parquet", columns)
 
 
-def read_representatives(earlier: Sequence[Earlier]) -> dict[int, int]:
-    """Who stays for an earlier document that does not, by number."""
-    direct: dict[int, int] = {}
-    for one in earlier:
-        table = pq.read_table(one.folder / FOLDER / "representatives.parquet")
-        direct |= dict(zip(table["document"].to_pylist(), table["representative"].to_pylist(), strict=True))
-    for document in direct:
-        last = direct[document]
-        while last in direct:  # who stayed may have gone since, for an older one
-            last = direct[last]
-        direct[document] = last
-    return direct
+@dataclass(frozen=True)
+class Representatives:
+    """Who stays for earlier documents that do not. documents: ascending."""
+
+    documents: Indices
+    representatives: Indices
+
+    @staticmethod
+    def read(earlier: Sequence[Earlier]) -> Representatives:
+        none = pa.table({"document": np.zeros(0, np.int64), "representative": np.zeros(0, np.int64)})
+        tables = [pq.read_table(one.folder / FOLDER / "representatives.parquet") for one in earlier]
+        table = pa.concat_tables([none, *tables]).sort_by("document")
+        return Representatives(table["document"].to_numpy(), table["representative"].to_numpy())
+
+    def has(self, numbers: Indices) -> npt.NDArray[np.bool_]:
+        return np.isin(numbers, self.documents)
+
+    def of(self, numbers: Indices) -> Indices:
+        """Of each of these documents the one that stays, itself if it does."""
+        found = numbers.copy()
+        while (gone := self.has(found)).any():  # who stayed may have gone since, for an older one
+            found[gone] = self.representatives[np.searchsorted(self.documents, found[gone])]
+        return found
 
 
 def _band_folder(folder: Path, band: int) -> Path:
@@ -155,23 +168,18 @@ def halves(hashes: Hashes) -> tuple[Keys, npt.NDArray[np.uint32]]:
     )
 
 
-def _write_ranges(
-    folder: Path, keys: Keys, bits: int, ranges: int, columns: dict[str, npt.NDArray[np.generic]]
-) -> None:
-    """A file per range of ascending keys; each is whole or not there."""
-    for number, (begin, end) in enumerate(_range_bounds(keys, bits, ranges)):
-        rows = {name: _signed(values[begin:end]) for name, values in {"key": keys, **columns}.items()}
-        _write(folder / f"range-{number:05d}.parquet", pa.table(rows))
+def _range(folder: Path, part: int) -> Path:
+    return folder / f"range-{part:05d}.parquet"
 
 
 def _read_ranges(folder: Path, ranges: int, bits: int, wanted: Keys) -> Iterator[tuple[Keys, pa.Table]]:
     """The ranges that ascending keys fall into: those keys, and the file."""
-    for number, (begin, end) in enumerate(_range_bounds(wanted, bits, ranges)):
+    for part, (begin, end) in enumerate(range_bounds(wanted, bits, ranges)):
         if end > begin:
-            yield wanted[begin:end], pq.read_table(folder / f"range-{number:05d}.parquet")
+            yield wanted[begin:end], pq.read_table(_range(folder, part))
 
 
-def _range_bounds(keys: Keys, bits: int, ranges: int) -> list[tuple[int, int]]:
+def range_bounds(keys: Keys, bits: int, ranges: int) -> list[tuple[int, int]]:
     """[begin, end) of each range of ascending keys: ranges have equal numbers of values of so many bits."""
     shift = np.uint64(bits - (ranges.bit_length() - 1))
     if ranges == 1:
@@ -185,7 +193,9 @@ def _signed(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return values.view(f"i{values.dtype.itemsize}")
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Whole, or not there."""
+    table = pa.table({name: _signed(values) for name, values in columns.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     coming = path.with_name(f".{path.name}")
     packed = [name for name in table.column_names if name != "rest"]

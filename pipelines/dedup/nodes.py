@@ -1,7 +1,6 @@
-"""The documents that a decision is about: all new ones, and of earlier generations those that new ones may be like.
+"""Documents as they are read, and those that a decision is about: who may be like another, of all generations.
 
-Between phases a document is its number: its place among all documents of all generations, shard after shard. Where it
-is decided, it is a node: its place in keep order among those that matter.
+Between phases a document is its number: its place among all documents of all generations, shard after shard.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from moray.pipelines.dedup.graph import Indices, components
 from moray.pipelines.documents import content_hash, read_shard
 from moray.pipelines.shards import Row
 
-_OLDER = 1 << 32  # more than there are sources
 QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one stays
 
 
@@ -43,16 +41,18 @@ class Shards:
         )
 
     def rows_of(self, numbers: Indices) -> list[Row]:
-        """Which rows of which file, for ascending numbers; `shard` counts the files that are needed."""
-        files, starts = np.unique(np.searchsorted(self.firsts, numbers, side="right") - 1, return_index=True)
-        ends = [*starts[1:].tolist(), len(numbers)][: len(starts)]
+        """A description of each file that has any of ascending numbers, which are its `begin` to `end`; `age`: 0 of the
+        last generation, less than 0 of those before."""
+        bounds = np.searchsorted(numbers, [*self.firsts.tolist(), np.iinfo(np.int64).max])
+        files = np.flatnonzero(np.diff(bounds)).tolist()
+        age = int(self.generations.max(initial=0))
         return [
-            {"shard": i, "path": str(self.paths[file]), "rows": (numbers[start:end] - self.firsts[file]).tolist()}
-            for i, (file, start, end) in enumerate(zip(files.tolist(), starts.tolist(), ends, strict=True))
-        ]
-
-    def generation_of(self, numbers: Indices) -> Indices:
-        return self.generations[np.searchsorted(self.firsts, numbers, side="right") - 1]
+            {
+                "shard": i, "path": str(self.paths[file]), "first": int(self.firsts[file]),
+                "age": int(self.generations[file]) - age, "begin": int(bounds[file]), "end": int(bounds[file + 1]),
+            }
+            for i, file in enumerate(files)
+        ]  # fmt: skip
 
 
 def read_documents(path: Path, *columns: str) -> pa.Table:
@@ -92,61 +92,27 @@ def _texts(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """documents: in keep order; numbers: of each."""
-
-    documents: Documents
-    numbers: Indices
-
-    @staticmethod
-    def of(new: Documents, new_numbers: Indices, old: Documents, old_numbers: Indices, shards: Shards) -> Nodes:
-        """All new documents, and some that are older."""
-        ages = shards.generation_of(old_numbers) - len(np.unique(shards.generations))
-        together = Documents(
-            ids=np.concatenate((old.ids, new.ids)),
-            hashes=np.concatenate((old.hashes, new.hashes)),
-            sources=np.concatenate((old.sources + ages * _OLDER, new.sources)),
-            qualities=np.concatenate((old.qualities, new.qualities)),
-            lengths=np.concatenate((old.lengths, new.lengths)),
-        )
-        documents, order = together.in_keep_order()
-        return Nodes(documents, np.concatenate((old_numbers, new_numbers))[order])
-
-    def at(self, numbers: Indices) -> Indices:
-        """The nodes with these numbers, which must be there; any shape."""
-        order = np.argsort(self.numbers)
-        found: npt.NDArray[np.int64] = order[np.searchsorted(self.numbers[order], numbers)]
-        return found
-
-
-@dataclass(frozen=True)
 class Groups:
     """Documents that are read again, in groups that are compared apart: whoever is in a pair is with its partner.
 
-    numbers: ascending; groups: of each; count: of groups.
+    groups: of each; count: of groups; components, largest: how many there are, and documents in the largest.
     """
 
-    numbers: Indices
-    groups: Indices
+    groups: npt.NDArray[np.int32]
     count: int
+    components: int
+    largest: int
 
     @staticmethod
     def of(numbers: Indices, pairs: Indices, weights: Indices, most: int) -> Groups:
         """Components of pairs (numbers, [E, 2]), packed one after another into groups of about `most` weight."""
         edges = np.sort(np.searchsorted(numbers, pairs), axis=1)
         labels = components(len(numbers), edges)
+        if (labels[edges[:, 0]] != labels[edges[:, 1]]).any():
+            raise RuntimeError("a pair of documents is in two components")
         sizes = np.bincount(labels, weights, len(numbers))
         before = np.cumsum(sizes) - sizes  # a component's number is its first document's, so this is in order
         of_label = (before // most).astype(np.int64)
         names, groups = np.unique(of_label[labels], return_inverse=True)
-        return Groups(numbers, groups, len(names))
-
-    def rows_of(self, shards: Shards) -> list[Row]:
-        """A description for each file that is read."""
-        rows = shards.rows_of(self.numbers)
-        at = 0
-        for row in rows:
-            end = at + len(row["rows"])
-            row |= {"numbers": self.numbers[at:end].tolist(), "groups": self.groups[at:end].tolist()}
-            at = end
-        return rows
+        members = np.bincount(labels, minlength=1)
+        return Groups(groups.astype(np.int32), len(names), int((members > 0).sum()), int(members.max()))

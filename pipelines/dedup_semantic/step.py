@@ -19,11 +19,10 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from moray.pipelines.dedup.find import Found, find
-from moray.pipelines.dedup.tasks import keep_shard
 from moray.pipelines.dedup_semantic.embedder import embed_shard, model_folder, vectors_of
 from moray.pipelines.dedup_semantic.pairs import alike, clusters_of
 from moray.pipelines.documents import read_shard, write_parquet
-from moray.pipelines.kept import Order, read_parts, shards_of, size_of
+from moray.pipelines.kept import Order, keep_shard, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.errors import InputError, RecipeError
 from moray.platform.manifest import hash_file

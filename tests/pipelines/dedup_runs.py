@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from moray.pipelines.dedup import step as dedup_step
-from moray.pipelines.dedup.step import DedupConfig
+from moray.pipelines.dedup import work
+from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.documents import read_shard, shard_name, write_shard
 from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.events import EventLog
@@ -42,20 +43,20 @@ class Night:
 
     def run(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> dict[str, pa.Table]:
         """The tables that the step leaves, by path. Raises Interrupted after so many tasks."""
-        in_process(monkeypatch, dedup_step, stop_after)
-        work = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
+        in_process(monkeypatch, work, stop_after)
+        folder = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
         context = StepContext(
-            step="dedup", config=self.config, inputs=inputs, folder=work, home=self.home, run=self.home.root / "run",
+            step="dedup", config=self.config, inputs=inputs, folder=folder, home=self.home, run=self.home.root / "run",
             events=EventLog(self.home.root / "run" / "events", "t"), cluster=None, fingerprint="",  # type: ignore[arg-type]
         )  # fmt: skip
         dedup_step.step.run(context)
         assert context.counts["in:documents"] == len(self.texts)
-        assert not [path.name for path in work.iterdir() if path.name.startswith(".")]
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
         references = {name: artifact.reference for name, artifact in inputs.items()}
         config = self.config.model_dump(mode="json")
         self.artifact: Artifact = self.store.commit(_manifest("dedup", self.number, config, references))
-        return {str(path.relative_to(work)): read_shard(path) for path in sorted(work.rglob("*.parquet"))}
+        return {str(path.relative_to(folder)): read_shard(path) for path in sorted(folder.rglob("*.parquet"))}
 
 
 def run_step(
@@ -69,6 +70,11 @@ def kept(tables: dict[str, pa.Table]) -> list[str]:
     """The ids that stay."""
     names = [name for name in tables if name.startswith("documents-")]
     return sorted(name for table in names for name in tables[table]["id"].to_pylist())
+
+
+def removed(tables: dict[str, pa.Table]) -> pa.Table:
+    """What goes, of all shards, by id."""
+    return pa.concat_tables([tables[name] for name in tables if name.startswith("removed-")]).sort_by("id")
 
 
 def _table(part: Sequence[Text]) -> pa.Table:

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.dedup import step as dedup_step
+from moray.pipelines.dedup import index, work
+from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.find import Documents, find, near_candidates, sources_by
 from moray.pipelines.dedup.graph import LARGEST, candidates, components
 from moray.pipelines.dedup.shingles import ascend
 from moray.pipelines.dedup.signatures import Shingling
-from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import content_hash, document_id
 from tests.pipelines import dedup_oracle as oracle
-from tests.pipelines.dedup_runs import kept, run_step
+from tests.pipelines.dedup_runs import kept, removed, run_step
 from tests.pipelines.step_runs import Interrupted
 
 # Words of several scripts: lower case that is another letter, marks that belong to words, scripts without spaces.
@@ -240,22 +240,25 @@ def test_the_number_of_shards_changes_nothing(
     tmp_path: Path, corpus: list[oracle.Text], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = run_step(tmp_path / "1", corpus, 1, monkeypatch)
-    assert len(one["removed.parquet"]) > 30
+    assert len(removed(one)) > 30
     gone = oracle.removed(corpus, 0.7, prefer=("best",))
-    rows = one["removed.parquet"].to_pylist()
+    rows = removed(one).to_pylist()
     assert {row["id"]: row["representative"] for row in rows} == gone
     for shards in (2, 4, 7, 16):
-        monkeypatch.setattr(dedup_step, "_GROUP_CHARACTERS", 20_000 // shards)
+        monkeypatch.setattr(work, "_GROUP_CHARACTERS", 20_000 // shards)
+        monkeypatch.setattr(work, "_FILE_PAIRS", 100 // shards)
+        monkeypatch.setattr(work, "_EDGES", 200 // shards)  # so that forests are merged in a tree
+        monkeypatch.setattr(index, "_RANGE_ENTRIES", 40)
         other = run_step(tmp_path / str(shards), corpus, shards, monkeypatch)
-        assert other["removed.parquet"].equals(one["removed.parquet"])
+        assert removed(other).equals(removed(one))
         assert kept(other) == kept(one)
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 5, 7, 8, 10])
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 5, 40, 68, 69, 71, 73, 74, 75, 77])
 def test_a_run_that_was_interrupted_goes_on(
     tmp_path: Path, corpus: list[oracle.Text], monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    """Four shards are signed, read again and written: a stop in each of the three."""
+    """Four shards are signed, read again and written, 64 bands compared: a stop in each phase."""
     with pytest.raises(Interrupted):
         run_step(tmp_path, corpus, 4, monkeypatch, stop_after)
     again = run_step(tmp_path, corpus, 4, monkeypatch)

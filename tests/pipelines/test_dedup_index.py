@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moray.pipelines.dedup import bloom, graph, index, tasks
+from moray.pipelines.dedup import bloom, graph, index
 from moray.pipelines.dedup import step as dedup_step
+from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.index import Earlier, Generation
-from moray.pipelines.dedup.step import DedupConfig
 from moray.pipelines.documents import document_id
 from moray.platform.errors import RecipeError
 from moray.platform.manifest import Manifest
 from tests.pipelines.dedup_oracle import Text
-from tests.pipelines.dedup_runs import Night, kept
+from tests.pipelines.dedup_runs import Night, kept, removed
 from tests.pipelines.step_runs import Interrupted
 
 CONFIG = DedupConfig(bands=8, rows=1, shingle=2, similarity=0.6, prefer=("best",), index="crawl")
@@ -45,7 +45,7 @@ def removed_from_scratch(folder: Path, nights: list[list[Text]], monkeypatch: py
         prefer += [f"{number}-best", f"{number}-s"]
         texts += [Text(one.id, one.text, f"{number}-{one.source}") for one in night]
     config = CONFIG.model_copy(update={"index": "", "prefer": tuple(prefer)})
-    rows = Night(folder, texts, 2, config).run(monkeypatch)["removed.parquet"].to_pylist()
+    rows = removed(Night(folder, texts, 2, config).run(monkeypatch)).to_pylist()
     return {row["id"]: row["representative"] for row in rows}
 
 
@@ -58,9 +58,10 @@ def test_nights_remove_what_a_run_over_all_of_them_would(
     nights = drawn(generator, 3, 14)
     night, gone, known_gone = None, {}, set()
     for number, texts in enumerate(nights):
+        monkeypatch.setattr(index, "_RANGE_ENTRIES", generator.choice([3, 1000]))
         night = Night(tmp_path, texts, generator.randrange(1, 4), CONFIG, night)
         tables = night.run(monkeypatch)
-        gone |= {row["id"]: row["representative"] for row in tables["removed.parquet"].to_pylist()}
+        gone |= {row["id"]: row["representative"] for row in removed(tables).to_pylist()}
         gone |= {row["id"]: row["representative"] for row in tables["superseded.parquet"].to_pylist()}
         scratch = removed_from_scratch(tmp_path / f"{number}", nights[: number + 1], monkeypatch)
         assert gone.keys() == scratch.keys()
@@ -84,6 +85,11 @@ def test_a_night_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytes
         assert second[torn].run(monkeypatch) == second[whole].run(monkeypatch)
 
 
+def parts_of(hashes: np.ndarray, ranges: int) -> np.ndarray:
+    high, _ = index.halves(hashes)
+    return high >> (64 - ranges.bit_length() + 1) if ranges > 1 else high * 0
+
+
 @pytest.mark.parametrize("ranges", [1, 4, 64])
 def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
     generator = np.random.default_rng(ranges)
@@ -92,8 +98,10 @@ def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
     keys[7] = (1 << index.KEY_BITS) - 1
     hashes = np.array([generator.bytes(16).hex() for _ in range(300)], "S32")
     hashes[5], hashes[6] = b"f" * 32, b"f" * 23 + b"0" * 9  # alike for the first 92 bits
-    index.write_band(tmp_path, 3, ranges, keys, np.arange(300))
-    index.write_hashes(tmp_path, ranges, hashes, np.arange(300))
+    for part in range(ranges):
+        of_keys, of_hashes = (keys * ranges) >> index.KEY_BITS == part, parts_of(hashes, ranges) == part
+        index.write_band(tmp_path, 3, part, keys[of_keys], np.flatnonzero(of_keys))
+        index.write_hashes(tmp_path, part, hashes[of_hashes], np.flatnonzero(of_hashes))
     earlier = [Earlier(Generation("a/b", 0, (), (300,), ranges), tmp_path, tmp_path)]
     wanted = np.concatenate((keys[3:9], np.array([0, 5], np.uint64)))
     found_keys, numbers = index.find_keys(earlier, 3, wanted)
@@ -112,7 +120,7 @@ def test_an_index_takes_120_bytes_a_document(tmp_path: Path) -> None:
             tmp_path, band, ranges, generator.integers(0, 1 << index.KEY_BITS, count, np.uint64), np.arange(count)
         )
     index.write_hashes(
-        tmp_path, ranges, np.array([generator.bytes(16).hex() for _ in range(count)], "S32"), np.arange(count)
+        tmp_path, 0, np.array([generator.bytes(16).hex() for _ in range(count)], "S32"), np.arange(count)
     )
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.parquet")) <= 120 * count
 
@@ -127,11 +135,10 @@ def test_ranges_hold_a_few_million_documents_each() -> None:
 def test_a_band_writes_its_part_of_the_index_once(tmp_path: Path) -> None:
     """Whole, or not at all: what a kill leaves is written again to the same bytes."""
     keys = np.arange(50, dtype=np.uint64)[::-1].copy()
-    index.write_band(tmp_path, 0, 2, keys, np.arange(50))
+    index.write_band(tmp_path, 0, 0, keys, np.arange(50))
     before = {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()}
-    index.write_band(tmp_path, 0, 2, keys, np.arange(50))
+    index.write_band(tmp_path, 0, 0, keys, np.arange(50))
     assert {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()} == before
-    assert tasks.key_column(3) == "key_03"
 
 
 def test_a_filter_removes_all_that_was_seen_and_little_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,14 +148,15 @@ def test_a_filter_removes_all_that_was_seen_and_little_else(tmp_path: Path, monk
     nights = drawn(generator, 3, 25)
     night, gone = None, set()
     for number, texts in enumerate(nights):
+        monkeypatch.setattr(index, "_RANGE_ENTRIES", (5, 1000, 2)[number])
         night = Night(tmp_path, texts, 2, config, night)
         tables = night.run(monkeypatch)
-        gone |= set(tables["removed.parquet"]["id"].to_pylist())
+        gone |= set(removed(tables)["id"].to_pylist())
         scratch = Night(tmp_path / f"{number}", ordered(nights[: number + 1]), 2, unverified(number + 1))
         own = {one.id for one in texts}
-        assert gone & own == set(scratch.run(monkeypatch)["removed.parquet"]["id"].to_pylist()) & own
+        assert gone & own == set(removed(scratch.run(monkeypatch))["id"].to_pylist()) & own
         assert set(kept(tables)) == {one.id for one in texts} - gone
-    seen = [row for row in tables["removed.parquet"].to_pylist() if row["reason"] == "seen"]
+    seen = [row for row in removed(tables).to_pylist() if row["reason"] == "seen"]
     assert seen
     assert {(row["representative"], row["partner"], row["similarity"]) for row in seen} == {("", "", None)}
 
@@ -166,12 +174,12 @@ def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_
     count, generator = 100_000, np.random.default_rng(5)
     keys = generator.integers(0, 1 << index.KEY_BITS, (17, count), np.uint64)
     for band in range(17):
-        bloom.write(tmp_path, f"{band}", keys[band])
+        bloom.write(tmp_path, f"{band}", 0, keys[band])
     assert sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) <= 55 * count
     earlier = [Earlier(Generation("a/b", 0, (), (count,), 1), tmp_path, tmp_path)]
-    assert bloom.seen(earlier, "3", keys[3]).all()
+    assert bloom.seen(earlier, "3", keys[3], index.KEY_BITS).all()
     unseen = generator.integers(0, 1 << index.KEY_BITS, 2_000_000, np.uint64)
-    assert bloom.seen(earlier, "3", unseen).sum() <= 30, "12 are expected"
+    assert bloom.seen(earlier, "3", unseen, index.KEY_BITS).sum() <= 30, "12 are expected"
 
 
 @pytest.mark.parametrize(

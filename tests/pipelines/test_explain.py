@@ -44,7 +44,7 @@ def test_a_document_that_went_names_who_stays_and_how_alike_they_are(night: Nigh
     assert found.document["begins"].startswith("w0 w1 w2")
     removed = [one for one in found.decisions if one.verdict == "removed"]
     assert removed[0].step == "dedup"
-    assert removed[0].file == "removed.parquet"
+    assert removed[0].file == "removed-00001.parquet"
     first = document_id("best", "first")
     assert removed[0].details == {
         "reason": "near", "representative": first, "partner": first, "similarity": pytest.approx(55 / 57),
@@ -75,7 +75,7 @@ def test_every_step_of_a_run_is_asked(
     flow: Flow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MORAY_HOME", str(flow.home.root))
-    rows = read_shard(flow.artifact("dedup").folder / "removed.parquet").to_pylist()
+    rows = [row for path in flow.artifact("dedup").folder.glob("removed-*") for row in read_shard(path).to_pylist()]
     gone = next(row for row in rows if row["reason"] == "exact")
     assert moray("explain", gone["id"], "--json") == 0
     found = json.loads(capsys.readouterr().out)

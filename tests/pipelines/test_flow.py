@@ -68,7 +68,7 @@ def test_every_document_is_kept_or_removed_with_a_reason(flow: Flow) -> None:
     assert before == after | set(removed)
     assert not after & set(removed)
     kept = set(column(flow.artifact("dedup").folder, "id"))
-    gone = read_shard(flow.artifact("dedup").folder / "removed.parquet").to_pylist()
+    gone = [row for path in flow.artifact("dedup").folder.glob("removed-*") for row in read_shard(path).to_pylist()]
     assert after == kept | {row["id"] for row in gone}
     pair = {document_id("code", "copy.py"), document_id("code", "json/decoder.py")}
     exact = [row for row in gone if row["reason"] == "exact"]

@@ -1,0 +1,91 @@
+"""Which documents share a key: pairs of one range of a band, and what of them is enough to tell components.
+
+A range's pairs are never in memory with those of others. Their spanning forest is less than a pair a document, and
+forests are merged in a tree until few are left, so what one process joins at the end are documents that are in a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moray.pipelines.dedup import bloom, graph, index
+from moray.pipelines.dedup.exact import Kept
+from moray.pipelines.dedup.graph import Indices, Keys, bucket_pairs, buckets, forest
+from moray.pipelines.dedup.shingles import KEY_BITS
+from moray.pipelines.dedup.sketches import Sketches, documents_of, mapped, save
+from moray.pipelines.shards import Row
+
+
+def key_column(band: int) -> str:
+    return f"key_{band:02d}"
+
+
+def pairs_path(folder: Path, number: int) -> Path:
+    return folder / f"pairs-{number:06d}.npy"
+
+
+def forest_path(folder: Path, level: int, number: int) -> Path:
+    return folder / f"forest-{level}-{number:06d}.npy"
+
+
+def seen_path(folder: Path, number: int) -> Path:
+    return folder / f"seen-keys-{number:06d}.npy"
+
+
+def compare_keys(part: Row, folder: str, sketches: Sketches, members: str, offset: int, kept: Kept) -> Row:
+    """Writes the pairs of documents, by number, that share a key of one `range` of a `band`, each ascending; a forest
+    of them; and that range of the index, if wanted.
+
+    members: a file of who is compared (bool, by number from `offset`). What shares a key with a document that a filter
+    has seen is in a file of its own.
+    """
+    number, at = part["shard"], Path(folder)
+    counts = at / f"counts-{number:06d}.npy"
+    if not counts.exists():
+        keys, numbers = sketches.keys(part["band"], part["range"])
+        there = mapped(Path(members))[numbers - offset].astype(np.bool_)
+        keys, numbers = _ordered(keys[there], numbers[there], sketches, everyone=kept.form == "exact")
+        seen, old = numbers[:0], (keys[:0], numbers[:0])
+        if kept.form == "bloom":
+            seen = numbers[bloom.seen(kept.earlier, key_column(part["band"]), keys, KEY_BITS)]
+            bloom.write(Path(kept.folder), key_column(part["band"]), part["range"], keys)
+        elif kept.form == "exact":
+            old = index.find_keys(kept.earlier, part["band"], keys)
+            index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
+        found = bucket_pairs(keys, numbers, *old)
+        pairs = np.sort(found.pairs, axis=1)
+        save(pairs_path(at, number), pairs)
+        edges = forest(pairs)
+        save(forest_path(at, 0, number), edges)
+        save(seen_path(at, number), seen)
+        save(counts, np.array([len(pairs), len(edges), len(seen), found.capped]))
+    return {"shard": number, **dict(zip(("pairs", "edges", "seen", "capped"), np.load(counts).tolist(), strict=True))}
+
+
+def _ordered(keys: Keys, numbers: Indices, sketches: Sketches, everyone: bool) -> tuple[Keys, Indices]:
+    """The same, those that share a key in keep order: everyone, or only where so many do that it matters."""
+    shared = buckets(keys, 1 if everyone else graph.LARGEST)
+    if len(shared):
+        _, order = documents_of(sketches.documents(numbers[shared])).in_keep_order()
+        alone = np.ones(len(keys), np.bool_)
+        alone[shared] = False
+        places = np.concatenate((np.flatnonzero(alone), shared[order]))
+        keys, numbers = keys[places], numbers[places]
+    return keys, numbers
+
+
+def merge_forests(part: Row, folder: str) -> Row:
+    """Writes a forest of the forests with these `numbers` of one `level` as one of the next."""
+    path = forest_path(Path(folder), part["level"] + 1, part["shard"])
+    if not path.exists():
+        save(path, forest(read_forests(Path(folder), part["level"], part["numbers"])))
+    return {"shard": part["shard"], "edges": len(mapped(path))}
+
+
+def read_forests(folder: Path, level: int, numbers: Sequence[int]) -> Indices:
+    none = np.zeros((0, 2), np.int64)
+    found: Indices = np.concatenate([none, *(np.load(forest_path(folder, level, number)) for number in numbers)])
+    return found

@@ -1,0 +1,249 @@
+"""What becomes of documents that may be alike: they are read again, compared exactly, and of a component one stays.
+
+Components of candidates are packed into groups; a group is decided by itself, in one task, which holds its shingles and
+nothing else. Files of a group's parts lie together, so a task maps what is its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.pipelines.dedup.compare import pairs_path
+from moray.pipelines.dedup.find import Documents, Found, find
+from moray.pipelines.dedup.graph import Indices, Keys
+from moray.pipelines.dedup.nodes import described, documents_in, read_documents
+from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, documents_of, mapped, rows_of, save
+from moray.pipelines.shards import Row
+
+DECIDED = pa.schema(
+    [
+        ("number", pa.int64()), ("kept", pa.int64()), ("id", pa.string()), ("reason", pa.string()),
+        ("representative", pa.string()), ("partner", pa.string()), ("similarity", pa.float64()),
+    ]
+)  # fmt: skip
+LOST = -1  # `kept` of who goes though nobody here stays: a filter has seen one of them
+_OLDER = 1 << 32  # more than there are sources
+_GROUPS = b"groups"  # of the batches of a file
+
+
+@dataclass(frozen=True)
+class Group:
+    """The documents of one group. numbers: of each; bounds: [begin, end) of each one's shingles."""
+
+    numbers: Indices
+    documents: Documents
+    bounds: Indices
+    shingles: Keys
+
+    def in_keep_order(self) -> Group:
+        documents, order = self.documents.in_keep_order()
+        return replace(self, numbers=self.numbers[order], documents=documents, bounds=self.bounds[order])
+
+    def at(self, numbers: Indices) -> Indices:
+        """The places of the documents with these numbers, which must be there; any shape."""
+        order = np.argsort(self.numbers)
+        found: Indices = order[np.searchsorted(self.numbers[order], numbers)]
+        return found
+
+
+def reread_path(folder: Path, file: int) -> Path:
+    return folder / f"part-{file:05d}.arrow"
+
+
+def decided_path(folder: Path, group: int) -> Path:
+    return folder / f"decided-{group:06d}.arrow"
+
+
+def numbers_path(folder: Path) -> Path:
+    """Of all that is decided here, ascending; beside it, the group of each."""
+    return folder / "numbers.npy"
+
+
+def groups_path(folder: Path) -> Path:
+    return folder / "groups.npy"
+
+
+def read_again(shard: Row, folder: str, sketches: Sketches, shingling: Shingling | None, prefer: Sequence[str]) -> Row:
+    """Writes who the documents of a shard are that are decided, a batch for each group, with their shingles, if those
+    are wanted."""
+    path = reread_path(Path(folder), shard["shard"])
+    if not path.exists():
+        here = slice(shard["begin"], shard["end"])
+        numbers, groups = mapped(numbers_path(Path(folder)))[here], mapped(groups_path(Path(folder)))[here]
+        own = shard["age"] == 0
+        text = None
+        if shingling or not own:
+            text = read_documents(Path(shard["path"])).take(pa.array(numbers - shard["first"]))
+        if own or text is None:
+            rows = sketches.documents(numbers)
+        else:
+            older = documents_in(pa.table(described(text)), prefer)
+            rows = rows_of(replace(older, sources=older.sources + shard["age"] * _OLDER))
+        columns = {"number": pa.array(numbers), "document": _binary(rows)}
+        if shingling and text is not None:
+            sets, bounds = shingling.sets(text["text"])
+            columns["shingles"] = pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(sets))
+        _write_groups(path, groups, pa.table(columns))
+    return {"shard": shard["shard"]}
+
+
+def group_pairs(part: Row, folder: str) -> Row:
+    """Writes the pairs of some files, `numbers`, by ascending group; and the groups."""
+    path = _grouped_path(Path(folder), part["shard"])
+    if not path.exists():
+        pairs = np.concatenate([np.load(pairs_path(Path(folder), number)) for number in part["numbers"]])
+        at = np.searchsorted(mapped(numbers_path(Path(folder))), pairs[:, 0])
+        group = mapped(groups_path(Path(folder)))[at]
+        order = np.argsort(group, kind="stable")
+        save(_grouped_path(Path(folder), part["shard"], "pairs"), pairs[order])
+        save(path, group[order])
+    return {"shard": part["shard"]}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a group is decided. files, grouped: how many there are of what was read again, and of pairs; in `folder` are
+    also known.npy, pairs of numbers that belong together whatever they look like, and seen.npy, numbers of whom a
+    filter has seen; similarity: of duplicates at least, 0 if nothing is verified."""
+
+    folder: str
+    files: int
+    grouped: int
+    similarity: float
+    containment: bool
+
+
+def decide_group(row: Row, folder: str, rules: Rules) -> Row:
+    """Writes a row of DECIDED for each document of a group that goes, and for each earlier one."""
+    path = decided_path(Path(folder), row["shard"])
+    if not path.exists():
+        at = Path(rules.folder)
+        group = _read(at, rules.files, row["shard"]).in_keep_order()
+        pairs = _pairs(at, rules.grouped, row["shard"], group)
+        known, seen = mapped(at / "known.npy"), mapped(at / "seen.npy")
+        known = known[np.isin(known[:, 0], group.numbers)]
+        found = find(group.documents, pairs, _scores(group, pairs, rules), rules.similarity, group.at(known))
+        table = _decided(group, found, group.at(seen[np.isin(seen, group.numbers)]))
+        table = table.replace_schema_metadata({"pairs": str(len(pairs)), "alike": str(found.alike)})
+        with _arrow_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+        said = reader.schema.metadata
+        return {"shard": row["shard"], "pairs": int(said[b"pairs"]), "alike": int(said[b"alike"])}
+
+
+def read_decided(path: Path) -> pa.Table:
+    """Mapped, not read."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
+    """All of them as one file, by ascending number."""
+    table = pa.concat_tables([DECIDED.empty_table(), *(table.replace_schema_metadata() for table in tables)])
+    table = table.sort_by("number").combine_chunks()
+    with _arrow_file(path, table.schema) as writer:
+        writer.write_table(table)
+    return read_decided(path)
+
+
+def _scores(group: Group, pairs: Indices, rules: Rules) -> npt.NDArray[np.float64]:
+    from moray.pipelines.dedup.shingles import similarities
+
+    if not rules.similarity:
+        return np.ones(len(pairs))
+    return similarities(pairs, group.bounds, group.shingles, rules.containment)
+
+
+def _decided(group: Group, found: Found, seen: Indices) -> pa.Table:
+    """seen: places of documents, with whose components nobody stays."""
+    count = len(group.numbers)
+    lost = np.isin(found.labels, found.labels[seen])
+    gone = found.labels != np.arange(count)
+    names = np.array([name.decode() for name in group.documents.ids.tolist()], object)
+    columns: dict[str, npt.NDArray[np.object_]] = {
+        "reason": np.where(lost, "seen", "").astype(object), "representative": names.copy(),
+        "partner": np.full(count, "", object), "similarity": np.full(count, None, object),
+    }  # fmt: skip
+    for name, column in columns.items():
+        column[gone] = found.removed[name].to_pylist()
+    columns["representative"][lost] = ""
+    kept = np.where(lost, LOST, group.numbers[found.labels])
+    table = pa.table({"number": group.numbers, "kept": kept, "id": names, **columns}, schema=DECIDED)
+    return table.filter(pa.array(gone | lost | (group.documents.sources < 0)))
+
+
+def _binary(rows: Rows) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(DOCUMENT.itemsize), len(rows), [None, pa.py_buffer(rows.tobytes())]
+    )
+
+
+def _write_groups(path: Path, groups: Indices, table: pa.Table) -> None:
+    """A batch for each of the groups of the rows, ascending; which, the file says of itself."""
+    order = np.argsort(groups, kind="stable")
+    names, starts = np.unique(groups[order], return_index=True)
+    schema = table.schema.with_metadata({_GROUPS: names.astype(np.int32).tobytes()})
+    with _arrow_file(path, schema) as writer:
+        for part in np.split(order, starts[1:]):
+            writer.write_table(table.take(pa.array(part)).combine_chunks())
+
+
+def _batch(path: Path, group: int) -> pa.RecordBatch | None:
+    """What a file has of a group, mapped."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    names = np.frombuffer(reader.schema.metadata[_GROUPS], np.int32)
+    at = int(np.searchsorted(names, group))
+    return reader.get_batch(at) if at < len(names) and names[at] == group else None
+
+
+def _read(folder: Path, files: int, group: int) -> Group:
+    numbers, rows, ends, sets = [], [], [np.zeros(1, np.int64)], [np.zeros(0, np.uint64)]
+    for file in range(files):
+        if (batch := _batch(reread_path(folder, file), group)) is None:
+            continue
+        numbers.append(batch["number"].to_numpy())
+        rows.append(np.frombuffer(batch["document"].buffers()[1], DOCUMENT))
+        if "shingles" in batch.schema.names:
+            ends.append(ends[-1][-1] + batch["shingles"].offsets.to_numpy()[1:])
+            sets.append(batch["shingles"].values.to_numpy())
+        else:
+            ends.append(np.zeros(len(batch), np.int64))
+    bounds = np.concatenate(ends)
+    return Group(
+        np.concatenate(numbers), documents_of(np.concatenate(rows)), np.stack((bounds[:-1], bounds[1:]), axis=1),
+        np.concatenate(sets),
+    )  # fmt: skip
+
+
+def _grouped_path(folder: Path, file: int, kind: str = "groups") -> Path:
+    return folder / f"grouped-{kind}-{file:05d}.npy"
+
+
+def _pairs(folder: Path, files: int, number: int, group: Group) -> Indices:
+    """The pairs of a group, of places, each once."""
+    found = [np.zeros((0, 2), np.int64)]
+    for file in range(files):
+        groups = mapped(_grouped_path(folder, file))
+        begin, end = np.searchsorted(groups, number), np.searchsorted(groups, number, side="right")
+        found.append(mapped(_grouped_path(folder, file, "pairs"))[begin:end])
+    places = np.sort(group.at(np.concatenate(found)), axis=1)
+    once = np.unique(places[:, 0] * len(group.numbers) + places[:, 1])
+    return np.stack(np.divmod(once, len(group.numbers)), axis=1)
+
+
+@contextlib.contextmanager
+def _arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """A file that can be mapped; it gets its name when the block ends, or never."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coming = path.with_name(f".{path.name}")
+    with pa.ipc.new_file(str(coming), schema) as writer:
+        yield writer
+    coming.replace(path)

@@ -1,0 +1,81 @@
+"""Exact copies: of all documents whose hash is of one range, which are the same text as one before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moray.pipelines.dedup import bloom, index
+from moray.pipelines.dedup.graph import Indices, buckets
+from moray.pipelines.dedup.index import Earlier
+from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, documents_of, mapped, save
+from moray.pipelines.shards import Row
+
+ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" of an earlier one's
+HASHES = "hashes"
+_NEW = -1
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What earlier runs have seen, and how this one is kept for later ones: `exact`, `bloom`, or not at all."""
+
+    form: str
+    folder: str
+    earlier: Sequence[Earlier]
+
+
+def copies_path(folder: Path, part: int) -> Path:
+    return folder / f"copies-{part:05d}.npy"
+
+
+def originals_path(folder: Path, part: int) -> Path:
+    return folder / f"originals-{part:05d}.npy"
+
+
+def seen_path(folder: Path, part: int) -> Path:
+    return folder / f"seen-hashes-{part:05d}.npy"
+
+
+def find_copies(part: Row, folder: str, sketches: Sketches, kept: Kept) -> Row:
+    """Writes of the documents of one range of hashes the numbers, ascending, of those that are copies, and their
+    ORIGINALs: the first with that text, or an earlier document. Of texts that a filter has seen, the first one's
+    number."""
+    number, path = part["shard"], copies_path(Path(folder), part["shard"])
+    if not path.exists():
+        values, numbers = sketches.hashes(number)
+        if not kept.form:
+            numbers = numbers[buckets(values)]  # who is alone is no copy
+        documents, order = documents_of(sketches.documents(numbers)).in_keep_order()
+        numbers = numbers[order]
+        _, firsts, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
+        old = np.full(len(firsts), _NEW, np.int64)
+        seen = np.zeros(len(firsts), np.bool_)
+        if kept.form == "bloom":
+            high, _ = index.halves(documents.hashes[firsts])
+            seen = bloom.seen(kept.earlier, HASHES, high, HASH_BITS)
+            bloom.write(Path(kept.folder), HASHES, number, high[~seen])
+        elif kept.form:
+            old = index.find_hashes(kept.earlier, documents.hashes[firsts])
+            new = firsts[old == _NEW]
+            index.write_hashes(Path(kept.folder), number, documents.hashes[new], numbers[new])
+        save(seen_path(Path(folder), number), numbers[firsts[seen]])
+        copies, originals = _copies(numbers, documents.ids, firsts[group], old[group])
+        save(originals_path(Path(folder), number), originals)
+        save(path, copies)
+    return {"shard": number, "copies": len(mapped(path))}
+
+
+def _copies(numbers: Indices, ids: npt.NDArray[np.bytes_], first: Indices, old: Indices) -> tuple[Indices, Rows]:
+    """Of documents in keep order. first: the place of the first with the same text; old: the earlier one's number."""
+    copies = np.flatnonzero((old != _NEW) | (first != np.arange(len(first))))
+    copies = copies[np.argsort(numbers[copies])]
+    originals = np.empty(len(copies), ORIGINAL)
+    of_old = old[copies] != _NEW
+    originals["number"] = np.where(of_old, old[copies], numbers[first[copies]])
+    originals["id"] = np.where(of_old, b"", ids[first[copies]])
+    return numbers[copies], originals

@@ -1,0 +1,145 @@
+"""What signing leaves of each shard, as arrays that tasks map and do not read: a task touches the pages that it needs.
+
+    NAME.documents.npy   DOCUMENT [N]              who they are, and what decides which of two is kept
+    NAME.values.npy      uint64 [bands + 1, N]     the keys of each band, and the first 64 bits of hashes, ascending
+    NAME.rows.npy        uint32 [bands + 1, N]     whose they are
+
+So all that has a value of a range lies together in each file, and a range of all files is one task's. Some 290 bytes a
+document of 16 bands.
+
+Shapes: N documents of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moray.pipelines.dedup.find import Documents
+from moray.pipelines.dedup.graph import Indices, Keys
+from moray.pipelines.dedup.index import halves
+from moray.pipelines.dedup.shingles import KEY_BITS
+
+DOCUMENT = np.dtype([("id", "S32"), ("hash", "S32"), ("source", "<i8"), ("quality", "<f8"), ("length", "<i8")])
+HASH_BITS = 64
+_NO_KEY = np.uint64((1 << 64) - 1)  # of a document without words: in no range of keys
+
+Rows = npt.NDArray[np.void]
+
+
+def save(path: Path, array: npt.NDArray[Any]) -> None:
+    """Whole, or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coming = path.with_name(f".{path.name}")
+    with coming.open("wb") as file:
+        np.save(file, array)
+    coming.replace(path)
+
+
+def mapped(path: Path) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
+    return array
+
+
+def rows_of(documents: Documents) -> Rows:
+    """As rows of DOCUMENT."""
+    rows = np.empty(len(documents.ids), DOCUMENT)
+    columns = documents.ids, documents.hashes, documents.sources, documents.qualities, documents.lengths
+    for name, column in zip(DOCUMENT.names or (), columns, strict=True):
+        rows[name] = column
+    return rows
+
+
+def documents_of(rows: Rows) -> Documents:
+    return Documents(rows["id"], rows["hash"], rows["source"], rows["quality"], rows["length"])
+
+
+def is_there(folder: Path, name: str) -> bool:
+    return _path(folder, name, "documents").exists()
+
+
+def write(folder: Path, name: str, documents: Documents, keys: Keys, has_keys: npt.NDArray[np.bool_]) -> None:
+    """keys: [N, bands]; of documents without words they mean nothing."""
+    high, _ = halves(documents.hashes)
+    values = np.concatenate((np.where(has_keys, keys.T, _NO_KEY), high[None]))
+    rows = np.argsort(values, axis=1, kind="stable")
+    save(_path(folder, name, "values"), np.take_along_axis(values, rows, 1))
+    save(_path(folder, name, "rows"), rows.astype(np.uint32))
+    save(_path(folder, name, "documents"), rows_of(documents))  # the last: with it, all are there
+
+
+def _path(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{name}.{kind}.npy"
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Those of all shards. names: of the shards; firsts: the number of each one's first document; ranges: a power of
+    two, into which values are parted."""
+
+    folder: str
+    names: tuple[str, ...]
+    firsts: tuple[int, ...]
+    ranges: int
+
+    def hashes(self, part: int) -> tuple[Keys, Indices]:
+        """Of one range, the upper halves of content hashes, and whose they are."""
+        return self._within(-1, HASH_BITS, part)
+
+    def keys(self, band: int, part: int) -> tuple[Keys, Indices]:
+        return self._within(band, KEY_BITS, part)
+
+    def documents(self, numbers: Indices) -> Rows:
+        """Of the documents with these numbers."""
+        found = np.empty(len(numbers), DOCUMENT)
+        for here, rows, documents in self._files(numbers):
+            found[here] = documents[rows]
+        return found
+
+    def lengths(self, numbers: Indices) -> Indices:
+        """In characters."""
+        found = np.empty(len(numbers), np.int64)
+        for here, rows, documents in self._files(numbers):
+            found[here] = documents["length"][rows]
+        return found
+
+    def _files(self, numbers: Indices) -> Iterator[tuple[Indices, Indices, Rows]]:
+        """For each shard that has any of them: which, their rows, and all of its documents."""
+        files = np.searchsorted(self.firsts, numbers, side="right") - 1
+        order = np.argsort(files, kind="stable")
+        bounds = np.searchsorted(files[order], np.arange(len(self.names) + 1))
+        for file, (begin, end) in enumerate(pairwise(bounds.tolist())):
+            if end > begin:
+                here = order[begin:end]
+                yield here, numbers[here] - self.firsts[file], self._of(self.names[file], "documents")
+
+    def _of(self, name: str, kind: str) -> npt.NDArray[Any]:
+        if (name, kind) not in self._mapped:
+            self._mapped[name, kind] = mapped(_path(Path(self.folder), name, kind))
+        return self._mapped[name, kind]
+
+    @cached_property
+    def _mapped(self) -> dict[tuple[str, str], npt.NDArray[Any]]:
+        """What is open: a band after another asks for the same files."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def _within(self, band: int, bits: int, part: int) -> tuple[Keys, Indices]:
+        width = (1 << bits) // self.ranges
+        least, most = np.uint64(part * width), np.uint64((part + 1) * width - 1)
+        values, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for name, first in zip(self.names, self.firsts, strict=True):
+            column = self._of(name, "values")[band]
+            begin, end = np.searchsorted(column, least), np.searchsorted(column, most, side="right")
+            values.append(column[begin:end])
+            numbers.append(self._of(name, "rows")[band, begin:end].astype(np.int64) + first)
+        return np.concatenate(values), np.concatenate(numbers)
