@@ -59,7 +59,7 @@ class Crawl:
 
     def sketches(self, folder: Path) -> Sketches:
         firsts = self.shards.firsts[len(self.shards.firsts) - len(self.paths) :]
-        return Sketches(str(folder), tuple(path.name for path in self.paths), tuple(firsts.tolist()), self.ranges)
+        return Sketches(str(folder), tuple(path.stem for path in self.paths), tuple(firsts.tolist()), self.ranges)
 
     def generation(self) -> index.Generation:
         names = tuple(path.name for path in self.paths)

@@ -15,7 +15,7 @@ from moray.pipelines.shards import Row
 
 def sign_shard(shard: Row, folder: str, shingling: Shingling, prefer: Sequence[str]) -> Row:
     """Writes the sketches of a shard."""
-    name = Path(shard["path"]).name
+    name = Path(shard["path"]).stem
     if not is_there(Path(folder), name):
         table = read_documents(Path(shard["path"]))
         keys, shingles = shingling.keys(table["text"])

@@ -129,7 +129,7 @@ def kill_in(step: str, undisturbed: Undisturbed, home: Home, *rerun: str) -> Non
     wait_for(lambda: not processes_of(home), "the end of every process of the rerun", 30)
 
 
-@pytest.mark.cluster
+@pytest.mark.evidence
 def test_a_run_killed_while_it_trains_goes_on_to_the_same_weights(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The rerun has one CPU, which must be enough for two training workers and change no bit."""
     kill_in("pretrain", undisturbed, Home(tmp_path / "home"), "--cpus", "1")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moray.pipelines.dedup import index, work
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.find import Documents, find, near_candidates, sources_by
-from moray.pipelines.dedup.graph import LARGEST, candidates, components
+from moray.pipelines.dedup.graph import LARGEST, candidates, components, forest
 from moray.pipelines.dedup.shingles import ascend
 from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.documents import content_hash, document_id
@@ -194,6 +194,23 @@ def test_components_are_those_of_scipy(count: int, edges: list[tuple[int, int]])
     labels = connected_components(graph, directed=False)[1]
     least = {label: int(np.flatnonzero(labels == label)[0]) for label in labels}
     assert components(count, pairs).tolist() == [least[label] for label in labels]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60),
+    st.lists(st.integers(0, 59), max_size=5),
+)
+def test_forests_of_parts_are_a_forest_of_the_whole(edges: list[tuple[int, int]], cuts: list[int]) -> None:
+    """However the edges are parted; and it is one: as many edges as documents, less a component each."""
+    pairs = np.array(edges, np.int64).reshape(-1, 2) * 1_000_000_007  # numbers are far apart
+    parts = [forest(part) for part in np.split(pairs, sorted(min(cut, len(pairs)) for cut in cuts))]
+    whole = forest(np.concatenate(parts))
+    assert {tuple(pair) for pair in whole.tolist()} <= {tuple(pair) for pair in pairs.tolist()}
+    numbers, places = np.unique(pairs, return_inverse=True)
+    labels = components(len(numbers), places.reshape(-1, 2))
+    assert (components(len(numbers), np.searchsorted(numbers, whole)) == labels).all()
+    assert len(whole) == len(numbers) - len(set(labels.tolist()))
 
 
 @pytest.mark.parametrize("order", ["up", "down", "shuffled"])

@@ -4,10 +4,49 @@ from __future__ import annotations
 
 from collections import Counter
 
-from moray.pipelines.shards import pace
+import pytest
+
+from moray.pipelines.shards import Row, map_shards, pace
+from moray.platform.errors import StepFailed
+from moray.platform.step import StepContext
 
 
 def test_the_pace_is_of_what_was_read_and_names_reasons_by_how_many() -> None:
     totals = Counter({"documents": 3000, "bytes": 5_000_000, "dropped:short": 2, "dropped:long": 30, "dropped:no": 0})
     assert pace(totals, 2.0) == "1,500 documents/s, 2.5 MB/s; dropped 30 long, 2 short"
     assert pace(Counter(), 1.0) == "0 documents/s, 0.0 MB/s"
+
+
+class Told:
+    """What a step's context is told."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, float, float]] = []
+        self.logs: dict[str, str] = {}
+
+    def progress(self, phase: str, done: float, total: float, unit: str, detail: str = "") -> None:
+        self.done.append((phase, done, total))
+
+    def write_log(self, name: str, text: str) -> None:
+        self.logs[name] = text
+
+    def log_path(self, name: str) -> str:
+        return name
+
+
+def halved(row: Row) -> Row:
+    if row["size"] % 2:
+        raise ValueError(f"{row['size']} is odd")
+    return {"shard": row["shard"], "half": row["size"] // 2}
+
+
+def test_few_shards_are_done_here_and_say_as_much() -> None:
+    told: StepContext = Told()  # type: ignore[assignment]
+    rows = [{"shard": 1, "size": 6}, {"shard": 0, "size": 4}]
+    done = map_shards(told, "halving", rows, halved, "bytes", lambda row: row["size"], here=True)
+    assert [row["half"] for row in done] == [2, 3]
+    assert told.done == [("halving", 0, 10), ("halving", 6, 10), ("halving", 10, 10)]
+    assert map_shards(told, "none", [], halved, "bytes", lambda row: 1) == []
+    with pytest.raises(StepFailed, match="halving: ValueError: 5 is odd"):
+        map_shards(told, "halving", [{"shard": 0, "size": 5}], halved, "bytes", lambda row: 1, here=True)
+    assert "odd" in told.logs["traceback"]
