@@ -49,7 +49,7 @@ def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
 def documents_of(texts: list[str]) -> Documents:
     count = len(texts)
     return Documents(
-        ids=np.array([f"{i:032d}" for i in range(count)], "S"), hashes=np.array([content_hash(t) for t in texts], "S"),
+        ids=np.arange(count).astype("S32"), hashes=np.array([content_hash(t) for t in texts], "S"),
         sources=np.zeros(count, np.int64), qualities=np.zeros(count), lengths=np.array([len(t) for t in texts]),
     )  # fmt: skip
 

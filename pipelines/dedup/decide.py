@@ -1,7 +1,8 @@
 """What becomes of documents that may be alike: they are read again, compared exactly, and of a component one stays.
 
-Components of candidates are packed into groups; a group is decided by itself, in one task, which holds its shingles and
-nothing else. Files of a group's parts lie together, so a task maps what is its own.
+Components of candidates are packed into groups; a group is decided by itself, in one task. A group's part of a file
+lies together, so a task maps what is its own; of a component that is very large it reads the shingles of some pairs at
+a time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from moray.pipelines.dedup.compare import pairs_path
 from moray.pipelines.dedup.find import Documents, Found, find
-from moray.pipelines.dedup.graph import Indices, Keys
+from moray.pipelines.dedup.graph import Indices, Keys, once
 from moray.pipelines.dedup.nodes import described, documents_in, read_documents
 from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, documents_of, mapped, rows_of, save
@@ -32,20 +33,35 @@ DECIDED = pa.schema(
 LOST = -1  # `kept` of who goes though nobody here stays: a filter has seen one of them
 _OLDER = 1 << 32  # more than there are sources
 _GROUPS = b"groups"  # of the batches of a file
+_SHINGLES = 50_000_000  # of pairs that are compared at once: 400 MB, however large the component
 
 
 @dataclass(frozen=True)
 class Group:
-    """The documents of one group. numbers: of each; bounds: [begin, end) of each one's shingles."""
+    """The documents of one group. numbers: of each; shingles: mapped, of some files; files, bounds: which has each
+    one's, and [begin, end) of them there."""
 
     numbers: Indices
     documents: Documents
+    files: Indices
     bounds: Indices
-    shingles: Keys
+    shingles: list[Keys]
 
     def in_keep_order(self) -> Group:
         documents, order = self.documents.in_keep_order()
-        return replace(self, numbers=self.numbers[order], documents=documents, bounds=self.bounds[order])
+        return replace(
+            self, numbers=self.numbers[order], documents=documents, files=self.files[order], bounds=self.bounds[order]
+        )
+
+    def shingles_of(self, places: Indices) -> tuple[Indices, Keys]:
+        """[begin, end) of each of these documents' shingles, and those, which are read."""
+        sizes = np.diff(self.bounds[places])[:, 0]
+        ends = np.cumsum(sizes)
+        read = np.empty(int(ends[-1]) if len(ends) else 0, np.uint64)
+        for place, begin, end in zip(places.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True):
+            first, last = self.bounds[place].tolist()
+            read[begin:end] = self.shingles[self.files[place]][first:last]
+        return np.stack((ends - sizes, ends), axis=1), read
 
     def at(self, numbers: Indices) -> Indices:
         """The places of the documents with these numbers, which must be there; any shape."""
@@ -157,9 +173,14 @@ def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
 def _scores(group: Group, pairs: Indices, rules: Rules) -> npt.NDArray[np.float64]:
     from moray.pipelines.dedup.shingles import similarities
 
-    if not rules.similarity:
-        return np.ones(len(pairs))
-    return similarities(pairs, group.bounds, group.shingles, rules.containment)
+    scores = np.ones(len(pairs))
+    if rules.similarity:
+        sizes = np.diff(group.bounds)[:, 0]
+        part = np.cumsum(sizes[pairs].sum(1)) // _SHINGLES
+        for here in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(part)) + 1):
+            places, at = np.unique(pairs[here], return_inverse=True)
+            scores[here] = similarities(at.reshape(-1, 2), *group.shingles_of(places), rules.containment)
+    return scores
 
 
 def _decided(group: Group, found: Found, seen: Indices) -> pa.Table:
@@ -205,21 +226,22 @@ def _batch(path: Path, group: int) -> pa.RecordBatch | None:
 
 
 def _read(folder: Path, files: int, group: int) -> Group:
-    numbers, rows, ends, sets = [], [], [np.zeros(1, np.int64)], [np.zeros(0, np.uint64)]
+    numbers, rows, of_file, bounds = [], [], [], []
+    sets: list[Keys] = []
     for file in range(files):
         if (batch := _batch(reread_path(folder, file), group)) is None:
             continue
         numbers.append(batch["number"].to_numpy())
         rows.append(np.frombuffer(batch["document"].buffers()[1], DOCUMENT))
+        ends, own = np.zeros(len(batch) + 1, np.int64), np.zeros(0, np.uint64)
         if "shingles" in batch.schema.names:
-            ends.append(ends[-1][-1] + batch["shingles"].offsets.to_numpy()[1:])
-            sets.append(batch["shingles"].values.to_numpy())
-        else:
-            ends.append(np.zeros(len(batch), np.int64))
-    bounds = np.concatenate(ends)
+            ends, own = batch["shingles"].offsets.to_numpy(), batch["shingles"].values.to_numpy()
+        of_file.append(np.full(len(batch), len(sets)))
+        bounds.append(np.stack((ends[:-1], ends[1:]), axis=1))
+        sets.append(own)
     return Group(
-        np.concatenate(numbers), documents_of(np.concatenate(rows)), np.stack((bounds[:-1], bounds[1:]), axis=1),
-        np.concatenate(sets),
+        np.concatenate(numbers), documents_of(np.concatenate(rows)), np.concatenate(of_file), np.concatenate(bounds),
+        sets,
     )  # fmt: skip
 
 
@@ -234,9 +256,7 @@ def _pairs(folder: Path, files: int, number: int, group: Group) -> Indices:
         groups = mapped(_grouped_path(folder, file))
         begin, end = np.searchsorted(groups, number), np.searchsorted(groups, number, side="right")
         found.append(mapped(_grouped_path(folder, file, "pairs"))[begin:end])
-    places = np.sort(group.at(np.concatenate(found)), axis=1)
-    once = np.unique(places[:, 0] * len(group.numbers) + places[:, 1])
-    return np.stack(np.divmod(once, len(group.numbers)), axis=1)
+    return once(np.sort(group.at(np.concatenate(found)), axis=1), len(group.numbers))
 
 
 @contextlib.contextmanager

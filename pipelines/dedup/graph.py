@@ -27,10 +27,13 @@ class Candidates:
 def candidates(keys: Keys, members: Indices) -> Candidates:
     """Of the documents `members`, in keep order, those that share a key of a band; keys: [N, bands]."""
     bands = [bucket_pairs(keys[members, band], members) for band in range(keys.shape[1])]
-    pairs = [np.sort(band.pairs, axis=1) for band in bands]
-    return Candidates(
-        np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0), sum(band.capped for band in bands)
-    )
+    pairs = np.concatenate([np.zeros((0, 2), np.int64), *(band.pairs for band in bands)])
+    return Candidates(once(np.sort(pairs, axis=1), len(keys)), sum(band.capped for band in bands))
+
+
+def once(pairs: Indices, count: int) -> Indices:
+    """Each of the pairs [E, 2] of places below `count` once, ascending."""
+    return np.stack(np.divmod(np.unique(pairs[:, 0] * count + pairs[:, 1]), max(1, count)), axis=1)
 
 
 def bucket_pairs(
@@ -56,15 +59,17 @@ def bucket_pairs(
 
 
 def buckets(keys: Keys, more_than: int = 1) -> Indices:
-    """Where the keys are that so many have; one key after another, of a key in no order.
+    """Where the keys are that more than so many have, ascending.
 
-    Few keys are, and only those need an order: numpy's fastest sort keeps none.
+    Few are, and to sort the keys, and look each up among those few, is faster than to sort their places.
     """
-    order = np.argsort(keys)
-    ascending = keys[order]
-    starts = np.flatnonzero(np.concatenate(([True], ascending[1:] != ascending[:-1]))) if len(keys) else order
-    sizes = np.diff(np.concatenate((starts, [len(keys)])))
-    return order[np.repeat(sizes > more_than, sizes)]
+    ascending = np.sort(keys)
+    last = ascending[more_than:]
+    many = np.unique(last[last == ascending[: len(last)]])
+    if not len(many):
+        return np.zeros(0, np.int64)
+    found: Indices = np.flatnonzero(many[np.minimum(np.searchsorted(many, keys), len(many) - 1)] == keys)
+    return found
 
 
 @numba.njit(nogil=True, cache=True)

@@ -52,7 +52,7 @@ _FILE_PAIRS = 20_000_000  # that are parted by group at once
 _EDGES = 100_000_000  # of forests: of more, some are merged by others before this process joins them
 _MERGED = 16  # forests at once
 _FEW_DOCUMENTS = 1 << 18  # that are compared here
-_FEW_CHARACTERS = 2_000_000  # that are read again here
+_FEW_BYTES = 100_000_000  # of files that are read again here
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ class Work:
         known = np.stack((stays, old), axis=1)[stays != old]
         edges = np.concatenate((compared.edges, known))
         numbers = np.unique(np.concatenate((edges.ravel(), old, seen)))
-        groups = Groups.of(numbers, edges, self._characters(numbers), _GROUP_CHARACTERS)
+        characters = self._characters(numbers)
+        groups = Groups.of(numbers, edges, characters, _GROUP_CHARACTERS)
         for name, array in (("known", known), ("seen", seen)):
             save(self.folder / f"{name}.npy", array)
         save(numbers_path(self.folder), numbers)
@@ -175,7 +176,8 @@ class Work:
         )
         rows = map_shards(
             self.ctx, "deciding", [{"shard": group} for group in range(groups.count)],
-            partial(decide_group, folder=str(self.folder), rules=rules), "groups", lambda row: 1, here=groups.count < 2,
+            partial(decide_group, folder=str(self.folder), rules=rules), "groups", lambda row: 1,
+            here=groups.count < 2 and characters.sum() <= _GROUP_CHARACTERS,
         )  # fmt: skip
         tables = [read_decided(decided_path(self.folder, group)) for group in range(groups.count)]
         table = write_decided(self._decided, tables)
@@ -189,7 +191,7 @@ class Work:
             prefer=self.ctx.config.prefer,
         )  # fmt: skip
         rows = self.crawl.shards.rows_of(numbers)
-        few = float(self._characters(numbers).sum()) <= _FEW_CHARACTERS
+        few = sum(Path(row["path"]).stat().st_size for row in rows) <= _FEW_BYTES
         map_shards(self.ctx, "reading again", rows, read, "documents", lambda row: row["end"] - row["begin"], here=few)
         return len(rows)
 
