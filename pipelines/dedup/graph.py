@@ -59,17 +59,15 @@ def bucket_pairs(
 
 
 def buckets(keys: Keys, more_than: int = 1) -> Indices:
-    """Where the keys are that more than so many have, ascending.
+    """Where the keys are that more than so many have; one key after another, of a key in no order.
 
-    Few are, and to sort the keys, and look each up among those few, is faster than to sort their places.
+    Few keys are, and only those need an order: numpy's fastest sort keeps none.
     """
-    ascending = np.sort(keys)
-    last = ascending[more_than:]
-    many = np.unique(last[last == ascending[: len(last)]])
-    if not len(many):
-        return np.zeros(0, np.int64)
-    found: Indices = np.flatnonzero(many[np.minimum(np.searchsorted(many, keys), len(many) - 1)] == keys)
-    return found
+    order = np.argsort(keys)
+    ascending = keys[order]
+    starts = np.flatnonzero(np.concatenate(([True], ascending[1:] != ascending[:-1]))) if len(keys) else order
+    sizes = np.diff(np.concatenate((starts, [len(keys)])))
+    return order[np.repeat(sizes > more_than, sizes)]
 
 
 @numba.njit(nogil=True, cache=True)

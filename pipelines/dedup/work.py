@@ -52,7 +52,7 @@ _FILE_PAIRS = 20_000_000  # that are parted by group at once
 _EDGES = 100_000_000  # of forests: of more, some are merged by others before this process joins them
 _MERGED = 16  # forests at once
 _FEW_DOCUMENTS = 1 << 18  # that are compared here
-_FEW_BYTES = 100_000_000  # of files that are read again here
+_FEW_BYTES = 10_000_000  # of files that are read again here
 
 
 @dataclass(frozen=True)
