@@ -137,11 +137,11 @@ class Rules:
     containment: bool
 
 
-def decide_group(row: Row, folder: str, rules: Rules) -> Row:
+def decide_group(row: Row, rules: Rules) -> Row:
     """Writes a row of DECIDED for each document of a group that goes, and for each earlier one."""
-    path = decided_path(Path(folder), row["shard"])
+    at = Path(rules.folder)
+    path = decided_path(at, row["shard"])
     if not path.exists():
-        at = Path(rules.folder)
         group = _read(at, rules.files, row["shard"]).in_keep_order()
         pairs = _pairs(at, rules.grouped, row["shard"], group)
         known, seen = mapped(at / "known.npy"), mapped(at / "seen.npy")

@@ -25,7 +25,7 @@ class Candidates:
 
 
 def candidates(keys: Keys, members: Indices) -> Candidates:
-    """Of the documents `members`, in keep order, those that share a key of a band; keys: [N, bands]."""
+    """Of the documents `members`, in keep order, those that share a key of a band; keys: [N, bands], all in memory."""
     bands = [bucket_pairs(keys[members, band], members) for band in range(keys.shape[1])]
     pairs = np.concatenate([np.zeros((0, 2), np.int64), *(band.pairs for band in bands)])
     return Candidates(once(np.sort(pairs, axis=1), len(keys)), sum(band.capped for band in bands))

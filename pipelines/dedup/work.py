@@ -5,8 +5,8 @@ pairs. Components of pairs are told from their forests, and packed into groups. 
 are read again, and every group is decided by itself. Last, every shard is written without what goes, and beside it what
 goes, with which document stays in its place.
 
-Text is in tasks alone. This process holds a byte of each document (whether it is compared), and some 100 of each that
-is in a pair. Phases of few documents are done here: Ray Data takes a second to begin.
+Text is in tasks, but for that of few candidates. This process holds a byte of each document (whether it is compared),
+and some 100 of each that is in a pair. Phases of few documents are done here: Ray Data takes a second to begin.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup import index
@@ -57,10 +58,8 @@ _FEW_BYTES = 10_000_000  # of files that are read again here
 
 @dataclass(frozen=True)
 class Copied:
-    """count: of documents that are the text of another; old: numbers of earlier documents whose text some are; seen:
-    numbers of those whose text a filter has seen."""
+    """old: numbers of earlier documents whose text some are; seen: numbers of those whose text a filter has seen."""
 
-    count: int
     old: Indices
     seen: Indices
 
@@ -110,7 +109,7 @@ class Work:
         """Besides, writes who is compared: the first document of each text."""
         find = partial(find_copies, folder=str(self.folder), sketches=self.sketches, kept=self.kept)
         ranges: list[Row] = [{"shard": part} for part in range(self.crawl.ranges)]
-        rows = map_shards(self.ctx, "finding copies", ranges, find, "ranges", lambda row: 1, here=self._few)
+        map_shards(self.ctx, "finding copies", ranges, find, "ranges", lambda row: 1, here=self._few)
         members = np.ones(self.crawl.count, np.bool_)
         old, seen = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for part in range(self.crawl.ranges):
@@ -120,7 +119,7 @@ class Work:
             old.append(originals[originals < self.crawl.offset])
         members[np.concatenate(seen) - self.crawl.offset] = False
         save(self._members, members)
-        return Copied(sum(row["copies"] for row in rows), np.concatenate(old), np.concatenate(seen))
+        return Copied(np.concatenate(old), np.concatenate(seen))
 
     def compare(self) -> Compared:
         compare = partial(
@@ -176,7 +175,7 @@ class Work:
         )
         rows = map_shards(
             self.ctx, "deciding", [{"shard": group} for group in range(groups.count)],
-            partial(decide_group, folder=str(self.folder), rules=rules), "groups", lambda row: 1,
+            partial(decide_group, rules=rules), "groups", lambda row: 1,
             here=groups.count < 2 and characters.sum() <= _GROUP_CHARACTERS,
         )  # fmt: skip
         tables = [read_decided(decided_path(self.folder, group)) for group in range(groups.count)]
@@ -225,12 +224,11 @@ class Work:
             index.write_representatives(self.ctx.folder, number[chosen], kept[chosen])
         self.crawl.generation().write(self.ctx.folder)
 
-    def _superseded(self, decided: Decided) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def _superseded(self, decided: Decided) -> npt.NDArray[np.bool_]:
+        """Which rows are of older documents that stayed until now."""
         number, kept = decided.table["number"].to_numpy(), decided.table["kept"].to_numpy()
-        going: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
-            (number < self.crawl.offset) & (number != kept) & ~self.crawl.representatives.has(number)
-        )
-        return going
+        stayed: npt.NDArray[np.bool_] = (number < self.crawl.offset) & ~self.crawl.representatives.has(number)
+        return stayed & (number != kept)
 
     def write(self) -> list[Row]:
         write = partial(

@@ -1,4 +1,4 @@
-"""The steps beside dedup on a real Ray, one after another, and what `moray explain` says of their decisions."""
+"""dedup in tasks of a real Ray; the steps beside it there, and what `moray explain` says of their decisions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from moray.pipelines.dedup import index, work
+from moray.pipelines.documents import read_shard
 from moray.pipelines.explain import explain_in
 from moray.platform.home import Home
 from moray.platform.recipe import parse_recipe
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster
+from tests.pipelines.test_dedup import near_texts
 
+DEDUP = """
+name: tasks
+steps:
+  corpus: {{with: {{shard_bytes: 9000, sources: [{{name: s, path: "{folder}", include: ["*.jsonl"], reader: jsonl}}]}}}}
+  dedup: {{inputs: {{documents: corpus}}}}
+"""
 RECIPE = """
 name: more
 steps:
@@ -20,6 +29,34 @@ steps:
   dedup-urls: {{inputs: {{documents: corpus}}, with: {{key: path}}}}
   dedup-parts: {{inputs: {{documents: dedup-urls}}, with: {{unit: substring, tokens: 30, min_words: 5}}}}
 """
+
+
+@pytest.mark.cluster
+def test_what_few_documents_need_not_is_the_same_in_tasks(
+    tmp_path: Path, ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies, keys and groups of few documents are looked at in the run's own process; here each is a task, too."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    lines = [json.dumps({"text": one.text}) for one in near_texts(120)]
+    (folder / "texts.jsonl").write_text("\n".join(lines + lines[:5]))
+    recipe = parse_recipe(DEDUP.format(folder=folder), Path("dedup.yaml"), ())
+    found = []
+    for name in ("here", "tasks"):
+        if name == "tasks":
+            for limit in ("_FEW_DOCUMENTS", "_FEW_BYTES", "_EDGES"):
+                monkeypatch.setattr(work, limit, 0)
+            monkeypatch.setattr(work, "_FILE_PAIRS", 50)
+            monkeypatch.setattr(work, "_GROUP_CHARACTERS", 5_000)
+            monkeypatch.setattr(index, "_RANGE_ENTRIES", 50)
+        home = Home(tmp_path / name)
+        home.root.mkdir()
+        result = Runner(home, ray_cluster, []).run(recipe).steps["dedup"].artifact
+        removed = [row for path in sorted(result.folder.glob("removed-*")) for row in read_shard(path).to_pylist()]
+        found.append((removed, result.manifest.counts))
+    assert found[0] == found[1]
+    assert found[0][1]["exact"] == 5
+    assert found[0][1]["near"] > 20
 
 
 @pytest.mark.cluster
