@@ -11,7 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moray.cluster.machine import kernels_checksum
+
 RESULTS = Path(__file__).resolve().parent / "results"
+# Before numba is imported: it would run what it compiled of a kernel before what that calls was changed.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".numba" / kernels_checksum()))
 
 
 @dataclass(frozen=True)

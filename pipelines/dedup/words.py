@@ -2,7 +2,8 @@
 
 What they are, dedup/characters.py says. The hash of a word of ASCII is over eight bytes at a time, each with 32 set,
 which makes a letter lower case and leaves a digit; that of any other over the code points of its lower case. So most
-words need no decoding: where they begin and end is told for 64 bytes at a time.
+words need no decoding: where they begin and end is told for 64 bytes at a time, and some thousand words at a time, so
+that neither loop waits for the other's jumps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from moray.pipelines.dedup.characters import ALONE, BETWEEN, SIZE, WORD
 from moray.pipelines.text.utf8 import decoded, mixed
-from moray.pipelines.text.wide import WIDTH, eight_bytes, first_bit, in_words
+from moray.pipelines.text.wide import WIDTH, eight_bytes, first_bit, how_many, in_words
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint32]
@@ -23,9 +24,10 @@ Places = npt.NDArray[np.int64]
 _FIRST = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
 _SPACE = np.uint64(32)
-_ONE, _8, _63, _64 = np.uint64(1), np.uint64(8), np.uint64(63), np.uint64(64)
+_ONE, _8, _16, _63, _64 = np.uint64(1), np.uint64(8), np.uint64(16), np.uint64(63), np.uint64(64)
 _LOW, _HIGH = np.uint64(0x2020202020202020), np.uint64(0x8080808080808080)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_PLACES, _TURNS = 4096, 8  # where runs begin or end: so many are found before their words are; so many at a time
 _LAST = 0x40000  # code points from SIZE up to here are ideographs
 
 
@@ -58,42 +60,63 @@ def _ascii(data: Bytes, begin: int, end: int) -> tuple[np.uint64, np.uint64]:
 
 
 @numba.njit(nogil=True)
-def _of_ascii(data: Bytes, begin: int, end: int, out: Hashes, count: int) -> tuple[int, int]:
-    """`words`, up to the first that may have a character beyond ASCII: where that begins, or the end; and how many.
+def _runs(data: Bytes, begin: int, end: int, places: Places) -> tuple[int, int]:
+    """Writes where runs of bytes that may be in words begin and end; how many places these are, and where it ended.
+
+    It ends where data[begin:end] does, or where `places` has no more room: before a run that is cut there.
+    """
+    at, count, carry = begin, 0, np.uint64(0)
+    while at < end and count + WIDTH + _TURNS <= len(places):
+        inside = in_words(data, at, end)
+        turns = inside ^ ((inside << _ONE) | carry)
+        carry = inside >> _63
+        after = count + how_many(turns)
+        while count < after:  # a few at a time, more than there are too: a jump less to foresee
+            for k in range(_TURNS):
+                places[count + k] = at + first_bit(turns)
+                turns &= turns - _ONE
+            count += _TURNS
+        count = after
+        at += WIDTH
+    if not carry:
+        return count, min(at, end)
+    if at < end:
+        return count - 1, places[count - 1]
+    places[count] = end
+    return count + 1, end
+
+
+@numba.njit(nogil=True)
+def _of_ascii(data: Bytes, places: Places, begin: int, end: int, out: Hashes, count: int) -> tuple[int, int]:
+    """The words of the runs places[begin:end], up to the first that has a character beyond ASCII: that, or the end; and
+    how many words there are now.
 
     What is not of ASCII is left to the caller: with that in this loop too, LLVM no longer removes numba's counting of
     references to the arrays, which takes longer than a word.
     """
-    at, since, carry = begin, -1, np.uint64(0)  # since: where the run of bytes in words that is open began
-    while at < end:
-        inside = in_words(data, at, end)
-        turns = inside ^ ((inside << _ONE) | carry)
-        carry = inside >> _63
-        while turns:
-            place = at + first_bit(turns)
-            turns &= turns - _ONE
-            if since < 0:
-                since = place
-                continue
-            out[count], beyond = _ascii(data, since, place)
-            if beyond:
-                return since, count
-            count += 1
-            since = -1
-        at += WIDTH
-    if since >= 0:
-        out[count], beyond = _ascii(data, since, end)
+    for i in range(begin, end, 2):
+        first, last = places[i], places[i + 1]
+        length = np.uint64(last - first)
+        if length > _16 or first + 16 > len(data):
+            word, beyond = _ascii(data, first, last)
+        elif length > _8:
+            used = _ALL >> (_8 * (_16 - length))
+            part, rest = eight_bytes(data, first), eight_bytes(data, first + 8) & used
+            word, beyond = mixed(mixed(_FIRST ^ (part | _LOW)) ^ (rest | (_LOW & used))), (part | rest) & _HIGH
+        else:
+            used = _ALL >> (_64 - _8 * length)
+            part = eight_bytes(data, first) & used
+            word, beyond = mixed(_FIRST ^ (part | (_LOW & used))), part & _HIGH
         if beyond:
-            return since, count
+            return i, count
+        out[count] = word
         count += 1
     return end, count
 
 
 @numba.njit(nogil=True)
-def _of_any_script(
-    data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: Hashes, count: int
-) -> tuple[int, int]:
-    """`words`, a character at a time, up to the first of ASCII that is in none: what follows it; and how many."""
+def _of_any_script(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: Hashes, count: int) -> int:
+    """The words of a run, a character at a time; how many words there are now."""
     at = since = begin
     word, beyond = _FIRST, 0
     while at < end:
@@ -108,22 +131,25 @@ def _of_any_script(
         if kind == ALONE:
             out[count] = mixed((_FIRST ^ np.uint64(code)) * _PRIME)
             count += 1
-        elif code < 128:
-            return at, count
         word, beyond, since = _FIRST, 0, at
     if end > since:
         out[count] = mixed(word) if beyond >= 128 else _ascii(data, since, end)[0]
         count += 1
-    return end, count
+    return count
 
 
 @numba.njit(nogil=True)
 def words(data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, out: Hashes) -> int:
     """Writes a hash for each word of data[begin:end], valid UTF-8, to `out`, with room for one a byte; how many."""
-    at, count = _of_ascii(data, begin, end, out, 0)
+    at, count, places = begin, 0, np.empty(_PLACES, np.int64)
     while at < end:
-        at, count = _of_any_script(data, at, end, kinds, lowers, out, count)
-        at, count = _of_ascii(data, at, end, out, count)
+        total, at = _runs(data, at, end, places)
+        i = 0
+        while i < total:
+            i, count = _of_ascii(data, places, i, total, out, count)
+            if i < total:
+                count = _of_any_script(data, places[i], places[i + 1], kinds, lowers, out, count)
+                i += 2
     return count
 
 

@@ -50,15 +50,24 @@ def _whole_in_words(typing: Any, data: Any, at: Any) -> _Code:
 
 def _first_bit(typing: Any, bits: Any) -> _Code:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return numba.int64(numba.uint64), code
+
+
+def _how_many(typing: Any, bits: Any) -> _Code:
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
 
     return numba.int64(numba.uint64), code
 
 
 # (data, at): data[at : at + 8], uint8, as one uint64, the first byte lowest.
 eight_bytes: Any = intrinsic(_eight_bytes)
-# (bits): the place of the lowest bit that is set, of a uint64 that has one.
+# (bits): the place of the lowest bit that is set of a uint64; 64 where none is.
 first_bit: Any = intrinsic(_first_bit)
+# (bits): how many are set of a uint64.
+how_many: Any = intrinsic(_how_many)
 _64_in_words: Any = intrinsic(_whole_in_words)
 
 

@@ -58,6 +58,19 @@ def test_shingles_are_those_of_the_definition(unit: str, texts: list[str], size:
                 assert (keys[i] == keys[j]).all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_long_text_has_the_words_of_its_parts(seed: int) -> None:
+    """Words are found some thousand at a time: those that such a part begins or ends in are whole, too."""
+    generator = random.Random(seed)
+    parts = ["".join(generator.choices(SCRIPTS, k=generator.randrange(1, 5))) for _ in range(9000)]
+    parts[3000:3002] = ["x" * 9000, "\u00e9" * 9000]
+    shingling = Shingling(size=1)
+    found, _ = shingling.sets(column([" ".join(parts)]))
+    expected, _ = shingling.sets(column(parts))
+    assert (found == np.unique(expected)).all()
+    assert len(found) == len(oracle.shingles(" ".join(parts), 1, "words"))
+
+
 @pytest.mark.parametrize("copies", [1, 7, 1000])
 def test_hashes_are_sorted_document_by_document(copies: int) -> None:
     generator = np.random.default_rng(copies)
