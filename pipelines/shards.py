@@ -22,6 +22,9 @@ from moray.platform.step import StepContext
 
 Row = dict[str, Any]
 _ERROR, _TRACEBACK = "error", "traceback"
+# As Ray Data begins it asks what the cluster has, and has no answer yet: it runs one task at a time until it asks
+# again, by default after a second.
+_LIMITS_SECONDS = 0.1
 _TASKS_PER_CPU = 8  # enough for one that is slow to be made up for by others
 
 
@@ -61,7 +64,9 @@ def map_shards(
 
 def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator[Row]:
     import ray.data
+    from ray.data._internal.execution.resource_manager import ResourceManager
 
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = _LIMITS_SECONDS  # type: ignore[assignment]
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     tasks = min(len(shards), _TASKS_PER_CPU * max(1, cpus))
     dataset = ray.data.from_items(list(shards), override_num_blocks=tasks).map(function, num_cpus=1)

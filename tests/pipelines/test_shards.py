@@ -50,3 +50,10 @@ def test_few_shards_are_done_here_and_say_as_much() -> None:
     with pytest.raises(StepFailed, match="halving: ValueError: 5 is odd"):
         map_shards(told, "halving", [{"shard": 0, "size": 5}], halved, "bytes", lambda row: 1, here=True)
     assert "odd" in told.logs["traceback"]
+
+
+def test_ray_data_still_has_the_interval_that_shards_shorten() -> None:
+    """It is no setting of Ray's: with another name, every phase would again begin with a second of one task."""
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    assert isinstance(vars(ResourceManager)["GLOBAL_LIMITS_UPDATE_INTERVAL_S"], int | float)
