@@ -61,6 +61,11 @@ check: $(VENV)/.installed-dev
 	cd $(LINK) && MYPYPATH=$(LINK) $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(LINK)/cache -p moray.platform -p moray.models -p moray.kernels -p moray.actors \
 	    -p moray.pipelines -p moray.cluster
+	@# Benchmarks, of which no test runs most: whether what they call still is as they call it.
+	cd $(LINK) && MYPYPATH=$(LINK):$(CURDIR)/benchmarks $(CURDIR)/$(BIN)/mypy \
+	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(LINK)/benchmarks-cache \
+	    $(addprefix --disable-error-code ,arg-type assignment index misc no-untyped-call return-value unused-ignore var-annotated) \
+	    $(wildcard $(CURDIR)/benchmarks/*.py)
 
 # Another torch, another Python: in an environment of its own outside of the checkout, removed at the end. Pins that the
 # chosen torch decides are left out; a CUDA build of torch takes 5 GB. The interpreter of Triton 3.6 takes no numpy 2.4.

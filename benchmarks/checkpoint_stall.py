@@ -57,7 +57,7 @@ def block(worker: Worker, first: int, every: int, save: bool) -> float:
 def run_rank(rank: int, folder: str, every: int, blocks: int, zero_stage: int, results: Any) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    store = dist.FileStore(f"{folder}/store", WORLD)
+    store = dist.FileStore(f"{folder}/store", WORLD)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     worker = worker_of(folder, zero_stage)
     block(worker, 0, 10, save=True)  # warms up, and makes the memory for copies

@@ -59,7 +59,8 @@ class Watch(threading.Thread):
 
 
 def ours(source: str, out: str) -> dict[str, Any]:
-    from moray.pipelines.dedup.step import DedupConfig, step
+    from moray.pipelines.dedup.config import DedupConfig
+    from moray.pipelines.dedup.step import step
     from moray.platform.api import embedded_cluster
     from moray.platform.artifacts import Artifact
     from moray.platform.events import EventLog

@@ -123,7 +123,7 @@ def main(steps: str = "600", model: str = "quickstart@newest") -> int:
         "bf16, perturbed": run("bf16, perturbed", "bf16", perturb),
         "fp8": run("fp8", "fp8"),
     }
-    adamw.adamw_fp8 = naive_adamw
+    adamw.adamw_fp8 = naive_adamw  # type: ignore[attr-defined]
     try:
         curves[NAIVE] = run(NAIVE, "fp8")
     except FloatingPointError as error:

@@ -33,14 +33,22 @@ CORES = len(os.sched_getaffinity(0))
 def write_tokens(folder: Path) -> None:
     """Documents that count up."""
     from moray.actors.token_set import Vocabulary, write_index, write_shard
+    from moray.pipelines.packing import Documents, pack, plan
 
     vocabulary = Vocabulary(tokenizer="none", size=4096, bos=0, eos=1, pad=2)
     generator = np.random.default_rng(1)
-    documents = [
-        (f"d{number}", ((generator.integers(3, 4096) + stride * np.arange(600)) % 4093 + 3).tolist(), 1200)
-        for number, stride in enumerate(generator.integers(1, 9, 1000))
+    texts = [
+        (generator.integers(3, 4096) + stride * np.arange(600)) % 4093 + 3 for stride in generator.integers(1, 9, 1000)
     ]
-    write_index(folder, [write_shard(folder, 0, documents, LENGTH, vocabulary)], LENGTH, vocabulary)
+    tokens = [np.concatenate(([vocabulary.bos], text, [vocabulary.eos])) for text in texts]
+    documents = Documents(
+        [f"d{number}" for number in range(len(tokens))],
+        np.full(len(tokens), 1200, np.int64),
+        np.concatenate(tokens).astype(np.uint32),
+        np.cumsum([0, *map(len, tokens)]),
+    )
+    packed, pieces = pack(documents, plan(np.diff(documents.bounds), LENGTH, "concatenate"), LENGTH, vocabulary)
+    write_index(folder, [write_shard(folder, 0, packed, pieces)], LENGTH, vocabulary)
 
 
 def make_job(folder: Path, workers: int, steps: int) -> Any:

@@ -62,7 +62,7 @@ def stepper(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Callable[[
 
 
 def ours(folder: Path, dtype: torch.dtype) -> Callable[[int], float]:
-    model = moray.models.load(folder)
+    model = moray.models.load(folder)  # type: ignore[attr-defined]
     model.train()
     model.compute_in(dtype)
 
@@ -132,7 +132,7 @@ def main(rounds: str = "9") -> int:
         folder = Path(path) / "model"
         model = DeepseekV3(CONFIG)
         model.init_weights(seed=1)
-        moray.models.save(model, folder, "float32")
+        moray.models.save(model, folder, "float32")  # type: ignore[attr-defined]
         for dtype in (torch.float32, torch.bfloat16):
             pace, losses = race(folder, dtype, int(rounds))
             kind = str(dtype).removeprefix("torch.")
