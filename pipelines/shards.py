@@ -43,7 +43,7 @@ def map_shards(
     `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
     much of `unit` a shard is, for progress; it sees the input rows. `detail`, such as `pace`, says more about what has
     been done, from the sums of the numbers in the rows so far and the seconds since the start. `here`: in this process,
-    for what takes less than the second in which Ray Data begins. Raises StepFailed for the first shard that fails.
+    for what takes less time than tasks take to begin. Raises StepFailed for the first shard that fails.
     """
     total = sum(work(shard) for shard in shards)
     ctx.progress(phase, 0, total, unit)

@@ -6,7 +6,7 @@ are read again, and every group is decided by itself. Last, every shard is writt
 goes, with which document stays in its place.
 
 Text is in tasks, but for that of few candidates. This process holds a byte of each document (whether it is compared),
-and some 100 of each that is in a pair. Phases of few documents are done here: Ray Data takes a second to begin.
+and some 100 of each that is in a pair. Phases of few documents are done here: that is sooner than tasks begin.
 """
 
 from __future__ import annotations
