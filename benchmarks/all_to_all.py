@@ -3,7 +3,8 @@
 Both start with the same BF16 rows and the same routing (DeepSeek-V3's, over the ranks' share of its experts), and both
 end when the same bytes lie with their receivers. By separate operations these are packed in FP8 (`kernels/wire.py`),
 copied in the order of their receivers, and sent by `all_to_all_single`; fused, a row is quantised once and written
-straight into the receivers' memory (`kernels/push.py`), who are told by a small collective.
+straight into the receivers' memory (`kernels/push.py`), who are told by a small collective. The ids and weights of its
+experts go with a row.
 
 On CPUs: two ranks with a core each, gloo against shared memory. On GPUs with NVLink, where the kernel is Triton's and
 memory is torch's symmetric memory, against NCCL: torchrun --nproc-per-node GPUS benchmarks/all_to_all.py --gpu
@@ -47,7 +48,7 @@ class Payload:
         experts = config.n_routed_experts
         generator = torch.Generator().manual_seed(rank)
         self.rows_TD = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16().to(device)
-        ids_TK, _, _ = route(
+        ids_TK, weights_TK, _ = route(
             torch.randn(tokens, experts, generator=generator), torch.zeros(experts), top_k=config.num_experts_per_tok,
             n_group=config.n_group, topk_group=config.topk_group,
         )  # fmt: skip
@@ -56,22 +57,24 @@ class Payload:
         came = torch.empty_like(counts)
         dist.all_to_all_single(came, counts)
         self.sent, self.received = counts.tolist(), came.tolist()
-        self.width = packed_width(config.hidden_size) + -(-experts // self.ranks // 8)
+        tails = (ids_TK.int(), weights_TK.contiguous())
+        self.tails_TN = torch.cat([tail.view(torch.uint8) for tail in tails], dim=1).to(device)
+        self.width = packed_width(config.hidden_size) + self.tails_TN.shape[1]
 
 
 def separate(payload: Payload, link: Link, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    copies_CW = payload.copies.made(pack(payload.rows_TD), sum(payload.sent))
-    return link.exchange(copies_CW, payload.sent, payload.received)()
+    bytes_TX = torch.cat((pack(payload.rows_TD), payload.tails_TN), dim=1)
+    return link.exchange(payload.copies.made(bytes_TX, sum(payload.sent)), payload.sent, payload.received)()
 
 
 def cpu_ways(payload: Payload) -> dict[str, Way]:
     sockets, memory = Link(dist.group.WORLD), connect(dist.group.WORLD)
     assert memory is not None, "the ranks share no memory"
     shared = Link(dist.group.WORLD, memory=memory)
-    sent, received, visited_PTL = payload.sent, payload.received, payload.copies.visited_PTL
+    sent, received, goes_PT = payload.sent, payload.received, payload.copies.goes_PT
 
     def fused() -> Tensor:
-        return shared.push(payload.rows_TD, visited_PTL, sent, received)()
+        return shared.push(payload.rows_TD, payload.tails_TN, goes_PT, sent, received)()
 
     return {
         "separate, packed by torch": lambda: separate(payload, sockets, pack_rows_reference),
@@ -92,7 +95,7 @@ def gpu_ways(payload: Payload) -> dict[str, Way]:
     inboxes = [handle.get_buffer(peer, shape, torch.uint8, begin) for peer in range(payload.ranks)]
 
     def fused() -> Tensor:
-        push_rows(payload.rows_TD, payload.copies.visited_PTL, inboxes)
+        push_rows(payload.rows_TD, payload.tails_TN, payload.copies.goes_PT, inboxes)
         handle.barrier()
         parts = mine.view(payload.ranks, *shape)
         return torch.cat([part[:count] for part, count in zip(parts, payload.received, strict=True)])

@@ -1,8 +1,9 @@
 """What crosses between nodes when tokens go to their experts: counted over simulated routing, nothing is sent.
 
 DeepSeek-V3's routing (256 experts in 8 groups, 8 of at most 4 groups) over 4 nodes of 8 ranks; logits are drawn, so
-every expert is as likely as another. Against the naive way, a BF16 row for each expert: an FP8 row (with scales) for
-each rank that has experts of the token, which is what `models/dispatch.py` sends, or for each node, which passes it on.
+every expert is as likely as another. Against the naive way, a BF16 row for each expert: an FP8 row, with its scales and
+the ids and weights of its experts, for each rank that has any of them, which is what `models/crossing.py` sends, or for
+each node, which passes it on. Beside it what comes home: a BF16 row for each expert, or a rank's, or a node's sum.
 
 Usage: python benchmarks/dispatch_bytes.py [tokens=65536]
 """
@@ -45,24 +46,26 @@ def main(tokens: str = "65536") -> int:
     )  # fmt: skip
     home_T = torch.arange(int(tokens)) % NODES
     ranks = NODES * RANKS_PER_NODE
-    bits = -(-(experts // ranks) // 8)
-    fp8, bf16 = packed_width(width), 2 * width
-    ways = {
-        "a BF16 row for each expert": (crossing(places(ids_TK, experts, experts), home_T, experts // NODES), bf16),
-        "an FP8 row for each expert": (crossing(places(ids_TK, experts, experts), home_T, experts // NODES), fp8),
-        "an FP8 row for each rank": (crossing(places(ids_TK, ranks, experts), home_T, RANKS_PER_NODE), fp8 + bits),
-        "an FP8 row for each node": (crossing(places(ids_TK, NODES, experts), home_T, 1), fp8 + RANKS_PER_NODE * bits),
+    bf16, tail = 2 * width, config.num_experts_per_tok * (torch.int32.itemsize + torch.float32.itemsize)
+    fp8 = packed_width(width) + tail
+    copies = {
+        "expert": crossing(places(ids_TK, experts, experts), home_T, experts // NODES),
+        "rank": crossing(places(ids_TK, ranks, experts), home_T, RANKS_PER_NODE),
+        "node": crossing(places(ids_TK, NODES, experts), home_T, 1),
     }
+    ways = {"a BF16 row for each expert": (copies["expert"], bf16)}
+    ways |= {f"an FP8 row for each {part}": (count, fp8) for part, count in copies.items()}
+    ways |= {f"home, a BF16 sum of each {part}": (copies[part], bf16) for part in ("rank", "node")}
     naive = ways["a BF16 row for each expert"][0] * bf16
     rows: list[dict[str, Any]] = [
         {
             "way": way,
-            "copies": copies,
+            "copies": count,
             "bytes_a_copy": size,
-            "bytes_a_token": copies * size,
-            "ratio": copies * size / naive,
+            "bytes_a_token": count * size,
+            "ratio": count * size / naive,
         }
-        for way, (copies, size) in ways.items()
+        for way, (count, size) in ways.items()
     ]  # fmt: skip
     nodes = places(ids_TK, NODES, experts).sum(1)
     rows.append({"way": "nodes of a token", "mean": nodes.float().mean().item(), "most": int(nodes.max())})

@@ -239,7 +239,7 @@ def layers(size: Sizes, device: str) -> Iterator[Case]:
     x = torch.randn(size.rows, d, device=device, dtype=torch.bfloat16)
 
     def ours(x: Tensor, *weights: Tensor) -> Tensor:
-        return fp8_experts.fp8_experts(x, offsets, forms, *weights)
+        return fp8_experts.fp8_experts(x, None, offsets, forms, *weights)
 
     run = with_gradients(ours, x, *weights)
     halves = [w.bfloat16() for w in weights]

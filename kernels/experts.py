@@ -1,11 +1,15 @@
-"""The SwiGLU of a group of experts over rows sorted by expert: down(silu(gate(x)) * up(x)).
+"""The SwiGLU of experts over rows sorted by expert, by the router's weights w: down(silu(gate(x)) * up(x) * w).
+
+The weights are factors before the last product, which is linear: so a token's results are summed wherever they are, and
+the gradient of a weight is a sum over F numbers instead of D.
 
 Notable: a loop over the experts' slices. At 8 experts of 192 x 96 and 512 rows each, one thread, forward +
 backward, it takes 18.1 ms; a padded batched product and a hand-written backward take the same. `unbind` matters:
 indexing a stacked weight in the loop would make autograd fill a zero tensor of the whole stack per expert. An expert
 without rows multiplies an empty slice, and so gets zero gradients, not None.
 
-Shapes: R rows, E experts of the group, D hidden size, F expert hidden size.
+Shapes: R rows and their weights (of a dtype at least as wide), E experts of the group, D hidden size, F expert hidden
+size.
 """
 
 import torch
@@ -16,24 +20,36 @@ from moray.kernels.deferred import DeferredGradients, deferred_linear
 from moray.kernels.quantize import BLOCK, dequantize
 
 
+def _product(gate_RF: Tensor, up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    return (F.silu(gate_RF) * up_RF * weights_R.unsqueeze(1)).to(gate_RF.dtype)
+
+
 def experts_reference(
-    rows_RD: Tensor, counts_E: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor
+    rows_RD: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_gate_EFD: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
 ) -> Tensor:
     """Applies expert e to its `counts_E[e]` consecutive rows; returns rows in the same order.
 
     `counts_E` (int64, on any device) must sum to R.
     """
-    slices = torch.split(rows_RD, counts_E.tolist())
-    weights = zip(w_gate_EFD.unbind(0), w_up_EFD.unbind(0), w_down_EDF.unbind(0), strict=True)
+    counts = counts_E.tolist()
+    stacks = zip(w_gate_EFD.unbind(0), w_up_EFD.unbind(0), w_down_EDF.unbind(0), strict=True)
     outputs = [
-        F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-        for x, (gate, up, down) in zip(slices, weights, strict=True)
+        F.linear(_product(F.linear(x, gate), F.linear(x, up), w), down)
+        for x, w, (gate, up, down) in zip(
+            torch.split(rows_RD, counts), torch.split(weights_R, counts), stacks, strict=True
+        )
     ]
     return torch.cat(outputs)
 
 
 def experts_deferred(
     rows_RD: Tensor,
+    weights_R: Tensor,
     counts_E: Tensor,
     w_gate_EFD: Tensor,
     w_up_EFD: Tensor,
@@ -41,15 +57,16 @@ def experts_deferred(
     later: DeferredGradients,
 ) -> Tensor:
     """The same in the rows' dtype, with weights of any, leaves, whose gradients come about `later`."""
-    outputs = []
-    for e, x in enumerate(torch.split(rows_RD, counts_E.tolist())):
-        gate, up = (deferred_linear(x, weight, later, e) for weight in (w_gate_EFD, w_up_EFD))
-        outputs.append(deferred_linear(F.silu(gate) * up, w_down_EDF, later, e))
+    counts, outputs = counts_E.tolist(), []
+    for e, (x, w) in enumerate(zip(torch.split(rows_RD, counts), torch.split(weights_R, counts), strict=True)):
+        gate, up = (deferred_linear(x, stack, later, e) for stack in (w_gate_EFD, w_up_EFD))
+        outputs.append(deferred_linear(_product(gate, up, w), w_down_EDF, later, e))
     return torch.cat(outputs)
 
 
 def experts_fp8_reference(
     rows_RD: Tensor,
+    weights_R: Tensor,
     counts_E: Tensor,
     gate: tuple[Tensor, Tensor],
     up: tuple[Tensor, Tensor],
@@ -69,7 +86,8 @@ def experts_fp8_reference(
                 for stack, scales in (gate, up, down)
             )
             x = rows_RD[part]
-            out_RD[part] = F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+            inner = _product(F.linear(x, w_gate), F.linear(x, w_up), weights_R[part])
+            out_RD[part] = F.linear(inner, w_down)
             begin += count
     return out_RD
 

@@ -1,10 +1,10 @@
 """The SwiGLU of a group of experts in FP8, forward and backward, over rows sorted by expert and padded.
 
-    h = Q(x) Q([gate; up])^T      inner = silu(h_gate) * h_up      y = Q(inner) Q(down)^T
+    h = Q(x) Q([gate; up])^T      inner = silu(h_gate) * h_up * w      y = Q(inner) Q(down)^T
 
 Each expert's rows begin at a multiple of 128, so that no tile along the tokens holds rows of two experts; what fills
 them up is zeros. Offsets stay on the device. Gate and up are one product, forward and backward, of weights that lie on
-top of each other. A dense MLP is one expert.
+top of each other. w are the router's weights, one for each row. A dense MLP is one expert, without them.
 
 Of a row, the backward keeps the input, gate and up in FP8: D + 2F bytes. Six grouped products, two quantisations of
 rows in both directions (x, dy) and two fused SwiGLUs (`kernels/swiglu.py`) are all that touches the rows.
@@ -73,51 +73,53 @@ class _Fp8Experts(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_RD: Tensor,
+        weights_R: Tensor | None,
         offsets_E1: Tensor,
         quantized: Fp8Experts,
         later: DeferredGradients | None,
-        *weights: Tensor,
+        *stacks: Tensor,
     ) -> Tensor:
         along, turned = quantize_both(x_RD, power_of_two=True)
         h_RH = _grouped(along, quantized.gate_up, offsets_E1, x_RD.dtype)
-        inner, gate_up = swiglu_quantize(h_RH)
-        ctx.save_for_backward(*turned, *gate_up, offsets_E1)
-        ctx.quantized, ctx.later, ctx.weights = quantized, later, weights
+        inner, gate_up = swiglu_quantize(h_RH, weights_R)
+        ctx.save_for_backward(*turned, *gate_up, offsets_E1, weights_R)
+        ctx.quantized, ctx.later, ctx.stacks = quantized, later, stacks
         return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_RD,) = grads
-        x_fp8, x_scales, gate_up_fp8, gate_up_scales, offsets_E1 = ctx.saved_tensors
+        x_fp8, x_scales, gate_up_fp8, gate_up_scales, offsets_E1, weights_R = ctx.saved_tensors
         along, turned = quantize_both(dy_RD, power_of_two=True)
         d_inner_RG = _grouped_turned(along, ctx.quantized.down, offsets_E1, dy_RD.dtype)
-        d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG)
+        d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG, weights_R)
         dx_RD = _grouped_turned(d.along, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
-        weights = ctx.weights
+        stacks = ctx.stacks
 
-        def weight_gradients() -> tuple[Tensor, ...]:
-            inner = weights[0].shape[-2]
+        def stack_gradients() -> tuple[Tensor, ...]:
+            inner = stacks[0].shape[-2]
             d_gate_up_EHD = fp8_gemm_k_grouped(*d.turned, x_fp8, x_scales, offsets_E1)
             d_gate, d_up = (half[:, :inner] for half in d_gate_up_EHD.chunk(2, dim=1))
             d_down = fp8_gemm_k_grouped(*turned, *d.inner, offsets_E1)[..., :inner]
-            shapes = (weight.shape for weight in weights)
+            shapes = (stack.shape for stack in stacks)
             return tuple(d_w.reshape(shape) for d_w, shape in zip((d_gate, d_up, d_down), shapes, strict=True))
 
-        if not any(ctx.needs_input_grad[4:]):
-            return dx_RD, None, None, None, None, None, None
+        if not any(ctx.needs_input_grad[5:]):
+            return dx_RD, d.weights_R, None, None, None, None, None, None
         if ctx.later is None:
-            return dx_RD, None, None, None, *weight_gradients()
+            return dx_RD, d.weights_R, None, None, None, *stack_gradients()
 
         def compute() -> None:
-            for weight, gradient in zip(weights, weight_gradients(), strict=True):
-                add_gradient(weight, gradient)
+            for stack, gradient in zip(stacks, stack_gradients(), strict=True):
+                add_gradient(stack, gradient)
 
         ctx.later.add(compute)
-        return dx_RD, None, None, None, None, None, None
+        return dx_RD, d.weights_R, None, None, None, None, None, None
 
 
 def fp8_experts(
     x_RD: Tensor,
+    weights_R: Tensor | None,
     offsets_E1: Tensor,
     quantized: Fp8Experts,
     w_gate_EFD: Tensor,
@@ -128,11 +130,12 @@ def fp8_experts(
     """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16); what rows from the last offset on
     hold is not defined, and their gradient neither.
 
-    R and the offsets (int32) are multiples of 128. Differentiable in x and in the weights, of which `quantized` is the
-    FP8 form; the weights' gradients are FP32, and come about `later` where that is given: then weights are leaves.
+    R and the offsets (int32) are multiples of 128; weights_R is FP32. Differentiable in these two and in the stacks, of
+    which `quantized` is the FP8 form; the stacks' gradients are FP32, and come about `later` where that is given: then
+    they are leaves.
     """
     out: Tensor = _Fp8Experts.apply(  # type: ignore[no-untyped-call]
-        x_RD, offsets_E1, quantized, later, w_gate_EFD, w_up_EFD, w_down_EDF
+        x_RD, weights_R, offsets_E1, quantized, later, w_gate_EFD, w_up_EFD, w_down_EDF
     )
     return out
 
@@ -149,4 +152,4 @@ def fp8_mlp(
     rows = x_TD.shape[0]
     padded_RD = F.pad(x_TD, (0, 0, 0, -rows % BLOCK))
     offsets_E1 = torch.arange(2, dtype=torch.int32, device=x_TD.device) * padded_RD.shape[0]
-    return fp8_experts(padded_RD, offsets_E1, quantized, w_gate_FD, w_up_FD, w_down_DF, later)[:rows]
+    return fp8_experts(padded_RD, None, offsets_E1, quantized, w_gate_FD, w_up_FD, w_down_DF, later)[:rows]

@@ -25,10 +25,13 @@ def group_order(counts_E: Tensor, rows: int, device: torch.device) -> PaddedOrde
     return PaddedOrder(moved_R.int().unsqueeze(1), offsets_E1.int(), counts_E.int())
 
 
-def pad_groups(rows_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, PaddedOrder]:
-    """(rows at their padded places, with zeros between; the order). Differentiable."""
+def pad_groups(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, PaddedOrder]:
+    """(rows at their padded places, with zeros between; their weights; the order). Differentiable."""
     order = group_order(counts_E, rows_RD.shape[0], rows_RD.device)
-    return spread_padded(rows_RD, order, padded_capacity(rows_RD.shape[0], len(counts_E))), order
+    capacity = padded_capacity(rows_RD.shape[0], len(counts_E))
+    places_R = order.positions_TK.squeeze(1).long()
+    weights_P = weights_R.new_zeros(capacity).index_copy(0, places_R, weights_R)
+    return spread_padded(rows_RD, order, capacity), weights_P, order
 
 
 def unpad_groups(rows_PD: Tensor, order: PaddedOrder) -> Tensor:

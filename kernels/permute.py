@@ -1,8 +1,7 @@
 """Sorting (token, slot) pairs by expert, and moving rows along that order.
 
-Two orders: `PairOrder` packs the rows, and its counts must come to the host before experts can be cut apart;
-`PaddedOrder` starts every expert at a multiple of `tile` rows in a buffer whose size the host knows beforehand, so that
-a grouped product of FP8 tiles is launched without waiting for the router.
+A `PaddedOrder` starts every expert at a multiple of `tile` rows in a buffer whose size the host knows beforehand, so
+that a grouped product of FP8 tiles is launched without waiting for the router.
 
 Notable: no atomics on any row or order. The backward of a gather by a permutation is the gather by its inverse, so
 gradients are bit-identical from run to run, also on a GPU, where a scatter-add is not. Both sorts are stable: an
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,15 +31,6 @@ TILE = 128
 # Pairs of one program of the sort.
 _PAIRS = 256
 _MOST_ROWS = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class PairOrder:
-    """order_R: pairs sorted by expert; inverse_R: where each pair went; counts_E: pairs per expert. All int64."""
-
-    order_R: Tensor
-    inverse_R: Tensor
-    counts_E: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,23 +58,6 @@ def padded_capacity(pairs: int, experts: int, tile: int = TILE) -> int:
     return (begun + (pairs - begun) // tile) * tile
 
 
-def inverse_permutation(order_R: Tensor) -> Tensor:
-    """The permutation that undoes `order_R`."""
-    places = torch.arange(order_R.shape[0], device=order_R.device)
-    return torch.empty_like(order_R).scatter_(0, order_R, places)
-
-
-def sort_pairs_reference(expert_ids_TK: Tensor, num_experts: int) -> PairOrder:
-    """Sorts the flattened (token, slot) pairs stably by expert id."""
-    sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
-    edges = torch.arange(num_experts + 1, device=sorted_R.device, dtype=sorted_R.dtype)
-    counts_E = torch.searchsorted(sorted_R, edges).diff()
-    return PairOrder(order_R, inverse_permutation(order_R), counts_E)
-
-
-sort_pairs = sort_pairs_reference
-
-
 def _check_ids(expert_ids_TK: Tensor, num_experts: int, tile: int) -> None:
     check("expert_ids_TK", expert_ids_TK, (None, None), (torch.int64, torch.int32))
     for name, number in (("num_experts", num_experts), ("tile", tile)):
@@ -106,7 +80,7 @@ def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = 
     offsets_E1 = torch.zeros_like(edges_E1)
     offsets_E1[1:] = ((counts_E + tile - 1) // tile * tile).cumsum(0)
     moved_R = (offsets_E1 - edges_E1)[sorted_R] + torch.arange(len(ids_R), device=ids_R.device)
-    positions_R = torch.where(here_R, moved_R[inverse_permutation(order_R)], -1)
+    positions_R = torch.where(here_R, torch.empty_like(moved_R).index_copy_(0, order_R, moved_R), -1)
     return PaddedOrder(positions_R.view(expert_ids_TK.shape).int(), offsets_E1.int(), counts_E.int(), tile)
 
 
@@ -319,7 +293,8 @@ def _sum_slots(
 
 
 def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: Tensor) -> Tensor:
-    """out[t]: the sum in FP32 over k of (weights[t, k] times) rows[positions[t, k]], in the rows' dtype."""
+    """out[t]: the sum in FP32 over k of (weights[t, k] times) rows[positions[t, k]], in the rows' dtype. A position of
+    -1 adds nothing."""
     tokens, slots = positions_TK.shape
     width = rows_RD.shape[1]
     out_TD = torch.empty((tokens, width), dtype=rows_RD.dtype, device=rows_RD.device)
@@ -330,6 +305,23 @@ def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: T
             K=slots, WIDTH=wide, WEIGHTED=weights_TK is not None,
         )  # fmt: skip
     return out_TD
+
+
+def sum_slots_reference(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
+    """As `sum_slots`, of FP32, BF16 or float64."""
+    here_TK = positions_TK >= 0
+    counts_T = here_TK.sum(1)
+    return F.embedding_bag(positions_TK[here_TK], rows_RD, counts_T.cumsum(0) - counts_T, mode="sum")
+
+
+def sum_slots(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
+    """out[t]: the sum over slots k, in their order and in a wide dtype, of rows[positions[t, k]]; in the rows' dtype.
+
+    A position (an integer) of -1 adds nothing. Not differentiable.
+    """
+    if backend(rows_RD) == "triton" and rows_RD.dtype != torch.float64:
+        return sum_slots_triton(rows_RD.contiguous(), None, positions_TK.contiguous())
+    return sum_slots_reference(rows_RD, positions_TK)
 
 
 class _SpreadPadded(torch.autograd.Function):

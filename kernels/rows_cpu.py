@@ -2,7 +2,7 @@
 
 Where numba is not installed, the references do.
 
-Shapes: T tokens, D columns, P ranks, L experts of a rank.
+Shapes: T tokens, D columns, P ranks, N bytes of a tail.
 """
 
 import importlib.util
@@ -38,12 +38,12 @@ def pack_rows_compiled(rows_TD: Tensor) -> Tensor:
     return out_TW
 
 
-def push_rows_compiled(rows_TD: Tensor, visited_PTL: Tensor, inboxes: Sequence[Tensor]) -> None:
+def push_rows_compiled(rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """As `push.push_rows_reference`."""
     from moray.kernels.rows_numba import push
 
     arrays = tuple(inbox.numpy() for inbox in inboxes)
-    push(*_bits(rows_TD), visited_PTL.transpose(0, 1).contiguous().numpy(), arrays)
+    push(*_bits(rows_TD), tails_TN.numpy(), goes_PT.t().contiguous().numpy(), arrays)
 
 
 def _bits(rows_TD: Tensor) -> tuple[Any, np.int32]:

@@ -50,30 +50,19 @@ def pack(bits_TD, shift, out_TW) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _mark(visited_L, marks_B):
-    """A bit for each expert; whether there is any."""
-    any_bit = 0
-    for octet in range(marks_B.shape[0]):
-        bits = 0
-        for bit in range(min(8, visited_L.shape[0] - 8 * octet)):
-            bits |= visited_L[8 * octet + bit] << bit
-        marks_B[octet] = bits
-        any_bit |= bits
-    return any_bit != 0
-
-
-@numba.njit(nogil=True, cache=True)
-def push(bits_TD, shift, visited_TPL, inboxes) -> None:
+def push(bits_TD, shift, tails_TN, goes_TP, inboxes) -> None:
     x, y, one = np.empty(128, np.float32), np.empty(128, np.float32), np.empty(1, np.float32)
-    tokens, ranks, local = visited_TPL.shape
-    columns = bits_TD.shape[1]
+    tokens, ranks = goes_TP.shape
+    columns, tail = bits_TD.shape[1], tails_TN.shape[1]
     packed = columns + (columns + 127) // 128
-    row_W = np.empty(packed + (local + 7) // 8, np.uint8)
+    row_W = np.empty(packed + tail, np.uint8)
     places = np.zeros(ranks, np.int64)
     for t in range(tokens):
         _pack_row(bits_TD[t], shift, row_W[:packed], x, y, one)
+        for i in range(tail):
+            row_W[packed + i] = tails_TN[t, i]
         for p in range(ranks):
-            if _mark(visited_TPL[t, p], row_W[packed:]):
+            if goes_TP[t, p]:
                 there = inboxes[p][places[p]]
                 for i in range(row_W.shape[0]):
                     there[i] = row_W[i]

@@ -44,19 +44,3 @@ def unpack_rows(bytes_TW: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     # 255 becomes an infinity, and all of such a tile's numbers are NaN.
     scales_TJ = (bytes_TW[:, columns:].int() << _MANTISSA_BITS).view(torch.float32)
     return dequantize(fp8_TD, scales_TJ, dtype=dtype)
-
-
-def _weights(device: torch.device) -> Tensor:
-    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def pack_bits(bits_CL: Tensor) -> Tensor:
-    """uint8 [C, B] of numbers 0 and 1, the first in the lowest bit."""
-    padded_CX = torch.nn.functional.pad(bits_CL, (0, -bits_CL.shape[1] % 8))
-    return (torch.unflatten(padded_CX, 1, (-1, 8)) * _weights(bits_CL.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(bytes_AB: Tensor, local: int) -> Tensor:
-    """bool [A, L]."""
-    bits_AB8 = bytes_AB.unsqueeze(-1) & _weights(bytes_AB.device)
-    return bits_AB8.ne(0).flatten(1)[:, :local]

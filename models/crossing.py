@@ -1,17 +1,76 @@
-"""The part of a layer's way that lies between ranks: who sends how much to whom, and in which order it arrives.
+"""The part of a layer's way that lies between ranks: rows to the ranks of their experts, and sums of results home.
 
-Shapes: P ranks, L experts of a rank, X columns of any meaning, W bytes, R rows here, S rows sent.
+In FP8 training, rows go in FP8 (`kernels/wire.py`), forward those of tokens, backward the gradients of results. What
+comes home comes in the rows' own dtype (DeepSeek-V3 §3.3.3), summed by its rank.
+
+A row crosses once to each rank that has any of its token's experts (`copies.py`). Forward, the ids of all its experts
+and the router's weights go with it.
+
+Shapes: T tokens here, A rows that arrive, K slots, P ranks, E experts, L experts here, C copies, D hidden size, N bytes
+of a tail.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from moray.kernels.permute import inverse_permutation
-from moray.kernels.wire import pack_rows, packed_width
-from moray.models.copies import Copies, expand
+from moray.kernels.wire import pack_rows, packed_width, unpack_rows
+from moray.models.copies import Copies
+from moray.models.layer import Routing
 from moray.models.link import Arrival, Link
+
+
+class Load(NamedTuple):
+    """What is on its way: rows, [T, D] or [A, D], and a number for each of their slots, [T, K] or [A, K], or none."""
+
+    rows: Tensor
+    weights: Tensor | None
+
+
+Arrivals = Callable[[], Load]  # waits for a transfer that is under way; what arrived
+
+
+class Crossing(Protocol):
+    """Of one layer's rows. Each call is a departure. The first brings the weights there; forward and backward go the
+    same ways, so others may follow without."""
+
+    def there(self, load: Load) -> Arrivals:
+        """Sends tokens' rows to the ranks of their experts."""
+
+    def back(self, load: Load) -> Arrivals:
+        """Sends what came of the rows that arrived, in their order, to where they are from, and sums it there."""
+
+    def counts_L(self) -> Tensor:  # noqa: N802
+        """Rows of each expert here, int64; known once rows have departed. On the host, if that is where it was
+        heard."""
+
+    def ids_AK(self) -> Tensor:  # noqa: N802
+        """For each slot of the rows that arrived its expert here, counted from 0, or -1; known once they have."""
+
+
+class Here:
+    """All experts are here, and nothing crosses. Rows are rounded to FP8 all the same, so that what is computed depends
+    on the number of ranks as little as it can."""
+
+    def __init__(self, routing: Routing, fp8: bool) -> None:
+        self._ids_TK, self._counts_E, self._fp8 = routing.ids_TK, routing.counts_E, fp8
+
+    def there(self, load: Load) -> Arrivals:
+        rows_TD, weights_TK = load
+        if self._fp8:
+            rows_TD = unpack_rows(pack_rows(rows_TD), rows_TD.shape[1], rows_TD.dtype)
+        return lambda: Load(rows_TD, weights_TK)
+
+    def back(self, load: Load) -> Arrivals:
+        return lambda: load
+
+    def counts_L(self) -> Tensor:  # noqa: N802
+        return self._counts_E
+
+    def ids_AK(self) -> Tensor:  # noqa: N802
+        return self._ids_TK
 
 
 class Announcement:
@@ -27,76 +86,97 @@ class Announcement:
         self._arrival = link.exchange(self._sent_PX, None, None)
         self._side = torch.cuda.Stream() if counts_E.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def heard(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """From here, and to here: pairs for each expert of each rank, [P, L], and rows for each rank, [P]; on the
-        host."""
+    def heard(self) -> tuple[list[int], list[int], Tensor]:
+        """(copies to each rank, copies from each, rows of each expert here, int64), on the host."""
         if self._side is None:
             both = torch.stack((self._sent_PX, self._arrival()))
         else:
             with torch.cuda.stream(self._side):
                 both = torch.stack((self._sent_PX, self._arrival())).cpu()  # the one sync, of this stream alone
-        return (both[0, :, :-1], both[0, :, -1]), (both[1, :, :-1], both[1, :, -1])
+        return both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0)
 
 
-@dataclass(frozen=True)
-class Crossing:
-    """The part of a layer's way that lies between ranks.
+class ExchangeCrossing:
+    """By the exchanges of a `Link`. There is one more, small and first, of counts, since an exchange of rows needs its
+    split sizes on the host."""
 
-    sent_P, received_P: rows to and from each rank, one for each pair of token and expert. order_R, inverse_R: from the
-    order of arrival (rank by rank) to the order by local expert. copies: those sent on the way there,
-    copied_P to each rank, and arriving_P come from each, for `local` experts here.
-    """
+    def __init__(self, link: Link, routing: Routing, experts: range, ranks: int, fp8: bool) -> None:
+        self._link, self._ids_TK, self._experts, self._fp8 = link, routing.ids_TK, experts, fp8
+        self._copies = Copies.of(routing.ids_TK, ranks, len(experts))
+        self._announcement = Announcement(link, routing.counts_E, self._copies.counts_P())
+        self._heard: tuple[list[int], list[int], Tensor] | None = None
+        self._ids_AK: Tensor | None = None
 
-    link: Link
-    sent_P: tuple[int, ...]
-    received_P: tuple[int, ...]
-    order_R: Tensor
-    inverse_R: Tensor
-    copies: Copies
-    copied_P: tuple[int, ...]
-    arriving_P: tuple[int, ...]
-    local: int
+    def there(self, load: Load) -> Arrivals:
+        if self._heard is None:
+            self._heard = self._announcement.heard()
+        sent, received, _ = self._heard
+        rows_TD, weights_TK = load
+        tails_TN = self._tails(rows_TD, weights_TK)
+        if self._fp8 and self._link.memory is not None:
+            arrival = self._link.push(rows_TD, tails_TN, self._copies.goes_PT, sent, received)
+        else:
+            bytes_TX = torch.cat((pack_rows(rows_TD) if self._fp8 else _bytes(rows_TD), tails_TN), dim=1)
+            arrival = self._link.exchange(self._copies.made(bytes_TX, sum(sent)), sent, received)
+        return self._unpacked(arrival, load)
 
-    @classmethod
-    def of(
-        cls, link: Link, copies: Copies, announcement: Announcement, device: torch.device
-    ) -> tuple["Crossing", Tensor]:
-        """The crossing that was announced, and the rows of each expert here, int64 on the host."""
-        (sent_PL, copied_P), (received_PL, arriving_P) = announcement.heard()
-        order_R = _arrival_order(received_PL).to(device)
-        rows_sent, rows_received = sent_PL.sum(1).tolist(), received_PL.sum(1).tolist()
-        crossing = cls(
-            link, tuple(rows_sent), tuple(rows_received), order_R, inverse_permutation(order_R), copies,
-            tuple(copied_P.tolist()), tuple(arriving_P.tolist()), received_PL.shape[1],
-        )  # fmt: skip
-        return crossing, received_PL.sum(0)
+    def back(self, load: Load) -> Arrivals:
+        assert self._heard is not None
+        sent, received, _ = self._heard
+        rows_AD, weights_AK = load
+        if weights_AK is None:
+            arrival = self._link.exchange(rows_AD, received, sent)
+            return lambda: Load(self._copies.sums(arrival()), None)
+        bytes_AX = torch.cat((_bytes(rows_AD), _bytes(weights_AK)), dim=1)
+        arrival, dtypes = self._link.exchange(bytes_AX, received, sent), (rows_AD.dtype, weights_AK.dtype)
+        width = rows_AD.shape[1] * rows_AD.element_size()
 
-    def once(self, rows_TX: Tensor) -> Arrival:
-        """A token's row to all its experts, by one copy for each rank."""
-        copies_CW = self.copies.made(rows_TX, sum(self.copied_P))
-        return self._expanded(self.link.exchange(copies_CW, self.copied_P, self.arriving_P), rows_TX)
+        def summed() -> Load:
+            parts_CX = arrival().tensor_split([width], dim=1)
+            numbers = (_numbers(part_CX, dtype) for part_CX, dtype in zip(parts_CX, dtypes, strict=True))
+            return Load(*map(self._copies.sums, numbers))
 
-    def once_packed(self, rows_TD: Tensor) -> Arrival:
-        """The same of rows in FP8, packed (`kernels/wire.py`)."""
-        if self.link.memory is None:
-            return self.once(pack_rows(rows_TD))
-        arrival = self.link.push(rows_TD, self.copies.visited_PTL, self.copied_P, self.arriving_P)
-        return self._expanded(arrival, rows_TD.new_empty(0, packed_width(rows_TD.shape[1]), dtype=torch.uint8))
+        return summed
 
-    def _expanded(self, arrival: Arrival, like_TX: Tensor) -> Arrival:
-        like_TX = like_TX.new_empty(0, like_TX.shape[1])
-        return lambda: expand(arrival(), like_TX, self.local, sum(self.received_P))
+    def counts_L(self) -> Tensor:  # noqa: N802
+        assert self._heard is not None, "rows are sent first"
+        return self._heard[2]
 
-    def there(self, rows_SX: Tensor) -> Arrival:
-        arrival = self.link.exchange(rows_SX, self.sent_P, self.received_P)
-        return lambda: arrival().index_select(0, self.order_R)
+    def ids_AK(self) -> Tensor:  # noqa: N802
+        assert self._ids_AK is not None, "rows arrive first"
+        return self._ids_AK
 
-    def back(self, rows_RX: Tensor) -> Arrival:
-        return self.link.exchange(rows_RX.index_select(0, self.inverse_R), self.received_P, self.sent_P)
+    def _tails(self, rows_TD: Tensor, weights_TK: Tensor | None) -> Tensor:
+        """What goes with the rows: uint8 [T, N]."""
+        if weights_TK is None:
+            return rows_TD.new_empty((len(rows_TD), 0), dtype=torch.uint8)
+        return torch.cat((_bytes(self._ids_TK.int()), _bytes(weights_TK)), dim=1)
+
+    def _unpacked(self, arrival: Arrival, load: Load) -> Arrivals:
+        (_, columns), dtype = load.rows.shape, load.rows.dtype
+        width = packed_width(columns) if self._fp8 else columns * dtype.itemsize
+        weights_TK = load.weights
+        slots, weights_dtype = (0, dtype) if weights_TK is None else (weights_TK.shape[1], weights_TK.dtype)
+
+        def unpacked() -> Load:
+            bytes_AX = arrival()
+            row_bytes = bytes_AX[:, :width]
+            rows_AD = unpack_rows(row_bytes, columns, dtype) if self._fp8 else _numbers(row_bytes, dtype)
+            if not slots:
+                return Load(rows_AD, None)
+            ids_bytes, weights_bytes = bytes_AX[:, width:].tensor_split([slots * torch.int32.itemsize], dim=1)
+            ids_AK = _numbers(ids_bytes, torch.int32) - self._experts.start
+            self._ids_AK = torch.where((ids_AK >= 0) & (ids_AK < len(self._experts)), ids_AK, -1)
+            return Load(rows_AD, _numbers(weights_bytes, weights_dtype))
+
+        return unpacked
 
 
-def _arrival_order(received_PL: Tensor) -> Tensor:
-    """Rows arrive by rank, then by expert; the experts want them by expert, then by rank."""
-    ranks, local = received_PL.shape
-    experts_PL = torch.arange(local).repeat(ranks)
-    return experts_PL.repeat_interleave(received_PL.flatten()).argsort(stable=True)
+def _bytes(rows_XD: Tensor) -> Tensor:
+    if not len(rows_XD):  # its last stride may be any
+        return rows_XD.new_empty((0, rows_XD.shape[1] * rows_XD.element_size()), dtype=torch.uint8)
+    return rows_XD.contiguous().view(torch.uint8)
+
+
+def _numbers(bytes_XN: Tensor, dtype: torch.dtype) -> Tensor:
+    return bytes_XN.clone(memory_format=torch.contiguous_format).view(dtype)

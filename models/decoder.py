@@ -1,9 +1,12 @@
 """One decoder layer: attention, then a dense MLP or a mixture of experts, in the stages of `layer.py`.
 
-Shapes: B batch, T tokens (of a row with B, of the flattened batch without), K slots, R rows, D hidden size.
+Shapes: B batch, T tokens (of a row with B, of the flattened batch without), L experts here, R rows, D hidden
+size.
 """
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 
 from torch import Tensor, nn
 
@@ -52,17 +55,12 @@ class DecoderLayer(nn.Module):
         with attended.recompute:
             return self.mlp.local(attended.rows_TD) if isinstance(self.mlp, MoE) else self.mlp(attended.rows_TD)
 
-    def experts(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor:
         assert isinstance(self.mlp, MoE)
-        return self.mlp.compute(rows_RD, counts_E)
+        return self.mlp.compute(rows_RD, weights_R, counts_L)
 
-    def aggregate(self, attended: Attended, local_TD: Tensor | None, rows_TKD: Tensor | None) -> Tensor:
+    def aggregate(self, attended: Attended, *parts_TD: Tensor | None) -> Tensor:
         with attended.recompute as recompute:
-            out_TD = local_TD
-            if rows_TKD is not None:
-                assert isinstance(self.mlp, MoE)
-                assert attended.routing is not None
-                out_TD = self.mlp.aggregate(attended.routing, rows_TKD, local_TD)
+            out_TD = reduce(add, (part_TD for part_TD in parts_TD if part_TD is not None))
             recompute.forget()
-        assert out_TD is not None
         return attended.residual_BTD + out_TD.view_as(attended.residual_BTD)

@@ -1,25 +1,18 @@
-"""Dispatchers: rows to experts and back, within a process and across a process group.
+"""Dispatchers: rows to experts, and sums of their results back, within a process and across a process group.
 
-`LocalDispatcher` sorts. `ProcessGroupDispatcher` sorts, exchanges with all_to_all_single (gloo on the CPU, NCCL on
-GPUs) and sorts what arrived by local expert. Expert e lives on rank e // (E / ranks).
-
-In FP8 training, what goes to experts goes in FP8 (`kernels/wire.py`): rows forward, gradients of their outputs
-backward. What comes home is summed there, and comes in the rows' own dtype (DeepSeek-V3 §3.3.3). The rows that do not
-leave the process are rounded all the same: what is computed depends on no layout.
-
-On the way to the experts a row crosses once to each rank that has any of its token's (`copies.py`), and is expanded
-there. On the way home every expert's result is a row of its own, since its weight is known at home only.
+Expert e lives on rank e // (E / ranks). What lies between ranks is a `Crossing` (`crossing.py`); what arrives is spread
+over the experts here (`spread.py`). The router's weights travel with the rows, and are factors of the experts' results,
+so a rank has summed up what it sends home. In FP8 training that sum is rounded to BF16 once for each rank: this, and no
+more of what is computed, depends on the number of ranks.
 
 Notable: a departure and an arrival are two nodes of autograd's graph, so that what is computed between them, forward
-and backward, hides the way (`interleave.py`). Per dispatch there is one small exchange of counts, read on the host,
-since an exchange of rows needs its split sizes there. The backward of an exchange is the reverse exchange, so all ranks
-must run the same layers in the same order; a rank that sends or receives no rows takes part all the same.
+and backward, hides the way (`interleave.py`). The backward of a crossing is a crossing the other way, so all ranks must
+run the same layers in the same order; a rank that sends or receives no rows takes part all the same.
 
-Shapes: T tokens, K slots, E experts, P ranks, L = E / P local experts, R rows here, S = T * K rows sent, D hidden size.
+Shapes: T tokens, K slots, E experts, A rows that arrive, R rows at the experts here, D hidden size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,118 +20,85 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moray.kernels.deferred import DeferredGradients
-from moray.kernels.permute import PairOrder, sort_pairs
-from moray.kernels.wire import pack_rows, unpack_rows
-from moray.models.copies import Copies
-from moray.models.crossing import Announcement, Crossing
-from moray.models.layer import Dispatcher
-from moray.models.link import Arrival, Link, Timed, untimed
+from moray.models.crossing import Arrivals, Crossing, ExchangeCrossing, Here, Load
+from moray.models.layer import Dispatcher, Routing
+from moray.models.link import Link, Timed, untimed
 from moray.models.peers import PeerMemory
+from moray.models.spread import Spread
 
-Departure = Callable[[Tensor], Arrival]
+Departure = Callable[[Load], Arrivals]
 
 
-@dataclass(frozen=True)
 class Way:
-    """The way of one layer's rows: to the experts, in FP8 if `fp8`, and home. Each call is a departure.
+    """The way of one layer's rows, to the experts and home; their gradients go the same two ways."""
 
-    Rows and their gradients: what `tokens_to_experts` brings, `sums_home` brings back; what `home` brings,
-    `pairs_to_experts`.
-    """
+    def __init__(self, crossing: Crossing) -> None:
+        self._crossing = crossing
+        self._spread: Spread | None = None
 
-    pairs: PairOrder
-    slots: int
-    fp8: bool
-    crossing: Crossing | None
+    def counts_L(self) -> Tensor:  # noqa: N802
+        """Rows of each expert here, int64, once rows have departed."""
+        return self._crossing.counts_L()
 
-    def tokens_to_experts(self, rows_TD: Tensor) -> Arrival:
-        """Every token's row where its experts are: rows_RD."""
-        if self.crossing is None:
-            rows_RD = self._rounded(rows_TD).index_select(0, self.pairs.order_R // self.slots)
-            return lambda: rows_RD
-        arrival = self.crossing.once_packed(rows_TD) if self.fp8 else self.crossing.once(rows_TD)
-        return self._unpacked(arrival, rows_TD)
+    def to_experts(self, load: Load) -> Arrivals:
+        """Rows [T, D] to where their experts are: rows [R, D]; with weights [T, K], which become [R], or without."""
+        arrival = self._crossing.there(load)
 
-    def pairs_to_experts(self, rows_TKD: Tensor) -> Arrival:
-        """Every pair's row where its expert is: rows_RD."""
-        rows_SD = rows_TKD.flatten(0, 1)
-        if self.crossing is None:
-            rows_RD = self._rounded(rows_SD).index_select(0, self.pairs.order_R)
-            return lambda: rows_RD
-        return self._unpacked(self.crossing.there(self._packed(rows_SD).index_select(0, self.pairs.order_R)), rows_SD)
+        def arrived() -> Load:
+            rows_AD, weights_AK = arrival()
+            spread = self._spread_out()
+            return Load(spread.rows(rows_AD), None if weights_AK is None else spread.weights(weights_AK))
 
-    def home(self, rows_RD: Tensor) -> Arrival:
-        """Every pair's row where its token is: rows_TKD."""
-        if self.crossing is None:
-            rows_TKD = self._by_token(rows_RD)
-            return lambda: rows_TKD
-        arrival = self.crossing.back(rows_RD)
-        return lambda: self._by_token(arrival())
+        return arrived
 
-    def sums_home(self, rows_RD: Tensor) -> Arrival:
-        """The sum of each token's rows where it is: rows_TD."""
-        arrival = self.home(rows_RD)
-        return lambda: arrival().sum(1)
+    def home(self, load: Load) -> Arrivals:
+        """The sum of each token's rows [R, D] to where it is: rows [T, D]; with a number for each, [R], which goes to
+        the slot it belongs to, [T, K], or without."""
+        rows_RD, weights_R = load
+        spread = self._spread_out()
+        return self._crossing.back(Load(spread.sums(rows_RD), None if weights_R is None else spread.slots(weights_R)))
 
-    def _packed(self, rows_XD: Tensor) -> Tensor:
-        return pack_rows(rows_XD) if self.fp8 else rows_XD
-
-    def _unpacked(self, arrival: Arrival, like_XD: Tensor) -> Arrival:
-        columns, dtype = like_XD.shape[1], like_XD.dtype
-        return (lambda: unpack_rows(arrival(), columns, dtype)) if self.fp8 else arrival
-
-    def _rounded(self, rows_XD: Tensor) -> Tensor:
-        return unpack_rows(pack_rows(rows_XD), rows_XD.shape[1], rows_XD.dtype) if self.fp8 else rows_XD
-
-    def _by_token(self, rows_SD: Tensor) -> Tensor:
-        return rows_SD.index_select(0, self.pairs.inverse_R).view(-1, self.slots, rows_SD.shape[1])
+    def _spread_out(self) -> Spread:
+        if self._spread is None:
+            counts_L = self.counts_L()
+            self._spread = Spread.of(self._crossing.ids_AK(), len(counts_L), int(counts_L.sum()))
+        return self._spread
 
 
 class Trip:
-    """A layer's dispatch (`layer.Dispatch`). `plan` waits until the way and the rows of each expert here are known.
+    """A layer's dispatch (`layer.Dispatch`). What is not needed any more it lets go: the graph holds it up to the
+    backward."""
 
-    What is not needed any more it lets go: the graph holds it up to the backward.
-    """
-
-    def __init__(self, rows_TD: Tensor, plan: Callable[[], tuple[Way, Tensor]]) -> None:
-        self._rows_TD: Tensor | None = rows_TD
-        self._plan: Callable[[], tuple[Way, Tensor]] | None = plan
-        self._way: Way | None = None
-        self._counts_E: Tensor | None = None
+    def __init__(self, rows_TD: Tensor, weights_TK: Tensor, crossing: Crossing) -> None:
+        self._load: Load | None = Load(rows_TD, weights_TK)
+        self._way = Way(crossing)
         # Between a departure and its arrival the graph has an edge, and there is no tensor yet: this stands for it.
         self._ticket: Tensor | None = None
-        self._arrival: Arrival | None = None
-
-    @property
-    def way(self) -> Way:
-        assert self._way is not None, "rows are sent first"
-        return self._way
+        self._arrival: Arrivals | None = None
 
     def send(self) -> None:
-        assert self._plan is not None
-        self._way, self._counts_E = self._plan()
-        self._ticket = _Depart.apply(self._rows_TD, self, self._way.tokens_to_experts)  # type: ignore[no-untyped-call]
-        self._plan = self._rows_TD = None
+        assert self._load is not None
+        load, self._load = self._load, None
+        self._ticket = _Depart.apply(self, self._way.to_experts, *load)  # type: ignore[no-untyped-call]
 
-    def arrived(self) -> tuple[Tensor, Tensor]:
-        assert self._counts_E is not None
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
         ticket, self._ticket = self._ticket, None
-        rows_RD = _Arrive.apply(ticket, self, self.way.sums_home)  # type: ignore[no-untyped-call]
-        return rows_RD, self._counts_E
+        rows_RD, weights_R = _Arrive.apply(ticket, self, self._way.home)  # type: ignore[no-untyped-call]
+        return rows_RD, weights_R, self._way.counts_L()
 
     def send_back(self, rows_RD: Tensor) -> None:
-        self._ticket = _Depart.apply(rows_RD, self, self.way.home)  # type: ignore[no-untyped-call]
+        self._ticket = _Depart.apply(self, self._way.home, rows_RD, None)  # type: ignore[no-untyped-call]
 
     def home(self) -> Tensor:
         ticket, self._ticket = self._ticket, None
-        rows_TKD: Tensor = _Arrive.apply(ticket, self, self.way.pairs_to_experts)  # type: ignore[no-untyped-call]
-        return rows_TKD
+        rows_TD: Tensor = _Arrive.apply(ticket, self, self._way.to_experts)[0]  # type: ignore[no-untyped-call]
+        return rows_TD
 
-    def under_way(self, arrival: Arrival) -> None:
+    def under_way(self, arrival: Arrivals) -> None:
         """Remembers the one transfer that this trip now waits for."""
         self._arrival = arrival
 
-    def take(self) -> Tensor:
+    def take(self) -> Load:
         """Waits for it; what arrived."""
         assert self._arrival is not None
         arrival, self._arrival = self._arrival, None
@@ -147,38 +107,33 @@ class Trip:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_XD: Tensor, trip: Trip, departure: Departure) -> Tensor:
+    def forward(ctx: Any, trip: Trip, departure: Departure, rows_XD: Tensor, weights: Tensor | None) -> Tensor:
         ctx.trip = trip
-        trip.under_way(departure(rows_XD))
+        trip.under_way(departure(Load(rows_XD, weights)))
         return rows_XD.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        return ctx.trip.take(), None, None
+        return None, None, *ctx.trip.take()
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, trip: Trip, gradients_departure: Departure) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, trip: Trip, gradients_departure: Departure) -> tuple[Tensor | None, ...]:
         ctx.trip, ctx.departure = trip, gradients_departure
-        return trip.take()
+        return tuple(trip.take())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        ctx.trip.under_way(ctx.departure(grads[0]))
-        return grads[0].new_empty(0), None, None
+    def backward(ctx: Any, d_rows_XD: Tensor, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.trip.under_way(ctx.departure(Load(d_rows_XD, d_weights)))
+        return d_rows_XD.new_empty(0), None, None
 
 
 class LocalDispatcher:
     """All experts are here."""
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Trip:
-        pairs = sort_pairs(expert_ids_TK, self.num_experts)
-        way = Way(pairs, expert_ids_TK.shape[1], fp8, None)
-        return Trip(rows_TD, lambda: (way, pairs.counts_E))
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Trip:
+        return Trip(rows_TD, routing.weights_TK, Here(routing, fp8))
 
 
 class ProcessGroupDispatcher:
@@ -205,16 +160,9 @@ class ProcessGroupDispatcher:
         first = dist.get_rank(group) * self.num_local
         self.experts = range(first, first + self.num_local)
 
-    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Trip:
-        pairs = sort_pairs(expert_ids_TK, self.num_experts)
-        copies = Copies.of(expert_ids_TK, self.ranks, self.num_local)
-        announcement = Announcement(self.link, pairs.counts_E, copies.counts_P())
-
-        def plan() -> tuple[Way, Tensor]:
-            crossing, counts_L = Crossing.of(self.link, copies, announcement, rows_TD.device)
-            return Way(pairs, expert_ids_TK.shape[1], fp8, crossing), counts_L
-
-        return Trip(rows_TD, plan)
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Trip:
+        crossing = ExchangeCrossing(self.link, routing, self.experts, self.ranks, fp8)
+        return Trip(rows_TD, routing.weights_TK, crossing)
 
 
 def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -> Dispatcher:
@@ -223,4 +171,4 @@ def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -
         raise ValueError(f"experts = {experts} is not all of {num_experts}: a dispatcher must reach the others")
     if isinstance(given, ProcessGroupDispatcher) and given.experts != experts:
         raise ValueError(f"experts = {experts}, but the dispatcher sends {given.experts} to this rank")
-    return given or LocalDispatcher(num_experts)
+    return given or LocalDispatcher()

@@ -4,8 +4,8 @@ The stages are separate calls so that a schedule may run other compute while row
 that schedule. A `Dispatcher` moves rows between tokens and experts; the layer does not know whether the experts are in
 this process.
 
-Shapes: B batch, T tokens (of a row, or of the flattened batch where there is no B), K slots, E experts, R rows, D
-hidden size.
+Shapes: B batch, T tokens (of a row, or of the flattened batch where there is no B), K slots, E experts, L local
+experts, R rows, D hidden size.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ A_contra = TypeVar("A_contra", contravariant=True)
 
 @dataclass(frozen=True)
 class Routing:
-    """Where a token's row goes. ids_TK int64; weights_TK the factors of the sum; counts_E int64, pairs per expert.
+    """Where a token's row goes. ids_TK int64; weights_TK, factors of the experts' results; counts_E int64, how many
+    pairs go to each expert.
 
     balance: the layer's sequence-wise balance loss, a scalar (`kernels.router`); None outside training.
     """
@@ -39,24 +40,24 @@ class Dispatch(Protocol):
     def send(self) -> None:
         """Sets the rows on their way."""
 
-    def arrived(self) -> tuple[Tensor, Tensor]:
-        """Waits for those that come here: rows_RD, sorted by local expert, and counts_E, int64, the rows of each
-        *local* expert; on the host where the dispatcher had to bring it there."""
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits for those that come here: rows_RD, sorted by local expert, the router's weight of each, weights_R, and
+        counts_L, int64, the rows of each *local* expert; on the host where the dispatcher had to bring it there."""
 
     def send_back(self, rows_RD: Tensor) -> None:
-        """Sets the experts' results on their way."""
+        """Sets the experts' results, by weight, on their way."""
 
     def home(self) -> Tensor:
-        """Waits for the results of the tokens here: rows_TKD, unweighted, slot by slot."""
+        """Waits for the sums of these for the tokens here: rows_TD."""
 
 
 class Dispatcher(Protocol):
     """Brings rows to experts and results back. Every rank makes the same calls in the same order, since each may be a
     collective."""
 
-    def dispatch(self, rows_TD: Tensor, expert_ids_TK: Tensor, fp8: bool = False) -> Dispatch:
-        """Prepares to send row t to the experts `expert_ids_TK[t]`, whose owners begin to hear how much will come; with
-        `fp8` it goes in FP8, and so do the results' gradients."""
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Dispatch:
+        """Prepares to send row t to the experts `routing.ids_TK[t]`, whose owners begin to hear how much will come;
+        with `fp8` it goes in FP8, and so do the results' gradients."""
         ...
 
 
@@ -82,8 +83,8 @@ class Layer(Protocol[A_contra]):
     def attend_route(self, x_BTD: Tensor, attend: A_contra) -> Attended: ...
     def dispatch(self, attended: Attended) -> Dispatch: ...
     def local(self, attended: Attended) -> Tensor | None: ...
-    def experts(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor: ...
-    def aggregate(self, attended: Attended, local_TD: Tensor | None, rows_TKD: Tensor | None) -> Tensor: ...
+    def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor: ...
+    def aggregate(self, attended: Attended, *parts_TD: Tensor | None) -> Tensor: ...
 
 
 Attend = TypeVar("Attend", bound=Callable[..., Tensor])
@@ -96,7 +97,7 @@ def layer_parts(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> Parts[tu
     """
     attended = layer.attend_route(x_BTD, attend)
     if attended.routing is None:
-        return layer.aggregate(attended, layer.local(attended), None), None
+        return layer.aggregate(attended, layer.local(attended)), None
     dispatch = layer.dispatch(attended)
     local_TD = layer.local(attended)
     dispatch.send()

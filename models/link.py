@@ -4,7 +4,7 @@ Everything that communicates is begun here, and ended when it is needed. Who wai
 were put off (`kernels/deferred.py`), as long as there are any. On a GPU the host is ahead of the device, so it sees a
 transfer end late, and hands over all that was put off: it runs beside the transfer all the same.
 
-Shapes: T tokens, D columns, P ranks, L experts of a rank.
+Shapes: T tokens, D columns, P ranks, N bytes of a tail.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,12 +55,14 @@ class Link:
 
         return arrived
 
-    def push(self, rows_TD: Tensor, visited_PTL: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arrival:
-        """Sends the rows in FP8, one copy of each to each rank that has any 1 in `visited_PTL`, through memory; what
-        arrives is uint8 [rows, bytes], as in `kernels/push.py`."""
+    def push(
+        self, rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Arrival:
+        """Sends each row in FP8, its tail after it, to the ranks of `goes_PT`, through memory; what arrives is uint8
+        [rows, bytes], as in `kernels/push.py`."""
         assert self.memory is not None
-        number = self.memory.push(rows_TD, visited_PTL, sent)
-        width = packed_width(rows_TD.shape[1]) + -(-visited_PTL.shape[2] // 8)
+        number = self.memory.push(rows_TD, tails_TN, goes_PT, sent)
+        width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
         return self._read(number, received, torch.empty(0, width, dtype=torch.uint8))
 
     def _read(self, number: int, received: Sequence[int], like: Tensor) -> Arrival:

@@ -4,7 +4,7 @@ Notable: the router works in FP32 whatever the model's dtype (two BF16 scores th
 equal), and its correction bias stays FP32 through `.to(bfloat16)`: steps of 0.001 would vanish in BF16. The counts
 behind the bias update accumulate only in training with gradients, so that evaluation cannot move the balance.
 
-Shapes: T tokens, K slots, E experts, R rows, D hidden size.
+Shapes: T tokens, K slots, E experts, L experts here, R rows, D hidden size.
 """
 
 from collections.abc import Iterable
@@ -124,18 +124,13 @@ class MoE(nn.Module):
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> Dispatch:
-        return self.dispatcher.dispatch(rows_TD, routing.ids_TK, fp8=self.experts.form is not None)
+        return self.dispatcher.dispatch(rows_TD, routing, fp8=self.experts.form is not None)
 
     def local(self, rows_TD: Tensor) -> Tensor | None:
         """The shared expert's output, if there is one."""
         return None if self.shared_experts is None else self.shared_experts(rows_TD)
 
-    def compute(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """The outputs of the experts held here."""
-        out_RD: Tensor = self.experts(rows_RD, counts_E)
+    def compute(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor:
+        """The outputs of the experts held here, by weight."""
+        out_RD: Tensor = self.experts(rows_RD, weights_R, counts_L)
         return out_RD
-
-    def aggregate(self, routing: Routing, rows_TKD: Tensor, local_TD: Tensor | None) -> Tensor:
-        """Sum of the slots by weight, in the weights' (wide) dtype, plus the shared expert's output."""
-        routed_TD = (rows_TKD * routing.weights_TK.unsqueeze(-1)).sum(1).to(rows_TKD.dtype)
-        return routed_TD if local_TD is None else routed_TD + local_TD

@@ -42,11 +42,11 @@ class PeerMemory:
             inbox.copy_(rows.reshape(-1).view(torch.uint8))
         return self._next()
 
-    def push(self, rows_TD: Tensor, visited_PTL: Tensor, counts: Sequence[int]) -> int:
-        """FP8 copies of rows for each rank (`kernels/push.py`), of which there are so many."""
-        width = packed_width(rows_TD.shape[1]) + -(-visited_PTL.shape[2] // 8)
+    def push(self, rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, counts: Sequence[int]) -> int:
+        """FP8 copies of rows, and tails, for each rank (`kernels/push.py`), of which there are so many."""
+        width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
         inboxes = [inbox.view(-1, width) for inbox in self._inboxes([count * width for count in counts])]
-        push_rows(rows_TD, visited_PTL, inboxes)
+        push_rows(rows_TD, tails_TN, goes_PT, inboxes)
         return self._next()
 
     def read(self, number: int, counts: Sequence[int], like: Tensor) -> Tensor:

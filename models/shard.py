@@ -4,7 +4,8 @@ A training rank and a serving actor host the same shard: what was trained is wha
 the experts so that one grouped product serves them all; the logical tensors of single experts are views into the
 stack. `load_E` counts the rows that each expert computed, in training and in serving, for placement and metrics.
 
-Shapes: R rows sorted by expert, E experts of the shard, D hidden size, F expert hidden size.
+Shapes: R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F expert hidden
+size.
 """
 
 from collections.abc import Iterable
@@ -60,18 +61,19 @@ class ExpertShard(ExactModule):
     def exact_tensors(self) -> Iterable[str]:
         return (*PROJECTIONS, *map(scale_name, PROJECTIONS)) if self.is_fp8 else ()
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """The experts' outputs for rows sorted by local expert, `counts_E` rows each."""
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
+        """The experts' outputs, by weight, for rows sorted by local expert, `counts_E` rows each."""
         with torch.no_grad():
             self.load_E += counts_E.to(self.load_E.device)
         if self.is_fp8:
             weights = [(getattr(self, name), getattr(self, scale_name(name))) for name in PROJECTIONS]
-            return swiglu_experts_fp8(rows_RD, counts_E, *weights)
+            return swiglu_experts_fp8(rows_RD, weights_R, counts_E, *weights)
         stacks = (self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
         if self.form is not None:
-            padded_PD, groups = pad_groups(rows_RD, counts_E)
-            out_PD = fp8_experts(padded_PD, groups.offsets_E1, self.form.of(*stacks), *stacks, self.later)
+            padded_PD, weights_P, groups = pad_groups(rows_RD, weights_R, counts_E)
+            form = self.form.of(*stacks)
+            out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, form, *stacks, self.later)
             return unpad_groups(out_PD, groups)
         if self.later is not None:
-            return swiglu_experts_deferred(rows_RD, counts_E, *stacks, self.later)
-        return swiglu_experts(rows_RD, counts_E, *(weight.to(rows_RD.dtype) for weight in stacks))
+            return swiglu_experts_deferred(rows_RD, weights_R, counts_E, *stacks, self.later)
+        return swiglu_experts(rows_RD, weights_R, counts_E, *(weight.to(rows_RD.dtype) for weight in stacks))

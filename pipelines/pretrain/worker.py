@@ -104,7 +104,7 @@ def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
 
 
 def _model(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> DeepseekV3:
-    dispatcher: Dispatcher = LocalDispatcher(job.model.n_routed_experts)
+    dispatcher: Dispatcher = LocalDispatcher()
     if mesh.ep > 1:
         assert mesh.ep_group is not None
         memory = connect(mesh.ep_group) if job.config.shared_memory and device.type == "cpu" else None

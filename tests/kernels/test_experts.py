@@ -9,20 +9,24 @@ from moray.kernels.experts import experts
 def test_equals_one_row_at_a_time_with_gradients(counts):
     rows, hidden, inner = sum(counts), 6, 5
     x = torch.randn(rows, hidden, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(rows, dtype=torch.float64, requires_grad=True)
     gate, up = torch.randn(2, 4, inner, hidden, dtype=torch.float64).unbind(0)
     stacks = [gate, up, torch.randn(4, hidden, inner, dtype=torch.float64)]
     for stack in stacks:
         stack.requires_grad_()
     owner = torch.arange(4).repeat_interleave(torch.tensor(counts))
     plain = torch.stack(
-        [stacks[2][e] @ (F.silu(stacks[0][e] @ row) * (stacks[1][e] @ row)) for row, e in zip(x, owner, strict=True)]
+        [
+            factor * (stacks[2][e] @ (F.silu(stacks[0][e] @ row) * (stacks[1][e] @ row)))
+            for row, factor, e in zip(x, w, owner, strict=True)
+        ]
         or [torch.zeros(hidden, dtype=torch.float64)]
     )[:rows]
-    ours = experts(x, torch.tensor(counts), *stacks)
+    ours = experts(x, w, torch.tensor(counts), *stacks)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
-    grads = torch.autograd.grad(ours.sin().sum(), [x, *stacks])
-    assert all(not grad[e].any() for grad in grads[1:] for e, n in enumerate(counts) if n == 0)
+    grads = torch.autograd.grad(ours.sin().sum(), [x, w, *stacks])
+    assert all(not grad[e].any() for grad in grads[2:] for e, n in enumerate(counts) if n == 0)
     if rows:
-        for a, b in zip(grads, torch.autograd.grad(plain.sin().sum(), [x, *stacks]), strict=True):
+        for a, b in zip(grads, torch.autograd.grad(plain.sin().sum(), [x, w, *stacks]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

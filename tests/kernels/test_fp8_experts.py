@@ -21,18 +21,20 @@ def _weights(experts, hidden, inner, seed):
     return gate, up, draw((experts, hidden, inner), -3, seed=seed + 3).requires_grad_()
 
 
-def _expected(x, dy, gate, up, down):
-    """One expert, step by step: (y, dx, gradients of gate, up, down)."""
+def _expected(x, weights, dy, gate, up, down):
+    """One expert, step by step: (y, gradients of x, the rows' weights, gate, up, down)."""
     w_gate, w_up, w_down = (_seen(w.detach(), WEIGHT_BLOCKS) for w in (gate, up, down))
     g, u = _seen(x, ROW_TILES) @ w_gate.t(), _seen(x, ROW_TILES) @ w_up.t()
-    y = _seen(F.silu(g.float()) * u.float(), ROW_TILES) @ w_down.t()
+    weights = weights.detach().double().unsqueeze(1).requires_grad_()
+    y = _seen(F.silu(g.float()) * u.float() * weights.detach().float(), ROW_TILES) @ w_down.t()
     g, u = (_seen(h, ROW_TILES).requires_grad_() for h in (g, u))
-    inner = F.silu(g) * u
+    inner = F.silu(g) * u * weights
     inner.backward(_seen(dy, ROW_TILES) @ w_down)
     dx = _seen(g.grad, ROW_TILES) @ w_gate + _seen(u.grad, ROW_TILES) @ w_up
     x_turned = _seen(x, COLUMN_TILES)
     d_gate, d_up = _seen(g.grad, COLUMN_TILES).t() @ x_turned, _seen(u.grad, COLUMN_TILES).t() @ x_turned
-    return y, dx, d_gate, d_up, _seen(dy, COLUMN_TILES).t() @ _seen(inner.detach(), COLUMN_TILES)
+    d_down = _seen(dy, COLUMN_TILES).t() @ _seen(inner.detach(), COLUMN_TILES)
+    return y, dx, weights.grad.squeeze(1), d_gate, d_up, d_down
 
 
 def _off(found, expected):
@@ -55,6 +57,7 @@ def test_forward_and_backward(counts, hidden, inner, form, seed):
     offsets = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     end = sum(sizes)
     x, dy = torch.zeros(end + 128, hidden), torch.zeros(end + 128, hidden)
+    w = draw((end + 128,), seed=seed).requires_grad_()
     starts = offsets.tolist()[:-1]
     for begin, count in zip(starts, counts, strict=True):
         x[begin : begin + count] = draw((count, hidden), seed=seed + 10 + begin)
@@ -62,14 +65,15 @@ def test_forward_and_backward(counts, hidden, inner, form, seed):
     x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MORAY_KERNELS", form)
-        y = fp8_experts(x, offsets, fp8_expert_weights(*weights), *weights)
+        y = fp8_experts(x, w, offsets, fp8_expert_weights(*weights), *weights)
         y.backward(dy)
     for expert, (begin, size) in enumerate(zip(starts, sizes, strict=True)):
         part = slice(begin, begin + size)
         matrices = [weight[expert] for weight in weights]
-        y_, dx, *gradients = _expected(x.detach()[part], dy[part], *matrices)
+        y_, dx, dw, *gradients = _expected(x.detach()[part], w[part], dy[part], *matrices)
         assert _off(y.detach()[part], y_) < EDGES
         assert _off(x.grad[part], dx) < EDGES
+        assert _off(w.grad[part], dw) < EDGES
         for weight, gradient in zip(weights, gradients, strict=True):
             assert weight.grad.dtype == torch.float32
             assert _off(weight.grad[expert], gradient) < EDGES
@@ -83,7 +87,7 @@ def test_a_dense_mlp_is_one_expert_of_any_number_of_rows(form, monkeypatch):
     dy = draw((37, 64), seed=1)
     y = fp8_mlp(x, fp8_expert_weights(*weights), *weights)
     y.backward(dy)
-    y_, dx, *_ = _expected(x.detach(), dy, *(weight[0] for weight in weights))
+    y_, dx, *_ = _expected(x.detach(), torch.ones(37), dy, *(weight[0] for weight in weights))
     assert y.shape == (37, 64)
     assert _off(y.detach(), y_) < EDGES
     assert _off(x.grad, dx) < EDGES

@@ -14,18 +14,23 @@ from tests.kernels.compare import draw
 def test_groups_begin_at_multiples_of_128_and_come_back(counts, seed):
     rows, sizes = sum(counts), [-(-count // 128) * 128 for count in counts]
     x = draw((rows, 3), seed=seed).requires_grad_()
-    padded, order = pad_groups(x, torch.tensor(counts))
+    weights = draw((rows,), seed=seed + 1).requires_grad_()
+    padded, padded_weights, order = pad_groups(x, weights, torch.tensor(counts))
     assert order.offsets_E1.tolist() == [sum(sizes[:expert]) for expert in range(len(counts) + 1)]
     packed = 0
     for expert, count in enumerate(counts):
         begin, end = order.offsets_E1[expert : expert + 2].tolist()
         assert torch.equal(padded[begin : begin + count], x[packed : packed + count])
+        assert torch.equal(padded_weights[begin : begin + count], weights[packed : packed + count])
         assert not padded[begin + count : end].any()
+        assert not padded_weights[begin + count : end].any()
         packed += count
     back = unpad_groups(padded, order)
     assert torch.equal(back, x)
     back.backward(2 * x.detach())
     assert torch.equal(x.grad, 2 * x.detach())
+    (padded_weights**2).sum().backward()
+    assert torch.equal(weights.grad, 2 * weights.detach())
 
 
 def test_the_order_is_made_without_a_look_at_the_counts():

@@ -10,13 +10,14 @@ from moray.kernels.permute import (
     padded_order,
     padded_order_reference,
     padded_order_triton,
-    sort_pairs,
     spread_padded,
     spread_padded_fp8,
     spread_padded_fp8_reference,
     spread_padded_fp8_triton,
     spread_padded_reference,
     spread_padded_triton,
+    sum_slots,
+    sum_slots_triton,
 )
 from tests.kernels.compare import draw, same_bits
 
@@ -32,17 +33,6 @@ SPECIMENS = {
         X.detach().to(torch.float8_e4m3fn), torch.zeros(64, 4), ORDER, CAPACITY
     ),
 }
-
-
-@given(tokens=st.integers(0, 12), slots=st.integers(1, 4), experts=st.integers(1, 6), seed=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_the_order_sorts_stably_and_the_inverse_undoes_it(tokens, slots, experts, seed):
-    ids_TK = torch.randint(0, experts, (tokens, slots), generator=torch.Generator().manual_seed(seed))
-    pairs = sort_pairs(ids_TK, experts)
-    flat = ids_TK.flatten().tolist()
-    assert pairs.order_R.tolist() == sorted(range(len(flat)), key=lambda pair: flat[pair])
-    assert pairs.order_R[pairs.inverse_R].tolist() == list(range(len(flat)))
-    assert pairs.counts_E.tolist() == [flat.count(e) for e in range(experts)]
 
 
 @st.composite
@@ -62,6 +52,28 @@ def routings(draw, tokens=(0, 1, 31, 129), experts=(1, 8, 37, 64, 256)):
     elif kind == "none":
         ids_TK = torch.full(shape, -1)
     return ids_TK, number
+
+
+@given(
+    tokens=st.integers(0, 12),
+    slots=st.integers(1, 4),
+    rows=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_slots_are_summed_but_for_those_that_are_nowhere(tokens, slots, rows, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows_RD = torch.randint(-30, 31, (rows, 19), generator=generator).to(dtype)
+    positions_TK = torch.randint(-1, max(rows, 1), (tokens, slots), generator=generator).clamp(max=rows - 1)
+    expected = [[rows_RD[r] for r in row if r >= 0] for row in positions_TK.tolist()]
+    for form in (sum_slots, lambda x, at: sum_slots_triton(x, None, at)):
+        if dtype == torch.float64 and form is not sum_slots:
+            continue
+        found_TD = form(rows_RD, positions_TK)
+        assert (found_TD.shape, found_TD.dtype) == ((tokens, 19), dtype)
+        for total, parts in zip(found_TD, expected, strict=True):
+            assert torch.equal(total, sum(parts, torch.zeros(19, dtype=dtype)))
 
 
 @given(routings(), st.sampled_from([1, 7, 16, 128]))

@@ -7,34 +7,33 @@ from hypothesis import strategies as st
 
 from moray.kernels.push import push_rows, push_rows_reference, push_rows_triton
 from moray.kernels.rows_cpu import compiles, pack_rows_compiled, push_rows_compiled
-from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width, unpack_bits, unpack_rows
+from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width, unpack_rows
 from tests.kernels.compare import same_bits
 
 UNTOUCHED = 0xAB
 SPECIMENS = {
     "push": lambda: push_rows_triton(
-        torch.zeros(64, 512, dtype=torch.bfloat16), torch.ones(4, 64, 32, dtype=torch.uint8),
-        [torch.zeros(64, packed_width(512) + 4, dtype=torch.uint8)] * 4,
+        torch.zeros(64, 512, dtype=torch.bfloat16), torch.zeros(64, 36, dtype=torch.uint8),
+        torch.ones(4, 64, dtype=torch.bool), [torch.zeros(64, packed_width(512) + 36, dtype=torch.uint8)] * 4,
     )
 }  # fmt: skip
 
 
-def _drawn(tokens, columns, ranks, local, dtype, extreme, seed):
-    """Rows of many magnitudes, and where they go: some nowhere, some to all."""
+def _drawn(tokens, columns, ranks, tail, dtype, extreme, seed):
+    """Rows of many magnitudes, their tails, and where they go: some nowhere, some to all."""
     generator = torch.Generator().manual_seed(seed)
     rows_TD = torch.randn(tokens, columns, generator=generator)
     rows_TD = (rows_TD * 10 ** (20 * (torch.rand(tokens, columns, generator=generator) - 0.5))).to(dtype)
     if extreme is not None:
         rows_TD[::2, ::3] = extreme
-    odds = torch.rand(ranks, tokens, 1, generator=generator)
-    visited_PTL = (torch.rand(ranks, tokens, local, generator=generator) < odds**2).to(torch.uint8)
-    return rows_TD, visited_PTL
+    tails_TN = torch.randint(0, 256, (tokens, tail), dtype=torch.uint8, generator=generator)
+    return rows_TD, tails_TN, torch.rand(ranks, tokens, generator=generator) < 0.6
 
 
-def _pushed(form, rows_TD, visited_PTL):
-    width = packed_width(rows_TD.shape[1]) + -(-visited_PTL.shape[2] // 8)
-    inboxes = [torch.full((len(rows_TD) + 1, width), UNTOUCHED, dtype=torch.uint8) for _ in visited_PTL]
-    form(rows_TD, visited_PTL, inboxes)
+def _pushed(form, rows_TD, tails_TN, goes_PT):
+    width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
+    inboxes = [torch.full((len(rows_TD) + 1, width), UNTOUCHED, dtype=torch.uint8) for _ in goes_PT]
+    form(rows_TD, tails_TN, goes_PT, inboxes)
     return inboxes
 
 
@@ -44,19 +43,19 @@ def _pushed(form, rows_TD, visited_PTL):
     tokens=st.sampled_from([0, 1, 9]),
     columns=st.sampled_from([1, 24, 128, 129, 300]),
     ranks=st.integers(1, 3),
-    local=st.sampled_from([1, 5, 8, 13]),
+    tail=st.sampled_from([0, 1, 5, 16]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     extreme=st.sampled_from([None, 0.0, 448.0, 1e-30, 1e-42, float("inf"), float("nan")]),
     seed=st.integers(0, 2**31),
 )
-def test_whoever_looks_finds_its_rows_in_order(form, tokens, columns, ranks, local, dtype, extreme, seed):
-    rows_TD, visited_PTL = _drawn(tokens, columns, ranks, local, dtype, extreme, seed)
+def test_whoever_looks_finds_its_rows_in_order(form, tokens, columns, ranks, tail, dtype, extreme, seed):
+    rows_TD, tails_TN, goes_PT = _drawn(tokens, columns, ranks, tail, dtype, extreme, seed)
     packed, width = pack_rows_reference(rows_TD), packed_width(columns)
-    for inbox, visited_TL in zip(_pushed(form, rows_TD, visited_PTL), visited_PTL, strict=True):
-        source_C = visited_TL.any(1).nonzero().squeeze(1)
+    for inbox, goes_T in zip(_pushed(form, rows_TD, tails_TN, goes_PT), goes_PT, strict=True):
+        source_C = goes_T.nonzero().squeeze(1)
         found, rest = inbox[: len(source_C)], inbox[len(source_C) :]
         same_bits(unpack_rows(found[:, :width], columns, dtype), unpack_rows(packed[source_C], columns, dtype))
-        assert torch.equal(unpack_bits(found[:, width:], local), visited_TL[source_C].bool())
+        assert torch.equal(found[:, width:], tails_TN[source_C])
         assert (rest == UNTOUCHED).all(), "it wrote past what it sends"
         finite = packed[source_C][:, columns:].ne(255).all(1)
         assert torch.equal(found[finite, :width], packed[source_C][finite])
@@ -70,7 +69,7 @@ def test_whoever_looks_finds_its_rows_in_order(form, tokens, columns, ranks, loc
     seed=st.integers(0, 2**31),
 )
 def test_compiled_packing_gives_the_references_bits(columns, dtype, extreme, seed):
-    rows_TD, _ = _drawn(7, columns, 1, 1, dtype, extreme, seed)
+    rows_TD = _drawn(7, columns, 1, 1, dtype, extreme, seed)[0]
     found, expected = pack_rows_compiled(rows_TD), pack_rows_reference(rows_TD)
     same_bits(unpack_rows(found, columns, dtype), unpack_rows(expected, columns, dtype))
     finite = expected[:, columns:].ne(255).all(1)
@@ -99,15 +98,19 @@ def test_which_form_runs(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows, visited, inboxes: (rows.double(), visited, inboxes), "rows_TD has dtype"),
-        (lambda rows, visited, inboxes: (rows, visited[:, :2], inboxes), "visited_PTL has shape"),
-        (lambda rows, visited, inboxes: (rows, visited.bool(), inboxes), "visited_PTL has dtype"),
-        (lambda rows, visited, inboxes: (rows, visited, inboxes[:1]), "visited_PTL has shape"),
-        (lambda rows, visited, inboxes: (rows, visited, [inboxes[0], inboxes[1][:, 1:]]), r"inboxes\[1\] has shape"),
+        (lambda rows, tails, goes, inboxes: (rows.double(), tails, goes, inboxes), "rows_TD has dtype"),
+        (lambda rows, tails, goes, inboxes: (rows, tails[:2], goes, inboxes), "tails_TN has shape"),
+        (lambda rows, tails, goes, inboxes: (rows, tails, goes[:, :2], inboxes), "goes_PT has shape"),
+        (lambda rows, tails, goes, inboxes: (rows, tails, goes.int(), inboxes), "goes_PT has dtype"),
+        (lambda rows, tails, goes, inboxes: (rows, tails, goes, inboxes[:1]), "goes_PT has shape"),
+        (
+            lambda rows, tails, goes, inboxes: (rows, tails, goes, [inboxes[0], inboxes[1][:, 1:]]),
+            r"inboxes\[1\] has shape",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    rows_TD, visited_PTL = _drawn(3, 40, 2, 5, torch.float32, None, 1)
-    inboxes = [torch.zeros(3, packed_width(40) + 1, dtype=torch.uint8) for _ in range(2)]
+    rows_TD, tails_TN, goes_PT = _drawn(3, 40, 2, 5, torch.float32, None, 1)
+    inboxes = [torch.zeros(3, packed_width(40) + 5, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
-        push_rows(*change(rows_TD, visited_PTL, inboxes))
+        push_rows(*change(rows_TD, tails_TN, goes_PT, inboxes))

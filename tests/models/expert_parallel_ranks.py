@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
+from moray.models.layer import Routing
 from moray.models.model import DeepseekV3
 from moray.models.peers import connect
 from moray.models.presets import preset
@@ -21,6 +22,10 @@ CONFIG = dataclasses.replace(
     num_nextn_predict_layers=1,
 )
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def routing_to(ids_TK, weights_TK, experts):
+    return Routing(ids_TK, weights_TK, torch.bincount(ids_TK.flatten(), minlength=experts), None)
 
 
 def _model(one_expert, **placement):
@@ -77,35 +82,38 @@ def check_empty_rank(group, memory):
     tokens = 0 if rank == ranks - 1 else 5
     rows_TD = (torch.arange(tokens)[:, None] + 100.0 * rank).repeat(1, 3).requires_grad_()
     ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
-    dispatch = dispatcher.dispatch(rows_TD, ids_TK)
+    weights_TK = torch.rand(tokens, 2, requires_grad=True)
+    dispatch = dispatcher.dispatch(rows_TD, routing_to(ids_TK, weights_TK, 8))
     dispatch.send()
-    rows_RD, counts_E = dispatch.arrived()
-    assert counts_E.sum() == len(rows_RD)
-    expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), counts_E)
-    dispatch.send_back(rows_RD * (1 + expert_R[:, None]))
-    home_TKD = dispatch.home()
-    torch.testing.assert_close(home_TKD, rows_TD[:, None] * (1 + ids_TK[..., None]))
-    home_TKD.sum().backward()
-    torch.testing.assert_close(rows_TD.grad, (1.0 + ids_TK).sum(1, keepdim=True).expand(-1, 3))
+    rows_RD, weights_R, counts_L = dispatch.arrived()
+    assert counts_L.sum() == len(rows_RD) == len(weights_R)
+    expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), counts_L)
+    dispatch.send_back(rows_RD * (weights_R * (1 + expert_R))[:, None])
+    home_TD, factors_TK = dispatch.home(), 1.0 + ids_TK
+    sums_T1 = (weights_TK * factors_TK).detach().sum(1, keepdim=True)
+    torch.testing.assert_close(home_TD, rows_TD * sums_T1)
+    home_TD.sum().backward()
+    torch.testing.assert_close(rows_TD.grad, sums_T1.expand(-1, 3))
+    torch.testing.assert_close(weights_TK.grad, rows_TD.detach().sum(1, keepdim=True) * factors_TK)
 
 
 def check_fp8(group, memory):
-    """Rows and gradients that cross in FP8 are, to the bit, those that do not cross; results come home as they are."""
+    """Rows and gradients that cross in FP8 are, to the bit, those that do not cross, where sums of two are exact: their
+    numbers have five bits, and only the ranks' sums are rounded to the eight of BF16."""
     rank = dist.get_rank(group)
-    crossing, local = ProcessGroupDispatcher(group, 8, memory=memory), LocalDispatcher(8)
     generator = torch.Generator().manual_seed(rank)
-    x_TD, weights_TKD = torch.randn(6, 1, 200, generator=generator), torch.randn(6, 2, 200, generator=generator)
-    x_TD = (x_TD[:, 0] * torch.logspace(-4, 4, 200)).bfloat16()
-    ids_TK = torch.rand(6, 8, generator=generator).topk(2).indices
+    x_TD, factors_TD = torch.randn(2, 6, 200, generator=generator)
+    x_TD = (x_TD * torch.logspace(-4, 4, 200)).bfloat16()
+    routing = routing_to(torch.rand(6, 8, generator=generator).topk(2).indices, torch.rand(6, 2), 8)
     found = []
-    for dispatcher in (local, crossing):
+    for dispatcher in (LocalDispatcher(), ProcessGroupDispatcher(group, 8, memory=memory)):
         rows_TD = x_TD.clone().requires_grad_()
-        dispatch = dispatcher.dispatch(rows_TD, ids_TK, fp8=True)
+        dispatch = dispatcher.dispatch(rows_TD, routing, fp8=True)
         dispatch.send()
-        dispatch.send_back(dispatch.arrived()[0] * 3)
-        home_TKD = dispatch.home()
-        (home_TKD * weights_TKD).sum().backward()
-        found.append((home_TKD.detach(), rows_TD.grad))
+        dispatch.send_back(dispatch.arrived()[0] * 2)
+        home_TD = dispatch.home()
+        (home_TD * factors_TD).sum().backward()
+        found.append((home_TD.detach(), rows_TD.grad))
     for here, there in zip(*found, strict=True):
         assert torch.equal(here, there)
 

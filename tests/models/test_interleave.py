@@ -28,10 +28,10 @@ class Watched:
     """A dispatcher that writes down departures and arrivals, forward and backward, by the size of the batch."""
 
     def __init__(self, log):
-        self._inner, self._log = LocalDispatcher(CONFIG.n_routed_experts), log
+        self._inner, self._log = LocalDispatcher(), log
 
-    def dispatch(self, rows_TD, expert_ids_TK, fp8=False):
-        trip = self._inner.dispatch(rows_TD, expert_ids_TK, fp8)
+    def dispatch(self, rows_TD, routing, fp8=False):
+        trip = self._inner.dispatch(rows_TD, routing, fp8)
         under_way, take = trip.under_way, trip.take
 
         def departs(arrival):

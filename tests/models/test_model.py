@@ -28,7 +28,7 @@ def test_views_write_through_to_the_module(make_model):
 
 def test_initialisation_does_not_depend_on_the_layout_or_dtype(config):
     whole = DeepseekV3(config)
-    part = DeepseekV3(config, range(4, 6), LocalDispatcher(8)).double()
+    part = DeepseekV3(config, range(4, 6), LocalDispatcher()).double()
     whole.init_weights(11)
     part.init_weights(11)
     reference = {name: view for name, view, _ in whole.logical_parameters()}
@@ -57,7 +57,7 @@ def test_a_model_nobody_initialised_says_so(config):
 @pytest.mark.parametrize("experts", [range(0), range(0, 8, 2), range(6, 10), range(-1, 3)])
 def test_bad_expert_ranges_are_refused(config, experts):
     with pytest.raises(ValueError, match="consecutive ids of the 8 experts"):
-        DeepseekV3(config, experts, LocalDispatcher(8))
+        DeepseekV3(config, experts, LocalDispatcher())
 
 
 def test_part_of_the_experts_needs_a_dispatcher(config):

@@ -17,7 +17,7 @@ def _run(moe, rows_TD):
     dispatch = moe.dispatch(rows_TD, routing)
     dispatch.send()
     dispatch.send_back(moe.compute(*dispatch.arrived()))
-    return moe.aggregate(routing, dispatch.home(), moe.local(rows_TD))
+    return dispatch.home() + moe.local(rows_TD)
 
 
 def test_stages_equal_a_sum_over_each_tokens_experts(make_model):

@@ -1,0 +1,38 @@
+"""Rows that arrived, at every expert here that they go to, in order; and the sums of what the experts made of them."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.models.spread import Spread
+
+
+@settings(max_examples=200)
+@given(
+    arrived=st.integers(0, 9),
+    slots=st.integers(1, 4),
+    local=st.sampled_from([1, 3, 8]),
+    here=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, here, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids_AK = torch.randint(0, local, (arrived, slots), generator=generator)
+    ids_AK[torch.rand(arrived, slots, generator=generator) > here] = -1
+    rows_AD = torch.randint(-100, 100, (arrived, 3), generator=generator).double()
+    weights_AK = torch.rand(arrived, slots, generator=generator)
+    pairs = [
+        (expert, a, k) for expert in range(local) for a in range(arrived) for k in range(slots)
+        if ids_AK[a, k] == expert
+    ]  # fmt: skip
+    spread = Spread.of(ids_AK, local, len(pairs))
+    rows_RD, weights_R = spread.rows(rows_AD), spread.weights(weights_AK)
+    assert (len(rows_RD), len(weights_R)) == (len(pairs), len(pairs))
+    expected_AD = torch.zeros_like(rows_AD)
+    for r, (_, a, k) in enumerate(pairs):
+        assert torch.equal(rows_RD[r], rows_AD[a])
+        assert weights_R[r] == weights_AK[a, k]
+        expected_AD[a] += (r + 1) * rows_AD[a]
+    factors_R = torch.arange(1.0, len(pairs) + 1)
+    assert torch.equal(spread.sums(rows_RD * factors_R[:, None]), expected_AD)
+    assert torch.equal(spread.slots(weights_R), torch.where(ids_AK < 0, 0.0, weights_AK))
