@@ -161,8 +161,11 @@ class ProcessGroupDispatcher:
         self.experts = range(first, first + self.num_local)
 
     def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Trip:
-        crossing = ExchangeCrossing(self.link, routing, self.experts, self.ranks, fp8)
-        return Trip(rows_TD, routing.weights_TK, crossing)
+        return Trip(rows_TD, routing.weights_TK, self.crossing(routing, fp8))
+
+    def crossing(self, routing: Routing, fp8: bool) -> Crossing:
+        """How the rows of one layer cross."""
+        return ExchangeCrossing(self.link, routing, self.experts, self.ranks, fp8)
 
 
 def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -> Dispatcher:

@@ -10,7 +10,7 @@ Shapes: T tokens, D columns, P ranks, N bytes of a tail.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,13 @@ from moray.models.peers import PeerMemory
 # Made for a device, and entered around every wait for others: whoever wants to know what communication takes.
 Timed = Callable[[torch.device], AbstractContextManager[None]]
 Arrival = Callable[[], Tensor]  # waits for a transfer that is under way; what arrived
+
+
+class Work(Protocol):
+    """A transfer that is under way."""
+
+    def is_completed(self) -> bool: ...
+    def wait(self) -> Any: ...
 
 
 def untimed(device: torch.device) -> AbstractContextManager[None]:
@@ -50,7 +57,7 @@ class Link:
         work = dist.all_to_all_single(out, rows, arriving, leaving, group=self.group, async_op=True)
 
         def arrived() -> Tensor:
-            self._wait(work, rows.device)
+            self.wait(work, rows.device)
             return out
 
         return arrived
@@ -73,14 +80,15 @@ class Link:
 
         def arrived() -> Tensor:
             assert memory is not None
-            self._wait(work, heard.device)
+            self.wait(work, heard.device)
             assert heard.eq(number).all(), "ranks are at different exchanges"
             with self.timed(heard.device):
                 return memory.read(number, received, like)
 
         return arrived
 
-    def _wait(self, work: Any, device: torch.device) -> None:
+    def wait(self, work: Work, device: torch.device) -> None:
+        """Waits for a transfer, and does what was put off meanwhile."""
         if self.later is not None:
             self.later.fill(work.is_completed)
         with self.timed(device):

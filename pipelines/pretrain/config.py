@@ -121,6 +121,10 @@ class PretrainConfig(StepConfig):
         description="1: masters and moments are partitioned over ranks with the same weights; 2: gradients too",
     )
     offload: bool = operational(False, description="masters, moments and AdamW on the CPU; needs zero_stage 1 or 2")
+    dispatch: Literal["collectives", "deepep"] = operational(
+        "collectives",
+        description="how rows cross between ranks: by torch.distributed, or by DeepEP's kernels, if installed",
+    )
     shared_memory: bool = operational(
         True, description="rows for experts of the same host go through memory that ranks share, on CPUs"
     )

@@ -27,6 +27,18 @@ def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) 
         raise ValueError("precision: float64 wants zero_stage 0 and moments: float32; ZeRO's masters are float32")
 
 
+def check_dispatch(dispatch: str, precision: str, hidden: int) -> None:
+    """Raises ValueError for rows that DeepEP does not carry."""
+    if dispatch != "deepep":
+        return
+    if precision not in ("bf16", "fp8"):
+        raise ValueError(f"dispatch: deepep wants precision bf16 or fp8, not {precision}: it carries no other rows")
+    if hidden % 16:
+        raise ValueError(
+            f"dispatch: deepep wants hidden_size ({hidden}) to be a multiple of 16: it copies 16 bytes at a time"
+        )
+
+
 def usable_layout(world: int, ep: int, batches: Sequence[int]) -> tuple[int, int]:
     """(ranks, EP) to train with where there are `world` ranks and `ep` was wished for.
 

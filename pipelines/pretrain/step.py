@@ -8,6 +8,7 @@ the whole run did (a rerun finds the folder as it was).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
 from moray.models.yarn import Yarn, unknown_fields
 from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
-from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_layout
+from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout
 from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed, nearest
@@ -56,6 +57,7 @@ class Pretrain(Step[PretrainConfig]):
                 # The real vocabulary is the tokenizer's.
                 model = model_config(config.model, vocab_size=1 << 16)
                 experts = model.n_routed_experts
+                check_dispatch(config.dispatch, config.precision, model.hidden_size)
                 if config.moments == "fp8":
                     check_blocks(model)
             check_backend(config.zero_stage, config.offload, config.precision, config.moments)
@@ -93,6 +95,8 @@ class Pretrain(Step[PretrainConfig]):
             from moray.pipelines.pretrain.archive import check_archive  # it imports boto3
 
             check_archive(ctx.config.archive)
+        if ctx.config.dispatch == "deepep":
+            _check_deepep(ctx.config.workers, ctx.cluster.topology().gpus)
         topology = ctx.cluster.ensure()
         job = Job(
             config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
@@ -138,6 +142,18 @@ def _open(tokens: str) -> dict[str, TokenSet]:
         raise InputError(f"pretrain: {error}", "tokenize again: step tokenize") from error
 
 
+def _check_deepep(workers: int, gpus: int) -> None:
+    """Raises InputError where DeepEP cannot be."""
+    instead = "leave out `dispatch`, or set it to collectives"
+    if gpus < workers:
+        raise InputError(
+            f"pretrain: dispatch: deepep wants a GPU for each of {workers} workers, there are {gpus}", instead
+        )
+    if importlib.util.find_spec("deep_ep") is None:
+        hint = f"install it where Ray's workers run (https://github.com/deepseek-ai/DeepEP), or {instead}"
+        raise InputError("pretrain: dispatch: deepep, but the package deep_ep is not installed", hint)
+
+
 def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig:
     """The shape of the model to go on from, with the recipe's overrides, none of which may change a tensor."""
     from moray.models.checkpoint import Checked
@@ -146,6 +162,7 @@ def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig
         stored = Checked(ctx.inputs["model"].folder).config
         config = overridden(stored, ctx.config.model)
         check_layout(ctx.config.workers, ctx.config.expert_parallel, config.n_routed_experts)
+        check_dispatch(ctx.config.dispatch, ctx.config.precision, config.hidden_size)
         if ctx.config.moments == "fp8":
             check_blocks(config)
     except ValueError as error:

@@ -13,6 +13,7 @@ import torch
 from moray.actors.batch_plan import BatchPlan
 from moray.kernels.deferred import DeferredGradients
 from moray.models.checkpoint import Checked, load_weights
+from moray.models.deepep import DeepEPDispatcher, elastic_buffer
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
@@ -103,12 +104,21 @@ def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
     return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), later)
 
 
+def _dispatcher(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> Dispatcher:
+    config, group, experts = job.config, mesh.ep_group, job.model.n_routed_experts
+    if mesh.ep == 1:
+        return LocalDispatcher()
+    assert group is not None
+    if config.dispatch == "deepep":
+        sequences = config.micro_batch_sequences or max(batch_plan(config, job.sequence_length).sizes) // mesh.world
+        buffer = elastic_buffer(group, job.model, sequences * job.sequence_length, config.precision == "fp8")
+        return DeepEPDispatcher(group, experts, buffer, mesh.clock.over, later)
+    memory = connect(group) if config.shared_memory and device.type == "cpu" else None
+    return ProcessGroupDispatcher(group, experts, mesh.clock.over, later, memory)
+
+
 def _model(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> DeepseekV3:
-    dispatcher: Dispatcher = LocalDispatcher()
-    if mesh.ep > 1:
-        assert mesh.ep_group is not None
-        memory = connect(mesh.ep_group) if job.config.shared_memory and device.type == "cpu" else None
-        dispatcher = ProcessGroupDispatcher(mesh.ep_group, job.model.n_routed_experts, mesh.clock.over, later, memory)
+    dispatcher = _dispatcher(job, mesh, device, later)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     if job.initial is None:
         model.init_weights(job.config.seed)

@@ -1,16 +1,20 @@
 """The ranks of test_dispatch.py: all cases at EP=2 and EP=4 against a model that holds every expert."""
 
 import dataclasses
+import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from moray.models import deepep
 from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Routing
 from moray.models.model import DeepseekV3
 from moray.models.peers import connect
 from moray.models.presets import preset
+from tests.models import elastic_buffer
 
 CONFIG = dataclasses.replace(
     preset("tiny"),
@@ -50,10 +54,10 @@ def _loss(model, ids):
     return terms.main + 0.3 * terms.prediction + 0.1 * terms.balance
 
 
-def check_model(group, memory, one_expert):
+def check_model(group, dispatching, one_expert):
     """Each rank has its own batch, of its own size; losses are sums, so gradients add up."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, memory=memory)
+    dispatcher = dispatching(CONFIG.hidden_size, 1 if one_expert else CONFIG.num_experts_per_tok, False)
     ours = _model(one_expert, experts=dispatcher.experts, dispatcher=dispatcher)
     whole = _model(one_expert)
     generator = torch.Generator().manual_seed(1)
@@ -75,10 +79,10 @@ def check_model(group, memory, one_expert):
         assert (rows > 0) == (5 in dispatcher.experts)
 
 
-def check_empty_rank(group, memory):
+def check_empty_rank(group, dispatching):
     """The last rank has no tokens."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    dispatcher = ProcessGroupDispatcher(group, 8, memory=memory)
+    dispatcher = dispatching(3, 2, False)
     tokens = 0 if rank == ranks - 1 else 5
     rows_TD = (torch.arange(tokens)[:, None] + 100.0 * rank).repeat(1, 3).requires_grad_()
     ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
@@ -97,16 +101,16 @@ def check_empty_rank(group, memory):
     torch.testing.assert_close(weights_TK.grad, rows_TD.detach().sum(1, keepdim=True) * factors_TK)
 
 
-def check_fp8(group, memory):
+def check_fp8(group, dispatching):
     """Rows and gradients that cross in FP8 are, to the bit, those that do not cross, where sums of two are exact: their
     numbers have five bits, and only the ranks' sums are rounded to the eight of BF16."""
     rank = dist.get_rank(group)
     generator = torch.Generator().manual_seed(rank)
-    x_TD, factors_TD = torch.randn(2, 6, 200, generator=generator)
-    x_TD = (x_TD * torch.logspace(-4, 4, 200)).bfloat16()
+    x_TD, factors_TD = torch.randn(2, 6, 208, generator=generator)
+    x_TD = (x_TD * torch.logspace(-4, 4, 208)).bfloat16()
     routing = routing_to(torch.rand(6, 8, generator=generator).topk(2).indices, torch.rand(6, 2), 8)
     found = []
-    for dispatcher in (LocalDispatcher(), ProcessGroupDispatcher(group, 8, memory=memory)):
+    for dispatcher in (LocalDispatcher(), dispatching(208, 2, True)):
         rows_TD = x_TD.clone().requires_grad_()
         dispatch = dispatcher.dispatch(rows_TD, routing, fp8=True)
         dispatch.send()
@@ -118,16 +122,30 @@ def check_fp8(group, memory):
         assert torch.equal(here, there)
 
 
+def _by_exchange(group, memory, hidden, slots, fp8):
+    return ProcessGroupDispatcher(group, CONFIG.n_routed_experts, memory=memory)
+
+
+def _by_deepep(group, hidden, slots, fp8):
+    config = dataclasses.replace(CONFIG, hidden_size=hidden, num_experts_per_tok=slots)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "deep_ep", elastic_buffer)
+        buffer = deepep.elastic_buffer(group, config, tokens=100, fp8=fp8)
+    return deepep.DeepEPDispatcher(group, CONFIG.n_routed_experts, buffer)
+
+
 def check_all():
-    """Every case, at EP=2 and EP=4, through gloo and through shared memory."""
+    """Every case, at EP=2 and EP=4, through gloo, through shared memory, and as DeepEP is used."""
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for group in (dist.group.WORLD, pairs[rank // 2]):
-        for memory in (None, connect(group)):
+        exchanges = [partial(_by_exchange, group, memory) for memory in (None, connect(group))]
+        for dispatching in (*exchanges, partial(_by_deepep, group)):
             for one_expert in (False, True):
-                check_model(group, memory, one_expert)
-            check_empty_rank(group, memory)
-            check_fp8(group, memory)
+                check_model(group, dispatching, one_expert)
+            check_fp8(group, dispatching)
+        for dispatching in exchanges:
+            check_empty_rank(group, dispatching)
     with pytest.raises(ValueError, match="6 experts do not divide over the 4 ranks"):
         ProcessGroupDispatcher(dist.group.WORLD, 6)
     with pytest.raises(ValueError, match="the dispatcher sends range"):

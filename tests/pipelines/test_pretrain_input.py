@@ -18,11 +18,11 @@ from moray.pipelines.packing import pack, plan
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
 from moray.platform.artifacts import Artifact
-from moray.platform.errors import InputError
+from moray.platform.errors import InputError, RecipeError
 from moray.platform.events import EventLog
 from moray.platform.home import Home
 from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext
+from moray.platform.step import StepContext, Topology
 from tests.actors.test_token_set import documents_of
 from tests.s3 import BUCKET, Request, faulty_proxy
 
@@ -34,6 +34,10 @@ class NeverStarted:
     """A cluster that nothing may start."""
 
     logs = Path()
+    gpus = 0
+
+    def topology(self) -> Topology:
+        return Topology(2, self.gpus, 1 << 30)
 
     def ensure(self) -> NoReturn:
         pytest.fail("Ray was started")
@@ -124,6 +128,29 @@ def test_what_only_the_tokens_tell(tmp_path: Path, tokens: Artifact, settings: d
     else:
         inputs = {"tokens": tokens}
     assert message in error_of(tmp_path, inputs, **settings).message
+
+
+def test_deepep_without_gpus_or_not_installed(
+    tmp_path: Path, tokens: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
+    assert error.message == "pretrain: dispatch: deepep wants a GPU for each of 2 workers, there are 0"
+    monkeypatch.setattr(NeverStarted, "gpus", 2)
+    error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
+    assert error.message == "pretrain: dispatch: deepep, but the package deep_ep is not installed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"precision": "float32"}, "dispatch: deepep wants precision bf16 or fp8, not float32"),
+        ({"precision": "fp8", "model": {"hidden_size": 136}}, r"wants hidden_size \(136\) to be a multiple of 16"),
+    ],
+)
+def test_rows_that_deepep_does_not_carry(settings: dict[str, Any], says: str) -> None:
+    config = PretrainConfig.model_validate({"steps": 2, "dispatch": "deepep", **settings})
+    with pytest.raises(RecipeError, match=says):
+        step.check(config, {"tokens": "tokens"})
 
 
 @pytest.mark.cluster
