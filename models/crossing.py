@@ -20,6 +20,7 @@ from moray.kernels.wire import pack_rows, packed_width, unpack_rows
 from moray.models.copies import Copies
 from moray.models.layer import Routing
 from moray.models.link import Arrival, Link
+from moray.models.spread import Spread
 
 
 class Load(NamedTuple):
@@ -46,8 +47,8 @@ class Crossing(Protocol):
         """Rows of each expert here, int64; known once rows have departed. On the host, if that is where it was
         heard."""
 
-    def ids_AK(self) -> Tensor:  # noqa: N802
-        """For each slot of the rows that arrived its expert here, counted from 0, or -1; known once they have."""
+    def spread(self) -> Spread:
+        """Of the rows that arrived, over the experts here; known once they have."""
 
 
 class Here:
@@ -69,8 +70,8 @@ class Here:
     def counts_L(self) -> Tensor:  # noqa: N802
         return self._counts_E
 
-    def ids_AK(self) -> Tensor:  # noqa: N802
-        return self._ids_TK
+    def spread(self) -> Spread:
+        return Spread.of(self._ids_TK, len(self._counts_E), self._ids_TK.numel())
 
 
 class Announcement:
@@ -142,9 +143,9 @@ class ExchangeCrossing:
         assert self._heard is not None, "rows are sent first"
         return self._heard[2]
 
-    def ids_AK(self) -> Tensor:  # noqa: N802
+    def spread(self) -> Spread:
         assert self._ids_AK is not None, "rows arrive first"
-        return self._ids_AK
+        return Spread.of(self._ids_AK, len(self._experts), int(self.counts_L().sum()))
 
     def _tails(self, rows_TD: Tensor, weights_TK: Tensor | None) -> Tensor:
         """What goes with the rows: uint8 [T, N]."""

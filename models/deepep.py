@@ -25,6 +25,7 @@ from moray.models.crossing import Arrivals, Crossing, Load
 from moray.models.dispatch import ProcessGroupDispatcher
 from moray.models.layer import Routing
 from moray.models.link import Link, Timed, untimed
+from moray.models.spread import Spread
 
 
 class _Transfer:
@@ -86,9 +87,10 @@ class DeepEPCrossing:
     def counts_L(self) -> Tensor:  # noqa: N802
         return torch.tensor(self._handle.num_recv_tokens_per_expert_list)
 
-    def ids_AK(self) -> Tensor:  # noqa: N802
+    def spread(self) -> Spread:
         assert self._ids_AK is not None, "rows arrive first"
-        return self._ids_AK
+        counts = self._handle.num_recv_tokens_per_expert_list
+        return Spread.of(self._ids_AK, len(counts), sum(counts))
 
 
 class DeepEPDispatcher(ProcessGroupDispatcher):

@@ -60,8 +60,7 @@ class Way:
 
     def _spread_out(self) -> Spread:
         if self._spread is None:
-            counts_L = self.counts_L()
-            self._spread = Spread.of(self._crossing.ids_AK(), len(counts_L), int(counts_L.sum()))
+            self._spread = self._crossing.spread()
         return self._spread
 
 

@@ -22,7 +22,8 @@ class Spread:
 
     @classmethod
     def of(cls, ids_AK: Tensor, local: int, rows: int) -> "Spread":
-        """For rows that go to the experts ids_AK of `local` here, -1 for those elsewhere; R = `rows` pairs are here."""
+        """For rows that go to the experts ids_AK of `local` here, -1 for those elsewhere; R = `rows` pairs are here,
+        which a device need not be asked for."""
         experts_S = torch.where(ids_AK < 0, local, ids_AK).flatten()
         order_R = experts_S.argsort(stable=True)[:rows]
         places_S = torch.full_like(experts_S, -1, dtype=torch.int64)

@@ -36,3 +36,11 @@ def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, 
     factors_R = torch.arange(1.0, len(pairs) + 1)
     assert torch.equal(spread.sums(rows_RD * factors_R[:, None]), expected_AD)
     assert torch.equal(spread.slots(weights_R), torch.where(ids_AK < 0, 0.0, weights_AK))
+
+
+def test_how_many_go_where_is_not_asked():
+    """On the meta device nothing has a value, so anything that waits for one fails."""
+    spread = Spread.of(torch.empty(9, 2, dtype=torch.int64, device="meta"), 4, 13)
+    assert spread.rows(torch.empty(9, 3, device="meta")).shape == (13, 3)
+    assert spread.weights(torch.empty(9, 2, device="meta")).shape == (13,)
+    assert spread.slots(torch.empty(13, device="meta")).shape == (9, 2)
