@@ -226,9 +226,10 @@ def grouped_products(size: Sizes, device: str) -> Iterator[Case]:
         yield Case(f"weight gradient {how} {m}x{n}x{rows}", run, check_k, 0, 2 * m * n * rows, peers, goals)
 
 
-def _experts_bf16(x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _experts_bf16(x: Tensor, factors: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     one, other = (torch._grouped_mm(x, w.transpose(1, 2), offs=ends) for w in (gate, up))
-    return torch._grouped_mm(F.silu(one) * other, down.transpose(1, 2), offs=ends)
+    inner = F.silu(one) * other * factors.unsqueeze(1).to(x.dtype)
+    return torch._grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
 
 def layers(size: Sizes, device: str) -> Iterator[Case]:
@@ -237,28 +238,31 @@ def layers(size: Sizes, device: str) -> Iterator[Case]:
     weights = [torch.randn(experts, *s, device=device) / s[1] ** 0.5 for s in ((f, d), (f, d), (d, f))]
     forms = fp8_experts.fp8_expert_weights(*weights)
     x = torch.randn(size.rows, d, device=device, dtype=torch.bfloat16)
+    factors = torch.rand(size.rows, device=device)  # the router's weights
 
-    def ours(x: Tensor, *weights: Tensor) -> Tensor:
-        return fp8_experts.fp8_experts(x, None, offsets, forms, *weights)
+    def ours(x: Tensor, factors: Tensor, *weights: Tensor) -> Tensor:
+        return fp8_experts.fp8_experts(x, factors, offsets, forms, *weights)
 
-    run = with_gradients(ours, x, *weights)
+    run = with_gradients(ours, x, factors, *weights)
     halves = [w.bfloat16() for w in weights]
 
-    def plain(x: Tensor, *weights: Tensor) -> Tensor:
+    def plain(x: Tensor, factors: Tensor, *weights: Tensor) -> Tensor:
+        sizes = offsets.diff().tolist()
         parts = [
-            F.linear(F.silu(F.linear(part, gate)) * F.linear(part, up), down)
-            for part, gate, up, down in zip(x.split(offsets.diff().tolist()), *weights, strict=True)
+            F.linear(F.silu(F.linear(part, gate)) * F.linear(part, up) * factor.unsqueeze(1), down)
+            for part, factor, gate, up, down in zip(x.split(sizes), factors.split(sizes), *weights, strict=True)
         ]
         return torch.cat(parts)
 
     def check() -> None:
         """FP8 against FP32, as a whole: the numbers of three products in a row have 4 % of noise each."""
-        for a, b in zip(run(), with_gradients(plain, x.float(), *weights)(), strict=True):
+        for a, b in zip(run(), with_gradients(plain, x.float(), factors, *weights)(), strict=True):
             assert (a.float() - b).norm() < 0.1 * b.norm()
 
-    peers = {"_grouped_mm BF16": with_gradients(lambda x, *w: _experts_bf16(x, offsets[1:], *w), x, *halves)} if (
-        device == "cuda"
-    ) else {}  # fmt: skip
+    def bf16(x: Tensor, factors: Tensor, *weights: Tensor) -> Tensor:
+        return _experts_bf16(x, factors, offsets[1:], *weights)
+
+    peers = {"_grouped_mm BF16": with_gradients(bf16, x, factors, *halves)} if device == "cuda" else {}
     work = 3 * 6 * size.rows * d * f
     yield Case("MoE experts, forward + backward", run, check, 0, work, peers, (("over _grouped_mm BF16", 1.25),))
 

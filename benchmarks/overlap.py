@@ -4,9 +4,9 @@ Two ranks, EP 2, on two hosts of one machine joined by a link of a set rate: CPU
 bisected until the sequential schedule spends 31 % (give or take 2) of its step waiting for the other host, as
 DeepSeek-V3 would have without overlap; then steps of both schedules alternate. Where the sequential ones turn out to
 spend another share than the few of the search, because the machine has become faster or slower, the rate is corrected
-and they are taken again. Both train the same model on the same
-batches with the product's own training step, so their losses must be the same. Exposed communication is what a rank
-waits: for rows, for counts, for the gradients' reduction; also where the other rank is merely late.
+and they are taken again. Both train the same model on the same batches with the product's own training step, so their
+losses must be the same. Exposed communication is what a rank waits: for rows, for counts, for the gradients' reduction;
+also where the other rank is merely late.
 
 Usage: python benchmarks/overlap.py [ROUNDS]
 """

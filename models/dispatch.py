@@ -155,9 +155,9 @@ class ProcessGroupDispatcher:
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not divide over the {self.ranks} ranks of the group")
         self.num_experts = num_experts
-        self.num_local = num_experts // self.ranks
-        first = dist.get_rank(group) * self.num_local
-        self.experts = range(first, first + self.num_local)
+        local = num_experts // self.ranks
+        first = dist.get_rank(group) * local
+        self.experts = range(first, first + local)
 
     def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Trip:
         return Trip(rows_TD, routing.weights_TK, self.crossing(routing, fp8))
