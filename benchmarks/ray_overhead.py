@@ -8,12 +8,14 @@ core is left for that, two workers that wait for each other lose all of it. Runs
 time from one loss in the event log to the next, and a run counts with its median. The losses of both must be the same
 to the bit.
 
-Usage: python benchmarks/ray_overhead.py [rounds=4] [steps=50]
+Where there are GPUs, a worker on each of them comes last, with a larger model.
+
+Usage: python benchmarks/ray_overhead.py [ROUNDS=4] [STEPS=50] [WORKERS | gpus ...]
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import os
 import pickle
 import statistics
@@ -23,152 +25,111 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+import torch.distributed as dist
+from plain_training import VOCABULARY, losses_of, step_seconds, train_here, write_tokens
 from result import Bar, report
+
+from moray.cluster.embedded import EmbeddedCluster
+from moray.models.config import ModelConfig
+from moray.models.presets import preset
+from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.step import fit
+from moray.platform.home import Home
 
 SEQUENCES, LENGTH, WARM_UP = 8, 256, 10
 CORES = len(os.sched_getaffinity(0))
 
 
-def write_tokens(folder: Path) -> None:
-    """Documents that count up."""
-    from moray.actors.token_set import Vocabulary, write_index, write_shard
-    from moray.pipelines.packing import Documents, pack, plan
-
-    vocabulary = Vocabulary(tokenizer="none", size=4096, bos=0, eos=1, pad=2)
-    generator = np.random.default_rng(1)
-    texts = [
-        (generator.integers(3, 4096) + stride * np.arange(600)) % 4093 + 3 for stride in generator.integers(1, 9, 1000)
-    ]
-    tokens = [np.concatenate(([vocabulary.bos], text, [vocabulary.eos])) for text in texts]
-    documents = Documents(
-        [f"d{number}" for number in range(len(tokens))],
-        np.full(len(tokens), 1200, np.int64),
-        np.concatenate(tokens).astype(np.uint32),
-        np.cumsum([0, *map(len, tokens)]),
-    )
-    packed, pieces = pack(documents, plan(np.diff(documents.bounds), LENGTH, "concatenate"), LENGTH, vocabulary)
-    write_index(folder, [write_shard(folder, 0, packed, pieces)], LENGTH, vocabulary)
+def gpu_model() -> ModelConfig:
+    """0.2B parameters, 0.17B of them active."""
+    return dataclasses.replace(preset("small"), vocab_size=VOCABULARY, num_hidden_layers=2, n_routed_experts=8)
 
 
-def make_job(folder: Path, workers: int, steps: int) -> Any:
-    from moray.models.presets import preset
-    from moray.pipelines.pretrain.config import Job, PretrainConfig
-
+def make_job(folder: Path, workers: int, steps: int, gpu: bool) -> Job:
+    model, length, precision = (gpu_model(), 2048, "bf16") if gpu else (preset("tiny"), LENGTH, "float32")
     config = PretrainConfig(
         steps=steps, batch_sequences=SEQUENCES * workers, workers=workers, expert_parallel=workers,
-        checkpoint_every=10**6,
+        precision=precision, checkpoint_every=10**6,
     )  # fmt: skip
-    return Job(config, preset("tiny"), LENGTH, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
+    return Job(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
 
 
-def under_ray(folder: Path, tokens: Path, workers: int, steps: int) -> None:
-    from moray.cluster.embedded import EmbeddedCluster
-    from moray.pipelines.pretrain.step import fit
-    from moray.platform.home import Home
-
+def under_ray(folder: Path, tokens: Path, job: Job) -> None:
     cluster = EmbeddedCluster(Home.from_environment())
     topology = cluster.ensure()
     try:
-        fit(make_job(folder, workers, steps), str(tokens), folder / "train", topology)
+        if job.config.precision == "float32":
+            topology = dataclasses.replace(topology, gpus=0)
+        fit(job, str(tokens), folder / "train", topology)
     finally:
         cluster.stop()
 
 
-def under_torchrun(folder: Path, tokens: Path, workers: int, steps: int) -> None:
+def under_torchrun(folder: Path, tokens: Path, job: Job) -> None:
     folder.mkdir()
-    (folder / "job").write_bytes(pickle.dumps((make_job(folder, workers, steps), str(tokens))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    subprocess.run([*command, __file__, "--rank", str(folder / "job")], check=True, stderr=subprocess.DEVNULL)
+    (folder / "job").write_bytes(pickle.dumps((job, str(tokens))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(job.config.workers), __file__, "--rank", str(folder / "job")]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def rank_main(path: str) -> None:
-    """What `loop.train` does, without Ray."""
-    import torch
-    import torch.distributed as dist
-
-    from moray.actors.data_worker import DataWorker
-    from moray.kernels.host_memory import keep_freed_memory
-    from moray.pipelines.pretrain.loop import run
-    from moray.pipelines.pretrain.mesh import Mesh
-    from moray.pipelines.pretrain.schedule import batch_plan
-    from moray.pipelines.pretrain.worker import build
-    from moray.platform.events import EventLog
-
-    class Reader:
-        """Batches read in this process (`loop.Source`)."""
-
-        def __init__(self) -> None:
-            self._reader = DataWorker(tokens, {}, config.seed, batch_plan(config, job.sequence_length))
-
-        def ask(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
-            return step, start, stop
-
-        def answer(self, asked: tuple[int, int, int]) -> Any:
-            return self._reader.batch(*asked)
-
     job, tokens = pickle.loads(Path(path).read_bytes())  # our own file
-    config = job.config
-    torch.set_num_threads(job.threads)
-    keep_freed_memory()
-    dist.init_process_group("gloo")
-    device = torch.device("cpu")
-    mesh = Mesh.create(config.expert_parallel, device)
-    run(build(job, mesh, device), Reader(), EventLog(Path(job.events), "train-0") if mesh.rank == 0 else None)
-    dist.destroy_process_group()
-
-
-def read_steps(folder: Path) -> tuple[float, list[float]]:
-    """The median seconds of a step after the first ones, and all losses."""
-    from moray.platform.events import MetricEvent, read_events
-
-    events = [e for e in read_events(folder) if isinstance(e, MetricEvent) and e.name == "train_loss"]
-    times = [event.time for event in events][WARM_UP:]
-    seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
-    return seconds, [event.value for event in events]
+    gpu = job.config.precision != "float32"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    train_here(job, tokens, device)
 
 
 WAYS = {"torchrun": under_torchrun, "Ray Train": under_ray}
 
 
-def compare(root: Path, workers: int, rounds: int, steps: int) -> tuple[list[dict[str, Any]], list[Bar]]:
+def compare(root: Path, workers: int, gpu: bool, rounds: int, steps: int) -> tuple[list[dict[str, Any]], list[Bar]]:
     """Alternating runs of both with so many workers."""
     seconds: dict[str, list[float]] = {who: [] for who in WAYS}
     curves = set()
+    where = f"{workers} {'workers' if workers > 1 else 'worker'} on {'GPUs' if gpu else f'{CORES} cores'}"
     for number in range(rounds):
         for who, run in WAYS.items():
-            folder = root / f"{who}-{workers}-{number}"
-            run(folder, root / "tokens", workers, steps)
-            step, losses = read_steps(folder)
+            folder = root / f"{who}-{workers}-{gpu}-{number}"
+            job = make_job(folder, workers, steps, gpu)
+            run(folder, root / f"tokens-{job.sequence_length}", job)
+            step = step_seconds(folder, WARM_UP)
             seconds[who].append(step)
-            curves.add(tuple(losses))
-            print(f"{workers} workers under {who}: {step * 1e3:.1f} ms a step", file=sys.stderr)
+            curves.add(tuple(losses_of(folder)))
+            print(f"{where} under {who}: {step * 1e3:.1f} ms a step", file=sys.stderr)
     rows: list[dict[str, Any]] = [
         {
-            "workers": workers, "under": who, "step_ms": statistics.median(of) * 1e3,
+            "workers": where, "under": who, "step_ms": statistics.median(of) * 1e3,
             "fastest_ms": min(of) * 1e3, "slowest_ms": max(of) * 1e3,
         }
         for who, of in seconds.items()
     ]  # fmt: skip
     share = statistics.median(one / other for other, one in zip(*seconds.values(), strict=True)) - 1
-    where = f"{workers} workers on {CORES} cores"
     return rows, [
         Bar(f"{where}: what a step takes longer under Ray Train", share, 0.03, "lower"),
         Bar(f"{where}: different curves of losses", len(curves), 1, "lower"),
     ]
 
 
-def main(rounds: str = "4", steps: str = "50") -> int:
+def main(rounds: str = "4", steps: str = "50", *workers: str) -> int:
     rows, bars = [], []
+    gpus = torch.cuda.device_count()
+    wanted = workers or (str(CORES - 1), str(CORES), *(["gpus"] if gpus else []))
+    counts = [(gpus, True) if count == "gpus" else (int(count), False) for count in wanted]
     with tempfile.TemporaryDirectory(prefix="mry") as path:
         root = Path(path)
         os.environ["MORAY_HOME"] = str(root / "home")
-        write_tokens(root / "tokens" / "numbers")
-        for workers in (CORES - 1, CORES):
-            more_rows, more_bars = compare(root, workers, int(rounds), int(steps))
+        for length in {make_job(root, count, 1, gpu).sequence_length for count, gpu in counts}:
+            write_tokens(root / f"tokens-{length}" / "numbers", length)
+        for count, gpu in counts:
+            more_rows, more_bars = compare(root, count, gpu, int(rounds), int(steps))
             rows += more_rows
             bars += more_bars
-    return report("ray_overhead", rows, bars)
+    return report(f"ray_overhead{'-gpu' if gpus else ''}", rows, bars)
 
 
 if __name__ == "__main__":

@@ -135,26 +135,48 @@ def _backward(
     along_ptr, along_scale_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr, d_weight_ptr,
     R, F, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """One part of 128 x 128, 32 columns at a time for the tiles along the tokens, then 32 rows at a time for those
-    along the rows. The second reading is served by the caches; all of it at once would not fit the registers."""
-    block, tile = tl.program_id(1), tl.program_id(0)
-    for part in range(4):
-        rows, columns = block * 128 + tl.arange(0, 128), tile * 128 + part * 32 + tl.arange(0, 32)
-        inner, d_gate, d_up, _ = _gradients(
-            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
-        )
-        _store_turned(inner, inner_ptr, inner_scale_ptr, rows, columns, block, R)
-        _store_turned(d_gate, turned_ptr, turned_scale_ptr, rows, columns, block, R)
-        _store_turned(d_up, turned_ptr, turned_scale_ptr, rows, columns + F, block, R)
-    for part in range(4):
-        rows, columns = block * 128 + part * 32 + tl.arange(0, 32), tile * 128 + tl.arange(0, 128)
-        _, d_gate, d_up, d_weight = _gradients(
-            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
-        )
-        _store_along(d_gate, along_ptr, along_scale_ptr, rows, columns, tile, R, 2 * F)
-        _store_along(d_up, along_ptr, along_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
-        if WEIGHTED:
-            tl.store(d_weight_ptr + place(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
+    """An eighth of the work on one part of 128 x 128: 32 of its columns, for the tiles along the tokens, or 32 of its
+    rows, for those along the rows. The eight run side by side: the second reading comes from the L2 cache."""
+    block, tile, eighth = tl.program_id(1), tl.program_id(0) // 8, tl.program_id(0) % 8
+    if eighth < 4:
+        _turned_gradients(
+            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr,
+            block, tile, eighth, R, F, WEIGHTED,
+        )  # fmt: skip
+    else:
+        _gradients_along(
+            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, along_ptr, along_scale_ptr, d_weight_ptr,
+            block * 128 + (eighth - 4) * 32, tile, R, F, WEIGHTED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _turned_gradients(
+    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr,
+    block, tile, quarter, R, F, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    rows, columns = block * 128 + tl.arange(0, 128), tile * 128 + quarter * 32 + tl.arange(0, 32)
+    inner, d_gate, d_up, _ = _gradients(
+        held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
+    )
+    _store_turned(inner, inner_ptr, inner_scale_ptr, rows, columns, block, R)
+    _store_turned(d_gate, turned_ptr, turned_scale_ptr, rows, columns, block, R)
+    _store_turned(d_up, turned_ptr, turned_scale_ptr, rows, columns + F, block, R)
+
+
+@triton.jit
+def _gradients_along(
+    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, along_ptr, along_scale_ptr, d_weight_ptr, first, tile, R, F,
+    WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    rows, columns = first + tl.arange(0, 32), tile * 128 + tl.arange(0, 128)
+    _, d_gate, d_up, d_weight = _gradients(
+        held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
+    )
+    _store_along(d_gate, along_ptr, along_scale_ptr, rows, columns, tile, R, 2 * F)
+    _store_along(d_up, along_ptr, along_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
+    if WEIGHTED:
+        tl.store(d_weight_ptr + place(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
 
 
 def _room(rows: int, columns: int, like: Tensor) -> Quantized:
@@ -195,7 +217,7 @@ def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Te
     product = _room(inner, rows, d_inner_RF)
     parts_RJ = torch.empty((rows, inner // BLOCK), dtype=torch.float32, device=d_inner_RF.device)
     if rows * inner:
-        _backward[(inner // BLOCK, rows // BLOCK)](
+        _backward[(8 * (inner // BLOCK), rows // BLOCK)](
             *gate_up, d_inner_RF, d_inner_RF if weights_R is None else weights_R, *along, *turned, *product, parts_RJ,
             rows, inner, WEIGHTED=weights_R is not None, num_warps=8,
         )  # fmt: skip

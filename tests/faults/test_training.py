@@ -32,6 +32,8 @@ STEPS, SECONDS = 600, 240.0
 SETTINGS: dict[str, Any] = {
     "steps": STEPS, "batch_sequences": 8, "workers": 2, "expert_parallel": 2, "checkpoint_every": 20,
     "keep_checkpoints": 100, "schedule": {"peak": 3e-3},
+    # In float32, what the order of sums does to the last bit grows to some 0.4 % of the loss over as many steps.
+    "precision": "float64",
 }  # fmt: skip
 
 
@@ -151,9 +153,7 @@ def test_four_workers_then_two_then_four(short: Path, tmp_path: Path, undisturbe
             hosts.start(host)
         drill.until(lambda: worlds(drill)[-1] == 4, "training with four workers again")
         losses = drill.finish()
-    assert [losses[step] for step in (1, STEPS // 2, STEPS)] == pytest.approx(
-        [undisturbed[step] for step in (1, STEPS // 2, STEPS)], rel=2e-3
-    )
+    assert losses == pytest.approx(undisturbed, rel=1e-8)
 
 
 def worlds(drill: Drill) -> list[int]:

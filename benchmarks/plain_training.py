@@ -1,0 +1,82 @@
+"""Training without Ray, for benchmarks: tokens to train on, the product's own loop in this process, and its steps."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moray.actors.data_worker import DataWorker
+from moray.actors.token_set import Batch, Vocabulary, write_index, write_shard
+from moray.kernels.host_memory import keep_freed_memory
+from moray.pipelines.packing import Documents, pack, plan
+from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.loop import run
+from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.schedule import batch_plan
+from moray.pipelines.pretrain.worker import build
+from moray.platform.events import EventLog, MetricEvent, read_events
+
+VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has
+
+
+def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
+    """Documents that count up, packed to sequences of `length`."""
+    vocabulary = Vocabulary(tokenizer="none", size=VOCABULARY, bos=0, eos=1, pad=2)
+    generator = np.random.default_rng(1)
+    texts = [
+        (generator.integers(3, VOCABULARY) + stride * np.arange(DOCUMENT)) % (VOCABULARY - 3) + 3
+        for stride in generator.integers(1, 9, documents)
+    ]
+    tokens = [np.concatenate(([vocabulary.bos], text, [vocabulary.eos])) for text in texts]
+    made = Documents(
+        [f"d{number}" for number in range(len(tokens))],
+        np.full(len(tokens), 2 * DOCUMENT, np.int64),
+        np.concatenate(tokens).astype(np.uint32),
+        np.cumsum([0, *map(len, tokens)]),
+    )
+    packed, pieces = pack(made, plan(np.diff(made.bounds), length, "concatenate"), length, vocabulary)
+    write_index(folder, [write_shard(folder, 0, packed, pieces)], length, vocabulary)
+
+
+class Reader:
+    """Batches read in this process (`loop.Source`)."""
+
+    def __init__(self, job: Job, tokens: str) -> None:
+        self._reader = DataWorker(tokens, {}, job.config.seed, batch_plan(job.config, job.sequence_length))
+
+    def ask(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
+        return step, start, stop
+
+    def answer(self, asked: Any) -> Batch:
+        return self._reader.batch(*asked)
+
+
+def train_here(job: Job, tokens: str, device: torch.device) -> None:
+    """What `loop.train` does on one rank, without Ray; torch.distributed has been initialised."""
+    torch.set_num_threads(job.threads)
+    keep_freed_memory()
+    mesh = Mesh.create(job.config.expert_parallel, device)
+    events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
+    run(build(job, mesh, device), Reader(job, tokens), events)
+    dist.destroy_process_group()
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Of every step, by the event log of the run in `folder`."""
+    return [event.value for event in _losses(folder)]
+
+
+def step_seconds(folder: Path, warm_up: int) -> float:
+    """The median time from one loss to the next, after the first `warm_up` of them."""
+    times = [event.time for event in _losses(folder)][warm_up:]
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
+
+
+def _losses(folder: Path) -> list[MetricEvent]:
+    return [e for e in read_events(folder) if isinstance(e, MetricEvent) and e.name == "train_loss"]
