@@ -24,11 +24,11 @@ from result import Bar, report
 ROUNDS, WARM_UP = 20, 3
 
 
-def has_gpu(script: str) -> bool:
+def has_gpu(instead: str) -> bool:
     """Whether there is a GPU; says what can be done without one."""
     if not torch.cuda.is_available():
         print("error: no GPU here, so nothing was measured", file=sys.stderr)
-        print(f"hint: TRITON_INTERPRET=1 python benchmarks/{script} --small checks every case", file=sys.stderr)
+        print(f"hint: {instead}", file=sys.stderr)
     return torch.cuda.is_available()
 
 
@@ -105,7 +105,7 @@ def check_small() -> int:
 def main(*arguments: str) -> int:
     if arguments == ("--small",):
         return check_small()
-    if not has_gpu("kernels_gpu.py"):
+    if not has_gpu("TRITON_INTERPRET=1 python benchmarks/kernels_gpu.py --small checks every case"):
         return 2
     wanted = arguments[0] if arguments else ""
     clock = Clock()
