@@ -2,9 +2,9 @@
 
 The forward reads gate and up once and writes three things in FP8: their product, for the down projection, and
 both of them, which is all that the backward keeps (DeepSeek-V3 §3.2.2: the inputs of SwiGLU are held in FP8, its output
-is computed again). The backward reads these and the product's gradient once and writes what the next three products
-want: the gradient of gate and up in tiles along the rows (for dx) and, transposed, along the tokens (for dw), and the
-product itself, transposed (for the down projection's dw).
+is computed again). The backward reads these and the product's gradient once from memory and writes what the next three
+products want: the gradient of gate and up in tiles along the rows (for dx) and, transposed, along the tokens (for dw),
+and the product itself, transposed (for the down projection's dw).
 
 Gate and up lie side by side, as one product with both weights makes them: gate in columns [0, F), up in [F, 2F). F is
 a multiple of 128, so that no tile holds some of both. Bytes a row and element of F, in BF16: forward 4 read and 3
