@@ -430,7 +430,7 @@ def rowwise(size: Sizes, device: str) -> Iterator[Case]:
 def optimizers(size: Sizes, device: str) -> Iterator[Case]:
     count = size.parameters
     # As small as weights are: of larger ones, FP32 holds a step of 1e-3 to less than it is compared to.
-    master, gradient = (torch.randn(count, device=device) * size for size in (2e-2, 1e-3))
+    master, gradient = (torch.randn(count, device=device) * scale for scale in (2e-2, 1e-3))
     numbers = {"step": 7, "rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
 
     def fresh(part: int) -> tuple[adamw_fp8.Fp8Moment, adamw_fp8.Fp8Moment]:

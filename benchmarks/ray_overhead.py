@@ -55,28 +55,25 @@ def make_job(folder: Path, workers: int, steps: int, gpu: bool) -> Job:
     return Job(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
 
 
-def under_ray(folder: Path, tokens: Path, job: Job) -> None:
+def under_ray(folder: Path, tokens: Path, job: Job, gpu: bool) -> None:
     cluster = EmbeddedCluster(Home.from_environment())
     topology = cluster.ensure()
     try:
-        if job.config.precision == "float32":
-            topology = dataclasses.replace(topology, gpus=0)
-        fit(job, str(tokens), folder / "train", topology)
+        fit(job, str(tokens), folder / "train", topology if gpu else dataclasses.replace(topology, gpus=0))
     finally:
         cluster.stop()
 
 
-def under_torchrun(folder: Path, tokens: Path, job: Job) -> None:
+def under_torchrun(folder: Path, tokens: Path, job: Job, gpu: bool) -> None:
     folder.mkdir()
-    (folder / "job").write_bytes(pickle.dumps((job, str(tokens))))
+    (folder / "job").write_bytes(pickle.dumps((job, str(tokens), gpu)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(job.config.workers), __file__, "--rank", str(folder / "job")]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def rank_main(path: str) -> None:
-    job, tokens = pickle.loads(Path(path).read_bytes())  # our own file
-    gpu = job.config.precision != "float32"
+    job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # our own file
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -96,7 +93,7 @@ def compare(root: Path, workers: int, gpu: bool, rounds: int, steps: int) -> tup
         for who, run in WAYS.items():
             folder = root / f"{who}-{workers}-{gpu}-{number}"
             job = make_job(folder, workers, steps, gpu)
-            run(folder, root / f"tokens-{job.sequence_length}", job)
+            run(folder, root / f"tokens-{job.sequence_length}", job, gpu)
             step = step_seconds(folder, WARM_UP)
             seconds[who].append(step)
             curves.add(tuple(losses_of(folder)))

@@ -32,8 +32,6 @@ STEPS, SECONDS = 600, 240.0
 SETTINGS: dict[str, Any] = {
     "steps": STEPS, "batch_sequences": 8, "workers": 2, "expert_parallel": 2, "checkpoint_every": 20,
     "keep_checkpoints": 100, "schedule": {"peak": 3e-3},
-    # In float32, what the order of sums does to the last bit grows to some 0.4 % of the loss over as many steps.
-    "precision": "float64",
 }  # fmt: skip
 
 
@@ -100,10 +98,14 @@ def short() -> Iterator[Path]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The losses of a run that nothing happens to."""
     short = Path(tempfile.mkdtemp(prefix="mry"))
-    with hosts_of(short / "ray", 2) as hosts:
-        losses = Drill(hosts, tmp_path_factory.mktemp("undisturbed")).finish()
+    losses = left_alone(short, tmp_path_factory.mktemp("undisturbed"))
     shutil.rmtree(short, ignore_errors=True)
     return losses
+
+
+def left_alone(short: Path, folder: Path, **settings: Any) -> dict[int, float]:
+    with hosts_of(short / "alone", 2) as hosts:
+        return Drill(hosts, folder, **settings).finish()
 
 
 def occupied(hosts: Hosts) -> list[int]:
@@ -140,9 +142,15 @@ def test_what_dies_is_replaced_and_losses_are_the_same(
         print("\nseconds to the next step:", {phase: round(seconds, 2) for phase, seconds in recovery.items()})
 
 
-def test_four_workers_then_two_then_four(short: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+def test_four_workers_then_two_then_four(short: Path, tmp_path: Path) -> None:
+    # Sums are made in another order then. In float32, what that does to the last bit grows to 0.7 % of the loss over as
+    # many steps.
+    exact = {"precision": "float64"}
+    undisturbed = left_alone(short, tmp_path / "alone", **exact)
     with hosts_of(short / "ray", 4) as hosts:
-        drill = Drill(hosts, tmp_path, workers=4, min_workers=2, expert_parallel=4, resize_seconds=2.0)
+        drill = Drill(
+            hosts, tmp_path / "drill", workers=4, min_workers=2, expert_parallel=4, resize_seconds=2.0, **exact
+        )
         drill.until_step(50)
         for host in (3, 4):
             hosts.cut_power(host)
