@@ -112,44 +112,62 @@ class Place:
     started: float  # seconds since the epoch: another process may get the number
 
 
+@dataclass(frozen=True)
+class Member:
+    """A rank of a team, which is one start of all ranks."""
+
+    team: str
+    world: int
+    rank: int
+    place: Place
+
+
 class Watch:
-    """The actor: judges every half second, and ends who hangs. Wrapped by `start_watch`."""
+    """The actor: judges every half second, and ends who hangs. Wrapped by `start_watch`.
+
+    Every beat says whose it is, so a watch that died and was started again goes on.
+    """
 
     def __init__(self, limit: float, events: str, step: str) -> None:
         self._limit, self._events, self._step = limit, events, step
-        self._team = ""
+        self._teams: list[str] = []  # the last is the one that trains
         self._judge: Judge | None = None
         self._places: dict[int, Place] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
-    def join(self, team: str, world: int, rank: int, place: Place) -> None:
-        """A rank of a team, one start of all ranks; a new team takes the place of the one before."""
+    def beat(self, member: Member, beat: Beat) -> None:
+        """A new team takes the place of the one before, of which a beat may still arrive."""
         with self._lock:
-            if team != self._team:
-                self._team, self._judge, self._places = team, Judge(world, self._limit), {}
-            self._places[rank] = place
-
-    def beat(self, team: str, rank: int, beat: Beat) -> None:
-        with self._lock:
-            if team == self._team and self._judge is not None:
-                self._judge.hear(time.monotonic(), rank, beat)
+            if member.team not in self._teams:
+                self._teams.append(member.team)
+                self._judge, self._places = Judge(member.world, self._limit), {}
+            if member.team == self._teams[-1] and self._judge is not None:
+                self._places[member.rank] = member.place
+                self._judge.hear(time.monotonic(), member.rank, beat)
 
     def leave(self, team: str) -> None:
         """The team has done its work: nobody of it hangs."""
         with self._lock:
-            if team == self._team:
+            if team in self._teams[-1:]:
                 self._judge = None
+
+    def judged(self, now: float) -> tuple[Verdict, list[Place]] | None:
+        """Who hangs, if anybody does, and where they are. Said once: then the next team is waited for."""
+        with self._lock:
+            verdict = self._judge.verdict(now) if self._judge else None
+            if verdict is None:
+                return None
+            self._judge = None
+            return verdict, [self._places[rank] for rank in verdict.ranks]
 
     def _watch(self) -> None:
         while True:
             time.sleep(0.5)
-            with self._lock:
-                verdict = self._judge.verdict(time.monotonic()) if self._judge else None
-                if verdict is None:
-                    continue
-                self._judge = None  # said once; the next team is judged anew
-                places = [self._places[rank] for rank in verdict.ranks]
+            judged = self.judged(time.monotonic())
+            if judged is None:
+                continue
+            verdict, places = judged
             log = EventLog(Path(self._events), "watch")
             log.append(NoteEvent(step=self._step, level="warning", text=f"{verdict.text}; it is ended"))
             log.close()
@@ -188,15 +206,16 @@ class Pulse:
     def __init__(self, watch: Any, team: str, world: int, rank: int, limit: float, look: Callable[[], Beat]) -> None:
         import ray
 
-        self._tell: Callable[[Beat], Any] = lambda beat: watch.beat.remote(team, rank, beat)
+        place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+        member = Member(team, world, rank, place)
+        self._tell: Callable[[Beat], Any] = lambda beat: watch.beat.remote(member, beat)
         self._done: Callable[[], Any] = lambda: watch.leave.remote(team)
         self._look, self._pause = look, max(0.1, limit / 10)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
-        place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
-        ray.get(watch.join.remote(team, world, rank, place))
 
     def __enter__(self) -> Pulse:
+        self._tell(self._look())
         self._thread.start()
         return self
 

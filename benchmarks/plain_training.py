@@ -72,10 +72,10 @@ def losses_of(folder: Path) -> list[float]:
     return [event.value for event in _losses(folder)]
 
 
-def step_seconds(folder: Path, warm_up: int) -> float:
-    """The median time from one loss to the next, after the first `warm_up` of them."""
-    times = [event.time for event in _losses(folder)][warm_up:]
-    return statistics.median(after - before for before, after in itertools.pairwise(times))
+def step_seconds(folder: Path, began: float, ended: float) -> float:
+    """The mean time from one loss to the next, of those between two times in seconds since the epoch."""
+    times = [event.time for event in _losses(folder) if began < event.time < ended]
+    return statistics.mean(after - before for before, after in itertools.pairwise(times))
 
 
 def _losses(folder: Path) -> list[MetricEvent]:

@@ -1,16 +1,18 @@
 """What Ray Train costs a training step: the same worker function under Ray Train and under torchrun.
 
 Both train the quickstart's model shape on the same tokens with the product's own loop (`pipelines/pretrain/loop.py`),
-a worker on every core, and on every core but one; one thread each. Under Ray there are also Ray's own processes, the
+a worker on every core but one, and on every core; one thread each. Under Ray there are also Ray's own processes, the
 data-loading worker, an actor that batches come from through the object store, and the watch over hanging ranks; under
-torchrun each rank reads its batches itself. All these take about a tenth of a core, whatever the workers do: where no
-core is left for that, two workers that wait for each other lose all of it. Runs of both alternate; a step takes the
-time from one loss in the event log to the next, and a run counts with its median. The losses of both must be the same
-to the bit.
+torchrun each rank reads its batches itself. The two take turns of some seconds (`turns.py`). A step takes the time from
+one loss in the event log to the next; a turn of Ray Train counts with the mean of its steps over that of the turn of
+torchrun beside it. Every step's loss must be the same in both, to the bit.
+
+How many cores the workers kept busy, and how many all other processes did, tells where the time went: where every core
+has a worker, what the others take is missing, and workers that wait for each other all miss it.
 
 Where there are GPUs, a worker on each of them comes last, with a larger model.
 
-Usage: python benchmarks/ray_overhead.py [ROUNDS=4] [STEPS=50] [WORKERS | gpus ...]
+Usage: python benchmarks/ray_overhead.py [TURNS=30] [SECONDS=5] [WORKERS | gpus ...]
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import dataclasses
 import os
 import pickle
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,18 +28,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from plain_training import VOCABULARY, losses_of, step_seconds, train_here, write_tokens
 from result import Bar, report
+from turns import Contestant
 
 from moray.cluster.embedded import EmbeddedCluster
 from moray.models.config import ModelConfig
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig
-from moray.pipelines.pretrain.step import fit
+from moray.pipelines.pretrain.trainer import fit
 from moray.platform.home import Home
 
 SEQUENCES, LENGTH, WARM_UP = 8, 256, 10
 CORES = len(os.sched_getaffinity(0))
+WAYS = "torchrun", "Ray Train"
 
 
 def gpu_model() -> ModelConfig:
@@ -46,30 +50,25 @@ def gpu_model() -> ModelConfig:
     return dataclasses.replace(preset("small"), vocab_size=VOCABULARY, num_hidden_layers=2, n_routed_experts=8)
 
 
-def make_job(folder: Path, workers: int, steps: int, gpu: bool) -> Job:
+def make_job(folder: Path, workers: int, gpu: bool) -> Job:
+    """Longer than anybody waits: it is ended when the turns are over."""
     model, length, precision = (gpu_model(), 2048, "bf16") if gpu else (preset("tiny"), LENGTH, "float32")
     config = PretrainConfig(
-        steps=steps, batch_sequences=SEQUENCES * workers, workers=workers, expert_parallel=workers,
-        precision=precision, checkpoint_every=10**6,
+        steps=10**6, batch_sequences=SEQUENCES * workers, workers=workers, expert_parallel=workers,
+        precision=precision, checkpoint_every=10**7,
     )  # fmt: skip
     return Job(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
 
 
-def under_ray(folder: Path, tokens: Path, job: Job, gpu: bool) -> None:
-    cluster = EmbeddedCluster(Home.from_environment())
-    topology = cluster.ensure()
-    try:
-        fit(job, str(tokens), folder / "train", topology if gpu else dataclasses.replace(topology, gpus=0))
-    finally:
-        cluster.stop()
-
-
-def under_torchrun(folder: Path, tokens: Path, job: Job, gpu: bool) -> None:
-    folder.mkdir()
-    (folder / "job").write_bytes(pickle.dumps((job, str(tokens), gpu)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(job.config.workers), __file__, "--rank", str(folder / "job")]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+def side_main(way: str, path: str) -> None:
+    """One of the two, in a process of its own, until it is ended."""
+    job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # our own file
+    if way == "torchrun":
+        command = ["torchrun", "--standalone", "--nproc-per-node", str(job.config.workers), __file__, "--rank", path]
+        torch.distributed.run.main(command[1:])
+        return
+    topology = EmbeddedCluster(Home(Path(path).parent / "home")).ensure()
+    fit(job, tokens, Path(path).parent / "train", topology if gpu else dataclasses.replace(topology, gpus=0))
 
 
 def rank_main(path: str) -> None:
@@ -81,49 +80,70 @@ def rank_main(path: str) -> None:
     train_here(job, tokens, device)
 
 
-WAYS = {"torchrun": under_torchrun, "Ray Train": under_ray}
+def start(way: str, folder: Path, tokens: Path, workers: int, gpu: bool) -> Contestant:
+    """Runs it for as long as it takes to warm up."""
+    folder.mkdir()
+    job = make_job(folder, workers, gpu)
+    (folder / "job").write_bytes(pickle.dumps((job, str(tokens), gpu)))
+    side = Contestant([sys.executable, __file__, "--side", way, str(folder / "job")], folder / "log")
+    try:
+        side.until(lambda: (folder / "events").exists() and len(losses_of(folder)) > WARM_UP)
+    except RuntimeError:
+        side.end()
+        raise
+    return side
 
 
-def compare(root: Path, workers: int, gpu: bool, rounds: int, steps: int) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Alternating runs of both with so many workers."""
-    seconds: dict[str, list[float]] = {who: [] for who in WAYS}
-    curves = set()
+def compare(root: Path, workers: int, gpu: bool, turns: int, seconds: float) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """Turns of both with so many workers."""
     where = f"{workers} {'workers' if workers > 1 else 'worker'} on {'GPUs' if gpu else f'{CORES} cores'}"
-    for number in range(rounds):
-        for who, run in WAYS.items():
-            folder = root / f"{who}-{workers}-{gpu}-{number}"
-            job = make_job(folder, workers, steps, gpu)
-            run(folder, root / f"tokens-{job.sequence_length}", job, gpu)
-            step = step_seconds(folder, WARM_UP)
-            seconds[who].append(step)
-            curves.add(tuple(losses_of(folder)))
-            print(f"{where} under {who}: {step * 1e3:.1f} ms a step", file=sys.stderr)
+    folders = {way: root / f"{way}-{workers}-{gpu}" for way in WAYS}
+    sides: dict[str, Contestant] = {}
+    try:
+        for way, folder in folders.items():
+            sides[way] = start(way, folder, root / f"tokens-{make_job(root, 1, gpu).sequence_length}", workers, gpu)
+        for number in range(turns):
+            for way in WAYS if number % 2 else reversed(WAYS):
+                sides[way].turn(seconds)
+            print(f"\r{where}: turn {number + 1} of {turns}", end="", file=sys.stderr)
+        print(file=sys.stderr)
+    finally:
+        for side in sides.values():
+            side.end()
+    means = {way: [step_seconds(folders[way], turn.began, turn.ended) for turn in sides[way].turns] for way in WAYS}
     rows: list[dict[str, Any]] = [
         {
-            "workers": where, "under": who, "step_ms": statistics.median(of) * 1e3,
-            "fastest_ms": min(of) * 1e3, "slowest_ms": max(of) * 1e3,
+            "workers": where, "under": way, "step_ms": statistics.mean(means[way]) * 1e3,
+            "worker_cores": statistics.mean(sum(turn.cores[:workers]) for turn in sides[way].turns),
+            "other_cores": statistics.mean(sum(turn.cores[workers:]) for turn in sides[way].turns),
         }
-        for who, of in seconds.items()
+        for way in WAYS
     ]  # fmt: skip
-    share = statistics.median(one / other for other, one in zip(*seconds.values(), strict=True)) - 1
+    longer = [ray / plain - 1 for plain, ray in zip(*means.values(), strict=True)]
+    rows.append({"workers": where, "longer": statistics.mean(longer), "standard_error": standard_error(longer)})
+    losses = [losses_of(folder) for folder in folders.values()]
     return rows, [
-        Bar(f"{where}: what a step takes longer under Ray Train", share, 0.03, "lower"),
-        Bar(f"{where}: different curves of losses", len(curves), 1, "lower"),
+        Bar(f"{where}: what a step takes longer under Ray Train", statistics.mean(longer), 0.03, "lower"),
+        Bar(f"{where}: steps with another loss", sum(a != b for a, b in zip(*losses, strict=False)), 0, "lower"),
     ]
 
 
-def main(rounds: str = "4", steps: str = "50", *workers: str) -> int:
+def standard_error(values: list[float]) -> float:
+    """Of their mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def main(turns: str = "30", seconds: str = "5", *workers: str) -> int:
     rows, bars = [], []
     gpus = torch.cuda.device_count()
     wanted = workers or (str(CORES - 1), str(CORES), *(["gpus"] if gpus else []))
     counts = [(gpus, True) if count == "gpus" else (int(count), False) for count in wanted]
     with tempfile.TemporaryDirectory(prefix="mry") as path:
         root = Path(path)
-        os.environ["MORAY_HOME"] = str(root / "home")
-        for length in {make_job(root, count, 1, gpu).sequence_length for count, gpu in counts}:
+        for length in {make_job(root, 1, gpu).sequence_length for _, gpu in counts}:
             write_tokens(root / f"tokens-{length}" / "numbers", length)
         for count, gpu in counts:
-            more_rows, more_bars = compare(root, count, gpu, int(rounds), int(steps))
+            more_rows, more_bars = compare(root, count, gpu, int(turns), float(seconds))
             rows += more_rows
             bars += more_bars
     return report(f"ray_overhead{'-gpu' if gpus else ''}", rows, bars)
@@ -132,5 +152,7 @@ def main(rounds: str = "4", steps: str = "50", *workers: str) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
         rank_main(sys.argv[2])
+    elif sys.argv[1:2] == ["--side"]:
+        side_main(*sys.argv[2:])
     else:
         sys.exit(main(*sys.argv[1:]))

@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moray.actors.mixture import Mixture
 from moray.actors.token_set import TokenSet, open_token_sets
@@ -24,6 +24,7 @@ from moray.models.yarn import Yarn, unknown_fields
 from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout
 from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
+from moray.pipelines.pretrain.trainer import fit
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed, nearest
 from moray.platform.events import MetricEvent, read_events
@@ -180,52 +181,6 @@ def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig
     return config
 
 
-def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
-    """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
-    import ray.train
-    import ray.train.torch
-
-    from moray.actors.data_worker import start_data_workers
-    from moray.actors.watch import start_watch
-    from moray.pipelines.pretrain.loop import train
-
-    config = job.config
-    gpu = topology.gpus >= config.workers
-    plan = batch_plan(config, job.sequence_length)
-    helpers = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, plan)
-    settings = {"job": job, "loaders": list(helpers)}
-    settings["watch"] = start_watch(config.hang_seconds, job.events, job.step)
-    helpers.append(settings["watch"])
-    # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
-    cpus = 1.0 if topology.cpus >= config.workers else round(topology.cpus / config.workers, 3)
-    scaling: Any = ray.train.ScalingConfig
-    trainer: Any = ray.train.torch.TorchTrainer(
-        train,
-        train_loop_config=settings,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=scaling(
-            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
-            elastic_resize_monitor_interval_s=config.resize_seconds,
-        ),
-        run_config=ray.train.RunConfig(
-            name=job.step,
-            storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-        ),
-    )
-    try:
-        trainer.fit()
-    except SystemExit as stop:  # how Ray Train answers Ctrl-C, after it has stopped the workers
-        raise KeyboardInterrupt from stop
-    except ray.train.TrainingFailedError as error:
-        raise StepFailed(f"training failed: {_reason(error)}") from error
-    finally:
-        for helper in helpers:
-            ray.kill(helper)
-
-
 def loss_curve(run: Path, step: str) -> list[tuple[int, float]]:
     """(step, loss) of this run, ascending; a step that was done twice (after a failure) counts once, the last time."""
     found = {
@@ -248,14 +203,6 @@ def read_model_config(artifact: Path) -> ModelConfig:
 def read_tokenizer_fingerprint(artifact: Path) -> str:
     """The tokenizer that a pretrain artifact's tokens were made with."""
     return str(json.loads((artifact / _TRAINING).read_text())["tokenizer"])
-
-
-def _reason(error: Exception) -> str:
-    """The last line that says something in Ray's chain of causes."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else error.__cause__ or error
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(inner).__name__
 
 
 step = Pretrain()

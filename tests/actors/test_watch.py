@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.actors.watch import Beat, Judge, Waiting
+from moray.actors.watch import Beat, Judge, Member, Place, Waiting, Watch
 
 LIMIT = 10.0
 EXCHANGE = Waiting("gloo:all_to_all", "experts", 7)
@@ -77,3 +80,33 @@ def test_who_makes_progress_and_speaks_never_hangs(order: list[int]) -> None:
             if other != rank:
                 judge.hear(second * 1.0, other, Beat(second // 10, second - 1, EXCHANGE))
         assert judge.verdict(second + LIMIT / 2) is None
+
+
+def test_a_watch_that_was_started_again_goes_on_with_the_team_that_beats(tmp_path: Path) -> None:
+    """Others of the team before may still be heard of: they neither count nor displace it."""
+    watch = Watch(LIMIT, str(tmp_path), "pretrain")
+
+    def beat(team: str, rank: int) -> None:
+        watch.beat(Member(team, 2, rank, Place("node", 100 + rank, 0.0)), Beat(4, 40))
+
+    beat("before", 0)
+    beat("now", 0)
+    beat("before", 1)
+    assert watch.judged(math.inf) is None, "rank 1 of the team has not spoken"
+    beat("now", 1)
+    watch.leave("before")
+    judged = watch.judged(math.inf)
+    assert judged is not None
+    verdict, places = judged
+    assert verdict.ranks == (0, 1)
+    assert [place.pid for place in places] == [100, 101]
+    beat("now", 0)
+    assert watch.judged(math.inf) is None, "said once"
+
+
+def test_who_has_left_is_not_judged(tmp_path: Path) -> None:
+    watch = Watch(LIMIT, str(tmp_path), "pretrain")
+    watch.beat(Member("team", 1, 0, Place("node", 100, 0.0)), Beat(4, 40))
+    watch.leave("team")
+    watch.beat(Member("team", 1, 0, Place("node", 100, 0.0)), Beat(4, 41))
+    assert watch.judged(math.inf) is None

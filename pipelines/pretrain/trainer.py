@@ -1,0 +1,84 @@
+"""Ray Train's part of a run: it places the workers, starts them with the same `Job`, and starts them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.schedule import batch_plan
+from moray.platform.errors import StepFailed
+from moray.platform.step import Topology
+
+# What Ray Train 2.60 starts for every run, and ours have no use for: an actor for Ray Data's data sets, and one that
+# frees the placement group of a dead controller, as the end of our driver does anyway. An actor is a process: on few
+# cores it takes seconds to start and, idle, a hundredth of one.
+_UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+
+
+def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
+    """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
+    import ray.train
+
+    from moray.actors.data_worker import start_data_workers
+    from moray.actors.watch import start_watch
+
+    config = job.config
+    plan = batch_plan(config, job.sequence_length)
+    helpers = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, plan)
+    settings = {"job": job, "loaders": list(helpers)}
+    settings["watch"] = start_watch(config.hang_seconds, job.events, job.step)
+    helpers.append(settings["watch"])
+    trainer = _trainer(job, settings, storage, topology)
+    try:
+        trainer.fit()
+    except SystemExit as stop:  # how Ray Train answers Ctrl-C, after it has stopped the workers
+        raise KeyboardInterrupt from stop
+    except ray.train.TrainingFailedError as error:
+        raise StepFailed(f"training failed: {_reason(error)}") from error
+    finally:
+        for helper in helpers:
+            ray.kill(helper)
+
+
+def _trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
+    """A TorchTrainer for `loop.train` with these settings."""
+    import ray.train.torch
+
+    from moray.pipelines.pretrain.loop import train
+
+    base: Any = ray.train.torch.TorchTrainer
+
+    class Trainer(base):
+        # Not public: where Ray no longer asks for it, nothing is left out.
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _UNUSED]
+
+    config, gpu = job.config, topology.gpus >= job.config.workers
+    # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
+    cpus = 1.0 if topology.cpus >= config.workers else round(topology.cpus / config.workers, 3)
+    scaling: Any = ray.train.ScalingConfig
+    return Trainer(
+        train,
+        train_loop_config=settings,
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=scaling(
+            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+            elastic_resize_monitor_interval_s=config.resize_seconds,
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.step,
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something in Ray's chain of causes."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error.__cause__ or error
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__
