@@ -67,7 +67,7 @@ def side_main(way: str, path: str) -> None:
         command = ["torchrun", "--standalone", "--nproc-per-node", str(job.config.workers), __file__, "--rank", path]
         torch.distributed.run.main(command[1:])
         return
-    topology = EmbeddedCluster(Home(Path(path).parent / "home")).ensure()
+    topology = EmbeddedCluster(Home.from_environment()).ensure()
     fit(job, tokens, Path(path).parent / "train", topology if gpu else dataclasses.replace(topology, gpus=0))
 
 
@@ -140,6 +140,7 @@ def main(turns: str = "30", seconds: str = "5", *workers: str) -> int:
     counts = [(gpus, True) if count == "gpus" else (int(count), False) for count in wanted]
     with tempfile.TemporaryDirectory(prefix="mry") as path:
         root = Path(path)
+        os.environ["MORAY_HOME"] = str(root / "home")
         for length in {make_job(root, 1, gpu).sequence_length for _, gpu in counts}:
             write_tokens(root / f"tokens-{length}" / "numbers", length)
         for count, gpu in counts:

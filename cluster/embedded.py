@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from moray.cluster.machine import (
     LONGEST_FOLDER,
     cores,
@@ -67,6 +69,7 @@ class EmbeddedCluster(Cluster):
                 logging_level=logging.ERROR,
                 _temp_dir=str(self._folder),
             )
+        _end_log_monitor()
         self._watcher.start()
         return topology
 
@@ -94,6 +97,15 @@ class EmbeddedCluster(Cluster):
         folder = parent / f"r{os.getpid()}"
         folder.mkdir()
         return folder
+
+
+def _end_log_monitor() -> None:
+    """Ends the process that sends what workers print to drivers, which this driver does not want (`log_to_driver`). It
+    looks at all logs ten times a second: a hundredth of a core, and `ray.init` has no setting for it."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(Path(part).name == "log_monitor.py" for part in child.cmdline()):
+                child.terminate()
 
 
 def _keep_logs(folder: Path, target: Path) -> None:
