@@ -13,7 +13,7 @@ from moray.platform.step import Topology
 # What Ray Train 2.60 starts for every run, and ours have no use for: an actor for Ray Data's data sets, and one that
 # frees the placement group of a dead controller, as the end of our driver does anyway. An actor is a process: on few
 # cores it takes seconds to start and, idle, a hundredth of one.
-_UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
 def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
@@ -29,7 +29,7 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     settings = {"job": job, "loaders": list(helpers)}
     settings["watch"] = start_watch(config.hang_seconds, job.events, job.step)
     helpers.append(settings["watch"])
-    trainer = _trainer(job, settings, storage, topology)
+    trainer = make_trainer(job, settings, storage, topology)
     try:
         trainer.fit()
     except SystemExit as stop:  # how Ray Train answers Ctrl-C, after it has stopped the workers
@@ -41,7 +41,7 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
             ray.kill(helper)
 
 
-def _trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
+def make_trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
     """A TorchTrainer for `loop.train` with these settings."""
     import ray.train.torch
 
@@ -52,7 +52,7 @@ def _trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topolo
     class Trainer(base):
         # Not public: where Ray no longer asks for it, nothing is left out.
         def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _UNUSED]
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
 
     config, gpu = job.config, topology.gpus >= job.config.workers
     # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
