@@ -73,8 +73,13 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def step_seconds(folder: Path, began: float, ended: float) -> float:
-    """The mean time from one loss to the next, of those between two times in seconds since the epoch."""
+    """The mean time from one loss to the next, of those between two times in seconds since the epoch.
+
+    Raises ValueError where there are fewer than two.
+    """
     times = [event.time for event in _losses(folder) if began < event.time < ended]
+    if len(times) < 2:
+        raise ValueError(f"{len(times)} steps ended within {ended - began:.0f} s: take longer turns")
     return statistics.mean(after - before for before, after in itertools.pairwise(times))
 
 

@@ -64,8 +64,8 @@ def side_main(way: str, path: str) -> None:
     """One of the two, in a process of its own, until it is ended."""
     job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # our own file
     if way == "torchrun":
-        command = ["torchrun", "--standalone", "--nproc-per-node", str(job.config.workers), __file__, "--rank", path]
-        torch.distributed.run.main(command[1:])
+        workers = str(job.config.workers)
+        torch.distributed.run.main(["--standalone", "--nproc-per-node", workers, __file__, "--rank", path])
         return
     topology = EmbeddedCluster(Home.from_environment()).ensure()
     fit(job, tokens, Path(path).parent / "train", topology if gpu else dataclasses.replace(topology, gpus=0))
