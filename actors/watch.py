@@ -4,6 +4,9 @@ Every rank has a thread that tells, about ten times in `limit` seconds, how far 
 begun, and the one it waits in. A stopped process, or one on a host that is gone, tells nothing; one that is stuck
 elsewhere is not in the collective that the others wait in. The actor ends the culprit with SIGKILL, because whoever
 started the ranks notices a dead process and not a stopped one, and writes down why.
+
+Where all ranks stand still alike, or their collectives are not recorded, nothing tells which one is at fault. Then no
+rank is ended: a warning says so, and the process group's own timeout decides.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class Judge:
         self._beats[rank] = (now, beat)
 
     def verdict(self, now: float) -> Verdict | None:
-        """Who hangs, if anybody does; nobody before every rank has spoken."""
+        """Who hangs, if anybody does and it can be told; nobody before every rank has spoken."""
         if len(self._beats) < self._world:
             return None
         beats = {rank: beat for rank, (_, beat) in self._beats.items()}
@@ -73,13 +76,39 @@ class Judge:
         if silent:
             quiet = max(now - self._beats[rank][0] for rank in silent)
             return Verdict(tuple(silent), f"{_names(silent)} silent for {quiet:.0f} s; {_others(beats, silent)}")
-        if now - self._progress <= self._limit or any(beat.busy for beat in beats.values()):
+        stood = self._stood_still(now)
+        ranks = _behind(beats) if stood else []
+        if not ranks:
             return None
-        elsewhere = [rank for rank, beat in beats.items() if beat.waiting is None]
-        if not elsewhere or len(elsewhere) == len(beats):  # all wait, or none does: the one with the fewest collectives
-            elsewhere = [min(beats, key=lambda rank: beats[rank].begun)]
+        return Verdict(tuple(ranks), f"{_names(ranks)} stuck for {stood:.0f} s; {_others(beats, ranks)}")
+
+    def complaint(self, now: float) -> str:
+        """What to warn of where all ranks stand still and nobody can be blamed (`verdict` is None); else empty."""
+        stood = self._stood_still(now)
+        if not stood or self.verdict(now) is not None:
+            return ""
+        beats = {rank: beat for rank, (_, beat) in self._beats.items()}
+        return (
+            f"training has made no progress for {stood:.0f} s, and nothing tells which rank is at fault; "
+            f"{_others(beats, [])}"
+        )
+
+    def _stood_still(self, now: float) -> float:
+        """Seconds without progress of any rank, if they exceed the limit and no rank is busy; else 0."""
+        busy = any(beat.busy for _, beat in self._beats.values())
         stood = now - self._progress
-        return Verdict(tuple(elsewhere), f"{_names(elsewhere)} stuck for {stood:.0f} s; {_others(beats, elsewhere)}")
+        return stood if len(self._beats) == self._world and not busy and stood > self._limit else 0.0
+
+
+def _behind(beats: Mapping[int, Beat]) -> list[int]:
+    """The ranks that others wait for; empty where the collectives do not tell."""
+    waiting = [rank for rank, beat in beats.items() if beat.waiting]
+    if 0 < len(waiting) < len(beats):
+        return [rank for rank in beats if rank not in waiting]
+    fewest = min(beat.begun for beat in beats.values())
+    behind = [rank for rank, beat in beats.items() if beat.begun == fewest]
+    # Counts tell something only of ranks that wait: an idle recorder counts the few collectives before training.
+    return behind if waiting and len(behind) < len(beats) else []
 
 
 def _names(ranks: list[int]) -> str:
@@ -94,7 +123,7 @@ def _others(beats: Mapping[int, Beat], but: list[int]) -> str:
             waiting.setdefault(beat.waiting, []).append(rank)
     step = max(beat.step for beat in beats.values()) + 1
     if not waiting:
-        return f"no other rank waits in a collective, at step {step}"
+        return f"no {'other ' if but else ''}rank waits in a recorded collective, at step {step}"
     what, ranks = max(waiting.items(), key=lambda item: len(item[1]))
     who = "rank" if len(ranks) == 1 else "ranks"
     return (
@@ -133,6 +162,7 @@ class Watch:
         self._teams: list[str] = []  # the last is the one that trains
         self._judge: Judge | None = None
         self._places: dict[int, Place] = {}
+        self._warned = False  # of the standstill that lasts
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -161,18 +191,31 @@ class Watch:
             self._judge = None
             return verdict, [self._places[rank] for rank in verdict.ranks]
 
+    def complained(self, now: float) -> str:
+        """What to warn of without ending anybody, once for each standstill; else empty."""
+        with self._lock:
+            text = self._judge.complaint(now) if self._judge else ""
+            before, self._warned = self._warned, bool(text)
+            return "" if before else text
+
     def _watch(self) -> None:
         while True:
             time.sleep(0.5)
-            judged = self.judged(time.monotonic())
+            now = time.monotonic()
+            if text := self.complained(now):
+                self._warn(f"{text}; no rank is ended")
+            judged = self.judged(now)
             if judged is None:
                 continue
             verdict, places = judged
-            log = EventLog(Path(self._events), "watch")
-            log.append(NoteEvent(step=self._step, level="warning", text=f"{verdict.text}; it is ended"))
-            log.close()
+            self._warn(f"{verdict.text}; it is ended")
             for place in places:
                 _end(place)
+
+    def _warn(self, text: str) -> None:
+        log = EventLog(Path(self._events), "watch")
+        log.append(NoteEvent(step=self._step, level="warning", text=text))
+        log.close()
 
 
 def _end(place: Place) -> None:

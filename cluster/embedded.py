@@ -37,6 +37,8 @@ from moray.platform.step import Cluster, Topology
 class EmbeddedCluster(Cluster):
     """Ray inside this process's lifetime. What it has to say goes to a folder of its own under `home.logs`."""
 
+    fixed = True
+
     def __init__(self, home: Home, cpus: int | None = None) -> None:
         self._home = home
         self._cpus = cpus

@@ -56,6 +56,7 @@ def ray_environment(home: Home) -> dict[str, str]:
         "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "NUMBA_CACHE_DIR": str(home.cache / "numba" / kernels_checksum()),
         "TRITON_CACHE_DIR": str(home.cache / "triton"),
         "HF_HUB_OFFLINE": "1",

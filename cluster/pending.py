@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moray.platform.units import size
 
@@ -38,6 +38,13 @@ class Demand:
         return sums
 
 
+class Finding(NamedTuple):
+    """What there is to say of a demand. hopeless: no machine here could ever hold it."""
+
+    text: str
+    hopeless: bool
+
+
 @dataclass(frozen=True)
 class Machine:
     """One node: its resources, and what of them is free."""
@@ -54,8 +61,8 @@ class PendingReport:
         self._since: dict[Demand, tuple[float, int]] = {}  # when its count last fell, and the count
         self._said: set[Demand] = set()
 
-    def update(self, now: float, waiting: Mapping[Demand, int], machines: Sequence[Machine]) -> list[str]:
-        """The sentences that are due. waiting: demand -> how many; now: seconds, from any start."""
+    def update(self, now: float, waiting: Mapping[Demand, int], machines: Sequence[Machine]) -> list[Finding]:
+        """The findings that are due. waiting: demand -> how many; now: seconds, from any start."""
         self._since = {demand: since for demand, since in self._since.items() if demand in waiting}
         found = []
         for demand, count in waiting.items():
@@ -67,17 +74,18 @@ class PendingReport:
             text = lacking or (_busy(demand, machines) if now - since >= self._patience else "")
             if text and machines and demand not in self._said:
                 self._said.add(demand)
-                found.append(text)
+                found.append(Finding(text, bool(lacking)))
         return found
 
 
 class PendingWatcher:
     """Tells `note` what the cluster that this process is connected to cannot place, between `start` and `stop`.
 
-    patience: seconds after which waiting for room is worth a word. `note` is called from a thread.
+    note: is called from a thread, with the text and whether the demand is hopeless. patience: seconds after which
+    waiting for room is worth a word.
     """
 
-    def __init__(self, note: Callable[[str], None], patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, note: Callable[[str, bool], None], patience: float = PATIENCE_SECONDS) -> None:
         self._note = note
         self._patience = patience
         self._stop = threading.Event()
@@ -109,8 +117,8 @@ class PendingWatcher:
             except (RpcError, RaySystemError) as error:
                 _log.warning("pending demand is not known: %s", error)
                 continue
-            for text in report.update(time.monotonic(), waiting_in(state), machines_in(state)):
-                self._note(text)
+            for finding in report.update(time.monotonic(), waiting_in(state), machines_in(state)):
+                self._note(finding.text, finding.hopeless)
 
 
 def waiting_in(state: Any) -> dict[Demand, int]:

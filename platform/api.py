@@ -44,7 +44,8 @@ def open_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def plan(recipe: str | Path, overrides: Sequence[str] = (), home: Home | None = None) -> list[Decision]:
     """What a run would do, in order. Starts and writes nothing."""
-    return plan_steps(open_recipe(recipe, overrides), ArtifactStore(home or Home.from_environment()))
+    home = home or Home.from_environment()
+    return plan_steps(open_recipe(recipe, overrides), ArtifactStore(home), embedded_cluster(home).topology())
 
 
 def run(
@@ -107,7 +108,7 @@ def serving(
     folder = model_folder(model, home)
     require_room()
     cluster = embedded_cluster(home, cpus)
-    cluster.on_pending = logging.getLogger("moray").warning
+    cluster.on_pending = cluster.on_hopeless = logging.getLogger("moray").warning
     serve: Any = importlib.import_module("moray.pipelines.serve.deployment")
     port = port or free_port(host)
     check_port(host, port)

@@ -81,6 +81,7 @@ def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
                 "fingerprint": d.address.fingerprint,
                 "action": "reuse" if d.reuse else "run",
                 "why": d.why,
+                "placement": d.placement,
             }
             for d in decisions
         ]
@@ -90,9 +91,13 @@ def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
     for column in ("step", "action", "fingerprint", "why"):
         table.add_column(column)
     for d in decisions:
-        table.add_row(d.planned.key, "reuse" if d.reuse else "run", d.address.fingerprint[:8], d.why)
+        table.add_row(d.planned.key, "reuse" if d.reuse else "run", d.address.fingerprint[:8], _why(d))
     out().print(table)
     return 0
+
+
+def _why(decision: Any) -> str:
+    return f"{decision.why}; {decision.placement}" if decision.placement else str(decision.why)
 
 
 @app.command
@@ -154,7 +159,7 @@ def _print_closings(result: Any) -> None:
 
 
 def _announce(url: str, model: str) -> None:
-    out().print(f"serving {model} at {url}/v1   (Ctrl-C stops it)", markup=False)
+    out().print(f"serving {model} at {url}/v1   (on CPUs; Ctrl-C stops it)", markup=False)
     err().print(
         f"try: curl {url}/v1/completions -H 'Content-Type: application/json' "
         f"""-d '{{"model": "default", "prompt": "In the beginning", "max_tokens": 40}}'""",

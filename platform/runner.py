@@ -32,7 +32,7 @@ from moray.platform.lease import holder as lease_holder
 from moray.platform.manifest import Manifest, code_revision, environment, hash_folder
 from moray.platform.recipe import PlannedStep, Recipe
 from moray.platform.references import Redactor, redacting
-from moray.platform.signals import until_interrupted
+from moray.platform.signals import interrupt, until_interrupted
 from moray.platform.source import source_hash
 from moray.platform.step import Cancelled, Cluster, StepContext, Topology
 
@@ -48,6 +48,7 @@ class Decision:
     address: Address
     reuse: bool
     why: str
+    placement: str = ""  # what it will run on, where there is something to choose
 
 
 @dataclass
@@ -72,8 +73,11 @@ class RunResult:
     steps: dict[str, StepResult] = field(default_factory=dict)
 
 
-def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
-    """Decides for every step whether its artifact is there, without starting or writing anything."""
+def plan(recipe: Recipe, store: ArtifactStore, topology: Topology | None = None) -> list[Decision]:
+    """Decides for every step whether its artifact is there, without starting or writing anything.
+
+    topology: the machines it is to run on, if known. Raises InputError for a step that has to run and cannot there.
+    """
     decisions = []
     with redacting(Redactor.of(step.config for step in recipe.steps)):
         made = addresses(recipe, partial(_before, store))
@@ -85,7 +89,8 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[Decision]:
             why = f"have {address.fingerprint[:8]}"
             why += f" in {store.remote.url}" if store.remote and not found.here else ""
             why += "" if is_current(planned.step, found) else ", made by other code"
-        decisions.append(Decision(planned, address, found is not None, why))
+        placement = planned.step.placement(planned.config, topology) if topology and not found else ""
+        decisions.append(Decision(planned, address, found is not None, why, placement))
     return decisions
 
 
@@ -103,6 +108,7 @@ class Runner:
         self.cluster = cluster
         self.listeners = listeners or []
         self._cancelled = threading.Event()
+        self._hopeless = ""  # what the step at work waits for and can never get
 
     def run(self, recipe: Recipe, name: str = "") -> RunResult:
         """Runs what is not there yet. Raises StepFailed, MorayError, or Cancelled after cleaning up.
@@ -122,7 +128,7 @@ class Runner:
         state, detail = "failed", ""
         try:
             with until_interrupted(self._cancelled.set), _follow(folder / "events", events), redacting(redact):
-                for decision in plan(recipe, self.store):
+                for decision in plan(recipe, self.store, self.cluster.topology()):
                     result.steps[decision.planned.key] = self._step(decision, result, events)
             write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
             state = "succeeded"
@@ -205,6 +211,7 @@ class Runner:
         started, began = time.time(), time.monotonic()
         topology, state = self.cluster.topology(), "failed"
         self.cluster.on_pending = lambda text: context.note(text, "warning")
+        self.cluster.on_hopeless = self._give_up
         try:
             with self._explained(context):
                 in_place = step.reads_in_place(planned.config)
@@ -220,11 +227,13 @@ class Runner:
                 step.run(context)
                 artifact = self._commit(planned, address, context, topology, started, time.monotonic() - began)
             state = "succeeded"
-        except (Cancelled, KeyboardInterrupt):
+        except (Cancelled, KeyboardInterrupt) as stop:
+            if self._hopeless:
+                raise InputError(f"step {planned.key!r}: {self._hopeless}") from stop
             state = "cancelled"
             raise
         finally:
-            self.cluster.on_pending = None
+            self.cluster.on_pending = self.cluster.on_hopeless = None
             held = time.monotonic() - began
             events.append(
                 UsageEvent(step=planned.key, seconds=held, state=state, cpus=topology.cpus, gpus=topology.gpus)
@@ -238,6 +247,12 @@ class Runner:
             )
         )  # fmt: skip
         return StepResult(planned.key, step.name, False, held, artifact)
+
+    def _give_up(self, text: str) -> None:
+        """Ends the step at work as Ctrl-C would: Ray would have it wait for ever. Called from another thread."""
+        self._hopeless = text
+        self._cancelled.set()
+        interrupt()
 
     def _fetch(self, row: StepResult, context: StepContext[Any], in_place: bool) -> Artifact:
         """An earlier step's artifact with its files on this machine, or with the address that they are read at."""

@@ -32,3 +32,9 @@ def until_interrupted(notice: Callable[[], None] = lambda: None) -> Iterator[Non
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def interrupt() -> None:
+    """Raises KeyboardInterrupt in the main thread, from another one, where `until_interrupted` has a handler there."""
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

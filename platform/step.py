@@ -110,17 +110,8 @@ class ExternalFile:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a step is expected to need, before anything starts. Zero means: not known."""
-
-    seconds: float = 0.0
-    cpus: float = 1.0
-    memory_bytes: int = 0
-
-
-@dataclass(frozen=True)
 class Topology:
-    """The machines a run may use, as far as a step's `estimate` and defaults need to know them."""
+    """The machines a run may use, as far as a step's `placement` and defaults need to know them."""
 
     cpus: int
     gpus: int
@@ -131,7 +122,9 @@ class Cluster(ABC):
     """What the runner needs of a place where Ray runs. Implemented in the `cluster` room."""
 
     logs: Path | None = None  # where Ray's own logs are found after it has stopped
+    fixed: ClassVar[bool] = False  # no machine will join, so what no machine can hold now it never can
     on_pending: Callable[[str], None] | None = None  # is told, in words, what Ray cannot place and why
+    on_hopeless: Callable[[str], None] | None = None  # the same, of what a fixed cluster can never place
 
     @abstractmethod
     def ensure(self) -> Topology:
@@ -145,10 +138,11 @@ class Cluster(ABC):
     def stop(self) -> None:
         """Ends everything `ensure` started."""
 
-    def say_pending(self, text: str) -> None:
-        """What a watcher of the cluster calls; the runner shows it as a warning of the step at work."""
-        if self.on_pending is not None:
-            self.on_pending(text)
+    def say_pending(self, text: str, hopeless: bool = False) -> None:
+        """What a watcher of the cluster calls: the runner shows a warning of the step at work, or ends it."""
+        tell = self.on_hopeless if hopeless and self.fixed else self.on_pending
+        if tell is not None:
+            tell(text)
 
     @contextlib.contextmanager
     def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
@@ -253,8 +247,12 @@ class Step(ABC, Generic[ConfigT]):
     def follow(self, config: ConfigT, earlier: Manifest) -> None:
         """Raises RecipeError if a result with this config cannot go on from `earlier`."""
 
-    def estimate(self, config: ConfigT, topology: Topology) -> Estimate:
-        return Estimate()
+    def placement(self, config: ConfigT, topology: Topology) -> str:
+        """What the step will run on, in words, for the plan; empty where there is nothing to choose.
+
+        Raises InputError where the machines cannot run it. Called before anything starts.
+        """
+        return ""
 
     @abstractmethod
     def run(self, ctx: StepContext[ConfigT]) -> None:

@@ -23,7 +23,7 @@ from moray.pipelines.corpus.source import Source
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.errors import InputError, RecipeError
 from moray.platform.manifest import hash_file
-from moray.platform.step import Estimate, ExternalFile, Step, StepConfig, StepContext, Topology
+from moray.platform.step import ExternalFile, Step, StepConfig, StepContext
 
 
 class CorpusConfig(StepConfig):
@@ -61,10 +61,6 @@ class Corpus(Step[CorpusConfig]):
             for source in config.sources
             for key, file in source.files()
         ]
-
-    def estimate(self, config: CorpusConfig, topology: Topology) -> Estimate:
-        size = sum(file.size for source in config.sources for _, file in source.files())
-        return Estimate(seconds=size / 20e6 / topology.cpus)
 
     def run(self, ctx: StepContext[CorpusConfig]) -> None:
         shards = corpus_shards(ctx.config)

@@ -27,7 +27,7 @@ from moray.pipelines.shards import Row, map_shards
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError
 from moray.platform.manifest import hash_file
-from moray.platform.step import Estimate, ExternalFile, Step, StepConfig, StepContext, Topology
+from moray.platform.step import ExternalFile, Step, StepConfig, StepContext
 
 _SIZES = {"words": 13, "characters": 50}
 _SHORTEST = {"words": 8, "characters": 30}
@@ -92,9 +92,6 @@ class Decontaminate(Step[DecontaminateConfig]):
             for one in config.evals
             for key, path in one.files()
         ]
-
-    def estimate(self, config: DecontaminateConfig, topology: Topology) -> Estimate:
-        return Estimate(cpus=topology.cpus)
 
     def run(self, ctx: StepContext[DecontaminateConfig]) -> None:
         index = _index(ctx.config)

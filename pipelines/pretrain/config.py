@@ -108,8 +108,11 @@ class PretrainConfig(StepConfig):
     )
     seed: int = 1
 
-    workers: int = operational(2, gt=0)
-    expert_parallel: int = operational(2, gt=0)
+    device: Literal["auto", "cpu", "gpu"] = operational(
+        "auto", description="auto: GPUs, one for each worker, if the cluster has any; then too few of them are an error"
+    )
+    workers: int = operational(2, gt=0, description="training workers; if not given and there are GPUs: one for each")
+    expert_parallel: int = operational(2, gt=0, description="workers that share one set of experts")
     micro_batch_sequences: int | None = operational(None, gt=0)
     overlap: bool = operational(
         True,

@@ -22,13 +22,14 @@ from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
 from moray.models.yarn import Yarn, unknown_fields
 from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
+from moray.pipelines.pretrain.devices import resolved, words
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout
 from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, RecipeError, StepFailed, nearest
 from moray.platform.events import MetricEvent, read_events
-from moray.platform.step import Estimate, Step, StepContext, Topology
+from moray.platform.step import Step, StepContext, Topology
 
 _TRAINING = "training.json"
 
@@ -72,8 +73,11 @@ class Pretrain(Step[PretrainConfig]):
     def reads_in_place(self, config: PretrainConfig) -> frozenset[str]:
         return frozenset({"tokens"} if config.stream_tokens else ())
 
-    def estimate(self, config: PretrainConfig, topology: Topology) -> Estimate:
-        return Estimate(cpus=config.workers)
+    def placement(self, config: PretrainConfig, topology: Topology) -> str:
+        chosen = resolved(config, topology)
+        if chosen.dispatch == "deepep":
+            _check_deepep(chosen, topology.gpus)
+        return words(chosen)
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
         tokens = f"{ctx.inputs['tokens'].address}/train"
@@ -96,17 +100,18 @@ class Pretrain(Step[PretrainConfig]):
             from moray.pipelines.pretrain.archive import check_archive  # it imports boto3
 
             check_archive(ctx.config.archive)
-        if ctx.config.dispatch == "deepep":
-            _check_deepep(ctx.config.workers, ctx.cluster.topology().gpus)
+        self.placement(ctx.config, ctx.cluster.topology())
         topology = ctx.cluster.ensure()
+        settings = resolved(ctx.config, topology)
         job = Job(
-            config=ctx.config, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
+            config=settings, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
             events=str(ctx.run / "events"), step=ctx.step,
             initial=str(ctx.inputs["model"].folder) if "model" in ctx.inputs else None,
-            threads=max(1, topology.cpus // ctx.config.workers),
+            threads=max(1, topology.cpus // settings.workers),
         )  # fmt: skip
         size = parameter_count(config)
-        ctx.note(f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token")
+        many = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
+        ctx.note(f"{words(settings)}; {many}")
         try:
             fit(job, tokens, ctx.run / "train", topology)
         except StepFailed as error:
@@ -143,12 +148,12 @@ def _open(tokens: str) -> dict[str, TokenSet]:
         raise InputError(f"pretrain: {error}", "tokenize again: step tokenize") from error
 
 
-def _check_deepep(workers: int, gpus: int) -> None:
-    """Raises InputError where DeepEP cannot be."""
+def _check_deepep(config: PretrainConfig, gpus: int) -> None:
+    """Raises InputError where DeepEP cannot be, for a resolved config."""
     instead = "leave out `dispatch`, or set it to collectives"
-    if gpus < workers:
+    if config.device == "cpu":
         raise InputError(
-            f"pretrain: dispatch: deepep wants a GPU for each of {workers} workers, there are {gpus}", instead
+            f"pretrain: dispatch: deepep wants a GPU for each of {config.workers} workers, there are {gpus}", instead
         )
     if importlib.util.find_spec("deep_ep") is None:
         hint = f"install it where Ray's workers run (https://github.com/deepseek-ai/DeepEP), or {instead}"
@@ -162,7 +167,8 @@ def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig
     try:
         stored = Checked(ctx.inputs["model"].folder).config
         config = overridden(stored, ctx.config.model)
-        check_layout(ctx.config.workers, ctx.config.expert_parallel, config.n_routed_experts)
+        settings = resolved(ctx.config, ctx.cluster.topology())
+        check_layout(settings.workers, settings.expert_parallel, config.n_routed_experts)
         check_dispatch(ctx.config.dispatch, ctx.config.precision, config.hidden_size)
         if ctx.config.moments == "fp8":
             check_blocks(config)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.devices import cpu_share
 from moray.pipelines.pretrain.schedule import batch_plan
 from moray.platform.errors import StepFailed
 from moray.platform.step import Topology
@@ -42,7 +43,7 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
 
 
 def make_trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
-    """A TorchTrainer for `loop.train` with these settings."""
+    """A TorchTrainer for `loop.train` with these settings. The job's `device` says where workers run."""
     import ray.train.torch
 
     from moray.pipelines.pretrain.loop import train
@@ -54,9 +55,8 @@ def make_trainer(job: Job, settings: dict[str, Any], storage: Path, topology: To
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
 
-    config, gpu = job.config, topology.gpus >= job.config.workers
-    # Where cores are few, workers share them: a fraction of a CPU each still leaves them schedulable.
-    cpus = 1.0 if topology.cpus >= config.workers else round(topology.cpus / config.workers, 3)
+    config, gpu = job.config, job.config.device == "gpu"
+    cpus = cpu_share(config, topology.cpus)
     scaling: Any = ray.train.ScalingConfig
     return Trainer(
         train,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +60,42 @@ def test_of_ranks_that_all_wait_the_one_behind_is_named() -> None:
     verdict = judge.verdict(11.0)
     assert verdict is not None
     assert verdict.ranks == (1,)
+
+
+@given(st.integers(1, 16), st.booleans(), st.randoms(use_true_random=False))
+def test_equal_ranks_are_never_blamed(world: int, recorded: bool, random: Any) -> None:
+    """Whoever spoke first: with NCCL the recorder of gloo holds the few collectives before training, on every rank."""
+    ranks = list(range(world))
+    random.shuffle(ranks)
+    beats = {rank: Beat(41, 3, EXCHANGE if recorded else None) for rank in ranks}
+    judge = judge_of(beats)
+    assert judge.complaint(1.0) == ""
+    repeat(judge, beats, 11)
+    assert judge.verdict(11.0) is None
+    assert "no progress for 11 s, and nothing tells which rank is at fault" in judge.complaint(11.0)
+
+
+def test_counts_of_ranks_that_do_not_wait_tell_nothing() -> None:
+    beats = {0: Beat(4, 4), 1: Beat(4, 3), 2: Beat(4, 4)}
+    judge = judge_of(beats)
+    repeat(judge, beats, 11)
+    assert judge.verdict(11.0) is None
+    assert "no rank waits in a recorded collective, at step 5" in judge.complaint(11.0)
+
+
+def test_a_standstill_without_a_culprit_is_warned_of_once(tmp_path: Path) -> None:
+    watch = Watch(LIMIT, str(tmp_path), "pretrain")
+    member = Member("team", 1, 0, Place("node", 100, 0.0))
+    watch.beat(member, Beat(4, 40))
+    now = time.monotonic()
+    watch.beat(member, Beat(4, 40))
+    assert watch.complained(now) == ""
+    late = now + LIMIT - 0.1  # not yet silent, by a beat of just now
+    watch._judge._progress = now - LIMIT  # type: ignore[union-attr]
+    assert "no progress" in watch.complained(late)
+    assert watch.complained(late) == "", "said once"
+    watch.beat(member, Beat(5, 44))
+    assert watch.complained(late) == ""
 
 
 def test_nobody_hangs_before_all_have_spoken_or_while_one_is_busy() -> None:

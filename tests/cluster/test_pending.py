@@ -29,16 +29,17 @@ def task(**resources: float) -> Demand:
 
 def test_what_can_never_be_placed_is_said_at_once_and_once() -> None:
     report = PendingReport(15.0)
-    (text,) = report.update(0.0, {task(CPU=64.0): 3}, [TWO])
+    ((text, hopeless),) = report.update(0.0, {task(CPU=64.0): 3}, [TWO])
+    assert hopeless
     assert text == "this can never start: it needs 64 CPU, the cluster has 2 CPU; ask for less or add machines"
     assert report.update(1.0, {task(CPU=64.0): 3}, [TWO]) == []
-    (text,) = report.update(2.0, {task(GPU=1.0): 1}, [TWO])
+    ((text, _),) = report.update(2.0, {task(GPU=1.0): 1}, [TWO])
     assert "it needs 1 GPU, the cluster has 0 GPU" in text
 
 
 def test_machines_count_one_by_one_unless_a_group_may_spread() -> None:
     machines = [TWO, TWO]
-    (text,) = PendingReport(15.0).update(0.0, {task(CPU=3.0): 1}, machines)
+    ((text, _),) = PendingReport(15.0).update(0.0, {task(CPU=3.0): 1}, machines)
     assert "it needs 3 CPU, on one machine, the largest has 2 CPU" in text
     bundle = (("CPU", 1.0),)
     assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 4): 1}, machines) == []
@@ -50,13 +51,14 @@ def test_waiting_for_room_is_said_after_a_while_unless_it_moves() -> None:
     report = PendingReport(15.0)
     for now, count in ((0.0, 9), (10.0, 9), (14.0, 8), (28.0, 8)):
         assert report.update(now, {task(CPU=1.0): count}, [TWO]) == []
-    assert report.update(29.0, {task(CPU=1.0): 8}, [TWO]) == ["waiting for 1 CPU: 2 of 2 CPU in use"]
+    assert report.update(29.0, {task(CPU=1.0): 8}, [TWO]) == [("waiting for 1 CPU: 2 of 2 CPU in use", False)]
     assert report.update(60.0, {task(CPU=1.0): 8}, [TWO]) == []
     report = PendingReport(15.0)
     assert report.update(0.0, {task(memory=9e8): 1}, [TWO]) == []
     assert report.update(5.0, {}, [TWO]) == []
     assert report.update(16.0, {task(memory=9e8): 1}, [TWO]) == [], "it was placed in between"
-    assert report.update(31.0, {task(memory=9e8): 1}, [TWO]) == ["waiting for 900 MB memory: 0 B of 8 GB memory in use"]
+    ((text, _),) = report.update(31.0, {task(memory=9e8): 1}, [TWO])
+    assert text == "waiting for 900 MB memory: 0 B of 8 GB memory in use"
 
 
 def test_nothing_is_said_of_a_cluster_without_machines_yet() -> None:
@@ -89,7 +91,7 @@ def watching() -> Iterator[tuple[list[str], threading.Event]]:
     notes: list[str] = []
     heard = threading.Event()
 
-    def note(text: str) -> None:
+    def note(text: str, hopeless: bool) -> None:
         notes.append(text)
         heard.set()
 
@@ -131,6 +133,31 @@ def test_a_step_that_asks_for_too_much_warns_the_user(ray_cluster: Cluster, home
     assert notes == [
         ("s0", "warning", "this can never start: it needs 64 CPU, the cluster has 2 CPU; ask for less or add machines")
     ]
+
+
+class Alone(Watched):
+    """As the embedded cluster: no machine joins."""
+
+    fixed = True
+
+
+@pytest.mark.cluster
+def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Cluster, home: Home) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    def ask(ctx: StepContext[Any]) -> None:
+        group = placement_group([{"CPU": 1}, {"CPU": 1.0001}])
+        try:
+            ray.get(ray.remote(num_cpus=1)(lambda: 1).options(placement_group=group).remote())
+        finally:
+            remove_placement_group(group)
+
+    made = recipe("a", during=ask)
+    planned = made.steps[0].__class__("s0", OnRay(ask), made.steps[0].config, {})
+    wanted = made.__class__("chain", Path("chain.yaml"), (planned,), "name: chain\n")
+    with pytest.raises(InputError, match=r"step 's0': this can never start: it needs 2\.0001 CPU, the cluster has 2"):
+        Runner(home, Alone(ray_cluster.topology())).run(wanted)
 
 
 @pytest.mark.cluster

@@ -1,0 +1,61 @@
+"""GPUs are used or refused by name, and every worker finds room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moray.pipelines.pretrain.config import PretrainConfig
+from moray.pipelines.pretrain.devices import cpu_share, resolved, words
+from moray.platform.errors import InputError
+from moray.platform.step import Topology
+
+
+def config(**settings: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"steps": 1, "batch_sequences": 48, **settings})
+
+
+def machine(gpus: int, cpus: int = 8) -> Topology:
+    return Topology(cpus, gpus, 1 << 30)
+
+
+def test_without_a_gpu_the_default_is_two_workers_on_cpus() -> None:
+    assert words(resolved(config(), machine(0))) == "2 workers on CPUs"
+
+
+@pytest.mark.parametrize(("gpus", "workers", "ep"), [(1, 1, 1), (2, 2, 2), (3, 3, 1), (5, 4, 2), (8, 8, 2)])
+def test_the_default_uses_the_gpus_there_are(gpus: int, workers: int, ep: int) -> None:
+    """One GPU meets the default of two workers, and is used."""
+    chosen = resolved(config(), machine(gpus))
+    assert (chosen.device, chosen.workers, chosen.expert_parallel) == ("gpu", workers, ep)
+
+
+def test_a_given_expert_parallel_is_kept_or_refused() -> None:
+    chosen = resolved(config(expert_parallel=4), machine(8))
+    assert (chosen.workers, chosen.expert_parallel) == (8, 4)
+    assert resolved(config(expert_parallel=4), machine(7)).workers == 4
+    with pytest.raises(InputError, match=r"pretrain\.expert_parallel: 4 ranks need a GPU each, and the cluster has 3"):
+        resolved(config(expert_parallel=4), machine(3))
+
+
+def test_too_few_gpus_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"pretrain\.workers: 16 workers need a GPU each, and the cluster has 8 GPUs"):
+        resolved(config(workers=16), machine(8))
+    with pytest.raises(InputError, match="no GPU"):
+        resolved(config(device="gpu"), machine(0))
+    assert words(resolved(config(workers=16, device="cpu"), machine(8))) == "16 workers on CPUs"
+    assert words(resolved(config(workers=8), machine(8))) == "8 workers with a GPU each"
+    assert words(resolved(config(workers=16, min_workers=4), machine(8))) == "4 to 16 workers with a GPU each"
+    with pytest.raises(InputError, match=r"pretrain\.min_workers: 12 workers"):
+        resolved(config(workers=16, min_workers=12), machine(8))
+
+
+@given(st.integers(1, 512), st.integers(1, 4096))
+def test_all_workers_find_room(cpus: int, workers: int) -> None:
+    """In Ray's own arithmetic, ten-thousandths: rounded up, 2 CPUs had no room for 3 workers of 0.667."""
+    share = cpu_share(config(workers=workers), cpus)
+    assert 0 < round(share * 10_000) <= 10_000
+    assert round(share * 10_000) * workers <= cpus * 10_000 or cpus >= workers
