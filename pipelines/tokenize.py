@@ -32,7 +32,7 @@ from moray.pipelines.packing import Documents, Packing, pack, plan
 from moray.pipelines.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
-from moray.pipelines.tokenizer import load_tokenizer, special_ids
+from moray.pipelines.tokenizer import id_count, load_tokenizer, special_ids
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
 from moray.platform.step import Step, StepConfig, StepContext, operational
@@ -77,7 +77,7 @@ class Tokenize(Step[TokenizeConfig]):
         folder = ctx.inputs["tokenizer"].folder
         vocabulary = Vocabulary(
             tokenizer=ctx.inputs["tokenizer"].fingerprint,
-            size=load_tokenizer(folder).get_vocab_size(),
+            size=id_count(load_tokenizer(folder)),
             **special_ids(folder),
         )
         marks = fim_marks(load_tokenizer(folder)) if ctx.config.fim_rate else None

@@ -138,10 +138,19 @@ def hugging_face_config() -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a folder; does not add special tokens by itself."""
+    """The `tokenizers.Tokenizer` of a folder, without the truncation and padding that its file may ask for: like
+    transformers, which does neither unless asked to."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def id_count(tokenizer: Any) -> int:
+    """How many rows a model's embedding needs: one more than the highest id, which may leave gaps below it."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def special_ids(folder: Path) -> dict[str, int]:

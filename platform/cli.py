@@ -119,9 +119,16 @@ def serve(
     from moray.platform.api import serving
     from moray.platform.signals import until_interrupted
 
-    with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
-        _announce(url, model)
-        threading.Event().wait()
+    up = False
+    try:
+        with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
+            _announce(url, model)
+            up = True
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        if not up:
+            raise
+        err().print("stopped")  # as was asked for: no error
     return 0
 
 

@@ -11,25 +11,29 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
-from moray.pipelines.serve.completion import DONE, Completion, event
-from moray.pipelines.serve.engine import ContextLengthError
-from moray.pipelines.serve.protocol import ALIAS, ApiError, CompletionRequest, validation_error
+from moray.pipelines.serve.completion import DONE, Completion, event, to_json
+from moray.pipelines.serve.intake import Call, Intake
+from moray.pipelines.serve.protocol import ApiError, CompletionRequest, check_model
 from moray.pipelines.serve.sequence import Delta
-from moray.pipelines.serve.sequence import Request as EngineRequest
 
 _log = logging.getLogger(__name__)
+# What /openapi.json says of a body that is read here and not by FastAPI.
+_SCHEMA = CompletionRequest.model_json_schema()
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
 
 
 def build_app(engine: AsyncEngine, name: str) -> FastAPI:
     """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine."""
+
+    intake = Intake(engine.engine, name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,17 +51,13 @@ def build_app(engine: AsyncEngine, name: str) -> FastAPI:
             raise ApiError(503, "the engine is not running")
         return {"status": "ok"}
 
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, http: Request) -> Response:
-        _check_model(body.model, name)
-        requests = body.requests(engine.engine.vocabulary)
-        _check(engine, requests)
-        completion = Completion(engine.engine, name, requests)
-        if not body.stream:
-            return JSONResponse(await _unless_gone(http, _whole(engine, completion, requests)))
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+    @app.post("/v1/completions", openapi_extra=_BODY)
+    async def completions(http: Request) -> Response:
+        call = await intake.call(http)
+        if not call.stream:
+            return Response(await _unless_gone(http, _whole(engine, intake, call)), media_type="application/json")
         return StreamingResponse(
-            _events(engine, completion, requests, with_usage),
+            _events(engine, intake, call),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -80,7 +80,7 @@ def _add_models(app: FastAPI, engine: AsyncEngine, name: str) -> None:
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        _check_model(model, name)
+        check_model(model, name)
         return card
 
 
@@ -88,10 +88,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def ours(request: Request, error: ApiError) -> Response:
         return _answer(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _answer(validation_error(list(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -120,42 +116,37 @@ def _unexpected(error: Exception) -> ApiError:
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 
 
-def _check_model(model: str, name: str) -> None:
-    if model not in (name, ALIAS):
-        raise ApiError(404, f"the model {model!r} does not exist; this server has {name!r}", "model", "model_not_found")
-
-
-def _check(engine: AsyncEngine, requests: Sequence[EngineRequest]) -> None:
-    """Refuses what could never run, before a stream has begun."""
-    try:
-        for request in requests:
-            engine.engine.check(request)
-    except ContextLengthError as error:
-        raise ApiError(400, str(error), "max_tokens", "context_length_exceeded") from error
-    except ValueError as error:
-        raise ApiError(400, str(error), "prompt") from error
-
-
-async def _whole(engine: AsyncEngine, completion: Completion, requests: Sequence[EngineRequest]) -> dict[str, Any]:
-    answers: list[list[Delta]] = [[] for _ in requests]
-    async for deltas in engine.generate_many(requests):
+async def _whole(engine: AsyncEngine, intake: Intake, call: Call) -> bytes:
+    answers: list[list[Delta]] = [[] for _ in call.requests]
+    size = 0
+    async for deltas in engine.generate_many(call.requests):
         for index, delta in deltas:
             answers[index].append(delta)
-    return completion.whole(answers)
+            size += _size(delta)
+    return await intake.away(size, lambda: to_json(call.completion.whole(answers)))
 
 
-async def _events(
-    engine: AsyncEngine, completion: Completion, requests: Sequence[EngineRequest], with_usage: bool
-) -> AsyncIterator[bytes]:
+async def _events(engine: AsyncEngine, intake: Intake, call: Call) -> AsyncIterator[bytes]:
     """The stream; an error half-way is its last event, since the status has been sent."""
+    completion, with_usage = call.completion, call.with_usage
     try:
-        async with aclosing(engine.generate_many(requests)) as answers:  # closed at once, not when collected
+        async with aclosing(engine.generate_many(call.requests)) as answers:  # closed at once, not when collected
             async for deltas in answers:
-                yield b"".join(completion.chunk(index, delta, with_usage) for index, delta in deltas)
+                size = sum(_size(delta) for _, delta in deltas)
+                yield await intake.away(size, partial(_chunks, completion, deltas, with_usage))
     except Exception as error:
         yield event(_unexpected(error).body())
         return
     yield completion.usage_chunk() + DONE if with_usage else DONE
+
+
+def _chunks(completion: Completion, deltas: Sequence[tuple[int, Delta]], with_usage: bool) -> bytes:
+    return b"".join(completion.chunk(index, delta, with_usage) for index, delta in deltas)
+
+
+def _size(delta: Delta) -> int:
+    """Bytes of JSON, or nearly: a scored token has some two hundred."""
+    return len(delta.text) + 200 * len(delta.tokens)
 
 
 async def _unless_gone(http: Request, work: Any) -> Any:

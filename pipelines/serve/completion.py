@@ -16,6 +16,7 @@ from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.sequence import Delta, Request
 from moray.pipelines.serve.text import Token, Vocabulary
 
+_SLICE = 512  # elements of a list that are encoded in one call
 DONE = b"data: [DONE]\n\n"
 
 
@@ -64,9 +65,28 @@ class Completion:
         }
 
 
+def to_json(value: Any) -> bytes:
+    """UTF-8 JSON, long lists a slice at a time: one call for all would keep Python's lock for seconds."""
+    return _json(value).encode()
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_dumps(key)}:{_json(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list) and value and isinstance(value[0], dict) and len(value) <= _SLICE:
+        return "[" + ",".join(map(_json, value)) + "]"
+    if isinstance(value, list) and len(value) > _SLICE:
+        return "[" + ",".join(_dumps(value[at : at + _SLICE])[1:-1] for at in range(0, len(value), _SLICE)) + "]"
+    return _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def event(body: dict[str, Any]) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
 def _joined(deltas: Sequence[Delta]) -> Delta:

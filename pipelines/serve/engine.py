@@ -49,7 +49,10 @@ class Engine:
         self.config = model.config
         self.vocabulary = vocabulary
         # A padded vocabulary has rows at the end that stand for no token.
-        self._tokens = min(len(vocabulary.pieces), model.config.vocab_size)
+        named = max(len(vocabulary.pieces), max(vocabulary.ends, default=-1) + 1)
+        self._tokens = min(named, model.config.vocab_size)
+        # Bytes of the longest text that a context may hold.
+        self.longest_text = model.config.max_position_embeddings * vocabulary.longest_piece
         weight = model.lm_head.weight
         self._device = weight.device
         blocks = cache_blocks(model.config, limits, weight.element_size())
@@ -67,7 +70,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that could never run; ContextLengthError for one that is too long."""
-        for index in request.prompt:
+        for index in (min(request.prompt), max(request.prompt)) if request.prompt else ():
             if not 0 <= index < self._tokens:
                 raise ValueError(f"prompt: id {index} is not one of the model's {self._tokens}")
         ids = self._with_bos(request.prompt)
@@ -145,7 +148,7 @@ class Engine:
         tokens = sample(logits_BV, [_draw(sequence) for sequence in sequences])
         for sequence, token in zip(sequences, tokens, strict=True):
             try:
-                delta = sequence.accept(token, self.vocabulary.eos)
+                delta = sequence.accept(token, self.vocabulary.ends)
             except Exception as error:
                 yield self._fail(sequence, error)
                 continue

@@ -1,12 +1,14 @@
 """The wire: the body of `POST /v1/completions`, and errors as OpenAI's API writes them.
 
-Notable: nothing is dropped in silence. A field of the API that this server cannot honour is refused by name unless it
-has the value that changes nothing; fields outside the API are ignored. Types are strict, as OpenAI's are: "5" is not
-a number. `null` means the default.
+Notable: nothing is dropped in silence. A field that this server cannot honour, of OpenAI's API or of others'
+extensions, is refused by name unless it has the value that changes nothing; so is an unknown field. Fields that say
+nothing of the answer (`user`, `metadata`) are ignored. Types are strict, as OpenAI's are: "5" is not a number. `null`
+means the default.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +18,14 @@ from pydantic_core import PydanticCustomError
 from moray.pipelines.serve.sequence import SEEDS, Request
 from moray.pipelines.serve.text import Vocabulary
 
+MOST_PROMPTS = 128
 MOST_STOPS = 4
+LONGEST_STOP = 1024  # characters; an answer is searched for it at every token
 MOST_LOGPROBS = 5
 ALIAS = "default"  # names whichever model is served
 
-# Fields of the API that are not supported, and the values with which they change nothing.
+# Fields that are not supported, of OpenAI's API and then of vLLM's and SGLang's extensions, and the values with which
+# they change nothing. Prompts get a bos and answers show no special tokens, which is what `True` says of the two.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -29,9 +34,30 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
     "top_k": (0, -1),
     "min_p": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "add_special_tokens": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
 }
+
+# Fields of others that say nothing of the answer.
+_IGNORED = frozenset(
+    (
+        "cache_salt", "metadata", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
+        "safety_identifier", "service_tier", "store", "user",
+    )
+)  # fmt: skip
+
 
 Prompt = str | tuple[int, ...]
 
@@ -54,13 +80,16 @@ class ApiError(Exception):
 class StreamOptions(BaseModel):
     """`stream_options`: whether a last chunk brings the usage."""
 
-    include_usage: bool = Field(False, strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding of a chunk's size, which this server never adds
 
 
 class CompletionRequest(BaseModel):
     """The body of `POST /v1/completions`. `prompt` is normalised to a tuple of prompts."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str = ALIAS
     prompt: tuple[Prompt, ...]
@@ -81,13 +110,27 @@ class CompletionRequest(BaseModel):
     presence_penalty: Any = None
     frequency_penalty: Any = None
     repetition_penalty: Any = None
+    response_format: Any = None
     top_k: Any = None
     min_p: Any = None
+    min_tokens: Any = None
+    stop_token_ids: Any = None
+    bad_words: Any = None
+    length_penalty: Any = None
+    use_beam_search: Any = None
+    add_special_tokens: Any = None
+    skip_special_tokens: Any = None
+    spaces_between_special_tokens: Any = None
+    include_stop_str_in_output: Any = None
+    return_tokens_as_token_ids: Any = None
+    return_token_ids: Any = None
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
 
     @field_validator("prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     @classmethod
@@ -98,6 +141,8 @@ class CompletionRequest(BaseModel):
             raise PydanticCustomError(
                 "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
             )
+        if len(found) > MOST_PROMPTS:
+            raise PydanticCustomError("prompt", f"may hold up to {MOST_PROMPTS} prompts; send several requests")
         return found
 
     @field_validator("stop", mode="before")
@@ -108,6 +153,8 @@ class CompletionRequest(BaseModel):
             raise PydanticCustomError("stop", "must be a string or a list of strings, none of them empty")
         if len(stops) > MOST_STOPS:
             raise PydanticCustomError("stop", f"may hold up to {MOST_STOPS} strings")
+        if any(len(stop) > LONGEST_STOP for stop in stops):
+            raise PydanticCustomError("stop", f"strings may have up to {LONGEST_STOP} characters")
         return tuple(stops)
 
     @field_validator("seed")
@@ -161,7 +208,25 @@ def validation_error(errors: list[Any]) -> ApiError:
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
     message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        fields = [*CompletionRequest.model_fields, *_IGNORED]
+        message = "is not supported: leave it out" + _did_you_mean(location[-1], fields)
     return ApiError(400, f"{'.'.join(location) or param}: {message}", param)
+
+
+def context_length_error(message: str) -> ApiError:
+    return ApiError(400, message, "max_tokens", "context_length_exceeded")
+
+
+def check_model(model: str, name: str) -> None:
+    """Raises ApiError for a model that is not the one served as `name`."""
+    if model not in (name, ALIAS):
+        raise ApiError(404, f"the model {model!r} does not exist; this server has {name!r}", "model", "model_not_found")
+
+
+def _did_you_mean(name: str, fields: list[str]) -> str:
+    near = difflib.get_close_matches(name, fields, 1, 0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _are_ids(value: list[Any]) -> bool:

@@ -6,6 +6,7 @@ latents in the cache. Prefill, a chunk of a long prefill and decode are then one
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -106,11 +107,11 @@ class Sequence:
             said += self.text.finish()
         return self._delta(said)
 
-    def accept(self, token: Token, eos: int | None) -> Delta | None:
-        """Takes the next token; returns what can be shown now, None if nothing."""
+    def accept(self, token: Token, ends: Container[int]) -> Delta | None:
+        """Takes the next token; returns what can be shown now, None if nothing. ends: ids that end an answer."""
         self.ids.append(token.id)
         said = self.text.push(token)
-        if self.text.stopped or (token.id == eos and not self.request.ignore_eos):
+        if self.text.stopped or (token.id in ends and not self.request.ignore_eos):
             self.finish_reason = "stop"
         elif self.generated >= self.request.max_tokens:
             self.finish_reason = "length"

@@ -8,11 +8,14 @@ until it is whole. Text that may be the start of a stop string waits too, togeth
 from __future__ import annotations
 
 import codecs
+import json
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from moray.pipelines.tokenizer import id_count, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,32 @@ class Released:
 class Vocabulary:
     """A byte-level tokenizer as serving sees it. Raises ValueError for a tokenizer of another kind.
 
-    bos, eos: the model's, None where it has none. Special tokens have no text.
+    bos, eos: the model's, None where it has none. ends: the ids that end an answer, by default eos. Special tokens have
+    no text. keeps_length: whether no text becomes shorter before it is split into tokens.
     """
 
-    def __init__(self, tokenizer: Any, bos: int | None, eos: int | None) -> None:
+    def __init__(self, tokenizer: Any, bos: int | None, eos: int | None, ends: Collection[int] | None = None) -> None:
         kind = type(tokenizer.decoder).__name__
         if kind != "ByteLevel":
             raise ValueError(f"the tokenizer's decoder is {kind}: only byte-level tokenizers can be served")
         # As in training: text that spells a special token is plain characters.
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.bos = bos
         self.eos = eos
+        self.ends = frozenset(([] if eos is None else [eos]) if ends is None else ends)
+        self.keeps_length = tokenizer.normalizer is None
         self._added = tokenizer.get_added_tokens_decoder()
         table = _bytes_of_characters()
-        self.pieces = [self._piece(index, table) for index in range(tokenizer.get_vocab_size())]
+        self.pieces = [self._piece(index, table) for index in range(id_count(tokenizer))]
+        self._labels = self._unique_labels()
 
     @classmethod
     def load(cls, folder: Path, bos: int | None, eos: int | None) -> Vocabulary:
-        """Reads `tokenizer.json` of a model folder."""
-        from moray.pipelines.tokenizer import load_tokenizer
-
-        return cls(load_tokenizer(folder), bos, eos)
+        """Reads `tokenizer.json` of a model folder, and `generation_config.json` if it names the ends of an answer."""
+        return cls(load_tokenizer(folder), bos, eos, _ends(folder / "generation_config.json"))
 
     def encode(self, text: str) -> list[int]:
         """Ids without bos. Raises ValueError for text that UTF-8 cannot express (lone surrogates)."""
@@ -71,15 +78,37 @@ class Vocabulary:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("the text holds a lone surrogate, which is not a character") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # As a batch, because `encode` keeps Python's lock to its end.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
+
+    @property
+    def longest_piece(self) -> int:
+        """Bytes of the longest piece, at least 1."""
+        return max(1, max(map(len, self.pieces), default=1))
 
     def piece(self, index: int) -> bytes:
         """The bytes of an id; none for special tokens and for ids that the tokenizer does not have."""
         return self.pieces[index] if index < len(self.pieces) else b""
 
     def label(self, index: int) -> str:
-        """How logprobs name an id: its text, `bytes:\\x..` where that is no whole text, a special token's name."""
+        """How logprobs name an id: its text, `bytes:\\x..` where that is no whole text, a special token's name.
+
+        No two ids have one name: of those with the same text the lowest has it, the others are `token_id:N`, as is an
+        id without a token.
+        """
+        return self._labels[index] if index < len(self._labels) else f"token_id:{index}"
+
+    def _unique_labels(self) -> list[str]:
+        seen: set[str] = set()
+        labels = []
+        for index in range(len(self.pieces)):
+            text = self._text(index)
+            labels.append(f"token_id:{index}" if not text or text in seen else text)
+            seen.add(text)
+        return labels
+
+    def _text(self, index: int) -> str:
         added = self._added.get(index)
         if added is not None:
             return str(added.content)
@@ -96,6 +125,24 @@ class Vocabulary:
         if any(character not in table for character in spelling):
             return str(spelling).encode()
         return bytes(table[character] for character in spelling)
+
+
+def _ends(path: Path) -> list[int] | None:
+    """`eos_token_id` of a generation_config.json, an id or several, which transformers puts above the config's; None
+    where it says nothing. Raises ValueError for anything else."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    ends = content.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise ValueError(f"{path}: eos_token_id = {ends!r} must be an id, or a list of ids")
+    return None if ends is None else ids
 
 
 def _bytes_of_characters() -> dict[str, int]:

@@ -1,12 +1,17 @@
 """The HTTP application, through FastAPI's client: shapes, usage, and every error as an OpenAI error object."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moray.pipelines.serve.api import build_app
 from moray.pipelines.serve.async_engine import AsyncEngine
+from moray.pipelines.serve.completion import Completion, to_json
 
 BODY = {"model": "tiny", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
@@ -137,6 +142,22 @@ def test_a_stream_tells_its_usage_only_when_asked(client):
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream"),
+        ({"stop": ["x" * 1025]}, "stop", "up to 1024 characters"),
+        ({"prompt": ["a"] * 129}, "prompt", "up to 128 prompts"),
+        ({"prompt": [[1]] * 129}, "prompt", "up to 128 prompts"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"min_tokens": 4}, "min_tokens", "not supported"),
+        ({"stop_token_ids": [5]}, "stop_token_ids", "not supported"),
+        ({"add_special_tokens": False}, "add_special_tokens", "not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
+        ({"temprature": 0.5}, "temprature", "did you mean temperature?"),
+        (
+            {"stream": True, "stream_options": {"usage": True}},
+            "stream_options",
+            "stream_options.usage: is not supported",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_name(client, changes, param, says):
@@ -150,7 +171,9 @@ def test_bad_values_are_refused_by_name(client, changes, param, says):
 
 
 def test_values_that_change_nothing_are_accepted(client):
-    assert ask(client, n=1, best_of=1, logit_bias={}, presence_penalty=0, suffix="", user="me").status_code == 200
+    nothing = {"n": 1, "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "suffix": "", "min_tokens": 0}
+    nothing |= {"response_format": {"type": "text"}, "stop_token_ids": [], "add_special_tokens": True}
+    assert ask(client, **nothing, user="me", metadata={"run": "1"}, guided_json=None).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -172,6 +195,81 @@ def test_a_malformed_body(client, content):
     response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_of_another_kind_or_too_deep(client):
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        response = client.post("/v1/completions", content=json.dumps(BODY), headers={"Content-Type": kind})
+        assert response.status_code == 400
+        assert "application/json" in response.json()["error"]["message"]
+    deep = b'{"prompt": ' + b"[" * 200_000
+    response = client.post("/v1/completions", content=deep, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+
+
+def test_a_body_larger_than_a_context_can_need(client):
+    """With its length said before, and in chunks that say nothing."""
+    body = json.dumps({**BODY, "prompt": "a" * (3 << 20)}).encode()
+    pieces = (body[at : at + 65536] for at in range(0, len(body), 65536))
+    for content in (body, pieces):
+        response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 413
+        assert "the body has more than the 1,048,576 bytes" in response.json()["error"]["message"]
+    assert ask(client).status_code == 200
+
+
+def test_a_text_longer_than_any_context_is_refused_before_it_is_tokenised(client, vocabulary, monkeypatch):
+    monkeypatch.setattr(vocabulary, "encode", None)
+    response = ask(client, prompt="a" * 500_000)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_what_grows_with_a_request_is_not_done_on_the_event_loop(client, vocabulary, monkeypatch):
+    """Tokenising and building an answer wait here until the server has answered somebody else."""
+    started, answered = threading.Event(), threading.Event()
+    encode, whole = vocabulary.encode, Completion.whole
+
+    def slowly(work):
+        def run(*arguments):
+            started.set()
+            assert answered.wait(60), "the event loop was busy"
+            return work(*arguments)
+
+        return run
+
+    for patched, name, work in ((vocabulary, "encode", encode), (Completion, "whole", whole)):
+        started.clear()
+        answered.clear()
+        with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+            patch.setattr(patched, name, slowly(work))
+            asked = pool.submit(ask, client, prompt=["In the beginning " * 10] * 40, echo=True, logprobs=5)
+            assert started.wait(60)
+            assert client.get("/health").status_code == 200
+            answered.set()
+            assert len(asked.result().json()["choices"]) == 40
+
+
+def test_the_description_of_the_api_has_the_body(client):
+    schema = client.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
+    assert "max_tokens" in schema["content"]["application/json"]["schema"]["properties"]
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text('aé"\n🙂'),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text("kü"), inner),
+    ),
+    st.integers(0, 1500),
+)
+def test_json_in_slices_is_the_same_json(value, repeats):
+    assert json.loads(to_json(value)) == value
+    many = {"list": [value] * repeats}
+    assert to_json(many) == json.dumps(many, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def test_unknown_paths_and_methods(client):

@@ -84,7 +84,7 @@ def test_the_end_of_the_document_stops_and_is_not_shown(model, vocabulary, make_
     request = greedy(vocabulary, "In the beginning", 20)
     ids = ids_of(run(make_engine(), [request])[0])
     engine = make_engine()
-    monkeypatch.setattr(vocabulary, "eos", ids[5])
+    monkeypatch.setattr(vocabulary, "ends", {ids[5]})
     stopped = Request(request.prompt, 20, temperature=0.0)
     (deltas,) = run(engine, [stopped])
     cut = ids.index(ids[5])

@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,3 +122,62 @@ def test_a_tokenizer_of_another_kind_is_refused():
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="byte-level"):
         Vocabulary(tokenizer, None, None)
+
+
+def gapped() -> Any:
+    """A byte-level tokenizer of 256 bytes and an end, whose id leaves a gap."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab={**vocabulary, "<|end|>": 300}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return made
+
+
+def test_ids_are_measured_and_not_counted() -> None:
+    """A tokenizer with 257 tokens and ids up to 300 has 301 rows: its end is one of them."""
+    made = Vocabulary(gapped(), None, 300)
+    assert len(made.pieces) == 301
+    assert made.label(300) == "<|end|>"
+    assert (made.label(280), made.piece(280)) == ("token_id:280", b"")
+
+
+def test_truncation_and_padding_of_the_file_change_no_prompt(tmp_path: Path) -> None:
+    """As transformers reads the file; a fine-tune leaves them there."""
+    tokenizer = gapped()
+    plain = tokenizer.encode("hello world").ids
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64, pad_id=2, pad_token="x")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert Vocabulary.load(tmp_path, None, 300).encode("hello world") == plain
+    assert Vocabulary(tokenizer, None, 300).encode("hello world") == plain
+
+
+def test_two_ids_with_one_text_have_two_names() -> None:
+    tokenizer = gapped()
+    first = tokenizer.token_to_id("\u0120")  # a space, as byte-level vocabularies spell it
+    tokenizer.add_tokens([" "])
+    twin = tokenizer.get_vocab()[" "]
+    other = Vocabulary(tokenizer, None, 300)
+    assert other.piece(first) == other.piece(twin) == b" "
+    assert {other.label(first), other.label(twin)} == {" ", f"token_id:{max(first, twin)}"}
+    assert len({other.label(index) for index in range(310)}) == 310
+
+
+@pytest.mark.parametrize(
+    ("content", "ends"), [({"eos_token_id": [1, 5]}, {1, 5}), ({"eos_token_id": 5}, {5}), ({}, {300})]
+)
+def test_generation_config_names_the_ends(tmp_path: Path, content: dict[str, Any], ends: set[int]) -> None:
+    gapped().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert Vocabulary.load(tmp_path, None, 300).ends == ends
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}', "[1]", "{"])
+def test_a_generation_config_that_cannot_be_honoured(tmp_path: Path, content: str) -> None:
+    gapped().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        Vocabulary.load(tmp_path, None, 300)
