@@ -119,16 +119,12 @@ def serve(
     from moray.platform.api import serving
     from moray.platform.signals import until_interrupted
 
-    up = False
     try:
         with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
             _announce(url, model)
-            up = True
             threading.Event().wait()
-    except KeyboardInterrupt:
-        if not up:
-            raise
-        err().print("stopped")  # as was asked for: no error
+    except KeyboardInterrupt:  # the way to end it: no error
+        err().print("stopped")
     return 0
 
 

@@ -1,5 +1,9 @@
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +67,21 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
         deployment.stop()  # again: no error
     check_port("127.0.0.1", port)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.cluster
+def test_ctrl_c_is_how_serve_ends_and_no_error(folder, tmp_path):
+    command = [sys.executable, "-c", "from moray.platform.cli import main; main()", "serve", str(folder), "--port", "0"]
+    environment = {**os.environ, "MORAY_HOME": str(tmp_path / "home")}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as served:
+        assert "serving" in served.stdout.readline()
+        served.send_signal(signal.SIGINT)
+        _, said = served.communicate()
+    assert served.returncode == 0
+    assert said.splitlines()[-1] == "stopped"
+    assert "error" not in said
 
 
 @pytest.mark.cluster
