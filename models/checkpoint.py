@@ -8,7 +8,7 @@ Notable: everything streams, a tensor at a time. What is FP8 stays FP8, bit for 
 writing both hold the tensors against the config: a missing, extra, misshapen or non-finite one is refused by name.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ _FP8_CONFIG = {
     "weight_block_size": [BLOCK, BLOCK],
 }
 _BLOCK = (BLOCK, BLOCK)
+_LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 _CHUNK = 1 << 23  # elements of a large tensor that are looked at, or converted, at once
 
 
@@ -110,6 +111,7 @@ def write_weights(
             _check_values(weight, expected.pop(weight.name))
             if precision == "fp8" and is_quantized(weight.name):
                 fp8, scales = _to_fp8(weight)
+                _check_values(Weight(weight.name, fp8, scales), tuple(fp8.shape))
                 writer.write(weight.name, fp8)
                 writer.write(scale_name(weight.name), scales)
                 continue
@@ -130,6 +132,8 @@ def _check_values(weight: Weight, shape: Shape) -> None:
         fp8_blocks.check_scales(weight.tensor, weight.scales, _BLOCK)
         if not (_is_finite(weight.scales) and (weight.scales > 0).all()):
             raise ValueError(f"tensor {scale_name(weight.name)!r} holds scales that are not positive and finite")
+        if not _is_finite(weight.scales.float() * _LARGEST_FP8):
+            raise ValueError(f"tensor {scale_name(weight.name)!r} holds scales that make weights overflow FP32")
     if not _is_finite(weight.tensor):
         raise ValueError(f"tensor {weight.name!r} holds values that are not finite (NaN or infinite)")
 
@@ -156,6 +160,19 @@ def _to_fp8(weight: Weight) -> tuple[Tensor, Tensor]:
 
 
 def _to_wide(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, which may have a smaller range than FP32: what BF16 has no room for becomes its largest number, which
+    is as near as its precision; for FP16 that would be far, and is a ValueError."""
+    wide = _dequantized(weight, dtype)
+    narrows = torch.finfo(dtype).max < torch.finfo(weight.tensor.dtype).max or weight.scales is not None
+    if dtype == torch.float32 or not narrows or _is_finite(wide):
+        return wide
+    if dtype != torch.bfloat16:
+        raise ValueError(f"tensor {weight.name!r} holds values that {dtype} has no room for")
+    largest = torch.finfo(dtype).max
+    return wide.clamp_(-largest, largest)
+
+
+def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     if weight.scales is None:
         return weight.tensor.detach().to("cpu", dtype)
     wide = torch.empty(weight.tensor.shape, dtype=dtype)
@@ -234,6 +251,8 @@ def _stored_precision(hf: dict[str, Any]) -> str:
     quantization = hf.get("quantization_config")
     if quantization is None:
         return "bf16"
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"quantization_config = {quantization!r} must be an object, or null")
     for name, only in _FP8_CONFIG.items():
         if quantization.get(name, only) != only:
             raise ValueError(f"quantization_config.{name} = {quantization[name]!r} must be {only!r}")

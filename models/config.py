@@ -26,6 +26,26 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# What a config.json means that lacks the field: the defaults of `DeepseekV3Config`, DeepSeek's own and
+# transformers', which are not those of `ModelConfig`. Sizes must be there.
+_CLASS: dict[str, Any] = {
+    "q_lora_rank": 1536,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "num_nextn_predict_layers": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+# Second names, of transformers 5.
+_ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
+
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -81,7 +101,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):  # as `asdict` wrote it, or a recipe
-            object.__setattr__(self, "rope_scaling", Yarn.from_hf(self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", Yarn.from_fields(self.rope_scaling))
         for name in _POSITIVE:
             self._check_int(name, 1)
         for name in _NOT_NEGATIVE:
@@ -169,8 +189,15 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a `config.json`. What it does not know it ignores; what it cannot honour raises ValueError."""
+        """Reads a `config.json`. What it does not know it ignores; what it cannot honour raises ValueError.
+
+        A field that is not there has its default of `DeepseekV3Config`. So `num_nextn_predict_layers` is then 1, and
+        the tensors tell whether there is such a layer.
+        """
+        if not isinstance(hf, Mapping):
+            raise ValueError(f"config.json holds {_kind(hf)}, and must hold an object")
         _refuse_foreign(hf)
+        hf = {**_CLASS, **{_ALIASES[name]: hf[name] for name in _ALIASES if name in hf}, **hf}
         values = {field.name: hf[field.name] for field in dataclasses.fields(cls) if field.name in hf}
         values["rope_theta"], values["rope_scaling"] = _rotary(hf)
         if isinstance(values.get("eos_token_id"), list):
@@ -200,12 +227,20 @@ def _rotary(hf: Mapping[str, Any]) -> tuple[Any, Yarn | None]:
         rope = hf.get(name)
         if rope is None:
             continue
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{name} = {rope!r} must be an object, or null")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ValueError(f"{name} = {dict(rope)!r}: rotary scaling {kind!r} must be 'default' or 'yarn'")
         theta = rope.get("rope_theta", theta)
         scaling = Yarn.from_hf(rope) if kind == "yarn" else scaling
     return theta, scaling
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
 
 
 def _only_eos(ids: list[int]) -> int:

@@ -19,11 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moray.models.files import CONFIG, INDEX, SINGLE, read_object, weight_files
 from moray.models.tensors import Shape
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _TEMPORARY = ".part-{:05d}.safetensors"
 SHARD_BYTES = 2_000_000_000
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
@@ -117,11 +115,13 @@ class FolderReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.config: dict[str, Any] = _read_json(folder / CONFIG)
-        index = folder / INDEX
-        files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
-        # From the files themselves: the index may be wrong about them.
-        self._places = {name: place for file in files for name, place in _places(folder / file)}
+        self.config: dict[str, Any] = read_object(folder / CONFIG)
+        self._places: dict[str, _Place] = {}
+        for file in weight_files(folder):
+            # From the files themselves: the index may be wrong about them.
+            for name, place in _places(folder / file):
+                if (other := self._places.setdefault(name, place)) is not place:
+                    raise ValueError(f"tensor {name!r} lies in two files, {other.path} and {place.path}")
 
     def names(self) -> Iterator[str]:
         """Every tensor's name, file by file."""
@@ -145,8 +145,6 @@ class FolderReader:
 
 def _places(path: Path) -> Iterator[tuple[str, _Place]]:
     """The tensors of one file by name, after the library has found it sound."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} lacks the weights in {path.name}")
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -203,12 +201,3 @@ def _header(layout: Layout, names: list[str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None

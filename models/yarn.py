@@ -6,8 +6,9 @@ has it divided by `factor`; between the two the frequencies blend linearly over 
 scaled.
 
 Notable: DeepSeek's `mscale` and `mscale_all_dim` are two halves of the paper's one temperature: their quotient
-multiplies the rotary part alone, the second one all scores. In DeepSeek-V3 both are 1, in V2-Lite both 0.707, so the
-quotient is 1 in every published model. Pure Python, no torch.
+multiplies the rotary part alone, the second one all scores. In DeepSeek-V3 both are 1, which is the default here; in
+V2-Lite both are 0.707. So the quotient is 1 in every published model, and where it is not, DeepSeek's code,
+transformers and llama.cpp read one config as different models. Pure Python, no torch.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -38,12 +39,32 @@ class Yarn:
         if not isinstance(self.original_max_position_embeddings, int) or self.original_max_position_embeddings < 1:
             shown = self.original_max_position_embeddings
             raise ValueError(f"rope_scaling.original_max_position_embeddings = {shown!r} must be a positive integer")
+        scales = (self.mscale, self.mscale_all_dim)
+        if not all(scales) and scales != (1, 0):
+            raise _ambiguous(*scales)
         if not self.beta_fast >= self.beta_slow > 0:
             raise ValueError(f"rope_scaling.beta_slow = {self.beta_slow!r} must be above 0 and not above beta_fast")
 
     @classmethod
     def from_hf(cls, rope: Mapping[str, Any]) -> "Yarn":
-        """Reads `rope_scaling` or `rope_parameters` of type yarn; refuses what would change it and is not done here."""
+        """Reads `rope_scaling` or `rope_parameters` of a config.json. Raises ValueError for what is not done here, and
+        where DeepSeek's code and transformers read different models."""
+        made = cls.from_fields(rope)
+        if rope.get("original_max_position_embeddings") is None:
+            raise ValueError(
+                "rope_scaling lacks original_max_position_embeddings: DeepSeek's code takes 4096 for it, transformers "
+                "max_position_embeddings"
+            )
+        scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
+        if scales in ((None, None), (1, None)):  # of what is left out, all take this
+            return dataclasses.replace(made, mscale=1.0, mscale_all_dim=0.0)
+        if None in scales:
+            raise _ambiguous(*scales)
+        return made
+
+    @classmethod
+    def from_fields(cls, rope: Mapping[str, Any]) -> "Yarn":
+        """From named fields, as a recipe has them; what is left out has its default."""
         for name, only in (("attention_factor", None), ("truncate", True)):
             if rope.get(name, only) != only:
                 raise ValueError(f"rope_scaling.{name} = {rope[name]!r} is not supported; leave it out")
@@ -81,6 +102,13 @@ class Yarn:
 
     def _magnitude(self, scale: float) -> float:
         return 0.1 * scale * math.log(self.factor) + 1.0
+
+
+def _ambiguous(mscale: float | None, mscale_all_dim: float | None) -> ValueError:
+    return ValueError(
+        f"rope_scaling.mscale = {mscale!r} with mscale_all_dim = {mscale_all_dim!r} is read as different models by "
+        "DeepSeek's code and transformers; both must be above 0"
+    )
 
 
 def unknown_fields(rope: Mapping[str, Any]) -> list[str]:

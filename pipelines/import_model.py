@@ -1,7 +1,8 @@
 """import-model: an existing checkpoint in the Hugging Face DeepSeek-V3 layout, for serving or continued pretraining.
 
 Every tensor is read and held against the config before anything is kept. The weights stay as they are, bit for bit, FP8
-ones in FP8, unless `precision` asks for another form; either way a tensor at a time.
+ones in FP8, unless `precision` asks for another form; either way a tensor at a time. What is read is what is checked is
+what is kept (`models/files.py`): weights in sub-folders keep their places, other weights beside them stay behind.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from moray.models.files import model_files, read_object
 from moray.platform.errors import InputError
 from moray.platform.manifest import hash_file
 from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
@@ -24,7 +26,6 @@ _COMPANIONS = (
     "LICENSE*",
     "README*",
 )
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _COPY_BYTES = 16_000_000
 
 
@@ -40,7 +41,10 @@ class ImportModel(Step[ImportConfig]):
     produces: ClassVar[str] = "model"
 
     def external(self, config: ImportConfig) -> list[ExternalFile]:
-        return [ExternalFile("model", path.name, path.stat().st_size, hash_file(path)) for path in _files(config.path)]
+        folder = config.path.expanduser()
+        names = [*_model_files(folder), *_companions(folder, config.precision)]
+        paths = [(name, folder / name) for name in names]
+        return [ExternalFile("model", name, path.stat().st_size, hash_file(path)) for name, path in paths]
 
     def run(self, ctx: StepContext[ImportConfig]) -> None:
         from moray.models.checkpoint import Checked, write_weights
@@ -52,34 +56,37 @@ class ImportModel(Step[ImportConfig]):
             if ctx.config.precision == "as-is":
                 for _ in _watched(ctx, "checking", checked):
                     pass
-                _copy(ctx, [path for path in _files(folder) if _is_any(path, (*_WEIGHTS, "config.json"))])
+                _copy(ctx, folder, _model_files(folder))
             else:
                 write_weights(ctx.folder, checked.config, _watched(ctx, "converting", checked), ctx.config.precision)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(
                 str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
             ) from error
-        _copy(ctx, [path for path in _files(folder) if _is_any(path, _COMPANIONS)])
+        _copy(ctx, folder, _companions(folder, ctx.config.precision))
         size = parameter_count(checked.config)
         ctx.counts |= {"out:parameters": size.total + size.prediction, "active_parameters": size.active}
         form = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
         ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {form}"
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a model, sorted by name. Raises InputError where there is none."""
-    folder = folder.expanduser()
+def _model_files(folder: Path) -> list[str]:
+    """Config, index and weights. Raises InputError where they are not there."""
     if not (folder / "config.json").is_file():
         reason = "holds no config.json" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder} {reason}", "give a folder in the Hugging Face layout")
-    return [
-        folder / "config.json",
-        *sorted(path for path in folder.iterdir() if path.is_file() and _is_any(path, (*_WEIGHTS, *_COMPANIONS))),
-    ]
+    try:
+        return model_files(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout") from error
 
 
-def _is_any(path: Path, patterns: tuple[str, ...]) -> bool:
-    return any(path.match(pattern) for pattern in patterns)
+def _companions(folder: Path, precision: str) -> list[str]:
+    """The files beside config and weights that belong to the model; its code only where config.json stays, which names
+    it."""
+    code = ("*.py",) if precision == "as-is" and "auto_map" in read_object(folder / "config.json") else ()
+    found = (path for path in folder.iterdir() if path.is_file())
+    return sorted(path.name for path in found if any(path.match(pattern) for pattern in (*_COMPANIONS, *code)))
 
 
 def _watched(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> Iterator[Any]:
@@ -91,16 +98,17 @@ def _watched(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> Iterat
         ctx.progress(phase, done, total, "tensors")
 
 
-def _copy(ctx: StepContext[ImportConfig], paths: list[Path]) -> None:
-    total = sum(path.stat().st_size for path in paths)
+def _copy(ctx: StepContext[ImportConfig], folder: Path, names: list[str]) -> None:
+    total = sum((folder / name).stat().st_size for name in names)
     done = 0
-    for path in paths:
-        with path.open("rb") as source, (ctx.folder / path.name).open("wb") as target:
+    for name in names:
+        (ctx.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("rb") as source, (ctx.folder / name).open("wb") as target:
             while part := source.read(_COPY_BYTES):
                 target.write(part)
                 done += len(part)
                 ctx.progress("copying", done, total, "bytes")
-        shutil.copymode(path, ctx.folder / path.name)
+        shutil.copymode(folder / name, ctx.folder / name)
 
 
 step = ImportModel()

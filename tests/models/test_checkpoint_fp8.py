@@ -125,3 +125,21 @@ def test_another_quantisation_is_refused_by_field(folder, field, value):
     path.write_text(json.dumps(hf))
     with pytest.raises(ValueError, match=rf"quantization_config\.{field} = "):
         load(folder / "fp8")
+
+
+def test_what_conversion_writes_its_reader_takes(make_model, tmp_path):
+    """BF16 has no room for FP32's largest numbers: they become its largest, as near as its precision."""
+    model = make_model(torch.float32, **WIDE)
+    largest = torch.finfo(torch.float32).max
+    model.lm_head.weight.data[0, 0] = largest
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = -largest
+    save(model, tmp_path / "wide")
+    for precision in ("float32", "bf16", "fp8"):
+        convert(tmp_path / "wide", tmp_path / precision, precision)
+        for dtype in (torch.float32, torch.bfloat16):
+            read = load(tmp_path / precision, dtype, dequantize=True)
+            for weight in (read.lm_head.weight, read.model.layers[0].mlp.up_proj.weight):
+                assert weight.isfinite().all()
+                assert weight[0, 0].abs().item() == pytest.approx(largest, rel=0.004)
+    with pytest.raises(ValueError, match=r"weight' holds values that torch\.float16 has no room for"):
+        load(tmp_path / "wide", torch.float16)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moray.models.config import ModelConfig
+from moray.models.config import _CLASS, ModelConfig
 from moray.models.yarn import Yarn
 
 
@@ -84,6 +84,72 @@ def test_yarn_is_read_from_either_place_and_from_json(config):
         assert ModelConfig.from_hf(config.to_hf() | {place: {kind: "yarn", **fields}}).rope_scaling == expected
     scaled = dataclasses.replace(config, rope_scaling=expected)
     assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(scaled)))) == scaled
+
+
+OTHERS = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("scales", "read"),
+    [
+        ({}, (1.0, 0.0)),
+        ({"mscale": 1}, (1.0, 0.0)),
+        ({"mscale": 1.0, "mscale_all_dim": 0}, (1.0, 0.0)),
+        ({"mscale": 0.707, "mscale_all_dim": 0.707}, (0.707, 0.707)),
+        ({"mscale": 0.5}, None),
+        ({"mscale_all_dim": 1.0}, None),
+        ({"mscale": 0, "mscale_all_dim": 0}, None),
+    ],
+)
+def test_yarn_that_others_read_as_another_model_is_refused(config, scales, read):
+    """DeepSeek's code gives mscale_all_dim that is not there 0, transformers then sets both parts by mscale 1."""
+    hf = config.to_hf() | {"rope_scaling": OTHERS | scales}
+    if read is None:
+        with pytest.raises(ValueError, match="different models"):
+            ModelConfig.from_hf(hf)
+    else:
+        yarn = ModelConfig.from_hf(hf).rope_scaling
+        assert (yarn.mscale, yarn.mscale_all_dim) == read
+
+
+def test_the_default_of_a_recipes_yarn_is_v3s(config):
+    """1 and 1: llama.cpp reads 1 and 0 as another model."""
+    yarn = dataclasses.replace(config, rope_scaling={"factor": 4}).rope_scaling
+    assert (yarn.mscale, yarn.mscale_all_dim, yarn.original_max_position_embeddings) == (1.0, 1.0, 4096)
+    with pytest.raises(ValueError, match="lacks original_max_position_embeddings"):
+        ModelConfig.from_hf(config.to_hf() | {"rope_scaling": {"type": "yarn", "factor": 4}})
+
+
+def test_a_field_that_is_not_there_has_the_default_of_transformers(config):
+    """For each field that may be left out, what transformers' class takes for it."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.DeepseekV3Config()
+    hf = config.to_hf() | {"n_routed_experts": 16, "num_hidden_layers": 4}
+    for name in [*sorted(_CLASS), "rope_theta"]:
+        without = {key: value for key, value in hf.items() if key != name}
+        assert getattr(ModelConfig.from_hf(without), name) == (
+            theirs.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(theirs, name)
+        ), name
+    optional = {field.name for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING}
+    assert optional == {*_CLASS, "rope_theta", "rope_scaling"}
+
+
+@pytest.mark.parametrize(
+    ("hf", "says"),
+    [
+        ([], "config.json holds a list"),
+        ("deepseek", "config.json holds a text"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' must be an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters = \[1\] must be an object"),
+        ({"n_group": None}, "n_group = None must be an integer"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id = "),
+        ({"eos_token_id": ["a"]}, "eos_token_id = "),
+        ({"hidden_size": "64"}, "hidden_size = '64' must be an integer"),
+    ],
+)
+def test_json_of_another_kind_is_refused_by_name(config, hf, says):
+    with pytest.raises(ValueError, match=says):
+        ModelConfig.from_hf(config.to_hf() | hf if isinstance(hf, dict) else hf)
 
 
 def test_yarns_published_numbers():

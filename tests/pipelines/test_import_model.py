@@ -56,6 +56,39 @@ def test_a_model_comes_in_bit_for_bit_and_only_once(folder: Path, home: Home) ->
     assert (again, same.reference) == ("other@newest", artifact.reference)
 
 
+def test_what_is_checked_is_what_is_kept(folder: Path, home: Home) -> None:
+    """Files in sub-folders keep their places; weights that nobody read stay behind; code comes with what names it."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "parts").mkdir()
+    names = sorted(tensors)
+    files = {"parts/one.safetensors": names[:9], "two.safetensors": names[9:]}
+    for file, keep in files.items():
+        save_file({name: tensors[name] for name in keep}, folder / file)
+    index = {"weight_map": {name: file for file, keep in files.items() for name in keep}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"x": torch.full((2,), float("nan"))}, folder / "consolidated.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    _, artifact = api.import_model(folder, home=home)
+    kept = {str(p.relative_to(artifact.folder)) for p in artifact.folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    companions = {"tokenizer.json", "LICENSE", "modeling_deepseek.py"}
+    assert kept == {"config.json", "model.safetensors.index.json", *files, *companions}
+    moray.models.load(artifact.folder)
+    _, converted = api.import_model(folder, "wide", "float32", home=home)
+    assert not list(converted.folder.glob("*.py")), "its config.json names no code"
+
+
+def test_weights_outside_of_the_folder_are_refused(folder: Path, home: Home) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    index = {"weight_map": {TENSOR: "../x.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"into '\.\./x\.safetensors', which is no file of the folder"):
+        api.import_model(folder, home=home)
+    assert not list(home.aliases.glob("*"))
+
+
 def test_a_model_is_converted_on_the_way(folder: Path, home: Home) -> None:
     _, artifact = api.import_model(folder, precision="fp8", home=home)
     model = moray.models.load(artifact.folder)
