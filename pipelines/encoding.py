@@ -131,7 +131,8 @@ def plain_json(folder: Path) -> str:
     """`tokenizer.json` of a folder as documents are encoded: whole, and with no token that text could feign."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     kept = [token for token in content.get("added_tokens") or [] if token["content"].isspace()]
-    return json.dumps({**content, "added_tokens": kept, "truncation": None, "padding": None})
+    left_out = {"truncation": None, "padding": None, "post_processor": None}
+    return json.dumps({**content, "added_tokens": kept, **left_out})
 
 
 def difference(fast: FastEncoder, reference: ReferenceEncoder, names: Sequence[str], texts: Sequence[str]) -> str:

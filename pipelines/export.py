@@ -1,17 +1,19 @@
 """export: a training checkpoint into the Hugging Face DeepSeek-V3 layout, with its tokenizer.
 
-Tensor by tensor, so memory does not grow with the model. transformers, vLLM and llama.cpp's converter read the folder.
+Tensor by tensor, so memory does not grow with the model. transformers, vLLM and llama.cpp's converter read the folder
+(docs/models.md says what the last must be told), and all put the bos that training put there before a text.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from moray.pipelines.model_text import write_with_bos
 from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
+from moray.pipelines.tokenizer import load_tokenizer, special_ids
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
 from moray.platform.step import Step, StepConfig, StepContext
@@ -24,7 +26,7 @@ class ExportConfig(StepConfig):
 
 class Export(Step[ExportConfig]):
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: tokenizer.json puts bos before a text
     Config = ExportConfig
     inputs: ClassVar[dict[str, str]] = {"checkpoint": "checkpoint", "tokenizer": "tokenizer"}
     produces: ClassVar[str] = "model"
@@ -40,8 +42,8 @@ class Export(Step[ExportConfig]):
             )
         config = read_model_config(source)
         hugging_face.write(ctx.folder, config, _tensors(ctx), ctx.config.precision)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(tokenizer.folder / name, ctx.folder / name)
+        bos = special_ids(tokenizer.folder)["bos"]
+        write_with_bos(tokenizer.folder, ctx.folder, load_tokenizer(tokenizer.folder).id_to_token(bos), bos)
         write_json(
             ctx.folder / "generation_config.json",
             {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": True},

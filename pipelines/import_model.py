@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from moray.models.files import model_files, read_object
+from moray.pipelines.model_text import CONFIG, TOKENIZER, processor_bos, says_bos, write_with_bos
+from moray.pipelines.tokenizer import load_tokenizer
 from moray.platform.errors import InputError
 from moray.platform.manifest import hash_file
 from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
@@ -36,7 +38,7 @@ class ImportConfig(StepConfig):
 
 class ImportModel(Step[ImportConfig]):
     name: ClassVar[str] = "import-model"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: only files that were checked; both tokenizer files say the same of bos
     Config = ImportConfig
     produces: ClassVar[str] = "model"
 
@@ -64,10 +66,30 @@ class ImportModel(Step[ImportConfig]):
                 str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
             ) from error
         _copy(ctx, folder, _companions(folder, ctx.config.precision))
+        _agree_on_bos(ctx, checked.config.bos_token_id)
         size = parameter_count(checked.config)
         ctx.counts |= {"out:parameters": size.total + size.prediction, "active_parameters": size.active}
         form = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
         ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {form}"
+
+
+def _agree_on_bos(ctx: StepContext[ImportConfig], bos: int | None) -> None:
+    """Where one of the tokenizer's files asks for a bos before a text and the other says there is none, lets both do
+    so: some readers go by the one, some by the other."""
+    if not all((ctx.folder / name).is_file() for name in (TOKENIZER, CONFIG)):
+        return
+    try:
+        tokenizer = load_tokenizer(ctx.folder)
+        first, said = processor_bos(tokenizer, bos), says_bos(ctx.folder)
+    except Exception as error:  # the library raises bare Exception for what it cannot read
+        ctx.note(f"the tokenizer cannot be served: {error}", level="warning")
+        return
+    index = bos if first is None else first
+    if index is None or (said is not False if first is not None else not said):
+        return
+    write_with_bos(ctx.folder, ctx.folder, tokenizer.id_to_token(index), index)
+    one, other = (CONFIG, TOKENIZER) if first is None else (TOKENIZER, CONFIG)
+    ctx.note(f"{one} puts a bos before a text, {other} did not: now both do")
 
 
 def _model_files(folder: Path) -> list[str]:

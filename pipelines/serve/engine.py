@@ -73,9 +73,9 @@ class Engine:
         for index in (min(request.prompt), max(request.prompt)) if request.prompt else ():
             if not 0 <= index < self._tokens:
                 raise ValueError(f"prompt: id {index} is not one of the model's {self._tokens}")
-        ids = self._with_bos(request.prompt)
+        ids = self._ids(request)
         if not ids:
-            raise ValueError("prompt: is empty, and the model has no bos to start from")
+            raise ValueError("prompt: is empty, and no bos is put before it")
         limit = self.config.max_position_embeddings
         if len(ids) + request.max_tokens > limit:
             raise ContextLengthError(
@@ -91,12 +91,12 @@ class Engine:
 
     def prompt_tokens(self, request: Request) -> int:
         """Ids that the model reads for this prompt, bos included."""
-        return len(self._with_bos(request.prompt))
+        return len(self._ids(request))
 
     def submit(self, request: Request) -> Sequence:
         """Queues a request; raises what `check` raises."""
         self.check(request)
-        ids = self._with_bos(request.prompt)
+        ids = self._ids(request)
         sequence = Sequence(
             request, ids, len(ids), TextStream(self.vocabulary, request.stop), _generator(request, self._device)
         )
@@ -188,10 +188,10 @@ class Engine:
         self._scheduler.remove(sequence)
         return Output(sequence, error)
 
-    def _with_bos(self, prompt: tuple[int, ...]) -> list[int]:
-        """Documents start with bos in training, so every prompt does; one that brings its own gets no second."""
-        bos = self.vocabulary.bos
-        return list(prompt) if bos is None or prompt[:1] == (bos,) else [bos, *prompt]
+    def _ids(self, request: Request) -> list[int]:
+        """Documents start with bos in training, so prompts do; one that brings its own gets no second."""
+        bos, prompt = self.vocabulary.bos, request.prompt
+        return list(prompt) if request.bare or bos is None or prompt[:1] == (bos,) else [bos, *prompt]
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self._device)

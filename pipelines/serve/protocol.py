@@ -181,7 +181,10 @@ class CompletionRequest(BaseModel):
         return self
 
     def requests(self, vocabulary: Vocabulary) -> list[Request]:
-        """One request to the engine per prompt. Raises ApiError for text that cannot be encoded."""
+        """One request to the engine per prompt. Raises ApiError for text that cannot be encoded.
+
+        A text gets a bos if the model's tokenizer gives it one; ids get one unless the tokenizer says it gives none.
+        """
         return [
             Request(
                 prompt=_encode(prompt, vocabulary) if isinstance(prompt, str) else prompt,
@@ -193,6 +196,7 @@ class CompletionRequest(BaseModel):
                 logprobs=self.logprobs,
                 echo=self.echo,
                 ignore_eos=self.ignore_eos,
+                bare=not vocabulary.adds_bos if isinstance(prompt, str) else vocabulary.adds_bos is False,
             )
             for prompt in self.prompt
         ]

@@ -23,8 +23,8 @@ SEEDS = range(-(1 << 63), 1 << 63)
 class Request:
     """One prompt and how to continue it. A value out of range raises ValueError naming the field.
 
-    prompt: ids without bos (which the engine puts in front). max_tokens: most ids to generate; 0 only reads the
-    prompt. temperature: 0 is greedy. seed: None draws a new one. logprobs: None for none, else how many of the best
+    prompt: ids without bos, which is put in front of them unless `bare`. max_tokens: most ids to generate; 0 only reads
+    the prompt. temperature: 0 is greedy. seed: None draws a new one. logprobs: None for none, else how many of the best
     alternatives to report beside each token's own. echo: the answer starts with the prompt.
     """
 
@@ -37,6 +37,7 @@ class Request:
     logprobs: int | None = None
     echo: bool = False
     ignore_eos: bool = False
+    bare: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:

@@ -8,13 +8,13 @@ until it is whole. Text that may be the start of a stop string waits too, togeth
 from __future__ import annotations
 
 import codecs
-import json
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moray.pipelines.model_text import processor_bos, read_object, says_bos
 from moray.pipelines.tokenizer import id_count, load_tokenizer
 
 
@@ -45,11 +45,19 @@ class Released:
 class Vocabulary:
     """A byte-level tokenizer as serving sees it. Raises ValueError for a tokenizer of another kind.
 
-    bos, eos: the model's, None where it has none. ends: the ids that end an answer, by default eos. Special tokens have
-    no text. keeps_length: whether no text becomes shorter before it is split into tokens.
+    bos, eos: the model's, None where it has none. ends: the ids that end an answer, by default eos. adds_bos: whether
+    a text begins with bos, None if the tokenizer's files do not say; its post-processor, if it puts one there, decides.
+    Special tokens have no text. keeps_length: whether no text becomes shorter before it is split into tokens.
     """
 
-    def __init__(self, tokenizer: Any, bos: int | None, eos: int | None, ends: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        bos: int | None,
+        eos: int | None,
+        ends: Collection[int] | None = None,
+        adds_bos: bool | None = True,
+    ) -> None:
         kind = type(tokenizer.decoder).__name__
         if kind != "ByteLevel":
             raise ValueError(f"the tokenizer's decoder is {kind}: only byte-level tokenizers can be served")
@@ -58,7 +66,9 @@ class Vocabulary:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self.bos = bos
+        first = processor_bos(tokenizer, bos)
+        self.bos = bos if first is None else first
+        self.adds_bos = adds_bos if first is None else True
         self.eos = eos
         self.ends = frozenset(([] if eos is None else [eos]) if ends is None else ends)
         self.keeps_length = tokenizer.normalizer is None
@@ -70,7 +80,8 @@ class Vocabulary:
     @classmethod
     def load(cls, folder: Path, bos: int | None, eos: int | None) -> Vocabulary:
         """Reads `tokenizer.json` of a model folder, and `generation_config.json` if it names the ends of an answer."""
-        return cls(load_tokenizer(folder), bos, eos, _ends(folder / "generation_config.json"))
+        ends = _ends(folder / "generation_config.json")
+        return cls(load_tokenizer(folder), bos, eos, ends, says_bos(folder))
 
     def encode(self, text: str) -> list[int]:
         """Ids without bos. Raises ValueError for text that UTF-8 cannot express (lone surrogates)."""
@@ -130,15 +141,7 @@ class Vocabulary:
 def _ends(path: Path) -> list[int] | None:
     """`eos_token_id` of a generation_config.json, an id or several, which transformers puts above the config's; None
     where it says nothing. Raises ValueError for anything else."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    ends = content.get("eos_token_id")
+    ends = read_object(path).get("eos_token_id")
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
         raise ValueError(f"{path}: eos_token_id = {ends!r} must be an id, or a list of ids")
