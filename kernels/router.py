@@ -282,25 +282,37 @@ def route(
     return route_reference(logits_TE, bias_E, **options)
 
 
-def sequence_balance_reference(logits_TE: Tensor, top_k: int, sequences: int) -> Tensor:
+def sequence_balance_reference(
+    logits_TE: Tensor,
+    top_k: int,
+    sequences: int,
+    counted_T: Tensor | None = None,
+    weights_B: Tensor | None = None,
+) -> Tensor:
     """The sequence-wise balance loss of one layer without its factor alpha (DeepSeek-V3 §2.1.2, equations 17-20).
 
     Over each of `sequences` equal runs of tokens: the sum over experts of f (its share of the tokens' top K, times E /
-    K) times P (its mean share of a token's scores). 1 is even. Returns the sum over sequences, times their length, so
-    that a division by the batch's tokens leaves the mean; differentiable in the logits through P.
+    K) times P (its mean share of a token's scores). 1 is even. Only tokens of `counted_T` (bool; by default all) are
+    looked at. Returns the sum over sequences, each times its weight, by default the number of its tokens, so that a
+    division by the sum of all weights leaves the mean; differentiable in the logits through P.
 
     Notable: f counts the top K of the unbiased scores, without group limit, as in the paper: the loss speaks of what
     the router learnt, not of what the bias corrected.
     """
     tokens, experts = logits_TE.shape
     scores_BTE = torch.unflatten(logits_TE.sigmoid(), 0, (sequences, -1))
+    if counted_T is None:
+        counted_T = torch.ones(tokens, dtype=torch.bool, device=logits_TE.device)
+    counted_BT1 = torch.unflatten(counted_T, 0, (sequences, -1)).unsqueeze(-1).to(scores_BTE.dtype)
+    lengths_B1 = counted_BT1.sum(1)
+    weights_B1 = lengths_B1 if weights_B is None else weights_B.unsqueeze(-1).to(scores_BTE.dtype)
     with torch.no_grad():
-        ids_BX = _best(scores_BTE, top_k).flatten(1)
+        ids_BTK = _best(scores_BTE, top_k)
         share_BE = scores_BTE.new_zeros(sequences, experts)
-        share_BE.scatter_add_(1, ids_BX, torch.ones_like(ids_BX, dtype=share_BE.dtype))
-        share_BE *= experts * sequences / (top_k * max(tokens, 1))
-    mean_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + _TINY)).sum(1)
-    return (share_BE * mean_BE).sum()
+        share_BE.scatter_add_(1, ids_BTK.flatten(1), counted_BT1.expand_as(ids_BTK).flatten(1))
+        share_BE *= experts * weights_B1 / (top_k * lengths_B1.clamp(min=1) ** 2)
+    sums_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + _TINY) * counted_BT1).sum(1)
+    return (share_BE * sums_BE).sum()
 
 
 sequence_balance = sequence_balance_reference

@@ -21,14 +21,19 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def choose_experts(
-    model: DeepseekV3, ids_BT: Tensor, targets_BT: Tensor, document_ids_BT: Tensor | None = None
+    model: DeepseekV3,
+    ids_BT: Tensor,
+    targets_BT: Tensor,
+    document_ids_BT: Tensor | None = None,
+    rows_R: Tensor | None = None,
 ) -> list[Tensor]:
-    """The experts that every router chooses for these tokens, [B * T, K] int64 each; nothing is counted."""
+    """The experts that every router chooses for these tokens, int64 [B * T, K] each; 0 at padding, where `rows_R` tells
+    of some. Nothing is counted."""
     routers = model.routers()
     for router in routers:
         router.chosen_TK = torch.empty(0)
     try:
-        model.training_loss(ids_BT, targets_BT, document_ids_BT)
+        model.training_loss(ids_BT, targets_BT, document_ids_BT, rows_R=rows_R)
         return [router.chosen_TK for router in routers if router.chosen_TK is not None]
     finally:
         for router in routers:

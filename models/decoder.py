@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moray.models.attention import LatentAttention
 from moray.models.config import ModelConfig
-from moray.models.layer import Attended, Dispatch, Dispatcher
+from moray.models.layer import Attended, Dispatch, Dispatcher, Places
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute
@@ -38,18 +38,18 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def attend_route(self, x_BTD: Tensor, attend: Attend) -> Attended:
+    def attend_route(self, x_BTD: Tensor, attend: Attend, places: Places) -> Attended:
         with Recompute(self.recompute) as recompute:
             normed_BTD = recompute.run(self.input_layernorm, x_BTD)
             residual_BTD = x_BTD + attend(self.self_attn, normed_BTD, recompute)
             rows_TD = recompute.run(self.post_attention_layernorm, residual_BTD).flatten(0, 1)
-            routing = self.mlp.route(rows_TD, len(x_BTD)) if isinstance(self.mlp, MoE) else None
-        return Attended(residual_BTD, rows_TD, routing, recompute)
+            routing = self.mlp.route(rows_TD, len(x_BTD), places) if isinstance(self.mlp, MoE) else None
+        return Attended(residual_BTD, rows_TD, routing, recompute, places)
 
     def dispatch(self, attended: Attended) -> Dispatch:
         assert isinstance(self.mlp, MoE)
         assert attended.routing is not None
-        return self.mlp.dispatch(attended.rows_TD, attended.routing)
+        return self.mlp.dispatch(attended.places.take(attended.rows_TD), attended.routing)
 
     def local(self, attended: Attended) -> Tensor | None:
         with attended.recompute:

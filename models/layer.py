@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from moray.models.interleave import Parts
@@ -21,9 +22,43 @@ A_contra = TypeVar("A_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
+class Places:
+    """What a layer of experts is to know of the B x T places of a batch in training. By default all are alike.
+
+    rows_R: int64, the places that hold a token, where some are padding; no other is sent to an expert, nor counted.
+    counted_T: bool, the places whose pairs count for the load. weights_B: each sequence's weight in the balance loss,
+    which is then to be divided by their sum.
+    """
+
+    rows_R: Tensor | None = None
+    counted_T: Tensor | None = None
+    weights_B: Tensor | None = None
+
+    def take(self, values_TX: Tensor) -> Tensor:
+        """Of the values at all places those at places with a token: [R, ...]."""
+        return values_TX if self.rows_R is None else values_TX.index_select(0, self.rows_R)
+
+    def put(self, rows_RD: Tensor, places: int) -> Tensor:
+        """The way back: [T, D], zero at padding."""
+        if self.rows_R is None:
+            return rows_RD
+        return rows_RD.new_zeros(places, rows_RD.shape[1]).index_copy(0, self.rows_R, rows_RD)
+
+    def counted(self, places: int, device: torch.device) -> Tensor | None:
+        """bool [T], the places that count; None: all."""
+        if self.rows_R is None:
+            return self.counted_T
+        real_T = torch.zeros(places, dtype=torch.bool, device=device).index_fill(0, self.rows_R, value=True)
+        return real_T if self.counted_T is None else real_T & self.counted_T
+
+
+EVERYWHERE = Places()
+
+
+@dataclass(frozen=True)
 class Routing:
-    """Where a token's row goes. ids_TK int64; weights_TK, factors of the experts' results; counts_E int64, how many
-    pairs go to each expert.
+    """Where the rows of tokens go, padding left out. ids_TK int64; weights_TK, factors of the experts' results;
+    counts_E int64, how many pairs go to each expert.
 
     balance: the layer's sequence-wise balance loss, a scalar (`kernels.router`); None outside training.
     """
@@ -65,13 +100,15 @@ class Dispatcher(Protocol):
 class Attended:
     """A layer after its attention: the residual stream, the normalised rows for the experts, their routing.
 
-    routing is None in a layer without experts. recompute: what the layer does not hold for its backward.
+    routing is None in a layer without experts. recompute: what the layer does not hold for its backward. places: of the
+    batch, and which of them are routed.
     """
 
     residual_BTD: Tensor
     rows_TD: Tensor
     routing: Routing | None
     recompute: Recompute
+    places: Places
 
 
 class Layer(Protocol[A_contra]):
@@ -80,7 +117,7 @@ class Layer(Protocol[A_contra]):
     `local` is what every token visits: the dense MLP of a layer without experts, or the shared expert, or None.
     """
 
-    def attend_route(self, x_BTD: Tensor, attend: A_contra) -> Attended: ...
+    def attend_route(self, x_BTD: Tensor, attend: A_contra, places: Places) -> Attended: ...
     def dispatch(self, attended: Attended) -> Dispatch: ...
     def local(self, attended: Attended) -> Tensor | None: ...
     def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor: ...
@@ -90,12 +127,14 @@ class Layer(Protocol[A_contra]):
 Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 
-def layer_parts(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> Parts[tuple[Tensor, Tensor | None]]:
+def layer_parts(
+    layer: Layer[Attend], x_BTD: Tensor, attend: Attend, places: Places = EVERYWHERE
+) -> Parts[tuple[Tensor, Tensor | None]]:
     """The layer's output and its balance loss, if it has one. Yields while rows are on their way.
 
     What every token visits is computed while the ranks hear from each other how many rows will come.
     """
-    attended = layer.attend_route(x_BTD, attend)
+    attended = layer.attend_route(x_BTD, attend, places)
     if attended.routing is None:
         return layer.aggregate(attended, layer.local(attended)), None
     dispatch = layer.dispatch(attended)
@@ -104,4 +143,5 @@ def layer_parts(layer: Layer[Attend], x_BTD: Tensor, attend: Attend) -> Parts[tu
     yield
     dispatch.send_back(layer.experts(*dispatch.arrived()))
     yield
-    return layer.aggregate(attended, local_TD, dispatch.home()), attended.routing.balance
+    home_TD = places.put(dispatch.home(), len(attended.rows_TD))
+    return layer.aggregate(attended, local_TD, home_TD), attended.routing.balance

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache tabl
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from moray.models.decoder import Attend, DecoderLayer
 from moray.models.dispatch import dispatcher_for
 from moray.models.fp8 import Fp8Form
 from moray.models.interleave import Parts, alone
-from moray.models.layer import Dispatcher, layer_parts
+from moray.models.layer import EVERYWHERE, Dispatcher, Places, layer_parts
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.milestones import Milestones
 from moray.models.moe import MoE, Router, SwiGLU
@@ -52,8 +52,8 @@ class TrainingLoss:
     """Sums over a batch; each divided by the (global) count is a mean per token.
 
     main: -log p of the next token. prediction: the same for the tokens further ahead, averaged over the depths of
-    multi-token prediction (0 without any). balance: the layers' sequence-wise balance losses, 1 per layer and token
-    where the load is even. count: counted tokens, int64.
+    multi-token prediction (0 without any). balance: the layers' sequence-wise balance losses, 1 per layer and counted
+    token where the load is even. count: counted tokens, int64.
     """
 
     main: Tensor
@@ -139,13 +139,18 @@ class DeepseekV3(nn.Module):
         targets_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        rows_R: Tensor | None = None,
     ) -> TrainingLoss:
         """The terms of the training loss, for tokens that count as in `loss_sum`.
 
         A place counts at depth k of multi-token prediction if it and the k places after it count: so no prediction
-        crosses from one document into the next, whose first token nobody's target is.
+        crosses from one document into the next, whose first token nobody's target is. A layer of multi-token prediction
+        balances the load of the places that count for it.
+
+        rows_R: int64, the places of the flattened batch that hold a token, where the others are padding. That goes to
+        no expert and counts for no load.
         """
-        return alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT))
+        return alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, rows_R))
 
     def training_parts(
         self,
@@ -153,22 +158,25 @@ class DeepseekV3(nn.Module):
         targets_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        rows_R: Tensor | None = None,
     ) -> Parts[TrainingLoss]:
         """`training_loss` in parts, so that others compute while its rows are on their way (`interleave.py`). So does
         their backward, if it is one backward of the sum of their losses."""
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = _counted(targets_BT, mask_BT)
-        hidden_BTD, balance = yield from self._hidden(ids_BT, attend)
+        places = Places(rows_R, weights_B=keep_BT.sum(1))
+        hidden_BTD, balance = yield from self._hidden(ids_BT, attend, places)
         main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
         prediction = torch.zeros_like(main)
         chain_BT = keep_BT
         for depth, layer in enumerate(self.prediction_layers(), start=1):
             embedded_BTD = self.model.embed_tokens(ahead(ids_BT, depth, 0))
             joined_BTD = layer.join(hidden_BTD, embedded_BTD)
-            x_BTD, layer_balance = yield from layer_parts(layer, joined_BTD, attend)
+            chain_BT = chain_BT & ahead(keep_BT, depth, 0)
+            learning = replace(places, counted_T=chain_BT.flatten())
+            x_BTD, layer_balance = yield from layer_parts(layer, joined_BTD, attend, learning)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             balance = balance if layer_balance is None else balance + layer_balance
-            chain_BT = chain_BT & ahead(keep_BT, depth, 0)
             nll, _ = self._cross_entropy(hidden_BTD, ahead(targets_BT, depth, -100), chain_BT)
             prediction = prediction + nll / self.config.num_nextn_predict_layers
         return TrainingLoss(main, prediction, balance, count)
@@ -335,13 +343,13 @@ class DeepseekV3(nn.Module):
         rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
         return partial(_attend_rows, rotary=rotary, documents=documents)
 
-    def _hidden(self, ids_BT: Tensor, attend: Attend) -> Parts[tuple[Tensor, Tensor]]:
+    def _hidden(self, ids_BT: Tensor, attend: Attend, places: Places = EVERYWHERE) -> Parts[tuple[Tensor, Tensor]]:
         """The normalised rows after the last layer, and the sum of the layers' balance losses."""
         x_BTD = self.model.embed_tokens(ids_BT)
         balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
         for number, layer in enumerate(self._layers()):
             self._set_milestone(x_BTD, number)
-            x_BTD, layer_balance = yield from layer_parts(layer, x_BTD, attend)
+            x_BTD, layer_balance = yield from layer_parts(layer, x_BTD, attend, places)
             balance = balance if layer_balance is None else balance + layer_balance
         self._set_milestone(x_BTD, self.config.num_hidden_layers)
         return self.model.norm(x_BTD), balance

@@ -4,7 +4,8 @@ Notable: the router works in FP32 whatever the model's dtype (two BF16 scores th
 equal), and its correction bias stays FP32 through `.to(bfloat16)`: steps of 0.001 would vanish in BF16. The counts
 behind the bias update accumulate only in training with gradients, so that evaluation cannot move the balance.
 
-Shapes: T tokens, K slots, E experts, L experts here, R rows, D hidden size.
+Shapes: T tokens, R rows of tokens that are no padding, or at the experts here; K slots, E experts, L experts here, D
+hidden size.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.config import ModelConfig
 from moray.models.fp8 import Fp8Form
-from moray.models.layer import Dispatch, Dispatcher, Routing
+from moray.models.layer import EVERYWHERE, Dispatch, Dispatcher, Places, Routing
 from moray.models.linear import ExactModule, Linear, unset_parameter
 from moray.models.shard import ExpertShard
 
@@ -67,28 +68,38 @@ class Router(ExactModule):
         counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
 
-    def forward(self, rows_TD: Tensor, sequences: int) -> Routing:
-        """Routes the rows of so many sequences of equal length."""
+    def forward(self, rows_TD: Tensor, sequences: int, places: Places = EVERYWHERE) -> Routing:
+        """Routes the rows of so many sequences of equal length, those at padding left out."""
         wide = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
         weight_ED = self.weight.to(wide)
         if self.weight_scale_E1 is not None:
             weight_ED = weight_ED * self.weight_scale_E1
         logits_TE = F.linear(rows_TD.to(wide), weight_ED)
-        ids_TK, weights_TK, counts_E = self._route(logits_TE)
+        ids_RK, weights_RK, counts_E = self._route(logits_TE, places)
         if self.chosen_TK is not None:
-            self.chosen_TK = ids_TK
+            self.chosen_TK = places.put(ids_RK, len(logits_TE))
         balance = None
         if self.training and torch.is_grad_enabled():
-            self.counts_E += counts_E
-            balance = sequence_balance(logits_TE, self.config.num_experts_per_tok, sequences)
-        return Routing(ids_TK, weights_TK, counts_E, balance)
+            self._count(ids_RK, counts_E, places)
+            counted_T = places.counted(len(logits_TE), logits_TE.device)
+            top_k = self.config.num_experts_per_tok
+            balance = sequence_balance(logits_TE, top_k, sequences, counted_T, places.weights_B)
+        return Routing(ids_RK, weights_RK, counts_E, balance)
 
-    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _count(self, ids_RK: Tensor, counts_E: Tensor, places: Places) -> None:
+        if places.counted_T is not None:
+            ones_RK = places.take(places.counted_T).unsqueeze(-1).expand_as(ids_RK).to(counts_E.dtype)
+            counts_E = torch.zeros_like(counts_E).scatter_add_(0, ids_RK.flatten(), ones_RK.flatten())
+        self.counts_E += counts_E
+
+    def _route(self, logits_TE: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         normalise, scale = self.config.norm_topk_prob, self.config.routed_scaling_factor
+        logits_RE = places.take(logits_TE)
         if self.given_TK is not None:
-            return self.given_TK, *weigh(logits_TE, self.given_TK, normalise=normalise, scale=scale)
+            given_RK = places.take(self.given_TK)
+            return given_RK, *weigh(logits_RE, given_RK, normalise=normalise, scale=scale)
         return route(
-            logits_TE,
+            logits_RE,
             self.e_score_correction_bias,
             top_k=self.config.num_experts_per_tok,
             n_group=self.config.n_group,
@@ -119,8 +130,8 @@ class MoE(nn.Module):
             inner = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = SwiGLU(config.hidden_size, inner)
 
-    def route(self, rows_TD: Tensor, sequences: int) -> Routing:
-        routing: Routing = self.gate(rows_TD, sequences)
+    def route(self, rows_TD: Tensor, sequences: int, places: Places = EVERYWHERE) -> Routing:
+        routing: Routing = self.gate(rows_TD, sequences, places)
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> Dispatch:

@@ -32,7 +32,7 @@ class Anticipation:
         for coming in range(step, min(step + guard.config.anticipate_lag + 1, job.config.steps)):
             if coming not in self._routes and guard.anticipates(coming) and not guard.skips(coming):
                 self._routes[coming] = [
-                    choose_experts(self._worker.model, part.ids, part.targets, part.documents)
+                    choose_experts(self._worker.model, part.ids, part.targets, part.documents, part.rows)
                     for part in micro_batches(self._worker, self._batch_of(coming))
                 ]
         return self._routes.pop(step)

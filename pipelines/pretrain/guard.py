@@ -11,7 +11,8 @@ Every decision is a function of losses and norms that all ranks share, and so is
 
 "Far above": more than `sigmas` deviations above the median of the last 16 losses. The deviation is that of losses from
 step to step over `window` steps, which a falling curve does not enlarge: 1.4826 times the median size of the
-differences, over the square root of two; at least 1 % of the loss.
+differences, over the square root of two. It is at least 1 % of the loss and, for losses below one nat, a tenth of what
+they lack to it: the losses of a memorised text jitter by many times their size, which does no harm.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ RECORD = "troubles.json"
 _FEWEST = 16  # losses from which a spike can be told
 _PATIENCE = 2  # batches in a row that are skipped before the weights are held to be bad
 _MOST = 3  # times that a run goes back
-_LEAST_DEVIATION = 0.01
+_LEAST_DEVIATION = 0.01  # of the loss
+_KNOWN_DEVIATION = 0.1  # of what a loss lacks to one nat
 
 Verdict = Literal["take", "skip", "back"]
 
@@ -90,6 +92,10 @@ class Guard:
         self.history.skipped.append(Trouble(step=step, why=why))
         return "skip"
 
+    def leave_out(self, step: int, why: str) -> None:
+        """Writes down a step whose batch changes no weight, though nothing is wrong with it."""
+        self.history.skipped.append(Trouble(step=step, why=why))
+
     def go_back(self) -> int:
         """The step whose batch spoilt the weights, which is from now on skipped; those after it are not.
 
@@ -136,7 +142,7 @@ class Guard:
             return ""
         median = known[-_FEWEST:].median().item()
         noise = 1.4826 * known.diff().abs().median().item() / math.sqrt(2)
-        deviation = max(noise, _LEAST_DEVIATION * abs(median))
+        deviation = max(noise, _LEAST_DEVIATION * abs(median), _KNOWN_DEVIATION * (1.0 - median))
         if loss <= median + self.config.sigmas * deviation:
             return ""
         return f"the loss is {loss:.3f}, {(loss - median) / deviation:.0f} deviations above {median:.3f}"

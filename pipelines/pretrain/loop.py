@@ -176,6 +176,8 @@ class Loop:
         near = self._notice.is_near(self._saving)
         measured = measure(worker, batch, tokens, self._anticipation.routes(step), near)
         self._leaving = measured.flags > 0
+        if not measured.count:
+            return self._leave_out(step)
         verdict = guard.judge(step, measured.loss, measured.norm)
         if verdict == "take":
             figures, load_L = take(worker, batch, tokens, measured)
@@ -186,6 +188,14 @@ class Loop:
             self._write_down()
             self._report.skipped(guard.history)
         return verdict == "skip"
+
+    def _leave_out(self, step: int) -> bool:
+        """Goes on past a batch of which no token has a target: documents of one token, and padding."""
+        drop(self._worker)
+        self._worker.state.guard.leave_out(step, "no token in it has a next one to learn")
+        self._write_down()
+        self._report.skipped(self._worker.state.guard.history)
+        return True
 
     def _go_back(self, step: int) -> int:
         """Loads the newest checkpoint from before the step that spoilt the weights; where that is."""

@@ -36,7 +36,7 @@ _TRAINING = "training.json"
 
 class Pretrain(Step[PretrainConfig]):
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 3  # 3: batches that would harm are skipped
+    version: ClassVar[int] = 4  # 4: padding goes to no expert and counts for no load; balance is a mean over targets
     Config = PretrainConfig
     inputs: ClassVar[dict[str, str]] = {"tokens": "tokens", "model": "model"}
     optional: ClassVar[frozenset[str]] = frozenset({"model"})  # to go on from, instead of random weights

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -30,13 +32,15 @@ Routes = Sequence[Sequence[torch.Tensor]]  # of each micro-batch, of each router
 @dataclass(frozen=True)
 class Measured:
     """Of the global batch: loss and multi-token prediction's, nats per token; balance per layer; the gradient's norm
-    before clipping. `flags`: how many ranks raised theirs."""
+    before clipping. `flags`: how many ranks raised theirs. `count`: targets; without any, nothing is there to learn,
+    and all figures are 0."""
 
     loss: float
     prediction: float
     balance: float
     norm: float
     flags: int
+    count: int
 
     @property
     def is_finite(self) -> bool:
@@ -45,12 +49,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """[n, T] each. A target is the next token of the same document, else it is not counted. `last` of its batch."""
+    """[n, T] each. A target is the next token of the same document, else it is not counted. rows: int64, the places
+    with a token, where some are padding. `last` of its batch."""
 
     ids: torch.Tensor
     targets: torch.Tensor
     documents: torch.Tensor | None
     last: bool
+    rows: torch.Tensor | None = None
 
 
 def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
@@ -81,24 +87,27 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
         sums = (terms.main, terms.prediction, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
     _sum_over_ranks(worker, totals)
-    worker.optimizer.reduce(totals[3].to(torch.float32))
-    norm = worker.optimizer.clip(config.clip).item()
     main, prediction, balance, count, flags = totals.tolist()
+    worker.optimizer.reduce(totals[3].clamp(min=1).to(torch.float32))
+    norm = worker.optimizer.clip(config.clip).item()
     layers = max(1, len(worker.job.model.moe_layers))
-    positions = worker.mesh.world * batch.ids.size
-    return Measured(main / count, prediction / count, balance / (positions * layers), norm, int(flags))
+    tokens = max(1.0, count)
+    return Measured(main / tokens, prediction / tokens, balance / (tokens * layers), norm, int(flags), int(count))
 
 
 def take(worker: Worker, batch: Batch, tokens: int, measured: Measured) -> tuple[dict[str, float], torch.Tensor]:
-    """Updates weights, average and router biases; figures by metric name.
+    """Updates weights, average and router biases; figures by metric name. A batch without a target changes no weight.
 
     The tensor is each MoE layer's load: the pairs of its fullest expert over their mean, 1 for an even layer.
     """
     config = worker.job.config
     rate = learning_rate(config.schedule, tokens, worker.total_tokens)
-    worker.optimizer.step(rate)
-    if worker.state.ema:
-        worker.state.ema.update(worker.mesh.world * batch.ids.size)
+    if measured.count:
+        worker.optimizer.step(rate)
+        if worker.state.ema:
+            worker.state.ema.update(worker.mesh.world * batch.ids.size)
+    else:
+        drop(worker)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
     balance = update_router_biases(worker.model, speed, partial(_sum_over_ranks, worker))
     figures = {"train_loss": measured.loss}
@@ -127,7 +136,10 @@ def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tup
     batches = list(micro_batches(worker, batch))
     for first in range(0, len(batches), together):
         turn = range(first, min(first + together, len(batches)))
-        works = [model.training_parts(one.ids, one.targets, one.documents) for one in (batches[n] for n in turn)]
+        works = [
+            model.training_parts(one.ids, one.targets, one.documents, rows_R=one.rows)
+            for one in (batches[n] for n in turn)
+        ]
         if routes:
             works = [routed_parts(model, routes[n], work) for n, work in zip(turn, works, strict=True)]
         losses = in_turn(works)
@@ -146,7 +158,12 @@ def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
         follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
         shown = documents if worker.job.config.document_mask else None
-        yield MicroBatch(ids, targets, shown, start + size >= len(batch.ids))
+        yield MicroBatch(ids, targets, shown, start + size >= len(batch.ids), _rows(batch.mask[part], worker.device))
+
+
+def _rows(mask: npt.NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
+    """The places that hold a token; found on the host, where the batch comes from."""
+    return None if mask.all() else torch.from_numpy(np.flatnonzero(mask)).to(device)
 
 
 def _sum_over_ranks(worker: Worker, tensor: torch.Tensor) -> None:

@@ -101,6 +101,20 @@ def test_sequence_balance_is_the_published_sum(sequences, length, experts, seed,
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(0, 2**31))
+def test_balance_looks_at_counted_tokens_and_weighs_sequences(counted, seed):
+    """As if the others were not there; a sequence without any adds nothing."""
+    logits_BTE = torch.randn(len(counted), 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask_BT = torch.tensor(counted)
+    weights_B = torch.arange(len(counted)) + 2
+    expected = torch.zeros((), dtype=torch.float64)
+    for logits_TE, mask_T, weight in zip(logits_BTE, mask_BT, weights_B, strict=True):
+        if mask_T.any():
+            expected = expected + weight * sequence_balance(logits_TE[mask_T], 2, 1) / mask_T.sum()
+    found = sequence_balance(logits_BTE.flatten(0, 1), 2, len(counted), mask_BT.flatten(), weights_B)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_an_even_load_has_a_balance_loss_of_one_per_token():
     logits_TE = torch.eye(4, dtype=torch.float64).repeat(3, 1)
     torch.testing.assert_close(sequence_balance(logits_TE, 1, 3), torch.tensor(12.0, dtype=torch.float64))

@@ -79,6 +79,33 @@ def check_model(group, dispatching, one_expert):
         assert (rows > 0) == (5 in dispatcher.experts)
 
 
+def check_padding(group, dispatching):
+    """Padding goes to no expert and changes no loss, gradient or count. The last rank has nothing else."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    dispatcher = dispatching(CONFIG.hidden_size, CONFIG.num_experts_per_tok, False)
+    ours, whole = _model(False, experts=dispatcher.experts, dispatcher=dispatcher), _model(False)
+    tokens = [torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(r)) for r in range(ranks - 1)]
+    terms = whole.training_loss(torch.cat(tokens), torch.cat(tokens).flip(1))
+    (terms.main + 0.3 * terms.prediction + 0.1 * terms.balance).backward()
+    ids, targets, real = torch.full((2, 12), 2), torch.full((2, 12), -100), torch.zeros(2, 12, dtype=torch.bool)
+    if rank < ranks - 1:
+        ids[:, :8], targets[:, :8], real[:, :8] = tokens[rank], tokens[rank].flip(1), True
+    mine = ours.training_loss(ids, targets, rows_R=real.flatten().nonzero().squeeze(1))
+    (mine.main + 0.3 * mine.prediction + 0.1 * mine.balance).backward()
+    for name in ("main", "prediction", "balance"):
+        total = getattr(mine, name).detach().clone()
+        dist.all_reduce(total, group=group)
+        torch.testing.assert_close(total, getattr(terms, name).detach(), **EXACT)
+    counts = ours.router_counts()
+    dist.all_reduce(counts, group=group)
+    assert torch.equal(counts, whole.router_counts())
+    expected = _grads(whole)
+    for name, grad in _grads(ours).items():
+        if ".experts." not in name:
+            dist.all_reduce(grad, group=group)
+        torch.testing.assert_close(grad, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def check_empty_rank(group, dispatching):
     """The last rank has no tokens."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -143,6 +170,7 @@ def check_all():
         for dispatching in (*exchanges, partial(_by_deepep, group)):
             for one_expert in (False, True):
                 check_model(group, dispatching, one_expert)
+            check_padding(group, dispatching)
             check_fp8(group, dispatching)
         for dispatching in exchanges:
             check_empty_rank(group, dispatching)

@@ -103,6 +103,18 @@ def test_every_term_of_the_loss_moves_what_it_should(make_model):
     assert not any("lm_head" in name or ("experts.w" in name and "layers.3" in name) for name in balanced)
 
 
+def test_what_prediction_cannot_learn_from_counts_for_no_load(make_model):
+    """At a document's border, at depth 2 its last two places: whatever is there, neither counts nor balance change."""
+    model = _model(make_model, 2)
+    ids = torch.randint(0, 50, (1, 12))
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    targets = _targets(ids, documents)
+    targets[0, -1] = -100
+    model.training_loss(ids, targets, documents)
+    counts = model.router_counts().sum(-1).tolist()
+    assert counts == [12 * 2, 12 * 2, (3 + 5) * 2, (2 + 4) * 2]
+
+
 def test_evaluation_has_neither_prediction_nor_counts(make_model):
     model = _model(make_model, 1).eval()
     ids = torch.randint(0, 50, (2, 9))
@@ -120,7 +132,8 @@ def test_the_biases_of_prediction_layers_move_too(make_model):
     ids = torch.randint(0, 50, (2, 9))
     model.training_loss(ids, ids.flip(1))
     counts = model.router_counts()
-    assert counts.sum(-1).tolist() == [2 * 9 * 2] * 3
+    # At the last place there is nothing that the layer of prediction could learn.
+    assert counts.sum(-1).tolist() == [2 * 9 * 2, 2 * 9 * 2, 2 * 8 * 2]
     before = dict((name, bias.clone()) for name, bias in model.logical_biases())
     update_router_biases(model, 0.001)
     name = "model.layers.3.mlp.gate.e_score_correction_bias"
