@@ -21,6 +21,7 @@ from moray.kernels.wire import packed_width
 from moray.models.presets import preset
 
 NODES, RANKS_PER_NODE = 4, 8
+SENT = "an FP8 row for each rank"  # what `models/crossing.py` does, and the bar judges
 
 
 def places(ids_TK: torch.Tensor, count: int, experts: int) -> torch.Tensor:
@@ -69,9 +70,8 @@ def main(tokens: str = "65536") -> int:
     ]  # fmt: skip
     nodes = places(ids_TK, NODES, experts).sum(1)
     rows.append({"way": "nodes of a token", "mean": nodes.float().mean().item(), "most": int(nodes.max())})
-    return report(
-        "dispatch_bytes", rows, [Bar("bytes between nodes, of the naive way", rows[3]["ratio"], 0.27, "lower")]
-    )
+    sent = next(row for row in rows if row["way"] == SENT)
+    return report("dispatch_bytes", rows, [Bar("bytes between nodes, of the naive way", sent["ratio"], 0.27, "lower")])
 
 
 if __name__ == "__main__":

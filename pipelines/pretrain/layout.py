@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from moray.models.config import ModelConfig
 
 BLOCK = 128  # numbers that share a scale in a moment in FP8
+# The largest beta2 at which second moments in FP8 are typically within 10 % (`benchmarks/fp8_moments.py`).
+MOST_BETA2 = 0.97
 
 
 def check_blocks(config: ModelConfig) -> None:
@@ -16,6 +18,16 @@ def check_blocks(config: ModelConfig) -> None:
     if config.moe_layers and inner * hidden % BLOCK:
         raise ValueError(
             f"moments: fp8 wants hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a multiple of {BLOCK}"
+        )
+
+
+def check_moments(moments: str, beta2: float) -> None:
+    """Raises ValueError for a beta2 with which second moments in FP8 would not follow the gradients."""
+    if moments == "fp8" and beta2 > MOST_BETA2:
+        raise ValueError(
+            f"moments: fp8 wants beta2 of at most {MOST_BETA2}, not {beta2}: small changes are lost in FP8's rounding "
+            "(at 0.99, where gradients become a quarter, second moments stay 3.3 times too large, one in a hundred 11 "
+            "times); lower beta2, DeepSeek-V3 has 0.95, or leave moments at float32"
         )
 
 

@@ -23,7 +23,7 @@ from moray.models.tensors import checkpoint_shapes
 from moray.models.yarn import Yarn, unknown_fields
 from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
 from moray.pipelines.pretrain.devices import resolved, words
-from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout
+from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout, check_moments
 from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.atomic import write_json
@@ -62,6 +62,7 @@ class Pretrain(Step[PretrainConfig]):
                 check_dispatch(config.dispatch, config.precision, model.hidden_size)
                 if config.moments == "fp8":
                     check_blocks(model)
+            check_moments(config.moments, config.beta2)
             check_backend(config.zero_stage, config.offload, config.precision, config.moments)
             sizes = batch_plan(config, sequence_length=1).sizes
             check_layout(config.workers, config.expert_parallel, experts, sizes)

@@ -140,6 +140,17 @@ def test_deepep_without_gpus_or_not_installed(
     assert error.message == "pretrain: dispatch: deepep, but the package deep_ep is not installed"
 
 
+@pytest.mark.parametrize(("beta2", "refused"), [(0.95, False), (0.97, False), (0.98, True), (0.999, True)])
+def test_fp8_moments_want_a_beta2_that_they_can_follow(beta2: float, refused: bool) -> None:
+    config = PretrainConfig.model_validate({"steps": 2, "moments": "fp8", "beta2": beta2})
+    if refused:
+        with pytest.raises(RecipeError, match=f"moments: fp8 wants beta2 of at most 0.97, not {beta2}"):
+            step.check(config, {"tokens": "tokens"})
+    else:
+        step.check(config, {"tokens": "tokens"})
+    step.check(config.model_copy(update={"moments": "float32"}), {"tokens": "tokens"})
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
