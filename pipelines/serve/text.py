@@ -84,11 +84,17 @@ class Vocabulary:
         return cls(load_tokenizer(folder), bos, eos, ends, says_bos(folder))
 
     def encode(self, text: str) -> list[int]:
-        """Ids without bos. Raises ValueError for text that UTF-8 cannot express (lone surrogates)."""
+        """Ids, without bos unless the text begins with its name, as evaluation harnesses write it. Other control tokens
+        are plain characters. Raises ValueError for text that UTF-8 cannot express (lone surrogates)."""
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("the text holds a lone surrogate, which is not a character") from None
+        if self.bos is not None and text.startswith(self.label(self.bos)):
+            return [self.bos, *self._plain(text[len(self.label(self.bos)) :])]
+        return self._plain(text)
+
+    def _plain(self, text: str) -> list[int]:
         # As a batch, because `encode` keeps Python's lock to its end.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids

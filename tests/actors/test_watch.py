@@ -96,6 +96,7 @@ def test_a_standstill_without_a_culprit_is_warned_of_once(tmp_path: Path) -> Non
     assert watch.complained(late) == "", "said once"
     watch.beat(member, Beat(5, 44))
     assert watch.complained(late) == ""
+    watch.leave("team")  # its thread judges too
 
 
 def test_nobody_hangs_before_all_have_spoken_or_while_one_is_busy() -> None:

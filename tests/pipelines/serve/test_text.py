@@ -181,3 +181,12 @@ def test_a_generation_config_that_cannot_be_honoured(tmp_path: Path, content: st
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"generation_config\.json"):
         Vocabulary.load(tmp_path, None, 300)
+
+
+def test_a_text_that_begins_with_bos_begins_with_it_once(vocabulary) -> None:
+    """As lm-evaluation-harness sends it; anywhere else it is plain characters."""
+    plain = vocabulary.encode("In the")
+    assert vocabulary.encode("<|bos|>In the") == [vocabulary.bos, *plain]
+    assert vocabulary.encode("<|bos|>") == [vocabulary.bos]
+    assert vocabulary.bos not in vocabulary.encode(" <|bos|>In the")
+    assert vocabulary.encode("<|bos|><|bos|>").count(vocabulary.bos) == 1
