@@ -19,6 +19,7 @@ from moray.platform.units import size
 
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 15.0
+_HALF_UNIT = 0.00005
 
 _log = logging.getLogger("ray")
 
@@ -156,7 +157,7 @@ def _lacking(demand: Demand, machines: Sequence[Machine]) -> str:
 
 
 def _never(wanted: Mapping[str, float], there: Mapping[str, float], where: str) -> str:
-    short = {name: amount for name, amount in wanted.items() if amount > there.get(name, 0.0)}
+    short = {name: amount for name, amount in wanted.items() if not _fits({name: amount}, there)}
     has = words({name: there.get(name, 0.0) for name in short} or there)
     return f"this can never start: it needs {words(short or wanted)}, {where} has {has}; ask for less or add machines"
 
@@ -172,7 +173,8 @@ def _busy(demand: Demand, machines: Sequence[Machine]) -> str:
 
 
 def _fits(wanted: Mapping[str, float], room: Mapping[str, float]) -> bool:
-    return all(room.get(name, 0.0) >= amount for name, amount in wanted.items())
+    """In Ray's own resolution of a ten-thousandth: sums of fractions are off in their last digits."""
+    return all(room.get(name, 0.0) + _HALF_UNIT >= amount for name, amount in wanted.items())
 
 
 def words(resources: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from moray.models.files import model_files, read_object
-from moray.pipelines.model_text import CONFIG, TOKENIZER, processor_bos, says_bos, write_with_bos
+from moray.pipelines.model_text import CONFIG, TOKENIZER, named_bos, processor_bos, says_bos, write_with_bos
 from moray.pipelines.tokenizer import load_tokenizer
 from moray.platform.errors import InputError
 from moray.platform.manifest import hash_file
@@ -23,6 +23,10 @@ from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, ope
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
     "special_tokens_map.json",
     "chat_template*",
     "LICENSE*",
@@ -44,8 +48,7 @@ class ImportModel(Step[ImportConfig]):
 
     def external(self, config: ImportConfig) -> list[ExternalFile]:
         folder = config.path.expanduser()
-        names = [*_model_files(folder), *_companions(folder, config.precision)]
-        paths = [(name, folder / name) for name in names]
+        paths = [(name, folder / name) for name in _files(folder, config.precision)]
         return [ExternalFile("model", name, path.stat().st_size, hash_file(path)) for name, path in paths]
 
     def run(self, ctx: StepContext[ImportConfig]) -> None:
@@ -58,7 +61,7 @@ class ImportModel(Step[ImportConfig]):
             if ctx.config.precision == "as-is":
                 for _ in _watched(ctx, "checking", checked):
                     pass
-                _copy(ctx, folder, _model_files(folder))
+                _copy(ctx, folder, model_files(folder))
             else:
                 write_weights(ctx.folder, checked.config, _watched(ctx, "converting", checked), ctx.config.precision)
         except (ValueError, FileNotFoundError) as error:
@@ -66,49 +69,57 @@ class ImportModel(Step[ImportConfig]):
                 str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
             ) from error
         _copy(ctx, folder, _companions(folder, ctx.config.precision))
-        _agree_on_bos(ctx, checked.config.bos_token_id)
+        _agree_on_bos(ctx, read_object(folder / "config.json").get("bos_token_id"))
         size = parameter_count(checked.config)
         ctx.counts |= {"out:parameters": size.total + size.prediction, "active_parameters": size.active}
         form = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
         ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {form}"
 
 
-def _agree_on_bos(ctx: StepContext[ImportConfig], bos: int | None) -> None:
+def _agree_on_bos(ctx: StepContext[ImportConfig], stated: Any) -> None:
     """Where one of the tokenizer's files asks for a bos before a text and the other says there is none, lets both do
-    so: some readers go by the one, some by the other."""
+    so: some readers go by the one, some by the other. `stated`: config.json's bos_token_id, if it has one.
+
+    What does not fit together is said and left as it is.
+    """
     if not all((ctx.folder / name).is_file() for name in (TOKENIZER, CONFIG)):
         return
     try:
         tokenizer = load_tokenizer(ctx.folder)
-        first, said = processor_bos(tokenizer, bos), says_bos(ctx.folder)
+        first, said = processor_bos(tokenizer, stated), says_bos(ctx.folder)
+        index = named_bos(ctx.folder, tokenizer) if first is None else first
     except Exception as error:  # the library raises bare Exception for what it cannot read
         ctx.note(f"the tokenizer cannot be served: {error}", level="warning")
         return
-    index = bos if first is None else first
-    if index is None or (said is not False if first is not None else not said):
+    if said is not False if first is not None else not said:
+        return
+    if index is None or stated not in (None, index):
+        named = f"{CONFIG} names {'no token of the vocabulary' if index is None else f'id {index}'} for bos"
+        ctx.note(f"{named}, config.json id {stated}: the tokenizer's files are left as they are", level="warning")
         return
     write_with_bos(ctx.folder, ctx.folder, tokenizer.id_to_token(index), index)
     one, other = (CONFIG, TOKENIZER) if first is None else (TOKENIZER, CONFIG)
     ctx.note(f"{one} puts a bos before a text, {other} did not: now both do")
 
 
-def _model_files(folder: Path) -> list[str]:
-    """Config, index and weights. Raises InputError where they are not there."""
+def _files(folder: Path, precision: str) -> list[str]:
+    """Config, index and weights, then what belongs to them. Raises InputError where that is no model."""
     if not (folder / "config.json").is_file():
         reason = "holds no config.json" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder} {reason}", "give a folder in the Hugging Face layout")
     try:
-        return model_files(folder)
+        return [*model_files(folder), *_companions(folder, precision)]
     except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout") from error
 
 
 def _companions(folder: Path, precision: str) -> list[str]:
-    """The files beside config and weights that belong to the model; its code only where config.json stays, which names
-    it."""
-    code = ("*.py",) if precision == "as-is" and "auto_map" in read_object(folder / "config.json") else ()
+    """The files beside config and weights that belong to the model; code where a file that is kept names some."""
+    configs = [CONFIG, *(["config.json"] if precision == "as-is" else [])]
+    coded = any("auto_map" in read_object(folder / name) for name in configs if (folder / name).is_file())
+    patterns = (*_COMPANIONS, "*.py") if coded else _COMPANIONS
     found = (path for path in folder.iterdir() if path.is_file())
-    return sorted(path.name for path in found if any(path.match(pattern) for pattern in (*_COMPANIONS, *code)))
+    return sorted(path.name for path in found if any(path.match(pattern) for pattern in patterns))
 
 
 def _watched(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> Iterator[Any]:

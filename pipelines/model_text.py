@@ -34,6 +34,14 @@ def says_bos(folder: Path) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
+def named_bos(folder: Path, tokenizer: Any) -> int | None:
+    """The id of `bos_token` of tokenizer_config.json; None if it names no token of the vocabulary."""
+    token = read_object(folder / CONFIG).get("bos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    index: int | None = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    return index
+
+
 def write_with_bos(source: Path, target: Path, bos: str, bos_id: int) -> None:
     """Writes the tokenizer files of `source` to `target` so that every reader puts `bos` before a text, and nothing
     behind it."""

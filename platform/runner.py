@@ -132,7 +132,10 @@ class Runner:
                     result.steps[decision.planned.key] = self._step(decision, result, events)
             write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
             state = "succeeded"
-        except (Cancelled, KeyboardInterrupt):
+        except (Cancelled, KeyboardInterrupt) as stop:
+            if self._hopeless:
+                detail = self._hopeless
+                raise InputError(detail) from stop
             state = "cancelled"
             raise
         except BaseException as error:
@@ -211,7 +214,7 @@ class Runner:
         started, began = time.time(), time.monotonic()
         topology, state = self.cluster.topology(), "failed"
         self.cluster.on_pending = lambda text: context.note(text, "warning")
-        self.cluster.on_hopeless = self._give_up
+        self.cluster.on_hopeless = partial(self._give_up, context)
         try:
             with self._explained(context):
                 in_place = step.reads_in_place(planned.config)
@@ -228,10 +231,10 @@ class Runner:
                 artifact = self._commit(planned, address, context, topology, started, time.monotonic() - began)
             state = "succeeded"
         except (Cancelled, KeyboardInterrupt) as stop:
-            if self._hopeless:
-                raise InputError(f"step {planned.key!r}: {self._hopeless}") from stop
-            state = "cancelled"
-            raise
+            if not self._hopeless:
+                state = "cancelled"
+                raise
+            raise InputError(self._hopeless) from stop
         finally:
             self.cluster.on_pending = self.cluster.on_hopeless = None
             held = time.monotonic() - began
@@ -248,9 +251,10 @@ class Runner:
         )  # fmt: skip
         return StepResult(planned.key, step.name, False, held, artifact)
 
-    def _give_up(self, text: str) -> None:
+    def _give_up(self, context: StepContext[Any], text: str) -> None:
         """Ends the step at work as Ctrl-C would: Ray would have it wait for ever. Called from another thread."""
-        self._hopeless = text
+        context.note(text, "warning")
+        self._hopeless = f"step {context.step!r}: {text}"
         self._cancelled.set()
         interrupt()
 

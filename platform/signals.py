@@ -27,14 +27,19 @@ def until_interrupted(notice: Callable[[], None] = lambda: None) -> Iterator[Non
         raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    _handled.append(True)
     try:
         yield
     finally:
+        _handled.pop()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+_handled: list[bool] = []  # one for each `until_interrupted` that lasts
+
+
 def interrupt() -> None:
-    """Raises KeyboardInterrupt in the main thread, from another one, where `until_interrupted` has a handler there."""
-    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__:
+    """Raises KeyboardInterrupt in the main thread, from another one, while `until_interrupted` lasts there."""
+    if _handled:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

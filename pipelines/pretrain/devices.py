@@ -23,7 +23,7 @@ def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
         raise InputError(
             "pretrain.device: gpu, but the cluster has no GPU", "set pretrain.device to cpu, or leave it out"
         )
-    if not config.model_fields_set & {"workers", "min_workers"}:
+    if "workers" not in config.model_fields_set and topology.gpus >= (config.min_workers or 1):
         return config.model_copy(update={"device": "gpu", **_layout(config, topology.gpus)})
     field = "min_workers" if config.min_workers else "workers"
     if topology.gpus < (least := config.min_workers or config.workers):

@@ -22,8 +22,10 @@ _DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 def position() -> tuple[int, Waiting | None]:
     """(collectives begun in this process, the oldest one that is waited in)."""
     module = torch._C._distributed_c10d
-    found = (getattr(module, name, None) for name in _DUMPS)
-    return position_in(json.loads(dump(True, False)) for dump in found if dump is not None)
+    dumps = [getattr(module, name) for name in _DUMPS if hasattr(module, name)]
+    if not dumps:
+        raise RuntimeError(f"this torch has none of {', '.join(_DUMPS)}: no hang could be told")
+    return position_in(json.loads(dump(True, False)) for dump in dumps)
 
 
 def position_in(recorders: Iterable[dict[str, Any]]) -> tuple[int, Waiting | None]:

@@ -48,9 +48,10 @@ class Trouble(BaseModel):
 
 class Record(BaseModel):
     """`troubles.json`, beside the checkpoints: it outlives a roll-back. `anticipated`: the steps [first, last) that are
-    routed by older weights."""
+    routed by older weights. A step in `empty` is no trouble."""
 
     skipped: list[Trouble] = []
+    empty: list[int] = []  # steps whose batches had nothing to learn
     rollbacks: int = 0
     anticipated: tuple[int, int] = (0, 0)
 
@@ -92,9 +93,10 @@ class Guard:
         self.history.skipped.append(Trouble(step=step, why=why))
         return "skip"
 
-    def leave_out(self, step: int, why: str) -> None:
+    def leave_out(self, step: int) -> None:
         """Writes down a step whose batch changes no weight, though nothing is wrong with it."""
-        self.history.skipped.append(Trouble(step=step, why=why))
+        if step not in self.history.empty:
+            self.history.empty.append(step)
 
     def go_back(self) -> int:
         """The step whose batch spoilt the weights, which is from now on skipped; those after it are not.
@@ -123,7 +125,8 @@ class Guard:
 
     def taken(self, steps: int) -> int:
         """How many of the first so many steps changed the weights."""
-        return steps - sum(trouble.step < steps for trouble in self.history.skipped)
+        left_out = {trouble.step for trouble in self.history.skipped} | set(self.history.empty)
+        return steps - sum(step < steps for step in left_out)
 
     def anticipates(self, step: int) -> bool:
         """Whether a step is routed by older weights."""

@@ -115,6 +115,8 @@ def run(
     at = restored.steps
     while at < worker.job.config.steps:
         at = loop.advance(at)
+    if not worker.state.guard.taken(at):
+        raise ValueError(f"none of the {at} batches had a token with a next one to learn: nothing was trained")
     with worker.doing("writing a checkpoint"):
         worker.checkpoints.wait()
         ended = worker.checkpoints.ended()
@@ -192,9 +194,9 @@ class Loop:
     def _leave_out(self, step: int) -> bool:
         """Goes on past a batch of which no token has a target: documents of one token, and padding."""
         drop(self._worker)
-        self._worker.state.guard.leave_out(step, "no token in it has a next one to learn")
+        self._worker.state.guard.leave_out(step)
         self._write_down()
-        self._report.skipped(self._worker.state.guard.history)
+        self._report.empty(step)
         return True
 
     def _go_back(self, step: int) -> int:

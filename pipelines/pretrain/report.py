@@ -127,6 +127,10 @@ class Report:
         further = "; tokens are routed by older weights for a while" if history.anticipated[1] > trouble.step else ""
         self.note(f"the batch of step {trouble.step + 1} is skipped: {trouble.why}{further}", "warning")
 
+    def empty(self, step: int) -> None:
+        """A batch that is left out because there is nothing to learn from it."""
+        self.note(f"the batch of step {step + 1} is left out: no token in it has a next one to learn")
+
     def went_back(self, step: int, guilty: int, to: Restored, history: Record) -> None:
         """Training goes back from `step` to a checkpoint and leaves out the batch of `guilty`."""
         self._metric("train_skipped_batches", len(history.skipped), guilty + 1)

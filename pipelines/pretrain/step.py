@@ -65,7 +65,9 @@ class Pretrain(Step[PretrainConfig]):
             check_moments(config.moments, config.beta2)
             check_backend(config.zero_stage, config.offload, config.precision, config.moments)
             sizes = batch_plan(config, sequence_length=1).sizes
-            check_layout(config.workers, config.expert_parallel, experts, sizes)
+            # Without a number of workers, the machines decide it: see `placement`.
+            world = config.workers if "workers" in config.model_fields_set else config.expert_parallel
+            check_layout(world, config.expert_parallel, experts, sizes if world == config.workers else ())
             if config.min_workers and config.min_workers > config.workers:
                 raise ValueError(f"min_workers ({config.min_workers}) must not exceed workers ({config.workers})")
         except ValueError as error:
@@ -76,6 +78,10 @@ class Pretrain(Step[PretrainConfig]):
 
     def placement(self, config: PretrainConfig, topology: Topology) -> str:
         chosen = resolved(config, topology)
+        try:
+            check_layout(chosen.workers, chosen.expert_parallel, None, batch_plan(chosen, sequence_length=1).sizes)
+        except ValueError as error:
+            raise InputError(f"pretrain: {error}", "set pretrain.workers and pretrain.expert_parallel") from error
         if chosen.dispatch == "deepep":
             _check_deepep(chosen, topology.gpus)
         return words(chosen)

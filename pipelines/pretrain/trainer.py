@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moray.pipelines.pretrain.schedule import batch_plan
 from moray.platform.errors import StepFailed
 from moray.platform.step import Topology
 
+_ABORT_SECONDS = 10.0
 # What Ray Train 2.60 starts for every run, and ours have no use for: an actor for Ray Data's data sets, and one that
 # frees the placement group of a dead controller, as the end of our driver does anyway. An actor is a process: on few
 # cores it takes seconds to start and, idle, a hundredth of one.
@@ -33,7 +35,10 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     trainer = make_trainer(job, settings, storage, topology)
     try:
         trainer.fit()
-    except SystemExit as stop:  # how Ray Train answers Ctrl-C, after it has stopped the workers
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
+    except SystemExit as stop:  # how Ray Train's own handler ends, where a version of it sets that all the same
         raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
         raise StepFailed(f"training failed: {_reason(error)}") from error
@@ -44,6 +49,7 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
 
 def make_trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
     """A TorchTrainer for `loop.train` with these settings. The job's `device` says where workers run."""
+    import ray
     import ray.train.torch
 
     from moray.pipelines.pretrain.loop import train
@@ -54,6 +60,18 @@ def make_trainer(job: Job, settings: dict[str, Any], storage: Path, topology: To
         # Not public: where Ray no longer asks for it, nothing is left out.
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
+
+        # Not public either. Ray Train would put a handler of its own under SIGINT and leave it there: it swallows what
+        # ends a step that can never start, and Ctrl-C in the steps that follow.
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self._controller = controller
+
+        def abort(self) -> None:
+            """Has the controller stop the workers, and ends it; nothing if it was not started."""
+            if (controller := getattr(self, "_controller", None)) is not None:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
+                ray.kill(controller)  # and with it what it waits for: it does not hear while it waits for room
 
     config, gpu = job.config, job.config.device == "gpu"
     cpus = cpu_share(config, topology.cpus)

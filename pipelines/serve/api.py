@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
 from moray.pipelines.serve.completion import DONE, Completion, event, to_json
-from moray.pipelines.serve.intake import Call, Intake
+from moray.pipelines.serve.intake import Call, Intake, unless_gone
 from moray.pipelines.serve.protocol import ApiError, CompletionRequest, check_model
 from moray.pipelines.serve.sequence import Delta
 
@@ -55,7 +55,7 @@ def build_app(engine: AsyncEngine, name: str) -> FastAPI:
     async def completions(http: Request) -> Response:
         call = await intake.call(http)
         if not call.stream:
-            return Response(await _unless_gone(http, _whole(engine, intake, call)), media_type="application/json")
+            return Response(await unless_gone(http, _whole(engine, intake, call)), media_type="application/json")
         return StreamingResponse(
             _events(engine, intake, call),
             media_type="text/event-stream",
@@ -123,7 +123,7 @@ async def _whole(engine: AsyncEngine, intake: Intake, call: Call) -> bytes:
         for index, delta in deltas:
             answers[index].append(delta)
             size += _size(delta)
-    return await intake.away(size, lambda: to_json(call.completion.whole(answers)))
+    return await intake.answer(size, lambda: to_json(call.completion.whole(answers)))
 
 
 async def _events(engine: AsyncEngine, intake: Intake, call: Call) -> AsyncIterator[bytes]:
@@ -133,7 +133,7 @@ async def _events(engine: AsyncEngine, intake: Intake, call: Call) -> AsyncItera
         async with aclosing(engine.generate_many(call.requests)) as answers:  # closed at once, not when collected
             async for deltas in answers:
                 size = sum(_size(delta) for _, delta in deltas)
-                yield await intake.away(size, partial(_chunks, completion, deltas, with_usage))
+                yield await intake.answer(size, partial(_chunks, completion, deltas, with_usage))
     except Exception as error:
         yield event(_unexpected(error).body())
         return
@@ -146,23 +146,5 @@ def _chunks(completion: Completion, deltas: Sequence[tuple[int, Delta]], with_us
 
 def _size(delta: Delta) -> int:
     """Bytes of JSON, or nearly: a scored token has some two hundred."""
-    return len(delta.text) + 200 * len(delta.tokens)
-
-
-async def _unless_gone(http: Request, work: Any) -> Any:
-    """The result of `work`, which is cancelled when the client disconnects."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+    scored = bool(delta.tokens) and delta.tokens[-1].logprob is not None
+    return len(delta.text) + (200 * len(delta.tokens) if scored else 0)

@@ -8,6 +8,8 @@ until it is whole. Text that may be the start of a stop string waits too, togeth
 from __future__ import annotations
 
 import codecs
+import json
+import math
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -47,7 +49,7 @@ class Vocabulary:
 
     bos, eos: the model's, None where it has none. ends: the ids that end an answer, by default eos. adds_bos: whether
     a text begins with bos, None if the tokenizer's files do not say; its post-processor, if it puts one there, decides.
-    Special tokens have no text. keeps_length: whether no text becomes shorter before it is split into tokens.
+    Special tokens have no text. shrinks: by what factor a text may become shorter before it is split into tokens.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Vocabulary:
         self.adds_bos = adds_bos if first is None else True
         self.eos = eos
         self.ends = frozenset(([] if eos is None else [eos]) if ends is None else ends)
-        self.keeps_length = tokenizer.normalizer is None
+        self.shrinks = _most_shrinking(tokenizer.normalizer)
         self._added = tokenizer.get_added_tokens_decoder()
         table = _bytes_of_characters()
         self.pieces = [self._piece(index, table) for index in range(id_count(tokenizer))]
@@ -81,7 +83,11 @@ class Vocabulary:
     def load(cls, folder: Path, bos: int | None, eos: int | None) -> Vocabulary:
         """Reads `tokenizer.json` of a model folder, and `generation_config.json` if it names the ends of an answer."""
         ends = _ends(folder / "generation_config.json")
-        return cls(load_tokenizer(folder), bos, eos, ends, says_bos(folder))
+        tokenizer = load_tokenizer(folder)
+        if "bos_token_id" not in read_object(folder / "config.json"):  # a default is no word of the model's
+            first = processor_bos(tokenizer, None)
+            bos = bos if first is None else first
+        return cls(tokenizer, bos, eos, ends, says_bos(folder))
 
     def encode(self, text: str) -> list[int]:
         """Ids, without bos unless the text begins with its name, as evaluation harnesses write it. Other control tokens
@@ -90,9 +96,15 @@ class Vocabulary:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("the text holds a lone surrogate, which is not a character") from None
-        if self.bos is not None and text.startswith(self.label(self.bos)):
+        if self._names_bos(text):
+            assert self.bos is not None
             return [self.bos, *self._plain(text[len(self.label(self.bos)) :])]
         return self._plain(text)
+
+    def _names_bos(self, text: str) -> bool:
+        """Whether a text begins with the name of bos, where that is a control token and no word."""
+        added = self._added.get(self.bos)
+        return added is not None and bool(added.special) and text.startswith(str(added.content))
 
     def _plain(self, text: str) -> list[int]:
         # As a batch, because `encode` keeps Python's lock to its end.
@@ -142,6 +154,19 @@ class Vocabulary:
         if any(character not in table for character in spelling):
             return str(spelling).encode()
         return bytes(table[character] for character in spelling)
+
+
+def _most_shrinking(normalizer: Any) -> float:
+    """By what factor a normalizer may make a text shorter, in bytes of UTF-8; infinite if that is not known.
+
+    Composition joins a letter and its marks: at most three characters become one, of at least as many bytes as one.
+    """
+    if normalizer is None:
+        return 1.0
+    content = json.loads(normalizer.__getstate__())
+    parts = content.get("normalizers", [content])
+    kinds = {part.get("type") for part in parts}
+    return 1.0 if not kinds else 4.0 if kinds <= {"NFC", "NFD", "NFKC", "NFKD", "Prepend"} else math.inf
 
 
 def _ends(path: Path) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from moray.platform.home import Home
 from moray.platform.ports import free_port
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster, StepContext, Topology
-from tests.conftest import SharedCluster
+from tests.conftest import Flow, SharedCluster
 from tests.platform.test_runner import Write, recipe
+from tests.small_run import run_small
 
 TWO = Machine({"CPU": 2.0, "memory": 8e9}, {"memory": 8e9})  # a node without an entry has nothing free of it
 
@@ -35,6 +37,16 @@ def test_what_can_never_be_placed_is_said_at_once_and_once() -> None:
     assert report.update(1.0, {task(CPU=64.0): 3}, [TWO]) == []
     ((text, _),) = report.update(2.0, {task(GPU=1.0): 1}, [TWO])
     assert "it needs 1 GPU, the cluster has 0 GPU" in text
+
+
+def test_sums_of_fractions_that_fit_are_no_demand_that_can_never_start() -> None:
+    """15 times 0.4 is 6.000000000000001."""
+    six = Machine({"CPU": 6.0}, {})
+    for workers, share in ((15, 0.4), (60, 0.1), (9, 0.6666)):
+        assert PendingReport(15.0).update(0.0, {Demand(((("CPU", share),),) * workers): 1}, [six]) == []
+    ((text, hopeless),) = PendingReport(15.0).update(0.0, {Demand(((("CPU", 0.4001),),) * 15): 1}, [six])
+    assert hopeless
+    assert "it needs 6.0015 CPU" in text
 
 
 def test_machines_count_one_by_one_unless_a_group_may_spread() -> None:
@@ -158,6 +170,25 @@ def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Clust
     wanted = made.__class__("chain", Path("chain.yaml"), (planned,), "name: chain\n")
     with pytest.raises(InputError, match=r"step 's0': this can never start: it needs 2\.0001 CPU, the cluster has 2"):
         Runner(home, Alone(ray_cluster.topology())).run(wanted)
+
+
+@pytest.mark.cluster
+def test_training_that_can_never_start_is_an_error_too(flow: Flow) -> None:
+    """Ray Train waits for its workers in the main thread, under a handler of its own if it may."""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+
+    larger = Alone(Topology(8, 0, flow.cluster.topology().memory_bytes))
+    overrides = ["pretrain.workers=4", "pretrain.expert_parallel=1", "pretrain.steps=3", "pretrain.batch_sequences=8"]
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InputError, match="step 'pretrain': this can never start: it needs 4 CPU, the cluster has 2"):
+        run_small(flow.home, flow.folder, larger, overrides)
+    assert signal.getsignal(signal.SIGINT) is before
+    # What was waited for ends with the driver, which here goes on.
+    for number, group in ray.util.placement_group_table().items():
+        if group["state"] == "PENDING":
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
 
 
 @pytest.mark.cluster

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moray.cluster.pending import Demand, Machine, PendingReport
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.devices import cpu_share, resolved, words
 from moray.platform.errors import InputError
@@ -59,3 +60,7 @@ def test_all_workers_find_room(cpus: int, workers: int) -> None:
     share = cpu_share(config(workers=workers), cpus)
     assert 0 < round(share * 10_000) <= 10_000
     assert round(share * 10_000) * workers <= cpus * 10_000 or cpus >= workers
+    gang = Demand(((("CPU", share),),) * min(workers, 64))
+    room = Machine({"CPU": float(cpus)}, {"CPU": float(cpus)})
+    found = PendingReport(15.0).update(0.0, {gang: 1}, [room])
+    assert not found or cpus < min(workers, 64) * share, "sums of fractions are off in their last digits"

@@ -140,12 +140,30 @@ def test_a_batch_without_a_target_is_left_out(tmp_path: Path) -> None:
     settings = {**SETTINGS, "steps": 6, "checkpoint_every": 3}
     worker = lone_worker(str(tmp_path), **settings)
     run(worker, Source(spoilt), None)
-    assert [trouble.step for trouble in read_record(tmp_path).skipped] == [2, 4]
+    record = read_record(tmp_path)
+    assert (record.skipped, record.empty) == ([], [2, 4])
+    assert worker.state.guard.taken(6) == 4, "Adam's bias correction counts steps that were taken"
     expected = held(worker)
     checkpoint_files.remove(tmp_path / "checkpoints", 6)
     again = lone_worker(str(tmp_path), **settings)
     run(again, Source(spoilt), None)
     assert all(np.array_equal(held(again)[key], expected[key]) for key in expected)
+
+
+def test_an_empty_batch_is_no_trouble_that_returns() -> None:
+    guard = Guard(Spikes(), Record())
+    for step in range(40):
+        guard.judge(step, 2.0 + 0.01 * (step % 2), 1.0)
+    guard.leave_out(40)
+    assert guard.judge(41, 9.0, 1.0) == "skip"
+    assert not guard.anticipates(42)
+    assert guard.taken(42) == 40
+
+
+def test_training_that_never_learns_is_an_error(tmp_path: Path) -> None:
+    source = Source(lambda step, batch: Batch(batch.ids, batch.documents, np.zeros_like(batch.mask)))
+    with pytest.raises(ValueError, match="none of the 3 batches"):
+        run(lone_worker(str(tmp_path), **{**SETTINGS, "steps": 3}), source, None)
 
 
 @pytest.mark.evidence

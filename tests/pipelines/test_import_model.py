@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import moray
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
+from moray.pipelines.model_text import processor_bos
 from moray.pipelines.pretrain.step import loss_curve
-from moray.pipelines.tokenizer import special_ids
+from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
 from moray.platform import api
 from moray.platform.errors import InputError, RecipeError
 from moray.platform.home import Home
@@ -185,3 +186,36 @@ def test_training_goes_on_from_an_imported_model(flow: Flow) -> None:
     assert hf["quantization_config"]["quant_method"] == "fp8"
     assert hf["rope_scaling"]["factor"] == 2
     assert "bits/byte" in done.steps["evaluate"].artifact.manifest.outcome
+
+
+def tokenizer_files(folder: Path, **said: object) -> None:
+    made = train(iter(["In the beginning was the word. " * 9]), TokenizerConfig(vocab_size=300))
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**hugging_face_config(), **said}))
+
+
+def test_tokenizer_files_that_disagree_on_bos_are_made_to_agree(folder: Path, home: Home) -> None:
+    tokenizer_files(folder, add_bos_token=True)
+    notes: list[str] = []
+    _, artifact = api.import_model(folder, home=home, listeners=[lambda e: notes.append(getattr(e, "text", ""))])
+    assert processor_bos(load_tokenizer(artifact.folder), 0) == 0
+    assert any("tokenizer_config.json puts a bos before a text" in note for note in notes)
+
+
+@pytest.mark.parametrize("said", [{"bos_token": "<|nobody|>"}, {"bos_token": "<|pad|>"}, {"bos_token": None}])
+def test_a_bos_that_the_config_does_not_confirm_leaves_the_files_alone(
+    folder: Path, home: Home, said: dict[str, object]
+) -> None:
+    tokenizer_files(folder, add_bos_token=True, **said)
+    notes: list[str] = []
+    _, artifact = api.import_model(folder, home=home, listeners=[lambda e: notes.append(getattr(e, "text", ""))])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (artifact.folder / name).read_bytes() == (folder / name).read_bytes()
+    assert any("left as they are" in note for note in notes)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"x"'])
+def test_a_config_that_is_none_is_an_error_and_no_traceback(folder: Path, home: Home, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        api.import_model(folder, home=home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def test_a_post_processor_that_no_completion_can_follow_is_refused(tmp_path: Pat
     source = write(tmp_path / "source", content)
     write_with_bos(source, tmp_path, "<|bos|>", 0)
     changed = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert Vocabulary.load(tmp_path, 5, 1).bos == 0, "5 is a default, of which config.json says nothing"
+    (tmp_path / "config.json").write_text('{"bos_token_id": 5}')
     with pytest.raises(ValueError, match="the model's bos is 5"):
         Vocabulary.load(tmp_path, 5, 1)
     assert processor_bos(load_tokenizer(tmp_path), None) == 0
@@ -78,3 +81,18 @@ def test_a_post_processor_that_no_completion_can_follow_is_refused(tmp_path: Pat
     write(tmp_path, changed)
     with pytest.raises(ValueError, match="post_processor makes"):
         Vocabulary.load(tmp_path, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "factor"),
+    [
+        (None, 1.0), ({"type": "Sequence", "normalizers": []}, 1.0), ({"type": "NFC"}, 4.0),
+        ({"type": "Sequence", "normalizers": [{"type": "NFKC"}]}, 4.0), ({"type": "StripAccents"}, math.inf),
+    ],
+)  # fmt: skip
+def test_how_much_shorter_a_normalizer_makes_a_text(
+    tmp_path: Path, content: dict[str, Any], normalizer: dict[str, Any] | None, factor: float
+) -> None:
+    """An empty sequence, which published tokenizers have, is no normalizer."""
+    write(tmp_path, {**content, "normalizer": normalizer})
+    assert Vocabulary.load(tmp_path, 0, 1).shrinks == factor

@@ -25,3 +25,11 @@ def test_of_ray_trains_own_actors_those_that_serve_no_run_are_not_started(tmp_pa
     assert before - after == set(UNUSED)
     assert after, "what sets up torch and reports metrics stays"
     assert "_create_default_callbacks" in inspect.getsource(type(trainer).fit)
+
+
+def test_ray_trains_own_handler_of_ctrl_c_is_asked_for_by_the_name_that_is_overridden() -> None:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    source = inspect.getsource(DataParallelTrainer)
+    assert "self._register_sigint_handler(controller)" in source
+    assert "signal.signal(" not in source.replace(inspect.getsource(DataParallelTrainer._register_sigint_handler), "")

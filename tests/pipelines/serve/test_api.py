@@ -209,12 +209,12 @@ def test_a_body_of_another_kind_or_too_deep(client):
 
 def test_a_body_larger_than_a_context_can_need(client):
     """With its length said before, and in chunks that say nothing."""
-    body = json.dumps({**BODY, "prompt": "a" * (3 << 20)}).encode()
+    body = json.dumps({**BODY, "prompt": "a" * (6 << 20)}).encode()
     pieces = (body[at : at + 65536] for at in range(0, len(body), 65536))
     for content in (body, pieces):
         response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 413
-        assert "the body has more than the 1,048,576 bytes" in response.json()["error"]["message"]
+        assert "the body has more than the 4,194,304 bytes" in response.json()["error"]["message"]
     assert ask(client).status_code == 200
 
 
