@@ -11,8 +11,8 @@ rank is ended: a warning says so, and the process group's own timeout decides.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from moray.platform.events import EventLog, NoteEvent
+from moray.platform.processes import Process
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ class Judge:
 
 
 def _behind(beats: Mapping[int, Beat]) -> list[int]:
-    """The ranks that others wait for; empty where the collectives do not tell."""
+    """The ranks that others wait for; empty where the collectives do not tell. A rank alone has nobody to wait for."""
+    if len(beats) == 1:
+        return list(beats)
     waiting = [rank for rank, beat in beats.items() if beat.waiting]
     if 0 < len(waiting) < len(beats):
         return [rank for rank in beats if rank not in waiting]
@@ -137,8 +138,7 @@ class Place:
     """Where a rank's process is."""
 
     node: str
-    pid: int
-    started: float  # seconds since the epoch: another process may get the number
+    process: Process
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,7 @@ def _end(place: Place) -> None:
 
 
 def _kill(place: Place) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(place.pid)
-        if process.create_time() == place.started:
-            process.kill()
+    place.process.send(signal.SIGKILL)  # not to another that has got its number
 
 
 def start_watch(limit: float, events: str, step: str) -> Any:
@@ -249,7 +246,9 @@ class Pulse:
     def __init__(self, watch: Any, team: str, world: int, rank: int, limit: float, look: Callable[[], Beat]) -> None:
         import ray
 
-        place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+        me = Process.of(os.getpid())
+        assert me is not None
+        place = Place(ray.get_runtime_context().get_node_id(), me)
         member = Member(team, world, rank, place)
         self._tell: Callable[[Beat], Any] = lambda beat: watch.beat.remote(member, beat)
         self._done: Callable[[], Any] = lambda: watch.leave.remote(team)

@@ -11,6 +11,7 @@ the dashboard alone is bound to 127.0.0.1.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import tempfile
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moray.cluster import machine
 from moray.platform.atomic import create_bytes
+from moray.platform.backend import BackendAwayError
 from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.supervisor import Service, python
@@ -88,10 +90,29 @@ class LocalCluster:
         environment.pop("RAY_ADDRESS")  # `ray start` refuses it
         watching = {**self.environment(), "MORAY_HOME": str(self.home.root)}
         return [
-            Service("ray-head", self._head(), environment, self._head_answers, prepare=self._forget_address),
-            Service("ray-worker", self._worker(), environment, self._worker_known, after=["ray-head"]),
             Service(
-                "ray-watch", python("moray.cluster.watch", self.address), watching, self._watched, after=["ray-head"]
+                "ray-head",
+                self._head(),
+                environment,
+                self._head_answers,
+                prepare=self._forget_address,
+                answers=self._head_answers,
+            ),
+            Service(
+                "ray-worker",
+                self._worker(),
+                environment,
+                self._worker_known,
+                after=["ray-head"],
+                answers=lambda: not self._head_answers() or self._worker_known(),
+            ),
+            Service(
+                "ray-watch",
+                python("moray.cluster.watch", self.address),
+                watching,
+                self._watched,
+                after=["ray-head"],
+                answers=lambda: not self._head_answers() or self._watched(),
             ),
         ]
 
@@ -123,13 +144,21 @@ class LocalCluster:
     def _worker_known(self) -> bool:
         """Whether a node other than the head is alive."""
         body = self._get("/api/v0/nodes?detail=0")
-        nodes = json.loads(body)["data"]["result"]["result"] if body else []
-        return any(node["state"] == "ALIVE" and not node["is_head_node"] for node in nodes)
+        try:
+            nodes = json.loads(body)["data"]["result"]["result"] if body else []
+            return any(node["state"] == "ALIVE" and not node["is_head_node"] for node in nodes)
+        except (ValueError, LookupError, TypeError):  # a stranger at the dashboard's port
+            return False
 
     def _watched(self) -> bool:
-        from moray.cluster.watch import usage_file
+        """Whether the watch has written something lately."""
+        from moray.cluster.watch import read_usage
 
-        return usage_file(self.home).exists()
+        try:
+            read_usage(self.home)
+        except BackendAwayError:
+            return False
+        return True
 
     def _get(self, path: str) -> bytes | None:
         """The body of an answer of Ray's dashboard; None where there is none."""
@@ -139,7 +168,7 @@ class LocalCluster:
         try:
             with opener.open(request, timeout=5) as answer:
                 return bytes(answer.read())
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return None
 
 

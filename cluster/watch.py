@@ -6,6 +6,7 @@ controller must outlive that. It reads `up/cluster.json` and believes it for as 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -33,7 +34,7 @@ def read_usage(home: Home) -> Usage:
     try:
         age = time.time() - path.stat().st_mtime
         written = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (OSError, ValueError):
         raise BackendAwayError("nothing is known of the cluster yet") from None
     if age > _FRESH_SECONDS:
         raise BackendAwayError(f"Ray's head has not answered for {age:.0f} s")
@@ -57,6 +58,11 @@ def usage_in(state: Any) -> Usage:
     )  # fmt: skip
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+
 def main(address: str) -> None:
     """Watches until it is killed."""
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
@@ -68,7 +74,9 @@ def main(address: str) -> None:
         try:
             write_json(path, asdict(usage_in(get_cluster_resource_state(client))))
         except (RpcError, RaySystemError) as error:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), f"Ray's head does not answer: {error}", flush=True)
+            _say(f"Ray's head does not answer: {error}")
+        except OSError as error:  # a full disk: the next round tries again
+            _say(f"{path} is not written: {error}")
         time.sleep(POLL_SECONDS)
 
 

@@ -58,11 +58,11 @@ def up(
         err().print(f"page: {_page(home, options)}   (Ctrl-C ends everything)", markup=False, soft_wrap=True)
         services.supervise(home, lambda text: err().print(text, markup=False))
         return 0
-    services.start(home)
+    supervisor = services.start(home)
     began = time.monotonic()
     console = err()
     with console.status("starting") as status:
-        for service in services.wait_until_up(home):
+        for service in services.wait_until_up(home, supervisor):
             console.print(f"+ {service.name:<12} {time.monotonic() - began:5.1f} s", markup=False)
             status.update("starting")
     return _report(home, options, json_)

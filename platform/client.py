@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import secrets
 import time
@@ -73,11 +74,15 @@ class Client:
         try:
             with self._opener.open(request, timeout=_SECONDS) as answer:
                 text = answer.read()
+            return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
             raise _refused(error) from error
         except OSError as error:  # also what cuts an answer short
             raise AwayError(f"the control plane does not answer at {self.url}", "moray up starts it") from error
-        return json.loads(text) if text else None
+        except (http.client.HTTPException, ValueError) as error:
+            raise AwayError(
+                f"what answers at {self.url} is not the control plane", "moray down, then moray up --port ANOTHER"
+            ) from error
 
 
 def new_key() -> str:

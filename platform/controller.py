@@ -19,7 +19,8 @@ from moray.platform.backend import BackendAwayError, ClusterBackend, Observed
 from moray.platform.database import Database
 from moray.platform.home import Home
 from moray.platform.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
-from moray.platform.lease import boot, is_stale
+from moray.platform.lease import is_stale
+from moray.platform.processes import boot
 from moray.platform.queue import IN_FLIGHT, choose, why_waiting
 from moray.platform.reconcile import STOP_SECONDS, Sight, Verdict, after, judge
 from moray.platform.schedules import Schedules

@@ -5,6 +5,7 @@ One loop (controller.py) and one HTTP server; it alone writes `moray.db`, held t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -125,7 +126,8 @@ def main() -> int:
 def _say(text: str) -> None:
     import time
 
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+    with contextlib.suppress(OSError):  # a full disk
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.atomic import write_text
+from moray.platform.processes import boot, started
 
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0
@@ -60,66 +61,48 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            os.utime(self.path)
+            with contextlib.suppress(OSError):  # the disk may have no room, or be away: the next beat tries again
+                os.utime(self.path)
 
 
 def is_stale(path: Path) -> bool:
     """Whether the holder is gone. An unreadable lease counts by its age alone."""
     try:
         age = time.time() - path.stat().st_mtime
-        holder = json.loads(path.read_text())
+        holder = _read(path)
     except FileNotFoundError:
         return True
-    except ValueError:
-        holder = {}
-    if holder.get("host") == socket.gethostname() and holder.get("boot") == boot():
-        return bool(_started(int(holder["pid"])) != holder.get("process_started"))
+    here = holder.get("host") == socket.gethostname() and holder.get("boot") == boot()
+    if here and isinstance(pid := holder.get("pid"), int):
+        return bool(started(pid) != holder.get("process_started"))
     return age > STALE_SECONDS
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process of this host runs."""
-    return _started(pid) is not None
+    return started(pid) is not None
 
 
 def holder(path: Path) -> dict[str, Any]:
     """Who holds the lease, for messages; empty if nobody does."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
+        return _read(path)
+    except FileNotFoundError:
         return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty for what no lease looks like."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _self() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": boot(), "pid": pid, "process_started": _started(pid)}
-
-
-def boot() -> str:
-    """Distinguishes reboots, after which process ids start anew."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
-
-
-def _started(pid: int) -> str | None:
-    """Start time of a living process (so that a reused pid is not taken for the old one), None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self").exists():
-            return None
-        return _started_without_proc(pid)
-    return None if fields[0] == "Z" else fields[19]
-
-
-def _started_without_proc(pid: int) -> str | None:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass  # alive, and somebody else's
-    return "unknown"
+    return {"host": socket.gethostname(), "boot": boot(), "pid": pid, "process_started": started(pid)}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ first use (ports, slots) is kept in `up/options.json`, so that a restart finds t
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import os
 import signal
@@ -26,15 +27,16 @@ from moray.platform.auth import ensure_token
 from moray.platform.errors import InputError, StepFailed
 from moray.platform.home import Home
 from moray.platform.ports import check_port, free_ports, is_free
-from moray.platform.processes import marked
+from moray.platform.processes import Process, marked, marks
 from moray.platform.supervisor import (
+    SUPERVISOR,
     Service,
     ServiceStatus,
     Supervisor,
     end_services,
-    mark_of,
     python,
     read_state,
+    supervisors,
 )
 
 HOST = "127.0.0.1"
@@ -117,10 +119,13 @@ def services(home: Home, options: UpOptions) -> list[Service]:
     ensure_token(home)
     return [
         *cluster.services(),
-        Service("mlflow", _mlflow(home), {**environment, **_MLFLOW_ENVIRONMENT}, lambda: _answers(mlflow_socket(home))),
+        Service(
+            "mlflow", _mlflow(home), {**environment, **_MLFLOW_ENVIRONMENT}, lambda: _answers(mlflow_socket(home)),
+            answers=lambda: _answers(mlflow_socket(home)),
+        ),
         Service(
             "controller", python("moray.platform.controller_app"), environment, lambda: healthy(options),
-            after=["ray-head"],
+            after=["ray-head"], answers=lambda: healthy(options),
         ),
     ]  # fmt: skip
 
@@ -135,19 +140,21 @@ def supervise(home: Home, say: Callable[[str], None] = print) -> None:
     supervisor.run()
 
 
-def start(home: Home) -> None:
+def start(home: Home) -> subprocess.Popen[bytes]:
     """Starts the supervisor as a process of its own, which outlives this one."""
     log = home.up / "logs" / "supervisor.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        subprocess.Popen(
-            python("moray.platform.up"), env={**os.environ, "MORAY_HOME": str(home.root)}, cwd="/",
+        return subprocess.Popen(
+            python("moray.platform.up"),
+            env={**os.environ, "MORAY_HOME": str(home.root), **marks(home.root, SUPERVISOR)}, cwd="/",
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
 
-def wait_until_up(home: Home) -> Iterator[ServiceStatus]:
-    """Gives each service when it has come up. Raises StepFailed with the end of a log if one does not."""
+def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[ServiceStatus]:
+    """Gives each service when it has come up. Raises StepFailed with the end of a log if one does not, or if no
+    supervisor lives to start it."""
     deadline = time.monotonic() + _UP_SECONDS
     waiting = set(NAMES)
     while waiting:
@@ -160,36 +167,58 @@ def wait_until_up(home: Home) -> Iterator[ServiceStatus]:
                 yield status
         if time.monotonic() > deadline:
             name = next(name for name in NAMES if name in waiting)
-            log = home.up / "logs" / f"{name}.log"
-            lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-            raise StepFailed(f"{name} is not up after {_UP_SECONDS:.0f} s: {(lines or ['no log'])[-1]}", f"see {log}")
+            _give_up(home, name, f"{name} is not up after {_UP_SECONDS:.0f} s")
+        if supervisor.poll() is not None and not supervisors(home):  # another one may have been first
+            _give_up(home, SUPERVISOR, f"the supervisor ended with {supervisor.returncode}")
         time.sleep(0.1)
+
+
+def _give_up(home: Home, name: str, what: str) -> None:
+    log = home.up / "logs" / f"{name}.log"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    raise StepFailed(f"{what}: {(lines or ['no log'])[-1]}", f"see {log}; moray down ends what was started")
 
 
 def is_up(home: Home) -> bool:
     """Whether a supervisor lives."""
-    known = read_state(home).get("supervisor")
-    return bool(known and known.process and known.process.alive())
+    known = read_state(home).get(SUPERVISOR)
+    return bool(known and known.process and known.process.alive()) or bool(supervisors(home))
 
 
 def _living(home: Home) -> list[str]:
     """The services that live, with or without a supervisor."""
-    return [name for name, s in read_state(home).items() if name in NAMES and s.process and s.process.alive()]
+    return [name for name in NAMES if marked(home.root, name)]
 
 
 def down(home: Home) -> int:
-    """Ends the supervisor and everything it started, and nothing else; how many processes it found."""
-    state = read_state(home)
-    found = [process for name in NAMES for process in marked(mark_of(home, name))]
-    supervisor = state["supervisor"].process if "supervisor" in state else None
-    if supervisor and supervisor.alive():
-        supervisor.send(signal.SIGTERM)
-        deadline = time.monotonic() + _DOWN_SECONDS
-        while supervisor.alive() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        supervisor.send(signal.SIGKILL)
-    end_services(home, NAMES)
-    return len(found)
+    """Ends the supervisor and everything it started, and nothing else; how many processes it found.
+
+    A supervisor that has only begun, and is not in any file yet, is found and ended too.
+    """
+    ended: set[Process] = set()
+    while found := _all_of(home):
+        ended |= found
+        _end_supervisors(home)
+        end_services(home, NAMES)
+        time.sleep(0.5)  # what was just being forked shows now
+    return len(ended)
+
+
+def _all_of(home: Home) -> set[Process]:
+    """Every living process of the control plane of this MORAY_HOME."""
+    return {*supervisors(home), *(process for name in NAMES for process in marked(home.root, name))}
+
+
+def _end_supervisors(home: Home) -> None:
+    """Each has the time to end its services well."""
+    deadline = time.monotonic() + _DOWN_SECONDS
+    living = supervisors(home)
+    for one in living:
+        one.send(signal.SIGTERM)
+    while any(one.alive() for one in living) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for one in living:
+        one.send(signal.SIGKILL)
 
 
 def healthy(options: UpOptions) -> bool:
@@ -198,7 +227,7 @@ def healthy(options: UpOptions) -> bool:
     try:
         with opener.open(f"{url(options)}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, http.client.HTTPException):  # nobody there, or a stranger that speaks no HTTP
         return False
 
 
@@ -239,13 +268,15 @@ _MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DI
 
 
 def _answers(path: Path) -> bool:
+    """Whether an HTTP server behind a socket answers: that it can be connected to is said by the kernel alone."""
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(2)
+        probe.settimeout(5)
         try:
             probe.connect(str(path))
+            probe.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            return probe.recv(5) == b"HTTP/"
         except OSError:
             return False
-    return True
 
 
 # None of them is Ray's usual one: of two clusters that start at a time, each would find that free.

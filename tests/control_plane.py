@@ -24,7 +24,7 @@ from moray.platform.client import Client
 from moray.platform.home import Home
 from moray.platform.ports import free_port
 from moray.platform.processes import Process, kill, marked
-from moray.platform.supervisor import mark_of, read_state
+from moray.platform.supervisor import read_state
 from moray.platform.up import NAMES, UpOptions, is_up, url
 from tests import gate_step
 
@@ -144,7 +144,7 @@ class ControlPlane:
     def kill_service(self, name: str) -> Process:
         """SIGKILL to a service, for Ray's with all of its own daemons at once; returns the process it was."""
         process = self.service(name)
-        family = [p for p in marked(mark_of(self.home, name)) if _group(p) == process.pid]
+        family = [p for p in marked(self.home.root, name) if _group(p) == process.pid]
         kill([process, *family])
         return process
 
@@ -153,7 +153,7 @@ class ControlPlane:
         return wait_for(lambda: p if (p := self.service(name)) != old else None, f"{name} started again", 180.0)
 
     def processes(self) -> list[Process]:
-        return [process for name in NAMES for process in marked(mark_of(self.home, name))]
+        return [process for name in NAMES for process in marked(self.home.root, name)]
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         with sqlite3.connect(f"file:{self.home.database}?mode=ro", uri=True, timeout=30) as connection:

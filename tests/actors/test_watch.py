@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.actors.watch import Beat, Judge, Member, Place, Waiting, Watch
+from moray.platform.processes import Process
 
 LIMIT = 10.0
 EXCHANGE = Waiting("gloo:all_to_all", "experts", 7)
@@ -62,7 +63,7 @@ def test_of_ranks_that_all_wait_the_one_behind_is_named() -> None:
     assert verdict.ranks == (1,)
 
 
-@given(st.integers(1, 16), st.booleans(), st.randoms(use_true_random=False))
+@given(st.integers(2, 16), st.booleans(), st.randoms(use_true_random=False))
 def test_equal_ranks_are_never_blamed(world: int, recorded: bool, random: Any) -> None:
     """Whoever spoke first: with NCCL the recorder of gloo holds the few collectives before training, on every rank."""
     ranks = list(range(world))
@@ -75,6 +76,15 @@ def test_equal_ranks_are_never_blamed(world: int, recorded: bool, random: Any) -
     assert "no progress for 11 s, and nothing tells which rank is at fault" in judge.complaint(11.0)
 
 
+def test_a_rank_alone_that_stands_still_is_ended() -> None:
+    judge = judge_of({0: Beat(4, 0)})
+    repeat(judge, {0: Beat(4, 0)}, 11)
+    verdict = judge.verdict(11.0)
+    assert verdict is not None
+    assert verdict.ranks == (0,)
+    assert judge.complaint(11.0) == ""
+
+
 def test_counts_of_ranks_that_do_not_wait_tell_nothing() -> None:
     beats = {0: Beat(4, 4), 1: Beat(4, 3), 2: Beat(4, 4)}
     judge = judge_of(beats)
@@ -85,10 +95,10 @@ def test_counts_of_ranks_that_do_not_wait_tell_nothing() -> None:
 
 def test_a_standstill_without_a_culprit_is_warned_of_once(tmp_path: Path) -> None:
     watch = Watch(LIMIT, str(tmp_path), "pretrain")
-    member = Member("team", 1, 0, Place("node", 100, 0.0))
-    watch.beat(member, Beat(4, 40))
+    members = [Member("team", 2, rank, Place("node", Process(100, "boot:1"))) for rank in (0, 1)]
+    for member in members:
+        watch.beat(member, Beat(4, 40))
     now = time.monotonic()
-    watch.beat(member, Beat(4, 40))
     assert watch.complained(now) == ""
     late = now + LIMIT - 0.1  # not yet silent, by a beat of just now
     watch._judge._progress = now - LIMIT  # type: ignore[union-attr]
@@ -126,7 +136,7 @@ def test_a_watch_that_was_started_again_goes_on_with_the_team_that_beats(tmp_pat
     watch = Watch(LIMIT, str(tmp_path), "pretrain")
 
     def beat(team: str, rank: int) -> None:
-        watch.beat(Member(team, 2, rank, Place("node", 100 + rank, 0.0)), Beat(4, 40))
+        watch.beat(Member(team, 2, rank, Place("node", Process(100 + rank, "boot:1"))), Beat(4, 40))
 
     beat("before", 0)
     beat("now", 0)
@@ -138,14 +148,14 @@ def test_a_watch_that_was_started_again_goes_on_with_the_team_that_beats(tmp_pat
     assert judged is not None
     verdict, places = judged
     assert verdict.ranks == (0, 1)
-    assert [place.pid for place in places] == [100, 101]
+    assert [place.process.pid for place in places] == [100, 101]
     beat("now", 0)
     assert watch.judged(math.inf) is None, "said once"
 
 
 def test_who_has_left_is_not_judged(tmp_path: Path) -> None:
     watch = Watch(LIMIT, str(tmp_path), "pretrain")
-    watch.beat(Member("team", 1, 0, Place("node", 100, 0.0)), Beat(4, 40))
+    watch.beat(Member("team", 1, 0, Place("node", Process(100, "boot:1"))), Beat(4, 40))
     watch.leave("team")
-    watch.beat(Member("team", 1, 0, Place("node", 100, 0.0)), Beat(4, 41))
+    watch.beat(Member("team", 1, 0, Place("node", Process(100, "boot:1"))), Beat(4, 41))
     assert watch.judged(math.inf) is None
