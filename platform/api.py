@@ -34,7 +34,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 def open_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by file, or by the name of one that ships with Moray. Raises InputError or RecipeError."""
     path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
         shipped = {p.stem: p for p in RECIPES.glob("*.yaml")}
         if str(recipe) not in shipped:
             raise InputError(f"no recipe {str(recipe)!r}", nearest(str(recipe), shipped))

@@ -31,6 +31,8 @@ from moray.platform.run_view import RunViews
 from moray.platform.step import Topology
 from moray.platform.up import HOST, UpOptions, local_cluster, mlflow_socket, ray_jobs
 
+MOST_BODY = 4 << 20  # bytes of a request's body, on every route but MLflow's
+
 
 def build_app(
     home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str,
@@ -39,7 +41,10 @@ def build_app(
     """Every route of docs/http-api.md, behind the token. `stopping`: the server is about to end."""
     import moray
 
-    app = FastAPI(title="Moray", version=moray.__version__, docs_url=None, redoc_url=None)  # type: ignore[attr-defined]
+    app = FastAPI(
+        title="Moray", version=moray.__version__, docs_url=None, redoc_url=None,  # type: ignore[attr-defined]
+        max_body_size=MOST_BODY,
+    )  # fmt: skip
 
     views = RunViews(home)
     look = page_routes.with_progress(overview, controller.jobs, views)
@@ -78,7 +83,7 @@ def _install_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def plain(request: Request, error: HTTPException) -> JSONResponse:
-        hint = ""
+        hint = f"a body may have {MOST_BODY:,} bytes" if error.status_code == 413 else ""
         if error.status_code == 404:
             paths = [route.path for route in app.routes if hasattr(route, "path")]
             hint = nearest(request.url.path, paths) if request.url.path.startswith("/api") else "see docs/http-api.md"

@@ -6,14 +6,13 @@ their states. Every change is one transaction that also writes a row of `transit
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moray.platform.database import Database
 from moray.platform.errors import InputError, MorayError, nearest
+from moray.platform.folder import in_folder
 from moray.platform.recipe import Recipe, parse_recipe
 
 Priority = Literal["production", "interactive", "batch"]
@@ -30,8 +30,7 @@ AttemptState = Literal["created", "submitted", "running", "succeeded", "failed",
 ENDED = ("succeeded", "failed", "cancelled")
 ATTEMPT_ENDED = (*ENDED, "lost")
 _MOST_RETRIES = 100
-# The current folder belongs to the whole process; the controller uses absolute paths everywhere else.
-_in_folder = threading.Lock()
+CHECK_SECONDS = 30.0  # for a recipe: its files may lie on a file system that hangs
 
 
 class NotFoundError(MorayError):
@@ -63,8 +62,8 @@ class Submission(BaseModel):
                 f"folder {self.folder!r} is not an absolute path of a folder here",
                 "relative paths in the recipe count from it",
             )
-        with _in_folder, contextlib.chdir(folder):
-            return parse_recipe(self.source, Path(self.path), self.overrides)
+        check = partial(parse_recipe, self.source, Path(self.path), self.overrides)
+        return in_folder(folder, check, CHECK_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgra
 _OURS = {"authorization", "cookie", "content-length", "accept-encoding"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
 _CHUNK = 64 << 10
+_MOST_BODY = 64 << 20  # bytes of an artifact that is uploaded, which are held here
 
 
 def routes(socket: Path) -> APIRouter:
     """Routes under /mlflow."""
     router = APIRouter()
 
-    @router.api_route("/mlflow/{path:path}", methods=_METHODS, include_in_schema=False)
+    @router.api_route("/mlflow/{path:path}", methods=_METHODS, include_in_schema=False, max_body_size=_MOST_BODY)
     async def forward(path: str, request: Request) -> Response:
         session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket)), auto_decompress=False)
         sent = {name: value for name, value in request.headers.items() if name.lower() not in _HOP | _OURS}

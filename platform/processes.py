@@ -109,6 +109,11 @@ def _environment(pid: int) -> dict[str, str]:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return {} if Path("/proc/self").exists() else _environment_without_proc(pid)
+    return _variables(raw)
+
+
+def _variables(raw: bytes) -> dict[str, str]:
+    """What /proc/PID/environ holds, also behind empty entries and what is none."""
     pairs = (part.partition(b"=") for part in raw.split(b"\0") if b"=" in part)
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
 

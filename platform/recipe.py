@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, field_validator
 
+from moray.platform import bounded_yaml
 from moray.platform.errors import InputError, RecipeError, nearest
 from moray.platform.references import REFERENCE, Redactor, found_in, redacting
 from moray.platform.step import Step, StepConfig, resolve_step
 
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where yaml was built with it
 _ANY_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -40,6 +40,12 @@ class StepSpec(BaseModel):
     inputs: dict[str, str] = Field(default_factory=dict)
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
 
+    @field_validator("inputs", "with_", mode="before")
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        """`with:` and nothing after it is null in YAML, and an empty mapping to people."""
+        return {} if value is None else value
+
 
 class RecipeSpec(BaseModel):
     """The file as written."""
@@ -49,6 +55,11 @@ class RecipeSpec(BaseModel):
     name: str
     description: str = ""
     steps: dict[str, StepSpec]
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        return {key: {} if step is None else step for key, step in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,8 @@ class Recipe:
 class _Lines:
     """Where each field of the YAML stands, so that errors can name a line."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, node: yaml.Node | None) -> None:
         self._lines: dict[tuple[str, ...], int] = {}
-        node = yaml.compose(text, Loader=_LOADER)
         if node is not None:
             self._walk(node, ())
 
@@ -120,14 +130,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from text. Relative paths in it count from the current folder."""
     try:
-        lines = _Lines(text)
-        raw = yaml.load(text, Loader=_LOADER)
+        node, raw = bounded_yaml.compose(text)
+        lines = _Lines(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     except RecipeError as error:
         raise RecipeError(f"{path}: {error.message}", error.hint) from error
+    except (ValueError, TypeError, OverflowError) as error:  # a number of 5,000 digits, a date that is none
+        raise RecipeError(f"{path}: a value cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping with `name` and `steps`")
     for override in overrides:
@@ -209,28 +221,37 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if not equals or len(parts) < 2 or not all(parts):
         raise RecipeError(f"--set {text!r}: expected STEP.FIELD=VALUE", "for example --set pretrain.steps=50")
     steps = raw.get("steps") or {}
+    if not isinstance(steps, dict):
+        return  # what `steps` is, is found wrong afterwards
     if parts[0] not in steps:
         raise RecipeError(f"--set {text!r}: no step {parts[0]!r}", nearest(parts[0], steps))
-    if not isinstance(steps[parts[0]], dict):
-        steps[parts[0]] = {}
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        _, parsed = bounded_yaml.compose(value)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise RecipeError(f"--set {text!r}: the value is not valid YAML") from error
-    node = steps[parts[0]].setdefault("with", {})
-    for part in parts[1:-1]:
+    except RecipeError as error:
+        raise RecipeError(f"--set {text!r}: {error.message}", error.hint) from error
+    step = steps[parts[0]] = steps[parts[0]] if isinstance(steps[parts[0]], dict) else {}
+    step["with"] = {} if step.get("with") is None else step["with"]
+    _put(step["with"], parts[1:], parsed, text)
+
+
+def _put(node: Any, parts: Sequence[str], value: Any, text: str) -> None:
+    """Puts `value` at a path within a mapping or a list; mappings on the way are made."""
+    for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         else:
             raise RecipeError(f"--set {text!r}: {part!r} is not a field of a mapping")
-    if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
-        node[int(parts[-1])] = parsed
+    last = parts[-1]
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
     elif isinstance(node, dict):
-        node[parts[-1]] = parsed
+        node[last] = value
     else:
-        raise RecipeError(f"--set {text!r}: {parts[-1]!r} is not a field of a mapping")
+        raise RecipeError(f"--set {text!r}: {last!r} is not a field of a mapping")
 
 
 def _substitute(value: Any, where: str) -> Any:

@@ -272,7 +272,11 @@ def resolve_step(name: str) -> Step[Any]:
     if name not in table:
         raise RecipeError(f"unknown step {name!r}", nearest(name, table))
     module, _, attribute = table[name].partition(":")
-    step = getattr(importlib.import_module(module), attribute)
+    try:
+        step = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a plug-in's import may raise anything
+        text = f"step {name!r}: {module} cannot be imported: {type(error).__name__}: {error}"
+        raise RecipeError(text, f"mend it, or uninstall the package that brings {name!r}") from error
     if not isinstance(step, Step):
         raise RecipeError(f"step {name!r}: {table[name]} is not a moray.platform.step.Step")
     return step
