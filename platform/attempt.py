@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
 
 from moray.platform.atomic import create_bytes
+from moray.platform.console import PlainConsole
 from moray.platform.errors import MorayError
 from moray.platform.home import Home
 from moray.platform.lease import Lease
@@ -102,7 +102,7 @@ def main(attempt: str) -> int:
 
 def _run(home: Home, run: Path) -> tuple[Outcome, int]:
     """Runs the recipe and says how it ended; a user's mistake is not worth another try."""
-    console = Console(force_terminal=False, width=160, highlight=False)
+    console = PlainConsole(force_terminal=False, width=160)
     try:
         order = AttemptOrder.model_validate_json((run / "attempt.json").read_bytes())
         os.chdir(order.folder)
@@ -121,7 +121,7 @@ def _run(home: Home, run: Path) -> tuple[Outcome, int]:
     return Outcome(state="succeeded"), 0
 
 
-def _execute(home: Home, run: Path, order: AttemptOrder, recipe: Any, console: Console) -> None:
+def _execute(home: Home, run: Path, order: AttemptOrder, recipe: Any, console: PlainConsole) -> None:
     from moray.platform.runner import Runner
     from moray.platform.terminal import Terminal, closing_table
 

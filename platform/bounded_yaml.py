@@ -35,7 +35,8 @@ def check(text: str) -> None:
         try:
             count.take(event)
         except RecipeError as error:
-            raise RecipeError(f"line {event.start_mark.line + 1}: {error.message}", error.hint) from None
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise RecipeError(f"line {line}: {error.message}", error.hint) from None
 
 
 class _Count:
@@ -60,7 +61,7 @@ class _Count:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in self._open):
                 raise RecipeError(f"*{event.anchor} stands within itself", "name another anchor")
-            self._add(None, self._sizes.get(event.anchor, 1))
+            self._add(None, self._sizes.get(str(event.anchor), 1))
 
     def _add(self, anchor: str | None, size: int) -> None:
         """Something whole was read."""

@@ -6,6 +6,7 @@ Nothing heavy is imported until a command needs it: `moray --help` loads neither
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moray.platform import cli_artifacts, cli_explain, cli_jobs, cli_models, cli_runs, cli_schedule, cli_up
-from moray.platform.console import Json, err, out, print_json
+from moray.platform.console import Json, err, lenient_streams, out, print_json
 from moray.platform.errors import MorayError, nearest
 
 app = App(
@@ -220,6 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     import moray
 
     app.version = moray.__version__  # type: ignore[attr-defined]
+    lenient_streams()
     sys.exit(_guarded(lambda: app(arguments, exit_on_error=False, print_error=False, result_action="return_value")))
 
 
@@ -236,6 +238,10 @@ def _guarded(command: Callable[[], Any]) -> int:
         return _complain(console, "stopped", "run the same command again to go on", 130)
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _complain(console, "no space left for the output", "free some disk, or print elsewhere", 1)
 
 
 def _usage(error: CycloptsError) -> tuple[str, str]:

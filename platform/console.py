@@ -1,27 +1,64 @@
-"""What all commands share: where results and everything else are printed, and how."""
+"""What all commands share: where results and everything else are printed, and how.
+
+What users, files and exceptions say is text. rich would read `[/INST]` in it as markup, and a terminal its escape
+sequences as commands; a console made here does neither. No other module makes one (a test looks).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
+# All control characters but the tab and the line end, and those that turn the direction of text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+class PlainConsole(Console):
+    """A console to which every string is text; its control characters are shown as `\\x1b`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            plain = segment.control is None and _CONTROL.search(segment.text)
+            yield Segment(visible(segment.text), segment.style) if plain else segment
+
+
+def visible(text: str) -> str:
+    """The same text, with control characters as escapes that can be read."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def err() -> Console:
-    return Console(stderr=True, highlight=False)
+    return PlainConsole(stderr=True)
 
 
 def out() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     if not console.is_terminal:
         console.width = 160  # a file has no width; the default of 80 would fold tables
     return console
+
+
+def lenient_streams() -> None:
+    """Has standard output and errors show what their encoding lacks as escapes, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: Any) -> None:
@@ -34,5 +71,10 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     for name in columns:
         table.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(text.replace("[", r"\[") for text in row))
-    out().print(table)
+        table.add_row(*row)
+    console = out()
+    if not console.is_terminal:  # nobody folds a file
+        console.width = max(
+            console.width, Measurement.get(console, console.options.update(width=1 << 16), table).maximum
+        )
+    console.print(table)

@@ -135,13 +135,14 @@ class Jobs:
     ) -> tuple[Job, bool]:  # fmt: skip
         """Queues a job; (job, True), or the job that was queued under the same `key` before and False.
 
-        Raises RecipeError. `exclusive`: it waits until no other job of `schedule` is at work.
+        Raises RecipeError, and ConflictError for a `key` that another submission was queued under. `exclusive`: it
+        waits until no other job of `schedule` is at work.
         """
         recipe = asked.recipe()
         with self._database.write() as connection:
             known = connection.execute("SELECT id FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
             if known is not None:
-                return self._get(connection, known["id"]), False
+                return _same(self._get(connection, known["id"]), asked, str(key)), False
             now = time.time()
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
             row = {
@@ -157,15 +158,16 @@ class Jobs:
             return self._get(connection, str(row["id"])), True
 
     def get(self, name: str) -> Job:
-        """A job by its id, or by a part of it that only one job has. Raises NotFoundError."""
+        """A job by its id, or by a part of its id or name that only one job has. Raises NotFoundError."""
         connection = self._database.read()
         if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (name,)).fetchone():
             return self._get(connection, name)
-        pattern = f"%{name.replace('%', '')}%"
-        found = [row["id"] for row in connection.execute("SELECT id FROM jobs WHERE id LIKE ? LIMIT 4", (pattern,))]
+        # instr, because % and _ are letters to people and wildcards to LIKE.
+        query = "SELECT id FROM jobs WHERE instr(id, ?) OR instr(name, ?) ORDER BY created DESC LIMIT 4"
+        found = [row["id"] for row in connection.execute(query, (name, name))] if name else []
         if len(found) == 1:
             return self._get(connection, found[0])
-        if found and name:
+        if found:
             raise NotFoundError(f"{name!r} names several jobs", f"give more of it: {', '.join(found)}")
         recent = [row["id"] for row in connection.execute("SELECT id FROM jobs ORDER BY created DESC LIMIT 100")]
         raise NotFoundError(f"no job {name!r}", nearest(name, recent) if recent else "nothing was submitted yet")
@@ -266,3 +268,11 @@ def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
         "attempts": tuple(Attempt(**dict(attempt)) for attempt in attempts),
     }
     return Job(**values)
+
+
+def _same(job: Job, asked: Submission, key: str) -> Job:
+    """The job that a key was used for before, if it is what is asked for now."""
+    before = (job.source, job.folder, list(job.overrides), job.priority, job.retries)
+    if before != (asked.source, asked.folder, asked.overrides, asked.priority, asked.retries):
+        raise ConflictError(f"the key {key!r} was used for another submission, job {job.id}", "give another key")
+    return job
