@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = Fa
         here = row.artifact.folder.exists()
         out().print(f"  {row.key:<12} {row.artifact.folder if here else 'in the shared root'}", markup=False)
     out().print(f"  {'run':<12} {result.folder}", markup=False)
-    _suggest(result)
+    _suggest(result, recipe)
     return 0
 
 
@@ -194,14 +195,15 @@ def _run_as_json(result: Any) -> dict[str, Any]:
     }
 
 
-def _suggest(result: Any) -> None:
-    """Three commands to try next."""
+def _suggest(result: Any, recipe: str) -> None:
+    """Three commands to try next. `recipe`: as it was given, a file or a name."""
+    again = shlex.quote(recipe)
     served = any(row.artifact.manifest.produces == "registration" for row in result.steps.values())
     me = _called_as()
     lines = [f"{me} serve {result.recipe}@newest"] if served else []
     if any(row.step == "pretrain" for row in result.steps.values()):
-        lines.append(f"{me} plan {result.recipe} --set pretrain.steps=400   # what a longer training would run anew")
-    lines += [f"{me} run {result.recipe}   # again: everything is reused", f"{me} plan {result.recipe}"]
+        lines.append(f"{me} plan {again} --set pretrain.steps=400   # what a longer training would run anew")
+    lines += [f"{me} run {again}   # again: everything is reused", f"{me} plan {again}"]
     out().print("\ntry next", style="bold")
     for line in lines[:3]:
         out().print(f"  {line}", markup=False)

@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
 # All control characters but the tab and the line end, and those that turn the direction of text.
@@ -30,6 +31,9 @@ class PlainConsole(Console):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(visible(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -74,7 +78,6 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         table.add_row(*row)
     console = out()
     if not console.is_terminal:  # nobody folds a file
-        console.width = max(
-            console.width, Measurement.get(console, console.options.update(width=1 << 16), table).maximum
-        )
+        wide = console.options.update(width=1 << 16)
+        console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)
