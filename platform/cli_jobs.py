@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from moray.platform.console import Json, err, out, print_json, print_table
+from moray.platform.errors import InputError
 
 Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
 _POLL_SECONDS = 0.5
@@ -149,6 +150,15 @@ def why(job: str, /, *, json_: Json = False) -> int:
 
 
 def _follow(client: Any, job: str, attempt: int | None) -> int:
+    """As `_print_log`, until Ctrl-C, which ends the looking and not the job."""
+    try:
+        return _print_log(client, job, attempt)
+    except KeyboardInterrupt:
+        err().print(f"{job} goes on; follow it: moray logs -f {job}   end it: moray stop {job}")
+        return 130
+
+
+def _print_log(client: Any, job: str, attempt: int | None) -> int:
     """Prints a job's log as it grows, over all its attempts unless one is named; exit code of how the job ended."""
     number, offset = attempt, 0
     while True:
@@ -192,4 +202,6 @@ def _took(started: float | None, ended: float | None) -> str:
 def _quoted(name: str) -> str:
     from urllib.parse import quote
 
+    if not name:
+        raise InputError("the job's name is empty", "moray list shows the jobs")
     return quote(name, safe="")
