@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from result import Bar, report
@@ -52,13 +53,19 @@ def pages() -> list[tuple[bytes, str]]:
 def ours(path: str, out: str) -> float:
     """Writes the texts of a file of pages; returns CPU-seconds."""
     data = pq.read_table(path)["html"].to_pylist()
-    page(data[0], MAX_BYTES, "", "")
-    began = time.process_time()
+    page(max(data, key=len), MAX_BYTES, "", "")  # also starts the child that reads long pages
+    began = cpu_seconds()
     pieces = [page(one, MAX_BYTES, "", "") for one in data]
-    took = time.process_time() - began
+    took = cpu_seconds() - began
     texts = [piece.text if isinstance(piece, Document) else "" for piece in pieces]
     pq.write_table(pa.table({"text": texts}), out)
     return took
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children so far."""
+    children = (child.cpu_times() for child in psutil.Process().children())
+    return time.process_time() + sum(one.user + one.system for one in children)
 
 
 def agreement(texts: list[str], truths: list[str]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from moray.platform.errors import StepFailed
 
+_LONGEST_WORD = 1000  # characters; the trainer takes the square of a word's length
 _BATCH = 256  # texts that travel together
 _SCHEMA = pa.schema([pa.field("text", pa.large_string())])
 Progress = Callable[[str, int, int], None]
@@ -92,16 +93,18 @@ def _listen(lines: IO[bytes], said: deque[str], stages: dict[str, tuple[int, int
 def train(
     texts: Iterator[str], pattern: Sequence[str], vocab_size: int, special: Sequence[str], loud: bool = False
 ) -> Any:
-    """A trained `tokenizers.Tokenizer`, special tokens first. loud: prints how far it is."""
+    """A trained `tokenizers.Tokenizer`, special tokens first. loud: prints how far it is.
+
+    What the pattern does not split is a word of the trainer however long it is, such as 200 KB of line ends: while it
+    learns, and only then, such words are cut. Shorter ones are as they were, so what it learns from them is the same.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    splits = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in pattern]
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{_LONGEST_WORD}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(one), behavior="isolated") for one in pattern),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, cut, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -111,6 +114,7 @@ def train(
         progress_format="json" if loud else "silent",
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     return tokenizer
 
 

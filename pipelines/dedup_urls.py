@@ -25,6 +25,7 @@ from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.documents import write_parquet
 from moray.pipelines.kept import Order, keep_shard, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
+from moray.platform.errors import InputError, nearest
 from moray.platform.step import Step, StepConfig, StepContext
 
 _URLS = ".urls"
@@ -56,6 +57,7 @@ class DedupUrls(Step[DedupUrlsConfig]):
         read = partial(read_urls, folder=str(ctx.folder / _URLS), config=ctx.config)
         map_shards(ctx, "reading", shards, read, "bytes", size_of)
         tables = read_parts(ctx.folder / _URLS, shards)
+        _check_fields(tables, ctx.config, Path(shards[0]["path"]))
         removed = repeated(tables, ctx.config)
         write_parquet(ctx.folder / "removed.parquet", removed)
         keep = partial(keep_shard, folder=str(ctx.folder))
@@ -87,6 +89,17 @@ def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
     return {"shard": shard["shard"]}
 
 
+def _check_fields(tables: list[pa.Table], config: DedupUrlsConfig, path: Path) -> None:
+    """Raises InputError if no document has what the recipe names: then nothing could be found, without a word."""
+    for field, column in (("key", "url"), ("newest", "date")):
+        name = getattr(config, field)
+        named = name and name != DedupUrlsConfig.model_fields[field].default
+        if named and all(table[column].null_count == len(table) for table in tables):
+            known = {key for meta in read_documents(path, "meta")["meta"].to_pylist()[:1000] for key, _ in meta or ()}
+            what = "" if field == "key" else " that is a date"
+            raise InputError(f"dedup-urls.{field}: no document has {name!r} in `meta`{what}", nearest(name, known))
+
+
 def canonical_url(url: str, ignore: tuple[str, ...] = TRACKING) -> str:
     """The form in which addresses are compared; '' for what is no address of the web."""
     from w3lib.url import canonicalize_url, url_query_cleaner
@@ -108,9 +121,9 @@ def _seconds(date: str | None) -> float | None:
     for read in (datetime.fromisoformat, parsedate_to_datetime):
         try:
             found = read((date or "").strip())
-        except ValueError:
+            return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError, TypeError):  # also dates and zones that no datetime can hold
             continue
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
     return None
 
 

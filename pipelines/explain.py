@@ -8,6 +8,7 @@ files, not the steps; of the texts, one row group is read.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from moray.platform.runs import RunRow, find_run, list_runs
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _EXCERPT = 200  # characters
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _OTHERS = ("representative", "partner")  # columns that name another document
 
 
@@ -160,11 +162,25 @@ def _verdict(relative: str, first: bool) -> str:
 
 def _description(row: dict[str, Any]) -> dict[str, Any]:
     text = row.get("text", "")
+    meta = {visible(name): visible(value or "") for name, value in row.get("meta") or []}
     return {
-        "source": row.get("source", ""), "license": row.get("license", ""), "meta": dict(row.get("meta") or []),
-        "bytes": len(text.encode()), "begins": text[:_EXCERPT],
+        "source": visible(row.get("source", "")), "license": visible(row.get("license", "")), "meta": meta,
+        "bytes": len(text.encode()), "begins": visible(text[:_EXCERPT], "\n\t"),
     }  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
     return f"{len(value)} values" if isinstance(value, list) else value
+
+
+def visible(text: str, kept: str = "") -> str:
+    r"""Text as a terminal may have it: what would move its cursor, colour it or turn it round is spelled `\x1b`."""
+    return "".join(
+        one if one in kept or not _acts(one) else one.encode("unicode_escape").decode("ascii") for one in text
+    )
+
+
+def _acts(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" or character in _DIRECTIONS

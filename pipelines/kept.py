@@ -21,13 +21,25 @@ from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.nodes import documents_in
 from moray.pipelines.documents import read_shard, shard_paths, text_bytes, write_shard
 from moray.pipelines.shards import Row
+from moray.platform.errors import nearest
 from moray.platform.step import StepContext
 
 
 def shards_of(ctx: StepContext[Any]) -> list[Row]:
-    """A description of each shard of the input `documents`."""
+    """A description of each shard of the input `documents`. Says it if `prefer` names a source that they have not."""
     paths = shard_paths(ctx.inputs["documents"].folder)
+    say_unknown_sources(ctx, paths)
     return [{"shard": i, "path": str(path), "size": path.stat().st_size} for i, path in enumerate(paths)]
+
+
+def say_unknown_sources(ctx: StepContext[Any], paths: Sequence[Path]) -> None:
+    """A preference for a source that is not there decides nothing, and is no error: another corpus may have it."""
+    if not ctx.config.prefer:
+        return
+    sources = {source for path in paths for source in pc.unique(read_shard(path, ["source"])["source"]).to_pylist()}
+    for name in ctx.config.prefer:
+        if name not in sources:
+            ctx.note(f"prefer: no document is of a source {name!r}: {nearest(name, sources)}", level="warning")
 
 
 def size_of(shard: Row) -> float:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from moray.pipelines.encoding import choose
-from moray.pipelines.tokenizer import special_ids
+from moray.pipelines.tokenizer import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, nearest
 from moray.platform.manifest import hash_file
@@ -41,7 +41,7 @@ class LoadTokenizerConfig(StepConfig):
 
 class LoadTokenizer(Step[LoadTokenizerConfig]):
     name: ClassVar[str] = "load-tokenizer"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: what stands for unknown text is no padding
     Config = LoadTokenizerConfig
     produces: ClassVar[str] = "tokenizer"
 
@@ -55,13 +55,15 @@ class LoadTokenizer(Step[LoadTokenizerConfig]):
         tokenizer = _read(source / "tokenizer.json")
         shutil.copyfile(source / "tokenizer.json", ctx.folder / "tokenizer.json")
         write_json(ctx.folder / "tokenizer_config.json", _config(source, ctx.config, tokenizer))
+        if (added := add_pad(ctx.folder)) is not None:
+            ctx.note(f"this tokenizer has no token to pad with that no document holds: {PAD!r} is added, id {added}")
         special_ids(ctx.folder)
         if (back := tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=False).ids)) != _TRIAL:
             ctx.note(f"this tokenizer does not give text back as it was: {_TRIAL!r} becomes {back!r}", level="warning")
         _, reason = choose("auto", ctx.folder, [], [])
         if reason:
             ctx.note(f"text will be encoded by Hugging Face tokenizers, the slower way: {reason}", level="warning")
-        size = tokenizer.get_vocab_size()
+        size = load_tokenizer(ctx.folder).get_vocab_size()
         ctx.counts |= {"out:tokens": size}
         ctx.outcome = f"{size:,} tokens, {'slow' if reason else 'fast'} to encode"
 
@@ -95,6 +97,8 @@ def _read(path: Path) -> Any:
         tokenizer = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception for what it cannot read
         raise InputError(f"{path} is no tokenizer: {error}", "it must be a tokenizer.json of Hugging Face") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     if dropout := content["model"].get("dropout"):
         raise InputError(f"{path} merges at random (dropout {dropout})", "set model.dropout to null in it")
     return tokenizer

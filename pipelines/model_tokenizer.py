@@ -16,7 +16,7 @@ class ModelTokenizerConfig(StepConfig):
 
 class ModelTokenizer(Step[ModelTokenizerConfig]):
     name: ClassVar[str] = "model-tokenizer"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: what stands for unknown text is no padding
     Config = ModelTokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"model": "model"}
     produces: ClassVar[str] = "tokenizer"

@@ -10,6 +10,8 @@ done, because a block of output may hold one byte, and so is every row.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import traceback
 from collections import Counter
@@ -25,6 +27,7 @@ _ERROR, _TRACEBACK = "error", "traceback"
 # As Ray Data begins it asks what the cluster has, and has no answer yet: it runs one task at a time until it asks
 # again, by default after a second.
 _LIMITS_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
 _TASKS_PER_CPU = 8  # enough for one that is slow to be made up for by others
 
 
@@ -37,29 +40,59 @@ def map_shards(
     work: Callable[[Row], float],
     detail: Callable[[Counter[str], float], str] | None = None,
     here: bool = False,
+    partly: Callable[[], float] | None = None,
 ) -> list[Row]:
     """Applies `function` to every shard; returns its rows sorted by their `shard` number.
 
     `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
     much of `unit` a shard is, for progress; it sees the input rows. `detail`, such as `pace`, says more about what has
     been done, from the sums of the numbers in the rows so far and the seconds since the start. `here`: in this process,
-    for what takes less time than tasks take to begin. Raises StepFailed for the first shard that fails.
+    for what takes less time than tasks take to begin. `partly`: how much is done of shards that are in work, asked once
+    a second. Raises StepFailed for the first shard that fails.
     """
     total = sum(work(shard) for shard in shards)
     ctx.progress(phase, 0, total, unit)
     amount = {shard["shard"]: work(shard) for shard in shards}
     guarded = partial(_guarded, function=function)
-    rows, done, totals, began = [], 0.0, Counter[str](), time.monotonic()
-    for row in map(guarded, shards) if here or not shards else _in_tasks(shards, guarded):
-        if row[_ERROR]:
-            ctx.write_log("traceback", row[_TRACEBACK])
-            raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
-        rows.append(row)
-        done += amount[row["shard"]]
-        totals.update({name: value for name, value in row.items() if isinstance(value, int)})
-        said = detail(totals, max(time.monotonic() - began, 1e-9)) if detail else ""
-        ctx.progress(phase, done, total, unit, said)
+    rows, done, said, totals, began = [], 0.0, "", Counter[str](), time.monotonic()
+    lock = threading.Lock()
+
+    def look() -> None:
+        with lock:
+            ctx.progress(phase, min(total, done + partly()) if partly else done, total, unit, said)
+
+    with _looking(look if partly and not here else None):
+        for row in map(guarded, shards) if here or not shards else _in_tasks(shards, guarded):
+            if row[_ERROR]:
+                ctx.write_log("traceback", row[_TRACEBACK])
+                raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
+            rows.append(row)
+            with lock:
+                done += amount[row["shard"]]
+                totals.update({name: value for name, value in row.items() if isinstance(value, int)})
+                said = detail(totals, max(time.monotonic() - began, 1e-9)) if detail else ""
+                ctx.progress(phase, done, total, unit, said)
     return sorted(rows, key=lambda row: int(row["shard"]))
+
+
+@contextlib.contextmanager
+def _looking(look: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `look` once a second, from another thread, while the block lasts. What it raises (that the run was stopped,
+    say) is raised where the block asks too."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while look and not ended.wait(_LOOK_SECONDS):
+            with contextlib.suppress(Exception):
+                look()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator[Row]:

@@ -67,7 +67,7 @@ class TokenizerConfig(StepConfig):
 
 class Tokenizer(Step[TokenizerConfig]):
     name: ClassVar[str] = "tokenizer"
-    version: ClassVar[int] = 2  # 2: splits as DeepSeek-V3 does
+    version: ClassVar[int] = 3  # 2: splits as DeepSeek-V3 does. 3: learns runs without a border in parts
     Config = TokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
     produces: ClassVar[str] = "tokenizer"
@@ -153,9 +153,14 @@ def id_count(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+class NoPad(InputError):
+    """A tokenizer that has no token which no document holds."""
+
+
 def special_ids(folder: Path) -> dict[str, int]:
-    """Ids of bos, eos and pad. Where none is named for padding, or the same as for an end, a token that is called pad,
-    or else the last control token. Raises InputError if that leaves fewer than three tokens."""
+    """Ids of bos, eos and pad. Where none is named for padding, or one that documents hold (an end, what stands for
+    text that the vocabulary has not), a token that is called pad, or else the last control token. Raises InputError for
+    fewer than three tokens, NoPad if it is the pad that is missing."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.get_vocab(with_added_tokens=True)
@@ -174,15 +179,43 @@ def special_ids(folder: Path) -> dict[str, int]:
         raise InputError(
             f"{folder}: bos_token and eos_token are one token, {bos}", "name two: documents lie between them"
         )
-    if pad in (None, bos, eos):
+    held = {bos, eos, _unknown(tokenizer, ids)}
+    if pad is None or pad in held:
         names = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-        free = [i for i in names if i not in (bos, eos) and not names[i].isspace()]
+        free = [i for i in names if i not in held and not names[i].isspace()]
         pad = min((i for i in free if "pad" in names[i].lower()), default=max(free, default=None))
     if pad is None:
-        raise InputError(
-            f"{folder}: no token is left to pad with", "add a pad_token to tokenizer_config.json and vocabulary"
+        raise NoPad(
+            f"{folder}: no token is left to pad with: documents hold those that begin, end, and stand for unknown text",
+            "add a special token to tokenizer.json and name it as pad_token in tokenizer_config.json",
         )
     return {"bos": bos, "eos": eos, "pad": pad}
+
+
+def _unknown(tokenizer: Any, ids: dict[str, int]) -> int | None:
+    """The token that stands in documents for text that the vocabulary has not; None where it has all bytes."""
+    if getattr(tokenizer.model, "byte_fallback", False) and all(f"<0x{i:02X}>" in ids for i in range(256)):
+        return None
+    return ids.get(getattr(tokenizer.model, "unk_token", None) or "")
+
+
+def add_pad(folder: Path) -> int | None:
+    """Adds a token to pad with to a folder's files if no other can be; its id. As `special_ids` raises else."""
+    try:
+        special_ids(folder)
+    except NoPad:
+        number = id_count(load_tokenizer(folder))
+        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        content["added_tokens"] = [
+            *(content.get("added_tokens") or []),
+            {"id": number, "content": PAD, **plain, "special": True},
+        ]
+        write_json(path, content)
+        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "pad_token": PAD})
+        return number
+    return None
 
 
 step = Tokenizer()

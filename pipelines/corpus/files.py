@@ -1,4 +1,4 @@
-"""A file of a source, on this machine or in a bucket, as bytes: opened, decompressed by its name, cut into lines.
+"""A file of a source, on this machine or in a bucket, as bytes: opened, decompressed, cut into lines.
 
 Objects are read in ranges as they are needed, and only the version that was listed: one that is replaced meanwhile ends
 the run instead of mixing two. An outage is an InputError, which no reader takes for bad data.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from moray.pipelines.corpus.pieces import MALFORMED, UNREADABLE, Reject
+from moray.pipelines.corpus.unpack import Damaged, Unpacked, packed_as
 
 if TYPE_CHECKING:
     from moray.platform.bucket import Bucket
@@ -48,20 +49,43 @@ class File:
 
     def open(self) -> pa.NativeFile:
         """The bytes as they lie there, seekable. Raises OSError (or InputError for a bucket)."""
-        if self.is_object:
-            return pa.PythonFile(ObjectReader(self), mode="r")
-        return pa.OSFile(self.place)
+        return pa.PythonFile(self._raw(), mode="r")  # any name: Arrow's own files take only UTF-8
 
-    def stream(self) -> io.BufferedReader:
-        """The bytes, decompressed if the name says that they are compressed. Raises OSError."""
-        file = self.open()
-        # pyarrow's streams read like raw files but are not declared as such.
-        stream: Any = pa.CompressedInputStream(file, _COMPRESSION[self.suffixes[-1]]) if self.is_compressed else file
-        return io.BufferedReader(stream, _BUFFER)
+    def _raw(self) -> Any:
+        _opened[:] = [ObjectReader(self) if self.is_object else io.FileIO(self.place)]
+        return _opened[0]
+
+    def stream(self, resume: bool = False) -> io.BufferedReader:
+        """The bytes, decompressed if their beginning or the name says that they are compressed. resume: past damage,
+        where another member begins. Raises OSError, in the middle too."""
+        raw = self._raw()
+        try:
+            beginning = raw.read(4)
+            raw.seek(0)
+        except BaseException:
+            raw.close()
+            raise
+        if kind := packed_as(beginning) or (self.is_compressed and _COMPRESSION[self.suffixes[-1]]):
+            raw = Unpacked(raw, kind, resume)
+        return io.BufferedReader(raw, _BUFFER)
 
     def damage(self, error: Exception) -> Reject:
-        """What an error in the middle of the file means: a bad archive, or for a plain file a bad disk."""
-        return Reject("", MALFORMED if self.is_compressed else UNREADABLE, words(error))
+        """What an error in the middle of the file means: a bad archive, or a bad disk."""
+        return Reject("", MALFORMED if isinstance(error, Damaged) else UNREADABLE, words(error))
+
+
+def behind(stream: io.BufferedReader) -> Iterator[Reject]:
+    """What a stream, read to its end, has behind the end of what was compressed: it costs nothing before it."""
+    if found := getattr(stream.raw, "behind", ""):
+        yield Reject("", MALFORMED, found)
+
+
+_opened: list[Any] = []  # the file that was opened last
+
+
+def bytes_read() -> int:
+    """How far this process is in the file that it opened last; 0 when that is closed."""
+    return int(_opened[0].tell()) if _opened and not _opened[0].closed else 0
 
 
 def unreadable(error: Exception) -> Reject:

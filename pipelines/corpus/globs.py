@@ -11,10 +11,50 @@ def matches(key: str, pattern: str) -> bool:
     return _compiled(pattern).fullmatch(key) is not None
 
 
+def reaches(key: str, pattern: str, by_any: bool = False) -> bool:
+    """Whether the pattern may find a file below a folder `key`. by_any: also where its `**` leads there."""
+    names, parts = key.split("/"), _parts(pattern)
+    for name, part in zip(names, parts, strict=False):
+        if part == "**":
+            return by_any
+        if not re.fullmatch(_part(part), name, re.S):
+            return False
+    return len(names) < len(parts)
+
+
+def why_not(pattern: str) -> str:
+    """What is wrong with a pattern that no file can match, or none of its place; '' if it can."""
+    parts = pattern.split("/")
+    if not pattern.strip():
+        return "an empty pattern matches nothing; '**/*' matches every file"
+    if pattern.startswith(("/", "~")) or ".." in parts or "\0" in pattern:
+        return f"{pattern!r} leads out of the source's place: write it as seen from there, such as 'sub/*.txt'"
+    if any("**" in part and part != "**" for part in parts):
+        return f"{pattern!r}: '**' stands for folders and alone between slashes: did you mean {_mended(parts)!r}?"
+    if parts[-1] in ("", ".", "**"):
+        return f"{pattern!r} names folders, of which none is a file: did you mean {'/'.join([*parts[:-1], '**/*'])!r}?"
+    return ""
+
+
+def _mended(parts: list[str]) -> str:
+    found = []
+    for part in parts:
+        if "**" in part and part != "**":
+            found += ["**", part.replace("**", "*")]
+        else:
+            found.append(part)
+    return "/".join(found)
+
+
+def _parts(pattern: str) -> list[str]:
+    return [part for part in pattern.split("/") if part not in ("", ".")]
+
+
 @lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    parts = [part for part in pattern.split("/") if part not in ("", ".")]
-    written = ["(?:[^/]+/)*" if part == "**" else _part(part) + "/" for part in parts]
+    parts = _parts(pattern)
+    # A key of a bucket may have empty parts: two slashes, or one at its begin.
+    written = ["(?:[^/]*/)*" if part == "**" else _part(part) + "/" for part in parts]
     return re.compile("".join(written).removesuffix("/"), re.S)
 
 

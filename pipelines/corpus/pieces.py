@@ -9,11 +9,13 @@ Meta = tuple[tuple[str, str], ...]
 
 
 class Document(NamedTuple):
-    """`key` names it within its file ("" where the file is the document); `meta` is what else is known of it."""
+    """`key` names it within its file ("" where the file is the document); `meta` is what else is known of it.
+    `numbered`: the key is a row's number, not its id."""
 
     key: str
     text: str
     meta: Meta = ()
+    numbered: bool = False
 
 
 class Reject(NamedTuple):
@@ -27,6 +29,7 @@ class Reject(NamedTuple):
 Piece = Document | Reject
 
 UNREADABLE, MALFORMED, EMPTY, BINARY = "unreadable", "malformed", "empty", "binary"
+VALUE = "value"  # of a row beside its text; the row stays
 NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID = (
     "not_utf8",
     "oversized",
@@ -34,11 +37,12 @@ NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID = (
     "not_text",
     "repeated_id",
 )
-REASONS = (UNREADABLE, MALFORMED, EMPTY, BINARY, NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID)
+REASONS = (UNREADABLE, MALFORMED, EMPTY, BINARY, NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID, VALUE)
 
 
 def decode(data: bytes, max_bytes: int, key: str, meta: Meta = ()) -> Piece:
-    """A document from UTF-8, or why it is none; ends of lines become one."""
+    """A document from UTF-8, or why it is none; ends of lines become one, and a mark before the text is none of it."""
+    data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         return Reject(key, EMPTY)
     if len(data) > max_bytes:
@@ -56,24 +60,44 @@ def printable(value: Any) -> str:
     return str(value).encode(errors="replace").decode()
 
 
-def meta_of(named: list[tuple[str, Any]]) -> Meta:
-    """(name, value) pairs as strings, without nulls; entries of a mapping are named by their keys (else `name.key`)."""
+class Lost(NamedTuple):
+    """A value that neither Python nor JSON can hold, and why."""
+
+    reason: str
+
+
+def meta_of(named: list[tuple[str, Any]]) -> tuple[Meta, list[str]]:
+    """(name, value) pairs as strings, without nulls; entries of a mapping are named by their keys (else `name.key`).
+    And, of each value that has no such form, its name and why."""
     found: dict[str, str] = {}
+    lost: list[str] = []
     for name, value in named:
         # A struct of Arrow's arrives as a dict, a map as a list of pairs.
         is_map = isinstance(value, list) and value and all(isinstance(item, tuple) for item in value)
-        entries = dict(value) if is_map else value
-        if isinstance(entries, dict):
-            for key, item in entries.items():
-                _add(found, str(key) if str(key) not in ("path", *found) else f"{name}.{key}", item)
-        else:
-            _add(found, name, entries)
-    return tuple(found.items())
+        pairs = value if is_map else value.items() if isinstance(value, dict) else None
+        try:
+            if pairs is None:
+                _add(found, name, value)
+            else:
+                for key, item in {_key(key): item for key, item in pairs}.items():
+                    _add(found, key if key not in ("path", *found) else f"{name}.{key}", item)
+        except Exception as error:  # whatever a value makes of str or json
+            lost.append(f"the value of {name!r} cannot be written: {' '.join(str(error).split())[:150]}")
+    return tuple(found.items()), lost
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, default=str) if isinstance(value, list | dict | bool) else str(value)
+
+
+def _key(value: Any) -> str:
+    return _text(value) if isinstance(value, list | dict) else str(value)
 
 
 def _add(found: dict[str, str], name: str, value: Any) -> None:
+    if isinstance(value, Lost):
+        raise ValueError(value.reason)
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if value is not None:
-        text = json.dumps(value, default=str) if isinstance(value, list | dict | bool) else str(value)
-        found.setdefault(printable(name), printable(text))
+        found.setdefault(printable(name), printable(_text(value)))

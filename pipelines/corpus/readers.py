@@ -14,7 +14,8 @@ from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import Piece
 from moray.pipelines.corpus.rows import Columns, read_huggingface, read_jsonl, read_parquet
 from moray.pipelines.corpus.text import read_pythonbible, read_text
-from moray.pipelines.corpus.web import read_html, read_warc
+from moray.pipelines.corpus.warc import read_warc
+from moray.pipelines.corpus.web import read_html
 
 
 class Reader(Protocol):

@@ -6,7 +6,10 @@ name and carries the counts: where it is, the shard is done, and a rerun takes i
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moray.pipelines.corpus.files import File
+from moray.pipelines.corpus.files import File, bytes_read
 from moray.pipelines.corpus.pieces import REASONS, REPEATED_ID, Document, Meta, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import LICENSE, Columns
 from moray.pipelines.documents import SCHEMA, document_id, parquet_writer, shard_name
 from moray.pipelines.shards import Row
+from moray.platform.errors import InputError
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")])
 _BATCH_BYTES = 32_000_000  # of text held by a task before it is written
@@ -39,10 +43,12 @@ def write_corpus_shard(shard: Row, folder: str, max_bytes: int) -> Row:
             parquet_writer(rejected, REJECTS) as rejects,
             parquet_writer(Path(folder) / shard_name(shard["shard"]), SCHEMA) as documents,
         ):
-            batch = _Batch(shard, documents, rejects)
+            batch, progress = _Batch(shard, documents, rejects), _Progress(Path(folder) / _reading(shard["shard"]))
             for key, file in _files(shard):
-                _read_file(batch, key, file, max_bytes)
+                _read_file(batch, key, file, max_bytes, progress)
+                progress.before += file.size
             batch.write()
+            progress.end()
             rejects.add_key_value_metadata({_COUNTS.decode(): json.dumps(batch.counts)})
     counts = json.loads(pq.read_metadata(rejected).metadata[_COUNTS])
     return {"shard": shard["shard"], **counts}
@@ -51,19 +57,74 @@ def write_corpus_shard(shard: Row, folder: str, max_bytes: int) -> Row:
 def _files(shard: Row) -> list[tuple[str, File]]:
     columns = (shard[name] for name in ("keys", "files", "sizes", "etags"))
     rows = zip(*columns, strict=True)
-    return [(key, File(place, size, etag, shard["root"])) for key, place, size, etag in rows]
+    return [(key, File(os.fsdecode(place), size, etag, shard["root"])) for key, place, size, etag in rows]
 
 
-def _read_file(batch: _Batch, key: str, file: File, max_bytes: int) -> None:
+def _reading(number: int) -> str:
+    return f".reading-{number:05d}"
+
+
+def bytes_in_work(folder: Path) -> int:
+    """Of files that tasks have begun and not ended."""
+    found = 0
+    for path in folder.glob(".reading-*"):
+        with contextlib.suppress(OSError, ValueError):  # it ends meanwhile
+            found += int(path.read_text())
+    return found
+
+
+def forget_progress(folder: Path) -> None:
+    """Of tasks that were killed: what is left of them is no part of the result."""
+    for path in folder.glob(".reading-*"):
+        path.unlink(missing_ok=True)
+
+
+class _Progress:
+    """Says in a file of a few bytes, once a second, how much of a shard is read: a file may take an hour."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = time.monotonic()
+        self.before = 0  # bytes of files that are done
+
+    def tell(self) -> None:
+        if time.monotonic() - self._last > 1:
+            self._last = time.monotonic()
+            with contextlib.suppress(OSError):  # what shows nothing harms nothing
+                self._path.write_text(str(self.before + bytes_read()))
+
+    def end(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _read_file(batch: _Batch, key: str, file: File, max_bytes: int, progress: _Progress) -> None:
     shard = batch.shard
     columns = Columns(**{**json.loads(shard["columns"]), "meta": tuple(json.loads(shard["columns"])["meta"])})
-    seen: set[str] = set()  # keys within the file: two documents of one id could not be told apart later
-    for piece in READERS[shard["reader"]](file, max_bytes, columns):
-        if isinstance(piece, Document) and piece.key in seen:
-            piece = Reject(piece.key, REPEATED_ID)  # noqa: PLW2901
-        elif isinstance(piece, Document):
-            seen.add(piece.key)
-        batch.add(key, piece)
+    # Keys within the file: two documents of one id could not be told apart later.
+    seen: dict[str, bool] = {}
+    try:
+        for piece in READERS[shard["reader"]](file, max_bytes, columns):
+            batch.add(key, _told_apart(piece, seen) if isinstance(piece, Document) else piece)
+            progress.tell()
+    except InputError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{shard['source']}/{key}, behind {_last(seen)}: {type(error).__name__}: {error}") from error
+
+
+def _told_apart(piece: Document, seen: dict[str, bool]) -> Piece:
+    """The document, or a reject for one whose id was there. A row's number that is another row's id, or the other way
+    round, is no repetition: the later one says which of both it is."""
+    if seen.get(piece.key, piece.numbered) != piece.numbered:
+        piece = piece._replace(key=f"#{'row' if piece.numbered else 'id'} {piece.key[1:]}")
+    if piece.key in seen:
+        return Reject(piece.key, REPEATED_ID)
+    seen[piece.key] = piece.numbered
+    return piece
+
+
+def _last(seen: dict[str, bool]) -> str:
+    return f"its document {next(reversed(seen))!r}" if seen else "its begin"
 
 
 class _Batch:

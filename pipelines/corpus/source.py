@@ -8,10 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moray.pipelines.corpus.files import File, bucket_at
-from moray.pipelines.corpus.globs import matches
+from moray.pipelines.corpus.globs import matches, why_not
+from moray.pipelines.corpus.listing import (
+    BEYOND,
+    EXCLUDED,
+    NO_DATA,
+    NOT_INCLUDED,
+    OTHER_SPLIT,
+    Listing,
+    list_folder,
+    printable_name,
+)
 from moray.pipelines.corpus.readers import ROW_READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.platform.errors import InputError
@@ -48,6 +58,13 @@ class Source(StepConfig):
     max_files: int | None = Field(None, gt=0)
     made_by: str = operational("", description="the command that makes the files, for who does not have them")
 
+    @field_validator("include", "exclude")
+    @classmethod
+    def _can_match(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [reason for pattern in value if (reason := why_not(pattern))]:
+            raise ValueError(wrong[0])
+        return value
+
     @model_validator(mode="after")
     def _one_place(self) -> Source:
         if sum(place is not None for place in (self.path, self.package, self.url)) != 1:
@@ -80,49 +97,68 @@ class Source(StepConfig):
 
     def files(self) -> list[tuple[str, File]]:
         """(key, file) of every file, sorted by key: the path relative to the root, with slashes. Raises InputError."""
-        found = dict(self._objects() if self.url is not None else self._paths())
+        return self.listing().files
+
+    def listing(self) -> Listing:
+        """The files, and what was not taken. Raises InputError."""
+        found = self._objects() if self.url is not None else self._paths()
         if self.reader == "huggingface":
-            found = {key: file for key, file in found.items() if _is_data(key, self.split)}
-        return sorted(found.items())[: self.max_files]
+            files, found.files = found.files, []
+            for key, file in files:
+                if reason := _why_no_data(key, self.split):
+                    found.leave(key, reason)
+                else:
+                    found.files.append((key, file))
+        for key, _ in found.files[self.max_files :] if self.max_files else ():
+            found.leave(key, BEYOND)
+        found.files = found.files[: self.max_files]
+        return found
 
-    def _paths(self) -> Iterator[tuple[str, File]]:
+    def _paths(self) -> Listing:
         root = self.root()
-        if root.is_file():
-            yield root.name, File(str(root), root.stat().st_size)
-            return
-        excluded = {path for pattern in self.exclude for path in root.glob(pattern)}
-        for path in {path for pattern in self.include for path in root.glob(pattern)} - excluded:
-            if "__pycache__" not in path.parts and path.is_file() and not path.is_symlink():
-                yield path.relative_to(root).as_posix(), File(str(path), path.stat().st_size)
+        try:
+            if root.is_file():
+                return Listing([(printable_name(root.name), File(str(root), root.stat().st_size))])
+            return list_folder(root, self.include, self.exclude)
+        except InputError as error:
+            raise InputError(f"source {self.name!r}: {error.message}", error.hint) from error
+        except OSError as error:
+            raise InputError(f"source {self.name!r}: {root}: {error.strerror}", "allow reading it") from error
 
-    def _objects(self) -> Iterator[tuple[str, File]]:
+    def _objects(self) -> Listing:
         """What lies below the address; or, if nothing does, the object that has it."""
         url = str(self.url).rstrip("/")
+        found = Listing()
         try:
             listed = list(_listed(url))
             if not listed and url.count("/") > 2:
                 folder, _, name = url.rpartition("/")
-                yield from ((key, file) for key, file in _listed(folder, name) if key == name)
+                found.files = [(key, file) for key, file in _listed(folder, name) if key == name]
         except InputError as error:
             raise InputError(f"source {self.name!r}: {error.message}", error.hint) from error
-        for key, file in listed:
-            wanted = any(matches(key, pattern) for pattern in self.include)
-            if wanted and not any(matches(key, pattern) for pattern in self.exclude):
-                yield key, file
+        for key, file in sorted(listed, key=lambda one: one[0]):
+            if not any(matches(key, pattern) for pattern in self.include):
+                found.leave(key, NOT_INCLUDED)
+            elif any(matches(key, pattern) for pattern in self.exclude):
+                found.leave(key, EXCLUDED)
+            else:
+                found.files.append((key, file))
+        return found
 
 
 def _listed(url: str, beginning: str = "") -> Iterator[tuple[str, File]]:
     for item in bucket_at(url).objects(beginning):
-        if not item.key.endswith("/"):  # what stands for a folder
+        if item.size or not item.key.endswith("/"):  # an empty one stands for a folder
             yield item.key, File(f"{url}/{item.key}", item.size, item.etag, url)
 
 
-def _is_data(key: str, split: Split) -> bool:
-    """Whether a file of a dataset's folder holds rows of the split. What `datasets` keeps of its own work does not."""
+def _why_no_data(key: str, split: Split) -> str:
+    """Why a file of a dataset's folder is not read; '' if it holds rows of the split. What `datasets` keeps of its own
+    work does not."""
     name = key.rpartition("/")[2]
     if not _DATA.search(name.lower()) or name.startswith(("cache-", ".")):
-        return False
-    return split_of(key) == split
+        return NO_DATA
+    return "" if split_of(key) == split else OTHER_SPLIT
 
 
 def split_of(key: str) -> Split:

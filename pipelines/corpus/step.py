@@ -8,17 +8,20 @@ source lies.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from moray.pipelines.corpus.files import File
-from moray.pipelines.corpus.shard import write_corpus_shard
+from moray.pipelines.corpus.listing import Listing
+from moray.pipelines.corpus.shard import bytes_in_work, forget_progress, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.shards import Row, map_shards
 from moray.platform.errors import InputError, RecipeError
@@ -34,7 +37,7 @@ class CorpusConfig(StepConfig):
 
 class Corpus(Step[CorpusConfig]):
     name: ClassVar[str] = "corpus"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: reads links to files, all of a damaged archive's whole records, padded archives
     Config = CorpusConfig
     produces: ClassVar[str] = "documents"
     resumable: ClassVar[bool] = True
@@ -46,12 +49,14 @@ class Corpus(Step[CorpusConfig]):
             raise RecipeError(f"sources: the name {repeated[0]!r} is used twice", "give every source its own name")
         for i, source in enumerate(config.sources):
             try:
-                files = source.files()
+                listing = source.listing()
             except InputError as error:
                 raise RecipeError(f"sources.{i}: {error.message}", error.hint) from error
-            if not files:
+            if not listing.files:
+                there = f"; not taken: {listing.told(expected=True)}" if listing.passed else ""
+                what = f"no file matches {list(source.include)} in {source.place()}{there}"
                 raise RecipeError(
-                    f"sources.{i}: source {source.name!r}: no file matches {list(source.include)} in {source.place()}",
+                    f"sources.{i}: source {source.name!r}: {what}",
                     f"correct `include` or `{'url' if source.url else 'path'}`",
                 )
 
@@ -63,36 +68,64 @@ class Corpus(Step[CorpusConfig]):
         ]
 
     def run(self, ctx: StepContext[CorpusConfig]) -> None:
-        shards = corpus_shards(ctx.config)
+        listings = [(source, source.listing()) for source in ctx.config.sources]
+        for source, listing in listings:
+            if told := listing.told(expected=False):
+                ctx.note(f"source {source.name!r}: not taken: {told}", level="warning")
+        shards = corpus_shards(ctx.config, [listing for _, listing in listings])
         write = partial(write_corpus_shard, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
-        rows = map_shards(ctx, "reading", shards, write, "files", lambda row: len(row["files"]))
+        forget_progress(ctx.folder)  # of a run that was killed
+        rows = map_shards(
+            ctx, "reading", shards, write, "bytes", lambda row: sum(row["sizes"]),
+            partly=partial(bytes_in_work, ctx.folder),
+        )  # fmt: skip
+        forget_progress(ctx.folder)
         dropped: Counter[str] = Counter()
         for row in rows:
             dropped.update({key.removeprefix("dropped:"): n for key, n in row.items() if key.startswith("dropped:")})
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()) if n)
         documents = sum(row["documents"] for row in rows)
         if not documents:
-            raise InputError("the corpus has no usable document", f"left out: {dict(+dropped)}")
+            left_out = f": left out {reasons}" if reasons else ""
+            raise InputError(f"the corpus has no usable document{left_out}", _why_nothing(ctx.folder, shards))
+        passed = sum((listing.passed for _, listing in listings), Counter[str]())
         ctx.counts |= {
             "in:files": sum(len(shard["files"]) for shard in shards),
             "out:documents": documents,
             "bytes": sum(row["bytes"] for row in rows),
             **{f"dropped:{reason}": n for reason, n in sorted(dropped.items()) if n},
+            **{f"passed:{reason}": n for reason, n in sorted(passed.items())},
         }
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()) if n)
         ctx.outcome = f"{ctx.counts['bytes'] / 1e6:.1f} MB" + (f"; left out {reasons}" if reasons else "")
 
 
-def corpus_shards(config: CorpusConfig) -> list[Row]:
+def _why_nothing(folder: Path, shards: list[Row]) -> str:
+    """The first thing that was left out, why, and where the others are written down."""
+    for shard in shards:
+        path = folder / rejects_name(shard["shard"])
+        for row in pq.read_table(path).slice(0, 1).to_pylist():
+            why = f"{row['reason']}: {row['detail']}" if row["detail"] else row["reason"]
+            return f"the first, {row['source']}/{row['key']}, is {why}; all are in {path.parent}/rejected-*.parquet"
+    return "every file is empty"
+
+
+def corpus_shards(config: CorpusConfig, listings: Sequence[Listing] | None = None) -> list[Row]:
     """Groups each source's files, in order, into shards of about `shard_bytes`."""
     shards: list[Row] = []
-    for source in config.sources:
+    listings = [source.listing() for source in config.sources] if listings is None else listings
+    for source, listing in zip(config.sources, listings, strict=True):
         size = config.shard_bytes  # so that every source begins a shard
-        for key, file in source.files():
+        for key, file in listing.files:
             if size >= config.shard_bytes:
                 lists: Row = {name: [] for name in ("keys", "files", "sizes", "etags")}
                 shards.append({"shard": len(shards), "root": file.root, **lists, **_description(source)})
                 size = 0
-            for name, value in (("keys", key), ("files", file.place), ("sizes", file.size), ("etags", file.etag)):
+            for name, value in (
+                ("keys", key),
+                ("files", os.fsencode(file.place)),
+                ("sizes", file.size),
+                ("etags", file.etag),
+            ):
                 shards[-1][name].append(value)
             size += file.size
     return shards

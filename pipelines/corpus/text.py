@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from moray.pipelines.corpus.files import File, unreadable
+from moray.pipelines.corpus.files import File, behind, unreadable
 from moray.pipelines.corpus.pieces import MALFORMED, Piece, Reject, decode
 from moray.pipelines.corpus.rows import Columns
 
@@ -23,7 +23,8 @@ def read_text(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         except OSError as error:
             yield file.damage(error)
             return
-    yield decode(data, max_bytes, "")
+        yield decode(data, max_bytes, "")
+        yield from behind(stream)
 
 
 def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
@@ -40,7 +41,7 @@ def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[P
         return
     try:
         chapters = bible_chapters(data)
-    except (StopIteration, SyntaxError, ValueError):
+    except Exception:  # whatever a module that is none makes of its parser or of this
         yield Reject("", MALFORMED, "not a module of a pythonbible package")
         return
     for chapter, text in chapters.items():

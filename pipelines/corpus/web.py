@@ -1,37 +1,19 @@
-"""Readers of web pages: the main text of HTML files, and of the responses in WARC files; WET files hold text already.
-
-resiliparse finds the main text, warcio cuts records and undoes chunks and content encodings; .gz and .zst are undone
-before it, because it takes an archive that breaks off for one that ends.
-"""
+"""Web pages: the main text of HTML, as resiliparse finds it, in the charset that a browser would read it in."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
-from moray.pipelines.corpus.files import File, unreadable, words
-from moray.pipelines.corpus.pieces import (
-    BINARY,
-    EMPTY,
-    HTTP_STATUS,
-    MALFORMED,
-    NOT_TEXT,
-    OVERSIZED,
-    Meta,
-    Piece,
-    Reject,
-    decode,
-    printable,
-)
+from moray.pipelines.corpus.apart import TooMuch, main_text
+from moray.pipelines.corpus.files import File, behind, unreadable, words
+from moray.pipelines.corpus.markup import too_much
+from moray.pipelines.corpus.pieces import BINARY, EMPTY, MALFORMED, OVERSIZED, Meta, Piece, Reject, decode
 from moray.pipelines.corpus.rows import Columns
-from moray.platform.errors import InputError
 
 _MARKUP = 16  # a page's markup may take this many times the bytes of the longest document, and 1 MB
-_DEPTH = 1000  # elements in one another; finding the main text takes the square of it, browsers stop at 512
-_TAG = re.compile(r"<(/?)(?:div|section|article|main|aside|nav|form|blockquote|center|table|ul|ol|dl)\b", re.I)
-_HTML = ("text/html", "application/xhtml+xml")
-_CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.I)
+_PRESCAN = 1024  # bytes at the begin of a page in which it says its charset
+_NAMED = re.compile(rb"<meta[^>]*?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 
 
@@ -44,127 +26,67 @@ def read_html(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         return
     with stream:
         try:
-            data = stream.read(_page_limit(max_bytes) + 1)
+            data = stream.read(page_limit(max_bytes) + 1)
         except OSError as error:
             yield file.damage(error)
             return
-    yield page(data, max_bytes, "", "")
-
-
-def read_warc(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """A response with a page or plain text, a resource or a conversion (WET) is a document, with `url` and `date`.
-
-    Requests, metadata, and the like are no documents and are passed over. The key is the record's id. What is not a
-    WARC record ends the file, which counts once as malformed.
-    """
-    from warcio.archiveiterator import ArchiveIterator
-
-    try:
-        stream = file.stream()
-    except OSError as error:
-        yield unreadable(error)
-        return
-    with stream:
-        number = -1
-        try:
-            for number, record in enumerate(ArchiveIterator(stream)):
-                if record.rec_type in _DOCUMENTS:
-                    yield _record_piece(record, number, max_bytes)
-                elif record.rec_type is None or _is_cut(record):
-                    yield Reject(f"#{number}", MALFORMED, "the file ends within this record")
-        except InputError:
-            raise
-        except Exception as error:  # the library's own, and whatever a torn header makes it stumble over
-            yield Reject("", MALFORMED, f"after record {number}: {words(error)}" if number >= 0 else words(error))
-
-
-_DOCUMENTS = ("response", "resource", "conversion")
-_HEADERS = (("url", "WARC-Target-URI"), ("date", "WARC-Date"))
-
-
-def _record_piece(record: Any, number: int, max_bytes: int) -> Piece:
-    named = record.rec_headers.get_header("WARC-Record-ID") or str(number)
-    key = f"#{printable(named).strip('<>')}"
-    pairs = [(name, record.rec_headers.get_header(header)) for name, header in _HEADERS]
-    meta = tuple((name, printable(value).strip("<>")) for name, value in pairs if value)
-    kind = _content_type(record, key)
-    if isinstance(kind, Reject):
-        return kind
-    limit = _page_limit(max_bytes)
-    data = record.content_stream().read(limit + 1)
-    if len(data) <= limit and _is_cut(record):
-        return Reject(key, MALFORMED, "the file ends within this record")
-    if record.rec_type == "conversion":
-        return decode(data, max_bytes, key, meta)
-    said = _CHARSET.search(kind)
-    charset = said.group(1) if said else ""
-    if kind.strip().lower().startswith("text/plain"):
-        return decode(_text(data, charset).encode(), max_bytes, key, meta)
-    return page(data, max_bytes, key, charset, meta)
-
-
-def _content_type(record: Any, key: str) -> str | Reject:
-    """What a record says that it holds, or why it is no document."""
-    if record.rec_type == "response":
-        if record.http_headers is None:
-            return Reject(key, EMPTY, "a response without HTTP")
-        status = record.http_headers.get_statuscode() or ""
-        if not status.startswith("2"):
-            return Reject(key, HTTP_STATUS, printable(status))
-        kind = record.http_headers.get_header("Content-Type") or ""
-    else:
-        kind = record.rec_headers.get_header("Content-Type") or ""
-    mime = kind.partition(";")[0].strip().lower()
-    return kind if mime in (*_HTML, "text/plain", "") else Reject(key, NOT_TEXT, printable(mime))
-
-
-def _is_cut(record: Any) -> bool:
-    """Whether the stream ended before the record's Content-Length; reads what is left of the record."""
-    raw = record.raw_stream
-    while raw.read(1 << 16):
-        pass
-    return bool(getattr(raw, "limit", 0) > 0)
+        yield page(data, max_bytes, "", "")
+        yield from behind(stream)
 
 
 def page(data: bytes, max_bytes: int, key: str, charset: str, meta: Meta = ()) -> Piece:
     """The main text of a page. `charset` is what HTTP said of it, or ""."""
-    if len(data) > _page_limit(max_bytes):
-        return Reject(key, OVERSIZED, f"a page of more than {_page_limit(max_bytes)} bytes")
+    if len(data) > page_limit(max_bytes):
+        return Reject(key, OVERSIZED, f"a page of more than {page_limit(max_bytes)} bytes")
     if not data.strip():
         return Reject(key, EMPTY)
-    html = _text(data, charset, is_html=True)
+    html = text_of(data, charset, is_html=True)
     if "\0" in html:
         return Reject(key, BINARY)
-    if _depth(html) > _DEPTH:
-        return Reject(key, MALFORMED, f"elements in one another more than {_DEPTH} deep")
-    from resiliparse.extract.html2text import extract_plain_text
-
-    text = extract_plain_text(html, main_content=True, alt_texts=False)
-    if not text.strip():
-        return Reject(key, EMPTY, "no main text")
-    return decode(text.encode(errors="replace"), max_bytes, key, meta)
+    text = _main_text(html, key)
+    return text if isinstance(text, Reject) else decode(text.encode(errors="replace"), max_bytes, key, meta)
 
 
-def _page_limit(max_bytes: int) -> int:
+def _main_text(html: str, key: str) -> str | Reject:
+    if reason := too_much(html):
+        return Reject(key, MALFORMED, reason)
+    try:
+        text = main_text(html)
+    except TooMuch as error:
+        return Reject(key, MALFORMED, words(error))
+    return text if text.strip() else Reject(key, EMPTY, "no main text")
+
+
+def page_limit(max_bytes: int) -> int:
     return _MARKUP * max_bytes + (1 << 20)
 
 
-def _text(data: bytes, charset: str, is_html: bool = False) -> str:
+def text_of(data: bytes, charset: str, is_html: bool = False) -> str:
     """Bytes as a browser would read them: by a mark at their begin, HTTP, the page's own word, or by their look."""
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
     marked = next((name for mark, name in _BOMS if data.startswith(mark)), None)
-    chosen = marked or (map_encoding_to_html5(charset, False) if charset else None)
+    chosen = marked or (map_encoding_to_html5(_known(charset), False) if charset else None)
+    if is_html and not marked:
+        chosen = _of_markup(data, chosen)
     chosen = chosen or detect_encoding(data, from_html_meta=is_html)
     return str(bytes_to_str(data, chosen or "utf-8", errors="replace")).encode(errors="replace").decode()
 
 
-def _depth(html: str) -> int:
-    """How deep blocks lie in one another, by their tags; 0 where there are too few to matter."""
-    if html.count("<") <= _DEPTH:
-        return 0
-    depth = deepest = 0
-    for tag in _TAG.finditer(html):
-        depth += -1 if tag.group(1) else 1
-        deepest = max(deepest, depth)
-    return deepest
+def _of_markup(data: bytes, said: str | None) -> str | None:
+    """The charset of a page without a mark. Where its tags can be read as ASCII it is not in UTF-16, whoever says so:
+    the HTML standard (prescan, 13.2.3.2) takes UTF-8 then, and windows-1252 where it says x-user-defined."""
+    from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+    if said is None and (named := _NAMED.search(data[:_PRESCAN])):
+        label = _known(named.group(1).decode())
+        said = map_encoding_to_html5(label, False) if label != named.group(1).decode() else None
+    said = said or detect_encoding(data, from_html_meta=True)
+    if said and said.startswith("utf-16") and b"<\0" not in data and b"\0<" not in data:
+        return "utf-8"
+    return said
+
+
+def _known(label: str) -> str:
+    """What a browser does without: bytes above ASCII as characters of nobody's."""
+    return "windows-1252" if label.strip().lower() == "x-user-defined" else label

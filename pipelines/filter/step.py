@@ -31,6 +31,8 @@ class Filter(Step[FilterConfig]):
     needs_ray: ClassVar[bool] = True
 
     def check(self, config: FilterConfig, inputs: Mapping[str, str]) -> None:
+        if wrong := config.out_of_order():
+            raise RecipeError(f"{wrong}: every document would go", "exchange them, or leave one out")
         if config.min_quality is not None and "quality" not in inputs:
             raise RecipeError(
                 "min_quality: there is no model to score by", "add the input `quality`, a step that uses quality-model"

@@ -14,7 +14,7 @@ from moray.actors.sandbox import run
 from moray.actors.sandbox_watch import Limits
 
 Check = dict[str, Any]
-_SECONDS_EACH = 6  # math-verify gives up after five by itself
+_SECONDS_EACH = 12  # for all of them together; the checker has limits for each
 _CHECKER = Path(__file__).with_name("checker.py")
 
 

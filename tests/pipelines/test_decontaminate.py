@@ -207,6 +207,55 @@ def test_a_recipe_with_evals_that_are_not_there_is_refused(tmp_path: Path) -> No
         decontaminate_step._index(DecontaminateConfig(evals=(short,)))
 
 
+def test_items_whose_ids_repeat_are_several(tmp_path: Path) -> None:
+    path = write_eval(tmp_path / "a.jsonl", [{"id": 0, "q": "one"}, {"id": 0, "q": "two"}, {"id": 1, "q": "three"}])
+    pieces = list(read_pieces(EvalSet(name="e", path=path)))
+    assert [(piece.item, piece.text) for piece in pieces] == [("0", "one"), ("0 (item 2)", "two"), ("1", "three")]
+
+
+def test_what_is_not_read_of_an_eval_is_an_error(tmp_path: Path) -> None:
+    """Files beside the items that may hold items too; and what a folder's other files are called by does not matter."""
+    write_eval(tmp_path / "a.jsonl", [{"q": "one"}])
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "README.md").write_text("words")
+    assert [key for key, _ in EvalSet(name="e", path=tmp_path).files()] == ["a.jsonl"]
+    for name in ("b.json", "b.csv"):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(InputError, match=rf"eval 'e': {name} of 1 in .* cannot be read as items"):
+            EvalSet(name="e", path=tmp_path).files()
+        assert len(EvalSet(name="e", path=tmp_path, include="*.jsonl").files()) == 1
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="'\\*\\*' stands for folders"):
+        EvalSet(name="e", path=tmp_path, include="**.jsonl")
+
+
+def test_what_no_item_has_is_known_before_anything_runs(tmp_path: Path) -> None:
+    path = write_eval(tmp_path / "a.jsonl", [{"id": 1, "question": "one", "choices": {"text": ["a"]}}])
+    EvalSet(name="e", path=path, fields=("question", "choices.text"), id_field="id").check()
+    for fields in ({"fields": ("questoin",)}, {"id_field": "questoin"}):
+        with pytest.raises(InputError, match="item 1 has no field 'questoin'") as found:
+            EvalSet(name="e", path=path, **fields).check()
+        assert found.value.hint == "did you mean 'question'?"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "has no item with a text"), (b'{"id": 1, "n": 5}', "has no item with a text"),
+     (b'{"q": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is nested too deep"), (b'{"q": "x"}\n{"q": ', "line 2"),
+     (b"\x1f\x8b\x08\x00" + b"x" * 30, "a.jsonl")],
+)  # fmt: skip
+def test_an_eval_in_which_nothing_can_be_looked_for_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    config = DecontaminateConfig(evals=(EvalSet(name="e", path=tmp_path / "a.jsonl"),))
+    with pytest.raises(InputError, match=message):
+        decontaminate_step._index(config)
+
+
+def test_a_mark_before_an_eval_is_no_item(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"q": "one"}\n')
+    assert [piece.text for piece in read_pieces(EvalSet(name="e", path=tmp_path / "a.jsonl"))] == ["one"]
+
+
 def test_files_of_evals_decide_the_result(tmp_path: Path) -> None:
     config = DecontaminateConfig(evals=(EvalSet(name="e", path=write_eval(tmp_path / "e.jsonl", [{"a": "b"}])),))
     before = decontaminate_step.step.external(config)

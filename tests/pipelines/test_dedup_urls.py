@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moray.pipelines import dedup_urls
 from moray.pipelines.dedup_urls import DedupUrlsConfig, canonical_url
 from moray.pipelines.documents import content_hash
+from moray.platform.errors import InputError
 from tests.pipelines.step_runs import Interrupted, Page, run_in_process
 
 
@@ -124,3 +125,30 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Interrupted):
         run_in_process(dedup_urls, DedupUrlsConfig(), tmp_path / "it", documents, 3, monkeypatch, stop_after)
     assert run_in_process(dedup_urls, DedupUrlsConfig(), tmp_path / "it", documents, 3, monkeypatch) == whole
+
+
+@given(
+    st.sampled_from(["{}", "1 Jan {} 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 {}", "{}-01-01T00:00:00", "2024-{}-01"]),
+    st.one_of(st.text(max_size=12), st.integers().map(str), st.integers(-(10**20), 10**20).map("{:+d}".format)),
+)
+def test_a_date_that_nobody_can_hold_is_none(form: str, odd: str) -> None:
+    found = dedup_urls._seconds(form.format(odd))
+    assert found is None or isinstance(found, float)
+
+
+def test_absurd_dates_end_nothing() -> None:
+    for date in (None, "", "1 Jan 20260101120000 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 +99999999999999"):
+        assert dedup_urls._seconds(date) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"key": "addres"}, "key: no document has 'addres'"), ({"newest": "dat"}, "newest: no doc")]
+)
+def test_a_field_that_no_document_has_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], message: str
+) -> None:
+    meta = {"address": "http://a.b/1", "date": "2024-01-01"}
+    made = [Page(f"words {i}", f"d{i}", meta=meta) for i in range(3)]
+    with pytest.raises(InputError, match=message) as found:
+        run_in_process(dedup_urls, DedupUrlsConfig.model_validate(fields), tmp_path, made, 2, monkeypatch)
+    assert found.value.hint == f"did you mean {'address' if 'key' in fields else 'date'!r}?"

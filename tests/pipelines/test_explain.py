@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moray.pipelines.documents import document_id, read_shard
-from moray.pipelines.explain import explain
+from moray.pipelines.explain import explain, visible
 from moray.platform.cli import main
 from moray.platform.errors import InputError
 from moray.platform.runs import RunRow, StepRow
@@ -68,6 +71,16 @@ def test_one_that_nobody_knows_is_an_error(night: Night) -> None:
     with pytest.raises(InputError, match="no document 's/fourth' in 1 runs") as caught:
         explain(night.store, runs(night), "s/fourth")
     assert "SOURCE/KEY" in caught.value.hint
+
+
+@given(st.text())
+def test_what_is_shown_moves_no_cursor(text: str) -> None:
+    """Escape sequences in ids, addresses and texts are spelled out; all else is as it was."""
+    shown = visible(f"\x1b[31m{text}\x9b2J\u202e")
+    assert shown.startswith("\\x1b[31m")
+    assert shown.endswith("\\x9b2J\\u202e")
+    assert not any(unicodedata.category(one) == "Cc" for one in shown)
+    assert visible("two\nlines", "\n") == "two\nlines"
 
 
 @pytest.mark.cluster

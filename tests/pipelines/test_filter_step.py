@@ -174,6 +174,11 @@ def test_languages_are_told_apart_offline() -> None:
         ({"languages": ["english"]}, "languages: 'english' is not known"),
         ({"phone_regions": ["USA"]}, "phone_regions: 'USA' is not known"),
         ({"min_quality": 0.5}, "no model to score by"),
+        ({"min_words": 60, "max_words": 50}, r"min_words \(60\) is more than max_words \(50\): every document"),
+        (
+            {"rules": ["gopher_quality"], "gopher_quality": {"min_mean_word_length": 11}},
+            r"gopher_quality\.min_mean_word_length \(11\) is more than max_mean_word_length \(10\)",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(config: dict[str, Any], words: str) -> None:

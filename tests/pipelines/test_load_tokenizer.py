@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import models, trainers
 
+from moray.pipelines.encoding import encoder
 from moray.pipelines.load_tokenizer import step
 from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
 from moray.platform.errors import InputError
@@ -100,6 +105,54 @@ def test_what_a_tokenizer_does_to_text_is_said(tmp_path: Path, folder: Path) -> 
     assert lossy.startswith("this tokenizer does not give text back as it was: ' Two words")
     assert "becomes ' two words" in lossy
     assert slow.startswith("text will be encoded by Hugging Face tokenizers, the slower way: gigatoken does not take")
+
+
+def test_truncation_and_padding_act_nowhere(tmp_path: Path, folder: Path) -> None:
+    """Nor in the trial, which else warned of text that does not come back, nor where coverage counts."""
+    from moray.pipelines.coverage.measure import _tokens
+
+    text = "some words " * 400
+    whole = len(load_tokenizer(folder).encode(text).ids)
+    change(
+        folder / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
+                 "pad_type_id": 0, "pad_token": "<|pad|>"},
+    )  # fmt: skip
+    context = load(tmp_path, path=folder)
+    assert notes(context) == []
+    assert len(load_tokenizer(context.folder).encode(text).ids) == whole
+    assert _tokens([text, "some"], str(context.folder))[0] == whole
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_what_stands_for_unknown_text_is_no_padding(tmp_path: Path, folder: Path, byte_fallback: bool) -> None:
+    """Where a vocabulary has every byte, nothing is unknown, and its token is free."""
+    special = ["<unk>", "<s>", "</s>"]
+    model = models.BPE(unk_token="<unk>", byte_fallback=byte_fallback)
+    made = HuggingFaceTokenizer(model)
+    made.train_from_iterator(
+        ["words of few letters"],
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256) if byte_fallback)],
+            show_progress=False,
+        ),
+    )  # fmt: skip
+    made.save(str(folder / "tokenizer.json"))
+    for named in ({}, {"pad_token": "<unk>"}, {"unk_token": "<unk>"}):
+        config = {"bos_token": "<s>", "eos_token": "</s>", **named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        context = load(tmp_path, path=folder)
+        pad = special_ids(context.folder)["pad"]
+        text = encoder("reference", context.folder).encode(
+            pa.array(["\u4e2d\u6587 \U0001f600 and <unk> <|pad|> words"])
+        )
+        assert pad not in text.ids.tolist()
+        size = made.get_vocab_size()
+        assert context.counts == {"out:tokens": size if byte_fallback else size + 1}
+        assert any("'<|pad|>' is added, id" in note for note in notes(context)) == (not byte_fallback)
+        encoder.cache_clear()
+        shutil.rmtree(context.run)
 
 
 def test_a_package_is_found_by_its_name(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

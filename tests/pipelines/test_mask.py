@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import string
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.pipelines.filter import keys
 from moray.pipelines.filter.mask import KINDS, _luhn, mask
 
 SHOWN = {
@@ -112,8 +114,33 @@ def test_one_digit_in_ten_completes_a_card(digits: str) -> None:
 @pytest.mark.parametrize(
     "piece",
     ["@", "a@a.", "a.", "1.", "11.1.1.1 ", "::", "eyJaaaaaaaa.", "key=a1b2", "+1", "4111-", "sk-",
-     "-----BEGIN PRIVATE KEY-----\n-----END X"],
+     "-----BEGIN PRIVATE KEY-----\n-----END X", "-----BEGIN PRIVATE KEY-----\n", "-----END PRIVATE KEY-----\n"],
 )  # fmt: skip
-def test_a_megabyte_made_to_take_long_ends(piece: str) -> None:
-    text = piece * (1_000_000 // len(piece))
+@pytest.mark.parametrize("end", ["", "-----END PRIVATE KEY-----", "a" * 40 + "-----END RSA PRIVATE KEY-----"])
+def test_a_megabyte_made_to_take_long_ends(piece: str, end: str) -> None:
+    text = piece * (1_000_000 // len(piece)) + end
     assert len(mask(text, KINDS)[0]) <= len(text)
+
+
+def test_the_mask_of_private_keys_looks_at_each_place_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many begins there are before an end: searches are counted, by how far they went."""
+    walked = 0
+
+    class Counted:
+        def __init__(self, pattern: re.Pattern[str]) -> None:
+            self.pattern = pattern
+
+        def search(self, text: str, at: int = 0, end: int = 1 << 60) -> re.Match[str] | None:
+            nonlocal walked
+            found = self.pattern.search(text, at, end)
+            walked += (found.end() if found else min(end, len(text))) - at
+            return found
+
+    for name in ("_BEGIN", "_END", "_BODY"):
+        monkeypatch.setattr(keys, name, Counted(getattr(keys, name)))
+    for text in ("-----BEGIN PRIVATE KEY-----\n" * 3000 + "-----END PRIVATE KEY-----",
+                 "-----BEGIN PRIVATE KEY-----\n" * 3000 + "a" * 40 + "\n-----END PRIVATE KEY-----",
+                 "-----BEGIN PRIVATE KEY-----\n-----END X" * 3000 + "-----END PRIVATE KEY-----"):  # fmt: skip
+        walked = 0
+        list(keys.find_keys(text))
+        assert walked <= 5 * len(text)

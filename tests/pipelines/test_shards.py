@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from typing import Any, cast
 
 import pytest
 
+from moray.pipelines import shards
 from moray.pipelines.shards import Row, map_shards, pace
 from moray.platform.errors import StepFailed
 from moray.platform.step import StepContext
@@ -57,3 +60,29 @@ def test_ray_data_still_has_the_interval_that_shards_shorten() -> None:
     from ray.data._internal.execution.resource_manager import ResourceManager
 
     assert isinstance(vars(ResourceManager)["GLOBAL_LIMITS_UPDATE_INTERVAL_S"], int | float)
+
+
+def test_a_long_shard_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done of a shard is told while it is worked on, never past its end, and not afterwards."""
+    monkeypatch.setattr(shards, "_LOOK_SECONDS", 0.001)
+    seen = threading.Event()
+    told = Told()
+
+    def partly() -> float:
+        if any(done == 30 for _, done, _ in told.done):
+            seen.set()
+            return 1000.0
+        return 30.0
+
+    def in_task(rows: Any, function: Any) -> Any:
+        assert seen.wait(60)
+        yield from map(function, rows)
+
+    monkeypatch.setattr(shards, "_in_tasks", in_task)
+    rows: list[Row] = [{"shard": 0, "size": 80}]
+    ctx = cast("StepContext[Any]", told)
+    map_shards(ctx, "halving", rows, halved, "bytes", lambda row: row["size"], partly=partly)
+    assert told.done[0] == ("halving", 0, 80)
+    assert ("halving", 30, 80) in told.done
+    assert max(done for _, done, _ in told.done) == 80
+    assert told.done[-1] == ("halving", 80, 80)

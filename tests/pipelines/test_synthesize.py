@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from moray.actors import sandbox
 from moray.pipelines.documents import document_id, read_shard, write_shard
-from moray.pipelines.synthesize import chains, copies, gym, programs
+from moray.pipelines.synthesize import chains, checker, copies, gym, programs, verify
 from moray.pipelines.synthesize.config import Budget, SynthesizeConfig
 from moray.pipelines.synthesize.produce import Room, produce
 from moray.pipelines.synthesize.prompts import boxed, read_code, read_problem
@@ -326,6 +327,40 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
     ]
     assert [one.good for one in check_all(checks, False)] == [True, False, False, True, False, True]
     assert not trap.exists()
+
+
+@needs_sandbox
+def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is for each: those before and after it have their verdicts from the same run of the checker."""
+    began = []
+    ran = verify.run
+    monkeypatch.setattr(verify, "run", lambda *arguments: began.append(1) or ran(*arguments))
+    good = full_marks("chain_sum", 0, 3, gym.draw("chain_sum", 0, 3)[0]["answer"])
+    tower = "9**9**9**9"
+    checks = [good, full_marks("countdown", 0, 3, tower), good, same_maths("1", "9^{9^{9^{9}}}"), same_maths("1", "1")]
+    found = check_all(checks, False)
+    assert [one.good for one in found] == [True, False, True, False, True]
+    assert [one.detail for one in found] == ["", "it takes more than 2 s", "", "it takes more than 2 s", ""]
+    assert len(began) == 1
+
+
+def test_a_check_ends_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that waits, leaves, or fills its memory; what is said of it says why."""
+    monkeypatch.setattr(checker, "_BY_THE_CLOCK", 0.5)
+    monkeypatch.setattr(checker, "SECONDS", 0.5)
+    judges: dict[str, Callable[[], bool]] = {
+        "": lambda: True,
+        "it takes more than": lambda: bool(signal.pause()),
+        "it left with code 7": lambda: bool(os._exit(7)),
+        "it takes more memory than a check may have": lambda: bool(bytearray(1 << 40)),
+        "ZeroDivisionError: ": lambda: bool(1 // 0),
+        "it ended by SIGTERM": lambda: bool(os.kill(os.getpid(), signal.SIGTERM)),
+    }
+    for detail, judge in judges.items():
+        monkeypatch.setattr(checker, "prepared", lambda _, judge=judge: judge)
+        good, said = checker.check({})
+        assert good == (not detail)
+        assert said.startswith(detail)
 
 
 def test_a_majority_counts_what_is_equal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moray.pipelines.corpus import step as corpus_step
 from moray.pipelines.corpus.files import File
-from moray.pipelines.corpus.pieces import Reject
+from moray.pipelines.corpus.pieces import Document, Piece, Reject, meta_of
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.shard import write_corpus_shard
@@ -182,15 +184,15 @@ def test_a_pythonbible_module_is_read_by_chapter(tmp_path: Path) -> None:
     assert read("pythonbible", tmp_path / "m.py") == [("", None, "malformed")]
 
 
-def test_files_are_listed_in_order_without_links_and_excluded_ones(tmp_path: Path) -> None:
+def test_files_are_listed_in_order_with_links_to_files_and_without_excluded_ones(tmp_path: Path) -> None:
     for name in ("b.py", "a.py", "sub/c.py", "test/d.py", "__pycache__/e.py", "f.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     os.symlink(tmp_path / "a.py", tmp_path / "link.py")
     source = Source(name="s", path=tmp_path, include=("**/*.py",), exclude=("test/*",))
-    assert [key for key, _ in source.files()] == ["a.py", "b.py", "sub/c.py"]
+    assert [key for key, _ in source.files()] == ["a.py", "b.py", "link.py", "sub/c.py"]
     shards = corpus_shards(CorpusConfig(sources=(source,), shard_bytes=2))
-    assert [shard["keys"] for shard in shards] == [["a.py", "b.py"], ["sub/c.py"]]
+    assert [shard["keys"] for shard in shards] == [["a.py", "b.py"], ["link.py", "sub/c.py"]]
 
 
 def test_documents_that_repeat_an_id_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -202,3 +204,144 @@ def test_documents_that_repeat_an_id_are_left_out_and_counted(tmp_path: Path) ->
     counts = write_corpus_shard(shard, str(tmp_path / "out"), 1000)
     assert (counts["documents"], counts["dropped:repeated_id"]) == (2, 1)
     assert read_shard(tmp_path / "out" / shard_name(0))["text"].to_pylist() == ["one", "three"]
+
+
+def untouched(kind: pa.DataType, storage: pa.Array) -> pa.Array:
+    """An array of a type that its values are not valid for."""
+    return pa.Array.from_buffers(kind, len(storage), storage.buffers())
+
+
+BAD = untouched(pa.string(), pa.array([b"good", b"b\xffd", b"good"]))
+# Values beside the text that Python or JSON cannot hold as they are, and what becomes of the second one, if it is one.
+ODD: dict[str, tuple[pa.Array, str | None]] = {
+    "year 30000": (pa.array([0, 884541351600000000, 0], pa.timestamp("us")), "30000-01-01 03:00:00.000000"),
+    "before year 1": (pa.array([0, -62135596801, 0], pa.timestamp("us")), "1969-12-31 06:44:24.403199"),
+    "long before": (pa.array([0, -62135596801000, 0], pa.timestamp("ms")), "0000-12-31 23:59:59.000"),
+    "a far day": (pa.array([0, 10_000_000, 0], pa.date32()), "29349-01-26"),
+    "an unknown zone": (pa.array([0, 1, 0], pa.timestamp("s", "Mars/Olympus")), "1970-01-01 00:00:01+00:00"),
+    "nanoseconds": (pa.array([0, 1, 0], pa.timestamp("ns")), "1970-01-01 00:00:00.000000001"),
+    "a long time": (pa.array([0, 2**62, 0], pa.duration("s")), "4611686018427387904"),
+    "bad UTF-8": (BAD, "b\ufffdd"),
+    "bad UTF-8 in a list": (pa.ListArray.from_arrays([0, 1, 2, 3], BAD), None),
+    "bad UTF-8 in a struct": (pa.StructArray.from_arrays([BAD], names=["odd"]), "b\ufffdd"),
+    "lists as keys": (
+        pa.array([[], [(["odd"], "b")], []], pa.map_(pa.list_(pa.string()), pa.string())), None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("reader", ["parquet", "huggingface"])
+def test_a_value_beside_the_text_costs_no_row(tmp_path: Path, kind: str, reader: str) -> None:
+    column, wanted = ODD[kind]
+    table = pa.table({"text": ["one", "two", "three"], "odd": column})
+    path = tmp_path / ("f.parquet" if reader == "parquet" else "f.arrow")
+    if reader == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    pieces = list(READERS[reader](File(str(path)), 1000, Columns(meta=("odd",))))
+    documents = {piece.text: dict(piece.meta) for piece in pieces if isinstance(piece, Document)}
+    assert list(documents) == ["one", "two", "three"]
+    assert wanted is None or documents["two"]["odd"] == wanted
+    assert len(pieces) == 3
+
+
+def test_a_value_that_has_no_form_is_counted(tmp_path: Path) -> None:
+    """Deeper than JSON is written; and, of Parquet, a column that cannot be read while the text can."""
+    deep: list[object] = []
+    for _ in range(10_000):
+        deep = [deep]
+    meta, (lost,) = meta_of([("odd", deep), ("fine", 2)])
+    assert meta == (("fine", "2"),)
+    assert lost.startswith("the value of 'odd' cannot be written: ")
+    path = tmp_path / "f.parquet"
+    table = pa.table({"text": ["one " * 9] * 3, "odd": ["a" * 50] * 3})
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    start = pq.read_metadata(path).row_group(0).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 30] = b"\xff" * 30
+    path.write_bytes(content)
+    pieces = list(READERS["parquet"](File(str(path)), 1000, Columns(meta=("odd",))))
+    assert [(piece.key, len(piece)) for piece in pieces if isinstance(piece, Document)] == [
+        ("#0", 4),
+        ("#1", 4),
+        ("#2", 4),
+    ]
+    assert pieces[0][1] == "value"
+    assert pieces[0][2].startswith("from row 0 on, 'odd': ")
+
+
+@pytest.mark.parametrize(
+    "odd", ["[" * 600 + "]" * 600, "9" * 5000, '"\\ud800"', '{"a": {"b": [NaN, 1e999]}}', '"\xff"', "{}"]
+)
+@pytest.mark.parametrize("column", ["odd", "id"])
+def test_a_value_of_a_json_line_costs_no_line_after_it(tmp_path: Path, odd: str, column: str) -> None:
+    rows = ['{"text": "one"}', f'{{"text": "two", "{column}": {odd}}}', '{"text": "three"}']
+    (tmp_path / "f.jsonl").write_bytes("\n".join(rows).encode("latin-1"))
+    pieces = list(READERS["jsonl"](File(str(tmp_path / "f.jsonl")), 1000, Columns(meta=("odd",))))
+    texts = [piece.text for piece in pieces if isinstance(piece, Document)]
+    assert texts[0] == "one"
+    assert texts[-1] == "three"
+    assert "two" in texts or any(isinstance(piece, Reject) and piece.key == "#1" for piece in pieces)
+    if column == "odd":
+        assert "two" in texts
+
+
+def test_a_row_group_that_is_damaged_costs_itself(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    texts = [f"row {i} " * 9 for i in range(90)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=30, compression="none", use_dictionary=False)
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    pieces = list(READERS["parquet"](File(str(path)), 1000, Columns()))
+    assert [piece.key for piece in pieces] == [*(f"#{i}" for i in range(30)), "", *(f"#{i}" for i in range(60, 90))]
+    (reject,) = (piece for piece in pieces if isinstance(piece, Reject))
+    assert reject.detail.startswith("from row 30 on: ")
+
+
+def test_ids_and_the_numbers_of_rows_are_told_apart(tmp_path: Path) -> None:
+    rows = ['{"text": "a", "id": 1}', '{"text": "b"}', '{"text": "c", "id": "2"}', '{"text": "d", "id": 3}',
+            '{"text": "e"}', '{"text": "f", "id": 4}', '{"text": "g", "id": 4}']  # fmt: skip
+    (tmp_path / "f.jsonl").write_text("\n".join(rows))
+    config = CorpusConfig(sources=(Source(name="s", path=tmp_path / "f.jsonl", reader="jsonl"),))
+    (shard,) = corpus_shards(config)
+    counts = write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+    found = read_shard(tmp_path / "out" / shard_name(0))
+    assert counts["dropped:repeated_id"] == 1
+    assert [dict(meta)["path"] for meta in found["meta"].to_pylist()] == [
+        "f.jsonl#1", "f.jsonl#row 1", "f.jsonl#2", "f.jsonl#3", "f.jsonl#4", "f.jsonl#id 4",
+    ]  # fmt: skip
+    assert len(set(found["id"].to_pylist())) == 6
+
+
+def test_an_error_of_ours_names_the_file_and_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a crawl of a million files, nobody would find it else."""
+
+    def broken(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
+        yield Document("#7", "text")
+        raise OverflowError("signed integer is greater than maximum")
+
+    monkeypatch.setitem(READERS, "jsonl", broken)
+    (tmp_path / "a.jsonl").write_text("{}")
+    (shard,) = corpus_shards(CorpusConfig(sources=(Source(name="s", path=tmp_path, reader="jsonl"),)))
+    with pytest.raises(RuntimeError, match=r"s/a\.jsonl, behind its document '#7': OverflowError: signed integer"):
+        write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+
+
+def test_the_first_thing_left_out_is_said_where_nothing_is_left(tmp_path: Path) -> None:
+    for content, words in (
+        (b'[\n{"text": "a"}\n]', "the file is an array of JSON"),
+        (b'{"txt": 1}', "no field 'text'"),
+    ):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        config = CorpusConfig(sources=(Source(name="s", path=tmp_path / "a.jsonl", reader="jsonl"),))
+        shards = corpus_shards(config)
+        out = tmp_path / words[:9]
+        write_corpus_shard(shards[0], str(out), 1000)
+        hint = corpus_step._why_nothing(out, shards)
+        assert hint.startswith(f"the first, s/a.jsonl#0, is malformed: {words}")
+        assert hint.endswith(f"all are in {out}/rejected-*.parquet")

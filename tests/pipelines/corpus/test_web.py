@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import random
+import resource
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moray.pipelines.corpus import apart, markup
 from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import REASONS, Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
@@ -165,6 +168,66 @@ def test_html_files_are_pages(tmp_path: Path) -> None:
         (piece,) = read(written(tmp_path, data, "b.html"), "html", max_bytes=2000)
         assert isinstance(piece, Reject)
         assert piece.reason == reason, data[:20]
+
+
+# What parsers take more than linear time for, in sizes that would take this one from ten seconds to an hour.
+HOSTILE = {
+    "styles never ended": "".join(f"<p><font color=#{i:06x}>line {i}" for i in range(12_000)),
+    "styles in one another": "".join(f"<b id={i}><i id=x{i}>" for i in range(40_000)),
+    "styles, ends of others": "".join(f"</q><p></q><font size={i}>line {i}" for i in range(8_000)),
+    "attributes": "<div " + " ".join(f"a{i}=1" for i in range(90_000)) + ">x",
+    "options": "<select>" + "<option>a" * 90_000,
+    "ends before begins": "</div>" * 30_000 + "<div>" * 30_000 + "words",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_page_takes_more_than_its_time_and_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the parser makes of it, a page that is made badly costs itself, and the next one is read."""
+    monkeypatch.setattr(apart, "SECONDS", 0.2)
+    monkeypatch.setattr(apart, "SECONDS_A_MB", 0.2)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    piece = page(HOSTILE[kind].encode(), 10_000_000, "k", "")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert isinstance(piece, Reject)
+    assert (piece.key, piece.reason) == ("k", "malformed")
+    assert piece.detail
+    assert after.ru_maxrss - before.ru_maxrss < 300_000, "KB: what the parser holds is not held here"
+    assert isinstance(page(PAGE.format(name="what comes after").encode(), 10_000, "", ""), Document)
+
+
+def test_a_page_gives_the_same_text_here_and_apart() -> None:
+    html = PAGE.format(name="places").replace("</article>", "<p>A further paragraph is here.</p>" * 3000 + "</article>")
+    assert apart.extractor().main_text(html) == apart.extract(html)
+    assert apart.main_text(html) == apart.extract(html)
+
+
+def test_a_child_that_is_gone_costs_one_page_and_is_replaced() -> None:
+    extractor = apart.Extractor()
+    assert "words" in extractor.main_text("<p>words")
+    child = extractor._running()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert "others" in extractor.main_text("<p>others")
+    extractor.close()
+
+
+TAGS = ["<div>", "</div>", "<p>", "<font>", "</font>", "<b x=1>", "</b>", "<br>", "text", "</ul>", "<ul>"]
+
+
+@given(st.lists(st.sampled_from(TAGS), max_size=200))
+def test_the_depth_of_blocks_is_that_of_a_stack(tags: list[str]) -> None:
+    depth = deepest = 0
+    for tag in tags:
+        depth = depth + 1 if tag in ("<div>", "<ul>") else max(0, depth - 1) if tag in ("</div>", "</ul>") else depth
+        deepest = max(deepest, depth)
+    assert markup._depth("".join(tags)) == deepest
+
+
+def test_a_long_page_that_is_well_made_is_read() -> None:
+    for body in ("<p><b>word</b> <a href=x>link</a></p>" * 20_000, "<p>no ends <br>" * 20_000, "<li><i>x</i>" * 20_000):
+        assert not markup.too_much(body)
+        assert isinstance(page(body.encode(), 10_000_000, "", ""), Document)
 
 
 @settings(max_examples=150)

@@ -1,0 +1,160 @@
+"""The reader of web archives: WARC files (ISO 28500), and WET files, which hold text already.
+
+`records.py` cuts the records, so that one which is damaged costs itself; `codings.py` undoes what HTTP did to a body,
+and `web.py` finds its text. warcio reads the lines of HTTP's head, and archives of the older format ARC.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moray.pipelines.corpus.codings import NotUndone, undo
+from moray.pipelines.corpus.files import File, behind, unreadable, words
+from moray.pipelines.corpus.pieces import (
+    EMPTY,
+    HTTP_STATUS,
+    MALFORMED,
+    NOT_TEXT,
+    OVERSIZED,
+    Document,
+    Meta,
+    Piece,
+    Reject,
+    decode,
+    printable,
+)
+from moray.pipelines.corpus.records import Record, records
+from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.web import page, page_limit, text_of
+from moray.platform.errors import InputError
+
+_DOCUMENTS = ("response", "resource", "conversion")
+_HEADERS = (("url", "warc-target-uri"), ("date", "warc-date"))
+_HTML = ("text/html", "application/xhtml+xml")
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.I)
+_HEAD = 1 << 16  # bytes of HTTP's head beside the longest page
+
+
+def read_warc(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
+    """A response with a page or plain text, a resource or a conversion (WET) is a document, with `url` and `date`.
+
+    Requests, metadata, and the like are no documents and are passed over. The key is the record's id. A record that is
+    damaged, of whatever kind, counts as malformed, and so does each stretch that is no record.
+    """
+    try:
+        stream = file.stream(resume=True)
+    except OSError as error:
+        yield unreadable(error)
+        return
+    with stream:
+        beginning = _peek(stream)
+        if beginning.startswith(b"filedesc:"):
+            yield from _arc(stream, max_bytes)
+            return
+        for number, item in enumerate(records(stream, page_limit(max_bytes) + _HEAD)):
+            if isinstance(item, Reject):
+                yield item
+            elif item.headers.get("warc-type", "").lower() in _DOCUMENTS:
+                yield _guarded(item, number, max_bytes)
+        yield from behind(stream)
+
+
+def _peek(stream: io.BufferedReader) -> bytes:
+    try:
+        return stream.peek(16)
+    except OSError:
+        return b""  # it is met again, by who reads
+
+
+def _guarded(record: Record, number: int, max_bytes: int) -> Piece:
+    """Whatever a library stumbles over in a record costs that record."""
+    key = f"#{printable(record.headers.get('warc-record-id') or number).strip('<>')}"
+    try:
+        piece = _piece(record, key, max_bytes)
+    except InputError:
+        raise
+    except NotUndone as error:
+        return Reject(key, MALFORMED, str(error))
+    except Exception as error:
+        return Reject(key, MALFORMED, words(error))
+    if record.is_long and isinstance(piece, Document):  # its end is not here
+        return Reject(key, OVERSIZED, f"a record of {record.length} bytes")
+    return piece
+
+
+def _piece(record: Record, key: str, max_bytes: int) -> Piece:
+    kind, body = record.headers.get("content-type", ""), record.body
+    pairs = [(name, record.headers.get(header)) for name, header in _HEADERS]
+    meta = tuple((name, printable(value).strip("<>")) for name, value in pairs if value)
+    if record.headers["warc-type"].lower() == "response":
+        answer = _http(record)
+        if answer is None:
+            return Reject(key, EMPTY, "a response without HTTP")
+        status, headers, body = answer
+        if not status.startswith("2"):
+            return Reject(key, HTTP_STATUS, printable(status))
+        kind = next(iter(_all(headers, "content-type")), "")
+    mime = kind.partition(";")[0].strip().lower()
+    if mime not in (*_HTML, "text/plain", ""):
+        return Reject(key, NOT_TEXT, printable(mime))
+    if record.headers["warc-type"].lower() == "response":
+        body = undo(body, _all(headers, "transfer-encoding"), _all(headers, "content-encoding"), page_limit(max_bytes))
+    return _text(body, kind, record.headers["warc-type"].lower(), key, meta, max_bytes)
+
+
+def _text(body: bytes, kind: str, record_type: str, key: str, meta: Meta, max_bytes: int) -> Piece:
+    if record_type == "conversion":
+        return decode(body, max_bytes, key, meta)
+    said = _CHARSET.search(kind)
+    charset = said.group(1) if said else ""
+    if kind.strip().lower().startswith("text/plain"):
+        return decode(text_of(body, charset).encode(), max_bytes, key, meta)
+    return page(body, max_bytes, key, charset, meta)
+
+
+Headers = list[tuple[str, str]]
+
+
+def _http(record: Record) -> tuple[str, Headers, bytes] | None:
+    """Status, headers and body of a response; None where it is none of HTTP's."""
+    from warcio.statusandheaders import StatusAndHeadersParser
+
+    address = record.headers.get("warc-target-uri", "http:").strip("<> ").lower()
+    if not record.body or not address.startswith(("http:", "https:")):
+        return None
+    stream = io.BytesIO(record.body)
+    head = StatusAndHeadersParser(["HTTP/1.0", "HTTP/1.1"], False).parse(stream)
+    return head.get_statuscode() or "", head.headers, record.body[stream.tell() :]
+
+
+def _all(headers: Headers, name: str) -> list[str]:
+    return [value for key, value in headers if key.lower() == name]
+
+
+def _arc(stream: io.BufferedReader, max_bytes: int) -> Iterator[Piece]:
+    """The responses of an ARC file, up to what warcio cannot read."""
+    from warcio.archiveiterator import ARCIterator
+
+    number = -1
+    try:
+        for number, found in enumerate(ARCIterator(stream)):
+            if found.rec_type == "response":
+                yield _guarded(_of_arc(found, max_bytes), number, max_bytes)
+    except InputError:
+        raise
+    except Exception as error:
+        yield Reject("", MALFORMED, f"after record {number}: {words(error)}")
+
+
+def _of_arc(found: Any, max_bytes: int) -> Record:
+    named: Mapping[str, str | None] = {
+        "warc-type": "response",
+        "warc-target-uri": found.rec_headers.get_header("uri"),
+        "warc-date": found.rec_headers.get_header("archive-date"),
+    }
+    head = found.http_headers.to_bytes() if found.http_headers else b""
+    body = head + found.raw_stream.read(page_limit(max_bytes) + 1)
+    return Record({name: value for name, value in named.items() if value}, body, len(body), False)
