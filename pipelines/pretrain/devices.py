@@ -41,6 +41,12 @@ def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
     sizes = batch_plan(config, sequence_length=1).sizes
     fitting = (n for n in range(gpus - gpus % step, 0, -step) if not any(size % n for size in sizes))
     workers = next(fitting, 0)
+    if not workers and gpus >= step:
+        raise InputError(
+            f"pretrain.batch_sequences: batches of {' and '.join(map(str, sorted(set(sizes))))} sequences cannot be "
+            f"divided among {step} ranks",
+            f"make them multiples of {step}, or set pretrain.expert_parallel to a number that divides them",
+        )
     if not workers:
         raise InputError(
             f"pretrain.expert_parallel: {step} ranks need a GPU each, and the cluster has {_gpus(gpus)}",
@@ -50,7 +56,7 @@ def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
 
 
 def words(config: PretrainConfig) -> str:
-    """Of a resolved config: "2 workers on CPUs", "8 workers, a GPU each"."""
+    """Of a resolved config: "2 workers on CPUs", "8 workers with a GPU each"."""
     least = f"{config.min_workers} to " if config.min_workers else ""
     many = "worker" if config.workers == 1 else "workers"
     where = "on CPUs" if config.device == "cpu" else "on a GPU" if config.workers == 1 else "with a GPU each"

@@ -66,8 +66,9 @@ class Pretrain(Step[PretrainConfig]):
             check_backend(config.zero_stage, config.offload, config.precision, config.moments)
             sizes = batch_plan(config, sequence_length=1).sizes
             # Without a number of workers, the machines decide it: see `placement`.
-            world = config.workers if "workers" in config.model_fields_set else config.expert_parallel
-            check_layout(world, config.expert_parallel, experts, sizes if world == config.workers else ())
+            given = "workers" in config.model_fields_set
+            world = config.workers if given else config.expert_parallel
+            check_layout(world, config.expert_parallel, experts, sizes if given else ())
             if config.min_workers and config.min_workers > config.workers:
                 raise ValueError(f"min_workers ({config.min_workers}) must not exceed workers ({config.workers})")
         except ValueError as error:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moray.cluster.pending import Demand, Machine, PendingReport
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.devices import cpu_share, resolved, words
-from moray.platform.errors import InputError
+from moray.pipelines.pretrain.step import step
+from moray.platform.errors import InputError, RecipeError
 from moray.platform.step import Topology
 
 
@@ -40,6 +41,20 @@ def test_a_given_expert_parallel_is_kept_or_refused() -> None:
     assert resolved(config(expert_parallel=4), machine(7)).workers == 4
     with pytest.raises(InputError, match=r"pretrain\.expert_parallel: 4 ranks need a GPU each, and the cluster has 3"):
         resolved(config(expert_parallel=4), machine(3))
+    with pytest.raises(InputError, match=r"batches of 6 sequences cannot be divided among 4 ranks"):
+        resolved(config(expert_parallel=4, batch_sequences=6), machine(8))
+
+
+def test_batches_are_held_against_the_machines_where_workers_are_not_given() -> None:
+    """Three sequences suit one GPU and three, though not the two workers that CPUs get."""
+    odd = config(batch_sequences=3)
+    step.check(odd, {})
+    assert step.placement(odd, machine(1)) == "1 worker on a GPU"
+    assert step.placement(odd, machine(3)) == "3 workers with a GPU each"
+    with pytest.raises(InputError, match=r"batch_sequences \(3\) must be a multiple of workers \(2\)"):
+        step.placement(odd, machine(0))
+    with pytest.raises(RecipeError, match=r"batch_sequences \(3\) must be a multiple of workers \(2\)"):
+        step.check(config(batch_sequences=3, workers=2), {})
 
 
 def test_too_few_gpus_are_refused_by_name() -> None:
