@@ -8,7 +8,6 @@ files, not the steps; of the texts, one row group is read.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,13 +19,13 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.documents import document_id
 from moray.platform.artifacts import Artifact, ArtifactStore
+from moray.platform.console import visible
 from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.runs import RunRow, find_run, list_runs
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _EXCERPT = 200  # characters
-_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _OTHERS = ("representative", "partner")  # columns that name another document
 
 
@@ -173,14 +172,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return visible(value)
     return f"{len(value)} values" if isinstance(value, list) else value
-
-
-def visible(text: str, kept: str = "") -> str:
-    r"""Text as a terminal may have it: what would move its cursor, colour it or turn it round is spelled `\x1b`."""
-    return "".join(
-        one if one in kept or not _acts(one) else one.encode("unicode_escape").decode("ascii") for one in text
-    )
-
-
-def _acts(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" or character in _DIRECTIONS

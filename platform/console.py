@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
-# All control characters but the tab and the line end, and those that turn the direction of text.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_LAYOUT = "\t\n"  # rich lays these out
+# All control characters, and those that turn the direction of text.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class PlainConsole(Console):
@@ -33,17 +34,17 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        return super().render_str(visible(text), **settings)
+        return super().render_str(visible(text, _LAYOUT), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            plain = segment.control is None and _CONTROL.search(segment.text)
-            yield Segment(visible(segment.text), segment.style) if plain else segment
+            text = visible(segment.text, _LAYOUT)
+            yield segment if segment.control is not None or text == segment.text else Segment(text, segment.style)
 
 
-def visible(text: str) -> str:
-    """The same text, with control characters as escapes that can be read."""
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+def visible(text: str, kept: str = "") -> str:
+    r"""The same text, with control characters, but those `kept`, as escapes that can be read: `\x1b`."""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in kept else ascii(found[0])[1:-1], text)
 
 
 def err() -> Console:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.pipelines.documents import document_id, read_shard
-from moray.pipelines.explain import explain, visible
+from moray.pipelines.explain import explain
 from moray.platform.cli import main
+from moray.platform.console import visible
 from moray.platform.errors import InputError
 from moray.platform.runs import RunRow, StepRow
 from tests.conftest import Flow
