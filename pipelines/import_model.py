@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from moray.models.files import model_files, read_object
-from moray.pipelines.model_text import CONFIG, TOKENIZER, named_bos, processor_bos, says_bos, write_with_bos
+from moray.pipelines.model_text import CONFIG, TOKENIZER, named_token, processor_bos, says_bos, write_with_bos
 from moray.pipelines.tokenizer import load_tokenizer
 from moray.platform.errors import InputError
 from moray.platform.manifest import hash_file
@@ -87,7 +87,7 @@ def _agree_on_bos(ctx: StepContext[ImportConfig], stated: Any) -> None:
     try:
         tokenizer = load_tokenizer(ctx.folder)
         first, said = processor_bos(tokenizer, stated), says_bos(ctx.folder)
-        index = named_bos(ctx.folder, tokenizer) if first is None else first
+        index = named_token(ctx.folder, "bos", tokenizer) if first is None else first
     except Exception as error:  # the library raises bare Exception for what it cannot read
         ctx.note(f"the tokenizer cannot be served: {error}", level="warning")
         return

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from moray.pipelines.encoding import choose
+from moray.pipelines.model_text import read_if_there
 from moray.pipelines.tokenizer import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError, nearest
@@ -108,9 +109,11 @@ def _config(source: Path, config: LoadTokenizerConfig, tokenizer: Any) -> dict[s
     """tokenizer_config.json as it came, with the recipe's tokens. Raises InputError for one that is not there."""
     path = source / "tokenizer_config.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = read_if_there(path)
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}", "mend it, or give bos and eos without it") from error
+        raise InputError(
+            f"tokenizer_config.json is no JSON object: {error}", "mend it, or give bos and eos without it"
+        ) from error
     content.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     known = tokenizer.get_vocab(with_added_tokens=True)
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]

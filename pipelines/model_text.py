@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moray.models.files import read_object
 from moray.platform.atomic import write_text
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -30,13 +31,14 @@ def processor_bos(tokenizer: Any, bos: int | None) -> int | None:
 
 def says_bos(folder: Path) -> bool | None:
     """`add_bos_token` of tokenizer_config.json; None where it says nothing. Raises ValueError for what is no JSON."""
-    said = read_object(folder / CONFIG).get("add_bos_token")
+    said = read_if_there(folder / CONFIG).get("add_bos_token")
     return said if isinstance(said, bool) else None
 
 
-def named_bos(folder: Path, tokenizer: Any) -> int | None:
-    """The id of `bos_token` of tokenizer_config.json; None if it names no token of the vocabulary."""
-    token = read_object(folder / CONFIG).get("bos_token")
+def named_token(folder: Path, kind: str, tokenizer: Any) -> int | None:
+    """The id of `bos_token`, `eos_token` or `pad_token` of tokenizer_config.json; None if it names no token of the
+    vocabulary. Raises ValueError for what is no JSON."""
+    token = read_if_there(folder / CONFIG).get(f"{kind}_token")
     name = token.get("content") if isinstance(token, dict) else token
     index: int | None = tokenizer.token_to_id(name) if isinstance(name, str) else None
     return index
@@ -45,7 +47,7 @@ def named_bos(folder: Path, tokenizer: Any) -> int | None:
 def write_with_bos(source: Path, target: Path, bos: str, bos_id: int) -> None:
     """Writes the tokenizer files of `source` to `target` so that every reader puts `bos` before a text, and nothing
     behind it."""
-    tokenizer = read_object(source / TOKENIZER)
+    tokenizer = read_if_there(source / TOKENIZER)
     kept = [part for part in _parts(tokenizer.get("post_processor")) if part.get("type") == "ByteLevel"]
     first, one, two = {"SpecialToken": {"id": bos, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1)
     template = {
@@ -57,20 +59,12 @@ def write_with_bos(source: Path, target: Path, bos: str, bos_id: int) -> None:
     processor = {"type": "Sequence", "processors": [*kept, template]} if kept else template
     _write(target / TOKENIZER, {**tokenizer, "post_processor": processor})
     said = {"bos_token": bos, "add_bos_token": True, "add_eos_token": False}
-    _write(target / CONFIG, {**read_object(source / CONFIG), **said})
+    _write(target / CONFIG, {**read_if_there(source / CONFIG), **said})
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object; empty where there is none. Raises ValueError naming it."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _parts(processor: dict[str, Any] | None) -> list[dict[str, Any]]:

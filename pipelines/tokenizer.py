@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from moray.pipelines.bpe import train_apart
 from moray.pipelines.documents import read_shard, shard_paths, text_bytes
+from moray.pipelines.model_text import named_token
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
 from moray.platform.step import Step, StepConfig, StepContext
@@ -161,15 +162,12 @@ def special_ids(folder: Path) -> dict[str, int]:
     """Ids of bos, eos and pad. Where none is named for padding, or one that documents hold (an end, what stands for
     text that the vocabulary has not), a token that is called pad, or else the last control token. Raises InputError for
     fewer than three tokens, NoPad if it is the pad that is missing."""
-    config = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.get_vocab(with_added_tokens=True)
-
-    def find(kind: str) -> int | None:
-        token = config.get(f"{kind}_token")
-        return ids.get(token["content"] if isinstance(token, dict) else token)
-
-    bos, eos, pad = find("bos"), find("eos"), find("pad")
+    try:
+        bos, eos, pad = (named_token(folder, kind, tokenizer) for kind in ("bos", "eos", "pad"))
+    except ValueError as error:
+        raise InputError(str(error), "it must be a tokenizer_config.json of Hugging Face") from error
     if bos is None or eos is None:
         kind = "bos" if bos is None else "eos"
         raise InputError(

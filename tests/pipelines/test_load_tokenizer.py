@@ -83,6 +83,16 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
         load(tmp_path, package="pyarrow")
     with pytest.raises(ValueError, match="give `path` or `package`, one of them"):
         load(tmp_path)
+    for content in (
+        "[]",
+        "null",
+        '{"bos_token": {}}',
+        '{"bos_token": 5}',
+        '{"bos_token": ["a"], "eos_token": "<|eos|>"}',
+    ):
+        (folder / "tokenizer_config.json").write_text(content)
+        with pytest.raises(InputError, match=r"tokenizer_config\.json|does not name it"):
+            load(tmp_path, path=folder)
     (folder / "tokenizer_config.json").write_text("{torn")
     with pytest.raises(InputError, match=r"tokenizer_config\.json is no JSON"):
         load(tmp_path, path=folder)
