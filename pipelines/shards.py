@@ -79,10 +79,13 @@ def map_shards(
 def _looking(look: Callable[[], None] | None) -> Iterator[None]:
     """Calls `look` once a second, from another thread, while the block lasts. What it raises (that the run was stopped,
     say) is raised where the block asks too."""
+    if not look:
+        yield
+        return
     ended = threading.Event()
 
     def repeat() -> None:
-        while look and not ended.wait(_LOOK_SECONDS):
+        while not ended.wait(_LOOK_SECONDS):
             with contextlib.suppress(Exception):
                 look()
 

@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,7 +48,7 @@ def in_folder(folder: Path, work: Callable[[], T], seconds: float) -> T:
 
 
 @contextlib.contextmanager
-def _current(folder: Path):  # type: ignore[no-untyped-def]
+def _current(folder: Path) -> Iterator[None]:
     if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).unshare(_CLONE_FS) == 0:
         os.chdir(folder)  # of this thread alone, which ends with it
         yield

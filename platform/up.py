@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -173,7 +173,7 @@ def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[S
         time.sleep(0.1)
 
 
-def _give_up(home: Home, name: str, what: str) -> None:
+def _give_up(home: Home, name: str, what: str) -> NoReturn:
     log = home.up / "logs" / f"{name}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     raise StepFailed(f"{what}: {(lines or ['no log'])[-1]}", f"see {log}; moray down ends what was started")

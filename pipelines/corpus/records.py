@@ -219,15 +219,13 @@ class _Ahead:
         """A record seems to begin within a long one. It is believed if the long one's end is too far off to be looked
         at: a record within a record is rare, and harms less than all that are lost by a wrong length."""
         rest = length - at
-        if rest <= longest:
+        near = rest <= longest
+        if near:
             self.body = self.body or self.peek(at)
-            self.drop(at)
-            self.have(rest + _LOOK)
-            if len(self._data) >= rest and self._ends_at_of_hidden(rest):
-                self.drop(rest)
-                return ""
-            return f"its Content-Length is wrong: another record begins {rest} bytes before its end"
         self.drop(at)
+        if near and (self.have(rest + _LOOK) or self.have(rest)) and self._ends_at_of_hidden(rest):
+            self.drop(rest)
+            return ""
         return f"its Content-Length is wrong: another record begins {rest} bytes before its end"
 
     def _ends_at_of_hidden(self, rest: int) -> bool:
