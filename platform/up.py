@@ -193,10 +193,15 @@ def _living(home: Home) -> list[str]:
 def down(home: Home) -> int:
     """Ends the supervisor and everything it started, and nothing else; how many processes it found.
 
-    A supervisor that has only begun, and is not in any file yet, is found and ended too.
+    A supervisor that has only begun, and is not in any file yet, is found and ended too. Raises StepFailed for
+    processes that SIGKILL does not end: they hang in the kernel.
     """
     ended: set[Process] = set()
+    deadline = time.monotonic() + 2 * _DOWN_SECONDS
     while found := _all_of(home):
+        if time.monotonic() > deadline:
+            pids = ", ".join(str(process.pid) for process in found)
+            raise StepFailed(f"processes {pids} do not end", "do their disks and file systems answer? see dmesg")
         ended |= found
         _end_supervisors(home)
         end_services(home, NAMES)
