@@ -5,6 +5,10 @@ items is planted (its prompt and its solution), and excerpts of 13 to 40 words o
 characters: whether the item of every planted text is named, how many documents of 10,000 without any are flagged, and
 MB per CPU-second, one thread, from Arrow's memory to verified matches.
 
+Two hard cases. Items of 5 to 12 words, shorter than an n-gram: recall by length, and clean documents flagged. Items
+with a passage that anyone may quote (hard_negatives.py) and a question of their own: documents with the whole item are
+leaks, those with the passage alone are none; precision and recall by family, as set by default and otherwise.
+
 Usage: python benchmarks/decontamination.py [DOCUMENTS=10000] [EXCERPTS=1000] [MEGABYTES=60] [ROUNDS=3]
 """
 
@@ -20,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from hard_negatives import FAMILIES
 from result import Bar, report
 from texts import texts_of
 
-from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
+from moray.pipelines.decontaminate.evals import EvalSet, Piece, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, build_index
+from moray.pipelines.decontaminate.judge import MATCHES, judge
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.units import is_telling, units_of
 
@@ -49,6 +55,12 @@ def main(documents: str = "10000", excerpts: str = "1000", megabytes: str = "60"
         for what in ("items", "excerpts"):
             bars.append(Bar(f"{unit}: recall of planted {what}", row[f"{what}_found"] / row[what], 1.0, "higher"))
         bars.append(Bar(f"{unit}: clean documents flagged", row["flagged"], 0, "lower"))
+    rows += short_items(clean) + hard_negatives(clean)
+    for row in rows:
+        if row.get("set") == "default" and "length" in row:
+            bars.append(Bar(f"items of {row['length']} words: recall", row["recall"], 1.0, "higher"))
+        if row.get("set") == "default" and "family" in row:
+            bars.append(Bar(f"{row['family']}: precision", row["precision"], 0.9, "higher"))
     return report("decontamination", rows, bars)
 
 
@@ -95,6 +107,73 @@ def found(index: EvalIndex, planted: list[Planted], texts: list[str], generator:
     for match in index.find(column(documents)):
         named[match.row] |= {index.items[item][1] for item in index.items_with(match.gram, match.place)}
     return sum(item in named[row] for row, item in enumerate(places))
+
+
+def short_items(clean: list[str], each: int = 100) -> list[dict[str, Any]]:
+    """Items that are 5 to 12 words of HumanEval's prompts, each planted in a document of its own."""
+    generator, rows = random.Random(11), []
+    prompts = [units_of(piece.text, characters=False) for piece in read_pieces(HUMAN_EVAL) if piece.field == "prompt"]
+    for length in range(5, 13):
+        texts: set[str] = set()
+        while len(texts) < each:
+            words = generator.choice([one for one in prompts if len(one) >= length])
+            at = generator.randrange(len(words) - length + 1)
+            if len({name for name in words.names[at : at + length] if is_telling(name, characters=False)}) >= 3:
+                texts.add(words.excerpt(at, length))
+        planted = [Planted(str(i), text) for i, text in enumerate(sorted(texts))]
+        pieces = [Piece("short", one.item, "text", one.text) for one in planted]
+        for name, shortest in (("default", None), ("shortest: 5", 5)):
+            grams = DecontaminateConfig(evals=(HUMAN_EVAL,), shortest=shortest).grams
+            index = build_index(pieces, grams)
+            named = found(index, planted, clean[:PLANTED_IN], generator)
+            flagged = len({match.row for match in index.find(column(clean))})
+            rows.append({"set": name, "length": length, "items": each, "recall": named / each, "flagged": flagged})
+    return rows
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {}, "max_overlap: 0.5": {"max_overlap": 0.5}, "ignore_common: 10": {"ignore_common": 10},
+}  # fmt: skip
+
+
+def hard_negatives(clean: list[str], quoted: int = 20) -> list[dict[str, Any]]:
+    """Of each passage one item, with a question that is a sentence of an own; it leaks into one document, and `quoted`
+    documents have the passage alone."""
+    generator, rows = random.Random(13), []
+    for family, passages in FAMILIES.items():
+        questions = [question(number) for number in range(len(passages))]
+        pieces = [Piece("hard", str(i), "text", f"{passage}\n{questions[i]}") for i, passage in enumerate(passages)]
+        leaks = [piece.text for piece in pieces]
+        innocent = [passage for passage in passages for _ in range(quoted)]
+        index = build_index(pieces, DecontaminateConfig(evals=(HUMAN_EVAL,)).grams)
+        documents = []
+        for text in leaks + innocent:
+            host = generator.choice(clean[:PLANTED_IN])
+            documents.append(f"{host}\n\n{text}\n")
+        matches = pa.Table.from_pylist(
+            [
+                {"id": f"{m.row:05d}", "source": "s", "gram": m.gram, "place": m.place, "text": m.excerpt}
+                for m in index.find(column(documents))
+            ],
+            MATCHES,
+        )
+        for name, rules in SETTINGS.items():
+            verdict = judge(matches, index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
+            gone = {int(one) for one in verdict.removed["id"].to_pylist()}
+            right = sum(row < len(leaks) for row in gone)
+            row = {"set": name, "family": family, "leaks": len(leaks), "innocent": len(innocent), "flagged": len(gone)}
+            rows.append(row | {"precision": right / len(gone) if gone else 1.0, "recall": right / len(leaks)})
+    return rows
+
+
+def question(number: int) -> str:
+    """Some 20 words that no document has."""
+    names = ("Maren", "Ilja", "Tove", "Okon", "Sunniva")
+    things = ("lantern", "harbour", "orchard", "almanac", "foundry")
+    return (
+        f"Which of {names[number]}'s {number + 3} notes about the {things[number]} near the old {things[-number - 1]} "
+        f"of Lower Veldhaven does this passage answer, and why would {names[-number - 1]} read it the other way?"
+    )
 
 
 def speed(index: EvalIndex, texts: list[str], megabytes: float, rounds: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ Shapes: G distinct n-grams, M places where they stand in pieces, I items, P piec
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,10 +21,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.decontaminate.evals import Piece
-from moray.pipelines.decontaminate.units import Units, is_telling, units_of
+from moray.pipelines.decontaminate.units import Units, is_telling, units_of, without_spaces
 from moray.pipelines.dedup.characters import tables
 from moray.pipelines.documents import read_shard, write_parquet
 from moray.pipelines.text.arrow import text_buffers
+
+LETTERS_A_WORD = 3  # of Thai, Khmer and the like, letters without their marks: so an n-gram is as long as elsewhere
 
 Integers = npt.NDArray[np.int64]
 
@@ -151,8 +153,9 @@ def build_index(pieces: Sequence[Piece], grams: Grams) -> EvalIndex:
 
     units = [units_of(piece.text, grams.characters) for piece in pieces]
     lengths = np.array([len(one) for one in units], np.int64)
+    words = np.array([1 if grams.characters or not without_spaces(one) else LETTERS_A_WORD for one in units], np.int64)
     names = [(piece.eval, piece.item) for piece in pieces]
-    sizes = _sizes(names, lengths, grams)
+    sizes = _sizes(names, lengths, words, grams)
     texts = [piece.text for piece in pieces]
     offsets, data = text_buffers(pa.chunked_array([pa.array(texts, pa.large_string())]))
     hashes = np.empty(len(data), np.uint64)
@@ -186,14 +189,13 @@ def _telling(units: Units, size: int, least: int, characters: bool) -> npt.NDArr
     return said
 
 
-def _sizes(names: Sequence[tuple[str, str]], lengths: Integers, grams: Grams) -> Integers:
-    """Of each piece how long its n-grams are, 0 for none."""
-    longest: dict[tuple[str, str], int] = defaultdict(int)
-    for name, length in zip(names, lengths.tolist(), strict=True):
-        longest[name] = max(longest[name], length)
-    short = np.array([longest[name] < grams.size for name in names], bool)
-    whole = np.where(short & (lengths >= grams.least), lengths, 0)
-    return np.where(lengths >= grams.size, grams.size, whole)
+def _sizes(names: Sequence[tuple[str, str]], lengths: Integers, words: Integers, grams: Grams) -> Integers:
+    """Of each piece how long its n-grams are, 0 for none. words: how many of its units count as a word."""
+    sizes = grams.size * words
+    whole = {name for name, fits in zip(names, (lengths >= sizes).tolist(), strict=True) if fits}
+    short = np.array([name not in whole for name in names], bool)
+    wholes = np.where(short & (lengths >= grams.least * words), lengths, 0)
+    return np.where(lengths >= sizes, sizes, wholes)
 
 
 def _indexed(

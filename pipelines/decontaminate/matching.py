@@ -41,7 +41,7 @@ def _rolled(units: Hashes, count: int, size: int, out: Hashes) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def hashes_of(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, characters: bool, sizes: Places, out: Hashes
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, characters: bool, sizes: Places, out: Hashes
 ) -> int:
     """Writes the hashes of all n-grams of text n, of sizes[n] units each (0: none), one text after another.
 
@@ -52,7 +52,7 @@ def hashes_of(
     for n in range(len(offsets) - 1):
         if not sizes[n]:
             continue
-        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, 1, characters, units)
+        count = shingle(data, offsets[n], offsets[n + 1], kinds, folds, 1, characters, units)
         total += _rolled(units, count, sizes[n], out[total:])
     return total
 
@@ -68,7 +68,7 @@ def bitmap(grams: Hashes) -> tuple[Bytes, np.uint64]:
 
 @numba.njit(nogil=True, cache=True)
 def scan(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, characters: bool, sizes: Places, grams: Hashes,
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, characters: bool, sizes: Places, grams: Hashes,
     bits: Bytes, shift: np.uint64, found: Places,
 ) -> int:  # fmt: skip
     """Writes (text, n-gram as an index of `grams`, its first unit) to `found`, int64 [room, 3], once for each text and
@@ -80,7 +80,7 @@ def scan(
     units, rolled = np.empty(_longest(offsets), np.uint64), np.empty(_longest(offsets), np.uint64)
     seen = np.full(len(grams), -1)
     for n in range(len(offsets) - 1):
-        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, 1, characters, units)
+        count = shingle(data, offsets[n], offsets[n + 1], kinds, folds, 1, characters, units)
         for s in range(len(sizes)):
             for i in range(_rolled(units, count, sizes[s], rolled)):
                 bit = (rolled[i] * _SPREAD) >> shift

@@ -69,7 +69,7 @@ class DecontaminateConfig(StepConfig):
 
 class Decontaminate(Step[DecontaminateConfig]):
     name: ClassVar[str] = "decontaminate"
-    version: ClassVar[int] = 2  # 2: items whose ids repeat are several
+    version: ClassVar[int] = 3  # 2: items whose ids repeat are several. 3: every form of Unicode
     Config = DecontaminateConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"

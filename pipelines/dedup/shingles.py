@@ -31,13 +31,13 @@ _MANY, _PART = 128, 4096  # shingles: of so many, a minimum is taken over after 
 
 @numba.njit(nogil=True)
 def shingle(
-    data: Bytes, begin: int, end: int, kinds: Bytes, lowers: Codes, size: int, characters: bool, out: Hashes
+    data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, size: int, characters: bool, out: Hashes
 ) -> int:
     """Writes the shingles of data[begin:end], valid UTF-8, to `out`, which has room for one a byte; how many."""
     if characters:
-        count = characters_of(data, begin, end, kinds, lowers, out)
+        count = characters_of(data, begin, end, kinds, folds, out)
     else:
-        count = words(data, begin, end, kinds, lowers, out)
+        count = words(data, begin, end, kinds, folds, out)
     if not count:
         return 0
     long = min(size, count)
@@ -74,7 +74,7 @@ def _lower(minima: Codes, shingles: Codes, factors: Codes, terms: Codes) -> None
 
 @numba.njit(nogil=True, cache=True)
 def band_keys(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, size: int, characters: bool, factors: Codes,
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, size: int, characters: bool, factors: Codes,
     terms: Codes, rows: int, keys: Hashes, counts: npt.NDArray[np.int32],
 ) -> None:  # fmt: skip
     """Writes uint64 keys [N, bands] and int32 counts [N] of shingles, 0 for a document that has no keys.
@@ -87,7 +87,7 @@ def band_keys(
     out, upper = np.empty(longest, np.uint64), np.empty(longest, np.uint32)
     minima = np.empty(len(factors), np.uint32)
     for n in range(len(offsets) - 1):
-        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, characters, out)
+        count = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, characters, out)
         counts[n] = count
         minima[:] = 0xFFFFFFFF
         for i in range(count):
@@ -102,7 +102,7 @@ def band_keys(
 
 @numba.njit(nogil=True, cache=True)
 def shingles_of(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, size: int, characters: bool, ends: Places, out: Hashes
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, size: int, characters: bool, ends: Places, out: Hashes
 ) -> None:
     """Writes each document's shingles, one after another, to `out`; ends[n]: where document n's do.
 
@@ -110,7 +110,7 @@ def shingles_of(
     """
     total = 0
     for n in range(len(offsets) - 1):
-        total += shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, characters, out[total:])
+        total += shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, characters, out[total:])
         ends[n] = total
 
 

@@ -21,7 +21,8 @@ from moray.platform.step import Step, StepContext
 
 class Dedup(Step[DedupConfig]):
     name: ClassVar[str] = "dedup"
-    version: ClassVar[int] = 4  # 2: near duplicates are verified; words are words. 3: other hashes of words. 4: bands
+    # 2: near duplicates are verified; words are words. 3: other hashes of words. 4: bands. 5: every form of Unicode
+    version: ClassVar[int] = 5
     Config = DedupConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 
-from moray.pipelines.dedup.characters import SIZE, WORD, tables
+from moray.pipelines.dedup.characters import JOIN, SIZE, UNSEEN, WORD, fold, tables
 
 _LINE_END = re.compile("\n")
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")  # not what the next paragraph's first line is indented by
@@ -22,7 +23,9 @@ def parts_of(text: str, unit: str) -> Iterator[tuple[int, int]]:
 
 
 def normalized(part: str) -> str:
-    """What makes two parts the same: case and white space do not matter."""
+    """What makes two parts the same: case, white space and forms of Unicode do not matter (dedup/characters.py)."""
+    if not part.isascii():
+        part = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold()).translate(UNSEEN)
     return " ".join(part.casefold().split())
 
 
@@ -42,5 +45,5 @@ def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
 
 
 def _in_word(character: str) -> bool:
-    code = ord(character)
-    return code < SIZE and int(tables()[0][code]) == WORD
+    kinds, _ = tables()
+    return any(code < SIZE and kinds[code] in (WORD, JOIN) for code in map(ord, fold(character)))

@@ -61,7 +61,7 @@ class DedupPartsConfig(StepConfig):
 
 class DedupParts(Step[DedupPartsConfig]):
     name: ClassVar[str] = "dedup-parts"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: words and parts in every form of Unicode
     Config = DedupPartsConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"

@@ -56,7 +56,7 @@ def _last_least(values: Hashes, begin: int, end: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def fingerprints(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, tokens: int, size: int, words: Places, keys: Hashes,
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, tokens: int, size: int, words: Places, keys: Hashes,
     rows: Places, places: Places,
 ) -> int:  # fmt: skip
     """Writes the fingerprints of all documents: keys, rows and (word) places [F], with room for one a byte; F.
@@ -69,7 +69,7 @@ def fingerprints(
     hashes = np.empty(longest, np.uint64)
     width, found = tokens - size + 1, 0
     for n in range(len(offsets) - 1):
-        words[n] = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, 1, False, hashes)
+        words[n] = shingle(data, offsets[n], offsets[n + 1], kinds, folds, 1, False, hashes)
         grams = _roll(hashes, words[n], size, _BASE, hashes)
         best, chosen = -1, -1
         for i in range(grams):
@@ -86,7 +86,7 @@ def fingerprints(
 
 @numba.njit(nogil=True, cache=True)
 def windows(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, tokens: int, size: int, rows: Places, places: Places,
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, tokens: int, size: int, rows: Places, places: Places,
     keys: Hashes, others: Hashes, spots: Places,
 ) -> int:  # fmt: skip
     """Writes every window of T words that holds one of the fingerprints at (rows, places) [F], in that order; how many.
@@ -99,8 +99,8 @@ def windows(
         n = rows[f]
         room = offsets[n + 1] - offsets[n]
         hashes, at = np.empty(room, np.uint64), np.empty((room, 2), np.int64)
-        count = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, 1, False, hashes)
-        word_places(data, offsets[n], offsets[n + 1], kinds, lowers, at)
+        count = shingle(data, offsets[n], offsets[n + 1], kinds, folds, 1, False, hashes)
+        word_places(data, offsets[n], offsets[n + 1], kinds, folds, at)
         other = np.empty(room, np.uint64)
         last = _roll(hashes, count, tokens, _OTHER_BASE, other)
         _roll(hashes, count, tokens, _BASE, hashes)
@@ -117,12 +117,12 @@ def windows(
 
 
 @numba.njit(nogil=True, cache=True)
-def count_words(offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes) -> npt.NDArray[np.int64]:
+def count_words(offsets: Places, data: Bytes, kinds: Bytes, folds: Codes) -> npt.NDArray[np.int64]:
     """int64 [N]: how many words each text has."""
     longest = 0
     for n in range(len(offsets) - 1):
         longest = max(longest, offsets[n + 1] - offsets[n])
     room, counts = np.empty((longest, 2), np.int64), np.empty(len(offsets) - 1, np.int64)
     for n in range(len(counts)):
-        counts[n] = word_places(data, offsets[n], offsets[n + 1], kinds, lowers, room)
+        counts[n] = word_places(data, offsets[n], offsets[n + 1], kinds, folds, room)
     return counts

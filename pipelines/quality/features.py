@@ -30,19 +30,19 @@ def _longest(offsets: Places) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def buckets(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, longest: int, count: int, ends: Places,
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, longest: int, count: int, ends: Places,
     out: npt.NDArray[np.int32],
 ) -> None:  # fmt: skip
     """Writes the buckets, of `count`, of each document's n-grams of up to `longest` words, one document after
     another; ends[n]: where document n's end.
 
-    out: int32, with room for `longest` a byte. kinds, lowers: dedup's table of characters.
+    out: int32, with room for `longest` a byte. kinds, folds: dedup's table of characters.
     """
     room = np.empty(_longest(offsets), np.uint64)
     at = 0
     for n in range(len(offsets) - 1):
         for size in range(1, longest + 1):
-            found = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, False, room)
+            found = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, False, room)
             for i in range(found):
                 out[at + i] = room[i] & np.uint64(count - 1)
             at += found
@@ -51,7 +51,7 @@ def buckets(
 
 @numba.njit(nogil=True, cache=True)
 def logits(
-    offsets: Places, data: Bytes, kinds: Bytes, lowers: Codes, longest: int, weights: npt.NDArray[np.float32],
+    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, longest: int, weights: npt.NDArray[np.float32],
     out: npt.NDArray[np.float64],
 ) -> None:  # fmt: skip
     """Writes each document's product with the weights [B], float64 [N]; 0 for one without any word."""
@@ -59,7 +59,7 @@ def logits(
     for n in range(len(offsets) - 1):
         total, number = 0.0, 0
         for size in range(1, longest + 1):
-            found = shingle(data, offsets[n], offsets[n + 1], kinds, lowers, size, False, room)
+            found = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, False, room)
             for i in range(found):
                 total += weights[room[i] & np.uint64(len(weights) - 1)]
             number += found

@@ -24,7 +24,7 @@ from moray.pipelines.text.arrow import text_buffers
 from moray.platform.atomic import write_json
 from moray.platform.errors import InputError
 
-FORMAT = 1
+FORMAT = 2  # 2: other hashes of words
 _SHAPE, _WEIGHTS = "model.json", "weights.npy"
 Numbers = npt.NDArray[np.float64]
 

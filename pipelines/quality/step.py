@@ -63,7 +63,7 @@ class QualityModelConfig(StepConfig):
 
 class QualityModelStep(Step[QualityModelConfig]):
     name: ClassVar[str] = "quality-model"
-    version: ClassVar[int] = 2  # 2: other hashes of words
+    version: ClassVar[int] = 3  # 2, 3: other hashes of words
     Config = QualityModelConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     optional: ClassVar[frozenset[str]] = frozenset({"documents"})

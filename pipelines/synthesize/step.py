@@ -42,7 +42,7 @@ _WORK = ".work"
 
 class Synthesize(Step[SynthesizeConfig]):
     name: ClassVar[str] = "synthesize"
-    version: ClassVar[int] = 2  # 2: other hashes of words
+    version: ClassVar[int] = 3  # 2, 3: other hashes of words
     Config = SynthesizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents", "corpus": "documents"}
     optional: ClassVar[frozenset[str]] = frozenset({"documents", "corpus"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tests.pipelines.dedup_oracle import characters, words
+from tests.pipelines.dedup_oracle import ALONE, characters, words
 
 Gram = tuple[str, ...]
 
@@ -18,7 +18,7 @@ def windows(found: Sequence[str], size: int) -> set[Gram]:
 
 
 def telling(name: str, unit: str) -> bool:
-    ideograph = len(name) == 1 and name >= "\u2e80"
+    ideograph = bool(ALONE.match(name))
     return sum(map(str.isalpha, name)) > (unit == "words" and not ideograph)
 
 

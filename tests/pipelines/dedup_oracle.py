@@ -11,9 +11,12 @@ from itertools import combinations
 
 from moray.pipelines.documents import content_hash
 
-_CJK = re.compile(
-    "[\u2e80-\u2fdf\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]"
+# Every letter is a word: ideographs, kana, Korean syllables; Thai, Lao, Burmese, Khmer, Javanese.
+ALONE = re.compile(
+    "[\u1100-\u115f\u2e80-\u2fdf\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\ua980-\ua9df\U00020000-\U0003ffff]"
 )
+_UNSEEN = set("\u00ad\u034f\u0640\u200b\u200c\u200d\u200e\u200f\u2060\ufe0f\ufeff\U000e0101")
 
 
 @dataclass(frozen=True)
@@ -23,45 +26,58 @@ class Text:
     source: str = "s"
 
 
-def lower_of(character: str) -> str:
-    lower = character.lower()[0]
-    return character if lower.isascii() and not character.isascii() else lower
+def normalized(character: str) -> str:
+    """NFKD with full case folding, without accents and without what is not seen."""
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).replace("\u0131", "i")
+    return "".join(one for one in folded if not unicodedata.combining(one) and one not in _UNSEEN)
+
+
+def fold(text: str) -> str:
+    """What would become more characters than it has bytes stays."""
+    folded = [(one, normalized(one)) for one in text]
+    return "".join(one if len(its) > len(one.encode()) else its for one, its in folded)
+
+
+def graphemes(text: str) -> Iterator[str]:
+    """Folded letters with their marks, and what is no part of a word as it is."""
+    found = ""
+    for character in fold(text):
+        mark = unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
+        if found and not (mark and _in_word(found[-1])):
+            yield found
+            found = ""
+        found += character
+    if found:
+        yield found
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"
 
 
 def words(text: str) -> Iterator[str]:
     word = ""
-    for character in text:
-        alone = bool(_CJK.match(character)) and (character.isalnum() or ord(character) >= 0x20000)
-        if not alone and (character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"):
-            word += lower_of(character)
+    for one in graphemes(text):
+        alone = bool(ALONE.match(one)) and unicodedata.category(one[0]) not in ("Nd", "Mn", "Mc")
+        if not alone and _in_word(one[0]):
+            word += one
             continue
         if word:
             yield word
         word = ""
-        if alone:
-            yield character
+        if alone and (_in_word(one[0]) or ord(one[0]) >= 0x20000):
+            yield one
     if word:
         yield word
 
 
 def characters(text: str) -> list[str]:
     found: list[str] = []
-    for number, word in enumerate(_runs(text)):
-        found += [" "] * (number > 0) + list(word)
-    return found
-
-
-def _runs(text: str) -> Iterator[str]:
-    """Runs of characters of words, of either kind."""
-    run = ""
-    for character in text:
-        if any(True for _ in words(character)):
-            run += "".join(words(character))
-        elif run:
-            yield run
-            run = ""
-    if run:
-        yield run
+    for one in graphemes(text):
+        inside = _in_word(one[0]) or 0x20000 <= ord(one[0]) < 0x40000
+        if inside or (found and found[-1] != " "):
+            found.append(one if inside else " ")
+    return found[:-1] if found[-1:] == [" "] else found
 
 
 def shingles(text: str, size: int, unit: str = "words") -> set[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ from moray.platform.recipe import parse_recipe
 from moray.platform.runner import Runner
 from moray.platform.step import Cluster, StepContext
 from tests.pipelines import decontaminate_oracle as oracle
-from tests.pipelines.dedup_oracle import lower_of
+from tests.pipelines.dedup_oracle import fold
 from tests.pipelines.step_runs import Interrupted, in_process
 from tests.pipelines.test_dedup import column, mixed
 
@@ -66,8 +67,9 @@ def test_units_are_those_of_the_definition_with_their_places(unit: str, text: st
     assert units.names == oracle.units(text, unit)
     for i, name in enumerate(units.names):
         written = units.excerpt(i, 1)
-        assert name == " " or name == "".join(map(lower_of, written))
-    assert (units.begins[1:] >= units.ends[:-1]).all()
+        assert name == " " or name in fold(written)
+    assert (np.diff(units.begins) >= 0).all()  # one character may be of two words
+    assert (units.ends >= units.begins).all()
 
 
 @UNITS

@@ -25,11 +25,15 @@ from tests.pipelines import dedup_oracle as oracle
 from tests.pipelines.dedup_runs import kept, removed, run_step
 from tests.pipelines.step_runs import Interrupted
 
-# Words of several scripts: lower case that is another letter, marks that belong to words, scripts without spaces.
+# Words of several scripts: folded letters, marks that belong to words, scripts without spaces, what is not seen.
 SCRIPTS = (
     "aB", "z_9", "\u00e9", "\u00c9", "\u00df", "\u0130", "\u0301", "\u0416", "\u0436", "\u0915", "\u093f", "\u4e2d",
     "\u6587", "\u304b", "\u30ca", "\u30fc", "\uac00", "\U00020001", "\U0001f600", "\U0001d400", "\ufb01", ".", ",", "-",
     " ", "\n", "i", "K", "\u212a", "longerth", "internationalisation", "\u201cquoted\u201d", "." * 70,
+    "\u00ad", "\u200b", "\u200d", "\ufeff", "\U000e0101", "\u0640", "\u0131", "\u03c2", "\u03a3", "\u1e9e", "\uff21",
+    "\uff76", "\uff9e", "\ufb03", "\u2153", "\u00bd", "\u337f", "\ufdfa", "\u2460", "\u2122", "\u1100", "\u1161",
+    "\u11a8", "\u0e01", "\u0e33", "\u0e38", "\u0e49", "\u0e51", "\u1780", "\u17b6", "\u17d2", "\u1000", "\u1031",
+    "\u0bca", "\u0cb5", "\u0ccb", "\ua984", "\u00b4", "\u2026",
 )  # fmt: skip
 mixed = st.lists(st.sampled_from(SCRIPTS), max_size=30).map("".join)
 

@@ -18,7 +18,7 @@ from moray.pipelines.dedup.characters import tables
 from moray.pipelines.dedup_parts import exchange
 from moray.pipelines.dedup_parts import step as parts_step
 from moray.pipelines.dedup_parts.decide import Pieces, decide
-from moray.pipelines.dedup_parts.parts import parts_of, without
+from moray.pipelines.dedup_parts.parts import normalized, parts_of, without
 from moray.pipelines.dedup_parts.step import DedupPartsConfig
 from moray.pipelines.dedup_parts.windows import fingerprints, gram_size, windows
 from moray.pipelines.text.arrow import text_buffers
@@ -42,6 +42,15 @@ PIECES = (
     "\u0301",
     "\U0001f600",
 )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Caf\u00e9 \ufb01n", "cafe\u0301  FIN"), ("a\u00adb\u200bc", "abc"), ("\uff21", "a")]
+)
+def test_parts_are_the_same_in_every_form_of_unicode(one: str, other: str) -> None:
+    assert normalized(one) == normalized(other)
+
+
 drawn = st.lists(st.sampled_from(PIECES), max_size=60).map("".join)
 
 
