@@ -36,11 +36,14 @@ class DataWorker:
         return batch
 
 
+CALL_RETRIES = 20  # of one call: an actor that dies of it each time is not restarted for ever
+
+
 def start_data_workers(count: int, address: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> list[Any]:
     """Starts `count` DataWorker actors. They take no CPU of the cluster's count, so that a small machine can
     schedule them beside the training workers; one that dies is restarted, and its calls are retried."""
     import ray
 
     # num_cpus must be given: an actor without it takes one CPU to be placed.
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DataWorker)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES)(DataWorker)
     return [actor.remote(address, dict(weights), seed, plan) for _ in range(count)]

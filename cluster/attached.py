@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moray.cluster.machine import prepare_environment, quiet_logging, signal_handlers_kept
+from moray.cluster.machine import job_config, prepare_environment, quiet_logging, signal_handlers_kept
 from moray.cluster.pending import PendingWatcher
 from moray.platform.home import Home
 from moray.platform.lease import Lease
@@ -44,7 +44,9 @@ class AttachedCluster(Cluster):
         assert self.logs is not None
         quiet_logging(self.logs / "driver.log")
         with signal_handlers_kept():
-            context: Any = ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+            context: Any = ray.init(
+                address=self._address, log_to_driver=False, logging_level=logging.ERROR, job_config=job_config()
+            )
         self._session = Path(context.address_info["session_dir"])
         self._job = ray.get_runtime_context().get_job_id()
         self._pending.start()

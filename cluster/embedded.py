@@ -22,6 +22,7 @@ from moray.cluster.machine import (
     LONGEST_FOLDER,
     cores,
     gpus,
+    job_config,
     memory_bytes,
     prepare_environment,
     quiet_logging,
@@ -69,6 +70,7 @@ class EmbeddedCluster(Cluster):
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                job_config=job_config(),
                 _temp_dir=str(self._folder),
             )
         _end_log_monitor()

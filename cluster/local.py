@@ -205,6 +205,6 @@ def _ray_start() -> list[str]:
 
     # `ray start` as a module: the `ray` command may not be on the path of a service.
     return [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
+        sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--include-log-monitor=false",
     ]  # fmt: skip

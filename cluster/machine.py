@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from moray.platform.home import Home
 
@@ -32,6 +33,18 @@ def quiet_logging(log: Path) -> None:
     logging.captureWarnings(True)
 
 
+def job_config() -> Any:
+    """For `ray.init`: workers look for no module in the folder that this process stands in, where a `queue.py` of a
+    user would be imported in place of the standard library's.
+
+    Ray puts the current folder onto the path of all workers, but for clients; nothing else that drivers do with the
+    setting applies to a job without files of its own (`ray/_private/worker.py`, `connect`).
+    """
+    from ray.job_config import JobConfig
+
+    return JobConfig(_client_job=True)
+
+
 def prepare_environment(home: Home) -> None:
     """Puts `ray_environment` into this process's, where nothing else stands there."""
     settings = ray_environment(home)
@@ -50,6 +63,7 @@ def ray_environment(home: Home) -> dict[str, str]:
         search.insert(0, checkout)
     return {
         "PYTHONPATH": os.pathsep.join(search),
+        "PYTHONSAFEPATH": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

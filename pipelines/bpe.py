@@ -41,7 +41,7 @@ def train_apart(
     """
     settings = json.dumps([list(pattern), vocab_size, list(special), str(path)])
     child = subprocess.Popen(
-        [sys.executable, "-m", "moray.pipelines.bpe", settings],
+        [sys.executable, "-P", "-m", "moray.pipelines.bpe", settings],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

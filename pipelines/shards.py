@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moray.platform.errors import StepFailed
@@ -28,6 +29,7 @@ _ERROR, _TRACEBACK = "error", "traceback"
 # again, by default after a second.
 _LIMITS_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
+_RETRIES = 5  # of a task whose worker or machine is lost; Ray Data's default has no end
 _TASKS_PER_CPU = 8  # enough for one that is slow to be made up for by others
 
 
@@ -62,7 +64,7 @@ def map_shards(
             ctx.progress(phase, min(total, done + partly()) if partly else done, total, unit, said)
 
     with _looking(look if partly and not here else None):
-        for row in map(guarded, shards) if here or not shards else _in_tasks(shards, guarded):
+        for row in map(guarded, shards) if here or not shards else _in_tasks(phase, shards, guarded, ctx.cluster.logs):
             if row[_ERROR]:
                 ctx.write_log("traceback", row[_TRACEBACK])
                 raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
@@ -98,16 +100,24 @@ def _looking(look: Callable[[], None] | None) -> Iterator[None]:
         thread.join()
 
 
-def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator[Row]:
+def _in_tasks(phase: str, shards: Sequence[Row], function: Callable[[Row], Row], logs: Path | None) -> Iterator[Row]:
     import ray.data
+    import ray.exceptions
     from ray.data._internal.execution.resource_manager import ResourceManager
 
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = _LIMITS_SECONDS  # type: ignore[assignment]
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     tasks = min(len(shards), _TASKS_PER_CPU * max(1, cpus))
-    dataset = ray.data.from_items(list(shards), override_num_blocks=tasks).map(function, num_cpus=1)
+    dataset = ray.data.from_items(list(shards), override_num_blocks=tasks).map(
+        function, num_cpus=1, max_retries=_RETRIES
+    )
     dataset.context.target_max_block_size = 1
-    yield from dataset.iter_rows()
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        first = str(error).strip().partition("\n")[0]
+        text = f"{phase}: a task ended without a result, also when it was tried again: {type(error).__name__}: {first}"
+        raise StepFailed(text, f"what its worker said last is under {logs}") from error
 
 
 def pace(totals: Counter[str], seconds: float) -> str:

@@ -33,6 +33,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 def open_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by file, or by the name of one that ships with Moray. Raises InputError or RecipeError."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:  # Python does without, the processes that Ray starts do not
+        raise InputError("the current folder is gone", "change to one that exists") from error
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         shipped = {p.stem: p for p in RECIPES.glob("*.yaml")}

@@ -352,4 +352,4 @@ def _rotate(log: Path, most: int = 8 << 20) -> None:
 
 def python(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours with this Python."""
-    return [sys.executable, "-m", module, *arguments]
+    return [sys.executable, "-P", "-m", module, *arguments]

@@ -262,7 +262,7 @@ WantedBy=default.target
 def _mlflow(home: Home) -> list[str]:
     """MLflow's server. Its socket's folder is private, so it needs no check of host names."""
     return [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{home.mlflow_db}",
+        sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{home.mlflow_db}",
         "--default-artifact-root", str(home.mlflow_artifacts), "--static-prefix", "/mlflow", "--workers", "1",
         "--uvicorn-opts", f"--uds {mlflow_socket(home)} --log-level warning",
     ]  # fmt: skip

@@ -70,7 +70,7 @@ class Extractor:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self.close()
-            command = [sys.executable, "-m", "moray.pipelines.corpus.apart"]
+            command = [sys.executable, "-P", "-m", "moray.pipelines.corpus.apart"]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._owner = os.getpid()
         return self._child

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from moray.pipelines.synthesize.config import Budget
 
 DEAD_AFTER = 8  # requests in a row that failed by the engine's fault, each with its retries
+_CALL_RETRIES = 20
 
 
 @dataclass(frozen=True)
@@ -127,5 +128,5 @@ def start_purse(path: Path, budget: Budget) -> RemotePurse:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": _CALL_RETRIES, "scheduling_strategy": here}
     return RemotePurse(ray.remote(FilePurse).options(**options).remote(str(path), budget))

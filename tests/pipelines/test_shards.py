@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from moray.pipelines import shards
 from moray.pipelines.shards import Row, map_shards, pace
 from moray.platform.errors import StepFailed
-from moray.platform.step import StepContext
+from moray.platform.step import Cluster, StepContext
 
 
 def test_the_pace_is_of_what_was_read_and_names_reasons_by_how_many() -> None:
@@ -86,3 +89,28 @@ def test_a_long_shard_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("halving", 30, 80) in told.done
     assert max(done for _, done, _ in told.done) == 80
     assert told.done[-1] == ("halving", 80, 80)
+
+
+def killed(row: Row) -> Row:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return row
+
+
+@pytest.mark.cluster
+def test_a_task_that_kills_its_worker_is_not_tried_for_ever(ray_cluster: Cluster) -> None:
+    """A module that crashes on import, or a library that does on one document: Ray Data tried again without an end."""
+    told: StepContext = Told()  # type: ignore[assignment]
+    told.cluster = ray_cluster
+    with pytest.raises(StepFailed, match=r"^halving: a task ended without a result.* Worker"):
+        map_shards(told, "halving", [{"shard": 0}], killed, "bytes", lambda row: 1)
+
+
+@pytest.mark.cluster
+def test_workers_look_for_no_module_in_the_current_folder(ray_cluster: Cluster) -> None:
+    """A `queue.py` or `numpy.py` beside a recipe was imported by every worker."""
+    import ray
+
+    ray_cluster.ensure()
+    config = ray._private.worker.global_worker.core_worker.get_job_config()
+    assert str(Path.cwd()) not in config.py_driver_sys_path
+    assert ray.get(ray.remote(lambda: os.environ["PYTHONSAFEPATH"]).remote()) == "1"

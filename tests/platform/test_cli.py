@@ -87,3 +87,14 @@ def test_an_unwritable_home_is_an_error(tmp_path: Path) -> None:
     done = moray(tmp_path / "file" / "home", "plan", "quickstart")
     assert done.returncode == 2
     assert "MORAY_HOME" in done.stderr.splitlines()[0]
+
+
+def test_a_folder_that_is_gone_is_one_error(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; exec {sys.executable} {ROOT / 'moray.py'} plan quickstart"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, cwd=gone, env={"MORAY_HOME": str(tmp_path)}
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: the current folder is gone"
