@@ -102,7 +102,7 @@ def _wanted(name: str) -> list[str]:
 
 def _here(store: ArtifactStore, fingerprint: str) -> Artifact | None:
     """The artifact, if its files are on this machine."""
-    return next((a for step in store.steps() if fingerprint and (a := store.local(step, fingerprint))), None)
+    return next((a for step in store.steps() if fingerprint and (a := store.whole(step, fingerprint))), None)
 
 
 def _explain(run: str, artifacts: Sequence[Artifact], wanted: Sequence[str]) -> Explanation | None:

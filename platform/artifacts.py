@@ -25,7 +25,7 @@ from moray.platform.atomic import create_bytes, is_full, write_text
 from moray.platform.errors import InputError, MorayError, nearest
 from moray.platform.home import Home
 from moray.platform.lease import Lease, is_stale
-from moray.platform.manifest import MANIFEST, Manifest
+from moray.platform.manifest import MANIFEST, REFERENCE, DamagedError, Manifest, read_manifest
 from moray.platform.units import size
 
 if TYPE_CHECKING:
@@ -91,20 +91,34 @@ class ArtifactStore:
             self.remote.check_writable()
 
     def get(self, step: str, fingerprint: str) -> Artifact | None:
-        """The artifact, here or in the shared root, or None if it has no (whole) manifest."""
+        """The artifact, here or in the shared root, or None if it has no manifest. Raises DamagedError."""
         found = self.local(step, fingerprint)
         if found is None and self.remote is not None and (shared := self.remote.get(step, fingerprint)):
             found = Artifact(self.folder(step, fingerprint), shared.local())
         return found
 
     def local(self, step: str, fingerprint: str) -> Artifact | None:
-        """The artifact if its files are here."""
+        """The artifact if its files are here. Raises DamagedError if its manifest cannot be read."""
         folder = self.folder(step, fingerprint)
+        path = folder / MANIFEST
         try:
-            text = (folder / MANIFEST).read_bytes()
-        except FileNotFoundError:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return Artifact(folder, Manifest.model_validate_json(text))
+        except OSError as error:
+            raise DamagedError(f"{step}/{fingerprint}", str(path), error.strerror or str(error)) from error
+        return Artifact(folder, read_manifest(Manifest, text, step, fingerprint, str(path)))
+
+    def damaged(self) -> list[DamagedError]:
+        """The artifacts here and in the shared root whose manifests cannot be read; listings pass over them."""
+        found = []
+        for step in self.steps():
+            for path in sorted((self.root / step).glob(f"[!.]*/{MANIFEST}")):
+                try:
+                    self.local(step, path.parent.name)
+                except DamagedError as error:
+                    found.append(error)
+        return found + (self.remote.damaged() if self.remote else [])
 
     def prepare(self, step: str, fingerprint: str, keep_leftovers: bool) -> Path:
         """The folder to work in, empty unless leftovers of a killed attempt are to be gone on from."""
@@ -205,9 +219,16 @@ class ArtifactStore:
         return committed
 
     def of_step(self, step: str) -> Iterator[Artifact]:
-        """The finished artifacts of a step that are here, newest first."""
+        """The finished artifacts of a step that are here, newest first; without damaged ones."""
         paths = (self.root / step).glob(f"[!.]*/{MANIFEST}")
-        yield from _newest_first(a for path in paths if (a := self.local(step, path.parent.name)))
+        yield from _newest_first(a for path in paths if (a := self.whole(step, path.parent.name)))
+
+    def whole(self, step: str, fingerprint: str) -> Artifact | None:
+        """As `local`, but None for one that is damaged."""
+        try:
+            return self.local(step, fingerprint)
+        except DamagedError:
+            return None
 
     def newest(self, step: str) -> Artifact | None:
         """The artifact of a step that was made last: of those here, or else of those in the shared root."""
@@ -233,7 +254,7 @@ class ArtifactStore:
 
     def by_fingerprint(self, fingerprint: str) -> Artifact | None:
         """The artifact with this whole fingerprint, whatever its step."""
-        here = next((a for step in self.steps() if (a := self.local(step, fingerprint))), None)
+        here = next((a for step in self.steps() if fingerprint and (a := self.whole(step, fingerprint))), None)
         if here or self.remote is None or not fingerprint:
             return here
         return next((a for step in self.remote.steps() for a in self._shared_of(step, fingerprint)), None)
@@ -311,24 +332,40 @@ class ArtifactStore:
 
     def drop_alias(self, alias: str) -> None:
         """Forgets `name@version`, also in the shared root; the artifact stays. Raises InputError if there is none."""
-        known = self.aliases()
+        known = {path.name for path in self._home.aliases.glob("*@*")} | set(self.aliases())
         if alias not in known:
             raise InputError(f"no alias {alias!r}", nearest(alias, known))
         if self.remote is not None:
             self.remote.drop_alias(alias)
-        (self._home.aliases / alias).unlink(missing_ok=True)
+        try:
+            (self._home.aliases / alias).unlink(missing_ok=True)
+        except OSError as error:
+            where = self._home.aliases / alias
+            raise InputError(f"{where}: {error.strerror}", "what lies there is no alias: move it away") from error
 
     def aliases(self) -> dict[str, str]:
-        """`name@version` -> `step/fingerprint`. Where both have one, the shared root's counts."""
-        here = {path.name: path.read_text().strip() for path in sorted(self._home.aliases.glob("*@*"))}
+        """`name@version` -> `step/fingerprint`. Where both have one, the shared root's counts. Without damaged ones."""
+        here = {path.name: target for path in self._alias_files() if (target := _target(path))}
         return here | (self.remote.aliases() if self.remote else {})
+
+    def damaged_aliases(self) -> list[str]:
+        """The aliases here that name no artifact: files that are empty, cut or something else."""
+        return [path.name for path in self._alias_files() if not _target(path)]
+
+    def _alias_files(self) -> list[Path]:
+        return sorted(self._home.aliases.glob("*@*"))
 
     def find(self, reference: str) -> Artifact:
         """An artifact by alias `name@version`, by `step/fingerprint` (a unique prefix is enough), or by its folder.
 
-        Its files need not be here: see `fetch`.
+        Its files need not be here: see `fetch`. Raises InputError, and DamagedError for one that is damaged.
         """
         aliases = self.aliases()
+        if reference not in aliases and reference in self.damaged_aliases():
+            where = self._home.aliases / reference
+            raise InputError(
+                f"alias {reference} is damaged: {where} names no artifact", f"moray artifacts unalias {reference}"
+            )
         target = aliases.get(reference, reference)
         folder = Path(target).expanduser()
         if folder.is_absolute() or (folder / MANIFEST).is_file():
@@ -343,8 +380,20 @@ class ArtifactStore:
             return next(iter(matches.values()))
         if matches:
             raise InputError(f"{reference!r} names {len(matches)} artifacts", "give more of the fingerprint")
+        for damaged in self.damaged():
+            if fingerprint and damaged.reference.startswith(f"{step}/{fingerprint}"):
+                raise damaged
         known = [*aliases, *(f"{step}/..." for step in self.steps())]
         raise InputError(f"no artifact {reference!r}", nearest(reference, known))
+
+
+def _target(path: Path) -> str:
+    """What an alias's file names, or nothing."""
+    try:
+        target = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+    return target if REFERENCE.fullmatch(target) else ""
 
 
 def _newest_first(artifacts: Iterable[Artifact]) -> list[Artifact]:

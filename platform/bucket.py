@@ -45,6 +45,18 @@ _PART = 16 << 20  # bytes; files of at least one part travel in parts
 _QUIET_SECONDS = 2.0  # what takes no longer reports no progress
 _BATCH = 1000  # the most objects that one request deletes
 _BROKEN_BODY = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+_ENDPOINT = "is AWS_ENDPOINT_URL right, and nothing in between, such as a proxy that wants a login?"
+# Of the whole root, not of one object: code -> (what, how to mend it).
+_CREDENTIALS = ("the credentials are refused", "check AWS_ACCESS_KEY_ID and so on")
+_CLOCK = ("the clocks of this machine and of the server differ", "set the clock")
+_ACCOUNT = ("the account of these credentials is closed", "ask its owner")
+_REGION = ("the bucket is in another region", "set AWS_DEFAULT_REGION to it, or AWS_ENDPOINT_URL to its server")
+_REFUSALS = {
+    "InvalidAccessKeyId": _CREDENTIALS, "SignatureDoesNotMatch": _CREDENTIALS, "ExpiredToken": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS, "RequestTimeTooSkewed": _CLOCK, "RequestExpired": _CLOCK,
+    "AccountProblem": _ACCOUNT, "AllAccessDisabled": _ACCOUNT, "NotSignedUp": _ACCOUNT,
+    "PermanentRedirect": _REGION, "AuthorizationHeaderMalformed": _REGION,
+}  # fmt: skip
 _ROOT = "moray-root.json"
 
 
@@ -75,7 +87,7 @@ class Bucket:
     def _client(self) -> Any:
         with self._in_words():
             quick = _client(2, 5, self._read_seconds)
-            quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1)
+            self._check_listing(quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
             return _client(_ATTEMPTS, 10, self._read_seconds)
 
     def check_writable(self) -> None:
@@ -218,7 +230,14 @@ class Bucket:
 
     def _pages(self, **request: str) -> Iterator[Any]:
         with self._in_words():
-            yield from self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name, **request)
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name, **request):
+                self._check_listing(page)
+                yield page
+
+    def _check_listing(self, answer: Any) -> None:
+        """Every listing names its bucket. A login page, or no body at all, is parsed as a listing of nothing."""
+        if "Name" not in answer:
+            raise InputError(f"{self.url}: what answers is no S3 server: it lists no bucket", _ENDPOINT)
 
     @contextlib.contextmanager
     def _in_words(self, key: str = "") -> Iterator[None]:
@@ -229,6 +248,8 @@ class Bucket:
             raise InputError(f"{self.url}: no credentials", hint) from error
         except ClientError as error:
             raise self._refused(error, key) from error
+        except RecursionError as error:  # botocore follows a redirect without a region to itself
+            raise InputError(f"{self.url}: the server redirects to somewhere else", _ENDPOINT) from error
         except RetriesExceededError as error:
             raise self._unreachable(error.last_exception) from error
         except (BotoCoreError, ValueError, OSError) as error:
@@ -237,20 +258,22 @@ class Bucket:
             raise self._unreachable(error) from error
 
     def _refused(self, error: ClientError, key: str) -> InputError:
-        code, where = _code(error), f"{self.url}/{key}" if key else self.url
+        code, where = _code(error) or f"HTTP {_status(error)}", f"{self.url}/{key}" if key else self.url
         if code == "NoSuchBucket":
             return InputError(f"{self.url}: there is no bucket {self._name!r}", "create it, or correct the address")
-        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
-            return InputError(f"{self.url}: the credentials are refused ({code})", "check AWS_ACCESS_KEY_ID and so on")
+        if code in _REFUSALS:
+            words, hint = _REFUSALS[code]
+            return InputError(f"{self.url}: {words} ({code})", hint)
         if code == "AccessDenied" or _status(error) == 403:
             hint = "these credentials need s3:ListBucket, GetObject, PutObject and DeleteObject below that prefix"
             return InputError(f"{where}: access denied", hint)
         if code in ("NoSuchKey", "404"):
-            return InputError(f"{where} is missing", "")
+            return InputError(f"{where} is missing" + ("" if key else " (HTTP 404)"), "" if key else _ENDPOINT)
         if _status(error) == 412:
             return InputError(f"{where} was replaced while it was read", "run again")
         message = error.response.get("Error", {}).get("Message", "")
-        return InputError(f"{where}: {code}: {message}", "the server's own words; run again once it is well")
+        words = f"{code}: {message}" if message else code
+        return InputError(f"{where}: {words}", "the server's own words, or a proxy's; run again once it is well")
 
     def _unreachable(self, error: Exception) -> InputError:
         words = " ".join(str(error).split())[:300]

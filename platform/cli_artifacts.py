@@ -11,6 +11,7 @@ from moray.platform.console import Json, err, out, print_json, print_table
 
 if TYPE_CHECKING:
     from moray.platform.artifacts import Artifact, ArtifactStore
+    from moray.platform.manifest import DamagedError
     from moray.platform.retention import Entry
 
 _DAY_SECONDS = 24 * 3600.0  # what is older and belongs to nobody was left behind
@@ -45,8 +46,9 @@ def list_(*, json_: Json = False) -> int:
         }
         for artifact in artifacts
     ]
+    damaged = store.damaged()
     if json_:
-        print_json(rows)
+        print_json([*rows, *({"artifact": one.reference, "problem": one.message} for one in damaged)])
         return 0
     shown = [
         (a.reference, a.manifest.produces, size(a.manifest.bytes), _when(a.manifest.started),
@@ -54,7 +56,59 @@ def list_(*, json_: Json = False) -> int:
         for a in artifacts
     ]  # fmt: skip
     print_table(("artifact", "is", "size>", "made", "where", "held by", "run"), shown)
+    _say_damaged(store, damaged)
     return 0
+
+
+@app.command
+def verify(
+    reference: str = "",
+    /,
+    *,
+    hashes: Annotated[bool, Parameter(negative=(), help="compare contents too, not only sizes")] = False,
+    json_: Json = False,
+) -> int:
+    """Compare the files of artifacts on this machine with their manifests. Exit 1 if any differ.
+
+    REFERENCE is an alias, STEP/FINGERPRINT (a unique beginning is enough) or a folder; without it, all.
+    """
+    from moray.platform.units import size
+
+    store = _store()
+    chosen = [store.find(reference)] if reference else list(store.all())
+    artifacts = [artifact for artifact in chosen if artifact.here]
+    rows = _verified(artifacts, hashes)
+    rows += (
+        [] if reference else [{"artifact": one.reference, "file": "", "what": one.message} for one in store.damaged()]
+    )
+    if json_:
+        print_json({"artifacts": len(artifacts), "hashes": hashes, "changes": rows})
+    else:
+        for row in rows:
+            place = f"{row['artifact']}/{row['file']}: " if row["file"] else ""
+            out().print(f"{place}{row['what']}", markup=False, soft_wrap=True)
+        what = "sizes and contents" if hashes else "sizes"
+        total = size(sum(artifact.manifest.bytes for artifact in artifacts))
+        out().print(f"{len(artifacts)} artifacts ({total}): {what} compared, {len(rows)} differences", markup=False)
+        if reference and not artifacts:
+            err().print("its files are not on this machine; what is fetched is checked then", markup=False)
+    return 1 if rows else 0
+
+
+def _verified(artifacts: list[Artifact], hashes: bool) -> list[dict[str, str]]:
+    """A row for each file that differs, with progress where there are many bytes to read."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from moray.platform.verify import changes
+
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    rows = []
+    with Progress(*columns, console=err(), transient=True, disable=not hashes) as progress:
+        task = progress.add_task("", total=sum(artifact.manifest.bytes for artifact in artifacts))
+        for artifact in artifacts:
+            for change in changes(artifact.folder, artifact.manifest, hashes, lambda n: progress.advance(task, n)):
+                rows.append({"artifact": artifact.reference, "file": change.path, "what": change.what})
+    return rows
 
 
 @app.command
@@ -92,20 +146,22 @@ def unalias(alias: str, /, *, json_: Json = False) -> int:
 def rm(reference: str, /, *, json_: Json = False) -> int:
     """Remove one artifact, from the shared root too. What a pin or an alias needs is refused."""
     from moray.platform.errors import InputError
+    from moray.platform.manifest import DamagedError
     from moray.platform.retention import lineage
 
     store = _store()
-    artifact = store.find(reference)
+    try:
+        chosen = store.find(reference).reference
+    except DamagedError as error:
+        chosen = error.reference
     entries = {entry.reference: entry for entry in _entries(store)}
     for holder, names in _names(store).items():
-        if artifact.reference in lineage([holder], entries):
-            needed = "" if holder == artifact.reference else f"{holder} was made from it and "
-            raise InputError(
-                f"{artifact.reference} must stay: {needed}has {' and '.join(names)}", _release(store, holder)
-            )
-    if artifact.fingerprint in _in_use() or not store.remove(artifact.reference):
-        raise InputError(f"{artifact.reference} is used by a run", "wait for the run to end")
-    _say(json_, "removed", artifact.reference)
+        if chosen == holder or chosen in lineage([holder], entries):
+            needed = "" if holder == chosen else f"{holder} was made from it and "
+            raise InputError(f"{chosen} must stay: {needed}has {' and '.join(names)}", _release(store, holder))
+    if chosen.partition("/")[2] in _in_use() or not store.remove(chosen):
+        raise InputError(f"{chosen} is used by a run", "wait for the run to end")
+    _say(json_, "removed", chosen)
     return 0
 
 
@@ -137,6 +193,7 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
             out().print(f"left behind: {name}", markup=False)
         verb = "would free" if dry_run else "freed"
         out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
+    _say_damaged(store, store.damaged())
     if kept > allowed:
         err().print(f"still {size(kept - allowed)} over the limit: the rest is pinned, aliased or in use", markup=False)
     return 0
@@ -146,7 +203,8 @@ def _chosen(store: ArtifactStore, allowed: int) -> tuple[list[Entry], int]:
     """What gc may remove from this machine, and how many bytes lie on it."""
     from moray.platform.retention import to_free, to_remove
 
-    entries = [entry for entry in _entries(store) if store.local(*entry.reference.split("/"))]
+    here = {artifact.reference for artifact in store.all()}
+    entries = [entry for entry in _entries(store) if entry.reference in here]
     used = _in_use()
     working = [e.reference for e in entries if e.reference.partition("/")[2] in used]
     copies = to_free(entries, [*store.pins(), *working], allowed)
@@ -215,6 +273,14 @@ def _release(store: ArtifactStore, reference: str) -> str:
         return f"moray artifacts unpin {reference}"
     alias = next(name for name, target in store.aliases().items() if target == reference)
     return f"moray artifacts unalias {alias}"
+
+
+def _say_damaged(store: ArtifactStore, damaged: list[DamagedError]) -> None:
+    """What is passed over, by name, with the fix; on stderr."""
+    for one in damaged:
+        err().print(f"{one.message}\n  {one.hint}", markup=False, soft_wrap=True)
+    for alias in store.damaged_aliases():
+        err().print(f"alias {alias} names no artifact\n  moray artifacts unalias {alias}", markup=False, soft_wrap=True)
 
 
 def _when(made: float) -> str:

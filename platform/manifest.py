@@ -12,13 +12,30 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moray.platform.errors import InputError
 
 MANIFEST = "manifest.json"
+REFERENCE = re.compile(r"[a-z0-9][\w.-]*/\w[\w.-]*")  # step/fingerprint
 _TEMPORARY = re.compile(r"^\..*\.[^.]+$")  # as platform/atomic.py names them
 _RECORDED = ("ray", "torch", "pyarrow", "tokenizers", "numba", "numpy", "mlflow", "deepspeed")
+
+
+class DamagedError(InputError):
+    """An artifact whose manifest is there and cannot be read: it costs itself, not the artifacts beside it."""
+
+    def __init__(self, reference: str, where: str, problem: str) -> None:
+        super().__init__(
+            f"artifact {reference} is damaged: {where}: {problem}",
+            f"`moray artifacts rm {reference}` removes it; the next run makes it again",
+        )
+        self.reference = reference
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputError, (self.message, self.hint)
 
 
 class FileEntry(BaseModel):
@@ -57,6 +74,25 @@ class Manifest(BaseModel):
     gpu_seconds: float = 0.0
 
 
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+
+
+def read_manifest(kind: type[ManifestT], text: bytes, step: str, fingerprint: str, where: str) -> ManifestT:
+    """The manifest of `step/fingerprint` in `text`. Raises DamagedError, which names `where` it lies."""
+    reference = f"{step}/{fingerprint}"
+    if not text:
+        raise DamagedError(reference, where, "the file is empty")
+    try:
+        found = kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise DamagedError(reference, where, f"{field}: {first['msg']}" if field else first["msg"]) from error
+    if (found.step, found.fingerprint) != (step, fingerprint):
+        raise DamagedError(reference, where, f"it is that of {found.step}/{found.fingerprint}")
+    return found
+
+
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -64,7 +100,7 @@ def hash_file(path: Path) -> str:
 
 def hash_folder(folder: Path) -> list[FileEntry]:
     """Every file under `folder` but the manifest and temporary ones (`.name.xyz`), sorted by path."""
-    paths = sorted(_files(folder))
+    paths = sorted(files_in(folder))
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(hash_file, paths))
     return [
@@ -73,7 +109,8 @@ def hash_folder(folder: Path) -> list[FileEntry]:
     ]
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files that belong to an artifact: all but the manifest and temporary ones."""
     for path in folder.rglob("*"):
         if path.is_file() and path != folder / MANIFEST and not _TEMPORARY.match(path.name):
             yield path

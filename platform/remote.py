@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moray.platform.bucket import Bucket, Progress, Stored
 from moray.platform.errors import InputError
-from moray.platform.manifest import MANIFEST, FileEntry, Manifest, hash_folder
+from moray.platform.manifest import MANIFEST, REFERENCE, DamagedError, FileEntry, Manifest, hash_folder, read_manifest
 
 _WRITER = "w-"
 _ALIASES, _RUNS = "aliases", "runs"
@@ -44,8 +44,10 @@ class RemoteArtifacts:
         self._bucket.check_writable()
 
     def get(self, step: str, fingerprint: str) -> SharedManifest | None:
-        text = self._bucket.get(f"{step}/{fingerprint}/{MANIFEST}")
-        return None if text is None else SharedManifest.model_validate_json(text)
+        """Raises DamagedError if there is a manifest that cannot be read."""
+        key = f"{step}/{fingerprint}/{MANIFEST}"
+        text = self._bucket.get(key)
+        return None if text is None else read_manifest(SharedManifest, text, step, fingerprint, f"{self.url}/{key}")
 
     def push(self, folder: Path, manifest: Manifest, progress: Progress) -> SharedManifest:
         """Uploads an artifact unless it is there. Returns the manifest that stands in the end: ours or a rival's."""
@@ -91,10 +93,22 @@ class RemoteArtifacts:
         return [name for name in self._bucket.folders() if name not in (_ALIASES, _RUNS)]
 
     def of_step(self, step: str, beginning: str = "") -> list[SharedManifest]:
-        """The artifacts of a step whose fingerprints begin so."""
-        names = self._bucket.folders(f"{step}/{beginning}")
+        """The artifacts of a step whose fingerprints begin so; without damaged ones."""
+        return [found for found in self._read(step, beginning) if isinstance(found, SharedManifest)]
+
+    def damaged(self) -> list[DamagedError]:
+        """The artifacts whose manifests cannot be read."""
+        return [one for step in self.steps() for one in self._read(step) if isinstance(one, DamagedError)]
+
+    def _read(self, step: str, beginning: str = "") -> list[SharedManifest | DamagedError | None]:
+        def read(name: str) -> SharedManifest | DamagedError | None:
+            try:
+                return self.get(step, name)
+            except DamagedError as error:
+                return error
+
         with ThreadPoolExecutor(8) as pool:
-            return [found for found in pool.map(lambda name: self.get(step, name), names) if found]
+            return list(pool.map(read, self._bucket.folders(f"{step}/{beginning}")))
 
     def remove(self, step: str, fingerprint: str) -> None:
         """First the manifest: from then on there is no such artifact."""
@@ -121,7 +135,8 @@ class RemoteArtifacts:
 
     def alias(self, name: str) -> str | None:
         text = self._bucket.get(f"{_ALIASES}/{name}")
-        return None if text is None else text.decode().strip()
+        target = (text or b"").decode(errors="replace").strip()
+        return target if REFERENCE.fullmatch(target) else None
 
     def aliases(self) -> dict[str, str]:
         names = [item.key.partition("/")[2] for item in self._bucket.objects(f"{_ALIASES}/")]
@@ -157,5 +172,8 @@ class RemoteArtifacts:
 
     def _is_named(self, place: str) -> bool:
         step, fingerprint, writer = place.split("/")
-        manifest = self.get(step, fingerprint)
+        try:
+            manifest = self.get(step, fingerprint)
+        except DamagedError:
+            return True  # it may name them: nothing is swept that somebody could mend
         return manifest is not None and manifest.objects == writer

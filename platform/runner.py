@@ -35,6 +35,7 @@ from moray.platform.references import Redactor, redacting
 from moray.platform.signals import interrupt, until_interrupted
 from moray.platform.source import source_hash
 from moray.platform.step import Cancelled, Cluster, StepContext, Topology
+from moray.platform.verify import check_sizes
 
 # As the system and SQLite say it.
 _FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full")
@@ -262,9 +263,12 @@ class Runner:
         """An earlier step's artifact with its files on this machine, or with the address that they are read at."""
         with _mid_run():
             if in_place:
-                return self.store.locate(row.artifact)
-            row.artifact = self.store.fetch(row.artifact, _progress(context))
-        return row.artifact
+                found = self.store.locate(row.artifact)
+            else:
+                found = row.artifact = self.store.fetch(row.artifact, _progress(context))
+            if not found.url:
+                check_sizes(found.folder, found.manifest)
+        return found
 
     @contextmanager
     def _explained(self, context: StepContext[Any]) -> Iterator[None]:
