@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 from moray.cluster.machine import (
-    LONGEST_FOLDER,
     cores,
     gpus,
+    holds_sockets,
     job_config,
     memory_bytes,
     prepare_environment,
@@ -92,7 +92,7 @@ class EmbeddedCluster(Cluster):
     def _temporary_folder(self) -> Path:
         """A folder named after this process; those of processes that are gone are cleared away."""
         parent = self._home.root / "ray"
-        if len(str(parent)) > LONGEST_FOLDER:
+        if not holds_sockets(parent):
             return Path(tempfile.mkdtemp(prefix="moray-"))
         parent.mkdir(exist_ok=True)
         for old in parent.glob("r*"):

@@ -189,9 +189,9 @@ def default_options(
 
 
 def short_folder(home: Home) -> Path:
-    """Ray's folder: under MORAY_HOME where that path is short enough for Unix sockets, else a private one in /tmp."""
+    """Ray's folder: under MORAY_HOME where Ray can work in that path, else a private one in /tmp."""
     folder = home.root / "ray" / "up"
-    if len(str(folder)) > machine.LONGEST_FOLDER:
+    if not machine.holds_sockets(folder):
         name = hashlib.sha256(str(home.root).encode()).hexdigest()[:8]
         folder = Path(tempfile.gettempdir()) / f"moray-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

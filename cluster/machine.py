@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
 import zlib
@@ -100,6 +101,12 @@ def signal_handlers_kept() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def holds_sockets(folder: Path) -> bool:
+    """Whether Ray can work in a folder: its Unix sockets have room for the path, and no command line that it builds
+    falls apart at a blank or a quote."""
+    return len(os.fsencode(folder)) <= LONGEST_FOLDER and bool(re.fullmatch(r"[\w./-]+", str(folder), re.ASCII))
 
 
 def cores() -> int:

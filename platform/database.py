@@ -137,7 +137,8 @@ class Database:
         """A connection of this thread that can only read."""
         found: sqlite3.Connection | None = getattr(self._readers, "connection", None)
         if found is None:
-            found = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, isolation_level=None, timeout=30.0)
+            address = f"{self.path.absolute().as_uri()}?mode=ro"
+            found = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30.0)
             found.row_factory = sqlite3.Row
             self._readers.connection = found
         return found

@@ -210,7 +210,21 @@ def _first_instant(local: datetime, zone: ZoneInfo) -> float:
 
 
 def _expanded(text: str) -> str:
-    return _MACROS.get(text.lower(), text)
+    """As cronsim takes it: macros written out, and 4-4/1 as 4, where cronsim reads 4/1, every hour from 4 on."""
+    parts = _MACROS.get(text.lower(), text).upper().split()
+    fields = [names for _, _, names in _FIELDS]
+    return " ".join(
+        ",".join(_without_step(term, names) for term in part.split(","))
+        for part, names in zip(parts, fields, strict=True)
+    )
+
+
+def _without_step(term: str, names: list[str]) -> str:
+    found = re.fullmatch(r"(\w+)-(\w+)/0*[1-9]\d*", term)
+    if not found:
+        return term
+    first, last = (str(names.index(one) + (names is _MONTHS)) if one in names else one for one in found.groups())
+    return first if first.lstrip("0") == last.lstrip("0") else term
 
 
 def _zone(tz: str) -> ZoneInfo:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from moray.platform.events import MetricEvent
 from moray.platform.home import Home
@@ -30,6 +31,12 @@ class Registered:
     name: str
     version: int
     run_id: str
+
+
+def database_uri(home: Home) -> str:
+    """SQLAlchemy's address of MLflow's database: a path may hold `#`, `?` and `%`. With the driver's name in it, or
+    MLflow would make the folder of the quoted path too."""
+    return f"sqlite+pysqlite:///{quote(str(home.mlflow_db))}"
 
 
 def register_model(
@@ -92,5 +99,5 @@ def _client(home: Home) -> Iterator[Any]:
         logging.getLogger(name).setLevel(logging.WARNING)
     with home.mlflow_db.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        uri = f"sqlite:///{home.mlflow_db}"
+        uri = database_uri(home)
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)

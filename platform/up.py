@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import importlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from moray.platform.auth import ensure_token
 from moray.platform.errors import InputError, StepFailed
 from moray.platform.home import Home
 from moray.platform.ports import check_port, free_ports, is_free
-from moray.platform.processes import Process, marked, marks
+from moray.platform.processes import MARK, Process, marked, marks
 from moray.platform.supervisor import (
     SUPERVISOR,
     Service,
@@ -38,6 +39,7 @@ from moray.platform.supervisor import (
     read_state,
     supervisors,
 )
+from moray.platform.tracking import database_uri
 
 HOST = "127.0.0.1"
 PORT = 8400
@@ -131,8 +133,12 @@ def services(home: Home, options: UpOptions) -> list[Service]:
 
 
 def supervise(home: Home, say: Callable[[str], None] = print) -> None:
-    """Runs the services of this MORAY_HOME until SIGTERM or SIGINT. Raises InputError if somebody does already."""
-    supervisor = Supervisor(home, services(home, UpOptions.read(home)), say)
+    """Runs the services of this MORAY_HOME until SIGTERM or SIGINT. Raises InputError if somebody does already.
+
+    Where `moray up` never ran, as under systemd, the options are decided here.
+    """
+    known = (home.up / "options.json").exists()
+    supervisor = Supervisor(home, services(home, UpOptions.read(home) if known else decide(home)), say)
     if not supervisor.acquire():
         raise InputError(f"the control plane of {home.root} is up already", "moray status")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -243,12 +249,14 @@ def mlflow_socket(home: Home) -> Path:
 
 def systemd_unit(home: Home) -> str:
     """A user unit that keeps the supervisor running from login, or with lingering from boot."""
+    environment = {"MORAY_HOME": str(home.root), MARK: marks(home.root, SUPERVISOR)[MARK]}
+    settings = "\n".join(f"Environment={_for_systemd(f'{name}={value}')}" for name, value in environment.items())
     return f"""[Unit]
-Description=Moray control plane of {home.root}
+Description=Moray control plane of {str(home.root).replace("%", "%%")}
 
 [Service]
-ExecStart={sys.executable} -m moray.platform.up
-Environment=MORAY_HOME={home.root}
+ExecStart={_for_systemd(sys.executable).replace("$", "$$")} -P -m moray.platform.up
+{settings}
 Restart=on-failure
 RestartSec=2
 KillMode=process
@@ -259,12 +267,18 @@ WantedBy=default.target
 """
 
 
+def _for_systemd(text: str) -> str:
+    """One word of a unit's line: quoted, without specifiers (systemd.syntax, systemd.unit)."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
+
+
 def _mlflow(home: Home) -> list[str]:
     """MLflow's server. Its socket's folder is private, so it needs no check of host names."""
     return [
-        sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{home.mlflow_db}",
-        "--default-artifact-root", str(home.mlflow_artifacts), "--static-prefix", "/mlflow", "--workers", "1",
-        "--uvicorn-opts", f"--uds {mlflow_socket(home)} --log-level warning",
+        sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", database_uri(home),
+        "--default-artifact-root", home.mlflow_artifacts.as_uri(), "--static-prefix", "/mlflow", "--workers", "1",
+        "--uvicorn-opts", f"--uds {shlex.quote(str(mlflow_socket(home)))} --log-level warning",
     ]  # fmt: skip
 
 

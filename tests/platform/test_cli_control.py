@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
+from moray.cluster.local import short_folder
+from moray.cluster.machine import holds_sockets
+from moray.platform.database import Database
 from moray.platform.home import Home
+from moray.platform.tracking import database_uri
 from moray.platform.up import systemd_unit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -105,5 +111,44 @@ def test_down_where_nothing_runs_is_no_error(home: Home) -> None:
 def test_the_systemd_unit_runs_the_supervisor_of_this_home(home: Home) -> None:
     printed = moray(home, "up", "--systemd").stdout
     assert printed == systemd_unit(home)
-    assert f"Environment=MORAY_HOME={home.root}" in printed
+    assert f'Environment="MORAY_HOME={home.root}"' in printed
     assert "ExecStart=" in printed
+
+
+ODD_NAMES = ["my home", "no#1", "a%20b", "what?", "hc-é", "it's", "a$b\\c", 'q"x', "a&b=c;d"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_home_may_lie_anywhere(tmp_path: Path, name: str) -> None:
+    """A database at an address that was not quoted was another file, and nothing was found in the right one."""
+    home = Home(tmp_path / name)
+    home.root.mkdir()
+    database = Database(home.database, durable=False)
+    with database.write() as connection:
+        connection.execute("CREATE TABLE odd (name TEXT)")
+    assert database.read().execute("SELECT count(*) FROM odd").fetchone()[0] == 0
+    database.close()
+    engine = sqlalchemy.create_engine(database_uri(home))
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE odd (name TEXT)"))
+    engine.dispose()
+    assert home.mlflow_db.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_systemd_unit_may_name_any_home(tmp_path: Path, name: str) -> None:
+    home = Home(tmp_path / name)
+    home.root.mkdir()
+    lines = systemd_unit(home).splitlines()
+    setting = next(line for line in lines if "MORAY_HOME" in line).removeprefix("Environment=")
+    assert shlex.split(setting)[0].replace("%%", "%") == f"MORAY_HOME={home.root}"
+    start = next(line for line in lines if line.startswith("ExecStart="))
+    assert shlex.split(start.removeprefix("ExecStart=")) == [sys.executable, "-P", "-m", "moray.platform.up"]
+
+
+def test_ray_gets_a_folder_without_blanks(tmp_path: Path) -> None:
+    for root in (tmp_path / "my home", Path("/tmp/it's"), Path("/tmp/" + "long" * 20)):
+        assert not holds_sockets(root / "ray" / "up")
+        assert holds_sockets(short_folder(Home(root)))
+    assert holds_sockets(Path("/home/me/.moray/ray/up"))

@@ -272,6 +272,24 @@ def test_english(trigger: Trigger, english: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("0 4-4/1 * * *", "0 4 * * *"), ("0 4-04/3,9 * * *", "0 4,9 * * *"), ("0 0 * * 5-5/2", "0 0 * * 5"),
+        ("0 0 * * fri-FRI/1", "0 0 * * 5"), ("0 0 1 MAR-3/2 *", "0 0 1 3 *"), ("0-0/7 0 * * *", "0 0 * * *"),
+        ("0 0 1-1/1 1-1/1 *", "0 0 1 1 *"),
+    ],
+)  # fmt: skip
+def test_a_range_of_one_value_with_a_step_is_that_value(text: str, plain: str) -> None:
+    """cronsim reads 4-4/1 as 4/1: every hour from 4 on."""
+    one, other = (parse_trigger(cron, None, "UTC", 0.0) for cron in (text, plain))
+    moment = 0.0
+    for _ in range(20):
+        assert one.after(moment) == other.after(moment)
+        moment = other.after(moment)
+    assert one.english() == other.english()
+
+
+@pytest.mark.parametrize(
     ("macro", "text"),
     [
         ("@hourly", "0 * * * *"), ("@daily", "0 0 * * *"), ("@midnight", "0 0 * * *"), ("@weekly", "0 0 * * 0"),
