@@ -33,7 +33,7 @@ METRIC = "eval_bits_per_byte"
 class EvaluateConfig(StepConfig):
     batch_windows: int = Field(8, gt=0, description="windows scored at once")
     resamples: int = Field(200, gt=0, description="bootstrap resamples of documents, for the intervals")
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
 
 @dataclass

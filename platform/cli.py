@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.table import Table
 
 from moray.platform import cli_artifacts, cli_explain, cli_jobs, cli_models, cli_runs, cli_schedule, cli_up
-from moray.platform.console import Json, err, lenient_streams, out, print_json
+from moray.platform.console import Json, err, lenient_streams, out, print_json, print_table
 from moray.platform.errors import MorayError, nearest
 
 app = App(
@@ -89,12 +88,8 @@ def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
         ]
         print_json(rows)
         return 0
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("step", "action", "fingerprint", "why"):
-        table.add_column(column)
-    for d in decisions:
-        table.add_row(d.planned.key, "reuse" if d.reuse else "run", d.address.fingerprint[:8], _why(d))
-    out().print(table)
+    shown = [(d.planned.key, "reuse" if d.reuse else "run", d.address.fingerprint[:8], _why(d)) for d in decisions]
+    print_table(("step", "action", "fingerprint", "why"), shown)
     return 0
 
 
@@ -224,7 +219,19 @@ def main(arguments: list[str] | None = None) -> None:
 
     app.version = moray.__version__  # type: ignore[attr-defined]
     lenient_streams()
+    arguments = _with_names(sys.argv[1:] if arguments is None else arguments)
     sys.exit(_guarded(lambda: app(arguments, exit_on_error=False, print_error=False, result_action="return_value")))
+
+
+def _with_names(arguments: list[str]) -> list[str]:
+    """`--name X` as `--name=X`: a job may be called anything, `--help` too, which would be an option by itself."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--name":
+            joined[-1] = f"--name={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _guarded(command: Callable[[], Any]) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from rich.segment import Segment
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
+_FOLDED = 10
 _LAYOUT = "\t\n"  # rich lays these out
 # All control characters, and those that turn the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -71,14 +73,28 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A plain table on stdout; a column whose name ends in `>` is set right."""
+    """A plain table on stdout; a column whose name ends in `>` is set right. A terminal that is too narrow for it gets
+    a line for each value instead of columns of a letter."""
+    columns, rows = [*columns], [[*row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = out()
+    if console.is_terminal and console.width < _least_width(columns, rows):
+        for row in rows:
+            for name, value in zip(columns, row, strict=True):
+                console.print(f"{name.removesuffix('>')}: {value}")
+            console.print()
+        return
     if not console.is_terminal:  # nobody folds a file
         wide = console.options.update(width=1 << 16)
         console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)
+
+
+def _least_width(columns: list[str], rows: list[list[str]]) -> int:
+    """Of a table whose values may be folded into lines of a word or so."""
+    widths = [max((cell_len(row[i]) for row in [columns, *rows]), default=0) for i in range(len(columns))]
+    return sum(min(width, _FOLDED) + 1 for width in widths)

@@ -92,5 +92,17 @@ def _part(path: Path, offset: int, ended: bool) -> tuple[str, int, bool]:
     last = offset + len(data) >= size
     if not (ended and last):
         whole = data.rfind(b"\n") + 1
-        data = data[:whole] if whole or len(data) < _PART else data  # a line longer than a part is cut
+        data = data[:whole] if whole or len(data) < _PART else _whole_characters(data)  # too long a line is cut
     return data.decode("utf-8", errors="replace"), offset + len(data), last
+
+
+def _whole_characters(data: bytes) -> bytes:
+    """UTF-8 without the character at its end that is not all there."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return data[:-back] if back < length else data
+        if byte < 0x80:
+            break
+    return data

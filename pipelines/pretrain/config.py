@@ -106,7 +106,7 @@ class PretrainConfig(StepConfig):
     ema_half_life_tokens: int | None = Field(
         None, gt=0, description="keep an exponential moving average of the weights, on the CPU"
     )
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
     device: Literal["auto", "cpu", "gpu"] = operational(
         "auto", description="auto: GPUs, one for each worker, if the cluster has any; then too few of them are an error"

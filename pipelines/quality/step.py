@@ -42,7 +42,7 @@ class QualityModelConfig(StepConfig):
     characters: int = Field(10_000, gt=0, description="of a text, that are read")
     epochs: int = Field(10, gt=0)
     regularization: float = Field(1e-5, gt=0, description="L2's weight")
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
     @model_validator(mode="after")
     def _one_kind_of_examples(self) -> QualityModelConfig:

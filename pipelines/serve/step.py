@@ -31,7 +31,7 @@ class SmokeServeConfig(StepConfig):
     )
     max_tokens: int = Field(48, ge=1, description="tokens of an answer, at most")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0: always the likeliest token")
-    seed: int = Field(1, description="of the sampling, where temperature is above 0")
+    seed: int = Field(1, ge=0, description="of the sampling, where temperature is above 0")
     concurrent: int = operational(4, ge=1, description="requests at once")
 
 

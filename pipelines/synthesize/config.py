@@ -166,7 +166,7 @@ class SynthesizeConfig(StepConfig):
     sandbox: SandboxLimits = SandboxLimits()
     unsafe_sandbox: bool = Field(False, description="run code with limits only where namespaces are not allowed")
     shard_items: int = Field(32, gt=0)
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
     @model_validator(mode="after")
     def _complete(self) -> SynthesizeConfig:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moray.platform.cli import _with_names
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -87,6 +89,11 @@ def test_an_unwritable_home_is_an_error(tmp_path: Path) -> None:
     done = moray(tmp_path / "file" / "home", "plan", "quickstart")
     assert done.returncode == 2
     assert "MORAY_HOME" in done.stderr.splitlines()[0]
+
+
+def test_the_value_of_name_is_no_option() -> None:
+    assert _with_names(["submit", "r", "--name", "--help", "-f"]) == ["submit", "r", "--name=--help", "-f"]
+    assert _with_names(["submit", "--name"]) == ["submit", "--name"]
 
 
 def test_a_folder_that_is_gone_is_one_error(tmp_path: Path) -> None:

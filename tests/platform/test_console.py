@@ -49,6 +49,17 @@ def test_a_wide_table_is_not_folded_in_a_file(capsys: pytest.CaptureFixture[str]
     assert lines[1].count("some words of a value") == 20
 
 
+def test_a_terminal_too_narrow_for_a_table_gets_a_line_a_value(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table([f"column {n}" for n in range(20)], [["some words" for _ in range(20)]])
+    assert "column 7: some words" in capsys.readouterr().out.splitlines()
+    print_table(["one", "two>"], [["some words", "7"]])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_no_other_module_makes_a_console() -> None:
     found = [path.name for path in PLATFORM.rglob("*.py") if re.search(r"(?<!Plain)Console\(", path.read_text())]
     assert found == []

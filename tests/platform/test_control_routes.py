@@ -229,6 +229,20 @@ def test_logs_are_read_in_parts_and_offsets_checked(plane: Plane) -> None:
     assert plane.http.get(f"/api/jobs/{job['id']}/logs?attempt=2").status_code == 404
 
 
+def test_a_line_longer_than_a_part_is_cut_between_characters(plane: Plane) -> None:
+    job = plane.http.post("/api/jobs", json=plane.body()).json()
+    attempt = plane.controller.jobs.new_attempt(job["id"])
+    log = plane.home.runs / attempt.id / "logs" / "driver.txt"
+    log.parent.mkdir(parents=True)
+    written = "x" + "äあ😀" * 60_000  # nine bytes each: a part ends within a character
+    log.write_text(written + "\n")
+    text, offset = "", 0
+    for _ in range(4):
+        part = plane.http.get(f"/api/jobs/{job['id']}/logs?offset={offset}").json()
+        text, offset = text + part["text"], part["offset"]
+    assert text == written + "\n"
+
+
 def test_the_overview_says_that_the_cluster_is_away(plane: Plane) -> None:
     found = plane.http.get("/api/overview").json()
     assert found["cluster"]["alive"] is False

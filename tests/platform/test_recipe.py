@@ -9,6 +9,7 @@ import pytest
 
 from moray.platform.errors import InputError, MorayError, RecipeError
 from moray.platform.recipe import load_recipe, parse_recipe
+from moray.platform.step import resolve_step, step_names
 
 DATA = """
     name: demo
@@ -115,3 +116,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "just text", "[1, 2]"])
 def test_what_is_not_a_mapping_is_refused(text: str, folder: Path) -> None:
     assert "a recipe is a mapping" in mistake(text, folder).message
+
+
+def test_no_step_takes_a_negative_seed() -> None:
+    seeds = {name: field for name in step_names() if (field := resolve_step(name).Config.model_fields.get("seed"))}
+    assert {"dedup", "pretrain", "evaluate", "quality-model", "synthesize"} <= set(seeds)
+    for name, field in seeds.items():
+        assert any(getattr(one, "ge", None) == 0 for one in field.metadata), name
