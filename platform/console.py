@@ -75,16 +75,16 @@ def print_json(value: Any) -> None:
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """A plain table on stdout; a column whose name ends in `>` is set right. A terminal that is too narrow for it gets
     a line for each value instead of columns of a letter."""
-    columns, rows = [*columns], [[*row] for row in rows]
+    names, cells = [*columns], [[*row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
+    for name in names:
         table.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
-    for row in rows:
+    for row in cells:
         table.add_row(*row)
     console = out()
-    if console.is_terminal and console.width < _least_width(columns, rows):
-        for row in rows:
-            for name, value in zip(columns, row, strict=True):
+    if console.is_terminal and console.width < _least_width(names, cells):
+        for row in cells:
+            for name, value in zip(names, row, strict=True):
                 console.print(f"{name.removesuffix('>')}: {value}")
             console.print()
         return
