@@ -59,7 +59,7 @@ def ray_environment(home: Home) -> dict[str, str]:
     import moray
 
     checkout = str(Path(moray.__path__[0]))
-    search = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    search = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     if checkout not in search and (Path(checkout) / "moray.py").exists():
         search.insert(0, checkout)
     return {

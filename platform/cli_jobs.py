@@ -204,4 +204,6 @@ def _quoted(name: str) -> str:
 
     if not name:
         raise InputError("the job's name is empty", "moray list shows the jobs")
+    if "/" in name:  # which no address of a job can hold
+        raise InputError(f"no job {name!r}", "give its id, or a part of its name without a slash")
     return quote(name, safe="")

@@ -153,9 +153,15 @@ def start(home: Home) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         return subprocess.Popen(
             python("moray.platform.up"),
-            env={**os.environ, "MORAY_HOME": str(home.root), **marks(home.root, SUPERVISOR)}, cwd="/",
+            env={**os.environ, **_python_path(), "MORAY_HOME": str(home.root), **marks(home.root, SUPERVISOR)}, cwd="/",
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+
+
+def _python_path() -> dict[str, str]:
+    """PYTHONPATH as it is meant here: services have another current folder."""
+    parts = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, parts))} if parts else {}
 
 
 def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[ServiceStatus]:

@@ -14,8 +14,10 @@ import pytest
 import sqlalchemy
 
 from moray.cluster.local import short_folder
-from moray.cluster.machine import holds_sockets
+from moray.cluster.machine import holds_sockets, ray_environment
+from moray.platform import cli_jobs
 from moray.platform.database import Database
+from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.tracking import database_uri
 from moray.platform.up import systemd_unit
@@ -152,3 +154,16 @@ def test_ray_gets_a_folder_without_blanks(tmp_path: Path) -> None:
         assert not holds_sockets(root / "ray" / "up")
         assert holds_sockets(short_folder(Home(root)))
     assert holds_sockets(Path("/home/me/.moray/ray/up"))
+
+
+@pytest.mark.parametrize("name", ["", "/", "a/b", "../.."])
+def test_no_name_of_a_job_is_another_address(name: str) -> None:
+    """`moray status /` asked for the list of all jobs."""
+    with pytest.raises(InputError):
+        cli_jobs._quoted(name)
+
+
+def test_folders_of_modules_are_those_of_the_one_who_starts(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services work in another folder: a path that is relative to this one would be another there."""
+    monkeypatch.setenv("PYTHONPATH", f"plug{os.pathsep}/opt/more")
+    assert {str(Path("plug").absolute()), "/opt/more"} <= set(ray_environment(home)["PYTHONPATH"].split(os.pathsep))
