@@ -17,7 +17,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from moray.platform.errors import StepFailed
@@ -64,7 +63,7 @@ def map_shards(
             ctx.progress(phase, min(total, done + partly()) if partly else done, total, unit, said)
 
     with _looking(look if partly and not here else None):
-        for row in map(guarded, shards) if here or not shards else _in_tasks(phase, shards, guarded, ctx.cluster.logs):
+        for row in map(guarded, shards) if here or not shards else _in_tasks(shards, guarded):
             if row[_ERROR]:
                 ctx.write_log("traceback", row[_TRACEBACK])
                 raise StepFailed(f"{phase}: {row[_ERROR]}", f"details: {ctx.log_path('traceback')}")
@@ -100,7 +99,7 @@ def _looking(look: Callable[[], None] | None) -> Iterator[None]:
         thread.join()
 
 
-def _in_tasks(phase: str, shards: Sequence[Row], function: Callable[[Row], Row], logs: Path | None) -> Iterator[Row]:
+def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator[Row]:
     import ray.data
     import ray.exceptions
     from ray.data._internal.execution.resource_manager import ResourceManager
@@ -116,8 +115,8 @@ def _in_tasks(phase: str, shards: Sequence[Row], function: Callable[[Row], Row],
         yield from dataset.iter_rows()
     except ray.exceptions.RayError as error:
         first = str(error).strip().partition("\n")[0]
-        text = f"{phase}: a task ended without a result, also when it was tried again: {type(error).__name__}: {first}"
-        raise StepFailed(text, f"what its worker said last is under {logs}") from error
+        text = f"a task ended without a result, also when it was tried again: {type(error).__name__}: {first}"
+        raise StepFailed(text, "what its worker said last is among Ray's logs, in MORAY_HOME/logs or the run's folder") from error
 
 
 def pace(totals: Counter[str], seconds: float) -> str:

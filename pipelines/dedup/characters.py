@@ -75,7 +75,7 @@ def tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
 
 def fold(character: str) -> str:
     """What a character is compared as. A character that would become more characters than it has bytes in UTF-8, such
-    as U+FDFA or U+33A5, stays as it is: kernels have room for one word a byte."""
+    as U+FDFA or U+337F, stays as it is: kernels have room for one word a byte."""
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).translate(_DOTLESS_I)
     kept = "".join(one for one in folded if not unicodedata.combining(one) and ord(one) not in UNSEEN)
     return kept if len(kept) <= len(character.encode(errors="surrogatepass")) else character
