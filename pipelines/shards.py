@@ -116,7 +116,8 @@ def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator
     except ray.exceptions.RayError as error:
         first = str(error).strip().partition("\n")[0]
         text = f"a task ended without a result, also when it was tried again: {type(error).__name__}: {first}"
-        raise StepFailed(text, "what its worker said last is among Ray's logs, in MORAY_HOME/logs or the run's folder") from error
+        hint = "what its worker said last is among Ray's logs, in MORAY_HOME/logs or the run's folder"
+        raise StepFailed(text, hint) from error
 
 
 def pace(totals: Counter[str], seconds: float) -> str:
