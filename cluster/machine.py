@@ -70,6 +70,7 @@ def ray_environment(home: Home) -> dict[str, str]:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_task_oom_retries": "5",  # of a task that is killed because memory is short: by default there is no end
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCH_FR_BUFFER_SIZE": "2000",
         "NUMBA_CACHE_DIR": str(home.cache / "numba" / kernels_checksum()),

@@ -78,6 +78,7 @@ class ArtifactStore:
         self._home = home
         self.root = home.artifacts
         self.remote = _shared_root(home.shared)
+        self._damaged: dict[str, DamagedError] = {}  # met here so far, by reference
 
     def folder(self, step: str, fingerprint: str) -> Path:
         return self.root / step / fingerprint
@@ -91,11 +92,12 @@ class ArtifactStore:
             self.remote.check_writable()
 
     def get(self, step: str, fingerprint: str) -> Artifact | None:
-        """The artifact, here or in the shared root, or None if it has no manifest. Raises DamagedError."""
-        found = self.local(step, fingerprint)
+        """The artifact, here or in the shared root, or None if it has no manifest. Raises DamagedError for one that is
+        damaged here, and not whole in the shared root."""
+        found = self.whole(step, fingerprint)
         if found is None and self.remote is not None and (shared := self.remote.get(step, fingerprint)):
             found = Artifact(self.folder(step, fingerprint), shared.local())
-        return found
+        return found or self.local(step, fingerprint)
 
     def local(self, step: str, fingerprint: str) -> Artifact | None:
         """The artifact if its files are here. Raises DamagedError if its manifest cannot be read."""
@@ -105,20 +107,16 @@ class ArtifactStore:
             text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except OSError as error:
-            raise DamagedError(f"{step}/{fingerprint}", str(path), error.strerror or str(error)) from error
+        except IsADirectoryError as error:
+            raise DamagedError(f"{step}/{fingerprint}", str(path), "it is a folder") from error
+        except OSError as error:  # it may be whole: a disk or a file system that does not answer, another user's file
+            problem = error.strerror or str(error)
+            raise DamagedError(f"{step}/{fingerprint}", str(path), problem, "make it readable") from error
         return Artifact(folder, read_manifest(Manifest, text, step, fingerprint, str(path)))
 
     def damaged(self) -> list[DamagedError]:
-        """The artifacts here and in the shared root whose manifests cannot be read; listings pass over them."""
-        found = []
-        for step in self.steps():
-            for path in sorted((self.root / step).glob(f"[!.]*/{MANIFEST}")):
-                try:
-                    self.local(step, path.parent.name)
-                except DamagedError as error:
-                    found.append(error)
-        return found + (self.remote.damaged() if self.remote else [])
+        """The artifacts that listings of this store have passed over, because their manifests cannot be read."""
+        return [*self._damaged.values(), *(self.remote.damaged.values() if self.remote else ())]
 
     def prepare(self, step: str, fingerprint: str, keep_leftovers: bool) -> Path:
         """The folder to work in, empty unless leftovers of a killed attempt are to be gone on from."""
@@ -166,7 +164,7 @@ class ArtifactStore:
         lease = Lease(self.lease_path(step, fingerprint))
 
         def is_here() -> bool:
-            return self.local(step, fingerprint) is not None
+            return self.whole(step, fingerprint) is not None
 
         if not is_here() and (lease.acquire() or lease.wait(is_here, lambda: False)):
             try:
@@ -183,10 +181,11 @@ class ArtifactStore:
     def locate(self, artifact: Artifact) -> Artifact:
         """The artifact with the address of its files: here, or else in the shared root. Raises InputError."""
         step, fingerprint = artifact.manifest.step, artifact.fingerprint
-        if (found := self.local(step, fingerprint)) is not None:
+        if (found := self.whole(step, fingerprint)) is not None:
             return found
         shared = self.remote.get(step, fingerprint) if self.remote else None
         if self.remote is None or shared is None:
+            self.local(step, fingerprint)  # which says it if it is damaged
             raise InputError(f"{artifact.reference} is gone", "run the recipe that makes it again")
         return Artifact(self.folder(step, fingerprint), shared.local(), self.remote.address(shared))
 
@@ -224,10 +223,14 @@ class ArtifactStore:
         yield from _newest_first(a for path in paths if (a := self.whole(step, path.parent.name)))
 
     def whole(self, step: str, fingerprint: str) -> Artifact | None:
-        """As `local`, but None for one that is damaged."""
+        """As `local`, but None for one that is damaged, which is kept in mind."""
+        self._damaged.pop(f"{step}/{fingerprint}", None)
         try:
             return self.local(step, fingerprint)
-        except DamagedError:
+        except DamagedError as error:
+            if self.remote is not None and self.remote.whole(step, fingerprint) is not None:
+                error.hint = "the copy in the shared root is whole: it is fetched when it is needed"
+            self._damaged[error.reference] = error
             return None
 
     def newest(self, step: str) -> Artifact | None:
@@ -332,7 +335,7 @@ class ArtifactStore:
 
     def drop_alias(self, alias: str) -> None:
         """Forgets `name@version`, also in the shared root; the artifact stays. Raises InputError if there is none."""
-        known = {path.name for path in self._home.aliases.glob("*@*")} | set(self.aliases())
+        known = self._every_alias()
         if alias not in known:
             raise InputError(f"no alias {alias!r}", nearest(alias, known))
         if self.remote is not None:
@@ -345,12 +348,17 @@ class ArtifactStore:
 
     def aliases(self) -> dict[str, str]:
         """`name@version` -> `step/fingerprint`. Where both have one, the shared root's counts. Without damaged ones."""
-        here = {path.name: target for path in self._alias_files() if (target := _target(path))}
-        return here | (self.remote.aliases() if self.remote else {})
+        every = self._every_alias()
+        return {name: target for name, target in every.items() if target}
 
     def damaged_aliases(self) -> list[str]:
-        """The aliases here that name no artifact: files that are empty, cut or something else."""
-        return [path.name for path in self._alias_files() if not _target(path)]
+        """The aliases that name no artifact: files that are empty, cut or something else."""
+        return [name for name, target in self._every_alias().items() if not target]
+
+    def _every_alias(self) -> dict[str, str]:
+        """Damaged ones with an empty target."""
+        here = {path.name: _target(path) for path in self._alias_files()}
+        return here | (self.remote.aliases() if self.remote else {})
 
     def _alias_files(self) -> list[Path]:
         return sorted(self._home.aliases.glob("*@*"))
@@ -361,10 +369,9 @@ class ArtifactStore:
         Its files need not be here: see `fetch`. Raises InputError, and DamagedError for one that is damaged.
         """
         aliases = self.aliases()
-        if reference not in aliases and reference in self.damaged_aliases():
-            where = self._home.aliases / reference
+        if "@" in reference and reference not in aliases and reference in self.damaged_aliases():
             raise InputError(
-                f"alias {reference} is damaged: {where} names no artifact", f"moray artifacts unalias {reference}"
+                f"alias {reference} is damaged: it names no artifact", f"moray artifacts unalias {reference}"
             )
         target = aliases.get(reference, reference)
         folder = Path(target).expanduser()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -33,7 +33,8 @@ def list_(*, json_: Json = False) -> int:
     store = _store()
     names, places = _names(store), _places(store)
     artifacts = [artifact for artifact, _ in places.values()]
-    rows = [
+    damaged = store.damaged()
+    rows: list[dict[str, Any]] = [
         {
             "artifact": artifact.reference,
             "produces": artifact.manifest.produces,
@@ -43,12 +44,13 @@ def list_(*, json_: Json = False) -> int:
             "held_by": names.get(artifact.reference, []),
             "folder": str(artifact.folder),
             "where": places[artifact.reference][1],
+            "problem": "",
         }
         for artifact in artifacts
     ]
-    damaged = store.damaged()
     if json_:
-        print_json([*rows, *({"artifact": one.reference, "problem": one.message} for one in damaged)])
+        empty = dict.fromkeys(rows[0] if rows else ("artifact", "problem"))
+        print_json([*rows, *({**empty, "artifact": one.reference, "problem": one.message} for one in damaged)])
         return 0
     shown = [
         (a.reference, a.manifest.produces, size(a.manifest.bytes), _when(a.manifest.started),
@@ -177,6 +179,7 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     allowed, store = parse_size(limit), _store()
     left = _leftovers(store, remove=not dry_run)
     chosen, total = _chosen(store, allowed)
+    damaged = store.damaged()
     if not dry_run:
         store.sweep()
         chosen = [entry for entry in chosen if store.free(entry.reference)]
@@ -184,8 +187,9 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     kept = total - freed
     if json_:
         removed = [entry.reference for entry in chosen]
+        names = [*(one.reference for one in damaged), *store.damaged_aliases()]
         print_json({"removed": removed, "leftovers": left, "freed_bytes": freed, "kept_bytes": kept,
-                    "limit_bytes": allowed, "dry_run": dry_run})  # fmt: skip
+                    "limit_bytes": allowed, "dry_run": dry_run, "damaged": names})  # fmt: skip
     else:
         if chosen:
             print_table(("artifact", "size>", "made"), [(e.reference, size(e.bytes), _when(e.made)) for e in chosen])
@@ -193,7 +197,9 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
             out().print(f"left behind: {name}", markup=False)
         verb = "would free" if dry_run else "freed"
         out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
-    _say_damaged(store, store.damaged())
+    _say_damaged(store, damaged)
+    if damaged or store.damaged_aliases():
+        err().print("only copies of what the shared root has may go while something is damaged: it may need the rest")
     if kept > allowed:
         err().print(f"still {size(kept - allowed)} over the limit: the rest is pinned, aliased or in use", markup=False)
     return 0
@@ -209,7 +215,10 @@ def _chosen(store: ArtifactStore, allowed: int) -> tuple[list[Entry], int]:
     working = [e.reference for e in entries if e.reference.partition("/")[2] in used]
     copies = to_free(entries, [*store.pins(), *working], allowed)
     rest = [entry for entry in entries if entry not in copies]
-    return [*copies, *to_remove(rest, [*_names(store), *working], allowed)], sum(entry.bytes for entry in entries)
+    total = sum(entry.bytes for entry in entries)
+    if store.damaged() or store.damaged_aliases():  # what those were made from is not known
+        return copies, total
+    return [*copies, *to_remove(rest, [*_names(store), *working], allowed)], total
 
 
 def _leftovers(store: ArtifactStore, remove: bool) -> list[str]:

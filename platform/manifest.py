@@ -27,11 +27,9 @@ _RECORDED = ("ray", "torch", "pyarrow", "tokenizers", "numba", "numpy", "mlflow"
 class DamagedError(InputError):
     """An artifact whose manifest is there and cannot be read: it costs itself, not the artifacts beside it."""
 
-    def __init__(self, reference: str, where: str, problem: str) -> None:
-        super().__init__(
-            f"artifact {reference} is damaged: {where}: {problem}",
-            f"`moray artifacts rm {reference}` removes it; the next run makes it again",
-        )
+    def __init__(self, reference: str, where: str, problem: str, hint: str = "") -> None:
+        removed = f"`moray artifacts rm {reference}` removes it; the next run makes it again"
+        super().__init__(f"artifact {reference} is damaged: {where}: {problem}", hint or removed)
         self.reference = reference
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,19 +75,22 @@ class Manifest(BaseModel):
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
-def read_manifest(kind: type[ManifestT], text: bytes, step: str, fingerprint: str, where: str) -> ManifestT:
+def read_manifest(
+    kind: type[ManifestT], text: bytes, step: str, fingerprint: str, where: str, hint: str = ""
+) -> ManifestT:
     """The manifest of `step/fingerprint` in `text`. Raises DamagedError, which names `where` it lies."""
     reference = f"{step}/{fingerprint}"
     if not text:
-        raise DamagedError(reference, where, "the file is empty")
+        raise DamagedError(reference, where, "the file is empty", hint)
     try:
         found = kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise DamagedError(reference, where, f"{field}: {first['msg']}" if field else first["msg"]) from error
+        problem = f"{field}: {first['msg']}" if field else first["msg"]
+        raise DamagedError(reference, where, problem, hint) from error
     if (found.step, found.fingerprint) != (step, fingerprint):
-        raise DamagedError(reference, where, f"it is that of {found.step}/{found.fingerprint}")
+        raise DamagedError(reference, where, f"it is that of {found.step}/{found.fingerprint}", hint)
     return found
 
 

@@ -21,6 +21,9 @@ from moray.platform.manifest import MANIFEST, REFERENCE, DamagedError, FileEntry
 
 _WRITER = "w-"
 _ALIASES, _RUNS = "aliases", "runs"
+# What to do about a manifest that cannot be read, or that is a page of HTML.
+_ANEW = "delete that object: a machine that has the artifact copies it there again, or the next run makes it again"
+_IS_PAGE = "does a proxy or a login page answer in the server's place? If the object itself is wrong, delete it"
 
 
 class SharedManifest(Manifest):
@@ -39,6 +42,7 @@ class RemoteArtifacts:
     def __init__(self, url: str) -> None:
         self._bucket = Bucket(url)
         self.url = self._bucket.url
+        self.damaged: dict[str, DamagedError] = {}  # met by listings so far, by reference
 
     def check_writable(self) -> None:
         self._bucket.check_writable()
@@ -47,7 +51,17 @@ class RemoteArtifacts:
         """Raises DamagedError if there is a manifest that cannot be read."""
         key = f"{step}/{fingerprint}/{MANIFEST}"
         text = self._bucket.get(key)
-        return None if text is None else read_manifest(SharedManifest, text, step, fingerprint, f"{self.url}/{key}")
+        hint = _IS_PAGE if text and text.lstrip()[:1] == b"<" else _ANEW
+        where = f"{self.url}/{key}"
+        return None if text is None else read_manifest(SharedManifest, text, step, fingerprint, where, hint)
+
+    def whole(self, step: str, fingerprint: str) -> SharedManifest | None:
+        """As `get`, but None for one that is damaged, which is kept in mind."""
+        try:
+            return self.get(step, fingerprint)
+        except DamagedError as error:
+            self.damaged[error.reference] = error
+            return None
 
     def push(self, folder: Path, manifest: Manifest, progress: Progress) -> SharedManifest:
         """Uploads an artifact unless it is there. Returns the manifest that stands in the end: ours or a rival's."""
@@ -94,21 +108,9 @@ class RemoteArtifacts:
 
     def of_step(self, step: str, beginning: str = "") -> list[SharedManifest]:
         """The artifacts of a step whose fingerprints begin so; without damaged ones."""
-        return [found for found in self._read(step, beginning) if isinstance(found, SharedManifest)]
-
-    def damaged(self) -> list[DamagedError]:
-        """The artifacts whose manifests cannot be read."""
-        return [one for step in self.steps() for one in self._read(step) if isinstance(one, DamagedError)]
-
-    def _read(self, step: str, beginning: str = "") -> list[SharedManifest | DamagedError | None]:
-        def read(name: str) -> SharedManifest | DamagedError | None:
-            try:
-                return self.get(step, name)
-            except DamagedError as error:
-                return error
-
+        names = self._bucket.folders(f"{step}/{beginning}")
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(read, self._bucket.folders(f"{step}/{beginning}")))
+            return [found for found in pool.map(lambda name: self.whole(step, name), names) if found]
 
     def remove(self, step: str, fingerprint: str) -> None:
         """First the manifest: from then on there is no such artifact."""
@@ -133,14 +135,16 @@ class RemoteArtifacts:
         self._bucket.abort_uploads(before)
         return sorted(found)
 
-    def alias(self, name: str) -> str | None:
+    def alias(self, name: str) -> str:
+        """What it names; nothing where it is damaged or gone."""
         text = self._bucket.get(f"{_ALIASES}/{name}")
         target = (text or b"").decode(errors="replace").strip()
-        return target if REFERENCE.fullmatch(target) else None
+        return target if REFERENCE.fullmatch(target) else ""
 
     def aliases(self) -> dict[str, str]:
+        """Damaged ones with an empty target."""
         names = [item.key.partition("/")[2] for item in self._bucket.objects(f"{_ALIASES}/")]
-        return {name: target for name in names if (target := self.alias(name))}
+        return {name: self.alias(name) for name in names}
 
     def set_alias(self, name: str, reference: str) -> None:
         self._bucket.put(f"{_ALIASES}/{name}", f"{reference}\n".encode())

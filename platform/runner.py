@@ -225,7 +225,9 @@ class Runner:
                 }
                 if EARLIER in address.inputs:
                     link = self.store.find(f"{step.name}/{address.inputs[EARLIER]}")
-                    context.inputs = {**context.inputs, EARLIER: self.store.fetch(link, _progress(context))}
+                    link = self.store.fetch(link, _progress(context))
+                    self._check(link)
+                    context.inputs = {**context.inputs, EARLIER: link}
                 if step.needs_ray:
                     topology = self.cluster.ensure()
                 step.run(context)
@@ -266,9 +268,15 @@ class Runner:
                 found = self.store.locate(row.artifact)
             else:
                 found = row.artifact = self.store.fetch(row.artifact, _progress(context))
-            if not found.url:
-                check_sizes(found.folder, found.manifest)
+            self._check(found)
         return found
+
+    def _check(self, artifact: Artifact) -> None:
+        """Raises InputError if files that a step is to read here are not as they were made."""
+        if not artifact.url:
+            remote, step = self.store.remote, artifact.manifest.step
+            shared = lambda: remote is not None and remote.whole(step, artifact.fingerprint) is not None  # noqa: E731
+            check_sizes(artifact.folder, artifact.manifest, shared)
 
     @contextmanager
     def _explained(self, context: StepContext[Any]) -> Iterator[None]:

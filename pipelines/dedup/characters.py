@@ -78,7 +78,7 @@ def fold(character: str) -> str:
     as U+FDFA or U+337F, stays as it is: kernels have room for one word a byte."""
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).translate(_DOTLESS_I)
     kept = "".join(one for one in folded if not unicodedata.combining(one) and ord(one) not in UNSEEN)
-    return kept if len(kept) <= len(character.encode(errors="surrogatepass")) else character
+    return kept if len(kept) <= len(character.encode(errors="surrogatepass")) else character.lower()
 
 
 def unspaced(code: int) -> bool:

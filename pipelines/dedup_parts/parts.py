@@ -25,7 +25,7 @@ def parts_of(text: str, unit: str) -> Iterator[tuple[int, int]]:
 def normalized(part: str) -> str:
     """What makes two parts the same: case, white space and forms of Unicode do not matter (dedup/characters.py)."""
     if not part.isascii():
-        part = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold()).translate(UNSEEN)
+        part = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part.translate(UNSEEN)).casefold())
     return " ".join(part.casefold().split())
 
 
@@ -36,12 +36,17 @@ def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
     for begin, end in [*spans, (len(text), len(text))]:
         piece = text[at:begin]
         if piece:
-            if kept and _in_word(kept) and _in_word(piece[0]):
+            if _in_word(kept) and _in_word(_counted(piece)):
                 pieces.append(" ")
             pieces.append(piece)
-            kept = piece[-1]
+            kept = _counted(piece[::-1]) or kept
         at = end
     return "".join(pieces)
+
+
+def _counted(text: str) -> str:
+    """The first character that is compared: no accent of another, and nothing that is not seen."""
+    return next((character for character in text if fold(character)), "")
 
 
 def _in_word(character: str) -> bool:

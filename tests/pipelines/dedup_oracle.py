@@ -35,7 +35,7 @@ def normalized(character: str) -> str:
 def fold(text: str) -> str:
     """What would become more characters than it has bytes stays."""
     folded = [(one, normalized(one)) for one in text]
-    return "".join(one if len(its) > len(one.encode()) else its for one, its in folded)
+    return "".join(one.lower() if len(its) > len(one.encode()) else its for one, its in folded)
 
 
 def graphemes(text: str) -> Iterator[str]:

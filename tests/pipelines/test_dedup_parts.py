@@ -45,7 +45,20 @@ PIECES = (
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("Caf\u00e9 \ufb01n", "cafe\u0301  FIN"), ("a\u00adb\u200bc", "abc"), ("\uff21", "a")]
+    ("one", "other"), [("cafe\u0301", "bar"), ("co\u00ad", "bar"), ("\u0915\u094d", "\u0915"), ("a", "\u00adb")]
+)
+def test_two_words_stay_two_where_a_cut_ends_beside_a_mark(one: str, other: str) -> None:
+    assert without(f"{one}\u4e2d\u6587{other}", [(len(one), len(one) + 2)]) == f"{one} {other}"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Caf\u00e9 \ufb01n", "cafe\u0301  FIN"),
+        ("a\u00adb\u200bc", "abc"),
+        ("e\u00ad\u0301x", "\u00e9x"),
+        ("\uff21", "a"),
+    ],
 )
 def test_parts_are_the_same_in_every_form_of_unicode(one: str, other: str) -> None:
     assert normalized(one) == normalized(other)

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from moray.platform.errors import InputError
+from moray.platform.manifest import DamagedError
 from moray.platform.remote import RemoteArtifacts
 
 
@@ -21,9 +22,18 @@ class Answering(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     status, body, location = 200, b"", ""
+    well = 0  # so many requests are answered as S3 does
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
+        if type(self).well:
+            type(self).well -= 1
+            listing = b"<ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount></ListBucketResult>"
+            self.send_response(200)
+            self.send_header("content-length", str(len(listing)))
+            self.end_headers()
+            self.wfile.write(listing)
+            return
         self.send_response(self.status)
         self.send_header("content-length", str(len(self.body)))
         if self.location:
@@ -76,3 +86,14 @@ def test_what_is_no_s3_is_said_in_words(
     for use in (root.check_writable, root.steps, root.aliases, lambda: root.get("step", "ab" * 16)):
         with pytest.raises(InputError, match=words):
             use()
+
+
+@pytest.mark.parametrize("body", [b"<html><body>please log in</body></html>", b""])
+def test_a_server_that_becomes_something_else_is_no_empty_bucket(server: type[Answering], body: bytes) -> None:
+    server.well, server.body = 1, body
+    root = RemoteArtifacts("s3://bucket/prefix")
+    with pytest.raises(InputError, match="no S3 server"):
+        root.steps()
+    with pytest.raises(DamagedError) as caught:
+        root.get("step", "ab" * 16)
+    assert "moray artifacts rm" not in caught.value.hint

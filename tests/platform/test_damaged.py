@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.platform import cli
+from moray.platform import cli, verify
 from moray.platform.artifacts import Artifact, ArtifactStore
 from moray.platform.errors import InputError
 from moray.platform.home import Home
@@ -80,6 +80,41 @@ def test_a_damaged_manifest_costs_its_artifact(
     assert store.get("filter", OTHER) == other(store)
 
 
+def test_gc_removes_nothing_that_a_damaged_artifact_may_need(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was made from is not known: the ancestors of a pinned artifact went."""
+    store.pin(other(store))
+    cut(store.folder("filter", OTHER) / MANIFEST)
+    command = ["artifacts", "gc", "--limit", "0B"]
+    assert cli.app(command, exit_on_error=False, result_action="return_value") == 0
+    assert store.local("filter", ONE) is not None
+    assert "while something is damaged" in capsys.readouterr().err.replace("\n", " ")
+    store.unpin(Artifact(store.folder("filter", OTHER), manifest(fingerprint=OTHER)))
+    store.remove(f"filter/{OTHER}")
+    assert cli.app(command, exit_on_error=False, result_action="return_value") == 0
+    assert store.local("filter", ONE) is None
+
+
+def test_what_cannot_be_read_now_is_not_advised_to_be_removed(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's file, or a file server that does not answer: it may be whole."""
+    real = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path == store.folder("filter", ONE) / MANIFEST:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(DamagedError, match="Permission denied") as caught:
+        store.get("filter", ONE)
+    assert " rm " not in caught.value.hint
+    assert [one.fingerprint for one in store.all()] == [OTHER]
+    assert len(store.damaged()) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"\xff", b"<html>\n", b"filter/"])
 def test_a_damaged_alias_costs_itself(store: ArtifactStore, home: Home, content: bytes) -> None:
     store.set_alias("good", "newest", other(store))
@@ -96,13 +131,17 @@ def test_a_damaged_alias_costs_itself(store: ArtifactStore, home: Home, content:
         store.drop_alias("folder@newest")
 
 
+def unreadable(path: Path) -> str:
+    raise OSError(5, "Input/output error")
+
+
 def changed(store: ArtifactStore, hashes: bool) -> list[Change]:
     artifact = other(store)
     return list(changes(artifact.folder, artifact.manifest, hashes, lambda _: None))
 
 
 def test_verify_finds_what_was_changed_behind_its_back(
-    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = store.folder("filter", OTHER) / "data"
     assert changed(store, hashes=True) == []
@@ -115,7 +154,10 @@ def test_verify_finds_what_was_changed_behind_its_back(
         Change("data", "has 5 B of 7 B"), Change("more", "is not in the manifest")
     ]  # fmt: skip
     with pytest.raises(InputError, match="has 5 B of 7 B"):
-        check_sizes(data.parent, other(store).manifest)
+        check_sizes(data.parent, other(store).manifest, lambda: False)
+    monkeypatch.setattr(verify, "hash_file", unreadable)
+    data.write_text("words 1")
+    assert changed(store, hashes=True)[0] == Change("data", "cannot be read: Input/output error")
     data.unlink()
     assert changed(store, hashes=False)[0] == Change("data", "is missing")
     code = cli.app(["artifacts", "verify", "--json"], exit_on_error=False, result_action="return_value")

@@ -19,12 +19,13 @@ import pytest
 
 from moray.platform import api, doctor
 from moray.platform.artifacts import ArtifactStore
+from moray.platform.atomic import write_text
 from moray.platform.bucket import Bucket
 from moray.platform.errors import InputError, StepFailed
 from moray.platform.events import NoteEvent
 from moray.platform.home import Home
 from moray.platform.lease import Lease
-from moray.platform.manifest import hash_folder
+from moray.platform.manifest import MANIFEST, DamagedError, hash_folder
 from moray.platform.runner import plan
 from moray.platform.step import StepContext
 from tests.faults.test_kill import wait_for
@@ -494,3 +495,41 @@ def test_a_disk_without_room_for_what_is_pulled_says_so(machines: Callable[[str]
     assert "moray artifacts gc" in caught.value.hint
     empty(disk)
     assert hash_folder(two.fetch(found).folder) == wanted.files
+
+
+def test_a_manifest_damaged_here_is_fetched_again_from_the_shared_root(
+    machines: Callable[[str], Home], s3: Any
+) -> None:
+    """The hint was to remove the artifact, which removed the whole copy too."""
+    home = machines("one")
+    result, _ = run(home, recipe("a"))
+    made = result.steps["s0"].artifact
+    (made.folder / MANIFEST).write_bytes(b"")
+    store = ArtifactStore(home)
+    found = store.get(made.manifest.step, made.fingerprint)
+    assert found is not None
+    assert list(store.all()) == []
+    assert "fetched" in store.damaged()[0].hint
+    assert store.fetch(found) == ArtifactStore(home).local(made.manifest.step, made.fingerprint)
+    assert store.damaged() == []
+    assert len(files(s3)) == 1
+
+
+def test_what_is_damaged_in_the_shared_root_costs_itself(machines: Callable[[str], Home], s3: Any) -> None:
+    result, _ = run(machines("one"), recipe("a", "b"))
+    first, second = (row.artifact for row in result.steps.values())
+    s3.put_object(Bucket=BUCKET, Key=f"root/{first.reference}/{MANIFEST}", Body=b"<html>log in</html>")
+    s3.put_object(Bucket=BUCKET, Key="root/aliases/m@1", Body=b"<html>")
+    store = ArtifactStore(machines("two"))
+    assert [one.reference for one in store.shared()] == [second.reference]
+    (damaged,) = store.damaged()
+    assert damaged.reference == first.reference
+    assert "login page" in damaged.hint
+    with pytest.raises(DamagedError):
+        store.get(*first.reference.split("/"))
+    store.set_alias("n", "1", second)
+    write_text(machines("two").aliases / "m@1", second.reference)
+    assert store.aliases() == {"n@1": second.reference}, "an old alias here does not stand in for a damaged one"
+    assert store.damaged_aliases() == ["m@1"]
+    store.drop_alias("m@1")
+    assert store.damaged_aliases() == []
