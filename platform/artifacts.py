@@ -101,6 +101,7 @@ class ArtifactStore:
 
     def local(self, step: str, fingerprint: str) -> Artifact | None:
         """The artifact if its files are here. Raises DamagedError if its manifest cannot be read."""
+        self._damaged.pop(f"{step}/{fingerprint}", None)
         folder = self.folder(step, fingerprint)
         path = folder / MANIFEST
         try:
@@ -224,7 +225,6 @@ class ArtifactStore:
 
     def whole(self, step: str, fingerprint: str) -> Artifact | None:
         """As `local`, but None for one that is damaged, which is kept in mind."""
-        self._damaged.pop(f"{step}/{fingerprint}", None)
         try:
             return self.local(step, fingerprint)
         except DamagedError as error:
