@@ -30,6 +30,7 @@ AttemptState = Literal["created", "submitted", "running", "succeeded", "failed",
 ENDED = ("succeeded", "failed", "cancelled")
 ATTEMPT_ENDED = (*ENDED, "lost")
 _MOST_RETRIES = 100
+_SHORTEST_PART = 3  # letters or digits of an id or a name
 CHECK_SECONDS = 30.0  # for a recipe: its files may lie on a file system that hangs
 
 
@@ -158,13 +159,19 @@ class Jobs:
             return self._get(connection, str(row["id"])), True
 
     def get(self, name: str) -> Job:
-        """A job by its id, or by a part of its id or name that only one job has. Raises NotFoundError."""
+        """A job by its id, its name, or a part of either that only one job has and that has at least three letters or
+        digits: in a home with one job, `-` would be a part of it. Raises NotFoundError."""
         connection = self._database.read()
         if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (name,)).fetchone():
             return self._get(connection, name)
         # instr, because % and _ are letters to people and wildcards to LIKE.
-        query = "SELECT id FROM jobs WHERE instr(id, ?) OR instr(name, ?) ORDER BY created DESC LIMIT 4"
-        found = [row["id"] for row in connection.execute(query, (name, name))] if name else []
+        part = (
+            "instr(id, ?) OR instr(name, ?)"
+            if sum(map(str.isalnum, name)) >= _SHORTEST_PART
+            else "? != '' AND name = ?"
+        )
+        query = f"SELECT id FROM jobs WHERE {part} ORDER BY created DESC LIMIT 4"
+        found = [row["id"] for row in connection.execute(query, (name, name))]
         if len(found) == 1:
             return self._get(connection, found[0])
         if found:

@@ -289,3 +289,13 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         half()
     assert database.read().execute("SELECT count(*) AS n FROM transitions").fetchone()["n"] == 0
+
+
+def test_punctuation_is_no_part_of_a_job_s_name(plane: Plane) -> None:
+    """With one job, `stop -` ended it: every id has a dash."""
+    job = plane.http.post("/api/jobs", json=plane.body(name="ab small-model")).json()
+    other = plane.http.post("/api/jobs", json=plane.body(name="x")).json()
+    for name in ("-", "%25", "_", "20", "ab", " "):
+        assert plane.http.get(f"/api/jobs/{name}").status_code == 404, name
+    assert plane.http.get("/api/jobs/small-m").json()["id"] == job["id"]
+    assert plane.http.get("/api/jobs/x").json()["id"] == other["id"], "a whole name may be short"
