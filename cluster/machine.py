@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.home import Home
+from moray.platform.processes import module_folders
 
 # A Unix socket's path may have 107 bytes; Ray appends about 75 to its folder's.
 LONGEST_FOLDER = 30
@@ -59,7 +60,7 @@ def ray_environment(home: Home) -> dict[str, str]:
     import moray
 
     checkout = str(Path(moray.__path__[0]))
-    search = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    search = module_folders()
     if checkout not in search and (Path(checkout) / "moray.py").exists():
         search.insert(0, checkout)
     return {

@@ -79,6 +79,11 @@ class Process:
                 os.kill(self.pid, number)
 
 
+def module_folders() -> list[str]:
+    """PYTHONPATH as it is meant here: what is started may have another current folder."""
+    return [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+
+
 def marks(folder: Path, service: str) -> dict[str, str]:
     """The environment of all processes of a service of the MORAY_HOME at `folder`."""
     return {MARK: f"{folder}:{service}", FOLDER_MARK: _identity(folder)}

@@ -28,7 +28,7 @@ from moray.platform.auth import ensure_token
 from moray.platform.errors import InputError, StepFailed
 from moray.platform.home import Home
 from moray.platform.ports import check_port, free_ports, is_free
-from moray.platform.processes import MARK, Process, marked, marks
+from moray.platform.processes import MARK, Process, marked, marks, module_folders
 from moray.platform.supervisor import (
     SUPERVISOR,
     Service,
@@ -150,18 +150,13 @@ def start(home: Home) -> subprocess.Popen[bytes]:
     """Starts the supervisor as a process of its own, which outlives this one."""
     log = home.up / "logs" / "supervisor.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"PYTHONPATH": os.pathsep.join(module_folders()), "MORAY_HOME": str(home.root)}
     with log.open("ab") as file:
         return subprocess.Popen(
             python("moray.platform.up"),
-            env={**os.environ, **_python_path(), "MORAY_HOME": str(home.root), **marks(home.root, SUPERVISOR)}, cwd="/",
+            env={**os.environ, **environment, **marks(home.root, SUPERVISOR)}, cwd="/",
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-
-
-def _python_path() -> dict[str, str]:
-    """PYTHONPATH as it is meant here: services have another current folder."""
-    parts = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, parts))} if parts else {}
 
 
 def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[ServiceStatus]:
