@@ -58,7 +58,7 @@ def list_(*, json_: Json = False) -> int:
         for a in artifacts
     ]  # fmt: skip
     print_table(("artifact", "is", "size>", "made", "where", "held by", "run"), shown)
-    _say_damaged(store, damaged)
+    _say_damaged(damaged, store.damaged_aliases())
     return 0
 
 
@@ -178,7 +178,8 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
 
     allowed, store = parse_size(limit), _store()
     left = _leftovers(store, remove=not dry_run)
-    chosen, total = _chosen(store, allowed)
+    broken = store.damaged_aliases()
+    chosen, total = _chosen(store, allowed, broken)
     damaged = store.damaged()
     if not dry_run:
         store.sweep()
@@ -187,7 +188,7 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     kept = total - freed
     if json_:
         removed = [entry.reference for entry in chosen]
-        names = [*(one.reference for one in damaged), *store.damaged_aliases()]
+        names = [*(one.reference for one in damaged), *broken]
         print_json({"removed": removed, "leftovers": left, "freed_bytes": freed, "kept_bytes": kept,
                     "limit_bytes": allowed, "dry_run": dry_run, "damaged": names})  # fmt: skip
     else:
@@ -197,16 +198,16 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
             out().print(f"left behind: {name}", markup=False)
         verb = "would free" if dry_run else "freed"
         out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
-    _say_damaged(store, damaged)
-    if damaged or store.damaged_aliases():
+    _say_damaged(damaged, broken)
+    if damaged or broken:
         err().print("only copies of what the shared root has may go while something is damaged: it may need the rest")
     if kept > allowed:
         err().print(f"still {size(kept - allowed)} over the limit: the rest is pinned, aliased or in use", markup=False)
     return 0
 
 
-def _chosen(store: ArtifactStore, allowed: int) -> tuple[list[Entry], int]:
-    """What gc may remove from this machine, and how many bytes lie on it."""
+def _chosen(store: ArtifactStore, allowed: int, broken: list[str]) -> tuple[list[Entry], int]:
+    """What gc may remove from this machine, and how many bytes lie on it. broken: damaged aliases."""
     from moray.platform.retention import to_free, to_remove
 
     here = {artifact.reference for artifact in store.all()}
@@ -216,7 +217,7 @@ def _chosen(store: ArtifactStore, allowed: int) -> tuple[list[Entry], int]:
     copies = to_free(entries, [*store.pins(), *working], allowed)
     rest = [entry for entry in entries if entry not in copies]
     total = sum(entry.bytes for entry in entries)
-    if store.damaged() or store.damaged_aliases():  # what those were made from is not known
+    if store.damaged() or broken:  # what those were made from is not known
         return copies, total
     return [*copies, *to_remove(rest, [*_names(store), *working], allowed)], total
 
@@ -284,11 +285,11 @@ def _release(store: ArtifactStore, reference: str) -> str:
     return f"moray artifacts unalias {alias}"
 
 
-def _say_damaged(store: ArtifactStore, damaged: list[DamagedError]) -> None:
+def _say_damaged(damaged: list[DamagedError], aliases: list[str]) -> None:
     """What is passed over, by name, with the fix; on stderr."""
     for one in damaged:
         err().print(f"{one.message}\n  {one.hint}", markup=False, soft_wrap=True)
-    for alias in store.damaged_aliases():
+    for alias in aliases:
         err().print(f"alias {alias} names no artifact\n  moray artifacts unalias {alias}", markup=False, soft_wrap=True)
 
 
