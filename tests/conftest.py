@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 # Read when kernels are decorated, so it must be set before anything imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from hypothesis import settings
 
 from moray.cluster.machine import kernels_checksum
+from moray.platform.api import RECIPES
 from moray.platform.artifacts import Artifact
 from moray.platform.events import Event
 from moray.platform.home import Home
@@ -135,3 +139,14 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, value in {**KEYS, "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": server}.items():
         monkeypatch.setenv(name, value)
     return empty_bucket(server)
+
+
+@pytest.fixture
+def built_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for what `make bench-corpus` builds below the current folder; a recipe reads no more than names."""
+    built = tmp_path / "benchmarks/corpus/.cache/documents"
+    built.mkdir(parents=True)
+    for source in yaml.safe_load((RECIPES / "corpus-demo.yaml").read_text())["steps"]["corpus"]["with"]["sources"]:
+        empty = pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())})
+        pq.write_table(empty, built / source["include"][0].replace("0*", "000").replace("*", "000"))
+    monkeypatch.chdir(tmp_path)

@@ -7,8 +7,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -19,17 +17,7 @@ from moray.platform.recipe import load_recipe, parse_recipe
 NONSENSE = {"not": ["this"]}
 Place = tuple[str | int, ...]
 
-EMPTY = pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())})
-
-
-@pytest.fixture(autouse=True)
-def a_built_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for what `make bench-corpus` builds below the current folder; nothing here reads more than names."""
-    built = tmp_path / "benchmarks/corpus/.cache/documents"
-    built.mkdir(parents=True)
-    for source in read(RECIPES / "corpus-demo.yaml")["steps"]["corpus"]["with"]["sources"]:
-        pq.write_table(EMPTY, built / source["include"][0].replace("0*", "000").replace("*", "000"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("built_corpus")
 
 
 def fields(node: Any, at: Place = ()) -> Iterator[Place]:
