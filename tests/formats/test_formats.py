@@ -38,8 +38,10 @@ from moray.platform.step import Step
 HERE = Path(__file__).parent
 # The fingerprint of each step of each shipped recipe, with external files left out: those are a machine's own.
 FINGERPRINTS = json.loads((HERE / "fingerprints.json").read_text())
-EXPORTED = "b32ccd59518cc70b29e1453f6c533df2a99dd1e7fe1b836c6ff8fc87f32e8b96"  # SHA-256 of model.safetensors
-TRAINING_STATE = "4c86ef077474193f22a787fa497746c02cb1fb268f481322707251e715f5c6fe"  # SHA-256 of what a worker holds after it has read the checkpoint
+# SHA-256 of model.safetensors
+EXPORTED = "b32ccd59518cc70b29e1453f6c533df2a99dd1e7fe1b836c6ff8fc87f32e8b96"
+# SHA-256 of what a worker holds after it has read the checkpoint
+TRAINING_STATE = "4c86ef077474193f22a787fa497746c02cb1fb268f481322707251e715f5c6fe"
 
 
 @pytest.fixture(scope="module")
