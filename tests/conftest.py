@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests.checkout import ROOT
+
 # Read when kernels are decorated, so it must be set before anything imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,7 +36,7 @@ from tests.ranks import RankPool
 from tests.s3 import KEYS, empty_bucket, s3_server
 from tests.small_run import run_small, write_text
 
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".numba" / kernels_checksum()))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".numba" / kernels_checksum()))
 
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and with it every command that a test
 # interrupts.

@@ -27,8 +27,8 @@ from moray.platform.processes import Process, kill, marked
 from moray.platform.supervisor import read_state
 from moray.platform.up import NAMES, UpOptions, is_up, url
 from tests import gate_step
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FINAL = ("succeeded", "failed", "cancelled")
 T = TypeVar("T")
 

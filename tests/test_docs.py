@@ -22,9 +22,9 @@ from moray.platform.manifest import Manifest
 from moray.platform.recipe import StepSpec
 from moray.platform.step import Cluster, Step, StepContext, resolve_step
 from tests import shell_blocks
+from tests.checkout import ROOT
 from tests.shell_blocks import NOT_RUN, bash_blocks, reader_home, run_page, without_comment
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.checkout import ROOT
+
 ROOMS = ("kernels", "models", "actors", "pipelines", "platform", "cluster")
 MAY_IMPORT = {
     "kernels": {"kernels"},

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from moray.pipelines.documents import SCHEMA, document_id, shard_paths
+from tests.checkout import ROOT
 
-ROOM = Path(__file__).parents[2] / "benchmarks" / "corpus"
+ROOM = ROOT / "benchmarks" / "corpus"
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ import pytest
 from moray.platform.artifacts import ArtifactStore
 from moray.platform.events import EventTail, ProgressEvent, StepEvent
 from moray.platform.home import Home
+from tests.checkout import ROOT
 from tests.conftest import Flow
 from tests.small_run import STEPS, recipe_text
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 UNTIL = "export"  # the last step whose bytes must not depend on what happened
 
 

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.checkout import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 PRELUDE = "import runpy, sys; sys.modules.update(ray=None, deepspeed=None, mlflow=None); del sys.argv[0]; "
 
 

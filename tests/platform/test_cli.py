@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from moray.platform.cli import _with_names
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.checkout import ROOT
 
 
 def moray(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -21,8 +21,7 @@ from moray.platform.errors import InputError
 from moray.platform.home import Home
 from moray.platform.tracking import database_uri
 from moray.platform.up import systemd_unit
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.checkout import ROOT
 
 
 def moray(home: Home, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moray.platform.console import PlainConsole, print_table, visible
+from tests.checkout import ROOT
 
-PLATFORM = Path(__file__).resolve().parents[2] / "platform"
+PLATFORM = ROOT / "platform"
 NASTY = ["[/INST]", "[bold]loud[/bold]", "\\[x]", ":smile:", "[link=http://x]y[/link]", "a\x1b[31mred\x1b[0m", "\x9b2J"]
 
 

@@ -26,6 +26,7 @@ from moray.platform.home import Home
 from moray.platform.overview import Overview
 from moray.platform.step import Topology
 from moray.platform.up import local_cluster, ray_jobs
+from tests.checkout import ROOT
 from tests.small_run import recipe_text, write_text
 
 
@@ -250,7 +251,7 @@ def test_the_overview_says_that_the_cluster_is_away(plane: Plane) -> None:
 
 
 def test_the_examples_in_the_documentation_have_the_fields_of_the_answers(plane: Plane) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+    text = (ROOT / "docs" / "http-api.md").read_text()
     shown = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.S)]
     job = plane.http.post("/api/jobs", json=plane.body()).json()
     plane.controller.jobs.new_attempt(job["id"])

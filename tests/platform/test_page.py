@@ -19,9 +19,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, 
 
 from moray.platform.events import MetricEvent, RunEvent
 from moray.platform.jobs import Job
+from tests.checkout import ROOT
 from tests.page_server import PageServer, add_schedules, log_of, page_server, step, training, up_to_pretrain
 
-PAGE = Path(__file__).resolve().parents[2] / "platform" / "page"
+PAGE = ROOT / "platform" / "page"
 EVIL = "<img src=x onerror=document.title='owned'>"
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -24,8 +24,8 @@ from moray.platform.database import Database
 from moray.platform.errors import InputError, RecipeError
 from moray.platform.jobs import ConflictError, Jobs, NotFoundError
 from moray.platform.schedules import NewSchedule, Schedule, Schedules
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 START = 1_793_000_000.0  # a whole second; intervals count from it
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 RECIPE = "name: tiny\nsteps:\n  corpus: {with: {sources: [{name: here, path: texts, include: ['*.txt']}]}}\n"

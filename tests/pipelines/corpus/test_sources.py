@@ -26,6 +26,7 @@ from moray.pipelines.corpus.source import Source, split_of
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.documents import document_id, read_shard, shard_name
 from moray.platform.errors import RecipeError
+from tests.checkout import ROOT
 
 ROWS = {
     "body": ["one", "two", None, "four"],
@@ -231,7 +232,7 @@ def test_sources_that_make_no_sense_are_refused(fields: dict[str, Any], message:
 
 def test_the_page_on_sources_is_true() -> None:
     """Its example is valid, and its table has every field."""
-    page = (Path(__file__).parents[3] / "docs" / "corpus.md").read_text()
+    page = (ROOT / "docs" / "corpus.md").read_text()
     (snippet,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.S | re.M)
     sources = yaml.safe_load(snippet)["steps"]["corpus"]["with"]["sources"]
     assert {Source.model_validate(source).reader for source in sources} == set(READERS) - {"pythonbible"}
