@@ -1,6 +1,6 @@
 """moray: one import package over this repository's top-level folders.
 
-`import moray.kernels`, `import moray.platform.recipe` and so on work from a bare clone, an editable install, a
+`import moray.kernels`, `import moray.platform.plan.recipe` and so on work from a bare clone, an editable install, a
 wheel and a Ray `working_dir`: the package's path is this file's own folder (in a wheel, the installed `moray/`
 folder beside it). No top-level folder has an `__init__.py`: `platform/__init__.py` would shadow the standard
 library's `platform`, `kernels/__init__.py` another distribution. That leaves `moray.models` without a file to hold
@@ -39,6 +39,6 @@ models.load, models.save = _load, _save
 sys.modules["moray.models"] = models
 
 if __name__ == "__main__":
-    from moray.platform.cli import main
+    from moray.platform.cli.main import main
 
     main()

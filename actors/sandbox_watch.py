@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moray.platform.errors import MorayError
+from moray.platform.core.errors import MorayError
 
 _CELL = Path(__file__).with_name("sandbox_cell.py")
 _LOOK = 0.05  # seconds between two looks at what the processes hold

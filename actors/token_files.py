@@ -1,7 +1,7 @@
 """Where a token set's files lie: a folder, of which they are mapped, or an S3 bucket, read by ranges.
 
 A batch touches one sequence here and one there. On a disk that is a page each; over S3 it is a request each, many at
-once. Requests are repeated on 5xx answers, broken connections and silence (`platform/bucket.py`).
+once. Requests are repeated on 5xx answers, broken connections and silence (`platform/store/bucket.py`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class BucketFiles:
     """Objects below `s3://bucket/prefix`. Every error is an InputError that names the object."""
 
     def __init__(self, url: str) -> None:
-        from moray.platform.bucket import Bucket  # it imports boto3, which takes a while
+        from moray.platform.store.bucket import Bucket  # it imports boto3, which takes a while
 
         self._bucket = Bucket(url, read_seconds=_SILENCE)
         self._threads = ThreadPoolExecutor(_TOGETHER, "tokens")

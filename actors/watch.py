@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moray.platform.events import EventLog, NoteEvent
-from moray.platform.processes import Process
+from moray.platform.core.events import EventLog, NoteEvent
+from moray.platform.core.processes import Process
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,11 @@ def ours(source: str, out: str) -> dict[str, Any]:
     from moray.pipelines.dedup.config import DedupConfig
     from moray.pipelines.dedup.step import step
     from moray.platform.api import embedded_cluster
-    from moray.platform.artifacts import Artifact
-    from moray.platform.events import EventLog
-    from moray.platform.home import Home
-    from moray.platform.manifest import Manifest
-    from moray.platform.step import StepContext
+    from moray.platform.core.events import EventLog
+    from moray.platform.core.home import Home
+    from moray.platform.plan.step import StepContext
+    from moray.platform.store.artifacts import Artifact
+    from moray.platform.store.manifest import Manifest
 
     home = Home(Path(out).parent / "home")  # of all rounds: what numba compiled in the first is there for the others
     home.root.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,8 @@ from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import Worker, build
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.home import Home
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import ArtifactStore
 
 TAIL = 100
 NAIVE = "naive moments"

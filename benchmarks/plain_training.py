@@ -20,7 +20,7 @@ from moray.pipelines.pretrain.loop import run
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.schedule import batch_plan
 from moray.pipelines.pretrain.worker import build
-from moray.platform.events import EventLog, MetricEvent, read_events
+from moray.platform.core.events import EventLog, MetricEvent, read_events
 
 VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has
 

@@ -38,7 +38,7 @@ from moray.models.config import ModelConfig
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.trainer import fit
-from moray.platform.home import Home
+from moray.platform.core.home import Home
 
 SEQUENCES, LENGTH, WARM_UP = 8, 256, 10
 CORES = len(os.sched_getaffinity(0))

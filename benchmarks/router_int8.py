@@ -21,8 +21,8 @@ from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
 from moray.pipelines.evaluate import documents_of, split_windows, window_bits
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.home import Home
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import ArtifactStore
 
 WINDOWS = 16
 

@@ -44,7 +44,7 @@ from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.peak import peak_flops
 from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import build
-from moray.platform.ports import free_port
+from moray.platform.core.ports import free_port
 
 TINY_LENGTH, TINY_STEPS = 256, 40
 LENGTH, SEQUENCES, STEPS, WARM_UP = 4096, 8, 16, 6

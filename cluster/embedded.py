@@ -29,10 +29,10 @@ from moray.cluster.machine import (
     signal_handlers_kept,
 )
 from moray.cluster.pending import PendingWatcher
-from moray.platform.errors import InputError
-from moray.platform.home import Home
-from moray.platform.lease import is_alive
-from moray.platform.step import Cluster, Topology
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
+from moray.platform.plan.step import Cluster, Topology
+from moray.platform.store.lease import is_alive
 
 
 class EmbeddedCluster(Cluster):

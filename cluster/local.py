@@ -23,11 +23,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from moray.cluster import machine
-from moray.platform.atomic import create_bytes
-from moray.platform.backend import BackendAwayError
-from moray.platform.errors import InputError
-from moray.platform.home import Home
-from moray.platform.supervisor import Service, python
+from moray.platform.control.cluster_backend import BackendAwayError
+from moray.platform.control.supervisor import Service, python
+from moray.platform.core.atomic import create_bytes
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
 
 DRIVER = "moray_driver"  # the custom resource that a job's driver takes one of
 _HEAD_STORE = 80_000_000  # bytes of shared memory; nothing of ours runs on the head

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moray.platform.home import Home
-from moray.platform.processes import module_folders
+from moray.platform.core.home import Home
+from moray.platform.core.processes import module_folders
 
 # A Unix socket's path may have 107 bytes; Ray appends about 75 to its folder's.
 LONGEST_FOLDER = 30

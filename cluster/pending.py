@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moray.platform.units import size
+from moray.platform.core.units import size
 
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 15.0

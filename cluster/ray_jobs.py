@@ -9,7 +9,7 @@ from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
 from moray.cluster.watch import read_usage
-from moray.platform.backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
+from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
 
 _SECONDS = 20.0
 _STATES: Mapping[str, ExecutorState] = {
@@ -30,7 +30,7 @@ class RayJobs(ClusterBackend):
 
     def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
         body = {
-            "entrypoint": shlex.join([sys.executable, "-P", "-m", "moray.platform.attempt", attempt]),
+            "entrypoint": shlex.join([sys.executable, "-P", "-m", "moray.platform.control.attempt", attempt]),
             "submission_id": attempt,
             "runtime_env": {"env_vars": dict(environment)},
             "entrypoint_resources": {DRIVER: 1},

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from moray.platform.errors import StepFailed
+from moray.platform.core.errors import StepFailed
 
 _LONGEST_WORD = 1000  # characters; the trainer takes the square of a word's length
 _BATCH = 256  # texts that travel together

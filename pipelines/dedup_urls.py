@@ -25,8 +25,8 @@ from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.documents import write_parquet
 from moray.pipelines.kept import Order, keep_shard, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.errors import InputError, nearest
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.errors import InputError, nearest
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 _URLS = ".urls"
 _PORTS = {"http": 80, "https": 443}

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.text.arrow import text_buffers
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 Choice = Literal["fast", "reference"]
 Bytes = npt.NDArray[np.uint8]

@@ -18,10 +18,10 @@ from pydantic import Field
 from moray.actors.token_set import TokenSet, open_token_sets
 from moray.pipelines.baselines import LN2, ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.evaluation import EvalReport, EvalRow
 from moray.pipelines.split import PARTS
-from moray.platform.errors import InputError
-from moray.platform.evaluation import EvalReport, EvalRow
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 if TYPE_CHECKING:
     from moray.models.model import DeepseekV3

@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.pipelines.documents import document_id
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.console import visible
-from moray.platform.errors import InputError
-from moray.platform.home import Home
-from moray.platform.runs import RunRow, find_run, list_runs
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
+from moray.platform.run.console import visible
+from moray.platform.run.history import RunRow, find_run, list_runs
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _EXCERPT = 200  # characters

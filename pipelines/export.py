@@ -14,9 +14,9 @@ from pydantic import Field
 from moray.pipelines.model_text import write_with_bos
 from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
 from moray.pipelines.tokenizer import load_tokenizer, special_ids
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 
 class ExportConfig(StepConfig):

@@ -17,7 +17,7 @@ import xxhash
 
 from moray.pipelines.encoding import Encoded
 from moray.pipelines.tokenizer import FIM
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 Int64 = npt.NDArray[np.int64]
 

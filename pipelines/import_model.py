@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal
 from moray.models.files import model_files, read_object
 from moray.pipelines.model_text import CONFIG, TOKENIZER, named_token, processor_bos, says_bos, write_with_bos
 from moray.pipelines.tokenizer import load_tokenizer
-from moray.platform.errors import InputError
-from moray.platform.manifest import hash_file
-from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.store.manifest import hash_file
 
 # What belongs to a model beside its weights and its config.
 _COMPANIONS = (

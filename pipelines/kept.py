@@ -21,8 +21,8 @@ from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.nodes import documents_in
 from moray.pipelines.documents import read_shard, shard_paths, text_bytes, write_shard
 from moray.pipelines.shards import Row
-from moray.platform.errors import nearest
-from moray.platform.step import StepContext
+from moray.platform.core.errors import nearest
+from moray.platform.plan.step import StepContext
 
 
 def shards_of(ctx: StepContext[Any]) -> list[Row]:

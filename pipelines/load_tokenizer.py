@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from moray.pipelines.encoding import choose
 from moray.pipelines.model_text import read_if_there
 from moray.pipelines.tokenizer import PAD, add_pad, load_tokenizer, special_ids
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError, nearest
-from moray.platform.manifest import hash_file
-from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError, nearest
+from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.store.manifest import hash_file
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 _TRIAL = " Two words, and 1,234.5\n\n\tna\u00efve \u0437\u0435\u043c\u043b\u044f \u4e2d\u6587 \U0001f600  end "

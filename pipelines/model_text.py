@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.models.files import read_object
-from moray.platform.atomic import write_text
+from moray.platform.core.atomic import write_text
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 

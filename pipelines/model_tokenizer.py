@@ -6,8 +6,8 @@ import shutil
 from typing import ClassVar
 
 from moray.pipelines.tokenizer import load_tokenizer, special_ids
-from moray.platform.errors import InputError
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 
 class ModelTokenizerConfig(StepConfig):

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError
-from moray.platform.evaluation import EvalReport
-from moray.platform.events import MetricEvent, read_events
-from moray.platform.step import Step, StepConfig, StepContext
-from moray.platform.tracking import NEWEST, register_model
+from moray.pipelines.evaluation import EvalReport
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.core.events import MetricEvent, read_events
+from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.run.mlflow_tracking import NEWEST, register_model
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 
 class RegisterConfig(StepConfig):

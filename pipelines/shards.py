@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from moray.platform.errors import StepFailed
-from moray.platform.step import StepContext
+from moray.platform.core.errors import StepFailed
+from moray.platform.plan.step import StepContext
 
 Row = dict[str, Any]
 _ERROR, _TRACEBACK = "error", "traceback"

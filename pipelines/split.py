@@ -13,8 +13,8 @@ from pydantic import Field
 
 from moray.pipelines.documents import read_shard, shard_paths, write_shard
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.errors import InputError
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 PARTS = ("train", "heldout")
 

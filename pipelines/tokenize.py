@@ -33,9 +33,9 @@ from moray.pipelines.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenizer import id_count, load_tokenizer, special_ids
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError
-from moray.platform.step import Step, StepConfig, StepContext, operational
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext, operational
 
 _MADE = ".made"
 _SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree: half a second of the slower one

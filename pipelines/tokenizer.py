@@ -17,9 +17,9 @@ from pydantic import Field, field_validator
 from moray.pipelines.bpe import train_apart
 from moray.pipelines.documents import read_shard, shard_paths, text_bytes
 from moray.pipelines.model_text import named_token
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")

@@ -16,17 +16,17 @@ from typing import Any
 
 import yaml
 
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.doctor import require_room
-from moray.platform.errors import InputError, nearest
-from moray.platform.events import Event
-from moray.platform.home import Home
-from moray.platform.ports import check_port, free_port
-from moray.platform.recipe import Recipe, load_recipe, parse_recipe
-from moray.platform.runner import Decision, Runner, RunResult
-from moray.platform.runner import plan as plan_steps
-from moray.platform.step import Cluster
-from moray.platform.tracking import NEWEST
+from moray.platform.core.errors import InputError, nearest
+from moray.platform.core.events import Event
+from moray.platform.core.home import Home
+from moray.platform.core.ports import check_port, free_port
+from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
+from moray.platform.plan.step import Cluster
+from moray.platform.run.doctor import require_room
+from moray.platform.run.mlflow_tracking import NEWEST
+from moray.platform.run.runner import Decision, Runner, RunResult
+from moray.platform.run.runner import plan as plan_steps
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

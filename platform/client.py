@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moray.platform.auth import read_token
-from moray.platform.errors import InputError, MorayError, StepFailed
-from moray.platform.home import Home
+from moray.platform.control.auth import read_token
+from moray.platform.core.errors import InputError, MorayError, StepFailed
+from moray.platform.core.home import Home
 
 _PATIENCE_SECONDS = 60.0  # for a controller that is being restarted: twice the longest that the supervisor waits
 _SECONDS = 60.0
@@ -38,7 +38,7 @@ class Client:
     @classmethod
     def from_environment(cls) -> Client:
         """The client of `$MORAY_HOME`. Raises InputError if no control plane was ever started there."""
-        from moray.platform.up import UpOptions, is_up, url
+        from moray.platform.control.up import UpOptions, is_up, url
 
         home = Home.from_environment()
         return cls(url(UpOptions.read(home)), read_token(home), lambda: is_up(home))

@@ -26,11 +26,11 @@ from hypothesis import settings
 
 from moray.cluster.machine import kernels_checksum
 from moray.platform.api import RECIPES
-from moray.platform.artifacts import Artifact
-from moray.platform.events import Event
-from moray.platform.home import Home
-from moray.platform.runner import RunResult
-from moray.platform.step import Cluster, Topology
+from moray.platform.core.events import Event
+from moray.platform.core.home import Home
+from moray.platform.plan.step import Cluster, Topology
+from moray.platform.run.runner import RunResult
+from moray.platform.store.artifacts import Artifact
 from tests.control_plane import ControlPlane
 from tests.ranks import RankPool
 from tests.s3 import KEYS, empty_bucket, s3_server

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moray.platform import atomic
-from moray.platform.auth import read_token
 from moray.platform.client import Client
-from moray.platform.home import Home
-from moray.platform.ports import free_port
-from moray.platform.processes import Process, kill, marked
-from moray.platform.supervisor import read_state
-from moray.platform.up import NAMES, UpOptions, is_up, url
+from moray.platform.control.auth import read_token
+from moray.platform.control.supervisor import read_state
+from moray.platform.control.up import NAMES, UpOptions, is_up, url
+from moray.platform.core import atomic
+from moray.platform.core.home import Home
+from moray.platform.core.ports import free_port
+from moray.platform.core.processes import Process, kill, marked
 from tests import gate_step
 from tests.checkout import ROOT
 
@@ -45,7 +45,7 @@ def wait_for(condition: Callable[[], T | None], what: str, seconds: float = 120.
 # Read by Python at its start: the controller's wall clock, and nothing else, is off by what the file says.
 CLOCK = """
 import os, sys, time
-if "moray.platform.controller_app" in sys.orig_argv and "TEST_CLOCK" in os.environ:
+if "moray.platform.server.app" in sys.orig_argv and "TEST_CLOCK" in os.environ:
     real = time.time
     def shifted():
         with open(os.environ["TEST_CLOCK"]) as file:

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-from moray.platform.atomic import write_text
-from moray.platform.errors import StepFailed
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.atomic import write_text
+from moray.platform.core.errors import StepFailed
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 
 class GateConfig(StepConfig):

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import uvicorn
 
-from moray.platform.auth import ensure_token
-from moray.platform.backend import ClusterBackend, Observed, Usage
-from moray.platform.controller import Controller
-from moray.platform.controller_app import build_app
-from moray.platform.database import Database
-from moray.platform.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
-from moray.platform.home import Home
-from moray.platform.jobs import Job, Submission
-from moray.platform.overview import Overview
-from moray.platform.schedules import NewSchedule
-from moray.platform.step import Topology
+from moray.platform.control.auth import ensure_token
+from moray.platform.control.cluster_backend import ClusterBackend, Observed, Usage
+from moray.platform.control.controller import Controller
+from moray.platform.control.database import Database
+from moray.platform.control.jobs import Job, Submission
+from moray.platform.control.schedules import NewSchedule
+from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
+from moray.platform.core.home import Home
+from moray.platform.plan.step import Topology
+from moray.platform.server.app import build_app
+from moray.platform.server.overview import Overview
 
 RECIPE = """
 name: prose

@@ -16,7 +16,7 @@ from typing import Any
 
 import boto3.session
 
-from moray.platform.ports import free_port
+from moray.platform.core.ports import free_port
 
 BUCKET = "moray-test"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}

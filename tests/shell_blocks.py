@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from moray.platform.home import Home
+from moray.platform.core.home import Home
 
 SECONDS = 900  # for one block; a block that takes minutes hangs
 

@@ -6,11 +6,11 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from moray.platform.events import Event
-from moray.platform.home import Home
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner, RunResult
-from moray.platform.step import Cluster
+from moray.platform.core.events import Event
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster
+from moray.platform.run.runner import Runner, RunResult
 
 RECIPE = """
 name: small

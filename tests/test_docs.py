@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from moray.pipelines.documents import SCHEMA, write_shard
-from moray.platform.artifacts import Artifact
-from moray.platform.events import EventLog
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.recipe import StepSpec
-from moray.platform.step import Cluster, Step, StepContext, resolve_step
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import StepSpec
+from moray.platform.plan.step import Cluster, Step, StepContext, resolve_step
+from moray.platform.store.artifacts import Artifact
+from moray.platform.store.manifest import Manifest
 from tests import shell_blocks
 from tests.checkout import ROOT
 from tests.shell_blocks import NOT_RUN, bash_blocks, reader_home, run_page, without_comment

@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "cluster": {"cluster", "platform", "models"},
     "platform": {"platform"},
 }
+# Floors inside a room, lowest first: a file may import those below it, and its own. A file at the room's root is one.
+FLOORS = {"platform": ("core", "store", "plan", "run", "control", "api", "client", "server", "cli")}
 # What a room must be importable without, wherever the import stands.
 NEVER = {"kernels": {"ray", "deepspeed", "mlflow"}, "models": {"ray", "deepspeed", "mlflow"}}
 # What a room's modules must not import when they are imported (inside functions they may).
@@ -61,6 +63,29 @@ def test_imports_go_down_only(path: Path) -> None:
     assert not tops_at_import & barred
 
 
+def test_floors_are_all_there_and_imports_go_down_between_them() -> None:
+    wrong = []
+    for room, floors in FLOORS.items():
+        assert {path.stem for path in (ROOT / room).glob("*.py")} | folders(ROOT / room) == set(floors)
+        for path in sorted((ROOT / room).rglob("*.py")):
+            here = floor_of(path.relative_to(ROOT).with_suffix("").parts)
+            for name in imported(ast.parse(path.read_text()), True):
+                parts = name.split(".")[1:]
+                if parts[:1] == [room] and floors.index(floor_of(parts)) > floors.index(here):
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def floor_of(parts: Sequence[str]) -> str:
+    """Of `room/floor/...` or `room/file`."""
+    return parts[1]
+
+
+def folders(room: Path) -> set[str]:
+    """Those that hold Python files."""
+    return {path.relative_to(room).parts[0] for path in room.rglob("*.py") if path.parent != room}
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), "no module docstring"
@@ -82,10 +107,12 @@ def test_package_list_equals_the_disk() -> None:
 
 
 def test_a_wheel_carries_the_page() -> None:
-    """platform/page holds no Python file, so no package stands for it."""
+    """platform/server/page holds no Python file, so no package stands for it."""
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    carried = {path for pattern in data["moray.platform"] for path in (ROOT / "platform").glob(pattern)}
-    assert {path for path in (ROOT / "platform" / "page").rglob("*") if path.is_file()} <= carried
+    carried = {
+        path for pattern in data["moray.platform.server"] for path in (ROOT / "platform" / "server").glob(pattern)
+    }
+    assert {path for path in (ROOT / "platform" / "server" / "page").rglob("*") if path.is_file()} <= carried
 
 
 def runs_later(node: ast.AST) -> bool:
@@ -123,7 +150,7 @@ def test_kernels_and_models_import_without_ray_deepspeed_and_mlflow() -> None:
 def test_the_command_line_starts_without_heavy_imports() -> None:
     done = run_python(
         "import sys\n"
-        "from moray.platform.cli import main\n"
+        "from moray.platform.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0, stop.code\n"
         "loaded = {'torch', 'ray', 'mlflow', 'pyarrow', 'numpy'} & set(sys.modules)\n"

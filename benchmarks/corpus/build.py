@@ -25,7 +25,7 @@ from fetch import Package, fetch_debian, fetch_python, members
 from sources import SOURCES, Source
 
 from moray.pipelines.documents import SCHEMA, document_id, write_shard
-from moray.platform.errors import MorayError
+from moray.platform.core.errors import MorayError
 
 CACHE = Path(__file__).with_name(".cache")
 VERSION = 1  # raised when the same packages give other documents

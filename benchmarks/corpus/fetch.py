@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _PIN = re.compile(r"^([\w-]+)==(\S+) --hash=sha256:(\w+)$", re.M)

@@ -19,7 +19,7 @@ from moray.pipelines.corpus.pieces import MALFORMED, UNREADABLE, Reject
 from moray.pipelines.corpus.unpack import Damaged, Unpacked, packed_as
 
 if TYPE_CHECKING:
-    from moray.platform.bucket import Bucket
+    from moray.platform.store.bucket import Bucket
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER = 1 << 16
@@ -149,6 +149,6 @@ class ObjectReader(io.RawIOBase):
 @lru_cache(maxsize=64)
 def bucket_at(url: str) -> Bucket:
     """A bucket, or a folder in one, whose client is kept: it holds connections."""
-    from moray.platform.bucket import Bucket
+    from moray.platform.store.bucket import Bucket
 
     return Bucket(url)

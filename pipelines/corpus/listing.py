@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.globs import matches, reaches
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 # Why a file is not taken. The first three are what the recipe says; who looks at the others did not expect them.
 NOT_INCLUDED, EXCLUDED, BEYOND = "not in `include`", "in `exclude`", "beyond `max_files`"

@@ -27,7 +27,7 @@ from moray.pipelines.corpus.pieces import (
     meta_of,
     printable,
 )
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 _BATCH_ROWS = 256
 _REST_BYTES = 1 << 20  # what a JSON line may hold beside its text before it is skipped unread

@@ -23,7 +23,7 @@ from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import LICENSE, Columns
 from moray.pipelines.documents import SCHEMA, document_id, parquet_writer, shard_name
 from moray.pipelines.shards import Row
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")])
 _BATCH_BYTES = 32_000_000  # of text held by a task before it is written

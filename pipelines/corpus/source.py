@@ -24,8 +24,8 @@ from moray.pipelines.corpus.listing import (
 )
 from moray.pipelines.corpus.readers import ROW_READERS
 from moray.pipelines.corpus.rows import Columns
-from moray.platform.errors import InputError
-from moray.platform.step import StepConfig, operational
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import StepConfig, operational
 
 Split = Literal["train", "validation", "test"]
 

@@ -29,7 +29,7 @@ from moray.pipelines.corpus.pieces import (
 from moray.pipelines.corpus.records import Record, records
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.web import page, page_limit, text_of
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 _DOCUMENTS = ("response", "resource", "conversion")
 _HEADERS = (("url", "warc-target-uri"), ("date", "warc-date"))

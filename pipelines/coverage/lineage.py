@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.errors import InputError
-from moray.platform.home import Home
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 _KIND = "documents"
 

@@ -1,7 +1,7 @@
 """`report.html`: the report as one file with pictures, which needs no other and no script.
 
 Bars are elements with a width, so they keep their place on a phone and are read out with their numbers. It borrows the
-control plane's colours and pieces (platform/page/base.css) and follows the system's light or dark.
+control plane's colours and pieces (platform/server/page/base.css) and follows the system's light or dark.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import moray.platform.step
 from moray.pipelines.coverage.domains import GENERAL, UNJUDGED
+from moray.platform.server.page_files import page_file
 
-_BASE = Path(moray.platform.step.__file__).with_name("page") / "base.css"
+_BASE = page_file("base.css")
 _OWN = Path(__file__).with_name("page.css")
 _MARK = '<span class="mark" aria-hidden="true"></span>'
 _MOST_ROWS = 14

@@ -19,8 +19,8 @@ from moray.pipelines.coverage.page import page
 from moray.pipelines.coverage.summary import Cells, Dropped, summarize
 from moray.pipelines.documents import shard_paths
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.atomic import write_json, write_text
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.atomic import write_json, write_text
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 _MEASURES = ".measures"
 

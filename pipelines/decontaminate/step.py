@@ -24,10 +24,10 @@ from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, l
 from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eval
 from moray.pipelines.documents import read_shard, shard_paths, write_parquet, write_shard
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.manifest import hash_file
-from moray.platform.step import ExternalFile, Step, StepConfig, StepContext
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext
+from moray.platform.store.manifest import hash_file
 
 _SIZES = {"words": 13, "characters": 50}
 _SHORTEST = {"words": 8, "characters": 30}

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from moray.pipelines.dedup.signatures import Shingling
-from moray.platform.step import StepConfig
+from moray.platform.plan.step import StepConfig
 
 
 class DedupConfig(StepConfig):

@@ -13,9 +13,9 @@ from moray.pipelines.dedup.index import Representatives
 from moray.pipelines.dedup.nodes import Shards
 from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.documents import shard_paths
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.fingerprint import EARLIER
-from moray.platform.step import StepContext
+from moray.platform.plan.fingerprint import EARLIER
+from moray.platform.plan.step import StepContext
+from moray.platform.store.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     from moray.pipelines.dedup.config import DedupConfig

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.graph import Indices, Keys
 from moray.pipelines.dedup.shingles import KEY_BITS
-from moray.platform.atomic import write_json
+from moray.platform.core.atomic import write_json
 
 FOLDER = "index"
 _RANGE_ENTRIES = 4_000_000  # of a file, at most about: what a lookup holds in memory

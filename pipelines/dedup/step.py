@@ -13,10 +13,10 @@ from moray.pipelines.dedup.work import Work
 from moray.pipelines.dedup.write import REASONS
 from moray.pipelines.documents import shard_paths
 from moray.pipelines.kept import say_unknown_sources
-from moray.platform.differences import differences
-from moray.platform.errors import RecipeError
-from moray.platform.manifest import Manifest
-from moray.platform.step import Step, StepContext
+from moray.platform.core.differences import differences
+from moray.platform.core.errors import RecipeError
+from moray.platform.plan.step import Step, StepContext
+from moray.platform.store.manifest import Manifest
 
 
 class Dedup(Step[DedupConfig]):

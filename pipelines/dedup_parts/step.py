@@ -33,8 +33,8 @@ from moray.pipelines.dedup_parts.tasks import (
 )
 from moray.pipelines.kept import Order, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.errors import InputError
-from moray.platform.step import Step, StepConfig, StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
 
 _LEFTOVERS = (".described", ".fingerprints", ".shared", ".keys", ".repeated", ".cuts", ".verdicts")
 _FINGERPRINTS_A_BYTE = 1 / 60  # of text: a word of six bytes and more, and a sixteenth of them

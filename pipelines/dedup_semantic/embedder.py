@@ -19,7 +19,7 @@ import pyarrow as pa
 from moray.pipelines.dedup.nodes import described, read_documents
 from moray.pipelines.documents import write_parquet
 from moray.pipelines.shards import Row
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 LIBRARY = "sentence_transformers"
 HINT = "pip install 'moray[semantic]'"

@@ -24,9 +24,9 @@ from moray.pipelines.dedup_semantic.pairs import alike, clusters_of
 from moray.pipelines.documents import read_shard, write_parquet
 from moray.pipelines.kept import Order, keep_shard, read_parts, shards_of, size_of
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.manifest import hash_file
-from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.store.manifest import hash_file
 
 _DESCRIBED = ".described"
 

@@ -25,7 +25,7 @@ from moray.pipelines.filter.rules import judge
 from moray.pipelines.quality.model import QualityModel, load
 from moray.pipelines.shards import Row
 from moray.pipelines.text.language import CHARACTERS, identify
-from moray.platform.atomic import write_json
+from moray.platform.core.atomic import write_json
 
 _BATCH = 512  # documents; a kernel's start costs microseconds
 COUNTS = ".counts"  # what a finished shard came to, for a rerun after a kill

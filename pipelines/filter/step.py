@@ -16,8 +16,8 @@ from moray.pipelines.documents import shard_paths
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.shard import COUNTS, filter_shard
 from moray.pipelines.shards import Row, map_shards, pace
-from moray.platform.errors import InputError, RecipeError, nearest
-from moray.platform.step import Step, StepContext
+from moray.platform.core.errors import InputError, RecipeError, nearest
+from moray.platform.plan.step import Step, StepContext
 
 
 class Filter(Step[FilterConfig]):

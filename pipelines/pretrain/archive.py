@@ -19,9 +19,9 @@ from pathlib import Path
 
 from moray.pipelines.pretrain import checkpoint_files
 from moray.pipelines.pretrain.checkpoint_files import CHECKSUMS, Checksums
-from moray.platform.bucket import Bucket
-from moray.platform.errors import InputError
-from moray.platform.manifest import FileEntry
+from moray.platform.core.errors import InputError
+from moray.platform.store.bucket import Bucket
+from moray.platform.store.manifest import FileEntry
 
 _ROOT = "moray-archive.json"
 

@@ -29,7 +29,7 @@ from moray.pipelines.pretrain.archive import Archive, Archived
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.state import TrainingState
 from moray.pipelines.pretrain.stored import StoredPart
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 # The schedule position: steps taken, tokens seen. The data cursor is the step; nothing here draws random numbers
 # after initialisation, so there is no generator state to keep.

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moray.platform.atomic import write_text
-from moray.platform.manifest import FileEntry, hash_file
+from moray.platform.core.atomic import write_text
+from moray.platform.store.manifest import FileEntry, hash_file
 
 CHECKSUMS = "checksums.json"
 

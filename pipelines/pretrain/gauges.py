@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moray.platform.events import MetricEvent
-from moray.platform.metrics import metric
+from moray.platform.core.events import MetricEvent
+from moray.platform.core.metrics import metric
 
 
 class Gauges:

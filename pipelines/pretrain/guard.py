@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from moray.pipelines.pretrain.config import Spikes
-from moray.platform.atomic import write_text
+from moray.platform.core.atomic import write_text
 
 RECORD = "troubles.json"
 _FEWEST = 16  # losses from which a spike can be told

@@ -30,7 +30,7 @@ from moray.pipelines.pretrain.report import Report, Start
 from moray.pipelines.pretrain.schedule import batch_plan
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, build
-from moray.platform.events import EventLog
+from moray.platform.core.events import EventLog
 
 
 class Source(Protocol):

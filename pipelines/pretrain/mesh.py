@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moray.pipelines.pretrain.layout import check_layout
 from moray.pipelines.pretrain.stopwatch import Stopwatch
-from moray.platform.ports import free_port
+from moray.platform.core.ports import free_port
 
 T = TypeVar("T")
 

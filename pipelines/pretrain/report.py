@@ -16,7 +16,7 @@ from moray.pipelines.pretrain.gauges import Gauges
 from moray.pipelines.pretrain.guard import Record
 from moray.pipelines.pretrain.peak import peak_flops
 from moray.pipelines.pretrain.worker import Worker
-from moray.platform.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
+from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
 REPORT_SECONDS = 1.0
 LOAD_ROWS = 200  # how often in a run each layer's expert load is reported: a heat map's width, whatever the model

@@ -26,10 +26,10 @@ from moray.pipelines.pretrain.devices import resolved, words
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout, check_moments
 from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
 from moray.pipelines.pretrain.trainer import fit
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError, RecipeError, StepFailed, nearest
-from moray.platform.events import MetricEvent, read_events
-from moray.platform.step import Step, StepContext, Topology
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError, RecipeError, StepFailed, nearest
+from moray.platform.core.events import MetricEvent, read_events
+from moray.platform.plan.step import Step, StepContext, Topology
 
 _TRAINING = "training.json"
 

@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 
 from moray.pipelines.dedup.characters import tables
 from moray.pipelines.text.arrow import text_buffers
-from moray.platform.atomic import write_json
-from moray.platform.errors import InputError
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
 
 FORMAT = 2  # 2: other hashes of words
 _SHAPE, _WEIGHTS = "model.json", "weights.npy"

@@ -23,9 +23,9 @@ from pydantic import Field, model_validator
 from moray.pipelines.documents import shard_paths, write_parquet
 from moray.pipelines.quality.model import Features, QualityModel
 from moray.pipelines.shards import Row, map_shards
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.manifest import hash_file
-from moray.platform.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.store.manifest import hash_file
 
 _EXAMPLES = ".examples"
 _SCHEMA = pa.schema([("id", pa.string()), ("order", pa.uint64()), ("good", pa.bool_()), ("text", pa.large_string())])

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from moray.platform.errors import InputError, StepFailed
-from moray.platform.ports import check_port, is_free
+from moray.platform.core.errors import InputError, StepFailed
+from moray.platform.core.ports import check_port, is_free
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

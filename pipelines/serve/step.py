@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.atomic import write_json, write_text
-from moray.platform.errors import StepFailed
-from moray.platform.ports import free_port
-from moray.platform.step import Step, StepConfig, StepContext, operational
+from moray.platform.core.atomic import write_json, write_text
+from moray.platform.core.errors import StepFailed
+from moray.platform.core.ports import free_port
+from moray.platform.plan.step import Step, StepConfig, StepContext, operational
+from moray.platform.store.artifacts import ArtifactStore
 
 HOST = "127.0.0.1"
 

@@ -8,8 +8,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from moray.actors.sandbox_watch import Limits
-from moray.platform.references import Secret
-from moray.platform.step import StepConfig, operational
+from moray.platform.core.references import Secret
+from moray.platform.plan.step import StepConfig, operational
 
 
 class _Generator(StepConfig):

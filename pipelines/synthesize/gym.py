@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moray.platform.errors import RecipeError, nearest
+from moray.platform.core.errors import RecipeError, nearest
 
 # Other items in another process (0.1.25; they draw from sets of strings); no task of its own; one that runs other
 # people's programs where it is drawn (programs.py runs them in the sandbox).

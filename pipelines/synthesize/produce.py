@@ -39,7 +39,7 @@ from moray.pipelines.synthesize.judges import (
 from moray.pipelines.synthesize.purse import Purse
 from moray.pipelines.synthesize.rows import Item, Log, Made, finish, item_seed, reject
 from moray.pipelines.synthesize.teacher import AskTeacher
-from moray.platform.atomic import write_text
+from moray.platform.core.atomic import write_text
 
 Judge = Callable[[Pairs, Tools], list[Judged]]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from moray.pipelines.synthesize.config import Budget, Teacher
 from moray.pipelines.synthesize.purse import Purse, dollars
-from moray.platform.atomic import write_bytes
-from moray.platform.errors import InputError
+from moray.platform.core.atomic import write_bytes
+from moray.platform.core.errors import InputError
 
 _PER_MESSAGE = 64  # tokens that a chat template adds, at most
 

@@ -12,7 +12,7 @@ import pytest
 
 from moray.actors.batch_plan import BatchPlan
 from moray.actors.data_worker import DataWorker, start_data_workers
-from moray.platform.step import Cluster
+from moray.platform.plan.step import Cluster
 from tests.actors.test_token_set import LENGTH, write
 
 PLAN = BatchPlan((0, 3), (8, 16))

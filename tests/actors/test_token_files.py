@@ -12,7 +12,7 @@ import pytest
 from moray.actors.batch_plan import BatchPlan
 from moray.actors.data_worker import DataWorker
 from moray.actors.token_set import open_token_sets
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 from tests.actors.test_token_set import write
 from tests.s3 import BUCKET, Request, faulty_proxy
 

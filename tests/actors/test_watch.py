@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.actors.watch import Beat, Judge, Member, Place, Waiting, Watch
-from moray.platform.processes import Process
+from moray.platform.core.processes import Process
 
 LIMIT = 10.0
 EXCHANGE = Waiting("gloo:all_to_all", "experts", 7)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from moray.cluster.pending import Demand, Machine, PendingReport, PendingWatcher
-from moray.platform.errors import InputError, StepFailed
-from moray.platform.events import Event, NoteEvent
-from moray.platform.home import Home
-from moray.platform.ports import free_port
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster, StepContext, Topology
+from moray.platform.core.errors import InputError, StepFailed
+from moray.platform.core.events import Event, NoteEvent
+from moray.platform.core.home import Home
+from moray.platform.core.ports import free_port
+from moray.platform.plan.step import Cluster, StepContext, Topology
+from moray.platform.run.runner import Runner
 from tests.conftest import Flow, SharedCluster
-from tests.platform.test_runner import Write, recipe
+from tests.platform.run.test_runner import Write, recipe
 from tests.small_run import run_small
 
 TWO = Machine({"CPU": 2.0, "memory": 8e9}, {"memory": 8e9})  # a node without an entry has nothing free of it

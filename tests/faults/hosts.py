@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from moray.platform.ports import free_port
+from moray.platform.core.ports import free_port
 
 NETWORK = "10.231.77"
 _TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}

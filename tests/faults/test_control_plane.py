@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moray.platform.processes import kill
-from moray.platform.up import NAMES
+from moray.platform.control.up import NAMES
+from moray.platform.core.processes import kill
 from tests.control_plane import ControlPlane, wait_for
 
 

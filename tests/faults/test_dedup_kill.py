@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.home import Home
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import ArtifactStore
 from tests.faults.test_kill import finish, processes_of, start, wait_for
 
 RECIPE = """

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.errors import StepFailed
-from moray.platform.events import EventLog, NoteEvent, RunEvent, read_events
-from moray.platform.home import Home
-from moray.platform.runs import list_runs
-from moray.platform.step import StepContext
+from moray.platform.core.errors import StepFailed
+from moray.platform.core.events import EventLog, NoteEvent, RunEvent, read_events
+from moray.platform.core.home import Home
+from moray.platform.plan.step import StepContext
+from moray.platform.run.history import list_runs
+from moray.platform.store.artifacts import ArtifactStore
 from tests.conftest import Flow
 from tests.faults.test_kill import (
     STEPS,
@@ -29,7 +29,7 @@ from tests.faults.test_kill import (
     start,
     wait_for,
 )
-from tests.platform.test_runner import recipe, run
+from tests.platform.run.test_runner import recipe, run
 from tests.small_disk import empty, fill, small_disk
 from tests.small_run import recipe_text
 

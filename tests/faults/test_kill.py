@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.events import EventTail, ProgressEvent, StepEvent
-from moray.platform.home import Home
+from moray.platform.core.events import EventTail, ProgressEvent, StepEvent
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import ArtifactStore
 from tests.checkout import ROOT
 from tests.conftest import Flow
 from tests.small_run import STEPS, recipe_text

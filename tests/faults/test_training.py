@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from moray.pipelines.pretrain import checkpoint_files
-from moray.platform.events import Event, MetricEvent, NoteEvent, read_events
+from moray.platform.core.events import Event, MetricEvent, NoteEvent, read_events
 from tests.faults.hosts import NETWORK, Hosts, hosts_of, reason_against
 
 pytestmark = [

@@ -28,12 +28,12 @@ from moray.pipelines.pretrain.state import TrainingState
 from moray.pipelines.pretrain.step import read_model_config
 from moray.pipelines.pretrain.worker import build
 from moray.platform.api import RECIPES, open_recipe
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.fingerprint import addresses
-from moray.platform.home import Home
-from moray.platform.recipe import Recipe, parse_recipe
-from moray.platform.runner import Runner, plan
-from moray.platform.step import Step
+from moray.platform.core.home import Home
+from moray.platform.plan.fingerprint import addresses
+from moray.platform.plan.recipe import Recipe, parse_recipe
+from moray.platform.plan.step import Step
+from moray.platform.run.runner import Runner, plan
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 HERE = Path(__file__).parent
 # The fingerprint of each step of each shipped recipe, with external files left out: those are a machine's own.

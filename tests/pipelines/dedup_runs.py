@@ -13,12 +13,12 @@ from moray.pipelines.dedup import step as dedup_step
 from moray.pipelines.dedup import work
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.documents import read_shard, shard_name, write_shard
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.events import EventLog
-from moray.platform.fingerprint import EARLIER
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.fingerprint import EARLIER
+from moray.platform.plan.step import StepContext
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.manifest import Manifest
 from tests.pipelines.dedup_oracle import Text
 from tests.pipelines.step_runs import in_process
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 
 from moray.pipelines.documents import document_id, read_shard, shard_name, write_shard
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.events import EventLog
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.step import StepContext
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.manifest import Manifest
 
 
 class Interrupted(Exception):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moray.pipelines.bpe import train, train_apart
 from moray.pipelines.tokenizer import DEEPSEEK_V3, TokenizerConfig
-from moray.platform.errors import StepFailed
+from moray.platform.core.errors import StepFailed
 
 TEXTS = [f"number {i} of so many words, {i * i} of them: \u4e2d\u6587\n" for i in range(2000)]
 SPECIAL = ["<|bos|>", "<|eos|>"]

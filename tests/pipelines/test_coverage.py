@@ -21,14 +21,14 @@ from moray.pipelines.coverage.step import CoverageConfig
 from moray.pipelines.coverage.summary import KINDS, summarize
 from moray.pipelines.documents import document_id, shard_name, write_parquet, write_shard
 from moray.pipelines.text.language import identify
-from moray.platform.artifacts import Artifact, ArtifactStore
-from moray.platform.errors import InputError
-from moray.platform.events import EventLog
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster, StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster, StepContext
+from moray.platform.run.runner import Runner
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.manifest import Manifest
 
 MEDICINE = "The patient had a fever; the physician confirmed the diagnosis and chose a lower dose of insulin therapy. "
 LAW = "The court found that the defendant owed damages for breach of contract, and the plaintiff filed an appeal. "

@@ -26,14 +26,14 @@ from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eva
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.units import units_of
 from moray.pipelines.documents import document_id, read_shard, shard_name, write_shard
-from moray.platform.artifacts import Artifact
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.events import EventLog
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster, StepContext
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster, StepContext
+from moray.platform.run.runner import Runner
+from moray.platform.store.artifacts import Artifact
+from moray.platform.store.manifest import Manifest
 from tests.pipelines import decontaminate_oracle as oracle
 from tests.pipelines.dedup_oracle import fold
 from tests.pipelines.step_runs import Interrupted, in_process

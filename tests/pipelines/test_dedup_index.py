@@ -14,8 +14,8 @@ from moray.pipelines.dedup import step as dedup_step
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.index import Earlier, Generation
 from moray.pipelines.documents import document_id
-from moray.platform.errors import RecipeError
-from moray.platform.manifest import Manifest
+from moray.platform.core.errors import RecipeError
+from moray.platform.store.manifest import Manifest
 from tests.pipelines.dedup_oracle import Text
 from tests.pipelines.dedup_runs import Night, kept, removed
 from tests.pipelines.step_runs import Interrupted

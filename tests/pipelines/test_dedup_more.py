@@ -10,10 +10,10 @@ import pytest
 from moray.pipelines.dedup import index, work
 from moray.pipelines.documents import read_shard
 from moray.pipelines.explain import explain_in
-from moray.platform.home import Home
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster
+from moray.platform.run.runner import Runner
 from tests.pipelines.test_dedup import near_texts
 
 DEDUP = """

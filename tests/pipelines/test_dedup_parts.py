@@ -22,7 +22,7 @@ from moray.pipelines.dedup_parts.parts import normalized, parts_of, without
 from moray.pipelines.dedup_parts.step import DedupPartsConfig
 from moray.pipelines.dedup_parts.windows import fingerprints, gram_size, windows
 from moray.pipelines.text.arrow import text_buffers
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 from tests.pipelines import parts_oracle as oracle
 from tests.pipelines.step_runs import Done, Interrupted, Page, run_in_process
 

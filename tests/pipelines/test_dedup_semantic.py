@@ -11,7 +11,7 @@ from moray.pipelines.dedup_semantic import step as semantic_step
 from moray.pipelines.dedup_semantic.embedder import vectors_of
 from moray.pipelines.dedup_semantic.pairs import alike, clusters_of
 from moray.pipelines.dedup_semantic.step import DedupSemanticConfig
-from moray.platform.errors import RecipeError
+from moray.platform.core.errors import RecipeError
 from tests.pipelines.step_runs import Interrupted, Page, run_in_process
 
 TEXTS = {

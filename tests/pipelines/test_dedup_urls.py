@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moray.pipelines import dedup_urls
 from moray.pipelines.dedup_urls import DedupUrlsConfig, canonical_url
 from moray.pipelines.documents import content_hash
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 from tests.pipelines.step_runs import Interrupted, Page, run_in_process
 
 

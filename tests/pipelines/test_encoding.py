@@ -16,7 +16,7 @@ from moray.pipelines import encoding
 from moray.pipelines.encoding import FastEncoder, ReferenceEncoder, choose, encoder, plain_json, probes
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenizer import EOS, TokenizerConfig, hugging_face_config, train
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 SENTENCES = [
     "def decode(self, s):\n    return s.strip()[1:-1]\n" * 20,

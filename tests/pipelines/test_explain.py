@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from moray.pipelines.documents import document_id, read_shard
 from moray.pipelines.explain import explain
-from moray.platform.cli import main
-from moray.platform.console import visible
-from moray.platform.errors import InputError
-from moray.platform.runs import RunRow, StepRow
+from moray.platform.cli.main import main
+from moray.platform.core.errors import InputError
+from moray.platform.run.console import visible
+from moray.platform.run.history import RunRow, StepRow
 from tests.conftest import Flow
 from tests.pipelines.dedup_oracle import Text
 from tests.pipelines.dedup_runs import CLOSE, Night

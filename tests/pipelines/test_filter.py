@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.filter.config import C4, BasicRules, FilterConfig, FineWeb, GopherQuality, GopherRepetition
 from moray.pipelines.filter.rules import Judged, judge
-from moray.platform.step import StepConfig
+from moray.platform.plan.step import StepConfig
 from tests.pipelines import filter_oracle as oracle
 
 # Pieces that the rules speak of, in several scripts: ends of lines and sentences, bullets, symbols, marks, white space.

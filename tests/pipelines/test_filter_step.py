@@ -19,14 +19,14 @@ from moray.pipelines.quality import step as quality_step
 from moray.pipelines.quality.model import Features, QualityModel, load
 from moray.pipelines.quality.step import QualityModelConfig
 from moray.pipelines.text.language import identify, known_languages
-from moray.platform.artifacts import Artifact
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.events import EventLog, ProgressEvent
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster, Step, StepContext
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.events import EventLog, ProgressEvent
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster, Step, StepContext
+from moray.platform.run.runner import Runner
+from moray.platform.store.artifacts import Artifact
+from moray.platform.store.manifest import Manifest
 from tests.pipelines.step_runs import Interrupted, in_process
 
 GERMAN = (

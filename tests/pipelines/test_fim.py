@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moray.pipelines.encoding import Encoder, FastEncoder, ReferenceEncoder, plain_json
 from moray.pipelines.fim import Marks, cut, fim_marks, framed, is_chosen, rearranged
 from moray.pipelines.tokenizer import FIM, TokenizerConfig, train
-from moray.platform.errors import InputError
+from moray.platform.core.errors import InputError
 
 TEXTS = ["def decode(self, s):\n    return s.strip()\n" * 20, "Im Anfang schuf Gott Himmel und Erde. " * 20]
 BOS, EOS = 0, 1

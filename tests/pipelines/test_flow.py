@@ -19,12 +19,12 @@ import torch
 
 from moray.actors.token_set import open_token_sets
 from moray.pipelines.documents import document_id, read_shard, shard_paths
+from moray.pipelines.evaluation import EvalReport
 from moray.pipelines.pretrain.checkpoint import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder, loss_curve
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.evaluation import EvalReport
-from moray.platform.events import MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent, read_events
-from moray.platform.manifest import hash_file
+from moray.platform.core.events import MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent, read_events
+from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.manifest import hash_file
 from tests.conftest import Flow
 from tests.small_run import STEPS, run_small
 
@@ -209,7 +209,7 @@ def test_a_worker_killed_or_stopped_costs_no_bit_of_the_result(
     flow: Flow, tmp_path: Path, number: signal.Signals
 ) -> None:
     """After the first checkpoint: the weights are those of the undisturbed run. Who hangs, is named and ended."""
-    from moray.platform.home import Home
+    from moray.platform.core.home import Home
 
     home = Home(tmp_path / "home")
     home.root.mkdir()

@@ -22,7 +22,7 @@ from moray.pipelines.pretrain.guard import RECORD, Guard, Record, read_record
 from moray.pipelines.pretrain.loop import run
 from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, take
 from moray.pipelines.pretrain.worker import Worker
-from moray.platform.events import EventLog, MetricEvent, NoteEvent, read_events
+from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, read_events
 from tests.pipelines.training_ranks import VOCABULARY, global_batch, held, lone_worker, skipping
 from tests.ranks import RankPool
 

@@ -17,10 +17,10 @@ from moray.pipelines.model_text import processor_bos
 from moray.pipelines.pretrain.step import loss_curve
 from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
 from moray.platform import api
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.home import Home
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.run.runner import Runner
 from tests.conftest import Flow
 from tests.small_run import recipe_text
 

@@ -15,10 +15,10 @@ from tokenizers import models, trainers
 from moray.pipelines.encoding import encoder
 from moray.pipelines.load_tokenizer import step
 from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
-from moray.platform.errors import InputError
-from moray.platform.events import EventLog, NoteEvent, read_events
-from moray.platform.home import Home
-from moray.platform.step import StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.core.events import EventLog, NoteEvent, read_events
+from moray.platform.core.home import Home
+from moray.platform.plan.step import StepContext
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moray.platform.home import Home
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster
+from moray.platform.run.runner import Runner
 
 RECIPE = """
 name: pinned

@@ -17,12 +17,12 @@ from moray.models.presets import preset
 from moray.pipelines.packing import pack, plan
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
-from moray.platform.artifacts import Artifact
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.events import EventLog
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext, Topology
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.step import StepContext, Topology
+from moray.platform.store.artifacts import Artifact
+from moray.platform.store.manifest import Manifest
 from tests.actors.test_token_set import documents_of
 from tests.s3 import BUCKET, Request, faulty_proxy
 

@@ -18,7 +18,7 @@ from moray.pipelines.pretrain.schedule import (
     prediction_weight,
 )
 from moray.platform.api import RECIPES
-from moray.platform.recipe import load_recipe
+from moray.platform.plan.recipe import load_recipe
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from moray.pipelines import shards
 from moray.pipelines.shards import Row, map_shards, pace
-from moray.platform.errors import StepFailed
-from moray.platform.step import Cluster, StepContext
+from moray.platform.core.errors import StepFailed
+from moray.platform.plan.step import Cluster, StepContext
 
 
 def test_the_pace_is_of_what_was_read_and_names_reasons_by_how_many() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from moray.pipelines.pretrain.checkpoint import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.home import Home
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import ArtifactStore
 from tests.conftest import Flow
 from tests.s3 import BUCKET, keys
 from tests.small_run import recipe_text

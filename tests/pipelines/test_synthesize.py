@@ -26,11 +26,11 @@ from moray.pipelines.synthesize.reverify import reverify
 from moray.pipelines.synthesize.rows import Log, Made
 from moray.pipelines.synthesize.step import step, write_copies, write_items
 from moray.pipelines.synthesize.verify import check_all, full_marks, majority, same_maths
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.home import Home
-from moray.platform.recipe import parse_recipe
-from moray.platform.runner import Runner
-from moray.platform.step import Cluster
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.home import Home
+from moray.platform.plan.recipe import parse_recipe
+from moray.platform.plan.step import Cluster
+from moray.platform.run.runner import Runner
 from tests.pipelines.teacher_server import TeacherServer, teacher_server
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"no namespaces here: {sandbox.refusal()}")

@@ -14,12 +14,12 @@ from moray.actors.token_set import TokenSet, open_token_sets
 from moray.pipelines import tokenize
 from moray.pipelines.documents import SCHEMA, document_id, shard_name, write_shard
 from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, train
-from moray.platform.artifacts import Artifact
-from moray.platform.errors import InputError
-from moray.platform.events import EventLog, NoteEvent, read_events
-from moray.platform.home import Home
-from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext
+from moray.platform.core.errors import InputError
+from moray.platform.core.events import EventLog, NoteEvent, read_events
+from moray.platform.core.home import Home
+from moray.platform.plan.step import StepContext
+from moray.platform.store.artifacts import Artifact
+from moray.platform.store.manifest import Manifest
 from tests.pipelines.step_runs import Interrupted, in_process
 
 Texts = dict[str, list[str]]  # by source

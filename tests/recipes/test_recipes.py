@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from moray.platform.api import RECIPES
-from moray.platform.errors import InputError, RecipeError
-from moray.platform.recipe import load_recipe, parse_recipe
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.plan.recipe import load_recipe, parse_recipe
 
 NONSENSE = {"not": ["this"]}
 Place = tuple[str | int, ...]

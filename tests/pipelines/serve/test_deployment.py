@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from moray.pipelines.serve.deployment import deploy
-from moray.platform.errors import InputError, StepFailed
-from moray.platform.ports import check_port, free_port
+from moray.platform.core.errors import InputError, StepFailed
+from moray.platform.core.ports import check_port, free_port
 
 
 @pytest.fixture
@@ -71,7 +71,15 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
 
 @pytest.mark.cluster
 def test_ctrl_c_is_how_serve_ends_and_no_error(folder, tmp_path):
-    command = [sys.executable, "-c", "from moray.platform.cli import main; main()", "serve", str(folder), "--port", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "from moray.platform.cli.main import main; main()",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+    ]
     environment = {**os.environ, "MORAY_HOME": str(tmp_path / "home")}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from moray.pipelines.serve.step import Reply, SmokeServeConfig, closing_text, step
-from moray.platform.artifacts import ArtifactStore
-from moray.platform.events import EventLog
-from moray.platform.manifest import Manifest
-from moray.platform.step import StepContext
+from moray.platform.core.events import EventLog
+from moray.platform.plan.step import StepContext
+from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.manifest import Manifest
 
 
 def test_planning_needs_nothing_heavy():

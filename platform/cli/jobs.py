@@ -1,0 +1,209 @@
+"""`moray submit | list | status | logs | stop | why`: jobs of the control plane."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from moray.platform.core.errors import InputError
+from moray.platform.run.console import Json, err, out, print_json, print_table
+
+Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
+_POLL_SECONDS = 0.5
+_EXIT = {"succeeded": 0, "failed": 1, "cancelled": 130}
+
+
+def register(app: App) -> None:
+    """Adds the commands to the `moray` command."""
+    for command in (submit, status, logs, stop, why):
+        app.command(command)
+    app.command(list_, name="list")
+
+
+def submit(
+    recipe: str,
+    /,
+    *,
+    set_: Set = None,
+    name: str = "",
+    priority: Literal["production", "interactive", "batch"] = "interactive",
+    retries: Annotated[int, Parameter(help="how often a failed run is tried again")] = 0,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=())] = False,
+    key: Annotated[str, Parameter(help="the same key twice is one job")] = "",
+    json_: Json = False,
+) -> int:
+    """Queue a run of a recipe on the control plane's cluster.
+
+    RECIPE is a file, or the name of a recipe that Moray ships. Relative paths in it count from the current folder.
+    """
+    from moray.platform.client import Client, new_key, read_submission
+
+    body = read_submission(recipe, set_ or []) | {"name": name, "priority": priority, "retries": retries}
+    client = Client.from_environment()
+    job = client.post("/api/jobs", body, key=key or new_key())
+    if json_:
+        print_json(job)
+    else:
+        out().print(job["id"], markup=False)
+        err().print(f"watch it: moray logs -f {job['id']}   or {client.url}/jobs/{job['id']}", markup=False)
+    return _follow(client, job["id"], None) if follow else 0
+
+
+def list_(
+    *,
+    state: Annotated[list[str] | None, Parameter(negative=(), help="only jobs in this state; may be repeated")] = None,
+    limit: int = 20,
+    json_: Json = False,
+) -> int:
+    """Jobs, newest first."""
+    from moray.platform.client import Client
+
+    jobs = Client.from_environment().get("/api/jobs", state=state, limit=limit)
+    if json_:
+        print_json(jobs)
+        return 0
+    if not jobs:
+        err().print("no jobs yet; try: moray submit quickstart" if not state else "no such jobs")
+        return 0
+    columns = ("job", "name", "state", "priority", "submitted", "time>", "tries>", "why")
+    print_table(columns, [_row(job) for job in jobs])
+    return 0
+
+
+def status(job: str | None = None, /, *, json_: Json = False) -> int:
+    """One job with its attempts; without JOB: queue, work, services and cluster.
+
+    JOB is a job's id or a part of it that no other job has.
+    """
+    from moray.platform.client import Client
+
+    client = Client.from_environment()
+    if job is None:
+        from moray.platform.cli.up import show_overview
+
+        return show_overview(client.get("/api/overview"), json_)
+    found = client.get(f"/api/jobs/{_quoted(job)}")
+    if json_:
+        print_json(found)
+        return 0
+    out().print(f"{found['id']}  {found['state']}  {found['priority']}", markup=False)
+    if found["reason"]:
+        out().print(found["reason"], markup=False)
+    rows = [
+        (a["id"], a["state"], _when(a["created"]), _took(a["started"], a["ended"]), a["detail"])
+        for a in found["attempts"]
+    ]
+    if rows:
+        print_table(("attempt", "state", "submitted", "time>", "what"), rows)
+    return 0
+
+
+def logs(
+    job: str,
+    /,
+    *,
+    attempt: int | None = None,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=())] = False,
+) -> int:
+    """What a job printed; -f goes on until it ends, with its exit code."""
+    from moray.platform.client import Client
+
+    client = Client.from_environment()
+    if follow:
+        return _follow(client, job, attempt)
+    offset, ended = 0, False
+    while not ended:
+        part = client.get(f"/api/jobs/{_quoted(job)}/logs", attempt=attempt, offset=offset)
+        sys.stdout.write(part["text"])
+        ended = part["ended"] or not part["text"]
+        offset = part["offset"]
+    return 0
+
+
+def stop(job: str, /, *, json_: Json = False) -> int:
+    """Stop a job: at once if it waits, else when its driver has ended."""
+    from moray.platform.client import Client
+
+    found = Client.from_environment().post(f"/api/jobs/{_quoted(job)}/stop")
+    if json_:
+        print_json(found)
+    else:
+        out().print(f"{found['id']}  {found['state']}", markup=False)
+    return 0
+
+
+def why(job: str, /, *, json_: Json = False) -> int:
+    """Why a job is where it is."""
+    from moray.platform.client import Client
+
+    found = Client.from_environment().get(f"/api/jobs/{_quoted(job)}/why")
+    if json_:
+        print_json(found)
+        return 0
+    out().print(f"{found['id']}  {found['state']}", markup=False)
+    for line in found["lines"]:
+        out().print(f"  {line}", markup=False)
+    return 0
+
+
+def _follow(client: Any, job: str, attempt: int | None) -> int:
+    """As `_print_log`, until Ctrl-C, which ends the looking and not the job."""
+    try:
+        return _print_log(client, job, attempt)
+    except KeyboardInterrupt:
+        err().print(f"{job} goes on; follow it: moray logs -f {job}   end it: moray stop {job}")
+        return 130
+
+
+def _print_log(client: Any, job: str, attempt: int | None) -> int:
+    """Prints a job's log as it grows, over all its attempts unless one is named; exit code of how the job ended."""
+    number, offset = attempt, 0
+    while True:
+        part = client.get(f"/api/jobs/{_quoted(job)}/logs", attempt=number, offset=offset)
+        sys.stdout.write(part["text"])
+        sys.stdout.flush()
+        offset = part["offset"]
+        number = number or part["attempt"]
+        if not part["ended"]:
+            if not part["text"]:
+                time.sleep(_POLL_SECONDS)
+            continue
+        found = client.get(f"/api/jobs/{_quoted(job)}")
+        if attempt is None and number and len(found["attempts"]) > number:
+            number, offset = number + 1, 0
+            err().print(f"attempt {number}", style="bold")
+        elif found["state"] in _EXIT or attempt is not None:
+            err().print(f"{found['id']}  {found['state']}  {found['reason']}".rstrip(), markup=False)
+            return _EXIT.get(found["state"], 0)
+        else:
+            time.sleep(_POLL_SECONDS)
+
+
+def _row(job: dict[str, Any]) -> tuple[str, ...]:
+    took = _took(job["started"], job["ended"])
+    reason = job["reason"] if job["state"] in ("failed", "queued", "cancelled") else ""
+    tries = str(len(job["attempts"]))
+    return job["id"], job["name"], job["state"], job["priority"], _when(job["created"]), took, tries, reason
+
+
+def _when(moment: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else "-"
+
+
+def _took(started: float | None, ended: float | None) -> str:
+    from moray.platform.run.terminal import seconds
+
+    return seconds((ended or time.time()) - started) if started else "-"
+
+
+def _quoted(name: str) -> str:
+    from urllib.parse import quote
+
+    if not name:
+        raise InputError("the job's name is empty", "moray list shows the jobs")
+    if "/" in name:  # which no address of a job can hold
+        raise InputError(f"no job {name!r}", "give its id, or a part of its name without a slash")
+    return quote(name, safe="")

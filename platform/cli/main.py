@@ -1,0 +1,269 @@
+"""The command line. Results go to stdout, everything else to stderr; `--json` makes the result one JSON document.
+
+Nothing heavy is imported until a command needs it: `moray --help` loads neither Ray nor torch nor MLflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from moray.platform.cli import artifacts, explain, jobs, models, runs, schedules, up
+from moray.platform.core.errors import MorayError, nearest
+from moray.platform.run.console import Json, err, lenient_streams, out, print_json, print_table
+
+app = App(
+    name="moray",
+    help="From raw documents to a trained and served mixture-of-experts model, from one recipe file.",
+    help_format="plaintext",
+    suppress_keyboard_interrupt=False,
+)
+up.register(app)
+jobs.register(app)
+explain.register(app)
+app.command(schedules.app)
+app.command(runs.app)
+app.command(artifacts.app)
+app.command(models.app)
+
+Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
+Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
+
+
+@app.command
+def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = False) -> int:
+    """Run a recipe on an embedded Ray; steps whose artifacts exist are reused.
+
+    RECIPE is a file, or the name of a recipe that Moray ships.
+    """
+    from moray.platform.api import run as run_recipe
+    from moray.platform.run.terminal import Terminal, closing_table
+
+    console = err()
+    # Ray prints what befalls its workers to stdout, which is for the result.
+    with Terminal(console) as terminal, contextlib.redirect_stdout(sys.stderr):
+        result = run_recipe(recipe, set_ or [], cpus=cpus, listeners=[terminal])
+    if json_:
+        print_json(_run_as_json(result))
+        return 0
+    console.print()
+    out().print(closing_table(result))
+    _print_closings(result)
+    out().print("\nartifacts", style="bold")
+    for row in result.steps.values():
+        here = row.artifact.folder.exists()
+        out().print(f"  {row.key:<12} {row.artifact.folder if here else 'in the shared root'}", markup=False)
+    out().print(f"  {'run':<12} {result.folder}", markup=False)
+    _suggest(result, recipe)
+    return 0
+
+
+@app.command
+def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
+    """Show what a run would do, step by step, and why. Starts and writes nothing."""
+    from moray.platform.api import plan as plan_recipe
+
+    decisions = plan_recipe(recipe, set_ or [])
+    if json_:
+        rows = [
+            {
+                "step": d.planned.key,
+                "uses": d.planned.step.name,
+                "fingerprint": d.address.fingerprint,
+                "action": "reuse" if d.reuse else "run",
+                "why": d.why,
+                "placement": d.placement,
+            }
+            for d in decisions
+        ]
+        print_json(rows)
+        return 0
+    shown = [(d.planned.key, "reuse" if d.reuse else "run", d.address.fingerprint[:8], _why(d)) for d in decisions]
+    print_table(("step", "action", "fingerprint", "why"), shown)
+    return 0
+
+
+def _why(decision: Any) -> str:
+    return f"{decision.why}; {decision.placement}" if decision.placement else str(decision.why)
+
+
+@app.command
+def serve(
+    model: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cpus: Cpus = None,
+) -> int:
+    """Serve a model over an OpenAI-compatible HTTP API until Ctrl-C.
+
+    MODEL is an alias (`quickstart@newest`), an artifact (`export/FINGERPRINT`), or a folder in the Hugging Face
+    DeepSeek-V3 layout.
+    """
+    import threading
+
+    from moray.platform.api import serving
+    from moray.platform.core.interrupts import until_interrupted
+
+    try:
+        with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
+            _announce(url, model)
+            threading.Event().wait()
+    except KeyboardInterrupt:  # the way to end it: no error
+        err().print("stopped")
+    return 0
+
+
+@app.command
+def doctor(*, json_: Json = False) -> int:
+    """Check what this machine has against what Moray needs; exit 1 if something will not work."""
+    from moray.platform.run.doctor import as_json, examine, lines
+
+    findings = examine()
+    if json_:
+        print_json(as_json(findings))
+    else:
+        for line in lines(findings):
+            out().print(line, markup=False)
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print the completion script of a shell; bash: eval "$(moray completion bash)"."""
+    print(app.generate_completion(prog_name="moray", shell=shell))
+    return 0
+
+
+def _print_closings(result: Any) -> None:
+    """What steps left for people to read; pulled from the shared root where another machine made it."""
+    from moray.platform.core.home import Home
+    from moray.platform.store.artifacts import ArtifactStore
+
+    store = ArtifactStore(Home.from_environment())
+    for row in result.steps.values():
+        if any(file.path == "closing.txt" for file in row.artifact.manifest.files):
+            folder = store.fetch(row.artifact).folder
+            out().print("\n" + (folder / "closing.txt").read_text().rstrip(), markup=False)
+
+
+def _announce(url: str, model: str) -> None:
+    out().print(f"serving {model} at {url}/v1   (on CPUs; Ctrl-C stops it)", markup=False)
+    err().print(
+        f"try: curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "default", "prompt": "In the beginning", "max_tokens": 40}}'""",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _run_as_json(result: Any) -> dict[str, Any]:
+    return {
+        "run": result.run,
+        "recipe": result.recipe,
+        "folder": str(result.folder),
+        "seconds": round(result.seconds, 3),
+        "steps": [
+            {
+                "step": row.key,
+                "uses": row.step,
+                "reused": row.reused,
+                "seconds": round(row.seconds, 3),
+                "fingerprint": row.artifact.fingerprint,
+                "folder": str(row.artifact.folder),
+                "counts": row.artifact.manifest.counts,
+                "outcome": row.artifact.manifest.outcome,
+            }
+            for row in result.steps.values()
+        ],
+    }
+
+
+def _suggest(result: Any, recipe: str) -> None:
+    """Three commands to try next. `recipe`: as it was given, a file or a name."""
+    again = shlex.quote(recipe)
+    served = any(row.artifact.manifest.produces == "registration" for row in result.steps.values())
+    me = _called_as()
+    lines = [f"{me} serve {result.recipe}@newest"] if served else []
+    if any(row.step == "pretrain" for row in result.steps.values()):
+        lines.append(f"{me} plan {again} --set pretrain.steps=400   # what a longer training would run anew")
+    lines += [f"{me} run {again}   # again: everything is reused", f"{me} plan {again}"]
+    out().print("\ntry next", style="bold")
+    for line in lines[:3]:
+        out().print(f"  {line}", markup=False)
+
+
+def _called_as() -> str:
+    """How this shell reaches the command: `moray` if it is on the path, else as it was called."""
+    called = Path(sys.argv[0])
+    found = shutil.which("moray")
+    if found and called.exists() and Path(found).samefile(called):
+        return "moray"
+    return os.path.relpath(called) if called.name == "moray" else "python moray.py"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and turns errors into `error:` / `hint:` and an exit code."""
+    import moray
+
+    app.version = moray.__version__  # type: ignore[attr-defined]
+    lenient_streams()
+    arguments = _with_names(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_guarded(lambda: app(arguments, exit_on_error=False, print_error=False, result_action="return_value")))
+
+
+def _with_names(arguments: list[str]) -> list[str]:
+    """`--name X` as `--name=X`: a job may be called anything, `--help` too, which would be an option by itself."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--name":
+            joined[-1] = f"--name={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    console = err()
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except MorayError as error:
+        return _complain(console, error.message, error.hint, error.exit_code)
+    except CycloptsError as error:
+        return _complain(console, *_usage(error), 2)
+    except KeyboardInterrupt:
+        return _complain(console, "stopped", "run the same command again to go on", 130)
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _complain(console, "no space left for the output", "free some disk, or print elsewhere", 1)
+
+
+def _usage(error: CycloptsError) -> tuple[str, str]:
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "UnknownCommandError" and error.unused_tokens:
+        name = error.unused_tokens[0]
+        within = error.app or app
+        return f"unknown command {name!r}", nearest(name, [n for n in within if not n.startswith("-")])
+    return text[:1].lower() + text[1:].rstrip("."), "see moray --help"
+
+
+def _complain(console: Console, message: str, hint: str, code: int) -> int:
+    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    if hint:
+        console.print(f"hint: {hint}", markup=False, soft_wrap=True)
+    return code

@@ -1,0 +1,164 @@
+"""`moray up`, `moray down`, and `moray cluster up|down local`, which are the same."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from moray.platform.run.console import Json, err, out, print_json, print_table
+
+if TYPE_CHECKING:
+    from moray.platform.control.up import UpOptions
+    from moray.platform.core.home import Home
+
+Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores for work (default: all)")]
+Gpus = Annotated[int | None, Parameter(name="--gpus", help="GPUs for work (default: all)")]
+Slots = Annotated[int | None, Parameter(name="--slots", help="jobs at once (default: one per four cores)")]
+Port = Annotated[int | None, Parameter(name="--port", help="of API and page (default: 8400)")]
+Foreground = Annotated[bool, Parameter(name="--foreground", negative=(), help="stay here; Ctrl-C ends everything")]
+Systemd = Annotated[bool, Parameter(name="--systemd", negative=(), help="print a systemd user unit, start nothing")]
+
+_cluster = App(name="cluster", help="Start and end the clusters that jobs run on.", help_format="plaintext")
+
+
+def register(app: App) -> None:
+    """Adds the commands to the `moray` command."""
+    app.command(up)
+    app.command(down)
+    app.command(_cluster)
+
+
+def up(
+    *,
+    port: Port = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slots: Slots = None,
+    foreground: Foreground = False,
+    systemd: Systemd = False,
+    json_: Json = False,
+) -> int:
+    """Start the control plane of this machine: Ray, MLflow, queue, schedules, API and page.
+
+    What runs already is kept. Ports and sizes are remembered for the next start.
+    """
+    from moray.platform.control import up as services
+    from moray.platform.core.home import Home
+
+    home = Home.from_environment()
+    if systemd:
+        print(services.systemd_unit(home), end="")
+        return 0
+    if services.is_up(home):
+        return _already(home, {"port": port, "cpus": cpus, "gpus": gpus, "slots": slots}, json_)
+    options = services.decide(home, port=port, cpus=cpus, gpus=gpus, slots=slots)
+    if foreground:
+        err().print(f"page: {_page(home, options)}   (Ctrl-C ends everything)", markup=False, soft_wrap=True)
+        services.supervise(home, lambda text: err().print(text, markup=False))
+        return 0
+    supervisor = services.start(home)
+    began = time.monotonic()
+    console = err()
+    with console.status("starting") as status:
+        for service in services.wait_until_up(home, supervisor):
+            console.print(f"+ {service.name:<12} {time.monotonic() - began:5.1f} s", markup=False)
+            status.update("starting")
+    return _report(home, options, json_)
+
+
+def down(*, json_: Json = False) -> int:
+    """End everything that `moray up` started, and nothing else. Queued jobs stay queued; what ran is run again."""
+    from moray.platform.control import up as services
+    from moray.platform.core.home import Home
+
+    with err().status("stopping"):
+        ended = services.down(Home.from_environment())
+    if json_:
+        print_json({"processes": ended})
+    else:
+        out().print(f"ended {ended} processes" if ended else "nothing was running")
+    return 0
+
+
+@_cluster.command(name="up")
+def cluster_up(
+    kind: Literal["local"], /, *, port: Port = None, cpus: Cpus = None, gpus: Gpus = None, slots: Slots = None,
+    json_: Json = False,
+) -> int:  # fmt: skip
+    """Start a cluster; `local` is what `moray up` starts."""
+    return up(port=port, cpus=cpus, gpus=gpus, slots=slots, json_=json_)
+
+
+@_cluster.command(name="down")
+def cluster_down(kind: Literal["local"], /, *, json_: Json = False) -> int:
+    """End a cluster; `local` is what `moray down` ends."""
+    return down(json_=json_)
+
+
+def show_overview(found: dict[str, Any], json_: bool) -> int:
+    """`moray status`: services, cluster, queue and work."""
+    from moray.platform.core.units import size
+
+    if json_:
+        print_json(found)
+        return 0
+    rows = [
+        (s["name"], s["state"], str(s["pid"] or "-"), _ago(s["since"]), str(s["restarts"] or ""), s["detail"])
+        for s in found["services"]
+    ]
+    print_table(("service", "state", "pid>", "for>", "restarts>", "last restart"), rows)
+    c = found["cluster"]
+    used = f"{c['cpus_used']:g} of {c['cpus']:g} CPU, {c['gpus_used']:g} of {c['gpus']:g} GPU"
+    memory = f"memory {size(c['memory_used_bytes'])} of {size(c['memory_bytes'])}"
+    state = f"{used}, {memory}" if c["alive"] else "away"
+    out().print(f"\ncluster  {state}{'; ' + c['detail'] if c['detail'] else ''}", markup=False)
+    queued, running = found["queued"], found["running"]
+    out().print(f"jobs     {len(running)} of {found['slots']} running, {len(queued)} queued", markup=False)
+    for job in (*running, *queued[:10]):
+        out().print(f"  {job['id']}  {job['state']}  {job['priority']}", markup=False)
+    return 0
+
+
+def _already(home: Home, asked: dict[str, int | None], json_: bool) -> int:
+    """It is up: the same again is no error, another size is."""
+    from moray.platform.control.up import UpOptions
+    from moray.platform.core.errors import InputError
+
+    options = UpOptions.read(home)
+    have = {"port": options.port, **options.cluster.model_dump(include={"cpus", "gpus", "slots"})}
+    for name, value in asked.items():
+        if value is not None and value != have[name]:
+            raise InputError(
+                f"the control plane is up already, with --{name} {have[name]}", "moray down, then moray up"
+            )
+    err().print("up already", style="dim")
+    return _report(home, options, json_)
+
+
+def _report(home: Home, options: UpOptions, json_: bool) -> int:
+    from moray.platform.control.supervisor import read_state
+    from moray.platform.control.up import url
+
+    if json_:
+        print_json({"url": url(options), "services": {name: s.pid for name, s in read_state(home).items()}})
+        return 0
+    out().print(f"page    {_page(home, options)}", markup=False, soft_wrap=True)
+    out().print(f"mlflow  {url(options)}/mlflow/", markup=False)
+    err().print("next: moray submit quickstart   (moray down ends everything)", markup=False)
+    return 0
+
+
+def _page(home: Home, options: UpOptions) -> str:
+    """The page's address; its token is behind the `#`, which a browser keeps to itself."""
+    from moray.platform.control.auth import ensure_token
+    from moray.platform.control.up import url
+
+    return f"{url(options)}/login#token={ensure_token(home)}"
+
+
+def _ago(since: float) -> str:
+    from moray.platform.run.terminal import seconds
+
+    return seconds(max(0.0, time.time() - since))

@@ -1,0 +1,166 @@
+"""`moray.db`: what the control plane has decided. SQLite in WAL mode; the controller is its only writer.
+
+Every change goes through `Database.write()`, one transaction at a time, and every change of a state leaves a row in
+`transitions`, in the same transaction: the log from which one can prove what became of each job and tick. Readers use
+`read()`; they see the last committed state and block nobody.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from moray.platform.core.errors import InputError
+
+_MIGRATIONS: Sequence[str] = (
+    """
+    CREATE TABLE jobs (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        recipe TEXT NOT NULL,               -- the recipe's own name
+        source TEXT NOT NULL,               -- its text
+        path TEXT NOT NULL,                 -- where it was read, for messages
+        folder TEXT NOT NULL,               -- what relative paths in it count from
+        overrides TEXT NOT NULL,            -- JSON list of STEP.FIELD=VALUE
+        priority TEXT NOT NULL CHECK (priority IN ('production', 'interactive', 'batch')),
+        retries INTEGER NOT NULL,           -- how often a failed attempt is repeated
+        state TEXT NOT NULL CHECK (state IN
+            ('queued', 'starting', 'running', 'stopping', 'succeeded', 'failed', 'cancelled')),
+        reason TEXT NOT NULL DEFAULT '',
+        stop_requested INTEGER NOT NULL DEFAULT 0,
+        not_before REAL NOT NULL DEFAULT 0, -- a retry waits until then
+        created REAL NOT NULL,
+        started REAL,
+        ended REAL,
+        idempotency_key TEXT UNIQUE,
+        schedule TEXT,                      -- the schedule it came from; kept when that is removed
+        exclusive INTEGER NOT NULL DEFAULT 0, -- waits for the other jobs of its schedule (overlap: queue)
+        tick REAL
+    );
+    CREATE INDEX jobs_by_state ON jobs (state);
+    CREATE INDEX jobs_by_schedule ON jobs (schedule, state);
+    CREATE TABLE attempts (
+        id TEXT PRIMARY KEY,                -- job.number; also the name of its run folder
+        job TEXT NOT NULL REFERENCES jobs (id),
+        number INTEGER NOT NULL,
+        state TEXT NOT NULL CHECK (state IN
+            ('created', 'submitted', 'running', 'succeeded', 'failed', 'cancelled', 'lost')),
+        detail TEXT NOT NULL DEFAULT '',
+        created REAL NOT NULL,
+        started REAL,
+        ended REAL,
+        UNIQUE (job, number)
+    );
+    CREATE INDEX attempts_by_state ON attempts (state);
+    CREATE TABLE schedules (
+        name TEXT PRIMARY KEY,
+        recipe TEXT NOT NULL,
+        source TEXT NOT NULL,
+        path TEXT NOT NULL,
+        folder TEXT NOT NULL,
+        overrides TEXT NOT NULL,
+        priority TEXT NOT NULL,
+        retries INTEGER NOT NULL,
+        cron TEXT,
+        every REAL,                         -- seconds; exactly one of cron and every
+        tz TEXT NOT NULL,
+        overlap TEXT NOT NULL CHECK (overlap IN ('skip', 'queue', 'allow')),
+        catchup TEXT NOT NULL CHECK (catchup IN ('none', 'last')),
+        paused INTEGER NOT NULL DEFAULT 0,
+        created REAL NOT NULL,              -- also the anchor of `every`
+        cursor REAL NOT NULL                -- every tick up to here is decided
+    );
+    CREATE TABLE ticks (
+        schedule TEXT NOT NULL,
+        created REAL NOT NULL,              -- of the schedule: a removed name may be used again
+        tick REAL NOT NULL,
+        until REAL NOT NULL,                -- a row may cover a row of ticks that share one reason
+        count INTEGER NOT NULL,
+        outcome TEXT NOT NULL CHECK (outcome IN ('run', 'skipped')),
+        job TEXT,
+        reason TEXT NOT NULL DEFAULT '',
+        decided REAL NOT NULL,
+        UNIQUE (schedule, created, tick)
+    );
+    CREATE TABLE transitions (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        time REAL NOT NULL,
+        kind TEXT NOT NULL CHECK (kind IN ('job', 'attempt', 'schedule', 'tick')),
+        id TEXT NOT NULL,
+        state TEXT NOT NULL,
+        why TEXT NOT NULL DEFAULT ''
+    );
+    CREATE INDEX transitions_by_id ON transitions (kind, id);
+    """,
+)
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+
+class Database:
+    """One open `moray.db`, shared by the controller's threads."""
+
+    def __init__(self, path: Path, durable: bool = True) -> None:
+        """Opens or creates it and brings its schema up to date. Raises InputError if a newer Moray wrote it.
+
+        durable: a commit outlives a power cut; without, it outlives the process alone, and costs no disk sync.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)
+        self._writer.row_factory = sqlite3.Row
+        self._lock = threading.RLock()
+        self._readers = threading.local()
+        for pragma in ("journal_mode=WAL", f"synchronous={'FULL' if durable else 'OFF'}", "foreign_keys=ON"):
+            self._writer.execute(f"PRAGMA {pragma}")
+        self._migrate()
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: committed whole at the end of the block, or not at all. May be nested by the same thread."""
+        with self._lock:
+            if self._writer.in_transaction:
+                yield self._writer
+                return
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+            except BaseException:
+                self._writer.execute("ROLLBACK")
+                raise
+            self._writer.execute("COMMIT")
+
+    def read(self) -> sqlite3.Connection:
+        """A connection of this thread that can only read."""
+        found: sqlite3.Connection | None = getattr(self._readers, "connection", None)
+        if found is None:
+            address = f"{self.path.absolute().as_uri()}?mode=ro"
+            found = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30.0)
+            found.row_factory = sqlite3.Row
+            self._readers.connection = found
+        return found
+
+    def record(self, kind: str, name: str, state: str, why: str = "") -> None:
+        """Logs a change of state; call it inside the transaction that makes the change."""
+        with self.write() as connection:
+            connection.execute(
+                "INSERT INTO transitions (time, kind, id, state, why) VALUES (?, ?, ?, ?, ?)",
+                (time.time(), kind, name, state, why),
+            )
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _migrate(self) -> None:
+        version = int(self._writer.execute("PRAGMA user_version").fetchone()[0])
+        if version > SCHEMA_VERSION:
+            raise InputError(
+                f"{self.path} has schema {version}, this Moray knows {SCHEMA_VERSION}",
+                "use the newer Moray, or another MORAY_HOME",
+            )
+        for number in range(version, SCHEMA_VERSION):
+            script = f"BEGIN IMMEDIATE; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+            self._writer.executescript(script)

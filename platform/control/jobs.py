@@ -1,0 +1,285 @@
+"""Jobs and their attempts as rows of the database: submitted, changed and read here, decided elsewhere.
+
+A job is one recipe that somebody, or a schedule, asked for; an attempt is one try at running it. docs/states.md draws
+their states. Every change is one transaction that also writes a row of `transitions`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moray.platform.control.database import Database
+from moray.platform.core.errors import InputError, MorayError, nearest
+from moray.platform.core.folder import in_folder
+from moray.platform.plan.recipe import Recipe, parse_recipe
+
+Priority = Literal["production", "interactive", "batch"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+JobState = Literal["queued", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
+AttemptState = Literal["created", "submitted", "running", "succeeded", "failed", "cancelled", "lost"]
+ENDED = ("succeeded", "failed", "cancelled")
+ATTEMPT_ENDED = (*ENDED, "lost")
+_MOST_RETRIES = 100
+_SHORTEST_PART = 3  # letters or digits of an id or a name
+CHECK_SECONDS = 30.0  # for a recipe: its files may lie on a file system that hangs
+
+
+class NotFoundError(MorayError):
+    """A job, schedule or attempt that does not exist."""
+
+
+class ConflictError(MorayError):
+    """Something that cannot be done in the state it is in."""
+
+
+class Submission(BaseModel):
+    """What a client asks for. `source` is the recipe's text; `path` and `folder` say where it was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    source: str = Field(alias="recipe", min_length=1, max_length=1 << 20)
+    path: str = "recipe.yaml"
+    folder: str = ""
+    overrides: list[str] = Field(default_factory=list, alias="set")
+    name: str = Field("", max_length=200)
+    priority: Priority = "interactive"
+    retries: int = Field(0, ge=0, le=_MOST_RETRIES)
+
+    def recipe(self) -> Recipe:
+        """The recipe, checked as `moray run` would in `folder`. Raises RecipeError, or InputError for the folder."""
+        folder = Path(self.folder or "/")
+        if not (folder.is_absolute() and folder.is_dir()):
+            raise InputError(
+                f"folder {self.folder!r} is not an absolute path of a folder here",
+                "relative paths in the recipe count from it",
+            )
+        check = partial(parse_recipe, self.source, Path(self.path), self.overrides)
+        return in_folder(folder, check, CHECK_SECONDS)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a job. `id` is Ray's submission id and the name of the run folder."""
+
+    id: str
+    job: str
+    number: int
+    state: AttemptState
+    detail: str
+    created: float
+    started: float | None
+    ended: float | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of `jobs`, with its attempts in order."""
+
+    id: str
+    name: str
+    recipe: str
+    source: str
+    path: str
+    folder: str
+    overrides: tuple[str, ...]
+    priority: Priority
+    retries: int
+    state: JobState
+    reason: str
+    stop_requested: bool
+    not_before: float
+    created: float
+    started: float | None
+    ended: float | None
+    schedule: str | None
+    exclusive: bool
+    tick: float | None
+    attempts: tuple[Attempt, ...] = field(default=())
+
+    @property
+    def latest(self) -> Attempt | None:
+        return self.attempts[-1] if self.attempts else None
+
+    def as_json(self) -> dict[str, Any]:
+        """As docs/http-api.md shows it."""
+        return {
+            "id": self.id, "name": self.name, "recipe": self.recipe, "set": list(self.overrides),
+            "priority": self.priority, "retries": self.retries, "state": self.state, "reason": self.reason,
+            "created": self.created, "started": self.started, "ended": self.ended, "schedule": self.schedule,
+            "tick": self.tick,
+            "attempts": [
+                {name: getattr(a, name) for name in ("id", "number", "state", "created", "started", "ended", "detail")}
+                for a in self.attempts
+            ],
+        }  # fmt: skip
+
+
+class Jobs:
+    """The table of jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def submit(
+        self, asked: Submission, *, key: str | None = None, schedule: str | None = None, tick: float | None = None,
+        exclusive: bool = False,
+    ) -> tuple[Job, bool]:  # fmt: skip
+        """Queues a job; (job, True), or the job that was queued under the same `key` before and False.
+
+        Raises RecipeError, and ConflictError for a `key` that another submission was queued under. `exclusive`: it
+        waits until no other job of `schedule` is at work.
+        """
+        recipe = asked.recipe()
+        with self._database.write() as connection:
+            known = connection.execute("SELECT id FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+            if known is not None:
+                return _same(self._get(connection, known["id"]), asked, str(key)), False
+            now = time.time()
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+            row = {
+                "id": f"{stamp}-{recipe.name}-{secrets.token_hex(3)}", "name": asked.name or recipe.name,
+                "recipe": recipe.name, "source": asked.source, "path": asked.path, "folder": asked.folder,
+                "overrides": json.dumps(asked.overrides), "priority": asked.priority, "retries": asked.retries,
+                "state": "queued", "created": now, "idempotency_key": key, "schedule": schedule,
+                "exclusive": int(exclusive), "tick": tick,
+            }  # fmt: skip
+            places = ", ".join(f":{name}" for name in row)
+            connection.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({places})", row)
+            self._database.record("job", str(row["id"]), "queued", f"by schedule {schedule}" if schedule else "")
+            return self._get(connection, str(row["id"])), True
+
+    def get(self, name: str) -> Job:
+        """A job by its id, its name, or a part of either that only one job has and that has at least three letters or
+        digits: in a home with one job, `-` would be a part of it. Raises NotFoundError."""
+        connection = self._database.read()
+        if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (name,)).fetchone():
+            return self._get(connection, name)
+        # instr, because % and _ are letters to people and wildcards to LIKE.
+        part = (
+            "instr(id, ?) OR instr(name, ?)"
+            if sum(map(str.isalnum, name)) >= _SHORTEST_PART
+            else "? != '' AND name = ?"
+        )
+        query = f"SELECT id FROM jobs WHERE {part} ORDER BY created DESC LIMIT 4"
+        found = [row["id"] for row in connection.execute(query, (name, name))]
+        if len(found) == 1:
+            return self._get(connection, found[0])
+        if found:
+            raise NotFoundError(f"{name!r} names several jobs", f"give more of it: {', '.join(found)}")
+        recent = [row["id"] for row in connection.execute("SELECT id FROM jobs ORDER BY created DESC LIMIT 100")]
+        raise NotFoundError(f"no job {name!r}", nearest(name, recent) if recent else "nothing was submitted yet")
+
+    def list(self, states: Iterable[str] = (), limit: int = 100, schedule: str | None = None) -> list[Job]:
+        """Jobs, newest first."""
+        where, values = ["1"], list[Any]()
+        chosen = list(states)
+        if chosen:
+            where.append(f"state IN ({', '.join('?' * len(chosen))})")
+            values += chosen
+        if schedule is not None:
+            where.append("schedule = ?")
+            values.append(schedule)
+        query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC, id DESC LIMIT ?"
+        connection = self._database.read()
+        return [_job(connection, row) for row in connection.execute(query, (*values, limit)).fetchall()]
+
+    def open(self) -> Sequence[Job]:
+        """Every job that has not ended, oldest first."""
+        return self.list([s for s in get_args(JobState) if s not in ENDED], limit=1_000_000)[::-1]
+
+    def counts_since(self, since: float) -> dict[str, int]:
+        """How many jobs ended in each final state since then."""
+        query = "SELECT state, count(*) AS n FROM jobs WHERE ended >= ? GROUP BY state"
+        found = {row["state"]: int(row["n"]) for row in self._database.read().execute(query, (since,))}
+        return {state: found.get(state, 0) for state in ENDED}
+
+    def request_stop(self, name: str) -> Job:
+        """Asks a job to end as cancelled: at once if it is queued, else when its attempt has stopped."""
+        job = self.get(name)
+        with self._database.write() as connection:
+            job = self._get(connection, job.id)
+            if job.state in ENDED:
+                raise ConflictError(f"job {job.id} has {job.state} already", "there is nothing to stop")
+            connection.execute("UPDATE jobs SET stop_requested = 1 WHERE id = ?", (job.id,))
+            if job.state == "queued":
+                self.move(job.id, "cancelled", "stopped before it started")
+            elif job.state != "stopping":
+                self.move(job.id, "stopping", "stop was requested")
+            return self._get(connection, job.id)
+
+    def move(self, job: str, state: JobState, reason: str = "", not_before: float = 0.0) -> None:
+        """Changes a job's state; an ended job stays as it ended. Raises ConflictError."""
+        now = time.time()
+        with self._database.write() as connection:
+            changed = connection.execute(
+                """UPDATE jobs SET state = :state, reason = :reason, not_before = :not_before,
+                   started = CASE WHEN :state = 'running' THEN coalesce(started, :now) ELSE started END,
+                   ended = CASE WHEN :state IN ('succeeded', 'failed', 'cancelled') THEN :now ELSE NULL END
+                   WHERE id = :id AND state NOT IN ('succeeded', 'failed', 'cancelled')""",
+                {"state": state, "reason": reason, "not_before": not_before, "now": now, "id": job},
+            )
+            if changed.rowcount != 1:
+                raise ConflictError(f"job {job} has ended; it cannot become {state}")
+            self._database.record("job", job, state, reason)
+
+    def new_attempt(self, job: str) -> Attempt:
+        """Opens the next attempt of a job and moves the job to `starting`."""
+        with self._database.write() as connection:
+            last = connection.execute("SELECT max(number) AS n FROM attempts WHERE job = ?", (job,)).fetchone()["n"]
+            number = (last or 0) + 1
+            connection.execute(
+                "INSERT INTO attempts (id, job, number, state, created) VALUES (?, ?, ?, 'created', ?)",
+                (f"{job}.{number}", job, number, time.time()),
+            )
+            self._database.record("attempt", f"{job}.{number}", "created")
+            self.move(job, "starting", f"attempt {number}")
+            return self._get(connection, job).attempts[-1]
+
+    def move_attempt(self, attempt: str, state: AttemptState, detail: str = "") -> None:
+        """Changes an attempt's state; an ended one stays as it ended. Raises ConflictError."""
+        now = time.time()
+        with self._database.write() as connection:
+            changed = connection.execute(
+                """UPDATE attempts SET state = :state, detail = :detail,
+                   started = CASE WHEN :state = 'running' THEN coalesce(started, :now) ELSE started END,
+                   ended = CASE WHEN :state IN ('succeeded', 'failed', 'cancelled', 'lost') THEN :now ELSE NULL END
+                   WHERE id = :id AND state NOT IN ('succeeded', 'failed', 'cancelled', 'lost')""",
+                {"state": state, "detail": detail, "now": now, "id": attempt},
+            )
+            if changed.rowcount != 1:
+                raise ConflictError(f"attempt {attempt} has ended; it cannot become {state}")
+            self._database.record("attempt", attempt, state, detail)
+
+    def _get(self, connection: sqlite3.Connection, job: str) -> Job:
+        row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone()
+        return _job(connection, row)
+
+
+def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
+    attempts = connection.execute("SELECT * FROM attempts WHERE job = ? ORDER BY number", (row["id"],)).fetchall()
+    values = {name: row[name] for name in row.keys() if name != "idempotency_key"}  # noqa: SIM118
+    values |= {
+        "overrides": tuple(json.loads(row["overrides"])),
+        "stop_requested": bool(row["stop_requested"]),
+        "exclusive": bool(row["exclusive"]),
+        "attempts": tuple(Attempt(**dict(attempt)) for attempt in attempts),
+    }
+    return Job(**values)
+
+
+def _same(job: Job, asked: Submission, key: str) -> Job:
+    """The job that a key was used for before, if it is what is asked for now."""
+    before = (job.source, job.folder, list(job.overrides), job.priority, job.retries)
+    if before != (asked.source, asked.folder, asked.overrides, asked.priority, asked.retries):
+        raise ConflictError(f"the key {key!r} was used for another submission, job {job.id}", "give another key")
+    return job

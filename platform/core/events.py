@@ -1,0 +1,209 @@
+"""What happened, as typed events in JSON lines: the one record that progress, curves, status and ledger are views of.
+
+Each writer (a process) appends to a segment of its own under `<run>/events/`, numbering its events from 0, so no two
+processes share a file and a reader can tell what it has seen by (writer, sequence). A torn last line, left by a kill
+in the middle of a write, is not an event; a writer that starts again opens a new segment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from moray.platform.core.atomic import is_full
+from moray.platform.core.metrics import metric
+from moray.platform.core.references import Redactor
+
+
+class _Event(BaseModel):
+    # A figure may be NaN; as `null`, pydantic's default, it could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    writer: str = ""
+    sequence: int = 0
+    time: float = 0.0  # seconds since the epoch
+
+
+class RunEvent(_Event):
+    """A run began or ended."""
+
+    kind: Literal["run"] = "run"
+    state: Literal["started", "succeeded", "failed", "cancelled"]
+    recipe: str
+    detail: str = ""
+
+
+class StepEvent(_Event):
+    """A step changed state; `why` says what decided it (for `reused` and `started`)."""
+
+    kind: Literal["step"] = "step"
+    step: str
+    state: Literal["waiting", "started", "reused", "succeeded", "failed", "cancelled"]
+    fingerprint: str
+    why: str = ""
+    seconds: float = 0.0
+    counts: dict[str, float] = Field(default_factory=dict)
+    outcome: str = ""
+
+
+class ProgressEvent(_Event):
+    """`done` of `total` units of work; `phase` names the part of the step, `detail` is shown beside the bar."""
+
+    kind: Literal["progress"] = "progress"
+    step: str
+    phase: str
+    done: float
+    total: float
+    unit: str
+    detail: str = ""
+
+
+class MetricEvent(_Event):
+    """One figure of `platform/core/metrics.py` at a position (`at`: the training step, or 0)."""
+
+    kind: Literal["metric"] = "metric"
+    step: str
+    name: str
+    value: float
+    at: int = 0
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+class UsageEvent(_Event):
+    """Resources a step held: wall seconds times CPU cores and GPUs. The cost ledger adds these up."""
+
+    kind: Literal["usage"] = "usage"
+    step: str
+    seconds: float
+    cpus: float
+    gpus: float
+    state: Literal["succeeded", "failed", "cancelled"]
+
+
+class NoteEvent(_Event):
+    """Something a person should read: a choice made automatically, a recovery, a warning."""
+
+    kind: Literal["note"] = "note"
+    step: str
+    level: Literal["info", "warning"]
+    text: str
+
+
+Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent
+_FREE_TEXT = ("detail", "why", "outcome", "text")  # the fields that hold a step's or an error's own words
+_BLOCK = 1 << 20  # bytes of a segment read at a time
+_adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+class EventLog:
+    """Appends events to one segment; thread-safe. `listeners` see each event after it is on disk.
+
+    `redact` is applied to what steps say in their own words, so that no value of a reference is written down. An event
+    that the disk has no room for is told to the listeners alone: whoever writes results there has the error to raise.
+    """
+
+    def __init__(self, folder: Path, writer: str, redact: Redactor | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.writer = f"{writer}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.redact = redact or Redactor()
+        self.listeners: list[Callable[[Event], None]] = []
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._file = (folder / f"{self.writer}.jsonl").open("ab", buffering=0)
+
+    def append(self, event: Event) -> None:
+        """Stamps `event` with writer, sequence and time, writes it in one call, tells the listeners."""
+        if isinstance(event, MetricEvent):
+            metric(event.name)
+        with self._lock:
+            stamped = event.model_copy(
+                update={
+                    "writer": self.writer, "sequence": self._sequence, "time": time.time(), **self._own_words(event),
+                },
+            )  # fmt: skip
+            if self._write(stamped.model_dump_json().encode() + b"\n"):
+                self._sequence += 1
+        for listener in self.listeners:
+            listener(stamped)
+
+    def _write(self, line: bytes) -> bool:
+        """False if there is no room for the whole line; what was written of it is taken back."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return False
+        if written < len(line):
+            self._file.truncate(end)
+        return written == len(line)
+
+    def _own_words(self, event: Event) -> dict[str, Any]:
+        words: dict[str, Any] = {n: self.redact(getattr(event, n)) for n in _FREE_TEXT if hasattr(event, n)}
+        if isinstance(event, MetricEvent):
+            words["labels"] = {name: self.redact(value) for name, value in event.labels.items()}
+        return words
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventTail:
+    """Follows the segments of a run: `poll()` yields the events that came since the last call.
+
+    `writers` is a pattern of the segments' names.
+    """
+
+    def __init__(self, folder: Path, skip_writer: str = "", writers: str = "*") -> None:
+        self._folder = folder
+        self._pattern = f"{writers}.jsonl"
+        self._skip = skip_writer
+        self._offsets: dict[Path, int] = {}
+
+    def poll(self) -> Iterator[Event]:
+        """New events, segment by segment. Only whole lines are read; a segment may still be growing."""
+        return map(parse_event, self.lines())
+
+    def lines(self) -> Iterator[bytes]:
+        """New whole lines, unread, segment by segment and block by block: a long run never lies in memory at once."""
+        for path in sorted(self._folder.glob(self._pattern)):
+            if self._skip and path.stem == self._skip:
+                continue
+            with path.open("rb") as file:
+                while data := self._block(path, file):
+                    yield from data.splitlines()
+
+    def _block(self, path: Path, file: BinaryIO) -> bytes:
+        """The next whole lines of a segment, about a block of them; empty if none is complete yet."""
+        offset = file.seek(self._offsets.get(path, 0))
+        data = file.read(_BLOCK)
+        if len(data) == _BLOCK and b"\n" not in data:
+            data += file.readline()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offsets[path] = offset + len(whole)
+        return whole
+
+
+def parse_event(line: bytes) -> Event:
+    """One line of a segment. Raises ValueError if this Moray does not know such an event."""
+    return _adapter.validate_json(line)
+
+
+def read_events(run: Path, writers: str = "*") -> list[Event]:
+    """The events of a run folder, ordered by time, then writer and sequence. `runner-*`: of the runner alone."""
+    return sorted(EventTail(run / "events", writers=writers).poll(), key=lambda e: (e.time, e.writer, e.sequence))
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as a plain dictionary, for `--json` output."""
+    return dict(json.loads(event.model_dump_json()))

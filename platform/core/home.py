@@ -1,0 +1,79 @@
+"""Where Moray keeps what it makes: `MORAY_HOME`, by default `~/.moray`, and what machines share: `MORAY_ARTIFACTS`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from moray.platform.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folders under one MORAY_HOME. Nothing is made until it is written to."""
+
+    root: Path
+    shared: str = ""  # s3://bucket/prefix: the artifact root that several machines have in common, if there is one
+
+    @classmethod
+    def from_environment(cls) -> Home:
+        """`$MORAY_HOME`, else `~/.moray`, and `$MORAY_ARTIFACTS`. Raises InputError if it cannot be written."""
+        root = Path(os.environ.get("MORAY_HOME") or Path.home() / ".moray").expanduser().absolute()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"MORAY_HOME {root}: {error.strerror}", "set MORAY_HOME to a writable folder") from error
+        if not os.access(root, os.W_OK):
+            raise InputError(f"MORAY_HOME {root} is not writable", "set MORAY_HOME to a writable folder")
+        return cls(root, os.environ.get("MORAY_ARTIFACTS", ""))
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def aliases(self) -> Path:
+        return self.root / "aliases"
+
+    @property
+    def pins(self) -> Path:
+        """`<step>/<fingerprint>`: an empty file for every artifact that must stay."""
+        return self.root / "pins"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def logs(self) -> Path:
+        """What Ray had to say, a folder for each time it was started."""
+        return self.root / "logs"
+
+    @property
+    def cache(self) -> Path:
+        """Compiled kernels and the like: safe to delete at any time."""
+        return self.root / "cache"
+
+    @property
+    def mlflow_db(self) -> Path:
+        return self.root / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.root / "mlflow"
+
+    @property
+    def database(self) -> Path:
+        """What the control plane has decided."""
+        return self.root / "moray.db"
+
+    @property
+    def token(self) -> Path:
+        """The token (mode 0600) that the control plane's API asks for."""
+        return self.root / "token"
+
+    @property
+    def up(self) -> Path:
+        """What `moray up` runs: its services' pids, ports, logs, sockets."""
+        return self.root / "up"

@@ -1,0 +1,106 @@
+"""The content address of a step's result, known before the step runs.
+
+SHA-256 over step name, step version, the identity fields of the config, the inputs' fingerprints, and every external
+file by (source, key, size, content hash). Where files lie, how many workers read them and what the outputs are called
+does not count: the same work on the same bytes has the same address on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from moray.platform.core.references import Secret
+from moray.platform.plan.recipe import PlannedStep, Recipe
+from moray.platform.plan.step import ExternalFile, is_operational
+
+EARLIER = "earlier"  # the input of a step that goes on from an earlier result of its own (platform/plan/lineage.py)
+
+
+def identity(value: Any) -> Any:
+    """`value` (a config) as plain JSON data, without the fields marked `identity: False`, at any depth."""
+    if isinstance(value, BaseModel):
+        return {
+            name: identity(getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if not is_operational(field)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
+    if isinstance(value, Path | Secret):
+        return str(value)  # a secret's text is its reference
+    return value
+
+
+def hash_external(files: Sequence[ExternalFile]) -> str:
+    """One hash for a list of external files, whatever order they were found in."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=astuple):
+        digest.update(json.dumps(astuple(file)).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class External:
+    """The files of one source outside Moray, as they were when the address was made."""
+
+    sha256: str
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a fingerprint was made of; kept in the manifest so that a change can be explained."""
+
+    step: str
+    version: int
+    config: Any
+    inputs: Mapping[str, str]
+    external: Mapping[str, External]
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex characters (128 bits)."""
+        external = {source: found.sha256 for source, found in self.external.items()}
+        parts = [self.step, self.version, self.config, dict(self.inputs), external]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def address(planned: PlannedStep, inputs: Mapping[str, str]) -> Address:
+    """The address of one step, given its inputs' fingerprints. Reads (hashes) the external files."""
+    by_source: dict[str, list[ExternalFile]] = {}
+    for file in planned.step.external(planned.config):
+        by_source.setdefault(file.source, []).append(file)
+    return Address(
+        step=planned.step.name,
+        version=planned.step.version,
+        config=identity(planned.config),
+        inputs=dict(inputs),
+        external={
+            source: External(hash_external(files), len(files), sum(file.size for file in files))
+            for source, files in sorted(by_source.items())
+        },
+    )
+
+
+# Of a step and its inputs' fingerprints: the fingerprint of the result that it goes on from, if there is one.
+Before = Callable[[PlannedStep, Mapping[str, str]], str | None]
+
+
+def addresses(recipe: Recipe, before: Before = lambda planned, inputs: None) -> dict[str, Address]:
+    """The address of every step of `recipe`, by step key."""
+    found: dict[str, Address] = {}
+    for planned in recipe.steps:
+        inputs = {name: found[target].fingerprint for name, target in planned.inputs.items()}
+        earlier = before(planned, inputs)
+        found[planned.key] = address(planned, inputs | ({EARLIER: earlier} if earlier else {}))
+    return found

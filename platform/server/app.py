@@ -1,0 +1,143 @@
+"""The controller's process: `python -m moray.platform.server.app`, one of the services of `moray up`.
+
+One loop (controller.py) and one HTTP server; it alone writes `moray.db`, held to that by a file lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from moray.platform.control.auth import TokenRequired, ensure_token
+from moray.platform.control.controller import Controller
+from moray.platform.control.database import Database
+from moray.platform.control.jobs import ConflictError, NotFoundError
+from moray.platform.control.up import HOST, UpOptions, local_cluster, mlflow_socket, ray_jobs
+from moray.platform.core.errors import InputError, MorayError, nearest
+from moray.platform.core.home import Home
+from moray.platform.plan.step import Topology
+from moray.platform.server import job_routes, mlflow_proxy, page_routes, schedule_routes
+from moray.platform.server.overview import Overview
+from moray.platform.server.run_state import RunViews
+from moray.platform.server.security_headers import PageGuard
+
+MOST_BODY = 4 << 20  # bytes of a request's body, on every route but MLflow's
+
+
+def build_app(
+    home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str,
+    stopping: Callable[[], bool] = lambda: False,
+) -> FastAPI:  # fmt: skip
+    """Every route of docs/http-api.md, behind the token. `stopping`: the server is about to end."""
+    import moray
+
+    app = FastAPI(
+        title="Moray", version=moray.__version__, docs_url=None, redoc_url=None,  # type: ignore[attr-defined]
+        max_body_size=MOST_BODY,
+    )  # fmt: skip
+
+    views = RunViews(home)
+    look = page_routes.with_progress(overview, controller.jobs, views)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok", "version": app.version, "home": str(home.root)}
+
+    app.get("/api/overview")(look)
+    app.include_router(job_routes.routes(home, controller))
+    app.include_router(schedule_routes.routes(controller.schedules, controller.wake))
+    app.include_router(page_routes.routes(token, overview, controller.jobs, views, stopping))
+    app.include_router(mlflow_proxy.routes(mlflow_socket(home)))
+    _install_errors(app)
+    app.add_middleware(TokenRequired, token=token)
+    app.add_middleware(PageGuard)  # the outermost: it is asked first
+    return app
+
+
+def _install_errors(app: FastAPI) -> None:
+    """Every error is `{"error", "hint"}` with the status that says whose it is."""
+
+    @app.exception_handler(MorayError)
+    def explain(request: Request, error: MorayError) -> JSONResponse:
+        status = {NotFoundError: 404, ConflictError: 409}.get(type(error), 422)
+        return JSONResponse({"error": error.message, "hint": error.hint}, status)
+
+    @app.exception_handler(RequestValidationError)
+    def name_field(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in found["loc"] if part != "body")
+        if found["type"] == "json_invalid":
+            return JSONResponse({"error": "the body is not valid JSON", "hint": str(found["ctx"]["error"])}, 400)
+        given = "" if found["type"] == "missing" else f" (got {found['input']!r:.80})"
+        return JSONResponse({"error": f"{where or 'body'}: {found['msg']}{given}", "hint": "see docs/http-api.md"}, 422)
+
+    @app.exception_handler(HTTPException)
+    def plain(request: Request, error: HTTPException) -> JSONResponse:
+        hint = f"a body may have {MOST_BODY:,} bytes" if error.status_code == 413 else ""
+        if error.status_code == 404:
+            paths = [route.path for route in app.routes if hasattr(route, "path")]
+            hint = nearest(request.url.path, paths) if request.url.path.startswith("/api") else "see docs/http-api.md"
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": detail, "hint": hint}, error.status_code, error.headers)
+
+
+def main() -> int:
+    """Runs until SIGTERM."""
+    import uvicorn
+
+    home = Home.from_environment()
+    options = UpOptions.read(home)
+    lock = (home.up / "controller.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another controller works for {home.root}", "moray status") from None
+    cluster = local_cluster(home, options)
+    os.environ.update(cluster.environment())
+    backend = ray_jobs(cluster)
+    topology = Topology(options.cluster.cpus, options.cluster.gpus, options.cluster.memory_bytes)
+    controller = Controller(
+        home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _say
+    )
+    servers: list[uvicorn.Server] = []
+    app = build_app(
+        home, controller, Overview(home, controller, backend), ensure_token(home),
+        lambda: any(server.should_exit for server in servers),
+    )  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, host=HOST, port=options.port, log_level="warning", timeout_graceful_shutdown=2, access_log=False
+        )
+    )
+    servers.append(server)
+    loop = threading.Thread(target=controller.run, name="controller", daemon=True)
+    loop.start()
+    server.run()
+    controller.stop()
+    loop.join(10)
+    return 0
+
+
+def _say(text: str) -> None:
+    import time
+
+    with contextlib.suppress(OSError):  # a full disk
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MorayError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,108 @@
+"""The HTTP routes of jobs: submit, list, look, stop, why, logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Query, Response
+
+from moray.platform.control.controller import Controller
+from moray.platform.control.jobs import ENDED, Job, JobState, NotFoundError, Submission
+from moray.platform.core.errors import InputError, nearest
+from moray.platform.core.home import Home
+
+_PART = 256 << 10  # bytes of a log that one answer carries
+_LONGEST_KEY = 200
+
+
+def routes(home: Home, controller: Controller) -> APIRouter:
+    """Routes under /api/jobs, as docs/http-api.md has them."""
+    router = APIRouter(prefix="/api/jobs")
+    jobs = controller.jobs
+
+    @router.get("")
+    def list_(
+        state: Annotated[list[JobState], Query(default_factory=list)], limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> list[dict[str, Any]]:
+        return [job.as_json() for job in jobs.list(state, limit)]
+
+    @router.post("", status_code=201)
+    def submit(
+        asked: Annotated[Submission, Body()],
+        response: Response,
+        idempotency_key: Annotated[str | None, Header(max_length=_LONGEST_KEY)] = None,
+    ) -> dict[str, Any]:
+        job, new = jobs.submit(asked, key=idempotency_key)
+        response.status_code = 201 if new else 200
+        controller.wake()
+        return job.as_json()
+
+    @router.get("/{name}")
+    def show(name: str) -> dict[str, Any]:
+        return jobs.get(name).as_json()
+
+    @router.get("/{name}/why")
+    def why(name: str) -> dict[str, Any]:
+        job = jobs.get(name)
+        return {"id": job.id, "state": job.state, "lines": controller.why(job)}
+
+    @router.post("/{name}/stop")
+    def stop(name: str) -> dict[str, Any]:
+        job = jobs.request_stop(name)
+        controller.wake()
+        return job.as_json()
+
+    @router.get("/{name}/logs")
+    def logs(name: str, attempt: int | None = None, offset: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
+        job = jobs.get(name)
+        chosen = choose_attempt(job, attempt)
+        if chosen is None:
+            return {"attempt": None, "text": "", "offset": offset, "ended": job.state in ENDED}
+        # The state first: what was written until it ended is then in the part that is read.
+        ended = job.attempts[chosen - 1].ended is not None
+        text, end, last = _part(home.runs / f"{job.id}.{chosen}" / "logs" / "driver.txt", offset, ended)
+        return {"attempt": chosen, "text": text, "offset": end, "ended": ended and last}
+
+    return router
+
+
+def choose_attempt(job: Job, number: int | None) -> int | None:
+    """The number of the attempt asked for, of the latest one if none is named; None if there is none yet."""
+    numbers: Sequence[int] = [attempt.number for attempt in job.attempts]
+    if number is None:
+        return numbers[-1] if numbers else None
+    if number not in numbers:
+        raise NotFoundError(f"job {job.id} has no attempt {number}", nearest(str(number), map(str, numbers)))
+    return number
+
+
+def _part(path: Path, offset: int, ended: bool) -> tuple[str, int, bool]:
+    """Text from `offset` on, where it ends, and whether that is all. While it grows, whole lines only."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if offset > size:
+                raise InputError(f"offset {offset} is behind the end of the log ({size} bytes)", "start again at 0")
+            file.seek(offset)
+            data = file.read(_PART)
+    except FileNotFoundError:
+        return "", offset, True
+    last = offset + len(data) >= size
+    if not (ended and last):
+        whole = data.rfind(b"\n") + 1
+        data = data[:whole] if whole or len(data) < _PART else _whole_characters(data)  # too long a line is cut
+    return data.decode("utf-8", errors="replace"), offset + len(data), last
+
+
+def _whole_characters(data: bytes) -> bytes:
+    """UTF-8 without the character at its end that is not all there."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return data[:-back] if back < length else data
+        if byte < 0x80:
+            break
+    return data

@@ -1,0 +1,79 @@
+"""What the page's front and `moray status` show: queue, work, services, cluster, schedules, at one moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+
+from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend
+from moray.platform.control.controller import Controller
+from moray.platform.control.jobs import ENDED
+from moray.platform.control.queue import IN_FLIGHT, in_order
+from moray.platform.control.supervisor import read_state
+from moray.platform.core.home import Home
+
+_RECENT = 20
+_DAY = 86400.0
+_USAGE_SECONDS = 2.0
+
+
+class Overview:
+    """Called, it gives the overview of docs/http-api.md. The cluster is asked every two seconds at most."""
+
+    def __init__(self, home: Home, controller: Controller, backend: ClusterBackend) -> None:
+        self._home = home
+        self._controller = controller
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._asked = 0.0
+        self._cluster: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        import moray
+
+        jobs = self._controller.jobs
+        at_work = jobs.open()
+        now = time.time()
+        return {
+            "version": moray.__version__,  # type: ignore[attr-defined]
+            "now": now,
+            "slots": self._controller.slots,
+            "queued": [job.as_json() for job in in_order(at_work)],
+            "running": [job.as_json() for job in at_work if job.state in IN_FLIGHT],
+            "recent": [job.as_json() for job in jobs.list(ENDED, limit=_RECENT)],
+            "counts": jobs.counts_since(now - _DAY),
+            "services": self._services(),
+            "cluster": self._usage(),
+            "schedules": [self._controller.schedules.as_json(s) for s in self._controller.schedules.list()],
+        }
+
+    def _services(self) -> list[dict[str, Any]]:
+        known = read_state(self._home)
+        order = ["supervisor", *(name for name in known if name != "supervisor")]
+        return [
+            {name: value for name, value in asdict(known[key]).items() if name != "started"}
+            for key in order
+            if key in known
+        ]
+
+    def _usage(self) -> dict[str, Any]:
+        with self._lock:
+            if time.monotonic() - self._asked > _USAGE_SECONDS:
+                self._cluster = self._ask()
+                self._asked = time.monotonic()
+            return self._cluster
+
+    def _ask(self) -> dict[str, Any]:
+        memory = psutil.virtual_memory()
+        here = {"memory_bytes": memory.total, "memory_used_bytes": memory.total - memory.available}
+        nothing = {"cpus": 0.0, "cpus_used": 0.0, "gpus": 0.0, "gpus_used": 0.0, "nodes": 0, "waiting": ()}
+        try:
+            usage = self._backend.usage()
+        except BackendAwayError as error:
+            return {"alive": False, **nothing, **here, "detail": str(error)}
+        detail = f"no room yet for {', '.join(usage.waiting)}" if usage.waiting else ""
+        return {"alive": True, **asdict(usage), **here, "detail": detail}

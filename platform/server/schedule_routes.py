@@ -1,0 +1,55 @@
+"""The HTTP routes of schedules; docs/http-api.md has their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter
+
+from moray.platform.control.schedules import NewSchedule, Schedules
+from moray.platform.control.ticks import local_text
+
+
+def routes(schedules: Schedules, wake: Callable[[], None]) -> APIRouter:
+    """The routes under `/api/schedules`. `wake` tells the controller that the next tick may have changed."""
+    router = APIRouter(prefix="/api/schedules")
+
+    @router.get("")
+    def list_() -> list[dict[str, Any]]:
+        return [schedules.as_json(schedule) for schedule in schedules.list()]
+
+    @router.post("", status_code=201)
+    def add(asked: NewSchedule) -> dict[str, Any]:
+        added = schedules.add(asked)
+        wake()
+        return schedules.as_json(added)
+
+    @router.get("/{name}")
+    def show(name: str) -> dict[str, Any]:
+        return schedules.as_json(schedules.get(name))
+
+    @router.get("/{name}/next")
+    def next_(name: str, n: int = 5) -> dict[str, Any]:
+        schedule = schedules.get(name)
+        ticks = [{"tick": tick, "local": local_text(tick, schedule.tz)} for tick in schedules.next(name, n)]
+        return {"english": schedule.trigger.english(), "tz": schedule.tz, "paused": schedule.paused, "ticks": ticks}
+
+    @router.post("/{name}/pause")
+    def pause(name: str) -> dict[str, Any]:
+        paused = schedules.pause(name)
+        wake()
+        return schedules.as_json(paused)
+
+    @router.post("/{name}/resume")
+    def resume(name: str) -> dict[str, Any]:
+        resumed = schedules.resume(name)
+        wake()
+        return schedules.as_json(resumed)
+
+    @router.delete("/{name}", status_code=204)
+    def remove(name: str) -> None:
+        schedules.remove(name)
+        wake()
+
+    return router

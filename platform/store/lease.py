@@ -1,0 +1,112 @@
+"""A lease on a fingerprint in work: one process makes the artifact, rivals wait for it and reuse it.
+
+The lease is a small JSON file whose modification time is its heartbeat. It is stale when its process is gone (same
+host) or its heartbeat is (any host); taking over a stale one happens under a file lock, so two rivals cannot both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moray.platform.core.atomic import write_text
+from moray.platform.core.processes import boot, started
+
+HEARTBEAT_SECONDS = 2.0
+STALE_SECONDS = 30.0
+
+
+class Lease:
+    """Held between a successful `acquire` and `release`; a thread keeps its heartbeat."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> bool:
+        """True if this process now holds the lease, False if a live rival does."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.with_suffix(".lock")):
+            if self.path.exists() and not is_stale(self.path):
+                return False
+            write_text(self.path, json.dumps(_self()))
+        self._thread = threading.Thread(target=self._beat, name="lease heartbeat", daemon=True)
+        self._thread.start()
+        return True
+
+    def wait(self, done: Callable[[], bool], cancelled: Callable[[], bool], poll: float = 0.5) -> bool:
+        """Waits until `done()`, or until the lease can be taken. Returns True if this process now holds it."""
+        while not done() and not cancelled():
+            if self.acquire():
+                return True
+            time.sleep(poll)
+        return False
+
+    def release(self) -> None:
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+        self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # the disk may have no room, or be away: the next beat tries again
+                os.utime(self.path)
+
+
+def is_stale(path: Path) -> bool:
+    """Whether the holder is gone. An unreadable lease counts by its age alone."""
+    try:
+        age = time.time() - path.stat().st_mtime
+        holder = _read(path)
+    except FileNotFoundError:
+        return True
+    here = holder.get("host") == socket.gethostname() and holder.get("boot") == boot()
+    if here and isinstance(pid := holder.get("pid"), int):
+        return bool(started(pid) != holder.get("process_started"))
+    return age > STALE_SECONDS
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
+    return started(pid) is not None
+
+
+def holder(path: Path) -> dict[str, Any]:
+    """Who holds the lease, for messages; empty if nobody does."""
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty for what no lease looks like."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _self() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": boot(), "pid": pid, "process_started": started(pid)}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,168 @@
+"""One damaged file in a home costs itself: it is named, with the fix, and everything beside it can be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moray.platform.cli import main
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
+from moray.platform.store import verify
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.manifest import MANIFEST, DamagedError, hash_folder
+from moray.platform.store.verify import Change, changes, check_sizes
+from tests.platform.store.test_artifacts import manifest
+
+ONE, OTHER = "ab" * 16, "cd" * 16
+
+
+@pytest.fixture
+def store(home: Home, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
+    """Two artifacts of one step."""
+    monkeypatch.setenv("MORAY_HOME", str(home.root))
+    made = ArtifactStore(home)
+    for number, fingerprint in enumerate((ONE, OTHER)):
+        folder = made.prepare("filter", fingerprint, keep_leftovers=False)
+        (folder / "data").write_text(f"words {number}")
+        files = hash_folder(folder)
+        made.commit(manifest(fingerprint=fingerprint, files=files, bytes=7, started=float(number)))
+    return made
+
+
+def other(store: ArtifactStore) -> Artifact:
+    found = store.local("filter", OTHER)
+    assert found is not None
+    return found
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def replaced_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def foreign(path: Path) -> None:
+    path.write_bytes((path.parent.parent / OTHER / MANIFEST).read_bytes())
+
+
+DAMAGES: list[Callable[[Path], object]] = [
+    lambda path: path.write_bytes(b""), cut, lambda path: path.write_text("<html>"), replaced_by_a_folder, foreign,
+    lambda path: path.write_text("[]"), lambda path: path.write_bytes(b"\xff\xfe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_costs_its_artifact(
+    store: ArtifactStore, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(store.folder("filter", ONE) / MANIFEST)
+    with pytest.raises(DamagedError) as caught:
+        store.get("filter", ONE)
+    assert str(store.folder("filter", ONE) / MANIFEST) in caught.value.message
+    assert f"moray artifacts rm filter/{ONE}" in caught.value.hint
+    assert [one.fingerprint for one in store.all()] == [OTHER]
+    assert store.newest("filter") == other(store)
+    assert store.by_fingerprint(ONE) is None
+    assert store.find("filter/cd") == other(store)
+    for command in (["artifacts", "list"], ["artifacts", "gc", "--dry-run"]):
+        assert main.app(command, exit_on_error=False, result_action="return_value") == 0
+        shown = capsys.readouterr()
+        assert f"moray artifacts rm filter/{ONE}" in shown.err.replace("\n", "")
+    assert main.app(["artifacts", "rm", "filter/ab"], exit_on_error=False, result_action="return_value") == 0
+    assert store.get("filter", ONE) is None
+    assert store.damaged() == []
+    assert store.get("filter", OTHER) == other(store)
+
+
+def test_gc_removes_nothing_that_a_damaged_artifact_may_need(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was made from is not known: the ancestors of a pinned artifact went."""
+    store.pin(other(store))
+    cut(store.folder("filter", OTHER) / MANIFEST)
+    command = ["artifacts", "gc", "--limit", "0B"]
+    assert main.app(command, exit_on_error=False, result_action="return_value") == 0
+    assert store.local("filter", ONE) is not None
+    assert "while something is damaged" in capsys.readouterr().err.replace("\n", " ")
+    store.unpin(Artifact(store.folder("filter", OTHER), manifest(fingerprint=OTHER)))
+    store.remove(f"filter/{OTHER}")
+    assert main.app(command, exit_on_error=False, result_action="return_value") == 0
+    assert store.local("filter", ONE) is None
+
+
+def test_what_cannot_be_read_now_is_not_advised_to_be_removed(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's file, or a file server that does not answer: it may be whole."""
+    real = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path == store.folder("filter", ONE) / MANIFEST:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(DamagedError, match="Permission denied") as caught:
+        store.get("filter", ONE)
+    assert " rm " not in caught.value.hint
+    assert [one.fingerprint for one in store.all()] == [OTHER]
+    assert len(store.damaged()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"\xff", b"<html>\n", b"filter/"])
+def test_a_damaged_alias_costs_itself(store: ArtifactStore, home: Home, content: bytes) -> None:
+    store.set_alias("good", "newest", other(store))
+    (home.aliases / "bad@newest").write_bytes(content)
+    (home.aliases / "folder@newest").mkdir()
+    assert store.aliases() == {"good@newest": f"filter/{OTHER}"}
+    assert store.damaged_aliases() == ["bad@newest", "folder@newest"]
+    with pytest.raises(InputError, match="alias bad@newest is damaged") as caught:
+        store.find("bad@newest")
+    assert caught.value.hint == "moray artifacts unalias bad@newest"
+    store.drop_alias("bad@newest")
+    assert store.damaged_aliases() == ["folder@newest"]
+    with pytest.raises(InputError, match="folder@newest"):
+        store.drop_alias("folder@newest")
+
+
+def unreadable(path: Path) -> str:
+    raise OSError(5, "Input/output error")
+
+
+def changed(store: ArtifactStore, hashes: bool) -> list[Change]:
+    artifact = other(store)
+    return list(changes(artifact.folder, artifact.manifest, hashes, lambda _: None))
+
+
+def test_verify_finds_what_was_changed_behind_its_back(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = store.folder("filter", OTHER) / "data"
+    assert changed(store, hashes=True) == []
+    data.write_text("WORDS 1")
+    assert changed(store, hashes=False) == []
+    assert changed(store, hashes=True) == [Change("data", "has other contents")]
+    data.write_text("words")
+    (data.parent / "more").write_text("")
+    assert changed(store, hashes=False) == [
+        Change("data", "has 5 B of 7 B"), Change("more", "is not in the manifest")
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="has 5 B of 7 B"):
+        check_sizes(data.parent, other(store).manifest, lambda: False)
+    monkeypatch.setattr(verify, "hash_file", unreadable)
+    data.write_text("words 1")
+    assert changed(store, hashes=True)[0] == Change("data", "cannot be read: Input/output error")
+    data.unlink()
+    assert changed(store, hashes=False)[0] == Change("data", "is missing")
+    code = main.app(["artifacts", "verify", "--json"], exit_on_error=False, result_action="return_value")
+    said = json.loads(capsys.readouterr().out)
+    assert code == 1
+    assert said["artifacts"] == 2
+    assert {row["what"] for row in said["changes"]} == {"is missing", "is not in the manifest"}
