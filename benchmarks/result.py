@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moray.cluster.machine import kernels_checksum
+from moray.cluster.numba_cache import numba_cache
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Before numba is imported: it would run what it compiled of a kernel before what that calls was changed.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".numba" / kernels_checksum()))
+os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(Path(__file__).parents[1] / ".numba"))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ import os
 import re
 import signal
 import threading
-import zlib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moray.cluster.numba_cache import numba_cache
 from moray.platform.core.home import Home
 from moray.platform.core.processes import module_folders
 
@@ -74,23 +73,10 @@ def ray_environment(home: Home) -> dict[str, str]:
         "RAY_task_oom_retries": "5",  # of a task that is killed because memory is short: by default there is no end
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCH_FR_BUFFER_SIZE": "2000",
-        "NUMBA_CACHE_DIR": str(home.cache / "numba" / kernels_checksum()),
+        "NUMBA_CACHE_DIR": str(numba_cache(home.cache / "numba")),
         "TRITON_CACHE_DIR": str(home.cache / "triton"),
         "HF_HUB_OFFLINE": "1",
     }
-
-
-@cache
-def kernels_checksum() -> str:
-    """Of all files that numba compiles something of. It keeps what it has compiled by a function's own file, and does
-    not look at what that calls: after a change there it would go on running what was, had it not another folder."""
-    import moray
-
-    found = 0
-    for room in ("kernels", "models", "pipelines"):
-        for path in sorted(Path(moray.__path__[0], room).rglob("*.py")):
-            found = zlib.crc32(path.read_bytes(), found)
-    return f"{found:08x}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from hypothesis import settings
 
-from moray.cluster.machine import kernels_checksum
+from moray.cluster.numba_cache import numba_cache
 from moray.platform.api import RECIPES
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
@@ -36,7 +36,7 @@ from tests.ranks import RankPool
 from tests.s3 import KEYS, empty_bucket, s3_server
 from tests.small_run import run_small, write_text
 
-os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".numba" / kernels_checksum()))
+os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(ROOT / ".numba"))
 
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and with it every command that a test
 # interrupts.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,31 @@ _ROOMS = ("moray.pipelines", "moray.actors", "moray.models", "moray.kernels")
 
 def source_hash(step: Step[Any]) -> str:
     """16 hex characters; '' for a step whose source is not to be had (a zipped or compiled module)."""
-    seen: dict[str, Path] = {}
-    waiting = [type(step).__module__]
+    return hash_files(with_imports([type(step).__module__]))
+
+
+def hash_files(files: Mapping[str, Path]) -> str:
+    """16 hex characters over names and contents; '' for no files."""
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name].read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def with_imports(modules: Iterable[str]) -> dict[str, Path]:
+    """These modules and every module of ours that they import, in turn: name -> source file."""
+    found: dict[str, Path] = {}
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _file(name)
-        if name in seen or path is None:
+        if name in found or path is None:
             continue
-        seen[name] = path
-        waiting += [other for other in _imports(path) if other.startswith(_ROOMS)]
-    if not seen:
-        return ""
-    digest = hashlib.sha256()
-    for name in sorted(seen):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(seen[name].read_bytes()).digest())
-    return digest.hexdigest()[:16]
+        found[name] = path
+        waiting += [other for other in imports_of(path) if other.startswith(_ROOMS)]
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -54,7 +65,7 @@ def _file(module: str) -> Path | None:
 
 
 @lru_cache(maxsize=1024)
-def _imports(path: Path) -> tuple[str, ...]:
+def imports_of(path: Path) -> tuple[str, ...]:
     """Every module that the file names in an import statement, at the top or inside a function."""
     found: list[str] = []
     for node in ast.walk(ast.parse(path.read_bytes())):

@@ -34,7 +34,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def forget() -> None:
     code_hash._file.cache_clear()
-    code_hash._imports.cache_clear()
+    code_hash.imports_of.cache_clear()
 
 
 def load() -> Step[Any]:
