@@ -27,8 +27,8 @@ from result import Bar, report
 from texts import texts as texts_for
 
 from moray.pipelines.dedup.find import find, near_candidates
-from moray.pipelines.dedup.shingles import similarities
-from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.text.minhash import Shingling
+from moray.pipelines.text.shingles import similarities
 
 HERE = Path(__file__).resolve().parent
 PEERS = {  # how many times as long they should take

@@ -19,11 +19,11 @@ import pyarrow as pa
 from result import report
 from texts import BUILT, texts_of
 
-from moray.pipelines.dedup_parts.case import Case
-from moray.pipelines.dedup_parts.decide import decide
-from moray.pipelines.dedup_parts.exchange import ranges_for
-from moray.pipelines.dedup_parts.step import DedupPartsConfig
-from moray.pipelines.dedup_parts.tasks import (
+from moray.pipelines.dedup.parts.case import Case
+from moray.pipelines.dedup.parts.decide import decide
+from moray.pipelines.dedup.parts.exchange import ranges_for
+from moray.pipelines.dedup.parts.step import DedupPartsConfig
+from moray.pipelines.dedup.parts.tasks import (
     Folders,
     cut_shard,
     fingerprint_shard,
@@ -33,9 +33,9 @@ from moray.pipelines.dedup_parts.tasks import (
     text_size,
     window_shard,
 )
-from moray.pipelines.documents import document_id, read_shard, shard_name, write_shard
-from moray.pipelines.kept import Order, read_parts
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
+from moray.pipelines.shared.keep_order import Order, read_parts
+from moray.pipelines.shared.shards import Row
 
 _SHARD = 500  # documents
 

@@ -24,9 +24,9 @@ from texts import texts as texts_for
 
 from moray.pipelines.dedup.find import Documents, Found, find, near_candidates
 from moray.pipelines.dedup.graph import components
-from moray.pipelines.dedup.shingles import similarities
-from moray.pipelines.dedup.signatures import Shingling
-from moray.pipelines.documents import content_hash
+from moray.pipelines.shared.documents import content_hash
+from moray.pipelines.text.minhash import Shingling
+from moray.pipelines.text.shingles import similarities
 
 SEEDS = range(1, 6)
 LEAST = 0.7

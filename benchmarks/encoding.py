@@ -32,9 +32,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from result import Bar, report
 
-from moray.pipelines.encoding import Choice, ReferenceEncoder, choose, encoder
-from moray.pipelines.fim import is_chosen
-from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, train
+from moray.pipelines.tokenize.fim import is_chosen
+from moray.pipelines.tokenizer.encoding import Choice, ReferenceEncoder, choose, encoder
+from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"
 CATALOGUES = Path("/usr/share/locale")

@@ -32,9 +32,9 @@ from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset
 from moray.models.tensors import is_quantized, parameter_shapes
-from moray.pipelines.pretrain import adamw
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.optim import adamw
 from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.core.home import Home

@@ -21,8 +21,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from result import Bar, report
 
-from moray.pipelines.encoding import encoder
-from moray.pipelines.packing import plan
+from moray.pipelines.tokenize.packing import plan
+from moray.pipelines.tokenizer.encoding import encoder
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"
 LENGTHS = (2048, 4096, 8192)

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from moray.actors.data_worker import DataWorker
 from moray.actors.token_set import Batch, Vocabulary, write_index, write_shard
 from moray.kernels.host_memory import keep_freed_memory
-from moray.pipelines.packing import Documents, pack, plan
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.loop import run
+from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.schedule import batch_plan
 from moray.pipelines.pretrain.worker import build
+from moray.pipelines.tokenize.packing import Documents, pack, plan
 from moray.platform.core.events import EventLog, MetricEvent, read_events
 
 VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has

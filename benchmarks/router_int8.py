@@ -20,7 +20,7 @@ from moray.models import checkpoint
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
-from moray.pipelines.evaluate import documents_of, split_windows, window_bits
+from moray.pipelines.evaluate.step import documents_of, split_windows, window_bits
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from moray.pipelines.documents import content_hash
+from moray.pipelines.shared.documents import content_hash
 
 BUILT = Path(__file__).resolve().parent / "corpus" / ".cache" / "documents"
 

@@ -41,7 +41,7 @@ from moray.models.flops import token_flops
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.peak import peak_flops
+from moray.pipelines.pretrain.peak_flops import peak_flops
 from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import build
 from moray.platform.core.ports import free_port

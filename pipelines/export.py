@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from moray.pipelines.model_text import write_with_bos
 from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
-from moray.pipelines.tokenizer import load_tokenizer, special_ids
+from moray.pipelines.tokenizer.bos import write_with_bos
+from moray.pipelines.tokenizer.train import load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 from moray.platform.plan.step import Step, StepConfig, StepContext
@@ -56,7 +56,7 @@ class Export(Step[ExportConfig]):
 def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:
     """Logical tensors in their shapes, with progress."""
     from moray.models.tensors import checkpoint_shapes
-    from moray.pipelines.pretrain.checkpoint import CheckpointFailed, read_weights
+    from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed, read_weights
 
     source = ctx.inputs["checkpoint"].folder
     shapes = checkpoint_shapes(read_model_config(source))

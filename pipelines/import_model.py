@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from moray.models.files import model_files, read_object
-from moray.pipelines.model_text import CONFIG, TOKENIZER, named_token, processor_bos, says_bos, write_with_bos
-from moray.pipelines.tokenizer import load_tokenizer
+from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, named_token, processor_bos, says_bos, write_with_bos
+from moray.pipelines.tokenizer.train import load_tokenizer
 from moray.platform.core.errors import InputError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
 from moray.platform.store.manifest import hash_file

@@ -11,8 +11,8 @@ import pyarrow as pa
 import xxhash
 from pydantic import Field
 
-from moray.pipelines.documents import read_shard, shard_paths, write_shard
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.documents import read_shard, shard_paths, write_shard
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError
 from moray.platform.plan.step import Step, StepConfig, StepContext
 

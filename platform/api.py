@@ -68,8 +68,9 @@ def run(
 
 
 def explain_document(document: str, run: str | None = None, home: Home | None = None) -> Any:
-    """What became of a document, by id or SOURCE/KEY (`pipelines/explain.py`). Raises InputError if no run has it."""
-    module = importlib.import_module("moray.pipelines.explain")
+    """What became of a document, by id or SOURCE/KEY (`pipelines/shared/document_history.py`). Raises InputError if no
+    run has it."""
+    module = importlib.import_module("moray.pipelines.shared.document_history")
     return module.explain_in(home or Home.from_environment(), document, run)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from moray.pipelines.documents import SCHEMA, write_shard
+from moray.pipelines.shared.documents import SCHEMA, write_shard
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import StepSpec

@@ -24,7 +24,7 @@ import pyarrow as pa
 from fetch import Package, fetch_debian, fetch_python, members
 from sources import SOURCES, Source
 
-from moray.pipelines.documents import SCHEMA, document_id, write_shard
+from moray.pipelines.shared.documents import SCHEMA, document_id, write_shard
 from moray.platform.core.errors import MorayError
 
 CACHE = Path(__file__).with_name(".cache")

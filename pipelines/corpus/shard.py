@@ -21,8 +21,8 @@ from moray.pipelines.corpus.files import File, bytes_read
 from moray.pipelines.corpus.pieces import REASONS, REPEATED_ID, Document, Meta, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import LICENSE, Columns
-from moray.pipelines.documents import SCHEMA, document_id, parquet_writer, shard_name
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import SCHEMA, document_id, parquet_writer, shard_name
+from moray.pipelines.shared.shards import Row
 from moray.platform.core.errors import InputError
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")])

@@ -23,7 +23,7 @@ from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.listing import Listing
 from moray.pipelines.corpus.shard import bytes_in_work, forget_progress, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext
 from moray.platform.store.manifest import hash_file

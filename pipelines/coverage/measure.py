@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.pipelines.coverage.domains import domain_of
-from moray.pipelines.documents import read_shard, write_parquet
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import read_shard, write_parquet
+from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.language import identify
-from moray.pipelines.tokenizer import load_tokenizer
+from moray.pipelines.tokenizer.train import load_tokenizer
 
 BYTES_PER_TOKEN = 4
 UNKNOWN = "unknown"

@@ -17,8 +17,8 @@ from moray.pipelines.coverage.lineage import Stage, stages_of
 from moray.pipelines.coverage.measure import BYTES_PER_TOKEN, measure_shard
 from moray.pipelines.coverage.page import page
 from moray.pipelines.coverage.summary import Cells, Dropped, summarize
-from moray.pipelines.documents import shard_paths
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.documents import shard_paths
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.atomic import write_json, write_text
 from moray.platform.plan.step import Step, StepConfig, StepContext
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from moray.pipelines.decontaminate.evals import Piece
 from moray.pipelines.decontaminate.units import Units, is_telling, units_of, without_spaces
-from moray.pipelines.dedup.characters import tables
-from moray.pipelines.documents import read_shard, write_parquet
+from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.text.arrow import text_buffers
+from moray.pipelines.text.characters import tables
 
 LETTERS_A_WORD = 3  # of Thai, Khmer and the like, letters without their marks: so an n-gram is as long as elsewhere
 

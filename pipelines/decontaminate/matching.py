@@ -13,8 +13,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moray.pipelines.dedup.shingles import shingle
-from moray.pipelines.dedup.words import Bytes, Codes, Hashes, Places
+from moray.pipelines.text.shingles import shingle
+from moray.pipelines.text.words import Bytes, Codes, Hashes, Places
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SPREAD = np.uint64(0xD1342543DE82EF95)

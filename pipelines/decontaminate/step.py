@@ -22,8 +22,8 @@ from pydantic import Field, model_validator
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eval
-from moray.pipelines.documents import read_shard, shard_paths, write_parquet, write_shard
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.documents import read_shard, shard_paths, write_parquet, write_shard
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext

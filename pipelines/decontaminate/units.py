@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.characters import (
+from moray.pipelines.text.characters import (
     ALONE,
     BETWEEN,
     IDEOGRAPHS,

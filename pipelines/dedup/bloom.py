@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.index import FOLDER, Earlier, range_bounds
-from moray.pipelines.dedup.words import Hashes
 from moray.pipelines.text.utf8 import mixed
+from moray.pipelines.text.words import Hashes
 
 BITS, PROBES = 25, 17
 _63, _6 = np.uint64(63), np.uint64(6)

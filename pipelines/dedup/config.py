@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moray.pipelines.dedup.signatures import Shingling
+from moray.pipelines.text.minhash import Shingling
 from moray.platform.plan.step import StepConfig
 
 

@@ -12,7 +12,7 @@ from moray.pipelines.dedup import index
 from moray.pipelines.dedup.index import Representatives
 from moray.pipelines.dedup.nodes import Shards
 from moray.pipelines.dedup.sketches import Sketches
-from moray.pipelines.documents import shard_paths
+from moray.pipelines.shared.documents import shard_paths
 from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.plan.step import StepContext
 from moray.platform.store.artifacts import ArtifactStore

@@ -20,9 +20,9 @@ from moray.pipelines.dedup.compare import pairs_path
 from moray.pipelines.dedup.find import Documents, Found, find
 from moray.pipelines.dedup.graph import Indices, Keys, once
 from moray.pipelines.dedup.nodes import described, documents_in, read_documents
-from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, documents_of, mapped, rows_of, save
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.shards import Row
+from moray.pipelines.text.minhash import Shingling
 
 DECIDED = pa.schema(
     [
@@ -171,7 +171,7 @@ def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _scores(group: Group, pairs: Indices, rules: Rules) -> npt.NDArray[np.float64]:
-    from moray.pipelines.dedup.shingles import similarities
+    from moray.pipelines.text.shingles import similarities
 
     scores = np.ones(len(pairs))
     if rules.similarity:

@@ -13,7 +13,7 @@ from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import Indices, buckets
 from moray.pipelines.dedup.index import Earlier
 from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, documents_of, save
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.shards import Row
 
 ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" of an earlier one's
 HASHES = "hashes"

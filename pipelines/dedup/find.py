@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup.graph import Candidates, Indices, candidates, components
-from moray.pipelines.dedup.signatures import Keys
+from moray.pipelines.text.minhash import Keys
 
 Scores = npt.NDArray[np.float64]
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.graph import Indices, Keys
-from moray.pipelines.dedup.shingles import KEY_BITS
+from moray.pipelines.text.shingles import KEY_BITS
 from moray.platform.core.atomic import write_json
 
 FOLDER = "index"

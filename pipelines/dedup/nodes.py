@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.dedup.find import Documents, sources_by
 from moray.pipelines.dedup.graph import Indices, components
-from moray.pipelines.documents import content_hash, read_shard
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import content_hash, read_shard
+from moray.pipelines.shared.shards import Row
 
 QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one stays
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from moray.pipelines.dedup.nodes import described, documents_in, read_documents
-from moray.pipelines.dedup.signatures import Shingling
 from moray.pipelines.dedup.sketches import is_there, write
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.shards import Row
+from moray.pipelines.text.minhash import Shingling
 
 
 def sign_shard(shard: Row, folder: str, shingling: Shingling, prefer: Sequence[str]) -> Row:

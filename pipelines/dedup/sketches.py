@@ -25,7 +25,7 @@ import numpy.typing as npt
 from moray.pipelines.dedup.find import Documents
 from moray.pipelines.dedup.graph import Indices, Keys
 from moray.pipelines.dedup.index import halves
-from moray.pipelines.dedup.shingles import KEY_BITS
+from moray.pipelines.text.shingles import KEY_BITS
 
 DOCUMENT = np.dtype([("id", "S32"), ("hash", "S32"), ("source", "<i8"), ("quality", "<f8"), ("length", "<i8")])
 HASH_BITS = 64

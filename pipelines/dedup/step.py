@@ -11,8 +11,8 @@ from typing import ClassVar
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.work import Work
 from moray.pipelines.dedup.write import REASONS
-from moray.pipelines.documents import shard_paths
-from moray.pipelines.kept import say_unknown_sources
+from moray.pipelines.shared.documents import shard_paths
+from moray.pipelines.shared.keep_order import say_unknown_sources
 from moray.platform.core.differences import differences
 from moray.platform.core.errors import RecipeError
 from moray.platform.plan.step import Step, StepContext

@@ -43,8 +43,8 @@ from moray.pipelines.dedup.nodes import Groups
 from moray.pipelines.dedup.sign import sign_shard
 from moray.pipelines.dedup.sketches import Sketches, save
 from moray.pipelines.dedup.write import REMOVED, clusters, write_kept
-from moray.pipelines.documents import write_parquet
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.documents import write_parquet
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.plan.step import StepContext
 
 _FOLDER = ".work"

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from moray.pipelines.dedup.decide import LOST, read_decided
 from moray.pipelines.dedup.exact import copies_path, originals_path
 from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.documents import read_shard, text_bytes, write_parquet, write_shard
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.shared.shards import Row
 
 REASONS = ("exact", "near", "seen")
 REMOVED = ["id", "reason", "representative", "partner", "similarity"]

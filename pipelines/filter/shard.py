@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moray.pipelines.documents import write_batches, write_parquet
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge
 from moray.pipelines.quality.model import QualityModel, load
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import write_batches, write_parquet
+from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.language import CHARACTERS, identify
 from moray.platform.core.atomic import write_json
 

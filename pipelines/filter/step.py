@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
-from moray.pipelines.documents import shard_paths
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.shard import COUNTS, filter_shard
-from moray.pipelines.shards import Row, map_shards, pace
+from moray.pipelines.shared.documents import shard_paths
+from moray.pipelines.shared.shards import Row, map_shards, pace
 from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.plan.step import Step, StepContext
 

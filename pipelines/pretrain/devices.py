@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from moray.pipelines.pretrain.config import PretrainConfig
-from moray.pipelines.pretrain.schedule import batch_plan
+from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.platform.core.errors import InputError
 from moray.platform.plan.step import Topology
 

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from moray.actors.token_set import Batch
 from moray.actors.watch import Beat, Pulse
 from moray.kernels.host_memory import keep_freed_memory
-from moray.pipelines.pretrain.anticipation import Anticipation
-from moray.pipelines.pretrain.checkpoint import CheckpointFailed
+from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import Job
-from moray.pipelines.pretrain.flight import position
 from moray.pipelines.pretrain.layout import usable_layout
+from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.notice import NoNotice, Notice
 from moray.pipelines.pretrain.report import Report, Start
-from moray.pipelines.pretrain.schedule import batch_plan
+from moray.pipelines.pretrain.resilience.flight_recorder import position
+from moray.pipelines.pretrain.resilience.preemption import NoNotice, Notice
+from moray.pipelines.pretrain.resilience.routing_replay import Anticipation
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.core.events import EventLog

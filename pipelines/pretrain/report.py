@@ -10,11 +10,11 @@ import psutil
 import torch
 
 from moray.models.flops import utilisation
-from moray.pipelines.pretrain.archive import Archived
-from moray.pipelines.pretrain.checkpoint import Restored, Saved
+from moray.pipelines.pretrain.checkpoint.archive import Archived
+from moray.pipelines.pretrain.checkpoint.checkpoints import Restored, Saved
 from moray.pipelines.pretrain.gauges import Gauges
-from moray.pipelines.pretrain.guard import Record
-from moray.pipelines.pretrain.peak import peak_flops
+from moray.pipelines.pretrain.peak_flops import peak_flops
+from moray.pipelines.pretrain.resilience.guard import Record
 from moray.pipelines.pretrain.worker import Worker
 from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 

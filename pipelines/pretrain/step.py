@@ -24,7 +24,7 @@ from moray.models.yarn import Yarn, unknown_fields
 from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
 from moray.pipelines.pretrain.devices import resolved, words
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout, check_moments
-from moray.pipelines.pretrain.schedule import batch_plan, check_schedule
+from moray.pipelines.pretrain.lr_schedule import batch_plan, check_schedule
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, RecipeError, StepFailed, nearest
@@ -105,7 +105,7 @@ class Pretrain(Step[PretrainConfig]):
         except ValueError as error:
             raise InputError(f"pretrain: {error}", "correct `schedule` or `mixture` in the recipe") from error
         if ctx.config.archive:
-            from moray.pipelines.pretrain.archive import check_archive  # it imports boto3
+            from moray.pipelines.pretrain.checkpoint.archive import check_archive  # it imports boto3
 
             check_archive(ctx.config.archive)
         self.placement(ctx.config, ctx.cluster.topology())

@@ -8,7 +8,7 @@ from typing import Any
 
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.devices import cpu_share
-from moray.pipelines.pretrain.schedule import batch_plan
+from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.platform.core.errors import StepFailed
 from moray.platform.plan.step import Topology
 

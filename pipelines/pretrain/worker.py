@@ -18,15 +18,15 @@ from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.layer import Dispatcher
 from moray.models.model import DeepseekV3
 from moray.models.peers import connect
-from moray.pipelines.pretrain.archive import Archive
-from moray.pipelines.pretrain.checkpoint import Checkpoints
+from moray.pipelines.pretrain.checkpoint.archive import Archive
+from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
+from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.config import Job
-from moray.pipelines.pretrain.ema import Ema
-from moray.pipelines.pretrain.guard import Guard, read_record
+from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.optimizer import ShardedOptimizer, sharded_optimizer
-from moray.pipelines.pretrain.schedule import batch_plan
-from moray.pipelines.pretrain.state import TrainingState
+from moray.pipelines.pretrain.optim.ema import Ema
+from moray.pipelines.pretrain.optim.optimizer import ShardedOptimizer, sharded_optimizer
+from moray.pipelines.pretrain.resilience.guard import Guard, read_record
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.shingles import shingle
+from moray.pipelines.text.shingles import shingle
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint32]

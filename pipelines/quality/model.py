@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moray.pipelines.dedup.characters import tables
 from moray.pipelines.text.arrow import text_buffers
+from moray.pipelines.text.characters import tables
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 

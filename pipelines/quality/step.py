@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import Field, model_validator
 
-from moray.pipelines.documents import shard_paths, write_parquet
 from moray.pipelines.quality.model import Features, QualityModel
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.documents import shard_paths, write_parquet
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
 from moray.platform.store.manifest import hash_file

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moray.pipelines.model_text import processor_bos, read_if_there, says_bos
-from moray.pipelines.tokenizer import id_count, load_tokenizer
+from moray.pipelines.tokenizer.bos import processor_bos, read_if_there, says_bos
+from moray.pipelines.tokenizer.train import id_count, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from moray.pipelines.dedup.signatures import Shingling
-from moray.pipelines.documents import content_hash, read_shard, write_parquet
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import content_hash, read_shard, write_parquet
+from moray.pipelines.shared.shards import Row
 from moray.pipelines.synthesize.rows import Log, Made
+from moray.pipelines.text.minhash import Shingling
 
 _SHINGLING = Shingling()
 
@@ -86,7 +86,7 @@ def _candidates(texts: pa.ChunkedArray, made: pa.Table) -> list[tuple[int, int]]
 
 
 def _similarities(pairs: list[tuple[int, int]], texts: pa.ChunkedArray, corpus: pa.ChunkedArray) -> list[float]:
-    from moray.pipelines.dedup.shingles import in_common
+    from moray.pipelines.text.shingles import in_common
 
     scores = []
     for at, row in pairs:

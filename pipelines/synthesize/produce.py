@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from moray.actors.sandbox import run_tests
-from moray.pipelines.documents import read_shard
-from moray.pipelines.shards import Row
+from moray.pipelines.shared.documents import read_shard
+from moray.pipelines.shared.shards import Row
 from moray.pipelines.synthesize import chains, gym, programs, prompts
 from moray.pipelines.synthesize.config import (
     Code,

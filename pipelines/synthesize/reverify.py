@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moray.actors.sandbox import run_tests
 from moray.actors.sandbox_watch import Limits
-from moray.pipelines.documents import read_shard, shard_paths
+from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.synthesize import gym
 from moray.pipelines.synthesize.programs import blocks
 from moray.pipelines.synthesize.prompts import boxed

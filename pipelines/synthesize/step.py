@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from moray.actors.sandbox import refusal
 from moray.actors.sandbox_watch import SandboxRefused
-from moray.pipelines.documents import (
+from moray.pipelines.shared.documents import (
     SCHEMA,
     document_id,
     read_shard,
@@ -28,7 +28,7 @@ from moray.pipelines.documents import (
     write_parquet,
     write_shard,
 )
-from moray.pipelines.shards import Row, map_shards
+from moray.pipelines.shared.shards import Row, map_shards
 from moray.pipelines.synthesize import copies, gym
 from moray.pipelines.synthesize.config import Gym, Maths, Programs, Rephrase, SynthesizeConfig, asks, runs_code
 from moray.pipelines.synthesize.produce import Room, produce

@@ -15,7 +15,7 @@ from moray.actors.data_worker import DataWorker
 from moray.actors.mixture import Mixture
 from moray.actors.token_files import FolderFiles
 from moray.actors.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
-from moray.pipelines.packing import Documents, Packing, pack, plan
+from moray.pipelines.tokenize.packing import Documents, Packing, pack, plan
 
 VOCABULARY = Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
 LENGTH = 16

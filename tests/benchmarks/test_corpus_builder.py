@@ -16,7 +16,7 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 
-from moray.pipelines.documents import SCHEMA, document_id, shard_paths
+from moray.pipelines.shared.documents import SCHEMA, document_id, shard_paths
 from tests.checkout import ROOT
 
 ROOM = ROOT / "benchmarks" / "corpus"

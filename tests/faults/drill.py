@@ -15,7 +15,7 @@ from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.plan.step import Topology
 from tests.actors.test_token_set import LENGTH, write
-from tests.pipelines.training_ranks import MODEL
+from tests.pipelines.pretrain.training_ranks import MODEL
 
 
 def main(folder: Path, settings: str) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moray.pipelines.pretrain import checkpoint_files
+from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.worker import Worker
-from tests.pipelines.training_ranks import lone_worker, state_of, steps
+from tests.pipelines.pretrain.training_ranks import lone_worker, state_of, steps
 
 # Children are forked from a process that has imported torch and done nothing else.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.pipelines.training_ranks"])
+_server.set_forkserver_preload(["tests.pipelines.pretrain.training_ranks"])
 SECONDS = 60.0
 LONG = 100_000  # steps, as far as schedules are concerned
 

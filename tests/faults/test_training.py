@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from moray.pipelines.pretrain import checkpoint_files
+from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.platform.core.events import Event, MetricEvent, NoteEvent, read_events
 from tests.faults.hosts import NETWORK, Hosts, hosts_of, reason_against
 

@@ -21,12 +21,12 @@ import torch
 
 from moray.cluster.embedded import EmbeddedCluster
 from moray.pipelines.dedup import index
-from moray.pipelines.documents import content_hash, read_shard, shard_paths
+from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.state import TrainingState
 from moray.pipelines.pretrain.step import read_model_config
 from moray.pipelines.pretrain.worker import build
+from moray.pipelines.shared.documents import content_hash, read_shard, shard_paths
 from moray.platform.api import RECIPES, open_recipe
 from moray.platform.core.home import Home
 from moray.platform.plan.fingerprint import addresses

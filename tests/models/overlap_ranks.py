@@ -11,7 +11,7 @@ from moray.models.dispatch import ProcessGroupDispatcher
 from moray.models.interleave import alone, in_turn
 from moray.models.model import DeepseekV3
 from moray.models.peers import connect
-from moray.pipelines.pretrain.collectives import CollectiveTrace, check_order
+from moray.pipelines.pretrain.resilience.collectives import CollectiveTrace, check_order
 from tests.models.expert_parallel_ranks import CONFIG as SMALL
 
 CONFIG = dataclasses.replace(SMALL, hidden_size=128)  # whole tiles, for FP8

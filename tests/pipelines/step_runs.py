@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from moray.pipelines.documents import document_id, read_shard, shard_name, write_shard
+from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
 from moray.platform.plan.step import StepContext

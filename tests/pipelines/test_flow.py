@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from moray.actors.token_set import open_token_sets
-from moray.pipelines.documents import document_id, read_shard, shard_paths
-from moray.pipelines.evaluation import EvalReport
-from moray.pipelines.pretrain.checkpoint import read_weights
+from moray.pipelines.evaluate.report import EvalReport
+from moray.pipelines.pretrain.checkpoint.checkpoints import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder, loss_curve
+from moray.pipelines.shared.documents import document_id, read_shard, shard_paths
 from moray.platform.core.events import MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent, read_events
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import hash_file

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 import moray
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
-from moray.pipelines.model_text import processor_bos
 from moray.pipelines.pretrain.step import loss_curve
-from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
+from moray.pipelines.tokenizer.bos import processor_bos
+from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
 from moray.platform import api
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.home import Home
@@ -142,7 +142,7 @@ def test_a_tokenizer_names_its_special_tokens_in_either_form(flow_tokenizer: Pat
 
 @pytest.fixture
 def flow_tokenizer(tmp_path: Path) -> Path:
-    from moray.pipelines.tokenizer import TokenizerConfig, hugging_face_config, train
+    from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train
 
     train(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))

@@ -16,7 +16,7 @@ from moray.pipelines.corpus.files import bucket_at
 from moray.pipelines.corpus.shard import write_corpus_shard
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
-from moray.pipelines.documents import read_shard, shard_name
+from moray.pipelines.shared.documents import read_shard, shard_name
 from moray.platform.core.errors import InputError, RecipeError
 from tests.pipelines.corpus.archives import PAGE, response, zipped
 from tests.s3 import BUCKET

@@ -14,7 +14,7 @@ from moray.pipelines.corpus.globs import matches, why_not
 from moray.pipelines.corpus.shard import rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
-from moray.pipelines.documents import read_shard, shard_name
+from moray.pipelines.shared.documents import read_shard, shard_name
 from moray.platform.core.errors import RecipeError
 
 

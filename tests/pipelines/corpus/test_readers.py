@@ -21,7 +21,7 @@ from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.shard import write_corpus_shard
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.step import CorpusConfig, corpus_shards
-from moray.pipelines.documents import document_id, read_shard, shard_name
+from moray.pipelines.shared.documents import document_id, read_shard, shard_name
 from moray.platform.plan.fingerprint import identity
 
 TEXT = Columns()

@@ -24,7 +24,7 @@ from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.shard import REJECTS, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source, split_of
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
-from moray.pipelines.documents import document_id, read_shard, shard_name
+from moray.pipelines.shared.documents import document_id, read_shard, shard_name
 from moray.platform.core.errors import RecipeError
 from tests.checkout import ROOT
 

@@ -17,7 +17,7 @@ from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.scheduler import Limits
 from moray.pipelines.serve.text import Vocabulary
-from moray.pipelines.tokenizer import TokenizerConfig, train
+from moray.pipelines.tokenizer.train import TokenizerConfig, train
 
 TEXT = (
     "In the beginning was the word. Grüße aus Zürich, naïve café. こんにちは世界 🙂🙃 def main(argument): return 42\n"

@@ -24,7 +24,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    Config = StepConfig\n"
         "    produces: ClassVar[str] = 'nothing'\n"
         "    def run(self, ctx):\n"
-        "        from moray.pipelines.documents import read_shard\n"
+        "        from moray.pipelines.shared.documents import read_shard\n"
         "step = Nothing()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -53,13 +53,15 @@ def test_an_edit_changes_the_hash(package: Path) -> None:
 
 def test_what_is_imported_inside_a_function_counts(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget()
-    documents = code_hash._file("moray.pipelines.documents")
+    documents = code_hash._file("moray.pipelines.shared.documents")
     assert documents is not None
     before = code_hash.source_hash(load())
     copy = package / "documents.py"
     copy.write_text(documents.read_text() + "# a word more\n")
     real = code_hash._file
-    monkeypatch.setattr(code_hash, "_file", lambda name: copy if name == "moray.pipelines.documents" else real(name))
+    monkeypatch.setattr(
+        code_hash, "_file", lambda name: copy if name == "moray.pipelines.shared.documents" else real(name)
+    )
     assert code_hash.source_hash(load()) != before
 
 

@@ -1,0 +1,176 @@
+"""What workers do for dedup-parts: each function takes a description, leaves a file, and says what it counted.
+
+A task whose file is there returns at once, so a rerun after a kill does what is missing. Files are named after the
+shards, in a folder for each kind: what documents are, keys on their way, what of them is repeated, what is decided.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from moray.pipelines.dedup.nodes import described, read_documents
+from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_part, read_parts, repeated, write_parts
+from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
+from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.shared.shards import Row
+from moray.pipelines.text.arrow import text_buffers
+from moray.pipelines.text.characters import tables
+
+SPOT = ("row", "begin", "end", "first_word", "end_word")  # where a piece is
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where what is on its way lies."""
+
+    root: Path
+
+    def of(self, kind: str, shard: Row) -> Path:
+        """The file of a shard."""
+        return self.root / f".{kind}" / Path(shard["path"]).name
+
+    def range(self, kind: str, number: int) -> Path:
+        return self.root / f".{kind}" / f"range-{number:05d}.arrow"
+
+
+def text_size(path: Path) -> int:
+    """Bytes of the texts of a shard, about, from its metadata alone."""
+    metadata = pq.read_metadata(path)
+    column = metadata.schema.names.index("text")
+    return sum(metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups))
+
+
+def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int) -> Row:
+    """Writes the keys of a shard's lines or paragraphs of at least so many characters, and what its documents are."""
+    from moray.pipelines.dedup.parts.windows import count_words
+
+    path = folders.of("described", shard)
+    if not path.exists():
+        table = read_documents(Path(shard["path"]))
+        hashes, spots, parts = [], [], []
+        for row, text in enumerate(table["text"].to_pylist()):
+            for begin, end in parts_of(text, unit):
+                parts.append(text[begin:end])
+                plain = normalized(parts[-1])
+                if len(plain) >= least:
+                    hashes.append(xxhash.xxh3_128_digest(plain.encode()))
+                    spots.append((row, begin, end, len(parts) - 1))
+        words = count_words(*text_buffers(pa.chunked_array([pa.array(parts, pa.large_string())])), *tables())
+        spot = np.array(spots, np.int64).reshape(-1, 4)
+        before = np.concatenate(([0], np.cumsum(words)))
+        halves = np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)
+        columns = dict(zip(SPOT, (*spot[:, :3].T, before[spot[:, 3]], before[spot[:, 3] + 1]), strict=True))
+        keys = {"key": halves[:, 0], "other": halves[:, 1]}
+        write_parts(folders.of("keys", shard), {**keys, **columns}, range_of(halves[:, 0], ranges), ranges)
+        counts = count_words(*text_buffers(table["text"]), *tables())
+        write_parquet(path, pa.table({**described(table), "words": counts}))
+    return {"shard": shard["shard"]}
+
+
+def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) -> Row:
+    """Writes the fingerprints of a shard, and what its documents are."""
+    from moray.pipelines.dedup.parts.windows import fingerprints, gram_size
+
+    path = folders.of("described", shard)
+    if not path.exists():
+        table = read_documents(Path(shard["path"]))
+        offsets, data = text_buffers(table["text"])
+        room = int(offsets[-1] - offsets[0])
+        words = np.zeros(len(table), np.int64)
+        keys, rows, places = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.int64)
+        size = gram_size(tokens)
+        count = fingerprints(offsets, data, *tables(), tokens, size, words, keys, rows, places)
+        columns = {"key": keys[:count], "row": rows[:count], "place": places[:count]}
+        write_parts(folders.of("fingerprints", shard), columns, range_of(keys[:count], ranges), ranges)
+        write_parquet(path, pa.table({**described(table), "words": words}))
+    return {"shard": shard["shard"]}
+
+
+def match_fingerprints(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
+    """Writes where fingerprints of one range are that are not alone, in a part for each shard."""
+    path = folders.range("shared", one["shard"])
+    if not path.exists():
+        found = read_parts([folders.of("fingerprints", shard) for shard in shards], one["shard"])
+        rows, _ = repeated([found["key"]])
+        columns = {"row": found["row"][rows], "place": found["place"][rows]}
+        write_parts(path, columns, found["file"][rows], len(shards))
+    with pa.memory_map(str(path)) as file:
+        return {"shard": one["shard"], "rows": pa.ipc.open_file(file).read_all().num_rows}
+
+
+def window_shard(shard: Row, folders: Folders, tokens: int, shared: int, ranges: int) -> Row:
+    """Writes the keys of the windows of a shard that hold a fingerprint which is not alone. shared: ranges of these."""
+    path = folders.of("keys", shard)
+    if not path.exists():
+        found = [read_part(folders.range("shared", number), shard["shard"]) for number in range(shared)]
+        rows, places = (np.concatenate([one[name] for one in found]) for name in ("row", "place"))
+        order = np.lexsort((places, rows))
+        keys, columns = _windows(Path(shard["path"]), rows[order], places[order], tokens)
+        write_parts(path, columns, range_of(keys, ranges), ranges)
+    return {"shard": shard["shard"]}
+
+
+def _windows(path: Path, rows: Any, places: Any, tokens: int) -> tuple[Any, Columns]:
+    from moray.pipelines.dedup.parts.windows import gram_size, windows
+
+    wanted, at = np.unique(rows, return_inverse=True)
+    texts = read_shard(path, ["text"])["text"].take(pa.array(wanted))
+    size = gram_size(tokens)
+    room = len(rows) * (tokens - size + 1)
+    keys, others, spots = np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty((room, 5), np.int64)
+    count = windows(*text_buffers(texts), *tables(), tokens, size, at, places, keys, others, spots)
+    columns: Columns = dict(zip(SPOT, spots[:count].T, strict=True))
+    return keys[:count], {"key": keys[:count], "other": others[:count], **columns, "row": wanted[spots[:count, 0]]}
+
+
+def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
+    """Writes where pieces of one range are that are not alone, and which of them are the same."""
+    path = folders.range("repeated", one["shard"])
+    if not path.exists():
+        found = read_parts([folders.of("keys", shard) for shard in shards], one["shard"])
+        rows, groups = repeated([found["other"], found["key"]])
+        columns = {name: found[name][rows] for name in ("file", *SPOT)}
+        write_parts(path, {**columns, "group": groups}, np.zeros(len(rows), np.int64), 1)
+    return {"shard": one["shard"]}
+
+
+def cut_shard(shard: Row, folders: Folders) -> Row:
+    """Writes one shard as it was decided: what stays, what was edited and what is removed."""
+    target = folders.root / Path(shard["path"]).name
+    edited, removed = (target.with_name(target.name.replace("documents-", kind)) for kind in ("edited-", "removed-"))
+    verdicts = read_shard(folders.of("verdicts", shard))
+    if not target.exists():
+        table = read_shard(Path(shard["path"]))
+        table = table.append_column("row", pa.array(np.arange(len(table))))
+        reasons = verdicts.filter(pc.not_equal(verdicts["reason"], ""))
+        changed = verdicts.filter(pc.equal(verdicts["reason"], ""))
+        texts = table["text"].to_pylist()
+        for row, spans in _spans(read_shard(folders.of("cuts", shard))):
+            texts[row] = without(texts[row], spans)
+        left = pa.array([len(texts[row]) for row in changed["row"].to_pylist()], pa.int64())
+        changed = changed.append_column("characters_after", left)
+        table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts, pa.large_string()))
+        table = table.filter(pc.invert(pc.is_in(table["row"], value_set=reasons["row"].combine_chunks())))
+        write_parquet(removed, reasons.drop_columns(["row"]))
+        write_parquet(edited, changed.select(["id", "characters", "characters_after", "parts", "partner"]))
+        write_shard(target, table.drop_columns(["row"]))
+    kept = read_shard(target, ["text"])["text"]
+    why = Counter(f"dropped:{reason}" for reason in verdicts["reason"].to_pylist() if reason)
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept), **why}
+
+
+def _spans(cuts: pa.Table) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Of each row its spans."""
+    rows = zip(*(cuts[name].to_pylist() for name in ("row", "begin", "end")), strict=True)
+    return [(row, [(begin, end) for _, begin, end in spans]) for row, spans in groupby(rows, key=lambda cut: cut[0])]

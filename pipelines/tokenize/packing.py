@@ -1,0 +1,188 @@
+"""Documents into sequences of one length: best fit, which cuts few of them, or one after another.
+
+Best fit (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv 2404.10830): of a document that is longer
+than a sequence, full sequences; what is left of it, and every shorter document, goes, the longest first, into the
+sequence with the least room that still takes it. A tree over the amounts of room finds that sequence, so n documents
+take O(n log length), and what is found follows from their lengths and order alone.
+
+Notable: sequences are full to about 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
+emptiest sequences are taken apart, and their pieces are cut to fill the room in others; more than every fiftieth piece
+only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is
+how readers know where documents meet (actors/token_set.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.actors.token_set import Vocabulary
+
+Packing = Literal["best-fit", "concatenate"]
+Int64 = npt.NDArray[np.int64]
+
+_ROOM = 1000  # of so many tokens, one may be room that is left
+_WORTH = 100  # a piece is cut to fill this part of a sequence; to fill less,
+_FEW = 50  # only this part of the pieces
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where the pieces of documents go: arrays [P], in the order of `start`, and how many sequences there are.
+
+    document: its number; begin: the piece's first token within it; tokens: how many; start: where in the sequences, one
+    after another.
+    """
+
+    document: Int64
+    begin: Int64
+    tokens: Int64
+    start: Int64
+    sequences: int
+
+    def cut(self, length: int) -> int:
+        """How many documents lie in more than one sequence."""
+        several = self.start // length != (self.start + self.tokens - 1) // length
+        documents, pieces = np.unique(self.document, return_counts=True)
+        return len(np.union1d(documents[pieces > 1], self.document[several]))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Pieces shorter than a sequence, or parts of these: arrays [P]. Part `skipped` .. `skipped + tokens` of `piece`
+    lies in `sequence` from `at`."""
+
+    piece: Int64
+    skipped: Int64
+    tokens: Int64
+    sequence: Int64
+    at: Int64
+
+
+@dataclass(frozen=True)
+class Documents:
+    """N documents as tokens, bos and eos among them: document n is tokens[bounds[n] : bounds[n + 1]].
+
+    sizes: their bytes as UTF-8.
+    """
+
+    names: Sequence[str]
+    sizes: Int64
+    tokens: npt.NDArray[np.uint32]
+    bounds: Int64
+
+
+def plan(lengths: Int64, length: int, packing: Packing) -> Pieces:
+    """Where documents of `lengths` tokens, none of them 0, go in sequences of `length`."""
+    from moray.pipelines.tokenize.best_fit import best_fit
+
+    if packing == "concatenate":
+        starts = np.cumsum(lengths) - lengths
+        documents = np.arange(len(lengths), dtype=np.int64)
+        return Pieces(documents, np.zeros_like(lengths), lengths, starts, -(-int(lengths.sum()) // length))
+    full, rest = lengths // length, lengths % length
+    first = int(full.sum())
+    short = np.flatnonzero(rest)
+    tokens = rest[short]
+    bins, at = np.empty_like(tokens), np.empty_like(tokens)
+    room = best_fit(tokens, np.argsort(-tokens, kind="stable"), length, bins, at)
+    parts, count = _topped_up(tokens, bins, at, room, length)
+    long, of = np.flatnonzero(full), short[parts.piece]
+    document = np.concatenate([long, of])
+    begin = np.concatenate([np.zeros(len(long), np.int64), full[of] * length + parts.skipped])
+    start = np.concatenate([(np.cumsum(full) - full)[long] * length, (first + parts.sequence) * length + parts.at])
+    tokens = np.concatenate([full[long] * length, parts.tokens])
+    order = np.argsort(start, kind="stable")
+    return Pieces(document[order], begin[order], tokens[order], start[order], first + count)
+
+
+def pack(
+    documents: Documents, pieces: Pieces, length: int, vocabulary: Vocabulary
+) -> tuple[npt.NDArray[np.unsignedinteger], pa.Table]:
+    """The sequences, [sequences, length] in the vocabulary's dtype, and the table of their pieces (docs/formats.md).
+
+    Raises ValueError if a token id is not below the vocabulary's size.
+    """
+    from moray.pipelines.tokenize.best_fit import place
+
+    ids, bounds = documents.tokens, documents.bounds
+    if ids.max(initial=0) >= vocabulary.size:
+        n = int(np.searchsorted(bounds, ids.argmax(), side="right")) - 1
+        own = ids[bounds[n] : bounds[n + 1]]
+        raise ValueError(
+            f"document {documents.names[n]}: token ids {own.min()}..{own.max()} outside 0..{vocabulary.size - 1}"
+        )
+    packed = np.full(pieces.sequences * length, vocabulary.pad, vocabulary.dtype)
+    place(ids, bounds[pieces.document] + pieces.begin, pieces.tokens, packed, pieces.start)
+    parts = np.bincount(pieces.document, minlength=len(documents.names))[pieces.document]
+    by_document = np.lexsort((pieces.begin, pieces.document))
+    part = np.empty(len(by_document), np.int64)
+    first = np.flatnonzero(pieces.begin[by_document] == 0)
+    part[by_document] = np.arange(len(part)) - np.repeat(first, parts[by_document][first])
+    table = pa.table(
+        {
+            "id": pa.array(documents.names, pa.string()).take(pa.array(pieces.document)),
+            "part": pa.array(part, pa.int32()),
+            "parts": pa.array(parts, pa.int32()),
+            "start": pa.array(pieces.start, pa.int64()),
+            "tokens": pa.array(pieces.tokens, pa.int64()),
+            "bytes": pa.array(np.where(part == 0, documents.sizes[pieces.document], 0), pa.int64()),
+        }
+    )
+    return packed.reshape(-1, length), table
+
+
+def _topped_up(tokens: Int64, bins: Int64, at: Int64, room: Int64, length: int) -> tuple[Parts, int]:
+    """The pieces of best fit, if need be with the emptiest sequences taken apart; and how many sequences that makes."""
+    whole = Parts(np.arange(len(tokens)), np.zeros_like(tokens), tokens, bins, at)
+    worth, few = max(2, length // _WORTH), len(tokens) // _FEW
+    left, made = int(room.sum()), len(room)
+    if left <= max(length - 1, made * length // _ROOM):
+        return whole, made
+    upcoming = iter(np.argsort(-room, kind="stable").tolist())
+    by_sequence = np.argsort(bins, kind="stable")
+    firsts = np.searchsorted(bins[by_sequence], np.arange(len(room) + 1))
+    moved: list[tuple[int, int, int, int, int]] = []
+    gone: list[int] = []
+    hole, gap = -1, 0
+    while left > max(length - 1, made * length // _ROOM):
+        giver = next(upcoming, -1)
+        if giver < 0:
+            break
+        own: list[tuple[int, int, int, int, int]] = []
+        for piece in by_sequence[firsts[giver] : firsts[giver + 1]].tolist():
+            skipped = 0
+            while skipped < tokens[piece]:
+                least = 2 if len(moved) + len(own) < few else worth
+                if gap < least:
+                    hole = next(upcoming, -1)
+                    if hole < 0 or room[hole] < least:
+                        return _without(whole, gone, moved, len(room))
+                    gap = int(room[hole])
+                part = min(gap, int(tokens[piece]) - skipped)
+                own.append((piece, skipped, part, hole, length - gap))
+                gap, skipped = gap - part, skipped + part
+        moved += own
+        gone.append(giver)
+        left, made = left - length, made - 1
+    return _without(whole, gone, moved, len(room))
+
+
+def _without(
+    whole: Parts, gone: list[int], moved: list[tuple[int, int, int, int, int]], count: int
+) -> tuple[Parts, int]:
+    """The parts that are in none of the sequences `gone`, and those that were moved; sequences numbered anew."""
+    if not gone:
+        return whole, count
+    stays = np.ones(count, np.bool_)
+    stays[gone] = False
+    kept, new = stays[whole.sequence], np.array(moved, np.int64).T
+    columns = (whole.piece, whole.skipped, whole.tokens, whole.sequence, whole.at)
+    parts = [np.concatenate([old[kept], one]) for old, one in zip(columns, new, strict=True)]
+    parts[3] = (np.cumsum(stays) - 1)[parts[3]]
+    return Parts(*parts), int(stays.sum())

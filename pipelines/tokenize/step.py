@@ -1,0 +1,219 @@
+"""tokenize: documents into packed token sets, one per source, for the training and the held-out part.
+
+Documents shards of one source that follow one another are packed together, in groups of about `group_bytes`: a group is
+a Ray Data task and becomes one token shard. Groups follow from the shards' sizes, so the result does not depend on the
+number of workers. The held-out part is packed back to back: it is read document by document.
+
+Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters: only this step places special
+ids. Which library encodes is decided once, on documents of every source (`encoding.py`), and makes no difference to the
+ids. A rerun after a kill goes on with the groups that have no record yet.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from moray.actors.token_set import Shard, Vocabulary, write_index, write_shard
+from moray.pipelines.shared.documents import read_shard, shard_paths
+from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.split import PARTS
+from moray.pipelines.text.arrow import text_buffers
+from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged
+from moray.pipelines.tokenize.packing import Documents, Packing, pack, plan
+from moray.pipelines.tokenizer.encoding import Choice, choose, encoder
+from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext, operational
+
+_MADE = ".made"
+_SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree: half a second of the slower one
+_SAMPLE_SOURCES = 50
+
+
+class TokenizeConfig(StepConfig):
+    sequence_length: int = Field(256, ge=8, description="tokens in a packed sequence")
+    fim_rate: float = Field(0.0, ge=0, le=1, description="share of the training documents whose middle comes last")
+    packing: Packing = Field("best-fit", description="of the training part: few documents cut, or all back to back")
+    group_bytes: int = Field(64_000_000, gt=0, description="text that is packed together; more of it cuts less")
+    encoder: Literal["auto", "fast", "reference"] = operational(
+        "auto", description="gigatoken where it agrees with Hugging Face tokenizers; demand it; never use it"
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all groups."""
+
+    folder: Path
+    tokenizer: Path
+    encoder: Choice
+    vocabulary: Vocabulary
+    marks: Marks | None
+    config: TokenizeConfig
+
+
+class Tokenize(Step[TokenizeConfig]):
+    name: ClassVar[str] = "tokenize"
+    version: ClassVar[int] = 3  # 3: best fit; no control token that text spells is taken for one
+    Config = TokenizeConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "split-documents", "tokenizer": "tokenizer"}
+    produces: ClassVar[str] = "tokens"
+    resumable: ClassVar[bool] = True
+    needs_ray: ClassVar[bool] = True
+
+    def run(self, ctx: StepContext[TokenizeConfig]) -> None:
+        folder = ctx.inputs["tokenizer"].folder
+        vocabulary = Vocabulary(
+            tokenizer=ctx.inputs["tokenizer"].fingerprint,
+            size=id_count(load_tokenizer(folder)),
+            **special_ids(folder),
+        )
+        marks = fim_marks(load_tokenizer(folder)) if ctx.config.fim_rate else None
+        shards = _shards(ctx)
+        chosen = self._encoder(ctx, folder, shards)
+        job = Job(ctx.folder, folder, chosen, vocabulary, marks, ctx.config)
+        groups = _groups(shards, ctx.config.group_bytes)
+        apply = partial(_tokenize_group, job=job)
+        rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
+        self._write_indexes(ctx, rows, vocabulary)
+        shutil.rmtree(ctx.folder / _MADE, ignore_errors=True)
+        self._say(ctx, rows)
+
+    def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
+        """The encoder of this run; says so loudly if it is the slow one."""
+        chosen, reason = choose(ctx.config.encoder, folder, *_sample(shards))
+        if reason:
+            ctx.note(f"{reason}; encoding with Hugging Face tokenizers, tens of times as slow", level="warning")
+        return chosen
+
+    def _write_indexes(self, ctx: StepContext[TokenizeConfig], rows: list[Row], vocabulary: Vocabulary) -> None:
+        """One index per part and source."""
+        sets: dict[tuple[str, str], list[Shard]] = {}
+        for row in rows:
+            shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
+            sets.setdefault((row["part"], row["source"]), []).append(shard)
+        for (part, source), shards in sets.items():
+            write_index(ctx.folder / part / source, shards, ctx.config.sequence_length, vocabulary)
+
+    def _say(self, ctx: StepContext[TokenizeConfig], rows: list[Row]) -> None:
+        totals = {part: sum(row["tokens"] for row in rows if row["part"] == part) for part in PARTS}
+        train = [row for row in rows if row["part"] == "train"]
+        sequences = sum(row["sequences"] for row in train)
+        ctx.counts |= {
+            "in:documents": sum(row["documents"] for row in rows),
+            "out:tokens": sum(totals.values()),
+            "train_tokens": totals["train"],
+            "heldout_tokens": totals["heldout"],
+            "train_sequences": sequences,
+            "train_documents_cut": sum(row["cut"] for row in train),
+        }
+        size = sum(row["bytes"] for row in rows)
+        fill = totals["train"] / max(1, sequences * ctx.config.sequence_length)
+        cut = ctx.counts["train_documents_cut"] / max(1, sum(row["documents"] for row in train))
+        sources = len({row["source"] for row in rows})
+        ctx.outcome = (
+            f"{sources} sources, {size / max(1, sum(totals.values())):.2f} bytes/token, "
+            f"sequences {fill:.2%} full, {cut:.1%} of documents in several"
+        )
+
+
+def _shards(ctx: StepContext[TokenizeConfig]) -> list[Row]:
+    """The Documents shards that are not empty, with their part, source and size as text; in order."""
+    folder = ctx.inputs["documents"].folder
+    paths = [(part, path) for part in PARTS for path in shard_paths(folder / part)]
+    found = []
+    with ThreadPoolExecutor(8) as threads:
+        for done, row in enumerate(threads.map(_looked_at, paths)):
+            ctx.progress("looking", done + 1, len(paths), "shards")
+            if row["source"]:
+                found.append(row)
+    return found
+
+
+def _looked_at(place: tuple[str, Path]) -> Row:
+    part, path = place
+    sources = read_shard(path, ["source"])["source"].unique().to_pylist()
+    if len(sources) > 1:
+        raise InputError(f"{path} mixes sources: {', '.join(sorted(sources))}", "write one source into a shard")
+    metadata = pq.read_metadata(path)
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return {"part": part, "path": str(path), "source": sources[0] if sources else "", "size": size}
+
+
+def _groups(shards: list[Row], group_bytes: int) -> list[Row]:
+    """Shards of one part and source that follow one another, in groups that end once they have `group_bytes`."""
+    groups: list[Row] = []
+    for shard in shards:
+        key = {name: shard[name] for name in ("part", "source")}
+        last = groups[-1] if groups else {}
+        if not (key.items() <= last.items() and last["size"] < group_bytes):
+            number = last["number"] + 1 if key.items() <= last.items() else 0
+            groups.append({"shard": len(groups), "number": number, **key, "paths": [], "size": 0})
+        groups[-1]["paths"].append(shard["path"])
+        groups[-1]["size"] += shard["size"]
+    return groups
+
+
+def _sample(shards: list[Row]) -> tuple[list[str], list[str]]:
+    """Ids and texts of some documents of every source, or of fifty of them."""
+    first = {shard["source"]: shard["path"] for shard in reversed(shards)}
+    sources = sorted(first)[:: -(-len(first) // _SAMPLE_SOURCES) or 1]
+    names: list[str] = []
+    texts: list[str] = []
+    for source in sources:
+        batch = next(pq.ParquetFile(first[source]).iter_batches(256, columns=["id", "text"]))
+        left = _SAMPLE_BYTES // len(sources)  # characters
+        for name, text in zip(*(batch[column].to_pylist() for column in ("id", "text")), strict=True):
+            if left > 0:
+                names.append(f"document {name} of {source}")
+                texts.append(text[:left])
+                left -= len(text)
+    return names, texts
+
+
+def _tokenize_group(group: Row, job: Job) -> Row:
+    """Encodes and packs one group. Runs in a Ray worker."""
+    record = job.folder / _MADE / f"{group['shard']}.json"
+    if record.exists():
+        row: Row = json.loads(record.read_text())
+        return row
+    training = group["part"] == "train"
+    documents = _encoded(group["paths"], job, job.config.fim_rate if training else 0.0)
+    length = job.config.sequence_length
+    pieces = plan(np.diff(documents.bounds), length, job.config.packing if training else "concatenate")
+    packed, rows = pack(documents, pieces, length, job.vocabulary)
+    made = write_shard(job.folder / group["part"] / group["source"], group["number"], packed, rows)
+    row = {
+        **{name: group[name] for name in ("shard", "part", "source")},
+        **asdict(made),
+        "cut": pieces.cut(length),
+    }
+    write_json(record, row)
+    return row
+
+
+def _encoded(paths: list[str], job: Job, fim_rate: float) -> Documents:
+    """The documents of some shards as tokens; their text is gone from memory when this returns."""
+    table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in paths]).combine_chunks()
+    names = table["id"].to_pylist()
+    column = table["text"].chunk(0).cast(pa.large_string())
+    sizes = np.diff(text_buffers(column)[0])
+    pieces, counts = rearranged(names, column, fim_rate)
+    ids = encoder(job.encoder, job.tokenizer).encode(pieces)
+    tokens = framed(ids, counts, job.vocabulary.bos, job.vocabulary.eos, job.marks)
+    return Documents(names, sizes, tokens.ids, tokens.bounds)
+
+
+step = Tokenize()

@@ -1,0 +1,219 @@
+"""tokenizer: trains a byte-level BPE (Hugging Face `tokenizers`) on the training documents.
+
+Byte-level: any text round-trips exactly and no token is unknown. The sample is chosen by a hash of the document id,
+so it does not depend on how the corpus is laid out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import xxhash
+from pydantic import Field, field_validator
+
+from moray.pipelines.shared.documents import read_shard, shard_paths, text_bytes
+from moray.pipelines.tokenizer.bos import named_token
+from moray.pipelines.tokenizer.bpe import train_apart
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.plan.step import Step, StepConfig, StepContext
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
+
+
+# DeepSeek-V3's split: digits in threes; runs of Chinese and Japanese; words with what stands before them, punctuation
+# with the line ends after it, line ends, spaces. Character by character as its tokenizer.json has it: by that, and by
+# nothing else, the fast encoder knows it.
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
+
+class TokenizerConfig(StepConfig):
+    vocab_size: int = Field(4096, ge=300, description="tokens, special ones included")
+    fim: bool = Field(False, description="also tokens that mark a document whose middle comes last (tokenize.fim_rate)")
+    sample_bytes: int = Field(50_000_000, gt=0, description="train on about this much text")
+    pattern: tuple[str, ...] = Field(
+        DEEPSEEK_V3, description="regular expressions that split text before merging, one within what the last left"
+    )
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        return (BOS, EOS, PAD, *(FIM if self.fim else ()))
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from tokenizers import Regex
+
+        for pattern in value:
+            try:
+                Regex(pattern)
+            except Exception as error:  # the library raises bare Exception
+                raise ValueError(f"{pattern!r} is no regular expression of Oniguruma: {error}") from error
+        return value
+
+
+class Tokenizer(Step[TokenizerConfig]):
+    name: ClassVar[str] = "tokenizer"
+    version: ClassVar[int] = 3  # 2: splits as DeepSeek-V3 does. 3: learns runs without a border in parts
+    Config = TokenizerConfig
+    inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
+    produces: ClassVar[str] = "tokenizer"
+
+    def run(self, ctx: StepContext[TokenizerConfig]) -> None:
+        paths = shard_paths(ctx.inputs["documents"].folder / "train")
+        sample = Sample(paths, ctx.config.sample_bytes)
+        if not sample.size:
+            raise InputError("tokenizer: the training documents hold no text", "look at what the steps before it kept")
+        path = ctx.folder / "tokenizer.json"
+
+        def progress(stage: str, done: int, total: int) -> None:
+            ctx.progress(stage, done, total, "merges" if "merge" in stage else "words")
+
+        train_apart(sample.texts(ctx), ctx.config.pattern, ctx.config.vocab_size, ctx.config.special, path, progress)
+        tokenizer = load_tokenizer(ctx.folder)
+        if tokenizer.get_vocab_size() < ctx.config.vocab_size:
+            raise InputError(
+                f"the sample of {sample.bytes:,} bytes gives only {tokenizer.get_vocab_size()} tokens, "
+                f"vocab_size asks for {ctx.config.vocab_size}",
+                "lower vocab_size or use more text",
+            )
+        write_json(ctx.folder / "tokenizer_config.json", hugging_face_config())
+        ctx.counts |= {"in:documents": sample.documents, "out:tokens": tokenizer.get_vocab_size()}
+        ctx.outcome = f"byte-level BPE on {sample.bytes / 1e6:.1f} MB"
+
+
+class Sample:
+    """Documents whose id hashes below sample_bytes / all bytes. size: all bytes; the others count what was given."""
+
+    def __init__(self, paths: list[Path], sample_bytes: int) -> None:
+        self._paths = paths
+        self.size = sum(text_bytes(read_shard(path, ["text"])["text"]) for path in paths)
+        self._share = min(1.0, sample_bytes / max(1, self.size))
+        self.documents = 0
+        self.bytes = 0
+
+    def texts(self, ctx: StepContext[TokenizerConfig]) -> Iterator[str]:
+        for done, path in enumerate(self._paths):
+            ctx.progress("sampling", done, len(self._paths), "shards")
+            names, limit = read_shard(path, ["id"])["id"].to_pylist(), self._share * 2**64
+            rows = [n for n, name in enumerate(names) if xxhash.xxh3_64_intdigest(name.encode()) < limit]
+            for text in read_shard(path, ["text"])["text"].take(rows) if rows else ():
+                self.documents += 1
+                self.bytes += text.as_buffer().size
+                yield text.as_py()
+        ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
+
+
+def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
+    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2; in this process."""
+    from moray.pipelines.tokenizer import bpe
+
+    return bpe.train(texts, config.pattern, config.vocab_size, config.special)
+
+
+def hugging_face_config() -> dict[str, Any]:
+    """`tokenizer_config.json`, so that transformers and the OpenAI-compatible servers load the folder."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 20,
+    }
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a folder, without the truncation and padding that its file may ask for: like
+    transformers, which does neither unless asked to."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    tokenizer = HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def id_count(tokenizer: Any) -> int:
+    """How many rows a model's embedding needs: one more than the highest id, which may leave gaps below it."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+class NoPad(InputError):
+    """A tokenizer that has no token which no document holds."""
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """Ids of bos, eos and pad. Where none is named for padding, or one that documents hold (an end, what stands for
+    text that the vocabulary has not), a token that is called pad, or else the last control token. Raises InputError for
+    fewer than three tokens, NoPad if it is the pad that is missing."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    try:
+        bos, eos, pad = (named_token(folder, kind, tokenizer) for kind in ("bos", "eos", "pad"))
+    except ValueError as error:
+        raise InputError(str(error), "it must be a tokenizer_config.json of Hugging Face") from error
+    if bos is None or eos is None:
+        kind = "bos" if bos is None else "eos"
+        raise InputError(
+            f"{folder}: tokenizer_config.json names no {kind}_token of its vocabulary", f"add {kind}_token"
+        )
+    if bos == eos:
+        raise InputError(
+            f"{folder}: bos_token and eos_token are one token, {bos}", "name two: documents lie between them"
+        )
+    held = {bos, eos, _unknown(tokenizer, ids)}
+    if pad is None or pad in held:
+        names = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        free = [i for i in names if i not in held and not names[i].isspace()]
+        pad = min((i for i in free if "pad" in names[i].lower()), default=max(free, default=None))
+    if pad is None:
+        raise NoPad(
+            f"{folder}: no token is left to pad with: documents hold those that begin, end, and stand for unknown text",
+            "add a special token to tokenizer.json and name it as pad_token in tokenizer_config.json",
+        )
+    return {"bos": bos, "eos": eos, "pad": pad}
+
+
+def _unknown(tokenizer: Any, ids: dict[str, int]) -> int | None:
+    """The token that stands in documents for text that the vocabulary has not; None where it has all bytes."""
+    if getattr(tokenizer.model, "byte_fallback", False) and all(f"<0x{i:02X}>" in ids for i in range(256)):
+        return None
+    return ids.get(getattr(tokenizer.model, "unk_token", None) or "")
+
+
+def add_pad(folder: Path) -> int | None:
+    """Adds a token to pad with to a folder's files if no other can be; its id. As `special_ids` raises else."""
+    try:
+        special_ids(folder)
+    except NoPad:
+        number = id_count(load_tokenizer(folder))
+        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        content["added_tokens"] = [
+            *(content.get("added_tokens") or []),
+            {"id": number, "content": PAD, **plain, "special": True},
+        ]
+        write_json(path, content)
+        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "pad_token": PAD})
+        return number
+    return None
+
+
+step = Tokenizer()

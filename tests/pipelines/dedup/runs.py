@@ -1,0 +1,101 @@
+"""The dedup step over texts, its tasks one after another in this process; nights that go on from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from moray.pipelines.dedup import step as dedup_step
+from moray.pipelines.dedup import work
+from moray.pipelines.dedup.config import DedupConfig
+from moray.pipelines.shared.documents import read_shard, shard_name, write_shard
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.fingerprint import EARLIER
+from moray.platform.plan.step import StepContext
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.manifest import Manifest
+from tests.pipelines.dedup.oracle import Text
+from tests.pipelines.step_runs import in_process
+
+# Whoever is as alike as that shares a key.
+CLOSE = DedupConfig(bands=64, rows=3, prefer=("best",))
+
+
+class Night:
+    """One run of the step, in an artifact store of its own folder; `before`: the night that it goes on from."""
+
+    def __init__(
+        self, folder: Path, texts: Sequence[Text], shards: int, config: DedupConfig = CLOSE, before: Night | None = None
+    ) -> None:
+        self.texts, self.config, self.before = texts, config, before
+        self.home = Home(folder / "home")
+        self.store = ArtifactStore(self.home)
+        self.number = before.number + 1 if before else 0
+        folder = self.store.prepare("filter", _fingerprint("filter", self.number), keep_leftovers=True)
+        for number in range(shards):
+            write_shard(folder / shard_name(number), _table(texts[number::shards]))
+        self.documents = self.store.commit(_manifest("filter", self.number, {}, {}))
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> dict[str, pa.Table]:
+        """The tables that the step leaves, by path. Raises Interrupted after so many tasks."""
+        in_process(monkeypatch, work, stop_after)
+        folder = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
+        inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
+        context = StepContext(
+            step="dedup", config=self.config, inputs=inputs, folder=folder, home=self.home, run=self.home.root / "run",
+            events=EventLog(self.home.root / "run" / "events", "t"), cluster=None, fingerprint="",  # type: ignore[arg-type]
+        )  # fmt: skip
+        dedup_step.step.run(context)
+        assert context.counts["in:documents"] == len(self.texts)
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        references = {name: artifact.reference for name, artifact in inputs.items()}
+        config = self.config.model_dump(mode="json")
+        self.artifact: Artifact = self.store.commit(_manifest("dedup", self.number, config, references))
+        return {str(path.relative_to(folder)): read_shard(path) for path in sorted(folder.rglob("*.parquet"))}
+
+
+def run_step(
+    folder: Path, texts: Sequence[Text], shards: int, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
+) -> dict[str, pa.Table]:
+    """One night that knows no other."""
+    return Night(folder, texts, shards).run(monkeypatch, stop_after)
+
+
+def kept(tables: dict[str, pa.Table]) -> list[str]:
+    """The ids that stay."""
+    names = [name for name in tables if name.startswith("documents-")]
+    return sorted(name for table in names for name in tables[table]["id"].to_pylist())
+
+
+def removed(tables: dict[str, pa.Table]) -> pa.Table:
+    """What goes, of all shards, by id."""
+    return pa.concat_tables([tables[name] for name in tables if name.startswith("removed-")]).sort_by("id")
+
+
+def _table(part: Sequence[Text]) -> pa.Table:
+    return pa.table(
+        {
+            "id": pa.array([one.id for one in part], pa.string()),
+            "text": pa.array([one.text for one in part], pa.large_string()),
+            "source": pa.array([one.source for one in part], pa.string()),
+            "license": pa.array([""] * len(part), pa.string()),
+            "meta": pa.array([[]] * len(part), pa.map_(pa.string(), pa.string())),
+        }
+    )
+
+
+def _fingerprint(step: str, number: int) -> str:
+    return f"{len(step):x}{number:031x}"
+
+
+def _manifest(step: str, number: int, config: dict[str, Any], inputs: dict[str, str]) -> Manifest:
+    return Manifest(
+        step=step, step_version=1, fingerprint=_fingerprint(step, number), produces="documents", config=config,
+        address={}, inputs=inputs, files=[], bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0,
+        cpu_seconds=0.0,
+    )  # fmt: skip

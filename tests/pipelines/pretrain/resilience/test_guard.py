@@ -1,0 +1,315 @@
+"""Batches that would harm are left out, bad weights are gone back from, and losses end where they would have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moray.actors.token_set import Batch
+from moray.models.anticipation import choose_experts, routed_as
+from moray.pipelines.pretrain.checkpoint import checkpoint_files
+from moray.pipelines.pretrain.config import Spikes
+from moray.pipelines.pretrain.loop import run
+from moray.pipelines.pretrain.resilience.guard import RECORD, Guard, Record, read_record
+from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, take
+from moray.pipelines.pretrain.worker import Worker
+from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, read_events
+from tests.pipelines.pretrain.training_ranks import VOCABULARY, global_batch, held, lone_worker, skipping
+from tests.ranks import RankPool
+
+STEPS = 160
+SETTINGS = {"steps": STEPS, "checkpoint_every": 40, "moments": "float32", "keep_checkpoints": 3}
+SETTINGS |= {"schedule": {"peak": 1e-2, "final": 1e-3, "bias_speed": 1e-2}}
+
+
+class Source:
+    """Batches at once; some of them spoilt, and weights spoilt as a batch is taken."""
+
+    def __init__(self, spoil: Callable[[int, Batch], Batch] = lambda step, batch: batch) -> None:
+        self._spoil = spoil
+
+    def ask(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
+        return step, start, stop
+
+    def answer(self, asked: tuple[int, int, int]) -> Batch:
+        step, start, stop = asked
+        whole = self._spoil(step, noisy_batch(step))
+        return Batch(whole.ids[start:stop], whole.documents[start:stop], whole.mask[start:stop])
+
+
+def noisy_batch(step: int) -> Batch:
+    """A batch whose loss has a floor: one id in ten is drawn."""
+    batch, generator = global_batch(step), np.random.default_rng(10_000 + step)
+    drawn = generator.random(batch.ids.shape) < 0.1
+    ids = np.where(drawn, generator.integers(0, VOCABULARY, drawn.shape), batch.ids)
+    return Batch(ids, batch.documents, batch.mask)
+
+
+def outlier(batch: Batch) -> Batch:
+    """The same shape, ids that follow no rule."""
+    generator = np.random.default_rng(1)
+    return Batch(generator.integers(0, VOCABULARY, batch.ids.shape), batch.documents, batch.mask)
+
+
+def trained(folder: Path, source: Source, worker: Worker | None = None) -> tuple[list[float], list[NoteEvent], Worker]:
+    """(loss by step, the last time that each was done; what was said; the worker)."""
+    torch.set_num_threads(1)
+    worker = worker or lone_worker(str(folder / "run"), **SETTINGS)
+    with closing(EventLog(folder / "events", "test")) as events:
+        run(worker, source, events)
+    found = list(read_events(folder))
+    losses = {e.at: e.value for e in found if isinstance(e, MetricEvent) and e.name == "train_loss"}
+    return (
+        [losses.get(at, math.nan) for at in range(1, STEPS + 1)],
+        [e for e in found if isinstance(e, NoteEvent)],
+        worker,
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The held-out loss of an undisturbed run."""
+    losses, notes, worker = trained(tmp_path_factory.mktemp("clean"), Source())
+    assert not notes
+    assert not any(map(math.isnan, losses))
+    return heldout(worker)
+
+
+@torch.no_grad()
+def heldout(worker: Worker) -> float:
+    """The mean loss of 64 batches that nobody trained on."""
+    losses = []
+    for step in range(64):
+        part = next(micro_batches(worker, noisy_batch(100_000 + step)))
+        terms = worker.model.training_loss(part.ids, part.targets, part.documents)
+        losses.append((terms.main / terms.count).item())
+    return float(np.mean(losses))
+
+
+@pytest.mark.cluster
+def test_an_outlier_is_skipped_in_its_own_step(tmp_path: Path, clean: float) -> None:
+    source = Source(lambda step, batch: outlier(batch) if step == 60 else batch)
+    losses, notes, worker = trained(tmp_path, source)
+    assert [trouble.step for trouble in worker.state.guard.history.skipped] == [60]
+    assert [math.isnan(loss) for loss in losses].count(True) == 1
+    assert "the batch of step 61 is skipped: the loss is" in notes[0].text
+    assert notes[0].level == "warning"
+    assert read_record(tmp_path / "run").skipped == worker.state.guard.history.skipped
+    assert heldout(worker) < 1.005 * clean
+
+
+def judged(losses: list[float]) -> list[int]:
+    """The steps that are skipped or gone back from."""
+    guard = Guard(Spikes(), Record())
+    return [step for step, loss in enumerate(losses) if guard.judge(step, loss, 1.0) != "take"]
+
+
+@given(st.integers(0, 1000))
+def test_the_jitter_of_a_memorised_text_is_no_spike(seed: int) -> None:
+    """Losses that fall towards zero, and now and then are ten or twenty times as large for a step."""
+    generator = np.random.default_rng(seed)
+    level = 0.5 * np.exp(-np.arange(400) / 80) + 1e-4
+    jitter = np.exp(generator.standard_t(3, 400).clip(-4, 4) * 0.8)
+    assert judged(np.minimum(level * jitter, 0.75).tolist()) == []
+
+
+@pytest.mark.parametrize(("level", "spike"), [(2.0, 2.2), (1.0, 1.1), (0.7, 1.0), (0.05, 0.9), (8.0, 8.8)])
+def test_what_lies_far_above_is_a_spike_at_any_level(level: float, spike: float) -> None:
+    steady = (level + 0.002 * np.sin(np.arange(40.0))).tolist()
+    assert judged([*steady, spike, *steady]) == [40]
+
+
+def test_a_batch_without_a_target_is_left_out(tmp_path: Path) -> None:
+    """Documents of one token, and padding: nothing to divide by or to learn. Training goes on, also if resumed."""
+    length = global_batch(0).ids.shape[1]
+
+    def spoilt(step: int, batch: Batch) -> Batch:
+        if step == 2:
+            return Batch(batch.ids, np.zeros_like(batch.documents) + np.arange(length, dtype=np.int32), batch.mask)
+        return Batch(batch.ids, batch.documents, np.zeros_like(batch.mask)) if step == 4 else batch
+
+    settings = {**SETTINGS, "steps": 6, "checkpoint_every": 3}
+    worker = lone_worker(str(tmp_path), **settings)
+    run(worker, Source(spoilt), None)
+    record = read_record(tmp_path)
+    assert (record.skipped, record.empty) == ([], [2, 4])
+    assert worker.state.guard.taken(6) == 4, "Adam's bias correction counts steps that were taken"
+    expected = held(worker)
+    checkpoint_files.remove(tmp_path / "checkpoints", 6)
+    again = lone_worker(str(tmp_path), **settings)
+    run(again, Source(spoilt), None)
+    assert all(np.array_equal(held(again)[key], expected[key]) for key in expected)
+
+
+def test_an_empty_batch_is_no_trouble_that_returns() -> None:
+    guard = Guard(Spikes(), Record())
+    for step in range(40):
+        guard.judge(step, 2.0 + 0.01 * (step % 2), 1.0)
+    guard.leave_out(40)
+    assert guard.judge(41, 9.0, 1.0) == "skip"
+    assert not guard.anticipates(42)
+    assert guard.taken(42) == 40
+
+
+def test_training_that_never_learns_is_an_error(tmp_path: Path) -> None:
+    source = Source(lambda step, batch: Batch(batch.ids, batch.documents, np.zeros_like(batch.mask)))
+    with pytest.raises(ValueError, match="none of the 3 batches"):
+        run(lone_worker(str(tmp_path), **{**SETTINGS, "steps": 3}), source, None)
+
+
+@pytest.mark.evidence
+def test_a_spike_that_returns_turns_on_routing_by_older_weights(tmp_path: Path, clean: float) -> None:
+    source = Source(lambda step, batch: outlier(batch) if step in (50, 60) else batch)
+    _, notes, worker = trained(tmp_path, source)
+    history = worker.state.guard.history
+    assert [trouble.step for trouble in history.skipped] == [50, 60]
+    assert history.anticipated == (60, 160)
+    assert "older weights" not in notes[0].text
+    assert "older weights" in notes[1].text
+    assert heldout(worker) < 1.005 * clean
+
+
+@pytest.mark.cluster
+def test_weights_gone_bad_are_gone_back_from(tmp_path: Path, clean: float) -> None:
+    """A batch whose own loss is inconspicuous, but whose update spoils the weights."""
+    worker = lone_worker(str(tmp_path / "run"), **SETTINGS)
+    step_of, taken = worker.optimizer.step, [0]
+
+    def spoiling(rate: float) -> None:
+        step_of(rate)
+        taken[0] += 1
+        if taken[0] == 57:
+            for fragment in worker.optimizer.fragments():
+                if fragment.kind == "master":
+                    fragment.tensor.mul_(3)
+
+    worker.optimizer.step = spoiling  # type: ignore[method-assign]
+    _, notes, _ = trained(tmp_path, Source(), worker)
+    history = worker.state.guard.history
+    assert [trouble.step for trouble in history.skipped] == [56], "the step after which losses were bad"
+    assert history.rollbacks == 1
+    assert [note.text for note in notes if "back to step 40" in note.text]
+    assert heldout(worker) < 1.005 * clean
+
+
+def test_a_loss_that_is_not_finite_is_skipped_at_once(tmp_path: Path) -> None:
+    worker = lone_worker(str(tmp_path), **SETTINGS)
+    before = held(worker)
+    hook = worker.model.model.norm.register_full_backward_hook(
+        lambda module, grads, _: (grads[0] * math.inf, *grads[1:])
+    )
+    measured = measure(worker, global_batch(0), 0)
+    assert worker.state.guard.judge(0, measured.loss, measured.norm) == "skip"
+    drop(worker)
+    hook.remove()
+    after = held(worker)
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    clean = lone_worker(str(tmp_path), **SETTINGS)
+    for one in (worker, clean):
+        take(one, global_batch(1), 128, measure(one, global_batch(1), 128))
+    after, expected = held(worker), held(clean)
+    assert all(np.array_equal(after[key], expected[key]) for key in after), "nothing of the skipped batch is left"
+
+
+def test_what_is_bad_from_the_beginning_begins_anew_and_then_gives_up(tmp_path: Path) -> None:
+    worker = lone_worker(str(tmp_path / "run"), **SETTINGS)
+    with torch.no_grad():
+        worker.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"begins anew.*lower schedule\.peak or clip"):
+        trained(tmp_path, Source(), worker)
+    assert read_record(tmp_path / "run").rollbacks == 1
+    guard = Guard(Spikes(), Record(rollbacks=3))
+    for step in range(3):
+        verdict = guard.judge(step, math.nan, 1.0)
+    assert verdict == "back"
+    with pytest.raises(FloatingPointError, match="after going back 3 times"):
+        guard.go_back()
+
+
+@pytest.mark.evidence
+def test_a_resumed_run_knows_what_to_skip(tmp_path: Path) -> None:
+    source = Source(lambda step, batch: outlier(batch) if step == 60 else batch)
+    _, _, worker = trained(tmp_path, source)
+    expected = held(worker)
+    checkpoint_files.remove(tmp_path / "run" / "checkpoints", STEPS)
+    again = lone_worker(str(tmp_path / "run"), **SETTINGS)
+    assert again.checkpoints.restore(again.state).steps == STEPS - 40
+    assert again.state.guard.taken(STEPS - 40) == STEPS - 41, "Adam's bias correction counts steps that were taken"
+    run(
+        lone_worker(str(tmp_path / "run"), **SETTINGS), Source(), None
+    )  # without the outlier: it is skipped all the same
+    final_ = lone_worker(str(tmp_path / "run"), **SETTINGS)
+    assert final_.checkpoints.restore(final_.state).steps == STEPS
+    assert all(np.array_equal(held(final_)[key], expected[key]) for key in expected)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "settings", [{}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 1, "offload": True}], ids=str
+)
+def test_a_skipped_batch_leaves_nothing_behind_on_any_backend(ranks: RankPool, settings: dict[str, Any]) -> None:
+    assert ranks.run(2, skipping, {"expert_parallel": 2, "micro_batch_sequences": 2, **settings}) == [True, True]
+
+
+def test_routing_by_given_choices_changes_routing_only(tmp_path: Path) -> None:
+    """With the choices that the weights make themselves, loss and gradients are the same to the bit."""
+    worker = lone_worker(str(tmp_path), **SETTINGS)
+    batch = global_batch(0)
+    ids = torch.from_numpy(batch.ids)
+    chosen = choose_experts(worker.model, ids, ids)
+    assert len(chosen) == len(worker.model.routers())
+    assert not worker.model.router_counts().any(), "choosing counts nothing"
+    gradients = []
+    for routes in (None, chosen):
+        worker.model.zero_grad(set_to_none=False)
+        with routed_as(worker.model, routes or [None] * len(chosen)):  # type: ignore[list-item]
+            terms = worker.model.training_loss(ids, ids)
+        (terms.main + terms.balance).backward()
+        gradients.append([p.grad.clone() for p in worker.model.parameters() if p.grad is not None])
+        counts = worker.model.router_counts()
+        worker.model.reset_counters()
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    # In the layer of prediction, each sequence's last place does not count.
+    places = len(chosen) * ids.numel() - len(ids) * worker.job.model.num_nextn_predict_layers
+    assert int(counts.sum()) == places * worker.job.model.num_experts_per_tok
+    other = [(ids_TK + 1) % worker.job.model.n_routed_experts for ids_TK in chosen]
+    with routed_as(worker.model, other):
+        moved = worker.model.training_loss(ids, ids).main
+    assert moved != terms.main
+    with routed_as(worker.model, other):
+        assert all(torch.equal(a, b) for a, b in zip(choose_experts(worker.model, ids, ids), other, strict=True))
+
+
+@given(st.lists(st.floats(1.9, 2.1), min_size=64, max_size=64), st.floats(0, 0.3), st.integers(0, 2**31))
+def test_noise_and_trends_are_no_spikes(noise: list[float], fall: float, seed: int) -> None:
+    guard = Guard(Spikes(), Record())
+    for step, value in enumerate(noise):
+        assert guard.judge(step, value + fall * (64 - step) / 8, 1.0) == "take"
+    assert guard.judge(64, 100.0, 1.0) == "skip"
+    assert guard.judge(65, 2.0, 1.0) == "take"
+
+
+def test_without_sigmas_only_what_is_not_finite_counts() -> None:
+    guard = Guard(Spikes(sigmas=None), Record())
+    for step in range(64):
+        guard.judge(step, 2.0, 1.0)
+    assert guard.judge(64, 1e9, 1.0) == "take"
+    assert guard.judge(65, math.inf, 1.0) == "skip"
+
+
+def test_the_record_lies_beside_the_checkpoints(tmp_path: Path) -> None:
+    assert read_record(tmp_path) == Record()
+    guard = Guard(Spikes(), Record())
+    guard.judge(3, math.nan, 1.0)
+    guard.write(tmp_path)
+    assert (tmp_path / RECORD).exists()
+    assert read_record(tmp_path) == guard.history

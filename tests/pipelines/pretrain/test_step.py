@@ -1,0 +1,179 @@
+"""What cannot be trained is one error before any worker, and Ray itself, starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+from moray.actors.token_set import Vocabulary, write_index, write_shard
+from moray.models import checkpoint
+from moray.models.model import DeepseekV3
+from moray.models.presets import preset
+from moray.pipelines.pretrain.config import PretrainConfig
+from moray.pipelines.pretrain.step import step
+from moray.pipelines.tokenize.packing import pack, plan
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.events import EventLog
+from moray.platform.core.home import Home
+from moray.platform.plan.step import StepContext, Topology
+from moray.platform.store.artifacts import Artifact
+from moray.platform.store.manifest import Manifest
+from tests.actors.test_token_set import documents_of
+from tests.s3 import BUCKET, Request, faulty_proxy
+
+LENGTH = 16
+VOCABULARY = Vocabulary(tokenizer="t", size=100, bos=0, eos=1, pad=2)
+
+
+class NeverStarted:
+    """A cluster that nothing may start."""
+
+    logs = Path()
+    gpus = 0
+
+    def topology(self) -> Topology:
+        return Topology(2, self.gpus, 1 << 30)
+
+    def ensure(self) -> NoReturn:
+        pytest.fail("Ray was started")
+
+
+def artifact(folder: Path, step_name: str, produces: str) -> Artifact:
+    manifest = Manifest(
+        step=step_name, step_version=1, fingerprint="ab12", produces=produces, config={}, address={}, files=[],
+        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
+    )  # fmt: skip
+    return Artifact(folder, manifest)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Artifact:
+    folder = tmp_path / "tokens"
+    documents = documents_of([[5, 99]] * 64, vocabulary=VOCABULARY)
+    pieces = plan(np.diff(documents.bounds), LENGTH, "concatenate")
+    shard = write_shard(folder / "train" / "a", 0, *pack(documents, pieces, LENGTH, VOCABULARY))
+    write_index(folder / "train" / "a", [shard], LENGTH, VOCABULARY)
+    return artifact(folder, "tokenize", "tokens")
+
+
+def error_of(tmp_path: Path, inputs: dict[str, Artifact], **settings: Any) -> InputError:
+    config = PretrainConfig.model_validate({"steps": 2, "batch_sequences": 2, **settings})
+    context = StepContext(
+        step="pretrain", config=config, inputs=inputs, folder=tmp_path / "out", home=Home(tmp_path / "home"),
+        run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "test"), cluster=NeverStarted(),  # type: ignore[arg-type]
+        fingerprint="cd34",
+    )  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        step.run(context)
+    return caught.value
+
+
+def change(index: Path, **fields: Any) -> None:
+    index.write_text(json.dumps(json.loads(index.read_text()) | fields))
+
+
+def test_tokens_beyond_their_vocabulary(tmp_path: Path, tokens: Artifact) -> None:
+    vocabulary = dataclasses.asdict(VOCABULARY) | {"size": 99}
+    change(tokens.folder / "train" / "a" / "index.json", vocabulary=vocabulary)
+    error = error_of(tmp_path, {"tokens": tokens})
+    assert "a/tokens-00000.bin: token id 99 is beyond its vocabulary of 99" in error.message
+    assert "tokenize again" in error.hint
+
+
+def test_tokens_that_are_cut_off_or_none(tmp_path: Path, tokens: Artifact) -> None:
+    path = tokens.folder / "train" / "a" / "tokens-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "its index says" in error_of(tmp_path, {"tokens": tokens}).message
+    path.unlink()
+    assert "tokens-00000.bin" in error_of(tmp_path, {"tokens": tokens}).message
+    (path.parent / "index.json").unlink()
+    assert "holds no token set" in error_of(tmp_path, {"tokens": tokens}).message
+
+
+def model_of(folder: Path, **fields: Any) -> Artifact:
+    model = DeepseekV3(dataclasses.replace(preset("tiny"), **{"vocab_size": VOCABULARY.size, **fields}))
+    model.init_weights(1)
+    checkpoint.save(model, folder)
+    return artifact(folder, "export", "model")
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path, tokens: Artifact) -> None:
+    """Of a smaller vocabulary, of another shape than the recipe has, and one whose tensors are not its config's."""
+    small = {"tokens": tokens, "model": model_of(tmp_path / "small", vocab_size=50)}
+    assert "a vocabulary of 100, the model to go on from of 50" in error_of(tmp_path, small).message
+    other = {"tokens": tokens, "model": model_of(tmp_path / "other")}
+    error = error_of(tmp_path, other, model={"hidden_size": 64})
+    assert "changes the shape of the model to go on from" in error.message
+    change(other["model"].folder / "config.json", hidden_size=32)
+    assert "shape" in error_of(tmp_path, other).message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": {"n_routed_experts": 7}, "workers": 2, "expert_parallel": 2}, "n_routed_experts (7)"),
+        ({"mixture": {"wiki": 1.0}}, "wiki"),
+        ({"schedule": {"warmup_tokens": 10_000}}, "warmup_tokens"),
+    ],
+)
+def test_what_only_the_tokens_tell(tmp_path: Path, tokens: Artifact, settings: dict[str, Any], message: str) -> None:
+    if "model" in settings:
+        inputs = {"tokens": tokens, "model": model_of(tmp_path / "odd", n_routed_experts=7, n_group=1, topk_group=1)}
+        settings = {key: value for key, value in settings.items() if key != "model"}
+    else:
+        inputs = {"tokens": tokens}
+    assert message in error_of(tmp_path, inputs, **settings).message
+
+
+def test_deepep_without_gpus_or_not_installed(
+    tmp_path: Path, tokens: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
+    assert error.message == "pretrain: dispatch: deepep wants a GPU for each of 2 workers, there are 0"
+    monkeypatch.setattr(NeverStarted, "gpus", 2)
+    error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
+    assert error.message == "pretrain: dispatch: deepep, but the package deep_ep is not installed"
+
+
+@pytest.mark.parametrize(("beta2", "refused"), [(0.95, False), (0.97, False), (0.98, True), (0.999, True)])
+def test_fp8_moments_want_a_beta2_that_they_can_follow(beta2: float, refused: bool) -> None:
+    config = PretrainConfig.model_validate({"steps": 2, "moments": "fp8", "beta2": beta2})
+    if refused:
+        with pytest.raises(RecipeError, match=f"moments: fp8 wants beta2 of at most 0.97, not {beta2}"):
+            step.check(config, {"tokens": "tokens"})
+    else:
+        step.check(config, {"tokens": "tokens"})
+    step.check(config.model_copy(update={"moments": "float32"}), {"tokens": "tokens"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"precision": "float32"}, "dispatch: deepep wants precision bf16 or fp8, not float32"),
+        ({"precision": "fp8", "model": {"hidden_size": 136}}, r"wants hidden_size \(136\) to be a multiple of 16"),
+    ],
+)
+def test_rows_that_deepep_does_not_carry(settings: dict[str, Any], says: str) -> None:
+    config = PretrainConfig.model_validate({"steps": 2, "dispatch": "deepep", **settings})
+    with pytest.raises(RecipeError, match=says):
+        step.check(config, {"tokens": "tokens"})
+
+
+@pytest.mark.cluster
+def test_an_archive_that_cannot_be_written(
+    tmp_path: Path, tokens: Artifact, server: str, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(request: Request) -> str | tuple[int, str]:
+        denied = (403, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
+        return denied if request.method == "PUT" else "pass"
+
+    missing = error_of(tmp_path, {"tokens": tokens}, archive="s3://no-such-bucket/archive")
+    assert "no-such-bucket" in missing.message
+    with faulty_proxy(server, deny) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        assert "access denied" in error_of(tmp_path, {"tokens": tokens}, archive=f"s3://{BUCKET}/archive").message

@@ -1,0 +1,258 @@
+"""Jobs of the rank pool: training a toy model in some layout, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from moray.actors.token_set import Batch
+from moray.models.anticipation import choose_experts
+from moray.models.presets import preset
+from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.optim import reduction
+from moray.pipelines.pretrain.resilience.collectives import Collective, CollectiveTrace
+from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, train_step
+from moray.pipelines.pretrain.worker import Worker, build
+
+Arrays = dict[str, npt.NDArray[Any]]
+reduction._LEAST = 1  # or all of a toy's gradients would be summed up after the backward
+
+SEQUENCES, LENGTH, VOCABULARY = 8, 16, 64
+# Matrices of experts are whole blocks of 128; dense ones are not, and the vectors are short.
+MODEL = dataclasses.replace(
+    preset("tiny"),
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=36,
+    moe_intermediate_size=20,
+    num_hidden_layers=3,
+    n_routed_experts=8,
+    num_nextn_predict_layers=1,
+    q_lora_rank=12,
+    kv_lora_rank=9,
+    initializer_range=0.1,
+    max_position_embeddings=LENGTH,
+)
+
+
+@dataclass
+class Trace:
+    """A rank's view of some steps: figures of each, gradients after each reduction, and what it holds at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[Arrays] = field(default_factory=list)
+    biases: Arrays = field(default_factory=dict)
+    state: Arrays = field(default_factory=dict)
+
+
+def logical(states: list[Arrays]) -> Arrays:
+    """`kind/name` -> the whole tensor, from all ranks' fragments. Ranks that hold the same elements must agree."""
+    parts: dict[str, Arrays] = {}
+    for state in states:
+        for key, part in state.items():
+            name, _, offset = key.rpartition("@")
+            known = parts.setdefault(name, {}).setdefault(offset, part)
+            np.testing.assert_array_equal(known, part, err_msg=key)
+    return {name: np.concatenate([at[offset] for offset in sorted(at, key=int)]) for name, at in parts.items()}
+
+
+def toy_worker(folder: str, **settings: Any) -> Worker:
+    """This rank's worker. The process group is there."""
+    fields = {
+        "steps": 20,
+        "batch_sequences": SEQUENCES,
+        "workers": dist.get_world_size(),
+        "expert_parallel": 1,
+        "clip": 0.5,
+        "ema_half_life_tokens": 2 * SEQUENCES * LENGTH,
+        "schedule": {"peak": 1e-2, "bias_speed": 1e-2},
+    }
+    config = PretrainConfig.model_validate(fields | settings)
+    job = Job(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
+    device = torch.device("cpu")
+    return build(job, Mesh.create(config.expert_parallel, device), device)
+
+
+def global_batch(step: int) -> Batch:
+    """Numbers that go up by three, documents of several lengths, and padding that is not the same for all ranks."""
+    generator = np.random.default_rng(step)
+    ids = (generator.integers(0, VOCABULARY, (SEQUENCES, 1)) + 3 * np.arange(LENGTH)) % VOCABULARY
+    documents = np.cumsum(generator.random((SEQUENCES, LENGTH)) < 0.15, axis=1, dtype=np.int32)
+    mask = np.arange(LENGTH) < np.arange(LENGTH, LENGTH - SEQUENCES, -1)[:, None]
+    return Batch(ids, documents, mask)
+
+
+def steps(worker: Worker, first: int, last: int) -> Iterator[dict[str, float]]:
+    """Trains steps [first, last)."""
+    for step in range(first, last):
+        yield train_step(worker, part_of(worker, step), worker.tokens_before(step))[0]
+
+
+def part_of(worker: Worker, step: int) -> Batch:
+    """This rank's part of a step's global batch."""
+    whole = global_batch(step)
+    begin, end = worker.slots(step)
+    return Batch(whole.ids[begin:end], whole.documents[begin:end], whole.mask[begin:end])
+
+
+def held(worker: Worker) -> Arrays:
+    """Live state by `kind/name@offset`, copied."""
+    return {f"{f.kind}/{f.name}@{f.offset}": f.tensor.numpy().copy() for f in worker.state.fragments()}
+
+
+def train(count: int, settings: dict[str, Any]) -> Trace:
+    """Trains the toy model."""
+    worker = toy_worker("unused", **settings)
+    trace = Trace()
+    reduce = worker.optimizer.reduce
+
+    def record(tokens: torch.Tensor) -> None:
+        reduce(tokens)
+        trace.gradients.append(
+            {
+                name: owner.grad.as_strided(view.shape, view.stride(), view.storage_offset()).numpy().copy()
+                for name, view, owner in worker.model.logical_parameters()
+                if owner.grad is not None
+            }
+        )
+
+    if not settings.get("zero_stage"):
+        worker.optimizer.reduce = record  # type: ignore[method-assign]
+    for figures in steps(worker, 0, count):
+        trace.losses.append(figures["train_loss"])
+        trace.norms.append(figures["train_grad_norm"])
+    trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
+    trace.state = held(worker)
+    return trace
+
+
+def failing_step(settings: dict[str, Any]) -> tuple[str, bool]:
+    """What a step says whose gradient is infinite on one rank, and whether all weights are as they were."""
+    worker = toy_worker("unused", **settings)
+    before = held(worker)
+    if dist.get_rank() == 1:
+        norm = worker.model.model.norm
+        norm.register_full_backward_hook(lambda module, grads, _: (grads[0] * float("inf"), *grads[1:]))
+    try:
+        list(steps(worker, 0, 1))
+    except FloatingPointError as error:
+        after = held(worker)
+        return str(error), all(np.array_equal(before[key], after[key]) for key in before)
+    return "", False
+
+
+def skipping(settings: dict[str, Any]) -> bool:
+    """Whether a batch that was dropped, its tokens routed as its ranks chose, leaves no trace in the step after it."""
+    disturbed, other = (toy_worker("unused", **settings) for _ in range(2))
+    batch = part_of(disturbed, 0)
+    routes = [
+        choose_experts(disturbed.model, part.ids, part.targets, part.documents)
+        for part in micro_batches(disturbed, batch)
+    ]
+    assert measure(disturbed, batch, 0, routes) == measure(other, batch, 0)
+    drop(disturbed)
+    drop(other)
+    clean = toy_worker("unused", **settings)
+    for worker in (disturbed, clean):
+        list(steps(worker, 1, 2))
+    after, expected = held(disturbed), held(clean)
+    return all(np.array_equal(after[key], expected[key]) for key in expected)
+
+
+def refused(settings: dict[str, Any]) -> str:
+    """The ValueError of a worker that cannot be."""
+    try:
+        toy_worker("unused", **settings)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
+    """Trains so many steps, saves, trains three more. `state` and `biases` are those that were saved."""
+    worker = toy_worker(folder, **settings)
+    trace = Trace()
+    list(steps(worker, 0, count))
+    trace.state = held(worker)
+    trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
+    worker.checkpoints.save(worker.state, count, worker.tokens_before(count))
+    trace.losses = [figures["train_loss"] for figures in steps(worker, count, count + 3)]
+    worker.checkpoints.wait()
+    assert [saved.error for saved in worker.checkpoints.ended()] == [""]
+    return trace
+
+
+@dataclass
+class Read:
+    """What came out of a checkpoint; `weights` are the model's, not the optimizer's."""
+
+    position: tuple[int, int]
+    state: Arrays
+    biases: Arrays
+    weights: Arrays
+
+
+def restore(folders: list[str], settings: dict[str, Any]) -> list[Read]:
+    """Loads the newest checkpoint of each folder in turn."""
+    found = []
+    for folder in folders:
+        worker = toy_worker(folder, **settings)
+        restored = worker.checkpoints.restore(worker.state)
+        position = (restored.steps, restored.tokens)
+        weights = {name: view.numpy().copy() for name, view, _ in worker.model.logical_parameters()}
+        biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
+        found.append(Read(position, held(worker), biases, weights))
+    return found
+
+
+def resume(folder: str, count: int, settings: dict[str, Any]) -> list[float]:
+    """The losses of three steps after the newest checkpoint, which is at `count` steps."""
+    worker = toy_worker(folder, **settings)
+    assert worker.checkpoints.restore(worker.state).steps == count
+    return [figures["train_loss"] for figures in steps(worker, count, count + 3)]
+
+
+def collectives(settings: dict[str, Any]) -> list[Collective]:
+    """What this rank issues in two steps and a save."""
+    worker = toy_worker(settings.pop("folder"), **settings)
+    with CollectiveTrace() as trace:
+        list(steps(worker, 0, 2))
+        worker.checkpoints.save(worker.state, 2, worker.tokens_before(2))
+        worker.checkpoints.wait()
+    return trace.collectives
+
+
+def archived(environment: dict[str, str], folder: str, settings: dict[str, Any]) -> list[tuple[int, str]]:
+    """Saves after each of three steps; (steps, error) of this rank's copies to the archive."""
+    os.environ.update(environment)
+    worker = toy_worker(folder, **settings)
+    for step in range(3):
+        list(steps(worker, step, step + 1))
+        worker.checkpoints.save(worker.state, step + 1, worker.tokens_before(step + 1))
+    worker.checkpoints.wait()
+    return [(one.steps, one.error) for one in worker.checkpoints.archived(last=True)]
+
+
+def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> Worker:
+    """A worker in a process that is no rank of anything."""
+    fields = {"steps": 20, "batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1, "moments": "fp8"}
+    config = PretrainConfig.model_validate(fields | settings)
+    model = dataclasses.replace(MODEL, vocab_size=vocabulary)
+    job = Job(config, model, LENGTH, folder, "", "pretrain", threads=1)
+    return build(job, Mesh.alone(), torch.device("cpu"))
+
+
+def state_of(worker: Worker) -> dict[str, bytes]:
+    """Everything that a checkpoint holds, comparable."""
+    biases = {name: bias_E.numpy().tobytes() for name, bias_E in worker.model.logical_biases()}
+    return biases | {name: tensor.tobytes() for name, tensor in held(worker).items()}
