@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from result import Bar, report
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.kernels.host_memory import keep_freed_memory
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig

@@ -24,8 +24,8 @@ import torch
 from result import Bar, report
 from torch import Tensor
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.data_worker import DataWorker
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.data_worker import DataWorker
 from moray.kernels.adamw_fp8 import Fp8Moment, restore
 from moray.kernels.host_memory import keep_freed_memory
 from moray.models.config import ModelConfig

@@ -85,7 +85,7 @@ def _batch(step: int, rank: int) -> Any:
     """Rows that count up by some number, half of the global batch."""
     import numpy as np
 
-    from moray.actors.token_set import Batch
+    from moray.actors.data.token_set import Batch
 
     generator = np.random.default_rng((step, rank))
     start, stride = generator.integers(0, VOCABULARY, (BATCH // 2, 1)), generator.integers(1, 9, (BATCH // 2, 1))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moray.actors.data_worker import DataWorker
-from moray.actors.token_set import Batch, Vocabulary, write_index, write_shard
+from moray.actors.data.data_worker import DataWorker
+from moray.actors.data.token_set import Batch, Vocabulary, write_index, write_shard
 from moray.kernels.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.loop import run

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from result import Bar, report
 
-from moray.actors.token_set import open_token_sets
+from moray.actors.data.token_set import open_token_sets
 from moray.models import checkpoint
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3

@@ -35,7 +35,7 @@ from kernels_gpu import has_gpu
 from plain_training import Reader, losses_of, train_here, write_tokens
 from result import Bar, report
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset

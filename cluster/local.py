@@ -108,7 +108,7 @@ class LocalCluster:
             ),
             Service(
                 "ray-watch",
-                python("moray.cluster.watch", self.address),
+                python("moray.cluster.usage_log", self.address),
                 watching,
                 self._watched,
                 after=["ray-head"],
@@ -152,7 +152,7 @@ class LocalCluster:
 
     def _watched(self) -> bool:
         """Whether the watch has written something lately."""
-        from moray.cluster.watch import read_usage
+        from moray.cluster.usage_log import read_usage
 
         try:
             read_usage(self.home)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
-from moray.cluster.watch import read_usage
+from moray.cluster.usage_log import read_usage
 from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
 
 _SECONDS = 20.0
@@ -22,7 +22,7 @@ _STATES: Mapping[str, ExecutorState] = {
 
 
 class RayJobs(ClusterBackend):
-    """Talks to a local cluster: Ray's documented REST API for jobs; the figures come from cluster/watch.py."""
+    """Talks to a local cluster: Ray's documented REST API for jobs; the figures come from cluster/usage_log.py."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster

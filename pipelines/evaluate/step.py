@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from moray.actors.token_set import TokenSet, open_token_sets
+from moray.actors.data.token_set import TokenSet, open_token_sets
 from moray.pipelines.evaluate.baselines import LN2, ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.evaluate.report import EvalReport, EvalRow
 from moray.pipelines.shared.documents import read_shard, shard_paths

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from moray.actors.token_set import Batch
-from moray.actors.watch import Beat, Pulse
+from moray.actors.data.token_set import Batch
+from moray.actors.rank_watch import Beat, Pulse
 from moray.kernels.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import Job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moray.actors.batch_plan import BatchPlan
+from moray.actors.data.batch_plan import BatchPlan
 from moray.pipelines.pretrain.config import PretrainConfig, Schedule
 
 

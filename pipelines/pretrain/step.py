@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from moray.actors.mixture import Mixture
-from moray.actors.token_set import TokenSet, open_token_sets
+from moray.actors.data.mixture import Mixture
+from moray.actors.data.token_set import TokenSet, open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes

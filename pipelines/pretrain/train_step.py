@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.models.anticipation import routed_parts
 from moray.models.balance import update_router_biases
 from moray.models.interleave import in_turn

@@ -23,8 +23,8 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
     """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
     import ray.train
 
-    from moray.actors.data_worker import start_data_workers
-    from moray.actors.watch import start_watch
+    from moray.actors.data.data_worker import start_data_workers
+    from moray.actors.rank_watch import start_watch
 
     config = job.config
     plan = batch_plan(config, job.sequence_length)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from moray.actors.batch_plan import BatchPlan
+from moray.actors.data.batch_plan import BatchPlan
 from moray.kernels.deferred import DeferredGradients
 from moray.models.checkpoint import Checked, load_weights
 from moray.models.deepep import DeepEPDispatcher, elastic_buffer

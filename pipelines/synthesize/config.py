@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from moray.actors.sandbox_watch import Limits
+from moray.actors.sandbox.limits import Limits
 from moray.platform.core.references import Secret
 from moray.platform.plan.step import StepConfig, operational
 

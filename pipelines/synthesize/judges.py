@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from moray.actors.sandbox import run_tests
-from moray.actors.sandbox_watch import Limits
+from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.run import run_tests
 from moray.pipelines.synthesize import chains, prompts
 from moray.pipelines.synthesize.config import Maths
 from moray.pipelines.synthesize.programs import document

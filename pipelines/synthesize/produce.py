@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from moray.actors.sandbox import run_tests
+from moray.actors.sandbox.run import run_tests
 from moray.pipelines.shared.documents import read_shard
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.synthesize import chains, gym, programs, prompts

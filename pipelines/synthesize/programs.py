@@ -13,8 +13,8 @@ import json
 import re
 from typing import Any
 
-from moray.actors.sandbox import Verdict, run_tests
-from moray.actors.sandbox_watch import Limits
+from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.run import Verdict, run_tests
 
 # Runs after the program: prints up to `wanted` (inputs, output) pairs that JSON can carry to the last digit.
 _DRAW = """

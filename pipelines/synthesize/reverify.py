@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moray.actors.sandbox import run_tests
-from moray.actors.sandbox_watch import Limits
+from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.run import run_tests
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.synthesize import gym
 from moray.pipelines.synthesize.programs import blocks

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from moray.actors.sandbox import refusal
-from moray.actors.sandbox_watch import SandboxRefused
+from moray.actors.sandbox.limits import SandboxRefused
+from moray.actors.sandbox.run import refusal
 from moray.pipelines.shared.documents import (
     SCHEMA,
     document_id,

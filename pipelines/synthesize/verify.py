@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moray.actors.sandbox import run
-from moray.actors.sandbox_watch import Limits
+from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.run import run
 
 Check = dict[str, Any]
 _SECONDS_EACH = 12  # for all of them together; the checker has limits for each

@@ -8,7 +8,7 @@ take O(n log length), and what is found follows from their lengths and order alo
 Notable: sequences are full to about 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
 emptiest sequences are taken apart, and their pieces are cut to fill the room in others; more than every fiftieth piece
 only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is
-how readers know where documents meet (actors/token_set.py).
+how readers know where documents meet (actors/data/token_set.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.actors.token_set import Vocabulary
+from moray.actors.data.token_set import Vocabulary
 
 Packing = Literal["best-fit", "concatenate"]
 Int64 = npt.NDArray[np.int64]

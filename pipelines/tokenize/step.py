@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.actors.token_set import Shard, Vocabulary, write_index, write_shard
+from moray.actors.data.token_set import Shard, Vocabulary, write_index, write_shard
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.pipelines.split import PARTS

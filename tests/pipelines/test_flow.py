@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from moray.actors.token_set import open_token_sets
+from moray.actors.data.token_set import open_token_sets
 from moray.pipelines.evaluate.report import EvalReport
 from moray.pipelines.pretrain.checkpoint.checkpoints import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder, loss_curve

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moray.actors.watch import Waiting
+from moray.actors.rank_watch import Waiting
 
 # torch has no public names for them: gloo's first.
 _DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")

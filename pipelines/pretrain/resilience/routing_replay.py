@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.pipelines.pretrain.train_step import Routes, micro_batches
 from moray.pipelines.pretrain.worker import Worker

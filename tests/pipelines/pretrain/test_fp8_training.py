@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.models.presets import preset
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints, Restored
 from moray.pipelines.pretrain.config import Job, PretrainConfig

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from moray.actors.token_set import Vocabulary, write_index, write_shard
+from moray.actors.data.token_set import Vocabulary, write_index, write_shard
 from moray.models import checkpoint
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
@@ -23,7 +23,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.step import StepContext, Topology
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest
-from tests.actors.test_token_set import documents_of
+from tests.actors.data.test_token_set import documents_of
 from tests.s3 import BUCKET, Request, faulty_proxy
 
 LENGTH = 16

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig

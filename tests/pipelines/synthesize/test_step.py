@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from moray.actors import sandbox
+from moray.actors.sandbox import run as sandbox
 from moray.pipelines.shared.documents import document_id, read_shard, write_shard
 from moray.pipelines.synthesize import chains, checker, copies, gym, programs, verify
 from moray.pipelines.synthesize.config import Budget, SynthesizeConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from moray.actors.token_set import TokenSet, open_token_sets
+from moray.actors.data.token_set import TokenSet, open_token_sets
 from moray.pipelines.shared.documents import SCHEMA, document_id, shard_name, write_shard
 from moray.pipelines.tokenize import step as tokenize
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train

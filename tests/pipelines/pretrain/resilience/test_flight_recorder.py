@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moray.actors.watch import Waiting
+from moray.actors.rank_watch import Waiting
 from moray.pipelines.pretrain.resilience.flight_recorder import position, position_in
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.actors.token_set import Batch
+from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts, routed_as
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.config import Spikes

@@ -1,6 +1,6 @@
 """The inside of the sandbox: a script of its own that shuts itself in, starts one program and says how it ended.
 
-`actors/sandbox.py` runs it as `python -I -S sandbox_cell.py STATUS_FD`, with a request (a line of JSON) on its standard
+`actors/sandbox/run.py` runs it as `python -I -S jail.py STATUS_FD`, with a request (a line of JSON) on its standard
 input, which stays open as a lifeline: when it closes, everything in here ends. Three processes: this one; the first of
 the new PID namespace, with whose end the kernel kills all others; and the program, which never had a capability after
 its exec. Nothing of Moray is imported, so nothing of it is in the program's memory.

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.data_worker import DataWorker
-from moray.actors.token_set import open_token_sets
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.data_worker import DataWorker
+from moray.actors.data.token_set import open_token_sets
 from moray.platform.core.errors import InputError
-from tests.actors.test_token_set import write
+from tests.actors.data.test_token_set import write
 from tests.s3 import BUCKET, Request, faulty_proxy
 
 pytestmark = pytest.mark.cluster
@@ -92,7 +92,7 @@ def test_every_other_answer_spoilt_changes_nothing(
 
 
 def test_a_read_that_hangs_is_made_again(folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moray.actors.token_files._SILENCE", 0.3)
+    monkeypatch.setattr("moray.actors.data.token_files._SILENCE", 0.3)
     released = threading.Event()
     hung: list[str] = []
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moray.actors import sandbox
-from moray.actors.sandbox import Limits, Verdict, run_tests, why_no_tests
+from moray.actors.sandbox import run as sandbox
+from moray.actors.sandbox.run import Limits, Verdict, run_tests, why_no_tests
 
 SHORT = Limits(seconds=20.0, cpu_seconds=1)  # far apart, so that a busy machine does not change which one is met
 needs_namespaces = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"no namespaces here: {sandbox.refusal()}")
@@ -187,7 +187,7 @@ def test_a_killed_caller_leaves_nothing(tmp_path: Path) -> None:
     token = secrets.token_hex(16)
     script = f"""
 import sys
-from moray.actors.sandbox import Limits, run
+from moray.actors.sandbox.run import Limits, run
 run({{"sleep.py": "import time; time.sleep(600)"}}, ["sleep.py", {token!r}], Limits(seconds=600))
 """
     caller = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
@@ -206,9 +206,9 @@ run({{"sleep.py": "import time; time.sleep(600)"}}, ["sleep.py", {token!r}], Lim
 
 FORBIDDEN = """
 import sys
-from moray.actors import sandbox_cell
-from moray.actors.sandbox import Limits, SandboxRefused, run_tests
-sandbox_cell.forbid_calls()  # as container engines do: no unshare from here on
+from moray.actors.sandbox import jail
+from moray.actors.sandbox.run import Limits, SandboxRefused, run_tests
+jail.forbid_calls()  # as container engines do: no unshare from here on
 try:
     run_tests("x = 1", "assert x")
 except SandboxRefused as error:

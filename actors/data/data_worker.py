@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.mixture import Mixture
-from moray.actors.token_set import Batch, open_token_sets
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.mixture import Mixture
+from moray.actors.data.token_set import Batch, open_token_sets
 
 
 class DataWorker:

@@ -1,4 +1,5 @@
-"""Writes down, every two seconds, what the cluster has and what of it is held: `python -m moray.cluster.watch ADDRESS`.
+"""Writes down, every two seconds, what the cluster has and what of it is held: `python -m moray.cluster.usage_log
+ADDRESS`.
 
 A process of its own, because Ray's client ends the process it lives in when the head stays away for a minute; the
 controller must outlive that. It reads `up/cluster.json` and believes it for as long as it is fresh.

@@ -1,12 +1,12 @@
 """Runs generated Python shut in: no network, a folder of its own in memory, bounds on time, memory, processes, files.
 
-`run_tests` gives a program and its tests to a fresh interpreter inside namespaces (`sandbox_cell.py` builds them) and
+`run_tests` gives a program and its tests to a fresh interpreter inside namespaces (`jail.py` builds them) and
 says in a Verdict how it ended, by name of the limit if it met one. Where this system allows no namespaces, that is an
 error (`SandboxRefused`), unless the caller asks for the unsafe form: limits of resources and a process group only,
 which keeps no program from reading or writing what the user may. A verdict holds for programs that do not set out to
 forge it: what runs beside its tests could report in their place, but gets no further.
 
-A program runs until the first limit (`sandbox_watch.py`), and when `run` returns none of its processes is left.
+A program runs until the first limit (`limits.py`), and when `run` returns none of its processes is left.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moray.actors.sandbox_cell import BOX
-from moray.actors.sandbox_watch import Ended, Limits, SandboxRefused, Watch
+from moray.actors.sandbox.jail import BOX
+from moray.actors.sandbox.limits import Ended, Limits, SandboxRefused, Watch
 
 _LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.data_worker import DataWorker, start_data_workers
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.data_worker import DataWorker, start_data_workers
 from moray.platform.plan.step import Cluster
-from tests.actors.test_token_set import LENGTH, write
+from tests.actors.data.test_token_set import LENGTH, write
 
 PLAN = BatchPlan((0, 3), (8, 16))
 

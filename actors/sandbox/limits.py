@@ -15,7 +15,7 @@ from typing import Any
 
 from moray.platform.core.errors import MorayError
 
-_CELL = Path(__file__).with_name("sandbox_cell.py")
+_CELL = Path(__file__).with_name("jail.py")
 _LOOK = 0.05  # seconds between two looks at what the processes hold
 
 
@@ -77,7 +77,7 @@ def _held(pid: int) -> int:
 
 
 class Watch:
-    """One run of `sandbox_cell.py`."""
+    """One run of `jail.py`."""
 
     def __init__(self, limits: Limits, unsafe: bool) -> None:
         self.limits = limits

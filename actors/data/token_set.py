@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moray.actors.token_files import TokenFiles, files_at
+from moray.actors.data.token_files import TokenFiles, files_at
 from moray.platform.core.atomic import write_bytes, write_json
 
 SCHEMA_VERSION = 3  # 3: documents in pieces, and padding at the end of any sequence

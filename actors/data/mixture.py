@@ -22,8 +22,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.permutation import permuted
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.epoch_permutation import permuted
 
 _ONE = 1 << 32  # of these units, a sequence has
 _STRIDE = 2_654_435_769  # odd, and nearest to the golden ratio times _ONE

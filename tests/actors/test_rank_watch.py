@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.actors.watch import Beat, Judge, Member, Place, Waiting, Watch
+from moray.actors.rank_watch import Beat, Judge, Member, Place, Waiting, Watch
 from moray.platform.core.processes import Process
 
 LIMIT = 10.0

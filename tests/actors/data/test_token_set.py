@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.data_worker import DataWorker
-from moray.actors.mixture import Mixture
-from moray.actors.token_files import FolderFiles
-from moray.actors.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.data_worker import DataWorker
+from moray.actors.data.mixture import Mixture
+from moray.actors.data.token_files import FolderFiles
+from moray.actors.data.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
 from moray.pipelines.tokenize.packing import Documents, Packing, pack, plan
 
 VOCABULARY = Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)

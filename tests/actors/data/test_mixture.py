@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.actors.batch_plan import BatchPlan
-from moray.actors.mixture import Mixture
-from moray.actors.permutation import permuted
+from moray.actors.data.batch_plan import BatchPlan
+from moray.actors.data.epoch_permutation import permuted
+from moray.actors.data.mixture import Mixture
 
 sizes = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 50), min_size=1)
 plans = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=1, max_size=4).map(
