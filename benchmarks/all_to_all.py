@@ -31,9 +31,9 @@ from moray.kernels.host_memory import keep_freed_memory
 from moray.kernels.push import push_rows
 from moray.kernels.router import route
 from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width
-from moray.models.copies import Copies
-from moray.models.link import Link
-from moray.models.peers import connect
+from moray.models.expert_parallel.all_to_all import Link
+from moray.models.expert_parallel.send_plan import Copies
+from moray.models.expert_parallel.shared_memory import connect
 from moray.models.presets import preset
 
 Way = Callable[[], Tensor]  # all that a transfer takes; the bytes that arrived

@@ -2,8 +2,9 @@
 
 DeepSeek-V3's routing (256 experts in 8 groups, 8 of at most 4 groups) over 4 nodes of 8 ranks; logits are drawn, so
 every expert is as likely as another. Against the naive way, a BF16 row for each expert: an FP8 row, with its scales and
-the ids and weights of its experts, for each rank that has any of them, which is what `models/crossing.py` sends, or for
-each node, which passes it on. Beside it what comes home: a BF16 row for each expert, or a rank's, or a node's sum.
+the ids and weights of its experts, for each rank that has any of them, which is what
+`models/expert_parallel/exchange.py` sends, or for each node, which passes it on. Beside it what comes home: a BF16 row
+for each expert, or a rank's, or a node's sum.
 
 Usage: python benchmarks/dispatch_bytes.py [tokens=65536]
 """
@@ -21,7 +22,7 @@ from moray.kernels.wire import packed_width
 from moray.models.presets import preset
 
 NODES, RANKS_PER_NODE = 4, 8
-SENT = "an FP8 row for each rank"  # what `models/crossing.py` does, and the bar judges
+SENT = "an FP8 row for each rank"  # what `models/expert_parallel/exchange.py` does, and the bar judges
 
 
 def places(ids_TK: torch.Tensor, count: int, experts: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moray.models.interleave import Parts
+from moray.models.expert_parallel.interleave import Parts
 from moray.models.model import DeepseekV3
 
 T = TypeVar("T")

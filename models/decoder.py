@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moray.models.attention import LatentAttention
 from moray.models.config import ModelConfig
-from moray.models.layer import Attended, Dispatch, Dispatcher, Places
+from moray.models.expert_parallel.stages import Attended, Dispatch, Dispatcher, Places
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute

@@ -26,16 +26,16 @@ from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView, LatentCache
 from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer
-from moray.models.dispatch import dispatcher_for
+from moray.models.expert_parallel.backward_progress import Milestones
+from moray.models.expert_parallel.dispatcher import dispatcher_for
+from moray.models.expert_parallel.interleave import Parts, alone
+from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, Places, layer_parts
+from moray.models.expert_shard import PROJECTIONS, ExpertShard
 from moray.models.fp8 import Fp8Form
-from moray.models.interleave import Parts, alone
-from moray.models.layer import EVERYWHERE, Dispatcher, Places, layer_parts
 from moray.models.linear import Embedding, Linear, RMSNorm
-from moray.models.milestones import Milestones
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.prediction import PredictionLayer, ahead
 from moray.models.recompute import Recompute
-from moray.models.shard import PROJECTIONS, ExpertShard
 from moray.models.tensors import is_quantized, scale_name
 
 

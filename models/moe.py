@@ -19,10 +19,10 @@ from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.config import ModelConfig
+from moray.models.expert_parallel.stages import EVERYWHERE, Dispatch, Dispatcher, Places, Routing
+from moray.models.expert_shard import ExpertShard
 from moray.models.fp8 import Fp8Form
-from moray.models.layer import EVERYWHERE, Dispatch, Dispatcher, Places, Routing
 from moray.models.linear import ExactModule, Linear, unset_parameter
-from moray.models.shard import ExpertShard
 
 
 class SwiGLU(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moray.models.config import ModelConfig
 from moray.models.decoder import DecoderLayer
-from moray.models.layer import Dispatcher
+from moray.models.expert_parallel.stages import Dispatcher
 from moray.models.linear import Linear, RMSNorm
 
 

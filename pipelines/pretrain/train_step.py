@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moray.actors.data.token_set import Batch
 from moray.models.anticipation import routed_parts
 from moray.models.balance import update_router_biases
-from moray.models.interleave import in_turn
+from moray.models.expert_parallel.interleave import in_turn
 from moray.models.model import TrainingLoss
 from moray.pipelines.pretrain.lr_schedule import bias_speed, learning_rate, prediction_weight
 from moray.pipelines.pretrain.worker import Worker

@@ -13,11 +13,11 @@ import torch
 from moray.actors.data.batch_plan import BatchPlan
 from moray.kernels.deferred import DeferredGradients
 from moray.models.checkpoint import Checked, load_weights
-from moray.models.deepep import DeepEPDispatcher, elastic_buffer
-from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
-from moray.models.layer import Dispatcher
+from moray.models.expert_parallel.deepep import DeepEPDispatcher, elastic_buffer
+from moray.models.expert_parallel.dispatcher import LocalDispatcher, ProcessGroupDispatcher
+from moray.models.expert_parallel.shared_memory import connect
+from moray.models.expert_parallel.stages import Dispatcher
 from moray.models.model import DeepseekV3
-from moray.models.peers import connect
 from moray.pipelines.pretrain.checkpoint.archive import Archive
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import moray
 from moray.models.checkpoint import load, save, write
-from moray.models.dispatch import LocalDispatcher
+from moray.models.expert_parallel.dispatcher import LocalDispatcher
 from moray.models.tensors import checkpoint_shapes
 
 

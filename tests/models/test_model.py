@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moray.models.cache import LatentCache
-from moray.models.dispatch import LocalDispatcher
+from moray.models.expert_parallel.dispatcher import LocalDispatcher
 from moray.models.model import DeepseekV3
 from moray.models.tensors import bias_shapes, parameter_shapes
 from moray.models.yarn import Yarn

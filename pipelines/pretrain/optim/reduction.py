@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moray.kernels.deferred import DeferredGradients
-from moray.models.milestones import Milestones
+from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup

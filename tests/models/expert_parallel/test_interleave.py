@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moray.kernels.deferred import DeferredGradients
-from moray.models.dispatch import LocalDispatcher
-from moray.models.interleave import alone, in_turn
+from moray.models.expert_parallel.dispatcher import LocalDispatcher
+from moray.models.expert_parallel.interleave import alone, in_turn
 from moray.models.model import DeepseekV3
-from tests.models.overlap_ranks import CONFIG, check_overlap, check_same, losses_of, make_batches
+from tests.models.expert_parallel.overlap_ranks import CONFIG, check_overlap, check_same, losses_of, make_batches
 
 
 def _parts(name, count, log):

@@ -1,5 +1,6 @@
-"""What DeepEP's documentation says of `deep_ep.ElasticBuffer`, done over gloo: how `models/deepep.py` uses it can be
-tested where there is no GPU. Stricter than it must be: what is under way is garbage until its event was waited for.
+"""What DeepEP's documentation says of `deep_ep.ElasticBuffer`, done over gloo: how `models/expert_parallel/deepep.py`
+uses it can be tested where there is no GPU. Stricter than it must be: what is under way is garbage until its event was
+waited for.
 
 It takes any floating dtype, DeepEP only BF16 rows and FP32 weights.
 """

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.models.spread import Spread
+from moray.models.expert_parallel.expert_permutation import Spread
 
 
 @settings(max_examples=200)

@@ -21,11 +21,11 @@ from torch import Tensor
 from moray.kernels.deferred import DeferredGradients
 from moray.kernels.quantize import dequantize, quantize
 from moray.models.config import ModelConfig
-from moray.models.crossing import Arrivals, Crossing, Load
-from moray.models.dispatch import ProcessGroupDispatcher
-from moray.models.layer import Routing
-from moray.models.link import Link, Timed, untimed
-from moray.models.spread import Spread
+from moray.models.expert_parallel.all_to_all import Link, Timed, untimed
+from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher
+from moray.models.expert_parallel.exchange import Arrivals, Crossing, Load
+from moray.models.expert_parallel.expert_permutation import Spread
+from moray.models.expert_parallel.stages import Routing
 
 
 class _Transfer:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moray.models.interleave import Parts
+from moray.models.expert_parallel.interleave import Parts
 from moray.models.recompute import Recompute
 
 A_contra = TypeVar("A_contra", contravariant=True)

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moray.models import peers
-from moray.models.link import Link
-from moray.models.peers import IN_FLIGHT, connect
+from moray.models.expert_parallel.all_to_all import Link
+from moray.models.expert_parallel.shared_memory import IN_FLIGHT, connect
 
 
 def _counts(number, ranks):
@@ -57,11 +56,11 @@ def check_limits():
 
 def check_nobody_connects_unless_all_can():
     rank = dist.get_rank()
-    host = peers._host
+    host = shared_memory._host
     for change in ({"_host": lambda: f"{host()} {rank % 2}"}, {"_create": lambda size: None}):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in change.items():
                 if name == "_host" or rank == 1:
-                    patch.setattr(peers, name, value)
+                    patch.setattr(shared_memory, name, value)
             assert connect(dist.group.WORLD) is None
     assert connect(dist.group.WORLD) is not None

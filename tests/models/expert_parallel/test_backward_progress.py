@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moray.kernels.deferred import DeferredGradients
-from moray.models.milestones import Milestones
+from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.model import DeepseekV3
-from tests.models.overlap_ranks import CONFIG, losses_of, make_batches
+from tests.models.expert_parallel.overlap_ranks import CONFIG, losses_of, make_batches
 
 LAYERS = CONFIG.num_hidden_layers
 

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 
 from moray.kernels.deferred import DeferredGradients
-from moray.models.dispatch import ProcessGroupDispatcher
-from moray.models.interleave import alone, in_turn
+from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher
+from moray.models.expert_parallel.interleave import alone, in_turn
+from moray.models.expert_parallel.shared_memory import connect
 from moray.models.model import DeepseekV3
-from moray.models.peers import connect
 from moray.pipelines.pretrain.resilience.collectives import CollectiveTrace, check_order
-from tests.models.expert_parallel_ranks import CONFIG as SMALL
+from tests.models.expert_parallel.layer_ranks import CONFIG as SMALL
 
 CONFIG = dataclasses.replace(SMALL, hidden_size=128)  # whole tiles, for FP8
 

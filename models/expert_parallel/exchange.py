@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from moray.kernels.wire import pack_rows, packed_width, unpack_rows
-from moray.models.copies import Copies
-from moray.models.layer import Routing
-from moray.models.link import Arrival, Link
-from moray.models.spread import Spread
+from moray.models.expert_parallel.all_to_all import Arrival, Link
+from moray.models.expert_parallel.expert_permutation import Spread
+from moray.models.expert_parallel.send_plan import Copies
+from moray.models.expert_parallel.stages import Routing
 
 
 class Load(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.models.copies import Copies
+from moray.models.expert_parallel.send_plan import Copies
 
 
 @settings(max_examples=200)

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moray.models import deepep
-from moray.models.dispatch import LocalDispatcher, ProcessGroupDispatcher
-from moray.models.layer import Routing
+from moray.models.expert_parallel import deepep
+from moray.models.expert_parallel.dispatcher import LocalDispatcher, ProcessGroupDispatcher
+from moray.models.expert_parallel.shared_memory import connect
+from moray.models.expert_parallel.stages import Routing
 from moray.models.model import DeepseekV3
-from moray.models.peers import connect
 from moray.models.presets import preset
-from tests.models import elastic_buffer
+from tests.models.expert_parallel import elastic_buffer
 
 CONFIG = dataclasses.replace(
     preset("tiny"),

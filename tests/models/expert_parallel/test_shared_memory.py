@@ -2,7 +2,11 @@
 
 import pytest
 
-from tests.models.peers_ranks import check_limits, check_many_exchanges, check_nobody_connects_unless_all_can
+from tests.models.expert_parallel.shared_memory_ranks import (
+    check_limits,
+    check_many_exchanges,
+    check_nobody_connects_unless_all_can,
+)
 
 pytestmark = pytest.mark.cluster
 

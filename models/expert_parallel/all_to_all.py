@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moray.kernels.deferred import DeferredGradients
 from moray.kernels.wire import packed_width
-from moray.models.peers import PeerMemory
+from moray.models.expert_parallel.shared_memory import PeerMemory
 
 # Made for a device, and entered around every wait for others: whoever wants to know what communication takes.
 Timed = Callable[[torch.device], AbstractContextManager[None]]

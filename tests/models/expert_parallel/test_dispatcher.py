@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from moray.kernels.wire import pack_rows, unpack_rows
-from moray.models.dispatch import LocalDispatcher
-from tests.models.expert_parallel_ranks import check_all, routing_to
+from moray.models.expert_parallel.dispatcher import LocalDispatcher
+from tests.models.expert_parallel.layer_ranks import check_all, routing_to
 
 
 def _sent(rows_TD, ids_TK, weights_TK, fp8=False):

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moray.kernels.deferred import DeferredGradients
-from moray.models.crossing import Arrivals, Crossing, ExchangeCrossing, Here, Load
-from moray.models.layer import Dispatcher, Routing
-from moray.models.link import Link, Timed, untimed
-from moray.models.peers import PeerMemory
-from moray.models.spread import Spread
+from moray.models.expert_parallel.all_to_all import Link, Timed, untimed
+from moray.models.expert_parallel.exchange import Arrivals, Crossing, ExchangeCrossing, Here, Load
+from moray.models.expert_parallel.expert_permutation import Spread
+from moray.models.expert_parallel.shared_memory import PeerMemory
+from moray.models.expert_parallel.stages import Dispatcher, Routing
 
 Departure = Callable[[Load], Arrivals]
 
