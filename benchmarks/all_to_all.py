@@ -31,8 +31,8 @@ from moray.kernels.host_memory import keep_freed_memory
 from moray.kernels.push import push_rows
 from moray.kernels.router import route
 from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width
-from moray.models.expert_parallel.all_to_all import Link
-from moray.models.expert_parallel.send_plan import Copies
+from moray.models.expert_parallel.all_to_all import AllToAll
+from moray.models.expert_parallel.send_plan import SendPlan
 from moray.models.expert_parallel.shared_memory import connect
 from moray.models.presets import preset
 
@@ -52,29 +52,30 @@ class Payload:
             torch.randn(tokens, experts, generator=generator), torch.zeros(experts), top_k=config.num_experts_per_tok,
             n_group=config.n_group, topk_group=config.topk_group,
         )  # fmt: skip
-        self.copies = Copies.of(ids_TK.to(device), self.ranks, experts // self.ranks)
-        counts = self.copies.counts_P()
+        self.plan = SendPlan.of(ids_TK.to(device), self.ranks, experts // self.ranks)
+        counts = self.plan.send_counts()
         came = torch.empty_like(counts)
         dist.all_to_all_single(came, counts)
         self.sent, self.received = counts.tolist(), came.tolist()
         tails = (ids_TK.int(), weights_TK.contiguous())
-        self.tails_TN = torch.cat([tail.view(torch.uint8) for tail in tails], dim=1).to(device)
-        self.width = packed_width(config.hidden_size) + self.tails_TN.shape[1]
+        self.metadata_TN = torch.cat([tail.view(torch.uint8) for tail in tails], dim=1).to(device)
+        self.width = packed_width(config.hidden_size) + self.metadata_TN.shape[1]
 
 
-def separate(payload: Payload, link: Link, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    bytes_TX = torch.cat((pack(payload.rows_TD), payload.tails_TN), dim=1)
-    return link.exchange(payload.copies.made(bytes_TX, sum(payload.sent)), payload.sent, payload.received)()
+def separate(payload: Payload, all_to_all: AllToAll, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    bytes_TX = torch.cat((pack(payload.rows_TD), payload.metadata_TN), dim=1)
+    rows_CX = payload.plan.gather(bytes_TX, sum(payload.sent))
+    return all_to_all.start(rows_CX, payload.sent, payload.received).wait()
 
 
 def cpu_ways(payload: Payload) -> dict[str, Way]:
-    sockets, memory = Link(dist.group.WORLD), connect(dist.group.WORLD)
+    sockets, memory = AllToAll(dist.group.WORLD), connect(dist.group.WORLD)
     assert memory is not None, "the ranks share no memory"
-    shared = Link(dist.group.WORLD, memory=memory)
-    sent, received, goes_PT = payload.sent, payload.received, payload.copies.goes_PT
+    shared = AllToAll(dist.group.WORLD, memory=memory)
+    sent, received, sent_PT = payload.sent, payload.received, payload.plan.sent_PT
 
     def fused() -> Tensor:
-        return shared.push(payload.rows_TD, payload.tails_TN, goes_PT, sent, received)()
+        return shared.start_fp8(payload.rows_TD, payload.metadata_TN, sent_PT, sent, received).wait()
 
     return {
         "separate, packed by torch": lambda: separate(payload, sockets, pack_rows_reference),
@@ -95,12 +96,12 @@ def gpu_ways(payload: Payload) -> dict[str, Way]:
     inboxes = [handle.get_buffer(peer, shape, torch.uint8, begin) for peer in range(payload.ranks)]
 
     def fused() -> Tensor:
-        push_rows(payload.rows_TD, payload.tails_TN, payload.copies.goes_PT, inboxes)
+        push_rows(payload.rows_TD, payload.metadata_TN, payload.plan.sent_PT, inboxes)
         handle.barrier()
         parts = mine.view(payload.ranks, *shape)
         return torch.cat([part[:count] for part, count in zip(parts, payload.received, strict=True)])
 
-    nccl = Link(dist.group.WORLD)
+    nccl = AllToAll(dist.group.WORLD)
     return {"separate": lambda: separate(payload, nccl, pack_rows), "fused": fused}
 
 

@@ -2,13 +2,13 @@
 
 An inbox is memory of a rank that this process, or this GPU, writes: shared memory on one host, symmetric memory over
 NVLink. A token's row goes once into the inbox of every rank that has experts of it, in the order of tokens, packed as
-`wire.py` does, with a tail after it: bytes of the token that go with its row as they are. Done by separate operations,
-the same bytes are written four times: by the packing, the tails' joining, the permutation and the transfer.
+`wire.py` does, followed by its metadata: bytes of the token that are sent as they are. Done by separate operations,
+the same bytes are written four times: by packing, concatenation, permutation and transfer.
 
 The Triton form has a program for each token, which reads its row once and writes it to each inbox by address; places
 come from a prefix sum before it.
 
-Shapes: T tokens, D columns, P ranks, C places of an inbox, W bytes of a packed row, N bytes of a tail.
+Shapes: T tokens, D columns, P ranks, C places of an inbox, W bytes of a packed row, N bytes of metadata.
 """
 
 from collections.abc import Sequence
@@ -25,27 +25,29 @@ from moray.kernels.rows_cpu import compiles, push_rows_compiled
 from moray.kernels.wire import pack_rows_reference, packed_width
 
 
-def _check(rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
+def _check(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """Whether every row finds its place is not asked: that would wait for a device."""
     check("rows_TD", rows_TD, (None, None), WIDE_DTYPES)
-    check("tails_TN", tails_TN, (len(rows_TD), None), (torch.uint8,), like=rows_TD)
-    check("goes_PT", goes_PT, (len(inboxes), len(rows_TD)), (torch.bool,), like=rows_TD)
-    width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
+    check("metadata_TN", metadata_TN, (len(rows_TD), None), (torch.uint8,), like=rows_TD)
+    check("sent_PT", sent_PT, (len(inboxes), len(rows_TD)), (torch.bool,), like=rows_TD)
+    width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
     for number, inbox in enumerate(inboxes):
         check(f"inboxes[{number}]", inbox, (None, width), (torch.uint8,), like=rows_TD)
 
 
-def push_rows_reference(rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
+def push_rows_reference(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """In PyTorch, by separate operations."""
-    packed_TX = torch.cat((pack_rows_reference(rows_TD), tails_TN), dim=1)
-    for goes_T, inbox in zip(goes_PT, inboxes, strict=True):
-        copies = packed_TX.index_select(0, goes_T.nonzero().squeeze(1))
+    packed_TX = torch.cat((pack_rows_reference(rows_TD), metadata_TN), dim=1)
+    for sent_T, inbox in zip(sent_PT, inboxes, strict=True):
+        copies = packed_TX.index_select(0, sent_T.nonzero().squeeze(1))
         inbox[: len(copies)] = copies
 
 
 @triton.jit
-def _push(rows_ptr, tails_ptr, places_ptr, addresses_ptr, D, T, N, P, width, TILES: tl.constexpr, BYTES: tl.constexpr):
-    """One token: its row in TILES x 128 numbers, its tail in BYTES."""
+def _push(
+    rows_ptr, metadata_ptr, places_ptr, addresses_ptr, D, T, N, P, width, TILES: tl.constexpr, BYTES: tl.constexpr
+):
+    """One token: its row in TILES x 128 numbers, its metadata in BYTES."""
     token = tl.program_id(0)
     tiles, columns, octets = tl.arange(0, TILES), tl.arange(0, 128), tl.arange(0, BYTES)
     at = tiles[:, None] * 128 + columns[None, :]
@@ -53,7 +55,7 @@ def _push(rows_ptr, tails_ptr, places_ptr, addresses_ptr, D, T, N, P, width, TIL
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
     fp8 = scaled_e4m3(x, scales, True).to(tl.uint8, bitcast=True)
     exponents = ((scales.to(tl.int32, bitcast=True) >> 23) & 0xFF).to(tl.uint8)
-    tail = tl.load(tails_ptr + place(token, N) + octets, mask=octets < N, other=0)
+    metadata = tl.load(metadata_ptr + place(token, N) + octets, mask=octets < N, other=0)
     packed = D + tl.cdiv(D, 128)
     for rank in range(P):
         where = tl.load(places_ptr + place(rank, T) + token)
@@ -61,34 +63,34 @@ def _push(rows_ptr, tails_ptr, places_ptr, addresses_ptr, D, T, N, P, width, TIL
             inbox = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.uint8)) + place(where, width)
             tl.store(inbox + at, fp8, mask=at < D)
             tl.store(inbox + D + tiles[:, None], exponents, mask=tiles[:, None] * 128 < D)
-            tl.store(inbox + packed + octets, tail, mask=octets < N)
+            tl.store(inbox + packed + octets, metadata, mask=octets < N)
 
 
-def push_rows_triton(rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
+def push_rows_triton(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """The reference's bytes, but for what stands for NaN."""
     tokens, columns = rows_TD.shape
     if not tokens:
         return
-    places_PT = torch.where(goes_PT, goes_PT.cumsum(1) - 1, -1)
+    places_PT = torch.where(sent_PT, sent_PT.cumsum(1) - 1, -1)
     addresses_P = torch.tensor([inbox.data_ptr() for inbox in inboxes], dtype=torch.int64, device=rows_TD.device)
-    tiles, tail = triton.next_power_of_2(-(-columns // 128)), tails_TN.shape[1]
+    tiles, size = triton.next_power_of_2(-(-columns // 128)), metadata_TN.shape[1]
     _push[(tokens,)](
-        rows_TD, tails_TN, places_PT, addresses_P, columns, tokens, tail, len(inboxes), inboxes[0].shape[1],
-        TILES=tiles, BYTES=triton.next_power_of_2(max(tail, 1)), num_warps=8 if tiles >= 16 else 4,
+        rows_TD, metadata_TN, places_PT, addresses_P, columns, tokens, size, len(inboxes), inboxes[0].shape[1],
+        TILES=tiles, BYTES=triton.next_power_of_2(max(size, 1)), num_warps=8 if tiles >= 16 else 4,
     )  # fmt: skip
 
 
-def push_rows(rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
-    """Writes each row, and its tail, into the inbox of every rank p with `goes_PT[p]` for its token.
+def push_rows(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
+    """Writes each row, and its metadata, into the inbox of every rank p with `sent_PT[p]` for its token.
 
-    tails_TN: uint8. goes_PT: bool. inboxes: uint8 [C, W + N], one for each rank, contiguous, of at least as many places
-    as rows go there; whoever reads one hears from elsewhere how many these are, and when.
+    metadata_TN: uint8. sent_PT: bool. inboxes: uint8 [C, W + N], one for each rank, contiguous, of at least as many
+    places as rows go there; whoever reads one hears from elsewhere how many these are, and when.
     """
-    rows_TD, tails_TN, goes_PT = rows_TD.contiguous(), tails_TN.contiguous(), goes_PT.contiguous()
-    _check(rows_TD, tails_TN, goes_PT, inboxes)
+    rows_TD, metadata_TN, sent_PT = rows_TD.contiguous(), metadata_TN.contiguous(), sent_PT.contiguous()
+    _check(rows_TD, metadata_TN, sent_PT, inboxes)
     if backend(rows_TD) == "triton":
-        push_rows_triton(rows_TD, tails_TN, goes_PT, inboxes)
+        push_rows_triton(rows_TD, metadata_TN, sent_PT, inboxes)
     elif compiles(rows_TD):
-        push_rows_compiled(rows_TD, tails_TN, goes_PT, inboxes)
+        push_rows_compiled(rows_TD, metadata_TN, sent_PT, inboxes)
     else:
-        push_rows_reference(rows_TD, tails_TN, goes_PT, inboxes)
+        push_rows_reference(rows_TD, metadata_TN, sent_PT, inboxes)

@@ -2,7 +2,7 @@
 
 Where numba is not installed, the references do.
 
-Shapes: T tokens, D columns, P ranks, N bytes of a tail.
+Shapes: T tokens, D columns, P ranks, N bytes of metadata.
 """
 
 import importlib.util
@@ -38,12 +38,12 @@ def pack_rows_compiled(rows_TD: Tensor) -> Tensor:
     return out_TW
 
 
-def push_rows_compiled(rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
+def push_rows_compiled(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """As `push.push_rows_reference`."""
     from moray.kernels.rows_numba import push
 
     arrays = tuple(inbox.numpy() for inbox in inboxes)
-    push(*_bits(rows_TD), tails_TN.numpy(), goes_PT.t().contiguous().numpy(), arrays)
+    push(*_bits(rows_TD), metadata_TN.numpy(), sent_PT.t().contiguous().numpy(), arrays)
 
 
 def _bits(rows_TD: Tensor) -> tuple[Any, np.int32]:

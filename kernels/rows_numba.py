@@ -50,19 +50,19 @@ def pack(bits_TD, shift, out_TW) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def push(bits_TD, shift, tails_TN, goes_TP, inboxes) -> None:
+def push(bits_TD, shift, metadata_TN, sent_TP, inboxes) -> None:
     x, y, one = np.empty(128, np.float32), np.empty(128, np.float32), np.empty(1, np.float32)
-    tokens, ranks = goes_TP.shape
-    columns, tail = bits_TD.shape[1], tails_TN.shape[1]
+    tokens, ranks = sent_TP.shape
+    columns, size = bits_TD.shape[1], metadata_TN.shape[1]
     packed = columns + (columns + 127) // 128
-    row_W = np.empty(packed + tail, np.uint8)
+    row_W = np.empty(packed + size, np.uint8)
     places = np.zeros(ranks, np.int64)
     for t in range(tokens):
         _pack_row(bits_TD[t], shift, row_W[:packed], x, y, one)
-        for i in range(tail):
-            row_W[packed + i] = tails_TN[t, i]
+        for i in range(size):
+            row_W[packed + i] = metadata_TN[t, i]
         for p in range(ranks):
-            if goes_TP[t, p]:
+            if sent_TP[t, p]:
                 there = inboxes[p][places[p]]
                 for i in range(row_W.shape[0]):
                     there[i] = row_W[i]

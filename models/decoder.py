@@ -1,4 +1,4 @@
-"""One decoder layer: attention, then a dense MLP or a mixture of experts, in the stages of `layer.py`.
+"""One decoder layer: attention, then a dense MLP or a mixture of experts, in the stages of `expert_parallel/stages.py`.
 
 Shapes: B batch, T tokens (of a row with B, of the flattened batch without), L experts here, R rows, D hidden
 size.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moray.models.attention import LatentAttention
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import Attended, Dispatch, Dispatcher, Places
+from moray.models.expert_parallel.stages import Attended, Dispatcher, DispatchHandle, Places
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
             routing = self.mlp.route(rows_TD, len(x_BTD), places) if isinstance(self.mlp, MoE) else None
         return Attended(residual_BTD, rows_TD, routing, recompute, places)
 
-    def dispatch(self, attended: Attended) -> Dispatch:
+    def dispatch(self, attended: Attended) -> DispatchHandle:
         assert isinstance(self.mlp, MoE)
         assert attended.routing is not None
         return self.mlp.dispatch(attended.places.take(attended.rows_TD), attended.routing)

@@ -160,8 +160,8 @@ class DeepseekV3(nn.Module):
         mask_BT: Tensor | None = None,
         rows_R: Tensor | None = None,
     ) -> Parts[TrainingLoss]:
-        """`training_loss` in parts, so that others compute while its rows are on their way (`interleave.py`). So does
-        their backward, if it is one backward of the sum of their losses."""
+        """`training_loss` in parts, so that others compute while its rows are on their way
+        (`expert_parallel/interleave.py`). So does their backward, if it is one backward of the sum of their losses."""
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = _counted(targets_BT, mask_BT)
         places = Places(rows_R, weights_B=keep_BT.sum(1))

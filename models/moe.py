@@ -19,7 +19,7 @@ from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import EVERYWHERE, Dispatch, Dispatcher, Places, Routing
+from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, DispatchHandle, Places, Routing
 from moray.models.expert_shard import ExpertShard
 from moray.models.fp8 import Fp8Form
 from moray.models.linear import ExactModule, Linear, unset_parameter
@@ -134,7 +134,7 @@ class MoE(nn.Module):
         routing: Routing = self.gate(rows_TD, sequences, places)
         return routing
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing) -> Dispatch:
+    def dispatch(self, rows_TD: Tensor, routing: Routing) -> DispatchHandle:
         return self.dispatcher.dispatch(rows_TD, routing, fp8=self.experts.form is not None)
 
     def local(self, rows_TD: Tensor) -> Tensor | None:

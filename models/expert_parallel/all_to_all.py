@@ -1,10 +1,10 @@
-"""How a rank's rows reach others, while it does something else.
+"""Asynchronous all-to-all of rows with per-rank counts, by collectives or through shared memory.
 
-Everything that communicates is begun here, and ended when it is needed. Who waits computes gradients of weights that
-were put off (`kernels/deferred.py`), as long as there are any. On a GPU the host is ahead of the device, so it sees a
-transfer end late, and hands over all that was put off: it runs beside the transfer all the same.
+A transfer is started, other work is done, and `wait` is called when the rows are needed. While it waits, a rank
+computes deferred weight gradients (`kernels/deferred.py`), if there are any. On a GPU the host runs ahead of the device
+and sees a transfer end late, so it launches all of them; they run beside the transfer all the same.
 
-Shapes: T tokens, D columns, P ranks, N bytes of a tail.
+Shapes: T tokens, D columns, P ranks, N bytes of metadata of a token.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +20,22 @@ from moray.kernels.deferred import DeferredGradients
 from moray.kernels.wire import packed_width
 from moray.models.expert_parallel.shared_memory import PeerMemory
 
-# Made for a device, and entered around every wait for others: whoever wants to know what communication takes.
+# Makes a context for a device that is entered around every wait, to measure exposed communication.
 Timed = Callable[[torch.device], AbstractContextManager[None]]
-Arrival = Callable[[], Tensor]  # waits for a transfer that is under way; what arrived
 
 
-class Work(Protocol):
-    """A transfer that is under way."""
+class Transfer(Protocol):
+    """A transfer in flight, as torch.distributed's `Work`."""
 
     def is_completed(self) -> bool: ...
     def wait(self) -> Any: ...
+
+
+class PendingRows(Protocol):
+    """Rows in flight."""
+
+    def wait(self) -> Tensor:
+        """Blocks until they have arrived; called once."""
 
 
 def untimed(device: torch.device) -> AbstractContextManager[None]:
@@ -37,59 +43,82 @@ def untimed(device: torch.device) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class Link:
-    """How this rank exchanges rows with those of `group`."""
+class AllToAll:
+    """Exchanges rows between the ranks of `group`: through `memory`, where all ranks share a host, or by collectives.
+    `deferred`: weight gradients to compute while waiting."""
 
     group: dist.ProcessGroup
     timed: Timed = untimed
-    later: DeferredGradients | None = None
-    memory: PeerMemory | None = None  # where all ranks are on one host
+    deferred: DeferredGradients | None = None
+    memory: PeerMemory | None = None
 
-    def exchange(self, rows: Tensor, sent: Sequence[int] | None, received: Sequence[int] | None) -> Arrival:
-        """Begins to send so many rows to each rank, and to receive so many; None: equal numbers, and few."""
+    def start(self, rows: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None) -> PendingRows:
+        """Starts to send `send_counts[p]` rows to rank p and to receive `recv_counts[p]` from it; None: equal shares,
+        and few, so that a collective takes them."""
         rows = rows.contiguous()
-        if self.memory is not None and sent is not None and received is not None:
+        if self.memory is not None and send_counts is not None and recv_counts is not None:
             with self.timed(rows.device):
-                number = self.memory.write(torch.split(rows, list(sent)))
-            return self._read(number, received, rows)
-        out = rows.new_empty((sum(received), *rows.shape[1:])) if received is not None else torch.empty_like(rows)
-        arriving, leaving = (None if of is None else list(of) for of in (received, sent))
-        work = dist.all_to_all_single(out, rows, arriving, leaving, group=self.group, async_op=True)
+                number = self.memory.write(torch.split(rows, list(send_counts)))
+            return self._announced(number, recv_counts, rows)
+        out = rows.new_empty((sum(recv_counts), *rows.shape[1:])) if recv_counts is not None else torch.empty_like(rows)
+        receiving, sending = (None if counts is None else list(counts) for counts in (recv_counts, send_counts))
+        transfer = dist.all_to_all_single(out, rows, receiving, sending, group=self.group, async_op=True)
+        return _PendingCollective(self, transfer, out)
 
-        def arrived() -> Tensor:
-            self.wait(work, rows.device)
-            return out
-
-        return arrived
-
-    def push(
-        self, rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, sent: Sequence[int], received: Sequence[int]
-    ) -> Arrival:
-        """Sends each row in FP8, its tail after it, to the ranks of `goes_PT`, through memory; what arrives is uint8
-        [rows, bytes], as in `kernels/push.py`."""
+    def start_fp8(
+        self, rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+    ) -> PendingRows:  # fmt: skip
+        """Starts to send each row, quantised to FP8 and followed by its metadata, to the ranks of `sent_PT`, through
+        shared memory. What arrives is uint8 [rows, bytes], laid out as in `kernels/push.py`."""
         assert self.memory is not None
-        number = self.memory.push(rows_TD, tails_TN, goes_PT, sent)
-        width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
-        return self._read(number, received, torch.empty(0, width, dtype=torch.uint8))
+        number = self.memory.push(rows_TD, metadata_TN, sent_PT, send_counts)
+        width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
+        return self._announced(number, recv_counts, torch.empty(0, width, dtype=torch.uint8))
 
-    def _read(self, number: int, received: Sequence[int], like: Tensor) -> Arrival:
-        """Says that exchange `number` is written, and reads it when all have said so."""
-        memory, heard = self.memory, torch.empty(dist.get_world_size(self.group), dtype=torch.int64)
-        work = dist.all_to_all_single(heard, torch.full_like(heard, number), group=self.group, async_op=True)
-        like = like.new_empty(0, *like.shape[1:])
-
-        def arrived() -> Tensor:
-            assert memory is not None
-            self.wait(work, heard.device)
-            assert heard.eq(number).all(), "ranks are at different exchanges"
-            with self.timed(heard.device):
-                return memory.read(number, received, like)
-
-        return arrived
-
-    def wait(self, work: Work, device: torch.device) -> None:
-        """Waits for a transfer, and does what was put off meanwhile."""
-        if self.later is not None:
-            self.later.fill(work.is_completed)
+    def wait(self, transfer: Transfer, device: torch.device) -> None:
+        """Computes deferred gradients until the transfer has ended, then waits for it."""
+        if self.deferred is not None:
+            self.deferred.fill(transfer.is_completed)
         with self.timed(device):
-            work.wait()
+            transfer.wait()
+
+    def _announced(self, number: int, recv_counts: Sequence[int], like: Tensor) -> PendingRows:
+        """Tells all ranks that exchange `number` is written here, by a small collective."""
+        assert self.memory is not None
+        heard = torch.empty(dist.get_world_size(self.group), dtype=torch.int64)
+        transfer = dist.all_to_all_single(heard, torch.full_like(heard, number), group=self.group, async_op=True)
+        return _PendingRead(self, self.memory, transfer, heard, number, recv_counts, like.new_empty(0, *like.shape[1:]))
+
+
+@dataclass(frozen=True)
+class _PendingCollective:
+    """Rows that a collective writes to `out`."""
+
+    owner: AllToAll
+    transfer: Transfer
+    out: Tensor
+
+    def wait(self) -> Tensor:
+        self.owner.wait(self.transfer, self.out.device)
+        return self.out
+
+
+@dataclass(frozen=True)
+class _PendingRead:
+    """Rows in shared memory that are whole once all ranks have announced exchange `number`."""
+
+    owner: AllToAll
+    memory: PeerMemory
+    transfer: Transfer
+    heard_P: Tensor
+    number: int
+    recv_counts: Sequence[int]
+    like: Tensor
+
+    def wait(self) -> Tensor:
+        device = self.heard_P.device
+        self.owner.wait(self.transfer, device)
+        assert self.heard_P.eq(self.number).all(), "ranks are at different exchanges"
+        with self.owner.timed(device):
+            return self.memory.read(self.number, self.recv_counts, self.like)

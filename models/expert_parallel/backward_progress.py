@@ -1,4 +1,4 @@
-"""Where a backward is: the gradients of which weights are complete, while those of earlier layers are still to come.
+"""The progress of a backward pass: which weights' gradients are complete while those of earlier layers are pending.
 
 Number n is passed once the gradient of what goes into layer n is there, of every forward that the backward is of: then
 all that lies after it is done. (torch's engine adds a finished gradient to its weight before it does anything else.)

@@ -1,145 +1,148 @@
-"""Dispatchers: rows to experts, and sums of their results back, within a process and across a process group.
+"""Dispatchers: rows to experts and sums of their results back, within a process or across a process group.
 
-Expert e lives on rank e // (E / ranks). What lies between ranks is a `Crossing` (`crossing.py`); what arrives is spread
-over the experts here (`spread.py`). The router's weights travel with the rows, and are factors of the experts' results,
-so a rank has summed up what it sends home. In FP8 training that sum is rounded to BF16 once for each rank: this, and no
-more of what is computed, depends on the number of ranks.
+The stages of one layer, in the order of the forward pass, and the tensors that each leaves; the backward pass runs them
+in reverse, gradients through the same two exchanges in the other direction:
 
-Notable: a departure and an arrival are two nodes of autograd's graph, so that what is computed between them, forward
-and backward, hides the way (`interleave.py`). The backward of a crossing is a crossing the other way, so all ranks must
-run the same layers in the same order; a rank that sends or receives no rows takes part all the same.
+    stage                            tensor                  where
+    1 SendPlan.gather                sent [C, D]             rank of the token; FP8 in FP8 training
+    2 AllToAll.start    } dispatch
+    3 PendingRows.wait  }            received [A, D]         rank of the expert; ids and weights beside it
+    4 ExpertPermutation.expand       at experts [R, D]       by expert
+      (experts: results times the router's weights)  [R, D]
+    5 ExpertPermutation.reduce       partial sums [A, D]     rank of the expert; BF16 in FP8 training
+    6 AllToAll.start    } combine
+    7 PendingRows.wait  }            returned [C, D]         rank of the token
+    8 SendPlan.reduce                output [T, D]
 
-Shapes: T tokens, K slots, E experts, A rows that arrive, R rows at the experts here, D hidden size.
+1 and 8 are skipped where all experts are local; shared memory does 1, quantisation and 2 in one pass
+(`kernels/push.py`). Expert e lives on rank e // (E / ranks). The router's weights travel with the rows and multiply the
+experts' results, so that each rank returns one sum for each row. In FP8 training that sum is rounded to BF16 once for
+each rank: this, and no more of what is computed, depends on the number of ranks.
+
+Notable: the start and the wait of an exchange are two nodes of autograd's graph, so that what is computed between them,
+forward and backward, hides the transfer (`interleave.py`). All ranks must run the same layers in the same order; a rank
+that sends or receives no rows takes part all the same.
+
+Shapes: T tokens, K slots, E experts, C sent rows, A received rows, R rows at the local experts, D hidden size.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moray.kernels.deferred import DeferredGradients
-from moray.models.expert_parallel.all_to_all import Link, Timed, untimed
-from moray.models.expert_parallel.exchange import Arrivals, Crossing, ExchangeCrossing, Here, Load
-from moray.models.expert_parallel.expert_permutation import Spread
+from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
+from moray.models.expert_parallel.exchange import AllToAllExchange, Exchange, LocalExchange, Payload, PendingPayload
+from moray.models.expert_parallel.expert_permutation import ExpertPermutation
 from moray.models.expert_parallel.shared_memory import PeerMemory
 from moray.models.expert_parallel.stages import Dispatcher, Routing
 
-Departure = Callable[[Load], Arrivals]
+Direction = Literal["dispatch", "combine"]
+_GRADIENT: dict[Direction, Direction] = {"dispatch": "combine", "combine": "dispatch"}
 
 
-class Way:
-    """The way of one layer's rows, to the experts and home; their gradients go the same two ways."""
+class LayerDispatch:
+    """Implements `stages.DispatchHandle`. It lets go of what is not needed any more: the graph holds it up to the
+    backward pass."""
 
-    def __init__(self, crossing: Crossing) -> None:
-        self._crossing = crossing
-        self._spread: Spread | None = None
+    def __init__(self, rows_TD: Tensor, weights_TK: Tensor, exchange: Exchange) -> None:
+        self._payload: Payload | None = Payload(rows_TD, weights_TK)
+        self._exchange = exchange
+        self._permutation: ExpertPermutation | None = None
+        # Between a start and its wait the graph has an edge, and there is no tensor yet: this stands for it.
+        self._edge: Tensor | None = None
+        self._pending: tuple[Direction, PendingPayload] | None = None
 
-    def counts_L(self) -> Tensor:  # noqa: N802
-        """Rows of each expert here, int64, once rows have departed."""
-        return self._crossing.counts_L()
+    def start_dispatch(self) -> None:
+        assert self._payload is not None
+        payload, self._payload = self._payload, None
+        self._edge = _Start.apply(self, "dispatch", *payload)  # type: ignore[no-untyped-call]
 
-    def to_experts(self, load: Load) -> Arrivals:
-        """Rows [T, D] to where their experts are: rows [R, D]; with weights [T, K], which become [R], or without."""
-        arrival = self._crossing.there(load)
+    def wait_dispatch(self) -> tuple[Tensor, Tensor, Tensor]:
+        edge, self._edge = self._edge, None
+        rows_RD, weights_R = _Wait.apply(edge, self, "dispatch")  # type: ignore[no-untyped-call]
+        return rows_RD, weights_R, self._exchange.counts_L()
 
-        def arrived() -> Load:
-            rows_AD, weights_AK = arrival()
-            spread = self._spread_out()
-            return Load(spread.rows(rows_AD), None if weights_AK is None else spread.weights(weights_AK))
+    def start_combine(self, rows_RD: Tensor) -> None:
+        self._edge = _Start.apply(self, "combine", rows_RD, None)  # type: ignore[no-untyped-call]
 
-        return arrived
-
-    def home(self, load: Load) -> Arrivals:
-        """The sum of each token's rows [R, D] to where it is: rows [T, D]; with a number for each, [R], which goes to
-        the slot it belongs to, [T, K], or without."""
-        rows_RD, weights_R = load
-        spread = self._spread_out()
-        return self._crossing.back(Load(spread.sums(rows_RD), None if weights_R is None else spread.slots(weights_R)))
-
-    def _spread_out(self) -> Spread:
-        if self._spread is None:
-            self._spread = self._crossing.spread()
-        return self._spread
-
-
-class Trip:
-    """A layer's dispatch (`layer.Dispatch`). What is not needed any more it lets go: the graph holds it up to the
-    backward."""
-
-    def __init__(self, rows_TD: Tensor, weights_TK: Tensor, crossing: Crossing) -> None:
-        self._load: Load | None = Load(rows_TD, weights_TK)
-        self._way = Way(crossing)
-        # Between a departure and its arrival the graph has an edge, and there is no tensor yet: this stands for it.
-        self._ticket: Tensor | None = None
-        self._arrival: Arrivals | None = None
-
-    def send(self) -> None:
-        assert self._load is not None
-        load, self._load = self._load, None
-        self._ticket = _Depart.apply(self, self._way.to_experts, *load)  # type: ignore[no-untyped-call]
-
-    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
-        ticket, self._ticket = self._ticket, None
-        rows_RD, weights_R = _Arrive.apply(ticket, self, self._way.home)  # type: ignore[no-untyped-call]
-        return rows_RD, weights_R, self._way.counts_L()
-
-    def send_back(self, rows_RD: Tensor) -> None:
-        self._ticket = _Depart.apply(self, self._way.home, rows_RD, None)  # type: ignore[no-untyped-call]
-
-    def home(self) -> Tensor:
-        ticket, self._ticket = self._ticket, None
-        rows_TD: Tensor = _Arrive.apply(ticket, self, self._way.to_experts)[0]  # type: ignore[no-untyped-call]
+    def wait_combine(self) -> Tensor:
+        edge, self._edge = self._edge, None
+        rows_TD: Tensor = _Wait.apply(edge, self, "combine")[0]  # type: ignore[no-untyped-call]
         return rows_TD
 
-    def under_way(self, arrival: Arrivals) -> None:
-        """Remembers the one transfer that this trip now waits for."""
-        self._arrival = arrival
+    def start(self, direction: Direction, payload: Payload) -> None:
+        """Starts one exchange: tokens' rows [T, D] with weights [T, K] or without, or experts' rows [R, D] with [R]."""
+        if direction == "dispatch":
+            pending = self._exchange.start_dispatch(payload)
+        else:
+            rows_RD, weights_R = payload
+            order = self._order()
+            slots_AK = None if weights_R is None else order.to_slots(weights_R)
+            pending = self._exchange.start_combine(Payload(order.reduce(rows_RD), slots_AK))
+        self._pending = direction, pending
 
-    def take(self) -> Load:
-        """Waits for it; what arrived."""
-        assert self._arrival is not None
-        arrival, self._arrival = self._arrival, None
-        return arrival()
+    def finish(self) -> Payload:
+        """Waits for the exchange that was started last; what it brought, in the other of the two forms."""
+        assert self._pending is not None
+        (direction, pending), self._pending = self._pending, None
+        payload = pending.wait()
+        if direction == "combine":
+            return payload
+        rows_AD, weights_AK = payload
+        order = self._order()
+        return Payload(order.expand(rows_AD), None if weights_AK is None else order.expand_weights(weights_AK))
+
+    def _order(self) -> ExpertPermutation:
+        if self._permutation is None:
+            self._permutation = self._exchange.permutation()
+        return self._permutation
 
 
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
+    """Starts an exchange; its backward waits for the exchange of the gradients."""
+
     @staticmethod
-    def forward(ctx: Any, trip: Trip, departure: Departure, rows_XD: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.trip = trip
-        trip.under_way(departure(Load(rows_XD, weights)))
+    def forward(
+        ctx: Any, handle: LayerDispatch, direction: Direction, rows_XD: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        ctx.handle = handle
+        handle.start(direction, Payload(rows_XD, weights))
         return rows_XD.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.trip.take()
+        return None, None, *ctx.handle.finish()
 
 
-class _Arrive(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
+    """Waits for an exchange; its backward starts the exchange of the gradients, in the other direction."""
+
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, trip: Trip, gradients_departure: Departure) -> tuple[Tensor | None, ...]:
-        ctx.trip, ctx.departure = trip, gradients_departure
-        return tuple(trip.take())
+    def forward(ctx: Any, edge: Tensor, handle: LayerDispatch, direction: Direction) -> tuple[Tensor | None, ...]:
+        ctx.handle, ctx.direction = handle, _GRADIENT[direction]
+        return tuple(handle.finish())
 
     @staticmethod
     def backward(ctx: Any, d_rows_XD: Tensor, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.trip.under_way(ctx.departure(Load(d_rows_XD, d_weights)))
+        ctx.handle.start(ctx.direction, Payload(d_rows_XD, d_weights))
         return d_rows_XD.new_empty(0), None, None
 
 
 class LocalDispatcher:
-    """All experts are here."""
+    """All experts are local."""
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Trip:
-        return Trip(rows_TD, routing.weights_TK, Here(routing, fp8))
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> LayerDispatch:
+        return LayerDispatch(rows_TD, routing.weights_TK, LocalExchange(routing, fp8))
 
 
 class ProcessGroupDispatcher:
     """Experts are spread evenly over the ranks of a torch.distributed group.
 
-    `experts` is the range that this rank must hold; `later` are gradients to be computed while it waits; rows go
-    through `memory` if there is one. Raises ValueError when the experts do not divide.
+    `experts`: the range that this rank must hold. `deferred`: weight gradients to compute while it waits. `memory`:
+    shared memory of the group's ranks, if rows are to go through it. Raises ValueError when the experts do not divide.
     """
 
     def __init__(
@@ -147,10 +150,10 @@ class ProcessGroupDispatcher:
         group: dist.ProcessGroup,
         num_experts: int,
         timed: Timed = untimed,
-        later: DeferredGradients | None = None,
+        deferred: DeferredGradients | None = None,
         memory: PeerMemory | None = None,
     ) -> None:
-        self.link = Link(group, timed, later, memory)
+        self.all_to_all = AllToAll(group, timed, deferred, memory)
         self.ranks = dist.get_world_size(group)
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not divide over the {self.ranks} ranks of the group")
@@ -159,12 +162,12 @@ class ProcessGroupDispatcher:
         first = dist.get_rank(group) * local
         self.experts = range(first, first + local)
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Trip:
-        return Trip(rows_TD, routing.weights_TK, self.crossing(routing, fp8))
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> LayerDispatch:
+        return LayerDispatch(rows_TD, routing.weights_TK, self.exchange(routing, fp8))
 
-    def crossing(self, routing: Routing, fp8: bool) -> Crossing:
-        """How the rows of one layer cross."""
-        return ExchangeCrossing(self.link, routing, self.experts, self.ranks, fp8)
+    def exchange(self, routing: Routing, fp8: bool) -> Exchange:
+        """The exchange of one layer."""
+        return AllToAllExchange(self.all_to_all, routing, self.experts, self.ranks, fp8)
 
 
 def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -> Dispatcher:

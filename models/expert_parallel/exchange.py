@@ -1,183 +1,224 @@
-"""The part of a layer's way that lies between ranks: rows to the ranks of their experts, and sums of results home.
+"""One layer's exchange of rows between ranks: tokens to the ranks of their experts, partial sums of results back.
 
-In FP8 training, rows go in FP8 (`kernels/wire.py`), forward those of tokens, backward the gradients of results. What
-comes home comes in the rows' own dtype (DeepSeek-V3 §3.3.3), summed by its rank.
+Dispatch sends each token once to each rank that holds any of its experts (`send_plan.py`). In the forward pass the ids
+of the token's experts and the router's weights go with it. In FP8 training dispatch sends FP8 (`kernels/wire.py`):
+tokens in the forward pass, gradients of results in the backward pass. Combine returns one row for each row received, in
+the rows' own dtype (DeepSeek-V3 §3.3.3), and sums them where the token is.
 
-A row crosses once to each rank that has any of its token's experts (`copies.py`). Forward, the ids of all its experts
-and the router's weights go with it.
-
-Shapes: T tokens here, A rows that arrive, K slots, P ranks, E experts, L experts here, C copies, D hidden size, N bytes
-of a tail.
+Shapes: T tokens of this rank, A received rows, K slots, P ranks, E experts, L local experts, C sent rows, D hidden
+size, N bytes of metadata.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moray.kernels.wire import pack_rows, packed_width, unpack_rows
-from moray.models.expert_parallel.all_to_all import Arrival, Link
-from moray.models.expert_parallel.expert_permutation import Spread
-from moray.models.expert_parallel.send_plan import Copies
+from moray.models.expert_parallel.all_to_all import AllToAll, PendingRows
+from moray.models.expert_parallel.expert_permutation import ExpertPermutation
+from moray.models.expert_parallel.send_plan import SendPlan
 from moray.models.expert_parallel.stages import Routing
 
 
-class Load(NamedTuple):
-    """What is on its way: rows, [T, D] or [A, D], and a number for each of their slots, [T, K] or [A, K], or none."""
+class Payload(NamedTuple):
+    """What is exchanged: rows, [T, D] or [A, D], and a number for each of their slots, [T, K] or [A, K], or None."""
 
     rows: Tensor
     weights: Tensor | None
 
 
-Arrivals = Callable[[], Load]  # waits for a transfer that is under way; what arrived
+class PendingPayload(Protocol):
+    """A payload in flight."""
+
+    def wait(self) -> Payload:
+        """Blocks until it has arrived; called once."""
 
 
-class Crossing(Protocol):
-    """Of one layer's rows. Each call is a departure. The first brings the weights there; forward and backward go the
-    same ways, so others may follow without."""
+class Exchange(Protocol):
+    """The exchange of one layer. The first dispatch brings the weights. The backward pass uses the same two directions,
+    so later calls may come without weights."""
 
-    def there(self, load: Load) -> Arrivals:
-        """Sends tokens' rows to the ranks of their experts."""
+    def start_dispatch(self, payload: Payload) -> PendingPayload:
+        """Starts to send tokens' rows to the ranks of their experts."""
 
-    def back(self, load: Load) -> Arrivals:
-        """Sends what came of the rows that arrived, in their order, to where they are from, and sums it there."""
+    def start_combine(self, payload: Payload) -> PendingPayload:
+        """Starts to return one row for each received row, in their order; they are summed where the token is."""
 
     def counts_L(self) -> Tensor:  # noqa: N802
-        """Rows of each expert here, int64; known once rows have departed. On the host, if that is where it was
-        heard."""
+        """Rows of each local expert, int64, once a dispatch has started. On the host where the host has heard it."""
 
-    def spread(self) -> Spread:
-        """Of the rows that arrived, over the experts here; known once they have."""
+    def permutation(self) -> ExpertPermutation:
+        """Of the received rows over the local experts, once a dispatch with weights has arrived."""
 
 
-class Here:
-    """All experts are here, and nothing crosses. Rows are rounded to FP8 all the same, so that what is computed depends
-    on the number of ranks as little as it can."""
+@dataclass(frozen=True)
+class ReadyPayload:
+    """A payload that has not left this process."""
+
+    payload: Payload
+
+    def wait(self) -> Payload:
+        return self.payload
+
+
+class LocalExchange:
+    """All experts are local, and nothing is sent. Rows are rounded to FP8 all the same, so that results depend on the
+    number of ranks as little as possible."""
 
     def __init__(self, routing: Routing, fp8: bool) -> None:
         self._ids_TK, self._counts_E, self._fp8 = routing.ids_TK, routing.counts_E, fp8
 
-    def there(self, load: Load) -> Arrivals:
-        rows_TD, weights_TK = load
+    def start_dispatch(self, payload: Payload) -> PendingPayload:
+        rows_TD, weights_TK = payload
         if self._fp8:
             rows_TD = unpack_rows(pack_rows(rows_TD), rows_TD.shape[1], rows_TD.dtype)
-        return lambda: Load(rows_TD, weights_TK)
+        return ReadyPayload(Payload(rows_TD, weights_TK))
 
-    def back(self, load: Load) -> Arrivals:
-        return lambda: load
+    def start_combine(self, payload: Payload) -> PendingPayload:
+        return ReadyPayload(payload)
 
     def counts_L(self) -> Tensor:  # noqa: N802
         return self._counts_E
 
-    def spread(self) -> Spread:
-        return Spread.of(self._ids_TK, len(self._counts_E), self._ids_TK.numel())
+    def permutation(self) -> ExpertPermutation:
+        return ExpertPermutation.of(self._ids_TK, len(self._counts_E), self._ids_TK.numel())
 
 
-class Announcement:
-    """How many rows will come from whom: every rank tells every other, before it sends any.
+class Counts(NamedTuple):
+    """Rows sent to each rank and received from each, on the host; counts_L: rows of each local expert, int64."""
 
-    On a GPU, what was heard is copied to the host on a stream of its own, so that to read it is not to wait for what
-    was launched meanwhile.
+    send: list[int]
+    recv: list[int]
+    counts_L: Tensor
+
+
+class CountExchange:
+    """A small all-to-all ahead of the rows: an exchange of rows needs its counts on the host.
+
+    On a GPU the received counts are copied to the host on a stream of their own, so that reading them does not wait for
+    kernels that were launched meanwhile.
     """
 
-    def __init__(self, link: Link, counts_E: Tensor, copies_P: Tensor) -> None:
-        """counts_E: pairs of this rank for each expert of all ranks; copies_P: rows that it sends to each rank."""
-        self._sent_PX = torch.cat((counts_E.view(len(copies_P), -1), copies_P.unsqueeze(1)), dim=1)
-        self._arrival = link.exchange(self._sent_PX, None, None)
+    def __init__(self, all_to_all: AllToAll, counts_E: Tensor, send_counts_P: Tensor) -> None:
+        """counts_E: pairs of this rank for each expert of all ranks."""
+        self._sent_PX = torch.cat((counts_E.view(len(send_counts_P), -1), send_counts_P.unsqueeze(1)), dim=1)
+        self._pending = all_to_all.start(self._sent_PX, None, None)
         self._side = torch.cuda.Stream() if counts_E.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def heard(self) -> tuple[list[int], list[int], Tensor]:
-        """(copies to each rank, copies from each, rows of each expert here, int64), on the host."""
+    def wait(self) -> Counts:
         if self._side is None:
-            both = torch.stack((self._sent_PX, self._arrival()))
+            both = torch.stack((self._sent_PX, self._pending.wait()))
         else:
             with torch.cuda.stream(self._side):
-                both = torch.stack((self._sent_PX, self._arrival())).cpu()  # the one sync, of this stream alone
-        return both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0)
+                both = torch.stack((self._sent_PX, self._pending.wait())).cpu()  # the one sync, of this stream alone
+        return Counts(both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0))
 
 
-class ExchangeCrossing:
-    """By the exchanges of a `Link`. There is one more, small and first, of counts, since an exchange of rows needs its
-    split sizes on the host."""
+class AllToAllExchange:
+    """By `AllToAll`: counts first, then bytes of rows with their metadata."""
 
-    def __init__(self, link: Link, routing: Routing, experts: range, ranks: int, fp8: bool) -> None:
-        self._link, self._ids_TK, self._experts, self._fp8 = link, routing.ids_TK, experts, fp8
-        self._copies = Copies.of(routing.ids_TK, ranks, len(experts))
-        self._announcement = Announcement(link, routing.counts_E, self._copies.counts_P())
-        self._heard: tuple[list[int], list[int], Tensor] | None = None
+    def __init__(self, all_to_all: AllToAll, routing: Routing, experts: range, ranks: int, fp8: bool) -> None:
+        self._all_to_all, self._ids_TK, self.experts, self.fp8 = all_to_all, routing.ids_TK, experts, fp8
+        self._plan = SendPlan.of(routing.ids_TK, ranks, len(experts))
+        self._pending_counts = CountExchange(all_to_all, routing.counts_E, self._plan.send_counts())
+        self._counts: Counts | None = None
         self._ids_AK: Tensor | None = None
 
-    def there(self, load: Load) -> Arrivals:
-        if self._heard is None:
-            self._heard = self._announcement.heard()
-        sent, received, _ = self._heard
-        rows_TD, weights_TK = load
-        tails_TN = self._tails(rows_TD, weights_TK)
-        if self._fp8 and self._link.memory is not None:
-            arrival = self._link.push(rows_TD, tails_TN, self._copies.goes_PT, sent, received)
+    def start_dispatch(self, payload: Payload) -> PendingPayload:
+        if self._counts is None:
+            self._counts = self._pending_counts.wait()
+        send, recv, _ = self._counts
+        rows_TD, weights_TK = payload
+        metadata_TN = self._metadata(rows_TD, weights_TK)
+        if self.fp8 and self._all_to_all.memory is not None:
+            pending = self._all_to_all.start_fp8(rows_TD, metadata_TN, self._plan.sent_PT, send, recv)
         else:
-            bytes_TX = torch.cat((pack_rows(rows_TD) if self._fp8 else _bytes(rows_TD), tails_TN), dim=1)
-            arrival = self._link.exchange(self._copies.made(bytes_TX, sum(sent)), sent, received)
-        return self._unpacked(arrival, load)
+            bytes_TX = torch.cat((pack_rows(rows_TD) if self.fp8 else _as_bytes(rows_TD), metadata_TN), dim=1)
+            pending = self._all_to_all.start(self._plan.gather(bytes_TX, sum(send)), send, recv)
+        slots, dtype = (0, rows_TD.dtype) if weights_TK is None else (weights_TK.shape[1], weights_TK.dtype)
+        return _PendingDispatch(self, pending, rows_TD.shape[1], rows_TD.dtype, slots, dtype)
 
-    def back(self, load: Load) -> Arrivals:
-        assert self._heard is not None
-        sent, received, _ = self._heard
-        rows_AD, weights_AK = load
+    def start_combine(self, payload: Payload) -> PendingPayload:
+        assert self._counts is not None
+        send, recv, _ = self._counts
+        rows_AD, weights_AK = payload
+        like = rows_AD.new_empty(0, rows_AD.shape[1])  # not the rows themselves, which are free once they are sent
         if weights_AK is None:
-            arrival = self._link.exchange(rows_AD, received, sent)
-            return lambda: Load(self._copies.sums(arrival()), None)
-        bytes_AX = torch.cat((_bytes(rows_AD), _bytes(weights_AK)), dim=1)
-        arrival, dtypes = self._link.exchange(bytes_AX, received, sent), (rows_AD.dtype, weights_AK.dtype)
-        width = rows_AD.shape[1] * rows_AD.element_size()
-
-        def summed() -> Load:
-            parts_CX = arrival().tensor_split([width], dim=1)
-            numbers = (_numbers(part_CX, dtype) for part_CX, dtype in zip(parts_CX, dtypes, strict=True))
-            return Load(*map(self._copies.sums, numbers))
-
-        return summed
+            return _PendingCombine(self._plan, self._all_to_all.start(rows_AD, recv, send), like, None)
+        bytes_AX = torch.cat((_as_bytes(rows_AD), _as_bytes(weights_AK)), dim=1)
+        return _PendingCombine(self._plan, self._all_to_all.start(bytes_AX, recv, send), like, weights_AK.dtype)
 
     def counts_L(self) -> Tensor:  # noqa: N802
-        assert self._heard is not None, "rows are sent first"
-        return self._heard[2]
+        assert self._counts is not None, "a dispatch comes first"
+        return self._counts.counts_L
 
-    def spread(self) -> Spread:
-        assert self._ids_AK is not None, "rows arrive first"
-        return Spread.of(self._ids_AK, len(self._experts), int(self.counts_L().sum()))
+    def permutation(self) -> ExpertPermutation:
+        assert self._ids_AK is not None, "a dispatch with weights comes first"
+        return ExpertPermutation.of(self._ids_AK, len(self.experts), int(self.counts_L().sum()))
 
-    def _tails(self, rows_TD: Tensor, weights_TK: Tensor | None) -> Tensor:
-        """What goes with the rows: uint8 [T, N]."""
+    def received(self, ids_AK: Tensor) -> None:
+        """Global ids of the received rows' experts."""
+        local_AK = ids_AK - self.experts.start
+        self._ids_AK = torch.where((local_AK >= 0) & (local_AK < len(self.experts)), local_AK, -1)
+
+    def _metadata(self, rows_TD: Tensor, weights_TK: Tensor | None) -> Tensor:
+        """Bytes that go with the rows, uint8 [T, N]: expert ids, then weights."""
         if weights_TK is None:
             return rows_TD.new_empty((len(rows_TD), 0), dtype=torch.uint8)
-        return torch.cat((_bytes(self._ids_TK.int()), _bytes(weights_TK)), dim=1)
-
-    def _unpacked(self, arrival: Arrival, load: Load) -> Arrivals:
-        (_, columns), dtype = load.rows.shape, load.rows.dtype
-        width = packed_width(columns) if self._fp8 else columns * dtype.itemsize
-        weights_TK = load.weights
-        slots, weights_dtype = (0, dtype) if weights_TK is None else (weights_TK.shape[1], weights_TK.dtype)
-
-        def unpacked() -> Load:
-            bytes_AX = arrival()
-            row_bytes = bytes_AX[:, :width]
-            rows_AD = unpack_rows(row_bytes, columns, dtype) if self._fp8 else _numbers(row_bytes, dtype)
-            if not slots:
-                return Load(rows_AD, None)
-            ids_bytes, weights_bytes = bytes_AX[:, width:].tensor_split([slots * torch.int32.itemsize], dim=1)
-            ids_AK = _numbers(ids_bytes, torch.int32) - self._experts.start
-            self._ids_AK = torch.where((ids_AK >= 0) & (ids_AK < len(self._experts)), ids_AK, -1)
-            return Load(rows_AD, _numbers(weights_bytes, weights_dtype))
-
-        return unpacked
+        return torch.cat((_as_bytes(self._ids_TK.int()), _as_bytes(weights_TK)), dim=1)
 
 
-def _bytes(rows_XD: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _PendingDispatch:
+    """Received bytes: rows of `columns` numbers, then `slots` expert ids and weights."""
+
+    exchange: AllToAllExchange
+    pending: PendingRows
+    columns: int
+    dtype: torch.dtype
+    slots: int
+    weights_dtype: torch.dtype
+
+    def wait(self) -> Payload:
+        bytes_AX = self.pending.wait()
+        fp8 = self.exchange.fp8
+        width = packed_width(self.columns) if fp8 else self.columns * self.dtype.itemsize
+        row_bytes = bytes_AX[:, :width]
+        rows_AD = unpack_rows(row_bytes, self.columns, self.dtype) if fp8 else _as_numbers(row_bytes, self.dtype)
+        if not self.slots:
+            return Payload(rows_AD, None)
+        ids_bytes, weights_bytes = bytes_AX[:, width:].tensor_split([self.slots * torch.int32.itemsize], dim=1)
+        self.exchange.received(_as_numbers(ids_bytes, torch.int32))
+        return Payload(rows_AD, _as_numbers(weights_bytes, self.weights_dtype))
+
+
+@dataclass(frozen=True)
+class _PendingCombine:
+    """Returned rows, to be summed by token; as bytes, followed by those of weights, where `weights_dtype` is given.
+    like: has the rows' width and dtype."""
+
+    plan: SendPlan
+    pending: PendingRows
+    like: Tensor
+    weights_dtype: torch.dtype | None
+
+    def wait(self) -> Payload:
+        returned_CX = self.pending.wait()
+        if self.weights_dtype is None:
+            return Payload(self.plan.reduce(returned_CX), None)
+        width = self.like.shape[1] * self.like.element_size()
+        rows_bytes, weights_bytes = returned_CX.tensor_split([width], dim=1)
+        rows_CD, weights_CK = _as_numbers(rows_bytes, self.like.dtype), _as_numbers(weights_bytes, self.weights_dtype)
+        return Payload(self.plan.reduce(rows_CD), self.plan.reduce(weights_CK))
+
+
+def _as_bytes(rows_XD: Tensor) -> Tensor:
     if not len(rows_XD):  # its last stride may be any
         return rows_XD.new_empty((0, rows_XD.shape[1] * rows_XD.element_size()), dtype=torch.uint8)
     return rows_XD.contiguous().view(torch.uint8)
 
 
-def _numbers(bytes_XN: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_numbers(bytes_XN: Tensor, dtype: torch.dtype) -> Tensor:
     return bytes_XN.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -1,6 +1,6 @@
-"""Rows that arrived, spread over the experts here; and each row's results, summed.
+"""The received rows in the order of the local experts, and the sum of the experts' results for each received row.
 
-Shapes: A rows that arrived, K slots, L experts here, R rows at the experts: pairs (row, slot) whose expert is here, D
+Shapes: A received rows, K slots, L local experts, R rows at the experts: pairs (row, slot) whose expert is local, D
 columns.
 """
 
@@ -13,37 +13,37 @@ from moray.kernels.permute import sum_slots
 
 
 @dataclass(frozen=True)
-class Spread:
-    """order_R: the pairs here, by expert, then in the order of arrival (pair a * K + k is slot k of row a). places_AK:
-    where each pair went; -1 where its expert is elsewhere."""
+class ExpertPermutation:
+    """order_R: the local pairs, by expert, then in the order of arrival (pair a * K + k is slot k of row a). places_AK:
+    the position of each pair in that order; -1 where its expert is on another rank."""
 
     order_R: Tensor
     places_AK: Tensor
 
     @classmethod
-    def of(cls, ids_AK: Tensor, local: int, rows: int) -> "Spread":
-        """For rows that go to the experts ids_AK of `local` here, -1 for those elsewhere; R = `rows` pairs are here,
-        which a device need not be asked for."""
+    def of(cls, ids_AK: Tensor, local: int, rows: int) -> "ExpertPermutation":
+        """For rows routed to the local experts ids_AK in [0, local), -1 for others; R = `rows` pairs are local, which
+        is given so that no device has to be asked for it."""
         experts_S = torch.where(ids_AK < 0, local, ids_AK).flatten()
         order_R = experts_S.argsort(stable=True)[:rows]
         places_S = torch.full_like(experts_S, -1, dtype=torch.int64)
         places_S[order_R] = torch.arange(rows, device=ids_AK.device)
         return cls(order_R, places_S.view_as(ids_AK))
 
-    def rows(self, rows_AD: Tensor) -> Tensor:
-        """Each row at all its experts: rows_RD."""
+    def expand(self, rows_AD: Tensor) -> Tensor:
+        """Each row once for each of its local experts: rows_RD."""
         return rows_AD.index_select(0, self.order_R // self.places_AK.shape[1])
 
-    def weights(self, weights_AK: Tensor) -> Tensor:
-        """The weight of each row at the experts: weights_R."""
+    def expand_weights(self, weights_AK: Tensor) -> Tensor:
+        """The router's weight of each of these: weights_R."""
         return weights_AK.flatten().index_select(0, self.order_R)
 
-    def sums(self, rows_RD: Tensor) -> Tensor:
-        """The sum over its slots of what the experts made of a row: rows_AD."""
+    def reduce(self, rows_RD: Tensor) -> Tensor:
+        """The sum of the results for each received row: rows_AD."""
         return sum_slots(rows_RD, self.places_AK)
 
-    def slots(self, weights_R: Tensor) -> Tensor:
-        """The weights where they came from, weights_AK; 0 where an expert is elsewhere."""
+    def to_slots(self, weights_R: Tensor) -> Tensor:
+        """The inverse of `expand_weights`: weights_AK, 0 where an expert is on another rank."""
         weights_S = weights_R.new_zeros(self.places_AK.numel())
         weights_S[self.order_R] = weights_R
         return weights_S.view_as(self.places_AK)

@@ -1,10 +1,10 @@
-"""Work in parts: a generator that yields whenever it has set rows on their way and would have to wait for them.
+"""Micro-batches in turn: a generator yields after it has started an exchange and before it waits for it.
 
-Several of them, in turn, work in each other's waits. Whoever is alone just goes on.
+While one waits, the others compute. A single one just continues.
 
-Notable: autograd runs a backward in the reverse of the order in which the forward ran, also across losses that are
-added up. So what lies between a departure and an arrival in the forward lies between them in the backward too, and one
-schedule serves both (torch's engine takes, of the nodes that are ready, the one that was made last).
+Notable: autograd runs the backward pass in the reverse order of the forward pass, also across losses that are added up.
+So what runs between a start and its wait in the forward pass does so in the backward pass too, and one schedule serves
+both (torch's engine takes, of the nodes that are ready, the one that was made last).
 """
 
 from collections.abc import Generator, Sequence

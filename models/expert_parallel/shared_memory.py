@@ -42,17 +42,17 @@ class PeerMemory:
             inbox.copy_(rows.reshape(-1).view(torch.uint8))
         return self._next()
 
-    def push(self, rows_TD: Tensor, tails_TN: Tensor, goes_PT: Tensor, counts: Sequence[int]) -> int:
-        """FP8 copies of rows, and tails, for each rank (`kernels/push.py`), of which there are so many."""
-        width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
+    def push(self, rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, counts: Sequence[int]) -> int:
+        """Writes rows in FP8, with their metadata, for each rank (`kernels/push.py`); counts: rows for each."""
+        width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
         inboxes = [inbox.view(-1, width) for inbox in self._inboxes([count * width for count in counts])]
-        push_rows(rows_TD, tails_TN, goes_PT, inboxes)
+        push_rows(rows_TD, metadata_TN, sent_PT, inboxes)
         return self._next()
 
     def read(self, number: int, counts: Sequence[int], like: Tensor) -> Tensor:
         """So many rows from each rank, of exchange `number`, once all are said to be written; `like` has their
         trailing shape and dtype."""
-        assert number == self._read, "arrivals come in the order of departures"
+        assert number == self._read, "exchanges are read in the order of writes"
         self._read += 1
         width = like.shape[1:].numel() * like.element_size()
         parts = [self._place(self._rank, sender, number)[: count * width] for sender, count in enumerate(counts)]
@@ -61,7 +61,7 @@ class PeerMemory:
     def _inboxes(self, sizes: Sequence[int]) -> list[Tensor]:
         """Of every rank, the one for this rank's next exchange, as many bytes of it."""
         if self._written - self._read == IN_FLIGHT:
-            raise RuntimeError(f"more than {IN_FLIGHT} exchanges are between their departure and their arrival")
+            raise RuntimeError(f"more than {IN_FLIGHT} exchanges are between their write and their read")
         if max(sizes) > _INBOX:
             raise RuntimeError(f"{max(sizes)} bytes for one rank are more than {_INBOX}: make micro-batches smaller")
         return [self._place(peer, self._rank, self._written)[:size] for peer, size in enumerate(sizes)]

@@ -1,8 +1,8 @@
-"""The protocol of a layer: attend_route -> dispatch -> shared -> send -> experts -> send back -> aggregate.
+"""The stages of a layer: attend and route, dispatch, experts, combine, aggregate.
 
-The stages are separate calls so that a schedule may run other compute while rows are on their way; `layer_parts` is
-that schedule. A `Dispatcher` moves rows between tokens and experts; the layer does not know whether the experts are in
-this process.
+They are separate calls so that a schedule may run other compute while rows are in flight; `layer_parts` is that
+schedule. A `Dispatcher` moves rows between tokens and experts; the layer does not know whether the experts are in this
+process.
 
 Shapes: B batch, T tokens (of a row, or of the flattened batch where there is no B), K slots, E experts, L local
 experts, R rows, D hidden size.
@@ -39,7 +39,7 @@ class Places:
         return values_TX if self.rows_R is None else values_TX.index_select(0, self.rows_R)
 
     def put(self, rows_RD: Tensor, places: int) -> Tensor:
-        """The way back: [T, D], zero at padding."""
+        """The inverse of `take`: [T, D], zero at padding."""
         if self.rows_R is None:
             return rows_RD
         return rows_RD.new_zeros(places, rows_RD.shape[1]).index_copy(0, self.rows_R, rows_RD)
@@ -69,30 +69,30 @@ class Routing:
     balance: Tensor | None
 
 
-class Dispatch(Protocol):
-    """One layer's rows on their way to experts and home. Its calls come in this order, once each."""
+class DispatchHandle(Protocol):
+    """The exchange of one layer's rows. Its calls come in this order, once each."""
 
-    def send(self) -> None:
-        """Sets the rows on their way."""
+    def start_dispatch(self) -> None:
+        """Starts to send the rows to their experts."""
 
-    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Waits for those that come here: rows_RD, sorted by local expert, the router's weight of each, weights_R, and
-        counts_L, int64, the rows of each *local* expert; on the host where the dispatcher had to bring it there."""
+    def wait_dispatch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits for the rows of the local experts: rows_RD, sorted by expert, the router's weight of each, weights_R,
+        and counts_L, int64, the rows of each *local* expert; on the host where the dispatcher had to bring it there."""
 
-    def send_back(self, rows_RD: Tensor) -> None:
-        """Sets the experts' results, by weight, on their way."""
+    def start_combine(self, rows_RD: Tensor) -> None:
+        """Starts to return the experts' results, which are multiplied by the weights."""
 
-    def home(self) -> Tensor:
-        """Waits for the sums of these for the tokens here: rows_TD."""
+    def wait_combine(self) -> Tensor:
+        """Waits for the sums of these for this rank's tokens: rows_TD."""
 
 
 class Dispatcher(Protocol):
-    """Brings rows to experts and results back. Every rank makes the same calls in the same order, since each may be a
+    """Moves rows to experts and results back. Every rank makes the same calls in the same order, since each may be a
     collective."""
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> Dispatch:
-        """Prepares to send row t to the experts `routing.ids_TK[t]`, whose owners begin to hear how much will come;
-        with `fp8` it goes in FP8, and so do the results' gradients."""
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> DispatchHandle:
+        """Prepares to send row t to the experts `routing.ids_TK[t]`, and starts to tell their ranks how many rows will
+        come. With `fp8`, rows are sent in FP8, and so are the gradients of the results."""
         ...
 
 
@@ -118,7 +118,7 @@ class Layer(Protocol[A_contra]):
     """
 
     def attend_route(self, x_BTD: Tensor, attend: A_contra, places: Places) -> Attended: ...
-    def dispatch(self, attended: Attended) -> Dispatch: ...
+    def dispatch(self, attended: Attended) -> DispatchHandle: ...
     def local(self, attended: Attended) -> Tensor | None: ...
     def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor: ...
     def aggregate(self, attended: Attended, *parts_TD: Tensor | None) -> Tensor: ...
@@ -130,18 +130,18 @@ Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 def layer_parts(
     layer: Layer[Attend], x_BTD: Tensor, attend: Attend, places: Places = EVERYWHERE
 ) -> Parts[tuple[Tensor, Tensor | None]]:
-    """The layer's output and its balance loss, if it has one. Yields while rows are on their way.
+    """The layer's output and its balance loss, if it has one. Yields while rows are in flight.
 
-    What every token visits is computed while the ranks hear from each other how many rows will come.
+    The shared expert is computed while the ranks exchange how many rows will come.
     """
     attended = layer.attend_route(x_BTD, attend, places)
     if attended.routing is None:
         return layer.aggregate(attended, layer.local(attended)), None
-    dispatch = layer.dispatch(attended)
+    handle = layer.dispatch(attended)
     local_TD = layer.local(attended)
-    dispatch.send()
+    handle.start_dispatch()
     yield
-    dispatch.send_back(layer.experts(*dispatch.arrived()))
+    handle.start_combine(layer.experts(*handle.wait_dispatch()))
     yield
-    home_TD = places.put(dispatch.home(), len(attended.rows_TD))
-    return layer.aggregate(attended, local_TD, home_TD), attended.routing.balance
+    routed_TD = places.put(handle.wait_combine(), len(attended.rows_TD))
+    return layer.aggregate(attended, local_TD, routed_TD), attended.routing.balance

@@ -26,14 +26,14 @@ def _drawn(tokens, columns, ranks, tail, dtype, extreme, seed):
     rows_TD = (rows_TD * 10 ** (20 * (torch.rand(tokens, columns, generator=generator) - 0.5))).to(dtype)
     if extreme is not None:
         rows_TD[::2, ::3] = extreme
-    tails_TN = torch.randint(0, 256, (tokens, tail), dtype=torch.uint8, generator=generator)
-    return rows_TD, tails_TN, torch.rand(ranks, tokens, generator=generator) < 0.6
+    metadata_TN = torch.randint(0, 256, (tokens, tail), dtype=torch.uint8, generator=generator)
+    return rows_TD, metadata_TN, torch.rand(ranks, tokens, generator=generator) < 0.6
 
 
-def _pushed(form, rows_TD, tails_TN, goes_PT):
-    width = packed_width(rows_TD.shape[1]) + tails_TN.shape[1]
-    inboxes = [torch.full((len(rows_TD) + 1, width), UNTOUCHED, dtype=torch.uint8) for _ in goes_PT]
-    form(rows_TD, tails_TN, goes_PT, inboxes)
+def _pushed(form, rows_TD, metadata_TN, sent_PT):
+    width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
+    inboxes = [torch.full((len(rows_TD) + 1, width), UNTOUCHED, dtype=torch.uint8) for _ in sent_PT]
+    form(rows_TD, metadata_TN, sent_PT, inboxes)
     return inboxes
 
 
@@ -49,13 +49,13 @@ def _pushed(form, rows_TD, tails_TN, goes_PT):
     seed=st.integers(0, 2**31),
 )
 def test_whoever_looks_finds_its_rows_in_order(form, tokens, columns, ranks, tail, dtype, extreme, seed):
-    rows_TD, tails_TN, goes_PT = _drawn(tokens, columns, ranks, tail, dtype, extreme, seed)
+    rows_TD, metadata_TN, sent_PT = _drawn(tokens, columns, ranks, tail, dtype, extreme, seed)
     packed, width = pack_rows_reference(rows_TD), packed_width(columns)
-    for inbox, goes_T in zip(_pushed(form, rows_TD, tails_TN, goes_PT), goes_PT, strict=True):
-        source_C = goes_T.nonzero().squeeze(1)
+    for inbox, sent_T in zip(_pushed(form, rows_TD, metadata_TN, sent_PT), sent_PT, strict=True):
+        source_C = sent_T.nonzero().squeeze(1)
         found, rest = inbox[: len(source_C)], inbox[len(source_C) :]
         same_bits(unpack_rows(found[:, :width], columns, dtype), unpack_rows(packed[source_C], columns, dtype))
-        assert torch.equal(found[:, width:], tails_TN[source_C])
+        assert torch.equal(found[:, width:], metadata_TN[source_C])
         assert (rest == UNTOUCHED).all(), "it wrote past what it sends"
         finite = packed[source_C][:, columns:].ne(255).all(1)
         assert torch.equal(found[finite, :width], packed[source_C][finite])
@@ -99,10 +99,10 @@ def test_which_form_runs(monkeypatch):
     ("change", "message"),
     [
         (lambda rows, tails, goes, inboxes: (rows.double(), tails, goes, inboxes), "rows_TD has dtype"),
-        (lambda rows, tails, goes, inboxes: (rows, tails[:2], goes, inboxes), "tails_TN has shape"),
-        (lambda rows, tails, goes, inboxes: (rows, tails, goes[:, :2], inboxes), "goes_PT has shape"),
-        (lambda rows, tails, goes, inboxes: (rows, tails, goes.int(), inboxes), "goes_PT has dtype"),
-        (lambda rows, tails, goes, inboxes: (rows, tails, goes, inboxes[:1]), "goes_PT has shape"),
+        (lambda rows, tails, goes, inboxes: (rows, tails[:2], goes, inboxes), "metadata_TN has shape"),
+        (lambda rows, tails, goes, inboxes: (rows, tails, goes[:, :2], inboxes), "sent_PT has shape"),
+        (lambda rows, tails, goes, inboxes: (rows, tails, goes.int(), inboxes), "sent_PT has dtype"),
+        (lambda rows, tails, goes, inboxes: (rows, tails, goes, inboxes[:1]), "sent_PT has shape"),
         (
             lambda rows, tails, goes, inboxes: (rows, tails, goes, [inboxes[0], inboxes[1][:, 1:]]),
             r"inboxes\[1\] has shape",
@@ -110,7 +110,7 @@ def test_which_form_runs(monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    rows_TD, tails_TN, goes_PT = _drawn(3, 40, 2, 5, torch.float32, None, 1)
+    rows_TD, metadata_TN, sent_PT = _drawn(3, 40, 2, 5, torch.float32, None, 1)
     inboxes = [torch.zeros(3, packed_width(40) + 5, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
-        push_rows(*change(rows_TD, tails_TN, goes_PT, inboxes))
+        push_rows(*change(rows_TD, metadata_TN, sent_PT, inboxes))

@@ -15,9 +15,9 @@ def _moe(model):
 def _run(moe, rows_TD):
     routing = moe.route(rows_TD, 1)
     dispatch = moe.dispatch(rows_TD, routing)
-    dispatch.send()
-    dispatch.send_back(moe.compute(*dispatch.arrived()))
-    return dispatch.home() + moe.local(rows_TD)
+    dispatch.start_dispatch()
+    dispatch.start_combine(moe.compute(*dispatch.wait_dispatch()))
+    return dispatch.wait_combine() + moe.local(rows_TD)
 
 
 def test_stages_equal_a_sum_over_each_tokens_experts(make_model):

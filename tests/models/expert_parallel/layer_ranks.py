@@ -115,12 +115,12 @@ def check_empty_rank(group, dispatching):
     ids_TK = (torch.arange(tokens)[:, None] + torch.arange(2)) % 8
     weights_TK = torch.rand(tokens, 2, requires_grad=True)
     dispatch = dispatcher.dispatch(rows_TD, routing_to(ids_TK, weights_TK, 8))
-    dispatch.send()
-    rows_RD, weights_R, counts_L = dispatch.arrived()
+    dispatch.start_dispatch()
+    rows_RD, weights_R, counts_L = dispatch.wait_dispatch()
     assert counts_L.sum() == len(rows_RD) == len(weights_R)
     expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), counts_L)
-    dispatch.send_back(rows_RD * (weights_R * (1 + expert_R))[:, None])
-    home_TD, factors_TK = dispatch.home(), 1.0 + ids_TK
+    dispatch.start_combine(rows_RD * (weights_R * (1 + expert_R))[:, None])
+    home_TD, factors_TK = dispatch.wait_combine(), 1.0 + ids_TK
     sums_T1 = (weights_TK * factors_TK).detach().sum(1, keepdim=True)
     torch.testing.assert_close(home_TD, rows_TD * sums_T1)
     home_TD.sum().backward()
@@ -140,9 +140,9 @@ def check_fp8(group, dispatching):
     for dispatcher in (LocalDispatcher(), dispatching(208, 2, True)):
         rows_TD = x_TD.clone().requires_grad_()
         dispatch = dispatcher.dispatch(rows_TD, routing, fp8=True)
-        dispatch.send()
-        dispatch.send_back(dispatch.arrived()[0] * 2)
-        home_TD = dispatch.home()
+        dispatch.start_dispatch()
+        dispatch.start_combine(dispatch.wait_dispatch()[0] * 2)
+        home_TD = dispatch.wait_combine()
         (home_TD * factors_TD).sum().backward()
         found.append((home_TD.detach(), rows_TD.grad))
     for here, there in zip(*found, strict=True):

@@ -39,7 +39,7 @@ def losses_of(model, batches, overlapped):
 def _step(group, memory, fp8, overlapped, batches):
     """Loss, gradients by name, and what this rank communicated."""
     later = DeferredGradients() if overlapped else None
-    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, later=later, memory=memory)
+    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, deferred=later, memory=memory)
     model = DeepseekV3(CONFIG, experts=dispatcher.experts, dispatcher=dispatcher)
     model.init_weights(5)
     model.train()

@@ -1,10 +1,11 @@
-"""The ranks of test_peers.py."""
+"""The ranks of test_shared_memory.py."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moray.models.expert_parallel.all_to_all import Link
+from moray.models.expert_parallel import shared_memory
+from moray.models.expert_parallel.all_to_all import AllToAll
 from moray.models.expert_parallel.shared_memory import IN_FLIGHT, connect
 
 
@@ -21,19 +22,19 @@ def _rows(number, sender, receiver, count):
 def check_many_exchanges():
     """More than there are inboxes, as many at a time as there may be, read as they were written."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    link = Link(dist.group.WORLD, memory=connect(dist.group.WORLD))
+    all_to_all = AllToAll(dist.group.WORLD, memory=connect(dist.group.WORLD))
     under_way = []
 
     def finish():
-        number, arrival = under_way.pop(0)
+        number, pending = under_way.pop(0)
         counts = _counts(number, ranks)
         expected = [_rows(number, sender, rank, counts[sender][rank]) for sender in range(ranks)]
-        assert torch.equal(arrival(), torch.cat(expected)), number
+        assert torch.equal(pending.wait(), torch.cat(expected)), number
 
     for number in range(60):
         counts = _counts(number, ranks)
         rows = torch.cat([_rows(number, rank, to, counts[rank][to]) for to in range(ranks)])
-        under_way.append((number, link.exchange(rows, counts[rank], [row[rank] for row in counts])))
+        under_way.append((number, all_to_all.start(rows, counts[rank], [row[rank] for row in counts])))
         while len(under_way) > number % (IN_FLIGHT + 1) or len(under_way) == IN_FLIGHT:
             finish()
     while under_way:
@@ -46,10 +47,10 @@ def check_limits():
     memory = connect(dist.group.WORLD)
     parts = [torch.zeros(1)] * ranks
     numbers = [memory.write(parts) for _ in range(IN_FLIGHT)]
-    with pytest.raises(RuntimeError, match="between their departure and their arrival"):
+    with pytest.raises(RuntimeError, match="between their write and their read"):
         memory.write(parts)
     dist.barrier()
-    with pytest.raises(AssertionError, match="in the order of departures"):
+    with pytest.raises(AssertionError, match="in the order of writes"):
         memory.read(numbers[1], [1] * ranks, torch.zeros(1))
     assert memory.read(numbers[0], [1] * ranks, torch.zeros(1)).tolist() == [0.0] * ranks
 

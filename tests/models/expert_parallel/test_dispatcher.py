@@ -8,8 +8,8 @@ from tests.models.expert_parallel.layer_ranks import check_all, routing_to
 
 def _sent(rows_TD, ids_TK, weights_TK, fp8=False):
     dispatch = LocalDispatcher().dispatch(rows_TD, routing_to(ids_TK, weights_TK, 4), fp8)
-    dispatch.send()
-    return dispatch, *dispatch.arrived()
+    dispatch.start_dispatch()
+    return dispatch, *dispatch.wait_dispatch()
 
 
 def test_local_rows_are_sorted_by_expert_and_their_sums_come_home():
@@ -19,8 +19,8 @@ def test_local_rows_are_sorted_by_expert_and_their_sums_come_home():
     assert rows_RD[:, 0].tolist() == [0, 2, 2, 4, 0, 4]
     assert weights_R.tolist() == [1, 2, 3, 5, 0, 4]
     assert counts_L.tolist() == [2, 2, 0, 2]
-    dispatch.send_back(rows_RD * weights_R[:, None])
-    assert torch.equal(dispatch.home(), rows_TD * weights_TK.sum(1, keepdim=True))
+    dispatch.start_combine(rows_RD * weights_R[:, None])
+    assert torch.equal(dispatch.wait_combine(), rows_TD * weights_TK.sum(1, keepdim=True))
 
 
 def test_gradients_take_the_way_back():
@@ -29,8 +29,8 @@ def test_gradients_take_the_way_back():
 
     def there_and_back(x_TD, weights_TK):
         dispatch, rows_RD, weights_R, _ = _sent(x_TD, ids_TK, weights_TK)
-        dispatch.send_back(rows_RD.sin() * torch.arange(1.0, 11.0)[:, None] * weights_R[:, None])
-        return dispatch.home()
+        dispatch.start_combine(rows_RD.sin() * torch.arange(1.0, 11.0)[:, None] * weights_R[:, None])
+        return dispatch.wait_combine()
 
     assert torch.autograd.gradcheck(there_and_back, (x_TD, weights_TK))
 
@@ -41,8 +41,8 @@ def test_in_fp8_rows_go_and_gradients_of_results_too_but_sums_do_not():
     read = unpack_rows(pack_rows(x_TD.detach()), 200, torch.float32)
     assert torch.equal(rows_RD, read.repeat(2, 1))
     results_RD = torch.randn(10, 200, requires_grad=True)
-    dispatch.send_back(results_RD)
-    home_TD = dispatch.home()
+    dispatch.start_combine(results_RD)
+    home_TD = dispatch.wait_combine()
     assert torch.equal(home_TD, results_RD[:5] + results_RD[5:])
     factors_TD = torch.randn(5, 200)
     (home_TD * factors_TD).sum().backward()
@@ -53,5 +53,5 @@ def test_in_fp8_rows_go_and_gradients_of_results_too_but_sums_do_not():
 
 @pytest.mark.cluster
 def test_process_groups_equal_one_process(ranks):
-    """EP=2 and EP=4 over gloo, outputs and gradients in float64; see expert_parallel_ranks.py for the cases."""
+    """EP=2 and EP=4 over gloo, outputs and gradients in float64; see layer_ranks.py for the cases."""
     ranks.run(4, check_all)

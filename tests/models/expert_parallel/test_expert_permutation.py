@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.models.expert_parallel.expert_permutation import Spread
+from moray.models.expert_parallel.expert_permutation import ExpertPermutation
 
 
 @settings(max_examples=200)
@@ -25,8 +25,8 @@ def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, 
         (expert, a, k) for expert in range(local) for a in range(arrived) for k in range(slots)
         if ids_AK[a, k] == expert
     ]  # fmt: skip
-    spread = Spread.of(ids_AK, local, len(pairs))
-    rows_RD, weights_R = spread.rows(rows_AD), spread.weights(weights_AK)
+    order = ExpertPermutation.of(ids_AK, local, len(pairs))
+    rows_RD, weights_R = order.expand(rows_AD), order.expand_weights(weights_AK)
     assert (len(rows_RD), len(weights_R)) == (len(pairs), len(pairs))
     expected_AD = torch.zeros_like(rows_AD)
     for r, (_, a, k) in enumerate(pairs):
@@ -34,13 +34,13 @@ def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, 
         assert weights_R[r] == weights_AK[a, k]
         expected_AD[a] += (r + 1) * rows_AD[a]
     factors_R = torch.arange(1.0, len(pairs) + 1)
-    assert torch.equal(spread.sums(rows_RD * factors_R[:, None]), expected_AD)
-    assert torch.equal(spread.slots(weights_R), torch.where(ids_AK < 0, 0.0, weights_AK))
+    assert torch.equal(order.reduce(rows_RD * factors_R[:, None]), expected_AD)
+    assert torch.equal(order.to_slots(weights_R), torch.where(ids_AK < 0, 0.0, weights_AK))
 
 
 def test_how_many_go_where_is_not_asked():
     """On the meta device nothing has a value, so anything that waits for one fails."""
-    spread = Spread.of(torch.empty(9, 2, dtype=torch.int64, device="meta"), 4, 13)
-    assert spread.rows(torch.empty(9, 3, device="meta")).shape == (13, 3)
-    assert spread.weights(torch.empty(9, 2, device="meta")).shape == (13,)
-    assert spread.slots(torch.empty(13, device="meta")).shape == (9, 2)
+    order = ExpertPermutation.of(torch.empty(9, 2, dtype=torch.int64, device="meta"), 4, 13)
+    assert order.expand(torch.empty(9, 3, device="meta")).shape == (13, 3)
+    assert order.expand_weights(torch.empty(9, 2, device="meta")).shape == (13,)
+    assert order.to_slots(torch.empty(13, device="meta")).shape == (9, 2)

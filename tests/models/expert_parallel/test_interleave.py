@@ -25,25 +25,25 @@ def test_parts_come_in_turn_and_results_in_order():
 
 
 class Watched:
-    """A dispatcher that writes down departures and arrivals, forward and backward, by the size of the batch."""
+    """A dispatcher that records starts and waits, forward and backward, by the size of the batch."""
 
     def __init__(self, log):
         self._inner, self._log = LocalDispatcher(), log
 
     def dispatch(self, rows_TD, routing, fp8=False):
-        trip = self._inner.dispatch(rows_TD, routing, fp8)
-        under_way, take = trip.under_way, trip.take
+        handle = self._inner.dispatch(rows_TD, routing, fp8)
+        start, finish = handle.start, handle.finish
 
-        def departs(arrival):
-            self._log.append(("departs", len(rows_TD)))
-            under_way(arrival)
+        def starts(direction, payload):
+            self._log.append(("starts", len(rows_TD)))
+            start(direction, payload)
 
-        def arrives():
-            self._log.append(("arrives", len(rows_TD)))
-            return take()
+        def waits():
+            self._log.append(("waits", len(rows_TD)))
+            return finish()
 
-        trip.under_way, trip.take = departs, arrives
-        return trip
+        handle.start, handle.finish = starts, waits
+        return handle
 
 
 def _model(**how):
@@ -53,18 +53,18 @@ def _model(**how):
     return model
 
 
-def test_what_lies_between_departure_and_arrival_does_so_in_the_backward_too():
+def test_what_runs_between_a_start_and_its_wait_does_so_in_the_backward_too():
     log = []
     model = _model(dispatcher=Watched(log))
     small, large = torch.randint(0, 40, (1, 8)), torch.randint(0, 40, (2, 8))
     losses = in_turn([model.training_parts(ids, ids) for ids in (small, large)])
     forward, log[:] = list(log), []
     (losses[0].main + losses[1].main + losses[0].prediction + losses[1].prediction).backward()
-    turns = [("departs", 8), ("departs", 16), ("arrives", 8), ("departs", 8), ("arrives", 16), ("departs", 16),
-             ("arrives", 8)]  # fmt: skip
+    turns = [("starts", 8), ("starts", 16), ("waits", 8), ("starts", 8), ("waits", 16), ("starts", 16),
+             ("waits", 8)]  # fmt: skip
     assert forward[: len(turns)] == turns
-    assert forward[-1] == ("arrives", 16)
-    other = {"departs": "arrives", "arrives": "departs"}
+    assert forward[-1] == ("waits", 16)
+    other = {"starts": "waits", "waits": "starts"}
     assert log == [(other[event], size) for event, size in reversed(forward)]
 
 

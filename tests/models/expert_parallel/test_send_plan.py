@@ -1,11 +1,11 @@
-"""One copy of a row for each rank: what comes back of the copies is summed where they are from."""
+"""A token is sent once to each rank, and what the ranks return is summed."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.models.expert_parallel.send_plan import Copies
+from moray.models.expert_parallel.send_plan import SendPlan
 
 
 @settings(max_examples=200)
@@ -16,20 +16,20 @@ from moray.models.expert_parallel.send_plan import Copies
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
-def test_each_rank_gets_one_copy_and_sums_come_home(ranks, local, tokens, seed, dtype):
+def test_a_token_is_sent_once_to_each_rank_and_results_are_summed(ranks, local, tokens, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     rows_TX = torch.randint(-9, 10, (tokens, 5), generator=generator).to(dtype)
     ids_TK = torch.rand(tokens, ranks * local, generator=generator).argsort(1)[:, :4]
-    copies = Copies.of(ids_TK, ranks, local)
-    counts = copies.counts_P().tolist()
+    plan = SendPlan.of(ids_TK, ranks, local)
+    counts = plan.send_counts().tolist()
     of_tokens = [sorted({expert // local for expert in row}) for row in ids_TK.tolist()]
     assert sum(counts) == sum(map(len, of_tokens)), "one for each rank, not for each expert"
-    made = copies.made(rows_TX, sum(counts))
-    for rank, arrived in enumerate(made.split(counts)):
+    sent = plan.gather(rows_TX, sum(counts))
+    for rank, received in enumerate(sent.split(counts)):
         expected = [row for row, there in zip(rows_TX, of_tokens, strict=True) if rank in there]
-        assert torch.equal(arrived, torch.stack(expected) if expected else torch.empty(0, 5, dtype=dtype))
+        assert torch.equal(received, torch.stack(expected) if expected else torch.empty(0, 5, dtype=dtype))
     factors = torch.arange(1.0, ranks + 1).repeat_interleave(torch.tensor(counts)).to(dtype)
-    sums = copies.sums(made * factors[:, None])
+    sums = plan.reduce(sent * factors[:, None])
     assert sums.dtype == dtype
     for row, total, there in zip(rows_TX, sums, of_tokens, strict=True):
         assert torch.equal(total, row * sum(rank + 1 for rank in there))
@@ -37,7 +37,7 @@ def test_each_rank_gets_one_copy_and_sums_come_home(ranks, local, tokens, seed, 
 
 @pytest.mark.parametrize("local", [1, 8, 13])
 def test_a_rank_without_tokens_sends_nothing(local):
-    copies = Copies.of(torch.empty(0, 2, dtype=torch.int64), 3, local)
-    assert copies.counts_P().tolist() == [0, 0, 0]
-    assert copies.made(torch.empty(0, 5), 0).shape == (0, 5)
-    assert copies.sums(torch.empty(0, 5)).shape == (0, 5)
+    plan = SendPlan.of(torch.empty(0, 2, dtype=torch.int64), 3, local)
+    assert plan.send_counts().tolist() == [0, 0, 0]
+    assert plan.gather(torch.empty(0, 5), 0).shape == (0, 5)
+    assert plan.reduce(torch.empty(0, 5)).shape == (0, 5)
