@@ -19,6 +19,7 @@ import pyarrow as pa
 from result import report
 from texts import BUILT, texts_of
 
+from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.case import Case
 from moray.pipelines.dedup.parts.decide import decide
 from moray.pipelines.dedup.parts.exchange import ranges_for
@@ -33,8 +34,8 @@ from moray.pipelines.dedup.parts.tasks import (
     text_size,
     window_shard,
 )
+from moray.pipelines.dedup.removal import read_parts
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
-from moray.pipelines.shared.keep_order import Order, read_parts
 from moray.pipelines.shared.shards import Row
 
 _SHARD = 500  # documents
@@ -81,7 +82,7 @@ def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, An
     took["keys_cpu_s"] = time.process_time() - began
     for number in range(ranges):
         match_pieces({"shard": number}, folders, shards)
-    order = Order.of(read_parts(root / ".described", shards), ())
+    order = KeepOrder.of(read_parts(root / ".described", shards), ())
     case = Case.of(folders, ranges, order)
     lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
     found = decide(case.pieces, lengths, words, config.copies, config.max_loss, config.min_words)

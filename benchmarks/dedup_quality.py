@@ -22,8 +22,9 @@ from result import Bar, report
 from scipy.sparse import csr_matrix, triu
 from texts import texts as texts_for
 
-from moray.pipelines.dedup.find import Documents, Found, find, near_candidates
+from moray.pipelines.dedup.find import Found, find, near_candidates
 from moray.pipelines.dedup.graph import components
+from moray.pipelines.dedup.keep_order import DocumentColumns
 from moray.pipelines.shared.documents import content_hash
 from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import similarities
@@ -46,9 +47,9 @@ def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
     return np.stack((common.row[chosen], common.col[chosen]), axis=1).astype(np.int64), alike[chosen]
 
 
-def documents_of(texts: list[str]) -> Documents:
+def documents_of(texts: list[str]) -> DocumentColumns:
     count = len(texts)
-    return Documents(
+    return DocumentColumns(
         ids=np.arange(count).astype("S32"), hashes=np.array([content_hash(t) for t in texts], "S"),
         sources=np.zeros(count, np.int64), qualities=np.zeros(count), lengths=np.array([len(t) for t in texts]),
     )  # fmt: skip

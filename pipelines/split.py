@@ -11,8 +11,8 @@ import pyarrow as pa
 import xxhash
 from pydantic import Field
 
-from moray.pipelines.shared.documents import read_shard, shard_paths, write_shard
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.documents import read_shard, write_shard
+from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards
 from moray.platform.core.errors import InputError
 from moray.platform.plan.step import Step, StepConfig, StepContext
 
@@ -37,10 +37,9 @@ class Split(Step[SplitConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[SplitConfig]) -> None:
-        paths = shard_paths(ctx.inputs["documents"].folder)
-        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        shards = input_shards(ctx.inputs["documents"].folder)
         apply = partial(_split_shard, folder=str(ctx.folder), config=ctx.config)
-        rows = map_shards(ctx, "splitting", shards, apply, "bytes", lambda row: row["size"])
+        rows = map_shards(ctx, "splitting", shards, apply, "bytes", file_bytes)
         counts = {part: sum(row[part] for row in rows) for part in PARTS}
         if not all(counts.values()):
             raise InputError(f"split leaves a side empty: {counts}", "change `heldout` or use more documents")

@@ -17,8 +17,7 @@ from moray.pipelines.coverage.lineage import Stage, stages_of
 from moray.pipelines.coverage.measure import BYTES_PER_TOKEN, measure_shard
 from moray.pipelines.coverage.page import page
 from moray.pipelines.coverage.summary import Cells, Dropped, summarize
-from moray.pipelines.shared.documents import shard_paths
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards
 from moray.platform.core.atomic import write_json, write_text
 from moray.platform.plan.step import Step, StepConfig, StepContext
 
@@ -75,10 +74,9 @@ class Coverage(Step[CoverageConfig]):
     def _measure(
         self, ctx: StepContext[CoverageConfig], stage: Stage, folder: str, before: str, tokenizer: str
     ) -> tuple[Cells, Dropped]:
-        paths = shard_paths(stage.artifact.folder)
-        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        shards = input_shards(stage.artifact.folder)
         apply = partial(measure_shard, folder=folder, before=before, tokenizer=tokenizer)
-        rows = map_shards(ctx, f"reading {stage.label}", shards, apply, "bytes", lambda row: row["size"])
+        rows = map_shards(ctx, f"reading {stage.label}", shards, apply, "bytes", file_bytes)
         cells = [cell for row in rows for cell in json.loads(row["cells"])]
         return cells, [one for row in rows for one in json.loads(row["dropped"])]
 

@@ -22,8 +22,8 @@ from pydantic import Field, model_validator
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eval
-from moray.pipelines.shared.documents import read_shard, shard_paths, write_parquet, write_shard
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
+from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext
@@ -96,11 +96,10 @@ class Decontaminate(Step[DecontaminateConfig]):
     def run(self, ctx: StepContext[DecontaminateConfig]) -> None:
         index = _index(ctx.config)
         index.save(ctx.folder / _EVALS)
-        paths = shard_paths(ctx.inputs["documents"].folder)
-        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        shards = input_shards(ctx.inputs["documents"].folder)
         look = partial(_search_shard, folder=str(ctx.folder), characters=index.characters)
-        rows = map_shards(ctx, "searching", shards, look, "bytes", lambda row: row["size"])
-        matches = pa.concat_tables([read_shard(ctx.folder / _MATCHES / path.name) for path in paths])
+        rows = map_shards(ctx, "searching", shards, look, "bytes", file_bytes)
+        matches = pa.concat_tables([read_shard(output_path(ctx.folder / _MATCHES, shard)) for shard in shards])
         verdict = judge(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
         total = sum(row["documents"] for row in rows)
         dropping = ctx.config.action == "drop"
@@ -109,7 +108,7 @@ class Decontaminate(Step[DecontaminateConfig]):
         write_parquet(ctx.folder / "contamination.parquet", verdict.hits)
         write_parquet(ctx.folder / _MATCHES / "removed.parquet", verdict.removed.slice(0, None if dropping else 0))
         keep = partial(_keep_shard, folder=str(ctx.folder))
-        kept = map_shards(ctx, "writing", shards, keep, "bytes", lambda row: row["size"])
+        kept = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         for folder in (_EVALS, _MATCHES):
             shutil.rmtree(ctx.folder / folder)
         ctx.counts |= {

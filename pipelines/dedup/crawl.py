@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from moray.pipelines.dedup import index
 from moray.pipelines.dedup.index import Representatives
-from moray.pipelines.dedup.nodes import Shards
 from moray.pipelines.dedup.sketches import Sketches
+from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import shard_paths
+from moray.pipelines.shared.shards import Row
 from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.plan.step import StepContext
 from moray.platform.store.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     from moray.pipelines.dedup.config import DedupConfig
+
+
+@dataclass(frozen=True)
+class NumberedShards:
+    """Files of documents, of all generations in order. firsts: the number of each one's first document."""
+
+    paths: tuple[Path, ...]
+    firsts: Indices
+    generations: Indices
+
+    @staticmethod
+    def of(generations: Sequence[tuple[Sequence[Path], Sequence[int]]]) -> NumberedShards:
+        """From (files, documents in each) of each generation."""
+        rows = [count for _, counts in generations for count in counts]
+        return NumberedShards(
+            tuple(path for paths, _ in generations for path in paths),
+            np.cumsum([0, *rows[:-1]], dtype=np.int64),
+            np.repeat(np.arange(len(generations)), [len(paths) for paths, _ in generations]),
+        )
+
+    def rows_of(self, numbers: Indices) -> list[Row]:
+        """A description of each file that has any of ascending numbers, which are its `begin` to `end`; `age`: 0 of the
+        last generation, less than 0 of those before."""
+        bounds = np.searchsorted(numbers, [*self.firsts.tolist(), np.iinfo(np.int64).max])
+        files = np.flatnonzero(np.diff(bounds)).tolist()
+        age = int(self.generations.max(initial=0))
+        return [
+            {
+                "shard": i, "path": str(self.paths[file]), "first": int(self.firsts[file]),
+                "age": int(self.generations[file]) - age, "begin": int(bounds[file]), "end": int(bounds[file + 1]),
+            }
+            for i, file in enumerate(files)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +65,7 @@ class Crawl:
     paths: tuple[Path, ...]
     rows: tuple[int, ...]
     earlier: list[index.Earlier]
-    shards: Shards
+    shards: NumberedShards
     representatives: Representatives
 
     @staticmethod
@@ -40,7 +76,7 @@ class Crawl:
         generations = [([one.texts / name for name in one.generation.shards], one.generation.rows) for one in earlier]
         known = [] if ctx.config.index_form == "bloom" else earlier
         return Crawl(
-            ctx.inputs["documents"].reference, paths, rows, earlier, Shards.of([*generations, (paths, rows)]),
+            ctx.inputs["documents"].reference, paths, rows, earlier, NumberedShards.of([*generations, (paths, rows)]),
             Representatives.read(known),
         )  # fmt: skip
 

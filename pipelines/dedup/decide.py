@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup.compare import pairs_path
-from moray.pipelines.dedup.find import Documents, Found, find
-from moray.pipelines.dedup.graph import Indices, Keys, once
-from moray.pipelines.dedup.nodes import described, documents_in, read_documents
+from moray.pipelines.dedup.find import Found, find
+from moray.pipelines.dedup.graph import once
+from moray.pipelines.dedup.keep_order import DocumentColumns, described, documents_in, read_documents
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, documents_of, mapped, rows_of, save
+from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.minhash import Shingling
 
@@ -42,7 +43,7 @@ class Group:
     one's, and [begin, end) of them there."""
 
     numbers: Indices
-    documents: Documents
+    documents: DocumentColumns
     files: Indices
     bounds: Indices
     shingles: list[Keys]

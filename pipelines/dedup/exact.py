@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup import bloom, index
-from moray.pipelines.dedup.graph import Indices, buckets
+from moray.pipelines.dedup.graph import buckets
 from moray.pipelines.dedup.index import Earlier
 from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, documents_of, save
+from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.shards import Row
 
 ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" of an earlier one's

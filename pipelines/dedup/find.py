@@ -9,40 +9,15 @@ Shapes: N documents, E pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup.graph import Candidates, Indices, candidates, components
-from moray.pipelines.text.minhash import Keys
-
-Scores = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Columns of equal length. sources: rank by preference, 0 the best; less than 0 what is older."""
-
-    ids: npt.NDArray[np.bytes_]
-    hashes: npt.NDArray[np.bytes_]
-    sources: npt.NDArray[np.int64]
-    qualities: npt.NDArray[np.float64]
-    lengths: npt.NDArray[np.int64]
-
-    def in_keep_order(self) -> tuple[Documents, Indices]:
-        """The same documents, and where each was."""
-        order = np.lexsort((self.ids, self.hashes, -self.lengths, -self.qualities, self.sources))
-        return self.take(order), order
-
-    def take(self, places: Indices) -> Documents:
-        return replace(self, **{field.name: getattr(self, field.name)[places] for field in fields(self)})
-
-    def firsts(self) -> Indices:
-        """Of documents in keep order, those that are no exact copy of one before."""
-        return np.sort(np.unique(self.hashes, return_index=True)[1])
+from moray.pipelines.dedup.graph import Candidates, candidates, components
+from moray.pipelines.dedup.keep_order import DocumentColumns
+from moray.pipelines.shared.arrays import Indices, Keys, Scores
 
 
 @dataclass(frozen=True)
@@ -66,13 +41,7 @@ class Found:
         return len(np.unique(self.labels[self.gone]))
 
 
-def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The rank of each name."""
-    rank = {source: i for i, source in enumerate(prefer)}
-    return np.array([rank.get(name, len(rank)) for name in names], np.int64)
-
-
-def near_candidates(documents: Documents, keys: Keys, shingles: Indices) -> Candidates:
+def near_candidates(documents: DocumentColumns, keys: Keys, shingles: Indices) -> Candidates:
     """Pairs to be verified, of documents in keep order: of exact copies, only the first.
 
     keys: [N, bands]; shingles: [N], how many each has; none: its keys mean nothing.
@@ -81,7 +50,9 @@ def near_candidates(documents: Documents, keys: Keys, shingles: Indices) -> Cand
     return candidates(keys, firsts[shingles[firsts] > 0])
 
 
-def find(documents: Documents, pairs: Indices, scores: Scores, least: float, known: Indices | None = None) -> Found:
+def find(
+    documents: DocumentColumns, pairs: Indices, scores: Scores, least: float, known: Indices | None = None
+) -> Found:
     """What goes of documents in keep order: of `pairs` [E, 2], each as alike as `scores` [E] says, those of at least
     `least` are duplicates, and all `known` ones."""
     count = len(documents.ids)

@@ -11,8 +11,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
-Keys = npt.NDArray[np.uint64]
+from moray.pipelines.shared.arrays import Indices, Keys
+
 LARGEST = 64  # documents of one key of which every pair is a candidate
 
 

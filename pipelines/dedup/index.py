@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moray.pipelines.dedup.graph import Indices, Keys
+from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.text.shingles import KEY_BITS
 from moray.platform.core.atomic import write_json
 

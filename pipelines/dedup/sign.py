@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from moray.pipelines.dedup.nodes import described, documents_in, read_documents
+from moray.pipelines.dedup.keep_order import described, documents_in, read_documents
 from moray.pipelines.dedup.sketches import is_there, write
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.minhash import Shingling

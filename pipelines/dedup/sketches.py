@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.find import Documents
-from moray.pipelines.dedup.graph import Indices, Keys
 from moray.pipelines.dedup.index import halves
+from moray.pipelines.dedup.keep_order import DocumentColumns
+from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.text.shingles import KEY_BITS
 
 DOCUMENT = np.dtype([("id", "S32"), ("hash", "S32"), ("source", "<i8"), ("quality", "<f8"), ("length", "<i8")])
@@ -48,7 +48,7 @@ def mapped(path: Path) -> npt.NDArray[Any]:
     return array
 
 
-def rows_of(documents: Documents) -> Rows:
+def rows_of(documents: DocumentColumns) -> Rows:
     """As rows of DOCUMENT."""
     rows = np.empty(len(documents.ids), DOCUMENT)
     columns = documents.ids, documents.hashes, documents.sources, documents.qualities, documents.lengths
@@ -57,15 +57,15 @@ def rows_of(documents: Documents) -> Rows:
     return rows
 
 
-def documents_of(rows: Rows) -> Documents:
-    return Documents(rows["id"], rows["hash"], rows["source"], rows["quality"], rows["length"])
+def documents_of(rows: Rows) -> DocumentColumns:
+    return DocumentColumns(rows["id"], rows["hash"], rows["source"], rows["quality"], rows["length"])
 
 
 def is_there(folder: Path, name: str) -> bool:
     return _path(folder, name, "documents").exists()
 
 
-def write(folder: Path, name: str, documents: Documents, keys: Keys, has_keys: npt.NDArray[np.bool_]) -> None:
+def write(folder: Path, name: str, documents: DocumentColumns, keys: Keys, has_keys: npt.NDArray[np.bool_]) -> None:
     """keys: [N, bands]; of documents without words they mean nothing."""
     high, _ = halves(documents.hashes)
     values = np.concatenate((np.where(has_keys, keys.T, _NO_KEY), high[None]))

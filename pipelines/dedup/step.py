@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from moray.pipelines.dedup.config import DedupConfig
+from moray.pipelines.dedup.removal import warn_of_unknown_sources
 from moray.pipelines.dedup.work import Work
 from moray.pipelines.dedup.write import REASONS
 from moray.pipelines.shared.documents import shard_paths
-from moray.pipelines.shared.keep_order import say_unknown_sources
 from moray.platform.core.differences import differences
 from moray.platform.core.errors import RecipeError
 from moray.platform.plan.step import Step, StepContext
@@ -48,7 +48,7 @@ class Dedup(Step[DedupConfig]):
         sketch = ctx.config.shingling
         curve = ", ".join(f"{sketch.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
         ctx.note(f"two documents share one of {sketch.bands} keys of {sketch.rows} with probability {curve} similarity")
-        say_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].folder))
+        warn_of_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].folder))
         work = Work.of(ctx)
         work.sign()
         copied = work.find_copies()

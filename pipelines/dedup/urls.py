@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.nodes import described, read_documents
+from moray.pipelines.dedup.keep_order import KeepOrder, described, read_documents
+from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_parts
+from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.keep_order import Order, keep_shard, read_parts, shards_of, size_of
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.step import Step, StepConfig, StepContext
 
@@ -53,15 +53,15 @@ class DedupUrls(Step[DedupUrlsConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[DedupUrlsConfig]) -> None:
-        shards = shards_of(ctx)
+        shards = preferring_shards(ctx)
         read = partial(read_urls, folder=str(ctx.folder / _URLS), config=ctx.config)
-        map_shards(ctx, "reading", shards, read, "bytes", size_of)
+        map_shards(ctx, "reading", shards, read, "bytes", file_bytes)
         tables = read_parts(ctx.folder / _URLS, shards)
         _check_fields(tables, ctx.config, Path(shards[0]["path"]))
         removed = repeated(tables, ctx.config)
         write_parquet(ctx.folder / "removed.parquet", removed)
         keep = partial(keep_shard, folder=str(ctx.folder))
-        rows = map_shards(ctx, "writing", shards, keep, "bytes", size_of)
+        rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         shutil.rmtree(ctx.folder / _URLS)
         urls = pa.concat_tables(tables)["url"]
         unreadable = sum(url == "" for url in urls.to_pylist())
@@ -78,7 +78,7 @@ class DedupUrls(Step[DedupUrlsConfig]):
 
 def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
     """Writes a row for each document of a shard, with its address: null if it has none, '' if that is not readable."""
-    path = Path(folder) / Path(shard["path"]).name
+    path = output_path(folder, shard)
     if not path.exists():
         table = read_documents(Path(shard["path"]), "meta")
         metas = [dict(meta.as_py() or []) for meta in table["meta"]]
@@ -129,7 +129,7 @@ def _seconds(date: str | None) -> float | None:
 
 def repeated(tables: list[pa.Table], config: DedupUrlsConfig) -> pa.Table:
     """What goes of the documents of all shards: id, reason, representative, url; by id."""
-    order = Order.of(tables, config.prefer, _ages(pa.concat_tables(tables)) if config.newest else None)
+    order = KeepOrder.of(tables, config.prefer, _ages(pa.concat_tables(tables)) if config.newest else None)
     urls = order.table["url"].take(pa.array(order.order)).to_pylist()
     first: dict[str, int] = {}
     gone = [(place, first[url]) for place, url in enumerate(urls) if url and first.setdefault(url, place) != place]

@@ -38,11 +38,11 @@ from moray.pipelines.dedup.decide import (
 )
 from moray.pipelines.dedup.exact import Kept, copies_path, find_copies, originals_path
 from moray.pipelines.dedup.exact import seen_path as seen_hashes_path
-from moray.pipelines.dedup.graph import Indices
-from moray.pipelines.dedup.nodes import Groups
+from moray.pipelines.dedup.groups import Groups
 from moray.pipelines.dedup.sign import sign_shard
 from moray.pipelines.dedup.sketches import Sketches, save
 from moray.pipelines.dedup.write import REMOVED, clusters, write_kept
+from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.plan.step import StepContext

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from moray.pipelines.dedup.decide import LOST, read_decided
 from moray.pipelines.dedup.exact import copies_path, originals_path
-from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row
 

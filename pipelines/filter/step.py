@@ -14,8 +14,7 @@ from typing import ClassVar
 
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.shard import COUNTS, filter_shard
-from moray.pipelines.shared.documents import shard_paths
-from moray.pipelines.shared.shards import Row, map_shards, pace
+from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards, pace
 from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.plan.step import Step, StepContext
 
@@ -51,11 +50,10 @@ class Filter(Step[FilterConfig]):
                     raise RecipeError(f"phone_regions: {region!r} is not known", nearest(region, SUPPORTED_REGIONS))
 
     def run(self, ctx: StepContext[FilterConfig]) -> None:
-        paths = shard_paths(ctx.inputs["documents"].folder)
-        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        shards = input_shards(ctx.inputs["documents"].folder)
         model = str(ctx.inputs["quality"].folder) if "quality" in ctx.inputs else ""
         apply = partial(filter_shard, folder=str(ctx.folder), config=ctx.config, model=model)
-        rows = map_shards(ctx, "filtering", shards, apply, "bytes", lambda row: row["size"], pace)
+        rows = map_shards(ctx, "filtering", shards, apply, "bytes", file_bytes, pace)
         totals: Counter[str] = Counter()
         for row in rows:
             totals.update({name: value for name, value in row.items() if isinstance(value, int)})

@@ -21,8 +21,8 @@ import xxhash
 from pydantic import Field, model_validator
 
 from moray.pipelines.quality.model import Features, QualityModel
-from moray.pipelines.shared.documents import shard_paths, write_parquet
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.documents import write_parquet
+from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
 from moray.platform.store.manifest import hash_file
@@ -109,11 +109,10 @@ class QualityModelStep(Step[QualityModelConfig]):
         ctx.outcome = f"AUC {auc:.4f} on {int(held.sum())} held-out documents"
 
     def _of_sources(self, ctx: StepContext[QualityModelConfig]) -> pa.Table:
-        paths = shard_paths(ctx.inputs["documents"].folder)
-        shards: list[Row] = [{"shard": i, "path": str(p), "size": p.stat().st_size} for i, p in enumerate(paths)]
+        shards = input_shards(ctx.inputs["documents"].folder)
         apply = partial(_examples_of_shard, folder=str(ctx.folder / _EXAMPLES), config=ctx.config)
-        map_shards(ctx, "sampling", shards, apply, "bytes", lambda row: row["size"])
-        return _sample((pq.read_table(ctx.folder / _EXAMPLES / path.name) for path in paths), ctx.config)
+        map_shards(ctx, "sampling", shards, apply, "bytes", file_bytes)
+        return _sample((pq.read_table(output_path(ctx.folder / _EXAMPLES, shard)) for shard in shards), ctx.config)
 
 
 def _train(texts: pa.ChunkedArray, good: Any, held: Any, config: QualityModelConfig) -> tuple[QualityModel, float]:
@@ -157,7 +156,7 @@ def _examples_of_shard(shard: Row, folder: str, config: QualityModelConfig) -> R
     """Writes those examples of a shard that may be among the chosen. Runs in a Ray worker."""
     file = pq.ParquetFile(shard["path"])
     tables = (_examples(pa.Table.from_batches([batch]), config) for batch in file.iter_batches(512))
-    write_parquet(Path(folder) / Path(shard["path"]).name, _sample(tables, config))
+    write_parquet(output_path(folder, shard), _sample(tables, config))
     return {"shard": shard["shard"]}
 
 

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one is kept
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string()),

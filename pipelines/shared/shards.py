@@ -17,8 +17,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from moray.pipelines.shared.documents import shard_paths
 from moray.platform.core.errors import StepFailed
 from moray.platform.plan.step import StepContext
 
@@ -30,6 +32,25 @@ _LIMITS_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 _RETRIES = 5  # of a task whose worker or machine is lost; Ray Data's default has no end
 _TASKS_PER_CPU = 8  # enough for one that is slow to be made up for by others
+
+
+def input_shards(folder: Path) -> list[Row]:
+    """Describes each shard of a Documents folder for `map_shards`: its number, path, and file size in bytes.
+
+    Raises ValueError if there are none.
+    """
+    paths = shard_paths(folder)
+    return [{"shard": i, "path": str(path), "size": path.stat().st_size} for i, path in enumerate(paths)]
+
+
+def output_path(folder: Path | str, shard: Row) -> Path:
+    """Where a task writes what it makes of a shard: under the shard's own name."""
+    return Path(folder) / Path(shard["path"]).name
+
+
+def file_bytes(shard: Row) -> float:
+    """The work of a shard, in bytes of its file."""
+    return float(shard["size"])
 
 
 def map_shards(

@@ -28,7 +28,7 @@ from moray.pipelines.shared.documents import (
     write_parquet,
     write_shard,
 )
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.shards import Row, input_shards, map_shards
 from moray.pipelines.synthesize import copies, gym
 from moray.pipelines.synthesize.config import Gym, Maths, Programs, Rephrase, SynthesizeConfig, asks, runs_code
 from moray.pipelines.synthesize.produce import Room, produce
@@ -148,10 +148,7 @@ class Synthesize(Step[SynthesizeConfig]):
         sketches = [copies.sketch_path(work, shard["shard"]) for shard in shards]
         found: dict[str, list[Any]] = {key: ["repeated", of, 1.0] for key, of in copies.repeated(sketches).items()}
         if "corpus" in ctx.inputs:
-            corpus = [
-                {"shard": i, "path": str(path), "size": path.stat().st_size}
-                for i, path in enumerate(shard_paths(ctx.inputs["corpus"].folder))
-            ]
+            corpus = input_shards(ctx.inputs["corpus"].folder)
             compare = partial(
                 copies.compare_shard, sketches=[str(path) for path in sketches], similarity=ctx.config.similarity
             )

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from moray.pipelines.shared.arrays import Keys
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
 
-Keys = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.decide import REASONS, Pieces, Verdicts
 from moray.pipelines.dedup.parts.exchange import read_part
 from moray.pipelines.dedup.parts.tasks import SPOT, Folders
+from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.keep_order import Order
 from moray.pipelines.shared.shards import Row
 
 
@@ -21,12 +21,12 @@ from moray.pipelines.shared.shards import Row
 class Case:
     """pieces: all that is repeated; rows: of each document that has any, in keep order, its row among all documents."""
 
-    order: Order
+    order: KeepOrder
     pieces: Pieces
     rows: Indices
 
     @staticmethod
-    def of(folders: Folders, ranges: int, order: Order) -> Case:
+    def of(folders: Folders, ranges: int, order: KeepOrder) -> Case:
         found, groups = [read_part(folders.range("repeated", number), 0) for number in range(ranges)], 0
         for one in found:
             names: Indices = one["group"].astype(np.int64)

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.graph import Indices
+from moray.pipelines.shared.arrays import Indices
 
 Flags = npt.NDArray[np.bool_]
 EDITED, NOTHING_LEFT, TOO_MUCH_LOST, TOO_LITTLE_LEFT = 1, 2, 3, 4

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup.graph import Indices, Keys
+from moray.pipelines.shared.arrays import Indices, Keys
 
 Columns = dict[str, npt.NDArray[Any]]
 _RANGE_ROWS = 2_000_000  # of a range, about

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.case import Case
 from moray.pipelines.dedup.parts.decide import EDITED, REASONS, Verdicts, decide
 from moray.pipelines.dedup.parts.exchange import ranges_for
@@ -31,8 +32,8 @@ from moray.pipelines.dedup.parts.tasks import (
     text_size,
     window_shard,
 )
-from moray.pipelines.shared.keep_order import Order, read_parts, shards_of, size_of
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.dedup.removal import preferring_shards, read_parts
+from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError
 from moray.platform.plan.step import Step, StepConfig, StepContext
 
@@ -69,13 +70,13 @@ class DedupParts(Step[DedupPartsConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[DedupPartsConfig]) -> None:
-        shards, folders = shards_of(ctx), Folders(ctx.folder)
+        shards, folders = preferring_shards(ctx), Folders(ctx.folder)
         ranges = self._keys(ctx, shards, folders)
         every: list[Row] = [{"shard": number} for number in range(ranges)]
         match = partial(match_pieces, folders=folders, shards=shards)
         map_shards(ctx, "comparing", every, match, "ranges", lambda row: 1)
         verdicts = self._decide(ctx, shards, folders, ranges)
-        rows = map_shards(ctx, "cutting", shards, partial(cut_shard, folders=folders), "bytes", size_of)
+        rows = map_shards(ctx, "cutting", shards, partial(cut_shard, folders=folders), "bytes", file_bytes)
         reasons = {why: sum(row.get(f"dropped:{why}", 0) for row in rows) for why in REASONS.values()}
         kept, edited = sum(row["kept"] for row in rows), int((verdicts.verdicts == EDITED).sum())
         if not kept:
@@ -99,21 +100,21 @@ class DedupParts(Step[DedupPartsConfig]):
         if config.unit != "substring":
             ranges = ranges_for(size * _PARTS_A_BYTE)
             part = partial(part_shard, folders=folders, unit=config.unit, least=config.min_characters, ranges=ranges)
-            map_shards(ctx, "reading", shards, part, "bytes", size_of)
+            map_shards(ctx, "reading", shards, part, "bytes", file_bytes)
             return ranges
         shared = ranges_for(size * _FINGERPRINTS_A_BYTE)
         read = partial(fingerprint_shard, folders=folders, tokens=config.tokens, ranges=shared)
-        map_shards(ctx, "reading", shards, read, "bytes", size_of)
+        map_shards(ctx, "reading", shards, read, "bytes", file_bytes)
         match = partial(match_fingerprints, folders=folders, shards=shards)
         every: list[Row] = [{"shard": number} for number in range(shared)]
         rows = map_shards(ctx, "matching", every, match, "ranges", lambda row: 1)
         ranges = ranges_for(sum(row["rows"] for row in rows) * _WINDOWS_A_FINGERPRINT)
         read = partial(window_shard, folders=folders, tokens=config.tokens, shared=shared, ranges=ranges)
-        map_shards(ctx, "reading again", shards, read, "bytes", size_of)
+        map_shards(ctx, "reading again", shards, read, "bytes", file_bytes)
         return ranges
 
     def _decide(self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders, ranges: int) -> Verdicts:
-        order = Order.of(read_parts(ctx.folder / ".described", shards), ctx.config.prefer)
+        order = KeepOrder.of(read_parts(ctx.folder / ".described", shards), ctx.config.prefer)
         case = Case.of(folders, ranges, order)
         lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
         found = decide(case.pieces, lengths, words, ctx.config.copies, ctx.config.max_loss, ctx.config.min_words)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from moray.pipelines.dedup.nodes import described, read_documents
+from moray.pipelines.dedup.keep_order import described, read_documents
 from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_part, read_parts, repeated, write_parts
 from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup.nodes import described, read_documents
+from moray.pipelines.dedup.keep_order import described, read_documents
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row
 from moray.platform.core.errors import InputError

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.graph import Indices
 from moray.pipelines.dedup.semantic.embedder import Vectors
+from moray.pipelines.shared.arrays import Indices
 
 CLUSTER = 2_000  # vectors of a cluster, about, where the number of clusters is not given
 _SAMPLE = 100_000  # vectors that centres are learned from

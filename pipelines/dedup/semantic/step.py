@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from moray.pipelines.dedup.find import Found, find
+from moray.pipelines.dedup.keep_order import KeepOrder
+from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_parts
 from moray.pipelines.dedup.semantic.embedder import embed_shard, model_folder, vectors_of
 from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
-from moray.pipelines.shared.keep_order import Order, keep_shard, read_parts, shards_of, size_of
-from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
 from moray.platform.store.manifest import hash_file
@@ -66,16 +67,16 @@ class DedupSemantic(Step[DedupSemanticConfig]):
         ]
 
     def run(self, ctx: StepContext[DedupSemanticConfig]) -> None:
-        shards, config = shards_of(ctx), ctx.config
+        shards, config = preferring_shards(ctx), ctx.config
         embed = partial(
             embed_shard, folder=str(ctx.folder), described_folder=str(ctx.folder / _DESCRIBED), batch=config.batch,
             model=str(model_folder(config.model, config.package)),
         )  # fmt: skip
-        map_shards(ctx, "embedding", shards, embed, "bytes", size_of)
+        map_shards(ctx, "embedding", shards, embed, "bytes", file_bytes)
         found = self._find(ctx, shards)
         write_parquet(ctx.folder / "removed.parquet", found.removed)
         keep = partial(keep_shard, folder=str(ctx.folder))
-        rows = map_shards(ctx, "writing", shards, keep, "bytes", size_of)
+        rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         shutil.rmtree(ctx.folder / _DESCRIBED)
         why = found.removed["reason"].to_pylist()
         ctx.counts |= {
@@ -91,7 +92,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
 
     def _find(self, ctx: StepContext[DedupSemanticConfig], shards: list[Row]) -> Found:
         """What goes; its table by id."""
-        order = Order.of(read_parts(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
+        order = KeepOrder.of(read_parts(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
         names = [Path(shard["path"]).name.replace("documents-", "embeddings-") for shard in shards]
         tables = [read_shard(ctx.folder / name) for name in names]
         vectors = np.concatenate([vectors_of(table) for table in tables if len(table)])[order.order]

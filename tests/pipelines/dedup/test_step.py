@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from moray.pipelines.dedup import decide, index, work
 from moray.pipelines.dedup.config import DedupConfig
-from moray.pipelines.dedup.find import Documents, find, near_candidates, sources_by
+from moray.pipelines.dedup.find import find, near_candidates
 from moray.pipelines.dedup.graph import LARGEST, candidates, components, forest
+from moray.pipelines.dedup.keep_order import DocumentColumns, sources_by
 from moray.pipelines.shared.documents import content_hash, document_id
 from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import ascend
@@ -117,8 +118,8 @@ def test_keys_are_shared_as_often_as_the_theory_says() -> None:
         assert share == pytest.approx(theory, abs=4 * (theory * (1 - theory) / 400) ** 0.5)
 
 
-def documents(texts: list[oracle.Text], config: DedupConfig) -> Documents:
-    return Documents(
+def documents(texts: list[oracle.Text], config: DedupConfig) -> DocumentColumns:
+    return DocumentColumns(
         ids=np.array([one.id for one in texts], "S"),
         hashes=np.array([content_hash(one.text) for one in texts], "S"),
         sources=sources_by(config.prefer, [one.source for one in texts]),

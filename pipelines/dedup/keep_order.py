@@ -1,0 +1,121 @@
+"""Which of two documents is kept: the order in which all dedup steps keep documents.
+
+First an earlier run's, then a source named earlier in `prefer`, then the better quality, where an earlier step gave
+one, then the longer text, then content hash and id. The order is of the documents, not of files or workers, so what is
+decided by it depends on neither.
+
+Shapes: N documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moray.pipelines.shared.arrays import Indices
+from moray.pipelines.shared.documents import QUALITY, content_hash, read_shard
+
+
+@dataclass(frozen=True)
+class DocumentColumns:
+    """Columns of equal length. sources: rank by preference, 0 the best; less than 0 what is older."""
+
+    ids: npt.NDArray[np.bytes_]
+    hashes: npt.NDArray[np.bytes_]
+    sources: npt.NDArray[np.int64]
+    qualities: npt.NDArray[np.float64]
+    lengths: npt.NDArray[np.int64]
+
+    def in_keep_order(self) -> tuple[DocumentColumns, Indices]:
+        """The same documents, and where each was."""
+        order = np.lexsort((self.ids, self.hashes, -self.lengths, -self.qualities, self.sources))
+        return self.take(order), order
+
+    def take(self, places: Indices) -> DocumentColumns:
+        return replace(self, **{field.name: getattr(self, field.name)[places] for field in fields(self)})
+
+    def firsts(self) -> Indices:
+        """Of documents in keep order, those that are no exact copy of one before."""
+        return np.sort(np.unique(self.hashes, return_index=True)[1])
+
+
+def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The rank of each name."""
+    rank = {source: i for i, source in enumerate(prefer)}
+    return np.array([rank.get(name, len(rank)) for name in names], np.int64)
+
+
+def read_documents(path: Path, *columns: str) -> pa.Table:
+    """What `described` needs of a shard, and these columns; a quality, where an earlier step gave one."""
+    known = set(pq.read_schema(path).names) & {QUALITY}
+    return read_shard(path, ["id", "text", "source", *columns, *known])
+
+
+def described(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """Columns id, source, hash, quality (0 where unknown) and length (in characters), from id, source and text."""
+    texts = [text.as_py() for text in table["text"]]
+    no_quality = pa.array(np.zeros(len(texts)))
+    return {
+        "id": table["id"],
+        "source": table["source"],
+        "hash": pa.array([content_hash(text) for text in texts], pa.string()),
+        "quality": table[QUALITY].cast(pa.float64()).fill_null(0.0) if QUALITY in table.column_names else no_quality,
+        "length": pa.array([len(text) for text in texts], pa.int64()),
+    }
+
+
+def documents_in(table: pa.Table, prefer: Sequence[str]) -> DocumentColumns:
+    """From columns id, source, hash, quality and length."""
+    return DocumentColumns(
+        ids=_texts(table["id"]),
+        hashes=_texts(table["hash"]),
+        sources=sources_by(prefer, table["source"].to_pylist()),
+        qualities=table["quality"].to_numpy(),
+        lengths=table["length"].to_numpy(),
+    )
+
+
+def _texts(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
+    """Hexadecimal digits as bytes, a chunk at a time: strings of Python take three times the memory."""
+    parts = [np.zeros(0, "S32"), *(np.array(chunk.to_pylist(), "S32") for chunk in column.chunks)]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class KeepOrder:
+    """All documents of a corpus. table: a row of each, shard after shard; firsts: the row of each shard's first one;
+    order: the row of each place in keep order."""
+
+    table: pa.Table
+    firsts: Indices
+    documents: DocumentColumns
+    order: Indices
+
+    @staticmethod
+    def of(tables: Sequence[pa.Table], prefer: Sequence[str], earlier: Indices | None = None) -> KeepOrder:
+        """From the tables of the shards. earlier: [N], by which documents of one preference come first, least first."""
+        table = pa.concat_tables(tables)
+        documents = documents_in(table, prefer)
+        if earlier is not None and len(earlier):
+            ranks = documents.sources * (int(earlier.max()) + 1) + earlier
+            documents = replace(documents, sources=ranks)
+        documents, order = documents.in_keep_order()
+        firsts = np.cumsum([0, *(len(one) for one in tables[:-1])], dtype=np.int64)
+        return KeepOrder(table, firsts, documents, order)
+
+    @property
+    def places(self) -> Indices:
+        """Of each row its place in keep order."""
+        places = np.empty(len(self.order), np.int64)
+        places[self.order] = np.arange(len(self.order))
+        return places
+
+    def ids(self, places: Indices) -> pa.Array:
+        """Of the documents at these places."""
+        return pa.array([name.decode() for name in self.documents.ids[places].tolist()], pa.string())

@@ -1,0 +1,51 @@
+"""What the dedup steps share around their decisions: input shards, and shards without the removed documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moray.pipelines.shared.documents import read_shard, text_bytes, write_shard
+from moray.pipelines.shared.shards import Row, input_shards, output_path
+from moray.platform.core.errors import nearest
+from moray.platform.plan.step import StepContext
+
+
+def preferring_shards(ctx: StepContext[Any]) -> list[Row]:
+    """`input_shards`, with a warning where `prefer` names a source that no document has."""
+    shards = input_shards(ctx.inputs["documents"].folder)
+    warn_of_unknown_sources(ctx, [Path(shard["path"]) for shard in shards])
+    return shards
+
+
+def warn_of_unknown_sources(ctx: StepContext[Any], paths: Sequence[Path]) -> None:
+    """A preference for a source that is not there decides nothing, and is no error: another corpus may have it."""
+    if not ctx.config.prefer:
+        return
+    sources = {source for path in paths for source in pc.unique(read_shard(path, ["source"])["source"]).to_pylist()}
+    for name in ctx.config.prefer:
+        if name not in sources:
+            ctx.note(f"prefer: no document is of a source {name!r}: {nearest(name, sources)}", level="warning")
+
+
+def read_parts(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
+    """What the tasks of the shards left in `folder`, under the shards' own names."""
+    return [read_shard(output_path(folder, shard)) for shard in shards]
+
+
+def keep_shard(shard: Row, folder: str) -> Row:
+    """Writes one shard without the removed documents."""
+    path, target = Path(shard["path"]), output_path(folder, shard)
+    if not target.exists():
+        removed = read_shard(Path(folder) / "removed.parquet", ["id"])["id"]
+        table = read_shard(path)
+        gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
+        kept = table.filter(pc.invert(gone))
+        write_shard(target, kept)
+    else:
+        kept = read_shard(target, ["text"])
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"])}
