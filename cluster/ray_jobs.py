@@ -30,7 +30,7 @@ class RayJobs(ClusterBackend):
 
     def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
         body = {
-            "entrypoint": shlex.join([sys.executable, "-P", "-m", "moray.platform.control.attempt", attempt]),
+            "entrypoint": shlex.join([sys.executable, "-P", "-m", "moray.platform.control.driver", attempt]),
             "submission_id": attempt,
             "runtime_env": {"env_vars": dict(environment)},
             "entrypoint_resources": {DRIVER: 1},

@@ -6,7 +6,6 @@ This module reaches the rooms above the platform by name, when called: `moray.cl
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +69,9 @@ def run(
 def explain_document(document: str, run: str | None = None, home: Home | None = None) -> Any:
     """What became of a document, by id or SOURCE/KEY (`pipelines/shared/document_history.py`). Raises InputError if no
     run has it."""
-    module = importlib.import_module("moray.pipelines.shared.document_history")
-    return module.explain_in(home or Home.from_environment(), document, run)
+    from moray.pipelines.shared.document_history import explain_in
+
+    return explain_in(home or Home.from_environment(), document, run)
 
 
 def import_model(
@@ -109,17 +109,18 @@ def serving(
     `port` 0 takes any that is free. At the end open answers are finished, then the embedded Ray is stopped. What Ray
     has no room for is logged as a warning.
     """
+    from moray.pipelines.serve.deployment import deploy
+
     home = home or Home.from_environment()
     folder = model_folder(model, home)
     require_room()
     cluster = embedded_cluster(home, cpus)
     cluster.on_pending = cluster.on_hopeless = logging.getLogger("moray").warning
-    serve: Any = importlib.import_module("moray.pipelines.serve.deployment")
     port = port or free_port(host)
     check_port(host, port)
     try:
         cluster.ensure()
-        deployment = serve.deploy(folder, name=model_name(model, folder), host=host, port=port)
+        deployment = deploy(folder, name=model_name(model, folder), host=host, port=port)
         try:
             yield deployment.url
         finally:
@@ -148,6 +149,6 @@ def model_name(model: str, folder: Path) -> str:
 
 
 def embedded_cluster(home: Home, cpus: int | None = None) -> Cluster:
-    module: Any = importlib.import_module("moray.cluster.embedded")
-    cluster: Cluster = module.EmbeddedCluster(home, cpus)
-    return cluster
+    from moray.cluster.embedded import EmbeddedCluster
+
+    return EmbeddedCluster(home, cpus)

@@ -38,7 +38,8 @@ class Client:
     @classmethod
     def from_environment(cls) -> Client:
         """The client of `$MORAY_HOME`. Raises InputError if no control plane was ever started there."""
-        from moray.platform.control.up import UpOptions, is_up, url
+        from moray.platform.control.options import UpOptions, url
+        from moray.platform.control.up import is_up
 
         home = Home.from_environment()
         return cls(url(UpOptions.read(home)), read_token(home), lambda: is_up(home))

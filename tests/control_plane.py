@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 from moray.platform.client import Client
 from moray.platform.control.auth import read_token
+from moray.platform.control.options import NAMES, UpOptions, url
 from moray.platform.control.supervisor import read_state
-from moray.platform.control.up import NAMES, UpOptions, is_up, url
+from moray.platform.control.up import is_up
 from moray.platform.core import atomic
 from moray.platform.core.home import Home
 from moray.platform.core.ports import free_port

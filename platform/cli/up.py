@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from moray.platform.run.console import Json, err, out, print_json, print_table
 
 if TYPE_CHECKING:
-    from moray.platform.control.up import UpOptions
+    from moray.platform.control.options import UpOptions
     from moray.platform.core.home import Home
 
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores for work (default: all)")]
@@ -44,25 +44,26 @@ def up(
 
     What runs already is kept. Ports and sizes are remembered for the next start.
     """
-    from moray.platform.control import up as services
+    from moray.platform.control import up as control
+    from moray.platform.control.options import decide
     from moray.platform.core.home import Home
 
     home = Home.from_environment()
     if systemd:
-        print(services.systemd_unit(home), end="")
+        print(control.systemd_unit(home), end="")
         return 0
-    if services.is_up(home):
+    if control.is_up(home):
         return _already(home, {"port": port, "cpus": cpus, "gpus": gpus, "slots": slots}, json_)
-    options = services.decide(home, port=port, cpus=cpus, gpus=gpus, slots=slots)
+    options = decide(home, port=port, cpus=cpus, gpus=gpus, slots=slots)
     if foreground:
         err().print(f"page: {_page(home, options)}   (Ctrl-C ends everything)", markup=False, soft_wrap=True)
-        services.supervise(home, lambda text: err().print(text, markup=False))
+        control.supervise(home, lambda text: err().print(text, markup=False))
         return 0
-    supervisor = services.start(home)
+    supervisor = control.start(home)
     began = time.monotonic()
     console = err()
     with console.status("starting") as status:
-        for service in services.wait_until_up(home, supervisor):
+        for service in control.wait_until_up(home, supervisor):
             console.print(f"+ {service.name:<12} {time.monotonic() - began:5.1f} s", markup=False)
             status.update("starting")
     return _report(home, options, json_)
@@ -70,11 +71,11 @@ def up(
 
 def down(*, json_: Json = False) -> int:
     """End everything that `moray up` started, and nothing else. Queued jobs stay queued; what ran is run again."""
-    from moray.platform.control import up as services
+    from moray.platform.control import up as control
     from moray.platform.core.home import Home
 
     with err().status("stopping"):
-        ended = services.down(Home.from_environment())
+        ended = control.down(Home.from_environment())
     if json_:
         print_json({"processes": ended})
     else:
@@ -123,7 +124,7 @@ def show_overview(found: dict[str, Any], json_: bool) -> int:
 
 def _already(home: Home, asked: dict[str, int | None], json_: bool) -> int:
     """It is up: the same again is no error, another size is."""
-    from moray.platform.control.up import UpOptions
+    from moray.platform.control.options import UpOptions
     from moray.platform.core.errors import InputError
 
     options = UpOptions.read(home)
@@ -138,8 +139,8 @@ def _already(home: Home, asked: dict[str, int | None], json_: bool) -> int:
 
 
 def _report(home: Home, options: UpOptions, json_: bool) -> int:
+    from moray.platform.control.options import url
     from moray.platform.control.supervisor import read_state
-    from moray.platform.control.up import url
 
     if json_:
         print_json({"url": url(options), "services": {name: s.pid for name, s in read_state(home).items()}})
@@ -153,7 +154,7 @@ def _report(home: Home, options: UpOptions, json_: bool) -> int:
 def _page(home: Home, options: UpOptions) -> str:
     """The page's address; its token is behind the `#`, which a browser keeps to itself."""
     from moray.platform.control.auth import ensure_token
-    from moray.platform.control.up import url
+    from moray.platform.control.options import url
 
     return f"{url(options)}/login#token={ensure_token(home)}"
 

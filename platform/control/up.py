@@ -1,32 +1,22 @@
-"""`moray up`: the control plane of one MORAY_HOME on this machine, as services under one supervisor.
+"""`moray up` and `moray down`: starts, watches and ends the control plane of one MORAY_HOME on this machine.
 
-Ray's head and worker (cluster/local.py), MLflow on a Unix socket, the controller with API and page. What was decided on
-first use (ports, slots) is kept in `up/options.json`, so that a restart finds the same things at the same places.
+options.py has what was decided on first use, services.py what is started.
 """
 
 from __future__ import annotations
 
-import http.client
-import importlib
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from moray.platform.control.auth import ensure_token
+from moray.platform.control.options import NAMES, UpOptions, decide
+from moray.platform.control.services import services
 from moray.platform.control.supervisor import (
     SUPERVISOR,
-    Service,
     ServiceStatus,
     Supervisor,
     end_services,
@@ -34,102 +24,12 @@ from moray.platform.control.supervisor import (
     read_state,
     supervisors,
 )
-from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.home import Home
-from moray.platform.core.ports import check_port, free_ports, is_free
 from moray.platform.core.processes import MARK, Process, marked, marks, module_folders
-from moray.platform.run.mlflow_tracking import database_uri
 
-HOST = "127.0.0.1"
-PORT = 8400
-NAMES = ("ray-head", "ray-worker", "ray-watch", "mlflow", "controller")
 _UP_SECONDS = 240.0
 _DOWN_SECONDS = 90.0
-
-
-class UpOptions(BaseModel):
-    """`up/options.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    port: int = Field(ge=1, le=65535)
-    cluster: Any  # cluster.local.LocalOptions
-
-    @classmethod
-    def read(cls, home: Home) -> UpOptions:
-        """What `moray up` decided here. Raises InputError if it never ran, or another version wrote it."""
-        path = home.up / "options.json"
-        try:
-            found = cls.model_validate_json(path.read_bytes())
-            return found.model_copy(update={"cluster": _local().LocalOptions.model_validate(found.cluster)})
-        except FileNotFoundError:
-            raise InputError(f"nothing was started for {home.root} yet", "start it: moray up") from None
-        except ValidationError as error:
-            raise InputError(
-                f"{path} is not what this version writes", f"moray down, delete {path}, moray up"
-            ) from error
-
-
-def local_cluster(home: Home, options: UpOptions) -> Any:
-    """The Ray cluster of this MORAY_HOME (cluster/local.py)."""
-    return _local().LocalCluster(home, options.cluster)
-
-
-def ray_jobs(cluster: Any) -> Any:
-    """The backend that runs attempts there (cluster/ray_jobs.py)."""
-    module: Any = importlib.import_module("moray.cluster.ray_jobs")
-    return module.RayJobs(cluster)
-
-
-def url(options: UpOptions) -> str:
-    return f"http://{HOST}:{options.port}"
-
-
-def decide(
-    home: Home, *, port: int | None = None, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
-) -> UpOptions:
-    """The options for a start: what was decided before, with what is asked for now. Writes them.
-
-    Raises InputError for a port in use and for what this machine does not have.
-    """
-    local = _local()
-    try:
-        old = UpOptions.read(home)
-        ports = {name: getattr(old.cluster, name) for name in _RAY_PORTS}
-        asked: dict[str, Any] = {"cpus": cpus or old.cluster.cpus, "gpus": old.cluster.gpus if gpus is None else gpus}
-        asked["slots"] = slots or old.cluster.slots
-        port = port or old.port
-    except InputError:
-        ports = {name: 0 for name in _RAY_PORTS}
-        asked = {"cpus": cpus, "gpus": gpus, "slots": slots}
-    chosen = port or PORT
-    if _living(home):
-        return UpOptions.read(home)  # the supervisor alone died: what it started is adopted as it is
-    check_port(HOST, chosen)
-    if not all(ports.values()) or not all(map(is_free, ports.values())):
-        ports = dict(zip(_RAY_PORTS, free_ports(len(_RAY_PORTS)), strict=True))
-    options = UpOptions(port=chosen, cluster=local.default_options(ports, **asked))
-    write_json(home.up / "options.json", options.model_dump(mode="json"))
-    return options
-
-
-def services(home: Home, options: UpOptions) -> list[Service]:
-    """Everything that runs, in the order of starting."""
-    cluster = local_cluster(home, options)
-    environment = {**cluster.environment(), "MORAY_HOME": str(home.root)}
-    ensure_token(home)
-    return [
-        *cluster.services(),
-        Service(
-            "mlflow", _mlflow(home), {**environment, **_MLFLOW_ENVIRONMENT}, lambda: _answers(mlflow_socket(home)),
-            answers=lambda: _answers(mlflow_socket(home)),
-        ),
-        Service(
-            "controller", python("moray.platform.server.app"), environment, lambda: healthy(options),
-            after=["ray-head"], answers=lambda: healthy(options),
-        ),
-    ]  # fmt: skip
 
 
 def supervise(home: Home, say: Callable[[str], None] = print) -> None:
@@ -192,11 +92,6 @@ def is_up(home: Home) -> bool:
     return bool(known and known.process and known.process.alive()) or bool(supervisors(home))
 
 
-def _living(home: Home) -> list[str]:
-    """The services that live, with or without a supervisor."""
-    return [name for name in NAMES if marked(home.root, name)]
-
-
 def down(home: Home) -> int:
     """Ends the supervisor and everything it started, and nothing else; how many processes it found.
 
@@ -233,21 +128,6 @@ def _end_supervisors(home: Home) -> None:
         one.send(signal.SIGKILL)
 
 
-def healthy(options: UpOptions) -> bool:
-    """Whether the controller answers."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url(options)}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (OSError, http.client.HTTPException):  # nobody there, or a stranger that speaks no HTTP
-        return False
-
-
-def mlflow_socket(home: Home) -> Path:
-    """Where MLflow listens: in the private folder that Ray's sockets lie in, whose path is short."""
-    return Path(_local().short_folder(home)) / "mlflow.sock"
-
-
 def systemd_unit(home: Home) -> str:
     """A user unit that keeps the supervisor running from login, or with lingering from boot."""
     environment = {"MORAY_HOME": str(home.root), MARK: marks(home.root, SUPERVISOR)[MARK]}
@@ -272,39 +152,6 @@ def _for_systemd(text: str) -> str:
     """One word of a unit's line: quoted, without specifiers (systemd.syntax, systemd.unit)."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
-
-
-def _mlflow(home: Home) -> list[str]:
-    """MLflow's server. Its socket's folder is private, so it needs no check of host names."""
-    return [
-        sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", database_uri(home),
-        "--default-artifact-root", home.mlflow_artifacts.as_uri(), "--static-prefix", "/mlflow", "--workers", "1",
-        "--uvicorn-opts", f"--uds {shlex.quote(str(mlflow_socket(home)))} --log-level warning",
-    ]  # fmt: skip
-
-
-# No telemetry, and none of the seven processes for jobs of MLflow's own, which Moray does not use.
-_MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
-def _answers(path: Path) -> bool:
-    """Whether an HTTP server behind a socket answers: that it can be connected to is said by the kernel alone."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(5)
-        try:
-            probe.connect(str(path))
-            probe.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            return probe.recv(5) == b"HTTP/"
-        except OSError:
-            return False
-
-
-# None of them is Ray's usual one: of two clusters that start at a time, each would find that free.
-_RAY_PORTS = ("ray_port", "dashboard_port", "client_port")
-
-
-def _local() -> Any:
-    return importlib.import_module("moray.cluster.local")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from moray.cluster.local import LocalCluster
+from moray.cluster.ray_jobs import RayJobs
 from moray.platform.control.auth import TokenRequired, ensure_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ConflictError, NotFoundError
-from moray.platform.control.up import HOST, UpOptions, local_cluster, mlflow_socket, ray_jobs
+from moray.platform.control.options import HOST, UpOptions
+from moray.platform.control.services import mlflow_socket
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.core.home import Home
 from moray.platform.plan.step import Topology
@@ -102,9 +105,9 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another controller works for {home.root}", "moray status") from None
-    cluster = local_cluster(home, options)
+    cluster = LocalCluster(home, options.cluster)
     os.environ.update(cluster.environment())
-    backend = ray_jobs(cluster)
+    backend = RayJobs(cluster)
     topology = Topology(options.cluster.cpus, options.cluster.gpus, options.cluster.memory_bytes)
     controller = Controller(
         home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _say

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.platform.control.up import NAMES
+from moray.platform.control.options import NAMES
 from moray.platform.core.processes import kill
 from tests.control_plane import ControlPlane, wait_for
 

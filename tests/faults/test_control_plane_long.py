@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.platform.control.up import NAMES
+from moray.platform.control.options import NAMES
 from moray.platform.core.errors import MorayError
 from moray.platform.core.processes import kill
 from tests.control_plane import ControlPlane, freeze, thaw
@@ -80,7 +80,7 @@ def _kill_at_random(plane: ControlPlane, chance: random.Random, done: threading.
     while not done.wait(chance.uniform(0.5, 1.5) * KILLS_EVERY):
         victim = chance.choice([*NAMES, "driver"])
         if victim == "driver":
-            drivers = [p for p in plane.processes() if "moray.platform.control.attempt" in p.command()]
+            drivers = [p for p in plane.processes() if "moray.platform.control.driver" in p.command()]
             kill(drivers[:1])
         else:
             plane.kill_service(victim)

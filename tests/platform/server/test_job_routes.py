@@ -17,10 +17,10 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
+from moray.cluster.ray_jobs import RayJobs
 from moray.platform.control.auth import OPEN, ensure_token, read_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import SCHEMA_VERSION, Database
-from moray.platform.control.up import local_cluster, ray_jobs
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 from moray.platform.plan.step import Topology
@@ -50,17 +50,16 @@ class Plane:
 
 @pytest.fixture
 def plane(home: Home, tmp_path: Path) -> Iterator[Plane]:
-    from moray.cluster.local import LocalOptions
-    from moray.platform.control.up import UpOptions
+    from moray.cluster.local import LocalCluster, LocalOptions
 
     cluster = LocalOptions(ray_port=1, dashboard_port=1, client_port=1, cpus=1, gpus=0, memory_bytes=1 << 30, slots=1)
     text = tmp_path / "text"
     text.mkdir()
     write_text(text)
     home.up.mkdir()
-    local = local_cluster(home, UpOptions(port=8400, cluster=cluster))
+    local = LocalCluster(home, cluster)
     local.token.write_text("ray")
-    backend = ray_jobs(local)
+    backend = RayJobs(local)
     database = Database(home.database, durable=False)
     controller = Controller(home, database, backend, local.address, Topology(1, 0, 1 << 30), 1, lambda _: None)
     app = build_app(home, controller, Overview(home, controller, backend), ensure_token(home))

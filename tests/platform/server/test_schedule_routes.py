@@ -16,12 +16,14 @@ from zoneinfo import ZoneInfo
 import pytest
 import uvicorn
 
+from moray.cluster.local import LocalCluster
+from moray.cluster.ray_jobs import RayJobs
 from moray.platform.cli import schedules
 from moray.platform.client import Client
-from moray.platform.control import up
 from moray.platform.control.auth import ensure_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
+from moray.platform.control.options import decide
 from moray.platform.control.ticks import local_text
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
@@ -57,10 +59,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
-    options = up.decide(home, port=port)
-    cluster = up.local_cluster(home, options)
+    options = decide(home, port=port)
+    cluster = LocalCluster(home, options.cluster)
     database = Database(home.database)
-    controller = Controller(home, database, up.ray_jobs(cluster), cluster.address, Topology(1, 0, 1 << 30), 1)
+    controller = Controller(home, database, RayJobs(cluster), cluster.address, Topology(1, 0, 1 << 30), 1)
     app = build_app(home, controller, dict, ensure_token(home))
     running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     listening = socket.create_server(("127.0.0.1", port))  # before anybody asks

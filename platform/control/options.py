@@ -1,0 +1,87 @@
+"""What `moray up` decided on first use (ports, slots): kept in `up/options.json`, so that a restart finds the same.
+
+Part of the composition root: the control plane runs on the local cluster, whose options these include.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moray.cluster.local import LocalOptions, default_options
+from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
+from moray.platform.core.ports import check_port, free_ports, is_free
+from moray.platform.core.processes import marked
+
+HOST = "127.0.0.1"
+PORT = 8400
+NAMES = ("ray-head", "ray-worker", "ray-watch", "mlflow", "controller")
+# None of them is Ray's usual one: of two clusters that start at a time, each would find that free.
+_RAY_PORTS = ("ray_port", "dashboard_port", "client_port")
+
+
+class UpOptions(BaseModel):
+    """`up/options.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    port: int = Field(ge=1, le=65535)
+    cluster: LocalOptions
+
+    @classmethod
+    def read(cls, home: Home) -> UpOptions:
+        """What `moray up` decided here. Raises InputError if it never ran, or another version wrote it."""
+        path = home.up / "options.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"nothing was started for {home.root} yet", "start it: moray up") from None
+        except ValidationError as error:
+            raise InputError(
+                f"{path} is not what this version writes", f"moray down, delete {path}, moray up"
+            ) from error
+
+
+def url(options: UpOptions) -> str:
+    return f"http://{HOST}:{options.port}"
+
+
+def decide(
+    home: Home, *, port: int | None = None, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
+) -> UpOptions:
+    """The options for a start: what was decided before, with what is asked for now. Writes them.
+
+    Raises InputError for a port in use and for what this machine does not have.
+    """
+    old = _earlier(home)
+    ports = {name: getattr(old.cluster, name) if old else 0 for name in _RAY_PORTS}
+    asked: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "slots": slots}
+    if old is not None:
+        known = {name: getattr(old.cluster, name) for name in asked}
+        asked = {name: known[name] if value is None else value for name, value in asked.items()}
+        port = port or old.port
+    chosen = port or PORT
+    if living(home):
+        return UpOptions.read(home)  # the supervisor alone died: what it started is adopted as it is
+    check_port(HOST, chosen)
+    if not all(ports.values()) or not all(map(is_free, ports.values())):
+        ports = dict(zip(_RAY_PORTS, free_ports(len(_RAY_PORTS)), strict=True))
+    options = UpOptions(port=chosen, cluster=default_options(ports, **asked))
+    write_json(home.up / "options.json", options.model_dump(mode="json"))
+    return options
+
+
+def _earlier(home: Home) -> UpOptions | None:
+    """What was decided before; None where that is nothing, or cannot be read."""
+    try:
+        return UpOptions.read(home)
+    except InputError:
+        return None
+
+
+def living(home: Home) -> list[str]:
+    """The services that live, with or without a supervisor."""
+    return [name for name in NAMES if marked(home.root, name)]
