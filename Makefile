@@ -10,13 +10,14 @@ LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# What needs servers runs in one process, which shares one Ray cluster.
+# Beside the quick tests: those that share a Ray cluster in one process, all others in another.
+SLOW := ray or plane or s3 or browser or ranks or heavy
 test: quicktest
-	$(BIN)/python -m pytest -q -m "cluster and not evidence and not docs" --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "($(SLOW)) and not (evidence or docs)" --durations=15
 
-# A process per core, a file's tests in one of them, and no threads that take the cores from each other.
+# A process per core, each taking tests from those that have many left, and no threads that take the cores from each other.
 quicktest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not evidence and not docs and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
 
 # Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
 docs: $(VENV)/.installed-dev quickstart
@@ -78,7 +79,7 @@ compat:
 	pip="$$at/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $$at/constraints.txt"; \
 	$$pip $$chosen; $$pip -e '.[dev]' $$chosen; export PYTHONDONTWRITEBYTECODE=1; \
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $$at/venv/bin/python -m pytest -q -p no:cacheprovider -n logical \
-	    --dist loadfile -m "not evidence and not docs and not cluster" tests/kernels tests/models tests/actors \
+	    --dist worksteal -m "not ($(SLOW) or evidence or docs)" tests/kernels tests/models tests/actors \
 	    tests/platform; \
 	$$at/venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_gpu_compile.py
 

@@ -42,6 +42,24 @@ os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(ROOT / ".numba"))
 # interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What a test needs beside a CPU, by the fixture that brings it: `make quicktest` leaves all of it out, `make test` runs
+# what shares the Ray cluster in one process and the rest beside it.
+NEEDS = {"ray_cluster": "ray", "control_plane": "plane", "s3_url": "s3", "ranks": "ranks", "browser": "browser"}
+ONE_PROCESS = {"ray", "plane"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test by what it needs, and sends those of one cluster to one process, which begins with them."""
+    for item in items:
+        found = {NEEDS[name] for name in NEEDS.keys() & set(getattr(item, "fixturenames", ()))}
+        for mark in found:
+            item.add_marker(mark)
+        if ONE_PROCESS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 settings.register_profile("moray", deadline=None)  # a test never asserts a time
 settings.load_profile("moray")
 
@@ -117,7 +135,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane for the test run: what is killed in it comes back."""
     made = ControlPlane(tmp_path_factory.mktemp("plane"))
     made.up("--slots", "2")
@@ -126,21 +144,26 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     assert made.processes() == [], "down left processes"
 
 
+@pytest.fixture
+def plane(control_plane: ControlPlane) -> ControlPlane:
+    return control_plane
+
+
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
+def s3_url() -> Iterator[str]:
     """The URL of a real S3 server."""
     with s3_server() as url:
         yield url
 
 
 @pytest.fixture
-def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of the server, on an empty bucket; the environment leads Moray there too."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {**KEYS, "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": server}.items():
+    for name, value in {**KEYS, "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": s3_url}.items():
         monkeypatch.setenv(name, value)
-    return empty_bucket(server)
+    return empty_bucket(s3_url)
 
 
 @pytest.fixture

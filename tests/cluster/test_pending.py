@@ -115,7 +115,6 @@ def watching() -> Iterator[tuple[list[str], threading.Event]]:
         watcher.stop()
 
 
-@pytest.mark.cluster
 def test_a_step_that_asks_for_too_much_warns_the_user(ray_cluster: Cluster, home: Home) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -153,7 +152,6 @@ class Alone(Watched):
     fixed = True
 
 
-@pytest.mark.cluster
 def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Cluster, home: Home) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -172,7 +170,6 @@ def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Clust
         Runner(home, Alone(ray_cluster.topology())).run(wanted)
 
 
-@pytest.mark.cluster
 def test_training_that_can_never_start_is_an_error_too(flow: Flow) -> None:
     """Ray Train waits for its workers in the main thread, under a handler of its own if it may."""
     import ray
@@ -191,7 +188,6 @@ def test_training_that_can_never_start_is_an_error_too(flow: Flow) -> None:
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
 
 
-@pytest.mark.cluster
 def test_a_replica_without_room_says_so(ray_cluster: Cluster, tmp_path: Path) -> None:
     """Other work holds both CPUs while a model is to be served; when that ends, the deployment goes on."""
     import ray

@@ -67,7 +67,7 @@ def messages_left(connection: Connection) -> Iterator[int]:
         connection.close()
 
 
-@pytest.mark.cluster
+@pytest.mark.heavy
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.evidence)])
 def test_a_kill_at_any_instant_of_a_save_loses_nothing_that_was_saved(tmp_path: Path, kills: int) -> None:
     chance = random.Random(kills)

@@ -13,7 +13,7 @@ from moray.platform.core.processes import kill
 from tests.control_plane import ControlPlane, wait_for
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 @pytest.mark.parametrize("victim", NAMES)
 def test_a_killed_service_costs_no_job(plane: ControlPlane, victim: str) -> None:
     keys = [f"{victim}-{i}" for i in range(3)]
@@ -30,7 +30,7 @@ def test_a_killed_service_costs_no_job(plane: ControlPlane, victim: str) -> None
     plane.prove([job["id"] for job in jobs])
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_a_killed_driver_is_tried_again_and_its_loss_is_recorded(plane: ControlPlane) -> None:
     job = plane.submit(plane.recipe("driver"))
     kill([plane.begun("driver")])
@@ -41,7 +41,7 @@ def test_a_killed_driver_is_tried_again_and_its_loss_is_recorded(plane: ControlP
     plane.prove([job["id"]])
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_a_killed_supervisor_leaves_everything_alive_and_up_adopts_it(plane: ControlPlane) -> None:
     job = plane.submit(plane.recipe("supervisor"))
     driver = plane.begun("supervisor")
@@ -55,7 +55,7 @@ def test_a_killed_supervisor_leaves_everything_alive_and_up_adopts_it(plane: Con
     assert len(ended["attempts"]) == 1
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_the_same_submission_twice_is_one_job(plane: ControlPlane) -> None:
     source = plane.recipe("twice")
     first, second = plane.submit(source, key="once"), plane.submit(source, key="once")
@@ -64,7 +64,7 @@ def test_the_same_submission_twice_is_one_job(plane: ControlPlane) -> None:
     plane.wait(first, "succeeded")
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_a_failing_job_uses_its_retries_and_a_mistaken_one_does_not(plane: ControlPlane) -> None:
     plane.open("flaky")
     flaky = plane.submit(plane.recipe("flaky", fail=1), retries=1)
@@ -76,7 +76,7 @@ def test_a_failing_job_uses_its_retries_and_a_mistaken_one_does_not(plane: Contr
     assert "the gate fails as it was asked to" in ended["reason"]
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_stop_ends_a_running_job_and_a_waiting_one(plane: ControlPlane) -> None:
     running = plane.submit(plane.recipe("stopped"))
     driver = plane.begun("stopped")
@@ -91,7 +91,7 @@ def test_stop_ends_a_running_job_and_a_waiting_one(plane: ControlPlane) -> None:
     plane.prove([job["id"] for job in (running, *others)])
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_a_clock_that_jumps_neither_repeats_a_tick_nor_loses_one(plane: ControlPlane) -> None:
     plane.open("ticking")
     body = {"recipe": plane.recipe("ticking"), "folder": str(plane.gates), "name": "ticking", "every": "1m"}
@@ -119,7 +119,7 @@ def test_a_clock_that_jumps_neither_repeats_a_tick_nor_loses_one(plane: ControlP
     plane.prove(jobs)
 
 
-@pytest.mark.cluster
+@pytest.mark.plane
 def test_down_keeps_logs_and_events_and_up_goes_on_with_the_queue(tmp_path: Path) -> None:
     plane = ControlPlane(tmp_path)
     plane.up()

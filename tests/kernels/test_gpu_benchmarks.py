@@ -21,7 +21,7 @@ def _run(script, *arguments, **environment):
     )  # fmt: skip
 
 
-@pytest.mark.cluster
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("script", "agreed"), [("kernels_gpu.py", "agrees with its reference: "), ("tune_gpu.py", "shapes agree: ")]
 )

@@ -15,7 +15,7 @@ SHARED_LIMIT = 227 * 1024  # bytes of a block on an H100
 FP8_PRODUCT = ".f32.e4m3.e4m3"
 
 
-@pytest.mark.cluster
+@pytest.mark.heavy
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}

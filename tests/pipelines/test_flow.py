@@ -28,8 +28,6 @@ from moray.platform.store.manifest import hash_file
 from tests.conftest import Flow
 from tests.small_run import STEPS, run_small
 
-pytestmark = pytest.mark.cluster
-
 
 def column(folder: Path, name: str) -> list[Any]:
     return [value for path in shard_paths(folder) for value in read_shard(path, [name])[name].to_pylist()]

@@ -162,7 +162,6 @@ CONTINUED = """
 """
 
 
-@pytest.mark.cluster
 def test_training_goes_on_from_an_imported_model(flow: Flow) -> None:
     def recipe(more: str = ""):
         model = flow.artifact("export").folder

@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
-import pytest
-
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.plan.step import Cluster
@@ -58,7 +56,6 @@ COUNTS: dict[str, dict[str, float]] = {
 }
 
 
-@pytest.mark.cluster
 def test_every_count_is_the_known_one(home: Home, ray_cluster: Cluster) -> None:
     for name in ("kjv", "akjv", "ukjv"):
         assert importlib.metadata.version(f"pythonbible-{name}") == "0.0.2", "the counts are of this version"

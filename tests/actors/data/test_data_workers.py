@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.data_worker import DataWorker, start_data_workers
@@ -18,7 +17,6 @@ from tests.actors.data.test_token_set import LENGTH, write
 PLAN = BatchPlan((0, 3), (8, 16))
 
 
-@pytest.mark.cluster
 def test_a_data_worker_that_dies_is_replaced_without_a_lost_or_repeated_sequence(
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -16,8 +16,6 @@ from moray.platform.core.errors import InputError
 from tests.actors.data.test_token_set import write
 from tests.s3 import BUCKET, Request, faulty_proxy
 
-pytestmark = pytest.mark.cluster
-
 PLAN = BatchPlan.constant(16)
 ADDRESS = f"s3://{BUCKET}/root/tokenize/f/w-1/train"
 
@@ -56,7 +54,7 @@ def test_a_bucket_gives_what_a_folder_gives(folder: Path) -> None:
             assert there[source].pieces(shard).equals(tokens.pieces(shard))
 
 
-def test_no_more_is_read_than_is_asked_for(folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_read_than_is_asked_for(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def watch(request: Request) -> str:
@@ -64,7 +62,7 @@ def test_no_more_is_read_than_is_asked_for(folder: Path, server: str, monkeypatc
             asked.append(request.headers.get("Range", "everything"))
         return "pass"
 
-    with faulty_proxy(server, watch) as proxy:
+    with faulty_proxy(s3_url, watch) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         DataWorker(ADDRESS, {}, 5, PLAN).batch(0, 3, 7)
     assert len(asked) == 4
@@ -73,7 +71,7 @@ def test_no_more_is_read_than_is_asked_for(folder: Path, server: str, monkeypatc
 
 @pytest.mark.parametrize("fault", ["half", "drop", (503, "<Error><Code>SlowDown</Code></Error>")], ids=str)
 def test_every_other_answer_spoilt_changes_nothing(
-    fault: str | tuple[int, str], folder: Path, server: str, monkeypatch: pytest.MonkeyPatch
+    fault: str | tuple[int, str], folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, int] = {}
     lock = threading.Lock()
@@ -85,13 +83,13 @@ def test_every_other_answer_spoilt_changes_nothing(
             seen[what] = seen.get(what, 0) + 1
         return fault if request.key.endswith(".bin") and seen[what] == 1 else "pass"
 
-    with faulty_proxy(server, spoil) as proxy:
+    with faulty_proxy(s3_url, spoil) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         assert_same_batches(folder)
     assert max(seen.values()) > 1
 
 
-def test_a_read_that_hangs_is_made_again(folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_hangs_is_made_again(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moray.actors.data.token_files._SILENCE", 0.3)
     released = threading.Event()
     hung: list[str] = []
@@ -102,7 +100,7 @@ def test_a_read_that_hangs_is_made_again(folder: Path, server: str, monkeypatch:
             released.wait(60)
         return "pass"
 
-    with faulty_proxy(server, hang) as proxy:
+    with faulty_proxy(s3_url, hang) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         assert_same_batches(folder)
         assert hung

@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from moray.kernels.wire import pack_rows, unpack_rows
@@ -51,7 +50,6 @@ def test_in_fp8_rows_go_and_gradients_of_results_too_but_sums_do_not():
     assert torch.equal(x_TD.grad, results_RD.detach()[:5] + results_RD.detach()[5:])
 
 
-@pytest.mark.cluster
 def test_process_groups_equal_one_process(ranks):
     """EP=2 and EP=4 over gloo, outputs and gradients in float64; see layer_ranks.py for the cases."""
     ranks.run(4, check_all)

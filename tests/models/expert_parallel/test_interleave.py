@@ -99,7 +99,6 @@ def test_gradients_put_off_are_the_same_to_the_bit(precision, recompute):
             check_same(name, gradient, found[0][1][name])
 
 
-@pytest.mark.cluster
 def test_ranks_that_overlap_compute_the_same(ranks):
     """At EP 2 and 4 over gloo; see overlap_ranks.py."""
     ranks.run(4, check_overlap)

@@ -8,8 +8,6 @@ from tests.models.expert_parallel.shared_memory_ranks import (
     check_nobody_connects_unless_all_can,
 )
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_was_written_is_read(ranks, world):

@@ -21,8 +21,6 @@ from moray.platform.core.errors import InputError, RecipeError
 from tests.pipelines.corpus.archives import PAGE, response, zipped
 from tests.s3 import BUCKET
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(autouse=True)
 def no_clients_of_other_tests() -> Iterator[None]:

@@ -256,7 +256,6 @@ def test_numbers_are_short() -> None:
     assert [_percent(s) for s in (0, 0.0001, 0.012, 0.17, 1)] == ["0 %", "<0.1 %", "1.2 %", "17 %", "100 %"]
 
 
-@pytest.mark.cluster
 def test_a_run_reports_its_own_stages(tmp_path: Path, home: Home, ray_cluster: Cluster) -> None:
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"Note {number}. " + 3 * (MEDICINE, LAW, PLAIN)[number % 3])

@@ -389,7 +389,6 @@ def test_a_run_that_was_interrupted_goes_on(
     assert run_step(tmp_path, leaky, 4, monkeypatch) == run_step(tmp_path / "whole", leaky, 4, monkeypatch)
 
 
-@pytest.mark.cluster
 def test_a_run_names_the_items_of_every_hit(
     tmp_path: Path, home: Home, ray_cluster: Cluster, leaky: dict[str, str]
 ) -> None:

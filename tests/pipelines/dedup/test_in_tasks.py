@@ -31,7 +31,6 @@ steps:
 """
 
 
-@pytest.mark.cluster
 def test_what_few_documents_need_not_is_the_same_in_tasks(
     tmp_path: Path, ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +58,6 @@ def test_what_few_documents_need_not_is_the_same_in_tasks(
     assert found[0][1]["near"] > 20
 
 
-@pytest.mark.cluster
 def test_steps_run_on_ray_and_explain_shows_their_decisions(home: Home, tmp_path: Path, ray_cluster: Cluster) -> None:
     folder = tmp_path / "text"
     folder.mkdir()

@@ -313,7 +313,6 @@ steps:
 """
 
 
-@pytest.mark.cluster
 def test_a_recipe_learns_filters_and_shows_its_pace(home: Home, ray_cluster: Cluster) -> None:
     events: list[Any] = []
     result = Runner(home, ray_cluster, [events.append]).run(parse_recipe(RECIPE, Path("cleaned.yaml")))

@@ -10,8 +10,6 @@ import pytest
 from tests.pipelines.pretrain.training_ranks import MODEL, Arrays, Trace, failing_step, logical, refused, train
 from tests.ranks import RankPool
 
-pytestmark = pytest.mark.cluster
-
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]  # (EP, EDP)
 STEPS = 20
 

@@ -164,9 +164,8 @@ def test_rows_that_deepep_does_not_carry(settings: dict[str, Any], says: str) ->
         step.check(config, {"tokens": "tokens"})
 
 
-@pytest.mark.cluster
 def test_an_archive_that_cannot_be_written(
-    tmp_path: Path, tokens: Artifact, server: str, s3: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokens: Artifact, s3_url: str, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deny(request: Request) -> str | tuple[int, str]:
         denied = (403, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
@@ -174,6 +173,6 @@ def test_an_archive_that_cannot_be_written(
 
     missing = error_of(tmp_path, {"tokens": tokens}, archive="s3://no-such-bucket/archive")
     assert "no-such-bucket" in missing.message
-    with faulty_proxy(server, deny) as proxy:
+    with faulty_proxy(s3_url, deny) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         assert "access denied" in error_of(tmp_path, {"tokens": tokens}, archive=f"s3://{BUCKET}/archive").message

@@ -12,7 +12,7 @@ from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.trainer import UNUSED, make_trainer
 from moray.platform.plan.step import Topology
 
-pytestmark = pytest.mark.cluster  # it takes no cluster, but seconds to import Ray
+pytestmark = pytest.mark.heavy  # it takes no cluster, but seconds to import Ray
 
 
 def test_of_ray_trains_own_actors_those_that_serve_no_run_are_not_started(tmp_path: Path) -> None:

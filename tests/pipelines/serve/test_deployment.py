@@ -35,7 +35,6 @@ def get(url: str) -> dict:
         return json.load(response)
 
 
-@pytest.mark.cluster
 def test_a_port_that_somebody_takes_in_the_meantime_is_one_clear_error(ray_cluster, folder, capfd):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", free_port()))
@@ -45,7 +44,6 @@ def test_a_port_that_somebody_takes_in_the_meantime_is_one_clear_error(ray_clust
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.cluster
 def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
     port = free_port()
     deployment = deploy(folder, "tiny", "127.0.0.1", port)
@@ -69,7 +67,7 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.cluster
+@pytest.mark.ray  # of its own
 def test_ctrl_c_is_how_serve_ends_and_no_error(folder, tmp_path):
     command = [
         sys.executable,
@@ -92,7 +90,6 @@ def test_ctrl_c_is_how_serve_ends_and_no_error(folder, tmp_path):
     assert "error" not in said
 
 
-@pytest.mark.cluster
 def test_a_model_that_does_not_load_is_an_error_that_says_why(ray_cluster, folder, capfd):
     (folder / "model.safetensors").write_bytes(b"not weights")
     port = free_port()

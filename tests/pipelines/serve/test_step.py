@@ -49,7 +49,6 @@ def commit(store: ArtifactStore, step_name: str, produces: str, fingerprint: str
     )  # fmt: skip
 
 
-@pytest.mark.cluster
 def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokenizer, tmp_path, capfd):
     from moray.models import checkpoint
 

@@ -84,7 +84,6 @@ def test_what_is_shown_moves_no_cursor(text: str) -> None:
     assert visible("two\nlines", "\n") == "two\nlines"
 
 
-@pytest.mark.cluster
 def test_every_step_of_a_run_is_asked(
     flow: Flow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

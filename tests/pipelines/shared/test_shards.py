@@ -96,7 +96,6 @@ def killed(row: Row) -> Row:
     return row
 
 
-@pytest.mark.cluster
 def test_a_task_that_kills_its_worker_is_not_tried_for_ever(ray_cluster: Cluster) -> None:
     """A module that crashes on import, or a library that does on one document: Ray Data tried again without an end."""
     told: StepContext = Told()  # type: ignore[assignment]
@@ -105,7 +104,6 @@ def test_a_task_that_kills_its_worker_is_not_tried_for_ever(ray_cluster: Cluster
         map_shards(told, "halving", [{"shard": 0}], killed, "bytes", lambda row: 1)
 
 
-@pytest.mark.cluster
 def test_workers_look_for_no_module_in_the_current_folder(ray_cluster: Cluster) -> None:
     """A `queue.py` or `numpy.py` beside a recipe was imported by every worker."""
     import ray

@@ -147,7 +147,7 @@ def test_a_document_that_was_changed_does_not_verify(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-@pytest.mark.cluster
+@pytest.mark.heavy
 def test_taught_mathematics_verifies_again(tmp_path: Path, server: TeacherServer) -> None:
     kinds: list[dict[str, Any]] = [
         {"kind": "gym", "name": "sums", "tasks": ["chain_sum"], "solver": "teacher", "items": 8},
@@ -428,7 +428,6 @@ steps:
 
 
 @needs_sandbox
-@pytest.mark.cluster
 def test_the_step_over_ray(tmp_path: Path, home: Home, ray_cluster: Cluster, server: TeacherServer) -> None:
     """The same documents from one shard a generator and from many; costs and reasons are in counts and rows."""
     texts = []

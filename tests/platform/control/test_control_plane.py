@@ -13,8 +13,6 @@ from moray.platform.control.auth import read_token
 from tests.control_plane import ControlPlane
 from tests.small_run import recipe_text, write_text
 
-pytestmark = pytest.mark.cluster
-
 
 def test_submit_follow_list_status_why(plane: ControlPlane) -> None:
     recipe = plane.gates / "followed.yaml"

@@ -369,7 +369,7 @@ def quick_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.mark.cluster  # a process for every statement
+@pytest.mark.heavy  # a process for every statement
 @pytest.mark.usefixtures("quick_collections")
 def test_a_kill_at_any_statement_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Missed ticks, one that catches up, one that finds it at work, one that is queued: all kinds in one call."""

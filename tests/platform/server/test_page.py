@@ -203,10 +203,8 @@ def log_in(page: Page, server: PageServer) -> None:
 
 
 expect.set_options(timeout=20_000)  # a busy machine; what is there sooner is seen sooner
-browser_test = pytest.mark.cluster  # left out of the quick tests: they take a browser and half a minute
 
 
-@browser_test
 def test_login(server: PageServer, context: BrowserContext) -> None:
     page = context.new_page()
     page.goto(server.url)
@@ -222,7 +220,6 @@ def test_login(server: PageServer, context: BrowserContext) -> None:
     expect(page).to_have_url(f"{server.url}/login")
 
 
-@browser_test
 def test_login_by_the_address_that_up_prints(server: PageServer, context: BrowserContext) -> None:
     page = context.new_page()
     page.goto(f"{server.url}/login#token=wrong")
@@ -234,7 +231,6 @@ def test_login_by_the_address_that_up_prints(server: PageServer, context: Browse
     assert server.token not in page.url, "the token is in no history"
 
 
-@browser_test
 @pytest.mark.parametrize(
     ("wanted", "reached"), [("/schedules", "/schedules"), ("//elsewhere.example/", "/"), ("javascript:alert(1)", "/")]
 )
@@ -261,7 +257,6 @@ def several_jobs(server: PageServer) -> Job:
     return running
 
 
-@browser_test
 def test_the_overview_shows_every_job_and_changes_by_itself(server: PageServer, page: Page) -> None:
     several_jobs(server)
     running = page.get_by_role("region", name="Running")
@@ -277,7 +272,6 @@ def test_the_overview_shows_every_job_and_changes_by_itself(server: PageServer, 
     expect(page).to_have_title("1 running · Moray")
 
 
-@browser_test
 def test_a_run_is_followed_as_it_writes_its_events(server: PageServer, page: Page) -> None:
     job = server.submit()
     page.goto(f"{server.url}/jobs/{job.id}")
@@ -310,7 +304,6 @@ def test_a_run_is_followed_as_it_writes_its_events(server: PageServer, page: Pag
     expect(page.get_by_role("log")).to_contain_text("+ pretrain done")
 
 
-@browser_test
 def test_charts_answer_to_pointer_and_keys(server: PageServer, page: Page) -> None:
     job = several_jobs(server)
     page.get_by_role("link", name="at-work").click()
@@ -337,7 +330,6 @@ LAYOUT = """async (graphs) => {
 }"""
 
 
-@browser_test
 def test_steps_and_edges_of_any_recipe_have_places_of_their_own(server: PageServer, page: Page) -> None:
     chance = random.Random(7)
     graphs = []
@@ -359,7 +351,6 @@ def test_steps_and_edges_of_any_recipe_have_places_of_their_own(server: PageServ
     assert page.evaluate(LAYOUT, [loop])[0]["columns"] >= 1, "what no recipe should have hangs nothing"
 
 
-@browser_test
 def test_stopping_asks_first(server: PageServer, page: Page) -> None:
     job = server.submit("mine")
     page.goto(f"{server.url}/jobs/{job.id}")
@@ -373,7 +364,6 @@ def test_stopping_asks_first(server: PageServer, page: Page) -> None:
     assert server.controller.jobs.get(job.id).state == "cancelled"
 
 
-@browser_test
 def test_an_earlier_attempt_can_be_looked_at(server: PageServer, page: Page) -> None:
     job = server.submit()
     log = server.start(job)
@@ -387,7 +377,6 @@ def test_an_earlier_attempt_can_be_looked_at(server: PageServer, page: Page) -> 
     expect(page.locator(".run-head")).to_contain_text("its driver is gone")
 
 
-@browser_test
 def test_schedules_are_shown_paused_and_resumed(server: PageServer, page: Page) -> None:
     add_schedules(server)
     page.get_by_role("link", name="Schedules", exact=True).first.click()
@@ -405,7 +394,6 @@ def test_schedules_are_shown_paused_and_resumed(server: PageServer, page: Page) 
     expect(nightly.get_by_role("button", name="Pause")).to_be_visible()
 
 
-@browser_test
 def test_what_users_write_stays_text(server: PageServer, page: Page) -> None:
     job = server.submit(EVIL)
     log = server.start(job)
@@ -420,7 +408,6 @@ def test_what_users_write_stays_text(server: PageServer, page: Page) -> None:
     assert page.title() != "owned"
 
 
-@browser_test
 def test_a_job_that_does_not_exist(server: PageServer, context: BrowserContext) -> None:
     page = context.new_page()
     log_in(page, server)
@@ -428,7 +415,6 @@ def test_a_job_that_does_not_exist(server: PageServer, context: BrowserContext) 
     expect(page.get_by_role("alert")).to_contain_text("no job 'nothing'")
 
 
-@browser_test
 def test_the_theme_follows_the_system_until_one_is_chosen(server: PageServer, page: Page) -> None:
     def background() -> str:
         return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -446,7 +432,6 @@ def test_the_theme_follows_the_system_until_one_is_chosen(server: PageServer, pa
     assert background() == dark
 
 
-@browser_test
 def test_a_phone_needs_no_sideways_scroll(server: PageServer, page: Page) -> None:
     job = several_jobs(server)
     add_schedules(server)
@@ -463,7 +448,6 @@ def test_a_phone_needs_no_sideways_scroll(server: PageServer, page: Page) -> Non
     assert (corpus["x"], corpus["y"] < dedup["y"]) == (dedup["x"], True), "steps go downwards where there is no room"
 
 
-@browser_test
 def test_all_of_it_can_be_reached_by_keys(server: PageServer, page: Page) -> None:
     job = several_jobs(server)
     expect(page.get_by_role("link", name="at-work")).to_be_visible()
@@ -489,7 +473,6 @@ def reach(page: Page, there: Callable[[], bool]) -> None:
     raise AssertionError("no number of tabs leads there")
 
 
-@browser_test
 def test_the_page_finds_a_controller_that_was_away(tmp_path: Path, context: BrowserContext) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

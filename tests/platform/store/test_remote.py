@@ -36,7 +36,7 @@ from tests.platform.store.test_artifacts import manifest
 from tests.s3 import BUCKET, Fault, Request, faulty_proxy, keys
 from tests.small_disk import empty, fill, small_disk
 
-pytestmark = pytest.mark.cluster  # a real S3 server
+pytestmark = pytest.mark.s3  # a real S3 server
 
 FINGERPRINT = "ab" * 16
 
@@ -59,12 +59,12 @@ def machines(s3: Any, tmp_path: Path) -> Callable[[str], Home]:
 
 
 @pytest.fixture
-def through(server: str, s3: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], Any]:
+def through(s3_url: str, s3: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], Any]:
     """What Moray asks within the block passes a proxy with these faults."""
 
     @contextmanager
     def within(fault: Fault) -> Iterator[None]:
-        with faulty_proxy(server, fault) as url, monkeypatch.context() as patch:
+        with faulty_proxy(s3_url, fault) as url, monkeypatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", url)
             yield
 

@@ -55,7 +55,7 @@ def test_clusters_keep_what_is_alike_together() -> None:
     assert not clusters_of(vectors[:100], 0, 1).any(), "few documents are all compared"
 
 
-@pytest.mark.cluster  # loading the model takes ten seconds
+@pytest.mark.heavy  # loading the model takes ten seconds
 def test_of_documents_that_mean_the_same_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = [Page(text, key) for key, text in TEXTS.items()]
     ids = {page.key: page.id for page in pages}

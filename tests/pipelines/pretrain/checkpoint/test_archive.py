@@ -16,8 +16,6 @@ from tests.pipelines.pretrain.training_ranks import archived, lone_worker, state
 from tests.ranks import RankPool
 from tests.s3 import BUCKET, KEYS, Request, faulty_proxy, keys
 
-pytestmark = pytest.mark.cluster
-
 DENIED = (403, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
 
 
@@ -54,9 +52,9 @@ def test_the_newest_are_here_and_all_are_in_the_archive(tmp_path: Path, bucket: 
         s3.delete_object(Bucket=BUCKET, Key=listing)  # now it is not whole
 
 
-def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, server: str, s3: Any, ranks: RankPool) -> None:
+def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, s3_url: str, s3: Any, ranks: RankPool) -> None:
     settings = {"archive": bucket, "keep_checkpoints": 1, "expert_parallel": 2, "moments": "fp8"}
-    ended = ranks.run(2, archived, {**KEYS, "AWS_ENDPOINT_URL": server}, str(tmp_path), settings)
+    ended = ranks.run(2, archived, {**KEYS, "AWS_ENDPOINT_URL": s3_url}, str(tmp_path), settings)
     assert {at for at, error in ended[0] if not error} == {1, 2, 3}
     assert not [error for rank in ended for _, error in rank if error]
     assert len([key for key in keys(s3) if key.endswith(f"/{CHECKSUMS}")]) == 3
@@ -66,14 +64,14 @@ def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, server: str, s
 
 
 def test_an_archive_that_refuses_costs_nothing_but_disk(
-    tmp_path: Path, bucket: str, server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = [True]
 
     def fault(request: Request) -> str | tuple[int, str]:
         return DENIED if refusing[0] and request.method == "PUT" else "pass"
 
-    with faulty_proxy(server, fault) as proxy:
+    with faulty_proxy(s3_url, fault) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         worker = lone_worker(str(tmp_path), archive=bucket, keep_checkpoints=1)
         for at in (1, 2):
@@ -120,10 +118,10 @@ def test_a_damaged_checkpoint_on_disk_is_fetched_again(tmp_path: Path, bucket: s
 
 
 def test_an_archive_that_cannot_be_asked_is_an_error_only_where_nothing_is_on_disk(
-    tmp_path: Path, bucket: str, server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(lone_worker(str(tmp_path), archive=bucket), 1)
-    with faulty_proxy(server, lambda request: DENIED) as proxy:
+    with faulty_proxy(s3_url, lambda request: DENIED) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         worker = lone_worker(str(tmp_path), archive=bucket)
         restored = worker.checkpoints.restore(worker.state)

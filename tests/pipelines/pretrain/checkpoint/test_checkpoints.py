@@ -21,8 +21,6 @@ from tests.pipelines.pretrain.training_ranks import (
 )
 from tests.ranks import RankPool
 
-pytestmark = pytest.mark.cluster
-
 COUNT = 3  # steps before the save
 ZERO1, ZERO2 = {"zero_stage": 1}, {"zero_stage": 2}
 # (EP, EDP, settings): every one loads what every other saved, and its own: 9 pairs in a test, 2 * 49 as evidence.

@@ -63,7 +63,6 @@ def test_a_missing_collective_a_foreign_one_and_another_size_are_found() -> None
         check_order([[], [], [sums]])
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize(
     "settings",
     [

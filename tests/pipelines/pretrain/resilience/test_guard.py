@@ -95,7 +95,7 @@ def heldout(worker: Worker) -> float:
     return float(np.mean(losses))
 
 
-@pytest.mark.cluster
+@pytest.mark.heavy
 def test_an_outlier_is_skipped_in_its_own_step(tmp_path: Path, clean: float) -> None:
     source = Source(lambda step, batch: outlier(batch) if step == 60 else batch)
     losses, notes, worker = trained(tmp_path, source)
@@ -178,7 +178,7 @@ def test_a_spike_that_returns_turns_on_routing_by_older_weights(tmp_path: Path, 
     assert heldout(worker) < 1.005 * clean
 
 
-@pytest.mark.cluster
+@pytest.mark.heavy
 def test_weights_gone_bad_are_gone_back_from(tmp_path: Path, clean: float) -> None:
     """A batch whose own loss is inconspicuous, but whose update spoils the weights."""
     worker = lone_worker(str(tmp_path / "run"), **SETTINGS)
@@ -252,7 +252,6 @@ def test_a_resumed_run_knows_what_to_skip(tmp_path: Path) -> None:
     assert all(np.array_equal(held(final_)[key], expected[key]) for key in expected)
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize(
     "settings", [{}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 1, "offload": True}], ids=str
 )
