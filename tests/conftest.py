@@ -32,6 +32,7 @@ from moray.platform.plan.step import Cluster, Topology
 from moray.platform.run.runner import RunResult
 from moray.platform.store.artifacts import Artifact
 from tests.control_plane import ControlPlane
+from tests.examples import examples
 from tests.ranks import RankPool
 from tests.s3 import KEYS, empty_bucket, s3_server
 from tests.small_run import run_small, write_text
@@ -60,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
-settings.register_profile("moray", deadline=None)  # a test never asserts a time
+settings.register_profile("moray", deadline=None, max_examples=examples(100))  # a test never asserts a time
 settings.load_profile("moray")
 
 

@@ -15,6 +15,7 @@ from moray.kernels.adamw_fp8 import (
     compress,
     restore,
 )
+from tests.examples import examples
 
 RATES = {"rate": 0.01, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
 
@@ -41,7 +42,7 @@ def _spread(count, decades, seed, signed):
     count=st.sampled_from([1, 5, 127, 128, 129, 1000]), decades=st.sampled_from([0.0, 1.0, 3.0, 6.0, 10.0]),
     scale=st.sampled_from([1e-20, 1e-6, 1.0]), signed=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_the_error_is_that_of_three_bits_divided_by_the_power(count, decades, scale, signed, seed):
     x = _spread(count, decades, seed, signed) * scale
     moment = compress(x)
@@ -194,7 +195,7 @@ def _doubt(*terms_N):
     expand=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_triton_and_the_reference_are_near_fp64(count, decades, scale, step, dtype, expand, seed):
     gradient, *before = _state(count, decades, scale, seed, expand)
     gradient = gradient.to(dtype)

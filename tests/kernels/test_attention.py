@@ -18,6 +18,7 @@ from moray.kernels.rope import rope_table
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.config import ModelConfig
 from moray.models.recompute import Recompute
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 SMALL = KernelBlocks(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))
@@ -116,7 +117,7 @@ def _both(q, k, v, documents, dtype, scale, blocks):
     blocks=st.sampled_from([SMALL, UNEVEN]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 def test_triton_in_fp32_equals_the_reference_in_float64(batch, length, heads, widths, cut, exponent, blocks, seed):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (draw((batch, length, heads, width), seed=seed + i) for i, width in enumerate((widths[0], *widths)))

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from moray.kernels.combine import combine_padded, combine_padded_reference, combine_padded_triton
 from moray.kernels.permute import PaddedOrder, padded_capacity, padded_order, padded_order_reference
+from tests.examples import examples
 from tests.kernels.compare import draw
 from tests.kernels.test_permute import CAPACITY, ORDER, routings
 
@@ -24,7 +25,7 @@ SPECIMENS = {
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_triton_gives_the_weighted_sum_and_its_gradients(routing, width, tile, dtype, seed):
     ids_TK, experts = routing
     order = padded_order_reference(ids_TK, experts, tile)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from moray.kernels import cross_entropy as module
 from moray.kernels.cross_entropy import cross_entropy_sum, cross_entropy_sum_reference, cross_entropy_sum_triton
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 
@@ -96,7 +97,7 @@ def _random(tokens, vocab, exponent, dtype, seed):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_a_chunks_loss_and_gradient_are_the_references_and_near_fp64(tokens, vocab, exponent, dtype, seed):
     case = _random(tokens, vocab, exponent, dtype, seed)
     loss, gradient = module._chunk_triton(*case, True)
@@ -123,7 +124,7 @@ def test_a_chunks_loss_and_gradient_are_the_references_and_near_fp64(tokens, voc
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_the_whole_of_it_is_the_references(tokens, chunk, dtype, seed):
     *tensors, targets, keep = _random(tokens, 101, 0, dtype, seed)
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in tensors] for _ in range(2))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moray.kernels.fp8_experts import fp8_expert_weights, fp8_experts, fp8_mlp
 from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 
@@ -50,7 +51,7 @@ EDGES = 3e-3
 @given(counts=st.sampled_from([(5,), (0, 128), (130, 0, 7), (0, 0, 1)]), hidden=st.sampled_from([64, 200]),
        inner=st.sampled_from([96, 128]), form=st.sampled_from(["reference", "triton"]),
        seed=st.integers(0, 2**31))  # fmt: skip
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 def test_forward_and_backward(counts, hidden, inner, form, seed):
     weights = _weights(len(counts), hidden, inner, seed)
     sizes = [-(-count // 128) * 128 for count in counts]

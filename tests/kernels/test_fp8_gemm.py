@@ -16,6 +16,7 @@ from moray.kernels.fp8_gemm import (
 )
 from moray.kernels.quantize import BLOCK, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
 from moray.kernels.tuning import DEFAULT, Tiles, nearest
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 SMALL = Tiles(rows=64, columns=32)
@@ -66,7 +67,7 @@ def _close(found, expected, a, b):
 
 @given(m=SIZES, n=SIZES, k=SUMMED, exponent=EXPONENTS, block=st.sampled_from([WEIGHT_BLOCKS, ROW_TILES]),
        seed=st.integers(0, 2**31))  # fmt: skip
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_the_product(m, n, k, exponent, block, seed):
     a, a_scales = quantize(draw((m, k), exponent, seed=seed))
     b, b_scales = quantize(draw((n, k), seed=seed + 1), block)
@@ -88,7 +89,7 @@ GROUPS = st.sampled_from([(1,), (0,), (0, 0), (0, 1, 0), (3, 0, 0), (1, 2, 1), (
 
 @given(blocks=GROUPS, n=st.sampled_from([1, 33, 130]), k=SUMMED, spare=st.sampled_from([0, 128, 130]),
        seed=st.integers(0, 2**31))  # fmt: skip
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_groups_of_rows(blocks, n, k, spare, seed):
     offsets = _offsets(blocks)
     end = int(offsets[-1])
@@ -108,7 +109,7 @@ def test_groups_of_rows(blocks, n, k, spare, seed):
 
 
 @given(blocks=GROUPS, m=st.sampled_from([0, 1, 97]), n=st.sampled_from([1, 33, 130]), seed=st.integers(0, 2**31))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_groups_of_the_summed_axis(blocks, m, n, seed):
     offsets = _offsets(blocks)
     rows = int(offsets[-1]) + 128  # the buffer's unused end, full of numbers

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moray.kernels.fp8_linear import fp8_linear, fp8_weight
 from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 
@@ -26,7 +27,7 @@ def _close(found, expected):
     outputs=st.sampled_from([1, 5, 128, 257]), exponent=st.sampled_from([-20, 0, 15]), shared=st.booleans(),
     form=st.sampled_from(["reference", "triton"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_all_three_products_multiply_what_they_should(rows, inputs, outputs, exponent, shared, form, seed):
     x = draw((rows, inputs), exponent, seed=seed).requires_grad_()
     weight = draw((outputs, inputs), seed=seed + 1).requires_grad_()

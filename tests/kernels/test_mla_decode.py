@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.mla_decode import DecodeBlocks, mla_decode, mla_decode_reference, mla_decode_triton
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 SMALL = DecodeBlocks(16, 16, 4, 1)
@@ -65,7 +66,7 @@ CASES = {
 
 
 @given(**CASES)
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_the_reference_equals_a_loop_over_slots(batch, tokens, heads, widths, slots, seed):
     case = _case(batch, tokens, heads, widths, slots, torch.float64, seed)
     found = mla_decode_reference(*case, 0.4, widths[0])
@@ -78,7 +79,7 @@ def test_the_reference_equals_a_loop_over_slots(batch, tokens, heads, widths, sl
     exponent=st.sampled_from([-2, 0, 4]),
     integers=st.sampled_from([torch.int32, torch.int64]),
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_triton_in_fp32_equals_a_loop_over_slots(batch, tokens, heads, widths, slots, seed, splits, exponent, integers):
     q, cache, tables, positions = _case(batch, tokens, heads, widths, slots, torch.float32, seed)
     q = q * 2.0**exponent

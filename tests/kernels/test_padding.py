@@ -4,13 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.padding import group_order, pad_groups, unpad_groups
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 
 @given(
     counts=st.lists(st.sampled_from([0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=6), seed=st.integers(0, 2**31)
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_groups_begin_at_multiples_of_128_and_come_back(counts, seed):
     rows, sizes = sum(counts), [-(-count // 128) * 128 for count in counts]
     x = draw((rows, 3), seed=seed).requires_grad_()

@@ -19,6 +19,7 @@ from moray.kernels.permute import (
     sum_slots,
     sum_slots_triton,
 )
+from tests.examples import examples
 from tests.kernels.compare import draw, same_bits
 
 IDS = torch.zeros(64, 8, dtype=torch.int64)
@@ -61,7 +62,7 @@ def routings(draw, tokens=(0, 1, 31, 129), experts=(1, 8, 37, 64, 256)):
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_slots_are_summed_but_for_those_that_are_nowhere(tokens, slots, rows, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     rows_RD = torch.randint(-30, 31, (rows, 19), generator=generator).to(dtype)
@@ -77,7 +78,7 @@ def test_slots_are_summed_but_for_those_that_are_nowhere(tokens, slots, rows, dt
 
 
 @given(routings(), st.sampled_from([1, 7, 16, 128]))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_padded_rows_are_sorted_stably_and_start_at_tiles(routing, tile):
     ids_TK, experts = routing
     expected, end = {}, 0
@@ -94,7 +95,7 @@ def test_padded_rows_are_sorted_stably_and_start_at_tiles(routing, tile):
 
 
 @given(routings(), st.sampled_from([1, 7, 128]), st.sampled_from([torch.int32, torch.int64]))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_the_counting_sort_is_the_reference(routing, tile, dtype):
     ids_TK, experts = routing
     found, expected = (f(ids_TK.to(dtype), experts, tile) for f in (padded_order_triton, padded_order_reference))
@@ -124,7 +125,7 @@ def test_ids_that_are_no_experts_are_not_routed_here():
 
 
 @given(pairs=st.integers(0, 40), experts=st.integers(1, 9), tile=st.integers(1, 9))
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_the_capacity_is_the_least_that_the_worst_router_needs(pairs, experts, tile):
     begun = min(pairs, experts)
     worst = [1] * begun
@@ -147,7 +148,7 @@ def _used(rows_RD, order):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_rows_spread_with_zeros_between_and_gradients_sum_over_slots(routing, width, tile, dtype, seed):
     ids_TK, experts = routing
     order = padded_order_reference(ids_TK, experts, tile)
@@ -175,7 +176,7 @@ def test_gradients_sum_in_fp32_in_the_order_of_slots():
 
 
 @given(routing=routings(tokens=(0, 1, 7), experts=(1, 5)), tiles=st.integers(1, 9), seed=st.integers(0, 2**31))
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_fp8_rows_spread_with_their_scales(routing, tiles, seed):
     ids_TK, experts = routing
     order = padded_order_reference(ids_TK, experts, 16)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moray.kernels.push import push_rows, push_rows_reference, push_rows_triton
 from moray.kernels.rows_cpu import compiles, pack_rows_compiled, push_rows_compiled
 from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width, unpack_rows
+from tests.examples import examples
 from tests.kernels.compare import same_bits
 
 UNTOUCHED = 0xAB
@@ -38,7 +39,7 @@ def _pushed(form, rows_TD, metadata_TN, sent_PT):
 
 
 @pytest.mark.parametrize("form", [push_rows, push_rows_reference, push_rows_triton, push_rows_compiled])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     tokens=st.sampled_from([0, 1, 9]),
     columns=st.sampled_from([1, 24, 128, 129, 300]),
@@ -61,7 +62,7 @@ def test_whoever_looks_finds_its_rows_in_order(form, tokens, columns, ranks, tai
         assert torch.equal(found[finite, :width], packed[source_C][finite])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     columns=st.sampled_from([1, 24, 128, 129, 300]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

@@ -14,6 +14,7 @@ from moray.kernels.quantize import (
     quantize_triton,
     widened,
 )
+from tests.examples import examples
 from tests.kernels.compare import draw, same_bits
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
@@ -53,7 +54,7 @@ def _spread(scales, block, shape):
     power_of_two=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_every_number_is_the_nearest_and_nothing_saturates(
     block, rows, columns, stack, exponent, dtype, power_of_two, seed
 ):
@@ -126,7 +127,7 @@ def test_scales_that_do_not_fit_are_named():
     special=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf"), 448.0, 1e-30, 1e-42]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_triton_gives_the_references_bits(block, rows, columns, stack, exponent, dtype, power_of_two, special, seed):
     x = draw((*stack, rows, columns), exponent, dtype, seed)
     if rows:
@@ -144,7 +145,7 @@ def test_triton_gives_the_references_bits(block, rows, columns, stack, exponent,
     power_of_two=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_both_directions_in_one_pass(rows, columns, exponent, power_of_two, seed):
     x = draw((rows, columns), exponent, seed=seed)
     along, turned = quantize_both_reference(x, power_of_two)

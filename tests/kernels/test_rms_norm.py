@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from moray.kernels import rms_norm as module
 from moray.kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_triton
+from tests.examples import examples
 from tests.kernels.compare import draw, same_bits
 
 EPS = 1e-6
@@ -90,7 +91,7 @@ def _hold(form, x, weight, dy):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_triton_and_the_reference_are_near_fp64(rows, width, exponent, dtype, seed):
     x, dy = draw((rows, width), exponent, dtype, seed), draw((rows, width), 0, dtype, seed + 1)
     weight = draw((width,), 0, dtype, seed + 2)

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.rope import rope, rope_reference, rope_table, rope_triton
+from tests.examples import examples
 from tests.kernels.compare import draw, same_bits
 
 
@@ -71,7 +72,7 @@ def _with_gradient(form, x, dy, *tables):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_triton_is_the_reference(batch, tokens, heads, size, offset, one_table, exponent, dtype, seed):
     x = draw((batch, tokens, heads, size + offset), exponent, dtype, seed)[..., offset:]
     dy = draw((batch, tokens, size, heads), 0, dtype, seed + 1).transpose(-1, -2)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.router import route, route_reference, route_triton, sequence_balance
+from tests.examples import examples
 
 LOGITS = torch.zeros(64, 256, requires_grad=True)
 SPECIMENS = {
@@ -42,7 +43,7 @@ def _expected_ids(choice_E, top_k, n_group, topk_group):
 
 
 @given(_routings())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_laws(case):
     logits_TE, bias_E, numbers = case
     ids_TK, weights_TK, counts_E = route(logits_TE, bias_E, **numbers, scale=2.5)
@@ -82,7 +83,7 @@ def test_weights_are_differentiable():
     sequences=st.integers(1, 3), length=st.integers(0, 7), experts=st.integers(2, 6), seed=st.integers(0, 2**31),
     data=st.data(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_sequence_balance_is_the_published_sum(sequences, length, experts, seed, data):
     top_k = data.draw(st.integers(1, experts))
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +150,7 @@ def _separated(draw):
 
 
 @given(_separated(), st.integers(0, 2**31))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_triton_chooses_the_references_experts(case, seed):
     logits_TE, bias_E, options = case
     logits_TE.requires_grad_()

@@ -13,6 +13,7 @@ from moray.kernels.swiglu import (
     swiglu_quantize_reference,
     swiglu_quantize_triton,
 )
+from tests.examples import examples
 from tests.kernels.compare import draw
 
 ROWS, INNER = st.sampled_from([0, 128, 256]), st.sampled_from([0, 128, 384])
@@ -42,7 +43,7 @@ def _same_but_for_edges(found, expected):
 
 @given(rows=ROWS, inner=INNER, exponent=st.sampled_from([-20, 0, 4]), weighted=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**31))  # fmt: skip
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_forward(rows, inner, exponent, weighted, dtype, seed):
     gate_up = draw((rows, 2 * inner), exponent, dtype, seed)
     weights = draw((rows,), seed=seed + 1).abs() if weighted else None
@@ -58,7 +59,7 @@ def test_forward(rows, inner, exponent, weighted, dtype, seed):
 
 @given(rows=ROWS, inner=INNER, exponent=st.sampled_from([-20, 0, 4]), weighted=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**31))  # fmt: skip
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_backward(rows, inner, exponent, weighted, dtype, seed):
     held = quantize(draw((rows, 2 * inner), 0, dtype, seed), power_of_two=True)
     d_inner = draw((rows, inner), exponent, dtype, seed + 1)

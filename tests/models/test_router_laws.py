@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moray.kernels.router import route
+from tests.examples import examples
 
-CASES = settings(max_examples=1000)
+CASES = settings(max_examples=examples(1000))
 
 
 @st.composite

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.epoch_permutation import permuted
 from moray.actors.data.mixture import Mixture
+from tests.examples import examples
 
 sizes = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 50), min_size=1)
 plans = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=1, max_size=4).map(
@@ -60,7 +61,7 @@ def test_a_plan_that_is_none_is_refused(starts: tuple[int, ...], numbers: tuple[
         BatchPlan(starts, numbers)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(sizes, st.integers(0, 9), plans, st.integers(0, 60))
 def test_a_batch_does_not_depend_on_who_asks(sizes: dict[str, int], seed: int, plan: BatchPlan, step: int) -> None:
     whole = np.array(Mixture(sizes, {}, seed, plan).batch(step))
@@ -71,7 +72,7 @@ def test_a_batch_does_not_depend_on_who_asks(sizes: dict[str, int], seed: int, p
         assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(sizes, st.integers(0, 9), plans)
 def test_every_sequence_comes_once_an_epoch(sizes: dict[str, int], seed: int, plan: BatchPlan) -> None:
     """Also where batches, ramps of them and epochs do not divide."""
@@ -86,7 +87,7 @@ def test_every_sequence_comes_once_an_epoch(sizes: dict[str, int], seed: int, pl
             assert np.ptp(seen[source]) <= 1, "a sequence came again before another had come"
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 10**9), st.integers(1, 300))
 def test_any_batch_holds_each_sources_share_to_one_sequence(weights: list[float], step: int, size: int) -> None:
     names = "abcdef"[: len(weights)]

@@ -16,6 +16,7 @@ from moray.actors.data.mixture import Mixture
 from moray.actors.data.token_files import FolderFiles
 from moray.actors.data.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
 from moray.pipelines.tokenize.packing import Documents, Packing, pack, plan
+from tests.examples import examples
 
 VOCABULARY = Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
 LENGTH = 16
@@ -52,7 +53,7 @@ documents = st.lists(st.lists(st.integers(3, 999), max_size=40), max_size=6)
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(shards=st.lists(documents, min_size=1, max_size=3))
 def test_what_is_packed_comes_back(
     packing: Packing, tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[int]]]
@@ -69,7 +70,7 @@ def test_what_is_packed_comes_back(
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(docs=documents)
 def test_tokens_have_one_number_exactly_if_they_are_of_one_document(
     packing: Packing, tmp_path_factory: pytest.TempPathFactory, docs: list[list[int]]

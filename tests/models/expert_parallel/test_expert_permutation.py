@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation
+from tests.examples import examples
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     arrived=st.integers(0, 9),
     slots=st.integers(1, 4),

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.models.expert_parallel.send_plan import SendPlan
+from tests.examples import examples
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     ranks=st.integers(1, 4),
     local=st.sampled_from([1, 3, 8, 9, 64]),

@@ -19,6 +19,7 @@ from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
+from tests.examples import examples
 from tests.pipelines.corpus.archives import PAGE, record, response, zipped
 
 COUNT = 12
@@ -51,7 +52,7 @@ PACKED = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     st.dictionaries(st.integers(0, COUNT - 2), st.sampled_from([-300, -5, 5, 70, 900, 5_000_000, 10**18]), max_size=4),
     st.booleans(),
@@ -67,7 +68,7 @@ def test_a_wrong_length_or_a_missing_blank_line_costs_no_other_record(
     assert all(piece.reason == "malformed" for piece in found if isinstance(piece, Reject))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.dictionaries(st.integers(0, COUNT - 2), st.sampled_from(["flip", "head", "sum", "cut"]), max_size=4))
 def test_a_damaged_member_of_gzip_costs_its_record(how: dict[int, str]) -> None:
     members = [bytearray(gzip.compress(item)) for item in GOOD]
@@ -153,7 +154,7 @@ def test_codings_are_undone_and_every_record_is_read(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["compress", "exi", "br", "gzip", "zstd", "deflate", "dcb"])
 @given(noise=st.binary(min_size=200, max_size=400))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_no_compressed_bytes_become_a_document(name: str, noise: bytes) -> None:
     body = b"\x1f\x9d\x90" + noise
     found = read(response(body, 7, more=f"Content-Encoding: {name}\r\n") + GOOD[1])

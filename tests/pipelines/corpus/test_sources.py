@@ -27,6 +27,7 @@ from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name
 from moray.platform.core.errors import RecipeError
 from tests.checkout import ROOT
+from tests.examples import examples
 
 ROWS = {
     "body": ["one", "two", None, "four"],
@@ -197,7 +198,7 @@ NAMES = st.sampled_from(["a", "b.txt", "ab.py", ".hid", "x.jsonl.gz", "[z]"])
 PARTS = st.sampled_from(["a", "*", "?", "*.py", "a*", "**", "[ab]*", "[!a]*", ".h*", "*.gz", "[[]z]"])
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     st.sets(st.lists(NAMES, min_size=1, max_size=4).map("/".join), max_size=8), st.lists(PARTS, min_size=1, max_size=4)
 )
@@ -249,7 +250,7 @@ def test_a_source_that_is_not_there_says_what_makes_it(tmp_path: Path) -> None:
     assert caught.value.hint == "`make it` makes it"
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.sampled_from(["jsonl", "parquet", "huggingface", "text"]), st.data())
 def test_whatever_happens_to_a_file_nothing_raises_and_all_is_counted(reader: str, data: st.DataObject) -> None:
     table = pa.table({"text": [f"text {i}" * i for i in range(40)], "url": ["u"] * 40})

@@ -17,6 +17,7 @@ from moray.pipelines.corpus.pieces import Document, Piece
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.unpack import Damaged, Unpacked, packed_as
+from tests.examples import examples
 
 COMPRESS = {"gzip": gzip.compress, "zstd": zstd.compress}
 
@@ -32,7 +33,7 @@ def unpacked(data: bytes, kind: str) -> tuple[bytes, str]:
     return found, stream.raw.behind  # type: ignore[attr-defined]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from(sorted(COMPRESS)),
     st.lists(st.tuples(st.binary(max_size=300), st.integers(1, 3000)), min_size=1, max_size=5),

@@ -20,6 +20,7 @@ from moray.pipelines.corpus.pieces import REASONS, Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.web import page
+from tests.examples import examples
 from tests.pipelines.corpus.archives import PAGE, record, response, zipped
 
 
@@ -230,7 +231,7 @@ def test_a_long_page_that_is_well_made_is_read() -> None:
         assert isinstance(page(body.encode(), 10_000_000, "", ""), Document)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.data())
 def test_whatever_happens_to_an_archive_nothing_raises_and_all_is_counted(data: st.DataObject) -> None:
     """Bytes changed, dropped or doubled anywhere in a WARC file."""
@@ -254,7 +255,7 @@ MARKUP = ["<div>", "</div>", "<table>", "<tr>", "<td>", "<svg>", "<!--", "-->", 
 MARKUP += ["<template>", "</body>", "<article>", "<ul><li>", "<script>", "<![CDATA[", "<pre>", "\ufeff"]
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @example(["\x1f<?"], "utf-8")
 @given(
     st.lists(st.one_of(st.sampled_from(MARKUP), st.text(max_size=8)), max_size=60),

@@ -34,6 +34,7 @@ from moray.platform.plan.step import Cluster, StepContext
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest
+from tests.examples import examples
 from tests.pipelines.decontaminate import oracle
 from tests.pipelines.dedup.oracle import fold
 from tests.pipelines.dedup.test_step import column, mixed
@@ -60,7 +61,7 @@ def judged(items: dict[str, list[str]], documents: dict[str, str], grams: Grams,
 
 
 @UNITS
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(text=mixed)
 def test_units_are_those_of_the_definition_with_their_places(unit: str, text: str) -> None:
     units = units_of(text, unit == "characters")
@@ -80,7 +81,7 @@ def test_units_are_those_of_the_definition_with_their_places(unit: str, text: st
 
 
 @UNITS
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     documents=st.lists(texts_of_few, min_size=1, max_size=4),
     items=st.lists(st.lists(texts_of_few, min_size=1, max_size=3), min_size=1, max_size=3),

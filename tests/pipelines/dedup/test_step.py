@@ -22,6 +22,7 @@ from moray.pipelines.dedup.keep_order import DocumentColumns, sources_by
 from moray.pipelines.shared.documents import content_hash, document_id
 from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import ascend
+from tests.examples import examples
 from tests.pipelines.dedup import oracle
 from tests.pipelines.dedup.runs import kept, removed, run_step
 from tests.pipelines.step_runs import Interrupted
@@ -44,7 +45,7 @@ def column(texts: list[str]) -> pa.ChunkedArray:
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(texts=st.lists(mixed, min_size=1, max_size=4), size=st.integers(1, 6))
 def test_shingles_are_those_of_the_definition(unit: str, texts: list[str], size: int) -> None:
     shingling = Shingling(size, unit == "characters")
@@ -153,7 +154,7 @@ def drawn(picks: list[tuple[int, int, str]]) -> list[oracle.Text]:
     return texts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(changed, min_size=1, max_size=20), st.randoms())
 def test_what_goes_is_what_the_definition_says_whatever_the_order(picks: Any, generator: random.Random) -> None:
     texts = drawn(picks)
@@ -201,7 +202,7 @@ def test_without_verification_whoever_shares_a_key_goes() -> None:
     assert len(found(texts, loose.model_copy(update={"similarity": 0.95}))) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40))
 def test_components_are_those_of_scipy(count: int, edges: list[tuple[int, int]]) -> None:
     from scipy.sparse import coo_matrix
@@ -214,7 +215,7 @@ def test_components_are_those_of_scipy(count: int, edges: list[tuple[int, int]])
     assert components(count, pairs).tolist() == [least[label] for label in labels]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60),
     st.lists(st.integers(0, 59), max_size=5),

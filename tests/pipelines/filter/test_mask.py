@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.filter import keys
 from moray.pipelines.filter.mask import KINDS, _luhn, mask
+from tests.examples import examples
 
 SHOWN = {
     "email": ("joe.doe+tag@mail.example.co.uk", "ANNA@firma.de", "x_y%z@sub-domain.org", "j\u00f6rg@m\u00fcller.de"),
@@ -88,7 +89,7 @@ PARTS = ("@", ".", ":", "-", "+", " ", "\n", "1", "42", "2001", "a", "f", "eyJ",
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=25), st.sampled_from([" ", "\n", ", "]))
 def test_what_is_masked_has_nothing_left_to_mask(parts: list[str], between: str) -> None:
     text = between.join(parts)
@@ -100,7 +101,7 @@ def test_what_is_masked_has_nothing_left_to_mask(parts: list[str], between: str)
     assert mask(text, ()) == (text, {})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.text(string.digits, min_size=11, max_size=18))
 def test_one_digit_in_ten_completes_a_card(digits: str) -> None:
     """And no two: a single wrong digit is found (ISO/IEC 7812-1)."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moray.pipelines.filter.config import C4, BasicRules, FilterConfig, FineWeb, GopherQuality, GopherRepetition
 from moray.pipelines.filter.rules import Judged, judge
 from moray.platform.plan.step import StepConfig
+from tests.examples import examples
 from tests.pipelines.filter import oracle
 
 # Pieces that the rules speak of, in several scripts: ends of lines and sentences, bullets, symbols, marks, white space.
@@ -60,7 +61,7 @@ BLOCKS: tuple[tuple[str, type[StepConfig], Any], ...] = (
 
 
 @pytest.mark.parametrize(("family", "block", "defined"), BLOCKS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(data=st.data(), documents=st.lists(texts, min_size=1, max_size=6))
 def test_rules_are_those_of_their_definitions(
     family: str, block: type[StepConfig], defined: Any, data: st.DataObject, documents: list[str]
@@ -83,7 +84,7 @@ LIMITS = [
 
 
 @pytest.mark.parametrize(("family", "block", "defined", "field"), LIMITS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(documents=st.lists(texts, min_size=1, max_size=8), short_line=st.integers(0, 12))
 def test_every_value_is_that_of_the_definition(
     family: str, block: type[StepConfig], defined: Any, field: str, documents: list[str], short_line: int
@@ -98,7 +99,7 @@ def test_every_value_is_that_of_the_definition(
     assert broken(judged) == [defined(text, limits) if text else ("empty", 0) for text in documents]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(limits=limits_of(C4), documents=st.lists(texts, min_size=1, max_size=6))
 def test_c4_leaves_of_a_text_what_its_definition_does(limits: C4, documents: list[str]) -> None:
     judged = judge(column(documents), FilterConfig(rules=("c4",), c4=limits))
@@ -114,7 +115,7 @@ BASIC = {
 }  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(data=st.data(), documents=st.lists(texts, min_size=1, max_size=6))
 def test_basic_rules_are_those_of_their_definitions(data: st.DataObject, documents: list[str]) -> None:
     drawn = {
@@ -132,7 +133,7 @@ def test_basic_rules_are_those_of_their_definitions(data: st.DataObject, documen
             assert found[1] == expected[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(texts, min_size=1, max_size=5), st.permutations(["basic", "gopher_quality", "c4", "fineweb"]))
 def test_families_are_tried_in_the_order_of_the_recipe_each_on_what_the_one_before_left(
     documents: list[str], order: list[str]

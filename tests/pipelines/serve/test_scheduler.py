@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.serve.scheduler import Limits, Scheduler
 from moray.pipelines.serve.sequence import Request, Sequence
+from tests.examples import examples
 
 
 class Pool:
@@ -55,7 +56,7 @@ traffic = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20), st.booleans
 
 
 @given(traffic, st.integers(1, 5), st.integers(1, 40), st.integers(10, 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_promises_hold_under_any_traffic(vocabulary, requests, max_running, extra, blocks):
     limits = Limits(step_tokens=max_running + extra, max_running=max_running, block_size=8)
     pool = Pool(blocks, 8)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.serve.text import TextStream, Token, Vocabulary
+from tests.examples import examples
 
 MIXED = "a🙂b café 世界 é"
 
@@ -22,7 +23,7 @@ def push_all(stream: TextStream, ids: list[int]) -> list[str]:
 
 
 @given(st.text())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_text_survives_encoding_and_decoding(vocabulary, text):
     try:
         ids = vocabulary.encode(text)
@@ -33,7 +34,7 @@ def test_text_survives_encoding_and_decoding(vocabulary, text):
 
 
 @given(st.lists(st.integers(0, 345), max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_any_ids_decode_as_the_tokenizer_decodes_them(vocabulary, tokenizer, ids):
     stream = TextStream(vocabulary)
     assert "".join(push_all(stream, ids)) + stream.finish().text == tokenizer.decode(ids, skip_special_tokens=True)
@@ -84,7 +85,7 @@ def test_the_start_of_a_stop_string_is_shown_when_the_answer_ends(vocabulary):
 
 
 @given(st.text(alphabet="ab🙂", max_size=12), st.lists(st.text(alphabet="ab🙂", min_size=1, max_size=4), max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_streaming_with_stops_equals_searching_the_text_as_it_grows(vocabulary, text, stops):
     stream = TextStream(vocabulary, tuple(stops))
     shown = ""

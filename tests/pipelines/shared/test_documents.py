@@ -15,6 +15,7 @@ from moray.pipelines.evaluate.baselines import ByteCounts, ByteModel, UnigramMod
 from moray.pipelines.shared.documents import document_id, shard_paths, write_shard
 from moray.pipelines.split import SplitConfig, is_heldout
 from moray.pipelines.tokenizer.train import TokenizerConfig, train
+from tests.examples import examples
 
 WORDS = [f"word{i}" for i in range(400)]
 
@@ -44,7 +45,7 @@ def test_the_split_depends_on_the_id_alone_and_has_its_share() -> None:
 TEXTS = [f"The number {i} is {'odd' if i % 2 else 'even'}; its square is {i * i}.\n" for i in range(800)]
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.text(max_size=60))
 def test_any_text_round_trips(text: str) -> None:
     tokenizer = ROUND_TRIP

@@ -15,6 +15,7 @@ from moray.pipelines.decontaminate.evals import Piece
 from moray.pipelines.decontaminate.index import Grams, build_index
 from moray.pipelines.text.characters import SIZE, fold
 from moray.pipelines.text.minhash import Shingling
+from tests.examples import examples
 from tests.pipelines.dedup import oracle
 from tests.pipelines.dedup.test_step import column, mixed
 
@@ -24,7 +25,7 @@ ANY = st.text(st.characters(codec="utf-8", exclude_characters=STAY), max_size=40
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(text=ANY | mixed.map(lambda text: "".join(one for one in text if one not in STAY)), seed=st.integers(0, 9))
 def test_every_form_of_a_text_has_the_same_shingles(unit: str, text: str, seed: int) -> None:
     """datatrove#234: the same text composed and decomposed were two."""

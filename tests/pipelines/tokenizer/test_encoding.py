@@ -17,6 +17,7 @@ from moray.pipelines.tokenizer import encoding
 from moray.pipelines.tokenizer.encoding import FastEncoder, ReferenceEncoder, choose, encoder, plain_json, probes
 from moray.pipelines.tokenizer.train import EOS, TokenizerConfig, hugging_face_config, train
 from moray.platform.core.errors import InputError
+from tests.examples import examples
 
 SENTENCES = [
     "def decode(self, s):\n    return s.strip()[1:-1]\n" * 20,
@@ -49,7 +50,7 @@ characters = st.one_of(st.sampled_from(encoding._KINDS), st.characters(exclude_c
 texts = st.lists(st.lists(characters, max_size=25).map("".join), max_size=6)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(found=texts)
 def test_both_encoders_give_the_same_ids(both: tuple[FastEncoder, ReferenceEncoder], found: list[str]) -> None:
     column = pa.array(found, pa.large_string())

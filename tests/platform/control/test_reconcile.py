@@ -27,6 +27,7 @@ from moray.platform.control.queue import IN_FLIGHT, choose
 from moray.platform.control.reconcile import LOSSES, START_SECONDS, Sight, after, judge
 from moray.platform.core.home import Home
 from moray.platform.plan.step import Topology
+from tests.examples import examples
 from tests.small_run import recipe_text, write_text
 
 TOPOLOGY = Topology(2, 0, 1 << 30)
@@ -145,7 +146,7 @@ def submission(folder: Path, **fields: Any) -> Submission:
     return Submission.model_validate({"recipe": recipe_text(folder), "folder": str(folder), **fields})
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(seed=st.integers(0, 1 << 30), slots=st.integers(1, 3), jobs=st.integers(1, 6), retries=st.integers(0, 2))
 def test_every_job_ends_once_whatever_happens(
     tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int, jobs: int, retries: int

@@ -25,6 +25,7 @@ from moray.platform.control.jobs import ConflictError, Jobs, NotFoundError
 from moray.platform.control.schedules import NewSchedule, Schedule, Schedules
 from moray.platform.core.errors import InputError, RecipeError
 from tests.checkout import ROOT
+from tests.examples import examples
 
 START = 1_793_000_000.0  # a whole second; intervals count from it
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
@@ -445,7 +446,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     trigger=st.sampled_from([{"every": "30m"}, {"cron": "*/20 * * * *", "tz": "America/New_York"}]),
     overlap=st.sampled_from(["skip", "queue", "allow"]),

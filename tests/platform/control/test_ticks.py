@@ -30,6 +30,7 @@ from moray.platform.control.ticks import (
     parse_trigger,
 )
 from moray.platform.core.errors import InputError
+from tests.examples import examples
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 
@@ -149,7 +150,7 @@ def test_the_windows_hold_a_change(zone: str, day: str) -> None:
     assert any(b - a != timedelta(minutes=1) for a, b in pairwise(walls))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(fields=expressions(), where=st.sampled_from(CHANGES + STEADY))
 @example(fields=fixed("30 1 * * *"), where=CHANGES[1])
 @example(fields=fixed("0 0 * * *"), where=CHANGES[8])
@@ -175,7 +176,7 @@ def test_after_from_minutes_all_over_the_change(zone: str, day: str, text: str) 
                 assert trigger.after(moment) == expected[at]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     zone=st.sampled_from(sorted(available_timezones())),
     moment=st.floats(0, 4e9),
@@ -340,7 +341,7 @@ def test_what_is_wrong_is_named(cron: str | None, every: str | None, tz: str, me
 CRONISH = st.text(st.sampled_from("0123456789*/-,#L WMONFRIjan@"), max_size=30)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.one_of(CRONISH, CRONISH.map(lambda text: f"{text} * * * *"), CRONISH.map(lambda text: f"0 0 {text} * *"),
                  CRONISH.map(lambda text: f"0 0 * * {text}")))  # fmt: skip
 def test_any_text_is_refused_or_works(text: str) -> None:
@@ -438,7 +439,7 @@ TRIGGERS: list[Trigger] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     trigger=st.sampled_from(TRIGGERS),
     overlap=st.sampled_from(["skip", "queue", "allow"]),

@@ -23,6 +23,7 @@ from moray.pipelines.dedup.parts.windows import fingerprints, gram_size, windows
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
 from moray.platform.core.errors import InputError
+from tests.examples import examples
 from tests.pipelines.dedup.parts import oracle
 from tests.pipelines.step_runs import Done, Interrupted, Page, run_in_process
 
@@ -97,7 +98,7 @@ def test_rows_are_the_same_if_both_their_keys_are(rows: list[tuple[int, int]]) -
     assert sorted(names.values()) == list(range(len(names)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(texts=st.lists(drawn, min_size=1, max_size=4), tokens=st.integers(2, 9))
 def test_every_repeat_of_so_many_words_is_found_and_nothing_shorter(texts: list[str], tokens: int) -> None:
     _, by_hash = found_by_kernels(texts, tokens)

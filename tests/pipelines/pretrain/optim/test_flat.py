@@ -18,6 +18,7 @@ from moray.pipelines.pretrain.layout import BLOCK, check_backend, check_blocks
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
 from moray.pipelines.pretrain.optim.optimizer import PlainOptimizer, sharded_optimizer
+from tests.examples import examples
 
 SMALL = dataclasses.replace(preset("tiny"), vocab_size=40, num_hidden_layers=2, n_routed_experts=4, n_group=2)
 
@@ -31,7 +32,7 @@ def groups_of(config: ModelConfig, world: int, ep: int) -> list[FlatGroup]:
     return flat_groups(DeepseekV3(config), mesh)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(2, 20), st.integers(1, 9), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 2)]))
 def test_partitions_hold_every_element_once(hidden: int, inner: int, layout: tuple[int, int]) -> None:
     world, ep = layout
@@ -58,7 +59,7 @@ def test_partitions_hold_every_element_once(hidden: int, inner: int, layout: tup
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_sizes_that_are_accepted_for_fp8_moments_put_every_tensor_at_a_block(hidden: int, inner: int) -> None:
     config = config_of(2 * hidden, inner)
     fits = all(t.start % BLOCK == 0 for group in groups_of(config, 2, 1) for t in group.logical)
