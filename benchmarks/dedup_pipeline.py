@@ -64,7 +64,7 @@ def ours(source: str, out: str) -> dict[str, Any]:
     from moray.platform.api import embedded_cluster
     from moray.platform.core.events import EventLog
     from moray.platform.core.home import Home
-    from moray.platform.plan.step import StepContext
+    from moray.platform.plan.context import StepContext
     from moray.platform.store.artifacts import Artifact
     from moray.platform.store.manifest import Manifest
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from moray.cluster.machine import job_config, prepare_environment, quiet_logging, signal_handlers_kept
 from moray.cluster.pending import PendingWatcher
+from moray.platform.core.cluster import Cluster, Topology
+from moray.platform.core.errors import Cancelled
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Cancelled, Cluster, Topology
 from moray.platform.store.lease import Lease
 
 

@@ -29,9 +29,9 @@ from moray.cluster.machine import (
     signal_handlers_kept,
 )
 from moray.cluster.pending import PendingWatcher
+from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Cluster, Topology
 from moray.platform.store.lease import is_alive
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from moray.cluster import machine
-from moray.platform.control.cluster_backend import BackendAwayError
 from moray.platform.control.supervisor import Service, python
 from moray.platform.core.atomic import create_bytes
+from moray.platform.core.cluster import BackendAwayError
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 

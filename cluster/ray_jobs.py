@@ -9,7 +9,7 @@ from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
 from moray.cluster.usage_log import read_usage
-from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
+from moray.platform.core.cluster import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
 
 _SECONDS = 20.0
 _STATES: Mapping[str, ExecutorState] = {

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moray.cluster.pending import machines_in, waiting_in, words
-from moray.platform.control.cluster_backend import BackendAwayError, Usage
 from moray.platform.core.atomic import write_json
+from moray.platform.core.cluster import BackendAwayError, Usage
 from moray.platform.core.home import Home
 
 POLL_SECONDS = 2.0

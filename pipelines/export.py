@@ -16,7 +16,9 @@ from moray.pipelines.tokenizer.bos import write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 
 class ExportConfig(StepConfig):

@@ -16,7 +16,9 @@ from moray.models.files import model_files, read_object
 from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, named_token, processor_bos, says_bos, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
 # What belongs to a model beside its weights and its config.

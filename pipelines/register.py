@@ -11,7 +11,9 @@ from moray.pipelines.evaluate.report import EvalReport
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import MetricEvent, read_events
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 from moray.platform.run.mlflow_tracking import NEWEST, register_model
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 

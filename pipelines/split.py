@@ -14,7 +14,9 @@ from pydantic import Field
 from moray.pipelines.shared.documents import read_shard, write_shard
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 PARTS = ("train", "heldout")
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.core.ports import check_port, free_port
 from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
-from moray.platform.plan.step import Cluster
 from moray.platform.run.doctor import require_room
 from moray.platform.run.mlflow_tracking import NEWEST
 from moray.platform.run.runner import Decision, Runner, RunResult

@@ -26,9 +26,9 @@ from hypothesis import settings
 
 from moray.cluster.numba_cache import numba_cache
 from moray.platform.api import RECIPES
+from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Cluster, Topology
 from moray.platform.run.runner import RunResult
 from moray.platform.store.artifacts import Artifact
 from tests.control_plane import ControlPlane

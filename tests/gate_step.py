@@ -12,7 +12,9 @@ from typing import ClassVar
 
 from moray.platform.core.atomic import write_text
 from moray.platform.core.errors import StepFailed
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 
 class GateConfig(StepConfig):

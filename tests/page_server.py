@@ -13,14 +13,13 @@ from pathlib import Path
 import uvicorn
 
 from moray.platform.control.auth import ensure_token
-from moray.platform.control.cluster_backend import ClusterBackend, Observed, Usage
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import Job, Submission
 from moray.platform.control.schedules import NewSchedule
+from moray.platform.core.cluster import ClusterBackend, Observed, Topology, Usage
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Topology
 from moray.platform.server.app import build_app
 from moray.platform.server.overview import Overview
 

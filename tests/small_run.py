@@ -6,10 +6,10 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster
 from moray.platform.run.runner import Runner, RunResult
 
 RECIPE = """

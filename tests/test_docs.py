@@ -15,10 +15,12 @@ import pytest
 import yaml
 
 from moray.pipelines.shared.documents import SCHEMA, write_shard
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import StepSpec
-from moray.platform.plan.step import Cluster, Step, StepContext, resolve_step
+from moray.platform.plan.step import Step, resolve_step
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest
 from tests import shell_blocks

@@ -25,7 +25,7 @@ from moray.pipelines.corpus.listing import (
 from moray.pipelines.corpus.readers import ROW_READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational
 
 Split = Literal["train", "validation", "test"]
 

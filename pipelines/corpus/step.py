@@ -25,7 +25,9 @@ from moray.pipelines.corpus.shard import bytes_in_work, forget_progress, rejects
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
 

@@ -19,7 +19,9 @@ from moray.pipelines.coverage.page import page
 from moray.pipelines.coverage.summary import Cells, Dropped, summarize
 from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards
 from moray.platform.core.atomic import write_json, write_text
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 _MEASURES = ".measures"
 

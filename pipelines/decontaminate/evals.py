@@ -23,7 +23,7 @@ from moray.pipelines.corpus.files import File, behind
 from moray.pipelines.corpus.globs import why_not
 from moray.pipelines.corpus.listing import list_folder
 from moray.platform.core.errors import InputError, nearest
-from moray.platform.plan.step import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational
 
 _IDS = ("task_id", "id", "question_id", "qid")
 # What may hold items and is not read, and what such files are called that hold none.

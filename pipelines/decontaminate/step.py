@@ -26,7 +26,9 @@ from moray.pipelines.shared.documents import read_shard, write_parquet, write_sh
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
 _SIZES = {"words": 13, "characters": 50}

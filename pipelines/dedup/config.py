@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from moray.pipelines.text.minhash import Shingling
-from moray.platform.plan.step import StepConfig
+from moray.platform.plan.config import StepConfig
 
 
 class DedupConfig(StepConfig):

@@ -16,8 +16,8 @@ from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import shard_paths
 from moray.pipelines.shared.shards import Row
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER
-from moray.platform.plan.step import StepContext
 from moray.platform.store.artifacts import ArtifactStore
 
 if TYPE_CHECKING:

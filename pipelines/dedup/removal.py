@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_shard
 from moray.pipelines.shared.shards import Row, input_shards, output_path
 from moray.platform.core.errors import nearest
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 
 
 def preferring_shards(ctx: StepContext[Any]) -> list[Row]:

@@ -15,7 +15,8 @@ from moray.pipelines.dedup.write import REASONS
 from moray.pipelines.shared.documents import shard_paths
 from moray.platform.core.differences import differences
 from moray.platform.core.errors import RecipeError
-from moray.platform.plan.step import Step, StepContext
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 from moray.platform.store.manifest import Manifest
 
 

@@ -26,7 +26,9 @@ from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path
 from moray.platform.core.errors import InputError, nearest
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 _URLS = ".urls"
 _PORTS = {"http": 80, "https": 443}

@@ -45,7 +45,7 @@ from moray.pipelines.dedup.write import REMOVED, clusters, write_kept
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, map_shards
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 
 _FOLDER = ".work"
 _GROUP_CHARACTERS = 50_000_000  # of documents that a worker compares at once: some 400 MB of shingles at the most

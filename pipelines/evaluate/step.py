@@ -21,7 +21,9 @@ from moray.pipelines.evaluate.report import EvalReport, EvalRow
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.split import PARTS
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 if TYPE_CHECKING:
     from moray.models.model import DeepseekV3

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from moray.pipelines.filter.mask import Kind
-from moray.platform.plan.step import StepConfig
+from moray.platform.plan.config import StepConfig
 
 Family = Literal["basic", "gopher_quality", "gopher_repetition", "c4", "fineweb"]
 FAMILIES: tuple[Family, ...] = ("basic", "gopher_quality", "gopher_repetition", "c4", "fineweb")

@@ -16,7 +16,8 @@ from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.shard import COUNTS, filter_shard
 from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards, pace
 from moray.platform.core.errors import InputError, RecipeError, nearest
-from moray.platform.plan.step import Step, StepContext
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 
 class Filter(Step[FilterConfig]):

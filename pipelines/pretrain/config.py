@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 
 from moray.models.config import ModelConfig
 from moray.models.presets import PRESETS
-from moray.platform.plan.step import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational
 
 # One optional override per field of ModelConfig, so that a recipe may change any of a preset's sizes by its name.
 # The vocabulary is the tokenizer's, not the recipe's.

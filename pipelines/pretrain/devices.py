@@ -10,8 +10,8 @@ import math
 
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.lr_schedule import batch_plan
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Topology
 
 
 def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:

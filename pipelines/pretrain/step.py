@@ -27,9 +27,11 @@ from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_d
 from moray.pipelines.pretrain.lr_schedule import batch_plan, check_schedule
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.core.atomic import write_json
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError, StepFailed, nearest
 from moray.platform.core.events import MetricEvent, read_events
-from moray.platform.plan.step import Step, StepContext, Topology
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 _TRAINING = "training.json"
 

@@ -9,8 +9,8 @@ from typing import Any
 from moray.pipelines.pretrain.config import Job
 from moray.pipelines.pretrain.devices import cpu_share
 from moray.pipelines.pretrain.lr_schedule import batch_plan
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import StepFailed
-from moray.platform.plan.step import Topology
 
 _ABORT_SECONDS = 10.0
 # What Ray Train 2.60 starts for every run, and ours have no use for: an actor for Ray Data's data sets, and one that

@@ -24,7 +24,9 @@ from moray.pipelines.quality.model import Features, QualityModel
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
 _EXAMPLES = ".examples"

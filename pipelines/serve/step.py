@@ -19,7 +19,9 @@ from pydantic import Field
 from moray.platform.core.atomic import write_json, write_text
 from moray.platform.core.errors import StepFailed
 from moray.platform.core.ports import free_port
-from moray.platform.plan.step import Step, StepConfig, StepContext, operational
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 from moray.platform.store.artifacts import ArtifactStore
 
 HOST = "127.0.0.1"

@@ -22,7 +22,7 @@ from typing import Any
 
 from moray.pipelines.shared.documents import shard_paths
 from moray.platform.core.errors import StepFailed
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 
 Row = dict[str, Any]
 _ERROR, _TRACEBACK = "error", "traceback"

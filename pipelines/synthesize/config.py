@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from moray.actors.sandbox.limits import Limits
 from moray.platform.core.references import Secret
-from moray.platform.plan.step import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational
 
 
 class _Generator(StepConfig):

@@ -35,7 +35,8 @@ from moray.pipelines.synthesize.produce import Room, produce
 from moray.pipelines.synthesize.purse import RemotePurse, Spent, start_purse
 from moray.pipelines.synthesize.rows import Log, Made
 from moray.platform.core.errors import InputError, RecipeError, StepFailed
-from moray.platform.plan.step import Step, StepContext
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 _WORK = ".work"
 

@@ -35,7 +35,9 @@ from moray.pipelines.tokenizer.encoding import Choice, choose, encoder
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext, operational
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 _MADE = ".made"
 _SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree: half a second of the slower one

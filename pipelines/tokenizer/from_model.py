@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from moray.pipelines.tokenizer.train import load_tokenizer, special_ids
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 
 class ModelTokenizerConfig(StepConfig):

@@ -19,7 +19,9 @@ from moray.pipelines.tokenizer.encoding import choose
 from moray.pipelines.tokenizer.train import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, nearest
-from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")

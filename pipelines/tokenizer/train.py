@@ -19,7 +19,9 @@ from moray.pipelines.tokenizer.bos import named_token
 from moray.pipelines.tokenizer.bpe import train_apart
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")

@@ -14,16 +14,15 @@ from functools import partial
 from pathlib import Path
 
 from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, lease_of, read_order, read_outcome
-from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend, Observed
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
 from moray.platform.control.queue import IN_FLIGHT, choose, why_waiting
 from moray.platform.control.reconcile import STOP_SECONDS, Sight, Verdict, after, judge
 from moray.platform.control.schedules import Schedules
 from moray.platform.core.atomic import write_text
+from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Observed, Topology
 from moray.platform.core.home import Home
 from moray.platform.core.processes import boot
-from moray.platform.plan.step import Topology
 from moray.platform.store.lease import is_stale
 
 ROUND_SECONDS = 1.0

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, lease_of, read_outcome
-from moray.platform.core.errors import MorayError
+from moray.platform.core.cluster import Topology
+from moray.platform.core.errors import Cancelled, MorayError
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import Recipe, parse_recipe
-from moray.platform.plan.step import Cancelled, Topology
 from moray.platform.run.console import PlainConsole
 
 _ALREADY = 3  # exit code: this attempt runs, or has ended

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moray.platform.control.attempt import Outcome
-from moray.platform.control.cluster_backend import Observed
 from moray.platform.control.jobs import ATTEMPT_ENDED, Attempt, AttemptState, Job
+from moray.platform.core.cluster import Observed
 
 LOSSES = 5  # how often a job is tried again after its attempts were lost, whatever its own retries
 START_SECONDS = 120.0  # from submission to the driver's first sign of life

@@ -48,3 +48,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(known)}" if known else "there are none"
+
+
+class Cancelled(Exception):
+    """Raised out of a step after the user asked the run to stop."""

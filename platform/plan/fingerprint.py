@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from moray.platform.core.references import Secret
+from moray.platform.plan.config import is_operational
 from moray.platform.plan.recipe import PlannedStep, Recipe
-from moray.platform.plan.step import ExternalFile, is_operational
+from moray.platform.plan.step import ExternalFile
 
 EARLIER = "earlier"  # the input of a step that goes on from an earlier result of its own (platform/plan/lineage.py)
 

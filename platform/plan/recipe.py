@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, field_v
 from moray.platform.core import bounded_yaml
 from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.core.references import REFERENCE, Redactor, found_in, redacting
-from moray.platform.plan.step import Step, StepConfig, resolve_step
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.step import Step, resolve_step
 
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
 _ANY_REFERENCE = re.compile(r"\$\{([^}]*)\}")

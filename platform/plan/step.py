@@ -7,93 +7,25 @@ any instant: a rerun finds an empty folder, or, where `resumable`, its own lefto
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
-import time
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-
-from moray.platform.core.atomic import is_full, write_text
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import RecipeError, nearest
-from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
-from moray.platform.core.references import found_in, refuse, substitute
+from moray.platform.plan.config import ConfigT, StepConfig
+from moray.platform.plan.context import StepContext
 
 if TYPE_CHECKING:
-    from moray.platform.core.home import Home
-    from moray.platform.store.artifacts import Artifact
     from moray.platform.store.manifest import Manifest
 
 BUILTIN = Path(__file__).with_name("builtin.toml")
-
-
-class StepConfig(BaseModel):
-    """Base of every step's `with:` block: frozen, and unknown fields are errors.
-
-    Operational fields and secrets may be given by reference (platform/core/references.py). Whatever dumps or prints a
-    config shows such a field as it was written.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    _written: dict[str, Any] = PrivateAttr(default_factory=dict)  # operational fields that were given by reference
-
-    @field_validator("*", mode="wrap")
-    @classmethod
-    def _read_references(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        if is_operational(cls.model_fields[str(info.field_name)]):
-            return handler(substitute(value))
-        checked = handler(value)
-        refuse(checked)
-        return checked
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _remember_references(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
-        config = handler(data)
-        if isinstance(data, Mapping):
-            names = {field.alias or name: name for name, field in cls.model_fields.items() if is_operational(field)}
-            config._written |= {names[key]: value for key, value in data.items() if key in names and found_in(value)}
-        return config
-
-    @model_serializer(mode="wrap")
-    def _show_references(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        shown: dict[str, Any] = handler(self)
-        return shown | {name: value for name, value in self._written.items() if name in shown}
-
-    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        return [(name, self._written.get(str(name), value)) for name, value in super().__repr_args__()]
-
-
-def operational(default: Any, **rules: Any) -> Any:
-    """A config field that says how to run, not what to make (workers, paths): it does not enter the fingerprint."""
-    return Field(default, json_schema_extra={"identity": False}, **rules)
-
-
-def is_operational(field: FieldInfo) -> bool:
-    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
-
-
-ConfigT = TypeVar("ConfigT", bound=StepConfig)
 
 
 @dataclass(frozen=True)
@@ -107,109 +39,6 @@ class ExternalFile:
     key: str
     size: int
     digest: str
-
-
-@dataclass(frozen=True)
-class Topology:
-    """The machines a run may use, as far as a step's `placement` and defaults need to know them."""
-
-    cpus: int
-    gpus: int
-    memory_bytes: int
-
-
-class Cluster(ABC):
-    """What the runner needs of a place where Ray runs. Implemented in the `cluster` room."""
-
-    logs: Path | None = None  # where Ray's own logs are found after it has stopped
-    fixed: ClassVar[bool] = False  # no machine will join, so what no machine can hold now it never can
-    on_pending: Callable[[str], None] | None = None  # is told, in words, what Ray cannot place and why
-    on_hopeless: Callable[[str], None] | None = None  # the same, of what a fixed cluster can never place
-
-    @abstractmethod
-    def ensure(self) -> Topology:
-        """Starts Ray if it is not up, connects this process to it, and says what it has."""
-
-    @abstractmethod
-    def topology(self) -> Topology:
-        """What the cluster has or would have, without starting anything."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Ends everything `ensure` started."""
-
-    def say_pending(self, text: str, hopeless: bool = False) -> None:
-        """What a watcher of the cluster calls: the runner shows a warning of the step at work, or ends it."""
-        tell = self.on_hopeless if hopeless and self.fixed else self.on_pending
-        if tell is not None:
-            tell(text)
-
-    @contextlib.contextmanager
-    def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
-        """Holds something that a cluster has only once, against other runs on it. A cluster of one run: nothing.
-
-        Raises Cancelled if `cancelled()` becomes true while waiting.
-        """
-        yield
-
-
-class Cancelled(Exception):
-    """Raised out of `ctx.checkpoint()` after the user asked the run to stop."""
-
-
-@dataclass
-class StepContext(Generic[ConfigT]):
-    """What a running step is given. `counts` and `outcome` end up in the manifest and in the closing table."""
-
-    step: str
-    config: ConfigT
-    inputs: Mapping[str, Artifact]
-    folder: Path
-    home: Home
-    run: Path
-    events: EventLog
-    cluster: Cluster
-    fingerprint: str
-    name: str = ""
-    counts: dict[str, float] = field(default_factory=dict)
-    outcome: str = ""
-    cancel: Callable[[], bool] = lambda: False
-    _last: dict[str, float] = field(default_factory=dict)
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-
-    def progress(self, phase: str, done: float, total: float, unit: str, detail: str = "") -> None:
-        """Reports `done` of `total`; at most ten times a second per phase, the last one always."""
-        self.check_cancelled()
-        now = time.monotonic()
-        if done < total and now - self._last.get(phase, 0.0) < 0.1:
-            return
-        self._last[phase] = now
-        self.emit(ProgressEvent(step=self.step, phase=phase, done=done, total=total, unit=unit, detail=detail))
-
-    def metric(self, name: str, value: float, at: int = 0, **labels: str) -> None:
-        self.emit(MetricEvent(step=self.step, name=name, value=value, at=at, labels=labels))
-
-    def note(self, text: str, level: str = "info") -> None:
-        self.emit(NoteEvent(step=self.step, level="warning" if level == "warning" else "info", text=text))
-
-    def log_path(self, name: str) -> Path:
-        """Where this step's log called `name` lies: with the run, so that it outlives a cleaned-up artifact."""
-        return self.run / "logs" / f"{self.step}.{name}.txt"
-
-    def write_log(self, name: str, text: str) -> None:
-        """Keeps a log with the run; on a full disk it is lost, because the error that it explains matters more."""
-        try:
-            write_text(self.log_path(name), self.events.redact(text))
-        except OSError as error:
-            if not is_full(error):
-                raise
-
-    def check_cancelled(self) -> None:
-        """Raises Cancelled if the run is being stopped; long loops call it."""
-        if self.cancel():
-            raise Cancelled
 
 
 class Step(ABC, Generic[ConfigT]):

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.core.atomic import is_full, write_json, write_text
-from moray.platform.core.errors import InputError, MorayError, StepFailed
+from moray.platform.core.cluster import Cluster, Topology
+from moray.platform.core.errors import Cancelled, InputError, MorayError, StepFailed
 from moray.platform.core.events import Event, EventLog, EventTail, NoteEvent, RunEvent, StepEvent, UsageEvent
 from moray.platform.core.home import Home
 from moray.platform.core.interrupts import interrupt, until_interrupted
@@ -28,9 +29,9 @@ from moray.platform.core.references import Redactor, redacting
 from moray.platform.plan import lineage
 from moray.platform.plan.change_reason import explain_change, is_current
 from moray.platform.plan.code_hash import source_hash
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER, Address, addresses
 from moray.platform.plan.recipe import PlannedStep, Recipe
-from moray.platform.plan.step import Cancelled, Cluster, StepContext, Topology
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.lease import Lease
 from moray.platform.store.lease import holder as lease_holder

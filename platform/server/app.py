@@ -26,9 +26,9 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import ConflictError, NotFoundError
 from moray.platform.control.options import HOST, UpOptions
 from moray.platform.control.services import mlflow_socket
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Topology
 from moray.platform.server import job_routes, mlflow_proxy, page_routes, schedule_routes
 from moray.platform.server.overview import Overview
 from moray.platform.server.run_state import RunViews

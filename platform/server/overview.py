@@ -9,11 +9,11 @@ from typing import Any
 
 import psutil
 
-from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend
 from moray.platform.control.controller import Controller
 from moray.platform.control.jobs import ENDED
 from moray.platform.control.queue import IN_FLIGHT, in_order
 from moray.platform.control.supervisor import read_state
+from moray.platform.core.cluster import BackendAwayError, ClusterBackend
 from moray.platform.core.home import Home
 
 _RECENT = 20

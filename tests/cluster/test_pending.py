@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from moray.cluster.pending import Demand, Machine, PendingReport, PendingWatcher
+from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.events import Event, NoteEvent
 from moray.platform.core.home import Home
 from moray.platform.core.ports import free_port
-from moray.platform.plan.step import Cluster, StepContext, Topology
+from moray.platform.plan.context import StepContext
 from moray.platform.run.runner import Runner
 from tests.conftest import Flow, SharedCluster
 from tests.platform.run.test_runner import Write, recipe

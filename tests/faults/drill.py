@@ -13,7 +13,7 @@ from pathlib import Path
 from moray.actors.data.token_set import open_token_sets
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.trainer import fit
-from moray.platform.plan.step import Topology
+from moray.platform.core.cluster import Topology
 from tests.actors.data.test_token_set import LENGTH, write
 from tests.pipelines.pretrain.training_ranks import MODEL
 

@@ -14,7 +14,7 @@ import pytest
 from moray.platform.core.errors import StepFailed
 from moray.platform.core.events import EventLog, NoteEvent, RunEvent, read_events
 from moray.platform.core.home import Home
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 from moray.platform.run.history import list_runs
 from moray.platform.store.artifacts import ArtifactStore
 from tests.conftest import Flow

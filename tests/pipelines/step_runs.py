@@ -14,7 +14,7 @@ import pytest
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import Manifest
 

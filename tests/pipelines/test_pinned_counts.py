@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster
 from moray.platform.run.runner import Runner
 
 RECIPE = """

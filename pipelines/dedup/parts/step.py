@@ -35,7 +35,9 @@ from moray.pipelines.dedup.parts.tasks import (
 from moray.pipelines.dedup.removal import preferring_shards, read_parts
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import Step
 
 _LEFTOVERS = (".described", ".fingerprints", ".shared", ".keys", ".repeated", ".cuts", ".verdicts")
 _FINGERPRINTS_A_BYTE = 1 / 60  # of text: a word of six bytes and more, and a sixteenth of them

@@ -26,7 +26,9 @@ from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.plan.step import ExternalFile, Step, StepConfig, StepContext, operational
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
 _DESCRIBED = ".described"

@@ -11,7 +11,7 @@ import numpy as np
 
 from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.data_worker import DataWorker, start_data_workers
-from moray.platform.plan.step import Cluster
+from moray.platform.core.cluster import Cluster
 from tests.actors.data.test_token_set import LENGTH, write
 
 PLAN = BatchPlan((0, 3), (8, 16))

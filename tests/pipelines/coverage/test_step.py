@@ -21,11 +21,12 @@ from moray.pipelines.coverage.step import CoverageConfig
 from moray.pipelines.coverage.summary import KINDS, summarize
 from moray.pipelines.shared.documents import document_id, shard_name, write_parquet, write_shard
 from moray.pipelines.text.language import identify
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster, StepContext
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import Manifest

@@ -26,11 +26,12 @@ from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eva
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.units import units_of
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster, StepContext
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest

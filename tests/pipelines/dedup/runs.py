@@ -15,8 +15,8 @@ from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.shared.documents import read_shard, shard_name, write_shard
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER
-from moray.platform.plan.step import StepContext
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import Manifest
 from tests.pipelines.dedup.oracle import Text

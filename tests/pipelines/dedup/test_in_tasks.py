@@ -10,9 +10,9 @@ import pytest
 from moray.pipelines.dedup import index, work
 from moray.pipelines.shared.document_history import explain_in
 from moray.pipelines.shared.documents import read_shard
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster
 from moray.platform.run.runner import Runner
 from tests.pipelines.dedup.test_step import near_texts
 

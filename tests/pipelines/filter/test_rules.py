@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.filter.config import C4, BasicRules, FilterConfig, FineWeb, GopherQuality, GopherRepetition
 from moray.pipelines.filter.rules import Judged, judge
-from moray.platform.plan.step import StepConfig
+from moray.platform.plan.config import StepConfig
 from tests.examples import examples
 from tests.pipelines.filter import oracle
 

@@ -19,11 +19,13 @@ from moray.pipelines.quality.model import Features, QualityModel, load
 from moray.pipelines.quality.step import QualityModelConfig
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, shard_paths, write_shard
 from moray.pipelines.text.language import identify, known_languages
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.events import EventLog, ProgressEvent
 from moray.platform.core.home import Home
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster, Step, StepContext
+from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest

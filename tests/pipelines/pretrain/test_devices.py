@@ -12,8 +12,8 @@ from moray.cluster.pending import Demand, Machine, PendingReport
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.devices import cpu_share, resolved, words
 from moray.pipelines.pretrain.step import step
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.plan.step import Topology
 
 
 def config(**settings: Any) -> PretrainConfig:

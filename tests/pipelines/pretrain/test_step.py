@@ -17,10 +17,11 @@ from moray.models.presets import preset
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
 from moray.pipelines.tokenize.packing import pack, plan
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.step import StepContext, Topology
+from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest
 from tests.actors.data.test_token_set import documents_of

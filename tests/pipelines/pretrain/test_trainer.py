@@ -10,7 +10,7 @@ import pytest
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import Job, PretrainConfig
 from moray.pipelines.pretrain.trainer import UNUSED, make_trainer
-from moray.platform.plan.step import Topology
+from moray.platform.core.cluster import Topology
 
 pytestmark = pytest.mark.heavy  # it takes no cluster, but seconds to import Ray
 

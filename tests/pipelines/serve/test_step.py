@@ -7,7 +7,7 @@ import pytest
 
 from moray.pipelines.serve.step import Reply, SmokeServeConfig, closing_text, step
 from moray.platform.core.events import EventLog
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import Manifest
 

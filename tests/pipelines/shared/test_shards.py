@@ -13,8 +13,9 @@ import pytest
 
 from moray.pipelines.shared import shards
 from moray.pipelines.shared.shards import Row, map_shards, pace
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import StepFailed
-from moray.platform.plan.step import Cluster, StepContext
+from moray.platform.plan.context import StepContext
 
 
 def test_the_pace_is_of_what_was_read_and_names_reasons_by_how_many() -> None:

@@ -26,10 +26,10 @@ from moray.pipelines.synthesize.reverify import reverify
 from moray.pipelines.synthesize.rows import Log, Made
 from moray.pipelines.synthesize.step import step, write_copies, write_items
 from moray.pipelines.synthesize.verify import check_all, full_marks, majority, same_maths
+from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.plan.step import Cluster
 from moray.platform.run.runner import Runner
 from tests.pipelines.synthesize.teacher_server import TeacherServer, teacher_server
 

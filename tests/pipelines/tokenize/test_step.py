@@ -17,7 +17,7 @@ from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import EventLog, NoteEvent, read_events
 from moray.platform.core.home import Home
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.manifest import Manifest
 from tests.pipelines.step_runs import Interrupted, in_process

@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 
 from moray.platform.control import controller as controller_module
 from moray.platform.control.attempt import Outcome, end_with, read_outcome
-from moray.platform.control.cluster_backend import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
 from moray.platform.control.queue import IN_FLIGHT, choose
 from moray.platform.control.reconcile import LOSSES, START_SECONDS, Sight, after, judge
+from moray.platform.core.cluster import BackendAwayError, ClusterBackend, ExecutorState, Observed, Topology, Usage
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Topology
 from tests.examples import examples
 from tests.small_run import recipe_text, write_text
 

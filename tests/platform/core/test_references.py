@@ -10,13 +10,16 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.errors import InputError, RecipeError, StepFailed
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.core.references import SHORTEST, Redactor, Secret
+from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import identity
 from moray.platform.plan.recipe import PlannedStep, Recipe, parse_recipe
-from moray.platform.plan.step import Cluster, Step, StepConfig, StepContext, Topology, operational
+from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner, plan
 from moray.platform.store.artifacts import ArtifactStore
 

@@ -9,10 +9,12 @@ import pytest
 
 from moray.platform.core.errors import InputError, RecipeError, StepFailed
 from moray.platform.core.home import Home
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.plan.lineage import links
 from moray.platform.plan.recipe import PlannedStep, Recipe
-from moray.platform.plan.step import Step, StepConfig, StepContext
+from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner, plan
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import Manifest

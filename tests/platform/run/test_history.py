@@ -13,7 +13,7 @@ from moray.platform.cli.main import main
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import EventLog, RunEvent, StepEvent
 from moray.platform.core.home import Home
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 from moray.platform.run.history import find_run, in_use, list_runs
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.lease import Lease

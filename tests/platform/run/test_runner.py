@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from moray.platform.core.errors import InputError, StepFailed
+from moray.platform.core.cluster import Cluster, Topology
+from moray.platform.core.errors import Cancelled, InputError, StepFailed
 from moray.platform.core.events import Event, NoteEvent, RunEvent, StepEvent, UsageEvent, read_events
 from moray.platform.core.home import Home
+from moray.platform.plan.config import StepConfig
+from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import PlannedStep, Recipe
-from moray.platform.plan.step import Cancelled, Cluster, Step, StepConfig, StepContext, Topology
+from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner, plan
 from moray.platform.store.artifacts import ArtifactStore
 

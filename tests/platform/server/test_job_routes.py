@@ -21,9 +21,9 @@ from moray.cluster.ray_jobs import RayJobs
 from moray.platform.control.auth import OPEN, ensure_token, read_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import SCHEMA_VERSION, Database
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Topology
 from moray.platform.server.app import build_app
 from moray.platform.server.overview import Overview
 from tests.checkout import ROOT

@@ -25,9 +25,9 @@ from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.options import decide
 from moray.platform.control.ticks import local_text
+from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
-from moray.platform.plan.step import Topology
 from moray.platform.server.app import build_app
 
 RECIPE = "name: tiny\nsteps:\n  corpus: {with: {sources: [{name: here, path: texts, include: ['*.txt']}]}}\n"

@@ -22,7 +22,7 @@ from moray.platform.core.atomic import write_text
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.events import NoteEvent
 from moray.platform.core.home import Home
-from moray.platform.plan.step import StepContext
+from moray.platform.plan.context import StepContext
 from moray.platform.run import doctor
 from moray.platform.run.runner import plan
 from moray.platform.store.artifacts import ArtifactStore

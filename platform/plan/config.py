@@ -1,0 +1,72 @@
+"""A step's `with:` block: `StepConfig`, and fields that say how to run, which are not part of the fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from moray.platform.core.references import found_in, refuse, substitute
+
+
+class StepConfig(BaseModel):
+    """Base of every step's `with:` block: frozen, and unknown fields are errors.
+
+    Operational fields and secrets may be given by reference (platform/core/references.py). Whatever dumps or prints a
+    config shows such a field as it was written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)  # operational fields that were given by reference
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _read_references(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if is_operational(cls.model_fields[str(info.field_name)]):
+            return handler(substitute(value))
+        checked = handler(value)
+        refuse(checked)
+        return checked
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_references(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        config = handler(data)
+        if isinstance(data, Mapping):
+            names = {field.alias or name: name for name, field in cls.model_fields.items() if is_operational(field)}
+            config._written |= {names[key]: value for key, value in data.items() if key in names and found_in(value)}
+        return config
+
+    @model_serializer(mode="wrap")
+    def _show_references(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        shown: dict[str, Any] = handler(self)
+        return shown | {name: value for name, value in self._written.items() if name in shown}
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, self._written.get(str(name), value)) for name, value in super().__repr_args__()]
+
+
+def operational(default: Any, **rules: Any) -> Any:
+    """A config field that says how to run, not what to make (workers, paths): it does not enter the fingerprint."""
+    return Field(default, json_schema_extra={"identity": False}, **rules)
+
+
+def is_operational(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
+
+
+ConfigT = TypeVar("ConfigT", bound=StepConfig)

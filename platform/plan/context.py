@@ -1,0 +1,72 @@
+"""What a running step is given: its config, inputs and folder, and ways to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic
+
+from moray.platform.core.atomic import is_full, write_text
+from moray.platform.core.cluster import Cluster
+from moray.platform.core.errors import Cancelled
+from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
+from moray.platform.core.home import Home
+from moray.platform.plan.config import ConfigT
+from moray.platform.store.artifacts import Artifact
+
+
+@dataclass
+class StepContext(Generic[ConfigT]):
+    """What a running step is given. `counts` and `outcome` end up in the manifest and in the closing table."""
+
+    step: str
+    config: ConfigT
+    inputs: Mapping[str, Artifact]
+    folder: Path
+    home: Home
+    run: Path
+    events: EventLog
+    cluster: Cluster
+    fingerprint: str
+    name: str = ""
+    counts: dict[str, float] = field(default_factory=dict)
+    outcome: str = ""
+    cancel: Callable[[], bool] = lambda: False
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    def progress(self, phase: str, done: float, total: float, unit: str, detail: str = "") -> None:
+        """Reports `done` of `total`; at most ten times a second per phase, the last one always."""
+        self.check_cancelled()
+        now = time.monotonic()
+        if done < total and now - self._last.get(phase, 0.0) < 0.1:
+            return
+        self._last[phase] = now
+        self.emit(ProgressEvent(step=self.step, phase=phase, done=done, total=total, unit=unit, detail=detail))
+
+    def metric(self, name: str, value: float, at: int = 0, **labels: str) -> None:
+        self.emit(MetricEvent(step=self.step, name=name, value=value, at=at, labels=labels))
+
+    def note(self, text: str, level: str = "info") -> None:
+        self.emit(NoteEvent(step=self.step, level="warning" if level == "warning" else "info", text=text))
+
+    def log_path(self, name: str) -> Path:
+        """Where this step's log called `name` lies: with the run, so that it outlives a cleaned-up artifact."""
+        return self.run / "logs" / f"{self.step}.{name}.txt"
+
+    def write_log(self, name: str, text: str) -> None:
+        """Keeps a log with the run; on a full disk it is lost, because the error that it explains matters more."""
+        try:
+            write_text(self.log_path(name), self.events.redact(text))
+        except OSError as error:
+            if not is_full(error):
+                raise
+
+    def check_cancelled(self) -> None:
+        """Raises Cancelled if the run is being stopped; long loops call it."""
+        if self.cancel():
+            raise Cancelled
