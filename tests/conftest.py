@@ -49,15 +49,16 @@ NEEDS = {"ray_cluster": "ray", "control_plane": "plane", "s3_url": "s3", "ranks"
 ONE_PROCESS = {"ray", "plane"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks a test by what it needs, and sends those of one cluster to one process."""
+    for name in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
+        item.add_marker(NEEDS[name])
+    if ONE_PROCESS & {mark.name for mark in item.iter_markers()}:
+        item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test by what it needs, and sends those of one cluster to one process, which begins with them."""
-    for item in items:
-        found = {NEEDS[name] for name in NEEDS.keys() & set(getattr(item, "fixturenames", ()))}
-        for mark in found:
-            item.add_marker(mark)
-        if ONE_PROCESS & {mark.name for mark in item.iter_markers()}:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+    """Puts the longest job of a run in several processes first: what shares the cluster."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
