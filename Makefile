@@ -5,19 +5,27 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
+.PHONY: quickstart test quicktest test-cluster test-servers docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# Beside the quick tests: those that share a Ray cluster in one process, all others in another.
-SLOW := ray or plane or s3 or browser or ranks or heavy
+# After the quick tests, side by side: what shares a Ray cluster, in one process, and what needs another server, or ranks.
+CLUSTER := ray or plane
+SERVERS := s3 or browser or ranks or heavy
+SLOW := $(CLUSTER) or $(SERVERS)
 test: quicktest
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "($(SLOW)) and not (evidence or docs)" --durations=15
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-cluster test-servers
+
+test-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "($(CLUSTER)) and not (evidence or docs)" --durations=15
+
+test-servers: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "($(SERVERS)) and not ($(CLUSTER) or evidence or docs)" --durations=15
 
 # A process per core, each taking tests from those that have many left, and no threads that take the cores from each other.
 quicktest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
+	OMP_NUM_THREADS=1 QUICK_EXAMPLES=1 $(BIN)/python -m pytest -q -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
 
 # Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
 docs: $(VENV)/.installed-dev quickstart

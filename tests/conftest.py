@@ -43,23 +43,14 @@ os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(ROOT / ".numba"))
 # interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What a test needs beside a CPU, by the fixture that brings it: `make quicktest` leaves all of it out, `make test` runs
-# what shares the Ray cluster in one process and the rest beside it.
+# What a test needs beside a CPU, by the fixture that brings it: `make quicktest` leaves all of it out.
 NEEDS = {"ray_cluster": "ray", "control_plane": "plane", "s3_url": "s3", "ranks": "ranks", "browser": "browser"}
-ONE_PROCESS = {"ray", "plane"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks a test by what it needs, and sends those of one cluster to one process."""
+    """Marks a test by what it needs."""
     for name in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
         item.add_marker(NEEDS[name])
-    if ONE_PROCESS & {mark.name for mark in item.iter_markers()}:
-        item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest job of a run in several processes first: what shares the cluster."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 settings.register_profile("moray", deadline=None, max_examples=examples(100))  # a test never asserts a time
