@@ -45,7 +45,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Blame:
     """Ranks that hold up the others, and the words for it."""
 
     ranks: tuple[int, ...]
@@ -66,7 +66,7 @@ class Judge:
             self._progress = now
         self._beats[rank] = (now, beat)
 
-    def verdict(self, now: float) -> Verdict | None:
+    def verdict(self, now: float) -> Blame | None:
         """Who hangs, if anybody does and it can be told; nobody before every rank has spoken."""
         if len(self._beats) < self._world:
             return None
@@ -74,12 +74,12 @@ class Judge:
         silent = [rank for rank, (heard, _) in self._beats.items() if now - heard > self._limit]
         if silent:
             quiet = max(now - self._beats[rank][0] for rank in silent)
-            return Verdict(tuple(silent), f"{_names(silent)} silent for {quiet:.0f} s; {_others(beats, silent)}")
+            return Blame(tuple(silent), f"{_names(silent)} silent for {quiet:.0f} s; {_others(beats, silent)}")
         stood = self._stood_still(now)
         ranks = _behind(beats) if stood else []
         if not ranks:
             return None
-        return Verdict(tuple(ranks), f"{_names(ranks)} stuck for {stood:.0f} s; {_others(beats, ranks)}")
+        return Blame(tuple(ranks), f"{_names(ranks)} stuck for {stood:.0f} s; {_others(beats, ranks)}")
 
     def complaint(self, now: float) -> str:
         """What to warn of where all ranks stand still and nobody can be blamed (`verdict` is None); else empty."""
@@ -134,7 +134,7 @@ def _others(beats: Mapping[int, Beat], but: list[int]) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where a rank's process is."""
 
     node: str
@@ -148,10 +148,10 @@ class Member:
     team: str
     world: int
     rank: int
-    place: Place
+    place: ProcessPlace
 
 
-class Watch:
+class RankWatch:
     """The actor: judges every half second, and ends who hangs. Wrapped by `start_watch`.
 
     Every beat says whose it is, so a watch that died and was started again goes on.
@@ -161,7 +161,7 @@ class Watch:
         self._limit, self._events, self._step = limit, events, step
         self._teams: list[str] = []  # the last is the one that trains
         self._judge: Judge | None = None
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, ProcessPlace] = {}
         self._warned = False  # of the standstill that lasts
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -182,7 +182,7 @@ class Watch:
             if team in self._teams[-1:]:
                 self._judge = None
 
-    def judged(self, now: float) -> tuple[Verdict, list[Place]] | None:
+    def judged(self, now: float) -> tuple[Blame, list[ProcessPlace]] | None:
         """Who hangs, if anybody does, and where they are. Said once: then the next team is waited for."""
         with self._lock:
             verdict = self._judge.verdict(now) if self._judge else None
@@ -218,7 +218,7 @@ class Watch:
         log.close()
 
 
-def _end(place: Place) -> None:
+def _end(place: ProcessPlace) -> None:
     """SIGKILL on the process's own machine. No answer from there: then Ray finds out by itself that it is gone."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -228,16 +228,16 @@ def _end(place: Place) -> None:
     remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_kill).remote(place)
 
 
-def _kill(place: Place) -> None:
+def _kill(place: ProcessPlace) -> None:
     place.process.send(signal.SIGKILL)  # not to another that has got its number
 
 
 def start_watch(limit: float, events: str, step: str) -> Any:
-    """The Watch as a Ray actor that takes no CPU of the cluster's count."""
+    """The RankWatch as a Ray actor that takes no CPU of the cluster's count."""
     import ray
 
     remote: Any = ray.remote
-    return remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Watch).remote(limit, events, step)
+    return remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(RankWatch).remote(limit, events, step)
 
 
 class Pulse:
@@ -248,7 +248,7 @@ class Pulse:
 
         me = Process.of(os.getpid())
         assert me is not None
-        place = Place(ray.get_runtime_context().get_node_id(), me)
+        place = ProcessPlace(ray.get_runtime_context().get_node_id(), me)
         member = Member(team, world, rank, place)
         self._tell: Callable[[Beat], Any] = lambda beat: watch.beat.remote(member, beat)
         self._done: Callable[[], Any] = lambda: watch.leave.remote(team)

@@ -24,7 +24,7 @@ from result import Bar, report
 from moray.actors.data.token_set import Batch
 from moray.kernels.host_memory import keep_freed_memory
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import Worker, build
@@ -35,7 +35,7 @@ WORLD, SEQUENCES, LENGTH = 2, 16, 256
 def worker_of(folder: str, zero_stage: int) -> Worker:
     fields = {"steps": 10**6, "batch_sequences": SEQUENCES, "zero_stage": zero_stage, "keep_checkpoints": 2}
     config = PretrainConfig.model_validate(fields)
-    job = Job(config, preset("tiny"), LENGTH, folder, "", "pretrain", threads=1)
+    job = TrainingJob(config, preset("tiny"), LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
     return build(job, Mesh.create(WORLD, device), device)
 

@@ -28,7 +28,7 @@ from hard_negatives import FAMILIES
 from result import Bar, report
 from texts import texts_of
 
-from moray.pipelines.decontaminate.evals import EvalSet, Piece, read_pieces
+from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, build_index
 from moray.pipelines.decontaminate.judge import MATCHES, judge
 from moray.pipelines.decontaminate.step import DecontaminateConfig
@@ -121,7 +121,7 @@ def short_items(clean: list[str], each: int = 100) -> list[dict[str, Any]]:
             if len({name for name in words.names[at : at + length] if is_telling(name, characters=False)}) >= 3:
                 texts.add(words.excerpt(at, length))
         planted = [Planted(str(i), text) for i, text in enumerate(sorted(texts))]
-        pieces = [Piece("short", one.item, "text", one.text) for one in planted]
+        pieces = [EvalText("short", one.item, "text", one.text) for one in planted]
         for name, shortest in (("default", None), ("shortest: 5", 5)):
             grams = DecontaminateConfig(evals=(HUMAN_EVAL,), shortest=shortest).grams
             index = build_index(pieces, grams)
@@ -142,7 +142,7 @@ def hard_negatives(clean: list[str], quoted: int = 20) -> list[dict[str, Any]]:
     generator, rows = random.Random(13), []
     for family, passages in FAMILIES.items():
         questions = [question(number) for number in range(len(passages))]
-        pieces = [Piece("hard", str(i), "text", f"{passage}\n{questions[i]}") for i, passage in enumerate(passages)]
+        pieces = [EvalText("hard", str(i), "text", f"{passage}\n{questions[i]}") for i, passage in enumerate(passages)]
         leaks = [piece.text for piece in pieces]
         innocent = [passage for passage in passages for _ in range(quoted)]
         index = build_index(pieces, DecontaminateConfig(evals=(HUMAN_EVAL,)).grams)

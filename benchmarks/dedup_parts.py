@@ -20,7 +20,7 @@ from result import report
 from texts import BUILT, texts_of
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.case import Case
+from moray.pipelines.dedup.parts.case import ScanCase
 from moray.pipelines.dedup.parts.decide import decide
 from moray.pipelines.dedup.parts.exchange import ranges_for
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
@@ -83,7 +83,7 @@ def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, An
     for number in range(ranges):
         match_pieces({"shard": number}, folders, shards)
     order = KeepOrder.of(read_parts(root / ".described", shards), ())
-    case = Case.of(folders, ranges, order)
+    case = ScanCase.of(folders, ranges, order)
     lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
     found = decide(case.pieces, lengths, words, config.copies, config.max_loss, config.min_words)
     case.write(shards, folders, found)

@@ -32,7 +32,7 @@ from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset
 from moray.models.tensors import is_quantized, parameter_shapes
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import adamw
 from moray.pipelines.pretrain.train_step import train_step
@@ -64,7 +64,7 @@ def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
     moments = "fp8" if form == "fp8" else "float32"
     fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": moments, "seed": 3}
     fields["schedule"] = {"peak": 1e-3, "final": 1e-4, "warmup_tokens": 20 * BATCH * length}
-    job = Job(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
+    job = TrainingJob(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
     return build(job, Mesh.alone(), torch.device("cpu"))
 
 

@@ -62,7 +62,7 @@ def _worker(folder: str, overlap: bool) -> Any:
 
     from moray.kernels.host_memory import keep_freed_memory
     from moray.models.presets import preset
-    from moray.pipelines.pretrain.config import Job, PretrainConfig
+    from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
     from moray.pipelines.pretrain.mesh import Mesh
     from moray.pipelines.pretrain.worker import build
 
@@ -76,7 +76,7 @@ def _worker(folder: str, overlap: bool) -> Any:
         steps=1000, batch_sequences=BATCH, workers=2, expert_parallel=2, precision="bf16", overlap=overlap,
         micro_batch_sequences=BATCH // 4,
     )  # fmt: skip
-    job = Job(config, model, LENGTH, folder, "", "pretrain", threads=1)
+    job = TrainingJob(config, model, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
     return build(job, Mesh.create(2, device), device)
 

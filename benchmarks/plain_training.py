@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.data.data_worker import DataWorker
-from moray.actors.data.token_set import Batch, Vocabulary, write_index, write_shard
+from moray.actors.data.token_set import Batch, TokenVocabulary, write_index, write_shard
 from moray.kernels.host_memory import keep_freed_memory
-from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.loop import run
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import build
-from moray.pipelines.tokenize.packing import Documents, pack, plan
+from moray.pipelines.tokenize.packing import TokenDocuments, pack, plan
 from moray.platform.core.events import EventLog, MetricEvent, read_events
 
 VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has
@@ -27,14 +27,14 @@ VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has
 
 def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
     """Documents that count up, packed to sequences of `length`."""
-    vocabulary = Vocabulary(tokenizer="none", size=VOCABULARY, bos=0, eos=1, pad=2)
+    vocabulary = TokenVocabulary(tokenizer="none", size=VOCABULARY, bos=0, eos=1, pad=2)
     generator = np.random.default_rng(1)
     texts = [
         (generator.integers(3, VOCABULARY) + stride * np.arange(DOCUMENT)) % (VOCABULARY - 3) + 3
         for stride in generator.integers(1, 9, documents)
     ]
     tokens = [np.concatenate(([vocabulary.bos], text, [vocabulary.eos])) for text in texts]
-    made = Documents(
+    made = TokenDocuments(
         [f"d{number}" for number in range(len(tokens))],
         np.full(len(tokens), 2 * DOCUMENT, np.int64),
         np.concatenate(tokens).astype(np.uint32),
@@ -47,7 +47,7 @@ def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
 class Reader:
     """Batches read in this process (`loop.Source`)."""
 
-    def __init__(self, job: Job, tokens: str) -> None:
+    def __init__(self, job: TrainingJob, tokens: str) -> None:
         self._reader = DataWorker(tokens, {}, job.config.seed, batch_plan(job.config, job.sequence_length))
 
     def ask(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
@@ -57,7 +57,7 @@ class Reader:
         return self._reader.batch(*asked)
 
 
-def train_here(job: Job, tokens: str, device: torch.device) -> None:
+def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:
     """What `loop.train` does on one rank, without Ray; torch.distributed has been initialised."""
     torch.set_num_threads(job.threads)
     keep_freed_memory()

@@ -36,7 +36,7 @@ from turns import Contestant
 from moray.cluster.embedded import EmbeddedCluster
 from moray.models.config import ModelConfig
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.core.home import Home
 
@@ -50,14 +50,14 @@ def gpu_model() -> ModelConfig:
     return dataclasses.replace(preset("small"), vocab_size=VOCABULARY, num_hidden_layers=2, n_routed_experts=8)
 
 
-def make_job(folder: Path, workers: int, gpu: bool) -> Job:
+def make_job(folder: Path, workers: int, gpu: bool) -> TrainingJob:
     """Longer than anybody waits: it is ended when the turns are over."""
     model, length, precision = (gpu_model(), 2048, "bf16") if gpu else (preset("tiny"), LENGTH, "float32")
     config = PretrainConfig(
         steps=10**6, batch_sequences=SEQUENCES * workers, workers=workers, expert_parallel=workers,
         precision=precision, checkpoint_every=10**7,
     )  # fmt: skip
-    return Job(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
+    return TrainingJob(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
 
 
 def side_main(way: str, path: str) -> None:

@@ -39,7 +39,7 @@ from moray.actors.data.token_set import Batch
 from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.peak_flops import peak_flops
 from moray.pipelines.pretrain.train_step import train_step
@@ -69,16 +69,16 @@ def wide_model() -> ModelConfig:
     return dataclasses.replace(preset("small"), vocab_size=32768, num_hidden_layers=3, n_routed_experts=24)
 
 
-def make_job(folder: Path, model: ModelConfig, length: int, steps: int, settings: dict[str, Any]) -> Job:
+def make_job(folder: Path, model: ModelConfig, length: int, steps: int, settings: dict[str, Any]) -> TrainingJob:
     shared: dict[str, Any] = {"batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1}
     config = PretrainConfig(steps=steps, **shared, **settings)
-    return Job(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=4)
+    return TrainingJob(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=4)
 
 
 class Run:
     """Training in a process of its own."""
 
-    def __init__(self, folder: Path, job: Job, tokens: Path, kernels: str = "triton") -> None:
+    def __init__(self, folder: Path, job: TrainingJob, tokens: Path, kernels: str = "triton") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job").write_bytes(pickle.dumps((job, str(tokens))))
         self.folder, self._log = folder, folder / "log"
@@ -109,7 +109,7 @@ def rank_main(path: str) -> None:
     train_here(job, tokens, alone())
 
 
-def contestant(link: Connection, who: str, job: Job, tokens: str) -> None:
+def contestant(link: Connection, who: str, job: TrainingJob, tokens: str) -> None:
     """A process that builds its model, says so, and takes its steps when it is told to: (seconds of each, bytes held).
 
     A reason instead of these, if it fails.
@@ -136,7 +136,7 @@ def _seconds(step: Callable[[int, Batch], None], number: int, batch: Batch) -> f
     return time.perf_counter() - began
 
 
-def ours(job: Job, device: torch.device) -> Callable[[int, Batch], None]:
+def ours(job: TrainingJob, device: torch.device) -> Callable[[int, Batch], None]:
     worker = build(job, Mesh.create(1, device), device)
 
     def step(number: int, batch: Batch) -> None:
@@ -145,7 +145,7 @@ def ours(job: Job, device: torch.device) -> Callable[[int, Batch], None]:
     return step
 
 
-def peer(job: Job, device: torch.device) -> Callable[[int, Batch], None]:
+def peer(job: TrainingJob, device: torch.device) -> Callable[[int, Batch], None]:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     hf = {name: value for name, value in job.model.to_hf().items() if name not in ("architectures", "dtype")}

@@ -39,7 +39,7 @@ class Demand:
         return sums
 
 
-class Finding(NamedTuple):
+class PendingDemand(NamedTuple):
     """What there is to say of a demand. hopeless: no machine here could ever hold it."""
 
     text: str
@@ -62,7 +62,7 @@ class PendingReport:
         self._since: dict[Demand, tuple[float, int]] = {}  # when its count last fell, and the count
         self._said: set[Demand] = set()
 
-    def update(self, now: float, waiting: Mapping[Demand, int], machines: Sequence[Machine]) -> list[Finding]:
+    def update(self, now: float, waiting: Mapping[Demand, int], machines: Sequence[Machine]) -> list[PendingDemand]:
         """The findings that are due. waiting: demand -> how many; now: seconds, from any start."""
         self._since = {demand: since for demand, since in self._since.items() if demand in waiting}
         found = []
@@ -75,7 +75,7 @@ class PendingReport:
             text = lacking or (_busy(demand, machines) if now - since >= self._patience else "")
             if text and machines and demand not in self._said:
                 self._said.add(demand)
-                found.append(Finding(text, bool(lacking)))
+                found.append(PendingDemand(text, bool(lacking)))
         return found
 
 

@@ -3,8 +3,8 @@
 The Triton form (GPUs) holds no scores: a block of queries walks over blocks of keys with a running maximum and sum
 ("online softmax"), and the backward computes the scores again from the log-sum-exp that the forward keeps. One kernel
 makes the gradient of queries, another those of keys and values: each number is summed by one program in one order, so
-that the same inputs give the same bits. Documents are runs, so the keys that a block of queries sees are one range, and
-so are the queries that see a block of keys. Ranges are read on the device; what lies outside is not visited.
+that the same inputs give the same bits. DocumentBounds are runs, so the keys that a block of queries sees are one
+range, and so are the queries that see a block of keys. Ranges are read on the device; what lies outside is not visited.
 
 Notable: value heads of multi-head latent attention are narrower than its query heads. The Triton form takes them as
 they are, and a query head of 192 elements as 128 and 64, both powers of two, instead of 256 with a quarter of zeros.
@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from moray.kernels.arguments import WIDE_DTYPES, check
 from moray.kernels.backend import INTERPRETED, backend, place
-from moray.kernels.documents import Documents
+from moray.kernels.documents import DocumentBounds
 
 
 def _fused(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ def pad_values(v_BTHV: Tensor, width: int) -> Tensor:
     return v_BTHV if v_BTHV.shape[-1] == width else F.pad(v_BTHV, (0, width - v_BTHV.shape[-1]))
 
 
-def document_mask(documents: Documents) -> Tensor:
+def document_mask(documents: DocumentBounds) -> Tensor:
     """True where a query (row of the last two axes) sees a key: same document, not later. [B, 1, T, T]."""
     index_BT = documents.index_BT
     same = index_BT[:, None, :, None] == index_BT[:, None, None, :]
@@ -73,7 +73,7 @@ def _check_width(q_BTHA: Tensor, v_BTHV: Tensor) -> None:
 
 
 def causal_attention_reference(
-    q_BTHA: Tensor, k_BTHA: Tensor, v_BTHV: Tensor, scale: float, documents: Documents | None = None
+    q_BTHA: Tensor, k_BTHA: Tensor, v_BTHV: Tensor, scale: float, documents: DocumentBounds | None = None
 ) -> Tensor:
     """softmax(scale * q k^T) v over earlier tokens of the same document (of the row without `documents`).
 
@@ -92,7 +92,7 @@ def causal_attention_reference(
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TileShape:
     """Queries and keys of a program's step, its warps, and the stages of its pipeline."""
 
     queries: int
@@ -105,16 +105,16 @@ class Blocks:
 class KernelBlocks:
     """The blocks of the three kernels: the output, the gradient of queries, that of keys and values."""
 
-    forward: Blocks
-    queries: Blocks
-    keys: Blocks
+    forward: TileShape
+    queries: TileShape
+    keys: TileShape
 
 
 # Three stages where they fit: with two, a step's rows are asked for only when the step before is almost done.
-_HALF = KernelBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(32, 128, 8, 3))
-_HALF_WIDE = KernelBlocks(Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
+_HALF = KernelBlocks(TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3), TileShape(32, 128, 8, 3))
+_HALF_WIDE = KernelBlocks(TileShape(64, 32, 4, 2), TileShape(64, 32, 8, 2), TileShape(32, 64, 8, 2))
 # FP32 products run on the plain cores, with both factors in registers.
-_FULL = KernelBlocks(Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(32, 32, 8, 1))
+_FULL = KernelBlocks(TileShape(32, 16, 8, 1), TileShape(16, 16, 8, 1), TileShape(32, 32, 8, 1))
 _WIDEST = 256
 
 
@@ -344,7 +344,7 @@ def _blocks(q_BTHA: Tensor, v_BTHV: Tensor) -> KernelBlocks:
     return _HALF if sum(_covers(q_BTHA, v_BTHV)) <= 320 else _HALF_WIDE
 
 
-def _sizes(q_BTHA: Tensor, v_BTHV: Tensor, blocks: Blocks) -> dict[str, Any]:
+def _sizes(q_BTHA: Tensor, v_BTHV: Tensor, blocks: TileShape) -> dict[str, Any]:
     """What all three kernels are made for."""
     first, second, value = _covers(q_BTHA, v_BTHV)
     return {
@@ -399,7 +399,7 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def _starts(documents: Documents | None, like: Tensor) -> Tensor:
+def _starts(documents: DocumentBounds | None, like: Tensor) -> Tensor:
     """The place in its row of the first token of each token's document: int32 [B, T]."""
     if documents is None:
         return torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
@@ -420,7 +420,7 @@ def causal_attention_triton(
     k_BTHA: Tensor,
     v_BTHV: Tensor,
     scale: float,
-    documents: Documents | None = None,
+    documents: DocumentBounds | None = None,
     blocks: KernelBlocks | None = None,
 ) -> Tensor:
     """`causal_attention_reference` for BF16, FP16 and FP32, with gradients; contiguous [B, T, H, V].
@@ -450,7 +450,7 @@ def attention_form(x: Tensor) -> Literal["reference", "triton"]:
 
 
 def causal_attention(
-    q_BTHA: Tensor, k_BTHA: Tensor, v_BTHV: Tensor, scale: float, documents: Documents | None = None
+    q_BTHA: Tensor, k_BTHA: Tensor, v_BTHV: Tensor, scale: float, documents: DocumentBounds | None = None
 ) -> Tensor:
     """softmax(scale * q k^T) v over earlier tokens of the same document (of the row without `documents`).
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentBounds:
     """The documents of one packed batch.
 
     positions_BT: int64, each token's position within its document.
@@ -26,7 +26,7 @@ class Documents:
     lengths: tuple[int, ...] | None
 
 
-def find_documents(document_ids_BT: Tensor) -> Documents:
+def find_documents(document_ids_BT: Tensor) -> DocumentBounds:
     """Cuts every row into runs of equal ids."""
     first_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
     first_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
@@ -38,4 +38,4 @@ def find_documents(document_ids_BT: Tensor) -> Documents:
         begins = first_BT.flatten().nonzero().flatten()
         end = begins.new_tensor([first_BT.numel()])
         lengths = tuple(torch.diff(begins, append=end).tolist())
-    return Documents(places_T - starts_BT, first_BT.cumsum(1) - 1, lengths)
+    return DocumentBounds(places_T - starts_BT, first_BT.cumsum(1) - 1, lengths)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moray.kernels.attention import attention_form, causal_attention, pad_values
-from moray.kernels.documents import Documents
+from moray.kernels.documents import DocumentBounds
 from moray.kernels.mla_decode import mla_decode
 from moray.kernels.rope import rope
 from moray.models.cache import CacheView
@@ -60,7 +60,9 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
         self.scale = config.softmax_scale
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTable, documents: Documents | None, recompute: Recompute) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotary: RotaryTable, documents: DocumentBounds | None, recompute: Recompute
+    ) -> Tensor:
         """Causal attention within the rows, or within their documents."""
         q_low, kv_low = self._down(x_BTD)
         q_BTHA, k_BTHA, v_BTHA = recompute.run(partial(self._up, rotary), q_low, kv_low)

@@ -88,7 +88,7 @@ def write(
 
 def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the model of one folder to another in `precision`, a tensor at a time. Raises as `load` and `write` do."""
-    checked = Checked(source)
+    checked = CheckedFolder(source)
     write_weights(folder, checked.config, checked.weights(), precision, shard_bytes)
 
 
@@ -182,7 +182,7 @@ def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     return wide
 
 
-class Checked:
+class CheckedFolder:
     """A folder whose names, dtypes and shapes agree with its config; values are checked as they are read.
 
     `prediction` False leaves out the layers of multi-token prediction. They are left out, too, where the config speaks
@@ -276,7 +276,7 @@ def load(
     ValueError for a config that `ModelConfig.from_hf` refuses and, naming it, for a tensor that is missing, extra,
     misshapen or not finite.
     """
-    source = Checked(folder, prediction)
+    source = CheckedFolder(folder, prediction)
     with torch.device("meta"):
         model = DeepseekV3(source.config, experts, dispatcher)
     model = model.to(dtype)
@@ -292,7 +292,7 @@ def load(
 
 
 @torch.no_grad()
-def load_weights(model: DeepseekV3, source: Checked) -> None:
+def load_weights(model: DeepseekV3, source: CheckedFolder) -> None:
     """Fills the tensors that `model` holds, which must be of the folder's config, on any device and of any dtype."""
     source.check_copies()
     for target in _weights(model):

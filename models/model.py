@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moray.kernels.cross_entropy import cross_entropy_sum
 from moray.kernels.deferred import DeferredGradients
-from moray.kernels.documents import Documents, find_documents
+from moray.kernels.documents import DocumentBounds, find_documents
 from moray.kernels.fp8_experts import fp8_expert_weights
 from moray.kernels.fp8_linear import fp8_weight
 from moray.kernels.rope import rope_table
@@ -370,7 +370,7 @@ def _attend_rows(
     recompute: Recompute,
     *,
     rotary: RotaryTable,
-    documents: Documents | None,
+    documents: DocumentBounds | None,
 ) -> Tensor:
     return attention.forward(x_BTD, rotary, documents, recompute)
 

@@ -54,12 +54,12 @@ class ImportModel(Step[ImportConfig]):
         return [ExternalFile("model", name, path.stat().st_size, hash_file(path)) for name, path in paths]
 
     def run(self, ctx: StepContext[ImportConfig]) -> None:
-        from moray.models.checkpoint import Checked, write_weights
+        from moray.models.checkpoint import CheckedFolder, write_weights
         from moray.models.presets import parameter_count
 
         folder = ctx.config.path.expanduser()
         try:
-            checked = Checked(folder)
+            checked = CheckedFolder(folder)
             if ctx.config.precision == "as-is":
                 for _ in _watched(ctx, "checking", checked):
                     pass

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 3  # 3: documents in pieces, and padding at the end of any sequ
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenVocabulary:
     """What a reader of tokens must know of the tokenizer: its fingerprint, size and special ids."""
 
     tokenizer: str
@@ -95,7 +95,7 @@ def write_shard(folder: Path, number: int, packed: npt.NDArray[np.unsignedintege
     )
 
 
-def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, vocabulary: Vocabulary) -> None:
+def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, vocabulary: TokenVocabulary) -> None:
     """Writes `index.json`, which makes the shards a token set."""
     write_json(
         folder / "index.json",
@@ -122,7 +122,7 @@ class TokenSet:
             )
         self.source = source
         self.sequence_length: int = index["sequence_length"]
-        self.vocabulary = Vocabulary(**index["vocabulary"])
+        self.vocabulary = TokenVocabulary(**index["vocabulary"])
         self.shards = [Shard(**shard) for shard in index["shards"]]
         self._files = files
         self._ends = np.cumsum([shard.sequences for shard in self.shards], dtype=np.int64)

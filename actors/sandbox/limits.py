@@ -26,7 +26,7 @@ class SandboxRefused(MorayError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Seconds by the clock and of CPU; bytes of each process's address space, which is also the bound of what all hold
     together; processes and threads; bytes of a file, of all files, of output."""
 
@@ -76,10 +76,10 @@ def _held(pid: int) -> int:
     return 0
 
 
-class Watch:
+class SandboxWatch:
     """One run of `jail.py`."""
 
-    def __init__(self, limits: Limits, unsafe: bool) -> None:
+    def __init__(self, limits: SandboxLimits, unsafe: bool) -> None:
         self.limits = limits
         self.unsafe = unsafe
         self.ended = Ended()

@@ -1,10 +1,10 @@
 """Runs generated Python shut in: no network, a folder of its own in memory, bounds on time, memory, processes, files.
 
 `run_tests` gives a program and its tests to a fresh interpreter inside namespaces (`jail.py` builds them) and
-says in a Verdict how it ended, by name of the limit if it met one. Where this system allows no namespaces, that is an
-error (`SandboxRefused`), unless the caller asks for the unsafe form: limits of resources and a process group only,
-which keeps no program from reading or writing what the user may. A verdict holds for programs that do not set out to
-forge it: what runs beside its tests could report in their place, but gets no further.
+says in a SandboxResult how it ended, by name of the limit if it met one. Where this system allows no namespaces, that
+is an error (`SandboxRefused`), unless the caller asks for the unsafe form: limits of resources and a process group
+only, which keeps no program from reading or writing what the user may. A verdict holds for programs that do not set out
+to forge it: what runs beside its tests could report in their place, but gets no further.
 
 A program runs until the first limit (`limits.py`), and when `run` returns none of its processes is left.
 """
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moray.actors.sandbox.jail import BOX
-from moray.actors.sandbox.limits import Ended, Limits, SandboxRefused, Watch
+from moray.actors.sandbox.limits import Ended, SandboxLimits, SandboxRefused, SandboxWatch
 
 _LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -86,7 +86,7 @@ _BY_SIGNAL = {signal.SIGXCPU: "cpu", signal.SIGSYS: "network"}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SandboxResult:
     """How a program ended.
 
     outcome: passed, failed, or the limit that it met: time, cpu, memory, processes, file size, disk, open files,
@@ -105,13 +105,13 @@ class Verdict:
         return self.outcome == "passed"
 
 
-def run_tests(code: str, tests: str, limits: Limits | None = None, unsafe: bool = False) -> Verdict:
+def run_tests(code: str, tests: str, limits: SandboxLimits | None = None, unsafe: bool = False) -> SandboxResult:
     """Runs `code`, then `tests` in the same namespace: bare asserts, functions test*, unittest cases.
 
     Passed means that all of it ran to its end without an error. Tests that test nothing fail. Raises SandboxRefused.
     """
     if reason := why_no_tests(tests):
-        return Verdict("failed", reason)
+        return SandboxResult("failed", reason)
     token = secrets.token_hex(16)
     files = {"harness.py": _HARNESS, "program.py": code, "tests.py": tests}
     ended = run(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe)
@@ -134,14 +134,14 @@ def _is_unittest_check(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("assert")
 
 
-def judge(ended: Ended, token: str) -> Verdict:
+def judge(ended: Ended, token: str) -> SandboxResult:
     """The verdict on what a harness with this token left."""
     try:
         report = json.loads(ended.report)
     except ValueError:
         report = {}
     outcome, detail = _outcome(ended, report if isinstance(report, dict) else {}, token)
-    return Verdict(outcome, detail, ended.output, ended.seconds, ended.peak_bytes, ended.peak_processes)
+    return SandboxResult(outcome, detail, ended.output, ended.seconds, ended.peak_bytes, ended.peak_processes)
 
 
 def _outcome(ended: Ended, report: Mapping[str, Any], token: str) -> tuple[str, str]:
@@ -175,7 +175,7 @@ def _limit_of(report: Mapping[str, Any]) -> str:
 def refusal() -> str:
     """Why this system shuts no program in; '' if it does. Found out by trying, once per process."""
     try:
-        ended = _run({"harness.py": "print('here')"}, ["harness.py"], Limits(), False, ())
+        ended = _run({"harness.py": "print('here')"}, ["harness.py"], SandboxLimits(), False, ())
     except SandboxRefused as error:
         return error.message
     return "" if ended.output == "here\n" else f"a program that prints a word left {ended.output!r}, {ended.report}"
@@ -184,7 +184,7 @@ def refusal() -> str:
 def run(
     files: Mapping[str, str],
     arguments: Sequence[str],
-    limits: Limits | None = None,
+    limits: SandboxLimits | None = None,
     unsafe: bool = False,
     readable: Sequence[str] = (),
 ) -> Ended:
@@ -196,11 +196,11 @@ def run(
             "run where user namespaces are allowed (sysctl user.max_user_namespaces; docker: --cap-add SYS_ADMIN or"
             " --security-opt seccomp=unconfined), or accept the risk: unsafe_sandbox: true in the recipe",
         )
-    return _run(files, arguments, limits or Limits(), unsafe, readable)
+    return _run(files, arguments, limits or SandboxLimits(), unsafe, readable)
 
 
 def _run(
-    files: Mapping[str, str], arguments: Sequence[str], limits: Limits, unsafe: bool, readable: Sequence[str]
+    files: Mapping[str, str], arguments: Sequence[str], limits: SandboxLimits, unsafe: bool, readable: Sequence[str]
 ) -> Ended:
     with contextlib.ExitStack() as stack:
         python = os.path.realpath(sys.executable)
@@ -220,4 +220,4 @@ def _run(
             "devices": _DEVICES,
             "folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="moray-sandbox-")) if unsafe else BOX,
         }
-        return Watch(limits, unsafe).over(json.dumps(request).encode() + b"\n", python)
+        return SandboxWatch(limits, unsafe).over(json.dumps(request).encode() + b"\n", python)

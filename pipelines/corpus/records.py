@@ -27,7 +27,7 @@ CUT = "the file ends within this record"
 
 
 @dataclass(frozen=True)
-class Record:
+class WarcRecord:
     """headers: by names in small letters. is_long: body is only its beginning."""
 
     headers: dict[str, str]
@@ -36,7 +36,7 @@ class Record:
     is_long: bool
 
 
-def records(stream: io.BufferedReader, longest: int) -> Iterator[Record | Reject]:
+def records(stream: io.BufferedReader, longest: int) -> Iterator[WarcRecord | Reject]:
     """The records of a stream, or what is wrong with each. longest: bytes of a record that anybody wants."""
     ahead = _Ahead(stream)
     number = 0
@@ -49,7 +49,7 @@ def records(stream: io.BufferedReader, longest: int) -> Iterator[Record | Reject
         yield Reject("", MALFORMED, ahead.trouble)
 
 
-def _next(ahead: _Ahead, number: int, longest: int) -> Record | Reject:
+def _next(ahead: _Ahead, number: int, longest: int) -> WarcRecord | Reject:
     """What begins here: a record, or what is none up to where one begins."""
     head = ahead.head()
     if head is None:
@@ -69,7 +69,7 @@ def _next(ahead: _Ahead, number: int, longest: int) -> Record | Reject:
         return Reject(key, MALFORMED, f"its Content-Length is {printable(headers.get('content-length'))[:40]!r}")
     if reason := ahead.pass_over(length, longest):
         return Reject(key, MALFORMED, reason)
-    return Record(headers, ahead.body, length, length > longest)
+    return WarcRecord(headers, ahead.body, length, length > longest)
 
 
 def _fields(head: bytes) -> dict[str, str]:

@@ -26,7 +26,7 @@ from moray.pipelines.corpus.pieces import (
     decode,
     printable,
 )
-from moray.pipelines.corpus.records import Record, records
+from moray.pipelines.corpus.records import WarcRecord, records
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.web import page, page_limit, text_of
 from moray.platform.core.errors import InputError
@@ -69,7 +69,7 @@ def _peek(stream: io.BufferedReader) -> bytes:
         return b""  # it is met again, by who reads
 
 
-def _guarded(record: Record, number: int, max_bytes: int) -> Piece:
+def _guarded(record: WarcRecord, number: int, max_bytes: int) -> Piece:
     """Whatever a library stumbles over in a record costs that record."""
     key = f"#{printable(record.headers.get('warc-record-id') or number).strip('<>')}"
     try:
@@ -85,7 +85,7 @@ def _guarded(record: Record, number: int, max_bytes: int) -> Piece:
     return piece
 
 
-def _piece(record: Record, key: str, max_bytes: int) -> Piece:
+def _piece(record: WarcRecord, key: str, max_bytes: int) -> Piece:
     kind, body = record.headers.get("content-type", ""), record.body
     pairs = [(name, record.headers.get(header)) for name, header in _HEADERS]
     meta = tuple((name, printable(value).strip("<>")) for name, value in pairs if value)
@@ -118,7 +118,7 @@ def _text(body: bytes, kind: str, record_type: str, key: str, meta: Meta, max_by
 Headers = list[tuple[str, str]]
 
 
-def _http(record: Record) -> tuple[str, Headers, bytes] | None:
+def _http(record: WarcRecord) -> tuple[str, Headers, bytes] | None:
     """Status, headers and body of a response; None where it is none of HTTP's."""
     from warcio.statusandheaders import StatusAndHeadersParser
 
@@ -149,7 +149,7 @@ def _arc(stream: io.BufferedReader, max_bytes: int) -> Iterator[Piece]:
         yield Reject("", MALFORMED, f"after record {number}: {words(error)}")
 
 
-def _of_arc(found: Any, max_bytes: int) -> Record:
+def _of_arc(found: Any, max_bytes: int) -> WarcRecord:
     named: Mapping[str, str | None] = {
         "warc-type": "response",
         "warc-target-uri": found.rec_headers.get_header("uri"),
@@ -157,4 +157,4 @@ def _of_arc(found: Any, max_bytes: int) -> Record:
     }
     head = found.http_headers.to_bytes() if found.http_headers else b""
     body = head + found.raw_stream.read(page_limit(max_bytes) + 1)
-    return Record({name: value for name, value in named.items() if value}, body, len(body), False)
+    return WarcRecord({name: value for name, value in named.items() if value}, body, len(body), False)

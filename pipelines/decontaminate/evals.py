@@ -106,7 +106,7 @@ class EvalSet(StepConfig):
 
 
 @dataclass(frozen=True)
-class Piece:
+class EvalText:
     """One text of an item: (eval, item) name the item, `field` where in it the text stands."""
 
     eval: str
@@ -115,7 +115,7 @@ class Piece:
     text: str
 
 
-def read_pieces(evals: EvalSet) -> Iterator[Piece]:
+def read_pieces(evals: EvalSet) -> Iterator[EvalText]:
     """The texts of all items, in order. Raises InputError, with file and line, for what cannot be read."""
     files = evals.files()
     seen: set[str] = set()
@@ -133,7 +133,7 @@ def read_pieces(evals: EvalSet) -> Iterator[Piece]:
                 fields = {name: value for name, value in row.items() if name not in (*_IDS, evals.id_field)}
             for name, value in fields.items():
                 for field, text in _strings(name, value):
-                    yield Piece(evals.name, item, field, text)
+                    yield EvalText(evals.name, item, field, text)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

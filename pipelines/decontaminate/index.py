@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.decontaminate.evals import Piece
+from moray.pipelines.decontaminate.evals import EvalText
 from moray.pipelines.decontaminate.units import Units, is_telling, units_of, without_spaces
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.text.arrow import text_buffers
@@ -147,7 +147,7 @@ def load_index(folder: Path, characters: bool) -> EvalIndex:
     )  # fmt: skip
 
 
-def build_index(pieces: Sequence[Piece], grams: Grams) -> EvalIndex:
+def build_index(pieces: Sequence[EvalText], grams: Grams) -> EvalIndex:
     """The index of all items' n-grams, in the order of pieces."""
     from moray.pipelines.decontaminate.matching import hashes_of
 

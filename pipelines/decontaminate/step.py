@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, load_index
-from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eval
+from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge, per_eval
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.atomic import write_json
@@ -120,7 +120,7 @@ class Decontaminate(Step[DecontaminateConfig]):
         }
         self._say(ctx, index, verdict)
 
-    def _say(self, ctx: StepContext[DecontaminateConfig], index: EvalIndex, verdict: Verdict) -> None:
+    def _say(self, ctx: StepContext[DecontaminateConfig], index: EvalIndex, verdict: ContaminationVerdict) -> None:
         evals = per_eval(index, verdict.hits)
         report: dict[str, Any] = {
             "unit": ctx.config.unit,

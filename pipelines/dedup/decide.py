@@ -126,7 +126,7 @@ def group_pairs(part: Row, folder: str) -> Row:
 
 
 @dataclass(frozen=True)
-class Rules:
+class GroupRules:
     """How a group is decided. files, grouped: how many there are of what was read again, and of pairs; in `folder` are
     also known.npy, pairs of numbers that belong together whatever they look like, and seen.npy, numbers of whom a
     filter has seen; similarity: of duplicates at least, 0 if nothing is verified."""
@@ -138,7 +138,7 @@ class Rules:
     containment: bool
 
 
-def decide_group(row: Row, rules: Rules) -> Row:
+def decide_group(row: Row, rules: GroupRules) -> Row:
     """Writes a row of DECIDED for each document of a group that goes, and for each earlier one."""
     at = Path(rules.folder)
     path = decided_path(at, row["shard"])
@@ -171,7 +171,7 @@ def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
     return read_decided(path)
 
 
-def _scores(group: Group, pairs: Indices, rules: Rules) -> npt.NDArray[np.float64]:
+def _scores(group: Group, pairs: Indices, rules: GroupRules) -> npt.NDArray[np.float64]:
     from moray.pipelines.text.shingles import similarities
 
     scores = np.ones(len(pairs))

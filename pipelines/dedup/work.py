@@ -26,7 +26,7 @@ from moray.pipelines.dedup.compare import compare_keys, merge_forests, read_fore
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.crawl import Crawl
 from moray.pipelines.dedup.decide import (
-    Rules,
+    GroupRules,
     decide_group,
     decided_path,
     group_pairs,
@@ -170,7 +170,7 @@ class Work:
             self.ctx.note(f"{said}; the largest has {groups.largest:,}")
         files = self._read_again(numbers)
         grouped = self._group(compared.files)
-        rules = Rules(
+        rules = GroupRules(
             str(self.folder), files, grouped, self.ctx.config.similarity, self.ctx.config.measure == "containment"
         )
         rows = map_shards(

@@ -17,7 +17,7 @@ from moray.pipelines.filter.layout import (
     ZERO,
     Bytes,
     Codes,
-    Document,
+    DocumentLayout,
     Numbers,
     Places,
     ends_in_ellipsis,
@@ -80,7 +80,7 @@ def _has(codes: Codes, begin: int, end: int, code: int) -> bool:
 
 
 @numba.njit(nogil=True)
-def _citation_end(document: Document, at: int, end: int, phrases: Codes, bounds: Places) -> int:
+def _citation_end(document: DocumentLayout, at: int, end: int, phrases: Codes, bounds: Places) -> int:
     """Where the mark of a citation that begins at `at` ends; `at` if none does."""
     following = at + 1
     while following < end and document.bits[following] & DIGIT:
@@ -96,7 +96,14 @@ def _citation_end(document: Document, at: int, end: int, phrases: Codes, bounds:
 
 @numba.njit(nogil=True)
 def _copy(
-    document: Document, begin: int, end: int, citations: bool, phrases: Codes, bounds: Places, out: Document, to: int
+    document: DocumentLayout,
+    begin: int,
+    end: int,
+    citations: bool,
+    phrases: Codes,
+    bounds: Places,
+    out: DocumentLayout,
+    to: int,
 ) -> int:
     """Copies [begin, end), citations taken out where they are to be, to `to` of `out`; where it ends there."""
     at = begin
@@ -147,7 +154,7 @@ def _ends_well(codes: Codes, begin: int, end: int) -> bool:
 
 @numba.njit(nogil=True)
 def _judge_line(
-    out: Document, begin: int, end: int, words: int, limits: Numbers, phrases: Codes, bounds: Places
+    out: DocumentLayout, begin: int, end: int, words: int, limits: Numbers, phrases: Codes, bounds: Places
 ) -> int:
     """NONE: the line stays; EMPTY: it goes; LOREM or CURLY: the whole document does."""
     codes = out.codes
@@ -166,7 +173,7 @@ def _judge_line(
 
 @numba.njit(nogil=True)
 def c4(
-    document: Document, limits: Numbers, phrases: Codes, bounds: Places, out: Document
+    document: DocumentLayout, limits: Numbers, phrases: Codes, bounds: Places, out: DocumentLayout
 ) -> tuple[int, float, int, int]:
     """(the limit that is broken, the value, [begin, end) of what is left, in `out`, which has room for the document).
 

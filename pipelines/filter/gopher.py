@@ -19,7 +19,7 @@ from moray.pipelines.filter.layout import (
     NONE,
     ZERO,
     Counts,
-    Document,
+    DocumentLayout,
     Hashes,
     Numbers,
     count_key,
@@ -39,7 +39,7 @@ _LEAST = np.array([1, 0, 1, 0, 0, 0, 0, 0, 1, 1], np.bool_)  # which limits are 
 
 
 @numba.njit(nogil=True)
-def _words(document: Document) -> tuple[int, int, int]:
+def _words(document: DocumentLayout) -> tuple[int, int, int]:
     """(words that are not of symbols alone, their characters, words with a letter)."""
     plain = characters = alphabetic = 0
     for w in range(len(document.words)):
@@ -55,7 +55,7 @@ def _words(document: Document) -> tuple[int, int, int]:
 
 
 @numba.njit(nogil=True)
-def _lines(document: Document) -> tuple[int, int, int]:
+def _lines(document: DocumentLayout) -> tuple[int, int, int]:
     """(lines, those that begin with a bullet, those that end in an ellipsis)."""
     lines = bullets = ellipses = at = ZERO
     while at < len(document.codes):
@@ -80,7 +80,7 @@ def _different_stop_words(words: Hashes, stop_words: Hashes) -> int:
 
 
 @numba.njit(nogil=True)
-def quality(document: Document, limits: Numbers, stop_words: Hashes) -> tuple[int, float]:
+def quality(document: DocumentLayout, limits: Numbers, stop_words: Hashes) -> tuple[int, float]:
     plain, characters, alphabetic = _words(document)
     hashes, ellipses = count_symbols(document.codes)
     lines, bullets, cut_off = _lines(document)
@@ -94,7 +94,7 @@ def quality(document: Document, limits: Numbers, stop_words: Hashes) -> tuple[in
 
 
 @numba.njit(nogil=True)
-def _repeated_parts(document: Document, begin: int, end: int, least: int, counts: Counts) -> tuple[int, int, int]:
+def _repeated_parts(document: DocumentLayout, begin: int, end: int, least: int, counts: Counts) -> tuple[int, int, int]:
     """(parts between runs of at least so many newlines, those that came before, their characters)."""
     mask = empty_table(counts, end - begin + 1)
     parts = repeated = characters = 0
@@ -116,7 +116,7 @@ def _repeated_parts(document: Document, begin: int, end: int, least: int, counts
 
 
 @numba.njit(nogil=True)
-def _characters(document: Document, begin: int, count: int) -> int:
+def _characters(document: DocumentLayout, begin: int, count: int) -> int:
     """Of so many words."""
     characters = 0
     for w in range(begin, begin + count):
@@ -125,7 +125,7 @@ def _characters(document: Document, begin: int, count: int) -> int:
 
 
 @numba.njit(nogil=True)
-def _most_frequent(document: Document, size: int, counts: Counts) -> tuple[int, int]:
+def _most_frequent(document: DocumentLayout, size: int, counts: Counts) -> tuple[int, int]:
     """Characters, with a space between words, of all occurrences of the most frequent n-gram; how many there are."""
     grams = len(document.words) - size + 1
     mask = empty_table(counts, grams)
@@ -136,7 +136,7 @@ def _most_frequent(document: Document, size: int, counts: Counts) -> tuple[int, 
 
 
 @numba.njit(nogil=True)
-def _repeated_grams(document: Document, size: int, counts: Counts) -> int:
+def _repeated_grams(document: DocumentLayout, size: int, counts: Counts) -> int:
     """Characters of words within n-grams that came before."""
     grams = len(document.words) - size + 1
     mask = empty_table(counts, grams)
@@ -151,7 +151,7 @@ def _repeated_grams(document: Document, size: int, counts: Counts) -> int:
 
 
 @numba.njit(nogil=True)
-def repetition(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+def repetition(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[int, float]:
     length = len(document.codes)
     begin, end = stripped(document.bits, ZERO, length)
     parts, repeated, characters = _repeated_parts(document, begin, end, ZERO + 2, counts)
@@ -168,7 +168,7 @@ def repetition(document: Document, limits: Numbers, counts: Counts) -> tuple[int
 
 
 @numba.njit(nogil=True)
-def _repeated_words(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+def _repeated_words(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[int, float]:
     """The limits from the fifth on: the most frequent 2 to 4 words, and repeated ones of 5 to 10.
 
     Where no few words come twice, no more do: what follows need not be counted.

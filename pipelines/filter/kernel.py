@@ -23,7 +23,7 @@ from moray.pipelines.filter.layout import (
     Bytes,
     Codes,
     Counts,
-    Document,
+    DocumentLayout,
     Hashes,
     Numbers,
     Places,
@@ -38,7 +38,7 @@ from moray.pipelines.filter.lines import basic, fineweb
 BASIC, QUALITY, REPETITION, C4, FINEWEB = range(5)
 
 
-class Rules(NamedTuple):
+class RuleArrays(NamedTuple):
     """families: int64 [F], by the numbers above; limits: [5, L], and how many of them, by family. Gopher's stop words
     and C4's phrases: their characters, one after another, and where each begins, with the end of the last."""
 
@@ -51,7 +51,7 @@ class Rules(NamedTuple):
     phrase_bounds: Places
 
 
-class Verdicts(NamedTuple):
+class RuleVerdicts(NamedTuple):
     """family and limit that a document breaks (NONE: it stays; EMPTY: nothing is there), and its value [N]; and the
     texts as they are after the rules: bytes, and where each ends [N + 1]."""
 
@@ -62,11 +62,11 @@ class Verdicts(NamedTuple):
     ends: Places
 
 
-def room_for(longest: int) -> tuple[Document, Document, Counts]:
+def room_for(longest: int) -> tuple[DocumentLayout, DocumentLayout, Counts]:
     """Memory for a document of so many bytes, for what C4 leaves of it, and to count in."""
     characters = longest + 1
     documents = [
-        Document(
+        DocumentLayout(
             np.zeros(characters, np.uint32), np.zeros(characters, np.uint8), np.zeros(words, np.int64),
             np.zeros(words, np.int64), np.zeros(words, np.uint64),
         )
@@ -85,16 +85,21 @@ def _hashes(codes: Codes, bounds: Places) -> Hashes:
 
 
 @numba.njit(nogil=True)
-def _read(room: Document, codes: Codes, bits: Bytes) -> Document:
+def _read(room: DocumentLayout, codes: Codes, bits: Bytes) -> DocumentLayout:
     """The document of these characters, its words in `room`."""
     words = find_words(codes, bits, len(codes), room.begins, room.ends, room.words)
-    return Document(codes, bits, room.begins[:words], room.ends[:words], room.words[:words])
+    return DocumentLayout(codes, bits, room.begins[:words], room.ends[:words], room.words[:words])
 
 
 @numba.njit(nogil=True)
 def _judge(
-    document: Document, rules: Rules, stop_words: Hashes, room: Document, edited: Document | None, counts: Counts
-) -> tuple[int, int, float, Document]:
+    document: DocumentLayout,
+    rules: RuleArrays,
+    stop_words: Hashes,
+    room: DocumentLayout,
+    edited: DocumentLayout | None,
+    counts: Counts,
+) -> tuple[int, int, float, DocumentLayout]:
     """(family, limit, value, the document as it is now)."""
     if edited is None:  # numba knows this by type: the basic rules alone are compiled, in a third of the time
         limit, value = basic(document, rules.limits[BASIC, : rules.sizes[BASIC]], counts)
@@ -122,8 +127,8 @@ def _judge(
 
 @numba.njit(nogil=True, cache=True)
 def judge(
-    offsets: Places, data: Bytes, table: Bytes, rules: Rules, room: Document, edited: Document | None,
-    counts: Counts, verdicts: Verdicts, write: bool,
+    offsets: Places, data: Bytes, table: Bytes, rules: RuleArrays, room: DocumentLayout, edited: DocumentLayout | None,
+    counts: Counts, verdicts: RuleVerdicts, write: bool,
 ) -> None:  # fmt: skip
     """Fills `verdicts`, the texts only where `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
 

@@ -30,7 +30,7 @@ EMPTY = -2  # nothing is there, or left
 NEWLINE, RETURN = 10, 13
 
 
-class Document(NamedTuple):
+class DocumentLayout(NamedTuple):
     """codes [C], what they are [C], and words: where they begin, where they end, a hash [W]."""
 
     codes: Codes

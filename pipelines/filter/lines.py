@@ -16,7 +16,7 @@ from moray.pipelines.filter.layout import (
     NONE,
     ZERO,
     Counts,
-    Document,
+    DocumentLayout,
     Numbers,
     count_key,
     count_symbols,
@@ -32,7 +32,7 @@ _LEAST = np.array([1, 0, 1, 0, 0, 0, 1, 0], np.bool_)  # which limits are least 
 
 
 @numba.njit(nogil=True)
-def _words(document: Document) -> tuple[int, int]:
+def _words(document: DocumentLayout) -> tuple[int, int]:
     """(characters of words, words with a letter)."""
     characters = alphabetic = 0
     for w in range(len(document.words)):
@@ -45,7 +45,7 @@ def _words(document: Document) -> tuple[int, int]:
 
 
 @numba.njit(nogil=True)
-def _lines(document: Document, counts: Counts) -> tuple[int, int, int]:
+def _lines(document: DocumentLayout, counts: Counts) -> tuple[int, int, int]:
     """(lines that are not blank, those that end in an ellipsis, those that came before), white space taken off."""
     mask = empty_table(counts, len(document.codes))
     lines = ellipses = repeated = at = ZERO
@@ -61,7 +61,7 @@ def _lines(document: Document, counts: Counts) -> tuple[int, int, int]:
 
 
 @numba.njit(nogil=True)
-def basic(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+def basic(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[int, float]:
     characters, alphabetic = _words(document)
     hashes, ellipses = count_symbols(document.codes)
     lines, cut_off, repeated = _lines(document, counts)
@@ -75,7 +75,7 @@ def basic(document: Document, limits: Numbers, counts: Counts) -> tuple[int, flo
 
 
 @numba.njit(nogil=True)
-def _newline_lines(document: Document, longest_short: float, counts: Counts) -> tuple[int, int, int, int]:
+def _newline_lines(document: DocumentLayout, longest_short: float, counts: Counts) -> tuple[int, int, int, int]:
     """(lines that are not blank, those that end a sentence, short ones, characters of those that came before)."""
     codes, bits = document.codes, document.bits
     mask = empty_table(counts, len(codes))
@@ -96,7 +96,7 @@ def _newline_lines(document: Document, longest_short: float, counts: Counts) -> 
 
 
 @numba.njit(nogil=True)
-def fineweb(document: Document, limits: Numbers, counts: Counts) -> tuple[int, float]:
+def fineweb(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[int, float]:
     """limits[4]: the length of a short line; limits[5]: 1 where a document without any punctuated line stays."""
     newlines = 0
     for code in document.codes:

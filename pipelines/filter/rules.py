@@ -15,11 +15,11 @@ from moray.pipelines.filter.config import EMPTY, FAMILIES, RulesConfig, reason
 from moray.pipelines.text.arrow import text_buffers
 
 if TYPE_CHECKING:
-    from moray.pipelines.filter.kernel import Rules
+    from moray.pipelines.filter.kernel import RuleArrays
 
 
 @dataclass(frozen=True)
-class Judged:
+class FilteredDocuments:
     """Of N documents: reason (None: it stays), value and limit [N]; `texts`, large_string [N]: as they are now."""
 
     reasons: list[str | None]
@@ -28,14 +28,14 @@ class Judged:
     texts: pa.Array
 
 
-def judge(texts: pa.ChunkedArray, config: RulesConfig) -> Judged:
+def judge(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
     """texts: large_string [N]. Of a document that does not stay, the text means nothing."""
     from moray.pipelines.filter import kernel
 
     offsets, data = text_buffers(texts)
     count, size = len(offsets) - 1, int(offsets[-1] - offsets[0])
     edits = "c4" in config.rules
-    verdicts = kernel.Verdicts(
+    verdicts = kernel.RuleVerdicts(
         np.empty(count, np.int8), np.empty(count, np.int8), np.empty(count),
         np.empty(size if edits else 0, np.uint8), np.zeros(count + 1, np.int64),
     )  # fmt: skip
@@ -52,11 +52,11 @@ def judge(texts: pa.ChunkedArray, config: RulesConfig) -> Judged:
     broken = verdicts.limits >= 0
     limits = np.zeros(count)
     limits[broken] = rules.limits[verdicts.families[broken], verdicts.limits[broken]]
-    return Judged(_reasons(verdicts.families, verdicts.limits), verdicts.values, limits, now)
+    return FilteredDocuments(_reasons(verdicts.families, verdicts.limits), verdicts.values, limits, now)
 
 
 def _reasons(families: npt.NDArray[np.int8], limits: npt.NDArray[np.int8]) -> list[str | None]:
-    """The words for pairs of family and limit, as kernel.Verdicts has them."""
+    """The words for pairs of family and limit, as kernel.RuleVerdicts has them."""
     return [
         None if limit == -1 else EMPTY if limit < 0 else reason(FAMILIES[family], limit)
         for family, limit in zip(families.tolist(), limits.tolist(), strict=True)
@@ -64,16 +64,16 @@ def _reasons(families: npt.NDArray[np.int8], limits: npt.NDArray[np.int8]) -> li
 
 
 @lru_cache(maxsize=8)
-def _rules(config: RulesConfig) -> Rules:
+def _rules(config: RulesConfig) -> RuleArrays:
     from moray.pipelines.filter.c4 import PHRASES
-    from moray.pipelines.filter.kernel import Rules
+    from moray.pipelines.filter.kernel import RuleArrays
 
     by_family = [config.limits(family) for family in FAMILIES]
     limits = np.full((len(FAMILIES), max(map(len, by_family))), np.nan)
     for row, own in zip(limits, by_family, strict=True):
         row[: len(own)] = own
     stop_words = tuple(dict.fromkeys(config.gopher_quality.stop_words))
-    return Rules(
+    return RuleArrays(
         families=np.array([FAMILIES.index(family) for family in config.rules], np.int64),
         limits=limits,
         sizes=np.array([len(own) for own in by_family], np.int64),

@@ -49,7 +49,7 @@ class Plateau(StepConfig):
     rate: float = Field(ge=0)
 
 
-class Schedule(StepConfig):
+class TrainingSchedule(StepConfig):
     """What changes over tokens (arXiv 2412.19437, 4.2). Learning rate: linear warm-up, constant, cosine, plateaus."""
 
     peak: float = Field(3e-3, gt=0, description="learning rate after warm-up")
@@ -88,7 +88,7 @@ class PretrainConfig(StepConfig):
     batch_sequences: int = Field(16, gt=0, description="sequences in a global batch")
     batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the beginning")
     mixture: dict[str, float] = Field(default_factory=dict, description="source -> weight; empty: by size")
-    schedule: Schedule = Schedule()
+    schedule: TrainingSchedule = TrainingSchedule()
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
@@ -162,7 +162,7 @@ class PretrainConfig(StepConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """Everything one training worker needs; sent to it whole."""
 
     config: PretrainConfig

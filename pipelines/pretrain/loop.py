@@ -1,4 +1,4 @@
-"""What one training worker does: Ray Train starts it on every rank with the same `Job`.
+"""What one training worker does: Ray Train starts it on every rank with the same `TrainingJob`.
 
 The position is a step count; batch, learning rate and bias speed are functions of it, so going on from a checkpoint
 needs nothing but the checkpoint.
@@ -20,7 +20,7 @@ from moray.actors.data.token_set import Batch
 from moray.actors.rank_watch import Beat, Pulse
 from moray.kernels.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
-from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import usable_layout
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
@@ -33,7 +33,7 @@ from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.core.events import EventLog
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where batches come from."""
 
     def ask(self, step: int, start: int, stop: int) -> Any:
@@ -60,13 +60,14 @@ class Loaders:
 
 
 def train(settings: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker: `settings` is {"job": Job, "loaders": [DataWorker handles], "watch": Watch}.
+    """Entry point of a Ray Train worker: `settings` is {"job": TrainingJob, "loaders": [DataWorker handles], "watch":
+    Watch}.
 
     Where Ray has room for fewer workers than were wished for, a smaller layout trains, and ranks too many end at once.
     """
     import ray.train.torch
 
-    job: Job = settings["job"]
+    job: TrainingJob = settings["job"]
     start = Start()
     torch.set_num_threads(job.threads)
     keep_freed_memory()
@@ -94,7 +95,7 @@ def _beat(worker: Worker) -> Beat:
 
 def run(
     worker: Worker,
-    source: Source,
+    source: BatchSource,
     events: EventLog | None,
     start: Start | None = None,
     notice: Notice | None = None,
@@ -129,7 +130,7 @@ def run(
 class Loop:
     """Steps one after another, with checkpoints on the way."""
 
-    def __init__(self, worker: Worker, source: Source, report: Report, start: Start, notice: NoNotice) -> None:
+    def __init__(self, worker: Worker, source: BatchSource, report: Report, start: Start, notice: NoNotice) -> None:
         self._worker, self._source, self._report, self._start, self._notice = worker, source, report, start, notice
         self._saving = 0.0  # seconds that the last checkpoint took
         self._leaving = False  # a machine is to be taken away, and it is time

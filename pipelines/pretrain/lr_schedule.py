@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moray.actors.data.batch_plan import BatchPlan
-from moray.pipelines.pretrain.config import PretrainConfig, Schedule
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingSchedule
 
 
 def batch_plan(config: PretrainConfig, sequence_length: int) -> BatchPlan:
@@ -31,7 +31,7 @@ def batch_plan(config: PretrainConfig, sequence_length: int) -> BatchPlan:
     return BatchPlan(tuple(starts), tuple(sizes))
 
 
-def learning_rate(schedule: Schedule, tokens: int, total: int) -> float:
+def learning_rate(schedule: TrainingSchedule, tokens: int, total: int) -> float:
     """The rate for the step that begins after `tokens` of `total` tokens."""
     if tokens < schedule.warmup_tokens:
         return schedule.peak * (tokens + 1) / (schedule.warmup_tokens + 1)
@@ -47,13 +47,13 @@ def learning_rate(schedule: Schedule, tokens: int, total: int) -> float:
     return schedule.final + 0.5 * (schedule.peak - schedule.final) * (1 + math.cos(math.pi * into / decay))
 
 
-def prediction_weight(schedule: Schedule, tokens: int, total: int) -> float:
+def prediction_weight(schedule: TrainingSchedule, tokens: int, total: int) -> float:
     """Weight of the multi-token prediction loss: lower once the learning rate decays."""
     decays = tokens >= _decay_begin(schedule, total)
     return schedule.prediction_weight_final if decays else schedule.prediction_weight
 
 
-def check_schedule(schedule: Schedule, total: int) -> None:
+def check_schedule(schedule: TrainingSchedule, total: int) -> None:
     """Raises ValueError if the phases take more tokens than there are."""
     parts = {"warmup_tokens": schedule.warmup_tokens, "decay_tokens": _decay_tokens(schedule, total)}
     parts["plateaus"] = sum(plateau.tokens for plateau in schedule.plateaus)
@@ -62,19 +62,19 @@ def check_schedule(schedule: Schedule, total: int) -> None:
         raise ValueError(f"the schedule's phases take more than the run's {total:,} tokens: {shown}")
 
 
-def _decay_end(schedule: Schedule, total: int) -> int:
+def _decay_end(schedule: TrainingSchedule, total: int) -> int:
     return max(0, total - sum(plateau.tokens for plateau in schedule.plateaus))
 
 
-def _decay_tokens(schedule: Schedule, total: int) -> int:
+def _decay_tokens(schedule: TrainingSchedule, total: int) -> int:
     end = _decay_end(schedule, total)
     return end // 2 if schedule.decay_tokens is None else min(schedule.decay_tokens, end)
 
 
-def _decay_begin(schedule: Schedule, total: int) -> int:
+def _decay_begin(schedule: TrainingSchedule, total: int) -> int:
     return _decay_end(schedule, total) - _decay_tokens(schedule, total)
 
 
-def bias_speed(schedule: Schedule, tokens: int, total: int) -> float:
+def bias_speed(schedule: TrainingSchedule, tokens: int, total: int) -> float:
     """Speed of the router bias update: constant, then zero for the last `bias_frozen_tokens`."""
     return 0.0 if tokens >= total - schedule.bias_frozen_tokens > 0 else schedule.bias_speed

@@ -14,7 +14,7 @@ from moray.pipelines.pretrain.checkpoint.archive import Archived
 from moray.pipelines.pretrain.checkpoint.checkpoints import Restored, Saved
 from moray.pipelines.pretrain.gauges import Gauges
 from moray.pipelines.pretrain.peak_flops import peak_flops
-from moray.pipelines.pretrain.resilience.guard import Record
+from moray.pipelines.pretrain.resilience.guard import GuardRecord
 from moray.pipelines.pretrain.worker import Worker
 from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
@@ -120,7 +120,7 @@ class Report:
         for phase, seconds in start.phases.items():
             self._metric("train_start_seconds", seconds, phase=phase)
 
-    def skipped(self, history: Record) -> None:
+    def skipped(self, history: GuardRecord) -> None:
         """The batch that was skipped last."""
         trouble = history.skipped[-1]
         self._metric("train_skipped_batches", len(history.skipped), trouble.step + 1)
@@ -131,7 +131,7 @@ class Report:
         """A batch that is left out because there is nothing to learn from it."""
         self.note(f"the batch of step {step + 1} is left out: no token in it has a next one to learn")
 
-    def went_back(self, step: int, guilty: int, to: Restored, history: Record) -> None:
+    def went_back(self, step: int, guilty: int, to: Restored, history: GuardRecord) -> None:
         """Training goes back from `step` to a checkpoint and leaves out the batch of `guilty`."""
         self._metric("train_skipped_batches", len(history.skipped), guilty + 1)
         self._metric("train_rollbacks", history.rollbacks, step + 1)

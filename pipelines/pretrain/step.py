@@ -21,7 +21,7 @@ from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
 from moray.models.yarn import Yarn, unknown_fields
-from moray.pipelines.pretrain.config import Job, PretrainConfig, check_context, model_config, overridden
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob, check_context, model_config, overridden
 from moray.pipelines.pretrain.devices import resolved, words
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout, check_moments
 from moray.pipelines.pretrain.lr_schedule import batch_plan, check_schedule
@@ -113,7 +113,7 @@ class Pretrain(Step[PretrainConfig]):
         self.placement(ctx.config, ctx.cluster.topology())
         topology = ctx.cluster.ensure()
         settings = resolved(ctx.config, topology)
-        job = Job(
+        job = TrainingJob(
             config=settings, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
             events=str(ctx.run / "events"), step=ctx.step,
             initial=str(ctx.inputs["model"].folder) if "model" in ctx.inputs else None,
@@ -133,7 +133,7 @@ class Pretrain(Step[PretrainConfig]):
         config = _continued(ctx, vocab_size) if "model" in ctx.inputs else model_config(ctx.config.model, vocab_size)
         return dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos)
 
-    def _finish(self, ctx: StepContext[PretrainConfig], config: ModelConfig, job: Job, available: int) -> None:
+    def _finish(self, ctx: StepContext[PretrainConfig], config: ModelConfig, job: TrainingJob, available: int) -> None:
         """Leaves one checkpoint, the model's shape and the loss curve; says what was reached."""
         final = ctx.folder / "checkpoints" / f"step-{job.config.steps:08d}"
         for other in (ctx.folder / "checkpoints").iterdir():
@@ -172,10 +172,10 @@ def _check_deepep(config: PretrainConfig, gpus: int) -> None:
 
 def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig:
     """The shape of the model to go on from, with the recipe's overrides, none of which may change a tensor."""
-    from moray.models.checkpoint import Checked
+    from moray.models.checkpoint import CheckedFolder
 
     try:
-        stored = Checked(ctx.inputs["model"].folder).config
+        stored = CheckedFolder(ctx.inputs["model"].folder).config
         config = overridden(stored, ctx.config.model)
         settings = resolved(ctx.config, ctx.cluster.topology())
         check_layout(settings.workers, settings.expert_parallel, config.n_routed_experts)

@@ -1,4 +1,4 @@
-"""Ray Train's part of a run: it places the workers, starts them with the same `Job`, and starts them again."""
+"""Ray Train's part of a run: it places the workers, starts them with the same `TrainingJob`, and starts them again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.devices import cpu_share
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.platform.core.cluster import Topology
@@ -19,7 +19,7 @@ _ABORT_SECONDS = 10.0
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
-def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
+def fit(job: TrainingJob, tokens: str, storage: Path, topology: Topology) -> None:
     """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
     import ray.train
 
@@ -47,7 +47,7 @@ def fit(job: Job, tokens: str, storage: Path, topology: Topology) -> None:
             ray.kill(helper)
 
 
-def make_trainer(job: Job, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
+def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
     """A TorchTrainer for `loop.train` with these settings. The job's `device` says where workers run."""
     import ray
     import ray.train.torch

@@ -12,7 +12,7 @@ import torch
 
 from moray.actors.data.batch_plan import BatchPlan
 from moray.kernels.deferred import DeferredGradients
-from moray.models.checkpoint import Checked, load_weights
+from moray.models.checkpoint import CheckedFolder, load_weights
 from moray.models.expert_parallel.deepep import DeepEPDispatcher, elastic_buffer
 from moray.models.expert_parallel.dispatcher import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.expert_parallel.shared_memory import connect
@@ -21,7 +21,7 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.checkpoint.archive import Archive
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
-from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.ema import Ema
@@ -33,7 +33,7 @@ from moray.pipelines.pretrain.resilience.guard import Guard, read_record
 class Worker:
     """One rank's training state."""
 
-    job: Job
+    job: TrainingJob
     mesh: Mesh
     device: torch.device
     state: TrainingState
@@ -82,12 +82,12 @@ class Worker:
         return self.mesh.rank * each, (self.mesh.rank + 1) * each
 
 
-def overlaps(job: Job, mesh: Mesh) -> bool:
+def overlaps(job: TrainingJob, mesh: Mesh) -> bool:
     """Who has all experts never waits for rows."""
     return job.config.overlap and mesh.ep > 1
 
 
-def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
+def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     """The rank's model, initialised independently of the layout, with its optimizer and checkpoints."""
     config, folder = job.config, Path(job.folder)
     # ZeRO 2 sends gradients off as the backward makes them, so there none is put off.
@@ -104,7 +104,7 @@ def build(job: Job, mesh: Mesh, device: torch.device) -> Worker:
     return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), later)
 
 
-def _dispatcher(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> Dispatcher:
+def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> Dispatcher:
     config, group, experts = job.config, mesh.ep_group, job.model.n_routed_experts
     if mesh.ep == 1:
         return LocalDispatcher()
@@ -117,13 +117,13 @@ def _dispatcher(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradi
     return ProcessGroupDispatcher(group, experts, mesh.clock.over, later, memory)
 
 
-def _model(job: Job, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> DeepseekV3:
+def _model(job: TrainingJob, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> DeepseekV3:
     dispatcher = _dispatcher(job, mesh, device, later)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     if job.initial is None:
         model.init_weights(job.config.seed)
     else:
-        load_weights(model, Checked(job.initial))
+        load_weights(model, CheckedFolder(job.initial))
     if job.config.precision == "float64":
         model.double()
     model.train()

@@ -14,7 +14,7 @@ from typing import Any
 
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.sequence import Delta, Request
-from moray.pipelines.serve.text import Token, Vocabulary
+from moray.pipelines.serve.text import ServingVocabulary, Token
 
 _SLICE = 512  # elements of a list that are encoded in one call
 DONE = b"data: [DONE]\n\n"
@@ -98,7 +98,7 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
     )
 
 
-def _logprobs(tokens: Sequence[Token], vocabulary: Vocabulary) -> dict[str, Any]:
+def _logprobs(tokens: Sequence[Token], vocabulary: ServingVocabulary) -> dict[str, Any]:
     """The API's four parallel lists. `top_logprobs` holds the chosen token too, as OpenAI's does."""
     return {
         "tokens": [vocabulary.label(token.id) for token in tokens],
@@ -108,7 +108,7 @@ def _logprobs(tokens: Sequence[Token], vocabulary: Vocabulary) -> dict[str, Any]
     }
 
 
-def _alternatives(token: Token, vocabulary: Vocabulary) -> dict[str, float] | None:
+def _alternatives(token: Token, vocabulary: ServingVocabulary) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     pairs = [*token.top, (token.id, token.logprob)]

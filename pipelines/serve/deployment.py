@@ -59,11 +59,11 @@ class ModelReplica:
         from moray.models import checkpoint
         from moray.pipelines.serve.async_engine import AsyncEngine
         from moray.pipelines.serve.engine import Engine
-        from moray.pipelines.serve.text import Vocabulary
+        from moray.pipelines.serve.text import ServingVocabulary
 
         torch.set_num_threads(threads)
         model = checkpoint.load(folder, prediction=False)
-        vocabulary = Vocabulary.load(Path(folder), model.config.bos_token_id, model.config.eos_token_id)
+        vocabulary = ServingVocabulary.load(Path(folder), model.config.bos_token_id, model.config.eos_token_id)
         self._name = name
         self._engine = AsyncEngine(Engine(model, vocabulary), threads)
 

@@ -23,9 +23,9 @@ from moray.models.cache import LatentCache
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.pipelines.serve.sampler import Draw, sample, score
-from moray.pipelines.serve.scheduler import Chunk, Limits, Scheduler
+from moray.pipelines.serve.scheduler import Chunk, EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Delta, Request, Sequence
-from moray.pipelines.serve.text import TextStream, Token, Vocabulary
+from moray.pipelines.serve.text import ServingVocabulary, TextStream, Token
 
 
 class ContextLengthError(ValueError):
@@ -43,8 +43,8 @@ class Output:
 class Engine:
     """Runs requests on a model (in eval mode, on its own device). Not thread-safe."""
 
-    def __init__(self, model: DeepseekV3, vocabulary: Vocabulary, limits: Limits | None = None) -> None:
-        limits = limits or Limits()
+    def __init__(self, model: DeepseekV3, vocabulary: ServingVocabulary, limits: EngineLimits | None = None) -> None:
+        limits = limits or EngineLimits()
         self.model = model
         self.config = model.config
         self.vocabulary = vocabulary
@@ -197,7 +197,7 @@ class Engine:
         return torch.tensor(rows, device=self._device)
 
 
-def cache_blocks(config: ModelConfig, limits: Limits, element_bytes: int) -> int:
+def cache_blocks(config: ModelConfig, limits: EngineLimits, element_bytes: int) -> int:
     """Blocks of the cache: for `max_running` sequences of full length, or what `cache_bytes` holds."""
     width = config.kv_lora_rank + config.qk_rope_head_dim
     block_bytes = config.num_hidden_layers * limits.block_size * width * element_bytes

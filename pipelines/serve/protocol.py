@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from moray.pipelines.serve.sequence import SEEDS, Request
-from moray.pipelines.serve.text import Vocabulary
+from moray.pipelines.serve.text import ServingVocabulary
 
 MOST_PROMPTS = 128
 MOST_STOPS = 4
@@ -180,7 +180,7 @@ class CompletionRequest(BaseModel):
             )
         return self
 
-    def requests(self, vocabulary: Vocabulary) -> list[Request]:
+    def requests(self, vocabulary: ServingVocabulary) -> list[Request]:
         """One request to the engine per prompt. Raises ApiError for text that cannot be encoded.
 
         A text gets a bos if the model's tokenizer gives it one; ids get one unless the tokenizer says it gives none.
@@ -237,7 +237,7 @@ def _are_ids(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(index, int) and not isinstance(index, bool) for index in value)
 
 
-def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+def _encode(text: str, vocabulary: ServingVocabulary) -> tuple[int, ...]:
     try:
         return tuple(vocabulary.encode(text))
     except ValueError as error:

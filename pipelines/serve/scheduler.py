@@ -17,7 +17,7 @@ from typing import Protocol
 from moray.pipelines.serve.sequence import Sequence
 
 
-class Blocks(Protocol):
+class BlockPool(Protocol):
     """What the scheduler needs of a cache."""
 
     @property
@@ -30,7 +30,7 @@ class Blocks(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """step_tokens: ids that one step may run, padding included. max_running: sequences decoded together.
 
     cache_bytes: most memory for the latent cache; it is smaller where max_running sequences of full length need less.
@@ -74,7 +74,7 @@ class Plan:
 class Scheduler:
     """The queue of the waiting and the list of the running; gives out and takes back their blocks."""
 
-    def __init__(self, cache: Blocks, limits: Limits) -> None:
+    def __init__(self, cache: BlockPool, limits: EngineLimits) -> None:
         self._cache = cache
         self._limits = limits
         self.waiting: deque[Sequence] = deque()

@@ -79,7 +79,7 @@ class SmokeServe(Step[SmokeServeConfig]):
             deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
             try:
                 ctx.progress("deploying", 1, 1, "replicas")
-                client = Client(f"{deployment.url}/v1", deployment.name, ctx.config)
+                client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)
                 client.check_model_listed()
                 together, alone = _ask_all(ctx, client)
             finally:
@@ -87,7 +87,7 @@ class SmokeServe(Step[SmokeServeConfig]):
         _write(ctx, deployment.name, together, alone)
 
 
-class Client:
+class SmokeClient:
     """The questions of this step, asked with the `openai` package."""
 
     def __init__(self, url: str, model: str, config: SmokeServeConfig) -> None:
@@ -136,7 +136,7 @@ class Client:
         return Reply(prompt, "".join(parts), reason, usage.prompt_tokens, usage.completion_tokens, seconds, True, first)
 
 
-def _ask_all(ctx: StepContext[SmokeServeConfig], client: Client) -> tuple[list[Reply], list[Reply]]:
+def _ask_all(ctx: StepContext[SmokeServeConfig], client: SmokeClient) -> tuple[list[Reply], list[Reply]]:
     """Every prompt, `concurrent` at once with the first streamed; then every prompt alone."""
     prompts = ctx.config.prompts
     with ThreadPoolExecutor(ctx.config.concurrent) as pool:

@@ -44,7 +44,7 @@ class Released:
         return Released(self.text + later.text, self.tokens + later.tokens)
 
 
-class Vocabulary:
+class ServingVocabulary:
     """A byte-level tokenizer as serving sees it. Raises ValueError for a tokenizer of another kind.
 
     bos, eos: the model's, None where it has none. ends: the ids that end an answer, by default eos. adds_bos: whether
@@ -80,7 +80,7 @@ class Vocabulary:
         self._labels = self._unique_labels()
 
     @classmethod
-    def load(cls, folder: Path, bos: int | None, eos: int | None) -> Vocabulary:
+    def load(cls, folder: Path, bos: int | None, eos: int | None) -> ServingVocabulary:
         """Reads `tokenizer.json` of a model folder, and `generation_config.json` if it names the ends of an answer."""
         ends = _ends(folder / "generation_config.json")
         tokenizer = load_tokenizer(folder)
@@ -193,7 +193,7 @@ def _bytes_of_characters() -> dict[str, int]:
 class TextStream:
     """The text of one answer, released piece by piece; `stopped` once a stop string came."""
 
-    def __init__(self, vocabulary: Vocabulary, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, vocabulary: ServingVocabulary, stop: tuple[str, ...] = ()) -> None:
         self._vocabulary = vocabulary
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -30,7 +30,7 @@ _OTHERS = ("representative", "partner")  # columns that name another document
 
 
 @dataclass(frozen=True)
-class Place:
+class RowLocation:
     """A row of a file of an artifact."""
 
     path: Path
@@ -49,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Decision:
+class DocumentDecision:
     """What a step did with the document: `read` it, `kept` it, `removed` it, or `has` it in a form of its own."""
 
     step: str
@@ -67,7 +67,7 @@ class Explanation:
     id: str
     run: str
     document: dict[str, Any]
-    decisions: list[Decision]
+    decisions: list[DocumentDecision]
     others: dict[str, dict[str, Any]]
 
 
@@ -106,7 +106,7 @@ def _here(store: ArtifactStore, fingerprint: str) -> Artifact | None:
 
 
 def _explain(run: str, artifacts: Sequence[Artifact], wanted: Sequence[str]) -> Explanation | None:
-    decisions: list[Decision] = []
+    decisions: list[DocumentDecision] = []
     document: dict[str, Any] = {}
     name = ""
     for artifact in artifacts:
@@ -118,7 +118,7 @@ def _explain(run: str, artifacts: Sequence[Artifact], wanted: Sequence[str]) -> 
             verdict = _verdict(relative, first=not decisions)
             details = {} if verdict in ("read", "kept") else {k: _plain(v) for k, v in row.items() if k != "id"}
             decisions.append(
-                Decision(artifact.manifest.step, artifact.reference, verdict, relative, place.row, details)
+                DocumentDecision(artifact.manifest.step, artifact.reference, verdict, relative, place.row, details)
             )
     if not decisions:
         return None
@@ -134,12 +134,12 @@ def _look_up(artifacts: Sequence[Artifact], name: str) -> dict[str, Any]:
     return _description(place.read()) if place else {}
 
 
-def _places(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[Place, str]]:
+def _places(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[RowLocation, str]]:
     """The rows of all files with one of these ids."""
     paths = sorted(folder.rglob("*.parquet"))
     with ThreadPoolExecutor() as threads:
         for path, found in zip(paths, threads.map(lambda path: _rows(path, wanted), paths), strict=True):
-            yield from ((Place(path, row), name) for row, name in found)
+            yield from ((RowLocation(path, row), name) for row, name in found)
 
 
 def _rows(path: Path, wanted: Sequence[str]) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.limits import SandboxLimits
 from moray.platform.core.references import Secret
 from moray.platform.plan.config import StepConfig, operational
 
@@ -137,7 +137,7 @@ class Teacher(StepConfig):
     timeout: float = operational(120.0, gt=0, description="seconds")
 
 
-class SandboxLimits(StepConfig):
+class SandboxConfig(StepConfig):
     """Of one program and its tests."""
 
     seconds: float = Field(10.0, gt=0)
@@ -145,8 +145,8 @@ class SandboxLimits(StepConfig):
     memory_mb: int = Field(512, ge=64)
     processes: int = Field(16, gt=0)
 
-    def limits(self) -> Limits:
-        return Limits(self.seconds, self.cpu_seconds, self.memory_mb << 20, self.processes)
+    def limits(self) -> SandboxLimits:
+        return SandboxLimits(self.seconds, self.cpu_seconds, self.memory_mb << 20, self.processes)
 
 
 class SynthesizeConfig(StepConfig):
@@ -163,7 +163,7 @@ class SynthesizeConfig(StepConfig):
     similarity: float = Field(
         0.8, ge=0, le=1, description="to another document at which an item is a copy; 0: only exact"
     )
-    sandbox: SandboxLimits = SandboxLimits()
+    sandbox: SandboxConfig = SandboxConfig()
     unsafe_sandbox: bool = Field(False, description="run code with limits only where namespaces are not allowed")
     shard_items: int = Field(32, gt=0)
     seed: int = Field(1, ge=0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.limits import SandboxLimits
 from moray.actors.sandbox.run import run_tests
 from moray.pipelines.synthesize import chains, prompts
 from moray.pipelines.synthesize.config import Maths
@@ -20,7 +20,7 @@ Ask = Callable[[Sequence[tuple[str, int]]], list[Answer]]
 
 
 @dataclass
-class Judged:
+class Judgement:
     """reason: '' if it passed. trouble: engine or budget, if a further request of the judge's own failed so."""
 
     text: str = ""
@@ -35,14 +35,14 @@ class Judged:
 @dataclass(frozen=True)
 class Tools:
     ask: Ask
-    limits: Limits
+    limits: SandboxLimits
     unsafe: bool
 
 
 Pairs = Sequence[tuple[Item, str, int]]  # item, the teacher's answer, its seed
 
 
-def judge_gym(pairs: Pairs, tools: Tools) -> list[Judged]:
+def judge_gym(pairs: Pairs, tools: Tools) -> list[Judgement]:
     """The task's own scorer gives the boxed answer full marks."""
     found = [prompts.boxed(answer) for _, answer, _ in pairs]
     checks = [
@@ -54,32 +54,32 @@ def judge_gym(pairs: Pairs, tools: Tools) -> list[Judged]:
     judged = []
     for (item, text, _), answer in zip(pairs, found, strict=True):
         if answer is None:
-            judged.append(Judged(text, "form", "no \\boxed{} answer"))
+            judged.append(Judgement(text, "form", "no \\boxed{} answer"))
             continue
         verdict = next(verdicts)
         whole = chains.document(str(item.facts["question"]), text.strip(), answer, item.seed)
         reason = "" if verdict.good else "wrong"
-        judged.append(Judged(whole, reason, verdict.detail, "reasoning-gym", more={"answer": answer}))
+        judged.append(Judgement(whole, reason, verdict.detail, "reasoning-gym", more={"answer": answer}))
     return judged
 
 
-def judge_code(pairs: Pairs, tools: Tools) -> list[Judged]:
+def judge_code(pairs: Pairs, tools: Tools) -> list[Judgement]:
     """Its tests pass in the sandbox."""
     judged = []
     for _, answer, _ in pairs:
         parts = prompts.read_code(answer)
         if parts is None:
-            judged.append(Judged(answer, "form", "not a task and two Python blocks"))
+            judged.append(Judgement(answer, "form", "not a task and two Python blocks"))
             continue
         verdict = run_tests(parts[1], parts[2], tools.limits, tools.unsafe)
         reason = "" if verdict.passed else f"sandbox:{verdict.outcome}"
-        judged.append(Judged(document(*parts), reason, verdict.detail, "sandbox"))
+        judged.append(Judgement(document(*parts), reason, verdict.detail, "sandbox"))
     return judged
 
 
-def judge_maths(pairs: Pairs, tools: Tools, generator: Maths) -> list[Judged]:
+def judge_maths(pairs: Pairs, tools: Tools, generator: Maths) -> list[Judgement]:
     """Self-consistency (Wang et al. 2022, arXiv 2203.11171): the solution has the answer that most solutions have."""
-    judged = [Judged(answer, "form", "not a problem and a solution with \\boxed{}") for _, answer, _ in pairs]
+    judged = [Judgement(answer, "form", "not a problem and a solution with \\boxed{}") for _, answer, _ in pairs]
     problems = {at: found for at, (_, answer, _) in enumerate(pairs) if (found := prompts.read_problem(answer))}
     asked = [
         (prompts.solve(problem), pairs[at][2] + vote + 1)
@@ -89,7 +89,7 @@ def judge_maths(pairs: Pairs, tools: Tools, generator: Maths) -> list[Judged]:
     answers = tools.ask(asked)
     for place, (at, (problem, solution)) in enumerate(problems.items()):
         own = answers[place * generator.votes : (place + 1) * generator.votes]
-        judged[at] = Judged(f"Problem: {problem}\n\nSolution: {solution}\n", cost=sum(one.cost for one in own))
+        judged[at] = Judgement(f"Problem: {problem}\n\nSolution: {solution}\n", cost=sum(one.cost for one in own))
         judged[at].trouble = next((one.trouble for one in own if one.trouble in ("engine", "budget")), "")
         judged[at].more["votes"] = "\0".join(
             [str(prompts.boxed(solution)), *(vote for one in own if (vote := prompts.boxed(one.text)))]
@@ -98,7 +98,7 @@ def judge_maths(pairs: Pairs, tools: Tools, generator: Maths) -> list[Judged]:
     return judged
 
 
-def _vote(judged: list[Judged], tools: Tools, generator: Maths) -> None:
+def _vote(judged: list[Judgement], tools: Tools, generator: Maths) -> None:
     """Fills in reason and answer, after one batch of checks for all."""
     ballots = [one.more.pop("votes").split("\0") for one in judged]
     places = [list(combinations(range(len(ballot)), 2)) for ballot in ballots]
@@ -114,7 +114,7 @@ def _vote(judged: list[Judged], tools: Tools, generator: Maths) -> None:
             one.reason, one.detail = "disagreement", f"{votes} of {1 + generator.votes} have {ballot[place]!r}"
 
 
-def judge_rephrasing(pairs: Pairs, tools: Tools, min_characters: int) -> list[Judged]:
+def judge_rephrasing(pairs: Pairs, tools: Tools, min_characters: int) -> list[Judgement]:
     """Long enough, in the form that was asked for, and not the text again. Whether it is true, nothing here knows."""
     judged = []
     for item, answer, _ in pairs:
@@ -128,5 +128,5 @@ def judge_rephrasing(pairs: Pairs, tools: Tools, min_characters: int) -> list[Ju
             detail = "no question"
         elif text in item.facts["text"]:
             detail = "the text again"
-        judged.append(Judged(text + "\n", "form" if detail else "", detail, "form"))
+        judged.append(Judgement(text + "\n", "form" if detail else "", detail, "form"))
     return judged

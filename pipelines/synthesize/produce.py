@@ -28,7 +28,7 @@ from moray.pipelines.synthesize.config import (
     asks,
 )
 from moray.pipelines.synthesize.judges import (
-    Judged,
+    Judgement,
     Pairs,
     Tools,
     judge_code,
@@ -41,7 +41,7 @@ from moray.pipelines.synthesize.rows import Item, Log, Made, finish, item_seed, 
 from moray.pipelines.synthesize.teacher import AskTeacher
 from moray.platform.core.atomic import write_text
 
-Judge = Callable[[Pairs, Tools], list[Judged]]
+Judge = Callable[[Pairs, Tools], list[Judgement]]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _rounds(items: list[Item], judge: Judge, tools: Tools, config: SynthesizeCon
     teacher = config.teacher
     assert teacher is not None
     pending, unanswered = items, []
-    tried: dict[str, list[Judged]] = {item.key: [] for item in items}
+    tried: dict[str, list[Judgement]] = {item.key: [] for item in items}
     for attempt in range(config.attempts):
         asked = [(item, (item.seed + 1009 * attempt) & 0x7FFFFFFF) for item in pending]
         answers = tools.ask([(item.prompt, seed) for item, seed in asked])
@@ -220,11 +220,11 @@ def _rounds(items: list[Item], judge: Judge, tools: Tools, config: SynthesizeCon
     return unanswered
 
 
-def _cost(tried: list[Judged]) -> float:
+def _cost(tried: list[Judgement]) -> float:
     return sum(one.cost for one in tried)
 
 
-def _choose(item: Item, tried: list[Judged]) -> Made:
+def _choose(item: Item, tried: list[Judgement]) -> Made:
     """The shortest answer that passed, else the last one with its reason."""
     passed = sorted((one for one in tried if not one.reason), key=lambda one: len(one.text))
     cost = _cost(tried)

@@ -13,8 +13,8 @@ import json
 import re
 from typing import Any
 
-from moray.actors.sandbox.limits import Limits
-from moray.actors.sandbox.run import Verdict, run_tests
+from moray.actors.sandbox.limits import SandboxLimits
+from moray.actors.sandbox.run import SandboxResult, run_tests
 
 # Runs after the program: prints up to `wanted` (inputs, output) pairs that JSON can carry to the last digit.
 _DRAW = """
@@ -42,7 +42,9 @@ def collection() -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def examples(record: dict[str, Any], seed: int, wanted: int, limits: Limits, unsafe: bool) -> tuple[str, Verdict]:
+def examples(
+    record: dict[str, Any], seed: int, wanted: int, limits: SandboxLimits, unsafe: bool
+) -> tuple[str, SandboxResult]:
     """Tests for one program ('' if it has none), and how drawing them ended."""
     mark = f"examples-{seed}:"
     code = f"from random import Random\n{record['code_sample']}\n\n{record['input_generator']}\n"

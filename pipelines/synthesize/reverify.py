@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.limits import SandboxLimits
 from moray.actors.sandbox.run import run_tests
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.synthesize import gym
@@ -30,7 +30,7 @@ class Reverified:
     unverifiable: int = 0
 
 
-def reverify(folder: Path, limits: Limits | None = None, unsafe: bool = False) -> Reverified:
+def reverify(folder: Path, limits: SandboxLimits | None = None, unsafe: bool = False) -> Reverified:
     """Runs code with its tests, draws tasks anew and scores their answers, compares mathematics. Rephrasings are not
     counted: nothing says whether they are right."""
     found = Reverified()
@@ -39,11 +39,11 @@ def reverify(folder: Path, limits: Limits | None = None, unsafe: bool = False) -
         rows = list(zip(*(table[name].to_pylist() for name in ("id", "text", "meta")), strict=True))
         for begin in range(0, len(rows), _BATCH):
             batch = [(name, text, dict(meta)) for name, text, meta in rows[begin : begin + _BATCH]]
-            _batch(batch, found, limits or Limits(), unsafe)
+            _batch(batch, found, limits or SandboxLimits(), unsafe)
     return found
 
 
-def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limits: Limits, unsafe: bool) -> None:
+def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limits: SandboxLimits, unsafe: bool) -> None:
     later: list[tuple[str, str, Check]] = []
     for name, text, meta in rows:
         verifier = meta.get("verifier", "")
@@ -68,7 +68,7 @@ def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limit
         _note(found, name, verifier, "" if checked.good else checked.detail or "another answer")
 
 
-def _code(text: str, limits: Limits, unsafe: bool) -> str:
+def _code(text: str, limits: SandboxLimits, unsafe: bool) -> str:
     parts = blocks(text)
     if len(parts) != 2:
         return "not a program and its tests"

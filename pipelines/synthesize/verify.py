@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moray.actors.sandbox.limits import Limits
+from moray.actors.sandbox.limits import SandboxLimits
 from moray.actors.sandbox.run import run
 
 Check = dict[str, Any]
@@ -19,7 +19,7 @@ _CHECKER = Path(__file__).with_name("checker.py")
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     good: bool
     detail: str = ""
 
@@ -32,28 +32,28 @@ def full_marks(task: str, level: int, seed: int, answer: str) -> Check:
     return {"kind": "gym", "task": task, "level": level, "seed": seed, "answer": answer}
 
 
-def check_all(checks: Sequence[Check], unsafe: bool) -> list[Checked]:
+def check_all(checks: Sequence[Check], unsafe: bool) -> list[CheckResult]:
     """A verdict for each check. One that breaks a limit fails, and those after it are tried again without it."""
-    found: list[Checked] = []
+    found: list[CheckResult] = []
     while len(found) < len(checks):
         part = checks[len(found) :]
         results, broke = _check_batch(part, unsafe)
         found += results
         if len(results) < len(part):
-            found.append(Checked(False, f"the verifier ended: {broke}"))
+            found.append(CheckResult(False, f"the verifier ended: {broke}"))
     return found
 
 
-def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[Checked], str]:
+def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[CheckResult], str]:
     mark = f"{secrets.token_hex(8)}:"
-    limits = Limits(
+    limits = SandboxLimits(
         seconds=30 + _SECONDS_EACH * len(checks), cpu_seconds=30 + _SECONDS_EACH * len(checks), memory_bytes=4 << 30,
         processes=256, open_files=256, output_bytes=1 << 20,
     )  # fmt: skip
     files = {"checker.py": _CHECKER.read_text(), "checks.jsonl": "".join(json.dumps(one) + "\n" for one in checks)}
     ended = run(files, ["checker.py", mark], limits, unsafe, _packages())
     lines = [line.partition(mark)[2] for line in ended.output.splitlines() if mark in line]
-    results = [Checked(bool(good), str(detail)) for _, good, detail in map(json.loads, lines)]
+    results = [CheckResult(bool(good), str(detail)) for _, good, detail in map(json.loads, lines)]
     return results, ended.broke or f"it left with code {ended.exit_code}: {ended.output[-200:]}"
 
 

@@ -1,4 +1,4 @@
-"""Documents into sequences of one length: best fit, which cuts few of them, or one after another.
+"""TokenDocuments into sequences of one length: best fit, which cuts few of them, or one after another.
 
 Best fit (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv 2404.10830): of a document that is longer
 than a sequence, full sequences; what is left of it, and every shorter document, goes, the longest first, into the
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.actors.data.token_set import Vocabulary
+from moray.actors.data.token_set import TokenVocabulary
 
 Packing = Literal["best-fit", "concatenate"]
 Int64 = npt.NDArray[np.int64]
@@ -32,7 +32,7 @@ _FEW = 50  # only this part of the pieces
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PlacedPieces:
     """Where the pieces of documents go: arrays [P], in the order of `start`, and how many sequences there are.
 
     document: its number; begin: the piece's first token within it; tokens: how many; start: where in the sequences, one
@@ -54,8 +54,8 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Parts:
-    """Pieces shorter than a sequence, or parts of these: arrays [P]. Part `skipped` .. `skipped + tokens` of `piece`
-    lies in `sequence` from `at`."""
+    """PlacedPieces shorter than a sequence, or parts of these: arrays [P]. Part `skipped` .. `skipped + tokens` of
+    `piece` lies in `sequence` from `at`."""
 
     piece: Int64
     skipped: Int64
@@ -65,7 +65,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Documents:
+class TokenDocuments:
     """N documents as tokens, bos and eos among them: document n is tokens[bounds[n] : bounds[n + 1]].
 
     sizes: their bytes as UTF-8.
@@ -77,14 +77,14 @@ class Documents:
     bounds: Int64
 
 
-def plan(lengths: Int64, length: int, packing: Packing) -> Pieces:
+def plan(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
     """Where documents of `lengths` tokens, none of them 0, go in sequences of `length`."""
     from moray.pipelines.tokenize.best_fit import best_fit
 
     if packing == "concatenate":
         starts = np.cumsum(lengths) - lengths
         documents = np.arange(len(lengths), dtype=np.int64)
-        return Pieces(documents, np.zeros_like(lengths), lengths, starts, -(-int(lengths.sum()) // length))
+        return PlacedPieces(documents, np.zeros_like(lengths), lengths, starts, -(-int(lengths.sum()) // length))
     full, rest = lengths // length, lengths % length
     first = int(full.sum())
     short = np.flatnonzero(rest)
@@ -98,11 +98,11 @@ def plan(lengths: Int64, length: int, packing: Packing) -> Pieces:
     start = np.concatenate([(np.cumsum(full) - full)[long] * length, (first + parts.sequence) * length + parts.at])
     tokens = np.concatenate([full[long] * length, parts.tokens])
     order = np.argsort(start, kind="stable")
-    return Pieces(document[order], begin[order], tokens[order], start[order], first + count)
+    return PlacedPieces(document[order], begin[order], tokens[order], start[order], first + count)
 
 
 def pack(
-    documents: Documents, pieces: Pieces, length: int, vocabulary: Vocabulary
+    documents: TokenDocuments, pieces: PlacedPieces, length: int, vocabulary: TokenVocabulary
 ) -> tuple[npt.NDArray[np.unsignedinteger], pa.Table]:
     """The sequences, [sequences, length] in the vocabulary's dtype, and the table of their pieces (docs/formats.md).
 

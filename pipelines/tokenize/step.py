@@ -1,8 +1,8 @@
 """tokenize: documents into packed token sets, one per source, for the training and the held-out part.
 
-Documents shards of one source that follow one another are packed together, in groups of about `group_bytes`: a group is
-a Ray Data task and becomes one token shard. Groups follow from the shards' sizes, so the result does not depend on the
-number of workers. The held-out part is packed back to back: it is read document by document.
+TokenDocuments shards of one source that follow one another are packed together, in groups of about `group_bytes`: a
+group is a Ray Data task and becomes one token shard. Groups follow from the shards' sizes, so the result does not
+depend on the number of workers. The held-out part is packed back to back: it is read document by document.
 
 Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters: only this step places special
 ids. Which library encodes is decided once, on documents of every source (`encoding.py`), and makes no difference to the
@@ -24,13 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.actors.data.token_set import Shard, Vocabulary, write_index, write_shard
+from moray.actors.data.token_set import Shard, TokenVocabulary, write_index, write_shard
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged
-from moray.pipelines.tokenize.packing import Documents, Packing, pack, plan
+from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack, plan
 from moray.pipelines.tokenizer.encoding import Choice, choose, encoder
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
@@ -55,13 +55,13 @@ class TokenizeConfig(StepConfig):
 
 
 @dataclass(frozen=True)
-class Job:
+class GroupTask:
     """What is the same for all groups."""
 
     folder: Path
     tokenizer: Path
     encoder: Choice
-    vocabulary: Vocabulary
+    vocabulary: TokenVocabulary
     marks: Marks | None
     config: TokenizeConfig
 
@@ -77,7 +77,7 @@ class Tokenize(Step[TokenizeConfig]):
 
     def run(self, ctx: StepContext[TokenizeConfig]) -> None:
         folder = ctx.inputs["tokenizer"].folder
-        vocabulary = Vocabulary(
+        vocabulary = TokenVocabulary(
             tokenizer=ctx.inputs["tokenizer"].fingerprint,
             size=id_count(load_tokenizer(folder)),
             **special_ids(folder),
@@ -85,7 +85,7 @@ class Tokenize(Step[TokenizeConfig]):
         marks = fim_marks(load_tokenizer(folder)) if ctx.config.fim_rate else None
         shards = _shards(ctx)
         chosen = self._encoder(ctx, folder, shards)
-        job = Job(ctx.folder, folder, chosen, vocabulary, marks, ctx.config)
+        job = GroupTask(ctx.folder, folder, chosen, vocabulary, marks, ctx.config)
         groups = _groups(shards, ctx.config.group_bytes)
         apply = partial(_tokenize_group, job=job)
         rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
@@ -100,7 +100,7 @@ class Tokenize(Step[TokenizeConfig]):
             ctx.note(f"{reason}; encoding with Hugging Face tokenizers, tens of times as slow", level="warning")
         return chosen
 
-    def _write_indexes(self, ctx: StepContext[TokenizeConfig], rows: list[Row], vocabulary: Vocabulary) -> None:
+    def _write_indexes(self, ctx: StepContext[TokenizeConfig], rows: list[Row], vocabulary: TokenVocabulary) -> None:
         """One index per part and source."""
         sets: dict[tuple[str, str], list[Shard]] = {}
         for row in rows:
@@ -185,7 +185,7 @@ def _sample(shards: list[Row]) -> tuple[list[str], list[str]]:
     return names, texts
 
 
-def _tokenize_group(group: Row, job: Job) -> Row:
+def _tokenize_group(group: Row, job: GroupTask) -> Row:
     """Encodes and packs one group. Runs in a Ray worker."""
     record = job.folder / _MADE / f"{group['shard']}.json"
     if record.exists():
@@ -206,7 +206,7 @@ def _tokenize_group(group: Row, job: Job) -> Row:
     return row
 
 
-def _encoded(paths: list[str], job: Job, fim_rate: float) -> Documents:
+def _encoded(paths: list[str], job: GroupTask, fim_rate: float) -> TokenDocuments:
     """The documents of some shards as tokens; their text is gone from memory when this returns."""
     table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in paths]).combine_chunks()
     names = table["id"].to_pylist()
@@ -215,7 +215,7 @@ def _encoded(paths: list[str], job: Job, fim_rate: float) -> Documents:
     pieces, counts = rearranged(names, column, fim_rate)
     ids = encoder(job.encoder, job.tokenizer).encode(pieces)
     tokens = framed(ids, counts, job.vocabulary.bos, job.vocabulary.eos, job.marks)
-    return Documents(names, sizes, tokens.ids, tokens.bounds)
+    return TokenDocuments(names, sizes, tokens.ids, tokens.bounds)
 
 
 step = Tokenize()

@@ -17,7 +17,7 @@ from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, leas
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
 from moray.platform.control.queue import IN_FLIGHT, choose, why_waiting
-from moray.platform.control.reconcile import STOP_SECONDS, Sight, Verdict, after, judge
+from moray.platform.control.reconcile import STOP_SECONDS, AttemptAction, Sight, after, judge
 from moray.platform.control.schedules import Schedules
 from moray.platform.core.atomic import write_text
 from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Observed, Topology
@@ -146,7 +146,7 @@ class Controller:
             since_stop=None if watch.told_to_stop is None else now - watch.told_to_stop,
         )  # fmt: skip
 
-    def _apply(self, job: Job, attempt: Attempt, verdict: Verdict) -> None:
+    def _apply(self, job: Job, attempt: Attempt, verdict: AttemptAction) -> None:
         if verdict.stop:
             self._watches[attempt.id].told_to_stop = time.monotonic()
             self._try(lambda: self._backend.stop(attempt.id))
@@ -187,7 +187,7 @@ class Controller:
             self._watches[attempt.id].last_sign = time.monotonic()
             self.jobs.move_attempt(attempt.id, "submitted")
 
-    def _end(self, job: Job, attempt: Attempt, verdict: Verdict) -> None:
+    def _end(self, job: Job, attempt: Attempt, verdict: AttemptAction) -> None:
         """Ends an attempt, and with it the job or only this try at it."""
         assert verdict.state is not None
         run = self._home.runs / attempt.id

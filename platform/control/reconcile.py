@@ -39,7 +39,7 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AttemptAction:
     """What to do: move the attempt to a state, submit it, tell its driver to stop."""
 
     state: AttemptState | None = None
@@ -49,7 +49,7 @@ class Verdict:
     again: bool = True  # if it failed: another try could end otherwise
 
 
-def judge(job: Job, attempt: Attempt, sight: Sight) -> Verdict:
+def judge(job: Job, attempt: Attempt, sight: Sight) -> AttemptAction:
     """Decides about one attempt that has not ended."""
     if sight.outcome is not None:
         return _of_outcome(job, sight.outcome)
@@ -57,38 +57,38 @@ def judge(job: Job, attempt: Attempt, sight: Sight) -> Verdict:
         return _of_living(job, attempt, sight)
     if attempt.state == "created":
         if job.stop_requested and sight.observed is None:
-            return Verdict("cancelled", "stopped before it was submitted")
-        return Verdict(submit=True)
+            return AttemptAction("cancelled", "stopped before it was submitted")
+        return AttemptAction(submit=True)
     return _of_silent(job, attempt, sight)
 
 
-def _of_outcome(job: Job, outcome: Outcome) -> Verdict:
+def _of_outcome(job: Job, outcome: Outcome) -> AttemptAction:
     if outcome.state == "succeeded":
-        return Verdict("succeeded")
+        return AttemptAction("succeeded")
     if job.stop_requested:
-        return Verdict("cancelled", "stopped")
+        return AttemptAction("cancelled", "stopped")
     if outcome.state == "cancelled":
-        return Verdict("lost", "its driver was told to stop, by nobody here")
-    return Verdict("failed", outcome.detail, again=outcome.again)
+        return AttemptAction("lost", "its driver was told to stop, by nobody here")
+    return AttemptAction("failed", outcome.detail, again=outcome.again)
 
 
-def _of_living(job: Job, attempt: Attempt, sight: Sight) -> Verdict:
+def _of_living(job: Job, attempt: Attempt, sight: Sight) -> AttemptAction:
     moved: AttemptState | None = None if attempt.state == "running" else "running"
-    return Verdict(moved, stop=job.stop_requested and _told_long_ago(sight))
+    return AttemptAction(moved, stop=job.stop_requested and _told_long_ago(sight))
 
 
-def _of_silent(job: Job, attempt: Attempt, sight: Sight) -> Verdict:
+def _of_silent(job: Job, attempt: Attempt, sight: Sight) -> AttemptAction:
     """No outcome and no sign of life: it has not begun, or it is dead."""
     observed = sight.observed
     waiting = observed is not None and observed.state in ("pending", "running")
     patience = DOUBT_SECONDS if sight.met or not waiting else START_SECONDS
     if waiting and job.stop_requested and _told_long_ago(sight):
-        return Verdict(stop=True)
+        return AttemptAction(stop=True)
     if sight.silent < patience:
-        return Verdict()
+        return AttemptAction()
     if job.stop_requested:
-        return Verdict("cancelled", "stopped", stop=waiting)
-    return Verdict("lost", _loss(observed, sight.met), stop=waiting)
+        return AttemptAction("cancelled", "stopped", stop=waiting)
+    return AttemptAction("lost", _loss(observed, sight.met), stop=waiting)
 
 
 def _loss(observed: Observed | None, met: bool) -> str:

@@ -24,7 +24,7 @@ from moray.platform.control.ticks import (
     Cron,
     Every,
     Overlap,
-    State,
+    ScheduleState,
     TickDecision,
     Trigger,
     decide,
@@ -276,7 +276,7 @@ def _decide(
         (name,),
     ).fetchone()
     held = held or ("paused" if schedule.paused else "")
-    state = State(
+    state = ScheduleState(
         schedule.trigger, schedule.cursor, held, schedule.overlap, schedule.catchup, busy["id"] if busy else ""
     )
     return schedule, decide(state, now)

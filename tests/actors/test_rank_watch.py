@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.actors.rank_watch import Beat, Judge, Member, Place, Waiting, Watch
+from moray.actors.rank_watch import Beat, Judge, Member, ProcessPlace, RankWatch, Waiting
 from moray.platform.core.processes import Process
 
 LIMIT = 10.0
@@ -94,8 +94,8 @@ def test_counts_of_ranks_that_do_not_wait_tell_nothing() -> None:
 
 
 def test_a_standstill_without_a_culprit_is_warned_of_once(tmp_path: Path) -> None:
-    watch = Watch(LIMIT, str(tmp_path), "pretrain")
-    members = [Member("team", 2, rank, Place("node", Process(100, "boot:1"))) for rank in (0, 1)]
+    watch = RankWatch(LIMIT, str(tmp_path), "pretrain")
+    members = [Member("team", 2, rank, ProcessPlace("node", Process(100, "boot:1"))) for rank in (0, 1)]
     for member in members:
         watch.beat(member, Beat(4, 40))
     now = time.monotonic()
@@ -133,10 +133,10 @@ def test_who_makes_progress_and_speaks_never_hangs(order: list[int]) -> None:
 
 def test_a_watch_that_was_started_again_goes_on_with_the_team_that_beats(tmp_path: Path) -> None:
     """Others of the team before may still be heard of: they neither count nor displace it."""
-    watch = Watch(LIMIT, str(tmp_path), "pretrain")
+    watch = RankWatch(LIMIT, str(tmp_path), "pretrain")
 
     def beat(team: str, rank: int) -> None:
-        watch.beat(Member(team, 2, rank, Place("node", Process(100 + rank, "boot:1"))), Beat(4, 40))
+        watch.beat(Member(team, 2, rank, ProcessPlace("node", Process(100 + rank, "boot:1"))), Beat(4, 40))
 
     beat("before", 0)
     beat("now", 0)
@@ -154,8 +154,8 @@ def test_a_watch_that_was_started_again_goes_on_with_the_team_that_beats(tmp_pat
 
 
 def test_who_has_left_is_not_judged(tmp_path: Path) -> None:
-    watch = Watch(LIMIT, str(tmp_path), "pretrain")
-    watch.beat(Member("team", 1, 0, Place("node", Process(100, "boot:1"))), Beat(4, 40))
+    watch = RankWatch(LIMIT, str(tmp_path), "pretrain")
+    watch.beat(Member("team", 1, 0, ProcessPlace("node", Process(100, "boot:1"))), Beat(4, 40))
     watch.leave("team")
-    watch.beat(Member("team", 1, 0, Place("node", Process(100, "boot:1"))), Beat(4, 41))
+    watch.beat(Member("team", 1, 0, ProcessPlace("node", Process(100, "boot:1"))), Beat(4, 41))
     assert watch.judged(math.inf) is None

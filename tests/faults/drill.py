@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from moray.actors.data.token_set import open_token_sets
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.core.cluster import Topology
 from tests.actors.data.test_token_set import LENGTH, write
@@ -28,7 +28,7 @@ def main(folder: Path, settings: str) -> None:
     vocabulary = open_token_sets(str(tokens))["a"].vocabulary
     config = PretrainConfig.model_validate(json.loads(settings))
     model = dataclasses.replace(MODEL, vocab_size=vocabulary.size, max_position_embeddings=LENGTH)
-    job = Job(config, model, LENGTH, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
+    job = TrainingJob(config, model, LENGTH, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
     cpus = int(ray.cluster_resources()["CPU"])
     fit(job, str(tokens), folder / "train", Topology(cpus=cpus, gpus=0, memory_bytes=0))
 

@@ -22,7 +22,7 @@ import torch
 from moray.cluster.embedded import EmbeddedCluster
 from moray.pipelines.dedup import index
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
-from moray.pipelines.pretrain.config import Job
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.step import read_model_config
 from moray.pipelines.pretrain.worker import build
@@ -88,7 +88,7 @@ def test_a_model_is_exported_from_the_checkpoint_to_the_same_bits(home: Home, re
 def test_training_resumes_from_the_checkpoint(home: Home, recipe: Recipe) -> None:
     folder = artifact(home, "pretrain").folder
     (planned,) = [one for one in recipe.steps if one.key == "pretrain"]
-    job = Job(planned.config, read_model_config(folder), 32, str(folder), "", "pretrain", threads=1)
+    job = TrainingJob(planned.config, read_model_config(folder), 32, str(folder), "", "pretrain", threads=1)
     worker = build(job, Mesh.alone(), torch.device("cpu"))
     restored = worker.checkpoints.restore(worker.state)
     assert (restored.steps, restored.tokens, restored.warnings) == (4, 512, ())

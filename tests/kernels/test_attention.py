@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.attention import (
-    Blocks,
     KernelBlocks,
+    TileShape,
     attention_form,
     causal_attention,
     causal_attention_reference,
@@ -21,8 +21,8 @@ from moray.models.recompute import Recompute
 from tests.examples import examples
 from tests.kernels.compare import draw
 
-SMALL = KernelBlocks(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))
-UNEVEN = KernelBlocks(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1))
+SMALL = KernelBlocks(TileShape(16, 16, 4, 1), TileShape(16, 16, 4, 1), TileShape(16, 16, 4, 1))
+UNEVEN = KernelBlocks(TileShape(32, 16, 4, 1), TileShape(16, 32, 4, 1), TileShape(16, 32, 4, 1))
 
 
 def _specimen(width, value_width, dtype):

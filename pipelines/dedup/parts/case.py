@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.decide import REASONS, Pieces, Verdicts
+from moray.pipelines.dedup.parts.decide import REASONS, PieceVerdicts, RepeatedPieces
 from moray.pipelines.dedup.parts.exchange import read_part
 from moray.pipelines.dedup.parts.tasks import SPOT, Folders
 from moray.pipelines.shared.arrays import Indices
@@ -18,15 +18,15 @@ from moray.pipelines.shared.shards import Row
 
 
 @dataclass(frozen=True)
-class Case:
+class ScanCase:
     """pieces: all that is repeated; rows: of each document that has any, in keep order, its row among all documents."""
 
     order: KeepOrder
-    pieces: Pieces
+    pieces: RepeatedPieces
     rows: Indices
 
     @staticmethod
-    def of(folders: Folders, ranges: int, order: KeepOrder) -> Case:
+    def of(folders: Folders, ranges: int, order: KeepOrder) -> ScanCase:
         found, groups = [read_part(folders.range("repeated", number), 0) for number in range(ranges)], 0
         for one in found:
             names: Indices = one["group"].astype(np.int64)
@@ -39,9 +39,9 @@ class Case:
         documents, first = np.unique(places, return_index=True)
         bounds = np.append(first, len(places)).astype(np.int64)
         columns = [joined[name][ascending] for name in ("begin", "end", "first_word", "end_word", "group")]
-        return Case(order, Pieces(bounds, *columns), order.order[documents])
+        return ScanCase(order, RepeatedPieces(bounds, *columns), order.order[documents])
 
-    def write(self, shards: Sequence[Row], folders: Folders, found: Verdicts) -> None:
+    def write(self, shards: Sequence[Row], folders: Folders, found: PieceVerdicts) -> None:
         """For each shard: of documents that lose anything what becomes of them, and what is cut of those that stay."""
         files = np.searchsorted(self.order.firsts, self.rows, side="right") - 1
         of_piece = np.repeat(np.arange(len(self.rows)), np.diff(self.pieces.bounds))

@@ -25,7 +25,7 @@ REASONS = {NOTHING_LEFT: "nothing_left", TOO_MUCH_LOST: "too_much_lost", TOO_LIT
 
 
 @dataclass(frozen=True)
-class Pieces:
+class RepeatedPieces:
     """All that is repeated, by (document, begin). bounds: int64 [D + 1], which pieces are each document's; the others
     [M]: where a piece begins and ends, in characters and in words, and which of the G distinct ones it is."""
 
@@ -38,7 +38,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class PieceVerdicts:
     """cut: of each piece [M] whether; of each document [D] the verdict (0: whole), how many characters are cut, in how
     many spans, and which document, by its place among D, has the first copy of the first piece that is cut, or -1."""
 
@@ -49,11 +49,13 @@ class Verdicts:
     partners: Indices
 
 
-def decide(pieces: Pieces, lengths: Indices, words: Indices, copies: int, max_loss: float, min_words: int) -> Verdicts:
+def decide(
+    pieces: RepeatedPieces, lengths: Indices, words: Indices, copies: int, max_loss: float, min_words: int
+) -> PieceVerdicts:
     """lengths (in characters), words: int64 [D]."""
     count, documents = len(pieces.begins), len(pieces.bounds) - 1
     groups = int(pieces.groups.max()) + 1 if count else 0
-    found = Verdicts(np.zeros(count, np.bool_), *(np.zeros(documents, np.int64) for _ in range(4)))
+    found = PieceVerdicts(np.zeros(count, np.bool_), *(np.zeros(documents, np.int64) for _ in range(4)))
     standing, holders = np.zeros(groups, np.int32), np.full(groups, -1, np.int64)
     stands = np.zeros(count, np.bool_)
     for_all = (pieces.begins, pieces.ends, pieces.first_words, pieces.end_words, pieces.groups)

@@ -19,8 +19,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.case import Case
-from moray.pipelines.dedup.parts.decide import EDITED, REASONS, Verdicts, decide
+from moray.pipelines.dedup.parts.case import ScanCase
+from moray.pipelines.dedup.parts.decide import EDITED, REASONS, PieceVerdicts, decide
 from moray.pipelines.dedup.parts.exchange import ranges_for
 from moray.pipelines.dedup.parts.tasks import (
     Folders,
@@ -115,9 +115,11 @@ class DedupParts(Step[DedupPartsConfig]):
         map_shards(ctx, "reading again", shards, read, "bytes", file_bytes)
         return ranges
 
-    def _decide(self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders, ranges: int) -> Verdicts:
+    def _decide(
+        self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders, ranges: int
+    ) -> PieceVerdicts:
         order = KeepOrder.of(read_parts(ctx.folder / ".described", shards), ctx.config.prefer)
-        case = Case.of(folders, ranges, order)
+        case = ScanCase.of(folders, ranges, order)
         lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
         found = decide(case.pieces, lengths, words, ctx.config.copies, ctx.config.max_loss, ctx.config.min_words)
         case.write(shards, folders, found)

@@ -18,8 +18,8 @@ from moray.pipelines.pretrain.config import PretrainConfig
 
 
 @dataclass(frozen=True)
-class State:
-    """State of a flat master: `tensor` is live memory and has an entry for `per` of the master's elements."""
+class MasterState:
+    """MasterState of a flat master: `tensor` is live memory and has an entry for `per` of the master's elements."""
 
     kind: str
     tensor: torch.Tensor
@@ -37,7 +37,7 @@ class AdamW(Protocol):
     def prepare(self) -> None:
         """Makes the state of the masters that the groups now have."""
 
-    def states(self, master: torch.Tensor) -> Iterator[State]:
+    def states(self, master: torch.Tensor) -> Iterator[MasterState]:
         """Everything held for a master."""
 
     def set_steps(self, steps: int) -> None:
@@ -55,9 +55,9 @@ class Fp32AdamW(torch.optim.AdamW):
                 "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
             }
 
-    def states(self, master: torch.Tensor) -> Iterator[State]:
+    def states(self, master: torch.Tensor) -> Iterator[MasterState]:
         for kind in ("exp_avg", "exp_avg_sq"):
-            yield State(kind, self.state[master][kind])
+            yield MasterState(kind, self.state[master][kind])
 
     def set_steps(self, steps: int) -> None:
         for state in self.state.values():
@@ -87,12 +87,12 @@ class Fp8AdamW(torch.optim.Optimizer):
                         weight_decay=group["weight_decay"],
                     )  # fmt: skip
 
-    def states(self, master: torch.Tensor) -> Iterator[State]:
+    def states(self, master: torch.Tensor) -> Iterator[MasterState]:
         for kind, key in (("exp_avg", "first"), ("exp_avg_sq", "second")):
             moment: Fp8Moment = self.state[master][key]
-            yield State(f"{kind}_fp8", moment.fp8_N.view(torch.uint8))
-            yield State(f"{kind}_scale", moment.scales_J, BLOCK)
-            yield State(f"{kind}_power", moment.powers_J, BLOCK)
+            yield MasterState(f"{kind}_fp8", moment.fp8_N.view(torch.uint8))
+            yield MasterState(f"{kind}_scale", moment.scales_J, BLOCK)
+            yield MasterState(f"{kind}_power", moment.powers_J, BLOCK)
 
     def set_steps(self, steps: int) -> None:
         for state in self.state.values():

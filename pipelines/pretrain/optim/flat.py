@@ -20,7 +20,7 @@ from moray.pipelines.pretrain.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionPiece:
     """Elements [offset, offset + numel) of the logical tensor `name`, which has `total`; at `at` of a partition."""
 
     name: str
@@ -68,12 +68,12 @@ class FlatGroup:
         pairs = zip(self.starts, self.parameters, ends, strict=True)
         return [end - start - parameter.numel() for start, parameter, end in pairs]
 
-    def pieces(self, begin: int, end: int) -> Iterator[Piece]:
+    def pieces(self, begin: int, end: int) -> Iterator[PartitionPiece]:
         """What elements [begin, end) of the flat buffer hold."""
         for tensor in self.logical:
             first, last = max(begin, tensor.start), min(end, tensor.start + tensor.numel)
             if first < last:
-                yield Piece(tensor.name, first - tensor.start, last - first, tensor.numel, first - begin)
+                yield PartitionPiece(tensor.name, first - tensor.start, last - first, tensor.numel, first - begin)
 
 
 def flat_groups(model: DeepseekV3, mesh: Mesh) -> list[FlatGroup]:

@@ -21,7 +21,7 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.layout import check_blocks
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.optim.adamw import AdamW, State, adamw, set_rate
+from moray.pipelines.pretrain.optim.adamw import AdamW, MasterState, adamw, set_rate
 from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
 from moray.pipelines.pretrain.optim.reduction import Reduction
 
@@ -92,7 +92,7 @@ def fragments_of(
 ) -> Iterator[Fragment]:
     """The fragments of elements [begin, end) of a group; `master` and its state hold it from element `origin` on."""
     for piece in group.pieces(begin, end):
-        for state in (State("master", master.detach()), *inner.states(master)):
+        for state in (MasterState("master", master.detach()), *inner.states(master)):
             first, numel = (begin - origin + piece.at) // state.per, -(-piece.numel // state.per)
             total = -(-piece.total // state.per)
             tensor = state.tensor[first : first + numel]

@@ -46,7 +46,7 @@ class Trouble(BaseModel):
     why: str
 
 
-class Record(BaseModel):
+class GuardRecord(BaseModel):
     """`troubles.json`, beside the checkpoints: it outlives a roll-back. `anticipated`: the steps [first, last) that are
     routed by older weights. A step in `empty` is no trouble."""
 
@@ -56,10 +56,10 @@ class Record(BaseModel):
     anticipated: tuple[int, int] = (0, 0)
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> GuardRecord:
     """What is written down in the folder of a run."""
     path = folder / RECORD
-    return Record.model_validate_json(path.read_text()) if path.exists() else Record()
+    return GuardRecord.model_validate_json(path.read_text()) if path.exists() else GuardRecord()
 
 
 class Guard:
@@ -68,7 +68,7 @@ class Guard:
     `losses`, float64 [window], are those of the last steps taken; NaN where there were none yet.
     """
 
-    def __init__(self, config: Spikes, history: Record) -> None:
+    def __init__(self, config: Spikes, history: GuardRecord) -> None:
         self.config = config
         self.history = history
         self.losses = torch.full((config.window,), math.nan, dtype=torch.float64)

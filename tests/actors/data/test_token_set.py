@@ -14,18 +14,18 @@ from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.data_worker import DataWorker
 from moray.actors.data.mixture import Mixture
 from moray.actors.data.token_files import FolderFiles
-from moray.actors.data.token_set import TokenSet, Vocabulary, open_token_sets, write_index, write_shard
-from moray.pipelines.tokenize.packing import Documents, Packing, pack, plan
+from moray.actors.data.token_set import TokenSet, TokenVocabulary, open_token_sets, write_index, write_shard
+from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack, plan
 from tests.examples import examples
 
-VOCABULARY = Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
+VOCABULARY = TokenVocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
 LENGTH = 16
 
 
-def documents_of(docs: list[list[int]], number: int = 0, vocabulary: Vocabulary = VOCABULARY) -> Documents:
+def documents_of(docs: list[list[int]], number: int = 0, vocabulary: TokenVocabulary = VOCABULARY) -> TokenDocuments:
     """Documents d0.0, d0.1, ... of these ids between bos and eos; two bytes an id."""
     tokens = [[vocabulary.bos, *ids, vocabulary.eos] for ids in docs]
-    return Documents(
+    return TokenDocuments(
         [f"d{number}.{i}" for i in range(len(docs))],
         np.array([2 * len(ids) for ids in docs], np.int64),
         np.array([token for ids in tokens for token in ids], np.uint32),
@@ -34,7 +34,10 @@ def documents_of(docs: list[list[int]], number: int = 0, vocabulary: Vocabulary 
 
 
 def write(
-    folder: Path, shards: list[list[list[int]]], vocabulary: Vocabulary = VOCABULARY, packing: Packing = "concatenate"
+    folder: Path,
+    shards: list[list[list[int]]],
+    vocabulary: TokenVocabulary = VOCABULARY,
+    packing: Packing = "concatenate",
 ) -> TokenSet:
     made = []
     for number, docs in enumerate(shards):
@@ -95,7 +98,7 @@ def test_documents_are_numbered_within_a_sequence(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    large = Vocabulary(tokenizer="t", size=70_000, bos=0, eos=1, pad=2)
+    large = TokenVocabulary(tokenizer="t", size=70_000, bos=0, eos=1, pad=2)
     tokens = write(tmp_path, [[[69_999, 3]]], large)
     assert tokens.batch([0]).ids[0, :4].tolist() == [0, 69_999, 3, 1]
     assert (tmp_path / "tokens-00000.bin").stat().st_size == 4 * LENGTH
@@ -103,7 +106,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 def test_special_ids_must_be_three() -> None:
     with pytest.raises(ValueError, match="bos 0, eos 1 and pad 1 must be three tokens"):
-        Vocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=1)
+        TokenVocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=1)
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -134,7 +137,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
 
 def test_token_sets_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[5]]])
-    write(tmp_path / "b", [[[5]]], Vocabulary(tokenizer="other", size=1000, bos=0, eos=1, pad=2))
+    write(tmp_path / "b", [[[5]]], TokenVocabulary(tokenizer="other", size=1000, bos=0, eos=1, pad=2))
     with pytest.raises(ValueError, match="different tokenizers"):
         open_token_sets(str(tmp_path))
 

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from moray.actors.sandbox import run as sandbox
-from moray.actors.sandbox.run import Limits, Verdict, run_tests, why_no_tests
+from moray.actors.sandbox.run import Limits, SandboxResult, run_tests, why_no_tests
 
 SHORT = Limits(seconds=20.0, cpu_seconds=1)  # far apart, so that a busy machine does not change which one is met
 needs_namespaces = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"no namespaces here: {sandbox.refusal()}")
 
 
-def trial(code: str, tests: str = "assert True", unsafe: bool = False, limits: Limits = SHORT) -> Verdict:
+def trial(code: str, tests: str = "assert True", unsafe: bool = False, limits: Limits = SHORT) -> SandboxResult:
     """As `run_tests`, and afterwards no process is left that was part of it, wherever it fled to."""
     token = secrets.token_hex(16)
     files = {"harness.py": sandbox._HARNESS, "program.py": textwrap.dedent(code), "tests.py": textwrap.dedent(tests)}

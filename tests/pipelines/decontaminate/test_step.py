@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.decontaminate import step as decontaminate_step
-from moray.pipelines.decontaminate.evals import EvalSet, Piece, read_pieces
+from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, load_index
-from moray.pipelines.decontaminate.judge import MATCHES, Verdict, judge, per_eval
+from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge, per_eval
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.units import units_of
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
@@ -56,8 +56,8 @@ def matches_of(index: EvalIndex, documents: dict[str, str]) -> pa.Table:
     return pa.Table.from_pylist(rows, MATCHES)
 
 
-def judged(items: dict[str, list[str]], documents: dict[str, str], grams: Grams, **rules: Any) -> Verdict:
-    index = build_index([Piece("e", item, "f", text) for item, texts in items.items() for text in texts], grams)
+def judged(items: dict[str, list[str]], documents: dict[str, str], grams: Grams, **rules: Any) -> ContaminationVerdict:
+    index = build_index([EvalText("e", item, "f", text) for item, texts in items.items() for text in texts], grams)
     return judge(matches_of(index, documents), index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
 
 
@@ -108,7 +108,7 @@ def test_hits_are_those_of_the_definition(
 
 def test_a_collision_of_hashes_is_no_hit() -> None:
     grams = Grams(size=3, least=3)
-    real, other = (build_index([Piece("e", "0", "f", text)], grams) for text in ("one two three", "four five six"))
+    real, other = (build_index([EvalText("e", "0", "f", text)], grams) for text in ("one two three", "four five six"))
     document = column(["zero one, two THREE"])
     assert [match.excerpt for match in real.find(document)] == ["one, two THREE"]
     collided = replace(other, hashes=real.hashes)
@@ -118,7 +118,7 @@ def test_a_collision_of_hashes_is_no_hit() -> None:
 
 def test_more_hits_than_there_is_room_for_at_first() -> None:
     words = [f"word{i}" for i in range(20_000)]
-    index = build_index([Piece("e", "0", "f", " ".join(words))], Grams())
+    index = build_index([EvalText("e", "0", "f", " ".join(words))], Grams())
     assert len(index.find(column([" ".join(words)]))) == 20_000 - 12
 
 
@@ -149,7 +149,7 @@ def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> N
     phrase, own = " ".join(f"phrase{i}" for i in range(13)), " ".join(f"own{i}" for i in range(20))
     documents = {f"d{i}": phrase for i in range(4)} | {"leak": f"{phrase} {own}"}
     items = {"0": [f"{phrase} . {own}"], "1": [phrase], "never": [own[::-1]]}
-    index = build_index([Piece("e", item, "f", text) for item, its in items.items() for text in its], Grams())
+    index = build_index([EvalText("e", item, "f", text) for item, its in items.items() for text in its], Grams())
     matches = matches_of(index, documents)
     everything = judge(matches, index, 0.0, None)
     assert everything.removed["id"].to_pylist() == sorted(documents)

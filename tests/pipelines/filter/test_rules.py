@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.filter.config import C4, BasicRules, FilterConfig, FineWeb, GopherQuality, GopherRepetition
-from moray.pipelines.filter.rules import Judged, judge
+from moray.pipelines.filter.rules import FilteredDocuments, judge
 from moray.platform.plan.config import StepConfig
 from tests.examples import examples
 from tests.pipelines.filter import oracle
@@ -48,7 +48,7 @@ def limits_of(block: type[StepConfig]) -> st.SearchStrategy[Any]:
     return st.builds(block, **fields)
 
 
-def broken(judged: Judged) -> list[tuple[str, float] | None]:
+def broken(judged: FilteredDocuments) -> list[tuple[str, float] | None]:
     pairs = zip(judged.reasons, judged.values.tolist(), strict=True)
     return [None if reason is None else (reason.partition(".")[2] or reason, value) for reason, value in pairs]
 

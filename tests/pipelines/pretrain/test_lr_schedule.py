@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.pipelines.pretrain.config import ModelSection, PretrainConfig, Schedule, model_config
+from moray.pipelines.pretrain.config import ModelSection, PretrainConfig, TrainingSchedule, model_config
 from moray.pipelines.pretrain.layout import check_layout
 from moray.pipelines.pretrain.lr_schedule import (
     batch_plan,
@@ -22,7 +22,7 @@ from moray.platform.plan.recipe import load_recipe
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
-    schedule = Schedule(peak=1.0, final=0.1, warmup_tokens=100, decay_tokens=400)
+    schedule = TrainingSchedule(peak=1.0, final=0.1, warmup_tokens=100, decay_tokens=400)
     rates = [learning_rate(schedule, tokens, 1000) for tokens in (0, 50, 100, 600, 800, 1000)]
     assert rates == pytest.approx([1 / 101, 51 / 101, 1.0, 1.0, 0.55, 0.1])
 
@@ -30,7 +30,7 @@ def test_the_rate_warms_up_stays_and_decays() -> None:
 def test_plateaus_follow_the_cosine() -> None:
     plateaus = ({"tokens": 100, "rate": 0.1}, {"tokens": 50, "rate": 0.03})
     fields = {"peak": 1.0, "final": 0.1, "warmup_tokens": 100, "decay_tokens": 400, "plateaus": plateaus}
-    schedule = Schedule.model_validate(fields)
+    schedule = TrainingSchedule.model_validate(fields)
     places = (99, 100, 449, 450, 650, 849, 850, 949, 950, 999)
     rates = [learning_rate(schedule, tokens, 1000) for tokens in places]
     assert rates == pytest.approx([100 / 101, 1, 1, 1, 0.55, 0.1, 0.1, 0.1, 0.03, 0.03], abs=1e-4)
@@ -60,14 +60,14 @@ def test_deepseek_v3s_rates_are_where_its_report_has_them() -> None:
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 10_000))
 def test_the_rate_is_a_function_of_tokens_not_of_steps(tokens: int, batch: int, total: int) -> None:
-    schedule = Schedule(peak=1e-3, final=1e-5, warmup_tokens=500)
+    schedule = TrainingSchedule(peak=1e-3, final=1e-5, warmup_tokens=500)
     rate = learning_rate(schedule, min(tokens, total), total)
     assert 0 < rate <= schedule.peak
 
 
 def test_biases_freeze_at_the_end_only_where_asked() -> None:
-    assert bias_speed(Schedule(bias_speed=0.5), 999, 1000) == 0.5
-    frozen = Schedule(bias_speed=0.5, bias_frozen_tokens=100)
+    assert bias_speed(TrainingSchedule(bias_speed=0.5), 999, 1000) == 0.5
+    frozen = TrainingSchedule(bias_speed=0.5, bias_frozen_tokens=100)
     assert [bias_speed(frozen, tokens, 1000) for tokens in (899, 900)] == [0.5, 0.0]
 
 

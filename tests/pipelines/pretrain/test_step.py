@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from moray.actors.data.token_set import Vocabulary, write_index, write_shard
+from moray.actors.data.token_set import TokenVocabulary, write_index, write_shard
 from moray.models import checkpoint
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
@@ -28,7 +28,7 @@ from tests.actors.data.test_token_set import documents_of
 from tests.s3 import BUCKET, Request, faulty_proxy
 
 LENGTH = 16
-VOCABULARY = Vocabulary(tokenizer="t", size=100, bos=0, eos=1, pad=2)
+VOCABULARY = TokenVocabulary(tokenizer="t", size=100, bos=0, eos=1, pad=2)
 
 
 class NeverStarted:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.trainer import UNUSED, make_trainer
 from moray.platform.core.cluster import Topology
 
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.heavy  # it takes no cluster, but seconds to import Ray
 def test_of_ray_trains_own_actors_those_that_serve_no_run_are_not_started(tmp_path: Path) -> None:
     """A version of Ray that asks for them by other names, or in another way, fails here."""
     config = PretrainConfig(steps=1, batch_sequences=2)
-    job = Job(config, preset("tiny"), 16, str(tmp_path / "run"), str(tmp_path / "events"), "pretrain", threads=1)
+    job = TrainingJob(
+        config, preset("tiny"), 16, str(tmp_path / "run"), str(tmp_path / "events"), "pretrain", threads=1
+    )
     trainer = make_trainer(job, {}, tmp_path / "train", Topology(2, 0, 1 << 30))
     before = {type(one).__name__ for one in super(type(trainer), trainer)._create_default_callbacks()}
     after = {type(one).__name__ for one in trainer._create_default_callbacks()}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import Job, PretrainConfig
+from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import reduction
 from moray.pipelines.pretrain.resilience.collectives import Collective, CollectiveTrace
@@ -78,7 +78,7 @@ def toy_worker(folder: str, **settings: Any) -> Worker:
         "schedule": {"peak": 1e-2, "bias_speed": 1e-2},
     }
     config = PretrainConfig.model_validate(fields | settings)
-    job = Job(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
+    job = TrainingJob(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
     return build(job, Mesh.create(config.expert_parallel, device), device)
 
@@ -248,7 +248,7 @@ def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> W
     fields = {"steps": 20, "batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1, "moments": "fp8"}
     config = PretrainConfig.model_validate(fields | settings)
     model = dataclasses.replace(MODEL, vocab_size=vocabulary)
-    job = Job(config, model, LENGTH, folder, "", "pretrain", threads=1)
+    job = TrainingJob(config, model, LENGTH, folder, "", "pretrain", threads=1)
     return build(job, Mesh.alone(), torch.device("cpu"))
 
 

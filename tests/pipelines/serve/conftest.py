@@ -15,8 +15,8 @@ from moray.models.presets import PRESETS
 from moray.pipelines.serve.api import build_app
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.engine import Engine
-from moray.pipelines.serve.scheduler import Limits
-from moray.pipelines.serve.text import Vocabulary
+from moray.pipelines.serve.scheduler import EngineLimits
+from moray.pipelines.serve.text import ServingVocabulary
 from moray.pipelines.tokenizer.train import TokenizerConfig, train
 
 TEXT = (
@@ -35,8 +35,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def vocabulary(tokenizer) -> Vocabulary:
-    return Vocabulary(tokenizer, bos=0, eos=1)
+def vocabulary(tokenizer) -> ServingVocabulary:
+    return ServingVocabulary(tokenizer, bos=0, eos=1)
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +53,8 @@ def model(tokenizer) -> DeepseekV3:
 
 @pytest.fixture
 def make_engine(model, vocabulary) -> Callable[..., Engine]:
-    def make(limits: Limits | None = None, blocks: int | None = None) -> Engine:
-        limits = limits or Limits(step_tokens=64, max_running=8, block_size=8)
+    def make(limits: EngineLimits | None = None, blocks: int | None = None) -> Engine:
+        limits = limits or EngineLimits(step_tokens=64, max_running=8, block_size=8)
         if blocks is not None:
             width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
             block_bytes = model.config.num_hidden_layers * limits.block_size * width * 4
@@ -66,7 +66,7 @@ def make_engine(model, vocabulary) -> Callable[..., Engine]:
 
 @pytest.fixture(scope="session")
 def shared_engine(model, vocabulary) -> Engine:
-    return Engine(model, vocabulary, Limits(step_tokens=64, max_running=8, block_size=8))
+    return Engine(model, vocabulary, EngineLimits(step_tokens=64, max_running=8, block_size=8))
 
 
 @pytest.fixture(scope="session")

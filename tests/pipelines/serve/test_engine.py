@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moray.pipelines.serve.engine import ContextLengthError, Engine
-from moray.pipelines.serve.scheduler import Limits
+from moray.pipelines.serve.scheduler import EngineLimits
 from moray.pipelines.serve.sequence import Delta, Request
 
 PROMPTS = ["In the beginning", "def main(", "こんにちは", "x", "Grüße aus Zürich, naïve café."]
@@ -58,8 +58,8 @@ def test_many_at_once_answer_as_each_alone(vocabulary, make_engine):
 
 def test_a_prompt_in_chunks_is_answered_as_in_one_piece(vocabulary, make_engine):
     request = greedy(vocabulary, "In the beginning was the word. " * 4, 8)
-    whole = run(make_engine(Limits(step_tokens=200, max_running=2, block_size=8)), [request])
-    pieces = run(make_engine(Limits(step_tokens=7, max_running=2, block_size=8)), [request])
+    whole = run(make_engine(EngineLimits(step_tokens=200, max_running=2, block_size=8)), [request])
+    pieces = run(make_engine(EngineLimits(step_tokens=7, max_running=2, block_size=8)), [request])
     assert len(request.prompt) > 20
     assert ids_of(pieces[0]) == ids_of(whole[0])
 
@@ -116,7 +116,7 @@ def test_no_delta_ends_within_a_code_point(vocabulary, make_engine):
 def test_log_probabilities_equal_those_of_a_whole_forward(model, vocabulary, make_engine):
     """FP32 in another order of operations (absorbed attention, chunks): 1e-4 nats."""
     request = greedy(vocabulary, "In the beginning was the word.", 6, logprobs=3, echo=True)
-    (deltas,) = run(make_engine(Limits(step_tokens=9, max_running=2, block_size=8)), [request])
+    (deltas,) = run(make_engine(EngineLimits(step_tokens=9, max_running=2, block_size=8)), [request])
     tokens = [token for delta in deltas for token in delta.tokens]
     ids = [0, *(token.id for token in tokens)]
     assert tuple(ids[1 : 1 + len(request.prompt)]) == request.prompt
@@ -175,7 +175,7 @@ def test_a_request_that_can_never_fit_is_refused(vocabulary, make_engine):
 
 
 def test_cancelling_frees_all_blocks_whether_running_or_waiting(vocabulary, make_engine):
-    engine = make_engine(Limits(step_tokens=16, max_running=2, block_size=8))
+    engine = make_engine(EngineLimits(step_tokens=16, max_running=2, block_size=8))
     sequences = [engine.submit(greedy(vocabulary, "In the beginning " * 3, 40)) for _ in range(4)]
     for _ in range(5):
         engine.step()

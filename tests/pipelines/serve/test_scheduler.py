@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.serve.scheduler import Limits, Scheduler
+from moray.pipelines.serve.scheduler import EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Request, Sequence
 from tests.examples import examples
 
@@ -58,7 +58,7 @@ traffic = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20), st.booleans
 @given(traffic, st.integers(1, 5), st.integers(1, 40), st.integers(10, 30))
 @settings(max_examples=examples(150), deadline=None)
 def test_promises_hold_under_any_traffic(vocabulary, requests, max_running, extra, blocks):
-    limits = Limits(step_tokens=max_running + extra, max_running=max_running, block_size=8)
+    limits = EngineLimits(step_tokens=max_running + extra, max_running=max_running, block_size=8)
     pool = Pool(blocks, 8)
     scheduler = Scheduler(pool, limits)
     todo = [(sequence(vocabulary, p, m), cancelled) for p, m, cancelled in requests]
@@ -90,7 +90,7 @@ def test_promises_hold_under_any_traffic(vocabulary, requests, max_running, extr
 
 
 def test_a_long_prompt_goes_in_chunks_beside_the_decoding(vocabulary):
-    scheduler = Scheduler(Pool(100, 8), Limits(step_tokens=10, max_running=4, block_size=8))
+    scheduler = Scheduler(Pool(100, 8), EngineLimits(step_tokens=10, max_running=4, block_size=8))
     short, long = sequence(vocabulary, 3, 9), sequence(vocabulary, 25, 2)
     scheduler.add(short)
     advance(scheduler, scheduler.plan().prefill)
@@ -104,7 +104,7 @@ def test_a_long_prompt_goes_in_chunks_beside_the_decoding(vocabulary):
 
 
 def test_prompts_of_like_length_share_a_step(vocabulary):
-    scheduler = Scheduler(Pool(100, 8), Limits(step_tokens=40, max_running=4, block_size=8))
+    scheduler = Scheduler(Pool(100, 8), EngineLimits(step_tokens=40, max_running=4, block_size=8))
     for length in (12, 10, 12, 3):
         scheduler.add(sequence(vocabulary, length, 2))
     assert [chunk.tokens for chunk in scheduler.plan().prefill] == [12, 10, 12]
@@ -112,4 +112,4 @@ def test_prompts_of_like_length_share_a_step(vocabulary):
 
 def test_a_budget_that_decoding_alone_would_use_up_is_refused():
     with pytest.raises(ValueError, match="step_tokens = 8 must exceed max_running = 8"):
-        Limits(step_tokens=8, max_running=8)
+        EngineLimits(step_tokens=8, max_running=8)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.serve.text import TextStream, Token, Vocabulary
+from moray.pipelines.serve.text import ServingVocabulary, TextStream, Token
 from tests.examples import examples
 
 MIXED = "a🙂b café 世界 é"
@@ -122,7 +122,7 @@ def test_a_tokenizer_of_another_kind_is_refused():
     tokenizer = Tokenizer(models.WordPiece({"a": 0}, unk_token="a"))
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="byte-level"):
-        Vocabulary(tokenizer, None, None)
+        ServingVocabulary(tokenizer, None, None)
 
 
 def gapped() -> Any:
@@ -139,7 +139,7 @@ def gapped() -> Any:
 
 def test_ids_are_measured_and_not_counted() -> None:
     """A tokenizer with 257 tokens and ids up to 300 has 301 rows: its end is one of them."""
-    made = Vocabulary(gapped(), None, 300)
+    made = ServingVocabulary(gapped(), None, 300)
     assert len(made.pieces) == 301
     assert made.label(300) == "<|end|>"
     assert (made.label(280), made.piece(280)) == ("token_id:280", b"")
@@ -152,8 +152,8 @@ def test_truncation_and_padding_of_the_file_change_no_prompt(tmp_path: Path) -> 
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64, pad_id=2, pad_token="x")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert Vocabulary.load(tmp_path, None, 300).encode("hello world") == plain
-    assert Vocabulary(tokenizer, None, 300).encode("hello world") == plain
+    assert ServingVocabulary.load(tmp_path, None, 300).encode("hello world") == plain
+    assert ServingVocabulary(tokenizer, None, 300).encode("hello world") == plain
 
 
 def test_two_ids_with_one_text_have_two_names() -> None:
@@ -161,7 +161,7 @@ def test_two_ids_with_one_text_have_two_names() -> None:
     first = tokenizer.token_to_id("\u0120")  # a space, as byte-level vocabularies spell it
     tokenizer.add_tokens([" "])
     twin = tokenizer.get_vocab()[" "]
-    other = Vocabulary(tokenizer, None, 300)
+    other = ServingVocabulary(tokenizer, None, 300)
     assert other.piece(first) == other.piece(twin) == b" "
     assert {other.label(first), other.label(twin)} == {" ", f"token_id:{max(first, twin)}"}
     assert len({other.label(index) for index in range(310)}) == 310
@@ -173,7 +173,7 @@ def test_two_ids_with_one_text_have_two_names() -> None:
 def test_generation_config_names_the_ends(tmp_path: Path, content: dict[str, Any], ends: set[int]) -> None:
     gapped().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    assert Vocabulary.load(tmp_path, None, 300).ends == ends
+    assert ServingVocabulary.load(tmp_path, None, 300).ends == ends
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}', "[1]", "{"])
@@ -181,7 +181,7 @@ def test_a_generation_config_that_cannot_be_honoured(tmp_path: Path, content: st
     gapped().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"generation_config\.json"):
-        Vocabulary.load(tmp_path, None, 300)
+        ServingVocabulary.load(tmp_path, None, 300)
 
 
 def test_a_text_that_begins_with_bos_begins_with_it_once(vocabulary) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.decontaminate.evals import Piece
+from moray.pipelines.decontaminate.evals import EvalText
 from moray.pipelines.decontaminate.index import Grams, build_index
 from moray.pipelines.text.characters import SIZE, fold
 from moray.pipelines.text.minhash import Shingling
@@ -76,7 +76,7 @@ def test_items_in_scripts_without_spaces_are_looked_for(first: int, last: int) -
     generator = random.Random(first)
     letters = [chr(code) for code in range(first, last) if chr(code).isalpha()]
     item = " ".join("".join(generator.choices(letters, k=30)) for _ in range(5))
-    index = build_index([Piece("e", "0", "f", item)], Grams())
+    index = build_index([EvalText("e", "0", "f", item)], Grams())
     host = "".join(generator.choices(letters, k=200))
     found = index.find(column([host + item[10:90] + host, host + item[10:40] + host]))
     assert {match.row for match in found} == {0}
@@ -86,7 +86,7 @@ def test_items_in_scripts_without_spaces_are_looked_for(first: int, last: int) -
 def test_what_is_found_is_shown_as_it_is_written() -> None:
     sentence = "L’été dernier, les élèves étudiaient précisément où naît la rivière près du château"
     words = sentence.split()
-    index = build_index([Piece("e", "0", "f", sentence)], Grams(size=8))
+    index = build_index([EvalText("e", "0", "f", sentence)], Grams(size=8))
     text = unicodedata.normalize("NFD", "On dit: " + "\u00a0".join(words) + " Fin")
     assert index.find(column([text]))[-1].excerpt == "\u00a0".join(
         unicodedata.normalize("NFD", word) for word in words[-8:]

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.pipelines.tokenize.best_fit import best_fit
-from moray.pipelines.tokenize.packing import Packing, Pieces, plan
+from moray.pipelines.tokenize.packing import Packing, PlacedPieces, plan
 
 LENGTH = 64
 lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60).map(lambda found: np.array(found, np.int64))
 
 
-def room(pieces: Pieces, length: int) -> np.ndarray:
+def room(pieces: PlacedPieces, length: int) -> np.ndarray:
     """What each sequence lacks; also checks that no place is taken twice."""
     taken = np.zeros(pieces.sequences * length, np.int64)
     for start, tokens in zip(pieces.start, pieces.tokens, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moray.pipelines.serve.protocol import CompletionRequest
-from moray.pipelines.serve.text import Vocabulary
+from moray.pipelines.serve.text import ServingVocabulary
 from moray.pipelines.tokenizer.bos import processor_bos, says_bos, write_with_bos
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train
 
@@ -32,7 +32,7 @@ def write(folder: Path, content: dict[str, Any], **said: Any) -> Path:
 
 def served(folder: Path) -> list[list[int]]:
     """The ids that the engine reads for a text: bos, unless bare, and the prompt."""
-    vocabulary = Vocabulary.load(folder, 0, 1)
+    vocabulary = ServingVocabulary.load(folder, 0, 1)
     requests = CompletionRequest(prompt=TEXTS).requests(vocabulary)
     return [[*(() if request.bare else (vocabulary.bos,)), *request.prompt] for request in requests]
 
@@ -64,7 +64,7 @@ def test_a_tokenizer_without_bos_is_served_without(tmp_path: Path, content: dict
     write(tmp_path, content, add_bos_token=said)
     assert says_bos(tmp_path) is said
     assert served(tmp_path) == read(tmp_path)
-    request = CompletionRequest(prompt=[5, 6]).requests(Vocabulary.load(tmp_path, 0, 1))[0]
+    request = CompletionRequest(prompt=[5, 6]).requests(ServingVocabulary.load(tmp_path, 0, 1))[0]
     assert request.bare is (said is False), "ids get a bos unless the tokenizer says that it gives none"
 
 
@@ -72,15 +72,15 @@ def test_a_post_processor_that_no_completion_can_follow_is_refused(tmp_path: Pat
     source = write(tmp_path / "source", content)
     write_with_bos(source, tmp_path, "<|bos|>", 0)
     changed = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert Vocabulary.load(tmp_path, 5, 1).bos == 0, "5 is a default, of which config.json says nothing"
+    assert ServingVocabulary.load(tmp_path, 5, 1).bos == 0, "5 is a default, of which config.json says nothing"
     (tmp_path / "config.json").write_text('{"bos_token_id": 5}')
     with pytest.raises(ValueError, match="the model's bos is 5"):
-        Vocabulary.load(tmp_path, 5, 1)
+        ServingVocabulary.load(tmp_path, 5, 1)
     assert processor_bos(load_tokenizer(tmp_path), None) == 0
     changed["post_processor"]["single"].reverse()
     write(tmp_path, changed)
     with pytest.raises(ValueError, match="post_processor makes"):
-        Vocabulary.load(tmp_path, 0, 1)
+        ServingVocabulary.load(tmp_path, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ def test_how_much_shorter_a_normalizer_makes_a_text(
 ) -> None:
     """An empty sequence, which published tokenizers have, is no normalizer."""
     write(tmp_path, {**content, "normalizer": normalizer})
-    assert Vocabulary.load(tmp_path, 0, 1).shrinks == factor
+    assert ServingVocabulary.load(tmp_path, 0, 1).shrinks == factor

@@ -21,7 +21,7 @@ from moray.platform.control.ticks import (
     Cron,
     Every,
     Overlap,
-    State,
+    ScheduleState,
     TickDecision,
     Trigger,
     decide,
@@ -356,11 +356,11 @@ def test_any_text_is_refused_or_works(text: str) -> None:
 # ------------------------------------------------------------------------------------------------ decisions
 
 
-def state_of(trigger: Trigger, cursor: float, overlap: Overlap = "skip", catchup: Catchup = "none") -> State:
-    return State(trigger, cursor, held="", overlap=overlap, catchup=catchup, busy="")
+def state_of(trigger: Trigger, cursor: float, overlap: Overlap = "skip", catchup: Catchup = "none") -> ScheduleState:
+    return ScheduleState(trigger, cursor, held="", overlap=overlap, catchup=catchup, busy="")
 
 
-def settle(state: State, now: float, ends_at_once: bool = True) -> tuple[State, list[TickDecision]]:
+def settle(state: ScheduleState, now: float, ends_at_once: bool = True) -> tuple[ScheduleState, list[TickDecision]]:
     """Applies decisions until nothing is due, as `Schedules` does."""
     made = []
     while (decision := decide(state, now)) is not None:
@@ -479,7 +479,7 @@ def test_every_tick_is_decided_exactly_once(
     assert len(ran) == len(set(ran))
 
 
-def check(state: State, decision: TickDecision, now: float) -> None:
+def check(state: ScheduleState, decision: TickDecision, now: float) -> None:
     """One decision against docs/schedules.md."""
     assert decision.until <= now
     late = decision.until < now - GRACE

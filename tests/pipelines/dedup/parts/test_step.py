@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from moray.pipelines.dedup.parts import exchange
 from moray.pipelines.dedup.parts import step as parts_step
-from moray.pipelines.dedup.parts.decide import Pieces, decide
+from moray.pipelines.dedup.parts.decide import RepeatedPieces, decide
 from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
 from moray.pipelines.dedup.parts.windows import fingerprints, gram_size, windows
@@ -139,7 +139,9 @@ def one_document(groups: list[list[int]], copies: int = 1) -> list[list[bool]]:
     """What is cut of documents that are windows of three words, each window named by its group."""
     bounds = np.cumsum([0, *map(len, groups)])
     begins = np.concatenate([np.arange(len(one)) for one in groups]).astype(np.int64)
-    pieces = Pieces(bounds, begins * 2, begins * 2 + 5, begins, begins + 3, np.concatenate(groups).astype(np.int64))
+    pieces = RepeatedPieces(
+        bounds, begins * 2, begins * 2 + 5, begins, begins + 3, np.concatenate(groups).astype(np.int64)
+    )
     many = np.full(len(groups), 10**6)
     found = decide(pieces, many, many, copies, 1.0, 0)
     return [found.cut[a:b].tolist() for a, b in pairwise(bounds.tolist())]

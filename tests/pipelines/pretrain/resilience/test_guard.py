@@ -19,7 +19,7 @@ from moray.models.anticipation import choose_experts, routed_as
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.config import Spikes
 from moray.pipelines.pretrain.loop import run
-from moray.pipelines.pretrain.resilience.guard import RECORD, Guard, Record, read_record
+from moray.pipelines.pretrain.resilience.guard import RECORD, Guard, GuardRecord, read_record
 from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, take
 from moray.pipelines.pretrain.worker import Worker
 from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, read_events
@@ -109,7 +109,7 @@ def test_an_outlier_is_skipped_in_its_own_step(tmp_path: Path, clean: float) -> 
 
 def judged(losses: list[float]) -> list[int]:
     """The steps that are skipped or gone back from."""
-    guard = Guard(Spikes(), Record())
+    guard = Guard(Spikes(), GuardRecord())
     return [step for step, loss in enumerate(losses) if guard.judge(step, loss, 1.0) != "take"]
 
 
@@ -151,7 +151,7 @@ def test_a_batch_without_a_target_is_left_out(tmp_path: Path) -> None:
 
 
 def test_an_empty_batch_is_no_trouble_that_returns() -> None:
-    guard = Guard(Spikes(), Record())
+    guard = Guard(Spikes(), GuardRecord())
     for step in range(40):
         guard.judge(step, 2.0 + 0.01 * (step % 2), 1.0)
     guard.leave_out(40)
@@ -227,7 +227,7 @@ def test_what_is_bad_from_the_beginning_begins_anew_and_then_gives_up(tmp_path: 
     with pytest.raises(FloatingPointError, match=r"begins anew.*lower schedule\.peak or clip"):
         trained(tmp_path, Source(), worker)
     assert read_record(tmp_path / "run").rollbacks == 1
-    guard = Guard(Spikes(), Record(rollbacks=3))
+    guard = Guard(Spikes(), GuardRecord(rollbacks=3))
     for step in range(3):
         verdict = guard.judge(step, math.nan, 1.0)
     assert verdict == "back"
@@ -290,7 +290,7 @@ def test_routing_by_given_choices_changes_routing_only(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(1.9, 2.1), min_size=64, max_size=64), st.floats(0, 0.3), st.integers(0, 2**31))
 def test_noise_and_trends_are_no_spikes(noise: list[float], fall: float, seed: int) -> None:
-    guard = Guard(Spikes(), Record())
+    guard = Guard(Spikes(), GuardRecord())
     for step, value in enumerate(noise):
         assert guard.judge(step, value + fall * (64 - step) / 8, 1.0) == "take"
     assert guard.judge(64, 100.0, 1.0) == "skip"
@@ -298,7 +298,7 @@ def test_noise_and_trends_are_no_spikes(noise: list[float], fall: float, seed: i
 
 
 def test_without_sigmas_only_what_is_not_finite_counts() -> None:
-    guard = Guard(Spikes(sigmas=None), Record())
+    guard = Guard(Spikes(sigmas=None), GuardRecord())
     for step in range(64):
         guard.judge(step, 2.0, 1.0)
     assert guard.judge(64, 1e9, 1.0) == "take"
@@ -306,8 +306,8 @@ def test_without_sigmas_only_what_is_not_finite_counts() -> None:
 
 
 def test_the_record_lies_beside_the_checkpoints(tmp_path: Path) -> None:
-    assert read_record(tmp_path) == Record()
-    guard = Guard(Spikes(), Record())
+    assert read_record(tmp_path) == GuardRecord()
+    guard = Guard(Spikes(), GuardRecord())
     guard.judge(3, math.nan, 1.0)
     guard.write(tmp_path)
     assert (tmp_path / RECORD).exists()
