@@ -30,7 +30,7 @@ from texts import texts_of
 
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, build_index
-from moray.pipelines.decontaminate.judge import MATCHES, judge
+from moray.pipelines.decontaminate.judge import MATCHES, judge_matches
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.units import is_telling, units_of
 
@@ -158,7 +158,7 @@ def hard_negatives(clean: list[str], quoted: int = 20) -> list[dict[str, Any]]:
             MATCHES,
         )
         for name, rules in SETTINGS.items():
-            verdict = judge(matches, index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
+            verdict = judge_matches(matches, index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
             gone = {int(one) for one in verdict.removed["id"].to_pylist()}
             right = sum(row < len(leaks) for row in gone)
             row = {"set": name, "family": family, "leaks": len(leaks), "innocent": len(innocent), "flagged": len(gone)}

@@ -21,8 +21,8 @@ from texts import BUILT, texts_of
 
 from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.case import ScanCase
-from moray.pipelines.dedup.parts.decide import decide
-from moray.pipelines.dedup.parts.exchange import ranges_for
+from moray.pipelines.dedup.parts.decide import scan_pieces
+from moray.pipelines.dedup.parts.exchange import exchange_ranges
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
 from moray.pipelines.dedup.parts.tasks import (
     Folders,
@@ -34,7 +34,7 @@ from moray.pipelines.dedup.parts.tasks import (
     text_size,
     window_shard,
 )
-from moray.pipelines.dedup.removal import read_parts
+from moray.pipelines.dedup.removal import read_outputs
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
 from moray.pipelines.shared.shards import Row
 
@@ -61,17 +61,17 @@ def keys(shards: list[Row], folders: Folders, config: DedupPartsConfig) -> int:
     """The phases before the comparison, as the step runs them; in how many ranges."""
     size = sum(text_size(Path(shard["path"])) for shard in shards)
     if config.unit != "substring":
-        ranges = ranges_for(size / 80)
+        ranges = exchange_ranges(size / 80)
         for shard in shards:
             part_shard(shard, folders, config.unit, config.min_characters, ranges)
         return ranges
-    shared = ranges_for(size / 60)
+    shared = exchange_ranges(size / 60)
     for shard in shards:
         fingerprint_shard(shard, folders, config.tokens, shared)
     found = sum(match_fingerprints({"shard": number}, folders, shards)["rows"] for number in range(shared))
     for shard in shards:
-        window_shard(shard, folders, config.tokens, shared, ranges_for(found * 16))
-    return ranges_for(found * 16)
+        window_shard(shard, folders, config.tokens, shared, exchange_ranges(found * 16))
+    return exchange_ranges(found * 16)
 
 
 def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, An
     took["keys_cpu_s"] = time.process_time() - began
     for number in range(ranges):
         match_pieces({"shard": number}, folders, shards)
-    order = KeepOrder.of(read_parts(root / ".described", shards), ())
+    order = KeepOrder.of(read_outputs(root / ".described", shards), ())
     case = ScanCase.of(folders, ranges, order)
     lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
-    found = decide(case.pieces, lengths, words, config.copies, config.max_loss, config.min_words)
+    found = scan_pieces(case.pieces, lengths, words, config.copies, config.max_loss, config.min_words)
     case.write(shards, folders, found)
     took["decided_cpu_s"] = time.process_time() - began
     for shard in shards:

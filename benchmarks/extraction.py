@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from result import Bar, report
 
 from moray.pipelines.corpus.pieces import Document
-from moray.pipelines.corpus.web import page
+from moray.pipelines.corpus.web import read_page
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers" / ".venv" / "bin" / "python"
@@ -53,9 +53,9 @@ def pages() -> list[tuple[bytes, str]]:
 def ours(path: str, out: str) -> float:
     """Writes the texts of a file of pages; returns CPU-seconds."""
     data = pq.read_table(path)["html"].to_pylist()
-    page(max(data, key=len), MAX_BYTES, "", "")  # also starts the child that reads long pages
+    read_page(max(data, key=len), MAX_BYTES, "", "")  # also starts the child that reads long pages
     began = cpu_seconds()
-    pieces = [page(one, MAX_BYTES, "", "") for one in data]
+    pieces = [read_page(one, MAX_BYTES, "", "") for one in data]
     took = cpu_seconds() - began
     texts = [piece.text if isinstance(piece, Document) else "" for piece in pieces]
     pq.write_table(pa.table({"text": texts}), out)

@@ -31,7 +31,7 @@ from texts import BUILT, texts_in, texts_of
 
 from moray.pipelines.filter.config import Family, FilterConfig
 from moray.pipelines.filter.mask import KINDS, mask
-from moray.pipelines.filter.rules import judge
+from moray.pipelines.filter.rules import judge_documents
 from moray.pipelines.text.language import identify
 
 HERE = Path(__file__).resolve().parent
@@ -55,9 +55,9 @@ NAMES = {  # datatrove's reasons, as Moray's fields
 def ours(path: str) -> dict[str, Any]:
     """The CPU-seconds of all four families."""
     column, config = pq.read_table(path)["text"], FilterConfig(rules=ORDER)
-    judge(column.slice(0, 50), config)  # compiled
+    judge_documents(column.slice(0, 50), config)  # compiled
     began = time.process_time()
-    judge(column, config)
+    judge_documents(column, config)
     return {"cpu_s": time.process_time() - began}
 
 
@@ -66,7 +66,7 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
     column = pa.chunked_array([pa.array(texts, pa.large_string())])
     shares = {}
     for family in ORDER:
-        judged = judge(column, FilterConfig(rules=(family,)))
+        judged = judge_documents(column, FilterConfig(rules=(family,)))
         found = [(reason and reason.partition(".")[2]) or reason for reason in judged.reasons]
         expected = [reason and NAMES[reason] for reason in theirs[family]]
         same = [one == other for one, other in zip(found, expected, strict=True)]
@@ -77,7 +77,7 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
                 ok and (not kept[i] or left[i] == theirs["c4 texts"][i]) for i, ok in enumerate(same)
             ]  # fmt: skip
         shares[family] = sum(same) / len(same)
-    together = judge(column, FilterConfig(rules=ORDER)).reasons
+    together = judge_documents(column, FilterConfig(rules=ORDER)).reasons
     verdicts = zip(together, theirs["together"], strict=True)
     shares["all four"] = sum((one is None) == (other is None) for one, other in verdicts) / len(together)
     return shares

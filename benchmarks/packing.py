@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from result import Bar, report
 
-from moray.pipelines.tokenize.packing import plan
+from moray.pipelines.tokenize.packing import plan_sequences
 from moray.pipelines.tokenizer.encoding import encoder
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"
@@ -50,7 +50,7 @@ def compared(sources: list[Int64], length: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     tokens, documents = sum(int(own.sum()) for own in sources), sum(map(len, sources))
     for name, packing in (("fit", "best-fit"), ("row", "concatenate")):
-        plans = [plan(own, length, packing) for own in sources]  # type: ignore[arg-type]
+        plans = [plan_sequences(own, length, packing) for own in sources]  # type: ignore[arg-type]
         row[f"{name}_fill"] = tokens / (sum(made.sequences for made in plans) * length)
         row[f"{name}_cut"] = sum(made.cut(length) for made in plans) / documents
     return row
@@ -61,7 +61,7 @@ def speed(lengths: Int64, length: int, rounds: int) -> float:
     took = []
     for _ in range(rounds):
         began = time.process_time()
-        pieces = plan(lengths, length, "best-fit")
+        pieces = plan_sequences(lengths, length, "best-fit")
         took.append(time.process_time() - began)
     return len(pieces.start) / statistics.median(took)
 

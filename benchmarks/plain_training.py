@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.data.data_worker import DataWorker
-from moray.actors.data.token_set import Batch, TokenVocabulary, write_index, write_shard
+from moray.actors.data.token_set import Batch, TokenVocabulary, write_index, write_token_shard
 from moray.kernels.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.config import TrainingJob
-from moray.pipelines.pretrain.loop import run
+from moray.pipelines.pretrain.loop import run_training
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import build
-from moray.pipelines.tokenize.packing import TokenDocuments, pack, plan
+from moray.pipelines.tokenize.packing import TokenDocuments, pack_documents, plan_sequences
 from moray.platform.core.events import EventLog, MetricEvent, read_events
 
 VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has
@@ -40,8 +40,10 @@ def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
         np.concatenate(tokens).astype(np.uint32),
         np.cumsum([0, *map(len, tokens)]),
     )
-    packed, pieces = pack(made, plan(np.diff(made.bounds), length, "concatenate"), length, vocabulary)
-    write_index(folder, [write_shard(folder, 0, packed, pieces)], length, vocabulary)
+    packed, pieces = pack_documents(
+        made, plan_sequences(np.diff(made.bounds), length, "concatenate"), length, vocabulary
+    )
+    write_index(folder, [write_token_shard(folder, 0, packed, pieces)], length, vocabulary)
 
 
 class Reader:
@@ -63,7 +65,7 @@ def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:
     keep_freed_memory()
     mesh = Mesh.create(job.config.expert_parallel, device)
     events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
-    run(build(job, mesh, device), Reader(job, tokens), events)
+    run_training(build(job, mesh, device), Reader(job, tokens), events)
     dist.destroy_process_group()
 
 

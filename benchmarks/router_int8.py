@@ -20,7 +20,7 @@ from moray.models import checkpoint
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
-from moray.pipelines.evaluate.step import documents_of, split_windows, window_bits
+from moray.pipelines.evaluate.step import heldout_documents, split_windows, window_bits
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
 
@@ -45,7 +45,7 @@ class Agreement:
 def windows(tokens: Any) -> Iterator[tuple[list[Any], int]]:
     """Batches of held-out windows, and the bytes of the documents they come from."""
     for token_set in open_token_sets(str(tokens / "heldout")).values():
-        for ids, size in documents_of(token_set):
+        for ids, size in heldout_documents(token_set):
             cut = list(split_windows(ids, token_set.sequence_length))
             batches = [cut[i : i + WINDOWS] for i in range(0, len(cut), WINDOWS)]
             yield from ((batch, size if not i else 0) for i, batch in enumerate(batches))

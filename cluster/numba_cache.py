@@ -11,7 +11,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from moray.platform.plan.code_hash import hash_files, imports_of, with_imports
+from moray.platform.plan.code_hash import hash_sources, imports_of, with_imports
 
 _ROOMS = ("kernels", "models", "actors", "pipelines")
 
@@ -19,7 +19,7 @@ _ROOMS = ("kernels", "models", "actors", "pipelines")
 def numba_cache(default: Path) -> Path:
     """The folder for the code as it is: below `NUMBA_CACHE_DIR`, where that is set, or else below `default`."""
     given = os.environ.get("NUMBA_CACHE_DIR")
-    state = hash_files(compiled_files())
+    state = hash_sources(compiled_files())
     if not given:
         return default / state
     return Path(given) if Path(given).name == state else Path(given) / state

@@ -158,8 +158,9 @@ def _lacking(demand: Demand, machines: Sequence[Machine]) -> str:
 
 def _never(wanted: Mapping[str, float], there: Mapping[str, float], where: str) -> str:
     short = {name: amount for name, amount in wanted.items() if not _fits({name: amount}, there)}
-    has = words({name: there.get(name, 0.0) for name in short} or there)
-    return f"this can never start: it needs {words(short or wanted)}, {where} has {has}; ask for less or add machines"
+    has = demand_words({name: there.get(name, 0.0) for name in short} or there)
+    needs = demand_words(short or wanted)
+    return f"this can never start: it needs {needs}, {where} has {has}; ask for less or add machines"
 
 
 def _busy(demand: Demand, machines: Sequence[Machine]) -> str:
@@ -168,8 +169,8 @@ def _busy(demand: Demand, machines: Sequence[Machine]) -> str:
     for name in wanted:
         total = sum(machine.total.get(name, 0.0) for machine in machines)
         free = sum(machine.free.get(name, 0.0) for machine in machines)
-        parts.append(f"{_amount(name, total - free)} of {words({name: total})} in use")
-    return f"waiting for {words(wanted)}: {', '.join(parts)}"
+        parts.append(f"{_amount(name, total - free)} of {demand_words({name: total})} in use")
+    return f"waiting for {demand_words(wanted)}: {', '.join(parts)}"
 
 
 def _fits(wanted: Mapping[str, float], room: Mapping[str, float]) -> bool:
@@ -177,7 +178,7 @@ def _fits(wanted: Mapping[str, float], room: Mapping[str, float]) -> bool:
     return all(room.get(name, 0.0) + _HALF_UNIT >= amount for name, amount in wanted.items())
 
 
-def words(resources: Mapping[str, float]) -> str:
+def demand_words(resources: Mapping[str, float]) -> str:
     """64 CPU and 1 GPU."""
     return " and ".join(f"{_amount(name, amount)} {name}" for name, amount in sorted(resources.items()))
 

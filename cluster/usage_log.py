@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moray.cluster.pending import machines_in, waiting_in, words
+from moray.cluster.pending import demand_words, machines_in, waiting_in
 from moray.platform.core.atomic import write_json
 from moray.platform.core.cluster import BackendAwayError, Usage
 from moray.platform.core.home import Home
@@ -55,7 +55,7 @@ def usage_in(state: Any) -> Usage:
     return Usage(
         cpus=total("CPU"), cpus_used=total("CPU") - free("CPU"),
         gpus=total("GPU"), gpus_used=total("GPU") - free("GPU"), nodes=len(machines),
-        waiting=tuple(f"{count} x {words(demand.total())}" for demand, count in waiting_in(state).items()),
+        waiting=tuple(f"{count} x {demand_words(demand.total())}" for demand, count in waiting_in(state).items()),
     )  # fmt: skip
 
 

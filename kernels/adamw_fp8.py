@@ -34,8 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import INTERPRETED, backend, contiguous_blocks, magnitude_bits, place, to_e4m3
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import INTERPRETED, backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 from moray.kernels.quantize import BLOCK, E4M3_MAX
 
 _SMALLEST = 2.0**-6  # of E4M3's normal numbers
@@ -185,7 +185,7 @@ def _step(
     ROWS: tl.constexpr, EXPAND: tl.constexpr,
 ):  # fmt: skip
     """ROWS blocks. new1, keep2, new2: 1 - beta1, beta2, 1 - beta2; rate and correction: without the moments' bias."""
-    blocks = place(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
+    blocks = row_offset(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
     at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]
     there, inside = blocks < J, at < N
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -228,14 +228,14 @@ def adamw_fp8_triton(
 
     `master_N` FP32, `grad_N` FP32, BF16 or FP16, all contiguous. Raises ValueError for what does not fit.
     """
-    check("master_N", master_N, (None,), (torch.float32,))
+    check_tensor("master_N", master_N, (None,), (torch.float32,))
     count = len(master_N)
     blocks = contiguous_blocks(count, BLOCK)
-    check("grad_N", grad_N, (count,), WIDE_DTYPES, like=master_N)
+    check_tensor("grad_N", grad_N, (count,), WIDE_DTYPES, like=master_N)
     for name, moment in (("first", first), ("second", second)):
-        check(f"{name}.fp8_N", moment.fp8_N, (count,), (torch.float8_e4m3fn,), like=master_N)
-        check(f"{name}.scales_J", moment.scales_J, (blocks,), (torch.float32,), like=master_N)
-        check(f"{name}.powers_J", moment.powers_J, (blocks,), (torch.float32,), like=master_N)
+        check_tensor(f"{name}.fp8_N", moment.fp8_N, (count,), (torch.float8_e4m3fn,), like=master_N)
+        check_tensor(f"{name}.scales_J", moment.scales_J, (blocks,), (torch.float32,), like=master_N)
+        check_tensor(f"{name}.powers_J", moment.powers_J, (blocks,), (torch.float32,), like=master_N)
     if count:
         _step[(triton.cdiv(blocks, _PER_PROGRAM),)](
             master_N, grad_N, first.fp8_N, first.scales_J, first.powers_J, second.fp8_N, second.scales_J,

@@ -9,7 +9,7 @@ WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_DTYPES = (torch.float8_e4m3fn,)
 
 
-def check(
+def check_tensor(
     name: str,
     tensor: Tensor,
     shape: Sequence[int | None],

@@ -38,8 +38,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import INTERPRETED, backend, place
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import INTERPRETED, backend, row_offset
 from moray.kernels.documents import DocumentBounds
 
 
@@ -130,7 +130,7 @@ def dot(a, b, c):
 @triton.jit
 def _head(ptr, row, head, strides):
     """Where the matrix [T, elements] of one row's head begins."""
-    return ptr + place(row, strides[0]) + place(head, strides[2])
+    return ptr + row_offset(row, strides[0]) + row_offset(head, strides[2])
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _load(ptr, row, limit, stride, AT: tl.constexpr, WIDTH: tl.constexpr, ROWS: 
     inside = (row + rows < limit)[:, None]
     if AT + COLUMNS > WIDTH:
         inside = inside & (columns < WIDTH)[None, :]
-    at = ptr + place(row, stride) + (rows[:, None] * stride + columns[None, :])
+    at = ptr + row_offset(row, stride) + (rows[:, None] * stride + columns[None, :])
     return tl.load(at, mask=inside, other=0.0)
 
 
@@ -149,7 +149,7 @@ def _store(ptr, x, row, limit, stride, AT: tl.constexpr, WIDTH: tl.constexpr):
     """Rounds x to the matrix's dtype and stores it where `_load` would read it."""
     rows, columns = tl.arange(0, x.shape[0]), AT + tl.arange(0, x.shape[1])
     inside = (row + rows < limit)[:, None] & (columns < WIDTH)[None, :]
-    at = ptr + place(row, stride) + (rows[:, None] * stride + columns[None, :])
+    at = ptr + row_offset(row, stride) + (rows[:, None] * stride + columns[None, :])
     tl.store(at, x.to(ptr.dtype.element_ty), mask=inside)
 
 
@@ -204,7 +204,7 @@ def _forward(
     head, row = tl.program_id(1), tl.program_id(2)
     k_ptr, v_ptr = _head(k_ptr, row, head, k_strides), _head(v_ptr, row, head, v_strides)
     queries = query + tl.arange(0, BQ)
-    start_ptr += place(row, T)
+    start_ptr += row_offset(row, T)
     starts = tl.load(start_ptr + queries, mask=queries < T, other=0)
     q0, q1 = _parts(_head(q_ptr, row, head, q_strides), query, T, q_strides[1], A, A0, A1, BQ)
     out = tl.zeros((BQ, V0), dtype=tl.float32)
@@ -228,9 +228,9 @@ def _forward(
             v = _load(v_ptr, key, T, v_strides[1], 0, V, BK, V0)
             out = dot(weights.to(v.dtype), v, out * keep[:, None])
             top = higher
-    out_ptr += place(place(row, T) * H + head, V)
+    out_ptr += row_offset(row_offset(row, T) * H + head, V)
     _store(out_ptr, out / total[:, None], query, T, H * V, 0, V)
-    lse_ptr += place(place(row, H) + head, T)
+    lse_ptr += row_offset(row_offset(row, H) + head, T)
     tl.store(lse_ptr + queries, top * scale + tl.log2(total), mask=queries < T)
 
 
@@ -246,12 +246,12 @@ def _query_gradient(
     head, row = tl.program_id(1), tl.program_id(2)
     k_ptr, v_ptr = _head(k_ptr, row, head, k_strides), _head(v_ptr, row, head, v_strides)
     queries = query + tl.arange(0, BQ)
-    start_ptr += place(row, T)
+    start_ptr += row_offset(row, T)
     starts = tl.load(start_ptr + queries, mask=queries < T, other=0)
-    values = place(place(row, T) * H + head, V)
+    values = row_offset(row_offset(row, T) * H + head, V)
     dout = _load(dout_ptr + values, query, T, H * V, 0, V, BQ, V0)
     delta = tl.sum(_load(out_ptr + values, query, T, H * V, 0, V, BQ, V0).to(tl.float32) * dout.to(tl.float32), axis=1)
-    numbers = place(place(row, H) + head, T) + queries
+    numbers = row_offset(row_offset(row, H) + head, T) + queries
     tl.store(delta_ptr + numbers, delta, mask=queries < T)
     lse = tl.load(lse_ptr + numbers, mask=queries < T, other=0.0)
     q0, q1 = _parts(_head(q_ptr, row, head, q_strides), query, T, q_strides[1], A, A0, A1, BQ)
@@ -272,7 +272,7 @@ def _query_gradient(
             dq0 = dot(dscores, k0, dq0)
             if A1 > 0:
                 dq1 = dot(dscores, k1, dq1)
-    dq_ptr += place(place(row, T) * H + head, A)
+    dq_ptr += row_offset(row_offset(row, T) * H + head, A)
     _store(dq_ptr, dq0 * dscale, query, T, H * A, 0, A)
     if A1 > 0:
         _store(dq_ptr, dq1 * dscale, query, T, H * A, A0, A)
@@ -290,17 +290,17 @@ def _key_gradient(
     key = tl.program_id(0) * BK
     head, row = tl.program_id(1), tl.program_id(2)
     q_ptr = _head(q_ptr, row, head, q_strides)
-    dout_ptr += place(place(row, T) * H + head, V)
-    lse_ptr += place(place(row, H) + head, T)
-    delta_ptr += place(place(row, H) + head, T)
+    dout_ptr += row_offset(row_offset(row, T) * H + head, V)
+    lse_ptr += row_offset(row_offset(row, H) + head, T)
+    delta_ptr += row_offset(row_offset(row, H) + head, T)
     keys = key + tl.arange(0, BK)
     k0, k1 = _parts(_head(k_ptr, row, head, k_strides), key, T, k_strides[1], A, A0, A1, BK)
     v = _load(_head(v_ptr, row, head, v_strides), key, T, v_strides[1], 0, V, BK, V0)
     dk0 = tl.zeros((BK, A0), dtype=tl.float32)
     dk1 = tl.zeros((BK, max(A1, 1)), dtype=tl.float32)
     dv = tl.zeros((BK, V0), dtype=tl.float32)
-    start_ptr += place(row, T)
-    last = tl.load(end_ptr + place(row, T) + tl.minimum(key + BK, T) - 1)
+    start_ptr += row_offset(row, T)
+    last = tl.load(end_ptr + row_offset(row, T) + tl.minimum(key + BK, T) - 1)
     # All are masked: a second loop, for those that need no mask, takes more registers than there are.
     for query in range(key, last, BQ):
         queries = query + tl.arange(0, BQ)
@@ -318,11 +318,11 @@ def _key_gradient(
         dk0 = dot(dscores, q0, dk0)
         if A1 > 0:
             dk1 = dot(dscores, q1, dk1)
-    dk_ptr += place(place(row, T) * H + head, A)
+    dk_ptr += row_offset(row_offset(row, T) * H + head, A)
     _store(dk_ptr, dk0 * dscale, key, T, H * A, 0, A)
     if A1 > 0:
         _store(dk_ptr, dk1 * dscale, key, T, H * A, A0, A)
-    _store(dv_ptr + place(place(row, T) * H + head, V), dv, key, T, H * V, 0, V)
+    _store(dv_ptr + row_offset(row_offset(row, T) * H + head, V), dv, key, T, H * V, 0, V)
 
 
 def _widths(width: int) -> tuple[int, int]:
@@ -404,7 +404,9 @@ def _starts(documents: DocumentBounds | None, like: Tensor) -> Tensor:
     if documents is None:
         return torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
     positions_BT = documents.positions_BT
-    check("documents.positions_BT", positions_BT, like.shape[:2], (torch.int64,), like=like, strides=(None, None))
+    check_tensor(
+        "documents.positions_BT", positions_BT, like.shape[:2], (torch.int64,), like=like, strides=(None, None)
+    )
     return (torch.arange(positions_BT.shape[1], device=like.device) - positions_BT).int()
 
 
@@ -430,9 +432,9 @@ def causal_attention_triton(
     """
     lead = tuple(q_BTHA.shape[:3])
     strides = (None, None, None, 1)
-    check("q_BTHA", q_BTHA, (None,) * 4, WIDE_DTYPES, strides=strides)
-    check("k_BTHA", k_BTHA, q_BTHA.shape, (q_BTHA.dtype,), like=q_BTHA, strides=strides)
-    check("v_BTHV", v_BTHV, (*lead, None), (q_BTHA.dtype,), like=q_BTHA, strides=strides)
+    check_tensor("q_BTHA", q_BTHA, (None,) * 4, WIDE_DTYPES, strides=strides)
+    check_tensor("k_BTHA", k_BTHA, q_BTHA.shape, (q_BTHA.dtype,), like=q_BTHA, strides=strides)
+    check_tensor("v_BTHV", v_BTHV, (*lead, None), (q_BTHA.dtype,), like=q_BTHA, strides=strides)
     _check_width(q_BTHA, v_BTHV)
     if q_BTHA.shape[-1] > _WIDEST:
         raise ValueError(f"query heads of {q_BTHA.shape[-1]}, expected {_WIDEST} at most")

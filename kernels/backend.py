@@ -32,7 +32,7 @@ def backend(tensor: Tensor) -> Literal["reference", "triton"]:
 
 
 @triton.jit
-def place(index, stride):
+def row_offset(index, stride):
     """index * stride in 64 bits: tensors of more than 2^31 elements are usual here."""
     return tl.cast(index, tl.int64) * stride
 

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, place
-from moray.kernels.permute import PaddedOrder, check_order, fill_padding, sum_slots_triton, wide_dtype
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, row_offset
+from moray.kernels.permute import PaddedOrder, check_permutation, fill_padding, sum_slots_triton, wide_dtype
 
 
 def _check(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder, dtypes: tuple[torch.dtype, ...]) -> None:
-    check("rows_RD", rows_RD, (None, None), dtypes)
-    check("weights_TK", weights_TK, order.positions_TK.shape, (wide_dtype(rows_RD.dtype),), like=rows_RD)
-    check_order(order, rows_RD, len(weights_TK), len(rows_RD))
+    check_tensor("rows_RD", rows_RD, (None, None), dtypes)
+    check_tensor("weights_TK", weights_TK, order.positions_TK.shape, (wide_dtype(rows_RD.dtype),), like=rows_RD)
+    check_permutation(order, rows_RD, len(weights_TK), len(rows_RD))
 
 
 def combine_padded_reference(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder) -> Tensor:
@@ -54,11 +54,11 @@ def _combine_backward(
     else:
         token = program - E
         slots = tl.arange(0, SLOTS)
-        at_slots = place(token, K) + slots
+        at_slots = row_offset(token, K) + slots
         position = tl.load(positions_ptr + at_slots, mask=slots < K, other=-1).to(tl.int64)
         weights = tl.load(weights_ptr + at_slots, mask=slots < K, other=0.0)
         dots = tl.zeros((SLOTS, WIDTH), tl.float32)
-        grad_ptr += place(token, D)
+        grad_ptr += row_offset(token, D)
         for first in range(0, D, WIDTH):
             columns = first + tl.arange(0, WIDTH)
             grad = tl.load(grad_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)

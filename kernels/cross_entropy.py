@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, place, rounded
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, rounded, row_offset
 
 # Logits of a chunk: 8 MB on the CPU (about what two cores' caches hold), 512 MB elsewhere (large products).
 _CHUNK_LOGITS_CPU = 1 << 21
@@ -71,7 +71,7 @@ def _row_loss(
 ):  # fmt: skip
     """One row's loss; GRADIENT: the row's logits become their gradient."""
     row, columns = tl.program_id(0), tl.arange(0, WIDTH)
-    row_ptr = logits_ptr + place(row, V)
+    row_ptr = logits_ptr + row_offset(row, V)
     target, keep = tl.load(target_ptr + row), tl.load(keep_ptr + row)
     # Before the first pass: its reductions have every thread wait for the others, so that none reads this in the second
     # pass, after it was overwritten.
@@ -175,11 +175,11 @@ def cross_entropy_sum_triton(
 
     hidden and weight both FP32, both BF16 or both FP16, of any strides. Raises ValueError for what does not fit.
     """
-    check("weight_VD", weight_VD, (None, None), WIDE_DTYPES, strides=(None, None))
+    check_tensor("weight_VD", weight_VD, (None, None), WIDE_DTYPES, strides=(None, None))
     vocab, size = weight_VD.shape
-    check("hidden_TD", hidden_TD, (None, size), (weight_VD.dtype,), like=weight_VD, strides=(None, None))
-    check("targets_T", targets_T, (len(hidden_TD),), (torch.int64,), like=weight_VD)
-    check("keep_T", keep_T, (len(hidden_TD),), (torch.bool,), like=weight_VD)
+    check_tensor("hidden_TD", hidden_TD, (None, size), (weight_VD.dtype,), like=weight_VD, strides=(None, None))
+    check_tensor("targets_T", targets_T, (len(hidden_TD),), (torch.int64,), like=weight_VD)
+    check_tensor("keep_T", keep_T, (len(hidden_TD),), (torch.bool,), like=weight_VD)
     if chunk is None:
         chunk = max(128, _CHUNK_BYTES // (max(vocab, 1) * weight_VD.element_size()))
     return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_triton, chunk)

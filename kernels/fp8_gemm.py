@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moray.kernels.arguments import FP8_DTYPES, check
-from moray.kernels.backend import backend, contiguous_blocks, place
+from moray.kernels.arguments import FP8_DTYPES, check_tensor
+from moray.kernels.backend import backend, contiguous_blocks, row_offset
 from moray.kernels.quantize import BLOCK, ROW_TILES, WEIGHT_BLOCKS, dequantize
 from moray.kernels.tuning import Tiles, tiles
 
@@ -94,11 +94,11 @@ def _gemm(
         if expert >= groups:
             return
     rows, columns = m + tl.arange(0, BM), n + tl.arange(0, BN)
-    a_scales = a_scale_ptr + place(rows, J)
+    a_scales = a_scale_ptr + row_offset(rows, J)
     if B_ROWS == 1:
-        b_scales = b_scale_ptr + place(columns, J)
+        b_scales = b_scale_ptr + row_offset(columns, J)
     else:
-        b_scales = b_scale_ptr + place(expert * tl.cdiv(N, B_ROWS) + n // B_ROWS, J)
+        b_scales = b_scale_ptr + row_offset(expert * tl.cdiv(N, B_ROWS) + n // B_ROWS, J)
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for j in range(0, J):
         a = a_desc.load([m, j * 128])
@@ -109,7 +109,7 @@ def _gemm(
             total += tl.dot(a, b.T) * by_row[:, None] * by_column[None, :]
         else:
             total += tl.dot(a, b.T) * (by_row * tl.load(b_scales + j))[:, None]
-    at = place(rows[:, None], N) + columns[None, :]
+    at = row_offset(rows[:, None], N) + columns[None, :]
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -124,7 +124,7 @@ def _gemm_k_grouped(
     expert = tl.program_id(1)
     m, n = row * BM, column * BN
     rows, columns = m + tl.arange(0, BM), n + tl.arange(0, BN)
-    a_scales, b_scales = a_scale_ptr + place(rows, J), b_scale_ptr + place(columns, J)
+    a_scales, b_scales = a_scale_ptr + row_offset(rows, J), b_scale_ptr + row_offset(columns, J)
     begin, end = tl.load(offsets_ptr + expert) // 128, tl.load(offsets_ptr + expert + 1) // 128
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for j in range(begin, end):
@@ -133,7 +133,7 @@ def _gemm_k_grouped(
         by_row = tl.load(a_scales + j, mask=rows < M, other=0.0)
         by_column = tl.load(b_scales + j, mask=columns < N, other=0.0)
         total += tl.dot(a, b.T) * by_row[:, None] * by_column[None, :]
-    at = place(place(expert, M) + rows[:, None], N) + columns[None, :]
+    at = row_offset(row_offset(expert, M) + rows[:, None], N) + columns[None, :]
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     tl.store(out_ptr + at, total, mask=inside)
 
@@ -148,14 +148,14 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _check_factor(name: str, x: Tensor, scales: Tensor, block: tuple[int, int], like: Tensor) -> None:
-    check(name, x, (None,) * x.dim(), FP8_DTYPES, like=like)
+    check_tensor(name, x, (None,) * x.dim(), FP8_DTYPES, like=like)
     rows, columns = x.shape[-2:]
     expected = (*x.shape[:-2], contiguous_blocks(rows, block[0]), contiguous_blocks(columns, BLOCK))
-    check(f"{name}'s scales", scales, expected, (torch.float32,), like=like)
+    check_tensor(f"{name}'s scales", scales, expected, (torch.float32,), like=like)
 
 
 def _check_offsets(offsets_E1: Tensor, groups: int, like: Tensor) -> None:
-    check("offsets_E1", offsets_E1, (groups + 1,), (torch.int32,), like=like)
+    check_tensor("offsets_E1", offsets_E1, (groups + 1,), (torch.int32,), like=like)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -173,7 +173,7 @@ def fp8_gemm_triton(
     _check_dtype(dtype)
     m, k = a_MK.shape
     n = b_NK.shape[0]
-    check("b_NK", b_NK, (n, k), FP8_DTYPES, like=a_MK)
+    check_tensor("b_NK", b_NK, (n, k), FP8_DTYPES, like=a_MK)
     _check_factor("a_MK", a_MK, a_scales, ROW_TILES, a_MK)
     _check_factor("b_NK", b_NK, b_scales, b_block, a_MK)
     if not m * n * k:
@@ -197,7 +197,7 @@ def fp8_gemm_grouped_triton(
     _check_dtype(dtype)
     r, k = a_RK.shape
     experts, n, _ = b_ENK.shape
-    check("b_ENK", b_ENK, (experts, n, k), FP8_DTYPES, like=a_RK)
+    check_tensor("b_ENK", b_ENK, (experts, n, k), FP8_DTYPES, like=a_RK)
     _check_factor("a_RK", a_RK, a_scales, ROW_TILES, a_RK)
     _check_factor("b_ENK", b_ENK, b_scales, WEIGHT_BLOCKS, a_RK)
     _check_offsets(offsets_E1, experts, a_RK)
@@ -220,7 +220,7 @@ def fp8_gemm_k_grouped_triton(
     """`fp8_gemm_k_grouped_reference` on tensor cores."""
     m, r = a_MR.shape
     n, experts = b_NR.shape[0], offsets_E1.shape[0] - 1
-    check("b_NR", b_NR, (n, r), FP8_DTYPES, like=a_MR)
+    check_tensor("b_NR", b_NR, (n, r), FP8_DTYPES, like=a_MR)
     _check_factor("a_MR", a_MR, a_scales, ROW_TILES, a_MR)
     _check_factor("b_NR", b_NR, b_scales, ROW_TILES, a_MR)
     _check_offsets(offsets_E1, experts, a_MR)

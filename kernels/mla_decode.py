@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
 from moray.kernels.attention import attention_form, dot
-from moray.kernels.backend import place
+from moray.kernels.backend import row_offset
 
 # Programs that keep a GPU of 132 multiprocessors busy, and positions that are worth a program.
 _PROGRAMS = 264
@@ -77,9 +77,9 @@ def _blocks(dtype: torch.dtype, heads: int) -> DecodeBlocks:
 def _slots(table_ptr, first, length, S: tl.constexpr, BL: tl.constexpr):
     """Which slots of the cache hold positions [first, first + BL), up to `length`."""
     if S % BL == 0:
-        return place(tl.load(table_ptr + first // S), S) + first % S + tl.arange(0, BL)
+        return row_offset(tl.load(table_ptr + first // S), S) + first % S + tl.arange(0, BL)
     positions = first + tl.arange(0, BL)
-    return place(tl.load(table_ptr + positions // S, mask=positions < length, other=0), S) + positions % S
+    return row_offset(tl.load(table_ptr + positions // S, mask=positions < length, other=0), S) + positions % S
 
 
 @triton.jit(do_not_specialize=["T", "N", "X"])
@@ -93,10 +93,10 @@ def _decode(
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     latent, rotated = tl.arange(0, R0), R + tl.arange(0, P0)
     has_head, has_latent, has_rotated = (heads < H)[:, None], (latent < R)[None, :], (rotated < R + P)[None, :]
-    of_head = q_ptr + place(place(token, H) + heads[:, None], R + P)
+    of_head = q_ptr + row_offset(row_offset(token, H) + heads[:, None], R + P)
     q0 = tl.load(of_head + latent[None, :], mask=has_head & has_latent, other=0.0)
     q1 = tl.load(of_head + rotated[None, :], mask=has_head & has_rotated, other=0.0)
-    table_ptr += place(token // T, N)
+    table_ptr += row_offset(token // T, N)
     length = tl.load(position_ptr + token).to(tl.int32) + 1
     reach = tl.cdiv(tl.cdiv(length, BL), X) * BL
     out = tl.zeros((BH, R0), dtype=tl.float32)
@@ -104,7 +104,7 @@ def _decode(
     total = tl.zeros((BH,), dtype=tl.float32)
     for first in range(split * reach, tl.minimum(split * reach + reach, length), BL):
         there = first + tl.arange(0, BL) < length
-        of_slot = cache_ptr + place(_slots(table_ptr, first, length, S, BL)[:, None], R + P)
+        of_slot = cache_ptr + row_offset(_slots(table_ptr, first, length, S, BL)[:, None], R + P)
         c0 = tl.load(of_slot + latent[None, :], mask=there[:, None] & has_latent, other=0.0).to(q0.dtype)
         c1 = tl.load(of_slot + rotated[None, :], mask=there[:, None] & has_rotated, other=0.0).to(q0.dtype)
         scores = dot(q1, c1.T, dot(q0, c0.T, tl.zeros((BH, BL), dtype=tl.float32)))
@@ -117,8 +117,8 @@ def _decode(
         top = higher
     # A split without positions gives zeros, with log-sum-exp -inf.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    part = place(place(split, tl.num_programs(0)) + token, H) + heads
-    at = out_ptr + place(part[:, None], R) + latent[None, :]
+    part = row_offset(row_offset(split, tl.num_programs(0)) + token, H) + heads
+    at = out_ptr + row_offset(part[:, None], R) + latent[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=has_head & has_latent)
     if SPLIT:
         tl.store(lse_ptr + part, top * scale + tl.log2(total), mask=heads < H)
@@ -132,20 +132,20 @@ def _combine(part_ptr, lse_ptr, out_ptr, X, R: tl.constexpr, R0: tl.constexpr, B
     top = -float("inf")
     for first in range(0, X, BX):
         splits = first + tl.arange(0, BX)
-        lse = tl.load(lse_ptr + place(splits, rows) + row, mask=splits < X, other=float("-inf"))
+        lse = tl.load(lse_ptr + row_offset(splits, rows) + row, mask=splits < X, other=float("-inf"))
         top = tl.maximum(top, tl.max(lse))
     top = tl.where(top == float("-inf"), 0.0, top)
     out, total = tl.zeros((R0,), dtype=tl.float32), 0.0
     for first in range(0, X, BX):
         splits = first + tl.arange(0, BX)
-        lse = tl.load(lse_ptr + place(splits, rows) + row, mask=splits < X, other=float("-inf"))
-        at = part_ptr + place(place(splits, rows) + row, R)[:, None] + columns[None, :]
+        lse = tl.load(lse_ptr + row_offset(splits, rows) + row, mask=splits < X, other=float("-inf"))
+        at = part_ptr + row_offset(row_offset(splits, rows) + row, R)[:, None] + columns[None, :]
         parts = tl.load(at, mask=(splits < X)[:, None] & (columns < R)[None, :], other=0.0)
         weights = tl.exp2(lse - top)
         out += tl.sum(parts * weights[:, None], axis=0)
         total += tl.sum(weights)
     out = out / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + place(row, R) + columns, out.to(out_ptr.dtype.element_ty), mask=columns < R)
+    tl.store(out_ptr + row_offset(row, R) + columns, out.to(out_ptr.dtype.element_ty), mask=columns < R)
 
 
 def _splits(programs: int, reach: int) -> int:
@@ -154,11 +154,11 @@ def _splits(programs: int, reach: int) -> int:
 
 
 def _check(q_BTHC: Tensor, cache_KSC: Tensor, tables_BN: Tensor, positions_BT: Tensor, scale: float, rank: int) -> None:
-    check("q_BTHC", q_BTHC, (None,) * 4, WIDE_DTYPES)
+    check_tensor("q_BTHC", q_BTHC, (None,) * 4, WIDE_DTYPES)
     batch, tokens, _, width = q_BTHC.shape
-    check("cache_KSC", cache_KSC, (None, None, width), WIDE_DTYPES, like=q_BTHC)
-    check("tables_BN", tables_BN, (batch, None), (torch.int32, torch.int64), like=q_BTHC)
-    check("positions_BT", positions_BT, (batch, tokens), (torch.int32, torch.int64), like=q_BTHC)
+    check_tensor("cache_KSC", cache_KSC, (None, None, width), WIDE_DTYPES, like=q_BTHC)
+    check_tensor("tables_BN", tables_BN, (batch, None), (torch.int32, torch.int64), like=q_BTHC)
+    check_tensor("positions_BT", positions_BT, (batch, tokens), (torch.int32, torch.int64), like=q_BTHC)
     if not scale > 0:
         raise ValueError(f"scale = {scale}, expected a positive number")
     if not 0 < rank <= width:

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check
-from moray.kernels.backend import backend, contiguous_blocks, place
+from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, contiguous_blocks, row_offset
 
 TILE = 128
 # Pairs of one program of the sort.
@@ -59,7 +59,7 @@ def padded_capacity(pairs: int, experts: int, tile: int = TILE) -> int:
 
 
 def _check_ids(expert_ids_TK: Tensor, num_experts: int, tile: int) -> None:
-    check("expert_ids_TK", expert_ids_TK, (None, None), (torch.int64, torch.int32))
+    check_tensor("expert_ids_TK", expert_ids_TK, (None, None), (torch.int64, torch.int32))
     for name, number in (("num_experts", num_experts), ("tile", tile)):
         if number < 1:
             raise ValueError(f"{name} = {number}, expected at least 1")
@@ -92,7 +92,7 @@ def _count_blocks(ids_ptr, block_counts_ptr, P, E, PAIRS: tl.constexpr, BINS: tl
     ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
     here = (ids >= 0) & (ids < E)
     counts = tl.histogram(tl.where(here, ids, 0).to(tl.int32), BINS, mask=here)
-    tl.store(block_counts_ptr + place(block, E) + bins, counts, mask=bins < E)
+    tl.store(block_counts_ptr + row_offset(block, E) + bins, counts, mask=bins < E)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _sum_blocks(block_counts_ptr, counts_ptr, blocks, E, TALL: tl.constexpr, WID
     for first in range(0, blocks, TALL):
         rows = first + tl.arange(0, TALL)
         inside = (rows[:, None] < blocks) & (experts[None, :] < E)
-        at = block_counts_ptr + place(rows[:, None], E) + experts[None, :]
+        at = block_counts_ptr + row_offset(rows[:, None], E) + experts[None, :]
         counts = tl.load(at, mask=inside, other=0)
         tl.store(at, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=inside)
         total += tl.sum(counts, axis=0)
@@ -136,7 +136,7 @@ def _place_pairs(
     here = (ids >= 0) & (ids < E)
     expert = tl.where(here, ids, 0).to(tl.int32)
     start = tl.gather(ends - padded, expert, axis=0)
-    before = tl.load(before_ptr + place(block, E) + expert, mask=here, other=0)
+    before = tl.load(before_ptr + row_offset(block, E) + expert, mask=here, other=0)
     tl.store(positions_ptr + pair, tl.where(here, start + before + rank, -1), mask=pair < P)
 
 
@@ -175,12 +175,12 @@ def padded_order(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> P
     return padded_order_reference(expert_ids_TK.contiguous(), num_experts, tile)
 
 
-def check_order(order: PaddedOrder, like: Tensor, tokens: int, capacity: int) -> None:
+def check_permutation(order: PaddedOrder, like: Tensor, tokens: int, capacity: int) -> None:
     """Raises ValueError where an order does not fit so many tokens, or a buffer of `capacity` rows."""
-    check("positions_TK", order.positions_TK, (tokens, None), (torch.int32,), like=like)
-    check("counts_E", order.counts_E, (None,), (torch.int32,), like=like)
+    check_tensor("positions_TK", order.positions_TK, (tokens, None), (torch.int32,), like=like)
+    check_tensor("counts_E", order.counts_E, (None,), (torch.int32,), like=like)
     experts = len(order.counts_E)
-    check("offsets_E1", order.offsets_E1, (experts + 1,), (torch.int32,), like=like)
+    check_tensor("offsets_E1", order.offsets_E1, (experts + 1,), (torch.int32,), like=like)
     least = padded_capacity(order.positions_TK.numel(), experts, order.tile)
     if capacity < least:
         raise ValueError(f"capacity = {capacity} rows, expected at least {least} (padded_capacity)")
@@ -193,7 +193,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def spread_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fill: float = 0.0) -> Tensor:
     """As `spread_padded`, differentiable by PyTorch, of any dtype. All rows that no pair takes hold `fill`."""
-    check_order(order, x_TD, len(x_TD), capacity)
+    check_permutation(order, x_TD, len(x_TD), capacity)
     # What is not routed here goes to one row more, which is cut off again.
     places_R = torch.where(order.positions_TK < 0, capacity, order.positions_TK).flatten().long()
     wide_TD = x_TD.to(wide_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
@@ -223,8 +223,8 @@ def _spread_columns(
         fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, TALL)
     else:
         token = program - E
-        x = tl.load(x_ptr + place(token, D) + columns, mask=columns < D)
-        positions_ptr += place(token, K)
+        x = tl.load(x_ptr + row_offset(token, D) + columns, mask=columns < D)
+        positions_ptr += row_offset(token, K)
         for k in tl.static_range(K):
             position = tl.load(positions_ptr + k).to(tl.int64)
             tl.store(rows_ptr + position * D + columns, x, mask=(columns < D) & (position >= 0))
@@ -250,7 +250,7 @@ def _spread(
 def _spread_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
     """Rows and their scales, if there are any."""
     tokens, width = x_TD.shape
-    check_order(order, x_TD, tokens, capacity)
+    check_permutation(order, x_TD, tokens, capacity)
     wide = row_width(width)
     parts, scales = contiguous_blocks(width, wide), 0
     rows_RD = torch.empty((capacity, width), dtype=x_TD.dtype, device=x_TD.device)
@@ -281,7 +281,7 @@ def _sum_slots(
     token = tl.program_id(0)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
-    slots = place(token, K)
+    slots = row_offset(token, K)
     for k in tl.static_range(K):
         position = tl.load(positions_ptr + slots + k).to(tl.int64)
         here = position >= 0
@@ -289,7 +289,7 @@ def _sum_slots(
         if WEIGHTED:
             row *= tl.load(weights_ptr + slots + k, mask=here, other=0.0)
         total += row
-    tl.store(out_ptr + place(token, D) + columns, total, mask=columns < D)
+    tl.store(out_ptr + row_offset(token, D) + columns, total, mask=columns < D)
 
 
 def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ class _SpreadPadded(torch.autograd.Function):
 
 def spread_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
     """As `spread_padded`, in one launch. Contiguous FP32, BF16 or FP16."""
-    check("x_TD", x_TD, (None, None), WIDE_DTYPES)
+    check_tensor("x_TD", x_TD, (None, None), WIDE_DTYPES)
     rows_RD: Tensor = _SpreadPadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
     return rows_RD
 
@@ -356,8 +356,8 @@ def spread_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
 
 
 def _check_fp8(fp8_TD: Tensor, scales_TJ: Tensor) -> None:
-    check("fp8_TD", fp8_TD, (None, None), FP8_DTYPES)
-    check("scales_TJ", scales_TJ, (len(fp8_TD), None), (torch.float32,), like=fp8_TD)
+    check_tensor("fp8_TD", fp8_TD, (None, None), FP8_DTYPES)
+    check_tensor("scales_TJ", scales_TJ, (len(fp8_TD), None), (torch.float32,), like=fp8_TD)
 
 
 def spread_padded_fp8_reference(

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, magnitude_bits, place
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, magnitude_bits, row_offset
 from moray.kernels.quantize import scaled_e4m3, tile_scales
 from moray.kernels.rows_cpu import compiles, push_rows_compiled
 from moray.kernels.wire import pack_rows_reference, packed_width
@@ -27,12 +27,12 @@ from moray.kernels.wire import pack_rows_reference, packed_width
 
 def _check(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """Whether every row finds its place is not asked: that would wait for a device."""
-    check("rows_TD", rows_TD, (None, None), WIDE_DTYPES)
-    check("metadata_TN", metadata_TN, (len(rows_TD), None), (torch.uint8,), like=rows_TD)
-    check("sent_PT", sent_PT, (len(inboxes), len(rows_TD)), (torch.bool,), like=rows_TD)
+    check_tensor("rows_TD", rows_TD, (None, None), WIDE_DTYPES)
+    check_tensor("metadata_TN", metadata_TN, (len(rows_TD), None), (torch.uint8,), like=rows_TD)
+    check_tensor("sent_PT", sent_PT, (len(inboxes), len(rows_TD)), (torch.bool,), like=rows_TD)
     width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
     for number, inbox in enumerate(inboxes):
-        check(f"inboxes[{number}]", inbox, (None, width), (torch.uint8,), like=rows_TD)
+        check_tensor(f"inboxes[{number}]", inbox, (None, width), (torch.uint8,), like=rows_TD)
 
 
 def push_rows_reference(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
@@ -51,16 +51,16 @@ def _push(
     token = tl.program_id(0)
     tiles, columns, octets = tl.arange(0, TILES), tl.arange(0, 128), tl.arange(0, BYTES)
     at = tiles[:, None] * 128 + columns[None, :]
-    x = tl.load(rows_ptr + place(token, D) + at, mask=at < D, other=0.0).to(tl.float32)
+    x = tl.load(rows_ptr + row_offset(token, D) + at, mask=at < D, other=0.0).to(tl.float32)
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
     fp8 = scaled_e4m3(x, scales, True).to(tl.uint8, bitcast=True)
     exponents = ((scales.to(tl.int32, bitcast=True) >> 23) & 0xFF).to(tl.uint8)
-    metadata = tl.load(metadata_ptr + place(token, N) + octets, mask=octets < N, other=0)
+    metadata = tl.load(metadata_ptr + row_offset(token, N) + octets, mask=octets < N, other=0)
     packed = D + tl.cdiv(D, 128)
     for rank in range(P):
-        where = tl.load(places_ptr + place(rank, T) + token)
+        where = tl.load(places_ptr + row_offset(rank, T) + token)
         if where >= 0:
-            inbox = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.uint8)) + place(where, width)
+            inbox = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.uint8)) + row_offset(where, width)
             tl.store(inbox + at, fp8, mask=at < D)
             tl.store(inbox + D + tiles[:, None], exponents, mask=tiles[:, None] * 128 < D)
             tl.store(inbox + packed + octets, metadata, mask=octets < N)

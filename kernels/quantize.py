@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, contiguous_blocks, magnitude_bits, place, to_e4m3
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 
 E4M3_MAX = 448.0
 _SMALLEST_SCALE = 2.0**-126
@@ -142,7 +142,7 @@ def _quantize(
     row, column, stack = tl.program_id(1), tl.program_id(0), tl.program_id(2)
     rows, columns = row * TALL + tl.arange(0, TALL), column * WIDE + tl.arange(0, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
-    at = place(place(stack, M) + rows[:, None], K) + columns[None, :]
+    at = row_offset(row_offset(stack, M) + rows[:, None], K) + columns[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     largest = magnitude_bits(x)
     if COLUMNS > 1:
@@ -154,7 +154,7 @@ def _quantize(
     i = row * (TALL // ROWS) + tl.arange(0, TALL // ROWS)
     j = column * (WIDE // COLUMNS) + tl.arange(0, WIDE // COLUMNS)
     there = (i[:, None] < block_rows) & (j[None, :] < block_columns)
-    at = place(place(stack, block_rows) + i[:, None], block_columns) + j[None, :]
+    at = row_offset(row_offset(stack, block_rows) + i[:, None], block_columns) + j[None, :]
     tl.store(scale_ptr + at, scales, mask=there)
 
 
@@ -164,7 +164,7 @@ def quantize_triton(
     """The same bits as `quantize_reference`, for blocks of 1 x 128, 128 x 1 and 128 x 128 of contiguous tensors."""
     if block not in _PARTS:
         raise ValueError(f"block = {block}, expected one of {', '.join(map(str, _PARTS))}")
-    check("x_XMK", x_XMK, (None,) * max(x_XMK.dim(), 2), WIDE_DTYPES)
+    check_tensor("x_XMK", x_XMK, (None,) * max(x_XMK.dim(), 2), WIDE_DTYPES)
     *lead, rows, columns = x_XMK.shape
     i, j = contiguous_blocks(rows, block[0]), contiguous_blocks(columns, block[1])
     fp8 = torch.empty(x_XMK.shape, dtype=torch.float8_e4m3fn, device=x_XMK.device)
@@ -206,12 +206,12 @@ def _quantize_turned(x_ptr, fp8_ptr, scale_ptr, row, first, M, K, block_rows, PO
     """128 rows of 32 columns, transposed."""
     rows, columns = row * 128 + tl.arange(0, 128), first + tl.arange(0, 32)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
-    x = tl.load(x_ptr + place(rows[:, None], K) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row_offset(rows[:, None], K) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     scales = tile_scales(tl.max(magnitude_bits(x), axis=0, keep_dims=True), POWER_OF_TWO)
-    at = place(columns[:, None], M) + rows[None, :]
+    at = row_offset(columns[:, None], M) + rows[None, :]
     fp8 = tl.trans(scaled_e4m3(x, scales, POWER_OF_TWO))
     tl.store(fp8_ptr + at, fp8, mask=(columns[:, None] < K) & (rows[None, :] < M))
-    tl.store(scale_ptr + place(columns[None, :], block_rows) + row, scales, mask=columns[None, :] < K)
+    tl.store(scale_ptr + row_offset(columns[None, :], block_rows) + row, scales, mask=columns[None, :] < K)
 
 
 @triton.jit
@@ -219,18 +219,18 @@ def _quantize_along(x_ptr, fp8_ptr, scale_ptr, first, column, M, K, block_column
     """32 rows of 128 columns."""
     rows, columns = first + tl.arange(0, 32), column * 128 + tl.arange(0, 128)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
-    at = place(rows[:, None], K) + columns[None, :]
+    at = row_offset(rows[:, None], K) + columns[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), POWER_OF_TWO)
     tl.store(fp8_ptr + at, scaled_e4m3(x, scales, POWER_OF_TWO), mask=inside)
-    tl.store(scale_ptr + place(rows[:, None], block_columns) + column, scales, mask=rows[:, None] < M)
+    tl.store(scale_ptr + row_offset(rows[:, None], block_columns) + column, scales, mask=rows[:, None] < M)
 
 
 def quantize_both_triton(
     x_MK: Tensor, power_of_two: bool = False
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The same bits as `quantize_both_reference`, in one pass."""
-    check("x_MK", x_MK, (None, None), WIDE_DTYPES)
+    check_tensor("x_MK", x_MK, (None, None), WIDE_DTYPES)
     rows, columns = x_MK.shape
     i, j = contiguous_blocks(rows, BLOCK), contiguous_blocks(columns, BLOCK)
     fp8 = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x_MK.device)

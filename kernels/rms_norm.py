@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, place, rounded
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, rounded, row_offset
 
 _WIDEST = 32768
 _WHOLE = 8192  # elements of a row up to which the backward holds it in registers
@@ -69,13 +69,13 @@ def _normalise(
     """ROWS whole rows."""
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (rows[:, None] < R) & (columns[None, :] < D)
-    x = tl.load(x_ptr + place(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
+    x = tl.load(x_ptr + row_offset(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(wide * wide, axis=1) / D + eps))
     normal = rounded(wide * inverse[:, None], x.dtype).to(tl.float32)
     y = rounded(normal * weight[None, :], y_ptr.dtype.element_ty)
-    tl.store(y_ptr + place(rows[:, None], D) + columns[None, :], y, mask=inside)
+    tl.store(y_ptr + row_offset(rows[:, None], D) + columns[None, :], y, mask=inside)
     tl.store(inverse_ptr + rows, inverse, mask=rows < R)
 
 
@@ -87,8 +87,8 @@ def _dots(x_ptr, dy_ptr, weight_ptr, inverse_ptr, dot_ptr, D, x_stride, dy_strid
     products = tl.zeros([WIDTH], tl.float32)
     for start in range(0, D, WIDTH):
         inside = start + columns < D
-        x = tl.load(x_ptr + place(row, x_stride) + start + columns, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + place(row, dy_stride) + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row_offset(row, x_stride) + start + columns, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row_offset(row, dy_stride) + start + columns, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
         products += (x * inverse) * (dy * weight)
     tl.store(dot_ptr + row, tl.sum(products, axis=0) / D)
@@ -106,8 +106,10 @@ def _gradients(
     for tile in tl.range(first, tl.cdiv(R, ROWS), tl.num_programs(0), num_stages=2):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows[:, None] < R) & (columns[None, :] < D)
-        x = tl.load(x_ptr + place(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + place(rows[:, None], dy_stride) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row_offset(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + row_offset(rows[:, None], dy_stride) + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         inverse = tl.load(inverse_ptr + rows, mask=rows < R, other=0.0)[:, None]
         normal = x.to(tl.float32) * inverse
         scaled = dy * weight[None, :]
@@ -116,9 +118,9 @@ def _gradients(
         else:
             dot = tl.load(dot_ptr + rows, mask=rows < R, other=0.0)[:, None]
         dx = rounded(inverse * (scaled - normal * dot), x.dtype)
-        tl.store(dx_ptr + place(rows[:, None], D) + columns[None, :], dx, mask=inside)
+        tl.store(dx_ptr + row_offset(rows[:, None], D) + columns[None, :], dx, mask=inside)
         dweight += dy * rounded(normal, x.dtype).to(tl.float32)
-    tl.store(partial_ptr + place(first, D) + columns, tl.sum(dweight, axis=0), mask=columns < D)
+    tl.store(partial_ptr + row_offset(first, D) + columns, tl.sum(dweight, axis=0), mask=columns < D)
 
 
 def _rows(x_XD: Tensor) -> Tensor:
@@ -186,8 +188,8 @@ def rms_norm_triton(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     size = x_XD.shape[-1] if x_XD.dim() else 0
     strides = (*(None,) * (x_XD.dim() - 1), 1 if size > 1 else None)
-    check("x_XD", x_XD, (None,) * max(x_XD.dim(), 1), WIDE_DTYPES, strides=strides)
-    check("weight_D", weight_D, (size,), WIDE_DTYPES, like=x_XD)
+    check_tensor("x_XD", x_XD, (None,) * max(x_XD.dim(), 1), WIDE_DTYPES, strides=strides)
+    check_tensor("weight_D", weight_D, (size,), WIDE_DTYPES, like=x_XD)
     if size > _WIDEST:
         raise ValueError(f"x_XD has shape {tuple(x_XD.shape)}, expected at most {_WIDEST} elements in the last axis")
     y_XD: Tensor = _RmsNorm.apply(x_XD, weight_D, eps)  # type: ignore[no-untyped-call]

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.arguments import WIDE_DTYPES, check
-from moray.kernels.backend import backend, place, rounded
+from moray.kernels.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, rounded, row_offset
 
 _TILE = 2048  # elements of one program, where there are as many
 
@@ -69,17 +69,17 @@ def _turn(
     columns = tl.arange(0, WIDTH)[None, None, :]
     inside = (tokens < N) & (heads < H) & (columns < P)
     batch, token = tokens // T, tokens % T
-    at = place(batch, x_batch) + place(token, x_token) + place(heads, x_head) + columns
+    at = row_offset(batch, x_batch) + row_offset(token, x_token) + row_offset(heads, x_head) + columns
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     even, odd = tl.split(tl.reshape(x.to(tl.float32), [TOKENS, HEADS, WIDTH // 2, 2]))
     pairs = tl.arange(0, WIDTH // 2)[None, None, :]
-    at, known = place(batch, table_batch) + place(token, table_token) + pairs, (tokens < N) & (2 * pairs < P)
+    at, known = row_offset(batch, table_batch) + row_offset(token, table_token) + pairs, (tokens < N) & (2 * pairs < P)
     cos = tl.load(cos_ptr + at, mask=known, other=0.0)
     sin = tl.load(sin_ptr + at, mask=known, other=0.0)
     if OPPOSITE:
         sin = -sin
     turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TOKENS, HEADS, WIDTH])
-    at = place(place(tokens, H) + heads, P) + columns
+    at = row_offset(row_offset(tokens, H) + heads, P) + columns
     tl.store(y_ptr + at, rounded(turned, x.dtype), mask=inside)
 
 
@@ -123,13 +123,13 @@ def rope_triton(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
     T tokens. Returns a contiguous tensor. Differentiable once, in `x_BTHP` only. Raises ValueError for what does not
     fit.
     """
-    check("x_BTHP", x_BTHP, (None,) * 4, WIDE_DTYPES, strides=(None, None, None, 1))
+    check_tensor("x_BTHP", x_BTHP, (None,) * 4, WIDE_DTYPES, strides=(None, None, None, 1))
     batch, tokens, _, size = x_BTHP.shape
     if size % 2:
         raise ValueError(f"x_BTHP has shape {tuple(x_BTHP.shape)}, expected an even last axis: pairs are turned")
     shared = [1 if axis == 1 else full for axis, full in zip(cos_BTQ.shape, (batch, tokens), strict=False)]
-    check("cos_BTQ", cos_BTQ, (*shared, size // 2), (torch.float32,), like=x_BTHP)
-    check("sin_BTQ", sin_BTQ, cos_BTQ.shape, (torch.float32,), like=x_BTHP)
+    check_tensor("cos_BTQ", cos_BTQ, (*shared, size // 2), (torch.float32,), like=x_BTHP)
+    check_tensor("sin_BTQ", sin_BTQ, cos_BTQ.shape, (torch.float32,), like=x_BTHP)
     y_BTHP: Tensor = _Rope.apply(x_BTHP, cos_BTQ, sin_BTQ)  # type: ignore[no-untyped-call]
     return y_BTHP
 

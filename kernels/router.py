@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import check
-from moray.kernels.backend import backend, contiguous_blocks, place
+from moray.kernels.arguments import check_tensor
+from moray.kernels.backend import backend, contiguous_blocks, row_offset
 
 # Keeps the normalisation finite when every chosen score underflows to zero.
 _TINY = 1e-20
@@ -81,9 +81,9 @@ def weigh(logits_TE: Tensor, ids_TK: Tensor, *, normalise: bool = True, scale: f
 
 
 def _check(logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> None:
-    check("logits_TE", logits_TE, (None, None), (torch.float32,))
+    check_tensor("logits_TE", logits_TE, (None, None), (torch.float32,))
     experts = logits_TE.shape[1]
-    check("bias_E", bias_E, (experts,), (torch.float32,), like=logits_TE)
+    check_tensor("bias_E", bias_E, (experts,), (torch.float32,), like=logits_TE)
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k = {top_k}, expected 1 to {experts} (the experts)")
     if n_group < 1 or experts % n_group:
@@ -148,7 +148,7 @@ def _route(
     is_expert = (column // X < GROUPS) & (column % X < MEMBERS)
     expert = column // X * MEMBERS + column % X
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    at = logits_ptr + place(token, E) + expert
+    at = logits_ptr + row_offset(token, E) + expert
     scores = _sigmoid(tl.load(at, mask=(token < T) & is_expert, other=0.0))
     rank = _rank(scores + tl.load(bias_ptr + expert, mask=is_expert, other=0.0))
     rank = tl.where(is_expert, rank, NOTHING)
@@ -167,8 +167,8 @@ def _route(
         weights = tl.math.div_rn(weights, tl.sum(weights, axis=1, keep_dims=True) + 1e-20)
     ids = chosen // X * MEMBERS + chosen % X
     inside = (token < T) & (slot < K)
-    tl.store(ids_ptr + place(token, K) + slot, ids, mask=inside)
-    tl.store(weights_ptr + place(token, K) + slot, weights * scale, mask=inside)
+    tl.store(ids_ptr + row_offset(token, K) + slot, ids, mask=inside)
+    tl.store(weights_ptr + row_offset(token, K) + slot, weights * scale, mask=inside)
     tl.atomic_add(counts_ptr + ids, 1, mask=inside, sem="relaxed")
 
 
@@ -184,20 +184,20 @@ def _route_backward(
     mean = tl.zeros((TOKENS, 1), tl.float32)
     if NORMALISE:
         inside = (token < T) & (slot < K)
-        ids = tl.load(ids_ptr + place(token, K) + slot, mask=inside, other=0)
-        logits = tl.load(logits_ptr + place(token, E) + ids, mask=inside, other=0.0)
-        grads = tl.load(grad_ptr + place(token, K) + slot, mask=inside, other=0.0)
+        ids = tl.load(ids_ptr + row_offset(token, K) + slot, mask=inside, other=0)
+        logits = tl.load(logits_ptr + row_offset(token, E) + ids, mask=inside, other=0.0)
+        grads = tl.load(grad_ptr + row_offset(token, K) + slot, mask=inside, other=0.0)
         scores = tl.where(inside, _sigmoid(logits), 0.0)
         inverse = tl.math.div_rn(1.0, tl.sum(scores, axis=1, keep_dims=True) + 1e-20)
         mean = tl.sum(grads * (scores * inverse), axis=1, keep_dims=True)
     d_logits = tl.zeros((TOKENS, WIDTH), tl.float32)
     for k in tl.static_range(K):
-        id_of_slot = tl.load(ids_ptr + place(token, K) + k, mask=token < T, other=0)
-        score = _sigmoid(tl.load(logits_ptr + place(token, E) + id_of_slot, mask=token < T, other=0.0))
-        grad = tl.load(grad_ptr + place(token, K) + k, mask=token < T, other=0.0)
+        id_of_slot = tl.load(ids_ptr + row_offset(token, K) + k, mask=token < T, other=0)
+        score = _sigmoid(tl.load(logits_ptr + row_offset(token, E) + id_of_slot, mask=token < T, other=0.0))
+        grad = tl.load(grad_ptr + row_offset(token, K) + k, mask=token < T, other=0.0)
         slope = scale * (grad - mean) * inverse * (score * (1.0 - score))
         d_logits = tl.where(expert == id_of_slot, slope, d_logits)
-    tl.store(d_logits_ptr + place(token, E) + expert, d_logits, mask=(token < T) & (expert < E))
+    tl.store(d_logits_ptr + row_offset(token, E) + expert, d_logits, mask=(token < T) & (expert < E))
 
 
 def _tokens_per_program(columns: int) -> int:

@@ -32,9 +32,9 @@ def pack_rows_compiled(rows_TD: Tensor) -> Tensor:
     """As `wire.pack_rows_reference`."""
     tokens, columns = rows_TD.shape
     out_TW = torch.empty((tokens, columns + -(-columns // 128)), dtype=torch.uint8)
-    from moray.kernels.rows_numba import pack  # it imports numba, which takes a while
+    from moray.kernels.rows_numba import pack_rows_numba  # it imports numba, which takes a while
 
-    pack(*_bits(rows_TD), out_TW.numpy())
+    pack_rows_numba(*_bits(rows_TD), out_TW.numpy())
     return out_TW
 
 

@@ -43,7 +43,7 @@ def _pack_row(bits_D, shift, out_W, x, y, one) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def pack(bits_TD, shift, out_TW) -> None:
+def pack_rows_numba(bits_TD, shift, out_TW) -> None:
     x, y, one = np.empty(128, np.float32), np.empty(128, np.float32), np.empty(1, np.float32)
     for t in range(bits_TD.shape[0]):
         _pack_row(bits_TD[t], shift, out_TW[t], x, y, one)

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check
-from moray.kernels.backend import backend, magnitude_bits, place
+from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
+from moray.kernels.backend import backend, magnitude_bits, row_offset
 from moray.kernels.quantize import BLOCK, ROW_TILES, dequantize_reference, quantize_reference, scaled_e4m3, tile_scales
 
 Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1 x 128
@@ -79,16 +79,16 @@ def _store_along(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
     """x as tiles of 1 x 128 of a matrix [R, width]; `tile` is the number of the tile within a row."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
     there = rows[:, None] < R
-    tl.store(fp8_ptr + place(rows[:, None], width) + columns[None, :], scaled_e4m3(x, scales, True), mask=there)
-    tl.store(scale_ptr + place(rows[:, None], width // 128) + tile, scales, mask=there)
+    tl.store(fp8_ptr + row_offset(rows[:, None], width) + columns[None, :], scaled_e4m3(x, scales, True), mask=there)
+    tl.store(scale_ptr + row_offset(rows[:, None], width // 128) + tile, scales, mask=there)
 
 
 @triton.jit
 def _store_turned(x, fp8_ptr, scale_ptr, rows, columns, tile, R):
     """x transposed, as tiles of 1 x 128 of a matrix [columns, R]."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=0, keep_dims=True), True)
-    tl.store(fp8_ptr + place(columns[:, None], R) + rows[None, :], tl.trans(scaled_e4m3(x, scales, True)))
-    tl.store(scale_ptr + place(columns[None, :], R // 128) + tile, scales)
+    tl.store(fp8_ptr + row_offset(columns[:, None], R) + rows[None, :], tl.trans(scaled_e4m3(x, scales, True)))
+    tl.store(scale_ptr + row_offset(columns[None, :], R // 128) + tile, scales)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _forward(
     rows, tile = tl.program_id(1) * 32 + tl.arange(0, 32), tl.program_id(0)
     columns = tile * 128 + tl.arange(0, 128)
     inside = rows[:, None] < R
-    at = gate_up_ptr + place(rows[:, None], 2 * F) + columns[None, :]
+    at = gate_up_ptr + row_offset(rows[:, None], 2 * F) + columns[None, :]
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
     inner = gate * tl.sigmoid(gate) * up
@@ -113,11 +113,11 @@ def _forward(
 @triton.jit
 def _gradients(held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED: tl.constexpr):
     """(product, gradient of gate, of up, d_inner * the unweighted product) at some rows and columns of one tile."""
-    at = place(rows[:, None], 2 * F) + columns[None, :]
-    scale_at = held_scale_ptr + place(rows[:, None], 2 * F // 128) + tile
+    at = row_offset(rows[:, None], 2 * F) + columns[None, :]
+    scale_at = held_scale_ptr + row_offset(rows[:, None], 2 * F // 128) + tile
     gate = tl.load(held_ptr + at).to(tl.float32) * tl.load(scale_at)
     up = tl.load(held_ptr + at + F).to(tl.float32) * tl.load(scale_at + F // 128)
-    d = tl.load(d_inner_ptr + place(rows[:, None], F) + columns[None, :]).to(tl.float32)
+    d = tl.load(d_inner_ptr + row_offset(rows[:, None], F) + columns[None, :]).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     inner = silu * up
@@ -176,7 +176,7 @@ def _gradients_along(
     _store_along(d_gate, along_ptr, along_scale_ptr, rows, columns, tile, R, 2 * F)
     _store_along(d_up, along_ptr, along_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
     if WEIGHTED:
-        tl.store(d_weight_ptr + place(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
+        tl.store(d_weight_ptr + row_offset(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
 
 
 def _room(rows: int, columns: int, like: Tensor) -> Quantized:
@@ -185,14 +185,14 @@ def _room(rows: int, columns: int, like: Tensor) -> Quantized:
 
 
 def _sizes(name: str, gate_up: Tensor, dtypes: tuple[torch.dtype, ...], weights_R: Tensor | None) -> tuple[int, int]:
-    check(name, gate_up, (None, None), dtypes)
+    check_tensor(name, gate_up, (None, None), dtypes)
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     if gate_up.shape[1] % (2 * BLOCK):
         raise ValueError(f"{name} has {gate_up.shape[1]} columns, expected a multiple of {2 * BLOCK}: gate, then up")
     if rows % BLOCK:
         raise ValueError(f"{name} has {rows} rows, expected a multiple of {BLOCK}")
     if weights_R is not None:
-        check("weights_R", weights_R, (rows,), (torch.float32,), like=gate_up)
+        check_tensor("weights_R", weights_R, (rows,), (torch.float32,), like=gate_up)
     return rows, inner
 
 
@@ -211,8 +211,8 @@ def swiglu_quantize_triton(gate_up_RH: Tensor, weights_R: Tensor | None = None) 
 def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None) -> SwiGLUGradients:
     """`swiglu_backward_reference` in one pass."""
     rows, inner = _sizes("gate_up", gate_up[0], FP8_DTYPES, weights_R)
-    check("gate_up's scales", gate_up[1], (rows, 2 * inner // BLOCK), (torch.float32,), like=gate_up[0])
-    check("d_inner_RF", d_inner_RF, (rows, inner), WIDE_DTYPES, like=gate_up[0])
+    check_tensor("gate_up's scales", gate_up[1], (rows, 2 * inner // BLOCK), (torch.float32,), like=gate_up[0])
+    check_tensor("d_inner_RF", d_inner_RF, (rows, inner), WIDE_DTYPES, like=gate_up[0])
     along, turned = _room(rows, 2 * inner, d_inner_RF), _room(2 * inner, rows, d_inner_RF)
     product = _room(inner, rows, d_inner_RF)
     parts_RJ = torch.empty((rows, inner // BLOCK), dtype=torch.float32, device=d_inner_RF.device)

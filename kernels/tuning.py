@@ -44,7 +44,7 @@ def _table(device_name: str) -> dict[str, list[dict[str, int]]]:
 
 
 @functools.cache
-def nearest(device_name: str, kernel: str, m: int, n: int, k: int) -> Tiles:
+def nearest_shape(device_name: str, kernel: str, m: int, n: int, k: int) -> Tiles:
     """The tiles measured for the size nearest to m x n x k, by the ratio of each of the three."""
 
     def distance(row: dict[str, int]) -> float:
@@ -60,4 +60,4 @@ def nearest(device_name: str, kernel: str, m: int, n: int, k: int) -> Tiles:
 def tiles(kernel: str, device: torch.device, m: int, n: int, k: int) -> Tiles:
     """The shape for a product of this size on this device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return nearest(name, kernel, m, n, k)
+    return nearest_shape(name, kernel, m, n, k)

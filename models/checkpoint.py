@@ -54,7 +54,7 @@ class Weight(NamedTuple):
 def save(model: DeepseekV3, folder: str | Path, precision: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `model` to `folder`, replacing a model that is there. precision: "float32", "bf16" or "fp8".
 
-    The model must hold every expert; one spread over ranks is exported from its checkpoint with `write`.
+    The model must hold every expert; one spread over ranks is exported from its checkpoint with `write_folder`.
     """
     config = model.config
     if config.moe_layers and len(model.experts) != config.n_routed_experts:
@@ -71,7 +71,7 @@ def _weights(model: DeepseekV3) -> Iterator[Weight]:
         yield Weight(name, bias_E)
 
 
-def write(
+def write_folder(
     folder: str | Path,
     config: ModelConfig,
     tensors: Iterable[tuple[str, Tensor]],
@@ -87,7 +87,8 @@ def write(
 
 
 def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the model of one folder to another in `precision`, a tensor at a time. Raises as `load` and `write` do."""
+    """Writes the model of one folder to another in `precision`, a tensor at a time. Raises as `load` and `write_folder`
+    do."""
     checked = CheckedFolder(source)
     write_weights(folder, checked.config, checked.weights(), precision, shard_bytes)
 
@@ -99,7 +100,7 @@ def write_weights(
     precision: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """As `write`, of weights some of which are in FP8."""
+    """As `write_folder`, of weights some of which are in FP8."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     expected, biases = checkpoint_shapes(config), bias_shapes(config)

@@ -86,8 +86,8 @@ class FolderWriter:
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
             total = sum(_bytes(*entry) for entry in self._layout.values())
-            write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(self._folder / CONFIG, config)
+            write_json_file(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json_file(self._folder / CONFIG, config)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -159,7 +159,7 @@ def _places(path: Path) -> Iterator[tuple[str, _Place]]:
             yield name, _Place(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
     """Atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:

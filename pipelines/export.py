@@ -43,7 +43,7 @@ class Export(Step[ExportConfig]):
                 "the tokenizer is not the one the model was trained with", "give `tokenizer` the input of tokenize"
             )
         config = read_model_config(source)
-        hugging_face.write(ctx.folder, config, _tensors(ctx), ctx.config.precision)
+        hugging_face.write_folder(ctx.folder, config, _tensors(ctx), ctx.config.precision)
         bos = special_ids(tokenizer.folder)["bos"]
         write_with_bos(tokenizer.folder, ctx.folder, load_tokenizer(tokenizer.folder).id_to_token(bos), bos)
         write_json(

@@ -20,7 +20,7 @@ from moray.platform.control.schedules import NewSchedule
 from moray.platform.core.cluster import ClusterBackend, Observed, Topology, Usage
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
 from moray.platform.core.home import Home
-from moray.platform.server.app import build_app
+from moray.platform.server.app import build_controller_app
 from moray.platform.server.overview import Overview
 
 RECIPE = """
@@ -141,7 +141,7 @@ def page_server(root: Path, port: int = 0) -> Iterator[PageServer]:
     (root / "one.txt").write_text("a document")
     controller = Controller(home, Database(home.database), IdleCluster(), "", Topology(2, 0, 1 << 34), 2)
     token = ensure_token(home)
-    app = build_app(home, controller, Overview(home, controller, IdleCluster()), token)
+    app = build_controller_app(home, controller, Overview(home, controller, IdleCluster()), token)
     listening = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -107,6 +107,16 @@ def test_every_module_says_what_it_is_for() -> None:
     assert without == []
 
 
+def test_a_public_name_has_one_home() -> None:
+    """Who greps for a class or a function finds the one. `main` is what a file that is run calls."""
+    homes: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+                homes.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: found for name, found in homes.items() if len(found) > 1 and name != "main"} == {}
+
+
 def test_no_folder_shadows_another_package() -> None:
     """`platform/__init__.py` would break the standard library's `platform` for Python and every Ray worker."""
     folders = [ROOT / room for room in (*ROOMS, "recipes", "benchmarks", "docs")]

@@ -76,7 +76,7 @@ class Batch:
     mask: npt.NDArray[np.bool_]
 
 
-def write_shard(folder: Path, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:
+def write_token_shard(folder: Path, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:
     """Writes one shard: sequences [n, sequence_length] in the vocabulary's dtype, and the rows of its `starts` file
     (docs/formats.md), in the order of `start`."""
     data = packed.tobytes()

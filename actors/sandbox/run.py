@@ -6,7 +6,7 @@ is an error (`SandboxRefused`), unless the caller asks for the unsafe form: limi
 only, which keeps no program from reading or writing what the user may. A verdict holds for programs that do not set out
 to forge it: what runs beside its tests could report in their place, but gets no further.
 
-A program runs until the first limit (`limits.py`), and when `run` returns none of its processes is left.
+A program runs until the first limit (`limits.py`), and when `run_program` returns none of its processes is left.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def run_tests(code: str, tests: str, limits: SandboxLimits | None = None, unsafe
         return SandboxResult("failed", reason)
     token = secrets.token_hex(16)
     files = {"harness.py": _HARNESS, "program.py": code, "tests.py": tests}
-    ended = run(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe)
-    return judge(ended, token)
+    ended = run_program(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe)
+    return read_result(ended, token)
 
 
 def why_no_tests(tests: str) -> str:
@@ -134,7 +134,7 @@ def _is_unittest_check(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("assert")
 
 
-def judge(ended: Ended, token: str) -> SandboxResult:
+def read_result(ended: Ended, token: str) -> SandboxResult:
     """The verdict on what a harness with this token left."""
     try:
         report = json.loads(ended.report)
@@ -181,7 +181,7 @@ def refusal() -> str:
     return "" if ended.output == "here\n" else f"a program that prints a word left {ended.output!r}, {ended.report}"
 
 
-def run(
+def run_program(
     files: Mapping[str, str],
     arguments: Sequence[str],
     limits: SandboxLimits | None = None,

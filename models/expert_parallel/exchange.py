@@ -86,7 +86,7 @@ class LocalExchange:
         return ExpertPermutation.of(self._ids_TK, len(self._counts_E), self._ids_TK.numel())
 
 
-class Counts(NamedTuple):
+class RowCounts(NamedTuple):
     """Rows sent to each rank and received from each, on the host; counts_L: rows of each local expert, int64."""
 
     send: list[int]
@@ -107,13 +107,13 @@ class CountExchange:
         self._pending = all_to_all.start(self._sent_PX, None, None)
         self._side = torch.cuda.Stream() if counts_E.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def wait(self) -> Counts:
+    def wait(self) -> RowCounts:
         if self._side is None:
             both = torch.stack((self._sent_PX, self._pending.wait()))
         else:
             with torch.cuda.stream(self._side):
                 both = torch.stack((self._sent_PX, self._pending.wait())).cpu()  # the one sync, of this stream alone
-        return Counts(both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0))
+        return RowCounts(both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0))
 
 
 class AllToAllExchange:
@@ -123,7 +123,7 @@ class AllToAllExchange:
         self._all_to_all, self._ids_TK, self.experts, self.fp8 = all_to_all, routing.ids_TK, experts, fp8
         self._plan = SendPlan.of(routing.ids_TK, ranks, len(experts))
         self._pending_counts = CountExchange(all_to_all, routing.counts_E, self._plan.send_counts())
-        self._counts: Counts | None = None
+        self._counts: RowCounts | None = None
         self._ids_AK: Tensor | None = None
 
     def start_dispatch(self, payload: Payload) -> PendingPayload:

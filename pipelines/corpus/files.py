@@ -71,7 +71,7 @@ class File:
 
     def damage(self, error: Exception) -> Reject:
         """What an error in the middle of the file means: a bad archive, or a bad disk."""
-        return Reject("", MALFORMED if isinstance(error, Damaged) else UNREADABLE, words(error))
+        return Reject("", MALFORMED if isinstance(error, Damaged) else UNREADABLE, error_words(error))
 
 
 def behind(stream: io.BufferedReader) -> Iterator[Reject]:
@@ -89,15 +89,15 @@ def bytes_read() -> int:
 
 
 def unreadable(error: Exception) -> Reject:
-    return Reject("", UNREADABLE, words(error))
+    return Reject("", UNREADABLE, error_words(error))
 
 
-def words(error: Exception) -> str:
+def error_words(error: Exception) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
+def read_lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
     """The lines of a file; None for one of more than `limit` bytes, which is skipped without keeping it."""
     while line := file.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):

@@ -40,7 +40,7 @@ NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID = (
 REASONS = (UNREADABLE, MALFORMED, EMPTY, BINARY, NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID, VALUE)
 
 
-def decode(data: bytes, max_bytes: int, key: str, meta: Meta = ()) -> Piece:
+def decode_text(data: bytes, max_bytes: int, key: str, meta: Meta = ()) -> Piece:
     """A document from UTF-8, or why it is none; ends of lines become one, and a mark before the text is none of it."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():

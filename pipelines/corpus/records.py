@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moray.pipelines.corpus.files import words
+from moray.pipelines.corpus.files import error_words
 from moray.pipelines.corpus.pieces import MALFORMED, Reject, printable
 
 _VERSION = rb"WARC/[0-9]{1,2}\.[0-9]{1,3}[ \t]*\r?\n"
@@ -108,7 +108,7 @@ class _Ahead:
             try:
                 data = self._stream.read1(max(_READ, min(size - len(self._data), 1 << 20)))
             except OSError as error:
-                self.trouble, data = words(error), b""
+                self.trouble, data = error_words(error), b""
             self._data += data
             self._ended = not data
         return len(self._data) >= size

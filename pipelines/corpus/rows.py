@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from moray.pipelines.corpus.files import File, behind, lines, unreadable, words
+from moray.pipelines.corpus.files import File, behind, error_words, read_lines, unreadable
 from moray.pipelines.corpus.pieces import (
     MALFORMED,
     OVERSIZED,
@@ -23,7 +23,7 @@ from moray.pipelines.corpus.pieces import (
     Lost,
     Piece,
     Reject,
-    decode,
+    decode_text,
     meta_of,
     printable,
 )
@@ -66,7 +66,7 @@ def read_jsonl(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         return
     limit = 6 * max_bytes + _REST_BYTES  # JSON may write a byte as six (\u0041)
     with stream:
-        numbered = enumerate(lines(stream, limit))
+        numbered = enumerate(read_lines(stream, limit))
         while True:
             try:
                 number, line = next(numbered)
@@ -98,7 +98,9 @@ def _json_pieces(line: bytes, number: int, max_bytes: int, columns: Columns) -> 
         return
     except (ValueError, RecursionError) as error:
         is_array = not number and line.lstrip().startswith(b"[")
-        what = "the file is an array of JSON, which is not read: one object a line is" if is_array else words(error)
+        what = (
+            "the file is an array of JSON, which is not read: one object a line is" if is_array else error_words(error)
+        )
         yield Reject(f"#{number}", MALFORMED, what)
         return
     if text is not None and not isinstance(text, str):
@@ -106,7 +108,7 @@ def _json_pieces(line: bytes, number: int, max_bytes: int, columns: Columns) -> 
         return
     meta, lost = meta_of([(name, row.get(column)) for name, column in columns.further()])
     yield from (Reject(key, VALUE, reason) for reason in lost)
-    yield _numbered(decode((text or "").encode("utf-8", "surrogatepass"), max_bytes, key, meta), named is None)
+    yield _numbered(decode_text((text or "").encode("utf-8", "surrogatepass"), max_bytes, key, meta), named is None)
 
 
 def _json(line: bytes) -> Any:
@@ -154,7 +156,7 @@ def _row_group(parquet: Any, group: int, first: int, columns: Columns) -> Batche
             row += batch.num_rows
         return
     except _UNREADABLE_ROWS as error:
-        why = words(error)
+        why = error_words(error)
     bad = {name: said for name in columns.wanted() if (said := _trouble(read, name))}
     if columns.text in bad or not bad:
         yield row, Reject("", MALFORMED, f"from row {row} on: {bad.get(columns.text, why)}")
@@ -173,7 +175,7 @@ def _trouble(read: Callable[..., Iterator[pa.RecordBatch]], column: str) -> str:
         for _ in read(columns=[column]):
             pass
     except _UNREADABLE_ROWS as error:
-        return words(error)
+        return error_words(error)
     return ""
 
 
@@ -192,7 +194,7 @@ def read_arrow(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
                 _check_batch(batch, columns)
                 yield row, batch
             except _UNREADABLE_ROWS as error:
-                yield row, Reject("", MALFORMED, f"from row {row} on: {words(error)}")
+                yield row, Reject("", MALFORMED, f"from row {row} on: {error_words(error)}")
             row += batch.num_rows
 
     yield from _read_batches(file, batches, max_bytes, columns)
@@ -261,7 +263,7 @@ def _read_batches(
 
 
 def _said(error: Exception) -> str:
-    return str(error.args[0])[:200] if isinstance(error, KeyError) else words(error)
+    return str(error.args[0])[:200] if isinstance(error, KeyError) else error_words(error)
 
 
 def _pieces(batch: pa.RecordBatch, first: int, max_bytes: int, columns: Columns) -> Iterator[Piece]:
@@ -277,7 +279,7 @@ def _pieces(batch: pa.RecordBatch, first: int, max_bytes: int, columns: Columns)
         if isinstance(name, Lost):
             lost.append(f"the value of {columns.id!r} cannot be written: {name.reason}")
         yield from (Reject(key, VALUE, reason) for reason in lost)
-        yield _numbered(decode(text.as_py() or b"", max_bytes, key, meta), named is None)
+        yield _numbered(decode_text(text.as_py() or b"", max_bytes, key, meta), named is None)
 
 
 def values(column: pa.Array) -> list[Any]:
@@ -292,7 +294,7 @@ def _value(scalar: Any) -> Any:
     try:
         return _plain(scalar)
     except Exception as error:
-        return Lost(words(error))
+        return Lost(error_words(error))
 
 
 def _plain(scalar: Any) -> Any:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 
 from moray.pipelines.corpus.files import File, behind, unreadable
-from moray.pipelines.corpus.pieces import MALFORMED, Piece, Reject, decode
+from moray.pipelines.corpus.pieces import MALFORMED, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns
 
 
@@ -23,7 +23,7 @@ def read_text(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         except OSError as error:
             yield file.damage(error)
             return
-        yield decode(data, max_bytes, "")
+        yield decode_text(data, max_bytes, "")
         yield from behind(stream)
 
 
@@ -45,7 +45,7 @@ def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[P
         yield Reject("", MALFORMED, "not a module of a pythonbible package")
         return
     for chapter, text in chapters.items():
-        yield decode(text.encode(), max_bytes, f"#{chapter}")
+        yield decode_text(text.encode(), max_bytes, f"#{chapter}")
 
 
 def bible_chapters(data: bytes) -> dict[int, str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moray.pipelines.corpus.codings import NotUndone, undo
-from moray.pipelines.corpus.files import File, behind, unreadable, words
+from moray.pipelines.corpus.files import File, behind, error_words, unreadable
 from moray.pipelines.corpus.pieces import (
     EMPTY,
     HTTP_STATUS,
@@ -23,12 +23,12 @@ from moray.pipelines.corpus.pieces import (
     Meta,
     Piece,
     Reject,
-    decode,
+    decode_text,
     printable,
 )
 from moray.pipelines.corpus.records import WarcRecord, records
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.web import page, page_limit, text_of
+from moray.pipelines.corpus.web import page_limit, read_page, text_of
 from moray.platform.core.errors import InputError
 
 _DOCUMENTS = ("response", "resource", "conversion")
@@ -79,7 +79,7 @@ def _guarded(record: WarcRecord, number: int, max_bytes: int) -> Piece:
     except NotUndone as error:
         return Reject(key, MALFORMED, str(error))
     except Exception as error:
-        return Reject(key, MALFORMED, words(error))
+        return Reject(key, MALFORMED, error_words(error))
     if record.is_long and isinstance(piece, Document):  # its end is not here
         return Reject(key, OVERSIZED, f"a record of {record.length} bytes")
     return piece
@@ -107,12 +107,12 @@ def _piece(record: WarcRecord, key: str, max_bytes: int) -> Piece:
 
 def _text(body: bytes, kind: str, record_type: str, key: str, meta: Meta, max_bytes: int) -> Piece:
     if record_type == "conversion":
-        return decode(body, max_bytes, key, meta)
+        return decode_text(body, max_bytes, key, meta)
     said = _CHARSET.search(kind)
     charset = said.group(1) if said else ""
     if kind.strip().lower().startswith("text/plain"):
-        return decode(text_of(body, charset).encode(), max_bytes, key, meta)
-    return page(body, max_bytes, key, charset, meta)
+        return decode_text(text_of(body, charset).encode(), max_bytes, key, meta)
+    return read_page(body, max_bytes, key, charset, meta)
 
 
 Headers = list[tuple[str, str]]
@@ -146,7 +146,7 @@ def _arc(stream: io.BufferedReader, max_bytes: int) -> Iterator[Piece]:
     except InputError:
         raise
     except Exception as error:
-        yield Reject("", MALFORMED, f"after record {number}: {words(error)}")
+        yield Reject("", MALFORMED, f"after record {number}: {error_words(error)}")
 
 
 def _of_arc(found: Any, max_bytes: int) -> WarcRecord:

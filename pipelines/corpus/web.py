@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from moray.pipelines.corpus.apart import TooMuch, main_text
-from moray.pipelines.corpus.files import File, behind, unreadable, words
+from moray.pipelines.corpus.files import File, behind, error_words, unreadable
 from moray.pipelines.corpus.markup import too_much
-from moray.pipelines.corpus.pieces import BINARY, EMPTY, MALFORMED, OVERSIZED, Meta, Piece, Reject, decode
+from moray.pipelines.corpus.pieces import BINARY, EMPTY, MALFORMED, OVERSIZED, Meta, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns
 
 _MARKUP = 16  # a page's markup may take this many times the bytes of the longest document, and 1 MB
@@ -30,11 +30,11 @@ def read_html(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
         except OSError as error:
             yield file.damage(error)
             return
-        yield page(data, max_bytes, "", "")
+        yield read_page(data, max_bytes, "", "")
         yield from behind(stream)
 
 
-def page(data: bytes, max_bytes: int, key: str, charset: str, meta: Meta = ()) -> Piece:
+def read_page(data: bytes, max_bytes: int, key: str, charset: str, meta: Meta = ()) -> Piece:
     """The main text of a page. `charset` is what HTTP said of it, or ""."""
     if len(data) > page_limit(max_bytes):
         return Reject(key, OVERSIZED, f"a page of more than {page_limit(max_bytes)} bytes")
@@ -44,7 +44,7 @@ def page(data: bytes, max_bytes: int, key: str, charset: str, meta: Meta = ()) -
     if "\0" in html:
         return Reject(key, BINARY)
     text = _main_text(html, key)
-    return text if isinstance(text, Reject) else decode(text.encode(errors="replace"), max_bytes, key, meta)
+    return text if isinstance(text, Reject) else decode_text(text.encode(errors="replace"), max_bytes, key, meta)
 
 
 def _main_text(html: str, key: str) -> str | Reject:
@@ -53,7 +53,7 @@ def _main_text(html: str, key: str) -> str | Reject:
     try:
         text = main_text(html)
     except TooMuch as error:
-        return Reject(key, MALFORMED, words(error))
+        return Reject(key, MALFORMED, error_words(error))
     return text if text.strip() else Reject(key, EMPTY, "no main text")
 
 

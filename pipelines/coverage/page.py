@@ -23,7 +23,7 @@ _MOST_REASONS = 6
 _EVEN_AT = 4  # bars of domains end at so many even shares: what is thin can be seen beside what is huge
 
 
-def page(report: dict[str, Any]) -> str:
+def coverage_page(report: dict[str, Any]) -> str:
     """HTML of a report (summary.py), self-contained."""
     cards = [
         _thin(report),

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from moray.pipelines.coverage.lineage import Stage, stages_of
 from moray.pipelines.coverage.measure import BYTES_PER_TOKEN, measure_shard
-from moray.pipelines.coverage.page import page
+from moray.pipelines.coverage.page import coverage_page
 from moray.pipelines.coverage.summary import Cells, Dropped, summarize
 from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards
 from moray.platform.core.atomic import write_json, write_text
@@ -60,7 +60,7 @@ class Coverage(Step[CoverageConfig]):
             **summarize([stage.label for stage in stages], cells, dropped, ctx.config.thin),
         }
         write_json(ctx.folder / "report.json", report)
-        write_text(ctx.folder / "report.html", page(report))
+        write_text(ctx.folder / "report.html", coverage_page(report))
         shutil.rmtree(ctx.folder / _MEASURES)
         thin = [one["domain"] for one in report["thin"]]
         write_text(ctx.folder / "closing.txt", f"coverage: file://{ctx.folder / 'report.html'}\n")

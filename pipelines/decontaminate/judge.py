@@ -52,7 +52,9 @@ class ContaminationVerdict:
     ignored: list[tuple[str, int]]
 
 
-def judge(matches: pa.Table, index: EvalIndex, max_overlap: float, ignore_common: int | None) -> ContaminationVerdict:
+def judge_matches(
+    matches: pa.Table, index: EvalIndex, max_overlap: float, ignore_common: int | None
+) -> ContaminationVerdict:
     """matches: see MATCHES, each document and n-gram once. A document is contaminated if it has more than `max_overlap`
     of an item, a share of the item's n-grams; those that more than `ignore_common` documents have count nowhere."""
     rows = sorted(matches.to_pylist(), key=lambda row: (row["id"], row["gram"]))

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, load_index
-from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge, per_eval
+from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.atomic import write_json
@@ -102,7 +102,7 @@ class Decontaminate(Step[DecontaminateConfig]):
         look = partial(_search_shard, folder=str(ctx.folder), characters=index.characters)
         rows = map_shards(ctx, "searching", shards, look, "bytes", file_bytes)
         matches = pa.concat_tables([read_shard(output_path(ctx.folder / _MATCHES, shard)) for shard in shards])
-        verdict = judge(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
+        verdict = judge_matches(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
         total = sum(row["documents"] for row in rows)
         dropping = ctx.config.action == "drop"
         if dropping and len(verdict.removed) == total:

@@ -26,7 +26,7 @@ _63, _6 = np.uint64(63), np.uint64(6)
 _ONE, _TURN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 
 
-def write(folder: Path, name: str, part: int, values: Hashes) -> None:
+def write_bloom(folder: Path, name: str, part: int, values: Hashes) -> None:
     """A filter of these values of one range; whole or not there."""
     path = _path(folder, name, part)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 from moray.pipelines.dedup import bloom, graph, index
 from moray.pipelines.dedup.exact import Kept
 from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
-from moray.pipelines.dedup.sketches import Sketches, documents_of, mapped, save
+from moray.pipelines.dedup.sketches import Sketches, columns_of, mapped, save_array
 from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.shingles import KEY_BITS
@@ -32,7 +32,7 @@ def forest_path(folder: Path, level: int, number: int) -> Path:
     return folder / f"forest-{level}-{number:06d}.npy"
 
 
-def seen_path(folder: Path, number: int) -> Path:
+def seen_keys_path(folder: Path, number: int) -> Path:
     return folder / f"seen-keys-{number:06d}.npy"
 
 
@@ -52,17 +52,17 @@ def compare_keys(part: Row, folder: str, sketches: Sketches, members: str, offse
         seen, old = numbers[:0], (keys[:0], numbers[:0])
         if kept.form == "bloom":
             seen = numbers[bloom.seen(kept.earlier, key_column(part["band"]), keys, KEY_BITS)]
-            bloom.write(Path(kept.folder), key_column(part["band"]), part["range"], keys)
+            bloom.write_bloom(Path(kept.folder), key_column(part["band"]), part["range"], keys)
         elif kept.form == "exact":
-            old = index.find_keys(kept.earlier, part["band"], keys)
+            old = index.find_earlier_keys(kept.earlier, part["band"], keys)
             index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
         found = bucket_pairs(keys, numbers, *old)
         pairs = np.sort(found.pairs, axis=1)
-        save(pairs_path(at, number), pairs)
+        save_array(pairs_path(at, number), pairs)
         edges = forest(pairs)
-        save(forest_path(at, 0, number), edges)
-        save(seen_path(at, number), seen)
-        save(counts, np.array([len(pairs), len(edges), len(seen), found.capped]))
+        save_array(forest_path(at, 0, number), edges)
+        save_array(seen_keys_path(at, number), seen)
+        save_array(counts, np.array([len(pairs), len(edges), len(seen), found.capped]))
     return {"shard": number, **dict(zip(("pairs", "edges", "seen", "capped"), np.load(counts).tolist(), strict=True))}
 
 
@@ -70,7 +70,7 @@ def _ordered(keys: Keys, numbers: Indices, sketches: Sketches, everyone: bool) -
     """The same, those that share a key in keep order: everyone, or only where so many do that it matters."""
     shared = buckets(keys, 1 if everyone else graph.LARGEST)
     if len(shared):
-        _, order = documents_of(sketches.documents(numbers[shared])).in_keep_order()
+        _, order = columns_of(sketches.documents(numbers[shared])).in_keep_order()
         alone = np.ones(len(keys), np.bool_)
         alone[shared] = False
         places = np.concatenate((np.flatnonzero(alone), shared[order]))
@@ -82,7 +82,7 @@ def merge_forests(part: Row, folder: str) -> Row:
     """Writes a forest of the forests with these `numbers` of one `level` as one of the next."""
     path = forest_path(Path(folder), part["level"] + 1, part["shard"])
     if not path.exists():
-        save(path, forest(read_forests(Path(folder), part["level"], part["numbers"])))
+        save_array(path, forest(read_forests(Path(folder), part["level"], part["numbers"])))
     return {"shard": part["shard"], "edges": len(mapped(path))}
 
 

@@ -91,7 +91,7 @@ class Crawl:
 
     @property
     def ranges(self) -> int:
-        return index.ranges_for(self.count)
+        return index.index_ranges(self.count)
 
     def sketches(self, folder: Path) -> Sketches:
         firsts = self.shards.firsts[len(self.shards.firsts) - len(self.paths) :]

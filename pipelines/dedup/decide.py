@@ -20,7 +20,7 @@ from moray.pipelines.dedup.compare import pairs_path
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.graph import once
 from moray.pipelines.dedup.keep_order import DocumentColumns, described, documents_in, read_documents
-from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, documents_of, mapped, rows_of, save
+from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, mapped, rows_of, save_array
 from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.minhash import Shingling
@@ -120,8 +120,8 @@ def group_pairs(part: Row, folder: str) -> Row:
         at = np.searchsorted(mapped(numbers_path(Path(folder))), pairs[:, 0])
         group = mapped(groups_path(Path(folder)))[at]
         order = np.argsort(group, kind="stable")
-        save(_grouped_path(Path(folder), part["shard"], "pairs"), pairs[order])
-        save(path, group[order])
+        save_array(_grouped_path(Path(folder), part["shard"], "pairs"), pairs[order])
+        save_array(path, group[order])
     return {"shard": part["shard"]}
 
 
@@ -241,7 +241,7 @@ def _read(folder: Path, files: int, group: int) -> Group:
         bounds.append(np.stack((ends[:-1], ends[1:]), axis=1))
         sets.append(own)
     return Group(
-        np.concatenate(numbers), documents_of(np.concatenate(rows)), np.concatenate(of_file), np.concatenate(bounds),
+        np.concatenate(numbers), columns_of(np.concatenate(rows)), np.concatenate(of_file), np.concatenate(bounds),
         sets,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import buckets
 from moray.pipelines.dedup.index import Earlier
-from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, documents_of, save
+from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of, save_array
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.shards import Row
 
@@ -38,7 +38,7 @@ def originals_path(folder: Path, part: int) -> Path:
     return folder / f"originals-{part:05d}.npy"
 
 
-def seen_path(folder: Path, part: int) -> Path:
+def seen_hashes_path(folder: Path, part: int) -> Path:
     return folder / f"seen-hashes-{part:05d}.npy"
 
 
@@ -51,7 +51,7 @@ def find_copies(part: Row, folder: str, sketches: Sketches, kept: Kept) -> Row:
         values, numbers = sketches.hashes(number)
         if not kept.form:
             numbers = numbers[buckets(values)]  # who is alone is no copy
-        documents, order = documents_of(sketches.documents(numbers)).in_keep_order()
+        documents, order = columns_of(sketches.documents(numbers)).in_keep_order()
         numbers = numbers[order]
         _, firsts, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
         old = np.full(len(firsts), _NEW, np.int64)
@@ -59,15 +59,15 @@ def find_copies(part: Row, folder: str, sketches: Sketches, kept: Kept) -> Row:
         if kept.form == "bloom":
             high, _ = index.halves(documents.hashes[firsts])
             seen = bloom.seen(kept.earlier, HASHES, high, HASH_BITS)
-            bloom.write(Path(kept.folder), HASHES, number, high[~seen])
+            bloom.write_bloom(Path(kept.folder), HASHES, number, high[~seen])
         elif kept.form:
             old = index.find_hashes(kept.earlier, documents.hashes[firsts])
             new = firsts[old == _NEW]
             index.write_hashes(Path(kept.folder), number, documents.hashes[new], numbers[new])
-        save(seen_path(Path(folder), number), numbers[firsts[seen]])
+        save_array(seen_hashes_path(Path(folder), number), numbers[firsts[seen]])
         copies, originals = _copies(numbers, documents.ids, firsts[group], old[group])
-        save(originals_path(Path(folder), number), originals)
-        save(path, copies)
+        save_array(originals_path(Path(folder), number), originals)
+        save_array(path, copies)
     return {"shard": number}
 
 

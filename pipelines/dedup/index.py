@@ -62,7 +62,7 @@ class Generation:
         return Generation(**stored | {"shards": tuple(stored["shards"]), "rows": tuple(stored["rows"])})
 
 
-def ranges_for(count: int) -> int:
+def index_ranges(count: int) -> int:
     """Files per band for so many documents."""
     return 1 << max(0, (count - 1) // _RANGE_ENTRIES).bit_length()
 
@@ -82,7 +82,7 @@ def write_band(folder: Path, band: int, part: int, keys: Keys, numbers: Indices)
     _write(_range(_band_folder(folder, band), part), {"key": keys[order], "document": numbers[order]})
 
 
-def find_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, Indices]:
+def find_earlier_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, Indices]:
     """Of every earlier document that has one of these keys [M]: the key and its number, in keep order by key."""
     wanted = np.unique(keys)
     found_keys, found_numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]

@@ -32,7 +32,7 @@ def warn_of_unknown_sources(ctx: StepContext[Any], paths: Sequence[Path]) -> Non
             ctx.note(f"prefer: no document is of a source {name!r}: {nearest(name, sources)}", level="warning")
 
 
-def read_parts(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
+def read_outputs(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
     """What the tasks of the shards left in `folder`, under the shards' own names."""
     return [read_shard(output_path(folder, shard)) for shard in shards]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from moray.pipelines.dedup.keep_order import described, documents_in, read_documents
-from moray.pipelines.dedup.sketches import is_there, write
+from moray.pipelines.dedup.sketches import is_there, write_sketches
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.minhash import Shingling
 
@@ -19,5 +19,5 @@ def sign_shard(shard: Row, folder: str, shingling: Shingling, prefer: Sequence[s
     if not is_there(Path(folder), name):
         table = read_documents(Path(shard["path"]))
         keys, shingles = shingling.keys(table["text"])
-        write(Path(folder), name, documents_in(pa.table(described(table)), prefer), keys, shingles > 0)
+        write_sketches(Path(folder), name, documents_in(pa.table(described(table)), prefer), keys, shingles > 0)
     return {"shard": shard["shard"]}

@@ -34,7 +34,7 @@ _NO_KEY = np.uint64((1 << 64) - 1)  # of a document without words: in no range o
 Rows = npt.NDArray[np.void]
 
 
-def save(path: Path, array: npt.NDArray[Any]) -> None:
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Whole, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coming = path.with_name(f".{path.name}")
@@ -57,7 +57,7 @@ def rows_of(documents: DocumentColumns) -> Rows:
     return rows
 
 
-def documents_of(rows: Rows) -> DocumentColumns:
+def columns_of(rows: Rows) -> DocumentColumns:
     return DocumentColumns(rows["id"], rows["hash"], rows["source"], rows["quality"], rows["length"])
 
 
@@ -65,14 +65,16 @@ def is_there(folder: Path, name: str) -> bool:
     return _path(folder, name, "documents").exists()
 
 
-def write(folder: Path, name: str, documents: DocumentColumns, keys: Keys, has_keys: npt.NDArray[np.bool_]) -> None:
+def write_sketches(
+    folder: Path, name: str, documents: DocumentColumns, keys: Keys, has_keys: npt.NDArray[np.bool_]
+) -> None:
     """keys: [N, bands]; of documents without words they mean nothing."""
     high, _ = halves(documents.hashes)
     values = np.concatenate((np.where(has_keys, keys.T, _NO_KEY), high[None]))
     rows = np.argsort(values, axis=1, kind="stable")
-    save(_path(folder, name, "values"), np.take_along_axis(values, rows, 1))
-    save(_path(folder, name, "rows"), rows.astype(np.uint32))
-    save(_path(folder, name, "documents"), rows_of(documents))  # the last: with it, all are there
+    save_array(_path(folder, name, "values"), np.take_along_axis(values, rows, 1))
+    save_array(_path(folder, name, "rows"), rows.astype(np.uint32))
+    save_array(_path(folder, name, "documents"), rows_of(documents))  # the last: with it, all are there
 
 
 def _path(folder: Path, name: str, kind: str) -> Path:

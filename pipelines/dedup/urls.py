@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from moray.pipelines.dedup.keep_order import KeepOrder, described, read_documents
-from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_parts
+from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path
@@ -58,9 +58,9 @@ class DedupUrls(Step[DedupUrlsConfig]):
         shards = preferring_shards(ctx)
         read = partial(read_urls, folder=str(ctx.folder / _URLS), config=ctx.config)
         map_shards(ctx, "reading", shards, read, "bytes", file_bytes)
-        tables = read_parts(ctx.folder / _URLS, shards)
+        tables = read_outputs(ctx.folder / _URLS, shards)
         _check_fields(tables, ctx.config, Path(shards[0]["path"]))
-        removed = repeated(tables, ctx.config)
+        removed = repeated_urls(tables, ctx.config)
         write_parquet(ctx.folder / "removed.parquet", removed)
         keep = partial(keep_shard, folder=str(ctx.folder))
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
@@ -129,7 +129,7 @@ def _seconds(date: str | None) -> float | None:
     return None
 
 
-def repeated(tables: list[pa.Table], config: DedupUrlsConfig) -> pa.Table:
+def repeated_urls(tables: list[pa.Table], config: DedupUrlsConfig) -> pa.Table:
     """What goes of the documents of all shards: id, reason, representative, url; by id."""
     order = KeepOrder.of(tables, config.prefer, _ages(pa.concat_tables(tables)) if config.newest else None)
     urls = order.table["url"].take(pa.array(order.order)).to_pylist()

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup import index
-from moray.pipelines.dedup.compare import compare_keys, merge_forests, read_forests, seen_path
+from moray.pipelines.dedup.compare import compare_keys, merge_forests, read_forests, seen_keys_path
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.crawl import Crawl
 from moray.pipelines.dedup.decide import (
@@ -36,11 +36,10 @@ from moray.pipelines.dedup.decide import (
     read_decided,
     write_decided,
 )
-from moray.pipelines.dedup.exact import Kept, copies_path, find_copies, originals_path
-from moray.pipelines.dedup.exact import seen_path as seen_hashes_path
+from moray.pipelines.dedup.exact import Kept, copies_path, find_copies, originals_path, seen_hashes_path
 from moray.pipelines.dedup.groups import Groups
 from moray.pipelines.dedup.sign import sign_shard
-from moray.pipelines.dedup.sketches import Sketches, save
+from moray.pipelines.dedup.sketches import Sketches, save_array
 from moray.pipelines.dedup.write import REMOVED, clusters, write_kept
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
@@ -118,7 +117,7 @@ class Work:
             originals = np.unique(np.load(originals_path(self.folder, part), mmap_mode="r")["number"])
             old.append(originals[originals < self.crawl.offset])
         members[np.concatenate(seen) - self.crawl.offset] = False
-        save(self._members, members)
+        save_array(self._members, members)
         return Copied(np.concatenate(old), np.concatenate(seen))
 
     def compare(self) -> Compared:
@@ -133,7 +132,7 @@ class Work:
             for part in range(ranges)
         ]
         rows = map_shards(self.ctx, "comparing", parts, compare, "ranges", lambda row: 1, here=self._few)
-        seen = [np.load(seen_path(self.folder, row["shard"])) for row in rows if row["seen"]]
+        seen = [np.load(seen_keys_path(self.folder, row["shard"])) for row in rows if row["seen"]]
         known = np.unique(np.concatenate([np.zeros(0, np.int64), *seen]))
         capped = sum(row["capped"] for row in rows)
         return Compared([row["pairs"] for row in rows], self._joined(rows), known, capped)
@@ -162,9 +161,9 @@ class Work:
         characters = self._characters(numbers)
         groups = Groups.of(numbers, edges, characters, _GROUP_CHARACTERS)
         for name, array in (("known", known), ("seen", seen)):
-            save(self.folder / f"{name}.npy", array)
-        save(numbers_path(self.folder), numbers)
-        save(groups_path(self.folder), groups.groups)
+            save_array(self.folder / f"{name}.npy", array)
+        save_array(numbers_path(self.folder), numbers)
+        save_array(groups_path(self.folder), groups.groups)
         if len(numbers):
             said = f"{len(numbers):,} documents may be like others, in {groups.components:,} components"
             self.ctx.note(f"{said}; the largest has {groups.largest:,}")

@@ -93,7 +93,7 @@ class Evaluate(Step[EvaluateConfig]):
                     f"{model.config.vocab_size}",
                     "give evaluate the tokens that the model was trained on",
                 )
-            for ids, size in documents_of(token_set):
+            for ids, size in heldout_documents(token_set):
                 windows = list(split_windows(ids, token_set.sequence_length))
                 bits = sum(
                     window_bits(model, windows[i : i + ctx.config.batch_windows])
@@ -119,7 +119,7 @@ class Evaluate(Step[EvaluateConfig]):
             unigram.add(ids[(ids != token_set.vocabulary.bos) & (ids != token_set.vocabulary.pad)])
             ctx.progress("unigram", done + 1, len(shards), "shards")
         for source, token_set in heldout.items():
-            scores[source].bits["unigram"] = [unigram.bits(ids[1:]) for ids, _ in documents_of(token_set)]
+            scores[source].bits["unigram"] = [unigram.bits(ids[1:]) for ids, _ in heldout_documents(token_set)]
 
     def _score_bytes(
         self, ctx: StepContext[EvaluateConfig], heldout: dict[str, TokenSet], scores: dict[str, Scores]
@@ -159,7 +159,7 @@ class Evaluate(Step[EvaluateConfig]):
         return EvalReport(model=ctx.inputs["model"].reference, rows=tuple(rows))
 
 
-def documents_of(token_set: TokenSet) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+def heldout_documents(token_set: TokenSet) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
     """(token ids with bos and eos, UTF-8 bytes) of every document, in order."""
     for shard in token_set.shards:
         for _, ids, size in token_set.documents(shard):

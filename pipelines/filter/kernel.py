@@ -28,7 +28,7 @@ from moray.pipelines.filter.layout import (
     Numbers,
     Places,
     counts_for,
-    decode,
+    decode_layout,
     encode,
     find_words,
     hash_of,
@@ -126,7 +126,7 @@ def _judge(
 
 
 @numba.njit(nogil=True, cache=True)
-def judge(
+def judge_layouts(
     offsets: Places, data: Bytes, table: Bytes, rules: RuleArrays, room: DocumentLayout, edited: DocumentLayout | None,
     counts: Counts, verdicts: RuleVerdicts, write: bool,
 ) -> None:  # fmt: skip
@@ -137,7 +137,7 @@ def judge(
     stop_words = _hashes(rules.stop_words, rules.stop_word_bounds)
     at = ZERO
     for n in range(len(offsets) - 1):
-        length = decode(data, offsets[n], offsets[n + 1], table, room.codes, room.bits)
+        length = decode_layout(data, offsets[n], offsets[n + 1], table, room.codes, room.bits)
         document = _read(room, room.codes[:length], room.bits[:length])
         family, limit, value, document = _judge(document, rules, stop_words, room, edited, counts)
         verdicts.families[n], verdicts.limits[n], verdicts.values[n] = family, limit, value

@@ -42,7 +42,7 @@ _LEAST_BITS = 3.5  # a character; 20 random hexadecimal digits have 3.4 on avera
 _LEAST_DIGITS = 2
 
 
-def find_keys(text: str) -> Iterator[Span]:
+def find_secret_keys(text: str) -> Iterator[Span]:
     """Where keys are, in no order; they may overlap."""
     for mark, form in _FORMS:
         if mark in text:

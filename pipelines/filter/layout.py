@@ -118,7 +118,7 @@ def hash_of_words(words: Hashes, begin: int, count: int) -> np.uint64:
 
 
 @numba.njit(nogil=True)
-def decode(data: Bytes, begin: int, end: int, table: Bytes, codes: Codes, bits: Bytes) -> int:
+def decode_layout(data: Bytes, begin: int, end: int, table: Bytes, codes: Codes, bits: Bytes) -> int:
     """Writes the characters of data[begin:end], valid UTF-8, and what they are; how many."""
     count, at = 0, begin
     while at < end:

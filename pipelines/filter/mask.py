@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from moray.pipelines.filter.keys import Span, find_keys
+from moray.pipelines.filter.keys import Span, find_secret_keys
 
 Kind = Literal["email", "ip", "phone", "card", "key"]
 KINDS: tuple[Kind, ...] = ("key", "email", "ip", "card", "phone")  # in the order they are looked for
@@ -53,7 +53,8 @@ def mask(text: str, kinds: Iterable[Kind], regions: tuple[str, ...] = ()) -> tup
     """
     wanted, counts = set(kinds), Counter[str]()
     finders: dict[Kind, Callable[[str], Iterable[Span]]] = {
-        "key": find_keys, "email": _emails, "ip": _addresses, "card": _cards, "phone": lambda t: _phones(t, regions),
+        "key": find_secret_keys, "email": _emails, "ip": _addresses, "card": _cards,
+        "phone": lambda t: _phones(t, regions),
     }  # fmt: skip
     for kind in KINDS:
         if kind in wanted:

@@ -28,7 +28,7 @@ class FilteredDocuments:
     texts: pa.Array
 
 
-def judge(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
+def judge_documents(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
     """texts: large_string [N]. Of a document that does not stay, the text means nothing."""
     from moray.pipelines.filter import kernel
 
@@ -43,7 +43,7 @@ def judge(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
     rules = _rules(config)
     room, edited, counts = kernel.room_for(longest)
     others = edited if config.rules != ("basic",) else None
-    kernel.judge(offsets, data, table(), rules, room, others, counts, verdicts, edits)
+    kernel.judge_layouts(offsets, data, table(), rules, room, others, counts, verdicts, edits)
     if edits:
         bounds, text = pa.py_buffer(verdicts.ends), pa.py_buffer(verdicts.text[: verdicts.ends[-1]])
         now = pa.Array.from_buffers(pa.large_string(), count, [None, bounds, text])

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.mask import mask
-from moray.pipelines.filter.rules import judge
-from moray.pipelines.quality.model import QualityModel, load
+from moray.pipelines.filter.rules import judge_documents
+from moray.pipelines.quality.model import QualityModel, load_quality_model
 from moray.pipelines.shared.documents import write_batches, write_parquet
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.language import CHARACTERS, identify
@@ -61,7 +61,7 @@ class _Work:
     """Filters tables, and remembers what was removed and how much there was of what."""
 
     def __init__(self, config: FilterConfig, model: str) -> None:
-        self.config, self._model = config, load(Path(model)) if model else None
+        self.config, self._model = config, load_quality_model(Path(model)) if model else None
         names = ["documents", "bytes", "kept", "kept_bytes", "edited"]
         names += [f"dropped:{reason}" for reason in config.reasons()] + [f"masked:{kind}" for kind in config.mask]
         self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # the same columns in every shard's row
@@ -94,7 +94,7 @@ class _Work:
         return pa.concat_tables([REMOVED.empty_table(), *self._removed])
 
     def _by_rules(self, table: pa.Table) -> pa.Table:
-        judged = judge(table["text"], self.config)
+        judged = judge_documents(table["text"], self.config)
         kept = self._remove(table, judged.reasons, judged.values, judged.limits)
         if "c4" not in self.config.rules:
             return kept

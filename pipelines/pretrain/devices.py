@@ -55,7 +55,7 @@ def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
     return {"workers": workers, "expert_parallel": step if given else math.gcd(workers, config.expert_parallel)}
 
 
-def words(config: PretrainConfig) -> str:
+def device_words(config: PretrainConfig) -> str:
     """Of a resolved config: "2 workers on CPUs", "8 workers with a GPU each"."""
     least = f"{config.min_workers} to " if config.min_workers else ""
     many = "worker" if config.workers == 1 else "workers"

@@ -59,7 +59,7 @@ class Loaders:
         return batch
 
 
-def train(settings: dict[str, Any]) -> None:
+def train_steps(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker: `settings` is {"job": TrainingJob, "loaders": [DataWorker handles], "watch":
     Watch}.
 
@@ -83,7 +83,7 @@ def train(settings: dict[str, Any]) -> None:
     events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
     team = mesh.from_first(lambda: secrets.token_hex(4))
     with Pulse(settings["watch"], team, world, mesh.rank, job.config.hang_seconds, lambda: _beat(worker)):
-        run(worker, Loaders(settings["loaders"]), events, start, Notice())
+        run_training(worker, Loaders(settings["loaders"]), events, start, Notice())
     if events:
         events.close()
 
@@ -93,7 +93,7 @@ def _beat(worker: Worker) -> Beat:
     return Beat(worker.step, begun, waiting, worker.busy)
 
 
-def run(
+def run_training(
     worker: Worker,
     source: BatchSource,
     events: EventLog | None,

@@ -22,7 +22,7 @@ from moray.models.presets import parameter_count
 from moray.models.tensors import checkpoint_shapes
 from moray.models.yarn import Yarn, unknown_fields
 from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob, check_context, model_config, overridden
-from moray.pipelines.pretrain.devices import resolved, words
+from moray.pipelines.pretrain.devices import device_words, resolved
 from moray.pipelines.pretrain.layout import check_backend, check_blocks, check_dispatch, check_layout, check_moments
 from moray.pipelines.pretrain.lr_schedule import batch_plan, check_schedule
 from moray.pipelines.pretrain.trainer import fit
@@ -87,7 +87,7 @@ class Pretrain(Step[PretrainConfig]):
             raise InputError(f"pretrain: {error}", "set pretrain.workers and pretrain.expert_parallel") from error
         if chosen.dispatch == "deepep":
             _check_deepep(chosen, topology.gpus)
-        return words(chosen)
+        return device_words(chosen)
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
         tokens = f"{ctx.inputs['tokens'].address}/train"
@@ -121,7 +121,7 @@ class Pretrain(Step[PretrainConfig]):
         )  # fmt: skip
         size = parameter_count(config)
         many = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
-        ctx.note(f"{words(settings)}; {many}")
+        ctx.note(f"{device_words(settings)}; {many}")
         try:
             fit(job, tokens, ctx.run / "train", topology)
         except StepFailed as error:

@@ -52,7 +52,7 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topo
     import ray
     import ray.train.torch
 
-    from moray.pipelines.pretrain.loop import train
+    from moray.pipelines.pretrain.loop import train_steps
 
     base: Any = ray.train.torch.TorchTrainer
 
@@ -77,7 +77,7 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topo
     cpus = cpu_share(config, topology.cpus)
     scaling: Any = ray.train.ScalingConfig
     return Trainer(
-        train,
+        train_steps,
         train_loop_config=settings,
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=scaling(

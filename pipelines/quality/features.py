@@ -29,7 +29,7 @@ def _longest(offsets: Places) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def buckets(
+def feature_buckets(
     offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, longest: int, count: int, ends: Places,
     out: npt.NDArray[np.int32],
 ) -> None:  # fmt: skip

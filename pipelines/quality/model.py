@@ -41,12 +41,12 @@ class Features:
         """A scipy CSR matrix, float32 [N, B]."""
         from scipy.sparse import csr_matrix
 
-        from moray.pipelines.quality.features import buckets
+        from moray.pipelines.quality.features import feature_buckets
 
         offsets, data = self._read(texts)
         ends = np.zeros(len(offsets), np.int64)
         room = np.empty(self.words * int(offsets[-1] - offsets[0]), np.int32)
-        buckets(offsets, data, *tables(), self.words, self.buckets, ends[1:], room)
+        feature_buckets(offsets, data, *tables(), self.words, self.buckets, ends[1:], room)
         sizes = np.diff(ends)
         values = np.repeat(1 / np.sqrt(np.maximum(sizes, 1)), sizes).astype(np.float32)
         made = csr_matrix((values, room[: ends[-1]], ends), shape=(len(sizes), self.buckets))
@@ -83,7 +83,7 @@ class QualityModel:
 
 
 @lru_cache(maxsize=2)  # a task's batches, and the tasks of a worker, use one
-def load(folder: Path) -> QualityModel:
+def load_quality_model(folder: Path) -> QualityModel:
     """Raises InputError if there is no model there that this version reads."""
     try:
         shape = json.loads((folder / _SHAPE).read_text())

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
-from moray.pipelines.serve.completion import DONE, Completion, event, to_json
+from moray.pipelines.serve.completion import DONE, Completion, completion_json, event
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
 from moray.pipelines.serve.protocol import ApiError, CompletionRequest, check_model
 from moray.pipelines.serve.sequence import Delta
@@ -30,7 +30,7 @@ _SCHEMA = CompletionRequest.model_json_schema()
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
 
 
-def build_app(engine: AsyncEngine, name: str) -> FastAPI:
+def build_serving_app(engine: AsyncEngine, name: str) -> FastAPI:
     """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine."""
 
     intake = Intake(engine.engine, name)
@@ -123,7 +123,7 @@ async def _whole(engine: AsyncEngine, intake: Intake, call: Call) -> bytes:
         for index, delta in deltas:
             answers[index].append(delta)
             size += _size(delta)
-    return await intake.answer(size, lambda: to_json(call.completion.whole(answers)))
+    return await intake.answer(size, lambda: completion_json(call.completion.whole(answers)))
 
 
 async def _events(engine: AsyncEngine, intake: Intake, call: Call) -> AsyncIterator[bytes]:

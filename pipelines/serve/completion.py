@@ -65,7 +65,7 @@ class Completion:
         }
 
 
-def to_json(value: Any) -> bytes:
+def completion_json(value: Any) -> bytes:
     """UTF-8 JSON, long lists a slice at a time: one call for all would keep Python's lock for seconds."""
     return _json(value).encode()
 
@@ -86,7 +86,7 @@ def _dumps(value: Any) -> str:
 
 def event(body: dict[str, Any]) -> bytes:
     """A server-sent event."""
-    return b"data: " + to_json(body) + b"\n\n"
+    return b"data: " + completion_json(body) + b"\n\n"
 
 
 def _joined(deltas: Sequence[Delta]) -> Delta:

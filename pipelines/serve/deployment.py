@@ -68,9 +68,9 @@ class ModelReplica:
         self._engine = AsyncEngine(Engine(model, vocabulary), threads)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from moray.pipelines.serve.api import build_app
+        from moray.pipelines.serve.api import build_serving_app
 
-        return build_app(self._engine, self._name)
+        return build_serving_app(self._engine, self._name)
 
 
 def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, cpus: float = 0.5) -> Deployment:

@@ -22,7 +22,7 @@ from torch import Tensor
 from moray.models.cache import LatentCache
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
-from moray.pipelines.serve.sampler import Draw, sample, score
+from moray.pipelines.serve.sampler import Draw, sample, score_tokens
 from moray.pipelines.serve.scheduler import Chunk, EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Delta, Request, Sequence
 from moray.pipelines.serve.text import ServingVocabulary, TextStream, Token
@@ -213,7 +213,7 @@ def _record(chunk: Chunk, logits_TV: Tensor) -> None:
         if following:
             first = logits_TV.shape[0] - chunk.tokens
             alternatives = [sequence.request.logprobs or 0] * len(following)
-            sequence.prompt_tokens += score(logits_TV[first : first + len(following)], following, alternatives)
+            sequence.prompt_tokens += score_tokens(logits_TV[first : first + len(following)], following, alternatives)
     sequence.computed = chunk.end
 
 

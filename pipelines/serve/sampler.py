@@ -41,13 +41,15 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Token]:
     tokens = [Token(index) for index in ids]
     scored = [row for row, draw in enumerate(draws) if draw.logprobs is not None]
     if scored:
-        results = score(logits_BV[scored], [ids[row] for row in scored], [draws[row].logprobs or 0 for row in scored])
+        results = score_tokens(
+            logits_BV[scored], [ids[row] for row in scored], [draws[row].logprobs or 0 for row in scored]
+        )
         for row, token in zip(scored, results, strict=True):
             tokens[row] = token
     return tokens
 
 
-def score(logits_BV: Tensor, ids: Sequence[int], alternatives: Sequence[int]) -> list[Token]:
+def score_tokens(logits_BV: Tensor, ids: Sequence[int], alternatives: Sequence[int]) -> list[Token]:
     """The given ids as tokens with their log probabilities and, row by row, that many best alternatives."""
     logprobs_BV = logits_BV.log_softmax(-1)
     chosen_B = logprobs_BV.gather(1, torch.tensor(ids, device=logits_BV.device).unsqueeze(1)).squeeze(1).tolist()

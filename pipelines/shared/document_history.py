@@ -71,7 +71,7 @@ class Explanation:
     others: dict[str, dict[str, Any]]
 
 
-def explain(store: ArtifactStore, runs: Sequence[RunRow], name: str) -> Explanation:
+def explain_document_in(store: ArtifactStore, runs: Sequence[RunRow], name: str) -> Explanation:
     """By the newest of the runs that knows it. name: an id, or SOURCE/KEY. Raises InputError if none does."""
     wanted = _wanted(name)
     asked: set[str] = set()
@@ -89,9 +89,9 @@ def explain(store: ArtifactStore, runs: Sequence[RunRow], name: str) -> Explanat
 
 
 def explain_in(home: Home, name: str, run: str | None = None) -> Explanation:
-    """As `explain`, by the runs of a home, or by one of them."""
+    """As `explain_document_in`, by the runs of a home, or by one of them."""
     runs = list_runs(home) if run is None else [find_run(home, run)]
-    return explain(ArtifactStore(home), runs, name)
+    return explain_document_in(ArtifactStore(home), runs, name)
 
 
 def _wanted(name: str) -> list[str]:

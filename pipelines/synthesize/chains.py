@@ -22,7 +22,7 @@ PHRASINGS = (
 _WITH_STEPS = ("Step by step:\n{steps}\n", "Let us work it out.\n{steps}\n", "{steps}\n", "Here is how:\n{steps}\n")
 
 
-def document(question: str, steps: str, answer: str, seed: int) -> str:
+def chain_document(question: str, steps: str, answer: str, seed: int) -> str:
     """One of the phrasings, by seed."""
     generator = random.Random(seed)
     phrasing, lead = generator.choice(PHRASINGS), generator.choice(_WITH_STEPS)

@@ -44,7 +44,7 @@ def _same(gold: str, answer: str) -> bool:
     return bool(read[0] and read[1] and verify(read[0], read[1], timeout_seconds=None))
 
 
-def load(kinds: set[str]) -> None:
+def load_request(kinds: set[str]) -> None:
     """Imports what checks need, once for all of them."""
     if "gym" in kinds:
         import reasoning_gym  # noqa: F401
@@ -52,7 +52,7 @@ def load(kinds: set[str]) -> None:
         import math_verify  # noqa: F401
 
 
-def check(wanted: dict[str, Any]) -> tuple[bool, str]:
+def check_answer(wanted: dict[str, Any]) -> tuple[bool, str]:
     """(whether it holds, why it could not be found out), from a child whose limits are its own."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -106,9 +106,9 @@ def _child(wanted: dict[str, Any], writer: int) -> None:
 def main(mark: str) -> None:
     with open("checks.jsonl", encoding="utf-8") as file:
         checks = [json.loads(line) for line in file]
-    load({wanted["kind"] for wanted in checks})
+    load_request({wanted["kind"] for wanted in checks})
     for number, wanted in enumerate(checks):
-        print(mark + json.dumps([number, *check(wanted)]), flush=True)
+        print(mark + json.dumps([number, *check_answer(wanted)]), flush=True)
 
 
 if __name__ == "__main__":

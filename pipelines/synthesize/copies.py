@@ -101,7 +101,7 @@ def _one(texts: pa.ChunkedArray, at: int) -> pa.Array:
     return pa.array([texts[at].as_py()], pa.large_string())
 
 
-def repeated(sketches: Iterable[Path]) -> dict[str, str]:
+def repeated_documents(sketches: Iterable[Path]) -> dict[str, str]:
     """Items with the bytes of an earlier one -> that one; shards and items in the order of the recipe."""
     first: dict[str, str] = {}
     again = {}

@@ -40,7 +40,7 @@ def categories() -> dict[str, str]:
     return {name: made.__module__.split(".")[1] for name, (made, _) in sorted(DATASETS.items()) if name not in LEFT_OUT}
 
 
-def choose(wanted: Sequence[str], with_answer: bool) -> list[str]:
+def choose_tasks(wanted: Sequence[str], with_answer: bool) -> list[str]:
     """Names for names and categories, sorted. Raises RecipeError for what is neither."""
     known = categories()
     usable = [name for name in known if not (with_answer and name in WITHOUT_ANSWER)]
@@ -81,6 +81,6 @@ def scorer(task: str, level: int, seed: int) -> Callable[[str], float]:
     return lambda answer: float(dataset.score_answer(answer, entry))
 
 
-def score(task: str, level: int, seed: int, answer: str) -> float:
+def score_answer(task: str, level: int, seed: int, answer: str) -> float:
     """What the task says of an answer, 0 to 1. For answers that are trusted: nothing bounds it."""
     return scorer(task, level, seed)(answer)

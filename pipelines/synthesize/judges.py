@@ -11,7 +11,7 @@ from moray.actors.sandbox.limits import SandboxLimits
 from moray.actors.sandbox.run import run_tests
 from moray.pipelines.synthesize import chains, prompts
 from moray.pipelines.synthesize.config import Maths
-from moray.pipelines.synthesize.programs import document
+from moray.pipelines.synthesize.programs import program_document
 from moray.pipelines.synthesize.rows import Item
 from moray.pipelines.synthesize.teacher import Answer
 from moray.pipelines.synthesize.verify import check_all, full_marks, majority, same_maths
@@ -57,7 +57,7 @@ def judge_gym(pairs: Pairs, tools: Tools) -> list[Judgement]:
             judged.append(Judgement(text, "form", "no \\boxed{} answer"))
             continue
         verdict = next(verdicts)
-        whole = chains.document(str(item.facts["question"]), text.strip(), answer, item.seed)
+        whole = chains.chain_document(str(item.facts["question"]), text.strip(), answer, item.seed)
         reason = "" if verdict.good else "wrong"
         judged.append(Judgement(whole, reason, verdict.detail, "reasoning-gym", more={"answer": answer}))
     return judged
@@ -73,7 +73,7 @@ def judge_code(pairs: Pairs, tools: Tools) -> list[Judgement]:
             continue
         verdict = run_tests(parts[1], parts[2], tools.limits, tools.unsafe)
         reason = "" if verdict.passed else f"sandbox:{verdict.outcome}"
-        judged.append(Judgement(document(*parts), reason, verdict.detail, "sandbox"))
+        judged.append(Judgement(program_document(*parts), reason, verdict.detail, "sandbox"))
     return judged
 
 

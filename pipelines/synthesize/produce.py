@@ -97,11 +97,11 @@ def _task_item(generator: Gym, item: Item) -> Made:
     try:
         _draw(generator, item)
         answer, level = item.facts["answer"], int(item.meta["level"])
-        good = gym.score(item.meta["task"], level, item.seed, answer) >= 1.0
+        good = gym.score_answer(item.meta["task"], level, item.seed, answer) >= 1.0
         worked = chains.steps(item.meta["task"], item.facts["metadata"])
     except Exception as error:  # of somebody's generator: a row, like every trouble of one item
         return reject(item, "generator", f"{type(error).__name__}: {error}")
-    text = chains.document(item.facts["question"], worked, answer, item.seed)
+    text = chains.chain_document(item.facts["question"], worked, answer, item.seed)
     if not good:
         return reject(item, "wrong", f"the task rejects its own answer {answer!r}", text, "reasoning-gym")
     return finish(
@@ -111,7 +111,7 @@ def _task_item(generator: Gym, item: Item) -> Made:
 
 def _draw(generator: Gym, item: Item) -> None:
     """Task by turns, level by how far the generator has come: the curriculum is the order of its documents."""
-    tasks = gym.choose(generator.tasks, generator.solver == "task")
+    tasks = gym.choose_tasks(generator.tasks, generator.solver == "task")
     wanted = generator.levels[item.number * len(generator.levels) // generator.items]
     task = tasks[item.number % len(tasks)]
     entry, level = gym.draw(task, wanted, item.seed)
@@ -129,7 +129,7 @@ def _program_item(generator: Programs, config: SynthesizeConfig, item: Item) -> 
     tests, drawn = programs.examples(record, item.seed, generator.examples, limits, unsafe)
     if not tests:
         return reject(item, f"sandbox:{drawn.outcome}", drawn.detail, verifier="sandbox")
-    text = programs.document(record["task_description"], record["code_sample"], tests)
+    text = programs.program_document(record["task_description"], record["code_sample"], tests)
     found = programs.blocks(text)
     if len(found) != 2:
         return reject(item, "form", "the program holds a fence of its own", text)

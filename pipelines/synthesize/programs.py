@@ -56,7 +56,7 @@ def examples(
     return "\n".join(lines) + "\n", verdict
 
 
-def document(task: str, code: str, tests: str) -> str:
+def program_document(task: str, code: str, tests: str) -> str:
     """What is asked, the program, its tests: the form of every code document."""
     return f"{task.strip()}\n\n```python\n{code.strip()}\n```\n\nTests:\n\n```python\n{tests.strip()}\n```\n"
 

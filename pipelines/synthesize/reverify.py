@@ -55,7 +55,7 @@ def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limit
             if problem := _told(text, meta):
                 _note(found, name, verifier, problem)
             elif trusted:
-                good = gym.score(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
+                good = gym.score_answer(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
                 _note(found, name, verifier, "" if good else "not full marks")
             else:
                 later.append((name, verifier, check))

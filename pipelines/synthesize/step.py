@@ -60,7 +60,7 @@ class Synthesize(Step[SynthesizeConfig]):
             if isinstance(generator, Maths) or (isinstance(generator, Gym) and asks(generator)):
                 gym.need_packages("math_verify", "reasoning_gym")
             if isinstance(generator, Gym):
-                gym.choose(generator.tasks, generator.solver == "task")
+                gym.choose_tasks(generator.tasks, generator.solver == "task")
 
     def run(self, ctx: StepContext[SynthesizeConfig]) -> None:
         self._look_at_sandbox(ctx)
@@ -147,7 +147,9 @@ class Synthesize(Step[SynthesizeConfig]):
         work = ctx.folder / _WORK
         map_shards(ctx, "sketching", shards, partial(copies.sketch_shard, folder=str(work)), "shards", lambda row: 1)
         sketches = [copies.sketch_path(work, shard["shard"]) for shard in shards]
-        found: dict[str, list[Any]] = {key: ["repeated", of, 1.0] for key, of in copies.repeated(sketches).items()}
+        found: dict[str, list[Any]] = {
+            key: ["repeated", of, 1.0] for key, of in copies.repeated_documents(sketches).items()
+        }
         if "corpus" in ctx.inputs:
             corpus = input_shards(ctx.inputs["corpus"].folder)
             compare = partial(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.actors.sandbox.limits import SandboxLimits
-from moray.actors.sandbox.run import run
+from moray.actors.sandbox.run import run_program
 
 Check = dict[str, Any]
 _SECONDS_EACH = 12  # for all of them together; the checker has limits for each
@@ -51,7 +51,7 @@ def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[CheckResul
         processes=256, open_files=256, output_bytes=1 << 20,
     )  # fmt: skip
     files = {"checker.py": _CHECKER.read_text(), "checks.jsonl": "".join(json.dumps(one) + "\n" for one in checks)}
-    ended = run(files, ["checker.py", mark], limits, unsafe, _packages())
+    ended = run_program(files, ["checker.py", mark], limits, unsafe, _packages())
     lines = [line.partition(mark)[2] for line in ended.output.splitlines() if mark in line]
     results = [CheckResult(bool(good), str(detail)) for _, good, detail in map(json.loads, lines)]
     return results, ended.broke or f"it left with code {ended.exit_code}: {ended.output[-200:]}"

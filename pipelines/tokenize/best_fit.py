@@ -15,7 +15,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 @numba.njit(nogil=True, cache=True)
-def place(source, begins, counts, target, starts):  # type: ignore[no-untyped-def]
+def place_pieces(source, begins, counts, target, starts):  # type: ignore[no-untyped-def]
     """target[starts[i] : starts[i] + counts[i]] = source[begins[i] : begins[i] + counts[i]], for every i."""
     for i in range(len(begins)):
         begin, start = begins[i], starts[i]

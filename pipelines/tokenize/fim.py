@@ -73,7 +73,7 @@ def rearranged(names: Sequence[str], texts: pa.Array, rate: float) -> tuple[pa.A
 def framed(encoded: Encoded, counts: Int64, bos: int, eos: int, marks: Marks | None) -> Encoded:
     """The tokens of documents between bos and eos, those of three pieces with their marks: begin, prefix, hole, suffix,
     end, middle. counts [N]: how many pieces of `encoded` each document has, 1 or 3."""
-    from moray.pipelines.tokenize.best_fit import place
+    from moray.pipelines.tokenize.best_fit import place_pieces
 
     first = np.cumsum(counts) - counts
     last, middle = first + counts - 1, first[counts == 3]
@@ -82,7 +82,7 @@ def framed(encoded: Encoded, counts: Int64, bos: int, eos: int, marks: Marks | N
     ends = np.cumsum(before + np.diff(encoded.bounds) + after)
     starts = ends - after - np.diff(encoded.bounds)
     tokens = np.empty(ends[-1] if len(ends) else 0, np.uint32)
-    place(encoded.ids, encoded.bounds[:-1], np.diff(encoded.bounds), tokens, starts)
+    place_pieces(encoded.ids, encoded.bounds[:-1], np.diff(encoded.bounds), tokens, starts)
     tokens[starts[first] - before[first]], tokens[ends[last] - 1] = bos, eos
     if marks is not None:
         for piece, mark in enumerate((marks.begin, marks.hole, marks.end)):

@@ -77,7 +77,7 @@ class TokenDocuments:
     bounds: Int64
 
 
-def plan(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
+def plan_sequences(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
     """Where documents of `lengths` tokens, none of them 0, go in sequences of `length`."""
     from moray.pipelines.tokenize.best_fit import best_fit
 
@@ -101,14 +101,14 @@ def plan(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
     return PlacedPieces(document[order], begin[order], tokens[order], start[order], first + count)
 
 
-def pack(
+def pack_documents(
     documents: TokenDocuments, pieces: PlacedPieces, length: int, vocabulary: TokenVocabulary
 ) -> tuple[npt.NDArray[np.unsignedinteger], pa.Table]:
     """The sequences, [sequences, length] in the vocabulary's dtype, and the table of their pieces (docs/formats.md).
 
     Raises ValueError if a token id is not below the vocabulary's size.
     """
-    from moray.pipelines.tokenize.best_fit import place
+    from moray.pipelines.tokenize.best_fit import place_pieces
 
     ids, bounds = documents.tokens, documents.bounds
     if ids.max(initial=0) >= vocabulary.size:
@@ -118,7 +118,7 @@ def pack(
             f"document {documents.names[n]}: token ids {own.min()}..{own.max()} outside 0..{vocabulary.size - 1}"
         )
     packed = np.full(pieces.sequences * length, vocabulary.pad, vocabulary.dtype)
-    place(ids, bounds[pieces.document] + pieces.begin, pieces.tokens, packed, pieces.start)
+    place_pieces(ids, bounds[pieces.document] + pieces.begin, pieces.tokens, packed, pieces.start)
     parts = np.bincount(pieces.document, minlength=len(documents.names))[pieces.document]
     by_document = np.lexsort((pieces.begin, pieces.document))
     part = np.empty(len(by_document), np.int64)

@@ -24,14 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.actors.data.token_set import Shard, TokenVocabulary, write_index, write_shard
+from moray.actors.data.token_set import Shard, TokenVocabulary, write_index, write_token_shard
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged
-from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack, plan
-from moray.pipelines.tokenizer.encoding import Choice, choose, encoder
+from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack_documents, plan_sequences
+from moray.pipelines.tokenizer.encoding import Choice, choose_encoder, encoder
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
@@ -95,7 +95,7 @@ class Tokenize(Step[TokenizeConfig]):
 
     def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
         """The encoder of this run; says so loudly if it is the slow one."""
-        chosen, reason = choose(ctx.config.encoder, folder, *_sample(shards))
+        chosen, reason = choose_encoder(ctx.config.encoder, folder, *_sample(shards))
         if reason:
             ctx.note(f"{reason}; encoding with Hugging Face tokenizers, tens of times as slow", level="warning")
         return chosen
@@ -194,9 +194,9 @@ def _tokenize_group(group: Row, job: GroupTask) -> Row:
     training = group["part"] == "train"
     documents = _encoded(group["paths"], job, job.config.fim_rate if training else 0.0)
     length = job.config.sequence_length
-    pieces = plan(np.diff(documents.bounds), length, job.config.packing if training else "concatenate")
-    packed, rows = pack(documents, pieces, length, job.vocabulary)
-    made = write_shard(job.folder / group["part"] / group["source"], group["number"], packed, rows)
+    pieces = plan_sequences(np.diff(documents.bounds), length, job.config.packing if training else "concatenate")
+    packed, rows = pack_documents(documents, pieces, length, job.vocabulary)
+    made = write_token_shard(job.folder / group["part"] / group["source"], group["number"], packed, rows)
     row = {
         **{name: group[name] for name in ("shard", "part", "source")},
         **asdict(made),

@@ -90,7 +90,7 @@ def _listen(lines: IO[bytes], said: deque[str], stages: dict[str, tuple[int, int
             said.append(line.decode(errors="replace").strip())
 
 
-def train(
+def train_bpe(
     texts: Iterator[str], pattern: Sequence[str], vocab_size: int, special: Sequence[str], loud: bool = False
 ) -> Any:
     """A trained `tokenizers.Tokenizer`, special tokens first. loud: prints how far it is.
@@ -122,7 +122,7 @@ def main() -> None:
     pattern, vocab_size, special, path = json.loads(sys.argv[1])
     with pa.ipc.open_stream(sys.stdin.buffer) as stream:
         texts = (text.as_py() for batch in stream for text in batch.column(0))
-        train(texts, pattern, vocab_size, special, loud=True).save(path)
+        train_bpe(texts, pattern, vocab_size, special, loud=True).save(path)
 
 
 if __name__ == "__main__":

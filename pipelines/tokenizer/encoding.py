@@ -1,9 +1,9 @@
 """Text to token ids: by gigatoken where it gives the very ids of Hugging Face `tokenizers`, else by that.
 
 `tokenizers` is what the ids mean; gigatoken is tens of times as fast and knows only the split patterns that are common.
-So it is held against the reference on documents and on texts made for it before a step uses it (`choose`), and even
-then what could differ goes to the reference: texts with a character that this Python's Unicode does not know, because
-each library brings tables of its own, and only such characters are in one and not in the other.
+So it is held against the reference on documents and on texts made for it before a step uses it (`choose_encoder`), and
+even then what could differ goes to the reference: texts with a character that this Python's Unicode does not know,
+because each library brings tables of its own, and only such characters are in one and not in the other.
 
 Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters by both: the tokenizer is
 loaded without its added tokens, those of spaces alone excepted, which are words of some vocabularies.
@@ -95,7 +95,7 @@ class FastEncoder:
         return _replaced(encoded, unknown, self._reference.encode(texts.take(pa.array(unknown))))
 
 
-def choose(
+def choose_encoder(
     wanted: Literal["auto", "fast", "reference"], folder: Path, names: Sequence[str], texts: Sequence[str]
 ) -> tuple[Choice, str]:
     """Which encoder to use, and why it is not the fast one although that was wanted ('' otherwise).

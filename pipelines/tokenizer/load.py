@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from moray.pipelines.tokenizer.bos import read_if_there
-from moray.pipelines.tokenizer.encoding import choose
+from moray.pipelines.tokenizer.encoding import choose_encoder
 from moray.pipelines.tokenizer.train import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, nearest
@@ -63,7 +63,7 @@ class LoadTokenizer(Step[LoadTokenizerConfig]):
         special_ids(ctx.folder)
         if (back := tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=False).ids)) != _TRIAL:
             ctx.note(f"this tokenizer does not give text back as it was: {_TRIAL!r} becomes {back!r}", level="warning")
-        _, reason = choose("auto", ctx.folder, [], [])
+        _, reason = choose_encoder("auto", ctx.folder, [], [])
         if reason:
             ctx.note(f"text will be encoded by Hugging Face tokenizers, the slower way: {reason}", level="warning")
         size = load_tokenizer(ctx.folder).get_vocab_size()

@@ -120,11 +120,11 @@ class Sample:
         ctx.progress("sampling", len(self._paths), len(self._paths), "shards")
 
 
-def train(texts: Iterator[str], config: TokenizerConfig) -> Any:
+def train_tokenizer(texts: Iterator[str], config: TokenizerConfig) -> Any:
     """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2; in this process."""
     from moray.pipelines.tokenizer import bpe
 
-    return bpe.train(texts, config.pattern, config.vocab_size, config.special)
+    return bpe.train_bpe(texts, config.pattern, config.vocab_size, config.special)
 
 
 def hugging_face_config() -> dict[str, Any]:

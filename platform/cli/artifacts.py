@@ -23,7 +23,7 @@ DryRun = Annotated[bool, Parameter(negative=(), help="say what would go, and rem
 
 
 @app.command(name="list")
-def list_(*, json_: Json = False) -> int:
+def list_artifacts(*, json_: Json = False) -> int:
     """Every artifact, by step, newest first, with what holds it (pin, aliases) and where it is.
 
     With a shared root (MORAY_ARTIFACTS): local, remote or both.

@@ -9,11 +9,11 @@ from cyclopts import App, Parameter
 from moray.platform.run.console import Json, out, print_json
 
 
-def register(app: App) -> None:
-    app.command(explain)
+def register_explain(app: App) -> None:
+    app.command(explain_command, name="explain")
 
 
-def explain(
+def explain_command(
     document: str,
     /,
     *,

@@ -16,11 +16,11 @@ _POLL_SECONDS = 0.5
 _EXIT = {"succeeded": 0, "failed": 1, "cancelled": 130}
 
 
-def register(app: App) -> None:
+def register_jobs(app: App) -> None:
     """Adds the commands to the `moray` command."""
     for command in (submit, status, logs, stop, why):
         app.command(command)
-    app.command(list_, name="list")
+    app.command(list_jobs, name="list")
 
 
 def submit(
@@ -52,7 +52,7 @@ def submit(
     return _follow(client, job["id"], None) if follow else 0
 
 
-def list_(
+def list_jobs(
     *,
     state: Annotated[list[str] | None, Parameter(negative=(), help="only jobs in this state; may be repeated")] = None,
     limit: int = 20,

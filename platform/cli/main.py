@@ -28,9 +28,9 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-up.register(app)
-jobs.register(app)
-explain.register(app)
+up.register_up(app)
+jobs.register_jobs(app)
+explain.register_explain(app)
 app.command(schedules.app)
 app.command(runs.app)
 app.command(artifacts.app)
@@ -40,8 +40,8 @@ Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STE
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
 
 
-@app.command
-def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = False) -> int:
+@app.command(name="run")
+def run_command(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = False) -> int:
     """Run a recipe on an embedded Ray; steps whose artifacts exist are reused.
 
     RECIPE is a file, or the name of a recipe that Moray ships.
@@ -68,8 +68,8 @@ def run(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = Fa
     return 0
 
 
-@app.command
-def plan(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
+@app.command(name="plan")
+def plan_command(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
     """Show what a run would do, step by step, and why. Starts and writes nothing."""
     from moray.platform.api import plan as plan_recipe
 
@@ -128,13 +128,13 @@ def serve(
 @app.command
 def doctor(*, json_: Json = False) -> int:
     """Check what this machine has against what Moray needs; exit 1 if something will not work."""
-    from moray.platform.run.doctor import as_json, examine, lines
+    from moray.platform.run.doctor import as_json, examine, report_lines
 
     findings = examine()
     if json_:
         print_json(as_json(findings))
     else:
-        for line in lines(findings):
+        for line in report_lines(findings):
             out().print(line, markup=False)
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 

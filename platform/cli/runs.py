@@ -17,7 +17,7 @@ app = App(name="runs", help="Show what ran, and how two runs differ.", help_form
 
 
 @app.command(name="list")
-def list_(*, json_: Json = False) -> int:
+def list_runs_command(*, json_: Json = False) -> int:
     """Every run, newest first."""
     from moray.platform.core.home import Home
     from moray.platform.run.history import list_runs
@@ -34,8 +34,8 @@ def list_(*, json_: Json = False) -> int:
     return 0
 
 
-@app.command
-def show(run: str, /, *, json_: Json = False) -> int:
+@app.command(name="show")
+def show_run(run: str, /, *, json_: Json = False) -> int:
     """One run's steps: time, outcome, artifact, core-hours and GPU-hours.
 
     RUN is a run's name or a part of it that no other run has.

@@ -52,7 +52,7 @@ def add(
 
 
 @app.command(name="list")
-def list_(*, json_: Json = False) -> int:
+def list_schedules(*, json_: Json = False) -> int:
     """Every schedule, with its next tick and what became of the latest."""
     from moray.platform.client import Client
 
@@ -68,8 +68,8 @@ def list_(*, json_: Json = False) -> int:
     return 0
 
 
-@app.command
-def show(name: str, /, *, json_: Json = False) -> int:
+@app.command(name="show")
+def show_schedule(name: str, /, *, json_: Json = False) -> int:
     """One schedule and what became of its latest ticks."""
     from moray.platform.client import Client
 
@@ -122,7 +122,7 @@ def resume(name: str, /, *, json_: Json = False) -> int:
 
 
 @app.command(name="rm")
-def remove(name: str, /, *, json_: Json = False) -> int:
+def remove_schedule(name: str, /, *, json_: Json = False) -> int:
     """Forget a schedule; its jobs stay."""
     from moray.platform.client import Client
 

@@ -23,10 +23,10 @@ Systemd = Annotated[bool, Parameter(name="--systemd", negative=(), help="print a
 _cluster = App(name="cluster", help="Start and end the clusters that jobs run on.", help_format="plaintext")
 
 
-def register(app: App) -> None:
+def register_up(app: App) -> None:
     """Adds the commands to the `moray` command."""
     app.command(up)
-    app.command(down)
+    app.command(down_command, name="down")
     app.command(_cluster)
 
 
@@ -45,7 +45,7 @@ def up(
     What runs already is kept. Ports and sizes are remembered for the next start.
     """
     from moray.platform.control import up as control
-    from moray.platform.control.options import decide
+    from moray.platform.control.options import decide_options
     from moray.platform.core.home import Home
 
     home = Home.from_environment()
@@ -54,7 +54,7 @@ def up(
         return 0
     if control.is_up(home):
         return _already(home, {"port": port, "cpus": cpus, "gpus": gpus, "slots": slots}, json_)
-    options = decide(home, port=port, cpus=cpus, gpus=gpus, slots=slots)
+    options = decide_options(home, port=port, cpus=cpus, gpus=gpus, slots=slots)
     if foreground:
         err().print(f"page: {_page(home, options)}   (Ctrl-C ends everything)", markup=False, soft_wrap=True)
         control.supervise(home, lambda text: err().print(text, markup=False))
@@ -69,7 +69,7 @@ def up(
     return _report(home, options, json_)
 
 
-def down(*, json_: Json = False) -> int:
+def down_command(*, json_: Json = False) -> int:
     """End everything that `moray up` started, and nothing else. Queued jobs stay queued; what ran is run again."""
     from moray.platform.control import up as control
     from moray.platform.core.home import Home
@@ -95,7 +95,7 @@ def cluster_up(
 @_cluster.command(name="down")
 def cluster_down(kind: Literal["local"], /, *, json_: Json = False) -> int:
     """End a cluster; `local` is what `moray down` ends."""
-    return down(json_=json_)
+    return down_command(json_=json_)
 
 
 def show_overview(found: dict[str, Any], json_: bool) -> int:

@@ -16,8 +16,8 @@ from pathlib import Path
 from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, lease_of, read_order, read_outcome
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
-from moray.platform.control.queue import IN_FLIGHT, choose, why_waiting
-from moray.platform.control.reconcile import STOP_SECONDS, AttemptAction, Sight, after, judge
+from moray.platform.control.queue import IN_FLIGHT, choose_jobs, why_waiting
+from moray.platform.control.reconcile import STOP_SECONDS, AttemptAction, Sight, after, judge_attempt
 from moray.platform.control.schedules import Schedules
 from moray.platform.core.atomic import write_text
 from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Observed, Topology
@@ -83,7 +83,7 @@ class Controller:
                 self._guarded(job.id, partial(self._look_after, job, observed))
         if observed is not None:
             self._tidy(observed)
-            for job in choose(self.jobs.open(), self.slots, time.time()):
+            for job in choose_jobs(self.jobs.open(), self.slots, time.time()):
                 attempt = self.jobs.new_attempt(job.id)
                 self._say(f"{attempt.id}: started")
                 self._guarded(job.id, partial(self._look_after, self.jobs.get(job.id), observed))
@@ -128,7 +128,7 @@ class Controller:
         # Nobody is given up while the cluster cannot be asked: what does not answer may be coming back.
         if observed is None and sight.outcome is None and not sight.alive:
             return
-        self._apply(job, attempt, judge(job, attempt, sight))
+        self._apply(job, attempt, judge_attempt(job, attempt, sight))
 
     def _see(self, attempt: Attempt, observed: Mapping[str, Observed] | None) -> Sight:
         now = time.monotonic()

@@ -49,7 +49,7 @@ def url(options: UpOptions) -> str:
     return f"http://{HOST}:{options.port}"
 
 
-def decide(
+def decide_options(
     home: Home, *, port: int | None = None, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
 ) -> UpOptions:
     """The options for a start: what was decided before, with what is asked for now. Writes them.

@@ -34,7 +34,7 @@ def blocker(job: Job, jobs: Sequence[Job]) -> Job | None:
     return min(earlier, key=lambda other: (other.created, other.id), default=None)
 
 
-def choose(jobs: Sequence[Job], slots: int, now: float) -> list[Job]:
+def choose_jobs(jobs: Sequence[Job], slots: int, now: float) -> list[Job]:
     """The jobs to start, of all that have not ended."""
     free = slots - sum(job.state in IN_FLIGHT for job in jobs)
     ready = [job for job in in_order(jobs) if job.not_before <= now and blocker(job, jobs) is None]

@@ -49,7 +49,7 @@ class AttemptAction:
     again: bool = True  # if it failed: another try could end otherwise
 
 
-def judge(job: Job, attempt: Attempt, sight: Sight) -> AttemptAction:
+def judge_attempt(job: Job, attempt: Attempt, sight: Sight) -> AttemptAction:
     """Decides about one attempt that has not ended."""
     if sight.outcome is not None:
         return _of_outcome(job, sight.outcome)

@@ -27,7 +27,7 @@ from moray.platform.control.ticks import (
     ScheduleState,
     TickDecision,
     Trigger,
-    decide,
+    decide_ticks,
     format_every,
     parse_every,
     parse_trigger,
@@ -279,7 +279,7 @@ def _decide(
     state = ScheduleState(
         schedule.trigger, schedule.cursor, held, schedule.overlap, schedule.catchup, busy["id"] if busy else ""
     )
-    return schedule, decide(state, now)
+    return schedule, decide_ticks(state, now)
 
 
 def _problem(asked: Submission) -> str:

@@ -86,7 +86,7 @@ Trigger = Cron | Every
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """A schedule as `decide` sees it. `busy` is the oldest of its jobs that has not ended, or empty.
+    """A schedule as `decide_ticks` sees it. `busy` is the oldest of its jobs that has not ended, or empty.
 
     `held`: why every tick is skipped ("paused"), or empty. `cursor`: every tick up to there is decided.
     """
@@ -111,7 +111,7 @@ class TickDecision:
     exclusive: bool = False
 
 
-def decide(state: ScheduleState, now: float) -> TickDecision | None:
+def decide_ticks(state: ScheduleState, now: float) -> TickDecision | None:
     """What becomes of the oldest ticks that are due and not decided; None if there are none.
 
     One step at a time, because the job of one tick is what the next finds at work: apply it, move the cursor to

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from moray.platform.control.options import NAMES, UpOptions, decide
+from moray.platform.control.options import NAMES, UpOptions, decide_options
 from moray.platform.control.services import services
 from moray.platform.control.supervisor import (
     SUPERVISOR,
@@ -38,7 +38,7 @@ def supervise(home: Home, say: Callable[[str], None] = print) -> None:
     Where `moray up` never ran, as under systemd, the options are decided here.
     """
     known = (home.up / "options.json").exists()
-    supervisor = Supervisor(home, services(home, UpOptions.read(home) if known else decide(home)), say)
+    supervisor = Supervisor(home, services(home, UpOptions.read(home) if known else decide_options(home)), say)
     if not supervisor.acquire():
         raise InputError(f"the control plane of {home.root} is up already", "moray status")
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -22,11 +22,11 @@ MOST_NODES = 200_000  # aliases unfolded
 def compose(text: str) -> tuple[yaml.Node | None, Any]:
     """The tree of nodes, with their places, and the value. Raises RecipeError for what is out of bounds, yaml.YAMLError
     for what is no YAML, ValueError for a scalar that cannot be read."""
-    check(text)
+    check_bounds(text)
     return yaml.compose(text, Loader=LOADER), yaml.load(text, Loader=LOADER)
 
 
-def check(text: str) -> None:
+def check_bounds(text: str) -> None:
     """Raises RecipeError, naming the line, for text that is too large, deep, unfolds too far or contains itself."""
     if len(text) > MOST_BYTES:
         raise RecipeError(f"{len(text):,} characters of YAML are more than {MOST_BYTES:,}", "split it")

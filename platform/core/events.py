@@ -204,6 +204,6 @@ def read_events(run: Path, writers: str = "*") -> list[Event]:
     return sorted(EventTail(run / "events", writers=writers).poll(), key=lambda e: (e.time, e.writer, e.sequence))
 
 
-def to_json(event: Event) -> dict[str, Any]:
+def event_json(event: Event) -> dict[str, Any]:
     """The event as a plain dictionary, for `--json` output."""
     return dict(json.loads(event.model_dump_json()))

@@ -22,10 +22,10 @@ _ROOMS = ("moray.pipelines", "moray.actors", "moray.models", "moray.kernels")
 
 def source_hash(step: Step[Any]) -> str:
     """16 hex characters; '' for a step whose source is not to be had (a zipped or compiled module)."""
-    return hash_files(with_imports([type(step).__module__]))
+    return hash_sources(with_imports([type(step).__module__]))
 
 
-def hash_files(files: Mapping[str, Path]) -> str:
+def hash_sources(files: Mapping[str, Path]) -> str:
     """16 hex characters over names and contents; '' for no files."""
     if not files:
         return ""

@@ -196,7 +196,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
 )
 
 
-def lines(findings: list[Finding]) -> Iterator[str]:
+def report_lines(findings: list[Finding]) -> Iterator[str]:
     """The report for people: one line a check, and its fix beneath."""
     marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
     for finding in findings:

@@ -1,7 +1,7 @@
 """Runs a recipe: for each step fingerprint -> have it? -> run -> manifest.
 
-Every fingerprint is known before anything starts, so `plan` and `run` decide by the same function. A step in work is
-leased; a rival run of the same work waits and reuses. Whatever ends a run (success, a failing step, Ctrl-C), the
+Every fingerprint is known before anything starts, so `plan_steps` and `run` decide by the same function. A step in work
+is leased; a rival run of the same work waits and reuses. Whatever ends a run (success, a failing step, Ctrl-C), the
 cluster it started is stopped and the last event says how it ended.
 """
 
@@ -75,7 +75,7 @@ class RunResult:
     steps: dict[str, StepResult] = field(default_factory=dict)
 
 
-def plan(recipe: Recipe, store: ArtifactStore, topology: Topology | None = None) -> list[Decision]:
+def plan_steps(recipe: Recipe, store: ArtifactStore, topology: Topology | None = None) -> list[Decision]:
     """Decides for every step whether its artifact is there, without starting or writing anything.
 
     topology: the machines it is to run on, if known. Raises InputError for a step that has to run and cannot there.
@@ -130,7 +130,7 @@ class Runner:
         state, detail = "failed", ""
         try:
             with until_interrupted(self._cancelled.set), _follow(folder / "events", events), redacting(redact):
-                for decision in plan(recipe, self.store, self.cluster.topology()):
+                for decision in plan_steps(recipe, self.store, self.cluster.topology()):
                     result.steps[decision.planned.key] = self._step(decision, result, events)
             write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
             state = "succeeded"

@@ -37,7 +37,7 @@ from moray.platform.server.security_headers import PageGuard
 MOST_BODY = 4 << 20  # bytes of a request's body, on every route but MLflow's
 
 
-def build_app(
+def build_controller_app(
     home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str,
     stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:  # fmt: skip
@@ -57,10 +57,10 @@ def build_app(
         return {"status": "ok", "version": app.version, "home": str(home.root)}
 
     app.get("/api/overview")(look)
-    app.include_router(job_routes.routes(home, controller))
-    app.include_router(schedule_routes.routes(controller.schedules, controller.wake))
-    app.include_router(page_routes.routes(token, overview, controller.jobs, views, stopping))
-    app.include_router(mlflow_proxy.routes(mlflow_socket(home)))
+    app.include_router(job_routes.job_router(home, controller))
+    app.include_router(schedule_routes.schedule_router(controller.schedules, controller.wake))
+    app.include_router(page_routes.page_router(token, overview, controller.jobs, views, stopping))
+    app.include_router(mlflow_proxy.mlflow_router(mlflow_socket(home)))
     _install_errors(app)
     app.add_middleware(TokenRequired, token=token)
     app.add_middleware(PageGuard)  # the outermost: it is asked first
@@ -113,7 +113,7 @@ def main() -> int:
         home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _say
     )
     servers: list[uvicorn.Server] = []
-    app = build_app(
+    app = build_controller_app(
         home, controller, Overview(home, controller, backend), ensure_token(home),
         lambda: any(server.should_exit for server in servers),
     )  # fmt: skip

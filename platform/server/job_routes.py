@@ -17,7 +17,7 @@ _PART = 256 << 10  # bytes of a log that one answer carries
 _LONGEST_KEY = 200
 
 
-def routes(home: Home, controller: Controller) -> APIRouter:
+def job_router(home: Home, controller: Controller) -> APIRouter:
     """Routes under /api/jobs, as docs/http-api.md has them."""
     router = APIRouter(prefix="/api/jobs")
     jobs = controller.jobs

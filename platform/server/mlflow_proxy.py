@@ -20,7 +20,7 @@ _CHUNK = 64 << 10
 _MOST_BODY = 64 << 20  # bytes of an artifact that is uploaded, which are held here
 
 
-def routes(socket: Path) -> APIRouter:
+def mlflow_router(socket: Path) -> APIRouter:
     """Routes under /mlflow."""
     router = APIRouter()
 

@@ -51,7 +51,7 @@ class _File:
         return Response(self.data, media_type=self.type, headers=kept)
 
 
-def routes(
+def page_router(
     token: str, overview: Callable[[], dict[str, Any]], jobs: Jobs, views: RunViews,
     stopping: Callable[[], bool] = lambda: False,
 ) -> APIRouter:  # fmt: skip

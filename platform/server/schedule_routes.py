@@ -11,7 +11,7 @@ from moray.platform.control.schedules import NewSchedule, Schedules
 from moray.platform.control.ticks import local_text
 
 
-def routes(schedules: Schedules, wake: Callable[[], None]) -> APIRouter:
+def schedule_router(schedules: Schedules, wake: Callable[[], None]) -> APIRouter:
     """The routes under `/api/schedules`. `wake` tells the controller that the next tick may have changed."""
     router = APIRouter(prefix="/api/schedules")
 

@@ -32,7 +32,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.fingerprint import addresses
 from moray.platform.plan.recipe import Recipe, parse_recipe
 from moray.platform.plan.step import Step
-from moray.platform.run.runner import Runner, plan
+from moray.platform.run.runner import Runner, plan_steps
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def test_shipped_recipes_have_the_fingerprints_that_they_had(name: str, monkeypa
 
 
 def test_a_run_reuses_every_artifact(home: Home, recipe: Recipe) -> None:
-    decisions = plan(recipe, ArtifactStore(home), EmbeddedCluster(home).topology())
+    decisions = plan_steps(recipe, ArtifactStore(home), EmbeddedCluster(home).topology())
     assert [(one.planned.key, one.why) for one in decisions if not one.reuse] == []
 
 

@@ -3,8 +3,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moray.kernels.arguments import check
-from moray.kernels.backend import backend, place, to_e4m3
+from moray.kernels.arguments import check_tensor
+from moray.kernels.backend import backend, row_offset, to_e4m3
 from tests.kernels.compare import same_bits
 
 
@@ -17,7 +17,7 @@ def _cast(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 @triton.jit
 def _place(index_ptr, out_ptr, stride):
     at = tl.arange(0, 4)
-    tl.store(out_ptr + at, place(tl.load(index_ptr + at), stride))
+    tl.store(out_ptr + at, row_offset(tl.load(index_ptr + at), stride))
 
 
 def test_the_cast_is_torchs_for_every_number_edge_and_neighbour():
@@ -55,12 +55,12 @@ def test_the_cpu_runs_references_unless_it_is_told_otherwise(monkeypatch):
 def test_what_does_not_fit_is_named_with_what_was_expected():
     x = torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"x has shape \(4, 6\), expected \(any, 8\)"):
-        check("x", x, (None, 8), (torch.float32,))
+        check_tensor("x", x, (None, 8), (torch.float32,))
     with pytest.raises(ValueError, match=r"x has dtype torch.float32, expected torch.bfloat16"):
-        check("x", x, (4, 6), (torch.bfloat16,))
+        check_tensor("x", x, (4, 6), (torch.bfloat16,))
     with pytest.raises(ValueError, match=r"x has strides \(1, 6\), expected a contiguous tensor"):
-        check("x", x.t(), (6, 4), (torch.float32,))
+        check_tensor("x", x.t(), (6, 4), (torch.float32,))
     with pytest.raises(ValueError, match="x is on device cpu, expected meta"):
-        check("x", x, (4, 6), (torch.float32,), like=x.to("meta"))
+        check_tensor("x", x, (4, 6), (torch.float32,), like=x.to("meta"))
     with pytest.raises(ValueError, match=r"x has strides \(6, 1\), expected \(any, 6\)"):
-        check("x", x, (4, 6), (torch.float32,), strides=(None, 6))
+        check_tensor("x", x, (4, 6), (torch.float32,), strides=(None, 6))

@@ -15,7 +15,7 @@ from moray.kernels.fp8_gemm import (
     fp8_gemm_triton,
 )
 from moray.kernels.quantize import BLOCK, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
-from moray.kernels.tuning import DEFAULT, Tiles, nearest
+from moray.kernels.tuning import DEFAULT, Tiles, nearest_shape
 from tests.examples import examples
 from tests.kernels.compare import draw
 
@@ -165,4 +165,4 @@ def test_wrong_arguments_are_named():
 
 
 def test_a_device_without_a_table_gets_the_default():
-    assert nearest("no such device", "fp8_gemm", 1, 2, 3) == DEFAULT
+    assert nearest_shape("no such device", "fp8_gemm", 1, 2, 3) == DEFAULT

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moray
-from moray.models.checkpoint import load, save, write
+from moray.models.checkpoint import load, save, write_folder
 from moray.models.expert_parallel.dispatcher import LocalDispatcher
 from moray.models.tensors import checkpoint_shapes
 
@@ -159,6 +159,6 @@ def test_a_failed_write_leaves_no_model(make_model, tmp_path, spoil, message):
     model = make_model(torch.float32)
     save(model, tmp_path)
     with pytest.raises(ValueError, match=message):
-        write(tmp_path, model.config, spoil(list(_contents(model).items())), shard_bytes=20_000)
+        write_folder(tmp_path, model.config, spoil(list(_contents(model).items())), shard_bytes=20_000)
     assert not (tmp_path / "config.json").exists()
     assert not list(tmp_path.glob(".part-*"))

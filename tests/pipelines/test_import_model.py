@@ -15,7 +15,13 @@ from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
 from moray.pipelines.pretrain.step import loss_curve
 from moray.pipelines.tokenizer.bos import processor_bos
-from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
+from moray.pipelines.tokenizer.train import (
+    TokenizerConfig,
+    hugging_face_config,
+    load_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
 from moray.platform import api
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.home import Home
@@ -142,9 +148,11 @@ def test_a_tokenizer_names_its_special_tokens_in_either_form(flow_tokenizer: Pat
 
 @pytest.fixture
 def flow_tokenizer(tmp_path: Path) -> Path:
-    from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train
+    from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train_tokenizer
 
-    train(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(str(tmp_path / "tokenizer.json"))
+    train_tokenizer(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(
+        str(tmp_path / "tokenizer.json")
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     return tmp_path
 
@@ -188,7 +196,7 @@ def test_training_goes_on_from_an_imported_model(flow: Flow) -> None:
 
 
 def tokenizer_files(folder: Path, **said: object) -> None:
-    made = train(iter(["In the beginning was the word. " * 9]), TokenizerConfig(vocab_size=300))
+    made = train_tokenizer(iter(["In the beginning was the word. " * 9]), TokenizerConfig(vocab_size=300))
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({**hugging_face_config(), **said}))
 

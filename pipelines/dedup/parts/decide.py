@@ -49,7 +49,7 @@ class PieceVerdicts:
     partners: Indices
 
 
-def decide(
+def scan_pieces(
     pieces: RepeatedPieces, lengths: Indices, words: Indices, copies: int, max_loss: float, min_words: int
 ) -> PieceVerdicts:
     """lengths (in characters), words: int64 [D]."""

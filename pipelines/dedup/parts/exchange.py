@@ -20,7 +20,7 @@ Columns = dict[str, npt.NDArray[Any]]
 _RANGE_ROWS = 2_000_000  # of a range, about
 
 
-def ranges_for(rows: float) -> int:
+def exchange_ranges(rows: float) -> int:
     """How many ranges of keys, a power of two, for about so many rows."""
     return 1 << max(0, int(rows) // _RANGE_ROWS).bit_length()
 
@@ -59,7 +59,7 @@ def read_parts(paths: Sequence[Path], part: int) -> Columns:
     return {**joined, "file": np.repeat(np.arange(len(paths)), sizes)}
 
 
-def repeated(keys: Sequence[Keys]) -> tuple[Indices, Indices]:
+def repeated_keys(keys: Sequence[Keys]) -> tuple[Indices, Indices]:
     """Of rows with keys of one or more columns: those whose keys another row has too, and the number of that key."""
     order = np.argsort(keys[-1])
     if not _in_runs(keys, order):

@@ -20,8 +20,8 @@ from pydantic import Field, model_validator
 
 from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.case import ScanCase
-from moray.pipelines.dedup.parts.decide import EDITED, REASONS, PieceVerdicts, decide
-from moray.pipelines.dedup.parts.exchange import ranges_for
+from moray.pipelines.dedup.parts.decide import EDITED, REASONS, PieceVerdicts, scan_pieces
+from moray.pipelines.dedup.parts.exchange import exchange_ranges
 from moray.pipelines.dedup.parts.tasks import (
     Folders,
     cut_shard,
@@ -32,7 +32,7 @@ from moray.pipelines.dedup.parts.tasks import (
     text_size,
     window_shard,
 )
-from moray.pipelines.dedup.removal import preferring_shards, read_parts
+from moray.pipelines.dedup.removal import preferring_shards, read_outputs
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
@@ -100,17 +100,17 @@ class DedupParts(Step[DedupPartsConfig]):
         """Leaves the keys of all pieces; in how many ranges."""
         config, size = ctx.config, sum(text_size(Path(shard["path"])) for shard in shards)
         if config.unit != "substring":
-            ranges = ranges_for(size * _PARTS_A_BYTE)
+            ranges = exchange_ranges(size * _PARTS_A_BYTE)
             part = partial(part_shard, folders=folders, unit=config.unit, least=config.min_characters, ranges=ranges)
             map_shards(ctx, "reading", shards, part, "bytes", file_bytes)
             return ranges
-        shared = ranges_for(size * _FINGERPRINTS_A_BYTE)
+        shared = exchange_ranges(size * _FINGERPRINTS_A_BYTE)
         read = partial(fingerprint_shard, folders=folders, tokens=config.tokens, ranges=shared)
         map_shards(ctx, "reading", shards, read, "bytes", file_bytes)
         match = partial(match_fingerprints, folders=folders, shards=shards)
         every: list[Row] = [{"shard": number} for number in range(shared)]
         rows = map_shards(ctx, "matching", every, match, "ranges", lambda row: 1)
-        ranges = ranges_for(sum(row["rows"] for row in rows) * _WINDOWS_A_FINGERPRINT)
+        ranges = exchange_ranges(sum(row["rows"] for row in rows) * _WINDOWS_A_FINGERPRINT)
         read = partial(window_shard, folders=folders, tokens=config.tokens, shared=shared, ranges=ranges)
         map_shards(ctx, "reading again", shards, read, "bytes", file_bytes)
         return ranges
@@ -118,10 +118,10 @@ class DedupParts(Step[DedupPartsConfig]):
     def _decide(
         self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders, ranges: int
     ) -> PieceVerdicts:
-        order = KeepOrder.of(read_parts(ctx.folder / ".described", shards), ctx.config.prefer)
+        order = KeepOrder.of(read_outputs(ctx.folder / ".described", shards), ctx.config.prefer)
         case = ScanCase.of(folders, ranges, order)
         lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
-        found = decide(case.pieces, lengths, words, ctx.config.copies, ctx.config.max_loss, ctx.config.min_words)
+        found = scan_pieces(case.pieces, lengths, words, ctx.config.copies, ctx.config.max_loss, ctx.config.min_words)
         case.write(shards, folders, found)
         return found
 

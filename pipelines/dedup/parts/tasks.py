@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from moray.pipelines.dedup.keep_order import described, read_documents
-from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_part, read_parts, repeated, write_parts
+from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_part, read_parts, repeated_keys, write_parts
 from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row
@@ -102,7 +102,7 @@ def match_fingerprints(one: Row, folders: Folders, shards: Sequence[Row]) -> Row
     path = folders.range("shared", one["shard"])
     if not path.exists():
         found = read_parts([folders.of("fingerprints", shard) for shard in shards], one["shard"])
-        rows, _ = repeated([found["key"]])
+        rows, _ = repeated_keys([found["key"]])
         columns = {"row": found["row"][rows], "place": found["place"][rows]}
         write_parts(path, columns, found["file"][rows], len(shards))
     with pa.memory_map(str(path)) as file:
@@ -139,7 +139,7 @@ def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
     path = folders.range("repeated", one["shard"])
     if not path.exists():
         found = read_parts([folders.of("keys", shard) for shard in shards], one["shard"])
-        rows, groups = repeated([found["other"], found["key"]])
+        rows, groups = repeated_keys([found["other"], found["key"]])
         columns = {name: found[name][rows] for name in ("file", *SPOT)}
         write_parts(path, {**columns, "group": groups}, np.zeros(len(rows), np.int64), 1)
     return {"shard": one["shard"]}

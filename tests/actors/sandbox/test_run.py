@@ -25,7 +25,9 @@ def trial(code: str, tests: str = "assert True", unsafe: bool = False, limits: L
     """As `run_tests`, and afterwards no process is left that was part of it, wherever it fled to."""
     token = secrets.token_hex(16)
     files = {"harness.py": sandbox._HARNESS, "program.py": textwrap.dedent(code), "tests.py": textwrap.dedent(tests)}
-    verdict = sandbox.judge(sandbox.run(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe), token)
+    verdict = sandbox.read_result(
+        sandbox.run_program(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe), token
+    )
     left = [
         process.info for process in psutil.process_iter(["pid", "cmdline"]) if token in (process.info["cmdline"] or [])
     ]

@@ -19,7 +19,7 @@ from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import REASONS, Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.web import page
+from moray.pipelines.corpus.web import read_page
 from tests.examples import examples
 from tests.pipelines.corpus.archives import PAGE, record, response, zipped
 
@@ -147,7 +147,7 @@ def test_every_charset_that_is_named_is_read(charset: str, said_by: str) -> None
     meta = f'<meta charset="{charset}">' if said_by == "page" else ""
     html = PAGE.format(name=TEXTS[charset]).replace("<head>", f"<head>{meta}")
     mark = "\ufeff".encode(charset) if said_by == "mark" else b""
-    piece = page(mark + html.encode(charset), 10_000, "", charset.upper() if said_by == "http" else "")
+    piece = read_page(mark + html.encode(charset), 10_000, "", charset.upper() if said_by == "http" else "")
     assert isinstance(piece, Document)
     assert f"it says what {TEXTS[charset]} is about" in piece.text
 
@@ -155,7 +155,7 @@ def test_every_charset_that_is_named_is_read(charset: str, said_by: str) -> None
 @pytest.mark.parametrize("charset", ["utf-8", "windows-1251", "shift_jis", "gb18030"])
 def test_a_charset_that_nobody_names_is_found_by_its_look(charset: str) -> None:
     html = PAGE.format(name=f"{TEXTS[charset]}. " * 20)
-    piece = page(html.encode(charset), 100_000, "", "no-such-charset")
+    piece = read_page(html.encode(charset), 100_000, "", "no-such-charset")
     assert isinstance(piece, Document)
     assert TEXTS[charset] in piece.text
 
@@ -188,13 +188,13 @@ def test_no_page_takes_more_than_its_time_and_memory(kind: str, monkeypatch: pyt
     monkeypatch.setattr(apart, "SECONDS", 0.2)
     monkeypatch.setattr(apart, "SECONDS_A_MB", 0.2)
     before = resource.getrusage(resource.RUSAGE_SELF)
-    piece = page(HOSTILE[kind].encode(), 10_000_000, "k", "")
+    piece = read_page(HOSTILE[kind].encode(), 10_000_000, "k", "")
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert isinstance(piece, Reject)
     assert (piece.key, piece.reason) == ("k", "malformed")
     assert piece.detail
     assert after.ru_maxrss - before.ru_maxrss < 300_000, "KB: what the parser holds is not held here"
-    assert isinstance(page(PAGE.format(name="what comes after").encode(), 10_000, "", ""), Document)
+    assert isinstance(read_page(PAGE.format(name="what comes after").encode(), 10_000, "", ""), Document)
 
 
 def test_a_page_gives_the_same_text_here_and_apart() -> None:
@@ -228,7 +228,7 @@ def test_the_depth_of_blocks_is_that_of_a_stack(tags: list[str]) -> None:
 def test_a_long_page_that_is_well_made_is_read() -> None:
     for body in ("<p><b>word</b> <a href=x>link</a></p>" * 20_000, "<p>no ends <br>" * 20_000, "<li><i>x</i>" * 20_000):
         assert not markup.too_much(body)
-        assert isinstance(page(body.encode(), 10_000_000, "", ""), Document)
+        assert isinstance(read_page(body.encode(), 10_000_000, "", ""), Document)
 
 
 @settings(max_examples=examples(150))
@@ -262,7 +262,7 @@ MARKUP += ["<template>", "</body>", "<article>", "<ul><li>", "<script>", "<![CDA
     st.sampled_from(["utf-8", "utf-16-le", "latin-1", "shift_jis"]),
 )
 def test_any_markup_gives_text_or_a_reason(parts: list[str], charset: str) -> None:
-    piece = page("".join(parts).encode(charset, "replace"), 1000, "k", charset)
+    piece = read_page("".join(parts).encode(charset, "replace"), 1000, "k", charset)
     if isinstance(piece, Document):
         assert piece.text.strip(), "neither nothing nor blanks of Unicode alone"
         assert len(piece.text.encode()) <= 1000

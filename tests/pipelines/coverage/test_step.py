@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moray.pipelines.coverage import step as coverage_step
 from moray.pipelines.coverage.domains import GENERAL, LEXICON, UNJUDGED, domain_of, domains, lexicon
 from moray.pipelines.coverage.lineage import stages_of
-from moray.pipelines.coverage.page import _percent, _short, page
+from moray.pipelines.coverage.page import _percent, _short, coverage_page
 from moray.pipelines.coverage.step import CoverageConfig
 from moray.pipelines.coverage.summary import KINDS, summarize
 from moray.pipelines.shared.documents import document_id, shard_name, write_parquet, write_shard
@@ -87,7 +87,7 @@ def test_each_table_has_every_token_of_each_stage_once(its: list[Any]) -> None:
                 documents = sum(row["documents"][number] for row in rows)
                 assert documents == stage["documents"]
                 assert abs(sum(row["tokens"][number] for row in rows) - stage["tokens"]) <= len(rows), "each is rounded"
-    shown = page({"title": "t", "tokens": "estimated", **report})
+    shown = coverage_page({"title": "t", "tokens": "estimated", **report})
     assert not re.search(r"\bnan\b", shown)
 
 
@@ -240,7 +240,7 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_names(
 ) -> None:
     report = run_step(home, three_stages(home), tmp_path / "out", monkeypatch)
     report["source"][0]["name"] = "<script>alert(1)</script>"
-    text = page(report)
+    text = coverage_page(report)
     parsed = _Page()
     parsed.feed(text)
     assert parsed.open == []

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from moray.pipelines.decontaminate import step as decontaminate_step
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, load_index
-from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge, per_eval
+from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.units import units_of
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
@@ -58,7 +58,7 @@ def matches_of(index: EvalIndex, documents: dict[str, str]) -> pa.Table:
 
 def judged(items: dict[str, list[str]], documents: dict[str, str], grams: Grams, **rules: Any) -> ContaminationVerdict:
     index = build_index([EvalText("e", item, "f", text) for item, texts in items.items() for text in texts], grams)
-    return judge(matches_of(index, documents), index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
+    return judge_matches(matches_of(index, documents), index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
 
 
 @UNITS
@@ -151,13 +151,13 @@ def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> N
     items = {"0": [f"{phrase} . {own}"], "1": [phrase], "never": [own[::-1]]}
     index = build_index([EvalText("e", item, "f", text) for item, its in items.items() for text in its], Grams())
     matches = matches_of(index, documents)
-    everything = judge(matches, index, 0.0, None)
+    everything = judge_matches(matches, index, 0.0, None)
     assert everything.removed["id"].to_pylist() == sorted(documents)
     assert everything.removed.filter(pc.equal(everything.removed["id"], "d0")).to_pylist()[0]["item"] == "1"
-    found = judge(matches, index, 0.0, ignore_common=4)
+    found = judge_matches(matches, index, 0.0, ignore_common=4)
     assert found.ignored == [(phrase, 5)]
     assert [(row["id"], row["item"], row["overlap"]) for row in found.removed.to_pylist()] == [("leak", "0", 1.0)]
-    half = judge(matches, index, 0.5, None)
+    half = judge_matches(matches, index, 0.5, None)
     assert {row["item"] for row in half.removed.to_pylist()} == {"0", "1"}, "all of a phrase that is an item"
     assert half.hits.filter(pc.equal(half.hits["item"], "0"))["contaminated"].to_pylist() == [False] * 4 + [True]
     assert len(half.hits) == len(everything.hits), "what stays is reported too"
@@ -308,7 +308,7 @@ def test_every_planted_item_of_humaneval_is_found_and_nothing_else(unit: str) ->
     config = DecontaminateConfig(evals=(HUMAN_EVAL,), unit=unit)  # type: ignore[arg-type]
     index = decontaminate_step._index(config)
     assert len(index.items) == 164
-    verdict = judge(matches_of(index, documents), index, 0.0, None)
+    verdict = judge_matches(matches_of(index, documents), index, 0.0, None)
     found: dict[str, set[str]] = {name: set() for name in documents}
     for row in verdict.hits.to_pylist():
         found[row["id"]].add(row["item"])

@@ -104,7 +104,7 @@ def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
         index.write_hashes(tmp_path, part, hashes[of_hashes], np.flatnonzero(of_hashes))
     earlier = [Earlier(Generation("a/b", 0, (), (300,), ranges), tmp_path, tmp_path)]
     wanted = np.concatenate((keys[3:9], np.array([0, 5], np.uint64)))
-    found_keys, numbers = index.find_keys(earlier, 3, wanted)
+    found_keys, numbers = index.find_earlier_keys(earlier, 3, wanted)
     expected = sorted((int(keys[n]), n) for n in range(300) if keys[n] in wanted)
     assert list(zip(found_keys.tolist(), numbers.tolist(), strict=True)) == expected
     unknown = np.array([b"0" * 32, b"f" * 22 + b"1" * 10], "S32")
@@ -114,7 +114,7 @@ def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
 
 def test_an_index_takes_120_bytes_a_document(tmp_path: Path) -> None:
     count, generator = 20_000, np.random.default_rng(1)
-    ranges = index.ranges_for(count)
+    ranges = index.index_ranges(count)
     for band in range(16):
         index.write_band(
             tmp_path, band, ranges, generator.integers(0, 1 << index.KEY_BITS, count, np.uint64), np.arange(count)
@@ -126,9 +126,9 @@ def test_an_index_takes_120_bytes_a_document(tmp_path: Path) -> None:
 
 
 def test_ranges_hold_a_few_million_documents_each() -> None:
-    assert [index.ranges_for(n) for n in (0, 1, 4_000_000, 4_000_001, 10**10)] == [1, 1, 1, 2, 4096]
+    assert [index.index_ranges(n) for n in (0, 1, 4_000_000, 4_000_001, 10**10)] == [1, 1, 1, 2, 4096]
     assert all(
-        one == other or 2 * one == other for one, other in pairwise(map(index.ranges_for, range(1, 10**8, 10**6)))
+        one == other or 2 * one == other for one, other in pairwise(map(index.index_ranges, range(1, 10**8, 10**6)))
     )
 
 
@@ -174,7 +174,7 @@ def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_
     count, generator = 100_000, np.random.default_rng(5)
     keys = generator.integers(0, 1 << index.KEY_BITS, (17, count), np.uint64)
     for band in range(17):
-        bloom.write(tmp_path, f"{band}", 0, keys[band])
+        bloom.write_bloom(tmp_path, f"{band}", 0, keys[band])
     assert sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) <= 55 * count
     earlier = [Earlier(Generation("a/b", 0, (), (count,), 1), tmp_path, tmp_path)]
     assert bloom.seen(earlier, "3", keys[3], index.KEY_BITS).all()

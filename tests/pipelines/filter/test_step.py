@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from moray.pipelines.filter import step as filter_step
 from moray.pipelines.filter.config import FilterConfig, GopherQuality
 from moray.pipelines.quality import step as quality_step
-from moray.pipelines.quality.model import Features, QualityModel, load
+from moray.pipelines.quality.model import Features, QualityModel, load_quality_model
 from moray.pipelines.quality.step import QualityModelConfig
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, shard_paths, write_shard
 from moray.pipelines.text.language import identify, known_languages
@@ -223,7 +223,7 @@ def test_a_model_learns_what_parts_the_sources_and_filter_uses_it(
         assert ctx.counts["positive"] == ctx.counts["negative"] == 150
         assert sorted(path.name for path in ctx.folder.iterdir()) == ["model.json", "weights.npy"]
         assert json.loads((ctx.folder / "model.json").read_text())["auc"] == 1.0
-        weights.append(load(ctx.folder).weights)
+        weights.append(load_quality_model(ctx.folder).weights)
     assert (weights[0] == weights[1]).all(), "shards change nothing"
     wanted = FilterConfig(min_words=1, min_quality=0.5, quality_bands=(0.5, 0.9))
     ctx = context(
@@ -289,11 +289,11 @@ def test_examples_come_from_one_place(config: dict[str, Any]) -> None:
 
 def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no quality model"):
-        load(tmp_path)
+        load_quality_model(tmp_path)
     (tmp_path / "model.json").write_text('{"format": 99, "buckets": 2}')
     np.save(tmp_path / "weights.npy", np.zeros(2, np.float32))
     with pytest.raises(InputError, match="format 99"):
-        load(tmp_path)
+        load_quality_model(tmp_path)
 
 
 RECIPE = """

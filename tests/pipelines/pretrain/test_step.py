@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from moray.actors.data.token_set import TokenVocabulary, write_index, write_shard
+from moray.actors.data.token_set import TokenVocabulary, write_index, write_token_shard
 from moray.models import checkpoint
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
-from moray.pipelines.tokenize.packing import pack, plan
+from moray.pipelines.tokenize.packing import pack_documents, plan_sequences
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.events import EventLog
@@ -56,8 +56,8 @@ def artifact(folder: Path, step_name: str, produces: str) -> Artifact:
 def tokens(tmp_path: Path) -> Artifact:
     folder = tmp_path / "tokens"
     documents = documents_of([[5, 99]] * 64, vocabulary=VOCABULARY)
-    pieces = plan(np.diff(documents.bounds), LENGTH, "concatenate")
-    shard = write_shard(folder / "train" / "a", 0, *pack(documents, pieces, LENGTH, VOCABULARY))
+    pieces = plan_sequences(np.diff(documents.bounds), LENGTH, "concatenate")
+    shard = write_token_shard(folder / "train" / "a", 0, *pack_documents(documents, pieces, LENGTH, VOCABULARY))
     write_index(folder / "train" / "a", [shard], LENGTH, VOCABULARY)
     return artifact(folder, "tokenize", "tokens")
 

@@ -12,12 +12,12 @@ import uvicorn
 
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
-from moray.pipelines.serve.api import build_app
+from moray.pipelines.serve.api import build_serving_app
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.scheduler import EngineLimits
 from moray.pipelines.serve.text import ServingVocabulary
-from moray.pipelines.tokenizer.train import TokenizerConfig, train
+from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
 
 TEXT = (
     "In the beginning was the word. Grüße aus Zürich, naïve café. こんにちは世界 🙂🙃 def main(argument): return 42\n"
@@ -31,7 +31,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train(iter([TEXT] * 20), TokenizerConfig(vocab_size=340))
+    return train_tokenizer(iter([TEXT] * 20), TokenizerConfig(vocab_size=340))
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def url(shared_engine) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # from here on a client that is faster than the server waits, instead of being refused
-        app = build_app(AsyncEngine(shared_engine), "tiny")
+        app = build_serving_app(AsyncEngine(shared_engine), "tiny")
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
         thread.start()

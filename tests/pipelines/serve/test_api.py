@@ -9,16 +9,16 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.pipelines.serve.api import build_app
+from moray.pipelines.serve.api import build_serving_app
 from moray.pipelines.serve.async_engine import AsyncEngine
-from moray.pipelines.serve.completion import Completion, to_json
+from moray.pipelines.serve.completion import Completion, completion_json
 
 BODY = {"model": "tiny", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def client(shared_engine):
-    with TestClient(build_app(AsyncEngine(shared_engine), "tiny"), raise_server_exceptions=False) as client:
+    with TestClient(build_serving_app(AsyncEngine(shared_engine), "tiny"), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -267,9 +267,9 @@ def test_the_description_of_the_api_has_the_body(client):
     st.integers(0, 1500),
 )
 def test_json_in_slices_is_the_same_json(value, repeats):
-    assert json.loads(to_json(value)) == value
+    assert json.loads(completion_json(value)) == value
     many = {"list": [value] * repeats}
-    assert to_json(many) == json.dumps(many, ensure_ascii=False, separators=(",", ":")).encode()
+    assert completion_json(many) == json.dumps(many, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def test_unknown_paths_and_methods(client):
@@ -295,7 +295,7 @@ def test_a_failure_of_the_model_is_one_error_and_the_next_request_is_answered(cl
 
 def test_a_stopped_engine_is_not_healthy(make_engine):
     engine = AsyncEngine(make_engine())
-    with TestClient(build_app(engine, "tiny"), raise_server_exceptions=False) as client:
+    with TestClient(build_serving_app(engine, "tiny"), raise_server_exceptions=False) as client:
         engine.stop()
         assert client.get("/health").status_code == 503
         assert ask(client).status_code == 503

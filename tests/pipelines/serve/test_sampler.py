@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from moray.pipelines.serve.sampler import Draw, sample, score
+from moray.pipelines.serve.sampler import Draw, sample, score_tokens
 
 GREEDY = Draw(temperature=0.0, top_p=1.0, generator=None, logprobs=None)
 
@@ -75,7 +75,7 @@ def test_log_probabilities_are_of_the_model_not_of_the_temperature():
 
 
 def test_rows_get_as_many_alternatives_as_each_asked_for():
-    tokens = score(torch.randn(3, 4), [0, 1, 2], [0, 9, 1])
+    tokens = score_tokens(torch.randn(3, 4), [0, 1, 2], [0, 9, 1])
     assert [len(token.top) for token in tokens] == [0, 4, 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.pipelines.shared.document_history import explain
+from moray.pipelines.shared.document_history import explain_document_in
 from moray.pipelines.shared.documents import document_id, read_shard
 from moray.platform.cli.main import main
 from moray.platform.core.errors import InputError
@@ -42,7 +42,7 @@ def runs(night: Night) -> list[RunRow]:
 
 
 def test_a_document_that_went_names_who_stays_and_how_alike_they_are(night: Night) -> None:
-    found = explain(night.store, runs(night), "s/second")
+    found = explain_document_in(night.store, runs(night), "s/second")
     assert (found.id, found.run) == (document_id("s", "second"), "run")
     assert found.document["source"] == "s"
     assert found.document["begins"].startswith("w0 w1 w2")
@@ -57,7 +57,7 @@ def test_a_document_that_went_names_who_stays_and_how_alike_they_are(night: Nigh
 
 
 def test_one_that_stayed_was_read_and_kept(night: Night) -> None:
-    found = explain(night.store, runs(night), document_id("s", "third"))
+    found = explain_document_in(night.store, runs(night), document_id("s", "third"))
     assert [one.verdict for one in found.decisions] == ["read", "kept"]
     assert not found.others
 
@@ -70,7 +70,7 @@ def moray(*arguments: str) -> int:
 
 def test_one_that_nobody_knows_is_an_error(night: Night) -> None:
     with pytest.raises(InputError, match="no document 's/fourth' in 1 runs") as caught:
-        explain(night.store, runs(night), "s/fourth")
+        explain_document_in(night.store, runs(night), "s/fourth")
     assert "SOURCE/KEY" in caught.value.hint
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moray.pipelines.evaluate.baselines import ByteCounts, ByteModel, UnigramModel
 from moray.pipelines.shared.documents import document_id, shard_paths, write_shard
 from moray.pipelines.split import SplitConfig, is_heldout
-from moray.pipelines.tokenizer.train import TokenizerConfig, train
+from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
 from tests.examples import examples
 
 WORDS = [f"word{i}" for i in range(400)]
@@ -53,12 +53,12 @@ def test_any_text_round_trips(text: str) -> None:
 
 
 def test_training_the_tokenizer_twice_gives_the_same() -> None:
-    one, other = (train(iter(TEXTS), TokenizerConfig(vocab_size=420)).to_str() for _ in range(2))
+    one, other = (train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=420)).to_str() for _ in range(2))
     assert one == other
     assert [json.loads(one)["model"]["vocab"][t] for t in ("<|bos|>", "<|eos|>", "<|pad|>")] == [0, 1, 2]
 
 
-ROUND_TRIP = train(iter(TEXTS), TokenizerConfig(vocab_size=420))
+ROUND_TRIP = train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=420))
 
 
 def test_the_byte_model_equals_its_definition() -> None:

@@ -87,7 +87,7 @@ def test_levels_are_harder_and_items_come_again() -> None:
     assert sum(map(len, hard)) > 1.2 * sum(map(len, easy))
     assert hard == [gym.draw("chain_sum", 5, seed)[0]["question"] for seed in range(20)]
     assert gym.draw("survo", 2, 1)[1] < 2, "a level that the task does not have is the nearest below"
-    assert len({chains.document("q", "s", "a", seed) for seed in range(60)}) == len(chains.PHRASINGS) * 4
+    assert len({chains.chain_document("q", "s", "a", seed) for seed in range(60)}) == len(chains.PHRASINGS) * 4
 
 
 def test_items_do_not_depend_on_the_process(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ print("QUESTIONS" + json.dumps(questions()))
 
 
 def questions() -> list[list[str]]:
-    drawn = [gym.draw(task, 1, 7) for task in gym.choose(["arithmetic", "algorithmic"], True)]
+    drawn = [gym.draw(task, 1, 7) for task in gym.choose_tasks(["arithmetic", "algorithmic"], True)]
     return [[entry["question"], entry["answer"]] for entry, _ in drawn]
 
 
@@ -358,7 +358,7 @@ def test_a_check_ends_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) 
     }
     for detail, judge in judges.items():
         monkeypatch.setattr(checker, "prepared", lambda _, judge=judge: judge)
-        good, said = checker.check({})
+        good, said = checker.check_answer({})
         assert good == (not detail)
         assert said.startswith(detail)
 
@@ -375,7 +375,7 @@ def test_answers_are_read_by_form() -> None:
     assert read_problem("Problem: a\nSolution: b") is None
     assert read_code("t\n```python\nx = 1\n```\nand\n```python\nassert x\n```") == ("t", "x = 1\n", "assert x\n")
     assert read_code("```python\nx = 1\n```") is None
-    assert programs.blocks(programs.document("t", "x = 1", "assert x")) == ["x = 1\n", "assert x\n"]
+    assert programs.blocks(programs.program_document("t", "x = 1", "assert x")) == ["x = 1\n", "assert x\n"]
 
 
 # Copies, recipes, the whole step
@@ -389,7 +389,7 @@ def test_copies_of_the_corpus_and_of_each_other_are_found(tmp_path: Path) -> Non
         log.add(Made(f"g/{number}", text, "", "", {}))
     copies.sketch_shard({"shard": 0, "log": str(log.path)}, str(tmp_path))
     sketch = copies.sketch_path(tmp_path, 0)
-    assert copies.repeated([sketch]) == {"g/3": "g/0"}
+    assert copies.repeated_documents([sketch]) == {"g/3": "g/0"}
     rephrasings(tmp_path / "corpus", [words, "not like any of them at all"])
     row = {"shard": 0, "path": str(tmp_path / "corpus" / "documents-00000.parquet")}
     found = json.loads(copies.compare_shard(row, [str(sketch)], 0.7)["copies"])

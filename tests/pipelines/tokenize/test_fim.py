@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.tokenize.fim import Marks, cut, fim_marks, framed, is_chosen, rearranged
 from moray.pipelines.tokenizer.encoding import Encoder, FastEncoder, ReferenceEncoder, plain_json
-from moray.pipelines.tokenizer.train import FIM, TokenizerConfig, train
+from moray.pipelines.tokenizer.train import FIM, TokenizerConfig, train_tokenizer
 from moray.platform.core.errors import InputError
 
 TEXTS = ["def decode(self, s):\n    return s.strip()\n" * 20, "Im Anfang schuf Gott Himmel und Erde. " * 20]
@@ -21,7 +21,7 @@ BOS, EOS = 0, 1
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train(iter(TEXTS), TokenizerConfig(vocab_size=300, fim=True))
+    return train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=300, fim=True))
 
 
 @pytest.fixture(scope="module", params=[FastEncoder, ReferenceEncoder])
@@ -90,4 +90,4 @@ def test_marks_are_special_tokens_and_need_to_be_there(tokenizer: Any) -> None:
     ids = tokenizer.get_vocab(with_added_tokens=True)
     assert fim_marks(tokenizer) == Marks(*(ids[name] for name in FIM))
     with pytest.raises(InputError, match=r"no tokens for it"):
-        fim_marks(train(iter(TEXTS), TokenizerConfig(vocab_size=300)))
+        fim_marks(train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=300)))

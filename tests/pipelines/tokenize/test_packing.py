@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.pipelines.tokenize.best_fit import best_fit
-from moray.pipelines.tokenize.packing import Packing, PlacedPieces, plan
+from moray.pipelines.tokenize.packing import Packing, PlacedPieces, plan_sequences
 
 LENGTH = 64
 lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60).map(lambda found: np.array(found, np.int64))
@@ -26,7 +26,7 @@ def room(pieces: PlacedPieces, length: int) -> np.ndarray:
 @pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
 @given(found=lengths)
 def test_every_token_has_one_place(packing: Packing, found: np.ndarray) -> None:
-    pieces = plan(found, LENGTH, packing)
+    pieces = plan_sequences(found, LENGTH, packing)
     left = room(pieces, LENGTH)
     assert pieces.tokens.sum() == found.sum()
     for document, tokens in enumerate(found):
@@ -65,7 +65,7 @@ def test_best_fit_is_the_one_of_the_definition(found: list[int]) -> None:
 
 @given(lengths)
 def test_no_document_is_cut_that_fits_unless_room_would_be_lost(found: np.ndarray) -> None:
-    pieces = plan(found, LENGTH, "best-fit")
+    pieces = plan_sequences(found, LENGTH, "best-fit")
     cut = pieces.cut(LENGTH)
     assert cut >= (found > LENGTH).sum()
     tokens = np.where(found > LENGTH, found % LENGTH, found)
@@ -80,28 +80,28 @@ def test_no_document_is_cut_that_fits_unless_room_would_be_lost(found: np.ndarra
 def test_sequences_are_full_whatever_the_lengths_are(tokens: int) -> None:
     """Best fit alone leaves up to half of every sequence empty here."""
     found = np.full(3000, tokens, np.int64)
-    pieces = plan(found, LENGTH, "best-fit")
+    pieces = plan_sequences(found, LENGTH, "best-fit")
     left = room(pieces, LENGTH)
     if tokens == 63:
         assert (left == 1).all(), "a hole that is not worth a cut"
         assert pieces.cut(LENGTH) == 0
     else:
         assert pieces.sequences <= -(-int(found.sum()) // LENGTH) + 2, "the last ones may have nobody to share with"
-    back_to_back = plan(found, LENGTH, "concatenate")
+    back_to_back = plan_sequences(found, LENGTH, "concatenate")
     assert pieces.cut(LENGTH) <= back_to_back.cut(LENGTH)
 
 
 def test_documents_cut_are_counted() -> None:
-    pieces = plan(np.array([60, 10, 64, 130], np.int64), LENGTH, "concatenate")
+    pieces = plan_sequences(np.array([60, 10, 64, 130], np.int64), LENGTH, "concatenate")
     assert pieces.cut(LENGTH) == 3, "the second, the third and the last cross a border"
-    assert plan(np.array([60, 4, 64, 130], np.int64), LENGTH, "best-fit").cut(LENGTH) == 1
+    assert plan_sequences(np.array([60, 4, 64, 130], np.int64), LENGTH, "best-fit").cut(LENGTH) == 1
 
 
 def test_real_lengths_fill_sequences_and_cut_few() -> None:
     """Lengths as texts have them: log-normal."""
     found = np.random.default_rng(1).lognormal(5.5, 1.2, 50_000).astype(np.int64) + 2
-    ours, theirs = (plan(found, 2048, packing) for packing in ("best-fit", "concatenate"))
+    ours, theirs = (plan_sequences(found, 2048, packing) for packing in ("best-fit", "concatenate"))
     assert found.sum() / (ours.sequences * 2048) >= 0.999
     assert ours.cut(2048) <= theirs.cut(2048) / 3
-    again = plan(found, 2048, "best-fit")
+    again = plan_sequences(found, 2048, "best-fit")
     assert all(np.array_equal(getattr(ours, name), getattr(again, name)) for name in ("document", "begin", "start"))

@@ -13,7 +13,7 @@ import pytest
 from moray.actors.data.token_set import TokenSet, open_token_sets
 from moray.pipelines.shared.documents import SCHEMA, document_id, shard_name, write_shard
 from moray.pipelines.tokenize import step as tokenize
-from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train
+from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train_tokenizer
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import EventLog, NoteEvent, read_events
 from moray.platform.core.home import Home
@@ -61,7 +61,7 @@ def write_documents(folder: Path, texts: Texts, shards: int) -> None:
 def tokenizer(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     config = TokenizerConfig(vocab_size=330, fim=True)
-    train(iter(texts["a"]), config).save(str(folder / "tokenizer.json"))
+    train_tokenizer(iter(texts["a"]), config).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     return folder
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_the_fast_library_does_not_take_is_said_loudly(
     tmp_path: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TokenizerConfig.model_validate({"vocab_size": 320, "fim": True, "pattern": r"\s+|\S+"})
-    train(iter(texts["a"]), config).save(str(tmp_path / "tokenizer.json"))
+    train_tokenizer(iter(texts["a"]), config).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     context = run_step(tmp_path / "run", texts, tmp_path, monkeypatch)
     (note,) = [event for event in read_events(context.run) if isinstance(event, NoteEvent)]

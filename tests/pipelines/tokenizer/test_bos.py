@@ -12,7 +12,7 @@ import pytest
 from moray.pipelines.serve.protocol import CompletionRequest
 from moray.pipelines.serve.text import ServingVocabulary
 from moray.pipelines.tokenizer.bos import processor_bos, says_bos, write_with_bos
-from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train
+from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train_tokenizer
 
 TEXTS = ["In the beginning", " two  spaces\n\n", "naïve 你好 🙂", "", "\x00"]
 BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
@@ -20,7 +20,9 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "
 
 @pytest.fixture(scope="module")
 def content() -> dict[str, Any]:
-    return json.loads(train(iter(["In the beginning was the word. " * 9]), TokenizerConfig(vocab_size=300)).to_str())
+    return json.loads(
+        train_tokenizer(iter(["In the beginning was the word. " * 9]), TokenizerConfig(vocab_size=300)).to_str()
+    )
 
 
 def write(folder: Path, content: dict[str, Any], **said: Any) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from moray.pipelines.tokenizer.bpe import train, train_apart
+from moray.pipelines.tokenizer.bpe import train_apart, train_bpe
 from moray.pipelines.tokenizer.train import DEEPSEEK_V3, TokenizerConfig
 from moray.platform.core.errors import StepFailed
 
@@ -28,7 +28,7 @@ def test_a_child_trains_the_same_tokenizer_and_tells_how_far_it_is(tmp_path: Pat
         told[stage] = (done, total)
 
     train_apart(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "tokenizer.json", progress)
-    here = train(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL)
+    here = train_bpe(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(here.to_str())
     assert told.keys() == {"tokenize words", "count pairs", "compute merges"}
     assert all(done == total > 0 for done, total in told.values())
@@ -61,14 +61,14 @@ def test_a_pattern_is_one_or_several_and_must_compile() -> None:
 @pytest.mark.parametrize("piece", ["\n", " ", "a", ".", "\u0e01", "_"])
 def test_a_run_without_a_border_takes_linear_time(piece: str) -> None:
     """A megabyte of it in one word would take the trainer half an hour; cut, it takes a second."""
-    trained = train(iter([*TEXTS, piece * 1_000_000]), DEEPSEEK_V3, 500, SPECIAL)
+    trained = train_bpe(iter([*TEXTS, piece * 1_000_000]), DEEPSEEK_V3, 500, SPECIAL)
     assert trained.get_vocab_size() == 500
     assert trained.decode(trained.encode(piece * 5000).ids, skip_special_tokens=False) == piece * 5000
 
 
 def test_cutting_long_runs_changes_nothing_else() -> None:
     """What splits text while it is encoded is what the recipe says, and a run of up to a thousand is learnt whole."""
-    here = json.loads(train(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL).to_str())
+    here = json.loads(train_bpe(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL).to_str())
     splits = here["pre_tokenizer"]["pretokenizers"]
     assert [one["pattern"]["Regex"] for one in splits[:-1]] == list(DEEPSEEK_V3)
     assert splits[-1]["type"] == "ByteLevel"

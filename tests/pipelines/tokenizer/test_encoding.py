@@ -14,8 +14,15 @@ from hypothesis import strategies as st
 
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenizer import encoding
-from moray.pipelines.tokenizer.encoding import FastEncoder, ReferenceEncoder, choose, encoder, plain_json, probes
-from moray.pipelines.tokenizer.train import EOS, TokenizerConfig, hugging_face_config, train
+from moray.pipelines.tokenizer.encoding import (
+    FastEncoder,
+    ReferenceEncoder,
+    choose_encoder,
+    encoder,
+    plain_json,
+    probes,
+)
+from moray.pipelines.tokenizer.train import EOS, TokenizerConfig, hugging_face_config, train_tokenizer
 from moray.platform.core.errors import InputError
 from tests.examples import examples
 
@@ -31,7 +38,7 @@ NEW_MARK = "\u1acf"
 
 def make(folder: Path, **settings: object) -> Path:
     config = TokenizerConfig.model_validate({"vocab_size": 400, **settings})
-    train(iter(SENTENCES), config).save(str(folder / "tokenizer.json"))
+    train_tokenizer(iter(SENTENCES), config).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     return folder
 
@@ -68,8 +75,8 @@ def test_slices_and_chunks_of_columns_are_read_where_they_begin(both: tuple[Fast
 
 
 def test_the_fast_encoder_is_taken_and_control_tokens_in_text_are_text(folder: Path) -> None:
-    assert choose("auto", folder, [], []) == ("fast", "")
-    assert choose("reference", folder, [], []) == ("reference", "")
+    assert choose_encoder("auto", folder, [], []) == ("fast", "")
+    assert choose_encoder("reference", folder, [], []) == ("reference", "")
     text = f"a{EOS}b <|fim_hole|>"
     for which in ("fast", "reference"):
         ids = encoder(which, folder).encode(pa.array([text])).ids
@@ -98,11 +105,11 @@ def test_unknown_characters_are_found(found: list[str]) -> None:
 
 def test_a_split_that_gigatoken_does_not_know_is_said_and_falls_back(tmp_path: Path) -> None:
     made = make(tmp_path, pattern=r"\p{L}+|[^\p{L}]")
-    which, reason = choose("auto", made, [], [])
+    which, reason = choose_encoder("auto", made, [], [])
     assert which == "reference"
     assert r"gigatoken does not take this tokenizer: Unknown pre_tokenizer Split regexes" in reason
     with pytest.raises(InputError, match=r"tokenize\.encoder: fast: gigatoken does not take"):
-        choose("fast", made, [], [])
+        choose_encoder("fast", made, [], [])
 
 
 def test_the_first_difference_is_named_by_document_and_place(

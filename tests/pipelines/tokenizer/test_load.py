@@ -14,7 +14,13 @@ from tokenizers import models, trainers
 
 from moray.pipelines.tokenizer.encoding import encoder
 from moray.pipelines.tokenizer.load import step
-from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, special_ids, train
+from moray.pipelines.tokenizer.train import (
+    TokenizerConfig,
+    hugging_face_config,
+    load_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import EventLog, NoteEvent, read_events
 from moray.platform.core.home import Home
@@ -25,7 +31,9 @@ from moray.platform.plan.context import StepContext
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "theirs"
     folder.mkdir()
-    train(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(str(folder / "tokenizer.json"))
+    train_tokenizer(iter(["some words, some more words"]), TokenizerConfig(vocab_size=300)).save(
+        str(folder / "tokenizer.json")
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     return folder
 

@@ -22,8 +22,8 @@ from moray.platform.control.attempt import Outcome, end_with, read_outcome
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
-from moray.platform.control.queue import IN_FLIGHT, choose
-from moray.platform.control.reconcile import LOSSES, START_SECONDS, Sight, after, judge
+from moray.platform.control.queue import IN_FLIGHT, choose_jobs
+from moray.platform.control.reconcile import LOSSES, START_SECONDS, Sight, after, judge_attempt
 from moray.platform.core.cluster import BackendAwayError, ClusterBackend, ExecutorState, Observed, Topology, Usage
 from moray.platform.core.home import Home
 from tests.examples import examples
@@ -286,9 +286,9 @@ def test_priorities_and_retries_decide_the_order(tmp_path: Path) -> None:
     }
     later = jobs.submit(submission(tmp_path / "text", priority="production"))[0]
     jobs.move(made["production"].id, "queued", "failed before", not_before=2e12)
-    order = [job.id for job in choose(jobs.open(), 9, 1e12)]
+    order = [job.id for job in choose_jobs(jobs.open(), 9, 1e12)]
     assert order == [later.id, made["interactive"].id, made["batch"].id]
-    assert choose(jobs.open(), 0, 1e12) == []
+    assert choose_jobs(jobs.open(), 0, 1e12) == []
 
 
 def test_an_exclusive_job_waits_for_the_earlier_ones_of_its_schedule(tmp_path: Path) -> None:
@@ -296,11 +296,11 @@ def test_an_exclusive_job_waits_for_the_earlier_ones_of_its_schedule(tmp_path: P
     jobs = Jobs(database)
     first = jobs.submit(submission(tmp_path / "text"), schedule="s", tick=1.0, exclusive=True)[0]
     second = jobs.submit(submission(tmp_path / "text"), schedule="s", tick=2.0, exclusive=True)[0]
-    assert [job.id for job in choose(jobs.open(), 9, 1e12)] == [first.id]
+    assert [job.id for job in choose_jobs(jobs.open(), 9, 1e12)] == [first.id]
     jobs.new_attempt(first.id)
-    assert choose(jobs.open(), 9, 1e12) == []
+    assert choose_jobs(jobs.open(), 9, 1e12) == []
     jobs.move(first.id, "succeeded")
-    assert [job.id for job in choose(jobs.open(), 9, 1e12)] == [second.id]
+    assert [job.id for job in choose_jobs(jobs.open(), 9, 1e12)] == [second.id]
 
 
 def test_an_ended_job_stays_as_it_ended(tmp_path: Path) -> None:
@@ -319,6 +319,6 @@ def test_a_driver_that_was_told_to_stop_by_somebody_else_is_lost(tmp_path: Path)
     job = jobs.submit(submission(tmp_path / "text"))[0]
     attempt = jobs.new_attempt(job.id)
     sight = Sight(None, alive=False, met=True, outcome=Outcome(state="cancelled"), silent=0.0)
-    verdict = judge(jobs.get(job.id), attempt, sight)
+    verdict = judge_attempt(jobs.get(job.id), attempt, sight)
     assert verdict.state == "lost"
     assert after(jobs.get(job.id), "lost", verdict.detail, again=True).state == "queued"

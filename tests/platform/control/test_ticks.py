@@ -24,7 +24,7 @@ from moray.platform.control.ticks import (
     ScheduleState,
     TickDecision,
     Trigger,
-    decide,
+    decide_ticks,
     format_every,
     parse_every,
     parse_trigger,
@@ -363,7 +363,7 @@ def state_of(trigger: Trigger, cursor: float, overlap: Overlap = "skip", catchup
 def settle(state: ScheduleState, now: float, ends_at_once: bool = True) -> tuple[ScheduleState, list[TickDecision]]:
     """Applies decisions until nothing is due, as `Schedules` does."""
     made = []
-    while (decision := decide(state, now)) is not None:
+    while (decision := decide_ticks(state, now)) is not None:
         made.append(decision)
         busy = f"job-{decision.tick:.0f}" if decision.run and not ends_at_once else state.busy
         state = replace(state, cursor=decision.until, busy=busy)
@@ -417,7 +417,7 @@ class TestOverlap:
         ("overlap", "run", "exclusive"), [("skip", False, False), ("queue", True, True), ("allow", True, False)]
     )
     def test_a_job_at_work(self, overlap: Overlap, run: bool, exclusive: bool) -> None:
-        decision = decide(replace(state_of(HOURLY, 0, overlap), busy="old-job"), HOUR)
+        decision = decide_ticks(replace(state_of(HOURLY, 0, overlap), busy="old-job"), HOUR)
         assert decision is not None
         assert (decision.run, decision.exclusive) == (run, exclusive)
         assert ("old-job" in decision.reason) is not run
@@ -456,7 +456,7 @@ def test_every_tick_is_decided_exactly_once(
 
     def step() -> None:
         nonlocal state
-        while (decision := decide(state, now)) is not None:
+        while (decision := decide_ticks(state, now)) is not None:
             assert decision.tick > state.cursor, "the cursor only moves forward"
             check(state, decision, now)
             log.append(decision)

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.platform.core.bounded_yaml import DEEPEST, MOST_BYTES, MOST_NODES, check, compose
+from moray.platform.core.bounded_yaml import DEEPEST, MOST_BYTES, MOST_NODES, check_bounds, compose
 from moray.platform.core.errors import RecipeError
 
 
@@ -62,6 +62,6 @@ def test_the_count_is_that_of_what_aliases_unfold_to(levels: int) -> None:
     whole = 1 + sum(sizes) + levels  # and the keys
     if whole > MOST_NODES:
         with pytest.raises(RecipeError):
-            check(laughs(levels))
+            check_bounds(laughs(levels))
     else:
-        check(laughs(levels))
+        check_bounds(laughs(levels))

@@ -20,7 +20,7 @@ from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import identity
 from moray.platform.plan.recipe import PlannedStep, Recipe, parse_recipe
 from moray.platform.plan.step import Step
-from moray.platform.run.runner import Runner, plan
+from moray.platform.run.runner import Runner, plan_steps
 from moray.platform.store.artifacts import ArtifactStore
 
 TOKEN = 'hunter2-"quoted"\\and\nmore'
@@ -134,11 +134,11 @@ def test_another_value_is_the_same_work_and_another_reference_is_not(
 ) -> None:
     Runner(home, NoRay()).run(recipe())
     monkeypatch.setenv("MORAY_TEST_TOKEN", "another password")
-    assert [decision.reuse for decision in plan(recipe(), ArtifactStore(home))] == [True]
+    assert [decision.reuse for decision in plan_steps(recipe(), ArtifactStore(home))] == [True]
     monkeypatch.setenv("OTHER_TOKEN", "another password")
     config = FetchConfig.model_validate({**WRITTEN, "login": {"token": "${env:OTHER_TOKEN}"}})
     changed = Recipe("secret", Path("s"), (PlannedStep("fetch", Fetch(), config, {}),), "")
-    (decision,) = plan(changed, ArtifactStore(home))
+    (decision,) = plan_steps(changed, ArtifactStore(home))
     assert decision.why == "login.token: '${env:MORAY_TEST_TOKEN}' -> '${env:OTHER_TOKEN}'"
 
 

@@ -15,7 +15,7 @@ from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.plan.lineage import links
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.plan.step import Step
-from moray.platform.run.runner import Runner, plan
+from moray.platform.run.runner import Runner, plan_steps
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import Manifest
 from tests.platform.run.test_runner import NoRay, Write, WriteConfig
@@ -71,7 +71,7 @@ def test_each_night_goes_on_from_the_last_and_a_repeated_one_from_the_same(home:
     assert run(home, night("d")) == ("abcd", False), "what was repeated did not move the end"
     store = ArtifactStore(home)
     assert [(link.folder / "out").read_text() for link in links(store, "all")] == ["abcd", "abc", "ab", "a"]
-    assert [d.reuse for d in plan(night("b"), store)] == [True, True]
+    assert [d.reuse for d in plan_steps(night("b"), store)] == [True, True]
 
 
 def test_a_result_that_was_made_but_not_linked_is_linked_by_a_rerun(home: Home) -> None:
@@ -98,7 +98,7 @@ def test_two_that_went_on_from_the_same_end_cannot_both_be_next(home: Home) -> N
 def test_what_cannot_follow_is_refused_before_anything_starts(home: Home) -> None:
     run(home, night("a"))
     with pytest.raises(RecipeError, match="another unit"):
-        plan(night("b", unit="words"), ArtifactStore(home))
+        plan_steps(night("b", unit="words"), ArtifactStore(home))
 
 
 def test_a_link_that_is_gone_is_named(home: Home) -> None:
@@ -108,5 +108,5 @@ def test_a_link_that_is_gone_is_named(home: Home) -> None:
     reference = store.aliases()["all@chain"]
     store.remove(reference)
     with pytest.raises(InputError, match=f"'all' is broken: {reference} is gone") as caught:
-        plan(night("c"), store)
+        plan_steps(night("c"), store)
     assert caught.value.hint == "begin anew: moray artifacts unalias all@chain"

@@ -26,7 +26,7 @@ def test_whatever_is_not_well_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert {f.name for f in found if f.state == "fail"} == {"home"}
     assert "compiler" in {f.name for f in found if f.state == "warn"}
     assert all(f.fix for f in found if f.state != "ok")
-    assert "  -> " in "\n".join(doctor.lines(found))
+    assert "  -> " in "\n".join(doctor.report_lines(found))
 
 
 def test_too_little_memory_or_disk_stops_a_run_before_it_starts(monkeypatch: pytest.MonkeyPatch, home: Home) -> None:

@@ -17,7 +17,7 @@ from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.plan.step import Step
-from moray.platform.run.runner import Runner, plan
+from moray.platform.run.runner import Runner, plan_steps
 from moray.platform.store.artifacts import ArtifactStore
 
 
@@ -86,7 +86,7 @@ def test_a_second_run_reuses_and_a_change_reruns_from_there(home: Home) -> None:
 def test_the_plan_says_what_changed_and_writes_nothing(home: Home) -> None:
     run(home, recipe("a", "b"))
     before = sorted(home.root.rglob("*"))
-    decisions = plan(recipe("a", "B"), ArtifactStore(home))
+    decisions = plan_steps(recipe("a", "B"), ArtifactStore(home))
     assert [d.reuse for d in decisions] == [True, False]
     assert decisions[1].why == "text: 'b' -> 'B'"
     assert sorted(home.root.rglob("*")) == before
@@ -203,7 +203,7 @@ def test_an_artifact_made_by_other_code_is_reused_with_a_warning(home: Home, mon
 
     run(home, recipe("a"))
     monkeypatch.setattr(change_reason, "source_hash", lambda step: "another")
-    assert plan(recipe("a"), ArtifactStore(home))[0].why.endswith("made by other code")
+    assert plan_steps(recipe("a"), ArtifactStore(home))[0].why.endswith("made by other code")
     result, seen = run(home, recipe("a"))
     assert result.steps["s0"].reused
     assert [e.text for e in seen if isinstance(e, NoteEvent) and e.level == "warning"] != []

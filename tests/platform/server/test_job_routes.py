@@ -24,7 +24,7 @@ from moray.platform.control.database import SCHEMA_VERSION, Database
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
-from moray.platform.server.app import build_app
+from moray.platform.server.app import build_controller_app
 from moray.platform.server.overview import Overview
 from tests.checkout import ROOT
 from tests.small_run import recipe_text, write_text
@@ -62,7 +62,7 @@ def plane(home: Home, tmp_path: Path) -> Iterator[Plane]:
     backend = RayJobs(local)
     database = Database(home.database, durable=False)
     controller = Controller(home, database, backend, local.address, Topology(1, 0, 1 << 30), 1, lambda _: None)
-    app = build_app(home, controller, Overview(home, controller, backend), ensure_token(home))
+    app = build_controller_app(home, controller, Overview(home, controller, backend), ensure_token(home))
     with TestClient(app, base_url="http://127.0.0.1:8400") as http:
         http.headers["Authorization"] = f"Bearer {read_token(home)}"
         yield Plane(home, app, http, controller, database, text)

@@ -23,12 +23,12 @@ from moray.platform.client import Client
 from moray.platform.control.auth import ensure_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
-from moray.platform.control.options import decide
+from moray.platform.control.options import decide_options
 from moray.platform.control.ticks import local_text
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
-from moray.platform.server.app import build_app
+from moray.platform.server.app import build_controller_app
 
 RECIPE = "name: tiny\nsteps:\n  corpus: {with: {sources: [{name: here, path: texts, include: ['*.txt']}]}}\n"
 
@@ -59,11 +59,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
-    options = decide(home, port=port)
+    options = decide_options(home, port=port)
     cluster = LocalCluster(home, options.cluster)
     database = Database(home.database)
     controller = Controller(home, database, RayJobs(cluster), cluster.address, Topology(1, 0, 1 << 30), 1)
-    app = build_app(home, controller, dict, ensure_token(home))
+    app = build_controller_app(home, controller, dict, ensure_token(home))
     running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     listening = socket.create_server(("127.0.0.1", port))  # before anybody asks
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})

@@ -24,7 +24,7 @@ from moray.platform.core.events import NoteEvent
 from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.run import doctor
-from moray.platform.run.runner import plan
+from moray.platform.run.runner import plan_steps
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.bucket import Bucket
 from moray.platform.store.lease import Lease
@@ -88,7 +88,7 @@ def make(home: Home, text: str, name: str = "out") -> tuple[ArtifactStore, Any]:
 def test_another_machine_reuses_everything_and_pulls_only_what_it_needs(machines: Callable[[str], Home]) -> None:
     made, _ = run(machines("one"), recipe("a", "b", "c"))
     two = machines("two")
-    decisions = plan(recipe("a", "b", "c"), ArtifactStore(two))
+    decisions = plan_steps(recipe("a", "b", "c"), ArtifactStore(two))
     assert [d.reuse for d in decisions] == [True] * 3
     assert all(d.why.endswith(f" in s3://{BUCKET}/root") for d in decisions)
     again, _ = run(two, recipe("a", "b", "c"))
@@ -100,7 +100,7 @@ def test_another_machine_reuses_everything_and_pulls_only_what_it_needs(machines
     pulled = [a.fingerprint for a in ArtifactStore(two).all() if a.manifest.config["text"] == "b"]
     assert pulled == [made.steps["s1"].artifact.fingerprint]
     assert ArtifactStore(two).local("write", pulled[0]) == ArtifactStore(two).get("write", pulled[0])
-    back = plan(recipe("a", "b", "C"), ArtifactStore(machines("one")))
+    back = plan_steps(recipe("a", "b", "C"), ArtifactStore(machines("one")))
     assert [d.reuse for d in back] == [True] * 3
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from moray.pipelines.dedup.parts import exchange
 from moray.pipelines.dedup.parts import step as parts_step
-from moray.pipelines.dedup.parts.decide import RepeatedPieces, decide
+from moray.pipelines.dedup.parts.decide import RepeatedPieces, scan_pieces
 from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
 from moray.pipelines.dedup.parts.windows import fingerprints, gram_size, windows
@@ -77,7 +77,7 @@ def found_by_kernels(texts: list[str], tokens: int) -> tuple[set[tuple[int, int,
     words = np.zeros(len(texts), np.int64)
     count = fingerprints(offsets, data, *tables(), tokens, size, words, keys, rows, places)
     assert words.tolist() == [len(oracle.placed_words(text)) for text in texts]
-    shared = np.sort(exchange.repeated([keys[:count]])[0])
+    shared = np.sort(exchange.repeated_keys([keys[:count]])[0])
     width = tokens - size + 1
     one, other = np.empty(len(shared) * width, np.uint64), np.empty(len(shared) * width, np.uint64)
     spots = np.empty((len(shared) * width, 5), np.int64)
@@ -91,7 +91,7 @@ def found_by_kernels(texts: list[str], tokens: int) -> tuple[set[tuple[int, int,
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))
 def test_rows_are_the_same_if_both_their_keys_are(rows: list[tuple[int, int]]) -> None:
     columns = [np.array([row[i] for row in rows], np.uint64) for i in (0, 1)]
-    found, groups = exchange.repeated(columns)
+    found, groups = exchange.repeated_keys(columns)
     assert sorted(found.tolist()) == [i for i, row in enumerate(rows) if rows.count(row) > 1]
     names = {rows[i]: group for i, group in zip(found.tolist(), groups.tolist(), strict=True)}
     assert all(names[rows[i]] == group for i, group in zip(found.tolist(), groups.tolist(), strict=True))
@@ -143,7 +143,7 @@ def one_document(groups: list[list[int]], copies: int = 1) -> list[list[bool]]:
         bounds, begins * 2, begins * 2 + 5, begins, begins + 3, np.concatenate(groups).astype(np.int64)
     )
     many = np.full(len(groups), 10**6)
-    found = decide(pieces, many, many, copies, 1.0, 0)
+    found = scan_pieces(pieces, many, many, copies, 1.0, 0)
     return [found.cut[a:b].tolist() for a, b in pairwise(bounds.tolist())]
 
 

@@ -15,11 +15,11 @@ from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.checkpoint.checkpoint_files import (
     commit,
     damage,
-    hash_files,
+    list_hashed_files,
     outdated,
     path_of,
     prepare,
-    remove,
+    remove_checkpoint,
     whole,
 )
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed, Restored
@@ -32,7 +32,7 @@ def write(folder: Path, at: int, age: float = 0.0, now: float = 1e9) -> Path:
     unfinished = checkpoint_files.unfinished_path(folder, at)
     (unfinished / "__0_0.distcp").write_bytes(b"tensors of step %d" % at)
     (unfinished / ".metadata").write_bytes(b"where they are")
-    commit(folder, at, hash_files(unfinished, ["__0_*", ".metadata"]))
+    commit(folder, at, list_hashed_files(unfinished, ["__0_*", ".metadata"]))
     path = path_of(folder, at)
     os.utime(path, (now - age * 3600, now - age * 3600))
     return path
@@ -68,7 +68,7 @@ def test_retention_keeps_the_newest_and_what_is_neither_too_many_nor_too_old(
         elif too_many or too_old:
             assert at in gone
     for at in gone:
-        remove(folder, at)
+        remove_checkpoint(folder, at)
     assert whole(folder) == [at for at in range(len(ages)) if at not in gone]
 
 

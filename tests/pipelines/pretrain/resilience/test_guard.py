@@ -18,7 +18,7 @@ from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts, routed_as
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.config import Spikes
-from moray.pipelines.pretrain.loop import run
+from moray.pipelines.pretrain.loop import run_training
 from moray.pipelines.pretrain.resilience.guard import RECORD, Guard, GuardRecord, read_record
 from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, take
 from moray.pipelines.pretrain.worker import Worker
@@ -65,7 +65,7 @@ def trained(folder: Path, source: Source, worker: Worker | None = None) -> tuple
     torch.set_num_threads(1)
     worker = worker or lone_worker(str(folder / "run"), **SETTINGS)
     with closing(EventLog(folder / "events", "test")) as events:
-        run(worker, source, events)
+        run_training(worker, source, events)
     found = list(read_events(folder))
     losses = {e.at: e.value for e in found if isinstance(e, MetricEvent) and e.name == "train_loss"}
     return (
@@ -139,14 +139,14 @@ def test_a_batch_without_a_target_is_left_out(tmp_path: Path) -> None:
 
     settings = {**SETTINGS, "steps": 6, "checkpoint_every": 3}
     worker = lone_worker(str(tmp_path), **settings)
-    run(worker, Source(spoilt), None)
+    run_training(worker, Source(spoilt), None)
     record = read_record(tmp_path)
     assert (record.skipped, record.empty) == ([], [2, 4])
     assert worker.state.guard.taken(6) == 4, "Adam's bias correction counts steps that were taken"
     expected = held(worker)
-    checkpoint_files.remove(tmp_path / "checkpoints", 6)
+    checkpoint_files.remove_checkpoint(tmp_path / "checkpoints", 6)
     again = lone_worker(str(tmp_path), **settings)
-    run(again, Source(spoilt), None)
+    run_training(again, Source(spoilt), None)
     assert all(np.array_equal(held(again)[key], expected[key]) for key in expected)
 
 
@@ -163,7 +163,7 @@ def test_an_empty_batch_is_no_trouble_that_returns() -> None:
 def test_training_that_never_learns_is_an_error(tmp_path: Path) -> None:
     source = Source(lambda step, batch: Batch(batch.ids, batch.documents, np.zeros_like(batch.mask)))
     with pytest.raises(ValueError, match="none of the 3 batches"):
-        run(lone_worker(str(tmp_path), **{**SETTINGS, "steps": 3}), source, None)
+        run_training(lone_worker(str(tmp_path), **{**SETTINGS, "steps": 3}), source, None)
 
 
 @pytest.mark.evidence
@@ -240,11 +240,11 @@ def test_a_resumed_run_knows_what_to_skip(tmp_path: Path) -> None:
     source = Source(lambda step, batch: outlier(batch) if step == 60 else batch)
     _, _, worker = trained(tmp_path, source)
     expected = held(worker)
-    checkpoint_files.remove(tmp_path / "run" / "checkpoints", STEPS)
+    checkpoint_files.remove_checkpoint(tmp_path / "run" / "checkpoints", STEPS)
     again = lone_worker(str(tmp_path / "run"), **SETTINGS)
     assert again.checkpoints.restore(again.state).steps == STEPS - 40
     assert again.state.guard.taken(STEPS - 40) == STEPS - 41, "Adam's bias correction counts steps that were taken"
-    run(
+    run_training(
         lone_worker(str(tmp_path / "run"), **SETTINGS), Source(), None
     )  # without the outlier: it is skipped all the same
     final_ = lone_worker(str(tmp_path / "run"), **SETTINGS)
