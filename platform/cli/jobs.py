@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from moray.platform.cli.parameters import Overrides
+from moray.platform.control.choices import Priority
 from moray.platform.core.errors import InputError
 from moray.platform.run.console import Json, err, out, print_json, print_table
 
-Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
 _POLL_SECONDS = 0.5
 _EXIT = {"succeeded": 0, "failed": 1, "cancelled": 130}
 
@@ -27,9 +28,9 @@ def submit(
     recipe: str,
     /,
     *,
-    set_: Set = None,
+    set_: Overrides = None,
     name: str = "",
-    priority: Literal["production", "interactive", "batch"] = "interactive",
+    priority: Priority = "interactive",
     retries: Annotated[int, Parameter(help="how often a failed run is tried again")] = 0,
     follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=())] = False,
     key: Annotated[str, Parameter(help="the same key twice is one job")] = "",

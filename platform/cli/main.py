@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from moray.platform.cli import artifacts, explain, jobs, models, runs, schedules, up
+from moray.platform.cli.parameters import Overrides
 from moray.platform.core.errors import MorayError, nearest
 from moray.platform.run.console import Json, err, lenient_streams, out, print_json, print_table
 
@@ -36,12 +37,11 @@ app.command(runs.app)
 app.command(artifacts.app)
 app.command(models.app)
 
-Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
 
 
 @app.command(name="run")
-def run_command(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: Json = False) -> int:
+def run_command(recipe: str, /, *, set_: Overrides = None, cpus: Cpus = None, json_: Json = False) -> int:
     """Run a recipe on an embedded Ray; steps whose artifacts exist are reused.
 
     RECIPE is a file, or the name of a recipe that Moray ships.
@@ -69,7 +69,7 @@ def run_command(recipe: str, /, *, set_: Set = None, cpus: Cpus = None, json_: J
 
 
 @app.command(name="plan")
-def plan_command(recipe: str, /, *, set_: Set = None, json_: Json = False) -> int:
+def plan_command(recipe: str, /, *, set_: Overrides = None, json_: Json = False) -> int:
     """Show what a run would do, step by step, and why. Starts and writes nothing."""
     from moray.platform.api import plan as plan_recipe
 

@@ -7,33 +7,32 @@ import os
 import time
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cyclopts import App, Parameter
 
+from moray.platform.cli.parameters import Overrides
+from moray.platform.control.choices import Catchup, Overlap, Priority
 from moray.platform.run.console import Json, out, print_json, print_table
 
 app = App(name="schedule", help="Run recipes at times, by cron or at intervals.", help_format="plaintext")
 
-Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
 Cron = Annotated[str | None, Parameter(help='five fields, as in "0 2 * * *", or @daily')]
 EveryText = Annotated[str | None, Parameter(name="--every", help="30m, 6h, 1d, 1h30m")]
 Tz = Annotated[str | None, Parameter(help="time zone, as in Asia/Singapore (default: this machine's)")]
-Overlap = Annotated[
-    Literal["skip", "queue", "allow"], Parameter(help="what a tick does while an earlier job of it has not ended")
-]
-Catchup = Annotated[
-    Literal["none", "last"], Parameter(help="which of the ticks that were missed while nothing was running still runs")
+OverlapChoice = Annotated[Overlap, Parameter(help="what a tick does while an earlier job of it has not ended")]
+CatchupChoice = Annotated[
+    Catchup, Parameter(help="which of the ticks that were missed while nothing was running still runs")
 ]
 _MOST_TICKS = 10
 
 
 @app.command
 def add(
-    name: str, recipe: str, /, *, cron: Cron = None, every: EveryText = None, tz: Tz = None, set_: Set = None,
-    priority: Literal["production", "interactive", "batch"] = "batch", retries: int = 0,
-    overlap: Overlap = "skip", catchup: Catchup = "none", json_: Json = False,
+    name: str, recipe: str, /, *, cron: Cron = None, every: EveryText = None, tz: Tz = None, set_: Overrides = None,
+    priority: Priority = "batch", retries: int = 0,
+    overlap: OverlapChoice = "skip", catchup: CatchupChoice = "none", json_: Json = False,
 ) -> int:  # fmt: skip
     """Add a schedule NAME that submits RECIPE, as it is written now, at every tick."""
     from moray.platform.client import Client, read_submission

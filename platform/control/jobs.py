@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moray.platform.control.choices import Priority
 from moray.platform.control.database import Database
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.core.folder import in_folder
 from moray.platform.plan.recipe import Recipe, parse_recipe
 
-Priority = Literal["production", "interactive", "batch"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 JobState = Literal["queued", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
 AttemptState = Literal["created", "submitted", "running", "succeeded", "failed", "cancelled", "lost"]
@@ -105,6 +105,15 @@ class Job:
     exclusive: bool
     tick: float | None
     attempts: tuple[Attempt, ...] = field(default=())
+
+    def attempt(self, number: int | None) -> Attempt | None:
+        """The attempt asked for; the latest one if none is named, None if there is none yet. Raises NotFoundError."""
+        if number is None:
+            return self.latest
+        known = {attempt.number: attempt for attempt in self.attempts}
+        if number not in known:
+            raise NotFoundError(f"job {self.id} has no attempt {number}", nearest(str(number), map(str, known)))
+        return known[number]
 
     @property
     def latest(self) -> Attempt | None:

@@ -17,13 +17,12 @@ from typing import Any
 
 from pydantic import Field
 
+from moray.platform.control.choices import Catchup, Overlap, Priority
 from moray.platform.control.database import Database
-from moray.platform.control.jobs import ConflictError, Jobs, NotFoundError, Priority, Submission
+from moray.platform.control.jobs import ConflictError, Jobs, NotFoundError, Submission
 from moray.platform.control.ticks import (
-    Catchup,
     Cron,
     Every,
-    Overlap,
     ScheduleState,
     TickDecision,
     Trigger,

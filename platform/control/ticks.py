@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from functools import cache, lru_cache
-from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from cronsim import CronSim, CronSimError
 
+from moray.platform.control.choices import Catchup, Overlap
 from moray.platform.core.errors import InputError, nearest
-
-Overlap = Literal["skip", "queue", "allow"]
-Catchup = Literal["none", "last"]
 
 GRACE = 60.0  # seconds after which a tick counts as missed
 BATCH = 1000  # ticks settled at once: some 30 ms of work for a cron expression

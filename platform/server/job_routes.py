@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Response
 
 from moray.platform.control.controller import Controller
-from moray.platform.control.jobs import ENDED, Job, JobState, NotFoundError, Submission
-from moray.platform.core.errors import InputError, nearest
+from moray.platform.control.jobs import ENDED, JobState, Submission
+from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 
 _PART = 256 << 10  # bytes of a log that one answer carries
@@ -57,25 +56,15 @@ def job_router(home: Home, controller: Controller) -> APIRouter:
     @router.get("/{name}/logs")
     def logs(name: str, attempt: int | None = None, offset: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
         job = jobs.get(name)
-        chosen = choose_attempt(job, attempt)
+        chosen = job.attempt(attempt)
         if chosen is None:
             return {"attempt": None, "text": "", "offset": offset, "ended": job.state in ENDED}
         # The state first: what was written until it ended is then in the part that is read.
-        ended = job.attempts[chosen - 1].ended is not None
-        text, end, last = _part(home.runs / f"{job.id}.{chosen}" / "logs" / "driver.txt", offset, ended)
-        return {"attempt": chosen, "text": text, "offset": end, "ended": ended and last}
+        ended = chosen.ended is not None
+        text, end, last = _part(home.runs / chosen.id / "logs" / "driver.txt", offset, ended)
+        return {"attempt": chosen.number, "text": text, "offset": end, "ended": ended and last}
 
     return router
-
-
-def choose_attempt(job: Job, number: int | None) -> int | None:
-    """The number of the attempt asked for, of the latest one if none is named; None if there is none yet."""
-    numbers: Sequence[int] = [attempt.number for attempt in job.attempts]
-    if number is None:
-        return numbers[-1] if numbers else None
-    if number not in numbers:
-        raise NotFoundError(f"job {job.id} has no attempt {number}", nearest(str(number), map(str, numbers)))
-    return number
 
 
 def _part(path: Path, offset: int, ended: bool) -> tuple[str, int, bool]:

@@ -22,7 +22,6 @@ from starlette.concurrency import run_in_threadpool
 
 from moray.platform.control.auth import COOKIE
 from moray.platform.control.jobs import Job, Jobs, NotFoundError
-from moray.platform.core.errors import nearest
 from moray.platform.server.page_files import PAGE, page_file
 from moray.platform.server.run_state import RunViews
 from moray.platform.server.streams import Streams
@@ -141,12 +140,8 @@ def _add_streams(
 
 def _view(job: Job, number: int | None, views: RunViews) -> dict[str, Any]:
     """The run of an attempt by its number, or of the latest one."""
-    if number is None:
-        return views.view(job)
-    numbers = {attempt.number: attempt.id for attempt in job.attempts}
-    if number not in numbers:
-        raise NotFoundError(f"job {job.id} has no attempt {number}", nearest(str(number), map(str, numbers)))
-    return views.view(job, numbers[number])
+    chosen = job.attempt(number)
+    return views.view(job, chosen.id) if chosen and number is not None else views.view(job)
 
 
 def _stream(chunks: AsyncIterator[bytes]) -> Response:

@@ -14,13 +14,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moray.platform.control.choices import Catchup, Overlap
 from moray.platform.control.ticks import (
     BATCH,
     GRACE,
-    Catchup,
     Cron,
     Every,
-    Overlap,
     ScheduleState,
     TickDecision,
     Trigger,
