@@ -24,7 +24,7 @@ from moray.pipelines.decontaminate.index import EvalIndex, Grams, build_index, l
 from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
-from moray.platform.core.atomic import write_json
+from moray.platform.core.atomic import whole_file, write_json
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
@@ -202,9 +202,8 @@ def _copy(path: Path, target: Path, without: pa.ChunkedArray) -> None:
         table = read_shard(path)
         write_shard(target, table.filter(pc.invert(pc.is_in(table["id"], value_set=without.combine_chunks()))))
         return
-    temporary = target.with_name(f".{target.name}.copy")
-    shutil.copyfile(path, temporary)
-    temporary.replace(target)
+    with whole_file(target) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 step = Decontaminate()

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.index import FOLDER, Earlier, range_bounds
+from moray.pipelines.shared.arrays import save_array
 from moray.pipelines.text.utf8 import mixed
 from moray.pipelines.text.words import Hashes
 
@@ -28,14 +29,9 @@ _ONE, _TURN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 
 def write_bloom(folder: Path, name: str, part: int, values: Hashes) -> None:
     """A filter of these values of one range; whole or not there."""
-    path = _path(folder, name, part)
-    path.parent.mkdir(parents=True, exist_ok=True)
     words = np.zeros(max(1, -(-len(values) * BITS // 64)), np.uint64)
     _insert(words, values)
-    coming = path.with_name(f".{path.name}")
-    with coming.open("wb") as file:
-        np.save(file, words)
-    coming.replace(path)
+    save_array(_path(folder, name, part), words)
 
 
 def seen(earlier: Sequence[Earlier], name: str, values: Hashes, bits: int) -> npt.NDArray[np.bool_]:

@@ -14,8 +14,8 @@ import numpy as np
 from moray.pipelines.dedup import bloom, graph, index
 from moray.pipelines.dedup.exact import Kept
 from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
-from moray.pipelines.dedup.sketches import Sketches, columns_of, mapped, save_array
-from moray.pipelines.shared.arrays import Indices, Keys
+from moray.pipelines.dedup.sketches import Sketches, columns_of
+from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.shingles import KEY_BITS
 

@@ -7,8 +7,7 @@ a time.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from moray.pipelines.dedup.compare import pairs_path
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.graph import once
 from moray.pipelines.dedup.keep_order import DocumentColumns, described, documents_in, read_documents
-from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, mapped, rows_of, save_array
-from moray.pipelines.shared.arrays import Indices, Keys
+from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
+from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
+from moray.pipelines.shared.grouped_file import arrow_writer, read_group, write_groups
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.minhash import Shingling
 
@@ -33,7 +33,6 @@ DECIDED = pa.schema(
 )  # fmt: skip
 LOST = -1  # `kept` of who goes though nobody here stays: a filter has seen one of them
 _OLDER = 1 << 32  # more than there are sources
-_GROUPS = b"groups"  # of the batches of a file
 _SHINGLES = 50_000_000  # of pairs that are compared at once: 400 MB, however large the component
 
 
@@ -108,7 +107,7 @@ def read_again(shard: Row, folder: str, sketches: Sketches, shingling: Shingling
         if shingling and text is not None:
             sets, bounds = shingling.sets(text["text"])
             columns["shingles"] = pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(sets))
-        _write_groups(path, groups, pa.table(columns))
+        write_groups(path, pa.table(columns), groups)
     return {"shard": shard["shard"]}
 
 
@@ -150,7 +149,7 @@ def decide_group(row: Row, rules: GroupRules) -> Row:
         found = find(group.documents, pairs, _scores(group, pairs, rules), rules.similarity, group.at(known))
         table = _decided(group, found, group.at(seen[np.isin(seen, group.numbers)]))
         table = table.replace_schema_metadata({"pairs": str(len(pairs)), "alike": str(found.alike)})
-        with _arrow_file(path, table.schema) as writer:
+        with arrow_writer(path, table.schema) as writer:
             writer.write_table(table)
     with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
         said = reader.schema.metadata
@@ -166,7 +165,7 @@ def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
     """All of them as one file, by ascending number."""
     table = pa.concat_tables([DECIDED.empty_table(), *(table.replace_schema_metadata() for table in tables)])
     table = table.sort_by("number").combine_chunks()
-    with _arrow_file(path, table.schema) as writer:
+    with arrow_writer(path, table.schema) as writer:
         writer.write_table(table)
     return read_decided(path)
 
@@ -208,29 +207,11 @@ def _binary(rows: Rows) -> pa.Array:
     )
 
 
-def _write_groups(path: Path, groups: Indices, table: pa.Table) -> None:
-    """A batch for each of the groups of the rows, ascending; which, the file says of itself."""
-    order = np.argsort(groups, kind="stable")
-    names, starts = np.unique(groups[order], return_index=True)
-    schema = table.schema.with_metadata({_GROUPS: names.astype(np.int32).tobytes()})
-    with _arrow_file(path, schema) as writer:
-        for part in np.split(order, starts[1:]):
-            writer.write_table(table.take(pa.array(part)).combine_chunks())
-
-
-def _batch(path: Path, group: int) -> pa.RecordBatch | None:
-    """What a file has of a group, mapped."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    names = np.frombuffer(reader.schema.metadata[_GROUPS], np.int32)
-    at = int(np.searchsorted(names, group))
-    return reader.get_batch(at) if at < len(names) and names[at] == group else None
-
-
 def _read(folder: Path, files: int, group: int) -> Group:
     numbers, rows, of_file, bounds = [], [], [], []
     sets: list[Keys] = []
     for file in range(files):
-        if (batch := _batch(reread_path(folder, file), group)) is None:
+        if (batch := read_group(reread_path(folder, file), group)) is None:
             continue
         numbers.append(batch["number"].to_numpy())
         rows.append(np.frombuffer(batch["document"].buffers()[1], DOCUMENT))
@@ -258,13 +239,3 @@ def _pairs(folder: Path, files: int, number: int, group: Group) -> Indices:
         begin, end = np.searchsorted(groups, number), np.searchsorted(groups, number, side="right")
         found.append(mapped(_grouped_path(folder, file, "pairs"))[begin:end])
     return once(np.sort(group.at(np.concatenate(found)), axis=1), len(group.numbers))
-
-
-@contextlib.contextmanager
-def _arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """A file that can be mapped; it gets its name when the block ends, or never."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coming = path.with_name(f".{path.name}")
-    with pa.ipc.new_file(str(coming), schema) as writer:
-        yield writer
-    coming.replace(path)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import buckets
 from moray.pipelines.dedup.index import Earlier
-from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of, save_array
-from moray.pipelines.shared.arrays import Indices
+from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of
+from moray.pipelines.shared.arrays import Indices, save_array
 from moray.pipelines.shared.shards import Row
 
 ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" of an earlier one's

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.text.shingles import KEY_BITS
-from moray.platform.core.atomic import write_json
+from moray.platform.core.atomic import whole_file, write_json
 
 FOLDER = "index"
 _RANGE_ENTRIES = 4_000_000  # of a file, at most about: what a lookup holds in memory
@@ -196,11 +196,14 @@ def _signed(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
 def _write(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
     """Whole, or not there."""
     table = pa.table({name: _signed(values) for name, values in columns.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coming = path.with_name(f".{path.name}")
     packed = [name for name in table.column_names if name != "rest"]
     encodings = {name: "DELTA_BINARY_PACKED" if name in packed else "PLAIN" for name in table.column_names}
-    pq.write_table(
-        table, coming, use_dictionary=False, column_encoding=encodings, compression="none", write_statistics=False
-    )
-    coming.replace(path)
+    with whole_file(path) as temporary:
+        pq.write_table(
+            table,
+            temporary,
+            use_dictionary=False,
+            column_encoding=encodings,
+            compression="none",
+            write_statistics=False,
+        )

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from moray.pipelines.dedup.index import halves
 from moray.pipelines.dedup.keep_order import DocumentColumns
-from moray.pipelines.shared.arrays import Indices, Keys
+from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.text.shingles import KEY_BITS
 
 DOCUMENT = np.dtype([("id", "S32"), ("hash", "S32"), ("source", "<i8"), ("quality", "<f8"), ("length", "<i8")])
@@ -32,20 +32,6 @@ HASH_BITS = 64
 _NO_KEY = np.uint64((1 << 64) - 1)  # of a document without words: in no range of keys
 
 Rows = npt.NDArray[np.void]
-
-
-def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Whole, or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coming = path.with_name(f".{path.name}")
-    with coming.open("wb") as file:
-        np.save(file, array)
-    coming.replace(path)
-
-
-def mapped(path: Path) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
-    return array
 
 
 def rows_of(documents: DocumentColumns) -> Rows:

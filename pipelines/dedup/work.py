@@ -39,9 +39,9 @@ from moray.pipelines.dedup.decide import (
 from moray.pipelines.dedup.exact import Kept, copies_path, find_copies, originals_path, seen_hashes_path
 from moray.pipelines.dedup.groups import Groups
 from moray.pipelines.dedup.sign import sign_shard
-from moray.pipelines.dedup.sketches import Sketches, save_array
+from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.dedup.write import REMOVED, clusters, write_kept
-from moray.pipelines.shared.arrays import Indices
+from moray.pipelines.shared.arrays import Indices, save_array
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.plan.context import StepContext

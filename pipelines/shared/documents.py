@@ -12,8 +12,6 @@ Steps keep columns they do not know. Row numbers mean nothing; the last tie-brea
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+
+from moray.platform.core.atomic import whole_file
 
 QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one is kept
 SCHEMA = pa.schema(
@@ -85,17 +85,12 @@ def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], pla
 def parquet_writer(path: Path, schema: pa.Schema, plain: bool = False) -> Iterator[pq.ParquetWriter]:
     """A writer of zstd Parquet; the file gets its name when the block ends, or never. plain: neither compressed nor by
     dictionary, for hashes, which get no smaller by either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        compression = "none" if plain else "zstd"
-        with pq.ParquetWriter(temporary, schema, compression=compression, use_dictionary=not plain) as writer:
-            yield writer
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    compression = "none" if plain else "zstd"
+    with (
+        whole_file(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression=compression, use_dictionary=not plain) as writer,
+    ):
+        yield writer
 
 
 def text_bytes(texts: pa.Array | pa.ChunkedArray) -> int:

@@ -18,7 +18,15 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
-from moray.platform.cli import artifacts, explain, jobs, models, runs, schedules, up
+from moray.platform.cli import (
+    artifact_commands,
+    explain_command,
+    job_commands,
+    model_commands,
+    run_commands,
+    schedule_commands,
+    up_commands,
+)
 from moray.platform.cli.parameters import Overrides
 from moray.platform.core.errors import MorayError, nearest
 from moray.platform.run.console import Json, err, lenient_streams, out, print_json, print_table
@@ -29,13 +37,13 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-up.register_up(app)
-jobs.register_jobs(app)
-explain.register_explain(app)
-app.command(schedules.app)
-app.command(runs.app)
-app.command(artifacts.app)
-app.command(models.app)
+up_commands.register_up(app)
+job_commands.register_jobs(app)
+explain_command.register_explain(app)
+app.command(schedule_commands.app)
+app.command(run_commands.app)
+app.command(artifact_commands.app)
+app.command(model_commands.app)
 
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
 

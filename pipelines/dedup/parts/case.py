@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.decide import REASONS, PieceVerdicts, RepeatedPieces
-from moray.pipelines.dedup.parts.exchange import read_part
 from moray.pipelines.dedup.parts.tasks import SPOT, Folders
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
+from moray.pipelines.shared.grouped_file import read_columns
 from moray.pipelines.shared.shards import Row
 
 
@@ -27,7 +27,7 @@ class ScanCase:
 
     @staticmethod
     def of(folders: Folders, ranges: int, order: KeepOrder) -> ScanCase:
-        found, groups = [read_part(folders.range("repeated", number), 0) for number in range(ranges)], 0
+        found, groups = [read_columns(folders.range("repeated", number), 0) for number in range(ranges)], 0
         for one in found:
             names: Indices = one["group"].astype(np.int64)
             one["group"] = names + groups

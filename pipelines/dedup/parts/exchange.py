@@ -1,12 +1,8 @@
-"""Rows on their way between tasks: each file is Arrow's own format, one batch for each task that will read it.
-
-So a task reads its part of every file as mapped memory, and rows of keys, never text, are what is exchanged.
-"""
+"""Rows between the tasks of dedup-parts: by ranges of their keys, in grouped files, and those whose keys repeat."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.shared.arrays import Indices, Keys
+from moray.pipelines.shared.grouped_file import read_columns, write_groups
 
 Columns = dict[str, npt.NDArray[Any]]
 _RANGE_ROWS = 2_000_000  # of a range, about
@@ -30,30 +27,14 @@ def range_of(keys: Keys, ranges: int) -> Indices:
     return (keys & np.uint64(ranges - 1)).astype(np.int64)
 
 
-def write_parts(path: Path, columns: Mapping[str, npt.NDArray[Any]], parts: Indices, count: int) -> None:
-    """Writes rows, of which each goes to one of `count` parts, in their order; the file is whole or not there."""
-    order = np.argsort(parts, kind="stable")
-    bounds = np.searchsorted(parts[order], np.arange(count + 1))
-    table = pa.table({name: column[order] for name, column in columns.items()}).combine_chunks()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coming = path.with_name(f".{path.name}")
-    with pa.ipc.new_file(coming, table.schema) as writer:
-        for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            batches = table.slice(begin, end - begin).to_batches()
-            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema))
-    os.replace(coming, path)
-
-
-def read_part(path: Path, part: int) -> Columns:
-    """The rows that go to one part."""
-    with pa.memory_map(str(path)) as file:
-        batch = pa.ipc.open_file(file).get_batch(part)
-        return {name: batch[name].to_numpy().copy() for name in batch.schema.names}
+def write_parts(path: Path, columns: Columns, parts: Indices) -> None:
+    """Writes rows, each of which goes to one part, in their order."""
+    write_groups(path, pa.table(columns), parts)
 
 
 def read_parts(paths: Sequence[Path], part: int) -> Columns:
     """The rows of all files that go to one part, and as `file` the place of each one's file."""
-    found = [read_part(path, part) for path in paths]
+    found = [read_columns(path, part) for path in paths]
     sizes = [len(next(iter(columns.values()))) for columns in found]
     joined: Columns = {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
     return {**joined, "file": np.repeat(np.arange(len(paths)), sizes)}

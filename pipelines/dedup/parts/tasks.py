@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from moray.pipelines.dedup.keep_order import described, read_documents
-from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_part, read_parts, repeated_keys, write_parts
+from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_parts, repeated_keys, write_parts
 from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.shared.grouped_file import read_columns
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
@@ -72,7 +73,7 @@ def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int)
         halves = np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)
         columns = dict(zip(SPOT, (*spot[:, :3].T, before[spot[:, 3]], before[spot[:, 3] + 1]), strict=True))
         keys = {"key": halves[:, 0], "other": halves[:, 1]}
-        write_parts(folders.of("keys", shard), {**keys, **columns}, range_of(halves[:, 0], ranges), ranges)
+        write_parts(folders.of("keys", shard), {**keys, **columns}, range_of(halves[:, 0], ranges))
         counts = count_words(*text_buffers(table["text"]), *tables())
         write_parquet(path, pa.table({**described(table), "words": counts}))
     return {"shard": shard["shard"]}
@@ -92,7 +93,7 @@ def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) ->
         size = gram_size(tokens)
         count = fingerprints(offsets, data, *tables(), tokens, size, words, keys, rows, places)
         columns = {"key": keys[:count], "row": rows[:count], "place": places[:count]}
-        write_parts(folders.of("fingerprints", shard), columns, range_of(keys[:count], ranges), ranges)
+        write_parts(folders.of("fingerprints", shard), columns, range_of(keys[:count], ranges))
         write_parquet(path, pa.table({**described(table), "words": words}))
     return {"shard": shard["shard"]}
 
@@ -104,7 +105,7 @@ def match_fingerprints(one: Row, folders: Folders, shards: Sequence[Row]) -> Row
         found = read_parts([folders.of("fingerprints", shard) for shard in shards], one["shard"])
         rows, _ = repeated_keys([found["key"]])
         columns = {"row": found["row"][rows], "place": found["place"][rows]}
-        write_parts(path, columns, found["file"][rows], len(shards))
+        write_parts(path, columns, found["file"][rows])
     with pa.memory_map(str(path)) as file:
         return {"shard": one["shard"], "rows": pa.ipc.open_file(file).read_all().num_rows}
 
@@ -113,11 +114,11 @@ def window_shard(shard: Row, folders: Folders, tokens: int, shared: int, ranges:
     """Writes the keys of the windows of a shard that hold a fingerprint which is not alone. shared: ranges of these."""
     path = folders.of("keys", shard)
     if not path.exists():
-        found = [read_part(folders.range("shared", number), shard["shard"]) for number in range(shared)]
+        found = [read_columns(folders.range("shared", number), shard["shard"]) for number in range(shared)]
         rows, places = (np.concatenate([one[name] for one in found]) for name in ("row", "place"))
         order = np.lexsort((places, rows))
         keys, columns = _windows(Path(shard["path"]), rows[order], places[order], tokens)
-        write_parts(path, columns, range_of(keys, ranges), ranges)
+        write_parts(path, columns, range_of(keys, ranges))
     return {"shard": shard["shard"]}
 
 
@@ -141,7 +142,7 @@ def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
         found = read_parts([folders.of("keys", shard) for shard in shards], one["shard"])
         rows, groups = repeated_keys([found["other"], found["key"]])
         columns = {name: found[name][rows] for name in ("file", *SPOT)}
-        write_parts(path, {**columns, "group": groups}, np.zeros(len(rows), np.int64), 1)
+        write_parts(path, {**columns, "group": groups}, np.zeros(len(rows), np.int64))
     return {"shard": one["shard"]}
 
 

@@ -15,7 +15,7 @@ import sqlalchemy
 
 from moray.cluster.local import short_folder
 from moray.cluster.machine import holds_sockets, ray_environment
-from moray.platform.cli import jobs
+from moray.platform.cli import job_commands
 from moray.platform.control.database import Database
 from moray.platform.control.up import systemd_unit
 from moray.platform.core.errors import InputError
@@ -159,7 +159,7 @@ def test_ray_gets_a_folder_without_blanks(tmp_path: Path) -> None:
 def test_no_name_of_a_job_is_another_address(name: str) -> None:
     """`moray status /` asked for the list of all jobs."""
     with pytest.raises(InputError):
-        jobs._quoted(name)
+        job_commands._quoted(name)
 
 
 def test_folders_of_modules_are_those_of_the_one_who_starts(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

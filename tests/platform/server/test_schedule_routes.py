@@ -18,7 +18,7 @@ import uvicorn
 
 from moray.cluster.local import LocalCluster
 from moray.cluster.ray_jobs import RayJobs
-from moray.platform.cli import schedules
+from moray.platform.cli import schedule_commands
 from moray.platform.client import Client
 from moray.platform.control.auth import ensure_token
 from moray.platform.control.controller import Controller
@@ -87,7 +87,10 @@ def client(server: Server, monkeypatch: pytest.MonkeyPatch) -> Client:
 
 def schedule(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What `moray schedule ...` prints."""
-    assert schedules.app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value") == 0
+    assert (
+        schedule_commands.app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        == 0
+    )
     return capsys.readouterr().out
 
 
@@ -257,8 +260,8 @@ def test_the_zone_is_this_machine_s_unless_another_is_given(
     monkeypatch.setenv("TZ", ":Australia/Lord_Howe")
     assert "Australia/Lord_Howe time" in schedule(capsys, "add", "a", "tiny.yaml", "--cron", "@daily")
     monkeypatch.setenv("TZ", "nonsense")
-    assert ZoneInfo(schedules.local_zone()), "what the machine says, or UTC"
-    assert f"times in {schedules.local_zone()}" in schedule(capsys, "add", "b", "tiny.yaml", "--every", "1h")
+    assert ZoneInfo(schedule_commands.local_zone()), "what the machine says, or UTC"
+    assert f"times in {schedule_commands.local_zone()}" in schedule(capsys, "add", "b", "tiny.yaml", "--every", "1h")
 
 
 @pytest.mark.parametrize(

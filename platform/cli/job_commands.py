@@ -83,7 +83,7 @@ def status(job: str | None = None, /, *, json_: Json = False) -> int:
 
     client = Client.from_environment()
     if job is None:
-        from moray.platform.cli.up import show_overview
+        from moray.platform.cli.up_commands import show_overview
 
         return show_overview(client.get("/api/overview"), json_)
     found = client.get(f"/api/jobs/{_quoted(job)}")

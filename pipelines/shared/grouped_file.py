@@ -1,0 +1,56 @@
+"""Rows for other tasks: an Arrow file with one batch for each group, which the task of that group maps.
+
+So a task reads its own part of every file, and what is exchanged are rows of numbers and keys, never text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moray.pipelines.shared.arrays import Indices
+from moray.platform.core.atomic import whole_file
+
+_GROUPS = b"groups"  # in the schema's metadata: the group of each batch, int32, ascending
+
+
+@contextlib.contextmanager
+def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """A writer of an Arrow file, which can be mapped; it gets its name when the block ends, or never."""
+    with whole_file(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+        yield writer
+
+
+def write_groups(path: Path, table: pa.Table, groups: Indices) -> None:
+    """Writes the rows of a table by group, those of one group in their order."""
+    order = np.argsort(groups, kind="stable")
+    names, starts = np.unique(groups[order], return_index=True)
+    schema = table.schema.with_metadata({_GROUPS: names.astype(np.int32).tobytes()})
+    with arrow_writer(path, schema) as writer:
+        for part in np.split(order, starts[1:]):
+            writer.write_table(table.take(pa.array(part)).combine_chunks())
+
+
+def read_group(path: Path, group: int) -> pa.RecordBatch | None:
+    """The rows of a group, mapped; None where the file has none."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    names = np.frombuffer(reader.schema.metadata[_GROUPS], np.int32)
+    at = int(np.searchsorted(names, group))
+    return reader.get_batch(at) if at < len(names) and names[at] == group else None
+
+
+def read_columns(path: Path, group: int) -> dict[str, npt.NDArray[Any]]:
+    """The rows of a group as copied columns of numbers; empty ones where the file has none."""
+    with pa.memory_map(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        names = np.frombuffer(reader.schema.metadata[_GROUPS], np.int32)
+        at = int(np.searchsorted(names, group))
+        found = at < len(names) and names[at] == group
+        batch = reader.get_batch(at) if found else pa.RecordBatch.from_pylist([], reader.schema)
+        return {name: batch[name].to_numpy().copy() for name in batch.schema.names}
