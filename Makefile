@@ -5,27 +5,21 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest test-cluster test-servers docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
+.PHONY: quickstart test quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# After the quick tests, side by side: what shares a Ray cluster, in one process, and what needs another server, or ranks.
-CLUSTER := ray or plane
-SERVERS := s3 or browser or ranks or heavy
-SLOW := $(CLUSTER) or $(SERVERS)
-test: quicktest
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-cluster test-servers
-
-test-cluster: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "($(CLUSTER)) and not (evidence or docs)" --durations=15
-
-test-servers: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "($(SERVERS)) and not ($(CLUSTER) or evidence or docs)" --durations=15
+# All examples of the property tests; then what needs servers, in one process, which shares one Ray cluster.
+SLOW := ray or plane or s3 or browser or ranks or heavy
+test:
+	@$(MAKE) --no-print-directory quicktest QUICK_EXAMPLES=
+	$(BIN)/python -m pytest -q -m "($(SLOW)) and not (evidence or docs)" --durations=15
 
 # A process per core, each taking tests from those that have many left, and no threads that take the cores from each other.
+QUICK_EXAMPLES := 1
 quicktest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 QUICK_EXAMPLES=1 $(BIN)/python -m pytest -q -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
+	OMP_NUM_THREADS=1 QUICK_EXAMPLES=$(QUICK_EXAMPLES) $(BIN)/python -m pytest -q -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
 
 # Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
 docs: $(VENV)/.installed-dev quickstart

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from moray.actors.sandbox import run as sandbox
-from moray.actors.sandbox.run import Limits, SandboxResult, run_tests, why_no_tests
+from moray.actors.sandbox.run import SandboxLimits, SandboxResult, run_tests, why_no_tests
 
-SHORT = Limits(seconds=20.0, cpu_seconds=1)  # far apart, so that a busy machine does not change which one is met
+SHORT = SandboxLimits(seconds=20.0, cpu_seconds=1)  # far apart, so that a busy machine does not change which one is met
 needs_namespaces = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"no namespaces here: {sandbox.refusal()}")
 
 
-def trial(code: str, tests: str = "assert True", unsafe: bool = False, limits: Limits = SHORT) -> SandboxResult:
+def trial(code: str, tests: str = "assert True", unsafe: bool = False, limits: SandboxLimits = SHORT) -> SandboxResult:
     """As `run_tests`, and afterwards no process is left that was part of it, wherever it fled to."""
     token = secrets.token_hex(16)
     files = {"harness.py": sandbox._HARNESS, "program.py": textwrap.dedent(code), "tests.py": textwrap.dedent(tests)}
@@ -189,8 +189,8 @@ def test_a_killed_caller_leaves_nothing(tmp_path: Path) -> None:
     token = secrets.token_hex(16)
     script = f"""
 import sys
-from moray.actors.sandbox.run import Limits, run
-run({{"sleep.py": "import time; time.sleep(600)"}}, ["sleep.py", {token!r}], Limits(seconds=600))
+from moray.actors.sandbox.run import SandboxLimits, run_program
+run_program({{"sleep.py": "import time; time.sleep(600)"}}, ["sleep.py", {token!r}], SandboxLimits(seconds=600))
 """
     caller = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
 
@@ -209,14 +209,14 @@ run({{"sleep.py": "import time; time.sleep(600)"}}, ["sleep.py", {token!r}], Lim
 FORBIDDEN = """
 import sys
 from moray.actors.sandbox import jail
-from moray.actors.sandbox.run import Limits, SandboxRefused, run_tests
+from moray.actors.sandbox.run import SandboxLimits, SandboxRefused, run_tests
 jail.forbid_calls()  # as container engines do: no unshare from here on
 try:
     run_tests("x = 1", "assert x")
 except SandboxRefused as error:
     print(error.message, "|", error.hint)
 print(run_tests("x = 1", "assert x", unsafe=True).outcome)
-print(run_tests("while True: pass", "assert x", Limits(seconds=20, cpu_seconds=1), unsafe=True).outcome)
+print(run_tests("while True: pass", "assert x", SandboxLimits(seconds=20, cpu_seconds=1), unsafe=True).outcome)
 """
 
 

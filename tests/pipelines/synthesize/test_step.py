@@ -333,8 +333,8 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
 def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is for each: those before and after it have their verdicts from the same run of the checker."""
     began = []
-    ran = verify.run
-    monkeypatch.setattr(verify, "run", lambda *arguments: began.append(1) or ran(*arguments))
+    ran = verify.run_program
+    monkeypatch.setattr(verify, "run_program", lambda *arguments: began.append(1) or ran(*arguments))
     good = full_marks("chain_sum", 0, 3, gym.draw("chain_sum", 0, 3)[0]["answer"])
     tower = "9**9**9**9"
     checks = [good, full_marks("countdown", 0, 3, tower), good, same_maths("1", "9^{9^{9^{9}}}"), same_maths("1", "1")]
