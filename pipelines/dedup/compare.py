@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from moray.pipelines.dedup import bloom, graph, index
-from moray.pipelines.dedup.exact import Kept
+from moray.pipelines.dedup.exact import IndexForm
 from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
+from moray.pipelines.dedup.layout import PhaseFiles
 from moray.pipelines.dedup.sketches import Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.shards import Row
@@ -24,30 +25,18 @@ def key_column(band: int) -> str:
     return f"key_{band:02d}"
 
 
-def pairs_path(folder: Path, number: int) -> Path:
-    return folder / f"pairs-{number:06d}.npy"
-
-
-def forest_path(folder: Path, level: int, number: int) -> Path:
-    return folder / f"forest-{level}-{number:06d}.npy"
-
-
-def seen_keys_path(folder: Path, number: int) -> Path:
-    return folder / f"seen-keys-{number:06d}.npy"
-
-
-def compare_keys(part: Row, folder: str, sketches: Sketches, members: str, offset: int, kept: Kept) -> Row:
+def compare_keys(part: Row, files: PhaseFiles, sketches: Sketches, offset: int, kept: IndexForm) -> Row:
     """Writes the pairs of documents, by number, that share a key of one `range` of a `band`, each ascending; a forest
     of them; and that range of the index, if wanted.
 
-    members: a file of who is compared (bool, by number from `offset`). What shares a key with a document that a filter
-    has seen is in a file of its own.
+    offset: the number of the first document in `members`. What shares a key with a document that a filter has seen is
+    in a file of its own.
     """
-    number, at = part["shard"], Path(folder)
-    counts = at / f"counts-{number:06d}.npy"
+    number = part["shard"]
+    counts = files.write("key_counts", number)
     if not counts.exists():
         keys, numbers = sketches.keys(part["band"], part["range"])
-        there = mapped(Path(members))[numbers - offset].astype(np.bool_)
+        there = mapped(files.read("members"))[numbers - offset].astype(np.bool_)
         keys, numbers = _ordered(keys[there], numbers[there], sketches, everyone=kept.form == "exact")
         seen, old = numbers[:0], (keys[:0], numbers[:0])
         if kept.form == "bloom":
@@ -58,10 +47,10 @@ def compare_keys(part: Row, folder: str, sketches: Sketches, members: str, offse
             index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
         found = bucket_pairs(keys, numbers, *old)
         pairs = np.sort(found.pairs, axis=1)
-        save_array(pairs_path(at, number), pairs)
+        save_array(files.write("pairs", number), pairs)
         edges = forest(pairs)
-        save_array(forest_path(at, 0, number), edges)
-        save_array(seen_keys_path(at, number), seen)
+        save_array(files.write("forest", 0, number), edges)
+        save_array(files.write("seen_keys", number), seen)
         save_array(counts, np.array([len(pairs), len(edges), len(seen), found.capped]))
     return {"shard": number, **dict(zip(("pairs", "edges", "seen", "capped"), np.load(counts).tolist(), strict=True))}
 
@@ -78,15 +67,15 @@ def _ordered(keys: Keys, numbers: Indices, sketches: Sketches, everyone: bool) -
     return keys, numbers
 
 
-def merge_forests(part: Row, folder: str) -> Row:
+def merge_forests(part: Row, files: PhaseFiles) -> Row:
     """Writes a forest of the forests with these `numbers` of one `level` as one of the next."""
-    path = forest_path(Path(folder), part["level"] + 1, part["shard"])
+    path = files.write("forest", part["level"] + 1, part["shard"])
     if not path.exists():
-        save_array(path, forest(read_forests(Path(folder), part["level"], part["numbers"])))
+        save_array(path, forest(read_forests(files, part["level"], part["numbers"])))
     return {"shard": part["shard"], "edges": len(mapped(path))}
 
 
-def read_forests(folder: Path, level: int, numbers: Sequence[int]) -> Indices:
+def read_forests(files: PhaseFiles, level: int, numbers: Sequence[int]) -> Indices:
     none = np.zeros((0, 2), np.int64)
-    found: Indices = np.concatenate([none, *(np.load(forest_path(folder, level, number)) for number in numbers)])
+    found: Indices = np.concatenate([none, *(np.load(files.read("forest", level, number)) for number in numbers)])
     return found

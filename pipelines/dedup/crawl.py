@@ -93,9 +93,13 @@ class Crawl:
     def ranges(self) -> int:
         return index.index_ranges(self.count)
 
+    @property
+    def own_firsts(self) -> tuple[int, ...]:
+        """The number of each shard's first document, of this run's shards."""
+        return tuple(self.shards.firsts[len(self.shards.firsts) - len(self.paths) :].tolist())
+
     def sketches(self, folder: Path) -> Sketches:
-        firsts = self.shards.firsts[len(self.shards.firsts) - len(self.paths) :]
-        return Sketches(str(folder), tuple(path.stem for path in self.paths), tuple(firsts.tolist()), self.ranges)
+        return Sketches(str(folder), tuple(path.stem for path in self.paths), self.own_firsts, self.ranges)
 
     def generation(self) -> index.Generation:
         names = tuple(path.name for path in self.paths)

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup.compare import pairs_path
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.graph import once
 from moray.pipelines.dedup.keep_order import DocumentColumns, described, documents_in, read_documents
+from moray.pipelines.dedup.layout import PhaseFiles
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.grouped_file import arrow_writer, read_group, write_groups
@@ -70,30 +70,15 @@ class Group:
         return found
 
 
-def reread_path(folder: Path, file: int) -> Path:
-    return folder / f"part-{file:05d}.arrow"
-
-
-def decided_path(folder: Path, group: int) -> Path:
-    return folder / f"decided-{group:06d}.arrow"
-
-
-def numbers_path(folder: Path) -> Path:
-    """Of all that is decided here, ascending; beside it, the group of each."""
-    return folder / "numbers.npy"
-
-
-def groups_path(folder: Path) -> Path:
-    return folder / "groups.npy"
-
-
-def read_again(shard: Row, folder: str, sketches: Sketches, shingling: Shingling | None, prefer: Sequence[str]) -> Row:
-    """Writes who the documents of a shard are that are decided, a batch for each group, with their shingles, if those
-    are wanted."""
-    path = reread_path(Path(folder), shard["shard"])
+def read_candidates(
+    shard: Row, files: PhaseFiles, sketches: Sketches, shingling: Shingling | None, prefer: Sequence[str]
+) -> Row:
+    """Writes the documents of a shard that are to be decided, a batch for each group, with their shingles, if those are
+    wanted."""
+    path = files.write("candidates", shard["shard"])
     if not path.exists():
         here = slice(shard["begin"], shard["end"])
-        numbers, groups = mapped(numbers_path(Path(folder)))[here], mapped(groups_path(Path(folder)))[here]
+        numbers, groups = mapped(files.read("numbers"))[here], mapped(files.read("groups"))[here]
         own = shard["age"] == 0
         text = None
         if shingling or not own:
@@ -111,40 +96,37 @@ def read_again(shard: Row, folder: str, sketches: Sketches, shingling: Shingling
     return {"shard": shard["shard"]}
 
 
-def group_pairs(part: Row, folder: str) -> Row:
+def group_pairs(part: Row, files: PhaseFiles) -> Row:
     """Writes the pairs of some files, `numbers`, by ascending group; and the groups."""
-    path = _grouped_path(Path(folder), part["shard"])
+    path = files.write("pair_groups", part["shard"])
     if not path.exists():
-        pairs = np.concatenate([np.load(pairs_path(Path(folder), number)) for number in part["numbers"]])
-        at = np.searchsorted(mapped(numbers_path(Path(folder))), pairs[:, 0])
-        group = mapped(groups_path(Path(folder)))[at]
+        pairs = np.concatenate([np.load(files.read("pairs", number)) for number in part["numbers"]])
+        at = np.searchsorted(mapped(files.read("numbers")), pairs[:, 0])
+        group = mapped(files.read("groups"))[at]
         order = np.argsort(group, kind="stable")
-        save_array(_grouped_path(Path(folder), part["shard"], "pairs"), pairs[order])
+        save_array(files.write("grouped_pairs", part["shard"]), pairs[order])
         save_array(path, group[order])
     return {"shard": part["shard"]}
 
 
 @dataclass(frozen=True)
 class GroupRules:
-    """How a group is decided. files, grouped: how many there are of what was read again, and of pairs; in `folder` are
-    also known.npy, pairs of numbers that belong together whatever they look like, and seen.npy, numbers of whom a
-    filter has seen; similarity: of duplicates at least, 0 if nothing is verified."""
+    """How a group is decided. candidate_files, pair_files: how many there are of `candidates` and `grouped_pairs`;
+    similarity: of duplicates at least, 0 if nothing is verified."""
 
-    folder: str
-    files: int
-    grouped: int
+    candidate_files: int
+    pair_files: int
     similarity: float
     containment: bool
 
 
-def decide_group(row: Row, rules: GroupRules) -> Row:
-    """Writes a row of DECIDED for each document of a group that goes, and for each earlier one."""
-    at = Path(rules.folder)
-    path = decided_path(at, row["shard"])
+def decide_group(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
+    """Writes a row of DECIDED for each document of a group that is removed, and for each earlier one."""
+    path = files.write("group_decisions", row["shard"])
     if not path.exists():
-        group = _read(at, rules.files, row["shard"]).in_keep_order()
-        pairs = _pairs(at, rules.grouped, row["shard"], group)
-        known, seen = mapped(at / "known.npy"), mapped(at / "seen.npy")
+        group = _read(files, rules.candidate_files, row["shard"]).in_keep_order()
+        pairs = _pairs(files, rules.pair_files, row["shard"], group)
+        known, seen = mapped(files.read("known")), mapped(files.read("seen"))
         known = known[np.isin(known[:, 0], group.numbers)]
         found = find(group.documents, pairs, _scores(group, pairs, rules), rules.similarity, group.at(known))
         table = _decided(group, found, group.at(seen[np.isin(seen, group.numbers)]))
@@ -207,11 +189,11 @@ def _binary(rows: Rows) -> pa.Array:
     )
 
 
-def _read(folder: Path, files: int, group: int) -> Group:
+def _read(files: PhaseFiles, count: int, group: int) -> Group:
     numbers, rows, of_file, bounds = [], [], [], []
     sets: list[Keys] = []
-    for file in range(files):
-        if (batch := read_group(reread_path(folder, file), group)) is None:
+    for file in range(count):
+        if (batch := read_group(files.read("candidates", file), group)) is None:
             continue
         numbers.append(batch["number"].to_numpy())
         rows.append(np.frombuffer(batch["document"].buffers()[1], DOCUMENT))
@@ -227,15 +209,11 @@ def _read(folder: Path, files: int, group: int) -> Group:
     )  # fmt: skip
 
 
-def _grouped_path(folder: Path, file: int, kind: str = "groups") -> Path:
-    return folder / f"grouped-{kind}-{file:05d}.npy"
-
-
-def _pairs(folder: Path, files: int, number: int, group: Group) -> Indices:
+def _pairs(files: PhaseFiles, count: int, number: int, group: Group) -> Indices:
     """The pairs of a group, of places, each once."""
     found = [np.zeros((0, 2), np.int64)]
-    for file in range(files):
-        groups = mapped(_grouped_path(folder, file))
+    for file in range(count):
+        groups = mapped(files.read("pair_groups", file))
         begin, end = np.searchsorted(groups, number), np.searchsorted(groups, number, side="right")
-        found.append(mapped(_grouped_path(folder, file, "pairs"))[begin:end])
+        found.append(mapped(files.read("grouped_pairs", file))[begin:end])
     return once(np.sort(group.at(np.concatenate(found)), axis=1), len(group.numbers))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from moray.pipelines.dedup import bloom, index
 from moray.pipelines.dedup.graph import buckets
 from moray.pipelines.dedup.index import Earlier
+from moray.pipelines.dedup.layout import PhaseFiles
 from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, save_array
 from moray.pipelines.shared.shards import Row
@@ -22,7 +23,7 @@ _NEW = -1
 
 
 @dataclass(frozen=True)
-class Kept:
+class IndexForm:
     """What earlier runs have seen, and how this one is kept for later ones: `exact`, `bloom`, or not at all."""
 
     form: str
@@ -30,23 +31,12 @@ class Kept:
     earlier: Sequence[Earlier]
 
 
-def copies_path(folder: Path, part: int) -> Path:
-    return folder / f"copies-{part:05d}.npy"
-
-
-def originals_path(folder: Path, part: int) -> Path:
-    return folder / f"originals-{part:05d}.npy"
-
-
-def seen_hashes_path(folder: Path, part: int) -> Path:
-    return folder / f"seen-hashes-{part:05d}.npy"
-
-
-def find_copies(part: Row, folder: str, sketches: Sketches, kept: Kept) -> Row:
+def find_copies(part: Row, files: PhaseFiles, sketches: Sketches, kept: IndexForm) -> Row:
     """Writes of the documents of one range of hashes the numbers, ascending, of those that are copies, and their
     ORIGINALs: the first with that text, or an earlier document. Of texts that a filter has seen, the first one's
     number."""
-    number, path = part["shard"], copies_path(Path(folder), part["shard"])
+    number = part["shard"]
+    path = files.write("copies", number)
     if not path.exists():
         values, numbers = sketches.hashes(number)
         if not kept.form:
@@ -64,9 +54,9 @@ def find_copies(part: Row, folder: str, sketches: Sketches, kept: Kept) -> Row:
             old = index.find_hashes(kept.earlier, documents.hashes[firsts])
             new = firsts[old == _NEW]
             index.write_hashes(Path(kept.folder), number, documents.hashes[new], numbers[new])
-        save_array(seen_hashes_path(Path(folder), number), numbers[firsts[seen]])
+        save_array(files.write("seen_hashes", number), numbers[firsts[seen]])
         copies, originals = _copies(numbers, documents.ids, firsts[group], old[group])
-        save_array(originals_path(Path(folder), number), originals)
+        save_array(files.write("originals", number), originals)
         save_array(path, copies)
     return {"shard": number}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from moray.pipelines.dedup.config import DedupConfig
+from moray.pipelines.dedup.phases import run_phases
 from moray.pipelines.dedup.removal import warn_of_unknown_sources
-from moray.pipelines.dedup.work import Work
 from moray.pipelines.dedup.write import REASONS
 from moray.pipelines.shared.documents import shard_paths
 from moray.platform.core.differences import differences
@@ -50,29 +50,21 @@ class Dedup(Step[DedupConfig]):
         curve = ", ".join(f"{sketch.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
         ctx.note(f"two documents share one of {sketch.bands} keys of {sketch.rows} with probability {curve} similarity")
         warn_of_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].folder))
-        work = Work.of(ctx)
-        work.sign()
-        copied = work.find_copies()
-        compared = work.compare()
-        decided = work.decide(copied, compared)
-        if ctx.config.index:
-            work.write_index(decided)
-        rows = work.write()
+        run = run_phases(ctx)
+        rows = run.written
         why = [one for one in REASONS if one != "seen" or ctx.config.index_form == "bloom"]
         ctx.counts |= {
-            "in:documents": work.crawl.count,
+            "in:documents": run.crawl.count,
             "out:documents": sum(row["kept"] for row in rows),
             "bytes": sum(row["bytes"] for row in rows),
             **{one: sum(row[one] for row in rows) for one in why},
-            "clusters": work.clusters(decided),
-            "candidates": decided.pairs,
-            "verified": decided.alike,
+            "candidates": run.decisions.pairs,
+            "verified": run.decisions.alike,
         }
-        if compared.capped:
-            ctx.note(f"{compared.capped} keys are shared by many: not every pair of theirs is looked at")
+        if run.pairs.capped:
+            ctx.note(f"{run.pairs.capped} keys are shared by many: not every pair of theirs is looked at")
         kinds = ", ".join(f"{ctx.counts[one]:.0f} {one}" for one in why)
         ctx.outcome = f"removed {kinds}, in {ctx.counts['clusters']:.0f} clusters"
-        work.clean()
 
 
 step = Dedup()

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moray.pipelines.dedup.decide import LOST, read_decided
-from moray.pipelines.dedup.exact import copies_path, originals_path
+from moray.pipelines.dedup.layout import PhaseFiles
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row
@@ -18,13 +18,13 @@ REASONS = ("exact", "near", "seen")
 REMOVED = ["id", "reason", "representative", "partner", "similarity"]
 
 
-def write_kept(shard: Row, folder: str, decided: str, copies: str, ranges: int) -> Row:
+def write_kept(shard: Row, files: PhaseFiles, folder: str, ranges: int) -> Row:
     """Writes documents-NNNNN.parquet, and removed-NNNNN.parquet; says how many, by reason."""
     source = Path(shard["path"])
     target, gone = Path(folder) / source.name, Path(folder) / source.name.replace("documents-", "removed-")
     if not target.exists():
         documents = read_shard(source)
-        numbers, removed = _removed(shard, documents, read_decided(Path(decided)), Path(copies), ranges)
+        numbers, removed = _removed(shard, documents, files, ranges)
         write_parquet(gone, removed)
         stays = np.ones(len(documents), np.bool_)
         stays[numbers - shard["first"]] = False
@@ -36,17 +36,18 @@ def write_kept(shard: Row, folder: str, decided: str, copies: str, ranges: int) 
     return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **why}
 
 
-def _removed(shard: Row, documents: pa.Table, decided: pa.Table, copies: Path, ranges: int) -> tuple[Indices, pa.Table]:
+def _removed(shard: Row, documents: pa.Table, files: PhaseFiles, ranges: int) -> tuple[Indices, pa.Table]:
     """The numbers of what goes of a shard, and its rows, by id."""
+    decided = read_decided(files.read("decisions"))
     known = decided["number"].to_numpy()
     begin, end = np.searchsorted(known, [shard["first"], shard["first"] + len(documents)]).tolist()
     near = decided.slice(begin, end - begin)
     found, rows = [near["number"].to_numpy()], [near.select(REMOVED)]
     for part in range(ranges):
-        numbers = np.load(copies_path(copies, part), mmap_mode="r")
+        numbers = np.load(files.read("copies", part), mmap_mode="r")
         begin, end = np.searchsorted(numbers, [shard["first"], shard["first"] + len(documents)]).tolist()
         if end > begin:
-            originals = np.load(originals_path(copies, part), mmap_mode="r")[begin:end]
+            originals = np.load(files.read("originals", part), mmap_mode="r")[begin:end]
             found.append(numbers[begin:end])
             ids = documents["id"].take(pa.array(numbers[begin:end] - shard["first"]))
             rows.append(_copies(ids, originals["number"], originals["id"], decided))
@@ -75,12 +76,12 @@ def _copies(ids: pa.ChunkedArray, originals: Indices, names: Indices, decided: p
     )
 
 
-def clusters(decided: pa.Table, going: Indices, copies: Path, ranges: int) -> int:
+def count_clusters(decided: pa.Table, going: Indices, files: PhaseFiles, ranges: int) -> int:
     """How many documents stay in the place of others. going: which of the decided rows say what goes now."""
     number, kept = decided["number"].to_numpy(), decided["kept"].to_numpy()
     stays, alone = [kept[going]], 0
     for part in range(ranges):  # an original's copies are all of one range
-        originals = np.unique(np.load(originals_path(copies, part))["number"])
+        originals = np.unique(np.load(files.read("originals", part))["number"])
         there = np.isin(originals, number)
         stays.append(kept[np.searchsorted(number, originals[there])])
         alone += int((~np.isin(originals[~there], kept)).sum())

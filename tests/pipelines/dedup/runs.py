@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from moray.pipelines.dedup import phases
 from moray.pipelines.dedup import step as dedup_step
-from moray.pipelines.dedup import work
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.shared.documents import read_shard, shard_name, write_shard
 from moray.platform.core.events import EventLog
@@ -43,7 +43,7 @@ class Night:
 
     def run(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> dict[str, pa.Table]:
         """The tables that the step leaves, by path. Raises Interrupted after so many tasks."""
-        in_process(monkeypatch, work, stop_after)
+        in_process(monkeypatch, phases, stop_after)
         folder = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
         context = StepContext(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.pipelines.dedup import index, work
+from moray.pipelines.dedup import index, phases
 from moray.pipelines.shared.document_history import explain_in
 from moray.pipelines.shared.documents import read_shard
 from moray.platform.core.cluster import Cluster
@@ -44,9 +44,9 @@ def test_what_few_documents_need_not_is_the_same_in_tasks(
     for name in ("here", "tasks"):
         if name == "tasks":
             for limit in ("_FEW_DOCUMENTS", "_FEW_BYTES", "_EDGES"):
-                monkeypatch.setattr(work, limit, 0)
-            monkeypatch.setattr(work, "_FILE_PAIRS", 50)
-            monkeypatch.setattr(work, "_GROUP_CHARACTERS", 5_000)
+                monkeypatch.setattr(phases, limit, 0)
+            monkeypatch.setattr(phases, "_FILE_PAIRS", 50)
+            monkeypatch.setattr(phases, "_GROUP_CHARACTERS", 5_000)
             monkeypatch.setattr(index, "_RANGE_ENTRIES", 50)
         home = Home(tmp_path / name)
         home.root.mkdir()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.dedup import decide, index, work
+from moray.pipelines.dedup import decide, index, phases
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.find import find, near_candidates
 from moray.pipelines.dedup.graph import LARGEST, candidates, components, forest
@@ -281,10 +281,10 @@ def test_the_number_of_shards_changes_nothing(
     rows = removed(one).to_pylist()
     assert {row["id"]: row["representative"] for row in rows} == gone
     for shards in (2, 4, 7, 16):
-        monkeypatch.setattr(work, "_GROUP_CHARACTERS", 20_000 // shards)
-        monkeypatch.setattr(work, "_FILE_PAIRS", 100 // shards)
+        monkeypatch.setattr(phases, "_GROUP_CHARACTERS", 20_000 // shards)
+        monkeypatch.setattr(phases, "_FILE_PAIRS", 100 // shards)
         monkeypatch.setattr(decide, "_SHINGLES", 20_000 // shards)
-        monkeypatch.setattr(work, "_EDGES", 200 // shards)  # so that forests are merged in a tree
+        monkeypatch.setattr(phases, "_EDGES", 200 // shards)  # so that forests are merged in a tree
         monkeypatch.setattr(index, "_RANGE_ENTRIES", 40)
         other = run_step(tmp_path / str(shards), corpus, shards, monkeypatch)
         assert removed(other).equals(removed(one))

@@ -1,0 +1,73 @@
+"""The work files that pass between the phases of dedup, by kind. The table of phases says who reads and writes which.
+
+    kind                         one for each        what it holds
+    sketches                     shard (a folder)    ids, hashes, lengths of documents and their band keys, by range
+    copies, originals            range of hashes     numbers of exact copies, ascending; the original of each
+    seen_hashes                  range of hashes     numbers of documents whose text a Bloom filter has seen
+    members                      run                 bool by number: whether a document's keys are compared
+    pairs                        range of a band     [E, 2] numbers of documents that share a key, ascending in a pair
+    forest                       level, range        [F, 2] a spanning forest of these pairs
+    seen_keys, key_counts        range of a band     numbers of documents whose key a filter has seen; four counts
+    numbers, groups              run                 documents to be decided, ascending; the group of each
+    known, seen                  run                 [K, 2] pairs that belong together; numbers that a filter has seen
+    candidates                   shard               documents to be decided, with shingles, a batch for each group
+    grouped_pairs, pair_groups   some ranges         their pairs by group; the group of each
+    group_decisions, decisions   group; run          rows of decide.DECIDED
+
+A document's number is its place among the documents of all runs with this index, shard after shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+FileKind = Literal[
+    "sketches", "copies", "originals", "seen_hashes", "members", "pairs", "forest", "seen_keys", "key_counts",
+    "numbers", "groups", "known", "seen", "candidates", "grouped_pairs", "pair_groups", "group_decisions", "decisions",
+]  # fmt: skip
+_NAMES: dict[FileKind, str] = {
+    "sketches": "sketches",
+    "copies": "copies-{:05d}.npy",
+    "originals": "originals-{:05d}.npy",
+    "seen_hashes": "seen-hashes-{:05d}.npy",
+    "members": "members.npy",
+    "pairs": "pairs-{:06d}.npy",
+    "forest": "forest-{}-{:06d}.npy",
+    "seen_keys": "seen-keys-{:06d}.npy",
+    "key_counts": "counts-{:06d}.npy",
+    "numbers": "numbers.npy",
+    "groups": "groups.npy",
+    "known": "known.npy",
+    "seen": "seen.npy",
+    "candidates": "part-{:05d}.arrow",
+    "grouped_pairs": "grouped-pairs-{:05d}.npy",
+    "pair_groups": "grouped-groups-{:05d}.npy",
+    "group_decisions": "decided-{:06d}.arrow",
+    "decisions": "decided.arrow",
+}
+
+
+@dataclass(frozen=True)
+class PhaseFiles:
+    """The work files of one phase, below `folder`. Any kind that the phase's row does not name is a ValueError."""
+
+    folder: str
+    reads: frozenset[FileKind]
+    writes: frozenset[FileKind]
+
+    def read(self, kind: FileKind, *numbers: int) -> Path:
+        """A file of an earlier phase, or of this one."""
+        if kind not in self.reads | self.writes:
+            raise ValueError(f"this phase reads no {kind}")
+        return self._path(kind, numbers)
+
+    def write(self, kind: FileKind, *numbers: int) -> Path:
+        """A file that this phase makes; a rerun finds it if it was finished."""
+        if kind not in self.writes:
+            raise ValueError(f"this phase writes no {kind}")
+        return self._path(kind, numbers)
+
+    def _path(self, kind: FileKind, numbers: tuple[int, ...]) -> Path:
+        return Path(self.folder, _NAMES[kind].format(*numbers))
