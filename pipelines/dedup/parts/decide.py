@@ -11,23 +11,21 @@ Shapes: M pieces, D documents that have any, G distinct pieces.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.shared.arrays import Indices
+from moray.pipelines.shared.arrays import Flags, Indices
 
-Flags = npt.NDArray[np.bool_]
 EDITED, NOTHING_LEFT, TOO_MUCH_LOST, TOO_LITTLE_LEFT = 1, 2, 3, 4
 REASONS = {NOTHING_LEFT: "nothing_left", TOO_MUCH_LOST: "too_much_lost", TOO_LITTLE_LEFT: "too_little_left"}
 
 
-@dataclass(frozen=True)
-class RepeatedPieces:
-    """All that is repeated, by (document, begin). bounds: int64 [D + 1], which pieces are each document's; the others
-    [M]: where a piece begins and ends, in characters and in words, and which of the G distinct ones it is."""
+class RepeatedPieces(NamedTuple):
+    """All pieces that are repeated, by (document, begin). bounds: int64 [D + 1], which pieces are each document's; the
+    others [M]: where a piece begins and ends, in characters and in words, and which of the G distinct ones it is."""
 
     bounds: Indices
     begins: Indices
@@ -37,8 +35,7 @@ class RepeatedPieces:
     groups: Indices
 
 
-@dataclass(frozen=True)
-class PieceVerdicts:
+class PieceVerdicts(NamedTuple):
     """cut: of each piece [M] whether; of each document [D] the verdict (0: whole), how many characters are cut, in how
     many spans, and which document, by its place among D, has the first copy of the first piece that is cut, or -1."""
 
@@ -49,6 +46,15 @@ class PieceVerdicts:
     partners: Indices
 
 
+class _Standing(NamedTuple):
+    """copies: [G], how many of each distinct piece stand so far; holders: [G], the document that has the first of
+    them; stands: [M], whether a piece counts among them."""
+
+    copies: npt.NDArray[np.int32]
+    holders: Indices
+    stands: Flags
+
+
 def scan_pieces(
     pieces: RepeatedPieces, lengths: Indices, words: Indices, copies: int, max_loss: float, min_words: int
 ) -> PieceVerdicts:
@@ -56,70 +62,57 @@ def scan_pieces(
     count, documents = len(pieces.begins), len(pieces.bounds) - 1
     groups = int(pieces.groups.max()) + 1 if count else 0
     found = PieceVerdicts(np.zeros(count, np.bool_), *(np.zeros(documents, np.int64) for _ in range(4)))
-    standing, holders = np.zeros(groups, np.int32), np.full(groups, -1, np.int64)
-    stands = np.zeros(count, np.bool_)
-    for_all = (pieces.begins, pieces.ends, pieces.first_words, pieces.end_words, pieces.groups)
-    _scan(
-        pieces.bounds, *for_all, lengths, words, copies, max_loss, min_words, standing, holders, stands, found.cut,
-        found.verdicts, found.lost, found.spans, found.partners,
-    )  # fmt: skip
+    standing = _Standing(np.zeros(groups, np.int32), np.full(groups, -1, np.int64), np.zeros(count, np.bool_))
+    _scan(pieces, standing, found, lengths, words, copies, max_loss, min_words)
     return found
 
 
 @numba.njit(nogil=True, cache=True)
 def _scan(
-    bounds: Indices, begins: Indices, ends: Indices, first_words: Indices, end_words: Indices, groups: Indices,
-    lengths: Indices, words: Indices, copies: int, max_loss: float, min_words: int, standing: npt.NDArray[np.int32],
-    holders: Indices, stands: Flags, cut: Flags, verdicts: Indices, lost: Indices, spans: Indices, partners: Indices,
+    pieces: RepeatedPieces, standing: _Standing, found: PieceVerdicts, lengths: Indices, words: Indices, copies: int,
+    max_loss: float, min_words: int,
 ) -> None:  # fmt: skip
-    for d in range(len(bounds) - 1):
-        lost_words = _scan_document(
-            d, bounds[d], bounds[d + 1], begins, ends, first_words, end_words, groups, copies, standing, holders,
-            stands, cut, lost, spans, partners,
-        )  # fmt: skip
-        left = words[d] - lost_words
-        if lost[d] == 0:
+    for d in range(len(pieces.bounds) - 1):
+        left = words[d] - _scan_document(d, pieces, standing, found, copies)
+        if found.lost[d] == 0:
             continue
         if left <= 0:
-            verdicts[d] = NOTHING_LEFT
-        elif lost[d] > max_loss * lengths[d]:
-            verdicts[d] = TOO_MUCH_LOST
+            found.verdicts[d] = NOTHING_LEFT
+        elif found.lost[d] > max_loss * lengths[d]:
+            found.verdicts[d] = TOO_MUCH_LOST
         elif left < min_words:
-            verdicts[d] = TOO_LITTLE_LEFT
+            found.verdicts[d] = TOO_LITTLE_LEFT
         else:
-            verdicts[d] = EDITED
+            found.verdicts[d] = EDITED
             continue
-        for i in range(bounds[d], bounds[d + 1]):
-            if stands[i]:
-                standing[groups[i]] -= 1
+        for i in range(pieces.bounds[d], pieces.bounds[d + 1]):
+            if standing.stands[i]:
+                standing.copies[pieces.groups[i]] -= 1
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan_document(
-    d: int, begin: int, end: int, begins: Indices, ends: Indices, first_words: Indices, end_words: Indices,
-    groups: Indices, copies: int, standing: npt.NDArray[np.int32], holders: Indices, stands: Flags, cut: Flags,
-    lost: Indices, spans: Indices, partners: Indices,
-) -> int:  # fmt: skip
-    """Cuts of document d's pieces [begin, end) what stands before; how many words that are."""
+def _scan_document(d: int, pieces: RepeatedPieces, standing: _Standing, found: PieceVerdicts, copies: int) -> int:
+    """Cuts those of document d's pieces of which enough copies stand before it; the number of words in them."""
+    begin, end = pieces.bounds[d], pieces.bounds[d + 1]
     passed, cut_end, cut_word, lost_words = begin, 0, 0, 0
-    partners[d] = -1
+    found.partners[d] = -1
     for i in range(begin, end + 1):
-        while passed < i and (i == end or ends[passed] <= begins[i]):
-            if begins[passed] >= cut_end:  # what was cut so far begins before its end, so nothing of it was
-                group = groups[passed]
-                if standing[group] == 0:
-                    holders[group] = d
-                standing[group] += 1
-                stands[passed] = True
+        while passed < i and (i == end or pieces.ends[passed] <= pieces.begins[i]):
+            if pieces.begins[passed] >= cut_end:  # what was cut so far begins before its end, so nothing of it was
+                group = pieces.groups[passed]
+                if standing.copies[group] == 0:
+                    standing.holders[group] = d
+                standing.copies[group] += 1
+                standing.stands[passed] = True
             passed += 1
-        if i == end or standing[groups[i]] < copies:
+        if i == end or standing.copies[pieces.groups[i]] < copies:
             continue
-        if not spans[d]:
-            partners[d] = holders[groups[i]]
-        if not spans[d] or begins[i] > cut_end:
-            spans[d] += 1
-        cut[i] = True
-        lost[d] += ends[i] - max(begins[i], cut_end)
-        lost_words += end_words[i] - max(first_words[i], cut_word)
-        cut_end, cut_word = ends[i], end_words[i]
+        if not found.spans[d]:
+            found.partners[d] = standing.holders[pieces.groups[i]]
+        if not found.spans[d] or pieces.begins[i] > cut_end:
+            found.spans[d] += 1
+        found.cut[i] = True
+        found.lost[d] += pieces.ends[i] - max(pieces.begins[i], cut_end)
+        lost_words += pieces.end_words[i] - max(pieces.first_words[i], cut_word)
+        cut_end, cut_word = pieces.ends[i], pieces.end_words[i]
     return lost_words
