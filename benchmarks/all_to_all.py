@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from result import Bar, report
+from harness.result import Bar, report
 from torch import Tensor
 
 from moray.kernels.host_memory import keep_freed_memory

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.actors.data.token_set import Batch
 from moray.kernels.host_memory import keep_freed_memory

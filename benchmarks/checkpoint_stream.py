@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.models.checkpoint import PRECISIONS, convert
 from moray.models.config import ModelConfig

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from result import Bar, report
+from harness.result import Bar, report
 
 MORAY = str(Path(sys.executable).with_name("moray"))
 COMMANDS = {

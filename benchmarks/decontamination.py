@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from hard_negatives import FAMILIES
-from result import Bar, report
-from texts import texts_of
+from harness.result import Bar, report
+from harness.texts import texts_of
 
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.index import EvalIndex, build_index

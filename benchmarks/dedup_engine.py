@@ -1,6 +1,6 @@
 """Fuzzy dedup, texts in memory to what goes: Moray's against others', in CPU-seconds, one thread each.
 
-The same 5-grams, bands and rows on the same texts (texts.py). Others start from Python strings, which
+The same 5-grams, bands and rows on the same texts (harness/texts.py). Others start from Python strings, which
 is what they take; Moray from Arrow's memory, which is what Parquet is read into, and it verifies what it finds, which
 they do not. The peers are in an environment of their own: `make bench-peers`.
 
@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dedup_quality import documents_of
-from result import Bar, report
-from texts import texts as texts_for
+from harness.result import Bar, report
+from harness.texts import texts as texts_for
 
 from moray.pipelines.dedup.find import find, near_candidates
 from moray.pipelines.text.minhash import Shingling

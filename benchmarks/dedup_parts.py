@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from result import report
-from texts import BUILT, texts_of
+from harness.result import report
+from harness.texts import BUILT, texts_of
 
 from moray.pipelines.dedup.keep_order import KeepOrder
 from moray.pipelines.dedup.parts.case import ScanCase

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from result import Bar, report
+from harness.result import Bar, report
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus" / ".cache" / "documents"

@@ -1,6 +1,6 @@
 """How many near duplicates dedup finds, of all that there are, and what verification costs.
 
-The texts are half of the built corpus, or of this environment (texts.py), each once: two versions of one documentation,
+The texts are half of the built corpus, or of this environment (harness/texts.py), each once: two versions of one documentation,
 vendored copies and licences are real near duplicates. All pairs are compared exactly (a product of sparse matrices of
 documents and shingles, which knows no sketch); recall is the share of the pairs of at least a similarity that end in
 one cluster, for five seeds. Bars are of the bands and rows that a recipe has if it says nothing; beside them are rows
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from result import Bar, report
+from harness.result import Bar, report
+from harness.texts import texts as texts_for
 from scipy.sparse import csr_matrix, triu
-from texts import texts as texts_for
 
 from moray.pipelines.dedup.find import Found, find, near_candidates
 from moray.pipelines.dedup.graph import components

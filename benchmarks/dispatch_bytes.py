@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.kernels.router import route
 from moray.kernels.wire import packed_width

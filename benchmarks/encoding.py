@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.pipelines.tokenize.fim import is_chosen
 from moray.pipelines.tokenizer.encoding import Choice, ReferenceEncoder, choose_encoder, encoder

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.pipelines.corpus.pieces import Document
 from moray.pipelines.corpus.web import read_page

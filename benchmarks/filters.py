@@ -26,8 +26,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from result import Bar, report
-from texts import BUILT, texts_in, texts_of
+from harness.result import Bar, report
+from harness.texts import BUILT, texts_in, texts_of
 
 from moray.pipelines.filter.config import Family, FilterConfig
 from moray.pipelines.filter.mask import KINDS, mask

@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 from torch import Tensor
 
 from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, dequantize, quantize

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 from torch import Tensor
 
 from moray.actors.data.batch_plan import BatchPlan

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.kernels.adamw_fp8 import Fp8Moment, compress_reference, restore_reference
 from moray.pipelines.pretrain.layout import MOST_BETA2

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_cases import GROUPS, SMALL, V3, Case
-from result import Bar, report
+from harness.gpu_cases import GROUPS, SMALL, V3, Case
+from harness.result import Bar, report
 
 ROUNDS, WARM_UP = 20, 3
 

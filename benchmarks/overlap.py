@@ -23,8 +23,8 @@ import tempfile
 import time
 from typing import Any
 
-from result import Bar, report
-from shaped_link import ADDRESSES, ShapedLink
+from harness.result import Bar, report
+from harness.shaped_link import ADDRESSES, ShapedLink
 
 SCHEDULES = {"sequential": False, "overlapped": True}
 GOAL, TOLERANCE, ATTEMPTS = 0.31, 0.02, 4

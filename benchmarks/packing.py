@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.pipelines.tokenize.packing import plan_sequences
 from moray.pipelines.tokenizer.encoding import encoder

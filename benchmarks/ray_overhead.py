@@ -29,9 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.run
-from plain_training import VOCABULARY, losses_of, step_seconds, train_here, write_tokens
-from result import Bar, report
-from turns import Contestant
+from harness.plain_training import VOCABULARY, losses_of, step_seconds, train_here, write_tokens
+from harness.result import Bar, report
+from harness.turns import Contestant
 
 from moray.cluster.embedded import EmbeddedCluster
 from moray.models.config import ModelConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 
 from moray.actors.data.token_set import open_token_sets
 from moray.models import checkpoint

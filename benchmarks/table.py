@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from result import RESULTS
+from harness.result import RESULTS
 
 
 def table(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result import Bar, report
+from harness.result import Bar, report
 from torch import Tensor, nn
 
 import moray.models

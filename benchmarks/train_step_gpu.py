@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness.plain_training import Reader, losses_of, train_here, write_tokens
+from harness.result import Bar, report
 from kernels_gpu import has_gpu
-from plain_training import Reader, losses_of, train_here, write_tokens
-from result import Bar, report
 
 from moray.actors.data.token_set import Batch
 from moray.models.config import ModelConfig

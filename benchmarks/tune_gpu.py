@@ -18,9 +18,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_cases import SMALL, V3, Sizes, near, offsets_of
+from harness.gpu_cases import SMALL, V3, Sizes, near, offsets_of
+from harness.result import machine
 from kernels_gpu import Clock, has_gpu
-from result import machine
 from torch import Tensor
 
 from moray.kernels import fp8_gemm, quantize

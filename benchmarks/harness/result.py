@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from moray.cluster.numba_cache import numba_cache
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Before numba is imported: it would run what it compiled of a kernel before what that calls was changed.
-os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(Path(__file__).parents[1] / ".numba"))
+os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(Path(__file__).parents[2] / ".numba"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.shared.documents import content_hash
 
-BUILT = Path(__file__).resolve().parent / "corpus" / ".cache" / "documents"
+BUILT = Path(__file__).resolve().parents[1] / "corpus" / ".cache" / "documents"
 
 
 def texts(megabytes: float) -> list[str]:
