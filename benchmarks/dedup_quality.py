@@ -1,10 +1,10 @@
 """How many near duplicates dedup finds, of all that there are, and what verification costs.
 
 The texts are half of the built corpus, or of this environment (harness/texts.py), each once: two versions of one
-documentation, vendored copies and licences are real near duplicates. All pairs are compared exactly (a product of sparse matrices of
-documents and shingles, which knows no sketch); recall is the share of the pairs of at least a similarity that end in
-one cluster, for five seeds. Bars are of the bands and rows that a recipe has if it says nothing; beside them are rows
-of 14 bands of 8 minima, which others use.
+documentation, vendored copies and licences are real near duplicates. All pairs are compared exactly (a product of
+sparse matrices of documents and shingles, which knows no sketch); recall is the share of the pairs of at least a
+similarity that end in one cluster, for five seeds. Bars are of the bands and rows that a recipe has if it says nothing;
+beside them are rows of 14 bands of 8 minima, which others use.
 
 Usage: python benchmarks/dedup_quality.py [MEGABYTES=120]
 """
