@@ -29,7 +29,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Units:
-    """names[i] is unit i in the form that is compared (dedup/characters.py); it is text[begins[i] : ends[i]]."""
+    """names[i] is unit i in the form that is compared (text/characters.py); it is text[begins[i] : ends[i]]."""
 
     text: str
     names: list[str]

@@ -1,6 +1,6 @@
 """Words and characters of texts in Arrow's memory, as 64-bit hashes; compiled by numba into what needs them.
 
-What they are, dedup/characters.py says. The hash of a word whose folded form is ASCII is over eight bytes at a time,
+What they are, text/characters.py says. The hash of a word whose folded form is ASCII is over eight bytes at a time,
 each with 32 set, which makes a letter lower case and leaves a digit; that of any other over the folded code points. So
 most words need no decoding: where they begin and end is told for 64 bytes at a time, and some thousand words at a time,
 so that neither loop waits for the other's jumps.

@@ -23,7 +23,7 @@ def parts_of(text: str, unit: str) -> Iterator[tuple[int, int]]:
 
 
 def normalized(part: str) -> str:
-    """What makes two parts the same: case, white space and forms of Unicode do not matter (dedup/characters.py)."""
+    """What makes two parts the same: case, white space and forms of Unicode do not matter (text/characters.py)."""
     if not part.isascii():
         part = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part.translate(UNSEEN)).casefold())
     return " ".join(part.casefold().split())
