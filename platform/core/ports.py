@@ -26,7 +26,8 @@ def free_port(host: str = _LOOPBACK) -> int:
 
 def free_ports(count: int, host: str = _LOOPBACK) -> list[int]:
     """As many different ones."""
-    candidates = [port for port in range(_FIRST, 65_536) if port not in _given_by_the_kernel()]
+    ephemeral = _given_by_the_kernel()
+    candidates = [port for port in range(_FIRST, 65_536) if port not in ephemeral]
     chance = random.SystemRandom()
     drawn = chance.sample(candidates, min(len(candidates), count + _ATTEMPTS))
     ports = [port for port in drawn if is_free(port, host)][:count]
