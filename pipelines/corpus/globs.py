@@ -17,7 +17,7 @@ def reaches(key: str, pattern: str, by_any: bool = False) -> bool:
     for name, part in zip(names, parts, strict=False):
         if part == "**":
             return by_any
-        if not re.fullmatch(_part(part), name, re.S):
+        if not _compiled_part(part).fullmatch(name):
             return False
     return len(names) < len(parts)
 
@@ -46,8 +46,10 @@ def _mended(parts: list[str]) -> str:
     return "/".join(found)
 
 
-def _parts(pattern: str) -> list[str]:
-    return [part for part in pattern.split("/") if part not in ("", ".")]
+# A listing asks about the same few patterns for each of its files and folders, which may be millions.
+@lru_cache(maxsize=256)
+def _parts(pattern: str) -> tuple[str, ...]:
+    return tuple(part for part in pattern.split("/") if part not in ("", "."))
 
 
 @lru_cache(maxsize=256)
@@ -56,6 +58,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     # A key of a bucket may have empty parts: two slashes, or one at its begin.
     written = ["(?:[^/]*/)*" if part == "**" else _part(part) + "/" for part in parts]
     return re.compile("".join(written).removesuffix("/"), re.S)
+
+
+@lru_cache(maxsize=1024)
+def _compiled_part(part: str) -> re.Pattern[str]:
+    return re.compile(_part(part), re.S)
 
 
 def _part(part: str) -> str:
