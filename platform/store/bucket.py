@@ -86,9 +86,24 @@ class Bucket:
     @cached_property
     def _client(self) -> Any:
         with self._in_words():
-            quick = _client(2, 5, self._read_seconds)
+            quick = self._new_client(2, 5)
             self._check_listing(quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
-            return _client(_ATTEMPTS, 10, self._read_seconds)
+            return self._new_client(_ATTEMPTS, 10)
+
+    def _new_client(self, attempts: int, connect_seconds: float) -> Any:
+        config = Config(
+            retries={"mode": "standard", "max_attempts": attempts},
+            connect_timeout=connect_seconds,
+            read_timeout=self._read_seconds,
+            max_pool_connections=_CONNECTIONS,
+        )
+        return self._session.client("s3", config=config)
+
+    @cached_property
+    def _session(self) -> boto3.session.Session:
+        """This bucket's own, because boto3's default session keeps old credentials. It reads botocore's service
+        descriptions, which takes 0.1 s, once for all of its clients."""
+        return boto3.session.Session()
 
     def check_writable(self) -> None:
         """Raises InputError if objects cannot be created here, or if the server lets a second writer replace them."""
@@ -304,16 +319,6 @@ class _Watcher(BaseSubscriber):
 
     def on_done(self, future: Any, **_: Any) -> None:
         self.done.set()
-
-
-def _client(attempts: int, connect_seconds: float, read_seconds: float) -> Any:
-    config = Config(
-        retries={"mode": "standard", "max_attempts": attempts},
-        connect_timeout=connect_seconds,
-        read_timeout=read_seconds,
-        max_pool_connections=_CONNECTIONS,
-    )
-    return boto3.session.Session().client("s3", config=config)  # its own: boto3's default one keeps old credentials
 
 
 def _checksum(entry: FileEntry) -> dict[str, str]:
