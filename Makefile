@@ -17,9 +17,15 @@ test:
 	$(BIN)/python -m pytest -q -m "($(SLOW)) and not (evidence or docs)" --durations=15
 
 # A process per core, each taking tests from those that have many left, and no threads that take the cores from each other.
+# They create, sync and remove some fifteen thousand files: in memory, where that has room. Dozens of interpreters start,
+# so what they compile is kept, whatever the environment says.
 QUICK_EXAMPLES := 1
 quicktest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 QUICK_EXAMPLES=$(QUICK_EXAMPLES) $(BIN)/python -m pytest -q -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
+	@memory=$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1); \
+	in=$$([ "$${memory:-0}" -gt 2000000 ] && echo /dev/shm || echo /tmp); \
+	folder=$$(mktemp -d $$in/quick-XXXXXX); trap 'rm -rf "$$folder"' EXIT; \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 QUICK_EXAMPLES=$(QUICK_EXAMPLES) $(BIN)/python -m pytest -q \
+	    --basetemp="$$folder" -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
 
 # Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
 docs: $(VENV)/.installed-dev quickstart

@@ -127,7 +127,7 @@ def faulty_proxy(server: str, fault: Fault) -> Iterator[str]:
     for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
         setattr(Handler, f"do_{method}", Handler.relay)
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=proxy.serve_forever, name="faulty proxy", daemon=True)
+    thread = threading.Thread(target=proxy.serve_forever, args=(0.01,), name="faulty proxy", daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{proxy.server_address[1]}"

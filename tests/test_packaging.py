@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def sources() -> list[Path]:
     return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(nodes: list[ast.stmt] | ast.Module, everywhere: bool) -> Iterator[str]:
     """Dotted names that a module imports: anywhere, or only when it is itself imported."""
     tree = nodes if isinstance(nodes, ast.Module) else ast.Module(nodes, [])
@@ -72,7 +78,7 @@ def imported(nodes: list[ast.stmt] | ast.Module, everywhere: bool) -> Iterator[s
 def test_imports_go_down_only() -> None:
     wrong = []
     for path in sources():
-        name, tree = path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
+        name, tree = path.relative_to(ROOT).as_posix(), parsed(path)
         room = name.partition("/")[0]
         rooms = {module.split(".")[1] for module in imported(tree, True) if module.startswith("moray.")}
         tops, at_import = ({module.split(".")[0] for module in imported(tree, every)} for every in (True, False))
@@ -90,7 +96,7 @@ def test_imports_go_down_from_floor_to_floor() -> None:
         assert {path.stem for path in (ROOT / room).glob("*.py")} | folders(ROOT / room) == set(level)
         for path in sorted((ROOT / room).rglob("*.py")):
             own = path.relative_to(ROOT).with_suffix("").parts[1]
-            for name in imported(ast.parse(path.read_text()), True):
+            for name in imported(parsed(path), True):
                 parts = name.split(".")[1:]
                 if parts[:1] == [room] and parts[1] != own and level[parts[1]] >= level[own]:
                     wrong.append(f"{path.relative_to(ROOT)} imports {name}")
@@ -103,7 +109,7 @@ def folders(room: Path) -> set[str]:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    without = [path.relative_to(ROOT) for path in sources() if not ast.get_docstring(ast.parse(path.read_text()))]
+    without = [path.relative_to(ROOT) for path in sources() if not ast.get_docstring(parsed(path))]
     assert without == []
 
 
@@ -111,7 +117,7 @@ def test_a_public_name_has_one_home() -> None:
     """Who greps for a class or a function finds the one. `main` is what a file that is run calls."""
     homes: dict[str, list[str]] = {}
     for path in sources():
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
                 homes.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
     assert {name: found for name, found in homes.items() if len(found) > 1 and name != "main"} == {}

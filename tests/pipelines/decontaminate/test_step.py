@@ -304,7 +304,7 @@ def planted(texts: list[str], seed: int = 1) -> tuple[dict[str, str], dict[str, 
 
 @UNITS
 def test_every_planted_item_of_humaneval_is_found_and_nothing_else(unit: str) -> None:
-    documents, held = planted(stdlib_texts(60))
+    documents, held = planted(stdlib_texts(24))
     config = DecontaminateConfig(evals=(HUMAN_EVAL,), unit=unit)  # type: ignore[arg-type]
     index = decontaminate_step._index(config)
     assert len(index.items) == 164
@@ -351,7 +351,13 @@ def run_step(
 
 @pytest.fixture(scope="module")
 def leaky() -> dict[str, str]:
-    return planted(stdlib_texts(60))[0]
+    return planted(stdlib_texts(24))[0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, leaky: dict[str, str]) -> Any:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run_step(tmp_path_factory.mktemp("whole"), leaky, 4, monkeypatch)
 
 
 def rows_of(tables: dict[str, pa.Table], prefix: str) -> list[dict[str, Any]]:
@@ -383,12 +389,12 @@ def test_the_number_of_shards_changes_nothing(
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 6])
 def test_a_run_that_was_interrupted_goes_on(
-    tmp_path: Path, leaky: dict[str, str], monkeypatch: pytest.MonkeyPatch, stop_after: int
+    tmp_path: Path, leaky: dict[str, str], monkeypatch: pytest.MonkeyPatch, stop_after: int, uninterrupted: Any
 ) -> None:
     with pytest.raises(Interrupted):
         run_step(tmp_path, leaky, 4, monkeypatch, stop_after)
     load_index.cache_clear()
-    assert run_step(tmp_path, leaky, 4, monkeypatch) == run_step(tmp_path / "whole", leaky, 4, monkeypatch)
+    assert run_step(tmp_path, leaky, 4, monkeypatch) == uninterrupted
 
 
 def test_a_run_names_the_items_of_every_hit(

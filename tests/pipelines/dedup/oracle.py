@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 
 from moray.pipelines.shared.documents import content_hash
@@ -26,6 +27,7 @@ class Text:
     source: str = "s"
 
 
+@cache
 def normalized(character: str) -> str:
     """NFKD with full case folding, without accents and without what is not seen."""
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).replace("\u0131", "i")

@@ -21,14 +21,11 @@ from moray.platform.control.up import systemd_unit
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 from moray.platform.run.mlflow_tracking import database_uri
-from tests.checkout import ROOT
+from tests.command_line import run_command
 
 
 def moray(home: Home, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "moray.py"), *arguments]
-    return subprocess.run(
-        command, env={**os.environ, "MORAY_HOME": str(home.root)}, capture_output=True, text=True, check=False
-    )
+    return run_command(home.root, *arguments)
 
 
 @pytest.mark.parametrize(

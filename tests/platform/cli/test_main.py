@@ -11,30 +11,29 @@ import pytest
 
 from moray.platform.cli.main import _with_names
 from tests.checkout import ROOT
+from tests.command_line import run_command
 
 
-def moray(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def moray_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"MORAY_HOME": str(home), "PATH": "/usr/bin:/bin", "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "moray.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"MORAY_HOME": str(home), "PATH": "/usr/bin:/bin", "COLUMNS": "200"},
-    )
+        [sys.executable, str(ROOT / "moray.py"), *arguments], capture_output=True, text=True, check=False,
+        env=environment,
+    )  # fmt: skip
 
 
 def test_version_and_help(tmp_path: Path) -> None:
     import moray as package
 
-    assert moray(tmp_path, "--version").stdout.strip() == package.__version__
-    shown = moray(tmp_path, "--help")
+    assert moray_process(tmp_path, "--version").stdout.strip() == package.__version__
+    shown = moray_process(tmp_path, "--help")
     assert shown.returncode == 0
     for command in ("run", "plan", "serve"):
         assert command in shown.stdout
 
 
 def test_completion_is_a_script_that_bash_accepts(tmp_path: Path) -> None:
-    script = moray(tmp_path, "completion", "bash").stdout
+    script = run_command(tmp_path, "completion", "bash").stdout
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     for command in ("artifacts", "doctor", "plan"):
@@ -42,13 +41,13 @@ def test_completion_is_a_script_that_bash_accepts(tmp_path: Path) -> None:
 
 
 def test_doctor_as_json_names_every_check(tmp_path: Path) -> None:
-    done = moray(tmp_path, "doctor", "--json")
+    done = moray_process(tmp_path, "doctor", "--json")
     assert {"python", "memory", "home", "compiler"} <= {row["name"] for row in json.loads(done.stdout)}
     assert done.returncode == 0
 
 
 def test_plan_as_json_lists_every_step(tmp_path: Path) -> None:
-    done = moray(tmp_path, "plan", "quickstart", "--json", "--set", "pretrain.steps=50")
+    done = moray_process(tmp_path, "plan", "quickstart", "--json", "--set", "pretrain.steps=50")
     rows = json.loads(done.stdout)
     assert [row["step"] for row in rows][:3] == ["corpus", "filter", "dedup"]
     assert {row["action"] for row in rows} == {"run"}
@@ -72,7 +71,7 @@ def test_plan_as_json_lists_every_step(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_error_and_exit_2(tmp_path: Path, arguments: list[str], error: str, hint: str) -> None:
-    done = moray(tmp_path, *arguments)
+    done = run_command(tmp_path, *arguments)
     assert done.returncode == 2
     assert not done.stdout
     lines = done.stderr.strip().splitlines()
@@ -85,7 +84,7 @@ def test_a_mistake_is_one_error_and_exit_2(tmp_path: Path, arguments: list[str],
 
 def test_an_unwritable_home_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = moray(tmp_path / "file" / "home", "plan", "quickstart")
+    done = run_command(tmp_path / "file" / "home", "plan", "quickstart")
     assert done.returncode == 2
     assert "MORAY_HOME" in done.stderr.splitlines()[0]
 

@@ -125,6 +125,8 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     assert says in restored.warnings[0]
     assert state_of(worker) == trained[1][2]
     assert (folder / "checkpoints" / "damaged-step-00000004").is_dir()
+    if harm != "a flipped bit":
+        return
     list(steps(worker, 2, 4))  # goes on, and takes the damaged one's name
     worker.checkpoints.save(worker.state, 4, worker.tokens_before(4))
     worker.checkpoints.wait()
