@@ -5,16 +5,28 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
+.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# All examples of the property tests; then what needs servers, in one process, which shares one Ray cluster.
+# All examples of the property tests; then what shares one Ray cluster or control plane, beside what needs neither; then
+# what takes all cores for its ranks.
 SLOW := ray or plane or s3 or browser or ranks or heavy
 test:
 	@$(MAKE) --no-print-directory quicktest QUICK_EXAMPLES=
-	$(BIN)/python -m pytest -q -m "($(SLOW)) and not (evidence or docs)" --durations=15
+	@$(MAKE) --no-print-directory --jobs=2 test-cluster test-files
+	@$(MAKE) --no-print-directory test-ranks
+
+SLOW_PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q --durations=10
+test-cluster:
+	$(SLOW_PYTEST) -m "(ray or plane) and not (evidence or docs)"
+
+test-files:
+	OMP_NUM_THREADS=1 $(SLOW_PYTEST) -m "(s3 or browser or heavy) and not (ray or plane or ranks or evidence or docs)"
+
+test-ranks:
+	$(SLOW_PYTEST) -m "ranks and not (ray or plane or evidence or docs)"
 
 # A process per core, each taking tests from those that have many left, and no threads that take the cores from each other.
 # They create, sync and remove some fifteen thousand files: in memory, where that has room. Dozens of interpreters start,

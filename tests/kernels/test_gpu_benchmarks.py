@@ -22,7 +22,11 @@ def _python(code, *arguments, **environment):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("script", "agreed"), [("kernels_gpu.py", "agrees with its reference: "), ("tune_gpu.py", "shapes agree: ")]
+    ("script", "agreed"),
+    [
+        ("kernels_gpu.py", "agrees with its reference: "),
+        pytest.param("tune_gpu.py", "shapes agree: ", marks=pytest.mark.evidence),
+    ],
 )
 def test_every_case_agrees_with_its_reference(script, agreed):
     run = PRELUDE + "runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -15,9 +15,14 @@ from moray.models.config import ModelConfig
 from moray.models.prediction import ahead
 from moray.models.yarn import Yarn
 
-modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
-rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
-layers = pytest.importorskip("transformers.modeling_layers")
+
+def transformers(module):
+    """Imported by the tests that need it, because it takes some seconds, which other tests should not wait for."""
+    return pytest.importorskip(f"transformers.{module}")
+
+
+def _deepseek_v3():
+    return transformers("models.deepseek_v3.modeling_deepseek_v3")
 
 
 def _drawn(seed):
@@ -102,7 +107,7 @@ class _WideTorch:
 
 def _theirs(folder, dtype):
     options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return modeling.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype, **options).train()
+    return _deepseek_v3().DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype, **options).train()
 
 
 def _their_grad(model, name):
@@ -119,7 +124,9 @@ def _their_grad(model, name):
 
 def _their_prediction(main, ours):
     """transformers' multi-token prediction layers, with our weights; their loader knows V3's layer number only."""
-    module = layers.MtpModel(main, ours.config.num_nextn_predict_layers).to(torch.float64).train()
+    module = (
+        transformers("modeling_layers").MtpModel(main, ours.config.num_nextn_predict_layers).to(torch.float64).train()
+    )
     parts = {"enorm", "hnorm", "eh_proj"}
     for index, layer in enumerate(ours.prediction_layers()):
         theirs = module.layers[index]
@@ -157,8 +164,8 @@ def _their_losses(main, prediction, ids, targets):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_float64_logits_loss_and_gradients(seed, make_model, logical_grads, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling, "torch", _WideTorch())
-    monkeypatch.setattr(rope_utils, "torch", _WideTorch())
+    monkeypatch.setattr(_deepseek_v3(), "torch", _WideTorch())
+    monkeypatch.setattr(transformers("modeling_rope_utils"), "torch", _WideTorch())
     save(make_model(torch.float32, seed, initializer_range=0.3, **_changes(seed)), tmp_path)
     ours, theirs = load(tmp_path, torch.float64).train(), _theirs(tmp_path, torch.float64)
     prediction = _their_prediction(theirs, ours) if ours.config.num_nextn_predict_layers else None

@@ -11,12 +11,12 @@ from tests.pipelines.pretrain.training_ranks import MODEL, Arrays, Trace, failin
 from tests.ranks import RankPool
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]  # (EP, EDP)
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def exact(ranks: RankPool) -> dict[tuple[int, int], list[Trace]]:
-    """Twenty steps in float64 in every layout; where rows cross, micro-batches do so in each other's waits, and through
+    """Eight steps in float64 in every layout; where rows cross, micro-batches do so in each other's waits, and through
     sockets where all four ranks have experts of their own."""
     found = {}
     for ep, edp in LAYOUTS:
@@ -28,8 +28,8 @@ def exact(ranks: RankPool) -> dict[tuple[int, int], list[Trace]]:
 
 @pytest.fixture(scope="module")
 def plain(ranks: RankPool) -> list[Trace]:
-    """Ten steps in float32 on one rank."""
-    return ranks.run(1, train, 10, {})
+    """Six steps in float32 on one rank."""
+    return ranks.run(1, train, 6, {})
 
 
 def gradients(traces: list[Trace], step: int) -> Arrays:
@@ -121,7 +121,7 @@ def test_zero_trains_as_the_plain_backend_does(
     ranks: RankPool, plain: list[Trace], ep: int, edp: int, settings: dict[str, Any]
 ) -> None:
     """Norms too: DeepSpeed's stage 0 averages the ranks' norms, which clips by another number."""
-    found = ranks.run(ep * edp, train, 10, {"expert_parallel": ep, **settings})
+    found = ranks.run(ep * edp, train, 6, {"expert_parallel": ep, **settings})
     np.testing.assert_allclose(found[0].losses, plain[0].losses, rtol=5e-6)
     np.testing.assert_allclose(found[0].norms, plain[0].norms, rtol=5e-5)
     assert max(found[0].norms) > 0.5  # something was clipped

@@ -8,7 +8,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
 
 from moray.pipelines.serve.deployment import deploy
@@ -54,6 +53,8 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
         assert get(f"{deployment.url}/v1/models")["data"][0] == card  # `created` too: the replica is the same
         with pytest.raises(InputError, match="runs on this cluster already"):
             deploy(folder, "tiny", "127.0.0.1", free_port())
+        import openai  # takes two seconds, which tests of other files would wait for
+
         client = openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0)
         stream = iter(client.completions.create(model="tiny", prompt="In", max_tokens=200, temperature=0, stream=True))
         next(stream)
