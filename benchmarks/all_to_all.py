@@ -27,9 +27,9 @@ import torch.distributed as dist
 from harness.result import Bar, report
 from torch import Tensor
 
-from moray.kernels.host_memory import keep_freed_memory
 from moray.kernels.push import push_rows
 from moray.kernels.router import route
+from moray.kernels.util.host_memory import keep_freed_memory
 from moray.kernels.wire import pack_rows, pack_rows_reference, packed_width
 from moray.models.expert_parallel.all_to_all import AllToAll
 from moray.models.expert_parallel.send_plan import SendPlan

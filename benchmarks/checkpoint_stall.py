@@ -22,7 +22,7 @@ import torch.distributed as dist
 from harness.result import Bar, report
 
 from moray.actors.data.token_set import Batch
-from moray.kernels.host_memory import keep_freed_memory
+from moray.kernels.util.host_memory import keep_freed_memory
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh

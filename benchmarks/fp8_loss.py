@@ -27,7 +27,7 @@ from torch import Tensor
 from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.data_worker import DataWorker
 from moray.kernels.adamw_fp8 import Fp8Moment, restore
-from moray.kernels.host_memory import keep_freed_memory
+from moray.kernels.util.host_memory import keep_freed_memory
 from moray.models.config import ModelConfig
 from moray.models.flops import token_flops
 from moray.models.presets import preset

@@ -60,7 +60,7 @@ def rank_main(rank: int) -> None:
 def _worker(folder: str, overlap: bool) -> Any:
     import torch
 
-    from moray.kernels.host_memory import keep_freed_memory
+    from moray.kernels.util.host_memory import keep_freed_memory
     from moray.models.presets import preset
     from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
     from moray.pipelines.pretrain.mesh import Mesh

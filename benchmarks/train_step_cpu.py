@@ -3,7 +3,7 @@
 Both start from the same weights and see the same tokens; both take AdamW's fused step on FP32 weights. In BF16,
 transformers runs under autocast, Moray with `precision: bf16`. transformers is taken with each of its implementations
 of experts, and the fastest counts. Each is in a process of its own, as a trainer is; Moray's workers keep freed memory
-(`kernels/host_memory.py`), and a row shows what that alone does for transformers. Steps of all are interleaved; a
+(`kernels/util/host_memory.py`), and a row shows what that alone does for transformers. Steps of all are interleaved; a
 figure is the median of the rounds.
 
 Usage: python benchmarks/train_step_cpu.py [ROUNDS]
@@ -28,7 +28,7 @@ from harness.result import Bar, report
 from torch import Tensor, nn
 
 import moray.models
-from moray.kernels.host_memory import keep_freed_memory
+from moray.kernels.util.host_memory import keep_freed_memory
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 

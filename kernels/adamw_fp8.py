@@ -34,9 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import INTERPRETED, backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 from moray.kernels.quantize import BLOCK, E4M3_MAX
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import INTERPRETED, backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 
 _SMALLEST = 2.0**-6  # of E4M3's normal numbers
 _SPAN = torch.log2(torch.tensor(E4M3_MAX / _SMALLEST)).item()

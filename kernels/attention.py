@@ -38,9 +38,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import INTERPRETED, backend, row_offset
-from moray.kernels.documents import DocumentBounds
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import INTERPRETED, backend, row_offset
+from moray.kernels.util.documents import DocumentBounds
 
 
 def _fused(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, mask: Tensor | None) -> Tensor:

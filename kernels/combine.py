@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, row_offset
 from moray.kernels.permute import PaddedOrder, check_permutation, fill_padding, sum_slots_triton, wide_dtype
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, row_offset
 
 
 def _check(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder, dtypes: tuple[torch.dtype, ...]) -> None:

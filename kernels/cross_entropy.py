@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, rounded, row_offset
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, rounded, row_offset
 
 # Logits of a chunk: 8 MB on the CPU (about what two cores' caches hold), 512 MB elsewhere (large products).
 _CHUNK_LOGITS_CPU = 1 << 21

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.deferred import DeferredGradients, deferred_linear
 from moray.kernels.quantize import BLOCK, dequantize
+from moray.kernels.util.deferred import DeferredGradients, deferred_linear
 
 
 def _product(gate_RF: Tensor, up_RF: Tensor, weights_R: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.backend import backend
-from moray.kernels.deferred import DeferredGradients, add_gradient
 from moray.kernels.fp8_gemm import fp8_gemm_grouped_triton, fp8_gemm_k_grouped
 from moray.kernels.fp8_linear import Fp8Weight, Quantized, fp8_weight
 from moray.kernels.quantize import BLOCK, dequantize, quantize_both
 from moray.kernels.swiglu import swiglu_backward, swiglu_quantize
+from moray.kernels.util.backend import backend
+from moray.kernels.util.deferred import DeferredGradients, add_gradient
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moray.kernels.arguments import FP8_DTYPES, check_tensor
-from moray.kernels.backend import backend, contiguous_blocks, row_offset
 from moray.kernels.quantize import BLOCK, ROW_TILES, WEIGHT_BLOCKS, dequantize
 from moray.kernels.tuning import Tiles, tiles
+from moray.kernels.util.arguments import FP8_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 OUT_DTYPES = (torch.float32, torch.bfloat16)
 

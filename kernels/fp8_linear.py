@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moray.kernels.backend import backend
-from moray.kernels.deferred import DeferredGradients, add_gradient
 from moray.kernels.fp8_gemm import fp8_gemm, fp8_gemm_triton
 from moray.kernels.quantize import ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize, quantize_both
+from moray.kernels.util.backend import backend
+from moray.kernels.util.deferred import DeferredGradients, add_gradient
 
 Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales
 

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
 from moray.kernels.attention import attention_form, dot
-from moray.kernels.backend import row_offset
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import row_offset
 
 # Programs that keep a GPU of 132 multiprocessors busy, and positions that are worth a program.
 _PROGRAMS = 264

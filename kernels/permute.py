@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, contiguous_blocks, row_offset
+from moray.kernels.util.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 TILE = 128
 # Pairs of one program of the sort.

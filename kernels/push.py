@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, magnitude_bits, row_offset
 from moray.kernels.quantize import scaled_e4m3, tile_scales
 from moray.kernels.rows_cpu import compiles, push_rows_compiled
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, magnitude_bits, row_offset
 from moray.kernels.wire import pack_rows_reference, packed_width
 
 

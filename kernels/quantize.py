@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 
 E4M3_MAX = 448.0
 _SMALLEST_SCALE = 2.0**-126

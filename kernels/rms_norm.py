@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.arguments import WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, rounded, row_offset
+from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, rounded, row_offset
 
 _WIDEST = 32768
 _WHOLE = 8192  # elements of a row up to which the backward holds it in registers

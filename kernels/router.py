@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import check_tensor
-from moray.kernels.backend import backend, contiguous_blocks, row_offset
+from moray.kernels.util.arguments import check_tensor
+from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 # Keeps the normalisation finite when every chosen score underflows to zero.
 _TINY = 1e-20

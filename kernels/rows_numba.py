@@ -34,7 +34,7 @@ def _pack_row(bits_D, shift, out_W, x, y, one) -> None:
         for i in range(size):
             y[i] = abs(x[i] * inverse)
         for i in range(size):
-            # As `backend.to_e4m3` where it makes the bits by hand.
+            # As `util/backend.py`'s `to_e4m3` where it makes the bits by hand.
             magnitude = y_bits[i]
             normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
             small = np.int32(((y[i] + np.float32(16384.0)) - np.float32(16384.0)) * np.float32(512.0))

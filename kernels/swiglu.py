@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
-from moray.kernels.backend import backend, magnitude_bits, row_offset
 from moray.kernels.quantize import BLOCK, ROW_TILES, dequantize_reference, quantize_reference, scaled_e4m3, tile_scales
+from moray.kernels.util.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, magnitude_bits, row_offset
 
 Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1 x 128
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from moray.kernels.deferred import DeferredGradients
 from moray.kernels.experts import experts as swiglu_experts
 from moray.kernels.experts import experts_deferred as swiglu_experts_deferred
 from moray.kernels.experts import experts_fp8 as swiglu_experts_fp8
 from moray.kernels.fp8_experts import Fp8Experts, fp8_experts
 from moray.kernels.padding import pad_groups, unpad_groups
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.fp8 import Fp8Form
 from moray.models.linear import ExactModule, unset_fp8, unset_parameter
 from moray.models.tensors import scale_name

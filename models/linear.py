@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.deferred import DeferredGradients, deferred_linear
 from moray.kernels.fp8_linear import Fp8Weight, fp8_linear
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
+from moray.kernels.util.deferred import DeferredGradients, deferred_linear
 from moray.models.fp8 import Fp8Form
 from moray.models.tensors import scale_shape
 

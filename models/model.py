@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from moray.kernels.cross_entropy import cross_entropy_sum
-from moray.kernels.deferred import DeferredGradients
-from moray.kernels.documents import DocumentBounds, find_documents
 from moray.kernels.fp8_experts import fp8_expert_weights
 from moray.kernels.fp8_linear import fp8_weight
 from moray.kernels.rope import rope_table
+from moray.kernels.util.deferred import DeferredGradients
+from moray.kernels.util.documents import DocumentBounds, find_documents
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView, LatentCache
 from moray.models.config import ModelConfig

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.deferred import DeferredGradients
 from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, DispatchHandle, Places, Routing
 from moray.models.expert_shard import ExpertShard

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moray.actors.data.data_worker import DataWorker
 from moray.actors.data.token_set import Batch, TokenVocabulary, write_index, write_token_shard
-from moray.kernels.host_memory import keep_freed_memory
+from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.loop import run_training
 from moray.pipelines.pretrain.lr_schedule import batch_plan

@@ -1,8 +1,8 @@
 """Asynchronous all-to-all of rows with per-rank counts, by collectives or through shared memory.
 
 A transfer is started, other work is done, and `wait` is called when the rows are needed. While it waits, a rank
-computes deferred weight gradients (`kernels/deferred.py`), if there are any. On a GPU the host runs ahead of the device
-and sees a transfer end late, so it launches all of them; they run beside the transfer all the same.
+computes deferred weight gradients (`kernels/util/deferred.py`), if there are any. On a GPU the host runs ahead of the
+device and sees a transfer end late, so it launches all of them; they run beside the transfer all the same.
 
 Shapes: T tokens, D columns, P ranks, N bytes of metadata of a token.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.kernels.wire import packed_width
 from moray.models.expert_parallel.shared_memory import PeerMemory
 

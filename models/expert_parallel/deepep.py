@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.deferred import DeferredGradients
 from moray.kernels.quantize import dequantize, quantize
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
 from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher

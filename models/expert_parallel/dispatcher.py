@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
 from moray.models.expert_parallel.exchange import AllToAllExchange, Exchange, LocalExchange, Payload, PendingPayload
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation

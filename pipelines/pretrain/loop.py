@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from moray.actors.data.token_set import Batch
 from moray.actors.rank_watch import Beat, Pulse
-from moray.kernels.host_memory import keep_freed_memory
+from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import usable_layout

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moray.actors.data.batch_plan import BatchPlan
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.checkpoint import CheckedFolder, load_weights
 from moray.models.expert_parallel.deepep import DeepEPDispatcher, elastic_buffer
 from moray.models.expert_parallel.dispatcher import LocalDispatcher, ProcessGroupDispatcher

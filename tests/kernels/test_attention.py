@@ -13,8 +13,8 @@ from moray.kernels.attention import (
     causal_attention_reference,
     causal_attention_triton,
 )
-from moray.kernels.documents import find_documents
 from moray.kernels.rope import rope_table
+from moray.kernels.util.documents import find_documents
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.config import ModelConfig
 from moray.models.recompute import Recompute

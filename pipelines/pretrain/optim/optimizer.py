@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.fp8 import weights_changed
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig

@@ -1,8 +1,8 @@
 """Gradients summed over ranks, begun while the last backward of a step still computes those of earlier layers.
 
 The sums of a layer are begun when the backward has passed the layer before it, and not at once: so there is a layer's
-time for the gradients that were put off (`kernels/deferred.py`). That point is the same on all ranks, as the order of
-collectives must be.
+time for the gradients that were put off (`kernels/util/deferred.py`). That point is the same on all ranks, as the order
+of collectives must be.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.mesh import Mesh

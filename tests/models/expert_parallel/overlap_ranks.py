@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher
 from moray.models.expert_parallel.interleave import alone, in_turn
 from moray.models.expert_parallel.shared_memory import connect

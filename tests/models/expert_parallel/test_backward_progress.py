@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.model import DeepseekV3
 from tests.models.expert_parallel.overlap_ranks import CONFIG, losses_of, make_batches

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moray.kernels.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.dispatcher import LocalDispatcher
 from moray.models.expert_parallel.interleave import alone, in_turn
 from moray.models.model import DeepseekV3

@@ -3,8 +3,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moray.kernels.arguments import check_tensor
-from moray.kernels.backend import backend, row_offset, to_e4m3
+from moray.kernels.util.arguments import check_tensor
+from moray.kernels.util.backend import backend, row_offset, to_e4m3
 from tests.kernels.compare import same_bits
 
 
