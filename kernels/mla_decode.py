@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.attention import attention_form, dot
+from moray.kernels.attention import attention_form
+from moray.kernels.attention_tiles import dot
 from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
 from moray.kernels.util.backend import row_offset
 

@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.attention import (
-    KernelBlocks,
-    TileShape,
     attention_form,
     causal_attention,
     causal_attention_reference,
     causal_attention_triton,
 )
+from moray.kernels.attention_tiles import KernelBlocks, TileShape
 from moray.kernels.rope import rope_table
 from moray.kernels.util.documents import find_documents
 from moray.models.attention import LatentAttention, RotaryTable
