@@ -13,13 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from moray.kernels.experts import experts as swiglu_experts
-from moray.kernels.experts import experts_deferred as swiglu_experts_deferred
-from moray.kernels.experts import experts_fp8 as swiglu_experts_fp8
-from moray.kernels.fp8_experts import Fp8Experts, fp8_experts
-from moray.kernels.padding import pad_groups, unpad_groups
-from moray.kernels.util.deferred import DeferredGradients
-from moray.models.fp8 import Fp8Form
+from moray.models.compute import ExpertsCompute, ExpertStacks, Fp8StoredExperts, WideExperts
 from moray.models.linear import ExactModule, unset_fp8, unset_parameter
 from moray.models.tensors import scale_name
 
@@ -31,17 +25,15 @@ class ExpertShard(ExactModule):
     """Consecutive experts of one layer; `experts` is the range of their ids.
 
     The weights are wide or, for inference, FP8 with scales of 128 x 128 blocks: those of `w_gate_EFD` are in
-    `w_gate_EFD_scale_inv`, and so on. Wide weights may be trained in FP8 (`form` set). Their gradients come about at
-    once or, where that is set, `later`.
+    `w_gate_EFD_scale_inv`, and so on. `compute` is how they are used (`compute.py`).
     """
 
     load_E: Tensor
-    form: Fp8Form[Fp8Experts] | None = None
-    later: DeferredGradients | None = None
 
     def __init__(self, experts: range, hidden: int, inner: int) -> None:
         super().__init__()
         self.experts = experts
+        self.compute: ExpertsCompute = WideExperts()
         self.w_gate_EFD = unset_parameter(len(experts), inner, hidden)
         self.w_up_EFD = unset_parameter(len(experts), inner, hidden)
         self.w_down_EDF = unset_parameter(len(experts), hidden, inner)
@@ -53,6 +45,7 @@ class ExpertShard(ExactModule):
             weight, scales = unset_fp8(getattr(self, name))
             setattr(self, name, weight)
             self.register_buffer(scale_name(name), scales)
+        self.compute = Fp8StoredExperts()
 
     @property
     def is_fp8(self) -> bool:
@@ -65,15 +58,6 @@ class ExpertShard(ExactModule):
         """The experts' outputs, by weight, for rows sorted by local expert, `counts_E` rows each."""
         with torch.no_grad():
             self.load_E += counts_E.to(self.load_E.device)
-        if self.is_fp8:
-            weights = [(getattr(self, name), getattr(self, scale_name(name))) for name in PROJECTIONS]
-            return swiglu_experts_fp8(rows_RD, weights_R, counts_E, *weights)
-        stacks = (self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
-        if self.form is not None:
-            padded_PD, weights_P, groups = pad_groups(rows_RD, weights_R, counts_E)
-            form = self.form.of(*stacks)
-            out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, form, *stacks, self.later)
-            return unpad_groups(out_PD, groups)
-        if self.later is not None:
-            return swiglu_experts_deferred(rows_RD, weights_R, counts_E, *stacks, self.later)
-        return swiglu_experts(rows_RD, weights_R, counts_E, *(weight.to(rows_RD.dtype) for weight in stacks))
+        stacks = ExpertStacks(self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
+        scales = ExpertStacks(*(getattr(self, scale_name(name)) for name in PROJECTIONS)) if self.is_fp8 else None
+        return self.compute(rows_RD, weights_R, counts_E, stacks, scales)

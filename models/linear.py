@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.fp8_linear import Fp8Weight, fp8_linear
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
-from moray.kernels.util.deferred import DeferredGradients, deferred_linear
-from moray.models.fp8 import Fp8Form
+from moray.models.compute import Fp8StoredLinear, LinearCompute, WideLinear
 from moray.models.tensors import scale_shape
 
 
@@ -50,25 +48,21 @@ class ExactModule(nn.Module):
 
 
 class Linear(ExactModule):
-    """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks.
-
-    A wide weight may be trained in FP8 (`form` set); `shared_input` tells that somebody keeps its input anyway. Its
-    gradient comes about at once or, where that is set, `later`.
-    """
+    """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks; `compute` is how it is
+    used (`compute.py`)."""
 
     weight_scale_inv: Tensor | None
-    form: Fp8Form[Fp8Weight] | None = None
-    shared_input = False
-    later: DeferredGradients | None = None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = unset_parameter(outputs, inputs)
+        self.compute: LinearCompute = WideLinear()
         self.register_buffer("weight_scale_inv", None)
 
     def store_fp8(self) -> None:
         """Makes room for an FP8 weight and its scales, to be loaded."""
         self.weight, self.weight_scale_inv = unset_fp8(self.weight)
+        self.compute = Fp8StoredLinear()
 
     def exact_tensors(self) -> Iterable[str]:
         return () if self.weight_scale_inv is None else ("weight", "weight_scale_inv")
@@ -80,21 +74,16 @@ class Linear(ExactModule):
         return dequantize(self.weight, self.weight_scale_inv, (BLOCK, BLOCK), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.form is not None:
-            return fp8_linear(x, self.weight, self.form.of(self.weight), self.shared_input, self.later)
-        if self.later is not None:
-            return deferred_linear(x, self.weight, self.later)
-        return F.linear(x, self.wide_weight(x.dtype))
+        return self.compute(x, self.weight, self.weight_scale_inv)
 
 
 class Embedding(nn.Module):
     """Rows of a table by id, in the table's dtype or in `dtype`: what the rows are, all layers compute in."""
 
-    dtype: torch.dtype | None = None
-
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = unset_parameter(rows, width)
+        self.dtype: torch.dtype | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).to(self.dtype or self.weight.dtype)

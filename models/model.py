@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from moray.kernels.cross_entropy import cross_entropy_sum
-from moray.kernels.fp8_experts import fp8_expert_weights
-from moray.kernels.fp8_linear import fp8_weight
 from moray.kernels.rope import rope_table
 from moray.kernels.util.deferred import DeferredGradients
 from moray.kernels.util.documents import DocumentBounds, find_documents
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView, LatentCache
+from moray.models.compute import TrainingCompute
 from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer
 from moray.models.expert_parallel.backward_progress import Milestones
@@ -31,7 +30,6 @@ from moray.models.expert_parallel.dispatcher import dispatcher_for
 from moray.models.expert_parallel.interleave import Parts, alone
 from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, Places, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
-from moray.models.fp8 import Fp8Form
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.prediction import PredictionLayer, ahead
@@ -109,6 +107,7 @@ class DeepseekV3(nn.Module):
         self.model = Trunk(config, experts, dispatcher)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.milestones: Milestones | None = None
+        self._training_compute = TrainingCompute()
 
     def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> ModelOutput:
         """Logits of the next token at every place.
@@ -284,18 +283,24 @@ class DeepseekV3(nn.Module):
     def train_in_fp8(self) -> None:
         """From now on the linear maps of attention, MLPs and experts compute in FP8, forward and backward. Embedding,
         head, router, norms, attention's core and the projection of multi-token prediction stay as they are."""
-        for name, module in self.named_modules():
-            if isinstance(module, ExpertShard | SwiGLU):
-                module.form = Fp8Form(fp8_expert_weights)
-            elif isinstance(module, Linear) and is_quantized(f"{name}.weight") and ".mlp." not in name:
-                module.form, module.shared_input = Fp8Form(fp8_weight), name.endswith(".o_proj")
+        self._compute_as(replace(self._training_compute, fp8=True))
 
     def defer_gradients(self, later: DeferredGradients | None) -> None:
         """From now on the gradients of the weights of linear maps and experts come about when `later` computes them: in
         full after its `finish`. Those of embedding, head, router and norms come as ever."""
-        for module in self.modules():
-            if isinstance(module, ExpertShard | SwiGLU | Linear) and module is not self.lm_head:
-                module.later = later
+        self._compute_as(replace(self._training_compute, later=later))
+
+    def _compute_as(self, chosen: TrainingCompute) -> None:
+        """Swaps the strategies of all modules but the head."""
+        self._training_compute = chosen
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertShard):
+                module.compute = chosen.experts()
+            elif isinstance(module, SwiGLU):
+                module.compute = chosen.swiglu()
+            elif isinstance(module, Linear) and module is not self.lm_head:
+                quantized = is_quantized(f"{name}.weight") and ".mlp." not in name
+                module.compute = chosen.linear(quantized, shared_input=name.endswith(".o_proj"))
 
     def milestone_of(self, name: str) -> int:
         """The last milestone that a backward has passed when the gradient of a parameter, by its name, is complete: its

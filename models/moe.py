@@ -14,37 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moray.kernels.fp8_experts import Fp8Experts, fp8_mlp
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
-from moray.kernels.util.deferred import DeferredGradients
+from moray.models.compute import SwiGLUByMaps, SwiGLUCompute
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, DispatchHandle, Places, Routing
 from moray.models.expert_shard import ExpertShard
-from moray.models.fp8 import Fp8Form
 from moray.models.linear import ExactModule, Linear, unset_parameter
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. It may be trained in FP8 (`form` set),
-    with the weights' gradients `later`."""
-
-    form: Fp8Form[Fp8Experts] | None = None
-    later: DeferredGradients | None = None
+    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. `compute` is how (`compute.py`)."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden, inner)
         self.up_proj = Linear(hidden, inner)
         self.down_proj = Linear(inner, hidden)
+        self.compute: SwiGLUCompute = SwiGLUByMaps()
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self.form is not None:
-            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-            quantized = self.form.of(*(weight.unsqueeze(0) for weight in weights))
-            return fp8_mlp(x_TD, quantized, *weights, self.later)
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
-        return out
+        return self.compute(x_TD, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Router(ExactModule):
@@ -135,7 +125,7 @@ class MoE(nn.Module):
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> DispatchHandle:
-        return self.dispatcher.dispatch(rows_TD, routing, fp8=self.experts.form is not None)
+        return self.dispatcher.dispatch(rows_TD, routing, fp8=self.experts.compute.fp8_rows)
 
     def local(self, rows_TD: Tensor) -> Tensor | None:
         """The shared expert's output, if there is one."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moray.kernels.fp8_linear import fp8_weight
+from moray.models.compute import Fp8TrainedExperts, Fp8TrainedLinear, Fp8TrainedSwiGLU
 from moray.models.fp8 import Fp8Form
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
@@ -73,10 +74,11 @@ def test_what_stays_out_of_fp8():
     model = DeepseekV3(SMALL)
     model.train_in_fp8()
     modules = dict(model.named_modules())
-    plain = {name for name, module in modules.items() if getattr(module, "form", None) is None}
+    trained = (Fp8TrainedLinear, Fp8TrainedSwiGLU, Fp8TrainedExperts)
+    plain = {name for name, module in modules.items() if not isinstance(getattr(module, "compute", None), trained)}
     assert {"lm_head", "model.embed_tokens", "model.layers.1.mlp.gate", "model.layers.3.eh_proj"} <= plain
     assert not any(
         name.endswith(("o_proj", "q_b_proj", "kv_b_proj", "mlp.experts", "shared_experts")) for name in plain
     )
     assert "model.layers.0.mlp" not in plain
-    assert [module.shared_input for name, module in modules.items() if name.endswith("o_proj")] == [True] * 4
+    assert [module.compute.shared_input for name, module in modules.items() if name.endswith("o_proj")] == [True] * 4

@@ -1,0 +1,189 @@
+"""How linear maps and experts multiply by their weights: each module has one strategy, its `compute`.
+
+A weight is wide (FP32, BF16, FP64) or stored in FP8. A wide one may be trained in FP8. Its gradient comes about in the
+backward or is deferred (`kernels/util/deferred.py`). A new module is wide; `DeepseekV3` swaps the strategies of all its
+modules in `store_fp8`, and in `train_in_fp8` and `defer_gradients`, which share `TrainingCompute`:
+
+    weights          gradients   Linear             SwiGLU             ExpertShard         used by
+    wide             backward    WideLinear         SwiGLUByMaps       WideExperts         training, inference
+    wide             deferred    DeferredLinear     SwiGLUByMaps       DeferredExperts     ranks that overlap
+    trained in FP8   either      Fp8TrainedLinear   Fp8TrainedSwiGLU   Fp8TrainedExperts   `pretrain.precision: fp8`
+    stored in FP8    none        Fp8StoredLinear    SwiGLUByMaps       Fp8StoredExperts    inference in FP8
+
+Notable: `SwiGLUByMaps` calls the module's three linear maps, whose own strategies decide. Trained in FP8, gate and up
+are one product instead, and their own strategies are not asked.
+
+Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F
+expert hidden size, N outputs, K inputs.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moray.kernels.experts import experts, experts_deferred, experts_fp8
+from moray.kernels.fp8_experts import Fp8Experts, fp8_expert_weights, fp8_experts, fp8_mlp
+from moray.kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_weight
+from moray.kernels.padding import pad_groups, unpad_groups
+from moray.kernels.quantize import BLOCK, dequantize
+from moray.kernels.util.deferred import DeferredGradients, deferred_linear
+from moray.models.fp8 import Fp8Form
+
+
+class LinearCompute(Protocol):
+    """x @ weight^T in x's dtype. The scales are those of a weight stored in FP8, [N / 128, K / 128], else None."""
+
+    def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor: ...
+
+
+class WideLinear:
+    def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
+        return F.linear(x, weight_NK.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class DeferredLinear:
+    later: DeferredGradients
+
+    def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
+        return deferred_linear(x, weight_NK, self.later)
+
+
+@dataclass(frozen=True)
+class Fp8TrainedLinear:
+    """shared_input: somebody else keeps the input for the backward anyway (`kernels/fp8_linear.py`)."""
+
+    later: DeferredGradients | None = None
+    shared_input: bool = False
+    form: Fp8Form[Fp8Weight] = field(default_factory=lambda: Fp8Form(fp8_weight))
+
+    def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
+        return fp8_linear(x, weight_NK, self.form.of(weight_NK), self.shared_input, self.later)
+
+
+class Fp8StoredLinear:
+    def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
+        assert scales is not None
+        return F.linear(x, dequantize(weight_NK, scales, (BLOCK, BLOCK), x.dtype))
+
+
+class WeightedMap(Protocol):
+    """A linear map with its weight."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class SwiGLUCompute(Protocol):
+    """down(silu(gate(x)) * up(x)) of one MLP."""
+
+    def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor: ...
+
+
+class SwiGLUByMaps:
+    def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor:
+        return down(F.silu(gate(x_TD)) * up(x_TD))
+
+
+@dataclass(frozen=True)
+class Fp8TrainedSwiGLU:
+    later: DeferredGradients | None = None
+    form: Fp8Form[Fp8Experts] = field(default_factory=lambda: Fp8Form(fp8_expert_weights))
+
+    def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor:
+        weights = (gate.weight, up.weight, down.weight)
+        quantized = self.form.of(*(weight.unsqueeze(0) for weight in weights))
+        return fp8_mlp(x_TD, quantized, *weights, self.later)
+
+
+class ExpertStacks(NamedTuple):
+    """The three weights of all experts of a shard, or the scales of these."""
+
+    gate_EFD: Tensor
+    up_EFD: Tensor
+    down_EDF: Tensor
+
+
+class ExpertsCompute(Protocol):
+    """The experts' outputs, by weight, for rows sorted by local expert, `counts_E` rows each. The scales are those of
+    stacks stored in FP8, else None."""
+
+    @property
+    def fp8_rows(self) -> bool:
+        """Whether rows are quantised before the first product, so that they may be sent in FP8."""
+
+    def __call__(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
+    ) -> Tensor: ...
+
+
+class WideExperts:
+    fp8_rows: ClassVar[bool] = False
+
+    def __call__(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
+    ) -> Tensor:
+        return experts(rows_RD, weights_R, counts_E, *(stack.to(rows_RD.dtype) for stack in stacks))
+
+
+@dataclass(frozen=True)
+class DeferredExperts:
+    later: DeferredGradients
+    fp8_rows: ClassVar[bool] = False
+
+    def __call__(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
+    ) -> Tensor:
+        return experts_deferred(rows_RD, weights_R, counts_E, *stacks, self.later)
+
+
+@dataclass(frozen=True)
+class Fp8TrainedExperts:
+    later: DeferredGradients | None = None
+    form: Fp8Form[Fp8Experts] = field(default_factory=lambda: Fp8Form(fp8_expert_weights))
+    fp8_rows: ClassVar[bool] = True
+
+    def __call__(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
+    ) -> Tensor:
+        padded_PD, weights_P, groups = pad_groups(rows_RD, weights_R, counts_E)
+        quantized = self.form.of(*stacks)
+        out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, quantized, *stacks, self.later)
+        return unpad_groups(out_PD, groups)
+
+
+class Fp8StoredExperts:
+    fp8_rows: ClassVar[bool] = False
+
+    def __call__(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
+    ) -> Tensor:
+        assert scales is not None
+        gate, up, down = zip(stacks, scales, strict=True)
+        return experts_fp8(rows_RD, weights_R, counts_E, gate, up, down)
+
+
+@dataclass(frozen=True)
+class TrainingCompute:
+    """The strategies of a model with wide weights: trained in FP8 or not, gradients `later` or in the backward."""
+
+    fp8: bool = False
+    later: DeferredGradients | None = None
+
+    def linear(self, quantized: bool, shared_input: bool) -> LinearCompute:
+        """Of a map whose weight FP8 training quantises, or not."""
+        if self.fp8 and quantized:
+            return Fp8TrainedLinear(self.later, shared_input)
+        return WideLinear() if self.later is None else DeferredLinear(self.later)
+
+    def swiglu(self) -> SwiGLUCompute:
+        return Fp8TrainedSwiGLU(self.later) if self.fp8 else SwiGLUByMaps()
+
+    def experts(self) -> ExpertsCompute:
+        if self.fp8:
+            return Fp8TrainedExperts(self.later)
+        return WideExperts() if self.later is None else DeferredExperts(self.later)
