@@ -10,7 +10,9 @@ from operator import add
 
 from torch import Tensor, nn
 
-from moray.models.attention import LatentAttention
+from moray.kernels.util.documents import DocumentBounds
+from moray.models.attention import LatentAttention, RotaryTable
+from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import Attended, Dispatcher, DispatchHandle, Places
 from moray.models.linear import RMSNorm
@@ -18,6 +20,25 @@ from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute
 
 Attend = Callable[[LatentAttention, Tensor, Recompute], Tensor]
+
+
+def attend_rows(
+    attention: LatentAttention,
+    x_BTD: Tensor,
+    recompute: Recompute,
+    *,
+    rotary: RotaryTable,
+    documents: DocumentBounds | None,
+) -> Tensor:
+    """An `Attend` in training, once its keywords are bound."""
+    return attention.forward(x_BTD, rotary, documents, recompute)
+
+
+def attend_cached(
+    attention: LatentAttention, x_BTD: Tensor, _: Recompute, *, rotary: RotaryTable, view: CacheView, layer: int
+) -> Tensor:
+    """An `Attend` over the cache of one layer, once its keywords are bound."""
+    return attention.forward_cached(x_BTD, rotary, view, layer)
 
 
 class DecoderLayer(nn.Module):

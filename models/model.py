@@ -8,8 +8,8 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache tabl
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from moray.kernels.cross_entropy import cross_entropy_sum
 from moray.kernels.rope import rope_table
 from moray.kernels.util.deferred import DeferredGradients
-from moray.kernels.util.documents import DocumentBounds, find_documents
-from moray.models.attention import LatentAttention, RotaryTable
-from moray.models.cache import CacheView, LatentCache
+from moray.kernels.util.documents import find_documents
+from moray.models.attention import RotaryTable
+from moray.models.cache import LatentCache
 from moray.models.compute import TrainingCompute
 from moray.models.config import ModelConfig
-from moray.models.decoder import Attend, DecoderLayer
+from moray.models.decoder import Attend, DecoderLayer, attend_cached, attend_rows
 from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.expert_parallel.dispatcher import dispatcher_for
 from moray.models.expert_parallel.interleave import Parts, alone
-from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, Places, layer_parts
+from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, Places, Routing, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
 from moray.models.linear import Embedding, Linear, RMSNorm
+from moray.models.loss import TrainingLoss, add_balance, counted_places
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.prediction import PredictionLayer, ahead
-from moray.models.recompute import Recompute
 from moray.models.tensors import is_quantized, scale_name
 
 
@@ -43,25 +43,6 @@ class ModelOutput:
 
     logits: Tensor
     hidden: Tensor
-
-
-@dataclass(frozen=True)
-class TrainingLoss:
-    """Sums over a batch; each divided by the (global) count is a mean per token.
-
-    main: -log p of the next token. prediction: the same for the tokens further ahead, averaged over the depths of
-    multi-token prediction (0 without any). balance: the layers' sequence-wise balance losses, 1 per layer and counted
-    token where the load is even. count: counted tokens, int64.
-    """
-
-    main: Tensor
-    prediction: Tensor
-    balance: Tensor
-    count: Tensor
-
-    def __add__(self, other: "TrainingLoss") -> "TrainingLoss":
-        terms = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return TrainingLoss(*(mine + its for mine, its in terms))
 
 
 class LogicalParameter(NamedTuple):
@@ -114,7 +95,7 @@ class DeepseekV3(nn.Module):
 
         With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
         """
-        hidden_BTD, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT)))
+        hidden_BTD, _, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._places()))
         return ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
 
     def loss_sum(
@@ -129,8 +110,8 @@ class DeepseekV3(nn.Module):
         A token counts where `mask_BT` (bool) is true, if given, and its target is not negative (-100, say). The full
         logits are never held.
         """
-        hidden_BTD, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT)))
-        return self._cross_entropy(hidden_BTD, targets_BT, _counted(targets_BT, mask_BT))
+        hidden_BTD, _, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._places()))
+        return self._cross_entropy(hidden_BTD, targets_BT, counted_places(targets_BT, mask_BT))
 
     def training_loss(
         self,
@@ -139,6 +120,7 @@ class DeepseekV3(nn.Module):
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
         rows_R: Tensor | None = None,
+        routes: Sequence[Tensor] | None = None,
     ) -> TrainingLoss:
         """The terms of the training loss, for tokens that count as in `loss_sum`.
 
@@ -148,8 +130,11 @@ class DeepseekV3(nn.Module):
 
         rows_R: int64, the places of the flattened batch that hold a token, where the others are padding. That goes to
         no expert and counts for no load.
+
+        routes: for each of `routers()`, int64 [B * T, K], the experts that it sends each place's token to, as
+        `choose_experts` gives them. Without, routers choose. Raises ValueError where there are not as many.
         """
-        return alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, rows_R))
+        return alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, rows_R, routes))
 
     def training_parts(
         self,
@@ -158,13 +143,27 @@ class DeepseekV3(nn.Module):
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
         rows_R: Tensor | None = None,
+        routes: Sequence[Tensor] | None = None,
     ) -> Parts[TrainingLoss]:
         """`training_loss` in parts, so that others compute while its rows are on their way
         (`expert_parallel/interleave.py`). So does their backward, if it is one backward of the sum of their losses."""
+        loss, _ = yield from self.routed_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, rows_R, routes)
+        return loss
+
+    def routed_parts(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        rows_R: Tensor | None = None,
+        routes: Sequence[Tensor] | None = None,
+    ) -> Parts[tuple[TrainingLoss, list[Routing]]]:
+        """`training_parts`, and what each of `routers()` did."""
         attend = self._attend(ids_BT, document_ids_BT)
-        keep_BT = _counted(targets_BT, mask_BT)
-        places = Places(rows_R, weights_B=keep_BT.sum(1))
-        hidden_BTD, balance = yield from self._hidden(ids_BT, attend, places)
+        keep_BT = counted_places(targets_BT, mask_BT)
+        places = self._places(Places(rows_R, weights_B=keep_BT.sum(1)), routes)
+        hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, places)
         main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
         prediction = torch.zeros_like(main)
         chain_BT = keep_BT
@@ -172,13 +171,15 @@ class DeepseekV3(nn.Module):
             embedded_BTD = self.model.embed_tokens(ahead(ids_BT, depth, 0))
             joined_BTD = layer.join(hidden_BTD, embedded_BTD)
             chain_BT = chain_BT & ahead(keep_BT, depth, 0)
-            learning = replace(places, counted_T=chain_BT.flatten())
-            x_BTD, layer_balance = yield from layer_parts(layer, joined_BTD, attend, learning)
+            learning = replace(places[self.config.num_hidden_layers + depth - 1], counted_T=chain_BT.flatten())
+            x_BTD, routing = yield from layer_parts(layer, joined_BTD, attend, learning)
             hidden_BTD = layer.shared_head.norm(x_BTD)
-            balance = balance if layer_balance is None else balance + layer_balance
+            balance = add_balance(balance, routing)
+            if routing is not None:
+                routings.append(routing)
             nll, _ = self._cross_entropy(hidden_BTD, ahead(targets_BT, depth, -100), chain_BT)
             prediction = prediction + nll / self.config.num_nextn_predict_layers
-        return TrainingLoss(main, prediction, balance, count)
+        return TrainingLoss(main, prediction, balance, count), routings
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
         weight_VD = self.lm_head.wide_weight(hidden_BTD.dtype)
@@ -198,7 +199,7 @@ class DeepseekV3(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT)
         rotary = self._rotary(positions_BT.clamp(min=0), x_BTD.dtype)
         for index, layer in enumerate(self._layers()):
-            attend = partial(_attend_cached, rotary=rotary, view=view, layer=index)
+            attend = partial(attend_cached, rotary=rotary, view=view, layer=index)
             x_BTD, _ = alone(layer_parts(layer, x_BTD, attend))
         if last_only:
             x_BTD = _last_real(x_BTD, positions_BT)
@@ -346,44 +347,36 @@ class DeepseekV3(nn.Module):
             documents = find_documents(document_ids_BT)
             positions_BT = documents.positions_BT
         rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
-        return partial(_attend_rows, rotary=rotary, documents=documents)
+        return partial(attend_rows, rotary=rotary, documents=documents)
 
-    def _hidden(self, ids_BT: Tensor, attend: Attend, places: Places = EVERYWHERE) -> Parts[tuple[Tensor, Tensor]]:
-        """The normalised rows after the last layer, and the sum of the layers' balance losses."""
+    def _places(self, places: Places = EVERYWHERE, routes: Sequence[Tensor] | None = None) -> list[Places]:
+        """What each layer is to know of the places: the same but for its router's of `routes`."""
+        layers = [*self._layers(), *self.prediction_layers()]
+        if routes is None:
+            return [places] * len(layers)
+        mixtures = [layer for layer in layers if isinstance(layer.mlp, MoE)]
+        given = dict(zip(mixtures, routes, strict=True))
+        return [replace(places, given_TK=given.get(layer)) for layer in layers]
+
+    def _hidden(
+        self, ids_BT: Tensor, attend: Attend, places: Sequence[Places]
+    ) -> Parts[tuple[Tensor, Tensor, list[Routing]]]:
+        """The normalised rows after the last layer, the sum of the layers' balance losses, and their routings."""
         x_BTD = self.model.embed_tokens(ids_BT)
         balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+        routings: list[Routing] = []
         for number, layer in enumerate(self._layers()):
             self._set_milestone(x_BTD, number)
-            x_BTD, layer_balance = yield from layer_parts(layer, x_BTD, attend, places)
-            balance = balance if layer_balance is None else balance + layer_balance
+            x_BTD, routing = yield from layer_parts(layer, x_BTD, attend, places[number])
+            balance = add_balance(balance, routing)
+            if routing is not None:
+                routings.append(routing)
         self._set_milestone(x_BTD, self.config.num_hidden_layers)
-        return self.model.norm(x_BTD), balance
+        return self.model.norm(x_BTD), balance, routings
 
     def _set_milestone(self, x_BTD: Tensor, number: int) -> None:
         if self.milestones is not None:
             self.milestones.set(x_BTD, number)
-
-
-def _counted(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    keep_BT = targets_BT >= 0
-    return keep_BT if mask_BT is None else keep_BT & mask_BT.bool()
-
-
-def _attend_rows(
-    attention: LatentAttention,
-    x_BTD: Tensor,
-    recompute: Recompute,
-    *,
-    rotary: RotaryTable,
-    documents: DocumentBounds | None,
-) -> Tensor:
-    return attention.forward(x_BTD, rotary, documents, recompute)
-
-
-def _attend_cached(
-    attention: LatentAttention, x_BTD: Tensor, _: Recompute, *, rotary: RotaryTable, view: CacheView, layer: int
-) -> Tensor:
-    return attention.forward_cached(x_BTD, rotary, view, layer)
 
 
 def _last_real(x_BTD: Tensor, positions_BT: Tensor) -> Tensor:

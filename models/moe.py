@@ -43,10 +43,6 @@ class Router(ExactModule):
     e_score_correction_bias: Tensor
     counts_E: Tensor
     weight_scale_E1: Tensor | None
-    # Set from outside for a while (`anticipation.py`): the experts to send tokens to; and, if not None, where the
-    # experts that were chosen are put.
-    given_TK: Tensor | None = None
-    chosen_TK: Tensor | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,15 +55,14 @@ class Router(ExactModule):
         self.register_buffer("counts_E", counts_E, persistent=False)
 
     def forward(self, rows_TD: Tensor, sequences: int, places: Places = EVERYWHERE) -> Routing:
-        """Routes the rows of so many sequences of equal length, those at padding left out."""
+        """Routes the rows of so many sequences of equal length, those at padding left out; to `places.given_TK`, if
+        that is given, by the weights that the router gives these experts."""
         wide = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
         weight_ED = self.weight.to(wide)
         if self.weight_scale_E1 is not None:
             weight_ED = weight_ED * self.weight_scale_E1
         logits_TE = F.linear(rows_TD.to(wide), weight_ED)
         ids_RK, weights_RK, counts_E = self._route(logits_TE, places)
-        if self.chosen_TK is not None:
-            self.chosen_TK = places.put(ids_RK, len(logits_TE))
         balance = None
         if self.training and torch.is_grad_enabled():
             self._count(ids_RK, counts_E, places)
@@ -85,8 +80,8 @@ class Router(ExactModule):
     def _route(self, logits_TE: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         normalise, scale = self.config.norm_topk_prob, self.config.routed_scaling_factor
         logits_RE = places.take(logits_TE)
-        if self.given_TK is not None:
-            given_RK = places.take(self.given_TK)
+        if places.given_TK is not None:
+            given_RK = places.take(places.given_TK)
             return given_RK, *weigh(logits_RE, given_RK, normalise=normalise, scale=scale)
         return route(
             logits_RE,

@@ -27,12 +27,14 @@ class Places:
 
     rows_R: int64, the places that hold a token, where some are padding; no other is sent to an expert, nor counted.
     counted_T: bool, the places whose pairs count for the load. weights_B: each sequence's weight in the balance loss,
-    which is then to be divided by their sum.
+    which is then to be divided by their sum. given_TK: int64, the experts that each place's token goes to, instead of
+    those that the layer's router would choose.
     """
 
     rows_R: Tensor | None = None
     counted_T: Tensor | None = None
     weights_B: Tensor | None = None
+    given_TK: Tensor | None = None
 
     def take(self, values_TX: Tensor) -> Tensor:
         """Of the values at all places those at places with a token: [R, ...]."""
@@ -129,8 +131,8 @@ Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 def layer_parts(
     layer: Layer[Attend], x_BTD: Tensor, attend: Attend, places: Places = EVERYWHERE
-) -> Parts[tuple[Tensor, Tensor | None]]:
-    """The layer's output and its balance loss, if it has one. Yields while rows are in flight.
+) -> Parts[tuple[Tensor, Routing | None]]:
+    """The layer's output and its routing, if it has experts. Yields while rows are in flight.
 
     The shared expert is computed while the ranks exchange how many rows will come.
     """
@@ -144,4 +146,4 @@ def layer_parts(
     handle.start_combine(layer.experts(*handle.wait_dispatch()))
     yield
     routed_TD = places.put(handle.wait_combine(), len(attended.rows_TD))
-    return layer.aggregate(attended, local_TD, routed_TD), attended.routing.balance
+    return layer.aggregate(attended, local_TD, routed_TD), attended.routing

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.actors.data.token_set import Batch
-from moray.models.anticipation import choose_experts, routed_as
+from moray.models.anticipation import choose_experts
+from moray.models.expert_parallel.interleave import alone
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.config import Spikes
 from moray.pipelines.pretrain.loop import run_training
@@ -270,8 +271,7 @@ def test_routing_by_given_choices_changes_routing_only(tmp_path: Path) -> None:
     gradients = []
     for routes in (None, chosen):
         worker.model.zero_grad(set_to_none=False)
-        with routed_as(worker.model, routes or [None] * len(chosen)):  # type: ignore[list-item]
-            terms = worker.model.training_loss(ids, ids)
+        terms = worker.model.training_loss(ids, ids, routes=routes)
         (terms.main + terms.balance).backward()
         gradients.append([p.grad.clone() for p in worker.model.parameters() if p.grad is not None])
         counts = worker.model.router_counts()
@@ -281,11 +281,11 @@ def test_routing_by_given_choices_changes_routing_only(tmp_path: Path) -> None:
     places = len(chosen) * ids.numel() - len(ids) * worker.job.model.num_nextn_predict_layers
     assert int(counts.sum()) == places * worker.job.model.num_experts_per_tok
     other = [(ids_TK + 1) % worker.job.model.n_routed_experts for ids_TK in chosen]
-    with routed_as(worker.model, other):
-        moved = worker.model.training_loss(ids, ids).main
-    assert moved != terms.main
-    with routed_as(worker.model, other):
-        assert all(torch.equal(a, b) for a, b in zip(choose_experts(worker.model, ids, ids), other, strict=True))
+    moved, routings = alone(worker.model.routed_parts(ids, ids, routes=other))
+    assert moved.main != terms.main
+    assert all(torch.equal(a.ids_TK, b) for a, b in zip(routings, other, strict=True))
+    with pytest.raises(ValueError, match="shorter"):
+        worker.model.training_loss(ids, ids, routes=other[1:])
 
 
 @given(st.lists(st.floats(1.9, 2.1), min_size=64, max_size=64), st.floats(0, 0.3), st.integers(0, 2**31))

@@ -1,0 +1,40 @@
+"""The terms of the training loss, as sums over a batch.
+
+Shapes: B batch, T tokens.
+"""
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from moray.models.expert_parallel.stages import Routing
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """Sums over a batch; each divided by the (global) count is a mean per token.
+
+    main: -log p of the next token. prediction: the same for the tokens further ahead, averaged over the depths of
+    multi-token prediction (0 without any). balance: the layers' sequence-wise balance losses, 1 per layer and counted
+    token where the load is even. count: counted tokens, int64.
+    """
+
+    main: Tensor
+    prediction: Tensor
+    balance: Tensor
+    count: Tensor
+
+    def __add__(self, other: "TrainingLoss") -> "TrainingLoss":
+        terms = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return TrainingLoss(*(mine + its for mine, its in terms))
+
+
+def counted_places(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """bool [B, T]: the places whose target is not negative, and where the mask, if there is one, is true."""
+    keep_BT = targets_BT >= 0
+    return keep_BT if mask_BT is None else keep_BT & mask_BT.bool()
+
+
+def add_balance(balance: Tensor, routing: Routing | None) -> Tensor:
+    """The sum of the layers' balance losses so far, and one layer's, if it has one."""
+    return balance if routing is None or routing.balance is None else balance + routing.balance
