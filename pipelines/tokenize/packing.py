@@ -6,9 +6,9 @@ sequence with the least room that still takes it. A tree over the amounts of roo
 take O(n log length), and what is found follows from their lengths and order alone.
 
 Notable: sequences are full to about 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
-emptiest sequences are taken apart, and their pieces are cut to fill the room in others; more than every fiftieth piece
-only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its sequence, which is
-how readers know where documents meet (actors/data/token_set.py).
+emptiest sequences are taken apart, and their pieces are cut to fill the room in others (fill_holes.py); more than every
+fiftieth piece only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its
+sequence, which is how readers know where documents meet (actors/data/token_set.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.actors.data.token_set import TokenVocabulary
+from moray.pipelines.tokenize.fill_holes import PackedBins, fill_holes
 
 Packing = Literal["best-fit", "concatenate"]
 Int64 = npt.NDArray[np.int64]
-
-_ROOM = 1000  # of so many tokens, one may be room that is left
-_WORTH = 100  # a piece is cut to fill this part of a sequence; to fill less,
-_FEW = 50  # only this part of the pieces
 
 
 @dataclass(frozen=True)
@@ -53,18 +50,6 @@ class PlacedPieces:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """PlacedPieces shorter than a sequence, or parts of these: arrays [P]. Part `skipped` .. `skipped + tokens` of
-    `piece` lies in `sequence` from `at`."""
-
-    piece: Int64
-    skipped: Int64
-    tokens: Int64
-    sequence: Int64
-    at: Int64
-
-
-@dataclass(frozen=True)
 class TokenDocuments:
     """N documents as tokens, bos and eos among them: document n is tokens[bounds[n] : bounds[n + 1]].
 
@@ -79,19 +64,24 @@ class TokenDocuments:
 
 def plan_sequences(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
     """Where documents of `lengths` tokens, none of them 0, go in sequences of `length`."""
+    if packing == "best-fit":
+        return _best_fit_pieces(lengths, length)
+    starts = np.cumsum(lengths) - lengths
+    documents = np.arange(len(lengths), dtype=np.int64)
+    return PlacedPieces(documents, np.zeros_like(lengths), lengths, starts, -(-int(lengths.sum()) // length))
+
+
+def _best_fit_pieces(lengths: Int64, length: int) -> PlacedPieces:
+    """First the full sequences of long documents, document after document; then those that best fit makes."""
     from moray.pipelines.tokenize.best_fit import best_fit
 
-    if packing == "concatenate":
-        starts = np.cumsum(lengths) - lengths
-        documents = np.arange(len(lengths), dtype=np.int64)
-        return PlacedPieces(documents, np.zeros_like(lengths), lengths, starts, -(-int(lengths.sum()) // length))
     full, rest = lengths // length, lengths % length
     first = int(full.sum())
     short = np.flatnonzero(rest)
     tokens = rest[short]
-    bins, at = np.empty_like(tokens), np.empty_like(tokens)
-    room = best_fit(tokens, np.argsort(-tokens, kind="stable"), length, bins, at)
-    parts, count = _topped_up(tokens, bins, at, room, length)
+    sequence, at = np.empty_like(tokens), np.empty_like(tokens)
+    room = best_fit(tokens, np.argsort(-tokens, kind="stable"), length, sequence, at)
+    parts, count = fill_holes(PackedBins(tokens, sequence, at, room, length))
     long, of = np.flatnonzero(full), short[parts.piece]
     document = np.concatenate([long, of])
     begin = np.concatenate([np.zeros(len(long), np.int64), full[of] * length + parts.skipped])
@@ -135,54 +125,3 @@ def pack_documents(
         }
     )
     return packed.reshape(-1, length), table
-
-
-def _topped_up(tokens: Int64, bins: Int64, at: Int64, room: Int64, length: int) -> tuple[Parts, int]:
-    """The pieces of best fit, if need be with the emptiest sequences taken apart; and how many sequences that makes."""
-    whole = Parts(np.arange(len(tokens)), np.zeros_like(tokens), tokens, bins, at)
-    worth, few = max(2, length // _WORTH), len(tokens) // _FEW
-    left, made = int(room.sum()), len(room)
-    if left <= max(length - 1, made * length // _ROOM):
-        return whole, made
-    upcoming = iter(np.argsort(-room, kind="stable").tolist())
-    by_sequence = np.argsort(bins, kind="stable")
-    firsts = np.searchsorted(bins[by_sequence], np.arange(len(room) + 1))
-    moved: list[tuple[int, int, int, int, int]] = []
-    gone: list[int] = []
-    hole, gap = -1, 0
-    while left > max(length - 1, made * length // _ROOM):
-        giver = next(upcoming, -1)
-        if giver < 0:
-            break
-        own: list[tuple[int, int, int, int, int]] = []
-        for piece in by_sequence[firsts[giver] : firsts[giver + 1]].tolist():
-            skipped = 0
-            while skipped < tokens[piece]:
-                least = 2 if len(moved) + len(own) < few else worth
-                if gap < least:
-                    hole = next(upcoming, -1)
-                    if hole < 0 or room[hole] < least:
-                        return _without(whole, gone, moved, len(room))
-                    gap = int(room[hole])
-                part = min(gap, int(tokens[piece]) - skipped)
-                own.append((piece, skipped, part, hole, length - gap))
-                gap, skipped = gap - part, skipped + part
-        moved += own
-        gone.append(giver)
-        left, made = left - length, made - 1
-    return _without(whole, gone, moved, len(room))
-
-
-def _without(
-    whole: Parts, gone: list[int], moved: list[tuple[int, int, int, int, int]], count: int
-) -> tuple[Parts, int]:
-    """The parts that are in none of the sequences `gone`, and those that were moved; sequences numbered anew."""
-    if not gone:
-        return whole, count
-    stays = np.ones(count, np.bool_)
-    stays[gone] = False
-    kept, new = stays[whole.sequence], np.array(moved, np.int64).T
-    columns = (whole.piece, whole.skipped, whole.tokens, whole.sequence, whole.at)
-    parts = [np.concatenate([old[kept], one]) for old, one in zip(columns, new, strict=True)]
-    parts[3] = (np.cumsum(stays) - 1)[parts[3]]
-    return Parts(*parts), int(stays.sum())
