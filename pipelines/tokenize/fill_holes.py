@@ -81,13 +81,14 @@ class Holes:
         None if the next one has less too: those after it are no larger.
         """
         if self._open.tokens < least:
-            sequence = next(self._order, -1)
-            if sequence < 0 or self._bins.room[sequence] < least:
+            following = next(self._order, -1)
+            if following < 0 or self._bins.room[following] < least:
                 return None
-            room = int(self._bins.room[sequence])
-            self._open = Hole(sequence, self._bins.length - room, room)
-        taken = self._open._replace(tokens=min(self._open.tokens, wanted))
-        self._open = Hole(taken.sequence, taken.at + taken.tokens, self._open.tokens - taken.tokens)
+            unused = int(self._bins.room[following])
+            self._open = Hole(following, self._bins.length - unused, unused)
+        sequence, at, room = self._open
+        taken = Hole(sequence, at, min(room, wanted))
+        self._open = Hole(sequence, at + taken.tokens, room - taken.tokens)
         return taken
 
 
