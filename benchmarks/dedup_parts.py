@@ -20,9 +20,10 @@ from harness.result import report
 from harness.texts import BUILT, texts_of
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.case import ScanCase
-from moray.pipelines.dedup.parts.decide import scan_pieces
 from moray.pipelines.dedup.parts.exchange import exchange_ranges
+from moray.pipelines.dedup.parts.scan import scan_pieces
+from moray.pipelines.dedup.parts.scan_input import read_scan_input
+from moray.pipelines.dedup.parts.scan_output import write_scan_output
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
 from moray.pipelines.dedup.parts.tasks import (
     Folders,
@@ -83,10 +84,9 @@ def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, An
     for number in range(ranges):
         match_pieces({"shard": number}, folders, shards)
     order = KeepOrder.of(read_outputs(root / ".described", shards), ())
-    case = ScanCase.of(folders, ranges, order)
-    lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
-    found = scan_pieces(case.pieces, lengths, words, config.copies, config.max_loss, config.min_words)
-    case.write(shards, folders, found)
+    scan = read_scan_input(folders, ranges, order)
+    found = scan_pieces(scan.pieces, scan.length_D, scan.words_D, config.copies, config.max_loss, config.min_words)
+    write_scan_output(shards, folders, order, scan, found)
     took["decided_cpu_s"] = time.process_time() - began
     for shard in shards:
         cut_shard(shard, folders)

@@ -19,9 +19,10 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.case import ScanCase
-from moray.pipelines.dedup.parts.decide import EDITED, REASONS, PieceVerdicts, scan_pieces
 from moray.pipelines.dedup.parts.exchange import exchange_ranges
+from moray.pipelines.dedup.parts.scan import EDITED, REASONS, PieceVerdicts, scan_pieces
+from moray.pipelines.dedup.parts.scan_input import read_scan_input
+from moray.pipelines.dedup.parts.scan_output import write_scan_output
 from moray.pipelines.dedup.parts.tasks import (
     Folders,
     cut_shard,
@@ -119,10 +120,9 @@ class DedupParts(Step[DedupPartsConfig]):
         self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders, ranges: int
     ) -> PieceVerdicts:
         order = KeepOrder.of(read_outputs(ctx.folder / ".described", shards), ctx.config.prefer)
-        case = ScanCase.of(folders, ranges, order)
-        lengths, words = (order.table[name].to_numpy()[case.rows] for name in ("length", "words"))
-        found = scan_pieces(case.pieces, lengths, words, ctx.config.copies, ctx.config.max_loss, ctx.config.min_words)
-        case.write(shards, folders, found)
+        scan, config = read_scan_input(folders, ranges, order), ctx.config
+        found = scan_pieces(scan.pieces, scan.length_D, scan.words_D, config.copies, config.max_loss, config.min_words)
+        write_scan_output(shards, folders, order, scan, found)
         return found
 
 

@@ -1,4 +1,4 @@
-"""dedup-parts against its definition (parts_oracle.py), and what it promises of what is cut, whatever the shards."""
+"""dedup-parts against its definition (oracle.py), and what it promises of what is cut, whatever the shards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from moray.pipelines.dedup.parts import exchange
 from moray.pipelines.dedup.parts import step as parts_step
-from moray.pipelines.dedup.parts.decide import RepeatedPieces, scan_pieces
 from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
+from moray.pipelines.dedup.parts.scan import RepeatedPieces, scan_pieces
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
 from moray.pipelines.dedup.parts.windows import fingerprints, gram_size, windows
 from moray.pipelines.text.arrow import text_buffers
