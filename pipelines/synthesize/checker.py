@@ -22,14 +22,14 @@ _DRAWING = 30.0  # of CPU to make a task again, which is ours: the slowest take 
 _BY_THE_CLOCK = 60.0  # for all of it, where it waits for something instead of computing
 _MEMORY = 2 << 30  # bytes of address space, of which the libraries take a quarter
 
-Judge = Callable[[], bool]
+Check = Callable[[], bool]
 
 
-def prepared(wanted: dict[str, Any]) -> Judge:
+def prepared(wanted: dict[str, Any]) -> Check:
     """The check, ready to read the answer. maths: whether two answers are the same; gym: whether the task gives full
     marks."""
     if wanted["kind"] == "gym":
-        from moray.pipelines.synthesize.gym import scorer
+        from moray.pipelines.synthesize.gym_tasks import scorer
 
         score = scorer(wanted["task"], wanted["level"], wanted["seed"])
         return lambda: score(wanted["answer"]) >= 1.0
@@ -90,11 +90,11 @@ def _child(wanted: dict[str, Any], writer: int) -> None:
     try:
         os.setpgid(0, 0)
         signal.setitimer(signal.ITIMER_PROF, _DRAWING)
-        judge = prepared(wanted)
+        check = prepared(wanted)
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY if hard < 0 else min(_MEMORY, hard), hard))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        found = judge(), ""
+        found = check(), ""
     except MemoryError:
         found = False, "it takes more memory than a check may have"
     except BaseException as error:

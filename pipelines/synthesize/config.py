@@ -19,6 +19,20 @@ class _Generator(StepConfig):
     items: int = Field(100, gt=0)
     license: str = "generated"
 
+    @property
+    def asks_teacher(self) -> bool:
+        return True
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether it needs the sandbox: for programs, and for what a teacher wrote when it is read as mathematics."""
+        return True
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether it needs the input `documents`."""
+        return False
+
 
 class Gym(_Generator):
     """Procedural tasks of reasoning-gym, solved by the task itself or by the teacher, and scored by the task."""
@@ -29,6 +43,14 @@ class Gym(_Generator):
     )
     levels: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of each task's curriculum, easy ones first")
     solver: Literal["task", "teacher"] = "task"
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.solver == "teacher"
+
+    @property
+    def runs_code(self) -> bool:
+        return self.asks_teacher
 
 
 class Maths(_Generator):
@@ -68,6 +90,10 @@ class Programs(_Generator):
     kind: Literal["programs"] = "programs"
     examples: int = Field(3, ge=1, description="of each program; they become its tests")
 
+    @property
+    def asks_teacher(self) -> bool:
+        return False
+
 
 class Rephrase(_Generator):
     """The input `documents` told again: `items` of them, drawn by their ids."""
@@ -76,6 +102,14 @@ class Rephrase(_Generator):
     styles: tuple[Literal["faq", "table", "tutorial", "maths"], ...] = Field(("faq",), min_length=1)
     max_characters: int = Field(4000, gt=0, description="of a document that are shown to the teacher")
     min_characters: int = Field(80, gt=0, description="shorter answers are rejected")
+
+    @property
+    def runs_code(self) -> bool:
+        return False
+
+    @property
+    def reads_documents(self) -> bool:
+        return True
 
 
 _KINDS = ("gym", "programs", "maths", "code", "rephrase")
@@ -173,18 +207,6 @@ class SynthesizeConfig(StepConfig):
         names = [generator.name for generator in self.generators]
         if len(set(names)) < len(names):
             raise ValueError("two generators have the same name")
-        if self.teacher is None and (asking := [one.name for one in self.generators if asks(one)]):
+        if self.teacher is None and (asking := [one.name for one in self.generators if one.asks_teacher]):
             raise ValueError(f"{', '.join(asking)}: needs a `teacher`")
         return self
-
-
-def asks(generator: Generator) -> bool:
-    """Whether it needs the teacher."""
-    if isinstance(generator, Gym):
-        return generator.solver == "teacher"
-    return not isinstance(generator, Programs)
-
-
-def runs_code(generator: Generator) -> bool:
-    """Whether it needs the sandbox: for programs, and for what a teacher wrote when it is read as mathematics."""
-    return isinstance(generator, Programs | Code | Maths) or (isinstance(generator, Gym) and asks(generator))

@@ -13,10 +13,10 @@ from pathlib import Path
 from moray.actors.sandbox.limits import SandboxLimits
 from moray.actors.sandbox.run import run_tests
 from moray.pipelines.shared.documents import read_shard, shard_paths
-from moray.pipelines.synthesize import gym
-from moray.pipelines.synthesize.programs import blocks
+from moray.pipelines.synthesize.check_answers import Check, check_all, full_marks, same_maths
+from moray.pipelines.synthesize.gym_tasks import draw, score_answer
+from moray.pipelines.synthesize.program_document import blocks
 from moray.pipelines.synthesize.prompts import boxed
-from moray.pipelines.synthesize.verify import Check, check_all, full_marks, same_maths
 
 _BATCH = 64
 
@@ -55,7 +55,7 @@ def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limit
             if problem := _told(text, meta):
                 _note(found, name, verifier, problem)
             elif trusted:
-                good = gym.score_answer(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
+                good = score_answer(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
                 _note(found, name, verifier, "" if good else "not full marks")
             else:
                 later.append((name, verifier, check))
@@ -72,13 +72,13 @@ def _code(text: str, limits: SandboxLimits, unsafe: bool) -> str:
     parts = blocks(text)
     if len(parts) != 2:
         return "not a program and its tests"
-    verdict = run_tests(parts[0], parts[1], limits, unsafe)
-    return "" if verdict.passed else f"{verdict.outcome}: {verdict.detail}"
+    result = run_tests(parts[0], parts[1], limits, unsafe)
+    return "" if result.passed else f"{result.outcome}: {result.detail}"
 
 
 def _told(text: str, meta: dict[str, str]) -> str:
     """'' if the document has the question of its task, and ends with the answer that is verified."""
-    entry, _ = gym.draw(meta["task"], int(meta["level"]), int(meta["seed"]))
+    entry, _ = draw(meta["task"], int(meta["level"]), int(meta["seed"]))
     if entry["question"].strip() not in text:
         return "another question"
     return "" if text.rstrip().endswith(meta["answer"].strip()) else "another answer"

@@ -23,18 +23,21 @@ from moray.pipelines.shared.documents import (
     document_id,
     read_shard,
     shard_name,
-    shard_paths,
     text_bytes,
     write_parquet,
     write_shard,
 )
 from moray.pipelines.shared.shards import Row, input_shards, map_shards
-from moray.pipelines.synthesize import copies, gym
-from moray.pipelines.synthesize.config import Gym, Maths, Programs, Rephrase, SynthesizeConfig, asks, runs_code
-from moray.pipelines.synthesize.produce import Room, produce
-from moray.pipelines.synthesize.purse import RemotePurse, Spent, start_purse
-from moray.pipelines.synthesize.rows import Log, Made
-from moray.platform.core.errors import InputError, RecipeError, StepFailed
+from moray.pipelines.synthesize import item_copies
+from moray.pipelines.synthesize.budget_tracker import RemoteBudgetTracker, Spent, start_budget_tracker
+from moray.pipelines.synthesize.config import SynthesizeConfig, Teacher
+from moray.pipelines.synthesize.generators.generator import GeneratorContext, SourceDocument
+from moray.pipelines.synthesize.generators.open_generator import open_generator
+from moray.pipelines.synthesize.generators.rephrase import draw_documents
+from moray.pipelines.synthesize.items import Log, Made
+from moray.pipelines.synthesize.produce import WorkDir, produce
+from moray.pipelines.synthesize.teacher import TeacherClient
+from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 
@@ -52,23 +55,19 @@ class Synthesize(Step[SynthesizeConfig]):
     needs_ray: ClassVar[bool] = True
 
     def check(self, config: SynthesizeConfig, inputs: Mapping[str, str]) -> None:
+        context = GeneratorContext(config.sandbox.limits(), config.unsafe_sandbox)
         for generator in config.generators:
-            if isinstance(generator, Rephrase) and "documents" not in inputs:
-                raise RecipeError(f"generator {generator.name!r} rephrases, but has nothing", "give input `documents`")
-            if isinstance(generator, Gym | Programs):
-                gym.need_packages("reasoning_gym")
-            if isinstance(generator, Maths) or (isinstance(generator, Gym) and asks(generator)):
-                gym.need_packages("math_verify", "reasoning_gym")
-            if isinstance(generator, Gym):
-                gym.choose_tasks(generator.tasks, generator.solver == "task")
+            open_generator(generator, context).check(inputs)
 
     def run(self, ctx: StepContext[SynthesizeConfig]) -> None:
-        self._look_at_sandbox(ctx)
+        self._check_sandbox(ctx)
         shards = self._shards(ctx)
-        purse = start_purse(ctx.folder / _WORK / "spent.jsonl", ctx.config.budget) if ctx.config.teacher else None
-        made = self._make(ctx, shards, purse)
-        spent = purse.spent() if purse else Spent()
-        self._unanswered(ctx, made)
+        spent_file = ctx.folder / _WORK / "spent.jsonl"
+        tracker = start_budget_tracker(spent_file, ctx.config.budget) if ctx.config.teacher else None
+        made = self._make(ctx, shards, tracker)
+        spent = tracker.spent() if tracker else Spent()
+        if ctx.config.teacher:
+            self._note_unanswered(ctx, made, ctx.config.teacher)
         found = self._copies(ctx, shards)
         write_copies(ctx.folder / _WORK, found)
         write = partial(write_items, folder=str(ctx.folder), config=ctx.config)
@@ -78,8 +77,8 @@ class Synthesize(Step[SynthesizeConfig]):
             path.unlink()
         (ctx.folder / _WORK).rmdir()
 
-    def _look_at_sandbox(self, ctx: StepContext[SynthesizeConfig]) -> None:
-        if not any(map(runs_code, ctx.config.generators)):
+    def _check_sandbox(self, ctx: StepContext[SynthesizeConfig]) -> None:
+        if not any(generator.runs_code for generator in ctx.config.generators):
             return
         reason = refusal()
         if reason and not ctx.config.unsafe_sandbox:
@@ -97,9 +96,9 @@ class Synthesize(Step[SynthesizeConfig]):
         """[begin, end) of a generator's items each; in order, so that numbers go up with the recipe."""
         shards: list[Row] = []
         for place, generator in enumerate(ctx.config.generators):
-            drawn: list[tuple[str, int]] = []
+            drawn: list[SourceDocument] = []
             items = generator.items
-            if isinstance(generator, Rephrase):
+            if generator.reads_documents:
                 drawn = draw_documents(ctx.inputs["documents"].folder, items, ctx.config.seed)
                 items = len(drawn)
             for begin in range(0, items, ctx.config.shard_items):
@@ -113,21 +112,24 @@ class Synthesize(Step[SynthesizeConfig]):
                 )  # fmt: skip
         return shards
 
-    def _make(self, ctx: StepContext[SynthesizeConfig], shards: list[Row], purse: RemotePurse | None) -> list[Row]:
-        threads = 1
-        if ctx.config.teacher:
-            threads = -(-ctx.config.teacher.concurrency // max(min(ctx.cluster.topology().cpus, len(shards)), 1))
-        room = Room(ctx.folder / _WORK, ctx.home.cache / "teacher", purse, threads)
+    def _make(
+        self, ctx: StepContext[SynthesizeConfig], shards: list[Row], tracker: RemoteBudgetTracker | None
+    ) -> list[Row]:
+        connect, teacher = None, ctx.config.teacher
+        if teacher and tracker:
+            threads = -(-teacher.concurrency // max(min(ctx.cluster.topology().cpus, len(shards)), 1))
+            cache = ctx.home.cache / "teacher"
+            connect = partial(TeacherClient, teacher, ctx.config.budget, tracker, cache, threads)
 
         def detail(totals: Counter[str], seconds: float) -> str:
             good, bad = totals["accepted"], totals["refused"]
-            money = f", {purse.spent().dollars:.4f} dollars" if purse else ""
+            money = f", {tracker.spent().dollars:.4f} dollars" if tracker else ""
             return f"{good / max(good + bad, 1):.0%} accepted{money}"
 
-        make = partial(produce, config=ctx.config, room=room)
+        make = partial(produce, config=ctx.config, work=WorkDir(ctx.folder / _WORK), connect=connect)
         return map_shards(ctx, "making", shards, make, "items", lambda row: row["end"] - row["begin"], detail)
 
-    def _unanswered(self, ctx: StepContext[SynthesizeConfig], made: list[Row]) -> None:
+    def _note_unanswered(self, ctx: StepContext[SynthesizeConfig], made: list[Row], teacher: Teacher) -> None:
         counts: Counter[str] = Counter()
         for row in made:
             counts += Counter(json.loads(row["unanswered"]))
@@ -136,8 +138,7 @@ class Synthesize(Step[SynthesizeConfig]):
         if not counts["engine"]:
             return
         total = sum(generator.items for generator in ctx.config.generators)
-        assert ctx.config.teacher is not None
-        text = f"{counts['engine']} of {total} items have no answer: {ctx.config.teacher.url} failed"
+        text = f"{counts['engine']} of {total} items have no answer: {teacher.url} failed"
         if counts["engine"] > ctx.config.unanswered * total:
             raise StepFailed(text, "all others are kept: the same command asks for these alone; or raise `unanswered`")
         ctx.note(text, "warning")
@@ -145,15 +146,17 @@ class Synthesize(Step[SynthesizeConfig]):
     def _copies(self, ctx: StepContext[SynthesizeConfig], shards: list[Row]) -> dict[str, list[Any]]:
         """Item key -> [reason, of what, similarity]."""
         work = ctx.folder / _WORK
-        map_shards(ctx, "sketching", shards, partial(copies.sketch_shard, folder=str(work)), "shards", lambda row: 1)
-        sketches = [copies.sketch_path(work, shard["shard"]) for shard in shards]
+        map_shards(
+            ctx, "sketching", shards, partial(item_copies.sketch_shard, folder=str(work)), "shards", lambda row: 1
+        )
+        sketches = [item_copies.sketch_path(work, shard["shard"]) for shard in shards]
         found: dict[str, list[Any]] = {
-            key: ["repeated", of, 1.0] for key, of in copies.repeated_documents(sketches).items()
+            key: ["repeated", of, 1.0] for key, of in item_copies.repeated_documents(sketches).items()
         }
         if "corpus" in ctx.inputs:
             corpus = input_shards(ctx.inputs["corpus"].folder)
             compare = partial(
-                copies.compare_shard, sketches=[str(path) for path in sketches], similarity=ctx.config.similarity
+                item_copies.compare_shard, sketches=[str(path) for path in sketches], similarity=ctx.config.similarity
             )
             rows = map_shards(ctx, "comparing", corpus, compare, "bytes", lambda row: row["size"])
             for key, of, score in sorted(entry for row in rows for entry in json.loads(row["copies"])):
@@ -183,18 +186,6 @@ class Synthesize(Step[SynthesizeConfig]):
         ctx.outcome = f"{accepted} documents, {rate:.0%} of the items accepted, {spent.dollars:.4f} dollars"
 
 
-def draw_documents(folder: Path, wanted: int, seed: int) -> list[tuple[str, int]]:
-    """(shard, row) of the documents to rephrase: the least by a hash of their ids, whatever shards they lie in."""
-    import xxhash
-
-    found = [
-        (xxhash.xxh3_128_hexdigest(f"{seed}\0{name}".encode()), str(path), row)
-        for path in shard_paths(folder)
-        for row, name in enumerate(read_shard(path, ["id"])["id"].to_pylist())
-    ]
-    return [(path, row) for _, path, row in sorted(found)[:wanted]]
-
-
 def write_copies(work: Path, found: Mapping[str, list[Any]]) -> None:
     keys = sorted(found)
     columns: list[tuple[str, pa.DataType]] = [
@@ -213,7 +204,7 @@ def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
     work, log = Path(folder) / _WORK, Log(Path(shard["log"]))
     table = read_shard(work / "copies.parquet")
     gone = dict(zip(table["key"].to_pylist(), table.select(["reason", "of"]).to_pylist(), strict=True))
-    good = copies.accepted(log)
+    good = item_copies.accepted(log)
     kept = [made for made in good if made.key not in gone]
     bad = [made for made in log.read().values() if made.reason]
     bad += [

@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible endpoint: once for each request ever, within the purse, with retries and many at a time.
+"""Asks an OpenAI-compatible endpoint: once for each request ever, within the budget, with retries and many at a time.
 
 An answer is kept on disk under a hash of model, prompt, parameters and seed. Trouble comes back as an `Answer` that
 names it, so that one item's trouble is nobody else's: `engine` (it failed, after all retries), `prompt` (it refuses
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moray.pipelines.synthesize.budget_tracker import BudgetTracker, dollars
 from moray.pipelines.synthesize.config import Budget, Teacher
-from moray.pipelines.synthesize.purse import Purse, dollars
 from moray.platform.core.atomic import write_bytes
 from moray.platform.core.errors import InputError
 
@@ -33,18 +33,22 @@ class Answer:
     cost: float = 0.0
 
 
-class AskTeacher:
+class TeacherClient:
     """One task's way to the teacher. `threads`: how many requests it has under way."""
 
-    def __init__(self, teacher: Teacher, budget: Budget, purse: Purse, cache: Path, threads: int) -> None:
+    def __init__(self, teacher: Teacher, budget: Budget, tracker: BudgetTracker, cache: Path, threads: int) -> None:
         from openai import OpenAI
 
-        self._teacher, self._budget, self._purse, self._cache = teacher, budget, purse, cache
+        self._teacher, self._budget, self._tracker, self._cache = teacher, budget, tracker, cache
         self._threads = max(threads, 1)
         key = teacher.api_key.reveal() if teacher.api_key else "none"
         self._client = OpenAI(
             base_url=teacher.url, api_key=key, max_retries=teacher.retries, timeout=teacher.timeout
         )  # retries wait longer and longer: connection errors, 408, 409, 429 and 5xx
+
+    @property
+    def model(self) -> str:
+        return self._teacher.model
 
     def ask(self, prompts: Sequence[tuple[str, int]]) -> list[Answer]:
         """An answer for each (prompt, seed)."""
@@ -56,22 +60,22 @@ class AskTeacher:
         path = self._cache / key[:2] / f"{key}.json"
         if path.exists():
             return self._read(json.loads(path.read_bytes()))
-        room = len(prompt.encode()) + _PER_MESSAGE  # a token is a byte at least
-        if refused := self._purse.reserve(key, room, self._teacher.max_tokens):
+        bound = len(prompt.encode()) + _PER_MESSAGE  # a token is a byte at least
+        if refused := self._tracker.reserve(key, bound, self._teacher.max_tokens):
             return Answer(trouble=refused, detail="not sent")
         try:
             text, prompt_tokens, answer_tokens = self._send(prompt, seed)
         except InputError:
-            self._purse.failed(key, engine=False)
+            self._tracker.failed(key, engine=False)
             raise
         except _Trouble as trouble:
-            self._purse.failed(key, engine=trouble.kind == "engine")
+            self._tracker.failed(key, engine=trouble.kind == "engine")
             return Answer(trouble=trouble.kind, detail=str(trouble))
         used = (
-            room if prompt_tokens is None else prompt_tokens,
+            bound if prompt_tokens is None else prompt_tokens,
             self._teacher.max_tokens if answer_tokens is None else answer_tokens,
         )
-        self._purse.settle(key, *used)
+        self._tracker.settle(key, *used)
         record = {"text": text, "prompt_tokens": used[0], "answer_tokens": used[1]}
         write_bytes(path, json.dumps(record).encode())
         return self._read(record)

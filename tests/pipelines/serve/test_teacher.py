@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moray.pipelines.synthesize.budget_tracker import LocalBudgetTracker
 from moray.pipelines.synthesize.config import Budget, Teacher
-from moray.pipelines.synthesize.purse import FilePurse
-from moray.pipelines.synthesize.teacher import AskTeacher
+from moray.pipelines.synthesize.teacher import TeacherClient
 
 
 def test_our_server_teaches(url: str, tmp_path: Path) -> None:
@@ -14,15 +14,15 @@ def test_our_server_teaches(url: str, tmp_path: Path) -> None:
     teacher = Teacher.model_validate(
         {"url": f"{url}/v1", "model": "tiny", "chat": False, "max_tokens": 8, "retries": 0, "concurrency": 2}
     )
-    purse = FilePurse(str(tmp_path / "spent.jsonl"), budget)
-    ask = AskTeacher(teacher, budget, purse, tmp_path / "cache", 2).ask
+    tracker = LocalBudgetTracker(str(tmp_path / "spent.jsonl"), budget)
+    ask = TeacherClient(teacher, budget, tracker, tmp_path / "cache", 2).ask
     asked = [("In the beginning was", 1), ("def main(", 2), ("word " * 2000, 3)]
     first, second, long = ask(asked)
     assert first.text
     assert second.text
     assert (first.trouble, second.trouble, long.trouble) == ("", "", "prompt"), long
-    spent = purse.spent()
+    spent = tracker.spent()
     assert (spent.requests, spent.answer_tokens) == (2, 16)
     assert 4 < spent.prompt_tokens < 60
     assert ask(asked[:2]) == [first, second]
-    assert purse.spent() == spent, "the second time the answers came from the cache"
+    assert tracker.spent() == spent, "the second time the answers came from the cache"

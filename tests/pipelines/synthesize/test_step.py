@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,19 @@ from pydantic import ValidationError
 
 from moray.actors.sandbox import run as sandbox
 from moray.pipelines.shared.documents import document_id, read_shard, write_shard
-from moray.pipelines.synthesize import chains, checker, copies, gym, programs, verify
+from moray.pipelines.synthesize import chains, check_answers, checker, gym_tasks, item_copies
+from moray.pipelines.synthesize.budget_tracker import LocalBudgetTracker
+from moray.pipelines.synthesize.check_answers import check_all, full_marks, majority, same_maths
 from moray.pipelines.synthesize.config import Budget, SynthesizeConfig
-from moray.pipelines.synthesize.produce import Room, produce
-from moray.pipelines.synthesize.prompts import boxed, read_code, read_problem
-from moray.pipelines.synthesize.purse import FilePurse
+from moray.pipelines.synthesize.generators.code import read_code
+from moray.pipelines.synthesize.generators.maths import read_problem
+from moray.pipelines.synthesize.items import Log, Made
+from moray.pipelines.synthesize.produce import WorkDir, produce
+from moray.pipelines.synthesize.program_document import blocks, program_document
+from moray.pipelines.synthesize.prompts import boxed
 from moray.pipelines.synthesize.reverify import reverify
-from moray.pipelines.synthesize.rows import Log, Made
 from moray.pipelines.synthesize.step import step, write_copies, write_items
-from moray.pipelines.synthesize.verify import check_all, full_marks, majority, same_maths
+from moray.pipelines.synthesize.teacher import TeacherClient
 from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.home import Home
@@ -47,21 +53,30 @@ def config(url: str = "http://127.0.0.1:9/v1", *generators: dict[str, Any], **mo
     return SynthesizeConfig.model_validate({"generators": list(generators), "teacher": teacher, **more})
 
 
-def room(folder: Path, budget: Budget | None = None) -> Room:
-    purse = FilePurse(str(folder / ".work" / "spent.jsonl"), budget or Budget())
-    return Room(folder / ".work", folder.parent / "cache", purse, 4)
+@dataclass(frozen=True)
+class Work(WorkDir):
+    tracker: LocalBudgetTracker
+
+
+def work(folder: Path, budget: Budget | None = None) -> Work:
+    return Work(folder / ".work", LocalBudgetTracker(str(folder / ".work" / "spent.jsonl"), budget or Budget()))
 
 
 def shard(items: int, **more: Any) -> dict[str, Any]:
     return {"shard": 0, "generator": 0, "begin": 0, "end": items, "documents": [], **more}
 
 
-def make(made: SynthesizeConfig, where: Room, items: int, **more: Any) -> tuple[dict[str, Made], dict[str, Any]]:
-    row = produce(shard(items, **more), made, where)
+def make(
+    made: SynthesizeConfig, where: Work, items: int, *, threads: int = 4, **more: Any
+) -> tuple[dict[str, Made], dict[str, Any]]:
+    cache = where.folder.parents[1] / "cache"
+    assert made.teacher
+    connect = partial(TeacherClient, made.teacher, made.budget, where.tracker, cache, threads)
+    row = produce(shard(items, **more), made, where, connect)
     return where.log(0).read(), row
 
 
-def write(made: SynthesizeConfig, where: Room, items: int) -> Path:
+def write(made: SynthesizeConfig, where: WorkDir, items: int) -> Path:
     folder = where.folder.parent
     write_copies(where.folder, {})
     write_items(shard(items, log=str(where.log(0).path)), str(folder), made)
@@ -74,7 +89,7 @@ def write(made: SynthesizeConfig, where: Room, items: int) -> Path:
 @pytest.mark.parametrize("task", ["chain_sum", "gsm_symbolic", "leg_counting", "gcd", "prime_factorization"])
 def test_worked_steps_lead_to_the_answer(task: str) -> None:
     for seed in range(12):
-        entry, _ = gym.draw(task, 2, seed)
+        entry, _ = gym_tasks.draw(task, 2, seed)
         worked = chains.steps(task, entry["metadata"])
         last = worked.splitlines()[-1]
         answer = entry["answer"].split()[-1]
@@ -82,11 +97,11 @@ def test_worked_steps_lead_to_the_answer(task: str) -> None:
 
 
 def test_levels_are_harder_and_items_come_again() -> None:
-    easy = [gym.draw("chain_sum", 0, seed)[0]["question"] for seed in range(20)]
-    hard = [gym.draw("chain_sum", 5, seed)[0]["question"] for seed in range(20)]
+    easy = [gym_tasks.draw("chain_sum", 0, seed)[0]["question"] for seed in range(20)]
+    hard = [gym_tasks.draw("chain_sum", 5, seed)[0]["question"] for seed in range(20)]
     assert sum(map(len, hard)) > 1.2 * sum(map(len, easy))
-    assert hard == [gym.draw("chain_sum", 5, seed)[0]["question"] for seed in range(20)]
-    assert gym.draw("survo", 2, 1)[1] < 2, "a level that the task does not have is the nearest below"
+    assert hard == [gym_tasks.draw("chain_sum", 5, seed)[0]["question"] for seed in range(20)]
+    assert gym_tasks.draw("survo", 2, 1)[1] < 2, "a level that the task does not have is the nearest below"
     assert len({chains.chain_document("q", "s", "a", seed) for seed in range(60)}) == len(chains.PHRASINGS) * 4
 
 
@@ -104,7 +119,7 @@ print("QUESTIONS" + json.dumps(questions()))
 
 
 def questions() -> list[list[str]]:
-    drawn = [gym.draw(task, 1, 7) for task in gym.choose_tasks(["arithmetic", "algorithmic"], True)]
+    drawn = [gym_tasks.draw(task, 1, 7) for task in gym_tasks.choose_tasks(["arithmetic", "algorithmic"], True)]
     return [[entry["question"], entry["answer"]] for entry, _ in drawn]
 
 
@@ -114,7 +129,7 @@ def test_procedural_items_verify_again(tmp_path: Path) -> None:
         "gym": {"kind": "gym", "name": "gym", "tasks": ["arithmetic", "logic"], "items": 24},
         "code": {"kind": "programs", "name": "code", "items": 6},
     }.items():
-        made, where = config("http://x/v1", generator), room(tmp_path / name)
+        made, where = config("http://x/v1", generator), work(tmp_path / name)
         items = generator["items"]
         log, row = make(made, where, items)
         assert len(log) == items
@@ -132,7 +147,7 @@ def test_procedural_items_verify_again(tmp_path: Path) -> None:
 @needs_sandbox
 def test_a_document_that_was_changed_does_not_verify(tmp_path: Path) -> None:
     made = config("http://x/v1", {"kind": "gym", "name": "gym", "tasks": ["chain_sum"], "items": 3})
-    where = room(tmp_path / "run")
+    where = work(tmp_path / "run")
     make(made, where, 3)
     folder = write(made, where, 3)
     table = read_shard(folder / "documents-00000.parquet")
@@ -154,7 +169,7 @@ def test_taught_mathematics_verifies_again(tmp_path: Path, server: TeacherServer
         {"kind": "maths", "name": "maths", "votes": 3, "items": 8},
     ]
     for kind in kinds:
-        made, where = config(server.url, kind, attempts=2), room(tmp_path / kind["name"])
+        made, where = config(server.url, kind, attempts=2), work(tmp_path / kind["name"])
         log, row = make(made, where, 8)
         assert row["accepted"] >= 6, [vars(one) for one in log.values()]
         found = reverify(write(made, where, 8))
@@ -166,10 +181,10 @@ def test_taught_mathematics_verifies_again(tmp_path: Path, server: TeacherServer
 @needs_sandbox
 def test_of_all_attempts_the_best_or_none(tmp_path: Path, server: TeacherServer) -> None:
     kind = {"kind": "code", "name": "code", "items": 4}
-    log, _ = make(config(server.url, kind, attempts=3, pick="best"), room(tmp_path / "best"), 4)
+    log, _ = make(config(server.url, kind, attempts=3, pick="best"), work(tmp_path / "best"), 4)
     assert len(server.asked) == 12
     assert all(not one.reason for one in log.values())
-    log, _ = make(config(server.url, kind, attempts=1, seed=3), room(tmp_path / "one"), 4)
+    log, _ = make(config(server.url, kind, attempts=1, seed=3), work(tmp_path / "one"), 4)
     wrong = [one for one in log.values() if one.reason]
     assert all(one.reason == "sandbox:failed" and "AssertionError" in one.detail for one in wrong)
 
@@ -195,7 +210,7 @@ def test_a_poisoned_prompt_loses_no_other(tmp_path: Path, server: TeacherServer)
     texts[2] += " POISON"
     texts[5] += " GARBAGE"
     documents = rephrasings(tmp_path / "in", texts)
-    log, row = make(config(server.url, FAQ, attempts=1), room(tmp_path / "run"), 8, documents=documents)
+    log, row = make(config(server.url, FAQ, attempts=1), work(tmp_path / "run"), 8, documents=documents)
     assert {key: one.reason for key, one in log.items() if one.reason} == {"faq/2": "prompt", "faq/5": "prompt"}
     assert "not served" in log["faq/2"].detail
     assert row["accepted"] == 6
@@ -203,7 +218,7 @@ def test_a_poisoned_prompt_loses_no_other(tmp_path: Path, server: TeacherServer)
 
 
 def test_a_dead_engine_loses_nothing_and_is_asked_again(tmp_path: Path, server: TeacherServer) -> None:
-    documents, where = rephrasings(tmp_path / "in", TEXTS), room(tmp_path / "run")
+    documents, where = rephrasings(tmp_path / "in", TEXTS), work(tmp_path / "run")
     made = config(server.url, FAQ, attempts=1)
     make(made, where, 4, documents=documents)
     server.down = True
@@ -219,7 +234,7 @@ def test_a_dead_engine_loses_nothing_and_is_asked_again(tmp_path: Path, server: 
 def test_an_engine_that_stays_dead_is_given_up(tmp_path: Path, server: TeacherServer) -> None:
     server.down = True
     documents = rephrasings(tmp_path / "in", TEXTS * 5)
-    _, row = make(config(server.url, FAQ, attempts=1), room(tmp_path / "run"), 40, documents=documents)
+    _, row = make(config(server.url, FAQ, attempts=1), work(tmp_path / "run"), 40, documents=documents)
     assert json.loads(row["unanswered"]) == {"engine": 40}
     assert len(server.asked) <= 8 + 4, "what is under way, and no more"
 
@@ -227,17 +242,15 @@ def test_an_engine_that_stays_dead_is_given_up(tmp_path: Path, server: TeacherSe
 def test_a_budget_is_never_exceeded(tmp_path: Path, server: TeacherServer) -> None:
     documents = rephrasings(tmp_path / "in", TEXTS)
     budget = Budget(tokens=1000)
-    where = room(tmp_path / "run", budget)
+    where = work(tmp_path / "run", budget)
     made = config(server.url, FAQ, attempts=1, budget=budget.model_dump())
     log, row = make(made, where, 8, documents=documents)
     left = json.loads(row["unanswered"])["budget"]
     assert 0 < left < 8
     assert len(log) == 8 - left
-    assert where.purse is not None
-    spent = where.purse.spent()
+    spent = where.tracker.spent()
     assert spent.prompt_tokens + spent.answer_tokens == 30 * spent.requests <= 1000
-    again = FilePurse(str(where.folder / "spent.jsonl"), budget)
-    assert again.spent() == spent
+    assert LocalBudgetTracker(str(where.folder / "spent.jsonl"), budget).spent() == spent
 
 
 def test_a_budget_in_dollars_needs_prices() -> None:
@@ -248,27 +261,25 @@ def test_a_budget_in_dollars_needs_prices() -> None:
 def test_reservations_of_a_killed_run_stay(tmp_path: Path) -> None:
     budget = Budget(dollars=10.0, dollars_per_million_prompt_tokens=1e6, dollars_per_million_answer_tokens=1e6)
     path = str(tmp_path / "spent.jsonl")
-    purse = FilePurse(path, budget)
-    assert purse.reserve("a", 2, 4) == ""
+    tracker = LocalBudgetTracker(path, budget)
+    assert tracker.reserve("a", 2, 4) == ""
     with (tmp_path / "spent.jsonl").open("ab") as file:
         file.write(b'["torn')
-    purse = FilePurse(path, budget)
-    assert purse.spent().dollars == 6.0
-    assert purse.reserve("b", 2, 4) == "budget"
-    assert purse.reserve("a", 2, 4) == "", "the same request again is no second one"
-    purse.settle("a", 1, 1)
-    assert purse.reserve("b", 2, 4) == ""
+    tracker = LocalBudgetTracker(path, budget)
+    assert tracker.spent().dollars == 6.0
+    assert tracker.reserve("b", 2, 4) == "budget"
+    assert tracker.reserve("a", 2, 4) == "", "the same request again is no second one"
+    tracker.settle("a", 1, 1)
+    assert tracker.reserve("b", 2, 4) == ""
 
 
 KILLED = """
 import json, sys
 from pathlib import Path
-from tests.pipelines.synthesize.test_step import config, make, room
+from tests.pipelines.synthesize.test_step import config, make, work
 url, folder, documents = sys.argv[1:]
 made = config(url, {"kind": "rephrase", "name": "faq", "items": 8}, attempts=1)
-where = room(Path(folder))
-object.__setattr__(where, "threads", 1)
-make(made, where, 8, documents=json.loads(documents))
+make(made, work(Path(folder)), 8, threads=1, documents=json.loads(documents))
 """
 
 
@@ -284,7 +295,7 @@ def test_a_rerun_after_a_kill_makes_no_finished_item_again(tmp_path: Path, serve
     asked = [prompt for prompt, _ in server.asked]
     assert len(asked) == 6
     server.hold = None
-    made, where = config(server.url, FAQ, attempts=1), room(tmp_path / "run")
+    made, where = config(server.url, FAQ, attempts=1), work(tmp_path / "run")
     _, row = make(made, where, 8, documents=documents)
     assert row["accepted"] == 8
     again = [prompt for prompt, _ in server.asked][6:]
@@ -308,7 +319,7 @@ def test_a_log_without_its_last_line_end_is_read(tmp_path: Path) -> None:
 def test_a_wrong_model_is_one_clear_error(tmp_path: Path, server: TeacherServer) -> None:
     documents = rephrasings(tmp_path / "in", TEXTS)
     with pytest.raises(InputError, match="refuses model"):
-        make(config(server.url + "/nowhere", FAQ), room(tmp_path / "run"), 8, documents=documents)
+        make(config(server.url + "/nowhere", FAQ), work(tmp_path / "run"), 8, documents=documents)
 
 
 # Verdicts
@@ -321,7 +332,7 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
         same_maths("\\frac{1}{2}", "0.5"),
         same_maths("12", "13"),
         same_maths("1", f"__import__('pathlib').Path({str(trap)!r}).touch()"),
-        full_marks("chain_sum", 0, 3, gym.draw("chain_sum", 0, 3)[0]["answer"]),
+        full_marks("chain_sum", 0, 3, gym_tasks.draw("chain_sum", 0, 3)[0]["answer"]),
         full_marks("chain_sum", 0, 3, "0x"),
         same_maths("2^{10}", "1024"),
     ]
@@ -333,9 +344,9 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
 def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is for each: those before and after it have their verdicts from the same run of the checker."""
     began = []
-    ran = verify.run_program
-    monkeypatch.setattr(verify, "run_program", lambda *arguments: began.append(1) or ran(*arguments))
-    good = full_marks("chain_sum", 0, 3, gym.draw("chain_sum", 0, 3)[0]["answer"])
+    ran = check_answers.run_program
+    monkeypatch.setattr(check_answers, "run_program", lambda *arguments: began.append(1) or ran(*arguments))
+    good = full_marks("chain_sum", 0, 3, gym_tasks.draw("chain_sum", 0, 3)[0]["answer"])
     tower = "9**9**9**9"
     checks = [good, full_marks("countdown", 0, 3, tower), good, same_maths("1", "9^{9^{9^{9}}}"), same_maths("1", "1")]
     found = check_all(checks, False)
@@ -371,11 +382,11 @@ def test_a_majority_counts_what_is_equal() -> None:
 def test_answers_are_read_by_form() -> None:
     assert boxed(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert boxed("none") is None
-    assert read_problem("Problem: a\nSolution: b \\boxed{2}") == ("a", "b \\boxed{2}")
+    assert read_problem("Problem: a\nSolution: b \\boxed{2}") == ("a", "b \\boxed{2}", "2")
     assert read_problem("Problem: a\nSolution: b") is None
     assert read_code("t\n```python\nx = 1\n```\nand\n```python\nassert x\n```") == ("t", "x = 1\n", "assert x\n")
     assert read_code("```python\nx = 1\n```") is None
-    assert programs.blocks(programs.program_document("t", "x = 1", "assert x")) == ["x = 1\n", "assert x\n"]
+    assert blocks(program_document("t", "x = 1", "assert x")) == ["x = 1\n", "assert x\n"]
 
 
 # Copies, recipes, the whole step
@@ -387,14 +398,14 @@ def test_copies_of_the_corpus_and_of_each_other_are_found(tmp_path: Path) -> Non
     log = Log(tmp_path / "made-00000.jsonl")
     for number, text in enumerate(texts):
         log.add(Made(f"g/{number}", text, "", "", {}))
-    copies.sketch_shard({"shard": 0, "log": str(log.path)}, str(tmp_path))
-    sketch = copies.sketch_path(tmp_path, 0)
-    assert copies.repeated_documents([sketch]) == {"g/3": "g/0"}
+    item_copies.sketch_shard({"shard": 0, "log": str(log.path)}, str(tmp_path))
+    sketch = item_copies.sketch_path(tmp_path, 0)
+    assert item_copies.repeated_documents([sketch]) == {"g/3": "g/0"}
     rephrasings(tmp_path / "corpus", [words, "not like any of them at all"])
     row = {"shard": 0, "path": str(tmp_path / "corpus" / "documents-00000.parquet")}
-    found = json.loads(copies.compare_shard(row, [str(sketch)], 0.7)["copies"])
+    found = json.loads(item_copies.compare_shard(row, [str(sketch)], 0.7)["copies"])
     assert {key for key, _, _ in found} == {"g/0", "g/1", "g/3"}
-    exact = json.loads(copies.compare_shard(row, [str(sketch)], 0.0)["copies"])
+    exact = json.loads(item_copies.compare_shard(row, [str(sketch)], 0.0)["copies"])
     assert {key for key, _, _ in exact} == {"g/0", "g/3"}
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from moray.pipelines.shared.documents import content_hash, read_shard, write_parquet
 from moray.pipelines.shared.shards import Row
-from moray.pipelines.synthesize.rows import Log, Made
+from moray.pipelines.synthesize.items import Log, Made
 from moray.pipelines.text.minhash import Shingling
 
 _SHINGLING = Shingling()

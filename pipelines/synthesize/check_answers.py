@@ -1,4 +1,4 @@
-"""Verdicts on what was made: mathematics and tasks' scores in batches, in the sandbox; code by its tests, there too."""
+"""Checks of answers, in batches in the sandbox: mathematics against another answer, tasks by their own scorers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def full_marks(task: str, level: int, seed: int, answer: str) -> Check:
 
 
 def check_all(checks: Sequence[Check], unsafe: bool) -> list[CheckResult]:
-    """A verdict for each check. One that breaks a limit fails, and those after it are tried again without it."""
+    """A result for each check. One that breaks a limit fails, and those after it are tried again without it."""
     found: list[CheckResult] = []
     while len(found) < len(checks):
         part = checks[len(found) :]

@@ -16,7 +16,7 @@ from typing import Any
 from moray.platform.core.errors import RecipeError, nearest
 
 # Other items in another process (0.1.25; they draw from sets of strings); no task of its own; one that runs other
-# people's programs where it is drawn (programs.py runs them in the sandbox).
+# people's programs where it is drawn (generators/programs.py runs them in the sandbox).
 LEFT_OUT = frozenset(
     {"isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder", "composite", "codeio"}
 )

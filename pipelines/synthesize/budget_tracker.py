@@ -1,4 +1,4 @@
-"""The budget of a run, and the health of its teacher: one actor, because all tasks spend from one purse.
+"""What a run has spent of its budget, and whether its teacher answers: one actor, because all tasks share the budget.
 
 What a request may cost at most is set aside before it is sent and settled when its answer is there. Both are lines in
 a file, so that what a killed run had sent counts for the next one, at most as much as it could have cost.
@@ -25,7 +25,7 @@ class Spent:
     dollars: float = 0.0
 
 
-class Purse(Protocol):
+class BudgetTracker(Protocol):
     """What tasks see of it."""
 
     def reserve(self, key: str, prompt_tokens: int, answer_tokens: int) -> str:
@@ -41,8 +41,8 @@ class Purse(Protocol):
         """So far, with what is set aside."""
 
 
-class FilePurse:
-    """The purse itself; in a run it lives in an actor."""
+class LocalBudgetTracker:
+    """The tracker itself; in a run it lives in an actor."""
 
     def __init__(self, path: str, budget: Budget) -> None:
         self._path, self._budget = Path(path), budget
@@ -97,8 +97,8 @@ def dollars(budget: Budget, prompt_tokens: int, answer_tokens: int) -> float:
     return (prompt_tokens * prompt + answer_tokens * answer) / 1e6
 
 
-class RemotePurse:
-    """A purse in an actor, from any task."""
+class RemoteBudgetTracker:
+    """A tracker in an actor, from any task."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -122,11 +122,11 @@ def _get(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def start_purse(path: Path, budget: Budget) -> RemotePurse:
+def start_budget_tracker(path: Path, budget: Budget) -> RemoteBudgetTracker:
     """Beside the driver, because its file is there; restarted if it dies, and reads the file again."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": _CALL_RETRIES, "scheduling_strategy": here}
-    return RemotePurse(ray.remote(FilePurse).options(**options).remote(str(path), budget))
+    return RemoteBudgetTracker(ray.remote(LocalBudgetTracker).options(**options).remote(str(path), budget))

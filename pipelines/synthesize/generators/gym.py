@@ -1,0 +1,90 @@
+"""Tasks of reasoning-gym as documents, solved by the task itself or by the teacher, and scored by the task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from moray.pipelines.synthesize.chains import chain_document, steps
+from moray.pipelines.synthesize.check_answers import check_all, full_marks
+from moray.pipelines.synthesize.config import Gym
+from moray.pipelines.synthesize.generators.generator import (
+    Ask,
+    GeneratorContext,
+    ItemAnswer,
+    ProceduralGenerator,
+    TaughtGenerator,
+    VerifiedAnswer,
+)
+from moray.pipelines.synthesize.gym_tasks import choose_tasks, draw, need_packages, score_answer
+from moray.pipelines.synthesize.items import Item, Made, finish, reject
+from moray.pipelines.synthesize.prompts import boxed, solve
+
+_VERIFIER = "reasoning-gym"
+
+
+class SolvedTaskGenerator(ProceduralGenerator):
+    """Each task with its own answer, and worked steps where these are known."""
+
+    def __init__(self, config: Gym) -> None:
+        self._config = config
+
+    def check(self, inputs: Collection[str]) -> None:
+        need_packages("reasoning_gym")
+        choose_tasks(self._config.tasks, with_answer=True)
+
+    def make(self, item: Item) -> Made:
+        """Accepted if the task's scorer accepts the task's own answer."""
+        try:
+            _draw_task(self._config, item)
+            answer, level = item.facts["answer"], int(item.meta["level"])
+            good = score_answer(item.meta["task"], level, item.seed, answer) >= 1.0
+            worked = steps(item.meta["task"], item.facts["metadata"])
+        except Exception as error:  # of somebody's generator: a row, like every trouble of one item
+            return reject(item, "generator", f"{type(error).__name__}: {error}")
+        text = chain_document(item.facts["question"], worked, answer, item.seed)
+        if not good:
+            return reject(item, "wrong", f"the task rejects its own answer {answer!r}", text, _VERIFIER)
+        count = worked.count("\n") + bool(worked)
+        return finish(item, text, _VERIFIER, "full marks", answer=answer, steps=str(count))
+
+
+class TaughtTaskGenerator(TaughtGenerator):
+    """The teacher solves each task and puts its answer in a box."""
+
+    def __init__(self, config: Gym, context: GeneratorContext) -> None:
+        self._config, self._unsafe = config, context.unsafe
+
+    def check(self, inputs: Collection[str]) -> None:
+        need_packages("reasoning_gym")
+        need_packages("math_verify", "reasoning_gym")
+        choose_tasks(self._config.tasks, with_answer=False)
+
+    def prompt(self, item: Item) -> str:
+        _draw_task(self._config, item)
+        return solve(item.facts["question"])
+
+    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
+        """The task's own scorer gives the boxed answer full marks."""
+        results = [VerifiedAnswer(answer.text, "form", "no \\boxed{} answer") for answer in answers]
+        found = {at: box for at, answer in enumerate(answers) if (box := boxed(answer.text)) is not None}
+        items = {at: answers[at].item for at in found}
+        checks = [
+            full_marks(items[at].meta["task"], int(items[at].meta["level"]), items[at].seed, box)
+            for at, box in found.items()
+        ]
+        for (at, box), checked in zip(found.items(), check_all(checks, self._unsafe), strict=True):
+            item = items[at]
+            text = chain_document(str(item.facts["question"]), answers[at].text.strip(), box, item.seed)
+            reason = "" if checked.good else "wrong"
+            results[at] = VerifiedAnswer(text, reason, checked.detail, _VERIFIER, meta={"answer": box})
+        return results
+
+
+def _draw_task(config: Gym, item: Item) -> None:
+    """Task by turns, level by how far the generator has come: the curriculum is the order of its documents."""
+    tasks = choose_tasks(config.tasks, config.solver == "task")
+    wanted = config.levels[item.number * len(config.levels) // config.items]
+    task = tasks[item.number % len(tasks)]
+    entry, level = draw(task, wanted, item.seed)
+    item.meta |= {"task": task, "level": str(level)}
+    item.facts |= {"question": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}

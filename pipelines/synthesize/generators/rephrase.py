@@ -1,0 +1,77 @@
+"""Documents of the input told again, in one of several styles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from moray.pipelines.shared.documents import read_shard, shard_paths
+from moray.pipelines.synthesize.config import Rephrase
+from moray.pipelines.synthesize.generators.generator import (
+    Ask,
+    GeneratorContext,
+    ItemAnswer,
+    SourceDocument,
+    TaughtGenerator,
+    VerifiedAnswer,
+)
+from moray.pipelines.synthesize.items import Item
+from moray.platform.core.errors import RecipeError
+
+_STYLES = {
+    "faq": "Turn the text below into questions that a reader might ask, each with a full answer from the text.",
+    "table": "Put the facts of the text below into a Markdown table, and say in a paragraph below it what it shows.",
+    "tutorial": "Rewrite the text below as a tutorial that teaches its subject step by step, with explanations.",
+    "maths": "Write a word problem with numbers about the subject of the text below, and solve it step by step.",
+}
+_ONLY = "Use only what the text says. Answer with the result alone.\n\nText:\n"
+_TABLE = re.compile(r"^\s*\|?[^|\n]+\|[^\n]*\n\s*\|?\s*:?-{3,}", re.MULTILINE)
+
+
+class RephraseGenerator(TaughtGenerator):
+    def __init__(self, config: Rephrase, context: GeneratorContext) -> None:
+        self._config, self._documents = config, context.documents
+
+    def check(self, inputs: Collection[str]) -> None:
+        if "documents" not in inputs:
+            raise RecipeError(f"generator {self._config.name!r} rephrases, but has nothing", "give input `documents`")
+
+    def prompt(self, item: Item) -> str:
+        path, row = self._documents[item.number]
+        drawn = read_shard(Path(path), ["id", "text"]).slice(row, 1)
+        style = self._config.styles[item.number % len(self._config.styles)]
+        item.meta |= {"style": style, "document": drawn["id"][0].as_py()}
+        item.facts["text"] = drawn["text"][0].as_py()
+        return f"{_STYLES[style]} {_ONLY}{item.facts['text'][: self._config.max_characters]}"
+
+    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
+        """Long enough, in the form that was asked for, and not the text again. Whether it is true is not known."""
+        results = []
+        for answer in answers:
+            text = answer.text.strip()
+            detail = self._flaw(text, answer.item)
+            results.append(VerifiedAnswer(text + "\n", "form" if detail else "", detail, "form"))
+        return results
+
+    def _flaw(self, text: str, item: Item) -> str:
+        style = item.meta["style"]
+        if len(text) < self._config.min_characters:
+            return f"{len(text)} characters"
+        if style == "table" and not _TABLE.search(text):
+            return "no table"
+        if style == "faq" and "?" not in text:
+            return "no question"
+        return "the text again" if text in item.facts["text"] else ""
+
+
+def draw_documents(folder: Path, wanted: int, seed: int) -> list[SourceDocument]:
+    """The documents to rephrase: the least by a hash of their ids, whatever shards they lie in."""
+    import xxhash
+
+    found = [
+        (xxhash.xxh3_128_hexdigest(f"{seed}\0{name}".encode()), str(path), row)
+        for path in shard_paths(folder)
+        for row, name in enumerate(read_shard(path, ["id"])["id"].to_pylist())
+    ]
+    return [(path, row) for _, path, row in sorted(found)[:wanted]]
