@@ -147,6 +147,15 @@ def test_a_wheel_carries_the_page() -> None:
     assert {path for path in (ROOT / "platform" / "server" / "page").rglob("*") if path.is_file()} <= carried
 
 
+def test_a_wheel_carries_files_beside_the_code() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    data = setuptools["package-data"]
+    for package, folder in setuptools["package-dir"].items():
+        patterns = [*data["*"], *data.get(package, []), "*.py"]
+        carried = {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}
+        assert {path for path in (ROOT / folder).iterdir() if path.is_file()} <= carried
+
+
 def runs_later(node: ast.AST) -> bool:
     """A function's body, or a block for the type checker only."""
     if isinstance(node, ast.If):
