@@ -20,7 +20,7 @@ from harness.result import report
 from harness.texts import BUILT, texts_of
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.exchange import exchange_ranges
+from moray.pipelines.dedup.parts.key_ranges import exchange_ranges
 from moray.pipelines.dedup.parts.scan import scan_pieces
 from moray.pipelines.dedup.parts.scan_input import read_scan_input
 from moray.pipelines.dedup.parts.scan_output import write_scan_output

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from harness.result import Bar, report
 
 from moray.pipelines.tokenize.fim import is_chosen
-from moray.pipelines.tokenizer.encoding import Choice, ReferenceEncoder, choose_encoder, encoder
+from moray.pipelines.tokenizer.encoders import Choice, ReferenceEncoder, choose_encoder, encoder
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, train_tokenizer
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"

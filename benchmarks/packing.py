@@ -21,8 +21,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from harness.result import Bar, report
 
-from moray.pipelines.tokenize.packing import plan_sequences
-from moray.pipelines.tokenizer.encoding import encoder
+from moray.pipelines.tokenize.sequence_packing import plan_sequences
+from moray.pipelines.tokenizer.encoders import encoder
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"
 LENGTHS = (2048, 4096, 8192)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from moray.pipelines.evaluate.report import EvalReport
+from moray.pipelines.evaluate.eval_report import EvalReport
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 from moray.platform.core.events import MetricEvent, read_events

@@ -4,7 +4,7 @@
     <folder>/tokens-00000.bin      uint16 or uint32, little endian: sequences of `sequence_length`, one after another
     <folder>/starts-00000.parquet  where the documents lie: a row for each run of a document's tokens, in order
 
-A document is `bos`, its tokens, `eos`; how documents are cut and put into sequences is pipelines/tokenize/packing.py.
+A document is `bos`, its tokens, `eos`; pipelines/tokenize/sequence_packing.py cuts documents and packs sequences.
 Two rules hold for whatever packed them, so that a sequence needs nothing but its tokens to be read: a document's run
 ends with `eos` or with the sequence, so a new document begins after every `eos`; and what a sequence lacks is filled
 with `pad` at its end, which is a token that no document has. Nothing here mixes sources: that is the loader's.

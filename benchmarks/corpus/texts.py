@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from moray.pipelines.corpus.text import bible_chapters
+from moray.pipelines.corpus.text_readers import bible_chapters
 
 Texts = Iterator[tuple[str, str]]
 

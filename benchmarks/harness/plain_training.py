@@ -19,7 +19,7 @@ from moray.pipelines.pretrain.loop import run_training
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import build
-from moray.pipelines.tokenize.packing import TokenDocuments, pack_documents, plan_sequences
+from moray.pipelines.tokenize.sequence_packing import TokenDocuments, pack_documents, plan_sequences
 from moray.platform.core.events import EventLog, MetricEvent, read_events
 
 VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has

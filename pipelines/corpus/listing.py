@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.globs import matches, reaches
+from moray.pipelines.corpus.source_file import File
 from moray.platform.core.errors import InputError
 
 # Why a file is not taken. The first three are what the recipe says; who looks at the others did not expect them.

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import Piece
 from moray.pipelines.corpus.rows import Columns, read_huggingface, read_jsonl, read_parquet
-from moray.pipelines.corpus.text import read_pythonbible, read_text
+from moray.pipelines.corpus.source_file import File
+from moray.pipelines.corpus.text_readers import read_pythonbible, read_text
 from moray.pipelines.corpus.warc import read_warc
 from moray.pipelines.corpus.web import read_html
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moray.pipelines.corpus.files import error_words
 from moray.pipelines.corpus.pieces import MALFORMED, Reject, printable
+from moray.pipelines.corpus.source_file import error_words
 
 _VERSION = rb"WARC/[0-9]{1,2}\.[0-9]{1,3}[ \t]*\r?\n"
 _BEGIN = re.compile(_VERSION)

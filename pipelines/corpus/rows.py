@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from moray.pipelines.corpus.files import File, behind, error_words, read_lines, unreadable
 from moray.pipelines.corpus.pieces import (
     MALFORMED,
     OVERSIZED,
@@ -27,6 +26,7 @@ from moray.pipelines.corpus.pieces import (
     meta_of,
     printable,
 )
+from moray.pipelines.corpus.source_file import File, behind, error_words, read_lines, unreadable
 from moray.platform.core.errors import InputError
 
 _BATCH_ROWS = 256

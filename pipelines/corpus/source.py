@@ -10,7 +10,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moray.pipelines.corpus.files import File, bucket_at
 from moray.pipelines.corpus.globs import matches, why_not
 from moray.pipelines.corpus.listing import (
     BEYOND,
@@ -24,6 +23,7 @@ from moray.pipelines.corpus.listing import (
 )
 from moray.pipelines.corpus.readers import ROW_READERS
 from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.source_file import File, bucket_at
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig, operational
 

@@ -19,10 +19,10 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.pipelines.corpus.files import File
+from moray.pipelines.corpus.corpus_shard import bytes_in_work, forget_progress, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.listing import Listing
-from moray.pipelines.corpus.shard import bytes_in_work, forget_progress, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source
+from moray.pipelines.corpus.source_file import File
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moray.pipelines.corpus.codings import NotUndone, undo
-from moray.pipelines.corpus.files import File, behind, error_words, unreadable
 from moray.pipelines.corpus.pieces import (
     EMPTY,
     HTTP_STATUS,
@@ -28,6 +27,7 @@ from moray.pipelines.corpus.pieces import (
 )
 from moray.pipelines.corpus.records import WarcRecord, records
 from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.source_file import File, behind, error_words, unreadable
 from moray.pipelines.corpus.web import page_limit, read_page, text_of
 from moray.platform.core.errors import InputError
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 from moray.pipelines.corpus.apart import TooMuch, main_text
-from moray.pipelines.corpus.files import File, behind, error_words, unreadable
 from moray.pipelines.corpus.markup import too_much
 from moray.pipelines.corpus.pieces import BINARY, EMPTY, MALFORMED, OVERSIZED, Meta, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.source_file import File, behind, error_words, unreadable
 
 _MARKUP = 16  # a page's markup may take this many times the bytes of the longest document, and 1 MB
 _PRESCAN = 1024  # bytes at the begin of a page in which it says its charset

@@ -1,7 +1,8 @@
 """coverage: how many tokens of which source, language, domain and quality each stage had, as a page with pictures.
 
-It follows the last stage's manifest back to the corpus (lineage.py), so one input is enough. `report.html` needs
-nothing from outside; `report.json` has the same numbers. Documents go nowhere: nothing is made from this artifact.
+It follows the last stage's manifest back to the corpus (document_stages.py), so one input is enough. `report.html`
+needs nothing from outside; `report.json` has the same numbers. Documents go nowhere: nothing is made from this
+artifact.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from moray.pipelines.coverage.lineage import Stage, stages_of
+from moray.pipelines.coverage.document_stages import Stage, stages_of
 from moray.pipelines.coverage.measure import BYTES_PER_TOKEN, measure_shard
 from moray.pipelines.coverage.page import coverage_page
 from moray.pipelines.coverage.summary import Cells, Dropped, summarize

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from moray.pipelines.corpus.files import File, behind
 from moray.pipelines.corpus.globs import why_not
 from moray.pipelines.corpus.listing import list_folder
+from moray.pipelines.corpus.source_file import File, behind
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.config import StepConfig, operational
 

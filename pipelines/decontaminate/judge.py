@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from moray.pipelines.decontaminate.index import EvalIndex
+from moray.pipelines.decontaminate.eval_index import EvalIndex
 
 REASON = "contaminated"
 _EXCERPT = 300  # characters of an excerpt in tables

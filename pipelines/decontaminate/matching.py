@@ -3,7 +3,7 @@
 Units, words or characters, are those of dedup: its kernel gives a hash for each (a shingle of one unit). An n-gram's
 hash is a polynomial of its units' modulo 2^64, rolled from one n-gram to the next (Karp, Rabin 1987), so that 50
 characters cost no more than 13 words. A bitmap answers for nearly all that no eval has it; what it lets pass is looked
-up in the sorted hashes. What is found is a guess until its text has been compared (index.py).
+up in the sorted hashes. What is found is a guess until its text has been compared (eval_index.py).
 
 Shapes: N texts, G distinct n-grams.
 """

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.index import FOLDER, Earlier, range_bounds
+from moray.pipelines.dedup.dedup_index import FOLDER, Earlier, range_bounds
 from moray.pipelines.shared.arrays import save_array
 from moray.pipelines.text.utf8 import mixed
 from moray.pipelines.text.words import Hashes

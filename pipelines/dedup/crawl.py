@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
-from moray.pipelines.dedup import index
-from moray.pipelines.dedup.index import Representatives
+from moray.pipelines.dedup import dedup_index
+from moray.pipelines.dedup.dedup_index import Representatives
 from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import shard_paths
@@ -64,7 +64,7 @@ class Crawl:
     reference: str
     paths: tuple[Path, ...]
     rows: tuple[int, ...]
-    earlier: list[index.Earlier]
+    earlier: list[dedup_index.Earlier]
     shards: NumberedShards
     representatives: Representatives
 
@@ -91,7 +91,7 @@ class Crawl:
 
     @property
     def ranges(self) -> int:
-        return index.index_ranges(self.count)
+        return dedup_index.index_ranges(self.count)
 
     @property
     def own_firsts(self) -> tuple[int, ...]:
@@ -101,19 +101,19 @@ class Crawl:
     def sketches(self, folder: Path) -> Sketches:
         return Sketches(str(folder), tuple(path.stem for path in self.paths), self.own_firsts, self.ranges)
 
-    def generation(self) -> index.Generation:
+    def generation(self) -> dedup_index.Generation:
         names = tuple(path.name for path in self.paths)
-        return index.Generation(self.reference, self.offset, names, self.rows, self.ranges)
+        return dedup_index.Generation(self.reference, self.offset, names, self.rows, self.ranges)
 
 
-def _earlier(ctx: StepContext[DedupConfig]) -> list[index.Earlier]:
+def _earlier(ctx: StepContext[DedupConfig]) -> list[dedup_index.Earlier]:
     """The generations before this one, oldest first, with their files on this machine."""
     store, found = ArtifactStore(ctx.home), []
     link = ctx.inputs.get(EARLIER)
     while link is not None:
-        generation = index.Generation.read(link.folder)
+        generation = dedup_index.Generation.read(link.folder)
         texts = store.fetch(store.find(generation.documents))
-        found.append(index.Earlier(generation, link.folder, texts.folder))
+        found.append(dedup_index.Earlier(generation, link.folder, texts.folder))
         before = link.manifest.inputs.get(EARLIER)
         link = store.fetch(store.find(before)) if before else None
     return found[::-1]

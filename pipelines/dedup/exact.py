@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup import bloom, index
+from moray.pipelines.dedup import bloom, dedup_index
+from moray.pipelines.dedup.dedup_index import Earlier
 from moray.pipelines.dedup.graph import buckets
-from moray.pipelines.dedup.index import Earlier
-from moray.pipelines.dedup.layout import PhaseFiles
+from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, save_array
 from moray.pipelines.shared.shards import Row
@@ -47,13 +47,13 @@ def find_copies(part: Row, files: PhaseFiles, sketches: Sketches, kept: IndexFor
         old = np.full(len(firsts), _NEW, np.int64)
         seen = np.zeros(len(firsts), np.bool_)
         if kept.form == "bloom":
-            high, _ = index.halves(documents.hashes[firsts])
+            high, _ = dedup_index.halves(documents.hashes[firsts])
             seen = bloom.seen(kept.earlier, HASHES, high, HASH_BITS)
             bloom.write_bloom(Path(kept.folder), HASHES, number, high[~seen])
         elif kept.form:
-            old = index.find_hashes(kept.earlier, documents.hashes[firsts])
+            old = dedup_index.find_hashes(kept.earlier, documents.hashes[firsts])
             new = firsts[old == _NEW]
-            index.write_hashes(Path(kept.folder), number, documents.hashes[new], numbers[new])
+            dedup_index.write_hashes(Path(kept.folder), number, documents.hashes[new], numbers[new])
         save_array(files.write("seen_hashes", number), numbers[firsts[seen]])
         copies, originals = _copies(numbers, documents.ids, firsts[group], old[group])
         save_array(files.write("originals", number), originals)

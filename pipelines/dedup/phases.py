@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup import index
-from moray.pipelines.dedup.compare import compare_keys, merge_forests, read_forests
+from moray.pipelines.dedup import dedup_index
+from moray.pipelines.dedup.compare_keys import compare_keys, merge_forests, read_forests
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.crawl import Crawl
 from moray.pipelines.dedup.decide import (
@@ -34,7 +34,7 @@ from moray.pipelines.dedup.decide import (
 )
 from moray.pipelines.dedup.exact import IndexForm, find_copies
 from moray.pipelines.dedup.groups import Groups
-from moray.pipelines.dedup.layout import FileKind, PhaseFiles
+from moray.pipelines.dedup.phase_files import FileKind, PhaseFiles
 from moray.pipelines.dedup.sign import sign_shard
 from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.dedup.write import REMOVED, count_clusters, write_kept
@@ -279,7 +279,7 @@ def finish_index(run: DedupRun, files: PhaseFiles) -> None:
     if run.ctx.config.index_form == "exact":
         number, kept = run.decisions.table["number"].to_numpy(), run.decisions.table["kept"].to_numpy()
         chosen = superseded | (number >= run.crawl.offset)
-        index.write_representatives(run.ctx.folder, number[chosen], kept[chosen])
+        dedup_index.write_representatives(run.ctx.folder, number[chosen], kept[chosen])
     run.crawl.generation().write(run.ctx.folder)
 
 
@@ -297,7 +297,7 @@ def _row(
     return Phase(frozenset(reads), frozenset(writes), run)
 
 
-# layout.py says what each kind of file holds.
+# phase_files.py says what each kind of file holds.
 PHASES = (
     _row(sign, writes=("sketches",)),
     _row(match_exact, reads=("sketches",), writes=("copies", "originals", "seen_hashes", "members")),

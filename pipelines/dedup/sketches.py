@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.dedup.index import halves
+from moray.pipelines.dedup.dedup_index import halves
 from moray.pipelines.dedup.keep_order import DocumentColumns
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.text.shingles import KEY_BITS

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moray.pipelines.dedup.decide import LOST, read_decided
-from moray.pipelines.dedup.layout import PhaseFiles
+from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from moray.actors.data.token_set import TokenSet, open_token_sets
 from moray.pipelines.evaluate.baselines import LN2, ByteCounts, ByteModel, UnigramModel
-from moray.pipelines.evaluate.report import EvalReport, EvalRow
+from moray.pipelines.evaluate.eval_report import EvalReport, EvalRow
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.split import PARTS
 from moray.platform.core.errors import InputError

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numba
 
-from moray.pipelines.filter.characters import CLOSING, DIGIT, SPACE, TERMINAL
-from moray.pipelines.filter.layout import (
+from moray.pipelines.filter.character_kinds import CLOSING, DIGIT, SPACE, TERMINAL
+from moray.pipelines.filter.document_layout import (
     EMPTY,
     NEWLINE,
     NONE,

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moray.pipelines.filter.characters import LETTER, SYMBOL
-from moray.pipelines.filter.layout import (
+from moray.pipelines.filter.character_kinds import LETTER, SYMBOL
+from moray.pipelines.filter.document_layout import (
     NEWLINE,
     NONE,
     ZERO,

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.filter.c4 import c4
-from moray.pipelines.filter.gopher import quality, repetition
-from moray.pipelines.filter.layout import (
+from moray.pipelines.filter.document_layout import (
     EMPTY,
     NONE,
     ZERO,
@@ -33,6 +32,7 @@ from moray.pipelines.filter.layout import (
     find_words,
     hash_of,
 )
+from moray.pipelines.filter.gopher import quality, repetition
 from moray.pipelines.filter.lines import basic, fineweb
 
 BASIC, QUALITY, REPETITION, C4, FINEWEB = range(5)

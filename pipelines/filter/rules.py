@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.filter.characters import table
+from moray.pipelines.filter.character_kinds import table
 from moray.pipelines.filter.config import EMPTY, FAMILIES, RulesConfig, reason
 from moray.pipelines.text.arrow import text_buffers
 

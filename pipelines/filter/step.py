@@ -13,7 +13,7 @@ from functools import partial
 from typing import ClassVar
 
 from moray.pipelines.filter.config import FilterConfig
-from moray.pipelines.filter.shard import COUNTS, filter_shard
+from moray.pipelines.filter.filter_shard import COUNTS, filter_shard
 from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards, pace
 from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.plan.context import StepContext

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import Field, model_validator
 
-from moray.pipelines.quality.model import Features, QualityModel
+from moray.pipelines.quality.quality_model import Features, QualityModel
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.errors import InputError, RecipeError

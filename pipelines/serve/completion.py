@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from moray.pipelines.serve.detokenizer import ServingVocabulary, Token
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.sequence import Delta, Request
-from moray.pipelines.serve.text import ServingVocabulary, Token
 
 _SLICE = 512  # elements of a list that are encoded in one call
 DONE = b"data: [DONE]\n\n"

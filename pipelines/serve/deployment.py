@@ -58,8 +58,8 @@ class ModelReplica:
 
         from moray.models import checkpoint
         from moray.pipelines.serve.async_engine import AsyncEngine
+        from moray.pipelines.serve.detokenizer import ServingVocabulary
         from moray.pipelines.serve.engine import Engine
-        from moray.pipelines.serve.text import ServingVocabulary
 
         torch.set_num_threads(threads)
         model = checkpoint.load(folder, prediction=False)
@@ -68,7 +68,7 @@ class ModelReplica:
         self._engine = AsyncEngine(Engine(model, vocabulary), threads)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from moray.pipelines.serve.api import build_serving_app
+        from moray.pipelines.serve.openai_api import build_serving_app
 
         return build_serving_app(self._engine, self._name)
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from moray.models.cache import LatentCache
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
+from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
 from moray.pipelines.serve.sampler import Draw, sample, score_tokens
 from moray.pipelines.serve.scheduler import Chunk, EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Delta, Request, Sequence
-from moray.pipelines.serve.text import ServingVocabulary, TextStream, Token
 
 
 class ContextLengthError(ValueError):

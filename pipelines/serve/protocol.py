@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.sequence import SEEDS, Request
-from moray.pipelines.serve.text import ServingVocabulary
 
 MOST_PROMPTS = 128
 MOST_STOPS = 4

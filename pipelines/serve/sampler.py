@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moray.pipelines.serve.text import Token
+from moray.pipelines.serve.detokenizer import Token
 
 
 @dataclass(frozen=True)

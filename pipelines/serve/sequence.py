@@ -10,7 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from moray.pipelines.serve.text import Released, TextStream, Token
+from moray.pipelines.serve.detokenizer import Released, TextStream, Token
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from moray.pipelines.tokenizer.encoding import Encoded
+from moray.pipelines.tokenizer.encoders import Encoded
 from moray.pipelines.tokenizer.train import FIM
 from moray.platform.core.errors import InputError
 

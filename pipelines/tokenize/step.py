@@ -5,7 +5,7 @@ group is a Ray Data task and becomes one token shard. Groups follow from the sha
 depend on the number of workers. The held-out part is packed back to back: it is read document by document.
 
 Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters: only this step places special
-ids. Which library encodes is decided once, on documents of every source (`encoding.py`), and makes no difference to the
+ids. Which library encodes is decided once, on documents of every source (`encoders.py`), and makes no difference to the
 ids. A rerun after a kill goes on with the groups that have no record yet.
 """
 
@@ -30,8 +30,8 @@ from moray.pipelines.shared.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged
-from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack_documents, plan_sequences
-from moray.pipelines.tokenizer.encoding import Choice, choose_encoder, encoder
+from moray.pipelines.tokenize.sequence_packing import Packing, TokenDocuments, pack_documents, plan_sequences
+from moray.pipelines.tokenizer.encoders import Choice, choose_encoder, encoder
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from moray.pipelines.tokenizer.bos import read_if_there
-from moray.pipelines.tokenizer.encoding import choose_encoder
+from moray.pipelines.tokenizer.encoders import choose_encoder
 from moray.pipelines.tokenizer.train import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, nearest

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from moray.cluster.embedded import EmbeddedCluster
-from moray.pipelines.dedup import index
+from moray.pipelines.dedup import dedup_index
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
@@ -107,12 +107,12 @@ def tensors(state: TrainingState) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_an_index_of_dedup_knows_its_documents(home: Home) -> None:
     folder = artifact(home, "dedup").folder
-    generation = index.Generation.read(folder)
+    generation = dedup_index.Generation.read(folder)
     texts = ArtifactStore(home).find(generation.documents).folder
-    earlier = [index.Earlier(generation, folder, texts)]
+    earlier = [dedup_index.Earlier(generation, folder, texts)]
     rows = [text for path in shard_paths(texts) for text in read_shard(path)["text"].to_pylist()]
     hashes = np.array([content_hash(text).encode() for text in rows])
-    found = index.find_hashes(earlier, hashes).tolist()
+    found = dedup_index.find_hashes(earlier, hashes).tolist()
     assert [rows[number] for number in found] == rows
     representatives = pq.read_table(folder / "index" / "representatives.parquet")
-    assert index.Representatives.read(earlier).documents.tolist() == representatives["document"].to_pylist()
+    assert dedup_index.Representatives.read(earlier).documents.tolist() == representatives["document"].to_pylist()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from moray.actors.data.token_set import open_token_sets
-from moray.pipelines.evaluate.report import EvalReport
+from moray.pipelines.evaluate.eval_report import EvalReport
 from moray.pipelines.pretrain.checkpoint.checkpoints import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder, loss_curve
 from moray.pipelines.shared.documents import document_id, read_shard, shard_paths

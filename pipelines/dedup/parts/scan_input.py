@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.exchange import Columns
+from moray.pipelines.dedup.parts.key_ranges import Columns
 from moray.pipelines.dedup.parts.scan import RepeatedPieces
 from moray.pipelines.dedup.parts.tasks import SPOT, Folders
 from moray.pipelines.shared.arrays import Indices

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moray.pipelines.dedup.keep_order import KeepOrder
-from moray.pipelines.dedup.parts.exchange import exchange_ranges
+from moray.pipelines.dedup.parts.key_ranges import exchange_ranges
 from moray.pipelines.dedup.parts.scan import EDITED, REASONS, PieceVerdicts, scan_pieces
 from moray.pipelines.dedup.parts.scan_input import read_scan_input
 from moray.pipelines.dedup.parts.scan_output import write_scan_output

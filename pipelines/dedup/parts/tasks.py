@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from moray.pipelines.dedup.keep_order import described, read_documents
-from moray.pipelines.dedup.parts.exchange import Columns, range_of, read_parts, repeated_keys, write_parts
-from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
+from moray.pipelines.dedup.parts.key_ranges import Columns, range_of, read_parts, repeated_keys, write_parts
+from moray.pipelines.dedup.parts.text_parts import normalized, parts_of, without
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.grouped_file import read_columns
 from moray.pipelines.shared.shards import Row

@@ -15,7 +15,7 @@ from moray.actors.data.data_worker import DataWorker
 from moray.actors.data.mixture import Mixture
 from moray.actors.data.token_files import FolderFiles
 from moray.actors.data.token_set import TokenSet, TokenVocabulary, open_token_sets, write_index, write_token_shard
-from moray.pipelines.tokenize.packing import Packing, TokenDocuments, pack_documents, plan_sequences
+from moray.pipelines.tokenize.sequence_packing import Packing, TokenDocuments, pack_documents, plan_sequences
 from tests.examples import examples
 
 VOCABULARY = TokenVocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=2)

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moray.pipelines.corpus.files import bucket_at
-from moray.pipelines.corpus.shard import write_corpus_shard
+from moray.pipelines.corpus.corpus_shard import write_corpus_shard
 from moray.pipelines.corpus.source import Source
+from moray.pipelines.corpus.source_file import bucket_at
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import read_shard, shard_name
 from moray.platform.core.errors import InputError, RecipeError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from moray.pipelines.corpus.corpus_shard import rejects_name, write_corpus_shard
 from moray.pipelines.corpus.globs import matches, why_not
-from moray.pipelines.corpus.shard import rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import read_shard, shard_name

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from moray.pipelines.corpus import step as corpus_step
-from moray.pipelines.corpus.files import File
+from moray.pipelines.corpus.corpus_shard import write_corpus_shard
 from moray.pipelines.corpus.pieces import Document, Piece, Reject, meta_of
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.shard import write_corpus_shard
 from moray.pipelines.corpus.source import Source
+from moray.pipelines.corpus.source_file import File
 from moray.pipelines.corpus.step import CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name
 from moray.platform.plan.fingerprint import identity
@@ -164,7 +164,7 @@ def test_column_names_decide_the_result_and_are_for_rows_only(tmp_path: Path) ->
 
 
 def test_a_shard_is_written_in_batches_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moray.pipelines.corpus.shard._BATCH_BYTES", 10)
+    monkeypatch.setattr("moray.pipelines.corpus.corpus_shard._BATCH_BYTES", 10)
     (tmp_path / "f.jsonl").write_text("\n".join(json.dumps({"t": "word" * (i % 3)}) for i in range(9)))
     source = Source(name="s", path=tmp_path, reader="jsonl", text_column="t", license="MIT")
     (shard,) = corpus_shards(CorpusConfig(sources=(source,)))

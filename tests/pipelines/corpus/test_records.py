@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.corpus.codings import NotUndone, undo
-from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.source_file import File
 from tests.examples import examples
 from tests.pipelines.corpus.archives import PAGE, record, response, zipped
 

@@ -16,13 +16,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.corpus.files import File
+from moray.pipelines.corpus.corpus_shard import REJECTS, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.globs import matches
 from moray.pipelines.corpus.pieces import REASONS, Document
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.shard import REJECTS, rejects_name, write_corpus_shard
 from moray.pipelines.corpus.source import Source, split_of
+from moray.pipelines.corpus.source_file import File
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name
 from moray.platform.core.errors import RecipeError

@@ -12,10 +12,10 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.corpus.files import File
 from moray.pipelines.corpus.pieces import Document, Piece
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.source_file import File
 from moray.pipelines.corpus.unpack import Damaged, Unpacked, packed_as
 from tests.examples import examples
 

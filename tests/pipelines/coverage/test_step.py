@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.pipelines.coverage import step as coverage_step
+from moray.pipelines.coverage.document_stages import stages_of
 from moray.pipelines.coverage.domains import GENERAL, LEXICON, UNJUDGED, domain_of, domains, lexicon
-from moray.pipelines.coverage.lineage import stages_of
 from moray.pipelines.coverage.page import _percent, _short, coverage_page
 from moray.pipelines.coverage.step import CoverageConfig
 from moray.pipelines.coverage.summary import KINDS, summarize

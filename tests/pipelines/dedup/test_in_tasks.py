@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.pipelines.dedup import index, phases
+from moray.pipelines.dedup import dedup_index, phases
 from moray.pipelines.shared.document_history import explain_in
 from moray.pipelines.shared.documents import read_shard
 from moray.platform.core.cluster import Cluster
@@ -47,7 +47,7 @@ def test_what_few_documents_need_not_is_the_same_in_tasks(
                 monkeypatch.setattr(phases, limit, 0)
             monkeypatch.setattr(phases, "_FILE_PAIRS", 50)
             monkeypatch.setattr(phases, "_GROUP_CHARACTERS", 5_000)
-            monkeypatch.setattr(index, "_RANGE_ENTRIES", 50)
+            monkeypatch.setattr(dedup_index, "_RANGE_ENTRIES", 50)
         home = Home(tmp_path / name)
         home.root.mkdir()
         result = Runner(home, ray_cluster, []).run(recipe).steps["dedup"].artifact

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from moray.pipelines.dedup.layout import _NAMES, FileKind, PhaseFiles
+from moray.pipelines.dedup.phase_files import _NAMES, FileKind, PhaseFiles
 from moray.pipelines.dedup.phases import PHASES
 
 

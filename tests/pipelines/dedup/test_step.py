@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.dedup import decide, index, phases
+from moray.pipelines.dedup import decide, dedup_index, phases
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.find import find, near_candidates
 from moray.pipelines.dedup.graph import LARGEST, candidates, components, forest
@@ -285,7 +285,7 @@ def test_the_number_of_shards_changes_nothing(
         monkeypatch.setattr(phases, "_FILE_PAIRS", 100 // parts)
         monkeypatch.setattr(decide, "_SHINGLES", 20_000 // parts)
         monkeypatch.setattr(phases, "_EDGES", 200 // parts)  # so that forests are merged in a tree
-        monkeypatch.setattr(index, "_RANGE_ENTRIES", 40)
+        monkeypatch.setattr(dedup_index, "_RANGE_ENTRIES", 40)
         other = run_step(tmp_path / str(shards), corpus, shards, monkeypatch)
         assert removed(other).equals(removed(one))
         assert kept(other) == kept(one)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from moray.pipelines.filter import step as filter_step
 from moray.pipelines.filter.config import FilterConfig, GopherQuality
 from moray.pipelines.quality import step as quality_step
-from moray.pipelines.quality.model import Features, QualityModel, load_quality_model
+from moray.pipelines.quality.quality_model import Features, QualityModel, load_quality_model
 from moray.pipelines.quality.step import QualityModelConfig
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, shard_paths, write_shard
 from moray.pipelines.text.language import identify, known_languages

@@ -16,7 +16,7 @@ from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
-from moray.pipelines.tokenize.packing import pack_documents, plan_sequences
+from moray.pipelines.tokenize.sequence_packing import pack_documents, plan_sequences
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.events import EventLog

@@ -12,11 +12,11 @@ import uvicorn
 
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
-from moray.pipelines.serve.api import build_serving_app
 from moray.pipelines.serve.async_engine import AsyncEngine
+from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.engine import Engine
+from moray.pipelines.serve.openai_api import build_serving_app
 from moray.pipelines.serve.scheduler import EngineLimits
-from moray.pipelines.serve.text import ServingVocabulary
 from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
 
 TEXT = (

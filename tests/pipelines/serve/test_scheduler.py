@@ -36,7 +36,7 @@ class Pool:
 
 
 def sequence(vocabulary, prompt: int, max_tokens: int) -> Sequence:
-    from moray.pipelines.serve.text import TextStream
+    from moray.pipelines.serve.detokenizer import TextStream
 
     request = Request(tuple([5] * prompt), max_tokens=max_tokens)
     return Sequence(request, [5] * prompt, prompt, TextStream(vocabulary), None)

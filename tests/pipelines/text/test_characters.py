@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.pipelines.decontaminate.eval_index import Grams, build_index
 from moray.pipelines.decontaminate.evals import EvalText
-from moray.pipelines.decontaminate.index import Grams, build_index
 from moray.pipelines.text.characters import SIZE, fold
 from moray.pipelines.text.minhash import Shingling
 from tests.examples import examples

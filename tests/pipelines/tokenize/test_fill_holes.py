@@ -1,4 +1,4 @@
-"""Holes: who is emptied, where the parts of its pieces go, and when nothing is moved. test_packing.py has the laws."""
+"""Holes: who is emptied, where its pieces go, and when nothing is moved. test_sequence_packing.py has the laws."""
 
 from __future__ import annotations
 

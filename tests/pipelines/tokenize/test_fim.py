@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.pipelines.tokenize.fim import Marks, cut, fim_marks, framed, is_chosen, rearranged
-from moray.pipelines.tokenizer.encoding import Encoder, FastEncoder, ReferenceEncoder, plain_json
+from moray.pipelines.tokenizer.encoders import Encoder, FastEncoder, ReferenceEncoder, plain_json
 from moray.pipelines.tokenizer.train import FIM, TokenizerConfig, train_tokenizer
 from moray.platform.core.errors import InputError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.protocol import CompletionRequest
-from moray.pipelines.serve.text import ServingVocabulary
 from moray.pipelines.tokenizer.bos import processor_bos, says_bos, write_with_bos
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, trainers
 
-from moray.pipelines.tokenizer.encoding import encoder
+from moray.pipelines.tokenizer.encoders import encoder
 from moray.pipelines.tokenizer.load import step
 from moray.pipelines.tokenizer.train import (
     TokenizerConfig,

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moray.pipelines.dedup.parts import exchange
+from moray.pipelines.dedup.parts import key_ranges
 from moray.pipelines.dedup.parts import step as parts_step
-from moray.pipelines.dedup.parts.parts import normalized, parts_of, without
 from moray.pipelines.dedup.parts.scan import RepeatedPieces, scan_pieces
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
+from moray.pipelines.dedup.parts.text_parts import normalized, parts_of, without
 from moray.pipelines.dedup.parts.windows import fingerprints, gram_size, windows
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
@@ -77,7 +77,7 @@ def found_by_kernels(texts: list[str], tokens: int) -> tuple[set[tuple[int, int,
     words = np.zeros(len(texts), np.int64)
     count = fingerprints(offsets, data, *tables(), tokens, size, words, keys, rows, places)
     assert words.tolist() == [len(oracle.placed_words(text)) for text in texts]
-    shared = np.sort(exchange.repeated_keys([keys[:count]])[0])
+    shared = np.sort(key_ranges.repeated_keys([keys[:count]])[0])
     width = tokens - size + 1
     one, other = np.empty(len(shared) * width, np.uint64), np.empty(len(shared) * width, np.uint64)
     spots = np.empty((len(shared) * width, 5), np.int64)
@@ -91,7 +91,7 @@ def found_by_kernels(texts: list[str], tokens: int) -> tuple[set[tuple[int, int,
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))
 def test_rows_are_the_same_if_both_their_keys_are(rows: list[tuple[int, int]]) -> None:
     columns = [np.array([row[i] for row in rows], np.uint64) for i in (0, 1)]
-    found, groups = exchange.repeated_keys(columns)
+    found, groups = key_ranges.repeated_keys(columns)
     assert sorted(found.tolist()) == [i for i, row in enumerate(rows) if rows.count(row) > 1]
     names = {rows[i]: group for i, group in zip(found.tolist(), groups.tolist(), strict=True)}
     assert all(names[rows[i]] == group for i, group in zip(found.tolist(), groups.tolist(), strict=True))
@@ -210,7 +210,7 @@ def test_it_does_what_the_definition_says_whatever_the_shards_and_ranges(
         generator = random.Random(seed)
         pages, results = corpus(generator, 40), []
         for shards, rows in ((1, 10**6), (3, 50), (7, 8)):
-            monkeypatch.setattr(exchange, "_RANGE_ROWS", rows)
+            monkeypatch.setattr(key_ranges, "_RANGE_ROWS", rows)
             generator.shuffle(pages)
             folder = tmp_path / f"{seed}-{shards}"
             done = run_in_process(parts_step, config, folder, pages, shards, monkeypatch)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge_documents
-from moray.pipelines.quality.model import QualityModel, load_quality_model
+from moray.pipelines.quality.quality_model import QualityModel, load_quality_model
 from moray.pipelines.shared.documents import write_batches, write_parquet
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.language import CHARACTERS, identify

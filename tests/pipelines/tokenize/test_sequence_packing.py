@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.pipelines.tokenize.best_fit import best_fit
-from moray.pipelines.tokenize.packing import Packing, PlacedPieces, plan_sequences
+from moray.pipelines.tokenize.sequence_packing import Packing, PlacedPieces, plan_sequences
 
 LENGTH = 64
 lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60).map(lambda found: np.array(found, np.int64))

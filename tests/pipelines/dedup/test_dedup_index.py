@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moray.pipelines.dedup import bloom, graph, index
+from moray.pipelines.dedup import bloom, dedup_index, graph
 from moray.pipelines.dedup import step as dedup_step
 from moray.pipelines.dedup.config import DedupConfig
-from moray.pipelines.dedup.index import Earlier, Generation
+from moray.pipelines.dedup.dedup_index import Earlier, Generation
 from moray.pipelines.shared.documents import document_id
 from moray.platform.core.errors import RecipeError
 from moray.platform.store.manifest import Manifest
@@ -58,7 +58,7 @@ def test_nights_remove_what_a_run_over_all_of_them_would(
     nights = drawn(generator, 3, 14)
     night, gone, known_gone = None, {}, set()
     for number, texts in enumerate(nights):
-        monkeypatch.setattr(index, "_RANGE_ENTRIES", generator.choice([3, 1000]))
+        monkeypatch.setattr(dedup_index, "_RANGE_ENTRIES", generator.choice([3, 1000]))
         night = Night(tmp_path, texts, generator.randrange(1, 4), CONFIG, night)
         tables = night.run(monkeypatch)
         gone |= {row["id"]: row["representative"] for row in removed(tables).to_pylist()}
@@ -86,58 +86,59 @@ def test_a_night_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytes
 
 
 def parts_of(hashes: np.ndarray, ranges: int) -> np.ndarray:
-    high, _ = index.halves(hashes)
+    high, _ = dedup_index.halves(hashes)
     return high >> (64 - ranges.bit_length() + 1) if ranges > 1 else high * 0
 
 
 @pytest.mark.parametrize("ranges", [1, 4, 64])
 def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
     generator = np.random.default_rng(ranges)
-    keys = generator.integers(0, 1 << index.KEY_BITS, 300, dtype=np.uint64)
+    keys = generator.integers(0, 1 << dedup_index.KEY_BITS, 300, dtype=np.uint64)
     keys[200:] = keys[:100]  # keys of two
-    keys[7] = (1 << index.KEY_BITS) - 1
+    keys[7] = (1 << dedup_index.KEY_BITS) - 1
     hashes = np.array([generator.bytes(16).hex() for _ in range(300)], "S32")
     hashes[5], hashes[6] = b"f" * 32, b"f" * 23 + b"0" * 9  # alike for the first 92 bits
     for part in range(ranges):
-        of_keys, of_hashes = (keys * ranges) >> index.KEY_BITS == part, parts_of(hashes, ranges) == part
-        index.write_band(tmp_path, 3, part, keys[of_keys], np.flatnonzero(of_keys))
-        index.write_hashes(tmp_path, part, hashes[of_hashes], np.flatnonzero(of_hashes))
+        of_keys, of_hashes = (keys * ranges) >> dedup_index.KEY_BITS == part, parts_of(hashes, ranges) == part
+        dedup_index.write_band(tmp_path, 3, part, keys[of_keys], np.flatnonzero(of_keys))
+        dedup_index.write_hashes(tmp_path, part, hashes[of_hashes], np.flatnonzero(of_hashes))
     earlier = [Earlier(Generation("a/b", 0, (), (300,), ranges), tmp_path, tmp_path)]
     wanted = np.concatenate((keys[3:9], np.array([0, 5], np.uint64)))
-    found_keys, numbers = index.find_earlier_keys(earlier, 3, wanted)
+    found_keys, numbers = dedup_index.find_earlier_keys(earlier, 3, wanted)
     expected = sorted((int(keys[n]), n) for n in range(300) if keys[n] in wanted)
     assert list(zip(found_keys.tolist(), numbers.tolist(), strict=True)) == expected
     unknown = np.array([b"0" * 32, b"f" * 22 + b"1" * 10], "S32")
-    found = index.find_hashes(earlier, np.concatenate((hashes[:20][::-1], unknown)))
+    found = dedup_index.find_hashes(earlier, np.concatenate((hashes[:20][::-1], unknown)))
     assert found.tolist() == [*range(19, -1, -1), -1, -1]
 
 
 def test_an_index_takes_120_bytes_a_document(tmp_path: Path) -> None:
     count, generator = 20_000, np.random.default_rng(1)
-    ranges = index.index_ranges(count)
+    ranges = dedup_index.index_ranges(count)
     for band in range(16):
-        index.write_band(
-            tmp_path, band, ranges, generator.integers(0, 1 << index.KEY_BITS, count, np.uint64), np.arange(count)
+        dedup_index.write_band(
+            tmp_path, band, ranges, generator.integers(0, 1 << dedup_index.KEY_BITS, count, np.uint64), np.arange(count)
         )
-    index.write_hashes(
+    dedup_index.write_hashes(
         tmp_path, 0, np.array([generator.bytes(16).hex() for _ in range(count)], "S32"), np.arange(count)
     )
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.parquet")) <= 120 * count
 
 
 def test_ranges_hold_a_few_million_documents_each() -> None:
-    assert [index.index_ranges(n) for n in (0, 1, 4_000_000, 4_000_001, 10**10)] == [1, 1, 1, 2, 4096]
+    assert [dedup_index.index_ranges(n) for n in (0, 1, 4_000_000, 4_000_001, 10**10)] == [1, 1, 1, 2, 4096]
     assert all(
-        one == other or 2 * one == other for one, other in pairwise(map(index.index_ranges, range(1, 10**8, 10**6)))
+        one == other or 2 * one == other
+        for one, other in pairwise(map(dedup_index.index_ranges, range(1, 10**8, 10**6)))
     )
 
 
 def test_a_band_writes_its_part_of_the_index_once(tmp_path: Path) -> None:
     """Whole, or not at all: what a kill leaves is written again to the same bytes."""
     keys = np.arange(50, dtype=np.uint64)[::-1].copy()
-    index.write_band(tmp_path, 0, 0, keys, np.arange(50))
+    dedup_index.write_band(tmp_path, 0, 0, keys, np.arange(50))
     before = {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()}
-    index.write_band(tmp_path, 0, 0, keys, np.arange(50))
+    dedup_index.write_band(tmp_path, 0, 0, keys, np.arange(50))
     assert {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()} == before
 
 
@@ -148,7 +149,7 @@ def test_a_filter_removes_all_that_was_seen_and_little_else(tmp_path: Path, monk
     nights = drawn(generator, 3, 25)
     night, gone = None, set()
     for number, texts in enumerate(nights):
-        monkeypatch.setattr(index, "_RANGE_ENTRIES", (5, 1000, 2)[number])
+        monkeypatch.setattr(dedup_index, "_RANGE_ENTRIES", (5, 1000, 2)[number])
         night = Night(tmp_path, texts, 2, config, night)
         tables = night.run(monkeypatch)
         gone |= set(removed(tables)["id"].to_pylist())
@@ -172,14 +173,14 @@ def unverified(nights: int) -> DedupConfig:
 
 def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_path: Path) -> None:
     count, generator = 100_000, np.random.default_rng(5)
-    keys = generator.integers(0, 1 << index.KEY_BITS, (17, count), np.uint64)
+    keys = generator.integers(0, 1 << dedup_index.KEY_BITS, (17, count), np.uint64)
     for band in range(17):
         bloom.write_bloom(tmp_path, f"{band}", 0, keys[band])
     assert sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) <= 55 * count
     earlier = [Earlier(Generation("a/b", 0, (), (count,), 1), tmp_path, tmp_path)]
-    assert bloom.seen(earlier, "3", keys[3], index.KEY_BITS).all()
-    unseen = generator.integers(0, 1 << index.KEY_BITS, 2_000_000, np.uint64)
-    assert bloom.seen(earlier, "3", unseen, index.KEY_BITS).sum() <= 30, "12 are expected"
+    assert bloom.seen(earlier, "3", keys[3], dedup_index.KEY_BITS).all()
+    unseen = generator.integers(0, 1 << dedup_index.KEY_BITS, 2_000_000, np.uint64)
+    assert bloom.seen(earlier, "3", unseen, dedup_index.KEY_BITS).sum() <= 30, "12 are expected"
 
 
 @pytest.mark.parametrize(

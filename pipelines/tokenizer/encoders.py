@@ -106,7 +106,7 @@ def choose_encoder(
     if wanted == "reference":
         return "reference", ""
     plain, own = plain_json(folder), probes(folder)
-    titles = [f"probe {n} (pipelines/tokenizer/encoding.py)" for n in range(len(own))]
+    titles = [f"probe {n} (pipelines/tokenizer/encoders.py)" for n in range(len(own))]
     try:
         reason = difference(FastEncoder(plain), ReferenceEncoder(plain), [*titles, *names], [*own, *texts])
     except ImportError:

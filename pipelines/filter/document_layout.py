@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moray.pipelines.filter.characters import BREAK, SIZE, SPACE
+from moray.pipelines.filter.character_kinds import BREAK, SIZE, SPACE
 from moray.pipelines.text.utf8 import decoded, mixed
 
 Bytes = npt.NDArray[np.uint8]

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moray.pipelines.corpus.files import File, bytes_read
 from moray.pipelines.corpus.pieces import REASONS, REPEATED_ID, Document, Meta, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import LICENSE, Columns
+from moray.pipelines.corpus.source_file import File, bytes_read
 from moray.pipelines.shared.documents import SCHEMA, document_id, parquet_writer, shard_name
 from moray.pipelines.shared.shards import Row
 from moray.platform.core.errors import InputError

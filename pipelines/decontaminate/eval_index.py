@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.decontaminate.evals import EvalText
-from moray.pipelines.decontaminate.units import Units, is_telling, units_of, without_spaces
+from moray.pipelines.decontaminate.text_units import Units, is_telling, units_of, without_spaces
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
@@ -34,7 +34,7 @@ Integers = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Grams:
     """What an n-gram is: `size` words or characters, `telling` distinct ones of them more than a number or a letter
-    (units.py). Texts of an item without one that long are wholes, from `least` on."""
+    (text_units.py). Texts of an item without one that long are wholes, from `least` on."""
 
     size: int = 13
     characters: bool = False

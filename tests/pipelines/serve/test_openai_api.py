@@ -9,9 +9,9 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.pipelines.serve.api import build_serving_app
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.completion import Completion, completion_json
+from moray.pipelines.serve.openai_api import build_serving_app
 
 BODY = {"model": "tiny", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from moray.pipelines.corpus.files import File, behind, unreadable
 from moray.pipelines.corpus.pieces import MALFORMED, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns
+from moray.pipelines.corpus.source_file import File, behind, unreadable
 
 
 def read_text(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.text.arrow import text_buffers
-from moray.pipelines.tokenizer import encoding
-from moray.pipelines.tokenizer.encoding import (
+from moray.pipelines.tokenizer import encoders
+from moray.pipelines.tokenizer.encoders import (
     FastEncoder,
     ReferenceEncoder,
     choose_encoder,
@@ -53,7 +53,7 @@ def both(folder: Path) -> tuple[FastEncoder, ReferenceEncoder]:
     return FastEncoder(plain_json(folder)), ReferenceEncoder(plain_json(folder))
 
 
-characters = st.one_of(st.sampled_from(encoding._KINDS), st.characters(exclude_categories=["Cs"]))
+characters = st.one_of(st.sampled_from(encoders._KINDS), st.characters(exclude_categories=["Cs"]))
 texts = st.lists(st.lists(characters, max_size=25).map("".join), max_size=6)
 
 
@@ -88,7 +88,7 @@ def test_characters_that_python_does_not_know_go_to_the_reference(folder: Path) 
     fast, reference = FastEncoder(plain_json(folder)), ReferenceEncoder(plain_json(folder))
     assert unicodedata.category(NEW_MARK) == "Cn"
     column = pa.array(["before", f"a{NEW_MARK}b", "", f"{NEW_MARK}", "after"], pa.large_string())
-    assert encoding.texts_with_unknown(*text_buffers(column)).tolist() == [1, 3]
+    assert encoders.texts_with_unknown(*text_buffers(column)).tolist() == [1, 3]
     raw = fast._library.encode_batch_list([f"a{NEW_MARK}b"])[0]
     expected = reference.encode(column)
     assert raw != expected.ids[expected.bounds[1] : expected.bounds[2]].tolist(), "the libraries agree by now"
@@ -100,7 +100,7 @@ def test_characters_that_python_does_not_know_go_to_the_reference(folder: Path) 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=5))
 def test_unknown_characters_are_found(found: list[str]) -> None:
     expected = [n for n, text in enumerate(found) if any(unicodedata.category(one) == "Cn" for one in text)]
-    assert encoding.texts_with_unknown(*text_buffers(pa.array(found, pa.large_string()))).tolist() == expected
+    assert encoders.texts_with_unknown(*text_buffers(pa.array(found, pa.large_string()))).tolist() == expected
 
 
 def test_a_split_that_gigatoken_does_not_know_is_said_and_falls_back(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_the_first_difference_is_named_by_document_and_place(
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     fast, reference = FastEncoder(plain_json(tmp_path)), ReferenceEncoder(plain_json(folder))
     word = "".join(dropped).replace("\u0120", " ")
-    said = encoding.difference(fast, reference, ["document d1", "document d2"], ["q", f"qq{word}"])
+    said = encoders.difference(fast, reference, ["document d1", "document d2"], ["q", f"qq{word}"])
     assert said.startswith("gigatoken gives other ids for document d2, from character ")
-    assert encoding.difference(fast, reference, ["document d1"], ["q"]) == ""
+    assert encoders.difference(fast, reference, ["document d1"], ["q"]) == ""
     renewed = FastEncoder(plain_json(folder))
-    monkeypatch.setattr(encoding, "_RENEW_BYTES", 10)
+    monkeypatch.setattr(encoders, "_RENEW_BYTES", 10)
     column = pa.array(SENTENCES, pa.large_string())
     assert np.array_equal(renewed.encode(column).ids, renewed.encode(column).ids), "after starting anew, too"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moray.pipelines.dedup import bloom, graph, index
+from moray.pipelines.dedup import bloom, dedup_index, graph
 from moray.pipelines.dedup.exact import IndexForm
 from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
-from moray.pipelines.dedup.layout import PhaseFiles
+from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.shards import Row
@@ -43,8 +43,8 @@ def compare_keys(part: Row, files: PhaseFiles, sketches: Sketches, offset: int, 
             seen = numbers[bloom.seen(kept.earlier, key_column(part["band"]), keys, KEY_BITS)]
             bloom.write_bloom(Path(kept.folder), key_column(part["band"]), part["range"], keys)
         elif kept.form == "exact":
-            old = index.find_earlier_keys(kept.earlier, part["band"], keys)
-            index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
+            old = dedup_index.find_earlier_keys(kept.earlier, part["band"], keys)
+            dedup_index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
         found = bucket_pairs(keys, numbers, *old)
         pairs = np.sort(found.pairs, axis=1)
         save_array(files.write("pairs", number), pairs)

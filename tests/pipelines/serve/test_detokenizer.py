@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.serve.text import ServingVocabulary, TextStream, Token
+from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
 from tests.examples import examples
 
 MIXED = "a🙂b café 世界 é"
