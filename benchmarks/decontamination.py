@@ -28,9 +28,9 @@ from hard_negatives import FAMILIES
 from harness.result import Bar, report
 from harness.texts import texts_of
 
+from moray.pipelines.decontaminate.contamination import MATCHES, judge_matches
 from moray.pipelines.decontaminate.eval_index import EvalIndex, build_index
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
-from moray.pipelines.decontaminate.judge import MATCHES, judge_matches
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.text_units import is_telling, units_of
 

@@ -1,7 +1,8 @@
 """What makes a page take more than linear time to read, seen from its markup alone, in one pass over it.
 
 Deterministic where a limit of time cannot be: the same page is left out on every machine. It knows what crawls hold
-most of (blocks in one another, elements of style that nobody ends); what else there is meets the limits of `apart.py`.
+most of (blocks in one another, elements of style that nobody ends); what else there is meets the limits of
+`extractor_process.py`.
 """
 
 from __future__ import annotations

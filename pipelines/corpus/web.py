@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from moray.pipelines.corpus.apart import TooMuch, main_text
+from moray.pipelines.corpus.extractor_process import TooMuch, main_text
 from moray.pipelines.corpus.markup import too_much
 from moray.pipelines.corpus.pieces import BINARY, EMPTY, MALFORMED, OVERSIZED, Meta, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
+from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
-from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.atomic import whole_file, write_json

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.text.characters import ALONE, BETWEEN, IDEOGRAPHS, JOIN, SEVERAL, SIZE, SKIP, TAGS, WORD
+from moray.pipelines.text.simd_loads import WIDTH, eight_bytes, first_bit, how_many, in_words
 from moray.pipelines.text.utf8 import decoded, mixed
-from moray.pipelines.text.wide import WIDTH, eight_bytes, first_bit, how_many, in_words
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint32]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.corpus import apart, markup
+from moray.pipelines.corpus import extractor_process, markup
 from moray.pipelines.corpus.pieces import REASONS, Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
@@ -185,8 +185,8 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_no_page_takes_more_than_its_time_and_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the parser makes of it, a page that is made badly costs itself, and the next one is read."""
-    monkeypatch.setattr(apart, "SECONDS", 0.2)
-    monkeypatch.setattr(apart, "SECONDS_A_MB", 0.2)
+    monkeypatch.setattr(extractor_process, "SECONDS", 0.2)
+    monkeypatch.setattr(extractor_process, "SECONDS_A_MB", 0.2)
     before = resource.getrusage(resource.RUSAGE_SELF)
     piece = read_page(HOSTILE[kind].encode(), 10_000_000, "k", "")
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -199,12 +199,12 @@ def test_no_page_takes_more_than_its_time_and_memory(kind: str, monkeypatch: pyt
 
 def test_a_page_gives_the_same_text_here_and_apart() -> None:
     html = PAGE.format(name="places").replace("</article>", "<p>A further paragraph is here.</p>" * 3000 + "</article>")
-    assert apart.extractor().main_text(html) == apart.extract(html)
-    assert apart.main_text(html) == apart.extract(html)
+    assert extractor_process.extractor().main_text(html) == extractor_process.extract(html)
+    assert extractor_process.main_text(html) == extractor_process.extract(html)
 
 
 def test_a_child_that_is_gone_costs_one_page_and_is_replaced() -> None:
-    extractor = apart.Extractor()
+    extractor = extractor_process.Extractor()
     assert "words" in extractor.main_text("<p>words")
     child = extractor._running()
     child.send_signal(signal.SIGKILL)

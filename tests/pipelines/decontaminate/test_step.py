@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.decontaminate import step as decontaminate_step
+from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
-from moray.pipelines.decontaminate.judge import MATCHES, ContaminationVerdict, judge_matches, per_eval
 from moray.pipelines.decontaminate.step import DecontaminateConfig
 from moray.pipelines.decontaminate.text_units import units_of
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard

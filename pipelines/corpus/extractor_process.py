@@ -5,7 +5,7 @@ the same process can stop it. A child can be stopped: a timer of CPU time ends i
 started once and asked page after page; who outlives a page answers the next. Texts travel by pipes, with their length
 before them.
 
-    python -m moray.pipelines.corpus.apart      reads pages and writes texts until its input ends
+    python -m moray.pipelines.corpus.extractor_process      reads pages and writes texts until its input ends
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Extractor:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self.close()
-            command = [sys.executable, "-P", "-m", "moray.pipelines.corpus.apart"]
+            command = [sys.executable, "-P", "-m", "moray.pipelines.corpus.extractor_process"]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._owner = os.getpid()
         return self._child
