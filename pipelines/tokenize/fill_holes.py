@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -72,23 +73,21 @@ class Holes:
     """The holes of sequences that `order` names, one after another."""
 
     def __init__(self, bins: PackedBins, order: Iterator[int]) -> None:
-        self._bins, self._order = bins, order
-        self._open = Hole(-1, bins.length, 0)
+        self._room, self._length, self._order = bins.room, bins.length, order
+        self._sequence, self._unused = -1, 0  # of the hole that is open; plain numbers, for speed
 
     def take(self, wanted: int, least: int) -> Hole | None:
         """`wanted` tokens of the open hole, or all that it has; a hole of less than `least` is left for the next one.
 
         None if the next one has less too: those after it are no larger.
         """
-        if self._open.tokens < least:
+        if self._unused < least:
             following = next(self._order, -1)
-            if following < 0 or self._bins.room[following] < least:
+            if following < 0 or self._room[following] < least:
                 return None
-            unused = int(self._bins.room[following])
-            self._open = Hole(following, self._bins.length - unused, unused)
-        sequence, at, room = self._open
-        taken = Hole(sequence, at, min(room, wanted))
-        self._open = Hole(sequence, at + taken.tokens, room - taken.tokens)
+            self._sequence, self._unused = following, int(self._room[following])
+        taken = Hole(self._sequence, self._length - self._unused, min(self._unused, wanted))
+        self._unused -= taken.tokens
         return taken
 
 
@@ -136,8 +135,9 @@ def _move_pieces(pieces: Iterable[int], bins: PackedBins, holes: Holes, cuts: in
             hole = holes.take(tokens - skipped, 2 if cuts + len(parts) < few else large)
             if hole is None:
                 return None
-            parts.append(MovedPart(piece, skipped, hole.tokens, hole.sequence, hole.at))
-            skipped += hole.tokens
+            sequence, at, taken = hole
+            parts.append(MovedPart(piece, skipped, taken, sequence, at))
+            skipped += taken
     return parts
 
 
@@ -150,7 +150,7 @@ def _without_emptied(bins: PackedBins, emptied: Sequence[int], moved: Sequence[M
     left = np.ones(len(bins.room), np.bool_)
     left[list(emptied)] = False
     stays, number = left[bins.sequence], np.cumsum(left) - 1
-    parts = MovedPart(*np.array(moved, np.int64).T)
+    parts = MovedPart(*np.fromiter(chain.from_iterable(moved), np.int64).reshape(-1, len(MovedPart._fields)).T)
     return PieceParts(
         piece=np.concatenate([whole.piece[stays], parts.piece]),
         skipped=np.concatenate([whole.skipped[stays], parts.skipped]),
