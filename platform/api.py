@@ -23,7 +23,8 @@ from moray.platform.core.ports import check_port, free_port
 from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
 from moray.platform.run.doctor import require_room
 from moray.platform.run.mlflow_tracking import NEWEST
-from moray.platform.run.runner import Decision, Runner, RunResult, plan_steps
+from moray.platform.run.runner import Decision, Runner, plan_steps
+from moray.platform.run.step_run import RunResult
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

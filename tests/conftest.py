@@ -29,7 +29,7 @@ from moray.platform.api import RECIPES
 from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
-from moray.platform.run.runner import RunResult
+from moray.platform.run.step_run import RunResult
 from moray.platform.store.artifacts import Artifact
 from tests.control_plane import ControlPlane
 from tests.examples import examples

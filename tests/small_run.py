@@ -10,7 +10,8 @@ from moray.platform.core.cluster import Cluster
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
-from moray.platform.run.runner import Runner, RunResult
+from moray.platform.run.runner import Runner
+from moray.platform.run.step_run import RunResult
 
 RECIPE = """
 name: small

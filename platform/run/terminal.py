@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moray.platform.core.events import Event, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
-from moray.platform.run.runner import RunResult
+from moray.platform.run.step_run import RunResult
 from moray.platform.store.manifest import Manifest
 
 _PLAIN_SECONDS = 10.0

@@ -1,0 +1,235 @@
+"""Makes the artifact of one step of a run: fetches its inputs, runs it, commits what it made, says how it ended."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moray.platform.core.cluster import Cluster
+from moray.platform.core.errors import Cancelled, InputError, MorayError, StepFailed
+from moray.platform.core.events import EventLog, StepEvent, UsageEvent
+from moray.platform.core.home import Home
+from moray.platform.core.interrupts import interrupt
+from moray.platform.plan.code_hash import source_hash
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.fingerprint import EARLIER, Address
+from moray.platform.plan.recipe import PlannedStep
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.manifest import Manifest, code_revision, environment, hash_folder
+from moray.platform.store.verify import check_sizes
+
+# As the system and SQLite say it.
+_FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full")
+_End = Literal["succeeded", "failed", "cancelled"]
+
+
+@dataclass
+class StepResult:
+    """What happened to one step: a row of the closing table."""
+
+    key: str
+    step: str
+    reused: bool
+    seconds: float
+    artifact: Artifact
+
+
+@dataclass
+class RunResult:
+    """A finished run. `steps` is keyed by step key, in the order they ran."""
+
+    run: str
+    recipe: str
+    folder: Path
+    seconds: float
+    steps: dict[str, StepResult] = field(default_factory=dict)
+
+
+@dataclass
+class RunUnderWay:
+    """What the steps of one run share. `result` holds the steps that are done."""
+
+    home: Home
+    store: ArtifactStore
+    cluster: Cluster
+    events: EventLog
+    result: RunResult
+    cancelled: threading.Event
+    hopeless: str = ""  # what the step at work waits for and can never get
+
+
+class StepRun:
+    """One step at work, from its inputs to its artifact."""
+
+    def __init__(self, run: RunUnderWay, planned: PlannedStep, address: Address) -> None:
+        self._run = run
+        self._planned, self._step, self._address = planned, planned.step, address
+        self._context: StepContext[Any] = StepContext(
+            step=planned.key,
+            config=planned.config,
+            inputs={},
+            folder=run.store.prepare(planned.step.name, address.fingerprint, planned.step.resumable),
+            home=run.home,
+            run=run.result.folder,
+            events=run.events,
+            cluster=run.cluster,
+            fingerprint=address.fingerprint,
+            name=run.result.recipe,
+            cancel=run.cancelled.is_set,
+        )
+        self._topology = run.cluster.topology()
+        self._started, self._began = time.time(), time.monotonic()
+
+    def execute(self) -> StepResult:
+        """Raises StepFailed, another MorayError, or Cancelled; the events say it first."""
+        state: _End = "failed"
+        try:
+            with self._watching_cluster(), _explained(self._context):
+                self._context.inputs = self._inputs()
+                if self._step.needs_ray:
+                    self._topology = self._run.cluster.ensure()
+                self._step.run(self._context)
+                artifact = self._commit()
+            state = "succeeded"
+        except (Cancelled, KeyboardInterrupt):
+            state = "failed" if self._run.hopeless else "cancelled"
+            raise
+        finally:
+            seconds = self._report(state)
+        return StepResult(self._planned.key, self._step.name, False, seconds, artifact)
+
+    @contextmanager
+    def _watching_cluster(self) -> Iterator[None]:
+        """Shows what the cluster cannot place as warnings of this step, and ends the step where it never can."""
+        cluster = self._run.cluster
+        cluster.on_pending = lambda text: self._context.note(text, "warning")
+        cluster.on_hopeless = self._give_up
+        try:
+            yield
+        finally:
+            cluster.on_pending = cluster.on_hopeless = None
+
+    def _give_up(self, text: str) -> None:
+        """Ends the step as Ctrl-C would: Ray would have it wait for ever. Called from another thread."""
+        self._context.note(text, "warning")
+        self._run.hopeless = f"step {self._planned.key!r}: {text}"
+        self._run.cancelled.set()
+        interrupt()
+
+    def _inputs(self) -> dict[str, Artifact]:
+        """Artifacts of earlier steps by input name, and of the earlier run in a chain, ready to be read."""
+        in_place = self._step.reads_in_place(self._planned.config)
+        inputs = {name: self._fetch(at, name in in_place) for name, at in self._planned.inputs.items()}
+        if EARLIER in self._address.inputs:
+            link = self._run.store.find(f"{self._step.name}/{self._address.inputs[EARLIER]}")
+            inputs[EARLIER] = self._run.store.fetch(link, self._transferred)
+            self._check(inputs[EARLIER])
+        return inputs
+
+    def _fetch(self, key: str, in_place: bool) -> Artifact:
+        """An earlier step's artifact with its files on this machine, or with the address that they are read at."""
+        row, store = self._run.result.steps[key], self._run.store
+        with mid_run():
+            if in_place:
+                found = store.locate(row.artifact)
+            else:
+                found = row.artifact = store.fetch(row.artifact, self._transferred)
+            self._check(found)
+        return found
+
+    def _check(self, artifact: Artifact) -> None:
+        """Raises InputError if files that a step is to read here are not as they were made."""
+        if not artifact.url:
+            remote, step = self._run.store.remote, artifact.manifest.step
+            shared = lambda: remote is not None and remote.whole(step, artifact.fingerprint) is not None  # noqa: E731
+            check_sizes(artifact.folder, artifact.manifest, shared)
+
+    def _commit(self) -> Artifact:
+        context, step, seconds = self._context, self._step, time.monotonic() - self._began
+        files = hash_folder(context.folder)
+        manifest = Manifest(
+            step=step.name,
+            step_version=step.version,
+            fingerprint=self._address.fingerprint,
+            produces=step.produces,
+            config=self._planned.config.model_dump(mode="json"),
+            address=asdict(self._address),
+            inputs={name: artifact.reference for name, artifact in context.inputs.items()},
+            files=files,
+            bytes=sum(file.size for file in files),
+            counts=context.counts,
+            outcome=context.events.redact(context.outcome),
+            run=context.run.name,
+            code={**code_revision(), "source": source_hash(step)},
+            environment=environment(),
+            started=self._started,
+            seconds=seconds,
+            cpu_seconds=seconds * self._topology.cpus,
+            gpu_seconds=seconds * self._topology.gpus,
+        )
+        with mid_run():
+            return self._run.store.commit(manifest, self._transferred)
+
+    def _transferred(self, phase: str, done: float, total: float) -> None:
+        self._context.progress(phase, done, total, "bytes")
+
+    def _report(self, state: _End) -> float:
+        """Writes what was used and how the step ended; its seconds."""
+        key, seconds, topology = self._planned.key, time.monotonic() - self._began, self._topology
+        append = self._run.events.append
+        append(UsageEvent(step=key, seconds=seconds, state=state, cpus=topology.cpus, gpus=topology.gpus))
+        done = state == "succeeded"
+        event = StepEvent(
+            step=key,
+            state=state,
+            fingerprint=self._address.fingerprint,
+            seconds=seconds,
+            counts=self._context.counts if done else {},
+            outcome=self._context.outcome if done else "",
+        )
+        append(event)
+        return seconds
+
+
+def free_disk_hint(home: Home) -> str:
+    """What to do where a disk is full."""
+    return f"free some disk for {home.root}, then run again"
+
+
+@contextmanager
+def mid_run() -> Iterator[None]:
+    """Once a run is under way, trouble with the shared root is no mistake of the user's: a rerun goes on from here."""
+    try:
+        yield
+    except InputError as error:
+        raise StepFailed(error.message, error.hint) from error
+
+
+@contextmanager
+def _explained(context: StepContext[Any]) -> Iterator[None]:
+    """What is no MorayError becomes one, with the traceback in a file. A full disk is named, wherever it shows."""
+    try:
+        yield
+    except Cancelled:
+        raise
+    except MorayError as error:
+        if not _FULL.search(error.message):
+            raise
+        raise StepFailed(error.message, free_disk_hint(context.home)) from error
+    except Exception as error:
+        what = f"step {context.step!r} failed: {type(error).__name__}: {_first_line(error)}"
+        context.write_log("traceback", traceback.format_exc())
+        hint = free_disk_hint(context.home) if _FULL.search(str(error)) else f"details: {context.log_path('traceback')}"
+        raise StepFailed(what, hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else ""
