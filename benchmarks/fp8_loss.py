@@ -39,6 +39,7 @@ from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import find_artifact
 
 TAIL = 100
 NAIVE = "naive moments"
@@ -105,8 +106,8 @@ def main(steps: str = "600", model: str = "quickstart@newest") -> int:
     torch.set_num_threads(2)
     keep_freed_memory()
     store = ArtifactStore(Home.from_environment())
-    trained = store.find(store.find(model).manifest.inputs["checkpoint"])
-    tokens = store.fetch(store.find(trained.manifest.inputs["tokens"])).folder / "train"
+    trained = find_artifact(store, find_artifact(store, model).manifest.inputs["checkpoint"])
+    tokens = store.fetch(find_artifact(store, trained.manifest.inputs["tokens"])).folder / "train"
     data = DataWorker(str(tokens), {}, 3, BatchPlan.constant(BATCH))
     first = next(iter(data._sets.values()))
     length, count = first.sequence_length, int(steps)

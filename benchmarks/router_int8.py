@@ -23,6 +23,7 @@ from moray.models.presets import PRESETS
 from moray.pipelines.evaluate.step import heldout_documents, split_windows, window_bits
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import find_artifact
 
 WINDOWS = 16
 
@@ -57,9 +58,9 @@ def router_bytes(config: ModelConfig, element: int) -> int:
 
 def main(model: str = "quickstart@newest") -> int:
     store = ArtifactStore(Home.from_environment())
-    exported = store.find(model)
-    trained = store.find(exported.manifest.inputs["checkpoint"])
-    tokens = store.fetch(store.find(trained.manifest.inputs["tokens"])).folder
+    exported = find_artifact(store, model)
+    trained = find_artifact(store, exported.manifest.inputs["checkpoint"])
+    tokens = store.fetch(find_artifact(store, trained.manifest.inputs["tokens"])).folder
     wide = checkpoint.load(exported.folder, prediction=False)
     small = checkpoint.load(exported.folder, prediction=False, int8_routers=True)
     agreement = Agreement(wide)

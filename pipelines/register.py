@@ -16,6 +16,7 @@ from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 from moray.platform.run.mlflow_tracking import NEWEST, register_model
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.search import find_artifact
 
 
 class RegisterConfig(StepConfig):
@@ -53,7 +54,7 @@ class Register(Step[RegisterConfig]):
             ctx.home, name, model.folder, list(_curves(ctx, lineage)), figures, params,
             {"moray.run": ctx.run.name, "moray.artifact": model.reference},
         )  # fmt: skip
-        store.set_alias(name, NEWEST, model)
+        store.aliases.set(name, NEWEST, model.reference)
         write_json(
             ctx.folder / "registration.json",
             {
@@ -79,7 +80,7 @@ def ancestors(artifact: Artifact, store: ArtifactStore) -> Iterator[Artifact]:
             continue
         seen.add(current.reference)
         yield current
-        waiting += [store.find(reference) for reference in current.manifest.inputs.values()]
+        waiting += [find_artifact(store, reference) for reference in current.manifest.inputs.values()]
 
 
 def _curves(ctx: StepContext[Any], lineage: list[Artifact]) -> Iterator[MetricEvent]:

@@ -26,6 +26,7 @@ from moray.platform.run.mlflow_tracking import NEWEST
 from moray.platform.run.runner import Decision, Runner, plan_steps
 from moray.platform.run.step_run import RunResult
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.search import find_artifact
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -96,7 +97,7 @@ def import_model(
     recipe = parse_recipe(yaml.safe_dump({"name": name, "steps": {"import": step}}), Path(f"import of {folder.name}"))
     result = Runner(home, embedded_cluster(home), list(listeners)).run(recipe)
     artifact = result.steps["import"].artifact
-    ArtifactStore(home).set_alias(name, NEWEST, artifact)
+    ArtifactStore(home).aliases.set(name, NEWEST, artifact.reference)
     return f"{name}@{NEWEST}", artifact
 
 
@@ -137,7 +138,7 @@ def model_folder(model: str, home: Home) -> Path:
             raise InputError(f"{path} holds no config.json", "give a folder in the Hugging Face layout")
         return path
     store = ArtifactStore(home)
-    artifact = store.find(model)
+    artifact = find_artifact(store, model)
     if artifact.manifest.produces != "model":
         raise InputError(f"{model!r} is {artifact.manifest.produces}, not a model", "name an `export` artifact")
     return store.fetch(artifact).folder

@@ -19,6 +19,7 @@ from moray.pipelines.shared.shards import Row
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import find_artifact
 
 if TYPE_CHECKING:
     from moray.pipelines.dedup.config import DedupConfig
@@ -112,8 +113,8 @@ def _earlier(ctx: StepContext[DedupConfig]) -> list[dedup_index.Earlier]:
     link = ctx.inputs.get(EARLIER)
     while link is not None:
         generation = dedup_index.Generation.read(link.folder)
-        texts = store.fetch(store.find(generation.documents))
+        texts = store.fetch(find_artifact(store, generation.documents))
         found.append(dedup_index.Earlier(generation, link.folder, texts.folder))
         before = link.manifest.inputs.get(EARLIER)
-        link = store.fetch(store.find(before)) if before else None
+        link = store.fetch(find_artifact(store, before)) if before else None
     return found[::-1]

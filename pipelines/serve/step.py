@@ -23,6 +23,7 @@ from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import find_artifact
 
 HOST = "127.0.0.1"
 
@@ -71,7 +72,7 @@ class SmokeServe(Step[SmokeServeConfig]):
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
         store = ArtifactStore(ctx.home)
-        folder = store.fetch(store.find(registration["model"])).folder
+        folder = store.fetch(find_artifact(store, registration["model"])).folder
         ctx.cluster.ensure()
         with ctx.cluster.exclusive("serve", ctx.cancel):
             clear()  # what a killed run may have left on a cluster that outlives its runs

@@ -23,6 +23,7 @@ from moray.platform.core.home import Home
 from moray.platform.run.console import visible
 from moray.platform.run.history import RunRow, find_run, list_runs
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.search import artifact_here
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _EXCERPT = 200  # characters
@@ -76,7 +77,7 @@ def explain_document_in(store: ArtifactStore, runs: Sequence[RunRow], name: str)
     wanted = _wanted(name)
     asked: set[str] = set()
     for run in runs:
-        artifacts = [a for row in run.steps.values() if (a := _here(store, row.fingerprint))]
+        artifacts = [a for row in run.steps.values() if (a := artifact_here(store, row.fingerprint))]
         if not artifacts or artifacts[-1].reference in asked:
             continue
         asked.add(artifacts[-1].reference)
@@ -98,11 +99,6 @@ def _wanted(name: str) -> list[str]:
     """The ids that a name may stand for."""
     source, slash, key = name.partition("/")
     return [name] if _ID.fullmatch(name) or not slash else [document_id(source, key)]
-
-
-def _here(store: ArtifactStore, fingerprint: str) -> Artifact | None:
-    """The artifact, if its files are on this machine."""
-    return next((a for step in store.steps() if fingerprint and (a := store.whole(step, fingerprint))), None)
 
 
 def _explain(run: str, artifacts: Sequence[Artifact], wanted: Sequence[str]) -> Explanation | None:

@@ -58,7 +58,7 @@ def list_artifacts(*, json_: Json = False) -> int:
         for a in artifacts
     ]  # fmt: skip
     print_table(("artifact", "is", "size>", "made", "where", "held by", "run"), shown)
-    _say_damaged(damaged, store.damaged_aliases())
+    _say_damaged(damaged, store.aliases.damaged())
     return 0
 
 
@@ -75,9 +75,10 @@ def verify(
     REFERENCE is an alias, STEP/FINGERPRINT (a unique beginning is enough) or a folder; without it, all.
     """
     from moray.platform.core.units import size
+    from moray.platform.store.search import artifacts_here, find_artifact
 
     store = _store()
-    chosen = [store.find(reference)] if reference else list(store.all())
+    chosen = [find_artifact(store, reference)] if reference else list(artifacts_here(store))
     artifacts = [artifact for artifact in chosen if artifact.here]
     rows = _verified(artifacts, hashes)
     rows += (
@@ -119,27 +120,31 @@ def pin(reference: str, /, *, json_: Json = False) -> int:
 
     REFERENCE is an alias, STEP/FINGERPRINT (a unique beginning is enough) or a folder.
     """
+    from moray.platform.store.search import find_artifact
+
     store = _store()
-    artifact = store.find(reference)
-    store.pin(artifact)
-    _say(json_, "pinned", artifact.reference)
+    chosen = find_artifact(store, reference).reference
+    store.pins.add(chosen)
+    _say(json_, "pinned", chosen)
     return 0
 
 
 @app.command
 def unpin(reference: str, /, *, json_: Json = False) -> int:
     """Undo `pin`."""
+    from moray.platform.store.search import find_artifact
+
     store = _store()
-    artifact = store.find(reference)
-    store.unpin(artifact)
-    _say(json_, "unpinned", artifact.reference)
+    chosen = find_artifact(store, reference).reference
+    store.pins.drop(chosen)
+    _say(json_, "unpinned", chosen)
     return 0
 
 
 @app.command
 def unalias(alias: str, /, *, json_: Json = False) -> int:
     """Forget NAME@VERSION; the artifact stays, until nothing else holds it."""
-    _store().drop_alias(alias)
+    _store().aliases.drop(alias)
     _say(json_, "forgotten", alias)
     return 0
 
@@ -150,10 +155,12 @@ def rm(reference: str, /, *, json_: Json = False) -> int:
     from moray.platform.core.errors import InputError
     from moray.platform.store.manifest import DamagedError
     from moray.platform.store.retention import lineage
+    from moray.platform.store.search import find_artifact
+    from moray.platform.store.sweep import remove_artifact
 
     store = _store()
     try:
-        chosen = store.find(reference).reference
+        chosen = find_artifact(store, reference).reference
     except DamagedError as error:
         chosen = error.reference
     entries = {entry.reference: entry for entry in _entries(store)}
@@ -161,7 +168,7 @@ def rm(reference: str, /, *, json_: Json = False) -> int:
         if chosen == holder or chosen in lineage([holder], entries):
             needed = "" if holder == chosen else f"{holder} was made from it and "
             raise InputError(f"{chosen} must stay: {needed}has {' and '.join(names)}", _release(store, holder))
-    if chosen.partition("/")[2] in _in_use() or not store.remove(chosen):
+    if chosen.partition("/")[2] in _in_use() or not remove_artifact(store, chosen):
         raise InputError(f"{chosen} is used by a run", "wait for the run to end")
     _say(json_, "removed", chosen)
     return 0
@@ -175,15 +182,16 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     the shared root go first; no artifact is removed there. What killed runs left behind goes after a day, there too.
     """
     from moray.platform.core.units import parse_size, size
+    from moray.platform.store.sweep import delete_buried, free_artifact
 
     allowed, store = parse_size(limit), _store()
     left = _leftovers(store, remove=not dry_run)
-    broken = store.damaged_aliases()
+    broken = store.aliases.damaged()
     chosen, total = _chosen(store, allowed, broken)
     damaged = store.damaged()
     if not dry_run:
-        store.sweep()
-        chosen = [entry for entry in chosen if store.free(entry.reference)]
+        delete_buried(store)
+        chosen = [entry for entry in chosen if free_artifact(store, entry.reference)]
     freed = sum(entry.bytes for entry in chosen)
     kept = total - freed
     if json_:
@@ -209,12 +217,13 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
 def _chosen(store: ArtifactStore, allowed: int, broken: list[str]) -> tuple[list[Entry], int]:
     """What gc may remove from this machine, and how many bytes lie on it. broken: damaged aliases."""
     from moray.platform.store.retention import to_free, to_remove
+    from moray.platform.store.search import artifacts_here
 
-    here = {artifact.reference for artifact in store.all()}
+    here = {artifact.reference for artifact in artifacts_here(store)}
     entries = [entry for entry in _entries(store) if entry.reference in here]
     used = _in_use()
     working = [e.reference for e in entries if e.reference.partition("/")[2] in used]
-    copies = to_free(entries, [*store.pins(), *working], allowed)
+    copies = to_free(entries, [*store.pins.all(), *working], allowed)
     rest = [entry for entry in entries if entry not in copies]
     total = sum(entry.bytes for entry in entries)
     if store.damaged() or broken:  # what those were made from is not known
@@ -224,11 +233,13 @@ def _chosen(store: ArtifactStore, allowed: int, broken: list[str]) -> tuple[list
 
 def _leftovers(store: ArtifactStore, remove: bool) -> list[str]:
     """What killed runs left behind more than a day ago: folders here, and objects in the shared root."""
+    from moray.platform.store.sweep import free_artifact, leftovers
+
     before = time.time() - _DAY_SECONDS
-    here = store.leftovers(before)
+    here = leftovers(store, before)
     there = sorted(store.remote.leftovers(before)) if store.remote else []
     if remove:
-        here = [name for name in here if store.free(name)]
+        here = [name for name in here if free_artifact(store, name)]
         if store.remote:
             store.remote.sweep(before)
     return [*here, *(f"{store.remote.url}/{name}" for name in there if store.remote)]
@@ -236,8 +247,10 @@ def _leftovers(store: ArtifactStore, remove: bool) -> list[str]:
 
 def _places(store: ArtifactStore) -> dict[str, tuple[Artifact, str]]:
     """Every artifact, and whether it is local, remote or both; by step, newest first."""
-    here = {artifact.reference: artifact for artifact in store.all()}
-    there = {artifact.reference: artifact for artifact in store.shared()}
+    from moray.platform.store.search import artifacts_here, shared_artifacts
+
+    here = {artifact.reference: artifact for artifact in artifacts_here(store)}
+    there = {artifact.reference: artifact for artifact in shared_artifacts(store)}
     every = sorted((there | here).values(), key=lambda a: (a.manifest.step, -a.manifest.started))
     names = [a.reference for a in every]
     where = {n: "both" if n in here and n in there else "local" if n in here else "remote" for n in names}
@@ -270,18 +283,18 @@ def _entries(store: ArtifactStore) -> list[Entry]:
 def _names(store: ArtifactStore) -> dict[str, list[str]]:
     """What holds an artifact, in words: reference -> `alias NAME@VERSION`, `a pin`."""
     found: dict[str, list[str]] = {}
-    for alias, reference in store.aliases().items():
+    for alias, reference in store.aliases.all().items():
         found.setdefault(reference, []).append(f"alias {alias}")
-    for reference in store.pins():
+    for reference in store.pins.all():
         found.setdefault(reference, []).append("a pin")
     return found
 
 
 def _release(store: ArtifactStore, reference: str) -> str:
     """How to give up what holds an artifact."""
-    if reference in store.pins():
+    if reference in store.pins.all():
         return f"moray artifacts unpin {reference}"
-    alias = next(name for name, target in store.aliases().items() if target == reference)
+    alias = next(name for name, target in store.aliases.all().items() if target == reference)
     return f"moray artifacts unalias {alias}"
 
 

@@ -21,7 +21,7 @@ VERSION = "chain"
 
 def links(store: ArtifactStore, name: str) -> Iterator[Artifact]:
     """The artifacts of a chain, newest first. Raises InputError at one that is gone."""
-    reference = store.aliases().get(f"{name}@{VERSION}")
+    reference = store.aliases.all().get(f"{name}@{VERSION}")
     while reference:
         step, _, fingerprint = reference.partition("/")
         artifact = store.get(step, fingerprint)
@@ -63,4 +63,4 @@ def advance(store: ArtifactStore, home: Home, name: str, artifact: Artifact) -> 
             raise StepFailed(
                 f"the chain {name!r} has grown by {known[0]} while this run worked", "run again: it goes on from there"
             )
-        store.set_alias(name, VERSION, artifact)
+        store.aliases.set(name, VERSION, artifact.reference)

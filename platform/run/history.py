@@ -15,6 +15,8 @@ from moray.platform.core.errors import InputError, nearest
 from moray.platform.core.events import MetricEvent, RunEvent, StepEvent, UsageEvent, read_events
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.search import artifact_by_fingerprint
+from moray.platform.store.sweep import in_work
 
 _QUIET_SECONDS = 60.0  # a run that holds no lease and said nothing for so long is not between two steps
 
@@ -80,14 +82,14 @@ def find_run(home: Home, name: str) -> RunRow:
     if run.problem:
         raise InputError(f"run {run.run}: {run.problem}", "another version of Moray may have written it")
     for step in run.steps.values():
-        found = store.by_fingerprint(step.fingerprint)
+        found = artifact_by_fingerprint(store, step.fingerprint)
         step.artifact = found.reference if found else None
     return run
 
 
 def in_use(home: Home) -> set[str]:
     """Fingerprints that runs at work have met: their next steps may read them though no manifest names them yet."""
-    working = bool(ArtifactStore(home).in_work())
+    working = bool(in_work(ArtifactStore(home)))
     found: set[str] = set()
     for path in _folders(home):
         latest = max((segment.stat().st_mtime for segment in (path / "events").glob("*.jsonl")), default=0.0)
@@ -123,7 +125,7 @@ def diff_runs(home: Home, old: RunRow, new: RunRow) -> RunDifference:
     metrics: dict[tuple[str, str], tuple[float | None, float | None]] = {}
     for key in {**old.steps, **new.steps}:
         one, other = old.steps.get(key, StepRow(key)), new.steps.get(key, StepRow(key))
-        before, after = (store.by_fingerprint(row.fingerprint) for row in (one, other))
+        before, after = (artifact_by_fingerprint(store, row.fingerprint) for row in (one, other))
         if one.fingerprint == other.fingerprint:
             same.append(key)
         else:

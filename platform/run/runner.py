@@ -31,6 +31,7 @@ from moray.platform.run.step_run import RunResult, RunUnderWay, StepResult, Step
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.lease import Lease
 from moray.platform.store.lease import holder as lease_holder
+from moray.platform.store.search import newest_artifact
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def plan_steps(recipe: Recipe, store: ArtifactStore, topology: Topology | None =
     for planned, address in zip(recipe.steps, made.values(), strict=True):
         found = store.get(planned.step.name, address.fingerprint)
         if found is None:
-            why = explain_change(address, store.newest(address.step))
+            why = explain_change(address, newest_artifact(store, address.step))
         else:
             why = f"have {address.fingerprint[:8]}"
             why += f" in {store.remote.url}" if store.remote and not found.here else ""

@@ -23,6 +23,7 @@ from moray.platform.plan.fingerprint import EARLIER, Address
 from moray.platform.plan.recipe import PlannedStep
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import Manifest, code_revision, environment, hash_folder
+from moray.platform.store.search import find_artifact
 from moray.platform.store.verify import check_sizes
 
 # As the system and SQLite say it.
@@ -128,7 +129,7 @@ class StepRun:
         in_place = self._step.reads_in_place(self._planned.config)
         inputs = {name: self._fetch(at, name in in_place) for name, at in self._planned.inputs.items()}
         if EARLIER in self._address.inputs:
-            link = self._run.store.find(f"{self._step.name}/{self._address.inputs[EARLIER]}")
+            link = find_artifact(self._run.store, f"{self._step.name}/{self._address.inputs[EARLIER]}")
             inputs[EARLIER] = self._run.store.fetch(link, self._transferred)
             self._check(inputs[EARLIER])
         return inputs

@@ -14,6 +14,7 @@ import pytest
 
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import artifacts_of
 from tests.faults.test_kill import finish, processes_of, start, wait_for
 
 RECIPE = """
@@ -50,7 +51,7 @@ def finished(home: Home) -> Files:
 
 
 def result(home: Home) -> dict[str, str]:
-    (artifact,) = ArtifactStore(home).of_step("dedup")
+    (artifact,) = artifacts_of(ArtifactStore(home), "dedup")
     return {entry.path: entry.sha256 for entry in artifact.manifest.files}
 
 

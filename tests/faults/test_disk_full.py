@@ -17,6 +17,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.run.history import list_runs
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import artifacts_here, artifacts_of
 from tests.conftest import Flow
 from tests.faults.test_kill import (
     STEPS,
@@ -83,7 +84,7 @@ def test_a_full_disk_is_named_wherever_it_shows(disk: Path) -> None:
         with pytest.raises(StepFailed, match="No space left on device") as caught:
             run(home, recipe("a", during=during))
         assert caught.value.hint == f"free some disk for {disk}, then run again"
-        assert list(ArtifactStore(home).all()) == []
+        assert list(artifacts_here(ArtifactStore(home))) == []
         empty(disk)
     result, _ = run(home, recipe("a"))
     assert (result.steps["s0"].artifact.folder / "out").read_text() == "a"
@@ -108,7 +109,7 @@ def fill_in(step: str, undisturbed: Undisturbed, disk: Path) -> None:
     assert err.splitlines()[-2:] == said
     assert "Traceback" not in err
     assert said[1] == f"hint: free some disk for {disk}, then run again"
-    assert not list(ArtifactStore(home).of_step(step))
+    assert not list(artifacts_of(ArtifactStore(home), step))
     wait_for(lambda: not processes_of(home), "the end of every process", 30)
     empty(disk)
     finish(start(home, undisturbed.folder / "small.yaml"))

@@ -22,6 +22,7 @@ import pytest
 from moray.platform.core.events import EventTail, ProgressEvent, StepEvent
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import artifacts_of
 from tests.checkout import ROOT
 from tests.conftest import Flow
 from tests.small_run import STEPS, recipe_text
@@ -58,7 +59,7 @@ def hashes(home: Home) -> dict[str, str]:
     return {
         entry.path: entry.sha256
         for step in ("tokenize", "export")
-        for artifact in store.of_step(step)
+        for artifact in artifacts_of(store, step)
         for entry in artifact.manifest.files
         if entry.path.endswith((".bin", ".safetensors"))
     }
@@ -122,7 +123,7 @@ def kill_in(step: str, undisturbed: Undisturbed, home: Home, *rerun: str) -> Non
     victim.communicate()
     wait_for(lambda: not processes_of(home), "the end of every process of the killed run", 30)
     wait_for(lambda: shared_memory() <= before, "the end of its shared memory", 30)
-    assert ArtifactStore(home).aliases() == {} or step == "smoke-serve"
+    assert ArtifactStore(home).aliases.all() == {} or step == "smoke-serve"
     finish(start(home, recipe, *rerun))
     assert hashes(home) == undisturbed.hashes
     assert not list(home.artifacts.rglob("*.lease"))

@@ -34,6 +34,7 @@ from moray.platform.plan.recipe import Recipe, parse_recipe
 from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner, plan_steps
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.search import find_artifact, newest_artifact
 
 HERE = Path(__file__).parent
 # The fingerprint of each step of each shipped recipe, with external files left out: those are a machine's own.
@@ -58,7 +59,7 @@ def recipe() -> Recipe:
 
 
 def artifact(home: Home, step: str) -> Artifact:
-    found = ArtifactStore(home).newest(step)
+    found = newest_artifact(ArtifactStore(home), step)
     assert found is not None
     return found
 
@@ -108,7 +109,7 @@ def tensors(state: TrainingState) -> Iterator[tuple[str, torch.Tensor]]:
 def test_an_index_of_dedup_knows_its_documents(home: Home) -> None:
     folder = artifact(home, "dedup").folder
     generation = dedup_index.Generation.read(folder)
-    texts = ArtifactStore(home).find(generation.documents).folder
+    texts = find_artifact(ArtifactStore(home), generation.documents).folder
     earlier = [dedup_index.Earlier(generation, folder, texts)]
     rows = [text for path in shard_paths(texts) for text in read_shard(path)["text"].to_pylist()]
     hashes = np.array([content_hash(text).encode() for text in rows])

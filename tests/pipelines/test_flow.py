@@ -25,6 +25,7 @@ from moray.pipelines.shared.documents import document_id, read_shard, shard_path
 from moray.platform.core.events import MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent, read_events
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import hash_file
+from moray.platform.store.search import find_artifact
 from tests.conftest import Flow
 from tests.small_run import STEPS, run_small
 
@@ -161,7 +162,7 @@ def test_the_report_is_read_by_the_registry(flow: Flow) -> None:
     logged = client.get_run(version.run_id).data.metrics
     assert logged["moray_eval_bits_per_byte/model/all"] == pytest.approx(ours)
     assert len(client.get_metric_history(version.run_id, "moray_train_loss")) == 12
-    assert ArtifactStore(flow.home).find("small@newest").reference == flow.artifact("export").reference
+    assert find_artifact(ArtifactStore(flow.home), "small@newest").reference == flow.artifact("export").reference
 
 
 def test_the_served_model_answered_over_http(flow: Flow) -> None:

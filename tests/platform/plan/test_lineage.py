@@ -18,6 +18,7 @@ from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner, plan_steps
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import Manifest
+from moray.platform.store.sweep import remove_artifact
 from tests.platform.run.test_runner import NoRay, Write, WriteConfig
 
 
@@ -77,12 +78,12 @@ def test_each_night_goes_on_from_the_last_and_a_repeated_one_from_the_same(home:
 def test_a_result_that_was_made_but_not_linked_is_linked_by_a_rerun(home: Home) -> None:
     run(home, night("a"))
     store = ArtifactStore(home)
-    first = store.aliases()["all@chain"]
+    first = store.aliases.all()["all@chain"]
     run(home, night("b"))
     step, _, fingerprint = first.partition("/")
     link = store.get(step, fingerprint)
     assert link is not None
-    store.set_alias("all", "chain", link)  # as a kill leaves it, between the manifest and the alias
+    store.aliases.set("all", "chain", link.reference)  # as a kill leaves it, between the manifest and the alias
     assert run(home, night("b")) == ("ab", True)
     assert run(home, night("c")) == ("abc", False)
 
@@ -105,8 +106,8 @@ def test_a_link_that_is_gone_is_named(home: Home) -> None:
     run(home, night("a"))
     run(home, night("b"))
     store = ArtifactStore(home)
-    reference = store.aliases()["all@chain"]
-    store.remove(reference)
+    reference = store.aliases.all()["all@chain"]
+    remove_artifact(store, reference)
     with pytest.raises(InputError, match=f"'all' is broken: {reference} is gone") as caught:
         plan_steps(night("c"), store)
     assert caught.value.hint == "begin anew: moray artifacts unalias all@chain"

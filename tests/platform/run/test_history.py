@@ -17,6 +17,8 @@ from moray.platform.plan.context import StepContext
 from moray.platform.run.history import find_run, in_use, list_runs
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.lease import Lease
+from moray.platform.store.search import artifacts_here
+from moray.platform.store.sweep import in_work
 from tests.platform.run.test_runner import recipe, run
 
 
@@ -60,7 +62,7 @@ def failed_run(home: Home) -> None:
 
 
 def left(home: Home) -> set[str]:
-    return {artifact.reference for artifact in ArtifactStore(home).all()}
+    return {artifact.reference for artifact in artifacts_here(ArtifactStore(home))}
 
 
 def test_runs_are_listed_newest_first_with_what_they_did(moray: Shell) -> None:
@@ -161,7 +163,7 @@ def test_a_mistake_is_one_error(moray: Shell, arguments: list[str], error: str, 
 def test_artifacts_are_listed_with_what_holds_them(moray: Shell) -> None:
     first, second = letters(moray.home, "a", "b")
     store = ArtifactStore(moray.home)
-    store.set_alias("demo", "newest", store.find(second))
+    store.aliases.set("demo", "newest", second)
     assert moray.json("artifacts", "pin", first) == {"pinned": first}
     held = {row["artifact"]: row["held_by"] for row in moray.json("artifacts", "list")}
     assert held == {first: ["a pin"], second: ["alias demo@newest"]}
@@ -173,7 +175,7 @@ def test_artifacts_are_listed_with_what_holds_them(moray: Shell) -> None:
 def test_gc_keeps_what_is_held_and_its_ancestors(moray: Shell) -> None:
     kept, loose = letters(moray.home, "a", "b"), letters(moray.home, "c", "d")
     store = ArtifactStore(moray.home)
-    store.set_alias("demo", "newest", store.find(kept[1]))
+    store.aliases.set("demo", "newest", kept[1])
     would = moray.json("artifacts", "gc", "--limit", "0", "--dry-run")
     assert would["removed"] == [loose[1], loose[0]]
     assert left(moray.home) == {*kept, *loose}
@@ -197,7 +199,7 @@ def test_gc_stops_at_the_limit(moray: Shell) -> None:
 def test_rm_refuses_what_is_held_and_names_the_alias(moray: Shell) -> None:
     first, second = letters(moray.home, "a", "b")
     store = ArtifactStore(moray.home)
-    store.set_alias("demo", "newest", store.find(second))
+    store.aliases.set("demo", "newest", second)
     for reference in (first, second):
         assert "alias demo@newest" in moray("artifacts", "rm", reference, code=2)[1]
     (moray.home.aliases / "demo@newest").unlink()
@@ -235,7 +237,7 @@ def test_a_killed_run_does_not_hold_what_it_made(moray: Shell) -> None:
     lease = Lease(ArtifactStore(moray.home).lease_path("write", "ab" * 16))
     assert lease.acquire()
     assert in_use(moray.home) == {reference.partition("/")[2]}, "or in a step that says nothing"
-    assert ArtifactStore(moray.home).in_work() == {"write/" + "ab" * 16}
+    assert in_work(ArtifactStore(moray.home)) == {"write/" + "ab" * 16}
     lease.release()
 
 

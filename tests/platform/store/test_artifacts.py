@@ -18,6 +18,7 @@ from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.lease import Lease, is_stale
 from moray.platform.store.manifest import MANIFEST, Manifest, hash_folder
+from moray.platform.store.search import find_artifact
 
 
 def manifest(step: str = "filter", fingerprint: str = "ab" * 16, **changes: object) -> Manifest:
@@ -57,11 +58,11 @@ def test_an_artifact_is_found_by_alias_prefix_and_folder(home: Home) -> None:
     store = ArtifactStore(home)
     store.prepare("filter", "ab" * 16, keep_leftovers=False)
     made = store.commit(manifest())
-    store.set_alias("demo", "newest", made)
+    store.aliases.set("demo", "newest", made.reference)
     for reference in ("demo@newest", "filter/abab", f"filter/{'ab' * 16}", str(made.folder)):
-        assert store.find(reference).reference == made.reference
+        assert find_artifact(store, reference).reference == made.reference
     with pytest.raises(InputError) as caught:
-        store.find("demo@newst")
+        find_artifact(store, "demo@newst")
     assert "demo@newest" in caught.value.hint
 
 
@@ -71,7 +72,7 @@ def test_an_ambiguous_prefix_is_refused(home: Home) -> None:
         store.prepare("filter", fingerprint, keep_leftovers=False)
         store.commit(manifest(fingerprint=fingerprint))
     with pytest.raises(InputError, match="names 2 artifacts"):
-        store.find("filter/a")
+        find_artifact(store, "filter/a")
 
 
 def test_hashes_skip_temporary_files_but_not_hidden_ones(tmp_path: Path) -> None:

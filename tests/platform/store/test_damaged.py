@@ -14,6 +14,8 @@ from moray.platform.core.home import Home
 from moray.platform.store import verify
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import MANIFEST, DamagedError, hash_folder
+from moray.platform.store.search import artifact_by_fingerprint, artifacts_here, find_artifact, newest_artifact
+from moray.platform.store.sweep import remove_artifact
 from moray.platform.store.verify import Change, changes, check_sizes
 from tests.platform.store.test_artifacts import manifest
 
@@ -67,10 +69,10 @@ def test_a_damaged_manifest_costs_its_artifact(
         store.get("filter", ONE)
     assert str(store.folder("filter", ONE) / MANIFEST) in caught.value.message
     assert f"moray artifacts rm filter/{ONE}" in caught.value.hint
-    assert [one.fingerprint for one in store.all()] == [OTHER]
-    assert store.newest("filter") == other(store)
-    assert store.by_fingerprint(ONE) is None
-    assert store.find("filter/cd") == other(store)
+    assert [one.fingerprint for one in artifacts_here(store)] == [OTHER]
+    assert newest_artifact(store, "filter") == other(store)
+    assert artifact_by_fingerprint(store, ONE) is None
+    assert find_artifact(store, "filter/cd") == other(store)
     for command in (["artifacts", "list"], ["artifacts", "gc", "--dry-run"]):
         assert main.app(command, exit_on_error=False, result_action="return_value") == 0
         shown = capsys.readouterr()
@@ -85,14 +87,14 @@ def test_gc_removes_nothing_that_a_damaged_artifact_may_need(
     store: ArtifactStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it was made from is not known: the ancestors of a pinned artifact went."""
-    store.pin(other(store))
+    store.pins.add(f"filter/{OTHER}")
     cut(store.folder("filter", OTHER) / MANIFEST)
     command = ["artifacts", "gc", "--limit", "0B"]
     assert main.app(command, exit_on_error=False, result_action="return_value") == 0
     assert store.local("filter", ONE) is not None
     assert "while something is damaged" in capsys.readouterr().err.replace("\n", " ")
-    store.unpin(Artifact(store.folder("filter", OTHER), manifest(fingerprint=OTHER)))
-    store.remove(f"filter/{OTHER}")
+    store.pins.drop(f"filter/{OTHER}")
+    remove_artifact(store, f"filter/{OTHER}")
     assert main.app(command, exit_on_error=False, result_action="return_value") == 0
     assert store.local("filter", ONE) is None
 
@@ -112,24 +114,24 @@ def test_what_cannot_be_read_now_is_not_advised_to_be_removed(
     with pytest.raises(DamagedError, match="Permission denied") as caught:
         store.get("filter", ONE)
     assert " rm " not in caught.value.hint
-    assert [one.fingerprint for one in store.all()] == [OTHER]
+    assert [one.fingerprint for one in artifacts_here(store)] == [OTHER]
     assert len(store.damaged()) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"\xff", b"<html>\n", b"filter/"])
 def test_a_damaged_alias_costs_itself(store: ArtifactStore, home: Home, content: bytes) -> None:
-    store.set_alias("good", "newest", other(store))
+    store.aliases.set("good", "newest", f"filter/{OTHER}")
     (home.aliases / "bad@newest").write_bytes(content)
     (home.aliases / "folder@newest").mkdir()
-    assert store.aliases() == {"good@newest": f"filter/{OTHER}"}
-    assert store.damaged_aliases() == ["bad@newest", "folder@newest"]
+    assert store.aliases.all() == {"good@newest": f"filter/{OTHER}"}
+    assert store.aliases.damaged() == ["bad@newest", "folder@newest"]
     with pytest.raises(InputError, match="alias bad@newest is damaged") as caught:
-        store.find("bad@newest")
+        find_artifact(store, "bad@newest")
     assert caught.value.hint == "moray artifacts unalias bad@newest"
-    store.drop_alias("bad@newest")
-    assert store.damaged_aliases() == ["folder@newest"]
+    store.aliases.drop("bad@newest")
+    assert store.aliases.damaged() == ["folder@newest"]
     with pytest.raises(InputError, match="folder@newest"):
-        store.drop_alias("folder@newest")
+        store.aliases.drop("folder@newest")
 
 
 def unreadable(path: Path) -> str:

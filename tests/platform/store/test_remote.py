@@ -29,6 +29,8 @@ from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.bucket import Bucket
 from moray.platform.store.lease import Lease
 from moray.platform.store.manifest import MANIFEST, DamagedError, hash_folder
+from moray.platform.store.search import artifacts_here, find_artifact, shared_artifacts
+from moray.platform.store.sweep import remove_artifact
 from tests.faults.test_kill import wait_for
 from tests.platform.run.test_history import Shell
 from tests.platform.run.test_runner import recipe, run
@@ -93,11 +95,11 @@ def test_another_machine_reuses_everything_and_pulls_only_what_it_needs(machines
     assert all(d.why.endswith(f" in s3://{BUCKET}/root") for d in decisions)
     again, _ = run(two, recipe("a", "b", "c"))
     assert [row.reused for row in again.steps.values()] == [True] * 3
-    assert not list(ArtifactStore(two).all()), "nobody needed a file"
+    assert not list(artifacts_here(ArtifactStore(two))), "nobody needed a file"
     changed, _ = run(two, recipe("a", "b", "C"))
     assert [row.reused for row in changed.steps.values()] == [True, True, False]
     assert (changed.steps["s2"].artifact.folder / "out").read_text() == "abC"
-    pulled = [a.fingerprint for a in ArtifactStore(two).all() if a.manifest.config["text"] == "b"]
+    pulled = [a.fingerprint for a in artifacts_here(ArtifactStore(two)) if a.manifest.config["text"] == "b"]
     assert pulled == [made.steps["s1"].artifact.fingerprint]
     assert ArtifactStore(two).local("write", pulled[0]) == ArtifactStore(two).get("write", pulled[0])
     back = plan_steps(recipe("a", "b", "C"), ArtifactStore(machines("one")))
@@ -116,16 +118,16 @@ def test_what_was_made_before_the_root_was_set_is_copied_when_a_run_meets_it(
 
 def test_aliases_and_models_reach_another_machine(machines: Callable[[str], Home]) -> None:
     store, wanted = make(machines("one"), "{}", "config.json")
-    store.set_alias("demo", "newest", store.commit(wanted.model_copy(update={"produces": "model"})))
+    store.aliases.set("demo", "newest", store.commit(wanted.model_copy(update={"produces": "model"})).reference)
     two = machines("two")
-    found = ArtifactStore(two).find("demo@newest")
+    found = find_artifact(ArtifactStore(two), "demo@newest")
     assert not found.here
     assert (api.model_folder("demo@newest", two) / "config.json").read_text() == "{}"
     assert found.here
-    ArtifactStore(two).drop_alias("demo@newest")
-    assert ArtifactStore(machines("three")).aliases() == {}
+    ArtifactStore(two).aliases.drop("demo@newest")
+    assert ArtifactStore(machines("three")).aliases.all() == {}
     with pytest.raises(InputError, match="no alias 'demo@newest'"):
-        ArtifactStore(two).drop_alias("demo@newest")
+        ArtifactStore(two).aliases.drop("demo@newest")
 
 
 def test_of_two_writers_one_wins_and_both_have_its_bytes(
@@ -203,7 +205,7 @@ def test_an_upload_killed_midway_leaves_nothing_and_is_made_good(
         hold.set()
     assert ArtifactStore(machines("two")).get("filter", FINGERPRINT) is None
     upload_two(machines("one"))
-    found = ArtifactStore(machines("two")).find(f"filter/{FINGERPRINT}")
+    found = find_artifact(ArtifactStore(machines("two")), f"filter/{FINGERPRINT}")
     fetched = ArtifactStore(machines("two")).fetch(found)
     assert {path.name for path in fetched.folder.iterdir()} == {"a", "b", "manifest.json"}
     remote = ArtifactStore(machines("two")).remote
@@ -278,10 +280,10 @@ def test_a_damaged_object_is_named_and_never_taken_for_whole(
     assert f"s3://{BUCKET}/{key}" in caught.value.message
     assert word in caught.value.message
     assert "artifacts rm write/" in caught.value.hint
-    assert not list(ArtifactStore(machines("two")).all())
+    assert not list(artifacts_here(ArtifactStore(machines("two"))))
     assert not list(machines("two").artifacts.glob("*/.*.pull-*")), "nothing half-pulled is left"
     store = ArtifactStore(machines("two"))
-    assert store.remove("/".join(key.split("/")[1:3]))
+    assert remove_artifact(store, "/".join(key.split("/")[1:3]))
     again, _ = run(Home(machines("two").root, machines("two").shared), recipe("letter", "b"))
     assert (again.steps["s1"].artifact.folder / "out").read_text() == "letterb"
 
@@ -376,7 +378,7 @@ def test_list_gc_and_rm_know_where_things_are(
     made, _ = run(home, recipe("a", "b"))
     references = [row.artifact.reference for row in made.steps.values()]
     store = ArtifactStore(home)
-    store.set_alias("demo", "newest", store.find(references[1]))
+    store.aliases.set("demo", "newest", references[1])
     where = lambda: {row["artifact"]: row["where"] for row in moray.json("artifacts", "list")}  # noqa: E731
     alone = old.steps["s0"].artifact.reference
     assert where() == {alone: "local", references[0]: "both", references[1]: "both"}
@@ -459,7 +461,7 @@ def test_large_files_travel_in_parts_and_report_progress(
     (large,) = [key for key in files(s3) if key.endswith("large")]
     assert "-" in s3.head_object(Bucket=BUCKET, Key=large)["ETag"], "it came in parts"
     two = ArtifactStore(machines("two"))
-    fetched = two.fetch(two.find(f"filter/{FINGERPRINT}"))
+    fetched = two.fetch(find_artifact(two, f"filter/{FINGERPRINT}"))
     assert hash_folder(fetched.folder) == entries
 
 
@@ -472,7 +474,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(machines: Callable[[str], Home
     s3.put_object(Bucket=BUCKET, Key=key, Body=json.dumps(text).encode())
     two = ArtifactStore(machines("two"))
     with pytest.raises(InputError, match="would leave its folder"):
-        two.fetch(two.find(f"filter/{FINGERPRINT}"))
+        two.fetch(find_artifact(two, f"filter/{FINGERPRINT}"))
 
 
 def test_a_bucket_lists_in_pages_and_deletes_in_batches(s3: Any) -> None:
@@ -489,7 +491,7 @@ def test_a_disk_without_room_for_what_is_pulled_says_so(machines: Callable[[str]
     store, wanted = make(machines("one"), "x" * 200_000)
     store.commit(wanted)
     two = ArtifactStore(Home(disk, machines("one").shared))
-    found = two.find(f"filter/{FINGERPRINT}")
+    found = find_artifact(two, f"filter/{FINGERPRINT}")
     fill(disk)
     with pytest.raises(InputError, match=r"has no room for filter/abababab \(200 kB\)") as caught:
         two.fetch(found)
@@ -509,7 +511,7 @@ def test_a_manifest_damaged_here_is_fetched_again_from_the_shared_root(
     store = ArtifactStore(home)
     found = store.get(made.manifest.step, made.fingerprint)
     assert found is not None
-    assert list(store.all()) == []
+    assert list(artifacts_here(store)) == []
     assert "fetched" in store.damaged()[0].hint
     assert store.fetch(found) == ArtifactStore(home).local(made.manifest.step, made.fingerprint)
     assert store.damaged() == []
@@ -522,15 +524,15 @@ def test_what_is_damaged_in_the_shared_root_costs_itself(machines: Callable[[str
     s3.put_object(Bucket=BUCKET, Key=f"root/{first.reference}/{MANIFEST}", Body=b"<html>log in</html>")
     s3.put_object(Bucket=BUCKET, Key="root/aliases/m@1", Body=b"<html>")
     store = ArtifactStore(machines("two"))
-    assert [one.reference for one in store.shared()] == [second.reference]
+    assert [one.reference for one in shared_artifacts(store)] == [second.reference]
     (damaged,) = store.damaged()
     assert damaged.reference == first.reference
     assert "login page" in damaged.hint
     with pytest.raises(DamagedError):
         store.get(*first.reference.split("/"))
-    store.set_alias("n", "1", second)
+    store.aliases.set("n", "1", second.reference)
     write_text(machines("two").aliases / "m@1", second.reference)
-    assert store.aliases() == {"n@1": second.reference}, "an old alias here does not stand in for a damaged one"
-    assert store.damaged_aliases() == ["m@1"]
-    store.drop_alias("m@1")
-    assert store.damaged_aliases() == []
+    assert store.aliases.all() == {"n@1": second.reference}, "an old alias here does not stand in for a damaged one"
+    assert store.aliases.damaged() == ["m@1"]
+    store.aliases.drop("m@1")
+    assert store.aliases.damaged() == []
