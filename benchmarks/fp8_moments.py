@@ -16,7 +16,7 @@ import torch
 from harness.result import Bar, report
 
 from moray.kernels.adamw_fp8 import Fp8Moment, compress_reference, restore_reference
-from moray.pipelines.pretrain.layout import MOST_BETA2
+from moray.pipelines.pretrain.validate import MOST_BETA2
 
 BETAS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 

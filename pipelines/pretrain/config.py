@@ -26,16 +26,6 @@ def model_config(section: Any, vocab_size: int) -> ModelConfig:
     return overridden(dataclasses.replace(PRESETS[section.preset], vocab_size=vocab_size), section)
 
 
-def check_context(section: Any) -> None:
-    """Raises ValueError for a context that cannot be, whatever the model to go on from is.
-
-    The rest of the section can only be checked once that is there.
-    """
-    fields = ("rope_scaling", "rope_theta", "max_position_embeddings")
-    given = {name: value for name in fields if (value := getattr(section, name)) is not None}
-    dataclasses.replace(PRESETS["tiny"], **given)
-
-
 def overridden(config: ModelConfig, section: Any) -> ModelConfig:
     """`config` with the section's overrides. ValueError for an impossible shape."""
     given = {name: value for name in _OVERRIDES if (value := getattr(section, name)) is not None}

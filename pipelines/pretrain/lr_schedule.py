@@ -40,7 +40,7 @@ def learning_rate(schedule: TrainingSchedule, tokens: int, total: int) -> float:
         if end <= tokens < end + plateau.tokens:
             return plateau.rate
         end += plateau.tokens
-    begin, decay = _decay_begin(schedule, total), _decay_tokens(schedule, total)
+    begin, decay = _decay_begin(schedule, total), decay_tokens(schedule, total)
     into = tokens - begin
     if into <= 0:
         return schedule.peak
@@ -53,26 +53,18 @@ def prediction_weight(schedule: TrainingSchedule, tokens: int, total: int) -> fl
     return schedule.prediction_weight_final if decays else schedule.prediction_weight
 
 
-def check_schedule(schedule: TrainingSchedule, total: int) -> None:
-    """Raises ValueError if the phases take more tokens than there are."""
-    parts = {"warmup_tokens": schedule.warmup_tokens, "decay_tokens": _decay_tokens(schedule, total)}
-    parts["plateaus"] = sum(plateau.tokens for plateau in schedule.plateaus)
-    if sum(parts.values()) > total:
-        shown = ", ".join(f"{name} {tokens:,}" for name, tokens in parts.items())
-        raise ValueError(f"the schedule's phases take more than the run's {total:,} tokens: {shown}")
-
-
 def _decay_end(schedule: TrainingSchedule, total: int) -> int:
     return max(0, total - sum(plateau.tokens for plateau in schedule.plateaus))
 
 
-def _decay_tokens(schedule: TrainingSchedule, total: int) -> int:
+def decay_tokens(schedule: TrainingSchedule, total: int) -> int:
+    """Tokens of the cosine."""
     end = _decay_end(schedule, total)
     return end // 2 if schedule.decay_tokens is None else min(schedule.decay_tokens, end)
 
 
 def _decay_begin(schedule: TrainingSchedule, total: int) -> int:
-    return _decay_end(schedule, total) - _decay_tokens(schedule, total)
+    return _decay_end(schedule, total) - decay_tokens(schedule, total)
 
 
 def bias_speed(schedule: TrainingSchedule, tokens: int, total: int) -> float:

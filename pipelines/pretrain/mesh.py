@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from moray.pipelines.pretrain.layout import check_layout
 from moray.pipelines.pretrain.stopwatch import Stopwatch
+from moray.pipelines.pretrain.validate import check_layout
 from moray.platform.core.ports import free_port
 
 T = TypeVar("T")

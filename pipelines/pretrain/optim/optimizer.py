@@ -19,11 +19,11 @@ from moray.kernels.util.deferred import DeferredGradients
 from moray.models.fp8 import weights_changed
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig
-from moray.pipelines.pretrain.layout import check_blocks
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.adamw import AdamW, MasterState, adamw, set_rate
 from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
 from moray.pipelines.pretrain.optim.reduction import Reduction
+from moray.pipelines.pretrain.validate import check_blocks
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def sharded_optimizer(
     model: DeepseekV3, mesh: Mesh, config: PretrainConfig, later: DeferredGradients | None = None
 ) -> ShardedOptimizer:
     """The backend that `zero_stage` names; `later` has gradients that backwards put off. Raises ValueError for what it
-    cannot train (`layout.py` says it earlier)."""
+    cannot train (`validate.py` says it earlier)."""
     if config.moments == "fp8":
         check_blocks(model.config)
     groups = flat_groups(model, mesh)

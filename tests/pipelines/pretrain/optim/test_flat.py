@@ -14,10 +14,11 @@ from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import PretrainConfig
-from moray.pipelines.pretrain.layout import BLOCK, check_backend, check_blocks
+from moray.pipelines.pretrain.layout import BLOCK
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
 from moray.pipelines.pretrain.optim.optimizer import PlainOptimizer, sharded_optimizer
+from moray.pipelines.pretrain.validate import check_blocks
 from tests.examples import examples
 
 SMALL = dataclasses.replace(preset("tiny"), vocab_size=40, num_hidden_layers=2, n_routed_experts=4, n_group=2)
@@ -99,17 +100,3 @@ def test_weights_stay_what_they_were_and_gradients_go_where_the_optimizer_looks(
     for name, view, _ in model.logical_parameters():
         assert torch.equal(view.flatten(), fragments[name])
         assert not torch.equal(view, before[name]) or name.endswith("embed_tokens.weight")
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ((0, True, "float32", "float32"), "offload: true wants zero_stage 1 or 2"),
-        ((1, False, "float64", "float32"), "precision: float64 wants zero_stage 0"),
-        ((0, False, "float64", "fp8"), "precision: float64 wants zero_stage 0 and moments: float32"),
-    ],
-)
-def test_optimizers_that_cannot_be_are_refused(settings: tuple[int, bool, str, str], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        check_backend(*settings)
-    check_backend(1, True, "bf16", "fp8")

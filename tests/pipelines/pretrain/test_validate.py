@@ -1,0 +1,42 @@
+"""The rules of what cannot be trained, one by one. What they say before a run is in test_step.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moray.pipelines.pretrain.config import TrainingSchedule
+from moray.pipelines.pretrain.validate import check_backend, check_layout, check_schedule
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts"), ((2, 2, 8, (16, 15)), "batch_sequences")],
+)
+def test_an_impossible_layout_is_refused(layout: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(*layout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ((0, True, "float32", "float32"), "offload: true wants zero_stage 1 or 2"),
+        ((1, False, "float64", "float32"), "precision: float64 wants zero_stage 0"),
+        ((0, False, "float64", "fp8"), "precision: float64 wants zero_stage 0 and moments: float32"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_refused(settings: tuple[int, bool, str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check_backend(*settings)
+    check_backend(1, True, "bf16", "fp8")
+
+
+def test_a_schedule_that_takes_more_tokens_than_there_are_is_refused() -> None:
+    plateaus = ({"tokens": 100, "rate": 0.1}, {"tokens": 50, "rate": 0.03})
+    fields = {"warmup_tokens": 100, "decay_tokens": 400, "plateaus": plateaus}
+    schedule = TrainingSchedule.model_validate(fields)
+    check_schedule(schedule, 1000)
+    with pytest.raises(ValueError, match=r"more than the run's 600 tokens: warmup_tokens 100, decay_tokens 400"):
+        check_schedule(schedule, 600)
