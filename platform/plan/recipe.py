@@ -158,6 +158,19 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
     return Recipe(spec.name, path, tuple(planned[key] for key in order), text, spec.description)
 
 
+def listed_steps(text: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """Step key -> (uses, inputs), in the order of the text. Nothing else of it is looked at, because it may be a recipe
+    that another version took. Empty if the text cannot be read."""
+    try:
+        _, raw = bounded_yaml.compose(text)
+        return {
+            str(key): (str((spec or {}).get("uses") or key), dict((spec or {}).get("inputs") or {}))
+            for key, spec in raw["steps"].items()
+        }
+    except (RecipeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return {}
+
+
 def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: _Lines) -> PlannedStep:
     def at(*fields: str) -> str:
         return f"{path}:{lines.of(['steps', key, *fields])}: steps.{'.'.join((key, *fields))}"

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import yaml
-
 from moray.platform.control.jobs import ATTEMPT_ENDED, Attempt, Job
 from moray.platform.core.events import (
     EventTail,
@@ -29,6 +27,7 @@ from moray.platform.core.events import (
 )
 from moray.platform.core.home import Home
 from moray.platform.core.metrics import TABLE
+from moray.platform.plan.recipe import listed_steps
 from moray.platform.run.terminal import Rate
 from moray.platform.server.curves import Curve, LoadMap, short
 
@@ -37,6 +36,7 @@ FIRST_CURVES = ("train_loss", "train_tokens_per_second")
 _AT_WORK = ("waiting", "started")
 _MOST_RUNS = 32  # that are kept in memory; the others are read anew when they are asked for
 _MOST_NOTES = 200
+_listed = lru_cache(maxsize=_MOST_RUNS)(listed_steps)  # every poll asks for the same recipe
 
 
 @dataclass
@@ -173,7 +173,7 @@ class _Run:
 
     def _all_steps(self, job: Job, over: bool) -> list[dict[str, Any]]:
         """The recipe's steps in its order, then any that only the events know."""
-        planned = recipe_steps(job.source)
+        planned = _listed(job.source)
         planned = {**planned, **{key: (key, {}) for key in self._steps if key not in planned}}
         return [
             self._steps.get(key, _Step()).as_json(key, uses, inputs, over) for key, (uses, inputs) in planned.items()
@@ -226,21 +226,8 @@ def run_view(home: Home, job: Job, attempt: str | None = None) -> dict[str, Any]
     return RunViews(home).view(job, attempt)
 
 
-@lru_cache(maxsize=_MOST_RUNS)
-def recipe_steps(source: str) -> Mapping[str, tuple[str, dict[str, str]]]:
-    """Step key -> (uses, inputs), in the order of the recipe's text; empty if that cannot be read."""
-    try:
-        steps = (yaml.safe_load(source) or {}).get("steps") or {}
-        return {
-            str(key): (str((spec or {}).get("uses") or key), dict((spec or {}).get("inputs") or {}))
-            for key, spec in steps.items()
-        }
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
-        return {}
-
-
 def _not_begun(job: Job) -> dict[str, Any]:
-    steps = [_Step().as_json(key, uses, inputs, False) for key, (uses, inputs) in recipe_steps(job.source).items()]
+    steps = [_Step().as_json(key, uses, inputs, False) for key, (uses, inputs) in _listed(job.source).items()]
     return {
         "now": time.time(), "job": job.as_json(), "attempt": None, "state": "pending", "started": None,
         "seconds": 0.0, "detail": "", "unreadable": 0, "steps": steps, "metrics": {}, "curves": {},

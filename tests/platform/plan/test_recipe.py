@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moray.platform.core.errors import InputError, MorayError, RecipeError
-from moray.platform.plan.recipe import load_recipe, parse_recipe
+from moray.platform.plan.recipe import listed_steps, load_recipe, parse_recipe
 from moray.platform.plan.step import resolve_step, step_names
 
 DATA = """
@@ -123,3 +123,16 @@ def test_no_step_takes_a_negative_seed() -> None:
     assert {"dedup", "pretrain", "evaluate", "quality-model", "synthesize"} <= set(seeds)
     for name, field in seeds.items():
         assert any(getattr(one, "ge", None) == 0 for one in field.metadata), name
+
+
+def test_steps_are_listed_of_a_recipe_that_another_version_took() -> None:
+    text = "kind: old\nsteps:\n  words: {uses: gone, inputs: {documents: corpus}, when: never}\n  corpus:\n"
+    assert listed_steps(text) == {"words": ("gone", {"documents": "corpus"}), "corpus": ("corpus", {})}
+    assert list(listed_steps(text)) == ["words", "corpus"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "steps: [1]", "steps:", "a: [", "steps: {a: 1}", "12", "steps: &a {b: *a}", "steps: " + "[" * 100]
+)
+def test_a_recipe_that_cannot_be_read_has_no_steps(text: str) -> None:
+    assert listed_steps(text) == {}

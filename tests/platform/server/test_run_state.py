@@ -12,7 +12,7 @@ from moray.platform.control.jobs import Job, Jobs, Submission
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
 from moray.platform.core.home import Home
 from moray.platform.server.curves import MOST_POINTS, Curve
-from moray.platform.server.run_state import RunViews, recipe_steps, run_view
+from moray.platform.server.run_state import RunViews, run_view
 
 RECIPE = """
 name: small
@@ -243,8 +243,3 @@ def test_many_threads_read_one_run_that_grows(control: Control) -> None:
         thread.join()
     assert len(seen) == 80
     assert len(control.views.view(control.job)["curves"]["train_loss"]) == 300
-
-
-@pytest.mark.parametrize("source", ["", "steps: [1]", "a: [", "steps: {a: 1}", "12"])
-def test_a_recipe_that_cannot_be_read_has_no_steps(source: str) -> None:
-    assert recipe_steps(source) == {}
