@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.coverage.domains import domain_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.language import identify
 from moray.pipelines.tokenizer.train import load_tokenizer
@@ -36,13 +37,16 @@ def measure_shard(shard: Row, folder: str, before: str, tokenizer: str) -> Row:
     [reason, documents, tokens] of the documents of the same shard before.
     """
     path = Path(shard["path"])
-    target, known = Path(folder) / path.name, Path(before) / path.name
-    old = read_shard(known) if before and known.exists() else None
-    if not target.exists():
-        write_parquet(target, _rows(path, old, tokenizer))
-    rows = read_shard(target)
-    dropped = [] if old is None else _dropped(old, path)
-    return {"shard": shard["shard"], "cells": json.dumps(_cells(rows)), "dropped": json.dumps(dropped)}
+    known = Path(before) / path.name
+
+    def measure() -> Row:
+        old = read_shard(known) if before and known.exists() else None
+        rows = _rows(path, old, tokenizer)
+        write_parquet(Path(folder) / path.name, rows)
+        dropped = [] if old is None else _dropped(old, path)
+        return {"shard": shard["shard"], "cells": json.dumps(_cells(rows)), "dropped": json.dumps(dropped)}
+
+    return recorded(folder, path.stem, measure)
 
 
 def _rows(path: Path, old: pa.Table | None, tokenizer: str) -> pa.Table:

@@ -3,7 +3,7 @@
 Two passes over shards, as Ray Data tasks: the first looks up every n-gram of a document among those of the evals and
 leaves what it found, its text compared, never only its hash; then all findings together decide, and the second pass
 writes what stays. Shards of which nothing goes are copied as they are. A rerun after a kill goes on with the shards
-whose files are not there yet.
+that have no record yet.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationVe
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
+from moray.pipelines.shared.records import forget_records, recorded
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
 from moray.platform.core.atomic import whole_file, write_json
 from moray.platform.core.errors import InputError, RecipeError
@@ -113,6 +114,7 @@ class Decontaminate(Step[DecontaminateConfig]):
         kept = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         for folder in (_EVALS, _MATCHES):
             shutil.rmtree(ctx.folder / folder)
+        forget_records(ctx.folder)
         ctx.counts |= {
             "in:documents": total,
             "out:documents": sum(row["kept"] for row in kept),
@@ -168,31 +170,36 @@ def _index(config: DecontaminateConfig) -> EvalIndex:
 def _search_shard(shard: Row, folder: str, characters: bool) -> Row:
     """Writes what one shard has of the evals. Runs in a Ray worker."""
     path = Path(shard["path"])
-    target = Path(folder) / _MATCHES / path.name
-    table = read_shard(path, ["id", "source"] if target.exists() else ["id", "source", "text"])
-    if not target.exists():
-        found = load_index(Path(folder) / _EVALS, characters).find(table["text"])
-        at = pa.array([match.row for match in found], pa.int64())
-        columns = [
-            table["id"].take(at),
-            table["source"].take(at),
-            pa.array([match.gram for match in found], pa.int64()),
-            pa.array([match.place for match in found], pa.int64()),
-            pa.array([match.excerpt for match in found], pa.large_string()),
-        ]
-        write_parquet(target, pa.table(columns, schema=MATCHES))
+    return recorded(folder, f"searched-{path.stem}", lambda: _search(shard, path, Path(folder), characters))
+
+
+def _search(shard: Row, path: Path, folder: Path, characters: bool) -> Row:
+    table = read_shard(path, ["id", "source", "text"])
+    found = load_index(folder / _EVALS, characters).find(table["text"])
+    at = pa.array([match.row for match in found], pa.int64())
+    columns = [
+        table["id"].take(at),
+        table["source"].take(at),
+        pa.array([match.gram for match in found], pa.int64()),
+        pa.array([match.place for match in found], pa.int64()),
+        pa.array([match.excerpt for match in found], pa.large_string()),
+    ]
+    write_parquet(folder / _MATCHES / path.name, pa.table(columns, schema=MATCHES))
     return {"shard": shard["shard"], "documents": table.num_rows}
 
 
 def _keep_shard(shard: Row, folder: str) -> Row:
     """Writes one shard without the removed documents, and what went. Runs in a Ray worker."""
     path = Path(shard["path"])
-    target = Path(folder) / path.name
-    if not target.exists():
-        removed = read_shard(Path(folder) / _MATCHES / "removed.parquet")
-        own = removed.filter(pc.is_in(removed["id"], value_set=read_shard(path, ["id"])["id"].combine_chunks()))
-        write_parquet(target.with_name(path.name.replace("documents-", "removed-")), own)
-        _copy(path, target, own["id"])
+    return recorded(folder, f"written-{path.stem}", lambda: _keep(shard, path, Path(folder)))
+
+
+def _keep(shard: Row, path: Path, folder: Path) -> Row:
+    target = folder / path.name
+    removed = read_shard(folder / _MATCHES / "removed.parquet")
+    own = removed.filter(pc.is_in(removed["id"], value_set=read_shard(path, ["id"])["id"].combine_chunks()))
+    write_parquet(target.with_name(path.name.replace("documents-", "removed-")), own)
+    _copy(path, target, own["id"])
     texts = read_shard(target, ["text"])["text"]
     return {"shard": shard["shard"], "kept": len(texts), "bytes": pc.sum(pc.binary_length(texts)).as_py() or 0}
 

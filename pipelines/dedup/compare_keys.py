@@ -17,6 +17,7 @@ from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.shingles import KEY_BITS
 
@@ -32,27 +33,29 @@ def compare_keys(part: Row, files: PhaseFiles, sketches: Sketches, offset: int, 
     offset: the number of the first document in `members`. What shares a key with a document that a filter has seen is
     in a file of its own.
     """
+    name = f"keys-{part['shard']:06d}"
+    return recorded(files.folder, name, lambda: _compare(part, files, sketches, offset, kept))
+
+
+def _compare(part: Row, files: PhaseFiles, sketches: Sketches, offset: int, kept: IndexForm) -> Row:
     number = part["shard"]
-    counts = files.write("key_counts", number)
-    if not counts.exists():
-        keys, numbers = sketches.keys(part["band"], part["range"])
-        there = mapped(files.read("members"))[numbers - offset].astype(np.bool_)
-        keys, numbers = _ordered(keys[there], numbers[there], sketches, everyone=kept.form == "exact")
-        seen, old = numbers[:0], (keys[:0], numbers[:0])
-        if kept.form == "bloom":
-            seen = numbers[bloom.seen(kept.earlier, key_column(part["band"]), keys, KEY_BITS)]
-            bloom.write_bloom(Path(kept.folder), key_column(part["band"]), part["range"], keys)
-        elif kept.form == "exact":
-            old = dedup_index.find_earlier_keys(kept.earlier, part["band"], keys)
-            dedup_index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
-        found = bucket_pairs(keys, numbers, *old)
-        pairs = np.sort(found.pairs, axis=1)
-        save_array(files.write("pairs", number), pairs)
-        edges = forest(pairs)
-        save_array(files.write("forest", 0, number), edges)
-        save_array(files.write("seen_keys", number), seen)
-        save_array(counts, np.array([len(pairs), len(edges), len(seen), found.capped]))
-    return {"shard": number, **dict(zip(("pairs", "edges", "seen", "capped"), np.load(counts).tolist(), strict=True))}
+    keys, numbers = sketches.keys(part["band"], part["range"])
+    there = mapped(files.read("members"))[numbers - offset].astype(np.bool_)
+    keys, numbers = _ordered(keys[there], numbers[there], sketches, everyone=kept.form == "exact")
+    seen, old = numbers[:0], (keys[:0], numbers[:0])
+    if kept.form == "bloom":
+        seen = numbers[bloom.seen(kept.earlier, key_column(part["band"]), keys, KEY_BITS)]
+        bloom.write_bloom(Path(kept.folder), key_column(part["band"]), part["range"], keys)
+    elif kept.form == "exact":
+        old = dedup_index.find_earlier_keys(kept.earlier, part["band"], keys)
+        dedup_index.write_band(Path(kept.folder), part["band"], part["range"], keys, numbers)
+    found = bucket_pairs(keys, numbers, *old)
+    pairs = np.sort(found.pairs, axis=1)
+    save_array(files.write("pairs", number), pairs)
+    edges = forest(pairs)
+    save_array(files.write("forest", 0, number), edges)
+    save_array(files.write("seen_keys", number), seen)
+    return {"shard": number, "pairs": len(pairs), "edges": len(edges), "seen": len(seen), "capped": int(found.capped)}
 
 
 def _ordered(keys: Keys, numbers: Indices, sketches: Sketches, everyone: bool) -> tuple[Keys, Indices]:
@@ -70,9 +73,13 @@ def _ordered(keys: Keys, numbers: Indices, sketches: Sketches, everyone: bool) -
 def merge_forests(part: Row, files: PhaseFiles) -> Row:
     """Writes a forest of the forests with these `numbers` of one `level` as one of the next."""
     path = files.write("forest", part["level"] + 1, part["shard"])
-    if not path.exists():
-        save_array(path, forest(read_forests(files, part["level"], part["numbers"])))
-    return {"shard": part["shard"], "edges": len(mapped(path))}
+
+    def merge() -> Row:
+        edges = forest(read_forests(files, part["level"], part["numbers"]))
+        save_array(path, edges)
+        return {"shard": part["shard"], "edges": len(edges)}
+
+    return recorded(files.folder, path.stem, merge)
 
 
 def read_forests(files: PhaseFiles, level: int, numbers: Sequence[int]) -> Indices:

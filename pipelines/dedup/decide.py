@@ -22,6 +22,7 @@ from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.grouped_file import arrow_writer, read_group, write_groups
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.minhash import Shingling
 
@@ -122,20 +123,19 @@ class GroupRules:
 
 def decide_group(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
     """Writes a row of DECIDED for each document of a group that is removed, and for each earlier one."""
-    path = files.write("group_decisions", row["shard"])
-    if not path.exists():
-        group = _read(files, rules.candidate_files, row["shard"]).in_keep_order()
-        pairs = _pairs(files, rules.pair_files, row["shard"], group)
-        known, seen = mapped(files.read("known")), mapped(files.read("seen"))
-        known = known[np.isin(known[:, 0], group.numbers)]
-        found = find(group.documents, pairs, _scores(group, pairs, rules), rules.similarity, group.at(known))
-        table = _decided(group, found, group.at(seen[np.isin(seen, group.numbers)]))
-        table = table.replace_schema_metadata({"pairs": str(len(pairs)), "alike": str(found.alike)})
-        with arrow_writer(path, table.schema) as writer:
-            writer.write_table(table)
-    with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-        said = reader.schema.metadata
-        return {"shard": row["shard"], "pairs": int(said[b"pairs"]), "alike": int(said[b"alike"])}
+    return recorded(files.folder, f"group-{row['shard']:06d}", lambda: _decide(row, files, rules))
+
+
+def _decide(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
+    group = _read(files, rules.candidate_files, row["shard"]).in_keep_order()
+    pairs = _pairs(files, rules.pair_files, row["shard"], group)
+    known, seen = mapped(files.read("known")), mapped(files.read("seen"))
+    known = known[np.isin(known[:, 0], group.numbers)]
+    found = find(group.documents, pairs, _scores(group, pairs, rules), rules.similarity, group.at(known))
+    table = _decided(group, found, group.at(seen[np.isin(seen, group.numbers)]))
+    with arrow_writer(files.write("group_decisions", row["shard"]), table.schema) as writer:
+        writer.write_table(table)
+    return {"shard": row["shard"], "pairs": len(pairs), "alike": int(found.alike)}
 
 
 def read_decided(path: Path) -> pa.Table:
@@ -145,7 +145,7 @@ def read_decided(path: Path) -> pa.Table:
 
 def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
     """All of them as one file, by ascending number."""
-    table = pa.concat_tables([DECIDED.empty_table(), *(table.replace_schema_metadata() for table in tables)])
+    table = pa.concat_tables([DECIDED.empty_table(), *tables])
     table = table.sort_by("number").combine_chunks()
     with arrow_writer(path, table.schema) as writer:
         writer.write_table(table)

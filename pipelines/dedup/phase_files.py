@@ -7,14 +7,15 @@
     members                      run                 bool by number: whether a document's keys are compared
     pairs                        range of a band     [E, 2] numbers of documents that share a key, ascending in a pair
     forest                       level, range        [F, 2] a spanning forest of these pairs
-    seen_keys, key_counts        range of a band     numbers of documents whose key a filter has seen; four counts
+    seen_keys                    range of a band     numbers of documents whose key a filter has seen
     numbers, groups              run                 documents to be decided, ascending; the group of each
     known, seen                  run                 [K, 2] pairs that belong together; numbers that a filter has seen
     candidates                   shard               documents to be decided, with shingles, a batch for each group
     grouped_pairs, pair_groups   some ranges         their pairs by group; the group of each
     group_decisions, decisions   group; run          rows of decide.DECIDED
 
-A document's number is its place among the documents of all runs with this index, shard after shard.
+A document's number is its place among the documents of all runs with this index, shard after shard. What tasks counted
+is in their records, below the same folder (`shared/records.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 FileKind = Literal[
-    "sketches", "copies", "originals", "seen_hashes", "members", "pairs", "forest", "seen_keys", "key_counts",
+    "sketches", "copies", "originals", "seen_hashes", "members", "pairs", "forest", "seen_keys",
     "numbers", "groups", "known", "seen", "candidates", "grouped_pairs", "pair_groups", "group_decisions", "decisions",
 ]  # fmt: skip
 _NAMES: dict[FileKind, str] = {
@@ -36,7 +37,6 @@ _NAMES: dict[FileKind, str] = {
     "pairs": "pairs-{:06d}.npy",
     "forest": "forest-{}-{:06d}.npy",
     "seen_keys": "seen-keys-{:06d}.npy",
-    "key_counts": "counts-{:06d}.npy",
     "numbers": "numbers.npy",
     "groups": "groups.npy",
     "known": "known.npy",

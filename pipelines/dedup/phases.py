@@ -301,7 +301,7 @@ def _row(
 PHASES = (
     _row(sign, writes=("sketches",)),
     _row(match_exact, reads=("sketches",), writes=("copies", "originals", "seen_hashes", "members")),
-    _row(match_keys, reads=("sketches", "members"), writes=("pairs", "forest", "seen_keys", "key_counts")),
+    _row(match_keys, reads=("sketches", "members"), writes=("pairs", "forest", "seen_keys")),
     _row(join_forests, writes=("forest",)),
     _row(group_documents, reads=("sketches",), writes=("numbers", "groups", "known", "seen")),
     _row(read_grouped, reads=("sketches", "numbers", "groups"), writes=("candidates",)),

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_shard
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row, input_shards, output_path
 from moray.platform.core.errors import nearest
 from moray.platform.plan.context import StepContext
@@ -38,14 +39,14 @@ def read_outputs(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
 
 
 def keep_shard(shard: Row, folder: str) -> Row:
-    """Writes one shard without the removed documents."""
-    path, target = Path(shard["path"]), output_path(folder, shard)
-    if not target.exists():
-        removed = read_shard(Path(folder) / "removed.parquet", ["id"])["id"]
-        table = read_shard(path)
-        gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
-        kept = table.filter(pc.invert(gone))
-        write_shard(target, kept)
-    else:
-        kept = read_shard(target, ["text"])
+    """Writes one shard without the removed documents; says how many stay, and their bytes."""
+    return recorded(folder, Path(shard["path"]).stem, lambda: _keep(shard, Path(folder)))
+
+
+def _keep(shard: Row, folder: Path) -> Row:
+    removed = read_shard(folder / "removed.parquet", ["id"])["id"]
+    table = read_shard(Path(shard["path"]))
+    gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
+    kept = table.filter(pc.invert(gone))
+    write_shard(output_path(folder, shard), kept)
     return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"])}

@@ -24,6 +24,7 @@ from moray.pipelines.dedup.keep_order import KeepOrder, described, read_document
 from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
+from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.config import StepConfig
@@ -65,6 +66,7 @@ class DedupUrls(Step[DedupUrlsConfig]):
         keep = partial(keep_shard, folder=str(ctx.folder))
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         shutil.rmtree(ctx.folder / _URLS)
+        forget_records(ctx.folder)
         urls = pa.concat_tables(tables)["url"]
         unreadable = sum(url == "" for url in urls.to_pylist())
         ctx.counts |= {

@@ -12,6 +12,7 @@ from moray.pipelines.dedup.decide import LOST, read_decided
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
 
 REASONS = ("exact", "near", "seen")
@@ -20,18 +21,18 @@ REMOVED = ["id", "reason", "representative", "partner", "similarity"]
 
 def write_kept(shard: Row, files: PhaseFiles, folder: str, ranges: int) -> Row:
     """Writes documents-NNNNN.parquet, and removed-NNNNN.parquet; says how many, by reason."""
+    return recorded(files.folder, Path(shard["path"]).stem, lambda: _write(shard, files, Path(folder), ranges))
+
+
+def _write(shard: Row, files: PhaseFiles, folder: Path, ranges: int) -> Row:
     source = Path(shard["path"])
-    target, gone = Path(folder) / source.name, Path(folder) / source.name.replace("documents-", "removed-")
-    if not target.exists():
-        documents = read_shard(source)
-        numbers, removed = _removed(shard, documents, files, ranges)
-        write_parquet(gone, removed)
-        stays = np.ones(len(documents), np.bool_)
-        stays[numbers - shard["first"]] = False
-        kept = documents.filter(pa.array(stays))
-        write_shard(target, kept)
-    else:
-        kept, removed = read_shard(target, ["text"]), read_shard(gone, ["reason"])
+    documents = read_shard(source)
+    numbers, removed = _removed(shard, documents, files, ranges)
+    write_parquet(folder / source.name.replace("documents-", "removed-"), removed)
+    stays = np.ones(len(documents), np.bool_)
+    stays[numbers - shard["first"]] = False
+    kept = documents.filter(pa.array(stays))
+    write_shard(folder / source.name, kept)
     why = {reason: pc.sum(pc.equal(removed["reason"], reason)).as_py() or 0 for reason in REASONS}
     return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **why}
 

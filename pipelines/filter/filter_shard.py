@@ -6,7 +6,6 @@ away of people is masked last. What was found out goes with it in columns.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -23,12 +22,11 @@ from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge_documents
 from moray.pipelines.quality.quality_model import QualityModel, load_quality_model
 from moray.pipelines.shared.documents import write_batches, write_parquet
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.language import CHARACTERS, identify
-from moray.platform.core.atomic import write_json
 
 _BATCH = 512  # documents; a kernel's start costs microseconds
-COUNTS = ".counts"  # what a finished shard came to, for a rerun after a kill
 REMOVED = pa.schema(
     [("id", pa.string()), ("reason", pa.string()), ("value", pa.float64()), ("threshold", pa.float64())]
 )
@@ -43,18 +41,17 @@ def filter_shard(shard: Row, folder: str, config: FilterConfig, model: str) -> R
     model: the folder of a quality model, or ''.
     """
     path = Path(shard["path"])
-    counts = Path(folder) / COUNTS / f"{path.stem}.json"
-    if counts.exists():
-        return dict(json.loads(counts.read_text()))
+    return recorded(folder, path.stem, lambda: {"shard": shard["shard"], **_filter(path, Path(folder), config, model)})
+
+
+def _filter(path: Path, folder: Path, config: FilterConfig, model: str) -> Counter[str]:
     work = _Work(config, model)
     file = pq.ParquetFile(path)
     schema = work.schema(file.schema_arrow)
     tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH))
-    write_batches(Path(folder) / path.name, schema, work.kept(schema, tables))
-    write_parquet(Path(folder) / path.name.replace("documents-", "removed-"), work.removed())
-    row = {"shard": shard["shard"], **work.counts}
-    write_json(counts, row)
-    return row
+    write_batches(folder / path.name, schema, work.kept(schema, tables))
+    write_parquet(folder / path.name.replace("documents-", "removed-"), work.removed())
+    return work.counts
 
 
 class _Work:

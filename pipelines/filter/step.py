@@ -6,14 +6,14 @@ Which rules and which limits the recipe says; the first that a document breaks i
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
 from moray.pipelines.filter.config import FilterConfig
-from moray.pipelines.filter.filter_shard import COUNTS, filter_shard
+from moray.pipelines.filter.filter_shard import filter_shard
+from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards, pace
 from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.plan.context import StepContext
@@ -61,7 +61,7 @@ class Filter(Step[FilterConfig]):
         dropped = {reason: totals[f"dropped:{reason}"] for reason in ctx.config.reasons()}
         if not totals["kept"]:
             raise InputError("filter drops every document", f"by rule: { ({r: n for r, n in dropped.items() if n}) }")
-        shutil.rmtree(ctx.folder / COUNTS, ignore_errors=True)
+        forget_records(ctx.folder)
         ctx.counts |= {
             "in:documents": totals["documents"],
             "out:documents": totals["kept"],

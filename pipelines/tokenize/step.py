@@ -11,8 +11,6 @@ ids. A rerun after a kill goes on with the groups that have no record yet.
 
 from __future__ import annotations
 
-import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -26,6 +24,7 @@ from pydantic import Field
 
 from moray.actors.data.token_set import Shard, TokenVocabulary, write_index, write_token_shard
 from moray.pipelines.shared.documents import read_shard, shard_paths
+from moray.pipelines.shared.records import forget_records, recorded
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
@@ -33,13 +32,11 @@ from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged
 from moray.pipelines.tokenize.sequence_packing import Packing, TokenDocuments, pack_documents, plan_sequences
 from moray.pipelines.tokenizer.encoders import Choice, choose_encoder, encoder
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
-from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 
-_MADE = ".made"
 _SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree: half a second of the slower one
 _SAMPLE_SOURCES = 50
 
@@ -90,7 +87,7 @@ class Tokenize(Step[TokenizeConfig]):
         apply = partial(_tokenize_group, job=job)
         rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
         self._write_indexes(ctx, rows, vocabulary)
-        shutil.rmtree(ctx.folder / _MADE, ignore_errors=True)
+        forget_records(ctx.folder)
         self._say(ctx, rows)
 
     def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
@@ -187,23 +184,21 @@ def _sample(shards: list[Row]) -> tuple[list[str], list[str]]:
 
 def _tokenize_group(group: Row, job: GroupTask) -> Row:
     """Encodes and packs one group. Runs in a Ray worker."""
-    record = job.folder / _MADE / f"{group['shard']}.json"
-    if record.exists():
-        row: Row = json.loads(record.read_text())
-        return row
+    return recorded(job.folder, f"group-{group['shard']:05d}", lambda: _write_group(group, job))
+
+
+def _write_group(group: Row, job: GroupTask) -> Row:
     training = group["part"] == "train"
     documents = _encoded(group["paths"], job, job.config.fim_rate if training else 0.0)
     length = job.config.sequence_length
     pieces = plan_sequences(np.diff(documents.bounds), length, job.config.packing if training else "concatenate")
     packed, rows = pack_documents(documents, pieces, length, job.vocabulary)
     made = write_token_shard(job.folder / group["part"] / group["source"], group["number"], packed, rows)
-    row = {
+    return {
         **{name: group[name] for name in ("shard", "part", "source")},
         **asdict(made),
         "cut": pieces.cut(length),
     }
-    write_json(record, row)
-    return row
 
 
 def _encoded(paths: list[str], job: GroupTask, fim_rate: float) -> TokenDocuments:

@@ -29,10 +29,10 @@ steps:
   dedup: {inputs: {documents: corpus}, with: {index: nights}}
 """
 KILLS, WORKER_KILLS = 12, 6
-# The last file of each kind of task: with it, the task is done.
+# The last file of each kind of task, or its record: with it, the task is done.
 _LAST = (
-    ".work/sketches/documents-*.documents.npy", ".work/copies-*.npy", ".work/counts-*.npy", ".work/part-*.arrow",
-    ".work/grouped-groups-*.npy", ".work/decided-*.arrow", "documents-*.parquet",
+    ".work/sketches/documents-*.documents.npy", ".work/copies-*.npy", ".work/part-*.arrow",
+    ".work/grouped-groups-*.npy", ".work/.records/*.json",
 )  # fmt: skip
 
 Files = dict[str, tuple[int, int]]

@@ -34,6 +34,7 @@ from moray.pipelines.dedup.parts.tasks import (
     window_shard,
 )
 from moray.pipelines.dedup.removal import preferring_shards, read_outputs
+from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
@@ -86,6 +87,7 @@ class DedupParts(Step[DedupPartsConfig]):
             raise InputError("dedup-parts removes every document", f"by reason: {reasons}")
         for name in _LEFTOVERS:
             shutil.rmtree(ctx.folder / name, ignore_errors=True)
+        forget_records(ctx.folder)
         ctx.counts |= {
             "in:documents": kept + sum(reasons.values()),
             "out:documents": kept,

@@ -1,7 +1,8 @@
 """What workers do for dedup-parts: each function takes a description, leaves a file, and says what it counted.
 
-A task whose file is there returns at once, so a rerun after a kill does what is missing. Files are named after the
-shards, in a folder for each kind: what documents are, keys on their way, what of them is repeated, what is decided.
+A task whose file or record is there returns at once, so a rerun after a kill does what is missing. Files are named
+after the shards, in a folder for each kind: what documents are, keys on their way, what of them is repeated, what is
+decided.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moray.pipelines.dedup.parts.key_ranges import Columns, range_of, read_parts
 from moray.pipelines.dedup.parts.text_parts import normalized, parts_of, without
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.grouped_file import read_columns
+from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
@@ -101,13 +103,15 @@ def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) ->
 def match_fingerprints(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
     """Writes where fingerprints of one range are that are not alone, in a part for each shard."""
     path = folders.range("shared", one["shard"])
-    if not path.exists():
+
+    def match() -> Row:
         found = read_parts([folders.of("fingerprints", shard) for shard in shards], one["shard"])
         rows, _ = repeated_keys([found["key"]])
         columns = {"row": found["row"][rows], "place": found["place"][rows]}
         write_parts(path, columns, found["file"][rows])
-    with pa.memory_map(str(path)) as file:
-        return {"shard": one["shard"], "rows": pa.ipc.open_file(file).read_all().num_rows}
+        return {"shard": one["shard"], "rows": len(rows)}
+
+    return recorded(folders.root, f"shared-{path.stem}", match)
 
 
 def window_shard(shard: Row, folders: Folders, tokens: int, shared: int, ranges: int) -> Row:
@@ -148,27 +152,30 @@ def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
 
 def cut_shard(shard: Row, folders: Folders) -> Row:
     """Writes one shard as it was decided: what stays, what was edited and what is removed."""
+    return recorded(folders.root, Path(shard["path"]).stem, lambda: _cut(shard, folders))
+
+
+def _cut(shard: Row, folders: Folders) -> Row:
     target = folders.root / Path(shard["path"]).name
     edited, removed = (target.with_name(target.name.replace("documents-", kind)) for kind in ("edited-", "removed-"))
     verdicts = read_shard(folders.of("verdicts", shard))
-    if not target.exists():
-        table = read_shard(Path(shard["path"]))
-        table = table.append_column("row", pa.array(np.arange(len(table))))
-        reasons = verdicts.filter(pc.not_equal(verdicts["reason"], ""))
-        changed = verdicts.filter(pc.equal(verdicts["reason"], ""))
-        texts = table["text"].to_pylist()
-        for row, spans in _spans(read_shard(folders.of("cuts", shard))):
-            texts[row] = without(texts[row], spans)
-        left = pa.array([len(texts[row]) for row in changed["row"].to_pylist()], pa.int64())
-        changed = changed.append_column("characters_after", left)
-        table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts, pa.large_string()))
-        table = table.filter(pc.invert(pc.is_in(table["row"], value_set=reasons["row"].combine_chunks())))
-        write_parquet(removed, reasons.drop_columns(["row"]))
-        write_parquet(edited, changed.select(["id", "characters", "characters_after", "parts", "partner"]))
-        write_shard(target, table.drop_columns(["row"]))
-    kept = read_shard(target, ["text"])["text"]
+    table = read_shard(Path(shard["path"]))
+    table = table.append_column("row", pa.array(np.arange(len(table))))
+    reasons = verdicts.filter(pc.not_equal(verdicts["reason"], ""))
+    changed = verdicts.filter(pc.equal(verdicts["reason"], ""))
+    texts = table["text"].to_pylist()
+    for row, spans in _spans(read_shard(folders.of("cuts", shard))):
+        texts[row] = without(texts[row], spans)
+    left = pa.array([len(texts[row]) for row in changed["row"].to_pylist()], pa.int64())
+    changed = changed.append_column("characters_after", left)
+    table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts, pa.large_string()))
+    table = table.filter(pc.invert(pc.is_in(table["row"], value_set=reasons["row"].combine_chunks())))
+    write_parquet(removed, reasons.drop_columns(["row"]))
+    write_parquet(edited, changed.select(["id", "characters", "characters_after", "parts", "partner"]))
+    kept = table.drop_columns(["row"])
+    write_shard(target, kept)
     why = Counter(f"dropped:{reason}" for reason in verdicts["reason"].to_pylist() if reason)
-    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept), **why}
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **why}
 
 
 def _spans(cuts: pa.Table) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -24,6 +24,7 @@ from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_ou
 from moray.pipelines.dedup.semantic.embedder import embed_shard, embedding_model_folder, vectors_of
 from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
+from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig, operational
@@ -80,6 +81,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
         keep = partial(keep_shard, folder=str(ctx.folder))
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         shutil.rmtree(ctx.folder / _DESCRIBED)
+        forget_records(ctx.folder)
         why = found.removed["reason"].to_pylist()
         ctx.counts |= {
             "in:documents": len(found.labels),
