@@ -70,8 +70,8 @@ def imported(nodes: list[ast.stmt] | ast.Module, everywhere: bool) -> Iterator[s
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module or ""
-        elif not everywhere and runs_later(node):
-            continue
+        elif isinstance(node, ast.expr) or (not everywhere and runs_later(node)):
+            continue  # no expression holds a statement
         waiting += list(ast.iter_child_nodes(node))
 
 

@@ -167,8 +167,8 @@ def test_after_from_minutes_all_over_the_change(zone: str, day: str, text: str) 
     """Also from within the repeated hour, and from just before a minute."""
     expected = [*oracle(fixed(text), zone, day)]
     trigger = Cron(text, zone)
-    # Every seventh minute meets every minute of an hour in the course of the three days.
-    for instant, _ in minutes(zone, day)[1440 : 4 * 1440 : 13]:
+    # 37 has no divisor in common with 60: these instants meet every minute of an hour in the course of the three days.
+    for instant, _ in minutes(zone, day)[1440 : 4 * 1440 : 37]:
         for moment in (instant - 0.5, instant):
             at = bisect_right(expected, moment)
             if at < len(expected):
