@@ -49,9 +49,12 @@ class Payload:
         generator = torch.Generator().manual_seed(rank)
         self.rows_TD = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16().to(device)
         ids_TK, weights_TK, _ = route(
-            torch.randn(tokens, experts, generator=generator), torch.zeros(experts), top_k=config.num_experts_per_tok,
-            n_group=config.n_group, topk_group=config.topk_group,
-        )  # fmt: skip
+            torch.randn(tokens, experts, generator=generator),
+            torch.zeros(experts),
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+        )
         self.plan = SendPlan.of(ids_TK.to(device), self.ranks, experts // self.ranks)
         counts = self.plan.send_counts()
         came = torch.empty_like(counts)

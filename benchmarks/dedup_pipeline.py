@@ -71,9 +71,21 @@ def ours(source: str, out: str) -> dict[str, Any]:
     home = Home(Path(out).parent / "home")  # of all rounds: what numba compiled in the first is there for the others
     home.root.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(
-        step="corpus", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[], bytes=0,
-        run="", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
+        step="corpus",
+        step_version=1,
+        fingerprint="ab",
+        produces="documents",
+        config={},
+        address={},
+        files=[],
+        bytes=0,
+        run="",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
     (Path(out) / "result").mkdir(parents=True)
     cluster = embedded_cluster(home, 2)
     began = time.monotonic()
@@ -82,19 +94,28 @@ def ours(source: str, out: str) -> dict[str, Any]:
     watch = Watch()
     watch.start()
     context: StepContext[DedupConfig] = StepContext(
-        step="dedup", config=DedupConfig(), inputs={"documents": Artifact(Path(source), manifest)}, home=home,
-        folder=Path(out) / "result", run=Path(out) / "run", events=EventLog(Path(out) / "run" / "events", "benchmark"),
-        cluster=cluster, fingerprint="cd",
-    )  # fmt: skip
+        step="dedup",
+        config=DedupConfig(),
+        inputs={"documents": Artifact(Path(source), manifest)},
+        home=home,
+        folder=Path(out) / "result",
+        run=Path(out) / "run",
+        events=EventLog(Path(out) / "run" / "events", "benchmark"),
+        cluster=cluster,
+        fingerprint="cd",
+    )
     step.run(context)
     ended = time.monotonic()
     watch.end()
     cluster.stop()
     removed = context.counts["exact"] + context.counts["near"]
     return {
-        "wall_s": ended - began, "start_s": started - began, "removed": removed,
-        "worker_MB": watch.worker_bytes / 1e6, "store_MB": watch.store_bytes / 1e6,
-    }  # fmt: skip
+        "wall_s": ended - began,
+        "start_s": started - began,
+        "removed": removed,
+        "worker_MB": watch.worker_bytes / 1e6,
+        "store_MB": watch.store_bytes / 1e6,
+    }
 
 
 def four_times(source: Path, out: Path) -> None:

@@ -50,9 +50,12 @@ def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
 def documents_of(texts: list[str]) -> DocumentColumns:
     count = len(texts)
     return DocumentColumns(
-        ids=np.arange(count).astype("S32"), hashes=np.array([content_hash(t) for t in texts], "S"),
-        sources=np.zeros(count, np.int64), qualities=np.zeros(count), lengths=np.array([len(t) for t in texts]),
-    )  # fmt: skip
+        ids=np.arange(count).astype("S32"),
+        hashes=np.array([content_hash(t) for t in texts], "S"),
+        sources=np.zeros(count, np.int64),
+        qualities=np.zeros(count),
+        lengths=np.array([len(t) for t in texts]),
+    )
 
 
 def main(megabytes: str = "120") -> int:
@@ -127,13 +130,18 @@ def one_seed(texts: list[str], column: pa.ChunkedArray, pairs: Any, alike: Any, 
     row: dict[str, Any] = {f"recall_{s}": float(together[alike >= s].mean()) for s in BARS}
     theory = 1 - (1 - alike[alike >= min(BARS)] ** shingling.rows) ** shingling.bands
     return {
-        "bands": shingling.bands, "rows": shingling.rows, "seed": shingling.seed, **row,
+        "bands": shingling.bands,
+        "rows": shingling.rows,
+        "seed": shingling.seed,
+        **row,
         "share_a_key_by_theory": float(theory.mean()),
-        "candidates": len(near.pairs), "removed": len(found.removed),
+        "candidates": len(near.pairs),
+        "removed": len(found.removed),
         "precision": sum(pair in exact for pair in said) / max(1, len(said)),
-        "without_partner": int((found.removed["similarity"].to_numpy() < LEAST).sum()), "sign_s": signed - began,
+        "without_partner": int((found.removed["similarity"].to_numpy() < LEAST).sum()),
+        "sign_s": signed - began,
         "verify_share": (verified - sketched) / (sketched - began),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

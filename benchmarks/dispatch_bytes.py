@@ -43,9 +43,12 @@ def main(tokens: str = "65536") -> int:
     generator = torch.Generator().manual_seed(1)
     logits_TE = torch.randn(int(tokens), experts, generator=generator)
     ids_TK, _, _ = route(
-        logits_TE, torch.zeros(experts), top_k=config.num_experts_per_tok, n_group=config.n_group,
+        logits_TE,
+        torch.zeros(experts),
+        top_k=config.num_experts_per_tok,
+        n_group=config.n_group,
         topk_group=config.topk_group,
-    )  # fmt: skip
+    )
     home_T = torch.arange(int(tokens)) % NODES
     ranks = NODES * RANKS_PER_NODE
     bf16, tail = 2 * width, config.num_experts_per_tok * (torch.int32.itemsize + torch.float32.itemsize)
@@ -68,7 +71,7 @@ def main(tokens: str = "65536") -> int:
             "ratio": count * size / naive,
         }
         for way, (count, size) in ways.items()
-    ]  # fmt: skip
+    ]
     nodes = places(ids_TK, NODES, experts).sum(1)
     rows.append({"way": "nodes of a token", "mean": nodes.float().mean().item(), "most": int(nodes.max())})
     sent = next(row for row in rows if row["way"] == SENT)

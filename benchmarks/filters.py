@@ -73,9 +73,7 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
         if family == "c4":
             left = judged.texts.to_pylist()
             kept = [reason is None for reason in expected]
-            same = [
-                ok and (not kept[i] or left[i] == theirs["c4 texts"][i]) for i, ok in enumerate(same)
-            ]  # fmt: skip
+            same = [ok and (not kept[i] or left[i] == theirs["c4 texts"][i]) for i, ok in enumerate(same)]
         shares[family] = sum(same) / len(same)
     together = judge_documents(column, FilterConfig(rules=ORDER)).reasons
     verdicts = zip(together, theirs["together"], strict=True)

@@ -88,9 +88,18 @@ def perturb(worker: Worker) -> None:
 
 @torch.no_grad()
 def naive_adamw(
-    master: Tensor, grad: Tensor, first: Fp8Moment, second: Fp8Moment, *, step: int, rate: float, beta1: float,
-    beta2: float, epsilon: float, weight_decay: float,
-) -> None:  # fmt: skip
+    master: Tensor,
+    grad: Tensor,
+    first: Fp8Moment,
+    second: Fp8Moment,
+    *,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> None:
     """AdamW's step, after which each moment is divided by its largest number and stored as it is."""
     m = restore(first).lerp_(grad, 1 - beta1)
     v = restore(second).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -68,14 +68,30 @@ def _worker(folder: str, overlap: bool) -> Any:
 
     keep_freed_memory()
     model = dataclasses.replace(
-        preset("tiny"), vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=5,
-        num_attention_heads=4, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=192,
-        n_shared_experts=2, n_group=1, topk_group=1, max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
-    )  # fmt: skip
+        preset("tiny"),
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=192,
+        n_shared_experts=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=LENGTH,
+        num_nextn_predict_layers=0,
+    )
     config = PretrainConfig(
-        steps=1000, batch_sequences=BATCH, workers=2, expert_parallel=2, precision="bf16", overlap=overlap,
+        steps=1000,
+        batch_sequences=BATCH,
+        workers=2,
+        expert_parallel=2,
+        precision="bf16",
+        overlap=overlap,
         micro_batch_sequences=BATCH // 4,
-    )  # fmt: skip
+    )
     job = TrainingJob(config, model, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
     return build(job, Mesh.create(2, device), device)
@@ -201,10 +217,14 @@ def main(rounds: str = "15") -> int:
         reduction = statistics.median(step["reduction"] / step["seconds"] for step in steps)
         rows.append(
             {
-                "schedule": schedule, "exposed_share": share, "of_it_reduction": reduction, "step_s": seconds,
-                "mbit_s": rate, "loss": last,
+                "schedule": schedule,
+                "exposed_share": share,
+                "of_it_reduction": reduction,
+                "step_s": seconds,
+                "mbit_s": rate,
+                "loss": last,
             }
-        )  # fmt: skip
+        )
     sequential, overlapped = rows
     losses = zip(*ranks.losses.values(), strict=False)  # the search for the rate took more steps of one
     difference = max(abs(one / other - 1) for one, other in losses)

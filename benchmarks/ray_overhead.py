@@ -54,9 +54,13 @@ def make_job(folder: Path, workers: int, gpu: bool) -> TrainingJob:
     """Longer than anybody waits: it is ended when the turns are over."""
     model, length, precision = (gpu_model(), 2048, "bf16") if gpu else (preset("tiny"), LENGTH, "float32")
     config = PretrainConfig(
-        steps=10**6, batch_sequences=SEQUENCES * workers, workers=workers, expert_parallel=workers,
-        precision=precision, checkpoint_every=10**7,
-    )  # fmt: skip
+        steps=10**6,
+        batch_sequences=SEQUENCES * workers,
+        workers=workers,
+        expert_parallel=workers,
+        precision=precision,
+        checkpoint_every=10**7,
+    )
     return TrainingJob(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
 
 
@@ -113,12 +117,14 @@ def compare(root: Path, workers: int, gpu: bool, turns: int, seconds: float) -> 
     means = {way: [step_seconds(folders[way], turn.began, turn.ended) for turn in sides[way].turns] for way in WAYS}
     rows: list[dict[str, Any]] = [
         {
-            "workers": where, "under": way, "step_ms": statistics.mean(means[way]) * 1e3,
+            "workers": where,
+            "under": way,
+            "step_ms": statistics.mean(means[way]) * 1e3,
             "worker_cores": statistics.mean(sum(turn.cores[:workers]) for turn in sides[way].turns),
             "other_cores": statistics.mean(sum(turn.cores[workers:]) for turn in sides[way].turns),
         }
         for way in WAYS
-    ]  # fmt: skip
+    ]
     longer = [ray / plain - 1 for plain, ray in zip(*means.values(), strict=True)]
     rows.append({"workers": where, "longer": statistics.mean(longer), "standard_error": standard_error(longer)})
     losses = [losses_of(folder) for folder in folders.values()]

@@ -84,8 +84,10 @@ class Run:
         self.folder, self._log = folder, folder / "log"
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--rank", str(folder / "job")],
-            env={**os.environ, "MORAY_KERNELS": kernels}, stdout=self._log.open("w"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            env={**os.environ, "MORAY_KERNELS": kernels},
+            stdout=self._log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
 
     def end(self) -> str | None:
         """Waits; the last line of what went wrong, if something did."""

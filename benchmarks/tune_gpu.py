@@ -53,22 +53,30 @@ def products(size: Sizes, device: str) -> Iterator[Product]:
             x = quantize.quantize(torch.randn(m, k, device=device, dtype=torch.bfloat16), ROW_TILES, True)
             one = (w[0][0], w[1][0])
             yield Product(
-                "fp8_gemm", (m, n, k), partial(fp8_gemm.fp8_gemm_triton, *x, *one),
-                partial(fp8_gemm.fp8_gemm_reference, *x, *one, dtype=torch.float32), (64, 128),
-            )  # fmt: skip
+                "fp8_gemm",
+                (m, n, k),
+                partial(fp8_gemm.fp8_gemm_triton, *x, *one),
+                partial(fp8_gemm.fp8_gemm_reference, *x, *one, dtype=torch.float32),
+                (64, 128),
+            )
         offsets = offsets_of(size, False, device)
         wide = torch.randn(size.rows, k, device=device, dtype=torch.bfloat16)
         along, turned = quantize.quantize_both(wide, True)
         yield Product(
-            "fp8_gemm_grouped", (size.rows, n, k), partial(fp8_gemm.fp8_gemm_grouped_triton, *along, *w, offsets),
-            partial(fp8_gemm.fp8_gemm_grouped_reference, *along, *w, offsets, dtype=torch.float32), (64, 128),
-        )  # fmt: skip
+            "fp8_gemm_grouped",
+            (size.rows, n, k),
+            partial(fp8_gemm.fp8_gemm_grouped_triton, *along, *w, offsets),
+            partial(fp8_gemm.fp8_gemm_grouped_reference, *along, *w, offsets, dtype=torch.float32),
+            (64, 128),
+        )
         other = quantize.quantize_both(torch.randn(size.rows, n, device=device, dtype=torch.bfloat16), True)[1]
         yield Product(
-            "fp8_gemm_k_grouped", (n, k, size.rows),
+            "fp8_gemm_k_grouped",
+            (n, k, size.rows),
             partial(fp8_gemm.fp8_gemm_k_grouped_triton, *other, *turned, offsets),
-            partial(fp8_gemm.fp8_gemm_k_grouped_reference, *other, *turned, offsets), (64, 128, 256),
-        )  # fmt: skip
+            partial(fp8_gemm.fp8_gemm_k_grouped_reference, *other, *turned, offsets),
+            (64, 128, 256),
+        )
 
 
 def best_of(product: Product, clock: Clock) -> dict[str, Any]:

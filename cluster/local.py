@@ -119,20 +119,34 @@ class LocalCluster:
     def _head(self) -> list[str]:
         o = self.options
         return [
-            *_ray_start(), "--head", f"--port={o.ray_port}", "--num-cpus=0", "--num-gpus=0",
-            f"--memory={_HEAD_MEMORY}", f"--object-store-memory={_HEAD_STORE}", "--include-dashboard=true",
-            "--dashboard-host=127.0.0.1", f"--dashboard-port={o.dashboard_port}",
-            f"--ray-client-server-port={o.client_port}", "--no-monitor", f"--temp-dir={self.folder}",
-        ]  # fmt: skip
+            *_ray_start(),
+            "--head",
+            f"--port={o.ray_port}",
+            "--num-cpus=0",
+            "--num-gpus=0",
+            f"--memory={_HEAD_MEMORY}",
+            f"--object-store-memory={_HEAD_STORE}",
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={o.dashboard_port}",
+            f"--ray-client-server-port={o.client_port}",
+            "--no-monitor",
+            f"--temp-dir={self.folder}",
+        ]
 
     def _worker(self) -> list[str]:
         o = self.options
         store = max(128 << 20, min(4 << 30, o.memory_bytes // 8))
         return [
-            *_ray_start(), f"--address={self.address}", f"--num-cpus={o.cpus}", f"--num-gpus={o.gpus}",
-            f"--memory={max(1 << 30, o.memory_bytes - store - _SYSTEM_MEMORY)}", f"--object-store-memory={store}",
-            f"--resources={json.dumps({DRIVER: o.slots})}", f"--temp-dir={self.folder}",
-        ]  # fmt: skip
+            *_ray_start(),
+            f"--address={self.address}",
+            f"--num-cpus={o.cpus}",
+            f"--num-gpus={o.gpus}",
+            f"--memory={max(1 << 30, o.memory_bytes - store - _SYSTEM_MEMORY)}",
+            f"--object-store-memory={store}",
+            f"--resources={json.dumps({DRIVER: o.slots})}",
+            f"--temp-dir={self.folder}",
+        ]
 
     def _forget_address(self) -> None:
         """`ray start --head` takes this file and a living worker for a cluster that is up at its address."""
@@ -183,9 +197,12 @@ def default_options(
         raise InputError(f"--slots {slots}: at least one job must be able to run", "give 1 or more")
     chosen = cpus or machine.cores()
     return LocalOptions(
-        cpus=chosen, gpus=machine.gpus() if gpus is None else gpus, memory_bytes=machine.memory_bytes(),
-        slots=slots or max(1, chosen // 4), **ports,
-    )  # fmt: skip
+        cpus=chosen,
+        gpus=machine.gpus() if gpus is None else gpus,
+        memory_bytes=machine.memory_bytes(),
+        slots=slots or max(1, chosen // 4),
+        **ports,
+    )
 
 
 def short_folder(home: Home) -> Path:
@@ -205,6 +222,15 @@ def _ray_start() -> list[str]:
 
     # `ray start` as a module: the `ray` command may not be on the path of a service.
     return [
-        sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
-        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--include-log-monitor=false",
-    ]  # fmt: skip
+        sys.executable,
+        "-P",
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0",
+        "--include-log-monitor=false",
+    ]

@@ -53,10 +53,13 @@ def usage_in(state: Any) -> Usage:
         return sum(machine.free.get(name, 0.0) for machine in machines)
 
     return Usage(
-        cpus=total("CPU"), cpus_used=total("CPU") - free("CPU"),
-        gpus=total("GPU"), gpus_used=total("GPU") - free("GPU"), nodes=len(machines),
+        cpus=total("CPU"),
+        cpus_used=total("CPU") - free("CPU"),
+        gpus=total("GPU"),
+        gpus_used=total("GPU") - free("GPU"),
+        nodes=len(machines),
         waiting=tuple(f"{count} x {demand_words(demand.total())}" for demand, count in waiting_in(state).items()),
-    )  # fmt: skip
+    )
 
 
 def _say(text: str) -> None:

@@ -51,9 +51,14 @@ class Register(Step[RegisterConfig]):
         }
         ctx.progress("registering", 0, 1, "models")
         registered = register_model(
-            ctx.home, name, model.folder, list(_curves(ctx, lineage)), figures, params,
+            ctx.home,
+            name,
+            model.folder,
+            list(_curves(ctx, lineage)),
+            figures,
+            params,
             {"moray.run": ctx.run.name, "moray.artifact": model.reference},
-        )  # fmt: skip
+        )
         store.aliases.set(name, NEWEST, model.reference)
         write_json(
             ctx.folder / "registration.json",

@@ -79,9 +79,14 @@ class ControlPlane:
     def cli(self, *arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Runs `moray ARGUMENTS`; fails if it does not end with `code`."""
         done = subprocess.run(
-            [sys.executable, str(ROOT / "moray.py"), *arguments], env=self.environment, capture_output=True, text=True,
-            timeout=300, cwd=cwd or self.gates, check=False,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / "moray.py"), *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=cwd or self.gates,
+            check=False,
+        )
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

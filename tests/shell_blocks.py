@@ -64,9 +64,14 @@ class Background:
         self._command = command
         ready, self._status = LASTING[entry]
         self._process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], cwd=folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["bash", "-c", f"exec {command}"],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
         self._said: SimpleQueue[str] = SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -108,10 +113,16 @@ def run_page(page: Path, environment: Mapping[str, str], folder: Path) -> None:
                 background = Background(lines[0], entry, environment, folder)
             elif lines:
                 done = subprocess.run(
-                    ["bash", "-euo", "pipefail", "-c", "\n".join(lines)], cwd=folder, env=environment, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=SECONDS,
+                    ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+                    cwd=folder,
+                    env=environment,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    timeout=SECONDS,
                     check=False,
-                )  # fmt: skip
+                )
                 assert done.returncode == 0, f"{page.name}: exit {done.returncode}\n{block}\n{done.stdout}"
                 if background is not None:
                     background.stop()

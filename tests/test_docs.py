@@ -66,14 +66,32 @@ def test_the_example_step_runs(home: Home, tmp_path: Path) -> None:
     columns = [pa.array([value], field.type) for value, field in zip(row, SCHEMA, strict=True)]
     write_shard(tmp_path / "in" / "documents-00000.parquet", pa.table(columns, schema=SCHEMA))
     manifest = Manifest(
-        step="filter", step_version=1, fingerprint="f", produces="documents", config={}, address={}, files=[], bytes=0,
-        run="r", code={}, environment={}, started=0, seconds=0, cpu_seconds=0,
-    )  # fmt: skip
+        step="filter",
+        step_version=1,
+        fingerprint="f",
+        produces="documents",
+        config={},
+        address={},
+        files=[],
+        bytes=0,
+        run="r",
+        code={},
+        environment={},
+        started=0,
+        seconds=0,
+        cpu_seconds=0,
+    )
     context: StepContext[Any] = StepContext(
-        step="words", config=step.Config(min_length=2), inputs={"documents": Artifact(tmp_path / "in", manifest)},
-        folder=tmp_path / "out", home=home, run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "t"),
-        cluster=Unused(), fingerprint="f",
-    )  # fmt: skip
+        step="words",
+        config=step.Config(min_length=2),
+        inputs={"documents": Artifact(tmp_path / "in", manifest)},
+        folder=tmp_path / "out",
+        home=home,
+        run=tmp_path / "run",
+        events=EventLog(tmp_path / "run" / "events", "t"),
+        cluster=Unused(),
+        fingerprint="f",
+    )
     context.folder.mkdir()
     step.run(context)
     assert (tmp_path / "out" / "words.json").read_text() == '{\n  "s": 2\n}\n'

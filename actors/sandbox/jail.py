@@ -86,9 +86,13 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 def _set_attributes(path: str, flags: int, recursive: bool) -> None:
     attributes = struct.pack("QQQQ", flags, 0, 0, 0)
     result = _libc.syscall(
-        ctypes.c_long(_MOUNT_SETATTR), ctypes.c_int(-100), path.encode(),
-        ctypes.c_uint(_AT_RECURSIVE if recursive else 0), attributes, ctypes.c_size_t(len(attributes)),
-    )  # fmt: skip
+        ctypes.c_long(_MOUNT_SETATTR),
+        ctypes.c_int(-100),
+        path.encode(),
+        ctypes.c_uint(_AT_RECURSIVE if recursive else 0),
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
     _call(f"mount_setattr {path}", result)
 
 

@@ -91,9 +91,13 @@ class SandboxWatch:
         try:
             process = subprocess.Popen(
                 [python, "-I", "-S", str(_CELL), str(writer)],
-                stdin=subprocess.PIPE, stdout=output_end, stderr=output_end, pass_fds=[writer], env={},
+                stdin=subprocess.PIPE,
+                stdout=output_end,
+                stderr=output_end,
+                pass_fds=[writer],
+                env={},
                 start_new_session=True,
-            )  # fmt: skip
+            )
         finally:
             os.close(writer)
             os.close(output_end)

@@ -45,9 +45,13 @@ class ShapedLink:
         """A process on a host, with pipes."""
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            ["ip", "netns", "exec", self._names[host], *command], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options,
-        )  # fmt: skip
+            ["ip", "netns", "exec", self._names[host], *command],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            **options,
+        )
 
 
 def _run(*command: str) -> None:

@@ -75,9 +75,11 @@ def datasketch(texts: list[str]) -> int:
     from datasketch import MinHash
 
     made = MinHash.bulk(
-        ([one.encode() for one in shingles(text)] for text in texts), num_perm=BANDS * ROWS, scheme="affine32",
+        ([one.encode() for one in shingles(text)] for text in texts),
+        num_perm=BANDS * ROWS,
+        scheme="affine32",
         hashfunc=lambda data: xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF,
-    )  # fmt: skip
+    )
     clusters = Clusters(len(texts))
     join_equal_bands(clusters, np.stack([one.hashvalues for one in made]))
     return clusters.removed()

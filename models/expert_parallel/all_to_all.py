@@ -66,9 +66,13 @@ class AllToAll:
         return _PendingCollective(self, transfer, out)
 
     def start_fp8(
-        self, rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, send_counts: Sequence[int],
+        self,
+        rows_TD: Tensor,
+        metadata_TN: Tensor,
+        sent_PT: Tensor,
+        send_counts: Sequence[int],
         recv_counts: Sequence[int],
-    ) -> PendingRows:  # fmt: skip
+    ) -> PendingRows:
         """Starts to send each row, quantised to FP8 and followed by its metadata, to the ranks of `sent_PT`, through
         shared memory. What arrives is uint8 [rows, bytes], laid out as in `kernels/push.py`."""
         assert self.memory is not None

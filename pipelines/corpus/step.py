@@ -78,9 +78,14 @@ class Corpus(Step[CorpusConfig]):
         write = partial(write_corpus_shard, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
         forget_progress(ctx.folder)  # of a run that was killed
         rows = map_shards(
-            ctx, "reading", shards, write, "bytes", lambda row: sum(row["sizes"]),
+            ctx,
+            "reading",
+            shards,
+            write,
+            "bytes",
+            lambda row: sum(row["sizes"]),
             partly=partial(bytes_in_work, ctx.folder),
-        )  # fmt: skip
+        )
         forget_progress(ctx.folder)
         dropped: Counter[str] = Counter()
         for row in rows:

@@ -142,9 +142,14 @@ def load_index(folder: Path, characters: bool) -> EvalIndex:
     pieces, grams = read_shard(folder / "pieces.parquet"), read_shard(folder / "grams.parquet")
     names = list(zip(pieces["eval"].to_pylist(), pieces["item"].to_pylist(), strict=True))
     return _indexed(
-        names, pieces["text"].to_pylist(), pieces["size"].to_numpy(), characters,
-        grams["hash"].to_numpy(), grams["piece"].to_numpy(), grams["unit"].to_numpy(),
-    )  # fmt: skip
+        names,
+        pieces["text"].to_pylist(),
+        pieces["size"].to_numpy(),
+        characters,
+        grams["hash"].to_numpy(),
+        grams["piece"].to_numpy(),
+        grams["unit"].to_numpy(),
+    )
 
 
 def build_index(pieces: Sequence[EvalText], grams: Grams) -> EvalIndex:
@@ -199,9 +204,14 @@ def _sizes(names: Sequence[tuple[str, str]], lengths: Integers, words: Integers,
 
 
 def _indexed(
-    names: list[tuple[str, str]], texts: list[str], sizes: Integers, characters: bool,
-    hashes: npt.NDArray[np.uint64], piece_of: Integers, unit_of: Integers,
-) -> EvalIndex:  # fmt: skip
+    names: list[tuple[str, str]],
+    texts: list[str],
+    sizes: Integers,
+    characters: bool,
+    hashes: npt.NDArray[np.uint64],
+    piece_of: Integers,
+    unit_of: Integers,
+) -> EvalIndex:
     """From pieces, and from places in the order of their hashes."""
     items = {name: i for i, name in enumerate(dict.fromkeys(names))}
     distinct, starts = np.unique(hashes, return_index=True)

@@ -68,9 +68,17 @@ def bitmap(grams: Hashes) -> tuple[Bytes, np.uint64]:
 
 @numba.njit(nogil=True, cache=True)
 def scan(
-    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, characters: bool, sizes: Places, grams: Hashes,
-    bits: Bytes, shift: np.uint64, found: Places,
-) -> int:  # fmt: skip
+    offsets: Places,
+    data: Bytes,
+    kinds: Bytes,
+    folds: Codes,
+    characters: bool,
+    sizes: Places,
+    grams: Hashes,
+    bits: Bytes,
+    shift: np.uint64,
+    found: Places,
+) -> int:
     """Writes (text, n-gram as an index of `grams`, its first unit) to `found`, int64 [room, 3], once for each text and
     n-gram; returns how many there are, also when there is no room for them.
 

@@ -51,11 +51,15 @@ class NumberedShards:
         age = int(self.generations.max(initial=0))
         return [
             {
-                "shard": i, "path": str(self.paths[file]), "first": int(self.firsts[file]),
-                "age": int(self.generations[file]) - age, "begin": int(bounds[file]), "end": int(bounds[file + 1]),
+                "shard": i,
+                "path": str(self.paths[file]),
+                "first": int(self.firsts[file]),
+                "age": int(self.generations[file]) - age,
+                "begin": int(bounds[file]),
+                "end": int(bounds[file + 1]),
             }
             for i, file in enumerate(files)
-        ]  # fmt: skip
+        ]
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,13 @@ class Crawl:
         generations = [([one.texts / name for name in one.generation.shards], one.generation.rows) for one in earlier]
         known = [] if ctx.config.index_form == "bloom" else earlier
         return Crawl(
-            ctx.inputs["documents"].reference, paths, rows, earlier, NumberedShards.of([*generations, (paths, rows)]),
+            ctx.inputs["documents"].reference,
+            paths,
+            rows,
+            earlier,
+            NumberedShards.of([*generations, (paths, rows)]),
             Representatives.read(known),
-        )  # fmt: skip
+        )
 
     @property
     def count(self) -> int:

@@ -28,10 +28,15 @@ from moray.pipelines.text.minhash import Shingling
 
 DECIDED = pa.schema(
     [
-        ("number", pa.int64()), ("kept", pa.int64()), ("id", pa.string()), ("reason", pa.string()),
-        ("representative", pa.string()), ("partner", pa.string()), ("similarity", pa.float64()),
+        ("number", pa.int64()),
+        ("kept", pa.int64()),
+        ("id", pa.string()),
+        ("reason", pa.string()),
+        ("representative", pa.string()),
+        ("partner", pa.string()),
+        ("similarity", pa.float64()),
     ]
-)  # fmt: skip
+)
 LOST = -1  # `kept` of who goes though nobody here stays: a filter has seen one of them
 _OLDER = 1 << 32  # more than there are sources
 _SHINGLES = 50_000_000  # of pairs that are compared at once: 400 MB, however large the component
@@ -204,9 +209,12 @@ def _read(files: PhaseFiles, count: int, group: int) -> Group:
         bounds.append(np.stack((ends[:-1], ends[1:]), axis=1))
         sets.append(own)
     return Group(
-        np.concatenate(numbers), columns_of(np.concatenate(rows)), np.concatenate(of_file), np.concatenate(bounds),
+        np.concatenate(numbers),
+        columns_of(np.concatenate(rows)),
+        np.concatenate(of_file),
+        np.concatenate(bounds),
         sets,
-    )  # fmt: skip
+    )
 
 
 def _pairs(files: PhaseFiles, count: int, number: int, group: Group) -> Indices:

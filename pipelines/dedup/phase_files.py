@@ -25,9 +25,24 @@ from pathlib import Path
 from typing import Literal
 
 FileKind = Literal[
-    "sketches", "copies", "originals", "seen_hashes", "members", "pairs", "forest", "seen_keys",
-    "numbers", "groups", "known", "seen", "candidates", "grouped_pairs", "pair_groups", "group_decisions", "decisions",
-]  # fmt: skip
+    "sketches",
+    "copies",
+    "originals",
+    "seen_hashes",
+    "members",
+    "pairs",
+    "forest",
+    "seen_keys",
+    "numbers",
+    "groups",
+    "known",
+    "seen",
+    "candidates",
+    "grouped_pairs",
+    "pair_groups",
+    "group_decisions",
+    "decisions",
+]
 _NAMES: dict[FileKind, str] = {
     "sketches": "sketches",
     "copies": "copies-{:05d}.npy",

@@ -179,9 +179,11 @@ def match_keys(run: DedupRun, files: PhaseFiles) -> None:
     rows = map_shards(run.ctx, "comparing", parts, task, "ranges", lambda row: 1, here=run.few)
     seen = [np.load(files.read("seen_keys", row["shard"])) for row in rows if row["seen"]]
     run.pairs = CandidatePairs(
-        [row["pairs"] for row in rows], [row["edges"] for row in rows],
-        np.unique(np.concatenate([np.zeros(0, np.int64), *seen])), sum(row["capped"] for row in rows),
-    )  # fmt: skip
+        [row["pairs"] for row in rows],
+        [row["edges"] for row in rows],
+        np.unique(np.concatenate([np.zeros(0, np.int64), *seen])),
+        sum(row["capped"] for row in rows),
+    )
 
 
 def join_forests(run: DedupRun, files: PhaseFiles) -> None:
@@ -226,9 +228,12 @@ def read_grouped(run: DedupRun, files: PhaseFiles) -> None:
     """The documents to be decided, read again, by group."""
     config = run.ctx.config
     task = partial(
-        read_candidates, files=files, sketches=run.sketches(files),
-        shingling=config.shingling if config.similarity else None, prefer=config.prefer,
-    )  # fmt: skip
+        read_candidates,
+        files=files,
+        sketches=run.sketches(files),
+        shingling=config.shingling if config.similarity else None,
+        prefer=config.prefer,
+    )
     rows = run.crawl.shards.rows_of(run.clusters.numbers)
     few = sum(Path(row["path"]).stat().st_size for row in rows) <= _FEW_BYTES
     map_shards(run.ctx, "reading again", rows, task, "documents", lambda row: row["end"] - row["begin"], here=few)
@@ -257,9 +262,14 @@ def decide(run: DedupRun, files: PhaseFiles) -> None:
     rules = GroupRules(run.candidate_files, run.pair_files, config.similarity, config.measure == "containment")
     few = groups.count < 2 and run.clusters.characters.sum() <= _GROUP_CHARACTERS
     rows = map_shards(
-        run.ctx, "deciding", [{"shard": group} for group in range(groups.count)],
-        partial(decide_group, files=files, rules=rules), "groups", lambda row: 1, here=few,
-    )  # fmt: skip
+        run.ctx,
+        "deciding",
+        [{"shard": group} for group in range(groups.count)],
+        partial(decide_group, files=files, rules=rules),
+        "groups",
+        lambda row: 1,
+        here=few,
+    )
     tables = [read_decided(files.read("group_decisions", group)) for group in range(groups.count)]
     table = write_decided(files.write("decisions"), tables)
     run.decisions = Decisions(table, sum(row["pairs"] for row in rows), sum(row["alike"] for row in rows))

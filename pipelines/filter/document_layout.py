@@ -55,9 +55,12 @@ def counts_for(items: int) -> Counts:
     """Room for that many different keys."""
     room = 1 << max(4, int(2 * items).bit_length())
     return Counts(
-        np.zeros(room, np.uint64), np.zeros(room, np.int64), np.zeros(items + 1, np.int32),
-        np.zeros(items + 1, np.int32), np.zeros(2, np.int64),
-    )  # fmt: skip
+        np.zeros(room, np.uint64),
+        np.zeros(room, np.int64),
+        np.zeros(items + 1, np.int32),
+        np.zeros(items + 1, np.int32),
+        np.zeros(2, np.int64),
+    )
 
 
 @numba.njit(nogil=True)

@@ -67,11 +67,14 @@ def room_for(longest: int) -> tuple[DocumentLayout, DocumentLayout, Counts]:
     characters = longest + 1
     documents = [
         DocumentLayout(
-            np.zeros(characters, np.uint32), np.zeros(characters, np.uint8), np.zeros(words, np.int64),
-            np.zeros(words, np.int64), np.zeros(words, np.uint64),
+            np.zeros(characters, np.uint32),
+            np.zeros(characters, np.uint8),
+            np.zeros(words, np.int64),
+            np.zeros(words, np.int64),
+            np.zeros(words, np.uint64),
         )
         for words in (characters // 2 + 1, 0)
-    ]  # fmt: skip
+    ]
     return documents[0], documents[1], counts_for(characters + 1)
 
 
@@ -127,9 +130,16 @@ def _judge(
 
 @numba.njit(nogil=True, cache=True)
 def judge_layouts(
-    offsets: Places, data: Bytes, table: Bytes, rules: RuleArrays, room: DocumentLayout, edited: DocumentLayout | None,
-    counts: Counts, verdicts: RuleVerdicts, write: bool,
-) -> None:  # fmt: skip
+    offsets: Places,
+    data: Bytes,
+    table: Bytes,
+    rules: RuleArrays,
+    room: DocumentLayout,
+    edited: DocumentLayout | None,
+    counts: Counts,
+    verdicts: RuleVerdicts,
+    write: bool,
+) -> None:
     """Fills `verdicts`, the texts only where `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
 
     room, edited, counts: of `room_for`; `edited` is None where the basic rules are the only ones.

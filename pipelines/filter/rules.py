@@ -36,9 +36,12 @@ def judge_documents(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocu
     count, size = len(offsets) - 1, int(offsets[-1] - offsets[0])
     edits = "c4" in config.rules
     verdicts = kernel.RuleVerdicts(
-        np.empty(count, np.int8), np.empty(count, np.int8), np.empty(count),
-        np.empty(size if edits else 0, np.uint8), np.zeros(count + 1, np.int64),
-    )  # fmt: skip
+        np.empty(count, np.int8),
+        np.empty(count, np.int8),
+        np.empty(count),
+        np.empty(size if edits else 0, np.uint8),
+        np.zeros(count + 1, np.int64),
+    )
     longest = int(np.diff(offsets).max(initial=0))
     rules = _rules(config)
     room, edited, counts = kernel.room_for(longest)

@@ -60,11 +60,15 @@ class Pretrain(Step[PretrainConfig]):
         topology = ctx.cluster.ensure()
         settings = resolved(ctx.config, topology)
         job = TrainingJob(
-            config=settings, model=config, sequence_length=first.sequence_length, folder=str(ctx.folder),
-            events=str(ctx.run / "events"), step=ctx.step,
+            config=settings,
+            model=config,
+            sequence_length=first.sequence_length,
+            folder=str(ctx.folder),
+            events=str(ctx.run / "events"),
+            step=ctx.step,
             initial=str(ctx.inputs["model"].folder) if "model" in ctx.inputs else None,
             threads=max(1, topology.cpus // settings.workers),
-        )  # fmt: skip
+        )
         size = parameter_count(config)
         many = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
         ctx.note(f"{device_words(settings)}; {many}")

@@ -30,9 +30,15 @@ def _longest(offsets: Places) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def feature_buckets(
-    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, longest: int, count: int, ends: Places,
+    offsets: Places,
+    data: Bytes,
+    kinds: Bytes,
+    folds: Codes,
+    longest: int,
+    count: int,
+    ends: Places,
     out: npt.NDArray[np.int32],
-) -> None:  # fmt: skip
+) -> None:
     """Writes the buckets, of `count`, of each document's n-grams of up to `longest` words, one document after
     another; ends[n]: where document n's end.
 
@@ -51,9 +57,14 @@ def feature_buckets(
 
 @numba.njit(nogil=True, cache=True)
 def logits(
-    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, longest: int, weights: npt.NDArray[np.float32],
+    offsets: Places,
+    data: Bytes,
+    kinds: Bytes,
+    folds: Codes,
+    longest: int,
+    weights: npt.NDArray[np.float32],
     out: npt.NDArray[np.float64],
-) -> None:  # fmt: skip
+) -> None:
     """Writes each document's product with the weights [B], float64 [N]; 0 for one without any word."""
     room = np.empty(_longest(offsets), np.uint64)
     for n in range(len(offsets) - 1):

@@ -124,9 +124,14 @@ def _train(texts: pa.ChunkedArray, good: Any, held: Any, config: QualityModelCon
 
     matrix = config.features.matrix(texts)
     learner = SGDClassifier(
-        loss="log_loss", alpha=config.regularization, max_iter=config.epochs, tol=None, average=True,
-        class_weight="balanced", random_state=config.seed,
-    )  # fmt: skip
+        loss="log_loss",
+        alpha=config.regularization,
+        max_iter=config.epochs,
+        tol=None,
+        average=True,
+        class_weight="balanced",
+        random_state=config.seed,
+    )
     learner.fit(matrix[~held], good[~held])
     model = QualityModel(config.features, learner.coef_[0].astype(np.float32), float(learner.intercept_[0]))
     scores = model.scores(texts.filter(pa.array(held)))

@@ -106,9 +106,12 @@ class SmokeClient:
     def ask(self, prompt: str) -> Reply:
         began = time.monotonic()
         answer = self._openai.completions.create(
-            model=self._model, prompt=prompt, max_tokens=self._config.max_tokens,
-            temperature=self._config.temperature, seed=self._config.seed,
-        )  # fmt: skip
+            model=self._model,
+            prompt=prompt,
+            max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature,
+            seed=self._config.seed,
+        )
         seconds = time.monotonic() - began
         if answer.usage is None:
             raise StepFailed("an answer came without its usage")
@@ -118,10 +121,14 @@ class SmokeClient:
     def ask_streamed(self, prompt: str) -> Reply:
         began = time.monotonic()
         stream = self._openai.completions.create(
-            model=self._model, prompt=prompt, max_tokens=self._config.max_tokens,
-            temperature=self._config.temperature, seed=self._config.seed,
-            stream=True, stream_options={"include_usage": True},
-        )  # fmt: skip
+            model=self._model,
+            prompt=prompt,
+            max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature,
+            seed=self._config.seed,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
         parts: list[str] = []
         first: float | None = None
         reason, usage = "", None

@@ -159,9 +159,12 @@ def _description(row: dict[str, Any]) -> dict[str, Any]:
     text = row.get("text", "")
     meta = {visible(name): visible(value or "") for name, value in row.get("meta") or []}
     return {
-        "source": visible(row.get("source", "")), "license": visible(row.get("license", "")), "meta": meta,
-        "bytes": len(text.encode()), "begins": visible(text[:_EXCERPT], "\n\t"),
-    }  # fmt: skip
+        "source": visible(row.get("source", "")),
+        "license": visible(row.get("license", "")),
+        "meta": meta,
+        "bytes": len(text.encode()),
+        "begins": visible(text[:_EXCERPT], "\n\t"),
+    }
 
 
 def _plain(value: Any) -> Any:

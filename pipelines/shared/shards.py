@@ -135,9 +135,12 @@ def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator
     try:
         yield from dataset.iter_rows()
     except (
-        ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError,
-        ray.exceptions.LocalRayletDiedError, ray.exceptions.OwnerDiedError,
-    ) as error:  # fmt: skip
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.LocalRayletDiedError,
+        ray.exceptions.OwnerDiedError,
+    ) as error:
         first = str(error).strip().partition("\n")[0]
         text = f"a task ended without a result, also when it was tried again: {type(error).__name__}: {first}"
         hint = "what its worker said last is among Ray's logs, in MORAY_HOME/logs or the run's folder"

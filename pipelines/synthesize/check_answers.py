@@ -47,9 +47,13 @@ def check_all(checks: Sequence[Check], unsafe: bool) -> list[CheckResult]:
 def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[CheckResult], str]:
     mark = f"{secrets.token_hex(8)}:"
     limits = SandboxLimits(
-        seconds=30 + _SECONDS_EACH * len(checks), cpu_seconds=30 + _SECONDS_EACH * len(checks), memory_bytes=4 << 30,
-        processes=256, open_files=256, output_bytes=1 << 20,
-    )  # fmt: skip
+        seconds=30 + _SECONDS_EACH * len(checks),
+        cpu_seconds=30 + _SECONDS_EACH * len(checks),
+        memory_bytes=4 << 30,
+        processes=256,
+        open_files=256,
+        output_bytes=1 << 20,
+    )
     files = {"checker.py": _CHECKER.read_text(), "checks.jsonl": "".join(json.dumps(one) + "\n" for one in checks)}
     ended = run_program(files, ["checker.py", mark], limits, unsafe, _packages())
     lines = [line.partition(mark)[2] for line in ended.output.splitlines() if mark in line]

@@ -106,10 +106,14 @@ class Synthesize(Step[SynthesizeConfig]):
                 log = ctx.folder / _WORK / f"made-{len(shards):05d}.jsonl"
                 shards.append(
                     {
-                        "shard": len(shards), "generator": place, "begin": begin, "end": end, "log": str(log),
+                        "shard": len(shards),
+                        "generator": place,
+                        "begin": begin,
+                        "end": end,
+                        "log": str(log),
                         "documents": drawn[begin:end],
                     }
-                )  # fmt: skip
+                )
         return shards
 
     def _make(
@@ -232,11 +236,14 @@ def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
 def documents(made: Iterable[Made], source: str, license: str) -> pa.Table:
     rows = [
         {
-            "id": document_id(source, one.key), "text": one.text, "source": source, "license": license,
+            "id": document_id(source, one.key),
+            "text": one.text,
+            "source": source,
+            "license": license,
             "meta": list(one.meta.items()),
         }
         for one in made
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, SCHEMA)
 
 

@@ -74,9 +74,18 @@ def _lower(minima: Codes, shingles: Codes, factors: Codes, terms: Codes) -> None
 
 @numba.njit(nogil=True, cache=True)
 def band_keys(
-    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, size: int, characters: bool, factors: Codes,
-    terms: Codes, rows: int, keys: Hashes, counts: npt.NDArray[np.int32],
-) -> None:  # fmt: skip
+    offsets: Places,
+    data: Bytes,
+    kinds: Bytes,
+    folds: Codes,
+    size: int,
+    characters: bool,
+    factors: Codes,
+    terms: Codes,
+    rows: int,
+    keys: Hashes,
+    counts: npt.NDArray[np.int32],
+) -> None:
     """Writes uint64 keys [N, bands] and int32 counts [N] of shingles, 0 for a document that has no keys.
 
     offsets: int64 [N + 1] into `data`, uint8. factors (odd) and terms: uint32 [P].

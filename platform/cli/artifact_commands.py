@@ -53,10 +53,17 @@ def list_artifacts(*, json_: Json = False) -> int:
         print_json([*rows, *({**empty, "artifact": one.reference, "problem": one.message} for one in damaged)])
         return 0
     shown = [
-        (a.reference, a.manifest.produces, size(a.manifest.bytes), _when(a.manifest.started),
-         places[a.reference][1], ", ".join(names.get(a.reference, [])), a.manifest.run)
+        (
+            a.reference,
+            a.manifest.produces,
+            size(a.manifest.bytes),
+            _when(a.manifest.started),
+            places[a.reference][1],
+            ", ".join(names.get(a.reference, [])),
+            a.manifest.run,
+        )
         for a in artifacts
-    ]  # fmt: skip
+    ]
     print_table(("artifact", "is", "size>", "made", "where", "held by", "run"), shown)
     _say_damaged(damaged, store.aliases.damaged())
     return 0
@@ -197,8 +204,17 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     if json_:
         removed = [entry.reference for entry in chosen]
         names = [*(one.reference for one in damaged), *broken]
-        print_json({"removed": removed, "leftovers": left, "freed_bytes": freed, "kept_bytes": kept,
-                    "limit_bytes": allowed, "dry_run": dry_run, "damaged": names})  # fmt: skip
+        print_json(
+            {
+                "removed": removed,
+                "leftovers": left,
+                "freed_bytes": freed,
+                "kept_bytes": kept,
+                "limit_bytes": allowed,
+                "dry_run": dry_run,
+                "damaged": names,
+            }
+        )
     else:
         if chosen:
             print_table(("artifact", "size>", "made"), [(e.reference, size(e.bytes), _when(e.made)) for e in chosen])

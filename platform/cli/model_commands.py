@@ -33,8 +33,14 @@ def import_(
     with Terminal(err()) as terminal, redirect_stdout(sys.stderr):
         alias, artifact = import_model(path, name, precision, listeners=[terminal])
     if json_:
-        print_json({"alias": alias, "artifact": artifact.reference, "folder": str(artifact.folder),
-                    "outcome": artifact.manifest.outcome})  # fmt: skip
+        print_json(
+            {
+                "alias": alias,
+                "artifact": artifact.reference,
+                "folder": str(artifact.folder),
+                "outcome": artifact.manifest.outcome,
+            }
+        )
         return 0
     out().print(f"{alias}: {artifact.manifest.outcome}", markup=False)
     out().print(f"try next: moray serve {alias}", markup=False)

@@ -55,11 +55,16 @@ def show_run(run: str, /, *, json_: Json = False) -> int:
         out().print(found.detail, markup=False)
     rows = [
         (
-            step.step, step.state, _took(step.seconds) if step.seconds else "-", f"{step.core_hours:.4f}",
-            f"{step.gpu_hours:.4f}", step.artifact or "-", step.outcome,
+            step.step,
+            step.state,
+            _took(step.seconds) if step.seconds else "-",
+            f"{step.core_hours:.4f}",
+            f"{step.gpu_hours:.4f}",
+            step.artifact or "-",
+            step.outcome,
         )
         for step in steps
-    ]  # fmt: skip
+    ]
     rows.append(("total", "", "", f"{cores:.4f}", f"{gpus:.4f}", "", ""))
     print_table(("step", "state", "time>", "core-hours>", "GPU-hours>", "artifact", "what"), rows)
     return 0

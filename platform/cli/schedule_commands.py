@@ -30,10 +30,20 @@ _MOST_TICKS = 10
 
 @app.command
 def add(
-    name: str, recipe: str, /, *, cron: Cron = None, every: EveryText = None, tz: Tz = None, set_: Overrides = None,
-    priority: Priority = "batch", retries: int = 0,
-    overlap: OverlapChoice = "skip", catchup: CatchupChoice = "none", json_: Json = False,
-) -> int:  # fmt: skip
+    name: str,
+    recipe: str,
+    /,
+    *,
+    cron: Cron = None,
+    every: EveryText = None,
+    tz: Tz = None,
+    set_: Overrides = None,
+    priority: Priority = "batch",
+    retries: int = 0,
+    overlap: OverlapChoice = "skip",
+    catchup: CatchupChoice = "none",
+    json_: Json = False,
+) -> int:
     """Add a schedule NAME that submits RECIPE, as it is written now, at every tick."""
     from moray.platform.client import Client, read_submission
 

@@ -85,9 +85,15 @@ def down_command(*, json_: Json = False) -> int:
 
 @_cluster.command(name="up")
 def cluster_up(
-    kind: Literal["local"], /, *, port: Port = None, cpus: Cpus = None, gpus: Gpus = None, slots: Slots = None,
+    kind: Literal["local"],
+    /,
+    *,
+    port: Port = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slots: Slots = None,
     json_: Json = False,
-) -> int:  # fmt: skip
+) -> int:
     """Start a cluster; `local` is what `moray up` starts."""
     return up(port=port, cpus=cpus, gpus=gpus, slots=slots, json_=json_)
 

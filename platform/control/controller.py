@@ -41,9 +41,15 @@ class Controller:
     """Moves jobs, attempts and schedules along."""
 
     def __init__(
-        self, home: Home, database: Database, backend: ClusterBackend, address: str, topology: Topology, slots: int,
+        self,
+        home: Home,
+        database: Database,
+        backend: ClusterBackend,
+        address: str,
+        topology: Topology,
+        slots: int,
         say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.jobs = Jobs(database)
         self.schedules = Schedules(database, self.jobs)
         self.slots = slots
@@ -141,10 +147,13 @@ class Controller:
             watch.last_sign = now
         watch.met = watch.met or alive
         return Sight(
-            observed=(observed or {}).get(attempt.id), alive=alive, met=watch.met, outcome=read_outcome(run),
+            observed=(observed or {}).get(attempt.id),
+            alive=alive,
+            met=watch.met,
+            outcome=read_outcome(run),
             silent=now - watch.last_sign,
             since_stop=None if watch.told_to_stop is None else now - watch.told_to_stop,
-        )  # fmt: skip
+        )
 
     def _apply(self, job: Job, attempt: Attempt, verdict: AttemptAction) -> None:
         if verdict.stop:
@@ -178,10 +187,17 @@ class Controller:
 
     def _submit(self, job: Job, attempt: Attempt) -> None:
         order = AttemptOrder(
-            source=job.source, path=job.path, folder=job.folder, overrides=job.overrides, address=self._address,
-            cpus=self._topology.cpus, gpus=self._topology.gpus, memory_bytes=self._topology.memory_bytes,
-            ordered=time.monotonic(), boot=boot(),
-        )  # fmt: skip
+            source=job.source,
+            path=job.path,
+            folder=job.folder,
+            overrides=job.overrides,
+            address=self._address,
+            cpus=self._topology.cpus,
+            gpus=self._topology.gpus,
+            memory_bytes=self._topology.memory_bytes,
+            ordered=time.monotonic(),
+            boot=boot(),
+        )
         write_text(self._home.runs / attempt.id / "attempt.json", order.model_dump_json(indent=2) + "\n")
         if self._try(lambda: self._backend.submit(attempt.id, {"MORAY_HOME": str(self._home.root)})):
             self._watches[attempt.id].last_sign = time.monotonic()

@@ -122,15 +122,24 @@ class Job:
     def as_json(self) -> dict[str, Any]:
         """As docs/http-api.md shows it."""
         return {
-            "id": self.id, "name": self.name, "recipe": self.recipe, "set": list(self.overrides),
-            "priority": self.priority, "retries": self.retries, "state": self.state, "reason": self.reason,
-            "created": self.created, "started": self.started, "ended": self.ended, "schedule": self.schedule,
+            "id": self.id,
+            "name": self.name,
+            "recipe": self.recipe,
+            "set": list(self.overrides),
+            "priority": self.priority,
+            "retries": self.retries,
+            "state": self.state,
+            "reason": self.reason,
+            "created": self.created,
+            "started": self.started,
+            "ended": self.ended,
+            "schedule": self.schedule,
             "tick": self.tick,
             "attempts": [
                 {name: getattr(a, name) for name in ("id", "number", "state", "created", "started", "ended", "detail")}
                 for a in self.attempts
             ],
-        }  # fmt: skip
+        }
 
 
 class Jobs:
@@ -140,9 +149,14 @@ class Jobs:
         self._database = database
 
     def submit(
-        self, asked: Submission, *, key: str | None = None, schedule: str | None = None, tick: float | None = None,
+        self,
+        asked: Submission,
+        *,
+        key: str | None = None,
+        schedule: str | None = None,
+        tick: float | None = None,
         exclusive: bool = False,
-    ) -> tuple[Job, bool]:  # fmt: skip
+    ) -> tuple[Job, bool]:
         """Queues a job; (job, True), or the job that was queued under the same `key` before and False.
 
         Raises RecipeError, and ConflictError for a `key` that another submission was queued under. `exclusive`: it

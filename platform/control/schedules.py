@@ -132,14 +132,22 @@ class Schedules:
         """As docs/http-api.md shows it."""
         asked, trigger = schedule.submission, schedule.trigger
         return {
-            "name": schedule.name, "recipe": schedule.recipe, "set": list(asked.overrides),
+            "name": schedule.name,
+            "recipe": schedule.recipe,
+            "set": list(asked.overrides),
             "cron": trigger.text if isinstance(trigger, Cron) else None,
-            "every": format_every(trigger.seconds) if isinstance(trigger, Every) else None, "tz": schedule.tz,
-            "english": trigger.english(), "overlap": schedule.overlap, "catchup": schedule.catchup,
-            "priority": asked.priority, "retries": asked.retries, "paused": schedule.paused,
-            "created": schedule.created, "next": schedule.next(self.clock()),
+            "every": format_every(trigger.seconds) if isinstance(trigger, Every) else None,
+            "tz": schedule.tz,
+            "english": trigger.english(),
+            "overlap": schedule.overlap,
+            "catchup": schedule.catchup,
+            "priority": asked.priority,
+            "retries": asked.retries,
+            "paused": schedule.paused,
+            "created": schedule.created,
+            "next": schedule.next(self.clock()),
             "ticks": [asdict(tick) for tick in schedule.ticks],
-        }  # fmt: skip
+        }
 
     def next(self, name: str, count: int = 5) -> Sequence[float]:
         """Its next ticks, as if it were not paused. Raises NotFoundError, InputError."""
@@ -222,9 +230,14 @@ class Schedules:
         return job.id, ""
 
     def _write(
-        self, connection: sqlite3.Connection, schedule: Schedule, decision: TickDecision, job: str | None, reason: str,
+        self,
+        connection: sqlite3.Connection,
+        schedule: Schedule,
+        decision: TickDecision,
+        job: str | None,
+        reason: str,
         now: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         values = {
             "schedule": schedule.name, "created": schedule.created, "tick": decision.tick, "until": decision.until,
             "count": decision.count, "outcome": "run" if job else "skipped", "job": job, "reason": reason,
@@ -319,11 +332,24 @@ def _load(connection: sqlite3.Connection, row: sqlite3.Row, ticks: int = 0) -> S
         (row["name"], row["created"], ticks),
     )
     asked = Submission(
-        source=row["source"], path=row["path"], folder=row["folder"], overrides=json.loads(row["overrides"]),
-        name=row["name"], priority=row["priority"], retries=row["retries"],
-    )  # fmt: skip
+        source=row["source"],
+        path=row["path"],
+        folder=row["folder"],
+        overrides=json.loads(row["overrides"]),
+        name=row["name"],
+        priority=row["priority"],
+        retries=row["retries"],
+    )
     return Schedule(
-        name=row["name"], recipe=row["recipe"], submission=asked, trigger=_trigger(row), tz=row["tz"],
-        overlap=row["overlap"], catchup=row["catchup"], paused=bool(row["paused"]), created=row["created"],
-        cursor=row["cursor"], ticks=tuple(Tick(**dict(tick)) for tick in latest.fetchall()),
-    )  # fmt: skip
+        name=row["name"],
+        recipe=row["recipe"],
+        submission=asked,
+        trigger=_trigger(row),
+        tz=row["tz"],
+        overlap=row["overlap"],
+        catchup=row["catchup"],
+        paused=bool(row["paused"]),
+        created=row["created"],
+        cursor=row["cursor"],
+        ticks=tuple(Tick(**dict(tick)) for tick in latest.fetchall()),
+    )

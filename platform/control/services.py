@@ -33,14 +33,21 @@ def services(home: Home, options: UpOptions) -> list[Service]:
     return [
         *cluster.services(),
         Service(
-            "mlflow", _mlflow(home), {**environment, **_MLFLOW_ENVIRONMENT}, lambda: _answers(mlflow_socket(home)),
+            "mlflow",
+            _mlflow(home),
+            {**environment, **_MLFLOW_ENVIRONMENT},
+            lambda: _answers(mlflow_socket(home)),
             answers=lambda: _answers(mlflow_socket(home)),
         ),
         Service(
-            "controller", python("moray.platform.server.app"), environment, lambda: healthy(options),
-            after=["ray-head"], answers=lambda: healthy(options),
+            "controller",
+            python("moray.platform.server.app"),
+            environment,
+            lambda: healthy(options),
+            after=["ray-head"],
+            answers=lambda: healthy(options),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def healthy(options: UpOptions) -> bool:
@@ -61,10 +68,22 @@ def mlflow_socket(home: Home) -> Path:
 def _mlflow(home: Home) -> list[str]:
     """MLflow's server. Its socket's folder is private, so it needs no check of host names."""
     return [
-        sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", database_uri(home),
-        "--default-artifact-root", home.mlflow_artifacts.as_uri(), "--static-prefix", "/mlflow", "--workers", "1",
-        "--uvicorn-opts", f"--uds {shlex.quote(str(mlflow_socket(home)))} --log-level warning",
-    ]  # fmt: skip
+        sys.executable,
+        "-P",
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        database_uri(home),
+        "--default-artifact-root",
+        home.mlflow_artifacts.as_uri(),
+        "--static-prefix",
+        "/mlflow",
+        "--workers",
+        "1",
+        "--uvicorn-opts",
+        f"--uds {shlex.quote(str(mlflow_socket(home)))} --log-level warning",
+    ]
 
 
 def _answers(path: Path) -> bool:

@@ -264,8 +264,12 @@ class Supervisor:
             child = subprocess.Popen(
                 service.command,
                 env={**os.environ, **service.environment, **marks(self._home.root, service.name)},
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd="/",
+            )
         self._children[service.name] = child
         self._launched[service.name] = time.monotonic()
         self._looks.pop(service.name, None)

@@ -54,9 +54,13 @@ def start(home: Home) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         return subprocess.Popen(
             python("moray.platform.control.up"),
-            env={**os.environ, **environment, **marks(home.root, SUPERVISOR)}, cwd="/",
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            env={**os.environ, **environment, **marks(home.root, SUPERVISOR)},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[ServiceStatus]:

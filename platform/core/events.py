@@ -127,9 +127,12 @@ class EventLog:
         with self._lock:
             stamped = event.model_copy(
                 update={
-                    "writer": self.writer, "sequence": self._sequence, "time": time.time(), **self._own_words(event),
+                    "writer": self.writer,
+                    "sequence": self._sequence,
+                    "time": time.time(),
+                    **self._own_words(event),
                 },
-            )  # fmt: skip
+            )
             if self._write(stamped.model_dump_json().encode() + b"\n"):
                 self._sequence += 1
         for listener in self.listeners:

@@ -111,9 +111,11 @@ class Terminal:
         width = 24
         filled = round(share * width)
         line = Text.assemble(
-            f"  {event.phase:<12} ", ("━" * filled, "cyan"), ("─" * (width - filled), "dim"),
+            f"  {event.phase:<12} ",
+            ("━" * filled, "cyan"),
+            ("─" * (width - filled), "dim"),
             f" {share:4.0%} {count(event.done)}/{count(event.total)} {event.unit}",
-        )  # fmt: skip
+        )
         rate = self._rate.per_second()
         if rate:
             line.append(f"  {count(rate)}/s  ETA {seconds((event.total - event.done) / rate)}", style="dim")
@@ -153,9 +155,13 @@ def closing_table(result: RunResult) -> Table:
     for row in result.steps.values():
         manifest = row.artifact.manifest
         table.add_row(
-            row.key, "-" if row.reused else seconds(row.seconds), quantity(manifest, "in"), quantity(manifest, "out"),
-            "yes" if row.reused else "", manifest.outcome,
-        )  # fmt: skip
+            row.key,
+            "-" if row.reused else seconds(row.seconds),
+            quantity(manifest, "in"),
+            quantity(manifest, "out"),
+            "yes" if row.reused else "",
+            manifest.outcome,
+        )
     return table
 
 
@@ -170,7 +176,7 @@ def quantity(manifest: Manifest, side: str) -> str:
 def _done_line(mark: str, style: str, event: StepEvent, how: str) -> Text:
     return Text.assemble(
         (f"{mark} ", style), (f"{event.step:<12}", "bold"), f" {how:>10}", ("  " + event.outcome, "default")
-    )  # fmt: skip
+    )
 
 
 def _training_line(metrics: dict[str, float]) -> str:

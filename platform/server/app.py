@@ -38,16 +38,22 @@ MOST_BODY = 4 << 20  # bytes of a request's body, on every route but MLflow's
 
 
 def build_controller_app(
-    home: Home, controller: Controller, overview: Callable[[], dict[str, Any]], token: str,
+    home: Home,
+    controller: Controller,
+    overview: Callable[[], dict[str, Any]],
+    token: str,
     stopping: Callable[[], bool] = lambda: False,
-) -> FastAPI:  # fmt: skip
+) -> FastAPI:
     """Every route of docs/http-api.md, behind the token. `stopping`: the server is about to end."""
     import moray
 
     app = FastAPI(
-        title="Moray", version=moray.__version__, docs_url=None, redoc_url=None,  # type: ignore[attr-defined]
+        title="Moray",
+        version=moray.__version__,  # type: ignore[attr-defined]
+        docs_url=None,
+        redoc_url=None,
         max_body_size=MOST_BODY,
-    )  # fmt: skip
+    )
 
     views = RunViews(home)
     look = page_routes.with_progress(overview, controller.jobs, views)
@@ -114,9 +120,12 @@ def main() -> int:
     )
     servers: list[uvicorn.Server] = []
     app = build_controller_app(
-        home, controller, Overview(home, controller, backend), ensure_token(home),
+        home,
+        controller,
+        Overview(home, controller, backend),
+        ensure_token(home),
         lambda: any(server.should_exit for server in servers),
-    )  # fmt: skip
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app, host=HOST, port=options.port, log_level="warning", timeout_graceful_shutdown=2, access_log=False

@@ -30,9 +30,13 @@ def mlflow_router(socket: Path) -> APIRouter:
         sent = {name: value for name, value in request.headers.items() if name.lower() not in _HOP | _OURS}
         try:
             answer = await session.request(
-                request.method, f"http://localhost/mlflow/{path}", params=str(request.url.query) or None,
-                headers={**sent, "Host": "localhost"}, data=await request.body(), allow_redirects=False,
-            )  # fmt: skip
+                request.method,
+                f"http://localhost/mlflow/{path}",
+                params=str(request.url.query) or None,
+                headers={**sent, "Host": "localhost"},
+                data=await request.body(),
+                allow_redirects=False,
+            )
         except (aiohttp.ClientError, OSError) as error:
             await session.close()
             hint = "it may be starting; `moray status` tells"

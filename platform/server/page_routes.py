@@ -51,9 +51,12 @@ class _File:
 
 
 def page_router(
-    token: str, overview: Callable[[], dict[str, Any]], jobs: Jobs, views: RunViews,
+    token: str,
+    overview: Callable[[], dict[str, Any]],
+    jobs: Jobs,
+    views: RunViews,
     stopping: Callable[[], bool] = lambda: False,
-) -> APIRouter:  # fmt: skip
+) -> APIRouter:
     """What docs/http-api.md lists as the page's. `stopping`: the server is about to end, so streams should."""
     router = APIRouter()
     _add_login(router, token)
@@ -78,9 +81,14 @@ def _add_login(router: APIRouter, token: str) -> None:
             return JSONResponse({"error": "That is not the token.", "hint": hint}, 401)
         answer = Response(status_code=204)
         answer.set_cookie(
-            COOKIE, token, max_age=_LOGIN_SECONDS, path="/", httponly=True, samesite="strict",
+            COOKIE,
+            token,
+            max_age=_LOGIN_SECONDS,
+            path="/",
+            httponly=True,
+            samesite="strict",
             secure=request.url.scheme == "https",
-        )  # fmt: skip
+        )
         return answer
 
     @router.post("/logout")

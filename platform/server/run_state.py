@@ -75,8 +75,13 @@ class _Step:
         state = event.state if event else "pending"
         lost = over and state in _AT_WORK
         return {
-            "key": key, "uses": uses, "inputs": dict(inputs), "state": "lost" if lost else state, "why": self.why,
-            "fingerprint": event.fingerprint if event else "", "began": self.began or None,
+            "key": key,
+            "uses": uses,
+            "inputs": dict(inputs),
+            "state": "lost" if lost else state,
+            "why": self.why,
+            "fingerprint": event.fingerprint if event else "",
+            "began": self.began or None,
             "seconds": max(0.0, self.last - self.began) if state in _AT_WORK else event.seconds if event else 0.0,
             "outcome": event.outcome if event else "",
             "counts": {name: short(value) for name, value in event.counts.items()} if event else {},
@@ -85,7 +90,7 @@ class _Step:
                 for note in sorted(self.notes, key=lambda note: note.time)
             ],
             "progress": self._progress() if state in _AT_WORK and not lost else None,
-        }  # fmt: skip
+        }
 
     def _progress(self) -> dict[str, Any] | None:
         event = self.progress
@@ -149,11 +154,15 @@ class _Run:
         figures = {name: short(event.value) for name, event in _named(self._figures).items()}
         loads = max(self._loads.values(), key=lambda found: found.last, default=None)
         return {
-            "now": time.time(), "job": job.as_json(), "attempt": attempt.id, "state": self._state(attempt),
+            "now": time.time(),
+            "job": job.as_json(),
+            "attempt": attempt.id,
+            "state": self._state(attempt),
             "started": began,
             "seconds": max(0.0, self._last - began) if began and self._last else 0.0,
             "detail": (self._ended.detail if self._ended else "") or attempt.detail,
-            "unreadable": self._unreadable, "steps": self._all_steps(job, over),
+            "unreadable": self._unreadable,
+            "steps": self._all_steps(job, over),
             "metrics": {
                 name: {"unit": row.unit, "help": row.help, "digits": row.digits}
                 for name, row in TABLE.items()
@@ -162,7 +171,7 @@ class _Run:
             "curves": dict(sorted(curves.items(), key=lambda item: _rank(item[0]))),
             "figures": figures,
             "expert_load": loads.as_json() if loads else None,
-        }  # fmt: skip
+        }
 
     def _state(self, attempt: Attempt) -> str:
         if self._ended:
@@ -208,9 +217,11 @@ class RunViews:
         steps = self.view(job)["steps"]
         current = next((step for step in steps if step["state"] in _AT_WORK), None)
         return {
-            "done": sum(step["state"] in ("succeeded", "reused") for step in steps), "steps": len(steps),
-            "step": current["key"] if current else "", "progress": current["progress"] if current else None,
-        }  # fmt: skip
+            "done": sum(step["state"] in ("succeeded", "reused") for step in steps),
+            "steps": len(steps),
+            "step": current["key"] if current else "",
+            "progress": current["progress"] if current else None,
+        }
 
     def _run(self, attempt: str) -> _Run:
         with self._lock:
@@ -229,10 +240,20 @@ def run_view(home: Home, job: Job, attempt: str | None = None) -> dict[str, Any]
 def _not_begun(job: Job) -> dict[str, Any]:
     steps = [_Step().as_json(key, uses, inputs, False) for key, (uses, inputs) in _listed(job.source).items()]
     return {
-        "now": time.time(), "job": job.as_json(), "attempt": None, "state": "pending", "started": None,
-        "seconds": 0.0, "detail": "", "unreadable": 0, "steps": steps, "metrics": {}, "curves": {},
-        "figures": {}, "expert_load": None,
-    }  # fmt: skip
+        "now": time.time(),
+        "job": job.as_json(),
+        "attempt": None,
+        "state": "pending",
+        "started": None,
+        "seconds": 0.0,
+        "detail": "",
+        "unreadable": 0,
+        "steps": steps,
+        "metrics": {},
+        "curves": {},
+        "figures": {},
+        "expert_load": None,
+    }
 
 
 def _named(found: Mapping[tuple[str, tuple[str, ...], str], Any]) -> dict[str, Any]:

@@ -228,9 +228,11 @@ class Bucket:
         """Several files at once, large ones in parts; whatever ends it early, cancels what is still under way."""
         began, total, counter = time.monotonic(), sum(entry.size for entry in files), _Counter()
         config = TransferConfig(
-            multipart_threshold=_PART, multipart_chunksize=_PART, max_request_concurrency=_ATTEMPTS,
+            multipart_threshold=_PART,
+            multipart_chunksize=_PART,
+            max_request_concurrency=_ATTEMPTS,
             num_download_attempts=_ATTEMPTS,
-        )  # fmt: skip
+        )
         with TransferManager(self._client, config) as manager:
             watchers = [_Watcher(counter) for _ in files]
             futures = [start(manager, entry, watcher) for entry, watcher in zip(files, watchers, strict=True)]

@@ -87,9 +87,12 @@ class Hosts:
         log = (self.folder.parent / f"host-{host}.log").open("ab")
         with log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", _name(host), *command], env=environment, stdout=log, stderr=log,
+                ["ip", "netns", "exec", _name(host), *command],
+                env=environment,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def pids(self, host: int) -> list[int]:
         found = subprocess.run(["ip", "netns", "pids", _name(host)], check=True, capture_output=True, text=True)

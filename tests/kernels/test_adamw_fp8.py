@@ -39,9 +39,12 @@ def _spread(count, decades, seed, signed):
 
 
 @given(
-    count=st.sampled_from([1, 5, 127, 128, 129, 1000]), decades=st.sampled_from([0.0, 1.0, 3.0, 6.0, 10.0]),
-    scale=st.sampled_from([1e-20, 1e-6, 1.0]), signed=st.booleans(), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    count=st.sampled_from([1, 5, 127, 128, 129, 1000]),
+    decades=st.sampled_from([0.0, 1.0, 3.0, 6.0, 10.0]),
+    scale=st.sampled_from([1e-20, 1e-6, 1.0]),
+    signed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(60), deadline=None)
 def test_the_error_is_that_of_three_bits_divided_by_the_power(count, decades, scale, signed, seed):
     x = _spread(count, decades, seed, signed) * scale

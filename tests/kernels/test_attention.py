@@ -180,10 +180,20 @@ def test_the_switch(monkeypatch):
 
 def test_attention_of_a_model_with_recomputation_in_both_forms(monkeypatch):
     config = ModelConfig(
-        vocab_size=8, hidden_size=24, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, n_routed_experts=2, num_experts_per_tok=1, kv_lora_rank=8, qk_nope_head_dim=6,
-        qk_rope_head_dim=4, v_head_dim=5, q_lora_rank=10,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=24,
+        intermediate_size=8,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        kv_lora_rank=8,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        q_lora_rank=10,
+    )
     module = LatentAttention(config)
     for index, parameter in enumerate(module.parameters()):
         parameter.data = draw(parameter.shape, -2, seed=index)

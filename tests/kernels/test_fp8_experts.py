@@ -48,9 +48,13 @@ def _off(found, expected):
 EDGES = 3e-3
 
 
-@given(counts=st.sampled_from([(5,), (0, 128), (130, 0, 7), (0, 0, 1)]), hidden=st.sampled_from([64, 200]),
-       inner=st.sampled_from([96, 128]), form=st.sampled_from(["reference", "triton"]),
-       seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    counts=st.sampled_from([(5,), (0, 128), (130, 0, 7), (0, 0, 1)]),
+    hidden=st.sampled_from([64, 200]),
+    inner=st.sampled_from([96, 128]),
+    form=st.sampled_from(["reference", "triton"]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(8))
 def test_forward_and_backward(counts, hidden, inner, form, seed):
     weights = _weights(len(counts), hidden, inner, seed)

@@ -65,8 +65,14 @@ def _close(found, expected, a, b):
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-5 * largest)
 
 
-@given(m=SIZES, n=SIZES, k=SUMMED, exponent=EXPONENTS, block=st.sampled_from([WEIGHT_BLOCKS, ROW_TILES]),
-       seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    m=SIZES,
+    n=SIZES,
+    k=SUMMED,
+    exponent=EXPONENTS,
+    block=st.sampled_from([WEIGHT_BLOCKS, ROW_TILES]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(40))
 def test_the_product(m, n, k, exponent, block, seed):
     a, a_scales = quantize(draw((m, k), exponent, seed=seed))
@@ -87,8 +93,13 @@ def _offsets(blocks):
 GROUPS = st.sampled_from([(1,), (0,), (0, 0), (0, 1, 0), (3, 0, 0), (1, 2, 1), (0, 0, 1, 0, 2), (2, 1, 0, 0, 0, 0, 0)])
 
 
-@given(blocks=GROUPS, n=st.sampled_from([1, 33, 130]), k=SUMMED, spare=st.sampled_from([0, 128, 130]),
-       seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    blocks=GROUPS,
+    n=st.sampled_from([1, 33, 130]),
+    k=SUMMED,
+    spare=st.sampled_from([0, 128, 130]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(25))
 def test_groups_of_rows(blocks, n, k, spare, seed):
     offsets = _offsets(blocks)

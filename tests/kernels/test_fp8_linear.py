@@ -23,10 +23,14 @@ def _close(found, expected):
 
 
 @given(
-    rows=st.sampled_from([0, 1, 7, 128, 131]), inputs=st.sampled_from([1, 3, 128, 130]),
-    outputs=st.sampled_from([1, 5, 128, 257]), exponent=st.sampled_from([-20, 0, 15]), shared=st.booleans(),
-    form=st.sampled_from(["reference", "triton"]), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    rows=st.sampled_from([0, 1, 7, 128, 131]),
+    inputs=st.sampled_from([1, 3, 128, 130]),
+    outputs=st.sampled_from([1, 5, 128, 257]),
+    exponent=st.sampled_from([-20, 0, 15]),
+    shared=st.booleans(),
+    form=st.sampled_from(["reference", "triton"]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(25))
 def test_all_three_products_multiply_what_they_should(rows, inputs, outputs, exponent, shared, form, seed):
     x = draw((rows, inputs), exponent, seed=seed).requires_grad_()

@@ -15,9 +15,12 @@ PRELUDE = "import runpy, sys; sys.modules.update(ray=None, deepspeed=None, mlflo
 def _python(code, *arguments, **environment):
     path = os.pathsep.join((str(BENCHMARKS.parent), str(BENCHMARKS)))
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": path} | environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.heavy

@@ -80,9 +80,12 @@ def test_weights_are_differentiable():
 
 
 @given(
-    sequences=st.integers(1, 3), length=st.integers(0, 7), experts=st.integers(2, 6), seed=st.integers(0, 2**31),
+    sequences=st.integers(1, 3),
+    length=st.integers(0, 7),
+    experts=st.integers(2, 6),
+    seed=st.integers(0, 2**31),
     data=st.data(),
-)  # fmt: skip
+)
 @settings(max_examples=examples(40), deadline=None)
 def test_sequence_balance_is_the_published_sum(sequences, length, experts, seed, data):
     top_k = data.draw(st.integers(1, experts))

@@ -41,8 +41,14 @@ def _same_but_for_edges(found, expected):
     torch.testing.assert_close(there, back, rtol=1 / 7, atol=back.abs().max().item() * 2**-15)
 
 
-@given(rows=ROWS, inner=INNER, exponent=st.sampled_from([-20, 0, 4]), weighted=st.booleans(),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    rows=ROWS,
+    inner=INNER,
+    exponent=st.sampled_from([-20, 0, 4]),
+    weighted=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(15))
 def test_forward(rows, inner, exponent, weighted, dtype, seed):
     gate_up = draw((rows, 2 * inner), exponent, dtype, seed)
@@ -57,8 +63,14 @@ def test_forward(rows, inner, exponent, weighted, dtype, seed):
     torch.testing.assert_close(dequantize(*expected[0]).double(), exact, rtol=2**-4 * 1.001, atol=largest * 2**-16)
 
 
-@given(rows=ROWS, inner=INNER, exponent=st.sampled_from([-20, 0, 4]), weighted=st.booleans(),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    rows=ROWS,
+    inner=INNER,
+    exponent=st.sampled_from([-20, 0, 4]),
+    weighted=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=examples(15))
 def test_backward(rows, inner, exponent, weighted, dtype, seed):
     held = quantize(draw((rows, 2 * inner), 0, dtype, seed), power_of_two=True)
@@ -74,8 +86,11 @@ def test_backward(rows, inner, exponent, weighted, dtype, seed):
     gate, up = both.chunk(2, dim=1)
     product = F.silu(gate) * up * factor.unsqueeze(1)
     product.backward(d_inner.double())
-    for quantized, exact in ((expected.along, both.grad), (expected.turned, both.grad.t()),
-                             (expected.inner, product.detach().t())):  # fmt: skip
+    for quantized, exact in (
+        (expected.along, both.grad),
+        (expected.turned, both.grad.t()),
+        (expected.inner, product.detach().t()),
+    ):
         largest = exact.abs().amax().item() if exact.numel() else 0
         torch.testing.assert_close(dequantize(*quantized).double(), exact, rtol=2**-4 * 1.001, atol=largest * 2**-16)
     if weighted:

@@ -29,8 +29,11 @@ def test_the_layout_is_the_official_one(folder):
     config = load(folder / "fp8").config
     hf = json.loads((folder / "fp8" / "config.json").read_text())
     assert hf["quantization_config"] == {
-        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
-    }  # fmt: skip
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
     assert stored.keys() == wide.keys() | {scale_name(n) for n in parameter_shapes(config) if is_quantized(n)}
     for name, tensor in wide.items():
         if not is_quantized(name):

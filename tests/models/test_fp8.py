@@ -10,9 +10,14 @@ from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 
 SMALL = dataclasses.replace(
-    preset("tiny"), vocab_size=64, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
-    num_hidden_layers=3, num_nextn_predict_layers=1,
-)  # fmt: skip
+    preset("tiny"),
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=256,
+    moe_intermediate_size=64,
+    num_hidden_layers=3,
+    num_nextn_predict_layers=1,
+)
 
 
 def test_a_form_lives_until_a_weight_changes_by_whatever_hand():

@@ -85,18 +85,29 @@ def write_pages(folder: Path, pages: Sequence[Page], shards: int) -> None:
 
 
 def run_in_process(
-    module: ModuleType, config: Any, folder: Path, pages: Sequence[Page], shards: int,
-    monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None,
-) -> Done:  # fmt: skip
+    module: ModuleType,
+    config: Any,
+    folder: Path,
+    pages: Sequence[Page],
+    shards: int,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int | None = None,
+) -> Done:
     """Runs `module.step`; a second time in the same folder, it goes on. Raises Interrupted after so many tasks."""
     in_process(monkeypatch, module, stop_after)
     home = Home(folder / "home")
     work = ArtifactStore(home).prepare(module.step.name, "0" * 32, keep_leftovers=True)
     context = StepContext(
-        step=module.step.name, config=config, inputs={"documents": _documents(folder / "in", pages, shards)},
-        folder=work, home=home, run=home.root / "run", events=EventLog(home.root / "run" / "events", "t"),
-        cluster=None, fingerprint="",  # type: ignore[arg-type]
-    )  # fmt: skip
+        step=module.step.name,
+        config=config,
+        inputs={"documents": _documents(folder / "in", pages, shards)},
+        folder=work,
+        home=home,
+        run=home.root / "run",
+        events=EventLog(home.root / "run" / "events", "t"),
+        cluster=None,  # type: ignore[arg-type]
+        fingerprint="",
+    )
     module.step.run(context)
     assert context.counts["in:documents"] == len(pages)
     assert not [path.name for path in work.iterdir() if path.name.startswith(".")], "leftovers"
@@ -107,7 +118,20 @@ def run_in_process(
 def _documents(folder: Path, pages: Sequence[Page], shards: int) -> Artifact:
     write_pages(folder, pages, shards)
     manifest = Manifest(
-        step="filter", step_version=1, fingerprint="1" * 32, produces="documents", config={}, address={}, inputs={},
-        files=[], bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
+        step="filter",
+        step_version=1,
+        fingerprint="1" * 32,
+        produces="documents",
+        config={},
+        address={},
+        inputs={},
+        files=[],
+        bytes=0,
+        run="run",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
     return Artifact(folder, manifest)

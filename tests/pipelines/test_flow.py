@@ -53,8 +53,10 @@ def test_documents_carry_ids_by_source_and_key_and_count_what_is_left_out(flow: 
     counts = flow.artifact("corpus").manifest.counts
     empty = len([path for path in flow.folder.rglob("*.py") if not path.read_bytes().strip()])
     assert {k: v for k, v in counts.items() if k.startswith("dropped:")} == {
-        "dropped:binary": 1, "dropped:empty": empty, "dropped:malformed": 1,
-    }  # fmt: skip
+        "dropped:binary": 1,
+        "dropped:empty": empty,
+        "dropped:malformed": 1,
+    }
 
 
 def test_every_document_is_kept_or_removed_with_a_reason(flow: Flow) -> None:

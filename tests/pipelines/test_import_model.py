@@ -31,9 +31,14 @@ from tests.conftest import Flow
 from tests.small_run import recipe_text
 
 SMALL = dataclasses.replace(
-    PRESETS["tiny"], vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    PRESETS["tiny"],
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
     num_nextn_predict_layers=1,
-)  # fmt: skip
+)
 TENSOR = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 

@@ -67,8 +67,16 @@ def complaint(raw: Any, path: Path, message: str = "", hint: str = "", either: s
         parse_recipe(written(raw), path)
     except (RecipeError, InputError) as error:
         said = error.message + error.hint
-        missing = [text for text, where in ((str(path), error.message), (message, error.message), (hint, error.hint),
-                                            (either, said)) if text not in where]  # fmt: skip
+        missing = [
+            text
+            for text, where in (
+                (str(path), error.message),
+                (message, error.message),
+                (hint, error.hint),
+                (either, said),
+            )
+            if text not in where
+        ]
         return f"{error.message} ({error.hint}) names no {missing}" if missing else ""
     return "is accepted"
 

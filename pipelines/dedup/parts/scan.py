@@ -69,9 +69,15 @@ def scan_pieces(
 
 @numba.njit(nogil=True, cache=True)
 def _scan(
-    pieces: RepeatedPieces, standing: _Standing, found: PieceVerdicts, lengths: Indices, words: Indices, copies: int,
-    max_loss: float, min_words: int,
-) -> None:  # fmt: skip
+    pieces: RepeatedPieces,
+    standing: _Standing,
+    found: PieceVerdicts,
+    lengths: Indices,
+    words: Indices,
+    copies: int,
+    max_loss: float,
+    min_words: int,
+) -> None:
     for d in range(len(pieces.bounds) - 1):
         left = words[d] - _scan_document(d, pieces, standing, found, copies)
         if found.lost[d] == 0:

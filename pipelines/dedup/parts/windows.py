@@ -56,9 +56,17 @@ def _last_least(values: Hashes, begin: int, end: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def fingerprints(
-    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, tokens: int, size: int, words: Places, keys: Hashes,
-    rows: Places, places: Places,
-) -> int:  # fmt: skip
+    offsets: Places,
+    data: Bytes,
+    kinds: Bytes,
+    folds: Codes,
+    tokens: int,
+    size: int,
+    words: Places,
+    keys: Hashes,
+    rows: Places,
+    places: Places,
+) -> int:
     """Writes the fingerprints of all documents: keys, rows and (word) places [F], with room for one a byte; F.
 
     words: int64 [N], how many each document has.
@@ -86,9 +94,18 @@ def fingerprints(
 
 @numba.njit(nogil=True, cache=True)
 def windows(
-    offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, tokens: int, size: int, rows: Places, places: Places,
-    keys: Hashes, others: Hashes, spots: Places,
-) -> int:  # fmt: skip
+    offsets: Places,
+    data: Bytes,
+    kinds: Bytes,
+    folds: Codes,
+    tokens: int,
+    size: int,
+    rows: Places,
+    places: Places,
+    keys: Hashes,
+    others: Hashes,
+    spots: Places,
+) -> int:
     """Writes every window of T words that holds one of the fingerprints at (rows, places) [F], in that order; how many.
 
     keys, others: uint64, two halves of a hash; spots: int64 [., 5], of each window its row, where it begins and ends in

@@ -72,9 +72,12 @@ class DedupSemantic(Step[DedupSemanticConfig]):
     def run(self, ctx: StepContext[DedupSemanticConfig]) -> None:
         shards, config = preferring_shards(ctx), ctx.config
         embed = partial(
-            embed_shard, folder=str(ctx.folder), described_folder=str(ctx.folder / _DESCRIBED), batch=config.batch,
+            embed_shard,
+            folder=str(ctx.folder),
+            described_folder=str(ctx.folder / _DESCRIBED),
+            batch=config.batch,
             model=str(embedding_model_folder(config.model, config.package)),
-        )  # fmt: skip
+        )
         map_shards(ctx, "embedding", shards, embed, "bytes", file_bytes)
         found = self._find(ctx, shards)
         write_parquet(ctx.folder / "removed.parquet", found.removed)

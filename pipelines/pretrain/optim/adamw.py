@@ -82,10 +82,17 @@ class Fp8AdamW(torch.optim.Optimizer):
                     state["step"] += 1
                     beta1, beta2 = group["betas"]
                     adamw_fp8(
-                        master.detach(), master.grad, state["first"], state["second"], step=state["step"],
-                        rate=group["lr"], beta1=beta1, beta2=beta2, epsilon=group["eps"],
+                        master.detach(),
+                        master.grad,
+                        state["first"],
+                        state["second"],
+                        step=state["step"],
+                        rate=group["lr"],
+                        beta1=beta1,
+                        beta2=beta2,
+                        epsilon=group["eps"],
                         weight_decay=group["weight_decay"],
-                    )  # fmt: skip
+                    )
 
     def states(self, master: torch.Tensor) -> Iterator[MasterState]:
         for kind, key in (("exp_avg", "first"), ("exp_avg_sq", "second")):

@@ -106,9 +106,13 @@ class PlainOptimizer:
     """
 
     def __init__(
-        self, model: DeepseekV3, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig,
+        self,
+        model: DeepseekV3,
+        groups: list[FlatGroup],
+        mesh: Mesh,
+        config: PretrainConfig,
         later: DeferredGradients | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._mesh = mesh
         self._groups = groups
         self._masters = [_flatten(group) for group in groups]

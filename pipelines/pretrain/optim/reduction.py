@@ -27,9 +27,13 @@ class Reduction:
     """Of the flat groups' gradients, in place."""
 
     def __init__(
-        self, model: DeepseekV3, mesh: Mesh, groups: Sequence[tuple[FlatGroup, torch.Tensor]],
-        later: DeferredGradients | None, early: bool,
-    ) -> None:  # fmt: skip
+        self,
+        model: DeepseekV3,
+        mesh: Mesh,
+        groups: Sequence[tuple[FlatGroup, torch.Tensor]],
+        later: DeferredGradients | None,
+        early: bool,
+    ) -> None:
         """Nothing is begun before `finish` unless `early`. `later`: the gradients that a backward puts off."""
         self._clock, self._later = mesh.clock, later
         self._parts: dict[int, list[tuple[torch.Tensor, dist.ProcessGroup | None]]] = defaultdict(list)

@@ -51,9 +51,15 @@ class ElasticBuffer:
         assert deterministic, "rows would arrive in another order each time"
 
     def dispatch(
-        self, x, topk_idx=None, topk_weights=None, num_experts=None, num_sms=0, handle=None,
+        self,
+        x,
+        topk_idx=None,
+        topk_weights=None,
+        num_experts=None,
+        num_sms=0,
+        handle=None,
         async_with_compute_stream=False,
-    ):  # fmt: skip
+    ):
         assert async_with_compute_stream
         assert isinstance(x, tuple) == self.fp8
         parts = x if self.fp8 else (x,)

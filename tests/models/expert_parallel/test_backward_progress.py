@@ -62,7 +62,7 @@ def test_milestones_are_in_the_order_of_parameters():
 def test_forwards_without_gradients_are_not_waited_for():
     model, passed = _model("float32", False, None), []
     model.milestones = Milestones(passed.append)
-    (ids, targets, _), = make_batches(torch.Generator().manual_seed(1), 2)  # fmt: skip
+    ((ids, targets, _),) = make_batches(torch.Generator().manual_seed(1), 2)
     with torch.no_grad():
         model.training_loss(ids, targets)
     model.training_loss(ids, targets).main.backward()

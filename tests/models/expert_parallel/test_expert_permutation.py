@@ -23,9 +23,12 @@ def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, 
     rows_AD = torch.randint(-100, 100, (arrived, 3), generator=generator).double()
     weights_AK = torch.rand(arrived, slots, generator=generator)
     pairs = [
-        (expert, a, k) for expert in range(local) for a in range(arrived) for k in range(slots)
+        (expert, a, k)
+        for expert in range(local)
+        for a in range(arrived)
+        for k in range(slots)
         if ids_AK[a, k] == expert
-    ]  # fmt: skip
+    ]
     order = ExpertPermutation.of(ids_AK, local, len(pairs))
     rows_RD, weights_R = order.expand(rows_AD), order.expand_weights(weights_AK)
     assert (len(rows_RD), len(weights_R)) == (len(pairs), len(pairs))

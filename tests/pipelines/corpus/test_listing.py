@@ -60,9 +60,13 @@ def test_what_is_not_taken_is_named_with_its_reason(tmp_path: Path) -> None:
     fields = {"include": ("**/*.txt",), "exclude": ("skip.*",), "max_files": 4}
     assert keys(root, **fields) == ["a.txt", "b.txt", "link.txt", "round.txt"]
     assert passed(root, **fields) == {
-        "not in `include`": 1, "in `exclude`": 1, "beyond `max_files`": 1, "links that lead nowhere": 1,
-        "links to folders, not entered": 2, "neither files nor folders": 2,
-    }  # fmt: skip
+        "not in `include`": 1,
+        "in `exclude`": 1,
+        "beyond `max_files`": 1,
+        "links that lead nowhere": 1,
+        "links to folders, not entered": 2,
+        "neither files nor folders": 2,
+    }
     told = Source(name="s", path=root, **fields).listing().told(expected=False)  # type: ignore[arg-type]
     assert told.startswith("1 links that lead nowhere (such as gone.txt); 2 links to folders, not entered")
     assert keys(root, include=("other/*.txt",)) == ["other/c.txt"], "entered where a pattern names it"
@@ -79,8 +83,12 @@ def test_a_name_that_is_no_utf8_is_read_under_a_name_that_is(tmp_path: Path) -> 
     config = CorpusConfig(sources=(Source(name="s", path=root),))
     Corpus().check(config, {})
     assert {file.key for file in Corpus().external(config)} == {
-        "caf\\xe9.txt", "good.txt", "naïve\n#1.txt", "\\xff\\xfe.txt", "d\\xe9/x.txt",
-    }  # fmt: skip
+        "caf\\xe9.txt",
+        "good.txt",
+        "naïve\n#1.txt",
+        "\\xff\\xfe.txt",
+        "d\\xe9/x.txt",
+    }
     (shard,) = corpus_shards(config)
     counts = write_corpus_shard(shard, str(tmp_path / "out"), 1000)
     assert counts["documents"] == 5
@@ -117,8 +125,10 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
         assert found.value.hint == "allow it, or add 'closed/**/*' to `exclude`"
         assert keys(tmp_path, exclude=("closed/**/*",)) == ["noenter/d.txt", "open/a.txt", "open/secret.txt"]
         assert keys(tmp_path, include=("open/*.txt", "noenter/*.txt")) == [
-            "noenter/d.txt", "open/a.txt", "open/secret.txt",
-        ]  # fmt: skip
+            "noenter/d.txt",
+            "open/a.txt",
+            "open/secret.txt",
+        ]
         (shard,) = corpus_shards(CorpusConfig(sources=(Source(name="s", path=tmp_path, exclude=("closed/**/*",)),)))
     finally:
         os.seteuid(0)

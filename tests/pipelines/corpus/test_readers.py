@@ -109,16 +109,22 @@ def test_a_line_too_long_is_skipped_and_the_rest_is_read(tmp_path: Path) -> None
     lines = [b'{"text": "' + b"x" * 3_000_000 + b'"}', b'{"text": "after"}', b"[" * 200_000, b'{"text": "\\ud800"}']
     (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
     assert read("jsonl", tmp_path / "f.jsonl") == [
-        ("#0", None, "oversized"), ("#1", "after"), ("#2", None, "malformed"), ("#3", None, "not_utf8"),
-    ]  # fmt: skip
+        ("#0", None, "oversized"),
+        ("#1", "after"),
+        ("#2", None, "malformed"),
+        ("#3", None, "not_utf8"),
+    ]
 
 
 def test_the_names_of_text_and_id_can_be_given(tmp_path: Path) -> None:
     rows = ['{"body": "one", "url": "u"}', '{"body": "two", "url": null}', '{"body": "three"}', '{"text": "four"}']
     (tmp_path / "f.jsonl").write_text("\n".join(rows))
     assert read("jsonl", tmp_path / "f.jsonl", columns=Columns("body", "url")) == [
-        ("#u", "one"), ("#1", "two"), ("#2", None, "malformed"), ("#3", None, "malformed"),
-    ]  # fmt: skip
+        ("#u", "one"),
+        ("#1", "two"),
+        ("#2", None, "malformed"),
+        ("#3", None, "malformed"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "binary"])
@@ -129,8 +135,12 @@ def test_parquet_rows_are_documents(tmp_path: Path, kind: str) -> None:
     pq.write_table(table, tmp_path / "f.parquet")
     pieces = read("parquet", tmp_path / "f.parquet", columns=Columns("body"))
     assert pieces[:5] == [
-        ("#0", "one"), ("#1", None, "empty"), ("#2", None, "empty"), ("#3", None, "oversized"), ("#4", "two"),
-    ]  # fmt: skip
+        ("#0", "one"),
+        ("#1", None, "empty"),
+        ("#2", None, "empty"),
+        ("#3", None, "oversized"),
+        ("#4", "two"),
+    ]
     assert pieces[-1] == ("#304", "more")
     keys = [piece[0] for piece in read("parquet", tmp_path / "f.parquet", columns=Columns("body", "url"))]
     assert keys[:6] == ["#a", "#b", "#c", "#d", "#4", "#u0"]
@@ -313,8 +323,13 @@ def test_ids_and_the_numbers_of_rows_are_told_apart(tmp_path: Path) -> None:
     found = read_shard(tmp_path / "out" / shard_name(0))
     assert counts["dropped:repeated_id"] == 1
     assert [dict(meta)["path"] for meta in found["meta"].to_pylist()] == [
-        "f.jsonl#1", "f.jsonl#row 1", "f.jsonl#2", "f.jsonl#3", "f.jsonl#4", "f.jsonl#id 4",
-    ]  # fmt: skip
+        "f.jsonl#1",
+        "f.jsonl#row 1",
+        "f.jsonl#2",
+        "f.jsonl#3",
+        "f.jsonl#4",
+        "f.jsonl#id 4",
+    ]
     assert len(set(found["id"].to_pylist())) == 6
 
 

@@ -73,9 +73,13 @@ def test_columns_become_text_licence_and_metadata(tmp_path: Path, kind: str) -> 
     assert [(row["text"], row["license"]) for row in documents] == [("one", "MIT"), ("two", "other"), ("four", "BSD")]
     assert documents[0]["id"] == document_id("s", f"{name}#0")
     assert documents[0]["meta"] == [
-        ("path", f"{name}#0"), ("url", "http://a"), ("date", "1"), ("tags", '["x", "y"]'), ("lang", "de"),
+        ("path", f"{name}#0"),
+        ("url", "http://a"),
+        ("date", "1"),
+        ("tags", '["x", "y"]'),
+        ("lang", "de"),
         ("more.path", "p"),
-    ]  # fmt: skip
+    ]
     assert documents[1]["meta"] == [("path", f"{name}#1"), ("date", "2"), ("tags", "[]")]
     assert [(row["key"], row["reason"]) for row in rejects] == [(f"{name}#2", "empty")]
 
@@ -97,10 +101,14 @@ def test_rejects_are_written_down_with_what_is_wrong(tmp_path: Path) -> None:
     documents, rejects, counts = corpus(folder, tmp_path, reader="jsonl")
     assert [row["text"] for row in documents] == ["fine"]
     assert [(row["source"], row["key"], row["reason"]) for row in rejects] == [
-        ("s", "a.jsonl#1", "malformed"), ("s", "a.jsonl#2", "malformed"), ("s", "a.jsonl#3", "malformed"),
-        ("s", "a.jsonl#4", "malformed"), ("s", "a.jsonl#5", "binary"), ("s", "a.jsonl#6", "empty"),
+        ("s", "a.jsonl#1", "malformed"),
+        ("s", "a.jsonl#2", "malformed"),
+        ("s", "a.jsonl#3", "malformed"),
+        ("s", "a.jsonl#4", "malformed"),
+        ("s", "a.jsonl#5", "binary"),
+        ("s", "a.jsonl#6", "empty"),
         ("s", "b.jsonl.gz", "malformed"),
-    ]  # fmt: skip
+    ]
     details = [row["detail"] for row in rejects]
     assert details[1:4] == [
         "no field 'text'; there are: other",

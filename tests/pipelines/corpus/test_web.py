@@ -75,8 +75,10 @@ def test_a_wet_file_holds_text_already(tmp_path: Path) -> None:
     records = [record("conversion", text, number, "text/plain") for number, text in enumerate(texts)]
     found = read(written(tmp_path, zipped(records), "a.warc.wet.gz"))
     assert [piece[:2] for piece in found] == [
-        ("#urn:uuid:0", "schön <b>"), ("#urn:uuid:1", "not_utf8"), ("#urn:uuid:2", "empty"),
-    ]  # fmt: skip
+        ("#urn:uuid:0", "schön <b>"),
+        ("#urn:uuid:1", "not_utf8"),
+        ("#urn:uuid:2", "empty"),
+    ]
 
 
 def test_bodies_are_unpacked_as_http_sent_them(tmp_path: Path) -> None:

@@ -133,10 +133,23 @@ def commit(
         columns = {key: pa.array([row[key] for row in rows], pa.string()) for key in ("id", "reason")}
         write_parquet(folder / name, pa.table(columns))
     manifest = Manifest(
-        step=step, step_version=1, fingerprint=fingerprint, produces="documents", config={}, address={}, files=[],
-        inputs={"documents": parent.reference} if parent else {}, counts={} if parent else {"dropped:empty": 3},
-        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
+        step=step,
+        step_version=1,
+        fingerprint=fingerprint,
+        produces="documents",
+        config={},
+        address={},
+        files=[],
+        inputs={"documents": parent.reference} if parent else {},
+        counts={} if parent else {"dropped:empty": 3},
+        bytes=0,
+        run="run",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
     return store.commit(manifest)
 
 
@@ -168,9 +181,16 @@ def run_step(home: Home, artifact: Artifact, folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(coverage_step, "map_shards", map_shards)
     context = StepContext(
-        step="coverage", config=CoverageConfig(), inputs={"documents": artifact}, folder=folder, home=home,
-        run=folder / "run", events=EventLog(folder / "events", "t"), cluster=None, fingerprint="cd",  # type: ignore[arg-type]
-    )  # fmt: skip
+        step="coverage",
+        config=CoverageConfig(),
+        inputs={"documents": artifact},
+        folder=folder,
+        home=home,
+        run=folder / "run",
+        events=EventLog(folder / "events", "t"),
+        cluster=None,  # type: ignore[arg-type]
+        fingerprint="cd",
+    )
     coverage_step.step.run(context)
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found

@@ -318,9 +318,13 @@ def test_every_planted_item_of_humaneval_is_found_and_nothing_else(unit: str) ->
 
 
 def run_step(
-    folder: Path, documents: dict[str, str], shards: int, monkeypatch: pytest.MonkeyPatch,
-    stop_after: int | None = None, **rules: Any,
-) -> tuple[dict[str, pa.Table], dict[str, Any], dict[str, float]]:  # fmt: skip
+    folder: Path,
+    documents: dict[str, str],
+    shards: int,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int | None = None,
+    **rules: Any,
+) -> tuple[dict[str, pa.Table], dict[str, Any], dict[str, float]]:
     """The step over so many shards, its tasks one after another in this process: tables by name, report, counts."""
     source, work = folder / f"in-{shards}", folder / f"out-{shards}"
     for number in range(shards):
@@ -335,14 +339,32 @@ def run_step(
         write_shard(source / shard_name(number), pa.table(columns))
     in_process(monkeypatch, decontaminate_step, stop_after)
     manifest = Manifest(
-        step="filter", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[],
-        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
+        step="filter",
+        step_version=1,
+        fingerprint="ab",
+        produces="documents",
+        config={},
+        address={},
+        files=[],
+        bytes=0,
+        run="run",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
     context = StepContext(
-        step="decontaminate", config=DecontaminateConfig(evals=(HUMAN_EVAL,), **rules),
-        inputs={"documents": Artifact(source, manifest)}, folder=work, home=Home(folder / "home"), run=folder / "run",
-        events=EventLog(folder / "run" / "events", "t"), cluster=None, fingerprint="cd",  # type: ignore[arg-type]
-    )  # fmt: skip
+        step="decontaminate",
+        config=DecontaminateConfig(evals=(HUMAN_EVAL,), **rules),
+        inputs={"documents": Artifact(source, manifest)},
+        folder=work,
+        home=Home(folder / "home"),
+        run=folder / "run",
+        events=EventLog(folder / "run" / "events", "t"),
+        cluster=None,  # type: ignore[arg-type]
+        fingerprint="cd",
+    )
     decontaminate_step.step.run(context)
     assert not [path.name for path in work.iterdir() if path.name.startswith(".")]
     tables = {path.name: read_shard(path) for path in sorted(work.glob("*.parquet"))}

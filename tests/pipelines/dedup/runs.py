@@ -47,9 +47,16 @@ class Night:
         folder = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
         context = StepContext(
-            step="dedup", config=self.config, inputs=inputs, folder=folder, home=self.home, run=self.home.root / "run",
-            events=EventLog(self.home.root / "run" / "events", "t"), cluster=None, fingerprint="",  # type: ignore[arg-type]
-        )  # fmt: skip
+            step="dedup",
+            config=self.config,
+            inputs=inputs,
+            folder=folder,
+            home=self.home,
+            run=self.home.root / "run",
+            events=EventLog(self.home.root / "run" / "events", "t"),
+            cluster=None,  # type: ignore[arg-type]
+            fingerprint="",
+        )
         dedup_step.step.run(context)
         assert context.counts["in:documents"] == len(self.texts)
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
@@ -95,7 +102,19 @@ def _fingerprint(step: str, number: int) -> str:
 
 def _manifest(step: str, number: int, config: dict[str, Any], inputs: dict[str, str]) -> Manifest:
     return Manifest(
-        step=step, step_version=1, fingerprint=_fingerprint(step, number), produces="documents", config=config,
-        address={}, inputs=inputs, files=[], bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0,
+        step=step,
+        step_version=1,
+        fingerprint=_fingerprint(step, number),
+        produces="documents",
+        config=config,
+        address={},
+        inputs=inputs,
+        files=[],
+        bytes=0,
+        run="run",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
         cpu_seconds=0.0,
-    )  # fmt: skip
+    )

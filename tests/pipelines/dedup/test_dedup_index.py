@@ -193,9 +193,20 @@ def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_
 def test_an_index_that_would_find_nothing_is_refused(version: int, changed: dict[str, int], said: str) -> None:
     """Other hashes or another seed have other keys, under which no copy would be met."""
     earlier = Manifest(
-        step="dedup", step_version=version, fingerprint="f", produces="documents",
-        config={**CONFIG.model_dump(mode="json"), **changed}, address={}, files=[], bytes=0, run="r", code={},
-        environment={}, started=0, seconds=0, cpu_seconds=0,
-    )  # fmt: skip
+        step="dedup",
+        step_version=version,
+        fingerprint="f",
+        produces="documents",
+        config={**CONFIG.model_dump(mode="json"), **changed},
+        address={},
+        files=[],
+        bytes=0,
+        run="r",
+        code={},
+        environment={},
+        started=0,
+        seconds=0,
+        cpu_seconds=0,
+    )
     with pytest.raises(RecipeError, match=said):
         dedup_step.step.follow(CONFIG, earlier)

@@ -299,9 +299,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, corpus: list[oracle.
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 5, 40, 68, 69, 71, 73, 74, 75, 77])
 def test_a_run_that_was_interrupted_goes_on(
-    tmp_path: Path, corpus: list[oracle.Text], monkeypatch: pytest.MonkeyPatch, stop_after: int,
+    tmp_path: Path,
+    corpus: list[oracle.Text],
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
     uninterrupted: dict[str, pa.Table],
-) -> None:  # fmt: skip
+) -> None:
     """Four shards are signed, read again and written, 64 bands compared: a stop in each phase."""
     with pytest.raises(Interrupted):
         run_step(tmp_path, corpus, 4, monkeypatch, stop_after)

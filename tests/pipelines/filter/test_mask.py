@@ -139,9 +139,11 @@ def test_the_mask_of_private_keys_looks_at_each_place_a_few_times_only(monkeypat
 
     for name in ("_BEGIN", "_END", "_BODY"):
         monkeypatch.setattr(keys, name, Counted(getattr(keys, name)))
-    for text in ("-----BEGIN PRIVATE KEY-----\n" * 3000 + "-----END PRIVATE KEY-----",
-                 "-----BEGIN PRIVATE KEY-----\n" * 3000 + "a" * 40 + "\n-----END PRIVATE KEY-----",
-                 "-----BEGIN PRIVATE KEY-----\n-----END X" * 3000 + "-----END PRIVATE KEY-----"):  # fmt: skip
+    for text in (
+        "-----BEGIN PRIVATE KEY-----\n" * 3000 + "-----END PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\n" * 3000 + "a" * 40 + "\n-----END PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\n-----END X" * 3000 + "-----END PRIVATE KEY-----",
+    ):
         walked = 0
         list(keys.find_secret_keys(text))
         assert walked <= 5 * len(text)

@@ -41,18 +41,36 @@ SPANISH = "El ayuntamiento ha decidido que el viejo puente sobre el r\u00edo se 
 def context(step: Step[Any], config: Any, folder: Path, **inputs: Path) -> StepContext[Any]:
     def artifact(path: Path) -> Artifact:
         manifest = Manifest(
-            step="corpus", step_version=1, fingerprint="ab", produces="documents", config={}, address={}, files=[],
-            bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-        )  # fmt: skip
+            step="corpus",
+            step_version=1,
+            fingerprint="ab",
+            produces="documents",
+            config={},
+            address={},
+            files=[],
+            bytes=0,
+            run="run",
+            code={},
+            environment={},
+            started=0.0,
+            seconds=0.0,
+            cpu_seconds=0.0,
+        )
         return Artifact(path, manifest)
 
     out = folder / "out"
     out.mkdir(parents=True, exist_ok=True)
     return StepContext(
-        step=step.name, config=config, inputs={name: artifact(path) for name, path in inputs.items()}, folder=out,
-        home=Home(folder / "home"), run=folder / "run", events=EventLog(folder / "run" / "events", "t"),
-        cluster=None, fingerprint="cd",  # type: ignore[arg-type]
-    )  # fmt: skip
+        step=step.name,
+        config=config,
+        inputs={name: artifact(path) for name, path in inputs.items()},
+        folder=out,
+        home=Home(folder / "home"),
+        run=folder / "run",
+        events=EventLog(folder / "run" / "events", "t"),
+        cluster=None,  # type: ignore[arg-type]
+        fingerprint="cd",
+    )
 
 
 def write_documents(folder: Path, rows: list[tuple[str, str]], shards: int) -> Path:
@@ -78,9 +96,13 @@ def tables(folder: Path, pattern: str) -> pa.Table:
 
 
 CONFIG = FilterConfig(
-    rules=("basic", "gopher_quality", "c4"), min_words=5, gopher_quality=GopherQuality(min_words=20),
-    languages=("en", "de"), min_language_score=0.5, mask=("email", "ip"),
-)  # fmt: skip
+    rules=("basic", "gopher_quality", "c4"),
+    min_words=5,
+    gopher_quality=GopherQuality(min_words=20),
+    languages=("en", "de"),
+    min_language_score=0.5,
+    mask=("email", "ip"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +123,9 @@ def test_every_document_is_kept_or_removed_with_reason_value_and_threshold(
     ctx = context(filter_step.step, CONFIG, tmp_path, documents=write_documents(tmp_path / "in", rows, 3))
     filter_step.step.run(ctx)
     assert sorted(path.name for path in ctx.folder.iterdir()) == [
-        *(f"documents-0000{i}.parquet" for i in range(3)), *(f"removed-0000{i}.parquet" for i in range(3)),
-    ]  # fmt: skip
+        *(f"documents-0000{i}.parquet" for i in range(3)),
+        *(f"removed-0000{i}.parquet" for i in range(3)),
+    ]
     kept, removed = tables(ctx.folder, "documents-*"), tables(ctx.folder, "removed-*")
     before = tables(tmp_path / "in", "documents-*")
     assert sorted(kept["id"].to_pylist() + removed["id"].to_pylist()) == before["id"].to_pylist()

@@ -46,9 +46,21 @@ class NeverStarted:
 
 def artifact(folder: Path, step_name: str, produces: str) -> Artifact:
     manifest = Manifest(
-        step=step_name, step_version=1, fingerprint="ab12", produces=produces, config={}, address={}, files=[],
-        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
+        step=step_name,
+        step_version=1,
+        fingerprint="ab12",
+        produces=produces,
+        config={},
+        address={},
+        files=[],
+        bytes=0,
+        run="run",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
     return Artifact(folder, manifest)
 
 
@@ -65,10 +77,16 @@ def tokens(tmp_path: Path) -> Artifact:
 def error_of(tmp_path: Path, inputs: dict[str, Artifact], **settings: Any) -> InputError:
     config = PretrainConfig.model_validate({"steps": 2, "batch_sequences": 2, **settings})
     context = StepContext(
-        step="pretrain", config=config, inputs=inputs, folder=tmp_path / "out", home=Home(tmp_path / "home"),
-        run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "test"), cluster=NeverStarted(),  # type: ignore[arg-type]
+        step="pretrain",
+        config=config,
+        inputs=inputs,
+        folder=tmp_path / "out",
+        home=Home(tmp_path / "home"),
+        run=tmp_path / "run",
+        events=EventLog(tmp_path / "run" / "events", "test"),
+        cluster=NeverStarted(),  # type: ignore[arg-type]
         fingerprint="cd34",
-    )  # fmt: skip
+    )
     with pytest.raises(InputError) as caught:
         step.run(context)
     return caught.value

@@ -43,9 +43,12 @@ def vocabulary(tokenizer) -> ServingVocabulary:
 def model(tokenizer) -> DeepseekV3:
     """Weights ten times as large as usual: next tokens then differ clearly, so greedy answers have no near-ties."""
     config = replace(
-        PRESETS["tiny"], vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=2, max_position_embeddings=256,
+        PRESETS["tiny"],
+        vocab_size=tokenizer.get_vocab_size(),
+        num_hidden_layers=2,
+        max_position_embeddings=256,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     model = DeepseekV3(config).eval()
     model.init_weights(seed=3)
     return model

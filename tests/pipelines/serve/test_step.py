@@ -43,10 +43,22 @@ def test_the_closing_text_shows_question_and_answer():
 def commit(store: ArtifactStore, step_name: str, produces: str, fingerprint: str):
     return store.commit(
         Manifest(
-            step=step_name, step_version=1, fingerprint=fingerprint, produces=produces, config={}, address={}, files=[],
-            bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
+            step=step_name,
+            step_version=1,
+            fingerprint=fingerprint,
+            produces=produces,
+            config={},
+            address={},
+            files=[],
+            bytes=0,
+            run="run",
+            code={},
+            environment={},
+            started=0.0,
+            seconds=0.0,
+            cpu_seconds=0.0,
         )
-    )  # fmt: skip
+    )
 
 
 def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokenizer, tmp_path, capfd):
@@ -62,10 +74,16 @@ def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokeniz
     registered = commit(store, "register", "registration", "cd34")
     (tmp_path / "out").mkdir()
     context = StepContext(
-        step="smoke-serve", config=SmokeServeConfig(max_tokens=8), inputs={"model": registered},
-        folder=tmp_path / "out", home=home, run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "test"),
-        cluster=ray_cluster, fingerprint="ef56",
-    )  # fmt: skip
+        step="smoke-serve",
+        config=SmokeServeConfig(max_tokens=8),
+        inputs={"model": registered},
+        folder=tmp_path / "out",
+        home=home,
+        run=tmp_path / "run",
+        events=EventLog(tmp_path / "run" / "events", "test"),
+        cluster=ray_cluster,
+        fingerprint="ef56",
+    )
     step.run(context)
     transcript = json.loads((tmp_path / "out" / "transcript.json").read_text())
     assert [reply["streamed"] for reply in transcript["concurrent"]] == [True, False, False, False]

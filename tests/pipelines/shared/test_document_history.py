@@ -51,8 +51,11 @@ def test_a_document_that_went_names_who_stays_and_how_alike_they_are(night: Nigh
     assert removed[0].file == "removed-00001.parquet"
     first = document_id("best", "first")
     assert removed[0].details == {
-        "reason": "near", "representative": first, "partner": first, "similarity": pytest.approx(55 / 57),
-    }  # fmt: skip
+        "reason": "near",
+        "representative": first,
+        "partner": first,
+        "similarity": pytest.approx(55 / 57),
+    }
     assert found.others[first]["source"] == "best"
 
 

@@ -42,11 +42,14 @@ class TeacherServer:
         message = {"role": "assistant", "content": compute(prompt, seed)}
         return JSONResponse(
             {
-                "id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
+                "id": "1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": body["model"],
                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
                 "usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30},
             }
-        )  # fmt: skip
+        )
 
 
 def compute(prompt: str, seed: int) -> str:

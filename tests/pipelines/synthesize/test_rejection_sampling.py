@@ -59,8 +59,11 @@ def test_the_first_answer_that_passes_is_kept(tmp_path: Path) -> None:
     generator, made = sample(tmp_path, "first")
     assert generator.rounds == [[0, 1, 5], [1, 5], [5]]
     assert {key: one.reason for key, one in made.items()} == {
-        "g/0": "", "g/1": "", "g/5": "wrong", "g/9": "generator",
-    }  # fmt: skip
+        "g/0": "",
+        "g/1": "",
+        "g/5": "wrong",
+        "g/9": "generator",
+    }
     assert [made[key].meta["attempt"] for key in ("g/0", "g/1", "g/5")] == ["0", "1", "2"]
 
 

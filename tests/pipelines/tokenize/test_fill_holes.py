@@ -18,8 +18,11 @@ def test_the_emptiest_sequence_fills_the_others() -> None:
     assert count == 3
     found = zip(parts.piece, parts.skipped, parts.tokens, parts.sequence, parts.at, strict=True)
     assert [tuple(map(int, part)) for part in found] == [
-        (0, 0, 8, 0, 0), (1, 0, 5, 1, 0), (3, 0, 6, 2, 0), (2, 0, 3, 1, 5),
-    ]  # fmt: skip
+        (0, 0, 8, 0, 0),
+        (1, 0, 5, 1, 0),
+        (3, 0, 6, 2, 0),
+        (2, 0, 3, 1, 5),
+    ]
 
 
 def test_full_sequences_stay_as_they_are() -> None:

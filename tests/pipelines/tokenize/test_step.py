@@ -36,9 +36,21 @@ def texts() -> Texts:
 
 def artifact(folder: Path, produces: str) -> Artifact:
     manifest = Manifest(
-        step=produces, step_version=1, fingerprint="ab", produces=produces, config={}, address={}, files=[],
-        bytes=0, run="run", code={}, environment={}, started=0.0, seconds=0.0, cpu_seconds=0.0,
-    )  # fmt: skip
+        step=produces,
+        step_version=1,
+        fingerprint="ab",
+        produces=produces,
+        config={},
+        address={},
+        files=[],
+        bytes=0,
+        run="run",
+        code={},
+        environment={},
+        started=0.0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
     return Artifact(folder, manifest)
 
 
@@ -85,10 +97,16 @@ def run_step(
         "tokenizer": artifact(tokenizer, "tokenizer"),
     }
     context = StepContext(
-        step="tokenize", config=config, inputs=inputs, folder=folder / "out", home=Home(folder / "home"),
-        run=folder / "run", events=EventLog(folder / "run" / "events", "t"),
-        cluster=None, fingerprint="cd",  # type: ignore[arg-type]
-    )  # fmt: skip
+        step="tokenize",
+        config=config,
+        inputs=inputs,
+        folder=folder / "out",
+        home=Home(folder / "home"),
+        run=folder / "run",
+        events=EventLog(folder / "run" / "events", "t"),
+        cluster=None,  # type: ignore[arg-type]
+        fingerprint="cd",
+    )
     tokenize.step.run(context)
     return context
 

@@ -41,10 +41,16 @@ def folder(tmp_path: Path) -> Path:
 def load(tmp_path: Path, **settings: Any) -> StepContext[Any]:
     (tmp_path / "out").mkdir(exist_ok=True)
     context = StepContext(
-        step="load-tokenizer", config=step.Config.model_validate(settings), inputs={}, folder=tmp_path / "out",
-        home=Home(tmp_path / "home"), run=tmp_path / "run", events=EventLog(tmp_path / "run" / "events", "t"),
-        cluster=None, fingerprint="cd",  # type: ignore[arg-type]
-    )  # fmt: skip
+        step="load-tokenizer",
+        config=step.Config.model_validate(settings),
+        inputs={},
+        folder=tmp_path / "out",
+        home=Home(tmp_path / "home"),
+        run=tmp_path / "run",
+        events=EventLog(tmp_path / "run" / "events", "t"),
+        cluster=None,  # type: ignore[arg-type]
+        fingerprint="cd",
+    )
     step.run(context)
     return context
 
@@ -134,9 +140,15 @@ def test_truncation_and_padding_act_nowhere(tmp_path: Path, folder: Path) -> Non
     change(
         folder / "tokenizer.json",
         truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-        padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
-                 "pad_type_id": 0, "pad_token": "<|pad|>"},
-    )  # fmt: skip
+        padding={
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": "<|pad|>",
+        },
+    )
     context = load(tmp_path, path=folder)
     assert notes(context) == []
     assert len(load_tokenizer(context.folder).encode(text).ids) == whole
@@ -152,10 +164,11 @@ def test_what_stands_for_unknown_text_is_no_padding(tmp_path: Path, folder: Path
     made.train_from_iterator(
         ["words of few letters"],
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256) if byte_fallback)],
+            vocab_size=400,
+            special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256) if byte_fallback)],
             show_progress=False,
         ),
-    )  # fmt: skip
+    )
     made.save(str(folder / "tokenizer.json"))
     for named in ({}, {"pad_token": "<unk>"}, {"unk_token": "<unk>"}):
         config = {"bos_token": "<s>", "eos_token": "</s>", **named}

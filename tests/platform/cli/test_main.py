@@ -17,9 +17,12 @@ from tests.command_line import run_command
 def moray_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"MORAY_HOME": str(home), "PATH": "/usr/bin:/bin", "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "moray.py"), *arguments], capture_output=True, text=True, check=False,
+        [sys.executable, str(ROOT / "moray.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
         env=environment,
-    )  # fmt: skip
+    )
 
 
 def test_version_and_help(tmp_path: Path) -> None:

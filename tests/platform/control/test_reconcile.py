@@ -126,9 +126,10 @@ def make(home: Home, seed: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> 
     clock = SimpleNamespace(time=lambda: world.now, monotonic=lambda: world.now)
     monkeypatch.setattr(controller_module, "time", clock)
     monkeypatch.setattr(
-        controller_module, "is_stale",
+        controller_module,
+        "is_stale",
         lambda path: not ((driver := world.drivers.get(path.parent.name)) and driver.alive),
-    )  # fmt: skip
+    )
     database = Database(home.database, durable=False)
     return Controller(home, database, world, "nowhere", TOPOLOGY, slots, no_errors), world, database
 

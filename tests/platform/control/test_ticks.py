@@ -209,8 +209,10 @@ class TestNamedAfterBugs:
 
     def test_several_ticks_in_the_gap_are_one(self) -> None:
         assert local(Cron("*/20 2,3 * * *", self.NEW_YORK), self.NEW_YORK, "2026-03-08", 23) == [
-            "03:00-0400", "03:20-0400", "03:40-0400",
-        ]  # fmt: skip
+            "03:00-0400",
+            "03:20-0400",
+            "03:40-0400",
+        ]
 
     def test_midnight_that_does_not_exist(self) -> None:
         zone = "America/Sao_Paulo"
@@ -341,8 +343,14 @@ CRONISH = st.text(st.sampled_from("0123456789*/-,#L WMONFRIjan@"), max_size=30)
 
 
 @settings(max_examples=examples(400), deadline=None)
-@given(st.one_of(CRONISH, CRONISH.map(lambda text: f"{text} * * * *"), CRONISH.map(lambda text: f"0 0 {text} * *"),
-                 CRONISH.map(lambda text: f"0 0 * * {text}")))  # fmt: skip
+@given(
+    st.one_of(
+        CRONISH,
+        CRONISH.map(lambda text: f"{text} * * * *"),
+        CRONISH.map(lambda text: f"0 0 {text} * *"),
+        CRONISH.map(lambda text: f"0 0 * * {text}"),
+    )
+)
 def test_any_text_is_refused_or_works(text: str) -> None:
     try:
         trigger = parse_trigger(text, None, "Europe/London", 1.7e9)
@@ -380,8 +388,9 @@ class TestDowntime:
     def test_catchup_last_runs_the_newest_alone(self) -> None:
         _, made = settle(state_of(HOURLY, 0, catchup="last"), 24 * HOUR + 100)
         assert [(d.tick, d.until, d.count, d.run) for d in made] == [
-            (HOUR, 23 * HOUR, 23, False), (24 * HOUR, 24 * HOUR, 1, True),
-        ]  # fmt: skip
+            (HOUR, 23 * HOUR, 23, False),
+            (24 * HOUR, 24 * HOUR, 1, True),
+        ]
 
     def test_a_tick_within_the_grace_is_not_missed(self) -> None:
         for late, run in ((0.0, True), (GRACE, True), (GRACE + 0.5, False)):

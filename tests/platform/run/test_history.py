@@ -72,8 +72,10 @@ def test_runs_are_listed_newest_first_with_what_they_did(moray: Shell) -> None:
     (moray.home.runs / "logs").mkdir()
     rows = moray.json("runs", "list")
     assert [(row["state"], row["made"], row["reused"]) for row in rows] == [
-        ("failed", 0, 1), ("succeeded", 1, 1), ("succeeded", 2, 0),
-    ]  # fmt: skip
+        ("failed", 0, 1),
+        ("succeeded", 1, 1),
+        ("succeeded", 2, 0),
+    ]
     shown, other = moray("runs", "list")
     assert rows[0]["run"] in shown
     assert not other, "stdout carries the result"

@@ -92,17 +92,22 @@ def test_an_attempt_without_a_folder_or_with_an_empty_segment_is_pending(control
 def test_steps_carry_what_their_events_say(control: Control) -> None:
     log = control.start()
     say(
-        log, RunEvent(state="started", recipe="small"),
+        log,
+        RunEvent(state="started", recipe="small"),
         step("corpus", "reused", why="have ffff", counts={"out:documents": 3.0}, outcome="3 kept"),
-        step("filter", "started", why="never run"), NoteEvent(step="filter", level="warning", text="slow disk"),
+        step("filter", "started", why="never run"),
+        NoteEvent(step="filter", level="warning", text="slow disk"),
         ProgressEvent(step="filter", phase="filtering", done=2, total=8, unit="documents"),
-    )  # fmt: skip
+    )
     view = control.views.view(control.job)
     corpus, current, pending = view["steps"]
     assert view["state"] == "started"
     assert (corpus["state"], corpus["why"], corpus["outcome"], corpus["counts"]) == (
-        "reused", "have ffff", "3 kept", {"out:documents": 3.0},
-    )  # fmt: skip
+        "reused",
+        "have ffff",
+        "3 kept",
+        {"out:documents": 3.0},
+    )
     assert (current["state"], current["why"], current["notes"][0]["text"]) == ("started", "never run", "slow disk")
     assert current["progress"]["done"] == 2
     assert current["progress"]["rate"] is None, "one report makes no rate"
@@ -116,8 +121,11 @@ def test_steps_carry_what_their_events_say(control: Control) -> None:
     view = control.views.view(control.job)
     filtered = view["steps"][1]
     assert (view["state"], filtered["state"], filtered["why"], filtered["seconds"]) == (
-        "succeeded", "succeeded", "never run", 1.5,
-    )  # fmt: skip
+        "succeeded",
+        "succeeded",
+        "never run",
+        1.5,
+    )
     assert filtered["progress"] is None
 
 
@@ -183,8 +191,11 @@ def test_expert_load_is_a_row_of_layers_for_each_step(control: Control) -> None:
                 say(log, MetricEvent(step="again", name="train_expert_load", value=at / layer, at=at, labels=labels))
     view = control.views.view(control.job)
     assert view["expert_load"] == {
-        "steps": [10, 20], "layers": [1, 2], "values": [[10.0, 5.0], [20.0, None]], "what": "max/mean load",
-    }  # fmt: skip
+        "steps": [10, 20],
+        "layers": [1, 2],
+        "values": [[10.0, 5.0], [20.0, None]],
+        "what": "max/mean load",
+    }
     assert view["curves"] == {}
 
 

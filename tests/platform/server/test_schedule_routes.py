@@ -180,10 +180,14 @@ def test_a_name_is_taken_once(server: Server, client: Client) -> None:
 def test_without_the_token_nothing_is_told(server: Server, client: Client) -> None:
     stranger = Client(client.url, "wrong")
     for method, path in (
-        ("GET", "/api/schedules"), ("POST", "/api/schedules"), ("GET", "/api/schedules/nightly"),
-        ("GET", "/api/schedules/nightly/next"), ("POST", "/api/schedules/nightly/pause"),
-        ("POST", "/api/schedules/nightly/resume"), ("DELETE", "/api/schedules/nightly"),
-    ):  # fmt: skip
+        ("GET", "/api/schedules"),
+        ("POST", "/api/schedules"),
+        ("GET", "/api/schedules/nightly"),
+        ("GET", "/api/schedules/nightly/next"),
+        ("POST", "/api/schedules/nightly/pause"),
+        ("POST", "/api/schedules/nightly/resume"),
+        ("DELETE", "/api/schedules/nightly"),
+    ):
         assert raw(stranger, method, path)[0] == 401
 
 
@@ -206,9 +210,19 @@ def raw(client: Client, method: str, path: str, body: str | None = None) -> tupl
 
 def test_the_commands(server: Server, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     printed = schedule(
-        capsys, "add", "nightly", "tiny.yaml", "--cron", "0 2 * * *", "--tz", "Europe/London", "--overlap", "queue",
-        "--set", "corpus.sources.0.license=MIT",
-    )  # fmt: skip
+        capsys,
+        "add",
+        "nightly",
+        "tiny.yaml",
+        "--cron",
+        "0 2 * * *",
+        "--tz",
+        "Europe/London",
+        "--overlap",
+        "queue",
+        "--set",
+        "corpus.sources.0.license=MIT",
+    )
     assert "nightly: At 02:00 every day, Europe/London time" in printed
     assert "02:00" in printed.splitlines()[1]
     assert "(in " in printed.splitlines()[1]
@@ -283,9 +297,13 @@ def test_the_zone_is_this_machine_s_unless_another_is_given(
     ],
 )  # fmt: skip
 def test_a_bad_command_is_refused_and_changes_nothing(
-    server: Server, client: Client, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str,
+    server: Server,
+    client: Client,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
     hint: str,
-) -> None:  # fmt: skip
+) -> None:
     schedule(capsys, "add", "steady", "tiny.yaml", "--every", "1h")
     before = server.dump()
     with pytest.raises(MorayError) as caught:

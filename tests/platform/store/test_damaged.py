@@ -153,9 +153,7 @@ def test_verify_finds_what_was_changed_behind_its_back(
     assert changed(store, hashes=True) == [Change("data", "has other contents")]
     data.write_text("words")
     (data.parent / "more").write_text("")
-    assert changed(store, hashes=False) == [
-        Change("data", "has 5 B of 7 B"), Change("more", "is not in the manifest")
-    ]  # fmt: skip
+    assert changed(store, hashes=False) == [Change("data", "has 5 B of 7 B"), Change("more", "is not in the manifest")]
     with pytest.raises(InputError, match="has 5 B of 7 B"):
         check_sizes(data.parent, other(store).manifest, lambda: False)
     monkeypatch.setattr(verify, "hash_file", unreadable)

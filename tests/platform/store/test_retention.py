@@ -93,5 +93,9 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
 
 def test_sizes_are_shown() -> None:
     assert [size(value) for value in (0, 512, 1250, 12_345_678, 10**10)] == [
-        "0 B", "512 B", "1.25 kB", "12.3 MB", "10 GB",
-    ]  # fmt: skip
+        "0 B",
+        "512 B",
+        "1.25 kB",
+        "12.3 MB",
+        "10 GB",
+    ]

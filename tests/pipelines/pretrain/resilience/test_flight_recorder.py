@@ -10,9 +10,13 @@ from moray.pipelines.pretrain.resilience.flight_recorder import position, positi
 
 def entry(number: int, kind: str, retired: bool, group: str = "experts") -> dict[str, Any]:
     return {
-        "record_id": number, "profiling_name": kind, "retired": retired, "process_group": ["3", group],
-        "collective_seq_id": number + 1, "time_created_ns": number,
-    }  # fmt: skip
+        "record_id": number,
+        "profiling_name": kind,
+        "retired": retired,
+        "process_group": ["3", group],
+        "collective_seq_id": number + 1,
+        "time_created_ns": number,
+    }
 
 
 def test_both_recorders_are_read() -> None:
