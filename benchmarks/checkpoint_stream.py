@@ -21,8 +21,8 @@ from harness.result import Bar, report
 
 from moray.models.checkpoint import PRECISIONS, convert
 from moray.models.config import ModelConfig
-from moray.models.folder import DTYPES, SHARD_BYTES, FolderWriter
 from moray.models.presets import PRESETS, parameter_count
+from moray.models.safetensors_folder import DTYPES, SHARD_BYTES, FolderWriter
 from moray.models.tensors import parameter_shapes, stored_tensors
 
 

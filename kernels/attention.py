@@ -41,7 +41,7 @@ from moray.kernels.attention_forward import attention_forward
 from moray.kernels.attention_tiles import KernelBlocks, default_blocks
 from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
 from moray.kernels.util.backend import backend
-from moray.kernels.util.documents import DocumentBounds
+from moray.kernels.util.document_bounds import DocumentBounds
 
 _WIDEST = 256  # elements of a query head
 

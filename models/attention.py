@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moray.kernels.attention import attention_form, causal_attention, pad_values
 from moray.kernels.mla_decode import mla_decode
 from moray.kernels.rope import rope
-from moray.kernels.util.documents import DocumentBounds
+from moray.kernels.util.document_bounds import DocumentBounds
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
 from moray.models.linear import Linear, RMSNorm

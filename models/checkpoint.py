@@ -19,8 +19,8 @@ from moray.kernels import quantize as fp8_blocks
 from moray.kernels.quantize import BLOCK
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import Dispatcher
-from moray.models.folder import DTYPES, SHARD_BYTES, FolderReader, FolderWriter
 from moray.models.model import DeepseekV3
+from moray.models.safetensors_folder import DTYPES, SHARD_BYTES, FolderReader, FolderWriter
 from moray.models.tensors import (
     Shape,
     bias_shapes,

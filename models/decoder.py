@@ -10,7 +10,7 @@ from operator import add
 
 from torch import Tensor, nn
 
-from moray.kernels.util.documents import DocumentBounds
+from moray.kernels.util.document_bounds import DocumentBounds
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moray.kernels.cross_entropy import cross_entropy_sum
 from moray.kernels.rope import rope_table
 from moray.kernels.util.deferred import DeferredGradients
-from moray.kernels.util.documents import find_documents
+from moray.kernels.util.document_bounds import find_documents
 from moray.models.attention import RotaryTable
 from moray.models.cache import LatentCache
 from moray.models.compute import TrainingCompute

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.coverage.domains import domain_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.language import identify
 from moray.pipelines.tokenizer.train import load_tokenizer
 

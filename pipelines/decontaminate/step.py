@@ -23,8 +23,8 @@ from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationVe
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
-from moray.pipelines.shared.records import forget_records, recorded
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
+from moray.pipelines.shared.task_records import forget_records, recorded
 from moray.platform.core.atomic import whole_file, write_json
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig

@@ -17,8 +17,8 @@ from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.shingles import KEY_BITS
 
 

@@ -22,8 +22,8 @@ from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.grouped_file import arrow_writer, read_group, write_groups
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.minhash import Shingling
 
 DECIDED = pa.schema(

@@ -15,7 +15,7 @@
     group_decisions, decisions   group; run          rows of decide.DECIDED
 
 A document's number is its place among the documents of all runs with this index, shard after shard. What tasks counted
-is in their records, below the same folder (`shared/records.py`).
+is in their records, below the same folder (`shared/task_records.py`).
 """
 
 from __future__ import annotations

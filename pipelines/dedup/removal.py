@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_shard
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row, input_shards, output_path
+from moray.pipelines.shared.task_records import recorded
 from moray.platform.core.errors import nearest
 from moray.platform.plan.context import StepContext
 

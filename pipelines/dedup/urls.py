@@ -24,8 +24,8 @@ from moray.pipelines.dedup.keep_order import KeepOrder, described, read_document
 from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path
+from moray.pipelines.shared.task_records import forget_records
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext

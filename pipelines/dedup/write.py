@@ -12,8 +12,8 @@ from moray.pipelines.dedup.decide import LOST, read_decided
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import recorded
 
 REASONS = ("exact", "near", "seen")
 REMOVED = ["id", "reason", "representative", "partner", "similarity"]

@@ -22,8 +22,8 @@ from moray.pipelines.filter.mask import mask
 from moray.pipelines.filter.rules import judge_documents
 from moray.pipelines.quality.quality_model import QualityModel, load_quality_model
 from moray.pipelines.shared.documents import write_batches, write_parquet
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.language import CHARACTERS, identify
 
 _BATCH = 512  # documents; a kernel's start costs microseconds

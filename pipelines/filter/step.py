@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from moray.pipelines.filter.config import FilterConfig
 from moray.pipelines.filter.filter_shard import filter_shard
-from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import file_bytes, input_shards, map_shards, pace
+from moray.pipelines.shared.task_records import forget_records
 from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step

@@ -24,8 +24,8 @@ from pydantic import Field
 
 from moray.actors.data.token_set import Shard, TokenVocabulary, write_index, write_token_shard
 from moray.pipelines.shared.documents import read_shard, shard_paths
-from moray.pipelines.shared.records import forget_records, recorded
 from moray.pipelines.shared.shards import Row, map_shards
+from moray.pipelines.shared.task_records import forget_records, recorded
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged

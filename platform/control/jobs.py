@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moray.platform.control.choices import Priority
 from moray.platform.control.database import Database
 from moray.platform.core.errors import InputError, MorayError, nearest
-from moray.platform.core.folder import in_folder
+from moray.platform.core.working_folder import in_folder
 from moray.platform.plan.recipe import Recipe, parse_recipe
 
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)

@@ -13,7 +13,7 @@ from moray.kernels.attention import (
 )
 from moray.kernels.attention_tiles import KernelBlocks, TileShape
 from moray.kernels.rope import rope_table
-from moray.kernels.util.documents import find_documents
+from moray.kernels.util.document_bounds import find_documents
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.config import ModelConfig
 from moray.models.recompute import Recompute

@@ -34,8 +34,8 @@ from moray.pipelines.dedup.parts.tasks import (
     window_shard,
 )
 from moray.pipelines.dedup.removal import preferring_shards, read_outputs
-from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
+from moray.pipelines.shared.task_records import forget_records
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext

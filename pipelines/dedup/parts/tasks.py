@@ -25,8 +25,8 @@ from moray.pipelines.dedup.parts.key_ranges import Columns, range_of, read_parts
 from moray.pipelines.dedup.parts.text_parts import normalized, parts_of, without
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.grouped_file import read_columns
-from moray.pipelines.shared.records import recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
 

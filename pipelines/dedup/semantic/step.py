@@ -24,8 +24,8 @@ from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_ou
 from moray.pipelines.dedup.semantic.embedder import embed_shard, embedding_model_folder, vectors_of
 from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
-from moray.pipelines.shared.records import forget_records
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
+from moray.pipelines.shared.task_records import forget_records
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moray.platform.core.errors import InputError
-from moray.platform.core.folder import in_folder
+from moray.platform.core.working_folder import in_folder
 
 
 def test_several_at_once_each_have_their_own_and_the_process_keeps_its(tmp_path: Path) -> None:

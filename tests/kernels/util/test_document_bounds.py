@@ -1,6 +1,6 @@
 import torch
 
-from moray.kernels.util.documents import find_documents
+from moray.kernels.util.document_bounds import find_documents
 
 
 def test_positions_restart_and_an_id_that_returns_is_a_new_document():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moray.pipelines.shared.records import forget_records, recorded
 from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.task_records import forget_records, recorded
 
 
 def test_a_task_that_is_recorded_is_not_done_again(tmp_path: Path) -> None:
