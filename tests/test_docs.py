@@ -16,16 +16,15 @@ import yaml
 
 from moray.pipelines.shared.documents import SCHEMA, write_shard
 from moray.platform.core.cluster import Cluster
-from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import StepSpec
 from moray.platform.plan.step import Step, resolve_step
 from moray.platform.store.artifacts import Artifact
-from moray.platform.store.manifest import Manifest
 from tests import shell_blocks
 from tests.checkout import ROOT
 from tests.shell_blocks import NOT_RUN, bash_blocks, reader_home, run_page, without_comment
+from tests.step_contexts import context_for, manifest_of
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -65,32 +64,15 @@ def test_the_example_step_runs(home: Home, tmp_path: Path) -> None:
     row = ["i", "a bb ccc", "s", "", [("path", "k")]]
     columns = [pa.array([value], field.type) for value, field in zip(row, SCHEMA, strict=True)]
     write_shard(tmp_path / "in" / "documents-00000.parquet", pa.table(columns, schema=SCHEMA))
-    manifest = Manifest(
-        step="filter",
-        step_version=1,
-        fingerprint="f",
-        produces="documents",
-        config={},
-        address={},
-        files=[],
-        bytes=0,
-        run="r",
-        code={},
-        environment={},
-        started=0,
-        seconds=0,
-        cpu_seconds=0,
-    )
-    context: StepContext[Any] = StepContext(
-        step="words",
-        config=step.Config(min_length=2),
-        inputs={"documents": Artifact(tmp_path / "in", manifest)},
-        folder=tmp_path / "out",
-        home=home,
-        run=tmp_path / "run",
-        events=EventLog(tmp_path / "run" / "events", "t"),
-        cluster=Unused(),
-        fingerprint="f",
+    manifest = manifest_of("filter", "f")
+    context: StepContext[Any] = context_for(
+        "words",
+        step.Config(min_length=2),
+        {"documents": Artifact(tmp_path / "in", manifest)},
+        tmp_path / "out",
+        home,
+        tmp_path / "run",
+        Unused(),
     )
     context.folder.mkdir()
     step.run(context)

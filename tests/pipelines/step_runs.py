@@ -12,11 +12,9 @@ import pyarrow as pa
 import pytest
 
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
-from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import Artifact, ArtifactStore
-from moray.platform.store.manifest import Manifest
+from tests.step_contexts import context_for, manifest_of
 
 
 class Interrupted(Exception):
@@ -97,16 +95,8 @@ def run_in_process(
     in_process(monkeypatch, module, stop_after)
     home = Home(folder / "home")
     work = ArtifactStore(home).prepare(module.step.name, "0" * 32, keep_leftovers=True)
-    context = StepContext(
-        step=module.step.name,
-        config=config,
-        inputs={"documents": _documents(folder / "in", pages, shards)},
-        folder=work,
-        home=home,
-        run=home.root / "run",
-        events=EventLog(home.root / "run" / "events", "t"),
-        cluster=None,  # type: ignore[arg-type]
-        fingerprint="",
+    context = context_for(
+        module.step.name, config, {"documents": _documents(folder / "in", pages, shards)}, work, home, home.root / "run"
     )
     module.step.run(context)
     assert context.counts["in:documents"] == len(pages)
@@ -117,21 +107,5 @@ def run_in_process(
 
 def _documents(folder: Path, pages: Sequence[Page], shards: int) -> Artifact:
     write_pages(folder, pages, shards)
-    manifest = Manifest(
-        step="filter",
-        step_version=1,
-        fingerprint="1" * 32,
-        produces="documents",
-        config={},
-        address={},
-        inputs={},
-        files=[],
-        bytes=0,
-        run="run",
-        code={},
-        environment={},
-        started=0.0,
-        seconds=0.0,
-        cpu_seconds=0.0,
-    )
+    manifest = manifest_of("filter", "1" * 32)
     return Artifact(folder, manifest)

@@ -23,13 +23,11 @@ from moray.pipelines.shared.documents import document_id, shard_name, write_parq
 from moray.pipelines.text.language import identify
 from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError
-from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact, ArtifactStore
-from moray.platform.store.manifest import Manifest
+from tests.step_contexts import context_for, manifest_of
 
 MEDICINE = "The patient had a fever; the physician confirmed the diagnosis and chose a lower dose of insulin therapy. "
 LAW = "The court found that the defendant owed damages for breach of contract, and the plaintiff filed an appeal. "
@@ -132,23 +130,11 @@ def commit(
     for name, rows in (removed or {}).items():
         columns = {key: pa.array([row[key] for row in rows], pa.string()) for key in ("id", "reason")}
         write_parquet(folder / name, pa.table(columns))
-    manifest = Manifest(
-        step=step,
-        step_version=1,
-        fingerprint=fingerprint,
-        produces="documents",
-        config={},
-        address={},
-        files=[],
+    manifest = manifest_of(
+        step,
+        fingerprint,
         inputs={"documents": parent.reference} if parent else {},
         counts={} if parent else {"dropped:empty": 3},
-        bytes=0,
-        run="run",
-        code={},
-        environment={},
-        started=0.0,
-        seconds=0.0,
-        cpu_seconds=0.0,
     )
     return store.commit(manifest)
 
@@ -180,17 +166,7 @@ def run_step(home: Home, artifact: Artifact, folder: Path, monkeypatch: pytest.M
         return [function(row) for row in rows]
 
     monkeypatch.setattr(coverage_step, "map_shards", map_shards)
-    context = StepContext(
-        step="coverage",
-        config=CoverageConfig(),
-        inputs={"documents": artifact},
-        folder=folder,
-        home=home,
-        run=folder / "run",
-        events=EventLog(folder / "events", "t"),
-        cluster=None,  # type: ignore[arg-type]
-        fingerprint="cd",
-    )
+    context = context_for("coverage", CoverageConfig(), {"documents": artifact}, folder, home, folder / "run")
     coverage_step.step.run(context)
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found

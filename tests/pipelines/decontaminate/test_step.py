@@ -28,18 +28,16 @@ from moray.pipelines.decontaminate.text_units import units_of
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
 from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact
-from moray.platform.store.manifest import Manifest
 from tests.examples import examples
 from tests.pipelines.decontaminate import oracle
 from tests.pipelines.dedup.oracle import fold
 from tests.pipelines.dedup.test_step import column, mixed
 from tests.pipelines.step_runs import Interrupted, in_process
+from tests.step_contexts import context_for, manifest_of
 
 UNITS = pytest.mark.parametrize("unit", ["words", "characters"])
 # Few words of several scripts, so that n-grams meet often.
@@ -338,32 +336,14 @@ def run_step(
         }
         write_shard(source / shard_name(number), pa.table(columns))
     in_process(monkeypatch, decontaminate_step, stop_after)
-    manifest = Manifest(
-        step="filter",
-        step_version=1,
-        fingerprint="ab",
-        produces="documents",
-        config={},
-        address={},
-        files=[],
-        bytes=0,
-        run="run",
-        code={},
-        environment={},
-        started=0.0,
-        seconds=0.0,
-        cpu_seconds=0.0,
-    )
-    context = StepContext(
-        step="decontaminate",
-        config=DecontaminateConfig(evals=(HUMAN_EVAL,), **rules),
-        inputs={"documents": Artifact(source, manifest)},
-        folder=work,
-        home=Home(folder / "home"),
-        run=folder / "run",
-        events=EventLog(folder / "run" / "events", "t"),
-        cluster=None,  # type: ignore[arg-type]
-        fingerprint="cd",
+    manifest = manifest_of("filter", "ab")
+    context = context_for(
+        "decontaminate",
+        DecontaminateConfig(evals=(HUMAN_EVAL,), **rules),
+        {"documents": Artifact(source, manifest)},
+        work,
+        Home(folder / "home"),
+        folder / "run",
     )
     decontaminate_step.step.run(context)
     assert not [path.name for path in work.iterdir() if path.name.startswith(".")]

@@ -13,14 +13,13 @@ from moray.pipelines.dedup import phases
 from moray.pipelines.dedup import step as dedup_step
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.shared.documents import read_shard, shard_name, write_shard
-from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import Manifest
 from tests.pipelines.dedup.oracle import Text
 from tests.pipelines.step_runs import in_process
+from tests.step_contexts import context_for, manifest_of
 
 # Whoever is as alike as that shares a key.
 CLOSE = DedupConfig(bands=64, rows=3, prefer=("best",))
@@ -46,17 +45,7 @@ class Night:
         in_process(monkeypatch, phases, stop_after)
         folder = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
-        context = StepContext(
-            step="dedup",
-            config=self.config,
-            inputs=inputs,
-            folder=folder,
-            home=self.home,
-            run=self.home.root / "run",
-            events=EventLog(self.home.root / "run" / "events", "t"),
-            cluster=None,  # type: ignore[arg-type]
-            fingerprint="",
-        )
+        context = context_for("dedup", self.config, inputs, folder, self.home, self.home.root / "run")
         dedup_step.step.run(context)
         assert context.counts["in:documents"] == len(self.texts)
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
@@ -101,20 +90,4 @@ def _fingerprint(step: str, number: int) -> str:
 
 
 def _manifest(step: str, number: int, config: dict[str, Any], inputs: dict[str, str]) -> Manifest:
-    return Manifest(
-        step=step,
-        step_version=1,
-        fingerprint=_fingerprint(step, number),
-        produces="documents",
-        config=config,
-        address={},
-        inputs=inputs,
-        files=[],
-        bytes=0,
-        run="run",
-        code={},
-        environment={},
-        started=0.0,
-        seconds=0.0,
-        cpu_seconds=0.0,
-    )
+    return manifest_of(step, _fingerprint(step, number), config=config, inputs=inputs)

@@ -15,10 +15,10 @@ from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.dedup_index import Earlier, Generation
 from moray.pipelines.shared.documents import document_id
 from moray.platform.core.errors import RecipeError
-from moray.platform.store.manifest import Manifest
 from tests.pipelines.dedup.oracle import Text
 from tests.pipelines.dedup.runs import Night, kept, removed
 from tests.pipelines.step_runs import Interrupted
+from tests.step_contexts import manifest_of
 
 CONFIG = DedupConfig(bands=8, rows=1, shingle=2, similarity=0.6, prefer=("best",), index="crawl")
 
@@ -192,21 +192,6 @@ def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_
 )
 def test_an_index_that_would_find_nothing_is_refused(version: int, changed: dict[str, int], said: str) -> None:
     """Other hashes or another seed have other keys, under which no copy would be met."""
-    earlier = Manifest(
-        step="dedup",
-        step_version=version,
-        fingerprint="f",
-        produces="documents",
-        config={**CONFIG.model_dump(mode="json"), **changed},
-        address={},
-        files=[],
-        bytes=0,
-        run="r",
-        code={},
-        environment={},
-        started=0,
-        seconds=0,
-        cpu_seconds=0,
-    )
+    earlier = manifest_of("dedup", "f", step_version=version, config={**CONFIG.model_dump(mode="json"), **changed})
     with pytest.raises(RecipeError, match=said):
         dedup_step.step.follow(CONFIG, earlier)

@@ -21,15 +21,15 @@ from moray.pipelines.shared.documents import document_id, read_shard, shard_name
 from moray.pipelines.text.language import identify, known_languages
 from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.core.events import EventLog, ProgressEvent
+from moray.platform.core.events import ProgressEvent
 from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.plan.step import Step
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact
-from moray.platform.store.manifest import Manifest
 from tests.pipelines.step_runs import Interrupted, in_process
+from tests.step_contexts import context_for, manifest_of
 
 GERMAN = (
     "Die Verwaltung der Stadt hat gestern beschlossen, dass die alte Br\u00fccke \u00fcber den Fluss erneuert wird. "
@@ -40,36 +40,18 @@ SPANISH = "El ayuntamiento ha decidido que el viejo puente sobre el r\u00edo se 
 
 def context(step: Step[Any], config: Any, folder: Path, **inputs: Path) -> StepContext[Any]:
     def artifact(path: Path) -> Artifact:
-        manifest = Manifest(
-            step="corpus",
-            step_version=1,
-            fingerprint="ab",
-            produces="documents",
-            config={},
-            address={},
-            files=[],
-            bytes=0,
-            run="run",
-            code={},
-            environment={},
-            started=0.0,
-            seconds=0.0,
-            cpu_seconds=0.0,
-        )
+        manifest = manifest_of("corpus", "ab")
         return Artifact(path, manifest)
 
     out = folder / "out"
     out.mkdir(parents=True, exist_ok=True)
-    return StepContext(
-        step=step.name,
-        config=config,
-        inputs={name: artifact(path) for name, path in inputs.items()},
-        folder=out,
-        home=Home(folder / "home"),
-        run=folder / "run",
-        events=EventLog(folder / "run" / "events", "t"),
-        cluster=None,  # type: ignore[arg-type]
-        fingerprint="cd",
+    return context_for(
+        step.name,
+        config,
+        {name: artifact(path) for name, path in inputs.items()},
+        out,
+        Home(folder / "home"),
+        folder / "run",
     )
 
 

@@ -19,13 +19,11 @@ from moray.pipelines.pretrain.step import step
 from moray.pipelines.tokenize.sequence_packing import pack_documents, plan_sequences
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.core.events import EventLog
 from moray.platform.core.home import Home
-from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import Artifact
-from moray.platform.store.manifest import Manifest
 from tests.actors.data.test_token_set import documents_of
 from tests.s3 import BUCKET, Request, faulty_proxy
+from tests.step_contexts import context_for, manifest_of
 
 LENGTH = 16
 VOCABULARY = TokenVocabulary(tokenizer="t", size=100, bos=0, eos=1, pad=2)
@@ -45,22 +43,7 @@ class NeverStarted:
 
 
 def artifact(folder: Path, step_name: str, produces: str) -> Artifact:
-    manifest = Manifest(
-        step=step_name,
-        step_version=1,
-        fingerprint="ab12",
-        produces=produces,
-        config={},
-        address={},
-        files=[],
-        bytes=0,
-        run="run",
-        code={},
-        environment={},
-        started=0.0,
-        seconds=0.0,
-        cpu_seconds=0.0,
-    )
+    manifest = manifest_of(step_name, "ab12", produces)
     return Artifact(folder, manifest)
 
 
@@ -76,16 +59,8 @@ def tokens(tmp_path: Path) -> Artifact:
 
 def error_of(tmp_path: Path, inputs: dict[str, Artifact], **settings: Any) -> InputError:
     config = PretrainConfig.model_validate({"steps": 2, "batch_sequences": 2, **settings})
-    context = StepContext(
-        step="pretrain",
-        config=config,
-        inputs=inputs,
-        folder=tmp_path / "out",
-        home=Home(tmp_path / "home"),
-        run=tmp_path / "run",
-        events=EventLog(tmp_path / "run" / "events", "test"),
-        cluster=NeverStarted(),  # type: ignore[arg-type]
-        fingerprint="cd34",
+    context = context_for(
+        "pretrain", config, inputs, tmp_path / "out", Home(tmp_path / "home"), tmp_path / "run", NeverStarted()
     )
     with pytest.raises(InputError) as caught:
         step.run(context)

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from moray.pipelines.serve.step import Reply, SmokeServeConfig, closing_text, step
-from moray.platform.core.events import EventLog
-from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import ArtifactStore
-from moray.platform.store.manifest import Manifest
+from tests.step_contexts import context_for, manifest_of
 
 
 def test_planning_needs_nothing_heavy():
@@ -41,24 +39,7 @@ def test_the_closing_text_shows_question_and_answer():
 
 
 def commit(store: ArtifactStore, step_name: str, produces: str, fingerprint: str):
-    return store.commit(
-        Manifest(
-            step=step_name,
-            step_version=1,
-            fingerprint=fingerprint,
-            produces=produces,
-            config={},
-            address={},
-            files=[],
-            bytes=0,
-            run="run",
-            code={},
-            environment={},
-            started=0.0,
-            seconds=0.0,
-            cpu_seconds=0.0,
-        )
-    )
+    return store.commit(manifest_of(step_name, fingerprint, produces))
 
 
 def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokenizer, tmp_path, capfd):
@@ -73,16 +54,14 @@ def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokeniz
     (registration / "registration.json").write_text(json.dumps({"model": exported.reference, "name": "tiny"}))
     registered = commit(store, "register", "registration", "cd34")
     (tmp_path / "out").mkdir()
-    context = StepContext(
-        step="smoke-serve",
-        config=SmokeServeConfig(max_tokens=8),
-        inputs={"model": registered},
-        folder=tmp_path / "out",
-        home=home,
-        run=tmp_path / "run",
-        events=EventLog(tmp_path / "run" / "events", "test"),
-        cluster=ray_cluster,
-        fingerprint="ef56",
+    context = context_for(
+        "smoke-serve",
+        SmokeServeConfig(max_tokens=8),
+        {"model": registered},
+        tmp_path / "out",
+        home,
+        tmp_path / "run",
+        ray_cluster,
     )
     step.run(context)
     transcript = json.loads((tmp_path / "out" / "transcript.json").read_text())

@@ -15,12 +15,12 @@ from moray.pipelines.shared.documents import SCHEMA, document_id, shard_name, wr
 from moray.pipelines.tokenize import step as tokenize
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train_tokenizer
 from moray.platform.core.errors import InputError
-from moray.platform.core.events import EventLog, NoteEvent, read_events
+from moray.platform.core.events import NoteEvent, read_events
 from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.store.artifacts import Artifact
-from moray.platform.store.manifest import Manifest
 from tests.pipelines.step_runs import Interrupted, in_process
+from tests.step_contexts import context_for, manifest_of
 
 Texts = dict[str, list[str]]  # by source
 
@@ -35,22 +35,7 @@ def texts() -> Texts:
 
 
 def artifact(folder: Path, produces: str) -> Artifact:
-    manifest = Manifest(
-        step=produces,
-        step_version=1,
-        fingerprint="ab",
-        produces=produces,
-        config={},
-        address={},
-        files=[],
-        bytes=0,
-        run="run",
-        code={},
-        environment={},
-        started=0.0,
-        seconds=0.0,
-        cpu_seconds=0.0,
-    )
+    manifest = manifest_of(produces, "ab", produces)
     return Artifact(folder, manifest)
 
 
@@ -96,17 +81,7 @@ def run_step(
         "documents": artifact(folder / "documents", "split-documents"),
         "tokenizer": artifact(tokenizer, "tokenizer"),
     }
-    context = StepContext(
-        step="tokenize",
-        config=config,
-        inputs=inputs,
-        folder=folder / "out",
-        home=Home(folder / "home"),
-        run=folder / "run",
-        events=EventLog(folder / "run" / "events", "t"),
-        cluster=None,  # type: ignore[arg-type]
-        fingerprint="cd",
-    )
+    context = context_for("tokenize", config, inputs, folder / "out", Home(folder / "home"), folder / "run")
     tokenize.step.run(context)
     return context
 

@@ -22,9 +22,10 @@ from moray.pipelines.tokenizer.train import (
     train_tokenizer,
 )
 from moray.platform.core.errors import InputError
-from moray.platform.core.events import EventLog, NoteEvent, read_events
+from moray.platform.core.events import NoteEvent, read_events
 from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
+from tests.step_contexts import context_for
 
 
 @pytest.fixture
@@ -40,16 +41,13 @@ def folder(tmp_path: Path) -> Path:
 
 def load(tmp_path: Path, **settings: Any) -> StepContext[Any]:
     (tmp_path / "out").mkdir(exist_ok=True)
-    context = StepContext(
-        step="load-tokenizer",
-        config=step.Config.model_validate(settings),
-        inputs={},
-        folder=tmp_path / "out",
-        home=Home(tmp_path / "home"),
-        run=tmp_path / "run",
-        events=EventLog(tmp_path / "run" / "events", "t"),
-        cluster=None,  # type: ignore[arg-type]
-        fingerprint="cd",
+    context = context_for(
+        "load-tokenizer",
+        step.Config.model_validate(settings),
+        {},
+        tmp_path / "out",
+        Home(tmp_path / "home"),
+        tmp_path / "run",
     )
     step.run(context)
     return context
