@@ -1,4 +1,4 @@
-"""How many examples property tests draw: as many as they name, or a quarter where `QUICK_EXAMPLES` is set."""
+"""How many examples property tests draw: as many as they name, or an eighth where `QUICK_EXAMPLES` is set."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import os
 
 def examples(count: int) -> int:
     """For `hypothesis.settings(max_examples=...)`."""
-    return max(5, count // 4) if os.environ.get("QUICK_EXAMPLES") else count
+    return max(5, count // 8) if os.environ.get("QUICK_EXAMPLES") else count

@@ -169,6 +169,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.heavy
 def test_kernels_and_models_import_without_ray_deepspeed_and_mlflow() -> None:
     modules = [
         "moray." + ".".join(path.relative_to(ROOT).with_suffix("").parts)

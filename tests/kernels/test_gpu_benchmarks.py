@@ -48,6 +48,7 @@ for script in list(sys.argv):
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU here")
 def test_without_a_gpu_they_say_so():
     hints = {

@@ -105,6 +105,7 @@ def test_levels_are_harder_and_items_come_again() -> None:
     assert len({chains.chain_document("q", "s", "a", seed) for seed in range(60)}) == len(chains.PHRASINGS) * 4
 
 
+@pytest.mark.heavy
 def test_items_do_not_depend_on_the_process(tmp_path: Path) -> None:
     """A process with another hash seed draws the same, for every task that is used: so documents verify anywhere."""
     script = """
@@ -340,6 +341,7 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
+@pytest.mark.heavy
 @needs_sandbox
 def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is for each: those before and after it have their verdicts from the same run of the checker."""
