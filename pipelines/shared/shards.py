@@ -1,8 +1,8 @@
 """Runs a function over shards as Ray Data tasks: the one way the text steps use the cluster.
 
 What travels through Ray is a shard's description in and its statistics out; text goes from disk to disk inside the
-task. So a shard is the unit of work and of resume (what was done of it is recorded: see `records.py`), the result does
-not depend on the number of workers, and the object store never holds text.
+task. So a shard is the unit of work and of resume (what was done of it is recorded: see `task_records.py`), the result
+does not depend on the number of workers, and the object store never holds text.
 
 A task is some shards, because Ray Data's driver takes some 30 ms for each; a shard's row comes out as soon as it is
 done, because a block of output may hold one byte, and so is every row.
