@@ -34,8 +34,8 @@ test-ranks:
 QUICK_EXAMPLES := 1
 quicktest: $(VENV)/.installed-dev
 	@memory=$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1); \
-	in=$$([ "$${memory:-0}" -gt 2000000 ] && echo /dev/shm || echo /tmp); \
-	folder=$$(mktemp -d $$in/quick-XXXXXX); trap 'rm -rf "$$folder"' EXIT; \
+	in=$$([ "$${memory:-0}" -gt 2000000 ] && echo /dev/shm || echo "$${TMPDIR:-/tmp}"); \
+	folder=$$(mktemp -d "$$in/quick-XXXXXX"); trap 'rm -rf "$$folder"' EXIT; \
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 QUICK_EXAMPLES=$(QUICK_EXAMPLES) $(BIN)/python -m pytest -q \
 	    --basetemp="$$folder" -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
 
