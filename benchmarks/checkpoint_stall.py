@@ -1,4 +1,4 @@
-"""What checkpoints cost training: two ranks over gloo train the tiny model, with saves and without.
+"""The cost of checkpoints: two ranks over gloo train the tiny model, with saves and without.
 
 Blocks of steps with a save at their beginning alternate with blocks without one, so that both meet the same machine.
 The stall is the time that training stands still for the copy, and for the save before it where that is not done yet;
@@ -94,7 +94,12 @@ def main(every: str = "50", blocks: str = "4", zero_stage: str = "1") -> int:
     rows: list[dict[str, Any]] = [{"steps": int(every), "save": "no", "seconds": without}]
     rows += [{"steps": int(every), "save": "yes", "seconds": with_save, "cost_%": cost}]
     rows[1] |= {"stall_ms": stalled * 1e3, "written_after_s": written, "megabytes": saved[0][2] / 1e6}
-    return report("checkpoint_stall", rows, [Bar("stall, % of the time between saves", share * 100, 5.0, "lower")])
+    megabytes = saved[0][2] / 1e6
+    bars = [
+        Bar("stall, % of the time between saves", share * 100, 0.1, "lower"),
+        Bar("stall, ms per GB of checkpoint", stalled * 1e3 / (megabytes / 1e3), 200.0, "lower"),
+    ]
+    return report("checkpoint_stall", rows, bars)
 
 
 if __name__ == "__main__":

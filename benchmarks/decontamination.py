@@ -47,7 +47,7 @@ class Planted:
 def main(documents: str = "10000", excerpts: str = "1000", megabytes: str = "60", rounds: str = "3") -> int:
     clean = texts_of(1000)[: int(documents)]
     rows: list[dict[str, Any]] = []
-    bars = [Bar("documents without HumanEval", len(clean), 10_000, "higher")]
+    bars = []
     for unit in ("words", "characters"):
         index = build_index(list(read_pieces(HUMAN_EVAL)), DecontaminateConfig(evals=(HUMAN_EVAL,), unit=unit).grams)  # type: ignore[arg-type]
         row = {"unit": unit, "ngrams": len(index.hashes), **quality(index, clean, int(excerpts))}

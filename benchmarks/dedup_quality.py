@@ -1,10 +1,11 @@
-"""How many near duplicates dedup finds, of all that there are, and what verification costs.
+"""Recall and precision of near-duplicate detection against all pairs, and the cost of verification.
 
-The texts are half of the built corpus, or of this environment (harness/texts.py), each once: two versions of one
-documentation, vendored copies and licences are real near duplicates. All pairs are compared exactly (a product of
-sparse matrices of documents and shingles, which knows no sketch); recall is the share of the pairs of at least a
-similarity that end in one cluster, for five seeds. Bars are of the bands and rows that a recipe has if it says nothing;
-beside them are rows of 14 bands of 8 minima, which others use.
+The texts are half of the built corpus, or of this environment (harness/texts.py), without exact copies: two versions of
+one documentation, vendored copies and licences are real near duplicates. All pairs are compared exactly, by a product
+of sparse matrices of documents and shingles, without sketches. Recall is by cluster: the share of the pairs above a
+similarity that end in one cluster, for five seeds. Precision is the share of verified pairs that an oracle of plain
+Python strings, which shares no code with dedup, also finds similar. Bars are of the default bands and rows; further
+rows are of 14 bands of 8 rows, FineWeb's choice.
 
 Usage: python benchmarks/dedup_quality.py [MEGABYTES=120]
 """
@@ -28,10 +29,13 @@ from moray.pipelines.dedup.keep_order import DocumentColumns
 from moray.pipelines.shared.documents import content_hash
 from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import similarities
+from tests.pipelines.dedup.oracle import jaccard, shingles
 
 SEEDS = range(1, 6)
 LEAST = 0.7
 BARS = {0.9: 1.0, 0.8: 0.997, 0.72: 0.975}
+RATES = {"small clusters": 30.0, "a shuffled chain": 15.0, "a random graph": 10.0}
+SAMPLE = 2000  # verified pairs that the oracle compares
 
 
 def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
@@ -74,21 +78,47 @@ def main(megabytes: str = "120") -> int:
         rows[-1]["MB_per_cpu_s"] = size / 1e6 / rows[-1]["sign_s"]
     usual = [one_seed(texts, column, pairs, alike, Shingling(bands=14, rows=8, seed=seed)) for seed in SEEDS]
     bars = [
-        Bar(f"least recall of pairs >= {s}", min(row[f"recall_{s}"] for row in rows), goal, "higher")
+        Bar(
+            f"recall by cluster of pairs >= {s}, least of the seeds",
+            min(row[f"recall_{s}"] for row in rows),
+            goal,
+            "higher",
+        )
         for s, goal in BARS.items()
     ]
     bars += [
-        Bar("least precision of verified pairs", min(row["precision"] for row in rows), 1.0, "higher"),
-        Bar("most documents that went without a partner", max(row["without_partner"] for row in rows), 0.0, "lower"),
-        Bar("verification over all the rest", statistics.median(row["verify_share"] for row in rows), 0.25, "lower"),
+        Bar(
+            "precision of verified pairs by an independent oracle, least",
+            min(row["precision"] for row in rows),
+            1.0,
+            "higher",
+        ),
+        Bar("documents removed without a partner, most", max(row["without_partner"] for row in rows), 0.0, "lower"),
+        Bar(
+            "verification over signing and banding, CPU time",
+            statistics.median(row["verify_share"] for row in rows),
+            0.25,
+            "lower",
+        ),
     ]
     rates = {name: edges_per_second(pairs) for name, pairs in graphs().items()}
-    bars += [Bar(f"millions of edges a second, {name}", rate / 1e6, 5.0, "higher") for name, rate in rates.items()]
+    bars += [
+        Bar(f"millions of edges per CPU-second, {name}", rates[name] / 1e6, goal, "higher")
+        for name, goal in RATES.items()
+    ]
     rows += usual
     rows.append(
         {"documents": len(texts), "MB": size / 1e6, "pairs": len(pairs), "exact_comparison_cpu_s": oracle_seconds}
     )
     return report("dedup_quality", rows, bars)
+
+
+def precision(texts: list[str], pairs: Any, seed: int) -> float:
+    """The share of SAMPLE of the pairs [E, 2] that the oracle finds at least as similar as LEAST."""
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:SAMPLE]
+    sets = {int(one): shingles(texts[one], Shingling().size) for one in np.unique(pairs[chosen])}
+    similar = [jaccard(sets[int(one)], sets[int(other)]) >= LEAST - 1e-9 for one, other in pairs[chosen]]
+    return sum(similar) / max(1, len(similar))
 
 
 def graphs() -> dict[str, Any]:
@@ -125,8 +155,7 @@ def one_seed(texts: list[str], column: pa.ChunkedArray, pairs: Any, alike: Any, 
     found: Found = find(ordered, near.pairs, scores, LEAST)
     keep_index = np.argsort(order)
     together = found.labels[keep_index[pairs[:, 0]]] == found.labels[keep_index[pairs[:, 1]]]
-    exact = {tuple(sorted(pair)) for pair in pairs.tolist()}
-    said = [tuple(sorted(order[pair].tolist())) for pair in near.pairs[scores >= LEAST]]
+    verified_pairs = order[near.pairs[scores >= LEAST]]
     row: dict[str, Any] = {f"recall_{s}": float(together[alike >= s].mean()) for s in BARS}
     theory = 1 - (1 - alike[alike >= min(BARS)] ** shingling.rows) ** shingling.bands
     return {
@@ -137,7 +166,7 @@ def one_seed(texts: list[str], column: pa.ChunkedArray, pairs: Any, alike: Any, 
         "share_a_key_by_theory": float(theory.mean()),
         "candidates": len(near.pairs),
         "removed": len(found.removed),
-        "precision": sum(pair in exact for pair in said) / max(1, len(said)),
+        "precision": precision(texts, verified_pairs, shingling.seed),
         "without_partner": int((found.removed["similarity"].to_numpy() < LEAST).sum()),
         "sign_s": signed - began,
         "verify_share": (verified - sketched) / (sketched - began),

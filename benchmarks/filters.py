@@ -105,11 +105,7 @@ def others(texts: list[str]) -> tuple[list[dict[str, Any]], list[Bar]]:
         {"engine": "masks, all kinds", "cpu_s": mask_s, "MB_per_cpu_s": size / mask_s,
          "masked": {kind: sum(counts[kind] for counts in found) for kind in KINDS}},
     ]  # fmt: skip
-    bars = [
-        Bar("languages: the same by 1,000 characters", same, 0.99, "higher"),
-        Bar("languages: all of a text over 1,000 characters", all_s / first_s, 4.0, "higher"),
-    ]
-    return rows, bars
+    return rows, [Bar("languages: equal by the first 1,000 characters", same, 0.99, "higher")]
 
 
 def measured(command: list[str]) -> float:

@@ -1,14 +1,15 @@
-"""What ~14 bits of accumulation cost a product over K = 4096, and what promotion every 128 elements saves (DeepSeek-V3
-§3.3.2); and what the way in which a linear map's input is kept costs the gradient of its weight.
+"""The error of a product over K = 4096 with ~14 bits of accumulation, with and without promotion every 128 elements
+(DeepSeek-V3 §3.3.2); and the error of a weight gradient by the format that the layer's input is stored in.
 
 Hopper's FP8 tensor cores add the 32 products of an instruction and the accumulator so: all are aligned to the largest
 exponent, what lies more than 13 bits below it is cut off, the sum is exact. This script does the same in float64, once
 with one accumulator over all of K and once with partial sums over 128 elements that are added up in FP32, and compares
 both with the exact product of the same E4M3 numbers.
 
-The second table multiplies a gradient in FP8 with an input kept for the backward as E4M3 rows that are turned, as E5M6
-rows that are turned, as E4M3 quantised along the tokens at once (what Moray keeps), or as BF16 (what Moray keeps where
-attention's backward keeps it anyway), and compares with the gradient from the input in float64.
+The second table multiplies a gradient in FP8 by an input that the forward stored as E4M3 rows and the backward
+transposes, as E5M6 rows, or as E4M3 quantised along the tokens, and compares with the gradient from the input in
+float64. An input stored in BF16, as attention's backward has it anyway, is quantised along the tokens in the backward:
+the result is the third one by construction, so it has no row of its own.
 
 Usage: python benchmarks/fp8_accuracy.py
 """
@@ -57,8 +58,8 @@ def e4m3(x: Tensor) -> Tensor:
     return quantize(x.reshape(1, -1), (1, x.numel()))[0].view_as(x).double()
 
 
-def there_and_back(x: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """What the FP8 form of x stands for."""
+def round_trip(x: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """x quantised to E4M3 and dequantised."""
     return dequantize(*quantize(x, tiles, power_of_two=True), tiles)
 
 
@@ -69,16 +70,15 @@ def e5m6(x: Tensor) -> Tensor:
 
 
 def kept_inputs(generator: torch.Generator) -> list[dict[str, Any]]:
-    """The error of a weight's gradient by how the input was kept, over rows whose sizes differ, as attention's do."""
+    """The error of a weight's gradient by the format of the stored input. Magnitudes differ by row, as in attention."""
     tokens, width = 4096, 512
     sizes = torch.exp(2 * torch.randn(tokens, 1, generator=generator))
     x_TK = (torch.randn(tokens, width, generator=generator) * sizes).bfloat16().float()
-    dy_TN = there_and_back(torch.randn(tokens, 256, generator=generator), COLUMN_TILES).double()
+    dy_TN = round_trip(torch.randn(tokens, 256, generator=generator), COLUMN_TILES).double()
     kept = {
-        "E4M3 rows, turned": there_and_back(there_and_back(x_TK, ROW_TILES), COLUMN_TILES),
-        "E5M6 rows, turned": there_and_back(e5m6(x_TK), COLUMN_TILES),
-        "E4M3 along the tokens": there_and_back(x_TK, COLUMN_TILES),
-        "BF16": there_and_back(x_TK, COLUMN_TILES),
+        "E4M3 rows, transposed": round_trip(round_trip(x_TK, ROW_TILES), COLUMN_TILES),
+        "E5M6 rows, transposed": round_trip(e5m6(x_TK), COLUMN_TILES),
+        "E4M3 along the tokens": round_trip(x_TK, COLUMN_TILES),
     }
     exact = dy_TN.t() @ x_TK.double()
     return [

@@ -1,11 +1,12 @@
-"""What Ray Train costs a training step: the same worker function under Ray Train and under torchrun.
+"""The overhead of Ray Train on a training step: the same worker function under Ray Train and under torchrun.
 
 Both train the quickstart's model shape on the same tokens with the product's own loop (`pipelines/pretrain/loop.py`),
 a worker on every core but one, and on every core; one thread each. Under Ray there are also Ray's own processes, the
 data-loading worker, an actor that batches come from through the object store, and the watch over hanging ranks; under
 torchrun each rank reads its batches itself. The two take turns of some seconds (`turns.py`). A step takes the time from
 one loss in the event log to the next; a turn of Ray Train counts with the mean of its steps over that of the turn of
-torchrun beside it. Every step's loss must be the same in both, to the bit.
+torchrun beside it. Every step's loss must be the same in both, to the bit. The bar is undecided where the mean lies
+within two standard errors of its goal.
 
 How many cores the workers kept busy, and how many all other processes did, tells where the time went: where every core
 has a worker, what the others take is missing, and workers that wait for each other all miss it.
@@ -129,8 +130,10 @@ def compare(root: Path, workers: int, gpu: bool, turns: int, seconds: float) -> 
     rows.append({"workers": where, "longer": statistics.mean(longer), "standard_error": standard_error(longer)})
     losses = [losses_of(folder) for folder in folders.values()]
     return rows, [
-        Bar(f"{where}: what a step takes longer under Ray Train", statistics.mean(longer), 0.03, "lower"),
-        Bar(f"{where}: steps with another loss", sum(a != b for a, b in zip(*losses, strict=False)), 0, "lower"),
+        Bar(
+            f"{where}: overhead of Ray Train on a step", statistics.mean(longer), 0.03, "lower", standard_error(longer)
+        ),
+        Bar(f"{where}: steps whose losses differ", sum(a != b for a, b in zip(*losses, strict=False)), 0, "lower"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""How a benchmark says what it found: rows for people, `results/NAME.json` for machines, and whether its bars hold."""
+"""The result of a benchmark: rows for people, `results/NAME.json` for machines, and the outcome of its bars."""
 
 from __future__ import annotations
 
@@ -6,30 +6,44 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from harness.code_state import ROOT, measured_code
 
 from moray.cluster.numba_cache import numba_cache
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-# Before numba is imported: it would run what it compiled of a kernel before what that calls was changed.
+# Set before numba is imported, which would otherwise run functions compiled before their callees changed.
 os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(Path(__file__).parents[2] / ".numba"))
+
+Outcome = Literal["holds", "fails", "undecided"]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A goal: `value` should be at least (`higher`) or at most (`lower`) `goal`."""
+    """A goal: `value` should be at least (`higher`) or at most (`lower`) `goal`.
+
+    With a `standard_error` of the value, a distance of less than two of them decides nothing.
+    """
 
     name: str
     value: float
     goal: float
     better: Literal["higher", "lower"]
+    standard_error: float = 0.0
 
     @property
-    def holds(self) -> bool:
-        return self.value >= self.goal if self.better == "higher" else self.value <= self.goal
+    def outcome(self) -> Outcome:
+        if abs(self.value - self.goal) < 2 * self.standard_error:
+            return "undecided"
+        holds = self.value >= self.goal if self.better == "higher" else self.value <= self.goal
+        return "holds" if holds else "fails"
 
 
 def _version(package: str) -> str | None:
@@ -41,7 +55,7 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The machine by processor, cores and system, with the versions that matter."""
+    """Processor, GPU, cores and operating system, with the versions of Python and the main packages."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = {name: version for name in ("ray", "torch", "triton", "numpy") if (version := _version(name))}
@@ -57,8 +71,37 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], bars: list[Bar]) -> int:
-    """Prints rows and bars, writes the JSON; returns 0 if every bar holds, else 1."""
+def revision() -> dict[str, Any]:
+    """`commit` and `dirty` of the checkout, both None where it is no git checkout, and `at`, in UTC.
+
+    Changed results do not make a checkout dirty: the benchmarks write them.
+    """
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+    return {"commit": commit, "dirty": None if changed is None else bool(changed), "at": at}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def command() -> str:
+    """The command line, with the script's path relative to the checkout."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    return " ".join([Path(sys.executable).name, name, *sys.argv[1:]])
+
+
+def report(name: str, rows: list[dict[str, Any]], bars: list[Bar], measures: Iterable[str] = ()) -> int:
+    """Prints rows and bars and writes the JSON; returns 0 if every bar holds, else 1.
+
+    `measures` names modules that only child processes load; see `measured_code`.
+    """
     for row in rows:
         print(
             "  ".join(
@@ -67,13 +110,16 @@ def report(name: str, rows: list[dict[str, Any]], bars: list[Bar]) -> int:
         )
     for bar in bars:
         sign = ">=" if bar.better == "higher" else "<="
-        print(f"{'holds' if bar.holds else 'FAILS'}: {bar.name} {bar.value:.4g} {sign} {bar.goal:.4g}")
+        error = f" +- {bar.standard_error:.2g}" if bar.standard_error else ""
+        print(f"{bar.outcome}: {bar.name} {bar.value:.4g}{error} {sign} {bar.goal:.4g}")
     RESULTS.mkdir(exist_ok=True)
     content = {
+        "measured": revision(),
+        "code": measured_code(measures),
         "machine": machine(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": command(),
         "rows": rows,
-        "bars": [{**asdict(bar), "holds": bar.holds} for bar in bars],
+        "bars": [{**asdict(bar), "outcome": bar.outcome} for bar in bars],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    return 0 if all(bar.holds for bar in bars) else 1
+    return 0 if all(bar.outcome == "holds" for bar in bars) else 1
