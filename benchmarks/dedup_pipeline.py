@@ -149,7 +149,8 @@ def other_letters(letters: set[str]) -> list[dict[int, int]]:
             # Cased letters keep their place beside each other: "a" and "A" become "f" and "F".
             cased = "cased" if kind in ("Lu", "Ll") and len(letter.swapcase()) == 1 else kind
             if cased != "cased" or letter.islower():
-                groups[len(letter.encode()), cased, ord(letter) >> 8].append(letter)
+                ideograph = 0x3400 <= ord(letter) < 0xA000
+                groups[len(letter.encode()), cased, 0 if ideograph else ord(letter) >> 8].append(letter)
     tables: list[dict[int, int]] = [{}, {}, {}]
     for group in groups.values():
         for number, table in enumerate(tables, 1):
