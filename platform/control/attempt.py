@@ -1,7 +1,7 @@
-"""An attempt's run folder: what its driver is asked to do, how it ended, and the lease that shows that it lives.
+"""Files in an attempt's run folder: the order for its driver, its outcome, and the driver's lease.
 
-`attempt.json` is written by the controller, `outcome.json` by the driver, or by the controller for a driver that is
-gone; both outlive the cluster.
+The controller writes `attempt.json`. The driver writes `outcome.json`; if the driver has died, the controller writes
+it. Both files outlive the cluster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from moray.platform.store.lease import Lease
 
 
 class AttemptOrder(BaseModel):
-    """`attempt.json`: what to run, and on what. `ordered`: seconds of the monotonic clock, which `boot` began."""
+    """`attempt.json`: the recipe to run and the resources to run it on.
+
+    ordered: seconds on the monotonic clock of the boot identified by `boot`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,7 +36,7 @@ class AttemptOrder(BaseModel):
 
 
 class Outcome(BaseModel):
-    """`outcome.json`: how an attempt ended, in its own words. `again`: whether another try could end otherwise."""
+    """`outcome.json`: the final state of an attempt. `again`: whether a retry could succeed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,12 +46,12 @@ class Outcome(BaseModel):
 
 
 def lease_of(run: Path) -> Lease:
-    """Held by the driver while it lives."""
+    """The lease that the driver holds while it is alive."""
     return Lease(run / "driver.lease")
 
 
 def read_outcome(run: Path) -> Outcome | None:
-    """How the attempt in this folder ended; None while it has not said so."""
+    """The outcome of the attempt in this folder; None if none is recorded yet."""
     try:
         return Outcome.model_validate_json((run / "outcome.json").read_bytes())
     except FileNotFoundError:
@@ -56,14 +59,16 @@ def read_outcome(run: Path) -> Outcome | None:
 
 
 def end_with(run: Path, outcome: Outcome) -> bool:
-    """Says how an attempt ended; False if that has been said. The first word counts, the driver's or the controller's:
-    an attempt that was given up cannot begin, or succeed, later.
+    """Records the outcome of an attempt; returns False if one is already recorded.
+
+    The first record wins, whether the driver or the controller writes it. An attempt that the controller has declared
+    lost can therefore not start or succeed later.
     """
     return create_bytes(run / "outcome.json", outcome.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_order(run: Path) -> AttemptOrder | None:
-    """What the attempt in this folder was asked to do; None if it has not been asked yet."""
+    """The order for the attempt in this folder; None if none is written yet."""
     try:
         return AttemptOrder.model_validate_json((run / "attempt.json").read_bytes())
     except FileNotFoundError:

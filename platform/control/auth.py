@@ -1,7 +1,7 @@
-"""The token of the control plane: one secret in `MORAY_HOME/token`, asked for on every route but a few.
+"""Token authentication of the control plane: one secret in `MORAY_HOME/token`, required by almost every route.
 
-A request carries it as `Authorization: Bearer TOKEN`, or as the cookie that the login form sets (a browser's event
-streams cannot set headers). The cookie is HttpOnly and SameSite=Strict, so no other site's page can use it.
+A request sends it as `Authorization: Bearer TOKEN` or as the cookie set by the login form, because event streams in a
+browser cannot set headers. The cookie is HttpOnly and SameSite=Strict, so pages of other sites cannot use it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 
 COOKIE = "moray_token"
-OPEN = ("/health", "/login")  # the only paths that are answered without the token
+OPEN = ("/health", "/login")  # the only paths that need no token
 
 Scope = Mapping[str, Any]
 
 
 def ensure_token(home: Home) -> str:
-    """The token of this MORAY_HOME, made on first use, readable by its owner alone."""
+    """Returns the token of this MORAY_HOME. Creates it on first use, readable by its owner only."""
     create_bytes(home.token, secrets.token_urlsafe(32).encode() + b"\n")  # a temporary file of mode 0600, then linked
     return read_token(home)
 
 
 def read_token(home: Home) -> str:
-    """Raises InputError if there is none, or if others could have read it."""
+    """Returns the token. Raises InputError if it is missing, empty, or readable by other users."""
     try:
         mode = os.stat(home.token).st_mode
         token = home.token.read_text().strip()
     except FileNotFoundError:
         raise InputError(f"no token in {home.root}", "start the control plane: moray up") from None
     if mode & 0o077:
-        raise InputError(f"{home.token} can be read by others", f"chmod 600 {home.token}")
+        raise InputError(f"{home.token} is readable by other users", f"chmod 600 {home.token}")
     if not token:
-        raise InputError(f"{home.token} is empty", "delete it, then `moray up` makes a new one")
+        raise InputError(f"{home.token} is empty", "delete it; `moray up` creates a new one")
     return token
 
 
@@ -58,11 +58,12 @@ class TokenRequired:
 
         answer: Response
         if _from_a_browser(scope):
-            ahead = "" if scope["path"] == "/" else f"?next={quote(scope['path'], safe='')}"
-            answer = RedirectResponse(f"/login{ahead}", status_code=303)
+            query = "" if scope["path"] == "/" else f"?next={quote(scope['path'], safe='')}"
+            answer = RedirectResponse(f"/login{query}", status_code=303)
         else:
             hint = "send `Authorization: Bearer TOKEN`; the token is in $MORAY_HOME/token"
-            answer = JSONResponse({"error": "no valid token", "hint": hint}, 401, {"WWW-Authenticate": "Bearer"})
+            content = {"error": "missing or invalid token", "hint": hint}
+            answer = JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})
         await answer(scope, receive, send)  # type: ignore[arg-type]
 
     def matches(self, presented: str) -> bool:
@@ -71,18 +72,18 @@ class TokenRequired:
 
 
 def _from_a_browser(scope: Scope) -> bool:
-    """Whether somebody follows a link to a page: they are sent to the form, programs get an answer they can read."""
+    """Whether a browser requests a page. Browsers are redirected to the login form; programs receive a JSON error."""
     accepted = dict(scope.get("headers", [])).get(b"accept", b"")
     return scope["type"] == "http" and scope["method"] == "GET" and b"text/html" in accepted
 
 
 def _presented(scope: Scope) -> str:
-    """The token a request brings; empty if none."""
+    """The token sent with a request; empty if none."""
     headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", [])}
     scheme, _, value = headers.get(b"authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
-    # By hand: the standard library gives up at a cookie of somebody else's that it does not like.
+    # Parsed by hand: the standard library's parser stops at a malformed cookie of another application.
     for pair in headers.get(b"cookie", "").split(";"):
         name, _, value = pair.strip().partition("=")
         if name == COOKIE:

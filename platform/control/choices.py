@@ -1,7 +1,7 @@
-"""What a submission may choose from; the command line, the API and the database share these."""
+"""Allowed values of a submission's fields, shared by the command line, the API and the database."""
 
 from typing import Literal
 
 Priority = Literal["production", "interactive", "batch"]
-Overlap = Literal["skip", "queue", "allow"]  # what a tick does while an earlier job of its schedule has not ended
-Catchup = Literal["none", "last"]  # which of the ticks that were missed still runs
+Overlap = Literal["skip", "queue", "allow"]  # effect of a tick while an earlier job of its schedule is unfinished
+Catchup = Literal["none", "last"]  # which missed ticks run late

@@ -1,7 +1,7 @@
-"""The loop of the control plane: look at everything, decide by pure functions, write it down, act on it.
+"""The control loop: observe the state, decide by pure functions, record the decision, act on it.
 
-Level-triggered: every round starts from the database and from what is there to be seen, never from a message, so a
-round may be killed at any point and the next one does the rest. Effects on the cluster are repeatable by attempt id.
+The loop is level-triggered. Every round starts from the database and from the observed state, never from a message, so
+a round may be killed at any point and the next one completes it. Actions on the cluster are idempotent per attempt id.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, leas
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
 from moray.platform.control.queue import IN_FLIGHT, choose_jobs, why_waiting
-from moray.platform.control.reconcile import STOP_SECONDS, AttemptAction, Sight, after, judge_attempt
+from moray.platform.control.reconcile import (
+    STOP_SECONDS,
+    AttemptAction,
+    AttemptObservation,
+    decide_attempt,
+    decide_job,
+)
 from moray.platform.control.schedules import Schedules
 from moray.platform.core.atomic import write_text
 from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Observed, Topology
@@ -29,16 +35,16 @@ ROUND_SECONDS = 1.0
 
 
 @dataclass
-class _Watch:
-    """What the controller remembers of an attempt between rounds; lost with it, and then learnt again."""
+class _Liveness:
+    """In-memory record of an attempt between rounds, rebuilt after a restart. Times are monotonic seconds."""
 
-    last_sign: float  # monotonic: when it was last seen alive, or ordered
-    met: bool = False
-    told_to_stop: float | None = None
+    last_alive: float  # when the driver was last seen alive, or else when the attempt was ordered
+    was_alive: bool = False
+    stop_sent: float | None = None
 
 
 class Controller:
-    """Moves jobs, attempts and schedules along."""
+    """Advances jobs, attempts and schedules. `log` receives one line of text per event."""
 
     def __init__(
         self,
@@ -48,25 +54,25 @@ class Controller:
         address: str,
         topology: Topology,
         slots: int,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         self.jobs = Jobs(database)
         self.schedules = Schedules(database, self.jobs)
         self.slots = slots
-        self.away = ""  # why the cluster cannot be seen; empty while it can
+        self.cluster_error = ""  # why the cluster is unreachable; empty while it answers
         self._home = home
         self._database = database
         self._backend = backend
         self._address = address
         self._topology = topology
-        self._say = say
-        self._watches: dict[str, _Watch] = {}
-        self._zombies: dict[str, float] = {}  # when we last told them to stop
+        self._log = log
+        self._liveness: dict[str, _Liveness] = {}
+        self._zombies: dict[str, float] = {}  # attempt id -> monotonic time of the last stop request
         self._wake = threading.Event()
         self._stop = threading.Event()
 
     def wake(self) -> None:
-        """Makes the next round begin now."""
+        """Starts the next round now."""
         self._wake.set()
 
     def stop(self) -> None:
@@ -74,105 +80,106 @@ class Controller:
         self._wake.set()
 
     def run(self) -> None:
-        """Rounds until `stop()`."""
+        """Runs rounds until `stop()` is called."""
         while not self._stop.is_set():
             self._guarded("round", self.round)
             self._wake.wait(ROUND_SECONDS)
             self._wake.clear()
 
     def round(self) -> None:
-        """One look at everything. What goes wrong with one job keeps no other from moving."""
+        """Runs one round. An error in one job does not hold up the others."""
         self._guarded("schedules", lambda: self.schedules.tick(time.time()))
         observed = self._observe()
         for job in self.jobs.open():
             if job.state in IN_FLIGHT:
-                self._guarded(job.id, partial(self._look_after, job, observed))
+                self._guarded(job.id, partial(self._reconcile, job, observed))
         if observed is not None:
-            self._tidy(observed)
+            self._clean_up(observed)
             for job in choose_jobs(self.jobs.open(), self.slots, time.time()):
                 attempt = self.jobs.new_attempt(job.id)
-                self._say(f"{attempt.id}: started")
-                self._guarded(job.id, partial(self._look_after, self.jobs.get(job.id), observed))
+                self._log(f"{attempt.id}: started")
+                self._guarded(job.id, partial(self._reconcile, self.jobs.get(job.id), observed))
 
-    def _guarded(self, what: str, act: Callable[[], None]) -> None:
-        """Says what went wrong; the next round tries again."""
+    def _guarded(self, name: str, act: Callable[[], None]) -> None:
+        """Calls `act` and logs an error under `name`; the next round tries again."""
         try:
             act()
         except Exception as error:
-            self._say(f"{what}: {type(error).__name__}: {error}")
+            self._log(f"{name}: {type(error).__name__}: {error}")
 
     def why(self, job: Job) -> list[str]:
-        """Why a job is where it is, for people."""
+        """Reasons for a job's current state, as text for `moray why` and the page."""
         if job.state == "queued":
             lines = why_waiting(job, self.jobs.open(), self.slots, time.time())
         elif job.state in ENDED:
-            lines = [job.reason or f"it {job.state}"]
+            lines = [job.reason or f"the job {'was ' if job.state == 'cancelled' else ''}{job.state}"]
         else:
             lines = [f"attempt {job.latest.number} is {job.latest.state}" if job.latest else job.reason]
             if job.state == "stopping":
-                lines.append("it was asked to stop")
-        if self.away and job.state not in ENDED:
-            lines.append(f"the cluster is away: {self.away}")
+                lines.append("stop requested; waiting for the driver to end")
+        if self.cluster_error and job.state not in ENDED:
+            lines.append(f"the cluster is unreachable: {self.cluster_error}")
         past = [a for a in job.attempts if a.state in ("failed", "lost") and a is not job.latest]
         return lines + [f"attempt {a.number} {a.state}: {a.detail}" for a in past]
 
     def _observe(self) -> Mapping[str, Observed] | None:
-        """Everything the cluster knows; None while it is away."""
+        """The attempts that the cluster lists; None while it is unreachable."""
         try:
             found = self._backend.observe()
         except BackendAwayError as error:
-            self.away = str(error)
+            self.cluster_error = str(error)
             return None
-        self.away = ""
+        self.cluster_error = ""
         return found
 
-    def _look_after(self, job: Job, observed: Mapping[str, Observed] | None) -> None:
+    def _reconcile(self, job: Job, observed: Mapping[str, Observed] | None) -> None:
         attempt = job.latest
         if attempt is None or attempt.state in ATTEMPT_ENDED:
             raise RuntimeError(f"job {job.id} is {job.state} without an open attempt")
-        sight = self._see(attempt, observed)
-        # Nobody is given up while the cluster cannot be asked: what does not answer may be coming back.
-        if observed is None and sight.outcome is None and not sight.alive:
+        seen = self._observe_attempt(attempt, observed)
+        # While the cluster is unreachable, no silent attempt is declared lost: the cluster may come back with it.
+        if observed is None and seen.outcome is None and not seen.alive:
             return
-        self._apply(job, attempt, judge_attempt(job, attempt, sight))
+        self._apply(job, attempt, decide_attempt(job, attempt, seen))
 
-    def _see(self, attempt: Attempt, observed: Mapping[str, Observed] | None) -> Sight:
+    def _observe_attempt(self, attempt: Attempt, observed: Mapping[str, Observed] | None) -> AttemptObservation:
         now = time.monotonic()
         run = self._home.runs / attempt.id
-        if attempt.id not in self._watches:
-            self._watches[attempt.id] = _Watch(_ordered(run, now), met=attempt.state == "running")
-        watch = self._watches[attempt.id]
-        alive = not is_stale(lease_of(run).path)  # before the outcome: a driver that ends now has written one
-        if alive or (watch.met and observed is None):
-            watch.last_sign = now
-        watch.met = watch.met or alive
-        return Sight(
+        if attempt.id not in self._liveness:
+            self._liveness[attempt.id] = _Liveness(_ordered(run, now), was_alive=attempt.state == "running")
+        record = self._liveness[attempt.id]
+        # The lease is read before the outcome, because a driver writes its outcome before it releases the lease.
+        alive = not is_stale(lease_of(run).path)
+        if alive or (record.was_alive and observed is None):
+            record.last_alive = now
+        record.was_alive = record.was_alive or alive
+        return AttemptObservation(
             observed=(observed or {}).get(attempt.id),
             alive=alive,
-            met=watch.met,
+            was_alive=record.was_alive,
             outcome=read_outcome(run),
-            silent=now - watch.last_sign,
-            since_stop=None if watch.told_to_stop is None else now - watch.told_to_stop,
+            silent=now - record.last_alive,
+            since_stop=None if record.stop_sent is None else now - record.stop_sent,
         )
 
-    def _apply(self, job: Job, attempt: Attempt, verdict: AttemptAction) -> None:
-        if verdict.stop:
-            self._watches[attempt.id].told_to_stop = time.monotonic()
-            self._try(lambda: self._backend.stop(attempt.id))
-        if verdict.submit:
+    def _apply(self, job: Job, attempt: Attempt, action: AttemptAction) -> None:
+        if action.stop:
+            self._liveness[attempt.id].stop_sent = time.monotonic()
+            self._on_cluster(lambda: self._backend.stop(attempt.id))
+        if action.submit:
             self._submit(job, attempt)
-        if verdict.state is None:
+        if action.state is None:
             return
-        if verdict.state not in ATTEMPT_ENDED:
+        if action.state not in ATTEMPT_ENDED:
             with self._database.write():
-                self.jobs.move_attempt(attempt.id, verdict.state)
+                self.jobs.move_attempt(attempt.id, action.state)
                 if job.state == "starting":
                     self.jobs.move(job.id, "running")
             return
-        self._end(job, attempt, verdict)
+        self._end(job, attempt, action)
 
-    def _tidy(self, observed: Mapping[str, Observed]) -> None:
-        """Has the cluster forget what has ended, and end what it should have forgotten."""
+    def _clean_up(self, observed: Mapping[str, Observed]) -> None:
+        """Removes ended attempts from the cluster's list and stops zombies, ended attempts that still run there."""
         open_ = {
             attempt.id for job in self.jobs.open() for attempt in job.attempts if attempt.state not in ATTEMPT_ENDED
         }
@@ -180,10 +187,10 @@ class Controller:
             if observed[name].state in ("pending", "running"):
                 if time.monotonic() - self._zombies.get(name, -STOP_SECONDS) >= STOP_SECONDS:
                     self._zombies[name] = time.monotonic()
-                    self._try(lambda: self._backend.stop(name))  # noqa: B023 (called at once)
+                    self._on_cluster(lambda: self._backend.stop(name))  # noqa: B023 (called at once)
             else:
                 self._zombies.pop(name, None)
-                self._try(lambda: self._backend.forget(name))  # noqa: B023
+                self._on_cluster(lambda: self._backend.forget(name))  # noqa: B023
 
     def _submit(self, job: Job, attempt: Attempt) -> None:
         order = AttemptOrder(
@@ -199,37 +206,37 @@ class Controller:
             boot=boot(),
         )
         write_text(self._home.runs / attempt.id / "attempt.json", order.model_dump_json(indent=2) + "\n")
-        if self._try(lambda: self._backend.submit(attempt.id, {"MORAY_HOME": str(self._home.root)})):
-            self._watches[attempt.id].last_sign = time.monotonic()
+        if self._on_cluster(lambda: self._backend.submit(attempt.id, {"MORAY_HOME": str(self._home.root)})):
+            self._liveness[attempt.id].last_alive = time.monotonic()
             self.jobs.move_attempt(attempt.id, "submitted")
 
-    def _end(self, job: Job, attempt: Attempt, verdict: AttemptAction) -> None:
-        """Ends an attempt, and with it the job or only this try at it."""
-        assert verdict.state is not None
+    def _end(self, job: Job, attempt: Attempt, action: AttemptAction) -> None:
+        """Ends an attempt; its job ends too or is queued for a retry."""
+        assert action.state is not None
         run = self._home.runs / attempt.id
-        if read_outcome(run) is None and not end_with(run, Outcome(state="cancelled", detail=verdict.detail)):
-            return  # its driver had the last word just now; the next round hears it
-        ahead = after(job, verdict.state, verdict.detail, verdict.again)
+        if read_outcome(run) is None and not end_with(run, Outcome(state="cancelled", detail=action.detail)):
+            return  # the driver has just recorded an outcome; the next round reads it
+        then = decide_job(job, action.state, action.detail, action.retryable)
         with self._database.write():
-            self.jobs.move_attempt(attempt.id, verdict.state, verdict.detail)
-            self.jobs.move(job.id, ahead.state, ahead.reason, time.time() + ahead.delay if ahead.delay else 0.0)
-        del self._watches[attempt.id]
-        self._say(f"{attempt.id}: {verdict.state} {verdict.detail}")
+            self.jobs.move_attempt(attempt.id, action.state, action.detail)
+            self.jobs.move(job.id, then.state, then.reason, time.time() + then.delay if then.delay else 0.0)
+        del self._liveness[attempt.id]
+        self._log(f"{attempt.id}: {action.state} {action.detail}")
 
-    def _try(self, act: Callable[[], None]) -> bool:
-        """An effect on the cluster; False if it is away, and a later round tries again."""
+    def _on_cluster(self, act: Callable[[], None]) -> bool:
+        """Calls `act`, an action on the cluster; False if the cluster is unreachable. A later round tries again."""
         try:
             act()
         except BackendAwayError as error:
-            self.away = str(error)
+            self.cluster_error = str(error)
             return False
         return True
 
 
 def _ordered(run: Path, now: float) -> float:
-    """When the attempt was ordered, by this boot's monotonic clock; now, if that was never or before a reboot.
+    """Monotonic time at which the attempt was ordered; `now` if it was not ordered since the last boot.
 
-    A controller that is killed again and again must not begin to wait anew each time.
+    The time is read from `attempt.json`, so that restarts of the controller do not extend the timeout.
     """
     order = read_order(run)
     return order.ordered if order is not None and order.boot == boot() else now

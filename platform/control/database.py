@@ -1,8 +1,8 @@
-"""`moray.db`: what the control plane has decided. SQLite in WAL mode; the controller is its only writer.
+"""`moray.db`, the database of the control plane. SQLite in WAL mode; the controller is the only writer.
 
-Every change goes through `Database.write()`, one transaction at a time, and every change of a state leaves a row in
-`transitions`, in the same transaction: the log from which one can prove what became of each job and tick. Readers use
-`read()`; they see the last committed state and block nobody.
+`Database.write()` runs one transaction at a time. Every state change adds a row to `transitions` in the same
+transaction, so this log shows the history of each job and tick. `read()` returns connections that see the last
+committed state and never block the writer.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ _MIGRATIONS: Sequence[str] = (
     CREATE TABLE jobs (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL,
-        recipe TEXT NOT NULL,               -- the recipe's own name
-        source TEXT NOT NULL,               -- its text
-        path TEXT NOT NULL,                 -- where it was read, for messages
-        folder TEXT NOT NULL,               -- what relative paths in it count from
+        recipe TEXT NOT NULL,               -- the recipe's name
+        source TEXT NOT NULL,               -- the recipe's text
+        path TEXT NOT NULL,                 -- the recipe's file, for messages
+        folder TEXT NOT NULL,               -- base of relative paths in the recipe
         overrides TEXT NOT NULL,            -- JSON list of STEP.FIELD=VALUE
         priority TEXT NOT NULL CHECK (priority IN ('production', 'interactive', 'batch')),
-        retries INTEGER NOT NULL,           -- how often a failed attempt is repeated
+        retries INTEGER NOT NULL,           -- retries after failed attempts
         state TEXT NOT NULL CHECK (state IN
             ('queued', 'starting', 'running', 'stopping', 'succeeded', 'failed', 'cancelled')),
         reason TEXT NOT NULL DEFAULT '',
         stop_requested INTEGER NOT NULL DEFAULT 0,
-        not_before REAL NOT NULL DEFAULT 0, -- a retry waits until then
+        not_before REAL NOT NULL DEFAULT 0, -- earliest start of a retry
         created REAL NOT NULL,
         started REAL,
         ended REAL,
         idempotency_key TEXT UNIQUE,
-        schedule TEXT,                      -- the schedule it came from; kept when that is removed
+        schedule TEXT,                      -- name of its schedule, kept after the schedule is removed
         exclusive INTEGER NOT NULL DEFAULT 0, -- waits for the other jobs of its schedule (overlap: queue)
         tick REAL
     );
     CREATE INDEX jobs_by_state ON jobs (state);
     CREATE INDEX jobs_by_schedule ON jobs (schedule, state);
     CREATE TABLE attempts (
-        id TEXT PRIMARY KEY,                -- job.number; also the name of its run folder
+        id TEXT PRIMARY KEY,                -- job.number; also the name of the run folder
         job TEXT NOT NULL REFERENCES jobs (id),
         number INTEGER NOT NULL,
         state TEXT NOT NULL CHECK (state IN
@@ -72,13 +72,13 @@ _MIGRATIONS: Sequence[str] = (
         catchup TEXT NOT NULL CHECK (catchup IN ('none', 'last')),
         paused INTEGER NOT NULL DEFAULT 0,
         created REAL NOT NULL,              -- also the anchor of `every`
-        cursor REAL NOT NULL                -- every tick up to here is decided
+        cursor REAL NOT NULL                -- all ticks up to this time are decided
     );
     CREATE TABLE ticks (
         schedule TEXT NOT NULL,
-        created REAL NOT NULL,              -- of the schedule: a removed name may be used again
+        created REAL NOT NULL,              -- of the schedule, because a removed name may be reused
         tick REAL NOT NULL,
-        until REAL NOT NULL,                -- a row may cover a row of ticks that share one reason
+        until REAL NOT NULL,                -- a row may cover several skipped ticks with one reason
         count INTEGER NOT NULL,
         outcome TEXT NOT NULL CHECK (outcome IN ('run', 'skipped')),
         job TEXT,
@@ -104,9 +104,10 @@ class Database:
     """One open `moray.db`, shared by the controller's threads."""
 
     def __init__(self, path: Path, durable: bool = True) -> None:
-        """Opens or creates it and brings its schema up to date. Raises InputError if a newer Moray wrote it.
+        """Opens or creates the file and migrates its schema. Raises InputError if a newer Moray wrote it.
 
-        durable: a commit outlives a power cut; without, it outlives the process alone, and costs no disk sync.
+        durable: sync every commit to disk, so that it survives a power failure. Without it, commits survive only the
+        end of the process.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -120,7 +121,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: committed whole at the end of the block, or not at all. May be nested by the same thread."""
+        """Runs the block as one transaction, rolled back on an exception. The same thread may nest calls."""
         with self._lock:
             if self._writer.in_transaction:
                 yield self._writer
@@ -134,7 +135,7 @@ class Database:
             self._writer.execute("COMMIT")
 
     def read(self) -> sqlite3.Connection:
-        """A connection of this thread that can only read."""
+        """The read-only connection of the calling thread."""
         found: sqlite3.Connection | None = getattr(self._readers, "connection", None)
         if found is None:
             address = f"{self.path.absolute().as_uri()}?mode=ro"
@@ -144,7 +145,7 @@ class Database:
         return found
 
     def record(self, kind: str, name: str, state: str, why: str = "") -> None:
-        """Logs a change of state; call it inside the transaction that makes the change."""
+        """Adds a row to `transitions`; call it inside the transaction that changes the state."""
         with self.write() as connection:
             connection.execute(
                 "INSERT INTO transitions (time, kind, id, state, why) VALUES (?, ?, ?, ?, ?)",
@@ -158,8 +159,8 @@ class Database:
         version = int(self._writer.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
             raise InputError(
-                f"{self.path} has schema {version}, this Moray knows {SCHEMA_VERSION}",
-                "use the newer Moray, or another MORAY_HOME",
+                f"{self.path} has schema version {version}; this version of Moray supports up to {SCHEMA_VERSION}",
+                "use the newer version of Moray, or another MORAY_HOME",
             )
         for number in range(version, SCHEMA_VERSION):
             script = f"BEGIN IMMEDIATE; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"

@@ -1,8 +1,8 @@
-"""The driver of one attempt, as a cluster starts it: `python -m moray.platform.control.driver ATTEMPT_ID`.
+"""The driver of one attempt, started on the cluster as `python -m moray.platform.control.driver ATTEMPT_ID`.
 
-Everything it needs lies in the attempt's run folder (attempt.py). What it prints goes to `logs/driver.txt` there, what
-happens to `events/`, how it ended to `outcome.json`. The lease keeps a second start of the same attempt from doing
-anything. Part of the composition root: a run meets the cluster that it was submitted to.
+The attempt's run folder (attempt.py) holds everything the driver needs. The driver writes its output to
+`logs/driver.txt`, events to `events/` and its outcome to `outcome.json`. The lease makes a second start of the same
+attempt exit at once. Part of the composition root, because it connects a run to the cluster it was submitted to.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from moray.platform.core.home import Home
 from moray.platform.plan.recipe import Recipe, parse_recipe
 from moray.platform.run.console import PlainConsole
 
-_ALREADY = 3  # exit code: this attempt runs, or has ended
+_ALREADY = 3  # exit code: another driver runs this attempt, or the attempt has ended
 
 
 def main(attempt: str) -> int:
-    """Runs the attempt. Exit code: as `moray run`, or 3 if there is nothing for this process to do."""
+    """Runs the attempt. Exit code: as `moray run`, or 3 if the attempt is running elsewhere or has ended."""
     home = Home.from_environment()
     run = home.runs / attempt
     lease = lease_of(run)
@@ -41,7 +41,7 @@ def main(attempt: str) -> int:
 
 
 def _run(home: Home, run: Path) -> tuple[Outcome, int]:
-    """Runs the recipe and says how it ended; a user's mistake is not worth another try."""
+    """Runs the recipe; returns its outcome and the exit code. User errors (exit 2) are not retried."""
     console = PlainConsole(force_terminal=False, width=160)
     try:
         order = AttemptOrder.model_validate_json((run / "attempt.json").read_bytes())
@@ -49,7 +49,7 @@ def _run(home: Home, run: Path) -> tuple[Outcome, int]:
         recipe = parse_recipe(order.source, Path(order.path), order.overrides)
         _execute(home, run, order, recipe, console)
     except (Cancelled, KeyboardInterrupt):
-        return Outcome(state="cancelled", detail="told to stop"), 130
+        return Outcome(state="cancelled", detail="stopped by a signal"), 130
     except MorayError as error:
         console.print(f"error: {error.message}", markup=False, soft_wrap=True)
         console.print(f"hint: {error.hint}" if error.hint else "", markup=False, soft_wrap=True)
@@ -75,7 +75,7 @@ def _execute(home: Home, run: Path, order: AttemptOrder, recipe: Recipe, console
 
 @contextlib.contextmanager
 def _printing_to(path: Path) -> Iterator[None]:
-    """Sends this process's stdout and stderr, and those of what it starts, to a file."""
+    """Redirects stdout and stderr of this process and its children to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         for stream in (sys.stdout, sys.stderr):

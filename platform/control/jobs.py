@@ -1,7 +1,7 @@
-"""Jobs and their attempts as rows of the database: submitted, changed and read here, decided elsewhere.
+"""Database access for jobs and their attempts. reconcile.py and queue.py decide their state changes.
 
-A job is one recipe that somebody, or a schedule, asked for; an attempt is one try at running it. docs/states.md draws
-their states. Every change is one transaction that also writes a row of `transitions`.
+A job is one submission of a recipe, by a user or a schedule; an attempt is one execution of it. docs/states.md shows
+their states. Every change is one transaction that also adds a row to `transitions`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ ENDED = ("succeeded", "failed", "cancelled")
 ATTEMPT_ENDED = (*ENDED, "lost")
 _MOST_RETRIES = 100
 _SHORTEST_PART = 3  # letters or digits of an id or a name
-CHECK_SECONDS = 30.0  # for a recipe: its files may lie on a file system that hangs
+CHECK_SECONDS = 30.0  # timeout for checking a recipe, whose files may be on a file system that hangs
 
 
 class NotFoundError(MorayError):
-    """A job, schedule or attempt that does not exist."""
+    """The job, schedule or attempt does not exist."""
 
 
 class ConflictError(MorayError):
-    """Something that cannot be done in the state it is in."""
+    """The request is not possible in the current state."""
 
 
 class Submission(BaseModel):
-    """What a client asks for. `source` is the recipe's text; `path` and `folder` say where it was read."""
+    """A request to run a recipe.
+
+    source: the recipe's text. path: the file it was read from. folder: base of relative paths in the recipe.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -56,12 +59,12 @@ class Submission(BaseModel):
     retries: int = Field(0, ge=0, le=_MOST_RETRIES)
 
     def recipe(self) -> Recipe:
-        """The recipe, checked as `moray run` would in `folder`. Raises RecipeError, or InputError for the folder."""
+        """Parses and checks the recipe as `moray run` does in `folder`. Raises RecipeError, InputError for `folder`."""
         folder = Path(self.folder or "/")
         if not (folder.is_absolute() and folder.is_dir()):
             raise InputError(
-                f"folder {self.folder!r} is not an absolute path of a folder here",
-                "relative paths in the recipe count from it",
+                f"folder {self.folder!r} is not an absolute path to an existing folder on this machine",
+                "relative paths in the recipe are resolved against it",
             )
         check = partial(parse_recipe, self.source, Path(self.path), self.overrides)
         return in_folder(folder, check, CHECK_SECONDS)
@@ -69,7 +72,7 @@ class Submission(BaseModel):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a job. `id` is Ray's submission id and the name of the run folder."""
+    """One row of `attempts`. `id` is also Ray's submission id and the name of the run folder."""
 
     id: str
     job: str
@@ -107,7 +110,7 @@ class Job:
     attempts: tuple[Attempt, ...] = field(default=())
 
     def attempt(self, number: int | None) -> Attempt | None:
-        """The attempt asked for; the latest one if none is named, None if there is none yet. Raises NotFoundError."""
+        """Returns attempt `number`, by default the latest; None if there is none yet. Raises NotFoundError."""
         if number is None:
             return self.latest
         known = {attempt.number: attempt for attempt in self.attempts}
@@ -120,7 +123,7 @@ class Job:
         return self.attempts[-1] if self.attempts else None
 
     def as_json(self) -> dict[str, Any]:
-        """As docs/http-api.md shows it."""
+        """The job as documented in docs/http-api.md."""
         return {
             "id": self.id,
             "name": self.name,
@@ -143,7 +146,7 @@ class Job:
 
 
 class Jobs:
-    """The table of jobs."""
+    """Reads and changes the tables of jobs and attempts."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -157,10 +160,10 @@ class Jobs:
         tick: float | None = None,
         exclusive: bool = False,
     ) -> tuple[Job, bool]:
-        """Queues a job; (job, True), or the job that was queued under the same `key` before and False.
+        """Queues a job. Returns (job, True), or (earlier job, False) if `key` was used before for the same submission.
 
-        Raises RecipeError, and ConflictError for a `key` that another submission was queued under. `exclusive`: it
-        waits until no other job of `schedule` is at work.
+        exclusive: the job waits until all earlier jobs of `schedule` have ended. Raises RecipeError, InputError, and
+        ConflictError if `key` was used for a different submission.
         """
         recipe = asked.recipe()
         with self._database.write() as connection:
@@ -182,12 +185,14 @@ class Jobs:
             return self._get(connection, str(row["id"])), True
 
     def get(self, name: str) -> Job:
-        """A job by its id, its name, or a part of either that only one job has and that has at least three letters or
-        digits: in a home with one job, `-` would be a part of it. Raises NotFoundError."""
+        """Returns a job by its id, its name, or a part of either that is unique. Raises NotFoundError.
+
+        A part needs at least three letters or digits, because with a single job even `-` would be unique.
+        """
         connection = self._database.read()
         if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (name,)).fetchone():
             return self._get(connection, name)
-        # instr, because % and _ are letters to people and wildcards to LIKE.
+        # instr instead of LIKE, because LIKE treats % and _ as wildcards.
         part = (
             "instr(id, ?) OR instr(name, ?)"
             if sum(map(str.isalnum, name)) >= _SHORTEST_PART
@@ -198,12 +203,12 @@ class Jobs:
         if len(found) == 1:
             return self._get(connection, found[0])
         if found:
-            raise NotFoundError(f"{name!r} names several jobs", f"give more of it: {', '.join(found)}")
+            raise NotFoundError(f"{name!r} matches several jobs", f"use a longer part of: {', '.join(found)}")
         recent = [row["id"] for row in connection.execute("SELECT id FROM jobs ORDER BY created DESC LIMIT 100")]
-        raise NotFoundError(f"no job {name!r}", nearest(name, recent) if recent else "nothing was submitted yet")
+        raise NotFoundError(f"no job {name!r}", nearest(name, recent) if recent else "no job has been submitted yet")
 
     def list(self, states: Iterable[str] = (), limit: int = 100, schedule: str | None = None) -> list[Job]:
-        """Jobs, newest first."""
+        """Returns jobs, newest first."""
         where, values = ["1"], list[Any]()
         chosen = list(states)
         if chosen:
@@ -217,31 +222,31 @@ class Jobs:
         return [_job(connection, row) for row in connection.execute(query, (*values, limit)).fetchall()]
 
     def open(self) -> Sequence[Job]:
-        """Every job that has not ended, oldest first."""
+        """All jobs that have not ended, oldest first."""
         return self.list([s for s in get_args(JobState) if s not in ENDED], limit=1_000_000)[::-1]
 
     def counts_since(self, since: float) -> dict[str, int]:
-        """How many jobs ended in each final state since then."""
+        """Number of jobs per final state that ended at or after `since`."""
         query = "SELECT state, count(*) AS n FROM jobs WHERE ended >= ? GROUP BY state"
         found = {row["state"]: int(row["n"]) for row in self._database.read().execute(query, (since,))}
         return {state: found.get(state, 0) for state in ENDED}
 
     def request_stop(self, name: str) -> Job:
-        """Asks a job to end as cancelled: at once if it is queued, else when its attempt has stopped."""
+        """Cancels a job: at once if it is queued, otherwise after its attempt has stopped. Raises ConflictError."""
         job = self.get(name)
         with self._database.write() as connection:
             job = self._get(connection, job.id)
             if job.state in ENDED:
-                raise ConflictError(f"job {job.id} has {job.state} already", "there is nothing to stop")
+                raise ConflictError(f"job {job.id} has already ended ({job.state})", "there is nothing to stop")
             connection.execute("UPDATE jobs SET stop_requested = 1 WHERE id = ?", (job.id,))
             if job.state == "queued":
                 self.move(job.id, "cancelled", "stopped before it started")
             elif job.state != "stopping":
-                self.move(job.id, "stopping", "stop was requested")
+                self.move(job.id, "stopping", "stop requested")
             return self._get(connection, job.id)
 
     def move(self, job: str, state: JobState, reason: str = "", not_before: float = 0.0) -> None:
-        """Changes a job's state; an ended job stays as it ended. Raises ConflictError."""
+        """Changes a job's state. Raises ConflictError if the job has ended."""
         now = time.time()
         with self._database.write() as connection:
             changed = connection.execute(
@@ -252,11 +257,11 @@ class Jobs:
                 {"state": state, "reason": reason, "not_before": not_before, "now": now, "id": job},
             )
             if changed.rowcount != 1:
-                raise ConflictError(f"job {job} has ended; it cannot become {state}")
+                raise ConflictError(f"job {job} has ended and cannot change to {state}")
             self._database.record("job", job, state, reason)
 
     def new_attempt(self, job: str) -> Attempt:
-        """Opens the next attempt of a job and moves the job to `starting`."""
+        """Creates the next attempt of a job and moves the job to `starting`."""
         with self._database.write() as connection:
             last = connection.execute("SELECT max(number) AS n FROM attempts WHERE job = ?", (job,)).fetchone()["n"]
             number = (last or 0) + 1
@@ -269,7 +274,7 @@ class Jobs:
             return self._get(connection, job).attempts[-1]
 
     def move_attempt(self, attempt: str, state: AttemptState, detail: str = "") -> None:
-        """Changes an attempt's state; an ended one stays as it ended. Raises ConflictError."""
+        """Changes an attempt's state. Raises ConflictError if the attempt has ended."""
         now = time.time()
         with self._database.write() as connection:
             changed = connection.execute(
@@ -280,7 +285,7 @@ class Jobs:
                 {"state": state, "detail": detail, "now": now, "id": attempt},
             )
             if changed.rowcount != 1:
-                raise ConflictError(f"attempt {attempt} has ended; it cannot become {state}")
+                raise ConflictError(f"attempt {attempt} has ended and cannot change to {state}")
             self._database.record("attempt", attempt, state, detail)
 
     def _get(self, connection: sqlite3.Connection, job: str) -> Job:
@@ -301,8 +306,8 @@ def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
 
 
 def _same(job: Job, asked: Submission, key: str) -> Job:
-    """The job that a key was used for before, if it is what is asked for now."""
+    """Returns the job submitted earlier with `key`. Raises ConflictError if that submission differs from `asked`."""
     before = (job.source, job.folder, list(job.overrides), job.priority, job.retries)
     if before != (asked.source, asked.folder, asked.overrides, asked.priority, asked.retries):
-        raise ConflictError(f"the key {key!r} was used for another submission, job {job.id}", "give another key")
+        raise ConflictError(f"key {key!r} was already used for a different submission, job {job.id}", "use another key")
     return job

@@ -1,6 +1,6 @@
-"""What `moray up` decided on first use (ports, slots): kept in `up/options.json`, so that a restart finds the same.
+"""Options of `moray up` (ports, cores, slots), chosen at the first start and kept in `up/options.json` for restarts.
 
-Part of the composition root: the control plane runs on the local cluster, whose options these include.
+Part of the composition root, because they include the options of the local cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moray.platform.core.processes import marked
 HOST = "127.0.0.1"
 PORT = 8400
 NAMES = ("ray-head", "ray-worker", "ray-watch", "mlflow", "controller")
-# None of them is Ray's usual one: of two clusters that start at a time, each would find that free.
+# None of these uses Ray's default port: two clusters that start at the same time would both find it free.
 _RAY_PORTS = ("ray_port", "dashboard_port", "client_port")
 
 
@@ -33,15 +33,15 @@ class UpOptions(BaseModel):
 
     @classmethod
     def read(cls, home: Home) -> UpOptions:
-        """What `moray up` decided here. Raises InputError if it never ran, or another version wrote it."""
+        """Reads the saved options. Raises InputError if `moray up` never ran, or if another version wrote them."""
         path = home.up / "options.json"
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise InputError(f"nothing was started for {home.root} yet", "start it: moray up") from None
+            raise InputError(f"no control plane was started for {home.root} yet", "start it: moray up") from None
         except ValidationError as error:
             raise InputError(
-                f"{path} is not what this version writes", f"moray down, delete {path}, moray up"
+                f"{path} is invalid or from another version of Moray", f"moray down, delete {path}, moray up"
             ) from error
 
 
@@ -52,9 +52,9 @@ def url(options: UpOptions) -> str:
 def decide_options(
     home: Home, *, port: int | None = None, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
 ) -> UpOptions:
-    """The options for a start: what was decided before, with what is asked for now. Writes them.
+    """Returns and saves the options for a start: the saved ones, overridden by the arguments.
 
-    Raises InputError for a port in use and for what this machine does not have.
+    Raises InputError if a port is in use, or if this machine has fewer cores or GPUs than requested.
     """
     old = _earlier(home)
     ports = {name: getattr(old.cluster, name) if old else 0 for name in _RAY_PORTS}
@@ -65,7 +65,7 @@ def decide_options(
         port = port or old.port
     chosen = port or PORT
     if living(home):
-        return UpOptions.read(home)  # the supervisor alone died: what it started is adopted as it is
+        return UpOptions.read(home)  # only the supervisor died; its services are adopted unchanged
     check_port(HOST, chosen)
     if not all(ports.values()) or not all(map(is_free, ports.values())):
         ports = dict(zip(_RAY_PORTS, free_ports(len(_RAY_PORTS)), strict=True))
@@ -75,7 +75,7 @@ def decide_options(
 
 
 def _earlier(home: Home) -> UpOptions | None:
-    """What was decided before; None where that is nothing, or cannot be read."""
+    """The saved options; None if there are none or they are unreadable."""
     try:
         return UpOptions.read(home)
     except InputError:
@@ -83,5 +83,5 @@ def _earlier(home: Home) -> UpOptions | None:
 
 
 def living(home: Home) -> list[str]:
-    """The services that live, with or without a supervisor."""
+    """Names of the services with a living process, whether or not a supervisor runs."""
     return [name for name in NAMES if marked(home.root, name)]

@@ -1,6 +1,6 @@
-"""Schedules and their ticks as rows of the database, and the hand that writes what `schedule.decide` decides.
+"""Database access for schedules and ticks. `ticks.decide_ticks` decides; this module applies its decisions.
 
-A tick is one transaction: its row, its job and the schedule's cursor. docs/schedules.md has the rules.
+A tick is one transaction that writes its row, its job and the schedule's cursor. docs/schedules.md has the rules.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from moray.platform.control.ticks import (
 from moray.platform.core.errors import InputError, MorayError, nearest
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_SHOWN = 50  # ticks of one schedule
+_SHOWN = 50  # latest ticks returned with a schedule
 _MOST_NEXT = 100
-_STEPS = 4  # what one call of `tick` settles of one schedule: a batch of missed ticks, the newest, two that are due
+_STEPS = 4  # decisions per schedule in one call of `tick`: a batch of missed ticks, the newest, two due ones
 
 
 class NewSchedule(Submission):
-    """What a client asks for: a submission that is made again and again. `name` is the schedule's, and its jobs'."""
+    """A request for a schedule: a submission repeated at every tick. Its jobs have the schedule's `name`."""
 
     name: str
-    priority: Priority = "batch"  # nobody waits for it at a terminal
+    priority: Priority = "batch"  # no user waits for it at a terminal
     cron: str | None = Field(None, max_length=500)
     every: str | None = Field(None, max_length=100)
     tz: str = Field("UTC", max_length=100)
@@ -80,14 +80,14 @@ class Schedule:
     ticks: tuple[Tick, ...] = ()
 
     def next(self, now: float) -> float | None:
-        """The tick to come; None while it is paused, or where it cannot be computed."""
+        """The next tick; None while the schedule is paused or if the tick cannot be computed."""
         with contextlib.suppress(InputError):
             return None if self.paused else self.trigger.after(max(now, self.cursor))
         return None
 
 
 class Schedules:
-    """The tables of schedules and ticks. `clock` is asked when somebody changes a schedule."""
+    """Reads and changes the tables of schedules and ticks. `clock` gives the time of changes by a user."""
 
     def __init__(self, database: Database, jobs: Jobs, clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -95,10 +95,10 @@ class Schedules:
         self.clock = clock
 
     def add(self, asked: NewSchedule) -> Schedule:
-        """Raises RecipeError or InputError for what cannot work, ConflictError for a name that is taken."""
+        """Adds a schedule. Raises RecipeError or InputError for invalid fields, ConflictError if the name is taken."""
         if not _NAME.fullmatch(asked.name):
-            hint = "a lower-case letter, then up to 62 more letters, digits, - and _"
-            raise InputError(f"name {asked.name!r:.80} is not a schedule's name", hint)
+            hint = "use a lower-case letter, then up to 62 lower-case letters, digits, - and _"
+            raise InputError(f"invalid schedule name {asked.name!r:.80}", hint)
         now = self.clock()
         parse_trigger(asked.cron, asked.every, asked.tz, now)
         row = {
@@ -111,25 +111,25 @@ class Schedules:
         places = ", ".join(f":{name}" for name in row)
         with self._database.write() as connection:
             if connection.execute("SELECT 1 FROM schedules WHERE name = ?", (asked.name,)).fetchone():
-                hint = f"take another name, or remove it: moray schedule rm {asked.name}"
-                raise ConflictError(f"there is a schedule {asked.name!r} already", hint)
+                hint = f"use another name, or remove the schedule: moray schedule rm {asked.name}"
+                raise ConflictError(f"schedule {asked.name!r} already exists", hint)
             connection.execute(f"INSERT INTO schedules ({', '.join(row)}) VALUES ({places})", row)
             self._database.record("schedule", asked.name, "added")
             return _load(connection, _row(connection, asked.name))
 
     def get(self, name: str) -> Schedule:
-        """One schedule with its latest ticks. Raises NotFoundError."""
+        """Returns one schedule with its latest ticks. Raises NotFoundError."""
         connection = self._database.read()
         return _load(connection, _row(connection, name), _SHOWN)
 
     def list(self) -> list[Schedule]:
-        """All schedules by name, each with its latest tick."""
+        """Returns all schedules, sorted by name, each with its latest tick."""
         connection = self._database.read()
         rows = connection.execute("SELECT * FROM schedules ORDER BY name").fetchall()
         return [_load(connection, row, 1) for row in rows]
 
     def as_json(self, schedule: Schedule) -> dict[str, Any]:
-        """As docs/http-api.md shows it."""
+        """The schedule as documented in docs/http-api.md."""
         asked, trigger = schedule.submission, schedule.trigger
         return {
             "name": schedule.name,
@@ -150,9 +150,9 @@ class Schedules:
         }
 
     def next(self, name: str, count: int = 5) -> Sequence[float]:
-        """Its next ticks, as if it were not paused. Raises NotFoundError, InputError."""
+        """The next ticks of a schedule, as if it were not paused. Raises NotFoundError, InputError."""
         if not 1 <= count <= _MOST_NEXT:
-            raise InputError(f"n {count} is not between 1 and {_MOST_NEXT}", "for example 5")
+            raise InputError(f"n must be between 1 and {_MOST_NEXT}, got {count}", "for example 5")
         schedule = self.get(name)
         found = [schedule.trigger.after(max(self.clock(), schedule.cursor))]
         while len(found) < count:
@@ -160,17 +160,17 @@ class Schedules:
         return found
 
     def pause(self, name: str) -> Schedule:
-        """Skips every tick from now on. Raises NotFoundError, ConflictError."""
+        """Pauses a schedule: all ticks from now on are skipped. Raises NotFoundError, ConflictError."""
         self._settle(name)
         return self._set_paused(name, True)
 
     def resume(self, name: str) -> Schedule:
-        """Ticks again; what came while it was paused stays skipped. Raises NotFoundError, ConflictError."""
-        self._settle(name)  # raises InputError for a trigger that cannot be computed: it stays paused
+        """Resumes a schedule; ticks during the pause stay skipped. Raises NotFoundError, ConflictError."""
+        self._settle(name)  # raises InputError if the trigger cannot be computed, so the schedule stays paused
         return self._set_paused(name, False)
 
     def remove(self, name: str) -> None:
-        """Forgets it, but not its jobs and ticks. Raises NotFoundError."""
+        """Deletes a schedule but keeps its jobs and ticks. Raises NotFoundError."""
         with contextlib.suppress(InputError):
             self._settle(name, "removed")
         with self._database.write() as connection:
@@ -179,16 +179,16 @@ class Schedules:
             self._database.record("schedule", name, "removed")
 
     def tick(self, now: float) -> None:
-        """Decides what is due by `now`; after long downtime a part of it, and `next_wake` asks for the next call."""
+        """Decides the ticks due by `now`. After long downtime it decides a part of them; the next call continues."""
         for row in self._database.read().execute("SELECT * FROM schedules ORDER BY name").fetchall():
             try:
                 for _ in range(_STEPS if _trigger(row).after(row["cursor"]) <= now else 0):
                     self._step(row["name"], now)
             except InputError as error:
-                self._give_up(row["name"], error.message)
+                self._pause_broken(row["name"], error.message)
 
     def next_wake(self, now: float) -> float:
-        """When `tick` has something to do: `now` if it has already, infinity if nothing is scheduled."""
+        """Time of the next due tick: `now` if one is already due, infinity if nothing is scheduled."""
         due = math.inf
         for row in self._database.read().execute("SELECT * FROM schedules WHERE NOT paused").fetchall():
             try:
@@ -198,34 +198,34 @@ class Schedules:
         return max(now, due)
 
     def _settle(self, name: str, held: str = "") -> None:
-        """Decides every tick that came before now. Raises NotFoundError, InputError."""
+        """Decides all ticks before now. Raises NotFoundError, InputError."""
         self.get(name)
         now = self.clock()
         while self._step(name, now, held):
             pass
 
     def _step(self, name: str, now: float, held: str = "") -> bool:
-        """Decides the oldest ticks that are due, in one transaction; False if there are none."""
+        """Decides the oldest due ticks in one transaction; False if there are none."""
         schedule, decision = _decide(self._database.read(), name, now, held)
         if schedule is None or decision is None:
             return False
-        # Before the transaction: a first look at a recipe may import its steps, and would hold up every writer.
+        # Checked before the transaction, because checking a recipe may import its steps and would block every writer.
         problem = _problem(schedule.submission) if decision.run else decision.reason
         with self._database.write() as connection:
             if _decide(connection, name, now, held) != (schedule, decision):
-                return True  # somebody was faster: look again
+                return True  # another thread changed the schedule; decide again
             job, reason = (None, problem) if problem else self._submit(schedule, decision)
             self._write(connection, schedule, decision, job, reason, now)
         return True
 
     def _submit(self, schedule: Schedule, decision: TickDecision) -> tuple[str | None, str]:
-        """The job of a tick, or why there is none."""
+        """Submits the job of a tick; returns (job id, "") or (None, reason)."""
         key = f"schedule:{schedule.name}:{schedule.created}:{decision.tick}"
         try:
             job, _ = self._jobs.submit(
                 schedule.submission, key=key, schedule=schedule.name, tick=decision.tick, exclusive=decision.exclusive
             )
-        except MorayError as error:  # the recipe became invalid this instant; it is checked before anything is written
+        except MorayError as error:  # the recipe became invalid just now; nothing has been written yet
             return None, error.message
         return job.id, ""
 
@@ -244,7 +244,7 @@ class Schedules:
             "decided": now,
         }  # fmt: skip
         joined = 0
-        if job is None:  # ticks are decided in order, so the newest row is the one just before
+        if job is None:  # ticks are decided in order, so the newest row directly precedes this tick
             joined = connection.execute(
                 """UPDATE ticks SET until = :until, count = count + :count, decided = :decided
                    WHERE schedule = :schedule AND created = :created AND outcome = 'skipped' AND reason = :reason
@@ -261,23 +261,24 @@ class Schedules:
     def _set_paused(self, name: str, paused: bool) -> Schedule:
         with self._database.write() as connection:
             if bool(_row(connection, name)["paused"]) == paused:
-                raise ConflictError(f"schedule {name!r} is {'' if paused else 'not '}paused", "there is nothing to do")
+                state = "already paused" if paused else "not paused"
+                raise ConflictError(f"schedule {name!r} is {state}", "there is nothing to do")
             connection.execute("UPDATE schedules SET paused = ? WHERE name = ?", (int(paused), name))
             self._database.record("schedule", name, "paused" if paused else "resumed")
             return _load(connection, _row(connection, name), 1)
 
-    def _give_up(self, name: str, why: str) -> None:
+    def _pause_broken(self, name: str, reason: str) -> None:
         """Pauses a schedule whose trigger cannot be computed."""
         with self._database.write() as connection:
             changed = connection.execute("UPDATE schedules SET paused = 1 WHERE name = ? AND NOT paused", (name,))
             if changed.rowcount:
-                self._database.record("schedule", name, "paused", why)
+                self._database.record("schedule", name, "paused", reason)
 
 
 def _decide(
     connection: sqlite3.Connection, name: str, now: float, held: str
 ) -> tuple[Schedule | None, TickDecision | None]:
-    """A schedule as it is now and what is to be done with its oldest ticks; (None, None) if it was removed."""
+    """Loads a schedule and decides its oldest due ticks; (None, None) if the schedule was removed."""
     row = connection.execute("SELECT * FROM schedules WHERE name = ?", (name,)).fetchone()
     if row is None:
         return None, None
@@ -295,12 +296,12 @@ def _decide(
 
 
 def _problem(asked: Submission) -> str:
-    """Why this cannot be submitted any more; empty if it can."""
+    """The reason why a submission is no longer valid; empty if it is valid."""
     try:
         asked.recipe()
     except MorayError as error:
         return error.message
-    except Exception as error:  # a step of another package: what it raises must not stop other schedules
+    except Exception as error:  # raised by a third-party step; it must not stop other schedules
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -310,11 +311,11 @@ def _names(connection: sqlite3.Connection) -> list[str]:
 
 
 def _row(connection: sqlite3.Connection, name: str) -> sqlite3.Row:
-    """Raises NotFoundError."""
+    """Returns the row of a schedule. Raises NotFoundError."""
     found: sqlite3.Row | None = connection.execute("SELECT * FROM schedules WHERE name = ?", (name,)).fetchone()
     if found is None:
         known = _names(connection)
-        hint = nearest(name, known) if known else "there are none; moray schedule add makes one"
+        hint = nearest(name, known) if known else "there are no schedules; add one: moray schedule add"
         raise NotFoundError(f"no schedule {name!r:.80}", hint)
     return found
 

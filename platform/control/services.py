@@ -1,7 +1,6 @@
-"""The services of the control plane, in the order of starting: Ray's head, worker and usage log, MLflow, the
-controller.
+"""The services of the control plane in start order: Ray's head, worker and usage log, MLflow, the controller.
 
-Part of the composition root: it is here that the control plane meets the cluster it runs on.
+Part of the composition root, because it connects the control plane to the cluster that it runs on.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from moray.platform.control.supervisor import Service, python
 from moray.platform.core.home import Home
 from moray.platform.run.mlflow_tracking import database_uri
 
-# No telemetry, and none of the seven processes for jobs of MLflow's own, which Moray does not use.
+# Disables telemetry and the seven processes of MLflow's own job execution, which Moray does not use.
 _MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def services(home: Home, options: UpOptions) -> list[Service]:
-    """Everything that runs, in the order of starting."""
+    """Returns all services in start order."""
     cluster = LocalCluster(home, options.cluster)
     environment = {**cluster.environment(), "MORAY_HOME": str(home.root)}
     ensure_token(home)
@@ -51,22 +50,22 @@ def services(home: Home, options: UpOptions) -> list[Service]:
 
 
 def healthy(options: UpOptions) -> bool:
-    """Whether the controller answers."""
+    """Whether the controller answers on its port."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url(options)}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (OSError, http.client.HTTPException):  # nobody there, or a stranger that speaks no HTTP
+    except (OSError, http.client.HTTPException):  # nothing listens, or another program that does not speak HTTP
         return False
 
 
 def mlflow_socket(home: Home) -> Path:
-    """Where MLflow listens: in the private folder that Ray's sockets lie in, whose path is short."""
+    """MLflow's socket. It is in the private folder of Ray's sockets, because socket paths must be short."""
     return Path(short_folder(home)) / "mlflow.sock"
 
 
 def _mlflow(home: Home) -> list[str]:
-    """MLflow's server. Its socket's folder is private, so it needs no check of host names."""
+    """The command of MLflow's server. It needs no host name check, because the folder of its socket is private."""
     return [
         sys.executable,
         "-P",
@@ -87,7 +86,7 @@ def _mlflow(home: Home) -> list[str]:
 
 
 def _answers(path: Path) -> bool:
-    """Whether an HTTP server behind a socket answers: that it can be connected to is said by the kernel alone."""
+    """Whether an HTTP server answers on a socket. A successful connect alone proves nothing: the kernel accepts it."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
         try:

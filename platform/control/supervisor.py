@@ -1,12 +1,12 @@
-"""Keeps services running: starts them in order, restarts what dies or hangs, adopts what a dead supervisor left alive.
+"""Supervises services: starts them in order, restarts dead or hung ones, adopts those left by a dead supervisor.
 
-What it knows stands in `up/state.json`, written at every change: for `moray status`, for the page, and for the next
-supervisor, which takes over services that still live instead of starting them twice. It is a convenience only: what
-lives is found by its marks (`processes.py`), whatever that file says. Only one supervisor runs per MORAY_HOME: it holds
-a file lock for as long as it lives. `stop` ends exactly what belongs to the services.
+The supervisor writes the state of its services to `up/state.json` at every change: for `moray status`, for the page and
+for the next supervisor, which adopts living services instead of starting them twice. The file is only a convenience,
+because living processes are found by the marks in their environment (`processes.py`). A file lock, held for the whole
+life of the process, ensures a single supervisor per MORAY_HOME. `stop` ends only processes of the services.
 
-Notable: an error in a pass costs that pass. A full disk, a stranger at a port, a service that answers nonsense must not
-end what watches over all the others.
+Notable: an error while checking one service does not end the supervisor. This covers a full disk, another program on a
+service's port, and malformed answers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from moray.platform.core.processes import Process, end, kill, marked, marks
 POLL_SECONDS = 0.25
 SUPERVISOR = "supervisor"
 LOCK = "supervisor.lock"
-_LOOK_SECONDS = 5.0  # between two looks at a service that runs
+_PROBE_SECONDS = 5.0  # between two probes of a running service
 _LONGEST_BACKOFF = 30.0
-_SETTLED_SECONDS = 60.0  # after so long a death counts as the first again
+_SETTLED_SECONDS = 60.0  # after this time in good health, the back-off starts again from zero
 _STOP_SECONDS = 4.0
 
 ServiceState = Literal["waiting", "starting", "running", "restarting", "stopped"]
@@ -43,28 +43,32 @@ ServiceState = Literal["waiting", "starting", "running", "restarting", "stopped"
 
 @dataclass(frozen=True)
 class Service:
-    """One program to keep running. `ready` tells whether it answers; `after` names services it needs."""
+    """One program to keep running.
+
+    ready: whether a starting service answers. after: names of the services it depends on. prepare: called before each
+    start. answers: whether a running service is healthy, called in a thread. A service is restarted if it is not ready
+    within `start_seconds`, or does not answer for `hang_seconds`.
+    """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
     ready: Callable[[], bool]
     after: Sequence[str] = ()
-    prepare: Callable[[], None] = lambda: None  # before each start
-    start_seconds: float = 120.0  # not ready for so long: it is started anew
-    # Whether a service that runs is itself well; asked in a thread. Not for so long: it is started anew.
+    prepare: Callable[[], None] = lambda: None
+    start_seconds: float = 120.0
     answers: Callable[[], bool] = lambda: True
     hang_seconds: float = 60.0
 
 
 @dataclass
 class ServiceStatus:
-    """What is known of a service. `since`: when it reached its state; `detail`: the last reason it was restarted."""
+    """State of a service. `since`: time of the last state change. `detail`: reason of the last restart."""
 
     name: str
     state: ServiceState = "waiting"
     pid: int | None = None
-    started: str | None = None  # what tells the process from others with its pid
+    started: str | None = None  # the process's start time, which tells it from later processes with the same pid
     since: float = field(default_factory=time.time)
     restarts: int = 0
     detail: str = ""
@@ -78,8 +82,10 @@ _statuses = TypeAdapter(dict[str, ServiceStatus])
 
 
 def read_state(home: Home) -> dict[str, ServiceStatus]:
-    """The services as the supervisor last wrote them; empty if none ever ran, or if the file is damaged. The name
-    `supervisor` is its own."""
+    """Reads the states of all services, and under the name `supervisor` that of the supervisor itself.
+
+    Returns an empty dictionary if none ever ran or the file is damaged.
+    """
     try:
         return _statuses.validate_json((home.up / "state.json").read_bytes())
     except (OSError, ValidationError):
@@ -87,7 +93,7 @@ def read_state(home: Home) -> dict[str, ServiceStatus]:
 
 
 def supervisors(home: Home) -> list[Process]:
-    """The living supervisors of this MORAY_HOME: the one with the lock, and any that just begins."""
+    """The living supervisors of this MORAY_HOME: the holder of the lock and any that is just starting."""
     found = marked(home.root, SUPERVISOR)
     try:
         pid = int((home.up / LOCK).read_text())
@@ -106,44 +112,44 @@ def _is_locked(home: Home) -> bool:
     return False
 
 
-class _Look:
-    """Asks a service again and again, in a thread: one that does not answer holds up no other.
+class _Probe:
+    """Checks a service repeatedly in a thread, so that a hung service does not hold up the others.
 
-    found: its last answer. answered: when that was yes, by the monotonic clock; at first now.
+    healthy: result of the last check. last_healthy: monotonic time of the last successful check, initially now.
     """
 
     def __init__(self) -> None:
-        self.found = False
-        self.answered = time.monotonic()
-        self._asked = -math.inf
+        self.healthy = False
+        self.last_healthy = time.monotonic()
+        self._began = -math.inf
         self._thread: threading.Thread | None = None
 
-    def ask(self, question: Callable[[], bool], every: float) -> None:
-        """Begins to, unless it is being asked or was less than `every` seconds ago."""
-        if (self._thread and self._thread.is_alive()) or time.monotonic() - self._asked < every:
+    def begin(self, check: Callable[[], bool], every: float) -> None:
+        """Starts a check, unless one is running or the last one began less than `every` seconds ago."""
+        if (self._thread and self._thread.is_alive()) or time.monotonic() - self._began < every:
             return
-        self._asked = time.monotonic()
-        self._thread = threading.Thread(target=self._run, args=[question], name="look", daemon=True)
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._run, args=[check], name="probe", daemon=True)
         self._thread.start()
 
-    def _run(self, question: Callable[[], bool]) -> None:
+    def _run(self, check: Callable[[], bool]) -> None:
         try:
-            self.found = question()
-        except Exception:  # an answer that is none
-            self.found = False
-        if self.found:
-            self.answered = time.monotonic()
+            self.healthy = check()
+        except Exception:  # for example a malformed answer
+            self.healthy = False
+        if self.healthy:
+            self.last_healthy = time.monotonic()
 
 
 class Supervisor:
     """Runs `services` (in the order of their dependencies) until `stop()`."""
 
-    def __init__(self, home: Home, services: Sequence[Service], say: Callable[[str], None] = print) -> None:
+    def __init__(self, home: Home, services: Sequence[Service], log: Callable[[str], None] = print) -> None:
         self._home = home
         self._services = services
-        self._report = say
-        self._unwritten = False  # the state file lacks the last change: the disk had no room
-        self._looks: dict[str, _Look] = {}
+        self._log_line = log
+        self._unwritten = False  # the state file lacks the last change, because the disk was full
+        self._probes: dict[str, _Probe] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._failures: dict[str, int] = {service.name: 0 for service in services}
         self._not_before: dict[str, float] = {}
@@ -153,7 +159,7 @@ class Supervisor:
         self.status = {service.name: ServiceStatus(service.name) for service in services}
 
     def acquire(self) -> bool:
-        """True if this is now the only supervisor of its MORAY_HOME."""
+        """Takes the lock and adopts living services; returns False if another supervisor holds the lock."""
         self._home.up.mkdir(parents=True, exist_ok=True)
         file = (self._home.up / LOCK).open("a")
         try:
@@ -170,12 +176,12 @@ class Supervisor:
         return True
 
     def run(self) -> None:
-        """Keeps going until another thread or a signal handler calls `stop()`; then ends everything."""
+        """Supervises until another thread or a signal handler calls `stop()`, then ends all services."""
         try:
             while not self._stopping:
                 for service in self._services:
                     try:
-                        self._look_after(service)
+                        self._check(service)
                     except Exception as error:
                         self._failed(service, error)
                 if self._unwritten:
@@ -185,74 +191,75 @@ class Supervisor:
             self._end_all()
 
     def _failed(self, service: Service, error: Exception) -> None:
-        """A pass over a service that could not be made: it is tried again, later each time."""
+        """Schedules the next check of a service whose check raised an error, with exponential back-off."""
         failures = self._failures[service.name] = self._failures[service.name] + 1
         delay = min(_LONGEST_BACKOFF, 0.5 * 2 ** min(failures, 10))
         self._not_before[service.name] = time.monotonic() + delay
-        self._say(f"{service.name}: {type(error).__name__}: {error}; trying again in {delay:.0f} s")
+        self._log(f"{service.name}: {type(error).__name__}: {error}; trying again in {delay:.0f} s")
 
-    def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads
-            self._report(text)
+    def _log(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk, a pipe without a reader
+            self._log_line(text)
 
     def stop(self) -> None:
         self._stopping = True
 
     def _adopt(self) -> None:
-        """Takes over services that live, and clears away what is left of those that do not."""
+        """Adopts living services and kills the remaining processes of dead ones."""
         known = read_state(self._home)
         for service in self._services:
             old = known.get(service.name)
             if not (old and old.process and old.process.alive()):
-                old = self._found(service)
+                old = self._find(service)
             if old is not None:
                 self.status[service.name] = old
                 self._launched[service.name] = time.monotonic()
-                self._say(f"{service.name}: adopted process {old.pid}")
+                self._log(f"{service.name}: adopted process {old.pid}")
             else:
                 kill(marked(self._home.root, service.name))
         self._write()
 
-    def _found(self, service: Service) -> ServiceStatus | None:
-        """A living process that runs a service's command, of which no file tells."""
+    def _find(self, service: Service) -> ServiceStatus | None:
+        """A living process with the service's marks and command that the state file does not list."""
         for process in marked(self._home.root, service.name):
             if process.arguments() == list(service.command):
                 return ServiceStatus(service.name, "starting", process.pid, process.started)
         return None
 
-    def _look_after(self, service: Service) -> None:
+    def _check(self, service: Service) -> None:
         status = self.status[service.name]
         child = self._children.get(service.name)
         if child is not None:
-            child.poll()  # so that a dead child does not stay a zombie
+            child.poll()  # reaps a dead child
         if status.process is None:
             if self._may_start(service):
                 self._start(service)
         elif not status.process.alive():
-            self._restart(service, f"process {status.pid} ended" + (f" with {child.returncode}" if child else ""))
+            code = f" with exit code {child.returncode}" if child else ""
+            self._restart(service, f"process {status.pid} ended{code}")
         elif status.state == "running":
-            self._look_at_running(service)
-        elif self._look(service, service.ready).found:
-            self._looks.pop(service.name)
+            self._check_running(service)
+        elif self._probe(service, service.ready).healthy:
+            self._probes.pop(service.name)
             self._set(service, "running")
-            self._say(f"{service.name}: up")
+            self._log(f"{service.name}: up")
         elif time.monotonic() - self._launched[service.name] > service.start_seconds:
-            self._restart(service, f"did not answer within {service.start_seconds:.0f} s")
+            self._restart(service, f"no answer within {service.start_seconds:.0f} s of its start")
 
-    def _look_at_running(self, service: Service) -> None:
-        """Running is what answers: a process that was stopped, or whose socket is gone, lives and does not."""
-        look = self._look(service, service.answers, _LOOK_SECONDS)
-        silent = time.monotonic() - look.answered
+    def _check_running(self, service: Service) -> None:
+        """Restarts a service that does not answer, for example a stopped process or one whose socket was deleted."""
+        probe = self._probe(service, service.answers, _PROBE_SECONDS)
+        silent = time.monotonic() - probe.last_healthy
         if silent > service.hang_seconds:
-            self._restart(service, f"has not answered for {silent:.0f} s")
-        elif look.answered - self._launched[service.name] > _SETTLED_SECONDS:
+            self._restart(service, f"no answer for {silent:.0f} s")
+        elif probe.last_healthy - self._launched[service.name] > _SETTLED_SECONDS:
             self._failures[service.name] = 0
 
-    def _look(self, service: Service, question: Callable[[], bool], every: float = 0.0) -> _Look:
-        """What is known of a service's answer; asks again if the last time was more than `every` seconds ago."""
-        look = self._looks.setdefault(service.name, _Look())
-        look.ask(question, every)
-        return look
+    def _probe(self, service: Service, check: Callable[[], bool], every: float = 0.0) -> _Probe:
+        """Returns the service's probe; begins a new check if the last one is more than `every` seconds old."""
+        probe = self._probes.setdefault(service.name, _Probe())
+        probe.begin(check, every)
+        return probe
 
     def _may_start(self, service: Service) -> bool:
         ready = all(self.status[name].state == "running" for name in service.after)
@@ -272,14 +279,14 @@ class Supervisor:
             )
         self._children[service.name] = child
         self._launched[service.name] = time.monotonic()
-        self._looks.pop(service.name, None)
+        self._probes.pop(service.name, None)
         process = Process.of(child.pid)
         status = self.status[service.name]
         status.pid, status.started = child.pid, process.started if process else ""
         self._set(service, "starting" if status.restarts == 0 else "restarting")
 
-    def _restart(self, service: Service, why: str) -> None:
-        """Ends what is left of a service and lets it start again, later each time it dies young."""
+    def _restart(self, service: Service, reason: str) -> None:
+        """Kills the service's processes and schedules a start, with back-off for repeated early deaths."""
         kill(marked(self._home.root, service.name))
         failures = self._failures[service.name]
         delay = min(_LONGEST_BACKOFF, 0.5 * 2 ** min(failures, 10)) if failures else 0.0
@@ -288,8 +295,8 @@ class Supervisor:
         status = self.status[service.name]
         status.pid = status.started = None
         status.restarts += 1
-        status.detail = why
-        self._say(f"{service.name}: {why}; starting it again" + (f" in {delay:.0f} s" if delay else ""))
+        status.detail = reason
+        self._log(f"{service.name}: {reason}; restarting" + (f" in {delay:.0f} s" if delay else ""))
         self._set(service, "restarting")
 
     def _set(self, service: Service, state: ServiceState) -> None:
@@ -300,16 +307,16 @@ class Supervisor:
     def _write(self) -> None:
         me = Process.of(os.getpid())
         own = ServiceStatus("supervisor", "running", os.getpid(), me.started if me else None)
-        self._keep({**self.status, SUPERVISOR: own})
+        self._save({**self.status, SUPERVISOR: own})
 
-    def _keep(self, statuses: Mapping[str, ServiceStatus]) -> None:
+    def _save(self, statuses: Mapping[str, ServiceStatus]) -> None:
         content = {name: asdict(status) for name, status in statuses.items()}
         try:
             write_json(self._home.up / "state.json", content)
             self._unwritten = False
         except OSError as error:
             if not self._unwritten:
-                self._say(f"state.json is not written: {error}")
+                self._log(f"cannot write state.json: {error}")
             self._unwritten = True
 
     def _end_all(self) -> None:
@@ -318,25 +325,25 @@ class Supervisor:
             child.wait()
         for status in self.status.values():
             status.state, status.pid, status.started, status.since = "stopped", None, None, time.time()
-        self._keep(self.status)
+        self._save(self.status)
         if self._lock is not None:
             self._lock.close()
 
 
 def end_services(home: Home, names: Sequence[str]) -> None:
-    """Ends every process of these services; also where no supervisor lives. The last one first: it watches the others.
+    """Ends every process of these services, even without a supervisor. The last one ends first: it depends on the rest.
 
-    Ray's daemons wait long for each other when all are told to go; nothing is lost when they are killed instead.
+    Ray's daemons wait long for each other after SIGTERM, so they are killed after a few seconds; this loses nothing.
     """
-    *watched, watcher = names
-    for group in ([watcher], watched):
+    *others, last = names
+    for group in ([last], others):
         end([p for name in group for p in marked(home.root, name)], _STOP_SECONDS, time.sleep)
-        kill([p for name in group for p in marked(home.root, name)])  # what was started in the meantime
+        kill([p for name in group for p in marked(home.root, name)])  # processes started in the meantime
 
 
 @contextlib.contextmanager
 def _log_of(home: Home, name: str) -> Iterator[int]:
-    """A file descriptor that a service's output goes to: its log, or nowhere if the disk has no room for one."""
+    """Opens the log of a service's output and yields its file descriptor; /dev/null if the disk is full."""
     log = home.up / "logs" / f"{name}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -349,11 +356,11 @@ def _log_of(home: Home, name: str) -> Iterator[int]:
 
 
 def _rotate(log: Path, most: int = 8 << 20) -> None:
-    """Keeps one older log beside the current one, so that a service that dies often does not fill the disk."""
+    """Moves a log above `most` bytes to `.old.log`, so that a service that dies often does not fill the disk."""
     if log.exists() and log.stat().st_size > most:
         log.replace(log.with_suffix(".old.log"))
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours with this Python."""
+    """The command that runs one of Moray's modules with this Python."""
     return [sys.executable, "-P", "-m", module, *arguments]

@@ -1,9 +1,9 @@
-"""When a schedule ticks, and what becomes of each tick. Pure: no clock, no database; docs/schedules.md has the rules.
+"""Computes the ticks of a schedule and the outcome of each tick. Pure functions, without clock or database.
 
-A cron expression names minutes on the wall clock of one zone. `cronsim` walks them without a zone, and
-`_first_instant` carries each into time: the first of two, or the first that exists after a gap. That map never goes
-back, so walking local minutes in order gives instants in order. (With a zone, cronsim does as Debian's cron does and
-repeats what has a wildcard in the repeated hour; here all expressions have one rule.)
+docs/schedules.md has the rules. A cron expression is a set of wall-clock minutes in one time zone. `cronsim` enumerates
+them without a zone, and `_first_instant` maps each to an instant: the first of two, or the first that exists after a
+gap. This map is monotonic, so local minutes in order give instants in order. (With a zone, cronsim follows Debian's
+cron and repeats expressions with wildcards in the repeated hour; here, one rule applies to all expressions.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cronsim import CronSim, CronSimError
 from moray.platform.control.choices import Catchup, Overlap
 from moray.platform.core.errors import InputError, nearest
 
-GRACE = 60.0  # seconds after which a tick counts as missed
-BATCH = 1000  # ticks settled at once: some 30 ms of work for a cron expression
+GRACE = 60.0  # seconds; a tick decided later than this counts as missed
+BATCH = 1000  # ticks decided at once: some 30 ms of work for a cron expression
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _LONGEST_DAYS = 366
 _MACROS = {
@@ -48,13 +48,13 @@ _EVERY = re.compile(r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?")
 
 @dataclass(frozen=True)
 class Cron:
-    """Ticks at the local minutes that `text` names in the zone `tz`."""
+    """Ticks at the wall-clock minutes given by the cron expression `text` in the time zone `tz`."""
 
     text: str
     tz: str
 
     def after(self, moment: float) -> float:
-        """The first tick strictly after `moment`, both in seconds since the epoch. Raises InputError if none comes."""
+        """The first tick strictly after `moment`, in seconds since the epoch. Raises InputError if there is none."""
         return _cron_after(self.text, self.tz, moment)
 
     def english(self) -> str:
@@ -63,15 +63,15 @@ class Cron:
 
 @dataclass(frozen=True)
 class Every:
-    """Ticks at `anchor` + 1, 2, 3, ... times `seconds`, whole numbers both: absolute time, without zone or summer."""
+    """Ticks at `anchor` + 1, 2, 3, ... times `seconds`, in absolute time, regardless of zone and daylight saving."""
 
     seconds: int
     anchor: int
 
     def after(self, moment: float) -> float:
         """The first tick strictly after `moment`, both in seconds since the epoch."""
-        gone = max(0, (math.floor(moment) - self.anchor) // self.seconds)
-        return float(self.anchor + (gone + 1) * self.seconds)
+        elapsed = max(0, (math.floor(moment) - self.anchor) // self.seconds)
+        return float(self.anchor + (elapsed + 1) * self.seconds)
 
     def english(self) -> str:
         parts = [f"{n} {unit}{'s' if n > 1 else ''}" for n, unit in _split(self.seconds) if n]
@@ -83,9 +83,10 @@ Trigger = Cron | Every
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """A schedule as `decide_ticks` sees it. `busy` is the oldest of its jobs that has not ended, or empty.
+    """The input of `decide_ticks`.
 
-    `held`: why every tick is skipped ("paused"), or empty. `cursor`: every tick up to there is decided.
+    cursor: all ticks up to this time are decided. held: the reason to skip every tick ("paused"), or empty. busy: id of
+    the schedule's oldest unfinished job, or empty.
     """
 
     trigger: Trigger
@@ -98,7 +99,7 @@ class ScheduleState:
 
 @dataclass(frozen=True)
 class TickDecision:
-    """One tick that runs, or `count` consecutive ticks from `tick` to `until` that are skipped for one reason."""
+    """One tick that runs, or `count` consecutive ticks from `tick` to `until` skipped for the same reason."""
 
     tick: float
     until: float
@@ -109,35 +110,35 @@ class TickDecision:
 
 
 def decide_ticks(state: ScheduleState, now: float) -> TickDecision | None:
-    """What becomes of the oldest ticks that are due and not decided; None if there are none.
+    """Decides the oldest due ticks that are not yet decided; None if there are none.
 
-    One step at a time, because the job of one tick is what the next finds at work: apply it, move the cursor to
-    `until`, ask again. At most `BATCH` ticks are looked at, however many were missed.
+    Apply the decision, move the cursor to `until`, then call again: the job of one tick may be the running job that
+    makes the next tick be skipped. A call considers at most `BATCH` ticks, however many were missed.
     """
     first = state.trigger.after(state.cursor)
     if first > now:
         return None
     if state.held:
         return _skipped(_ticks(state.trigger, first, now), state.held)
-    late = math.ceil(now - GRACE) - 1  # the newest second, and so the newest possible tick, that the grace leaves out
+    late = math.ceil(now - GRACE) - 1  # the newest second, so the newest possible tick, outside the grace period
     if first <= late:
         missed = _ticks(state.trigger, first, late)
         if state.catchup == "none":
             return _skipped(missed, "missed")
-        if len(missed) > 1:  # the last of them is the newest, or the first of the next batch
-            return _skipped(missed[:-1], "missed, and so was a later one")
+        if len(missed) > 1:  # the last one is the newest, or becomes the first of the next batch
+            return _skipped(missed[:-1], "missed; replaced by a later missed tick")
     if state.busy and state.overlap == "skip":
         return _skipped([first], f"job {state.busy} has not ended")
     return TickDecision(first, first, 1, run=True, exclusive=state.overlap == "queue")
 
 
 def parse_trigger(cron: str | None, every: str | None, tz: str, anchor: float) -> Trigger:
-    """The trigger of a new schedule. Raises InputError that says what is wrong with which of the three."""
+    """Returns the trigger of a new schedule. Raises InputError that names the invalid field."""
     if (cron is None) == (every is None):
         given = "both cron and every" if cron is not None else "neither cron nor every"
-        raise InputError(f"{given} given: a schedule has one of them", 'for example cron "0 2 * * *", or every 6h')
+        raise InputError(f"{given} given; exactly one is required", 'for example cron "0 2 * * *", or every 6h')
     if tz not in _zones():
-        raise InputError(f"tz {tz!r:.80}: no such time zone", _nearest_zone(tz))
+        raise InputError(f"tz {tz!r:.80}: unknown time zone", _nearest_zone(tz))
     if every is not None:
         return Every(parse_every(every), math.floor(anchor))
     assert cron is not None
@@ -148,7 +149,7 @@ def parse_trigger(cron: str | None, every: str | None, tz: str, anchor: float) -
 
 
 def parse_every(text: str) -> int:
-    """Seconds in `30m`, `6h`, `1d`, `1h30m`. Raises InputError below one minute and above 366 days."""
+    """Parses `30m`, `6h`, `1d`, `1h30m` into seconds. Raises InputError below one minute and above 366 days."""
     match = _EVERY.fullmatch(text.strip())
     if match is None or not any(match.groups()):
         raise InputError(f"every {text!r:.80}: not an interval", "write days, hours, minutes: 30m, 6h, 1d, 1h30m")
@@ -162,12 +163,12 @@ def parse_every(text: str) -> int:
 
 
 def format_every(seconds: float) -> str:
-    """The opposite of `parse_every`: 5400 is `1h30m`."""
+    """The inverse of `parse_every`: 5400 gives `1h30m`."""
     return "".join(f"{n}{unit[0]}" for n, unit in _split(seconds) if n)
 
 
 def local_text(moment: float, tz: str) -> str:
-    """An instant on the wall clock of `tz`, with its offset: 2026-11-25T02:00:00+08:00."""
+    """Formats an instant as local time in `tz` with its UTC offset: 2026-11-25T02:00:00+08:00."""
     return datetime.fromtimestamp(moment, _zone(tz)).isoformat(timespec="seconds")
 
 
@@ -176,38 +177,38 @@ def _skipped(ticks: list[float], reason: str) -> TickDecision:
 
 
 def _ticks(trigger: Trigger, first: float, last: float) -> list[float]:
-    """The ticks from `first` to `last`, `BATCH` of them at most."""
+    """The ticks from `first` to `last`, at most `BATCH`."""
     found = [first]
     while len(found) < BATCH and (tick := trigger.after(found[-1])) <= last:
         found.append(tick)
     return found
 
 
-# The loop of the controller asks again and again for the same next tick of every schedule.
+# Cached, because the control loop asks for the same next tick of every schedule in every round.
 @lru_cache(maxsize=8192)
 def _cron_after(text: str, tz: str, moment: float) -> float:
     zone = _zone(tz)
     wall = datetime.fromtimestamp(math.floor(moment), zone).replace(tzinfo=None, fold=0)
-    # A local minute whose instant lies after `moment` reads later than `wall`. The reverse fails in the repeated hour,
-    # whose minutes belong to the first time round: those are walked over.
+    # A local minute whose instant is after `moment` is later than `wall` on the clock. The converse fails in the
+    # repeated hour, whose minutes map to the first occurrence, so the loop skips those.
     for local in CronSim(_expanded(text), wall):
         instant = _first_instant(local, zone)
         if instant > moment:
             return instant
-    raise InputError(f"cron {text!r}: no such date comes in the next 50 years", "day, month and weekday must fit")
+    raise InputError(f"cron {text!r}: no matching date in the next 50 years", "check the day and the month")
 
 
 def _first_instant(local: datetime, zone: ZoneInfo) -> float:
-    """When the wall clock of `zone` first shows `local`; in a gap, when it shows the first minute after the gap."""
+    """The instant at which the clock in `zone` first shows `local`; in a gap, the first minute after the gap."""
     while True:
         instant = local.replace(tzinfo=zone, fold=0).timestamp()
         if datetime.fromtimestamp(instant, zone).replace(tzinfo=None) == local:
             return instant
-        local += timedelta(minutes=1)  # Samoa left out a whole day in 2011; most gaps take 60 rounds
+        local += timedelta(minutes=1)  # Samoa skipped a whole day in 2011; most gaps take 60 iterations
 
 
 def _expanded(text: str) -> str:
-    """As cronsim takes it: macros written out, and 4-4/1 as 4, where cronsim reads 4/1, every hour from 4 on."""
+    """The expression for cronsim: macros expanded, and 4-4/1 as 4, because cronsim reads it as 4/1, all from 4 on."""
     parts = _MACROS.get(text.lower(), text).upper().split()
     fields = [names for _, _, names in _FIELDS]
     return " ".join(
@@ -228,7 +229,7 @@ def _zone(tz: str) -> ZoneInfo:
     try:
         return ZoneInfo(tz)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise InputError(f"tz {tz!r:.80}: this machine has no such time zone", "install its tzdata package") from None
+        raise InputError(f"tz {tz!r:.80}: time zone not found on this machine", "install the tzdata package") from None
 
 
 @cache
@@ -239,41 +240,41 @@ def _zones() -> frozenset[str]:
 def _nearest_zone(tz: str) -> str:
     known = _zones()
     if not known:
-        return "this machine has no time zones; install its tzdata package"
-    # "Tokyo" and "new york" are meant as often as a misspelt "Asia/Tokio".
+        return "this machine has no time zone data; install the tzdata package"
+    # Handles bare city names such as "Tokyo" and "new york" as well as misspelt zones such as "Asia/Tokio".
     by_city = {name.rpartition("/")[2].replace("_", " ").lower(): name for name in sorted(known)}
     by_name = {name.lower(): name for name in sorted(known)}
     for names in (by_name, by_city):
         if close := get_close_matches(tz.lower(), names, n=1, cutoff=0.75):
             return f"did you mean {names[close[0]]!r}?"
-    return "zones are written as in Europe/London, Asia/Singapore, UTC"
+    return "examples of zones: Europe/London, Asia/Singapore, UTC"
 
 
 def _check_cron(text: str) -> None:
-    """Raises InputError that names the bad field, its place and what it takes."""
+    """Raises InputError that names the invalid field, its position and its valid values."""
     where = f"cron {text!r:.120}"
     if text.strip().startswith("@"):
         if text.strip().lower() not in _MACROS:
-            raise InputError(f"{where}: no such macro", nearest(text.strip().lower(), _MACROS))
+            raise InputError(f"{where}: unknown macro", nearest(text.strip().lower(), _MACROS))
         return
     parts = text.upper().split()
     if len(parts) != len(_FIELDS):
         fields = ", ".join(name for name, _, _ in _FIELDS)
-        raise InputError(f"{where}: has {len(parts)} fields, not 5", f"they are {fields}; seconds cannot be given")
+        raise InputError(f"{where}: {len(parts)} fields instead of 5", f"fields: {fields}; seconds are not supported")
     for i, (part, (name, values, names)) in enumerate(zip(parts, _FIELDS, strict=True)):
         alone = ["*"] * len(_FIELDS)
         alone[i] = part
         if not _readable(" ".join(alone)):
             raise InputError(
-                f"{where}: field {i + 1} ({name}) cannot be {part!r:.40}",
-                f"{_meant(part, names)}{name} takes {values}; also *, lists 1,2, ranges 1-5 and steps */5",
+                f"{where}: invalid value {part!r:.40} in field {i + 1} ({name})",
+                f"{_suggestion(part, names)}{name} takes {values}; also *, lists 1,2, ranges 1-5 and steps */5",
             )
     if not _readable(" ".join(parts)):
-        raise InputError(f"{where}: never ticks, no such date exists", "change the day of month or the month")
+        raise InputError(f"{where}: never ticks, because no such date exists", "change the day of month or the month")
 
 
 def _readable(expression: str) -> bool:
-    # A number of thousands of digits is no number to int(), but no expression needs a field that long either.
+    # int() raises an error on numbers of thousands of digits; no valid expression is that long.
     if len(expression) > 500:
         return False
     try:
@@ -283,7 +284,7 @@ def _readable(expression: str) -> bool:
     return True
 
 
-def _meant(part: str, names: list[str]) -> str:
+def _suggestion(part: str, names: list[str]) -> str:
     """A hint for a misspelt or written-out name: THURSDAY, SEPT."""
     for word in re.findall("[A-Z]{2,}", part):
         if word not in names and (close := get_close_matches(word[:3], names, n=1, cutoff=0.6)):

@@ -1,6 +1,6 @@
-"""`moray up` and `moray down`: starts, watches and ends the control plane of one MORAY_HOME on this machine.
+"""`moray up` and `moray down`: start, supervise and stop the control plane of one MORAY_HOME on this machine.
 
-options.py has what was decided on first use, services.py what is started.
+options.py holds the options chosen at the first start, services.py the list of services.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _UP_SECONDS = 240.0
 _DOWN_SECONDS = 90.0
 
 
-def supervise(home: Home, say: Callable[[str], None] = print) -> None:
-    """Runs the services of this MORAY_HOME until SIGTERM or SIGINT. Raises InputError if somebody does already.
+def supervise(home: Home, log: Callable[[str], None] = print) -> None:
+    """Runs the services of this MORAY_HOME until SIGTERM or SIGINT. Raises InputError if a supervisor already runs.
 
-    Where `moray up` never ran, as under systemd, the options are decided here.
+    Chooses the options if there are none yet: under systemd, this is the first start.
     """
     known = (home.up / "options.json").exists()
-    supervisor = Supervisor(home, services(home, UpOptions.read(home) if known else decide_options(home)), say)
+    supervisor = Supervisor(home, services(home, UpOptions.read(home) if known else decide_options(home)), log)
     if not supervisor.acquire():
-        raise InputError(f"the control plane of {home.root} is up already", "moray status")
+        raise InputError(f"the control plane of {home.root} is already running", "moray status")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
     supervisor.run()
 
 
 def start(home: Home) -> subprocess.Popen[bytes]:
-    """Starts the supervisor as a process of its own, which outlives this one."""
+    """Starts the supervisor as a separate process that outlives this one."""
     log = home.up / "logs" / "supervisor.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"PYTHONPATH": os.pathsep.join(module_folders()), "MORAY_HOME": str(home.root)}
@@ -64,54 +64,56 @@ def start(home: Home) -> subprocess.Popen[bytes]:
 
 
 def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[ServiceStatus]:
-    """Gives each service when it has come up. Raises StepFailed with the end of a log if one does not, or if no
-    supervisor lives to start it."""
+    """Yields each service as it comes up.
+
+    Raises StepFailed, with the last line of the log, if a service does not come up or the supervisor dies.
+    """
     deadline = time.monotonic() + _UP_SECONDS
     waiting = set(NAMES)
     while waiting:
         state = read_state(home)
         for name in NAMES:
             status = state.get(name)
-            # A supervisor that was killed leaves its last words; only what lives counts.
+            # A killed supervisor leaves an outdated state file, so only living processes count.
             if name in waiting and status and status.state == "running" and status.process and status.process.alive():
                 waiting.remove(name)
                 yield status
         if time.monotonic() > deadline:
             name = next(name for name in NAMES if name in waiting)
-            _give_up(home, name, f"{name} is not up after {_UP_SECONDS:.0f} s")
-        if supervisor.poll() is not None and not supervisors(home):  # another one may have been first
-            _give_up(home, SUPERVISOR, f"the supervisor ended with {supervisor.returncode}")
+            _give_up(home, name, f"{name} did not come up within {_UP_SECONDS:.0f} s")
+        if supervisor.poll() is not None and not supervisors(home):  # another supervisor may have taken the lock
+            _give_up(home, SUPERVISOR, f"the supervisor exited with code {supervisor.returncode}")
         time.sleep(0.1)
 
 
-def _give_up(home: Home, name: str, what: str) -> NoReturn:
+def _give_up(home: Home, name: str, problem: str) -> NoReturn:
     log = home.up / "logs" / f"{name}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    raise StepFailed(f"{what}: {(lines or ['no log'])[-1]}", f"see {log}; moray down ends what was started")
+    raise StepFailed(f"{problem}: {(lines or ['no log'])[-1]}", f"see {log}; moray down stops all services")
 
 
 def is_up(home: Home) -> bool:
-    """Whether a supervisor lives."""
+    """Whether a supervisor is running."""
     known = read_state(home).get(SUPERVISOR)
     return bool(known and known.process and known.process.alive()) or bool(supervisors(home))
 
 
 def down(home: Home) -> int:
-    """Ends the supervisor and everything it started, and nothing else; how many processes it found.
+    """Stops the supervisor and everything it started, and nothing else. Returns the number of processes found.
 
-    A supervisor that has only begun, and is not in any file yet, is found and ended too. Raises StepFailed for
-    processes that SIGKILL does not end: they hang in the kernel.
+    Also finds a supervisor that has just started and has not written a file yet. Raises StepFailed if processes survive
+    SIGKILL, because they hang in the kernel.
     """
     ended: set[Process] = set()
     deadline = time.monotonic() + 2 * _DOWN_SECONDS
     while found := _all_of(home):
         if time.monotonic() > deadline:
             pids = ", ".join(str(process.pid) for process in found)
-            raise StepFailed(f"processes {pids} do not end", "do their disks and file systems answer? see dmesg")
+            raise StepFailed(f"processes {pids} do not end", "check their disks and file systems; see dmesg")
         ended |= found
         _end_supervisors(home)
         end_services(home, NAMES)
-        time.sleep(0.5)  # what was just being forked shows now
+        time.sleep(0.5)  # processes that were being forked become visible
     return len(ended)
 
 
@@ -121,7 +123,7 @@ def _all_of(home: Home) -> set[Process]:
 
 
 def _end_supervisors(home: Home) -> None:
-    """Each has the time to end its services well."""
+    """Sends SIGTERM, leaves time for a clean stop of the services, then sends SIGKILL."""
     deadline = time.monotonic() + _DOWN_SECONDS
     living = supervisors(home)
     for one in living:
@@ -153,7 +155,7 @@ WantedBy=default.target
 
 
 def _for_systemd(text: str) -> str:
-    """One word of a unit's line: quoted, without specifiers (systemd.syntax, systemd.unit)."""
+    """Quotes one word of a unit file's line and escapes specifiers (see systemd.syntax, systemd.unit)."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 

@@ -1,6 +1,6 @@
-"""The controller in a simulated world: drivers that die, clusters that go away or lie, stops at any moment.
+"""The controller in a simulation: drivers die, the cluster is unreachable or reports wrong states, jobs are stopped.
 
-Database, queue, reconcile and run folders are the real ones; the cluster and the clock are the test's.
+Database, queue, reconcile and run folders are real; the cluster and the clock are simulated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
 from moray.platform.control.queue import IN_FLIGHT, choose_jobs
-from moray.platform.control.reconcile import LOSSES, START_SECONDS, Sight, after, judge_attempt
+from moray.platform.control.reconcile import LOSSES, START_SECONDS, AttemptObservation, decide_attempt, decide_job
 from moray.platform.core.cluster import BackendAwayError, ClusterBackend, ExecutorState, Observed, Topology, Usage
 from moray.platform.core.home import Home
 from tests.examples import examples
@@ -34,7 +34,7 @@ TOPOLOGY = Topology(2, 0, 1 << 30)
 
 @dataclass
 class Driver:
-    """A driver in the simulated cluster: what Ray calls it, and whether it lives."""
+    """A driver in the simulated cluster: the state that Ray reports, and whether the driver is alive."""
 
     state: ExecutorState = "pending"
     alive: bool = False
@@ -44,7 +44,7 @@ class Driver:
 
 @dataclass
 class World(ClusterBackend):
-    """A cluster that may be away, may forget, and calls dead drivers running."""
+    """A cluster that may be unreachable, may lose jobs, and reports dead drivers as running."""
 
     home: Home
     chance: random.Random
@@ -111,7 +111,7 @@ class World(ClusterBackend):
         if throw < 0.05 and living:
             victim = self.chance.choice(living)
             victim.alive = False
-            if self.chance.random() < 0.5:  # else a zombie: running for ever
+            if self.chance.random() < 0.5:  # else a zombie, reported as running indefinitely
                 victim.state = "failed"
         elif throw < 0.08:
             self.away = not self.away
@@ -135,7 +135,7 @@ def make(home: Home, seed: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def no_errors(text: str) -> None:
-    """What the controller says when a round failed names the error; in the simulation that is a bug."""
+    """The controller logs the error of a failed round; in the simulation every error is a bug."""
     assert "Error: " not in text, text
 
 
@@ -160,7 +160,7 @@ def test_every_job_ends_once_whatever_happens(
             world.live(faults=True)
             if world.chance.random() < 0.02:
                 stop(controller.jobs, world.chance.choice(names))
-            if world.chance.random() < 0.03:  # the controller was killed: what it remembered is gone
+            if world.chance.random() < 0.03:  # the controller is killed and loses its memory
                 controller = Controller(home, database, world, "nowhere", TOPOLOGY, slots, no_errors)
             controller.round()
             assert sum(job.state in IN_FLIGHT for job in controller.jobs.open()) <= slots
@@ -205,7 +205,7 @@ def test_a_stopped_job_never_succeeds_later(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_zombie_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray calls a job running for ever whose driver died with its node."""
+    """Ray reports a job as running indefinitely if its driver died with its node."""
     controller, world, _ = make(Home(tmp_path), 1, 1, monkeypatch)
     job = controller.jobs.submit(submission(tmp_path / "text"))[0]
     controller.round()
@@ -218,14 +218,14 @@ def test_a_zombie_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         controller.round()
     latest = controller.jobs.get(job.id)
     assert latest.attempts[0].state == "lost"
-    assert "gone" in latest.attempts[0].detail
+    assert "the driver died" in latest.attempts[0].detail
     assert len(latest.attempts) == 2, "it is tried again"
 
 
 def test_a_driver_that_never_starts_is_given_up_though_the_controller_is_killed_all_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray keeps a job pending for ever whose node died before it began."""
+    """Ray keeps a job pending indefinitely if its node died before the driver started."""
     controller, world, database = make(Home(tmp_path), 5, 1, monkeypatch)
     job = controller.jobs.submit(submission(tmp_path / "text"))[0]
     for second in range(int(START_SECONDS) + 30):
@@ -276,7 +276,7 @@ def test_nobody_is_given_up_while_the_cluster_is_away(tmp_path: Path, monkeypatc
         world.now += 1
         controller.round()
     assert controller.jobs.get(job.id).attempts[0].ended is None
-    assert any("away" in line for line in controller.why(controller.jobs.get(job.id)))
+    assert any("unreachable: away" in line for line in controller.why(controller.jobs.get(job.id)))
 
 
 def test_priorities_and_retries_decide_the_order(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_driver_that_was_told_to_stop_by_somebody_else_is_lost(tmp_path: Path)
     jobs = Jobs(Database(tmp_path / "moray.db"))
     job = jobs.submit(submission(tmp_path / "text"))[0]
     attempt = jobs.new_attempt(job.id)
-    sight = Sight(None, alive=False, met=True, outcome=Outcome(state="cancelled"), silent=0.0)
-    verdict = judge_attempt(jobs.get(job.id), attempt, sight)
-    assert verdict.state == "lost"
-    assert after(jobs.get(job.id), "lost", verdict.detail, again=True).state == "queued"
+    seen = AttemptObservation(None, alive=False, was_alive=True, outcome=Outcome(state="cancelled"), silent=0.0)
+    action = decide_attempt(jobs.get(job.id), attempt, seen)
+    assert action.state == "lost"
+    assert decide_job(jobs.get(job.id), "lost", action.detail, retryable=True).state == "queued"

@@ -1,4 +1,4 @@
-"""An error in a pass costs that pass; what lives is found again; what hangs is started again. With real processes."""
+"""The supervisor survives errors, adopts living services and restarts hung ones. With real processes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def service(name: str, ready: Callable[[], bool] = lambda: True, **more: object)
 
 def test_whatever_one_service_raises_the_others_live_on(home: Home) -> None:
     def raising() -> bool:
-        raise ConnectionError("a stranger at the port")
+        raise ConnectionError("another program on the port")
 
     def full(text: str) -> None:
         raise OSError(28, "No space left on device")
@@ -75,7 +75,7 @@ def test_a_state_that_cannot_be_written_is_written_later(home: Home, monkeypatch
         wait_for(lambda: made.status["one"].state == "running")
         assert read_state(home) == {}
     wait_for(lambda: read_state(home).get("one"))
-    assert [text for text in said if "state.json is not written" in text][1:] == [], "said once"
+    assert [text for text in said if "cannot write state.json" in text][1:] == [], "said once"
     with_state.__exit__(None, None, None)
 
 
@@ -83,7 +83,7 @@ def test_a_state_that_cannot_be_written_is_written_later(home: Home, monkeypatch
 def test_what_lives_is_adopted_whatever_the_state_file_says(home: Home, content: str | None) -> None:
     first = Supervisor(home, [service("one")], lambda text: None)
     assert first.acquire()
-    first._look_after(first._services[0])
+    first._check(first._services[0])
     pid = first.status["one"].pid
     assert first._lock is not None
     first._lock.close()  # as when it was killed
@@ -98,8 +98,8 @@ def test_what_lives_is_adopted_whatever_the_state_file_says(home: Home, content:
 
 
 def test_what_hangs_is_started_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped process lives, and is not well."""
-    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.02)
+    """A stopped process is alive but does not answer."""
+    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.02)
 
     def answers() -> bool:
         (process,) = marked(home.root, "one")
@@ -111,14 +111,14 @@ def test_what_hangs_is_started_again(home: Home, monkeypatch: pytest.MonkeyPatch
         assert before is not None
         os.kill(before, signal.SIGSTOP)
         wait_for(lambda: made.status["one"].pid not in (None, before) and made.status["one"].state == "running")
-        assert "has not answered" in made.status["one"].detail
+        assert "no answer for" in made.status["one"].detail
         assert made.status["two"].pid == other
 
 
 def test_services_end_without_a_supervisor(home: Home) -> None:
     made = Supervisor(home, [service("one")], lambda text: None)
     assert made.acquire()
-    made._look_after(made._services[0])
+    made._check(made._services[0])
     (home.up / "state.json").unlink()
     assert marked(home.root, "one")
     end_services(home, NAMES)

@@ -166,12 +166,12 @@ def test_submit_list_show_why_stop(plane: Plane) -> None:
     assert plane.http.get(f"/api/jobs/{job['id'][-6:]}").json() == job, "a part of the id is enough"
     plane.controller.round()
     lines = plane.http.get(f"/api/jobs/{job['id']}/why").json()["lines"]
-    assert any("the cluster is away" in line for line in lines), lines
+    assert any("the cluster is unreachable" in line for line in lines), lines
     assert plane.http.get(f"/api/jobs/{job['id']}/logs").json()["text"] == ""
     stopped = plane.http.post(f"/api/jobs/{job['id']}/stop")
     assert stopped.json()["state"] == "cancelled"
     again = plane.http.post(f"/api/jobs/{job['id']}/stop")
-    assert (again.status_code, again.json()["error"]) == (409, f"job {job['id']} has cancelled already")
+    assert (again.status_code, again.json()["error"]) == (409, f"job {job['id']} has already ended (cancelled)")
 
 
 def test_one_idempotency_key_is_one_job(plane: Plane) -> None:

@@ -117,9 +117,9 @@ def test_the_life_of_a_schedule(server: Server, client: Client) -> None:
         ({"every": None}, "neither cron nor every"),
         ({"cron": "@daily"}, "both cron and every"),
         ({"every": "90s"}, "every '90s': not an interval"),
-        ({"every": None, "cron": "0 25 * * *"}, "field 2 (hour) cannot be '25'"),
+        ({"every": None, "cron": "0 25 * * *"}, "invalid value '25' in field 2 (hour)"),
         ({"tz": "Europe/Lundon"}, "tz 'Europe/Lundon'"),
-        ({"name": "No Spaces"}, "is not a schedule's name"),
+        ({"name": "No Spaces"}, "invalid schedule name"),
         ({"overlap": "replace"}, "overlap"),
         ({"catchup": "all"}, "catchup"),
         ({"priority": "urgent"}, "priority"),
@@ -173,7 +173,7 @@ def test_a_name_is_taken_once(server: Server, client: Client) -> None:
     client.post("/api/schedules", server.body())
     before = server.dump()
     status, answer = raw(client, "POST", "/api/schedules", json.dumps(server.body(every="1h")))
-    assert (status, answer["error"]) == (409, "there is a schedule 'nightly' already")
+    assert (status, answer["error"]) == (409, "schedule 'nightly' already exists")
     assert server.dump() == before
 
 
@@ -285,11 +285,11 @@ def test_the_zone_is_this_machine_s_unless_another_is_given(
         (("add", "a", "tiny.yaml", "--every", "5s"), "every '5s'", "30m"),
         (("add", "a", "tiny.yaml", "--cron", "* * * JULY *"), "field 4 (month)", "did you mean JUL?"),
         (("add", "a", "tiny.yaml", "--cron", "@daily", "--tz", "Tokyo"), "tz 'Tokyo'", "'Asia/Tokyo'"),
-        (("add", "A", "tiny.yaml", "--every", "1h"), "name 'A'", "lower-case"),
+        (("add", "A", "tiny.yaml", "--every", "1h"), "invalid schedule name 'A'", "lower-case"),
         (("add", "a", "tiny.yml", "--every", "1h"), "tiny.yml", ""),
         (("add", "a", "tiny.yaml", "--every", "1h", "--set", "corpse.x=1"), "no step 'corpse'", "'corpus'?"),
         (("show", "other"), "no schedule 'other'", "steady"),
-        (("next", "steady", "-n", "1000"), "n 1000", "for example 5"),
+        (("next", "steady", "-n", "1000"), "between 1 and 100, got 1000", "for example 5"),
         (("next", "a/b"), "", ""),
         (("pause", "steadi"), "no schedule 'steadi'", "did you mean 'steady'?"),
         (("resume", "steady"), "is not paused", ""),
