@@ -136,7 +136,16 @@ def waiting_in(state: Any) -> dict[Demand, int]:
 
 
 def machines_in(state: Any) -> list[Machine]:
-    return [Machine(dict(node.total_resources), dict(node.available_resources)) for node in state.node_states]
+    """The nodes in Ray's ClusterResourceState that are alive. Ray also lists dead nodes there, without resources."""
+    alive = [node for node in state.node_states if not is_dead(node)]
+    return [Machine(dict(node.total_resources), dict(node.available_resources)) for node in alive]
+
+
+def is_dead(node: Any) -> bool:
+    """Whether a node of Ray's ClusterResourceState has died."""
+    from ray.core.generated.autoscaler_pb2 import NodeStatus
+
+    return bool(node.status == NodeStatus.DEAD)
 
 
 def _bundle(request: Any) -> tuple[tuple[str, float], ...]:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moray.cluster.pending import demand_words, machines_in, waiting_in
+from moray.cluster.pending import demand_words, is_dead, machines_in, waiting_in
 from moray.platform.core.atomic import write_json
 from moray.platform.core.cluster import BackendAwayError, Usage
 from moray.platform.core.home import Home
@@ -43,7 +43,7 @@ def read_usage(home: Home) -> Usage:
 
 
 def usage_in(state: Any) -> Usage:
-    """The figures in Ray's ClusterResourceState."""
+    """Totals over the living nodes in Ray's ClusterResourceState, and the number of dead nodes."""
     machines = machines_in(state)
 
     def total(name: str) -> float:
@@ -58,6 +58,7 @@ def usage_in(state: Any) -> Usage:
         gpus=total("GPU"),
         gpus_used=total("GPU") - free("GPU"),
         nodes=len(machines),
+        dead_nodes=sum(map(is_dead, state.node_states)),
         waiting=tuple(f"{count} x {demand_words(demand.total())}" for demand, count in waiting_in(state).items()),
     )
 

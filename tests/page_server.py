@@ -55,7 +55,7 @@ class IdleCluster(ClusterBackend):
         raise AssertionError("nothing is forgotten here")
 
     def usage(self) -> Usage:
-        return Usage(cpus=2.0, cpus_used=1.0, gpus=0.0, gpus_used=0.0, nodes=2, waiting=())
+        return Usage(cpus=2.0, cpus_used=1.0, gpus=0.0, gpus_used=0.0, nodes=2, dead_nodes=1)
 
 
 @dataclass
@@ -105,10 +105,17 @@ def training(log: EventLog, first: int, last: int, of: int) -> None:
     for at in range(first + 1, last + 1):
         values = {
             "train_loss": 8.3 - 3 * (at / of) ** 0.5 + 0.05 * (at * 7 % 5), "train_tokens_per_second": 7000.0 + at % 9,
-            "train_grad_norm": 1 + 1 / at, "train_learning_rate": 3e-3 * (1 - at / of),
+            "train_grad_norm": 1 + 1 / at, "train_learning_rate": 3e-3 * (1 - at / of), "train_tokens": 512.0 * at,
+            "train_memory_bytes": 1.3e9 + 2e6 * at, "train_data_wait": 0.01 / at, "train_exposed_communication": 0.043,
+            "train_max_violation": 0.2 + 1 / at, "train_bias_range": 1e-4 * at, "train_bias_speed": 1e-3,
         }  # fmt: skip
         for name, value in values.items():
             log.append(MetricEvent(step="pretrain", name=name, value=value, at=at))
+        for attention, mfu in (("causal", 0.41), ("whole", 0.45)):
+            value = mfu - 0.001 * (at % 5)
+            log.append(
+                MetricEvent(step="pretrain", name="train_mfu", value=value, at=at, labels={"attention": attention})
+            )
         for layer in (1, 2, 3):
             labels = {"layer": str(layer)}
             log.append(

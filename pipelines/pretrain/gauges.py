@@ -1,4 +1,4 @@
-"""Figures of training as gauges of Ray, which its agents export to Prometheus as `ray_moray_NAME`."""
+"""Training metrics as Ray gauges. Ray's agents export them to Prometheus as `ray_moray_NAME`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moray.platform.core.metrics import metric
 
 
 class Gauges:
-    """A gauge for every metric that comes by; its labels are the metric's, and the step."""
+    """One gauge per metric, with the metric's labels and the step as labels, and its unit in the HELP text."""
 
     def __init__(self) -> None:
         self._gauges: dict[str, Any] = {}
@@ -23,5 +23,5 @@ class Gauges:
 
         if event.name not in self._gauges:
             row = metric(event.name)
-            self._gauges[event.name] = Gauge(f"moray_{row.name}", row.help, ("step", *row.labels))
+            self._gauges[event.name] = Gauge(f"moray_{row.name}", row.prometheus_help, ("step", *row.labels))
         self._gauges[event.name].set(event.value, {"step": event.step, **event.labels})

@@ -119,7 +119,9 @@ def show_overview(found: dict[str, Any], json_: bool) -> int:
     c = found["cluster"]
     used = f"{c['cpus_used']:g} of {c['cpus']:g} CPU, {c['gpus_used']:g} of {c['gpus']:g} GPU"
     memory = f"memory {size(c['memory_used_bytes'])} of {size(c['memory_bytes'])}"
-    state = f"{used}, {memory}" if c["alive"] else "away"
+    dead = f" ({c['dead_nodes']} dead)" if c.get("dead_nodes") else ""
+    nodes = f"{c['nodes']} {'node' if c['nodes'] == 1 else 'nodes'}{dead}"
+    state = f"{nodes}, {used}, {memory}" if c["alive"] else "unreachable"
     out().print(f"\ncluster  {state}{'; ' + c['detail'] if c['detail'] else ''}", markup=False)
     queued, running = found["queued"], found["running"]
     out().print(f"jobs     {len(running)} of {found['slots']} running, {len(queued)} queued", markup=False)

@@ -76,14 +76,18 @@ class Observed:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the cluster has and what of it is held, over all nodes that run work."""
+    """Resources of the cluster and their use, over all living nodes.
+
+    nodes: living nodes. dead_nodes: nodes that died, which count for nothing else here.
+    """
 
     cpus: float
     cpus_used: float
     gpus: float
     gpus_used: float
     nodes: int
-    waiting: tuple[str, ...] = ()  # demands that have no room yet, in words
+    waiting: tuple[str, ...] = ()  # pending demands, in words
+    dead_nodes: int = 0
 
 
 class ClusterBackend(ABC):

@@ -1,6 +1,6 @@
-"""The controller's process: `python -m moray.platform.server.app`, one of the services of `moray up`.
+"""The controller process, a service of `moray up`: `python -m moray.platform.server.app`.
 
-One loop (controller.py) and one HTTP server; it alone writes `moray.db`, held to that by a file lock.
+It runs the control loop (controller.py) and the HTTP server. A file lock makes it the only writer of `moray.db`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moray.platform.server.overview import Overview
 from moray.platform.server.run_state import RunViews
 from moray.platform.server.security_headers import PageGuard
 
-MOST_BODY = 4 << 20  # bytes of a request's body, on every route but MLflow's
+MOST_BODY = 4 << 20  # largest request body in bytes, on all routes except MLflow's
 
 
 def build_controller_app(
@@ -44,7 +44,7 @@ def build_controller_app(
     token: str,
     stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
-    """Every route of docs/http-api.md, behind the token. `stopping`: the server is about to end."""
+    """Builds the app with all routes of docs/http-api.md. `stopping`: whether the server is shutting down."""
     import moray
 
     app = FastAPI(
@@ -56,33 +56,33 @@ def build_controller_app(
     )
 
     views = RunViews(home)
-    look = page_routes.with_progress(overview, controller.jobs, views)
+    overview_with_progress = page_routes.with_progress(overview, controller.jobs, views)
 
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok", "version": app.version, "home": str(home.root)}
 
-    app.get("/api/overview")(look)
+    app.get("/api/overview")(overview_with_progress)
     app.include_router(job_routes.job_router(home, controller))
     app.include_router(schedule_routes.schedule_router(controller.schedules, controller.wake))
     app.include_router(page_routes.page_router(token, overview, controller.jobs, views, stopping))
     app.include_router(mlflow_proxy.mlflow_router(mlflow_socket(home)))
     _install_errors(app)
     app.add_middleware(TokenRequired, token=token)
-    app.add_middleware(PageGuard)  # the outermost: it is asked first
+    app.add_middleware(PageGuard)  # added last, so it runs first
     return app
 
 
 def _install_errors(app: FastAPI) -> None:
-    """Every error is `{"error", "hint"}` with the status that says whose it is."""
+    """Makes every error a JSON body `{"error", "hint"}` with a matching status."""
 
     @app.exception_handler(MorayError)
-    def explain(request: Request, error: MorayError) -> JSONResponse:
+    def moray_error(request: Request, error: MorayError) -> JSONResponse:
         status = {NotFoundError: 404, ConflictError: 409}.get(type(error), 422)
         return JSONResponse({"error": error.message, "hint": error.hint}, status)
 
     @app.exception_handler(RequestValidationError)
-    def name_field(request: Request, error: RequestValidationError) -> JSONResponse:
+    def invalid_field(request: Request, error: RequestValidationError) -> JSONResponse:
         found = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in found["loc"] if part != "body")
         if found["type"] == "json_invalid":
@@ -91,8 +91,8 @@ def _install_errors(app: FastAPI) -> None:
         return JSONResponse({"error": f"{where or 'body'}: {found['msg']}{given}", "hint": "see docs/http-api.md"}, 422)
 
     @app.exception_handler(HTTPException)
-    def plain(request: Request, error: HTTPException) -> JSONResponse:
-        hint = f"a body may have {MOST_BODY:,} bytes" if error.status_code == 413 else ""
+    def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        hint = f"the largest body is {MOST_BODY:,} bytes" if error.status_code == 413 else ""
         if error.status_code == 404:
             paths = [route.path for route in app.routes if hasattr(route, "path")]
             hint = nearest(request.url.path, paths) if request.url.path.startswith("/api") else "see docs/http-api.md"
@@ -101,7 +101,7 @@ def _install_errors(app: FastAPI) -> None:
 
 
 def main() -> int:
-    """Runs until SIGTERM."""
+    """Runs the controller until SIGTERM."""
     import uvicorn
 
     home = Home.from_environment()
@@ -110,13 +110,13 @@ def main() -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another controller works for {home.root}", "moray status") from None
+        raise InputError(f"another controller is running for {home.root}", "moray status") from None
     cluster = LocalCluster(home, options.cluster)
     os.environ.update(cluster.environment())
     backend = RayJobs(cluster)
     topology = Topology(options.cluster.cpus, options.cluster.gpus, options.cluster.memory_bytes)
     controller = Controller(
-        home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _say
+        home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _log
     )
     servers: list[uvicorn.Server] = []
     app = build_controller_app(
@@ -140,7 +140,7 @@ def main() -> int:
     return 0
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     import time
 
     with contextlib.suppress(OSError):  # a full disk

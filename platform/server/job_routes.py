@@ -1,4 +1,4 @@
-"""The HTTP routes of jobs: submit, list, look, stop, why, logs."""
+"""The HTTP routes of jobs: submit, list, show, stop, why, logs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moray.platform.control.jobs import ENDED, JobState, Submission
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 
-_PART = 256 << 10  # bytes of a log that one answer carries
+_PART = 256 << 10  # largest part of a log in one response, in bytes
 _LONGEST_KEY = 200
 
 
 def job_router(home: Home, controller: Controller) -> APIRouter:
-    """Routes under /api/jobs, as docs/http-api.md has them."""
+    """Routes under /api/jobs, as documented in docs/http-api.md."""
     router = APIRouter(prefix="/api/jobs")
     jobs = controller.jobs
 
@@ -59,7 +59,7 @@ def job_router(home: Home, controller: Controller) -> APIRouter:
         chosen = job.attempt(attempt)
         if chosen is None:
             return {"attempt": None, "text": "", "offset": offset, "ended": job.state in ENDED}
-        # The state first: what was written until it ended is then in the part that is read.
+        # Read the state before the log: if the attempt has ended, the log read afterwards is complete.
         ended = chosen.ended is not None
         text, end, last = _part(home.runs / chosen.id / "logs" / "driver.txt", offset, ended)
         return {"attempt": chosen.number, "text": text, "offset": end, "ended": ended and last}
@@ -68,12 +68,15 @@ def job_router(home: Home, controller: Controller) -> APIRouter:
 
 
 def _part(path: Path, offset: int, ended: bool) -> tuple[str, int, bool]:
-    """Text from `offset` on, where it ends, and whether that is all. While it grows, whole lines only."""
+    """Returns text from `offset`, its end offset, and whether that is the end of the file.
+
+    While the log grows, only whole lines are returned.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if offset > size:
-                raise InputError(f"offset {offset} is behind the end of the log ({size} bytes)", "start again at 0")
+                raise InputError(f"offset {offset} is beyond the end of the log ({size} bytes)", "start again at 0")
             file.seek(offset)
             data = file.read(_PART)
     except FileNotFoundError:
@@ -81,12 +84,12 @@ def _part(path: Path, offset: int, ended: bool) -> tuple[str, int, bool]:
     last = offset + len(data) >= size
     if not (ended and last):
         whole = data.rfind(b"\n") + 1
-        data = data[:whole] if whole or len(data) < _PART else _whole_characters(data)  # too long a line is cut
+        data = data[:whole] if whole or len(data) < _PART else _whole_characters(data)  # a line above the limit is cut
     return data.decode("utf-8", errors="replace"), offset + len(data), last
 
 
 def _whole_characters(data: bytes) -> bytes:
-    """UTF-8 without the character at its end that is not all there."""
+    """Removes an incomplete UTF-8 character from the end of `data`."""
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:

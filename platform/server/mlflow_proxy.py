@@ -1,6 +1,6 @@
-"""MLflow behind the control plane's token: `/mlflow/...` is passed on to its server.
+"""Reverse proxy from `/mlflow/...` to MLflow's server, behind the control plane's token.
 
-The server listens on a Unix socket in a folder of mode 0700, so there is no other way in.
+MLflow listens on a Unix socket in a folder of mode 0700, so the proxy is the only access for other users.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import aiohttp
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-# Between us and either side only; the rest is passed on. The token is ours, MLflow must not see it.
+# Hop-by-hop headers and headers of the control plane are not forwarded; in particular, MLflow never sees the token.
 _HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-authorization", "host"}
 _OURS = {"authorization", "cookie", "content-length", "accept-encoding"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
 _CHUNK = 64 << 10
-_MOST_BODY = 64 << 20  # bytes of an artifact that is uploaded, which are held here
+_MOST_BODY = 64 << 20  # largest artifact upload in bytes, held in memory
 
 
 def mlflow_router(socket: Path) -> APIRouter:
@@ -39,7 +39,7 @@ def mlflow_router(socket: Path) -> APIRouter:
             )
         except (aiohttp.ClientError, OSError) as error:
             await session.close()
-            hint = "it may be starting; `moray status` tells"
+            hint = "it may still be starting; see `moray status`"
             return JSONResponse({"error": f"MLflow does not answer: {type(error).__name__}", "hint": hint}, 503)
 
         async def body() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""What the page's front and `moray status` show: queue, work, services, cluster, schedules, at one moment."""
+"""The data of the page's overview and of `moray status`: jobs, services, cluster, schedules."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from moray.platform.control.controller import Controller
 from moray.platform.control.jobs import ENDED
 from moray.platform.control.queue import IN_FLIGHT, in_order
 from moray.platform.control.supervisor import read_state
-from moray.platform.core.cluster import BackendAwayError, ClusterBackend
+from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Usage
 from moray.platform.core.home import Home
 
 _RECENT = 20
 _DAY = 86400.0
 _USAGE_SECONDS = 2.0
+_NO_USAGE = Usage(cpus=0.0, cpus_used=0.0, gpus=0.0, gpus_used=0.0, nodes=0)
 
 
 class Overview:
-    """Called, it gives the overview of docs/http-api.md. The cluster is asked every two seconds at most."""
+    """Callable that returns the overview documented in docs/http-api.md. Cluster usage is cached for two seconds."""
 
     def __init__(self, home: Home, controller: Controller, backend: ClusterBackend) -> None:
         self._home = home
@@ -36,14 +37,14 @@ class Overview:
         import moray
 
         jobs = self._controller.jobs
-        at_work = jobs.open()
+        unfinished = jobs.open()
         now = time.time()
         return {
             "version": moray.__version__,  # type: ignore[attr-defined]
             "now": now,
             "slots": self._controller.slots,
-            "queued": [job.as_json() for job in in_order(at_work)],
-            "running": [job.as_json() for job in at_work if job.state in IN_FLIGHT],
+            "queued": [job.as_json() for job in in_order(unfinished)],
+            "running": [job.as_json() for job in unfinished if job.state in IN_FLIGHT],
             "recent": [job.as_json() for job in jobs.list(ENDED, limit=_RECENT)],
             "counts": jobs.counts_since(now - _DAY),
             "services": self._services(),
@@ -63,17 +64,16 @@ class Overview:
     def _usage(self) -> dict[str, Any]:
         with self._lock:
             if time.monotonic() - self._asked > _USAGE_SECONDS:
-                self._cluster = self._ask()
+                self._cluster = self._query()
                 self._asked = time.monotonic()
             return self._cluster
 
-    def _ask(self) -> dict[str, Any]:
+    def _query(self) -> dict[str, Any]:
         memory = psutil.virtual_memory()
-        here = {"memory_bytes": memory.total, "memory_used_bytes": memory.total - memory.available}
-        nothing = {"cpus": 0.0, "cpus_used": 0.0, "gpus": 0.0, "gpus_used": 0.0, "nodes": 0, "waiting": ()}
+        local = {"memory_bytes": memory.total, "memory_used_bytes": memory.total - memory.available}
         try:
             usage = self._backend.usage()
         except BackendAwayError as error:
-            return {"alive": False, **nothing, **here, "detail": str(error)}
-        detail = f"no room yet for {', '.join(usage.waiting)}" if usage.waiting else ""
-        return {"alive": True, **asdict(usage), **here, "detail": detail}
+            return {"alive": False, **asdict(_NO_USAGE), **local, "detail": str(error)}
+        detail = f"pending demand: {', '.join(usage.waiting)}" if usage.waiting else ""
+        return {"alive": True, **asdict(usage), **local, "detail": detail}

@@ -1,4 +1,4 @@
-"""Where the page's static files are: the server sends them, and reports take the style sheet from there."""
+"""Paths of the page's static files. The server sends them; reports embed the style sheet."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""The page of the control plane: its files, the login, and the streams that keep it live.
+"""The HTTP routes of the page: static files, login, and streams of live updates.
 
-The page is plain files under platform/page/, read once when the server starts; nothing is built and nothing comes from
-elsewhere. Only `GET /login` is open, so that page is one file, allowed by the hashes of its script and style.
+The page consists of plain files in platform/server/page/, read once when the server starts. It needs no build and no
+external resources. Only `/login` works without the token, so the login page is a single file; its content security
+policy allows exactly its own script and style, by their hashes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def page_router(
     views: RunViews,
     stopping: Callable[[], bool] = lambda: False,
 ) -> APIRouter:
-    """What docs/http-api.md lists as the page's. `stopping`: the server is about to end, so streams should."""
+    """Routes of the page, as documented in docs/http-api.md. `stopping`: the server shuts down, so streams must end."""
     router = APIRouter()
     _add_login(router, token)
     _add_files(router)
@@ -77,8 +78,8 @@ def _add_login(router: APIRouter, token: str) -> None:
     @router.post("/login")
     def login(asked: Login, request: Request) -> Response:
         if not hmac.compare_digest(asked.token.strip().encode(), token.encode()):
-            hint = "it is in $MORAY_HOME/token, and in the address that `moray up` prints"
-            return JSONResponse({"error": "That is not the token.", "hint": hint}, 401)
+            hint = "the token is in $MORAY_HOME/token and in the address printed by `moray up`"
+            return JSONResponse({"error": "wrong token", "hint": hint}, 401)
         answer = Response(status_code=204)
         answer.set_cookie(
             COOKIE,
@@ -115,14 +116,14 @@ def _add_files(router: APIRouter) -> None:
 
 
 def with_progress(overview: Callable[[], dict[str, Any]], jobs: Jobs, views: RunViews) -> Callable[[], dict[str, Any]]:
-    """The overview, with `run` in every running job: how far it is (`RunViews.brief`)."""
+    """Returns a function that adds `run`, the progress of each running job (`RunViews.brief`), to the overview."""
 
-    def look() -> dict[str, Any]:
+    def overview_with_progress() -> dict[str, Any]:
         state = overview()
         running = [job | {"run": views.brief(jobs.get(job["id"]))} for job in state["running"]]
         return state | {"running": running}
 
-    return look
+    return overview_with_progress
 
 
 def _add_run(router: APIRouter, jobs: Jobs, views: RunViews) -> None:
@@ -141,13 +142,13 @@ def _add_streams(
     @router.get("/api/jobs/{name}/stream")
     async def watch_run(name: str, attempt: int | None = None) -> Response:
         job = await run_in_threadpool(jobs.get, name)
-        await run_in_threadpool(_view, job, attempt, views)  # an unknown attempt is refused before the stream begins
+        await run_in_threadpool(_view, job, attempt, views)  # rejects an unknown attempt before the stream starts
         snapshot = lambda: _view(jobs.get(job.id), attempt, views)  # noqa: E731
         return _stream(streams.listen((job.id, attempt), "run", snapshot))
 
 
 def _view(job: Job, number: int | None, views: RunViews) -> dict[str, Any]:
-    """The run of an attempt by its number, or of the latest one."""
+    """The run of the attempt with this number, by default of the latest."""
     chosen = job.attempt(number)
     return views.view(job, chosen.id) if chosen and number is not None else views.view(job)
 
@@ -163,7 +164,7 @@ def _read(path: Path) -> _File:
 
 
 def _login_policy(html: str) -> str:
-    """Allows the login page its own script and style, by their hashes, and nothing else."""
+    """Content security policy that allows only the login page's own script and style, by their hashes."""
     inside = {tag: re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL) for tag in ("script", "style")}
     allowed = {tag: " ".join(f"'sha256-{_digest(text)}'" for text in found) for tag, found in inside.items()}
     return (

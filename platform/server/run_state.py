@@ -1,8 +1,8 @@
-"""A run as the page shows it: the recipe's DAG with live states, progress, curves, expert load. Read from its events.
+"""The state of a run for the page, built from its events: DAG with step states, progress, curves, expert load.
 
-`RunViews` keeps what it has read of each run, so a poll costs only what was written since. Events of several writers
-arrive segment by segment, not in the order of time; whatever keeps a latest value therefore compares times. Nothing
-here raises for what a run has not, not yet, or in a form that another version wrote: the view says what is known.
+`RunViews` caches the events already read of each run, so a poll reads only new events. Events of several writers
+arrive segment by segment, not in time order, so every latest value is chosen by time. Missing data and events of other
+versions raise no errors; the view contains everything that could be read.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from moray.platform.control.jobs import ATTEMPT_ENDED, Attempt, Job
 from moray.platform.core.events import (
@@ -26,22 +26,23 @@ from moray.platform.core.events import (
     parse_event,
 )
 from moray.platform.core.home import Home
-from moray.platform.core.metrics import TABLE
+from moray.platform.core.metrics import TABLE, describe
 from moray.platform.plan.recipe import listed_steps
 from moray.platform.run.terminal import Rate
 from moray.platform.server.curves import Curve, LoadMap, short
 
+_Key = tuple[str, tuple[str, ...], str]  # of a metric: its name, its labels' values, its step
 EXPERT_LOAD = "train_expert_load"
 FIRST_CURVES = ("train_loss", "train_tokens_per_second")
-_AT_WORK = ("waiting", "started")
-_MOST_RUNS = 32  # that are kept in memory; the others are read anew when they are asked for
+_RUNNING = ("waiting", "started")
+_MOST_RUNS = 32  # kept in memory; other runs are read again on request
 _MOST_NOTES = 200
-_listed = lru_cache(maxsize=_MOST_RUNS)(listed_steps)  # every poll asks for the same recipe
+_listed = lru_cache(maxsize=_MOST_RUNS)(listed_steps)  # cached, because every poll needs the same recipe
 
 
 @dataclass
 class _Step:
-    """What the events say of one step. `changed` is the time of its last state, `began` of its last start."""
+    """State of one step, collected from its events. `began`: time of its last start. `last`: time of its last event."""
 
     state: StepEvent | None = None
     began: float = 0.0
@@ -49,7 +50,7 @@ class _Step:
     progress: ProgressEvent | None = None
     rate: Rate = field(default_factory=Rate)
     notes: list[NoteEvent] = field(default_factory=list)
-    last: float = 0.0  # when it last said anything
+    last: float = 0.0
 
     def add(self, event: StepEvent | ProgressEvent | NoteEvent) -> None:
         self.last = max(self.last, event.time)
@@ -57,7 +58,7 @@ class _Step:
             case StepEvent() if self.state is None or event.time >= self.state.time:
                 self.state = event
                 self.why = event.why or self.why
-                if event.state in _AT_WORK:
+                if event.state in _RUNNING:
                     self.began = event.time
             case ProgressEvent() if self.progress is None or event.time >= self.progress.time:
                 if self.progress is None or event.phase != self.progress.phase:
@@ -70,10 +71,10 @@ class _Step:
                 pass
 
     def as_json(self, key: str, uses: str, inputs: Mapping[str, str], over: bool) -> dict[str, Any]:
-        """`over`: its attempt has ended, so it is not at work any more, whatever its last event says."""
+        """`over`: the attempt has ended, so a step whose last state is `started` or `waiting` is lost."""
         event = self.state
         state = event.state if event else "pending"
-        lost = over and state in _AT_WORK
+        lost = over and state in _RUNNING
         return {
             "key": key,
             "uses": uses,
@@ -82,14 +83,14 @@ class _Step:
             "why": self.why,
             "fingerprint": event.fingerprint if event else "",
             "began": self.began or None,
-            "seconds": max(0.0, self.last - self.began) if state in _AT_WORK else event.seconds if event else 0.0,
+            "seconds": max(0.0, self.last - self.began) if state in _RUNNING else event.seconds if event else 0.0,
             "outcome": event.outcome if event else "",
             "counts": {name: short(value) for name, value in event.counts.items()} if event else {},
             "notes": [
                 {"time": note.time, "level": note.level, "text": note.text}
                 for note in sorted(self.notes, key=lambda note: note.time)
             ],
-            "progress": self._progress() if state in _AT_WORK and not lost else None,
+            "progress": self._progress() if state in _RUNNING and not lost else None,
         }
 
     def _progress(self) -> dict[str, Any] | None:
@@ -103,7 +104,7 @@ class _Step:
 
 
 class _Run:
-    """One run folder, as far as it was read."""
+    """One run folder: the state collected from the events read so far."""
 
     def __init__(self, home: Home, attempt: str) -> None:
         self.lock = threading.Lock()
@@ -113,15 +114,15 @@ class _Run:
         self._last = 0.0
         self._unreadable = 0
         self._steps: dict[str, _Step] = {}
-        self._curves: dict[tuple[str, tuple[str, ...], str], Curve] = {}
+        self._curves: dict[_Key, Curve] = {}
         self._loads: dict[str, LoadMap] = {}
-        self._figures: dict[tuple[str, tuple[str, ...], str], MetricEvent] = {}
+        self._figures: dict[_Key, MetricEvent] = {}
 
     def refresh(self) -> None:
         for line in self._tail.lines():
             try:
                 event = parse_event(line)
-            except ValueError:  # a torn line in the middle, or a schema that is not ours
+            except ValueError:  # a torn line, or an event of another version
                 self._unreadable += 1
                 continue
             self._last = max(self._last, event.time)
@@ -150,8 +151,9 @@ class _Run:
     def view(self, job: Job, attempt: Attempt) -> dict[str, Any]:
         over = attempt.state in ATTEMPT_ENDED
         began = self._began.time if self._began else attempt.started
-        curves = {name: curve.points() for name, curve in _named(self._curves).items()}
-        figures = {name: short(event.value) for name, event in _named(self._figures).items()}
+        curve_names, figure_names = _names(self._curves), _names(self._figures)
+        curves = {name.path: self._curves[key].points() for key, name in curve_names.items()}
+        figures = {name.path: short(self._figures[key].value) for key, name in figure_names.items()}
         loads = max(self._loads.values(), key=lambda found: found.last, default=None)
         return {
             "now": time.time(),
@@ -164,10 +166,10 @@ class _Run:
             "unreadable": self._unreadable,
             "steps": self._all_steps(job, over),
             "metrics": {
-                name: {"unit": row.unit, "help": row.help, "digits": row.digits}
-                for name, row in TABLE.items()
-                if any(key.partition("/")[0] == name for key in (*curves, *figures))
+                row.name: {"label": row.label, "unit": row.unit, "help": row.help, "digits": row.digits}
+                for row in map(describe, sorted({key[0] for key in (*self._curves, *self._figures)}))
             },
+            "titles": {name.path: name.title for name in (*curve_names.values(), *figure_names.values())},
             "curves": dict(sorted(curves.items(), key=lambda item: _rank(item[0]))),
             "figures": figures,
             "expert_load": loads.as_json() if loads else None,
@@ -181,7 +183,7 @@ class _Run:
         return "started" if self._began else "pending"
 
     def _all_steps(self, job: Job, over: bool) -> list[dict[str, Any]]:
-        """The recipe's steps in its order, then any that only the events know."""
+        """The steps in the recipe's order, followed by steps that only appear in events."""
         planned = _listed(job.source)
         planned = {**planned, **{key: (key, {}) for key in self._steps if key not in planned}}
         return [
@@ -190,7 +192,7 @@ class _Run:
 
 
 class RunViews:
-    """The runs that were looked at lately; may be used by several threads."""
+    """Cache of recently viewed runs. Thread-safe."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -198,7 +200,7 @@ class RunViews:
         self._lock = threading.Lock()
 
     def view(self, job: Job, attempt: str | None = None) -> dict[str, Any]:
-        """The run of an attempt of `job`, by default the latest, as docs/http-api.md shows it.
+        """The run of an attempt of `job`, by default the latest, as documented in docs/http-api.md.
 
         Raises KeyError if the job has no such attempt.
         """
@@ -213,9 +215,9 @@ class RunViews:
             return run.view(job, chosen)
 
     def brief(self, job: Job) -> dict[str, Any]:
-        """Where a job is, in a few words, for a list: {"done", "steps", "step", "progress"}."""
+        """Summary of a running job for a list: {"done", "steps", "step", "progress"}."""
         steps = self.view(job)["steps"]
-        current = next((step for step in steps if step["state"] in _AT_WORK), None)
+        current = next((step for step in steps if step["state"] in _RUNNING), None)
         return {
             "done": sum(step["state"] in ("succeeded", "reused") for step in steps),
             "steps": len(steps),
@@ -233,7 +235,7 @@ class RunViews:
 
 
 def run_view(home: Home, job: Job, attempt: str | None = None) -> dict[str, Any]:
-    """One look at a run, with nothing kept."""
+    """The view of a run without caching."""
     return RunViews(home).view(job, attempt)
 
 
@@ -250,25 +252,36 @@ def _not_begun(job: Job) -> dict[str, Any]:
         "unreadable": 0,
         "steps": steps,
         "metrics": {},
+        "titles": {},
         "curves": {},
         "figures": {},
         "expert_load": None,
     }
 
 
-def _named(found: Mapping[tuple[str, tuple[str, ...], str], Any]) -> dict[str, Any]:
-    """name/label/label, with the step behind it where several steps report the same figure."""
+class _Name(NamedTuple):
+    """path: key in the JSON, `metric/label/label`. title: the same for people, `Label (label, label)`."""
+
+    path: str
+    title: str
+
+
+def _names(keys: Collection[_Key]) -> dict[_Key, _Name]:
+    """Names metrics; the step is appended where several steps report the same metric."""
     steps: dict[str, set[str]] = {}
-    for name, _, step in found:
-        steps.setdefault(name, set()).add(step)
+    for metric, _, step in keys:
+        steps.setdefault(metric, set()).add(step)
     return {
-        "/".join([name, *labels, *([step] if len(steps[name]) > 1 else [])]): value
-        for (name, labels, step), value in found.items()
+        (metric, labels, step): _Name(
+            "/".join([metric, *labels, *([step] if len(steps[metric]) > 1 else [])]),
+            describe(metric).title(labels) + (f" · {step}" if len(steps[metric]) > 1 else ""),
+        )
+        for metric, labels, step in keys
     }
 
 
 def _rank(curve: str) -> tuple[int, str]:
-    """Loss and throughput first, then the order of the table."""
+    """Sort key: loss and throughput first, then the order of the table of metrics."""
     name = curve.partition("/")[0]
     order: Iterable[str] = (*FIRST_CURVES, *(row for row in TABLE if row not in FIRST_CURVES))
     return next((i for i, known in enumerate(order) if known == name), len(TABLE)), curve

@@ -1,4 +1,4 @@
-"""The HTTP routes of schedules; docs/http-api.md has their shapes."""
+"""The HTTP routes of schedules, as documented in docs/http-api.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moray.platform.control.ticks import local_text
 
 
 def schedule_router(schedules: Schedules, wake: Callable[[], None]) -> APIRouter:
-    """The routes under `/api/schedules`. `wake` tells the controller that the next tick may have changed."""
+    """Routes under `/api/schedules`. `wake` starts a round of the controller when the next tick may have changed."""
     router = APIRouter(prefix="/api/schedules")
 
     @router.get("")

@@ -1,8 +1,9 @@
-"""What every answer of the controller carries, and which requests it does not take at all.
+"""Security headers for every response, and checks of the Host and Origin of every request.
 
-A token keeps strangers out; this keeps a browser from being used against its owner. A page elsewhere may point a name
-of its own at 127.0.0.1 (DNS rebinding): so only known hosts are answered. Cookies do not tell ports apart, so a page
-that another program serves on this machine counts as the same site: so a change must come from a page of ours.
+The token authenticates users; this module protects a logged-in browser. A foreign site may point its own host name at
+127.0.0.1 (DNS rebinding), so requests for unknown hosts are refused. Cookies do not distinguish ports, so a page served
+by another program on this machine counts as the same site; requests that change state must therefore come from the
+controller's own origin.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
-_FOREIGN = "/mlflow"  # not our page: its scripts and styles need another policy
+_FOREIGN = "/mlflow"  # MLflow's page, whose scripts and styles need another policy
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 Scope = MutableMapping[str, Any]
@@ -25,7 +26,7 @@ App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 
 class PageGuard:
-    """ASGI middleware, the outermost. `hosts`: names and addresses, beside the loopback's, that may be asked for."""
+    """ASGI middleware, the outermost one. `hosts`: accepted Host names in addition to the loopback addresses."""
 
     def __init__(self, app: App, hosts: Iterable[str] = ()) -> None:
         self._app = app
@@ -38,15 +39,15 @@ class PageGuard:
         given = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", [])}
         host, origin = given.get(b"host", ""), given.get(b"origin")
         if _name(host) not in self._hosts:
-            await _refuse(send, 400, f"host {host!r} is not served here", "open the address that `moray up` printed")
+            await _refuse(send, 400, f"host {host!r} is not served here", "open the address printed by `moray up`")
         elif scope.get("method", "GET") not in _SAFE and origin is not None and urlsplit(origin).netloc != host:
-            await _refuse(send, 403, f"a page of {origin} may change nothing here", "use the page at this address")
+            await _refuse(send, 403, f"pages from {origin} may not change anything", "open the page from this server's own address")
         else:
             await self._app(scope, receive, _with_headers(send, scope["path"]))
 
 
 def _name(host: str) -> str:
-    """The host of a Host header, without its port; empty if it is malformed."""
+    """The host name in a Host header without the port; empty if malformed."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:

@@ -1,7 +1,7 @@
-"""State as server-sent events: looked at about once a second while somebody listens, told to all when it changed.
+"""Server-sent events: state is polled about once a second while there are clients, and sent to all when it changes.
 
-However many clients there are, one task takes the snapshots, each in a thread. A client holds no queue, only the
-version it has seen: one that reads slowly skips what it was too late for and gets the newest.
+One task takes the snapshots for all clients, each snapshot in a thread. A client has no queue, only the version it has
+seen. A slow client skips intermediate versions and receives the newest.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import logging
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from typing import Any
 
-SECONDS = 1.0  # between two looks
-KEEPALIVE_SECONDS = 15.0  # proxies close what is silent for longer
+SECONDS = 1.0  # between two snapshots
+KEEPALIVE_SECONDS = 15.0  # proxies close connections that are silent for longer
 _LOG = logging.getLogger(__name__)
 
 Snapshot = Callable[[], Mapping[str, Any]]
 
 
 class Streams:
-    """The streams of one server. All of it happens on its event loop; only snapshots are taken in threads.
+    """The streams of one server. Everything except the snapshots runs on its event loop.
 
-    `stopping` says that the server is about to end: it waits for open answers, so they end within a second.
+    stopping: whether the server is shutting down. Streams then end within a second, because a shutdown waits for open
+    responses.
     """
 
     def __init__(self, stopping: Callable[[], bool]) -> None:
@@ -30,7 +31,7 @@ class Streams:
         self._feeds: dict[Hashable, _Feed] = {}
 
     async def listen(self, key: Hashable, event: str, snapshot: Snapshot) -> AsyncIterator[bytes]:
-        """The bytes of a stream for one client. Clients with the same `key` share the snapshots of the first."""
+        """Yields the bytes of a stream for one client. Clients with the same `key` share snapshots."""
         feed = self._feeds.get(key)
         if feed is None:
             feed = self._feeds[key] = _Feed(event, snapshot, self._stopping)
@@ -47,7 +48,7 @@ class Streams:
 
 
 class _Feed:
-    """One snapshot and its versions."""
+    """Polls one snapshot and holds its newest version."""
 
     def __init__(self, event: str, snapshot: Snapshot, stopping: Callable[[], bool]) -> None:
         self.clients = 0
@@ -56,15 +57,15 @@ class _Feed:
         self._stopping = stopping
         self._version = 0
         self._chunk = b""
-        self._told: Any = None  # what the chunk says, without the time of day
+        self._sent: Any = None  # the state in the chunk, without the time of day
         self._over = False
-        self._news = asyncio.Event()
-        self.task = asyncio.create_task(self._watch())
+        self._changed = asyncio.Event()
+        self.task = asyncio.create_task(self._poll())
 
     async def chunks(self) -> AsyncIterator[bytes]:
         seen = 0
         while True:
-            news = self._news
+            changed = self._changed
             if self._version != seen:
                 seen = self._version
                 yield self._chunk
@@ -72,30 +73,30 @@ class _Feed:
             if self._over:
                 return
             try:
-                await asyncio.wait_for(news.wait(), KEEPALIVE_SECONDS)
+                await asyncio.wait_for(changed.wait(), KEEPALIVE_SECONDS)
             except TimeoutError:
-                yield b": still here\n\n"
+                yield b": keepalive\n\n"
 
-    async def _watch(self) -> None:
+    async def _poll(self) -> None:
         while not self._stopping():
             try:
-                await self._look()
-            except Exception:  # a look that failed is said in the log; the next one may succeed
-                _LOG.exception("no snapshot for the stream of %s", self._event)
+                await self._update()
+            except Exception:  # logged; the next snapshot may succeed
+                _LOG.exception("snapshot for the stream of %s failed", self._event)
             await asyncio.sleep(SECONDS)
         self._over = True
-        self._tell()
+        self._notify()
 
-    async def _look(self) -> None:
-        found = await asyncio.to_thread(self._snapshot)
-        told = {name: value for name, value in found.items() if name != "now"}
-        if told == self._told:
+    async def _update(self) -> None:
+        state = await asyncio.to_thread(self._snapshot)
+        content = {name: value for name, value in state.items() if name != "now"}
+        if content == self._sent:
             return
-        text = json.dumps(found, allow_nan=False, separators=(",", ":"))
-        self._told, self._chunk = told, f"event: {self._event}\ndata: {text}\n\n".encode()
+        text = json.dumps(state, allow_nan=False, separators=(",", ":"))
+        self._sent, self._chunk = content, f"event: {self._event}\ndata: {text}\n\n".encode()
         self._version += 1
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,4 +1,4 @@
-// Which view is shown, and what all views share: links, theme, log-out.
+// Selects the view for the current address, and handles what all views share: links, theme, log-out.
 
 import { h, patch } from "./dom.js";
 import { call } from "./live.js";
@@ -9,7 +9,7 @@ import { schedules } from "./schedules.js";
 const main = document.getElementById("main");
 let leave = () => {};
 
-/** Opens the view of the address. A view is given a place and returns what ends it. */
+/** Opens the view for the current address. A view renders into an element and returns a function that ends it. */
 function open() {
   leave();
   patch(main);
@@ -47,7 +47,7 @@ function showTheme() {
     h("span", { class: `theme-icon ${theme}`, "aria-hidden": "true" }),
     h("span", { class: "wide" }, theme[0].toUpperCase() + theme.slice(1)),
   );
-  themeButton.title = `Theme: ${theme}. Press for ${THEMES[theme]}.`;
+  themeButton.title = `Theme: ${theme}. Click to switch to ${THEMES[theme]}.`;
   themeButton.setAttribute("aria-label", themeButton.title);
 }
 

@@ -1,9 +1,9 @@
-// A curve over training steps, drawn as SVG. All charts of a page share one cursor, so values of one step line up.
+// A curve over training steps, drawn as SVG. All charts of a view share one cursor, which shows the values of one step.
 
 import { h, patch, svg } from "./dom.js";
-import { count, figure } from "./format.js";
+import { count, figure, scaleOf, tickTexts } from "./format.js";
 
-const PAD = { left: 48, right: 12, top: 8, bottom: 22 };
+const PAD = { top: 8, bottom: 22, right: 12, gap: 8 }; // gap: between a tick label and the plot
 
 /** The charts of one view. */
 export function charts() {
@@ -14,7 +14,7 @@ export function charts() {
     for (const chart of all) chart.draw();
   };
   return {
-    /** Adds a chart; returns {node, update(points), end()}. */
+    /** Adds a chart and returns {node, update(points), end()}. `unit`: as in platform/core/metrics.py. */
     add(title, unit, help, height) {
       const chart = one(title, unit, help, height, () => cursor, point);
       all.add(chart);
@@ -25,7 +25,8 @@ export function charts() {
 
 function one(title, unit, help, height, cursor, point) {
   let points = [],
-    width = 0;
+    width = 0,
+    scale = scaleOf(unit, []);
   const value = h("span", { class: "chart-value" }),
     plot = svg("svg", { height, "aria-hidden": "true" });
   const frame = h("div", { class: "plot", tabindex: 0, role: "img" }, plot);
@@ -36,34 +37,40 @@ function one(title, unit, help, height, cursor, point) {
     frame,
   );
 
-  const share = unit === "share",
-    shownUnit = share ? "%" : unit;
-  const reading = (v) => `${figure(v)}${shownUnit ? ` ${shownUnit}` : ""}`;
+  const reading = (v) => `${figure(v)}${scale.unit ? ` ${scale.unit}` : ""}`;
 
-  const scale = () => {
-    const values = points.map((found) => found[1]).filter((found) => found !== null);
+  /** Ticks and the maps from values to pixels. The margins fit the widest tick labels. */
+  const axes = () => {
+    const values = points.map(([, v]) => v).filter((v) => v !== null);
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
     const marks = nice(low, high, 4);
     [low, high] = [Math.min(low, marks[0]), Math.max(high, marks[marks.length - 1])];
     const [first, last] = [points[0][0], points[points.length - 1][0]];
-    const x = (at) => PAD.left + ((at - first) / (last - first || 1)) * (width - PAD.left - PAD.right);
+    const steps = nice(first, last, width < 420 ? 5 : 6).filter(
+      (mark) => mark >= first && mark <= last && Number.isInteger(mark),
+    );
+    const yTicks = tickTexts(marks, scale.suffix),
+      xTicks = tickTexts(steps);
+    const left = Math.ceil(widest(plot, yTicks)) + PAD.gap + 2,
+      right = Math.max(PAD.right, Math.ceil(widest(plot, xTicks) / 2) + 2);
+    const x = (at) => left + ((at - first) / (last - first || 1)) * (width - left - right);
     const y = (v) => height - PAD.bottom - ((v - low) / (high - low)) * (height - PAD.top - PAD.bottom);
-    return { x, y, marks, first, last };
+    return { x, y, marks, yTicks, steps, xTicks, first, last, left, right };
   };
 
   const nearest = (at) =>
-    points.reduce((best, found) => (Math.abs(found[0] - at) < Math.abs(best[0] - at) ? found : best), points[0]);
+    points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best), points[0]);
 
   const draw = () => {
-    if (!points.length || !width) return;
-    if (points.every((found) => found[1] === null)) {
+    if (!points.length || !width || !frame.isConnected) return;
+    if (points.every(([, v]) => v === null)) {
       patch(plot);
       patch(value, h("span", { class: "dim" }, "not a number"));
       return;
     }
-    const { x, y, marks, first, last } = scale();
-    const drawn = points.filter((found) => found[1] !== null);
+    const { x, y, marks, yTicks, steps, xTicks, left, right } = axes();
+    const drawn = points.filter(([, v]) => v !== null);
     const line = drawn.map(([at, v], i) => `${i ? "L" : "M"}${x(at).toFixed(1)} ${y(v).toFixed(1)}`).join("");
     const floor = height - PAD.bottom;
     const area = drawn.length
@@ -73,13 +80,13 @@ function one(title, unit, help, height, cursor, point) {
     plot.setAttribute("width", width);
     patch(
       plot,
-      marks.map((mark) => [
-        svg("line", { class: "rule", x1: PAD.left, x2: width - PAD.right, y1: y(mark), y2: y(mark) }),
-        svg("text", { class: "mark", x: PAD.left - 8, y: y(mark) + 3.5, "text-anchor": "end" }, short(mark)),
+      marks.map((mark, i) => [
+        svg("line", { class: "rule", x1: left, x2: width - right, y1: y(mark), y2: y(mark) }),
+        svg("text", { class: "mark", x: left - PAD.gap, y: y(mark) + 3.5, "text-anchor": "end" }, yTicks[i]),
       ]),
-      nice(first, last, width < 420 ? 5 : 6)
-        .filter((mark) => mark >= first && mark <= last && Number.isInteger(mark))
-        .map((mark) => svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, short(mark))),
+      steps.map((mark, i) =>
+        svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, xTicks[i]),
+      ),
       svg("path", { class: "area", d: area }),
       svg("path", { class: "curve", d: line }),
       cursor() !== null
@@ -90,14 +97,14 @@ function one(title, unit, help, height, cursor, point) {
     patch(value, h("b", {}, reading(shown[1])), h("span", { class: "dim" }, ` at step ${count(shown[0])}`));
     frame.setAttribute(
       "aria-label",
-      `${title}: ${reading(shown[1])} at step ${shown[0]}. Arrow keys move along the curve.`,
+      `${title}: ${reading(shown[1])} at step ${shown[0]}. Arrow keys move the cursor.`,
     );
   };
 
   frame.onpointermove = (event) => {
     if (!points.length) return;
-    const { first, last } = scale();
-    const part = (event.clientX - frame.getBoundingClientRect().left - PAD.left) / (width - PAD.left - PAD.right);
+    const { first, last, left, right } = axes();
+    const part = (event.clientX - frame.getBoundingClientRect().left - left) / (width - left - right);
     point(nearest(first + Math.min(1, Math.max(0, part)) * (last - first))[0]);
   };
   frame.onpointerleave = () => point(null);
@@ -114,15 +121,39 @@ function one(title, unit, help, height, cursor, point) {
     draw();
   });
   watch.observe(frame);
+  document.fonts.ready.then(() => (widths.clear(), draw())); // labels measured in another font have another width
   return {
     node,
     draw,
     end: () => watch.disconnect(),
-    update: (fresh) => ((points = share ? fresh.map(([at, v]) => [at, v === null ? v : 100 * v]) : fresh), draw()),
+    update(fresh) {
+      scale = scaleOf(
+        unit,
+        fresh.map(([, v]) => v),
+      );
+      points = fresh.map(([at, v]) => [at, v === null ? v : v * scale.by]);
+      draw();
+    },
   };
 }
 
-/** About `most` round numbers from `low` to `high`. */
+const widths = new Map(); // tick label -> pixels
+
+/** The width in pixels of the widest of `texts` as tick labels in `plot`. */
+function widest(plot, texts) {
+  const fresh = texts.filter((text) => !widths.has(text));
+  if (fresh.length) {
+    const ruler = plot.appendChild(svg("text", { class: "mark" }));
+    for (const text of fresh) {
+      ruler.textContent = text;
+      widths.set(text, ruler.getComputedTextLength());
+    }
+    ruler.remove();
+  }
+  return Math.max(0, ...texts.map((text) => widths.get(text)));
+}
+
+/** About `most` round numbers between `low` and `high`. */
 export function nice(low, high, most) {
   const rough = (high - low) / most || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -132,10 +163,3 @@ export function nice(low, high, most) {
     marks.push(Number((i * step).toPrecision(12)));
   return marks.length ? marks : [low];
 }
-
-const short = (value) =>
-  Math.abs(value) >= 10000
-    ? `${Number((value / 1000).toPrecision(4))}k`
-    : value !== 0 && Math.abs(value) < 0.001
-      ? value.toExponential()
-      : String(value);

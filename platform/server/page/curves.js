@@ -1,25 +1,14 @@
-// The curves of a run as cards: loss and throughput large, the others small, single figures below.
+// The curves of a run as cards: loss and throughput large, the others small, single values below. Titles and units come
+// from the controller (platform/core/metrics.py).
 
 import { charts } from "./chart.js";
 import { h, patch } from "./dom.js";
-import { figure } from "./format.js";
+import { figure, scaleOf } from "./format.js";
 
-const LARGE = 2; // how many curves are drawn large: loss and throughput
-const STRAIGHT = "train_tokens"; // a straight line, and in the progress already
-const TITLES = {
-  train_loss: "Loss",
-  train_tokens_per_second: "Throughput",
-  train_grad_norm: "Gradient norm",
-  train_learning_rate: "Learning rate",
-  train_bias_speed: "Router bias speed",
-  train_tokens: "Tokens trained on",
-  train_data_wait: "Waiting for data",
-  train_max_violation: "Worst expert overload (MaxVio)",
-  train_checkpoint_seconds: "Checkpoint pause",
-  eval_bits_per_byte: "Held-out bits per byte",
-};
+const LARGE = 2; // number of large curves: loss and throughput
+const HIDDEN = "train_tokens"; // a straight line; the progress shows the value
 
-/** Charts are made when a curve first has points, and kept: their cursor and size live on. */
+/** A chart is created when its curve has two points, and kept, so that its cursor and size persist. */
 export function curveCards(place, load) {
   const made = new Map(),
     group = charts();
@@ -29,52 +18,44 @@ export function curveCards(place, load) {
     figures = h("dl", { class: "figures" });
   place.append(title, large, load, small, figures);
   return (state) => {
-    const names = Object.keys(state.curves).filter((name) => state.curves[name].length > 1 && name !== STRAIGHT);
+    const names = Object.keys(state.curves).filter((name) => state.curves[name].length > 1 && name !== HIDDEN);
     const alone = Object.entries(state.curves)
-      .filter(([name, curve]) => curve.length === 1 && name !== STRAIGHT)
+      .filter(([name, curve]) => curve.length === 1 && name !== HIDDEN)
       .map(([name, [[, value]]]) => [name, value]);
     title.hidden = !Object.keys(state.curves).length && !Object.keys(state.figures).length;
     for (const name of [...made.keys()])
       if (!names.includes(name)) (made.get(name).end(), made.get(name).card.remove(), made.delete(name));
     names.forEach((name, i) => {
       if (!made.has(name)) {
-        const [base, ...labels] = name.split("/"),
-          known = state.metrics[base] || {};
-        const chart = group.add(
-          [TITLES[base] || base.replaceAll("_", " "), ...labels].join(" · "),
-          known.unit || "",
-          known.help || "",
-          i < LARGE ? 210 : 112,
-        );
+        const { unit, help } = metricOf(state, name);
+        const chart = group.add(state.titles[name], unit, help, i < LARGE ? 210 : 112);
         const holder = h("div", { class: "card", "data-curve": name }, chart.node);
         made.set(name, { ...chart, card: holder });
       }
       const { card, update } = made.get(name),
-        home = i < LARGE ? large : small;
-      if (card.parentNode !== home) home.append(card);
+        row = i < LARGE ? large : small;
+      if (card.parentNode !== row) row.append(card);
       update(state.curves[name]);
     });
     patch(
       figures,
       [...Object.entries(state.figures), ...alone].map(([name, value]) => {
-        const [base, ...labels] = name.split("/");
+        const { unit, help } = metricOf(state, name),
+          scale = scaleOf(unit, [value]);
         return h(
           "div",
           { class: "card" },
-          h(
-            "dt",
-            {},
-            TITLES[base] || base.replaceAll("_", " "),
-            labels.map((label) => ` · ${label}`),
-          ),
+          h("dt", { title: help }, state.titles[name]),
           h(
             "dd",
             {},
-            figure(value),
-            state.metrics[base]?.unit ? h("span", { class: "unit" }, ` ${state.metrics[base].unit}`) : null,
+            figure(value === null ? null : value * scale.by),
+            scale.unit ? h("span", { class: "unit" }, ` ${scale.unit}`) : null,
           ),
         );
       }),
     );
   };
 }
+
+const metricOf = (state, name) => state.metrics[name.split("/")[0]];

@@ -1,26 +1,26 @@
-// The steps of a recipe, from left to right (from top to bottom where there is little room).
+// The steps of a recipe as a graph, from left to right (on narrow screens from top to bottom).
 //
-// A step stands in the column after the last of its inputs. Where it can, it takes the row of the input that is nearest,
-// so a chain is a straight line. An edge that passes over columns runs in a lane below all rows, one lane for each step
-// that it leaves, like a bus: so no edge crosses a step.
+// A step is placed in the column after its last input. If possible, it takes the row of its nearest input, so that a
+// chain is a straight line. An edge that skips columns runs in a lane below all rows. All edges of one source step
+// share a lane, so no edge crosses a step.
 
 import { h, patch, svg } from "./dom.js";
 import { duration, percent } from "./format.js";
 import { icon } from "./parts.js";
 
-const EDGE = 3; // around all of it, for the outline of the chosen step
+const EDGE = 3; // margin for the outline of the selected step
 const LANE = 13,
   WIDE = { main: 150, least: 88, gap: 17, cross: 50, space: 12 },
   TALL = { main: 42, least: 42, gap: 22, cross: 230, space: 12 };
 
-/** Places for steps and edges, in units of columns, rows and lanes. */
+/** Positions of steps and edges in columns, rows and lanes. */
 export function layout(steps) {
   const byKey = new Map(steps.map((step) => [step.key, step]));
   const inputs = (step) => [...new Set(Object.values(step.inputs))].filter((key) => byKey.has(key) && key !== step.key);
   const column = new Map();
   const columnOf = (key, above = new Set()) => {
     if (column.has(key)) return column.get(key);
-    if (above.has(key)) return 0; // a cycle; no recipe has one, but nothing may hang
+    if (above.has(key)) return 0; // a cycle: recipes have none, but the page must not hang
     const before = inputs(byKey.get(key)).map((input) => columnOf(input, new Set([...above, key])));
     column.set(key, before.length ? Math.max(...before) + 1 : 0);
     return column.get(key);
@@ -36,7 +36,7 @@ export function layout(steps) {
     row.set(step.key, place);
   }
   const edges = steps.flatMap((step) => inputs(step).map((from) => ({ from, to: step.key })));
-  const long = new Map(); // the step it leaves -> the columns its lane covers
+  const long = new Map(); // source step -> last column of its lane
   for (const edge of edges) {
     edge.long = column.get(edge.to) - column.get(edge.from) > 1;
     if (edge.long) long.set(edge.from, Math.max(long.get(edge.from) ?? 0, column.get(edge.to)));
@@ -62,7 +62,7 @@ export function layout(steps) {
   };
 }
 
-/** Draws into `place`; `choose(key)` is called when a step is pressed. Returns a function that shows new states. */
+/** Draws into `place`; calls `choose(key)` when a step is clicked. Returns a function that updates the steps. */
 export function dag(place, choose) {
   let steps = [],
     chosen = "";

@@ -1,9 +1,9 @@
-// Elements from plain calls, and a tree that is changed to look like a fresh one. Text is always set as text, never
-// as HTML, so nothing that a user named can become markup.
+// Creates DOM elements, and updates a DOM tree to match a new one. Text is always set as text, never as HTML, so user
+// input cannot become markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element. `props`: attributes; `on...` handlers; `style` an object; null and false are left out. */
+/** Creates an element. `props`: attributes, `on...` handlers, `style` as an object; null and false are skipped. */
 export function h(tag, props, ...children) {
   return fill(document.createElement(tag), props, children);
 }
@@ -30,11 +30,11 @@ function flat(children) {
 }
 
 const HANDLERS = ["onclick", "onchange", "onkeydown", "onpointerenter", "onpointerleave", "onscroll", "ontoggle"];
-const OWN = new Set(["open"]); // what the user changes by hand stays
+const OWN = new Set(["open"]); // attributes that the user changes are kept
 
-/** Makes the children of `place` look like `fresh`. What stays the same keeps focus, scroll and selection.
+/** Updates the children of `place` to match `fresh`. Unchanged nodes keep focus, scroll position and selection.
  *
- * A child with `data-key` is found again wherever it moved; the others are compared in order. */
+ * A child with `data-key` is matched by its key; the others are matched in order. */
 export function patch(place, ...fresh) {
   const keyed = new Map();
   for (const child of place.children) if (child.dataset.key) keyed.set(child.dataset.key, child);

@@ -1,8 +1,8 @@
-// Numbers and times as people read them, and the clock that keeps them true.
+// Formats numbers and times, and keeps shown times up to date.
 
 import { h } from "./dom.js";
 
-let skew = 0; // seconds by which the server's clock is ahead of this one
+let skew = 0; // the server's clock minus the browser's, in seconds
 
 export function setClock(now) {
   if (now) skew = now - Date.now() / 1000;
@@ -35,7 +35,7 @@ const READINGS = {
 
 const whole = (seconds) => (seconds < 10 ? `${Math.max(0, Math.floor(seconds))} s` : duration(seconds));
 
-/** A time that ticks. `how`: ago, until or elapsed; the exact time is its title. */
+/** A relative time that updates itself. `how`: ago, until or elapsed. The tooltip shows the exact time. */
 export function clock(how, at) {
   if (!at) return null;
   const exact = new Date(at * 1000);
@@ -53,7 +53,7 @@ setInterval(() => {
   }
 }, 1000);
 
-/** Date and time, in a zone or in this machine's. */
+/** Date and time in `zone`, by default the browser's. */
 export function stamp(at, zone) {
   const form = {
     weekday: "short",
@@ -66,7 +66,7 @@ export function stamp(at, zone) {
   try {
     return new Intl.DateTimeFormat("en-GB", { ...form, timeZone: zone }).format(new Date(at * 1000));
   } catch {
-    return new Intl.DateTimeFormat("en-GB", form).format(new Date(at * 1000)); // a zone this browser does not know
+    return new Intl.DateTimeFormat("en-GB", form).format(new Date(at * 1000)); // the browser does not support this zone
   }
 }
 
@@ -84,24 +84,50 @@ export function count(value) {
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
-/** A figure with about four digits that say something. */
+/** A number with about four significant digits. */
 export function figure(value) {
-  if (value === null || value === undefined) return "NaN"; // JSON has no other way to say it
+  if (value === null || value === undefined) return "NaN"; // JSON has no NaN, so the server sends null
   const size = Math.abs(value);
   if (size >= 1000) return count(value);
   if (size !== 0 && size < 0.001) return value.toExponential(1);
   return String(Number(value.toPrecision(4)));
 }
 
+const BYTES = [
+  [2 ** 40, "TiB"],
+  [2 ** 30, "GiB"],
+  [2 ** 20, "MiB"],
+  [2 ** 10, "KiB"],
+];
+
 export function bytes(value) {
-  for (const [size, unit] of [
-    [2 ** 40, "TiB"],
-    [2 ** 30, "GiB"],
-    [2 ** 20, "MiB"],
-  ]) {
-    if (value >= size) return `${(value / size).toFixed(1)} ${unit}`;
+  const [size, unit] = BYTES.find(([size]) => value >= size) || BYTES.at(-1);
+  return `${(value / size).toFixed(unit === "KiB" ? 0 : 1)} ${unit}`;
+}
+
+/** The scale in which all values of one metric are shown: {by: factor, unit, suffix: of axis ticks}.
+ *
+ * `unit` is a metric's unit in platform/core/metrics.py. Shares become percent, bytes KiB to TiB. */
+export function scaleOf(unit, values) {
+  if (unit === "share") return { by: 100, unit: "%", suffix: " %" };
+  if (unit === "bytes") {
+    const largest = Math.max(...values.map((value) => Math.abs(value ?? 0)));
+    const [size, name] = BYTES.find(([size]) => largest >= size) || [1, "B"];
+    return { by: 1 / size, unit: name, suffix: ` ${name}` };
   }
-  return `${Math.round(value / 1024)} KiB`;
+  return { by: 1, unit, suffix: unit === "s" ? " s" : "" };
+}
+
+/** Axis ticks as text, all in one power of ten: 5k, 10k; 0.5M, 1M; 1e-4, 2e-4. */
+export function tickTexts(marks, suffix = "") {
+  const largest = Math.max(...marks.map(Math.abs));
+  const [by, power] = [
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ].find(([size]) => largest >= size && largest >= 1e4) || [1, ""];
+  const text = (mark) => (largest < 0.01 ? mark.toExponential() : `${Number((mark / by).toPrecision(12))}${power}`);
+  return marks.map((mark) => (mark === 0 ? "0" : text(mark)) + suffix);
 }
 
 export const percent = (share) => `${Math.floor(100 * Math.min(1, Math.max(0, share)))} %`;

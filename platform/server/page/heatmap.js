@@ -1,10 +1,10 @@
-// How evenly the experts of each layer are loaded, over training: a row for a layer, a column for a step. On a canvas,
-// for a large model has sixty layers.
+// Expert load during training: one row per MoE layer, one column per step. Drawn on a canvas, because a large model has
+// sixty layers.
 
 import { h, patch } from "./dom.js";
 import { count } from "./format.js";
 
-// cividis: even in lightness, and the same to people who see colours differently (Nuñez et al. 2018)
+// cividis: perceptually uniform, also for colour-blind readers (Nuñez et al. 2018)
 const STOPS = [
   [0, 34, 78],
   [54, 69, 108],
@@ -28,7 +28,7 @@ export function heatmap(place) {
       h(
         "figcaption",
         {},
-        h("span", { class: "chart-title" }, "Load of each layer's fullest expert, over the mean"),
+        h("span", { class: "chart-title" }, "Expert load per MoE layer (max/mean)"),
         value,
       ),
       h("div", { class: "heat" }, labels, canvas, axis),
@@ -67,17 +67,17 @@ export function heatmap(place) {
       pen.lineWidth = 1.5;
       pen.strokeRect((at[0] * width) / columns, at[1] * row(), Math.max(2, width / columns), row() - gap);
     }
-    say();
+    showValue();
   };
   const top = () => Math.max(1.5, ...load.values.flat().filter((found) => found !== null));
-  const say = () => {
+  const showValue = () => {
     const [c, r] = at || [load.steps.length - 1, worst(load.values[load.steps.length - 1])];
     const found = load.values[c][r];
     const where = `layer ${load.layers[r]}, step ${count(load.steps[c])}`;
     patch(value, h("b", {}, found === null ? "-" : `${found.toFixed(2)} ×`), h("span", { class: "dim" }, ` ${where}`));
     canvas.setAttribute(
       "aria-label",
-      `Expert load: ${found === null ? "unknown" : found.toFixed(2)} times the mean, ${where}. Arrow keys move.`,
+      `Expert load: ${found === null ? "unknown" : found.toFixed(2)} times the mean, ${where}. Arrow keys move the cursor.`,
     );
   };
   const worst = (values) => values.reduce((best, found, i) => ((found ?? 0) > (values[best] ?? 0) ? i : best), 0);
@@ -124,7 +124,7 @@ export function heatmap(place) {
       );
       patch(
         legend,
-        h("span", {}, "1 (even)"),
+        h("span", {}, "1 (uniform)"),
         h("i", { style: { background: `linear-gradient(90deg, ${STOPS.map((stop) => `rgb(${stop})`).join(",")})` } }),
         h("span", {}, top().toFixed(1)),
       );

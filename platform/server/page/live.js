@@ -1,11 +1,11 @@
-// What comes from the controller: one stream for the view that is open, with a state that everybody can see.
+// The connection to the controller: one event stream for the open view, and its status in the header.
 
-const WAITS = [1, 2, 4, 8, 15]; // seconds before the next try
+const WAITS = [1, 2, 4, 8, 15]; // seconds before the next attempt to connect
 
-/** Follows `event` of the stream at `url`; returns a function that ends it.
+/** Calls `receive` with each `event` of the stream at `url`; returns a function that closes the stream.
  *
- * A hidden tab lets go of its stream: a browser opens six connections to one address, and tabs are many. */
-export function follow(url, event, heard) {
+ * A hidden tab closes its stream, because browsers open at most six connections to one host over all tabs. */
+export function follow(url, event, receive) {
   let source = null,
     timer = 0,
     tries = 0,
@@ -15,7 +15,7 @@ export function follow(url, event, heard) {
     if (over || source || document.hidden) return;
     source = new EventSource(url);
     source.onopen = () => ((tries = 0), show("live", "Live"));
-    source.addEventListener(event, (message) => heard(JSON.parse(message.data)));
+    source.addEventListener(event, (message) => receive(JSON.parse(message.data)));
     source.onerror = lost;
   };
   const close = () => {
@@ -27,23 +27,23 @@ export function follow(url, event, heard) {
     close();
     if (over) return;
     const wait = WAITS[Math.min(tries++, WAITS.length - 1)];
-    show("lost", tries > 1 ? `Offline, next try in ${wait} s` : "Reconnecting");
-    timer = setTimeout(() => stillAllowed().then(open), wait * 1000);
+    show("lost", tries > 1 ? `Offline, retrying in ${wait} s` : "Reconnecting");
+    timer = setTimeout(() => checkLogin().then(open), wait * 1000);
   };
-  const seen = () => (document.hidden ? close() : open());
+  const visibilityChanged = () => (document.hidden ? close() : open());
 
-  document.addEventListener("visibilitychange", seen);
+  document.addEventListener("visibilitychange", visibilityChanged);
   show("connecting", "Connecting");
   open();
   return () => {
     over = true;
-    document.removeEventListener("visibilitychange", seen);
+    document.removeEventListener("visibilitychange", visibilityChanged);
     close();
   };
 }
 
-// An event stream does not say why it failed; a plain request does.
-const stillAllowed = () => call("GET", "/api/overview").catch(() => {});
+// An event stream does not report why it failed, but a plain request does: a 401 opens the login form.
+const checkLogin = () => call("GET", "/api/overview").catch(() => {});
 
 function show(state, text) {
   const place = document.getElementById("live");
@@ -51,7 +51,7 @@ function show(state, text) {
   place.lastElementChild.textContent = text;
 }
 
-/** A request; its JSON, or an Error with the controller's own words. Without a valid token: the login. */
+/** Sends a request and returns its JSON. Throws an Error with the controller's message; a 401 opens the login form. */
 export async function call(method, url) {
   let answer;
   try {
@@ -65,6 +65,6 @@ export async function call(method, url) {
   }
   const body = answer.status === 204 ? null : await answer.json().catch(() => null);
   if (!answer.ok)
-    throw new Error([body?.error || `The controller answered ${answer.status}`, body?.hint].filter(Boolean).join("; "));
+    throw new Error([body?.error || `The controller returned ${answer.status}`, body?.hint].filter(Boolean).join("; "));
   return body;
 }

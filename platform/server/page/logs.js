@@ -1,13 +1,13 @@
-// What the driver of an attempt prints, followed while it is at work.
+// The output of an attempt's driver, updated while it runs.
 
 import { h, patch } from "./dom.js";
 import { call } from "./live.js";
 
 const SECONDS = 1.5,
-  MOST = 400000; // characters that stay on the page
+  MOST = 400000; // characters kept on the page
 const COLOURS = /\u001b\[[0-9;?]*[A-Za-z]/g;
 
-/** Fills `place` with the log of `attempt`; returns what ends it. */
+/** Shows the log of `attempt` in `place`; returns a function that ends the updates. */
 export function logs(place, job, attempt) {
   const text = h("pre", { class: "log", tabindex: 0, role: "log", "aria-label": "Log" });
   const follow = h("input", { type: "checkbox", checked: true });
@@ -34,7 +34,7 @@ export function logs(place, job, attempt) {
       ended = found.ended && (!found.text || found.offset === offset);
       append(found.text);
       offset = found.offset;
-      patch(state, text.textContent ? "" : ended ? "It printed nothing." : "Nothing printed yet.");
+      patch(state, text.textContent ? "" : ended ? "No output." : "No output yet.");
     } catch (error) {
       if (!over) patch(state, error.message);
     }

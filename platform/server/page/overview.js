@@ -1,4 +1,4 @@
-// The overview: what runs, what waits, what ended, and what it all stands on.
+// The overview: running, queued and recent jobs, the cluster, the services and the next ticks.
 
 import { h, patch } from "./dom.js";
 import { bytes, clock, count, duration, percent, setClock, stamp } from "./format.js";
@@ -18,14 +18,14 @@ export function overview(place) {
         "div",
         { class: "columns" },
         h("div", { class: "stack" }, work(state)),
-        h("div", { class: "stack rail" }, base(state)),
+        h("div", { class: "stack rail" }, rail(state)),
       ),
     );
   });
 }
 
 function heading(state) {
-  const told = ["succeeded", "failed", "cancelled"].filter((name) => state.counts[name]);
+  const shown = ["succeeded", "failed", "cancelled"].filter((name) => state.counts[name]);
   return h(
     "div",
     { class: "heading" },
@@ -35,8 +35,8 @@ function heading(state) {
       { class: "sum" },
       h("span", {}, h("b", {}, state.running.length), " running"),
       h("span", {}, h("b", {}, state.queued.length), " queued"),
-      told.length ? h("span", { class: "sum-label" }, "last 24 h") : null,
-      told.map((name) => h("span", {}, icon(name), h("b", {}, state.counts[name]), ` ${name}`)),
+      shown.length ? h("span", { class: "sum-label" }, "last 24 h") : null,
+      shown.map((name) => h("span", {}, icon(name), h("b", {}, state.counts[name]), ` ${name}`)),
     ),
   );
 }
@@ -48,14 +48,14 @@ function work(state) {
       "section",
       { class: "card welcome" },
       h("h2", {}, "Nothing has run yet"),
-      h("p", {}, "Give Moray its first job. It takes raw text to a served model in minutes, on two cores:"),
+      h("p", {}, "Submit a first job. It turns raw text into a served model within minutes on two cores:"),
       h("pre", {}, "moray submit quickstart"),
       h(
         "p",
         { class: "dim" },
-        "It shows up here at once. ",
+        "It appears here at once. To run a recipe at regular times, use ",
         h("code", {}, "moray schedule add"),
-        " runs a recipe at set times.",
+        ".",
       ),
     );
   }
@@ -73,19 +73,19 @@ function work(state) {
       slots,
       state.running.length
         ? h("ul", { class: "rows" }, state.running.map(running))
-        : empty("Nothing runs. Start something:", "moray submit quickstart"),
+        : empty("No job is running. Start one:", "moray submit quickstart"),
     ),
     state.queued.length
       ? card(
           "Queue",
-          h("span", { class: "dim" }, "first to start on top"),
+          h("span", { class: "dim" }, "next job on top"),
           h("ol", { class: "rows" }, state.queued.map(queued)),
         )
       : null,
     card(
       "Recent",
       null,
-      state.recent.length ? h("ul", { class: "rows" }, state.recent.map(recent)) : empty("No job has ended yet."),
+      state.recent.length ? h("ul", { class: "rows" }, state.recent.map(recent)) : empty("No job has finished yet."),
     ),
   ];
 }
@@ -95,7 +95,7 @@ const from = (job) =>
   job.schedule
     ? h(
         "span",
-        { class: "tag", title: `By schedule ${job.schedule}` },
+        { class: "tag", title: `Submitted by schedule ${job.schedule}` },
         job.schedule === job.name ? "scheduled" : `schedule ${job.schedule}`,
       )
     : null;
@@ -108,7 +108,7 @@ function running(job) {
     : run.step
       ? `${run.step}${at ? ` · ${at.phase}` : ""}`
       : job.state === "running"
-        ? "between two steps"
+        ? "between steps"
         : job.state;
   const rate = at?.rate ? `${count(at.rate)} ${at.unit}/s` : "";
   const eta = at?.eta !== null && at?.eta !== undefined ? `about ${duration(at.eta)} left` : "";
@@ -167,7 +167,7 @@ function queued(job, place) {
         link(job),
         priority(job.priority),
         from(job),
-        h("span", { class: "end dim" }, h("span", {}, "waits ", clock("elapsed", job.created))),
+        h("span", { class: "end dim" }, h("span", {}, "queued for ", clock("elapsed", job.created))),
       ),
       job.reason ? h("div", { class: "line dim" }, job.reason) : null,
     ),
@@ -195,7 +195,7 @@ function recent(job) {
   );
 }
 
-function base(state) {
+function rail(state) {
   return [cluster(state.cluster), services(state.services || []), ticks(state.schedules || [])];
 }
 
@@ -204,7 +204,7 @@ function cluster(found) {
     return card(
       "Cluster",
       h("span", { class: "end" }, icon("lost")),
-      empty(found?.detail || "The cluster is away.", "moray status"),
+      empty(found?.detail || "The cluster is unreachable.", "moray status"),
     );
   }
   const rows = [
@@ -214,7 +214,12 @@ function cluster(found) {
   ];
   return card(
     "Cluster",
-    h("span", { class: "dim" }, `${found.nodes} ${found.nodes === 1 ? "node" : "nodes"}`),
+    h(
+      "span",
+      { class: "dim" },
+      `${found.nodes} ${found.nodes === 1 ? "node" : "nodes"}`,
+      found.dead_nodes ? h("span", { class: "warn" }, `, ${found.dead_nodes} dead`) : null,
+    ),
     h(
       "dl",
       { class: "meters" },
@@ -243,7 +248,7 @@ function services(found) {
 }
 
 function service(one) {
-  const trouble = one.restarts ? `${one.restarts} ${one.restarts === 1 ? "restart" : "restarts"}` : "";
+  const restarts = one.restarts ? `${one.restarts} ${one.restarts === 1 ? "restart" : "restarts"}` : "";
   return h(
     "li",
     { class: "row", "data-key": one.name },
@@ -263,8 +268,8 @@ function service(one) {
           h("span", {}, clock("elapsed", one.since)),
         ),
       ),
-      trouble || one.detail
-        ? h("div", { class: "line dim" }, trouble ? h("span", { class: "warn" }, trouble) : null, one.detail)
+      restarts || one.detail
+        ? h("div", { class: "line dim" }, restarts ? h("span", { class: "warn" }, restarts) : null, one.detail)
         : null,
     ),
   );
@@ -301,7 +306,7 @@ function ticks(found) {
           ),
         )
       : empty(
-          found.length ? "Every schedule is paused." : "No schedule yet.",
+          found.length ? "All schedules are paused." : "No schedules yet.",
           found.length ? "" : "moray schedule add",
         ),
   );

@@ -1,8 +1,8 @@
-// Small pieces that several views share.
+// Small components shared by several views.
 
 import { h, svg } from "./dom.js";
 
-// A state is told by a shape and a word as well as by a colour.
+// A state is shown by a shape and a word as well as by a colour.
 const SHAPES = {
   pending: [["circle", { cx: 8, cy: 8, r: 5.5, "stroke-dasharray": "2 2.3" }]],
   queued: [["circle", { cx: 8, cy: 8, r: 5.5 }]],
@@ -54,20 +54,20 @@ const LOOKS = {
 
 export const look = (state) => (SHAPES[state] ? state : LOOKS[state] || "pending");
 
-/** The icon of a state, with its word for those who do not see it. */
+/** The icon of a state, with the state as its accessible name. */
 export function icon(state, shown = look(state)) {
   const shape = SHAPES[shown].map(([tag, props]) => svg(tag, props));
   return svg("svg", { class: `icon ${shown}`, viewBox: "0 0 16 16", role: "img", "aria-label": state }, shape);
 }
 
-/** The icon of a service: one that runs is a quiet dot, for it always does. */
+/** The icon of a service. A running service is the normal case, so it is only a dot. */
 export const serviceIcon = (state) => icon(state, state === "running" ? "up" : look(state));
 
 export const chip = (state) => h("span", { class: `chip ${look(state)}` }, icon(state), h("span", {}, state));
 
 export const priority = (name) => h("span", { class: `tag ${name}` }, name);
 
-/** A bar for `share` in 0..1. */
+/** A progress bar for `share` in 0..1. */
 export function bar(share, label) {
   const shown = Math.round(1000 * Math.min(1, Math.max(0, share || 0))) / 10;
   const props = {
@@ -89,13 +89,13 @@ export const card = (title, aside, ...body) =>
     body,
   );
 
-/** What to say, and to do, where there is nothing to show. */
+/** The text of an empty list, with a command that helps. */
 export const empty = (text, command) =>
   h("p", { class: "empty" }, text, command ? [" ", h("code", {}, command)] : null);
 
 export const problem = (text) => h("p", { class: "problem", role: "alert" }, text);
 
-/** Asks before something is ended; resolves to true or false. */
+/** Asks for confirmation; resolves to true or false. */
 export function confirm(title, text, yes) {
   const dialog = document.getElementById("confirm");
   dialog.querySelector("h2").textContent = title;

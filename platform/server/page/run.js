@@ -1,4 +1,4 @@
-// One job: its steps and how they stand, its curves, its expert load, its log.
+// One job: the states of its steps, its curves, its expert load and its log.
 
 import { curveCards } from "./curves.js";
 import { dag } from "./dag.js";
@@ -21,7 +21,7 @@ export function run(place, id) {
     log = part("card");
   const graph = steps.appendChild(h("div", { class: "dag scroll" })),
     detail = steps.appendChild(h("div", { class: "detail" }));
-  const view = { chosen: "", picked: false, attempt: null, said: "", why: [] };
+  const view = { chosen: "", picked: false, attempt: null, error: "", why: [] };
   let state = null,
     endLog = () => {},
     logged,
@@ -38,7 +38,7 @@ export function run(place, id) {
   const heat = { shown: null };
 
   const show = () => {
-    if (!place.isConnected) return; // an answer that came after the view was left
+    if (!place.isConnected) return; // a response after the view was closed
     const { job } = state;
     if (!view.picked) view.chosen = interesting(state.steps);
     document.title = `${job.name} · ${job.state} · Moray`;
@@ -60,20 +60,20 @@ export function run(place, id) {
     if (
       !(await confirm(
         `Stop ${state.job.name}?`,
-        "The step at work ends; what finished stays, and a new run reuses it.",
+        "This stops the running step. Finished steps are kept, and a new run reuses them.",
         "Stop the job",
       ))
     )
       return;
-    view.said = await call("POST", `/api/jobs/${encodeURIComponent(id)}/stop`).then(
+    view.error = await call("POST", `/api/jobs/${encodeURIComponent(id)}/stop`).then(
       () => "",
       (error) => error.message,
     );
     show();
   };
   const explain = async () => {
-    const waits = ["queued", "starting"].includes(state.job.state);
-    view.why = waits
+    const waiting = ["queued", "starting"].includes(state.job.state);
+    view.why = waiting
       ? (await call("GET", `/api/jobs/${encodeURIComponent(id)}/why`).catch(() => ({ lines: [] }))).lines
       : [];
   };
@@ -84,11 +84,11 @@ export function run(place, id) {
     let last = "";
     const opened = async () => {
       try {
-        await call("GET", `${base}/run${query}`); // a stream cannot say that there is no such job
+        await call("GET", `${base}/run${query}`); // a stream cannot report that the job does not exist
       } catch (error) {
         patch(
           head,
-          h("h1", {}, "No such run"),
+          h("h1", {}, "Run not found"),
           problem(error.message),
           h("p", {}, h("a", { href: "/" }, "Back to the overview")),
         );
@@ -121,7 +121,7 @@ function heading(state, view, stop, watch) {
   const facts = [
     h("code", { class: "id" }, job.id),
     priority(job.priority),
-    job.schedule ? h("span", {}, "by schedule ", h("a", { href: "/schedules" }, job.schedule)) : null,
+    job.schedule ? h("span", {}, "from schedule ", h("a", { href: "/schedules" }, job.schedule)) : null,
     job.started
       ? h("span", {}, "started ", clock("ago", job.started))
       : h("span", {}, "submitted ", clock("ago", job.created)),
@@ -146,7 +146,7 @@ function heading(state, view, stop, watch) {
           ),
     ),
     h("p", { class: "facts" }, facts),
-    view.said ? problem(view.said) : null,
+    view.error ? problem(view.error) : null,
     reason.length
       ? h(
           "div",
@@ -158,7 +158,7 @@ function heading(state, view, stop, watch) {
       ? h(
           "div",
           { class: "notice" },
-          h("b", {}, "Why it waits"),
+          h("b", {}, "Why this job is waiting"),
           view.why.map((line) => h("p", {}, line)),
         )
       : null,
@@ -166,7 +166,7 @@ function heading(state, view, stop, watch) {
       ? h(
           "p",
           { class: "notice" },
-          `${count(state.unreadable)} ${state.unreadable === 1 ? "event" : "events"} could not be read: another version of Moray may have written them.`,
+          `${count(state.unreadable)} ${state.unreadable === 1 ? "event" : "events"} could not be read. Another version of Moray may have written them.`,
         )
       : null,
   ];

@@ -1,4 +1,4 @@
-// The schedules: when each ticks next, by which rules, and what became of its latest ticks.
+// The schedules: their rules, next ticks and latest ticks.
 
 import { h, patch } from "./dom.js";
 import { clock, ownZone, setClock, stamp } from "./format.js";
@@ -6,20 +6,20 @@ import { call, follow } from "./live.js";
 import { chip, empty, icon, priority, problem } from "./parts.js";
 
 const OVERLAP = {
-  skip: "A tick is skipped while an earlier job is at work.",
-  queue: "A tick's job waits until the earlier one has ended.",
-  allow: "Jobs of several ticks may run at once.",
+  skip: "A tick is skipped while an earlier job is unfinished.",
+  queue: "The job of a tick waits until all earlier jobs have ended.",
+  allow: "Jobs of several ticks may run at the same time.",
 };
 const CATCHUP = {
   none: "Ticks missed while Moray was down are skipped.",
-  last: "Of the ticks missed while Moray was down, the last one runs.",
+  last: "Of the ticks missed while Moray was down, only the last one runs.",
 };
 
 export function schedules(place) {
   document.title = "Schedules · Moray";
-  const details = new Map(); // name -> what the controller says of one schedule, with its next ticks
+  const details = new Map(); // name -> the schedule from the API, with its next ticks
   let known = null,
-    said = "";
+    error = "";
 
   const show = () =>
     patch(
@@ -30,7 +30,7 @@ export function schedules(place) {
         h("h1", {}, "Schedules"),
         h("p", { class: "sum dim" }, `Your time zone is ${ownZone()}.`),
       ),
-      said ? problem(said) : null,
+      error ? problem(error) : null,
       known === null
         ? empty("Waiting for the controller…")
         : known.length
@@ -38,8 +38,8 @@ export function schedules(place) {
           : h(
               "section",
               { class: "card welcome" },
-              h("h2", {}, "No schedule yet"),
-              h("p", {}, "Run a recipe every night at two:"),
+              h("h2", {}, "No schedules yet"),
+              h("p", {}, "To run a recipe every night at 02:00:"),
               h("pre", {}, 'moray schedule add nightly quickstart --cron "0 2 * * *"'),
             ),
     );
@@ -47,10 +47,10 @@ export function schedules(place) {
   const act = async (name, what) => {
     try {
       await call("POST", `/api/schedules/${encodeURIComponent(name)}/${what}`);
-      said = "";
+      error = "";
       await load(name);
-    } catch (error) {
-      said = error.message;
+    } catch (failure) {
+      error = failure.message;
     }
     show();
   };
@@ -61,7 +61,7 @@ export function schedules(place) {
     details.set(name, { ...one, coming: coming.ticks });
   };
 
-  const heard = async (state) => {
+  const receive = async (state) => {
     setClock(state.now);
     const before = new Map((known || []).map((one) => [one.name, JSON.stringify(one)]));
     known = state.schedules || [];
@@ -70,14 +70,14 @@ export function schedules(place) {
     show();
     try {
       for (const one of changed) await load(one.name);
-      said = "";
-    } catch (error) {
-      said = error.message;
+      error = "";
+    } catch (failure) {
+      error = failure.message;
     }
     show();
   };
   show();
-  return follow("/api/stream", "overview", heard);
+  return follow("/api/stream", "overview", receive);
 }
 
 function schedule(one, act) {
@@ -106,14 +106,14 @@ function schedule(one, act) {
       OVERLAP[one.overlap] || "",
       " ",
       CATCHUP[one.catchup] || "",
-      one.retries ? ` A failed job is tried ${one.retries} more ${one.retries === 1 ? "time" : "times"}.` : "",
+      one.retries ? ` A failed job is retried up to ${one.retries} ${one.retries === 1 ? "time" : "times"}.` : "",
       one.set?.length ? [" With ", h("code", {}, one.set.join(" ")), "."] : null,
     ),
   );
 }
 
 function upcoming(one) {
-  if (one.paused) return [h("h3", {}, "Next ticks"), empty("Paused: it does not tick until you resume it.")];
+  if (one.paused) return [h("h3", {}, "Next ticks"), empty("Paused. Ticks are skipped until you resume the schedule.")];
   const coming = one.coming?.length ? one.coming.map((row) => row.tick) : one.next ? [one.next] : [];
   const elsewhere = one.tz && one.tz !== ownZone();
   return [
@@ -151,7 +151,7 @@ function upcoming(one) {
             ),
           ),
         )
-      : empty("It will not tick again."),
+      : empty("No further ticks."),
   ];
 }
 
@@ -191,6 +191,6 @@ function latest(one) {
               ),
             ),
         )
-      : empty("It has not ticked yet."),
+      : empty("No ticks yet."),
   ];
 }

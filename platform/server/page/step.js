@@ -1,10 +1,10 @@
-// One step of a run in words: why it runs, how far it is, what came of it.
+// Details of one step of a run: the reason it runs, its progress and its result.
 
 import { h } from "./dom.js";
 import { clock, count, duration, figure, percent } from "./format.js";
 import { bar, empty, icon } from "./parts.js";
 
-/** The step to look at when nobody chose one: at work, else what went wrong, else the last that was done. */
+/** The step shown by default: the running one, else the one that failed, else the last one that started. */
 export function interesting(steps) {
   const find = (...states) => steps.find((step) => states.includes(step.state))?.key;
   return (
@@ -16,9 +16,9 @@ export function interesting(steps) {
   );
 }
 
-/** What is under the graph for the chosen step. */
+/** The panel below the graph for the selected step. */
 export function stepDetail(step) {
-  if (!step) return empty("This recipe has no steps that can be read.");
+  if (!step) return empty("The steps of this recipe cannot be read.");
   const at = step.progress;
   const facts = [
     ["Why", step.why],
@@ -100,7 +100,7 @@ export function stepDetail(step) {
           ),
         )
       : null,
-    !at && !facts.length && step.state === "pending" ? empty("Not begun.") : null,
+    !at && !facts.length && step.state === "pending" ? empty("Not started.") : null,
   ];
 }
 

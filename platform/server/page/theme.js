@@ -1,4 +1,4 @@
-// Before anything is painted: the theme that was chosen here, if any. Without a choice the system's holds.
+// Sets the chosen theme before the first paint. Without a choice, the page follows the system's theme.
 "use strict";
 {
   const chosen = localStorage.getItem("moray-theme");

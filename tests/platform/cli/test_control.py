@@ -46,7 +46,8 @@ def moray(home: Home, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_control_plane_every_command_says_how_to_start_one(home: Home, arguments: tuple[str, ...]) -> None:
     done = moray(home, *arguments)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines() == [f"error: no control plane was started for {home.root} yet", "hint: start it: moray up"]
+    error = f"error: no control plane was started for {home.root} yet"
+    assert done.stderr.splitlines() == [error, "hint: start it: moray up"]
     assert not home.database.exists()
 
 

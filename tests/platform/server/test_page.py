@@ -73,7 +73,7 @@ def test_only_the_login_is_open(server: PageServer) -> None:
         for path in ("/static/app.js", "/api/stream", "/api/overview", "/jobs/x", "/schedules"):
             assert stranger.get(path).status_code == 401, path
         wrong = stranger.post("/login", json={"token": "x"})
-        assert (wrong.status_code, wrong.json()["error"]) == (401, "That is not the token.")
+        assert (wrong.status_code, wrong.json()["error"]) == (401, "wrong token")
         assert "set-cookie" not in wrong.headers
         right = stranger.post("/login", json={"token": server.token})
         assert right.status_code == 204
@@ -211,7 +211,7 @@ def test_login(server: PageServer, context: BrowserContext) -> None:
     expect(page).to_have_url(f"{server.url}/login")
     page.get_by_label("Token").fill("wrong")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("That is not the token. Hint: it is in $MORAY_HOME/token")
+    expect(page.get_by_role("alert")).to_contain_text("wrong token. Hint: the token is in $MORAY_HOME/token")
     page.get_by_label("Token").fill(server.token)
     page.get_by_role("button", name="Log in").click()
     expect(page.get_by_role("heading", name="Nothing has run yet")).to_be_visible()
@@ -223,7 +223,7 @@ def test_login(server: PageServer, context: BrowserContext) -> None:
 def test_login_by_the_address_that_up_prints(server: PageServer, context: BrowserContext) -> None:
     page = context.new_page()
     page.goto(f"{server.url}/login#token=wrong")
-    expect(page.get_by_role("alert")).to_contain_text("not the token")
+    expect(page.get_by_role("alert")).to_contain_text("wrong token")
     expect(page).to_have_url(f"{server.url}/login")
     page.goto(f"{server.url}/login#token={server.token}")
     expect(page).to_have_url(f"{server.url}/")
@@ -269,6 +269,7 @@ def test_the_overview_shows_every_job_and_changes_by_itself(server: PageServer, 
     expect(queue.first).to_contain_text("production")
     expect(page.get_by_role("region", name="Recent")).to_contain_text("step 'corpus' failed: no space left")
     expect(page.get_by_role("region", name="Cluster")).to_contain_text("1 of 2")
+    expect(page.get_by_role("region", name="Cluster")).to_contain_text("2 nodes, 1 dead")
     expect(page).to_have_title("1 running · Moray")
 
 
@@ -276,17 +277,20 @@ def test_a_run_is_followed_as_it_writes_its_events(server: PageServer, page: Pag
     job = server.submit()
     page.goto(f"{server.url}/jobs/{job.id}")
     expect(page.get_by_role("button", name="corpus: pending")).to_be_visible()
-    expect(page.get_by_text("Why it waits")).to_be_visible()
+    expect(page.get_by_text("Why this job is waiting")).to_be_visible()
     log = server.start(job)
     up_to_pretrain(log)
     training(log, 0, 100, 200)
     server.print(job, "> pretrain  never run\n")
     expect(page.get_by_role("button", name="pretrain: started, 50 %")).to_be_visible()
-    expect(page.get_by_text("Why it waits")).to_be_hidden()
+    expect(page.get_by_text("Why this job is waiting")).to_be_hidden()
     expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "50")
     expect(page.locator(".detail")).to_contain_text("51,200 of 102,400 tokens")
     expect(page.locator("[data-curve=train_loss]")).to_contain_text("at step 100")
     expect(page.locator(".curves .card").nth(1)).to_contain_text("Throughput")
+    expect(page.locator("[data-curve='train_mfu/whole']")).to_contain_text(re.compile(r"MFU \(full attention\).* %"))
+    expect(page.locator("[data-curve=train_memory_bytes]")).to_contain_text("GiB at step 100")
+    assert not [text for text in page.locator(".chart-title").all_inner_texts() if "_" in text or "train " in text]
     expect(page.locator(".heat-card canvas")).to_have_attribute("aria-label", re.compile("layer 3, step 100"))
     expect(page.get_by_role("log")).to_contain_text("> pretrain never run")
     page.get_by_role("button", name="tokenizer: succeeded").click()
@@ -322,6 +326,54 @@ def test_charts_answer_to_pointer_and_keys(server: PageServer, page: Page) -> No
     expect(page.locator(".heat-card .chart-value")).to_contain_text("layer 2")
 
 
+CLIPPED = """() => [...document.querySelectorAll(".plot svg")].flatMap((plot) => {
+  const [width, height] = [plot.clientWidth, plot.clientHeight];
+  return [...plot.querySelectorAll("text")].filter((text) => {
+    const box = text.getBBox();
+    return box.x < 0 || box.y < 0 || box.x + box.width > width || box.y + box.height > height;
+  }).map((text) => text.textContent);
+})"""
+
+
+def test_no_axis_label_is_clipped(server: PageServer, page: Page) -> None:
+    job = several_jobs(server)
+    log = log_of(server, job)
+    for at in range(1, 40):
+        log.append(MetricEvent(step="pretrain", name="train_checkpoint_bytes", value=1.3e12 + 1e6 * at, at=99_000 * at))
+        log.append(MetricEvent(step="pretrain", name="train_balance_loss", value=-1.5e-7 * at, at=1_234_567 * at))
+    for width in (1440, 700, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.goto(f"{server.url}/jobs/{job.id}")
+        expect(page.locator("[data-curve=train_balance_loss] .mark").first).to_be_visible()
+        expect(page.locator("[data-curve=train_memory_bytes] .mark").first).to_have_text(re.compile(r"^1\.\d+ GiB$"))
+        assert page.locator(".plot .mark").count() > 50
+        assert page.evaluate(CLIPPED) == [], width
+
+
+TICKS = """async (cases) => {
+  const { scaleOf, tickTexts } = await import("/static/format.js");
+  return cases.map(([unit, marks]) => {
+    const { by, suffix } = scaleOf(unit, marks);
+    return tickTexts(marks.map((mark) => Number((mark * by).toPrecision(6))), suffix);
+  });
+}"""
+
+
+def test_ticks_carry_units(server: PageServer, page: Page) -> None:
+    cases = {
+        ("bytes", (1 << 30, 3 << 29)): ["1 GiB", "1.5 GiB"],
+        ("bytes", (0, 1 << 29)): ["0 MiB", "512 MiB"],
+        ("share", (0, 0.25)): ["0 %", "25 %"],
+        ("tokens/s", (5000, 10000)): ["5k", "10k"],
+        ("tokens", (0, 1.5e6)): ["0", "1.5M"],
+        ("s", (0.5, 1)): ["0.5 s", "1 s"],
+        ("", (0, 0.0015)): ["0", "1.5e-3"],
+        ("nats/token", (7.5, 8)): ["7.5", "8"],
+        ("reward units", (1, 2)): ["1", "2"],
+    }
+    assert page.evaluate(TICKS, [list(case) for case in cases]) == list(cases.values())
+
+
 LAYOUT = """async (graphs) => {
   const { layout } = await import("/static/dag.js");
   const plain = (plan) => ({ ...plan, column: Object.fromEntries(plan.column), row: Object.fromEntries(plan.row),
@@ -355,7 +407,7 @@ def test_stopping_asks_first(server: PageServer, page: Page) -> None:
     job = server.submit("mine")
     page.goto(f"{server.url}/jobs/{job.id}")
     page.get_by_role("button", name="Stop", exact=True).click()
-    page.get_by_role("button", name="Keep it").click()
+    page.get_by_role("button", name="Keep the job").click()
     assert server.controller.jobs.get(job.id).state == "queued"
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_role("button", name="Stop the job").click()
@@ -385,10 +437,10 @@ def test_schedules_are_shown_paused_and_resumed(server: PageServer, page: Page) 
     expect(nightly.get_by_role("row")).to_have_count(6)
     expect(nightly.get_by_role("row").nth(1)).to_contain_text("02:00")
     expect(nightly.get_by_role("row").nth(1)).to_contain_text("19:00")  # in Berlin, in winter
-    expect(nightly).to_contain_text("A tick is skipped while an earlier job is at work.")
+    expect(nightly).to_contain_text("A tick is skipped while an earlier job is unfinished.")
     expect(nightly).to_contain_text("skipped")
     nightly.get_by_role("button", name="Pause").click()
-    expect(nightly).to_contain_text("it does not tick until you resume it")
+    expect(nightly).to_contain_text("Ticks are skipped until you resume the schedule")
     assert server.controller.schedules.get("nightly").paused
     nightly.get_by_role("button", name="Resume").click()
     expect(nightly.get_by_role("button", name="Pause")).to_be_visible()
@@ -452,7 +504,7 @@ def test_all_of_it_can_be_reached_by_keys(server: PageServer, page: Page) -> Non
     job = several_jobs(server)
     expect(page.get_by_role("link", name="at-work")).to_be_visible()
     page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     reach(page, lambda: page.evaluate("document.activeElement.textContent") == "at-work")
     page.keyboard.press("Enter")
     expect(page).to_have_url(f"{server.url}/jobs/{job.id}")

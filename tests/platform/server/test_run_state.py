@@ -11,8 +11,9 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import Job, Jobs, Submission
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
 from moray.platform.core.home import Home
+from moray.platform.core.metrics import TABLE
 from moray.platform.server.curves import MOST_POINTS, Curve
-from moray.platform.server.run_state import RunViews, run_view
+from moray.platform.server.run_state import EXPERT_LOAD, RunViews, run_view
 
 RECIPE = """
 name: small
@@ -178,8 +179,42 @@ def test_curves_come_loss_and_throughput_first_with_units(control: Control) -> N
     assert view["metrics"]["train_loss"]["unit"] == "nats/token"
     assert view["figures"] == {"eval_bits_per_byte/m/all": 2.5}
     assert view["metrics"]["eval_bits_per_byte"]["unit"] == "bits/byte"
+    assert view["titles"] == {
+        "train_loss": "Loss",
+        "train_tokens_per_second": "Throughput",
+        "train_learning_rate": "Learning rate",
+        "eval_bits_per_byte/m/all": "Held-out bits per byte (m, all)",
+    }
     say(log, MetricEvent(step="filter", name="train_loss", value=3.0, at=1))
-    assert list(control.views.view(control.job)["curves"])[:2] == ["train_loss/again", "train_loss/filter"]
+    view = control.views.view(control.job)
+    assert list(view["curves"])[:2] == ["train_loss/again", "train_loss/filter"]
+    assert view["titles"]["train_loss/filter"] == "Loss · filter"
+
+
+def test_every_metric_has_a_title_and_a_unit(control: Control) -> None:
+    log = control.start()
+    for row in TABLE.values():
+        for at in (0, 1):
+            labels = dict.fromkeys(row.labels, "1")
+            say(log, MetricEvent(step="again", name=row.name, value=1.0, at=at, labels=labels))
+    view = control.views.view(control.job)
+    shown = {*view["curves"], *view["figures"]}
+    assert {name.partition("/")[0] for name in shown} == set(TABLE) - {EXPERT_LOAD}
+    for name in shown:
+        row = TABLE[name.partition("/")[0]]
+        assert view["titles"][name].startswith(row.label)
+        assert view["metrics"][row.name] == {
+            "label": row.label, "unit": row.unit, "help": row.help, "digits": row.digits,
+        }  # fmt: skip
+
+
+def test_a_metric_of_another_version_has_a_readable_title(control: Control) -> None:
+    log = control.start()
+    with control.segment(log).open("a") as file:
+        file.write(MetricEvent(step="again", name="reward_mean", value=1.0, at=3).model_dump_json() + "\n")
+    view = control.views.view(control.job)
+    assert view["titles"] == {"reward_mean": "Reward mean"}
+    assert view["metrics"]["reward_mean"]["unit"] == ""
 
 
 def test_expert_load_is_a_row_of_layers_for_each_step(control: Control) -> None:

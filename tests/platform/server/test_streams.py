@@ -84,7 +84,7 @@ def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         heard = Server().listen()
         first = [await anext(heard) for _ in range(20)]
-        assert b": still here\n\n" in first
+        assert b": keepalive\n\n" in first
         assert first.count(b'event: overview\ndata: {"now":1,"value":1}\n\n') == 1
 
     asyncio.run(run())
