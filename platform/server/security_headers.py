@@ -41,7 +41,12 @@ class PageGuard:
         if _name(host) not in self._hosts:
             await _refuse(send, 400, f"host {host!r} is not served here", "open the address printed by `moray up`")
         elif scope.get("method", "GET") not in _SAFE and origin is not None and urlsplit(origin).netloc != host:
-            await _refuse(send, 403, f"pages from {origin} may not change anything", "open the page from this server's own address")
+            await _refuse(
+                send,
+                403,
+                f"pages from {origin} may not change anything",
+                "open the page from this server's own address",
+            )
         else:
             await self._app(scope, receive, _with_headers(send, scope["path"]))
 

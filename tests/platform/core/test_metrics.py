@@ -17,9 +17,13 @@ def emitted() -> Iterator[str]:
     """Names of metrics that steps report: first arguments of `metric` and `_metric`, and keys of metrics by name."""
     for path in (ROOT / "pipelines").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-                if node.func.attr in ("metric", "_metric") and isinstance(node.args[0], ast.Constant):
-                    yield node.args[0].value
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "attr", "") in ("metric", "_metric")
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                yield node.args[0].value
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METRIC":
                 yield ast.literal_eval(node.value)
             if path.name == "train_step.py" and isinstance(node, ast.Constant) and str(node.value).startswith("train_"):

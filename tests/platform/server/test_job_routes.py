@@ -120,7 +120,7 @@ def test_a_token_that_others_can_read_is_refused(home: Home) -> None:
     assert home.token.stat().st_mode & 0o777 == 0o600
     assert ensure_token(home) == read_token(home)
     home.token.chmod(0o644)
-    with pytest.raises(InputError, match="can be read by others"):
+    with pytest.raises(InputError, match="readable by other users"):
         read_token(home)
 
 
@@ -274,7 +274,7 @@ def test_a_database_of_a_newer_moray_is_refused(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
     database._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     database.close()
-    with pytest.raises(InputError, match=f"schema {SCHEMA_VERSION + 1}"):
+    with pytest.raises(InputError, match=f"schema version {SCHEMA_VERSION + 1}"):
         Database(path)
 
 
