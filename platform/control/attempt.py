@@ -58,7 +58,7 @@ def read_outcome(run: Path) -> Outcome | None:
         return None
 
 
-def end_with(run: Path, outcome: Outcome) -> bool:
+def record_outcome(run: Path, outcome: Outcome) -> bool:
     """Records the outcome of an attempt; returns False if one is already recorded.
 
     The first record wins, whether the driver or the controller writes it. An attempt that the controller has declared

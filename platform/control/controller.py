@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, lease_of, read_order, read_outcome
+from moray.platform.control.attempt import AttemptOrder, Outcome, lease_of, read_order, read_outcome, record_outcome
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ATTEMPT_ENDED, ENDED, Attempt, Job, Jobs
 from moray.platform.control.queue import IN_FLIGHT, choose_jobs, why_waiting
@@ -214,7 +214,7 @@ class Controller:
         """Ends an attempt; its job ends too or is queued for a retry."""
         assert action.state is not None
         run = self._home.runs / attempt.id
-        if read_outcome(run) is None and not end_with(run, Outcome(state="cancelled", detail=action.detail)):
+        if read_outcome(run) is None and not record_outcome(run, Outcome(state="cancelled", detail=action.detail)):
             return  # the driver has just recorded an outcome; the next round reads it
         then = decide_job(job, action.state, action.detail, action.retryable)
         with self._database.write():

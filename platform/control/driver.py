@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from moray.platform.control.attempt import AttemptOrder, Outcome, end_with, lease_of, read_outcome
+from moray.platform.control.attempt import AttemptOrder, Outcome, lease_of, read_outcome, record_outcome
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import Cancelled, MorayError
 from moray.platform.core.home import Home
@@ -34,7 +34,7 @@ def main(attempt: str) -> int:
     try:
         with _printing_to(run / "logs" / "driver.txt"):
             outcome, code = _run(home, run)
-            end_with(run, outcome)
+            record_outcome(run, outcome)
             return code
     finally:
         lease.release()

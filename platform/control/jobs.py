@@ -31,7 +31,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 ATTEMPT_ENDED = (*ENDED, "lost")
 _MOST_RETRIES = 100
 _SHORTEST_PART = 3  # letters or digits of an id or a name
-CHECK_SECONDS = 30.0  # timeout for checking a recipe, whose files may be on a file system that hangs
+CHECK_SECONDS = 30.0  # timeout for checking a recipe: its files may be on a hung file system
 
 
 class NotFoundError(MorayError):
@@ -153,7 +153,7 @@ class Jobs:
 
     def submit(
         self,
-        asked: Submission,
+        new: Submission,
         *,
         key: str | None = None,
         schedule: str | None = None,
@@ -165,22 +165,22 @@ class Jobs:
         exclusive: the job waits until all earlier jobs of `schedule` have ended. Raises RecipeError, InputError, and
         ConflictError if `key` was used for a different submission.
         """
-        recipe = asked.recipe()
+        recipe = new.recipe()
         with self._database.write() as connection:
             known = connection.execute("SELECT id FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
             if known is not None:
-                return _same(self._get(connection, known["id"]), asked, str(key)), False
+                return _same(self._get(connection, known["id"]), new, str(key)), False
             now = time.time()
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
             row = {
-                "id": f"{stamp}-{recipe.name}-{secrets.token_hex(3)}", "name": asked.name or recipe.name,
-                "recipe": recipe.name, "source": asked.source, "path": asked.path, "folder": asked.folder,
-                "overrides": json.dumps(asked.overrides), "priority": asked.priority, "retries": asked.retries,
+                "id": f"{stamp}-{recipe.name}-{secrets.token_hex(3)}", "name": new.name or recipe.name,
+                "recipe": recipe.name, "source": new.source, "path": new.path, "folder": new.folder,
+                "overrides": json.dumps(new.overrides), "priority": new.priority, "retries": new.retries,
                 "state": "queued", "created": now, "idempotency_key": key, "schedule": schedule,
                 "exclusive": int(exclusive), "tick": tick,
             }  # fmt: skip
-            places = ", ".join(f":{name}" for name in row)
-            connection.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({places})", row)
+            placeholders = ", ".join(f":{name}" for name in row)
+            connection.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({placeholders})", row)
             self._database.record("job", str(row["id"]), "queued", f"by schedule {schedule}" if schedule else "")
             return self._get(connection, str(row["id"])), True
 
@@ -305,9 +305,9 @@ def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
     return Job(**values)
 
 
-def _same(job: Job, asked: Submission, key: str) -> Job:
-    """Returns the job submitted earlier with `key`. Raises ConflictError if that submission differs from `asked`."""
+def _same(job: Job, new: Submission, key: str) -> Job:
+    """Returns the job submitted earlier with `key`. Raises ConflictError if that submission differs from `new`."""
     before = (job.source, job.folder, list(job.overrides), job.priority, job.retries)
-    if before != (asked.source, asked.folder, asked.overrides, asked.priority, asked.retries):
+    if before != (new.source, new.folder, new.overrides, new.priority, new.retries):
         raise ConflictError(f"key {key!r} was already used for a different submission, job {job.id}", "use another key")
     return job

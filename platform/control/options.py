@@ -58,18 +58,18 @@ def decide_options(
     """
     old = _earlier(home)
     ports = {name: getattr(old.cluster, name) if old else 0 for name in _RAY_PORTS}
-    asked: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "slots": slots}
+    requested: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "slots": slots}
     if old is not None:
-        known = {name: getattr(old.cluster, name) for name in asked}
-        asked = {name: known[name] if value is None else value for name, value in asked.items()}
+        known = {name: getattr(old.cluster, name) for name in requested}
+        requested = {name: known[name] if value is None else value for name, value in requested.items()}
         port = port or old.port
     chosen = port or PORT
-    if living(home):
+    if running_services(home):
         return UpOptions.read(home)  # only the supervisor died; its services are adopted unchanged
     check_port(HOST, chosen)
     if not all(ports.values()) or not all(map(is_free, ports.values())):
         ports = dict(zip(_RAY_PORTS, free_ports(len(_RAY_PORTS)), strict=True))
-    options = UpOptions(port=chosen, cluster=default_options(ports, **asked))
+    options = UpOptions(port=chosen, cluster=default_options(ports, **requested))
     write_json(home.up / "options.json", options.model_dump(mode="json"))
     return options
 
@@ -82,6 +82,6 @@ def _earlier(home: Home) -> UpOptions | None:
         return None
 
 
-def living(home: Home) -> list[str]:
+def running_services(home: Home) -> list[str]:
     """Names of the services with a living process, whether or not a supervisor runs."""
     return [name for name in NAMES if marked(home.root, name)]

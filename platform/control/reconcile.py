@@ -2,8 +2,8 @@
 
 They use three sources: the attempt's `outcome.json`, which overrides the others; the driver's lease, which shows that
 the driver is alive; and the cluster, which may report a dead driver as running indefinitely or may not list it at all.
-docs/states.md shows the states. An attempt that ends without an outcome, and that nobody stopped, is lost rather than
-failed. Lost attempts are retried on a separate budget; the job fails when that budget is used up.
+docs/states.md shows the states. An attempt that ends without an outcome and without a stop request is lost, not failed.
+Lost attempts are retried on a separate budget; the job fails when that budget is used up.
 """
 
 from __future__ import annotations

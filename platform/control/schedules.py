@@ -94,28 +94,28 @@ class Schedules:
         self._jobs = jobs
         self.clock = clock
 
-    def add(self, asked: NewSchedule) -> Schedule:
+    def add(self, new: NewSchedule) -> Schedule:
         """Adds a schedule. Raises RecipeError or InputError for invalid fields, ConflictError if the name is taken."""
-        if not _NAME.fullmatch(asked.name):
+        if not _NAME.fullmatch(new.name):
             hint = "use a lower-case letter, then up to 62 lower-case letters, digits, - and _"
-            raise InputError(f"invalid schedule name {asked.name!r:.80}", hint)
+            raise InputError(f"invalid schedule name {new.name!r:.80}", hint)
         now = self.clock()
-        parse_trigger(asked.cron, asked.every, asked.tz, now)
+        parse_trigger(new.cron, new.every, new.tz, now)
         row = {
-            "name": asked.name, "recipe": asked.recipe().name, "source": asked.source, "path": asked.path,
-            "folder": asked.folder, "overrides": json.dumps(asked.overrides), "priority": asked.priority,
-            "retries": asked.retries, "cron": " ".join(asked.cron.split()) if asked.cron is not None else None,
-            "every": parse_every(asked.every) if asked.every is not None else None, "tz": asked.tz,
-            "overlap": asked.overlap, "catchup": asked.catchup, "created": now, "cursor": now,
+            "name": new.name, "recipe": new.recipe().name, "source": new.source, "path": new.path,
+            "folder": new.folder, "overrides": json.dumps(new.overrides), "priority": new.priority,
+            "retries": new.retries, "cron": " ".join(new.cron.split()) if new.cron is not None else None,
+            "every": parse_every(new.every) if new.every is not None else None, "tz": new.tz,
+            "overlap": new.overlap, "catchup": new.catchup, "created": now, "cursor": now,
         }  # fmt: skip
-        places = ", ".join(f":{name}" for name in row)
+        placeholders = ", ".join(f":{name}" for name in row)
         with self._database.write() as connection:
-            if connection.execute("SELECT 1 FROM schedules WHERE name = ?", (asked.name,)).fetchone():
-                hint = f"use another name, or remove the schedule: moray schedule rm {asked.name}"
-                raise ConflictError(f"schedule {asked.name!r} already exists", hint)
-            connection.execute(f"INSERT INTO schedules ({', '.join(row)}) VALUES ({places})", row)
-            self._database.record("schedule", asked.name, "added")
-            return _load(connection, _row(connection, asked.name))
+            if connection.execute("SELECT 1 FROM schedules WHERE name = ?", (new.name,)).fetchone():
+                hint = f"use another name, or remove the schedule: moray schedule rm {new.name}"
+                raise ConflictError(f"schedule {new.name!r} already exists", hint)
+            connection.execute(f"INSERT INTO schedules ({', '.join(row)}) VALUES ({placeholders})", row)
+            self._database.record("schedule", new.name, "added")
+            return _load(connection, _row(connection, new.name))
 
     def get(self, name: str) -> Schedule:
         """Returns one schedule with its latest ticks. Raises NotFoundError."""
@@ -130,19 +130,19 @@ class Schedules:
 
     def as_json(self, schedule: Schedule) -> dict[str, Any]:
         """The schedule as documented in docs/http-api.md."""
-        asked, trigger = schedule.submission, schedule.trigger
+        submission, trigger = schedule.submission, schedule.trigger
         return {
             "name": schedule.name,
             "recipe": schedule.recipe,
-            "set": list(asked.overrides),
+            "set": list(submission.overrides),
             "cron": trigger.text if isinstance(trigger, Cron) else None,
             "every": format_every(trigger.seconds) if isinstance(trigger, Every) else None,
             "tz": schedule.tz,
             "english": trigger.english(),
             "overlap": schedule.overlap,
             "catchup": schedule.catchup,
-            "priority": asked.priority,
-            "retries": asked.retries,
+            "priority": submission.priority,
+            "retries": submission.retries,
             "paused": schedule.paused,
             "created": schedule.created,
             "next": schedule.next(self.clock()),
@@ -252,8 +252,8 @@ class Schedules:
                 values,
             ).rowcount
         if not joined:
-            places = ", ".join(f":{name}" for name in values)
-            connection.execute(f"INSERT INTO ticks ({', '.join(values)}) VALUES ({places})", values)
+            placeholders = ", ".join(f":{name}" for name in values)
+            connection.execute(f"INSERT INTO ticks ({', '.join(values)}) VALUES ({placeholders})", values)
             outcome = str(values["outcome"])
             self._database.record("tick", f"{schedule.name}@{decision.tick:.0f}", outcome, job or reason)
         connection.execute("UPDATE schedules SET cursor = ? WHERE name = ?", (decision.until, schedule.name))
@@ -295,10 +295,10 @@ def _decide(
     return schedule, decide_ticks(state, now)
 
 
-def _problem(asked: Submission) -> str:
+def _problem(submission: Submission) -> str:
     """The reason why a submission is no longer valid; empty if it is valid."""
     try:
-        asked.recipe()
+        submission.recipe()
     except MorayError as error:
         return error.message
     except Exception as error:  # raised by a third-party step; it must not stop other schedules
@@ -332,7 +332,7 @@ def _load(connection: sqlite3.Connection, row: sqlite3.Row, ticks: int = 0) -> S
            ORDER BY tick DESC LIMIT ?""",
         (row["name"], row["created"], ticks),
     )
-    asked = Submission(
+    submission = Submission(
         source=row["source"],
         path=row["path"],
         folder=row["folder"],
@@ -344,7 +344,7 @@ def _load(connection: sqlite3.Connection, row: sqlite3.Row, ticks: int = 0) -> S
     return Schedule(
         name=row["name"],
         recipe=row["recipe"],
-        submission=asked,
+        submission=submission,
         trigger=_trigger(row),
         tz=row["tz"],
         overlap=row["overlap"],

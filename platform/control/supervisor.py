@@ -68,7 +68,7 @@ class ServiceStatus:
     name: str
     state: ServiceState = "waiting"
     pid: int | None = None
-    started: str | None = None  # the process's start time, which tells it from later processes with the same pid
+    started: str | None = None  # start time of the process, which distinguishes it from later ones with this pid
     since: float = field(default_factory=time.time)
     restarts: int = 0
     detail: str = ""

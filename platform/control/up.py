@@ -80,13 +80,13 @@ def wait_until_up(home: Home, supervisor: subprocess.Popen[bytes]) -> Iterator[S
                 yield status
         if time.monotonic() > deadline:
             name = next(name for name in NAMES if name in waiting)
-            _give_up(home, name, f"{name} did not come up within {_UP_SECONDS:.0f} s")
+            _fail(home, name, f"{name} did not come up within {_UP_SECONDS:.0f} s")
         if supervisor.poll() is not None and not supervisors(home):  # another supervisor may have taken the lock
-            _give_up(home, SUPERVISOR, f"the supervisor exited with code {supervisor.returncode}")
+            _fail(home, SUPERVISOR, f"the supervisor exited with code {supervisor.returncode}")
         time.sleep(0.1)
 
 
-def _give_up(home: Home, name: str, problem: str) -> NoReturn:
+def _fail(home: Home, name: str, problem: str) -> NoReturn:
     log = home.up / "logs" / f"{name}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     raise StepFailed(f"{problem}: {(lines or ['no log'])[-1]}", f"see {log}; moray down stops all services")

@@ -29,11 +29,11 @@ def job_router(home: Home, controller: Controller) -> APIRouter:
 
     @router.post("", status_code=201)
     def submit(
-        asked: Annotated[Submission, Body()],
+        submission: Annotated[Submission, Body()],
         response: Response,
         idempotency_key: Annotated[str | None, Header(max_length=_LONGEST_KEY)] = None,
     ) -> dict[str, Any]:
-        job, new = jobs.submit(asked, key=idempotency_key)
+        job, new = jobs.submit(submission, key=idempotency_key)
         response.status_code = 201 if new else 200
         controller.wake()
         return job.as_json()

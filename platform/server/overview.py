@@ -30,7 +30,7 @@ class Overview:
         self._controller = controller
         self._backend = backend
         self._lock = threading.Lock()
-        self._asked = 0.0
+        self._queried = 0.0
         self._cluster: dict[str, Any] = {}
 
     def __call__(self) -> dict[str, Any]:
@@ -63,9 +63,9 @@ class Overview:
 
     def _usage(self) -> dict[str, Any]:
         with self._lock:
-            if time.monotonic() - self._asked > _USAGE_SECONDS:
+            if time.monotonic() - self._queried > _USAGE_SECONDS:
                 self._cluster = self._query()
-                self._asked = time.monotonic()
+                self._queried = time.monotonic()
             return self._cluster
 
     def _query(self) -> dict[str, Any]:

@@ -76,8 +76,8 @@ def _add_login(router: APIRouter, token: str) -> None:
         return form.answer(request, **{"Content-Security-Policy": policy})
 
     @router.post("/login")
-    def login(asked: Login, request: Request) -> Response:
-        if not hmac.compare_digest(asked.token.strip().encode(), token.encode()):
+    def login(credentials: Login, request: Request) -> Response:
+        if not hmac.compare_digest(credentials.token.strip().encode(), token.encode()):
             hint = "the token is in $MORAY_HOME/token and in the address printed by `moray up`"
             return JSONResponse({"error": "wrong token", "hint": hint}, 401)
         answer = Response(status_code=204)

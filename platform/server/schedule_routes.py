@@ -20,8 +20,8 @@ def schedule_router(schedules: Schedules, wake: Callable[[], None]) -> APIRouter
         return [schedules.as_json(schedule) for schedule in schedules.list()]
 
     @router.post("", status_code=201)
-    def add(asked: NewSchedule) -> dict[str, Any]:
-        added = schedules.add(asked)
+    def add(new: NewSchedule) -> dict[str, Any]:
+        added = schedules.add(new)
         wake()
         return schedules.as_json(added)
 

@@ -126,7 +126,7 @@ export function tickTexts(marks, suffix = "") {
     [1e6, "M"],
     [1e3, "k"],
   ].find(([size]) => largest >= size && largest >= 1e4) || [1, ""];
-  const text = (mark) => (largest < 0.01 ? mark.toExponential() : `${Number((mark / by).toPrecision(12))}${power}`);
+  const text = (mark) => (largest < 0.001 ? mark.toExponential() : `${Number((mark / by).toPrecision(12))}${power}`);
   return marks.map((mark) => (mark === 0 ? "0" : text(mark)) + suffix);
 }
 

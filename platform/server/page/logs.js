@@ -42,10 +42,10 @@ export function logs(place, job, attempt) {
   };
   const append = (more) => {
     if (!more) return;
-    const stays = follow.checked;
+    const pinned = follow.checked;
     const all = text.textContent + more.replace(COLOURS, "").replace(/\r(?!\n)/g, "\n");
     text.textContent = all.length > MOST ? all.slice(all.indexOf("\n", all.length - MOST) + 1) : all;
-    if (stays) bottom();
+    if (pinned) bottom();
   };
   poll();
   return () => {

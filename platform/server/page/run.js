@@ -122,11 +122,10 @@ function heading(state, view, stop, watch) {
     h("code", { class: "id" }, job.id),
     priority(job.priority),
     job.schedule ? h("span", {}, "from schedule ", h("a", { href: "/schedules" }, job.schedule)) : null,
-    job.started
-      ? h("span", {}, "started ", clock("ago", job.started))
-      : h("span", {}, "submitted ", clock("ago", job.created)),
+    job.started ? null : h("span", {}, "submitted ", clock("ago", job.created)),
+    job.started && over ? h("span", {}, "started ", clock("ago", job.started)) : null,
     job.started && over ? h("span", {}, "took ", duration(job.ended - job.started)) : null,
-    job.started && !over ? h("span", {}, "for ", clock("elapsed", job.started)) : null,
+    job.started && !over ? h("span", {}, "running for ", clock("elapsed", job.started)) : null,
     job.set.length ? h("span", {}, "with ", h("code", {}, job.set.join(" "))) : null,
   ];
   return [

@@ -49,8 +49,7 @@ export function stepDetail(step) {
       h(
         "span",
         { class: "dim" },
-        step.state,
-        step.state === "started" && step.began ? [" ", clock("elapsed", step.began)] : null,
+        step.state === "started" && step.began ? ["running for ", clock("elapsed", step.began)] : step.state,
       ),
     ),
     at

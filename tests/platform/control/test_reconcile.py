@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.platform.control import controller as controller_module
-from moray.platform.control.attempt import Outcome, end_with, read_outcome
+from moray.platform.control.attempt import Outcome, read_outcome, record_outcome
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
@@ -97,10 +97,12 @@ class World(ClusterBackend):
             driver.state = "running"
             driver.alive = read_outcome(run) is None  # a driver that was given up does nothing
         elif driver.alive and driver.told:
-            end_with(run, Outcome(state="cancelled"))
+            record_outcome(run, Outcome(state="cancelled"))
             driver.alive, driver.state = False, "stopped"
         elif driver.alive and self.chance.random() < 0.2:
-            end_with(run, Outcome(state="succeeded" if self.chance.random() < 0.8 else "failed", detail="as it goes"))
+            record_outcome(
+                run, Outcome(state="succeeded" if self.chance.random() < 0.8 else "failed", detail="as it goes")
+            )
             driver.alive, driver.state = False, "succeeded"
         elif driver.told and driver.state in ("pending", "running") and not driver.alive:
             driver.state = "stopped"
@@ -201,7 +203,7 @@ def test_a_stopped_job_never_succeeds_later(tmp_path: Path, monkeypatch: pytest.
         world.now += 1
         controller.round()
     assert controller.jobs.get(job.id).state == "cancelled"
-    assert not end_with(tmp_path / "runs" / name, Outcome(state="succeeded")), "the controller had the last word"
+    assert not record_outcome(tmp_path / "runs" / name, Outcome(state="succeeded")), "the controller had the last word"
 
 
 def test_a_zombie_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +249,7 @@ def test_what_goes_wrong_with_one_job_keeps_no_other_from_moving(
     broken, sound = (controller.jobs.submit(submission(tmp_path / "text"))[0].id for _ in range(2))
     controller.round()
     (tmp_path / "runs" / f"{broken}.1" / "outcome.json").write_text("not JSON")
-    end_with(tmp_path / "runs" / f"{sound}.1", Outcome(state="succeeded"))
+    record_outcome(tmp_path / "runs" / f"{sound}.1", Outcome(state="succeeded"))
     controller.round()
     assert controller.jobs.get(sound).state == "succeeded"
     assert any(line.startswith(f"{broken}: ") for line in said), said
