@@ -143,9 +143,8 @@ def machines_in(state: Any) -> list[Machine]:
 
 def is_dead(node: Any) -> bool:
     """Whether a node of Ray's ClusterResourceState has died."""
-    from ray.core.generated.autoscaler_pb2 import NodeStatus
-
-    return bool(node.status == NodeStatus.DEAD)
+    protocol: Any = importlib.import_module("ray.core.generated.autoscaler_pb2")  # generated, without types
+    return bool(node.status == protocol.NodeStatus.DEAD)
 
 
 def _bundle(request: Any) -> tuple[tuple[str, float], ...]:

@@ -25,7 +25,7 @@ def test_submit_follow_list_status_why(plane: ControlPlane) -> None:
     listed = {found["id"]: found for found in json.loads(plane.cli("list", "--json", "--limit", "1000").stdout)}
     assert (listed[job]["name"], listed[job]["priority"]) == ("by hand", "production")
     assert "succeeded" in plane.cli("status", job[-6:]).stdout
-    assert "it succeeded" in plane.cli("why", job).stdout
+    assert "the job succeeded" in plane.cli("why", job).stdout
     overview = plane.cli("status").stdout
     for name in ("supervisor", "controller", "ray-head", "ray-worker", "mlflow"):
         assert name in overview
