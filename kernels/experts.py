@@ -54,13 +54,13 @@ def experts_deferred(
     w_gate_EFD: Tensor,
     w_up_EFD: Tensor,
     w_down_EDF: Tensor,
-    later: DeferredGradients,
+    deferred: DeferredGradients,
 ) -> Tensor:
-    """The same in the rows' dtype, with weights of any, leaves, whose gradients come about `later`."""
+    """The same in the rows' dtype, with weights of any, leaves, whose gradients come about `deferred`."""
     counts, outputs = counts_E.tolist(), []
     for e, (x, w) in enumerate(zip(torch.split(rows_RD, counts), torch.split(weights_R, counts), strict=True)):
-        gate, up = (deferred_linear(x, stack, later, e) for stack in (w_gate_EFD, w_up_EFD))
-        outputs.append(deferred_linear(_product(gate, up, w), w_down_EDF, later, e))
+        gate, up = (deferred_linear(x, stack, deferred, e) for stack in (w_gate_EFD, w_up_EFD))
+        outputs.append(deferred_linear(_product(gate, up, w), w_down_EDF, deferred, e))
     return torch.cat(outputs)
 
 

@@ -76,14 +76,14 @@ class _Fp8Experts(torch.autograd.Function):
         weights_R: Tensor | None,
         offsets_E1: Tensor,
         quantized: Fp8Experts,
-        later: DeferredGradients | None,
+        deferred: DeferredGradients | None,
         *stacks: Tensor,
     ) -> Tensor:
         along, turned = quantize_both(x_RD, power_of_two=True)
         h_RH = _grouped(along, quantized.gate_up, offsets_E1, x_RD.dtype)
         inner, gate_up = swiglu_quantize(h_RH, weights_R)
         ctx.save_for_backward(*turned, *gate_up, offsets_E1, weights_R)
-        ctx.quantized, ctx.later, ctx.stacks = quantized, later, stacks
+        ctx.quantized, ctx.deferred, ctx.stacks = quantized, deferred, stacks
         return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
 
     @staticmethod
@@ -106,14 +106,14 @@ class _Fp8Experts(torch.autograd.Function):
 
         if not any(ctx.needs_input_grad[5:]):
             return dx_RD, d.weights_R, None, None, None, None, None, None
-        if ctx.later is None:
+        if ctx.deferred is None:
             return dx_RD, d.weights_R, None, None, None, *stack_gradients()
 
         def compute() -> None:
             for stack, gradient in zip(stacks, stack_gradients(), strict=True):
                 add_gradient(stack, gradient)
 
-        ctx.later.add(compute)
+        ctx.deferred.add(compute)
         return dx_RD, d.weights_R, None, None, None, None, None, None
 
 
@@ -125,17 +125,17 @@ def fp8_experts(
     w_gate_EFD: Tensor,
     w_up_EFD: Tensor,
     w_down_EDF: Tensor,
-    later: DeferredGradients | None = None,
+    deferred: DeferredGradients | None = None,
 ) -> Tensor:
     """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16); what rows from the last offset on
     hold is not defined, and their gradient neither.
 
     R and the offsets (int32) are multiples of 128; weights_R is FP32. Differentiable in these two and in the stacks, of
-    which `quantized` is the FP8 form; the stacks' gradients are FP32, and come about `later` where that is given: then
+    which `quantized` is the FP8 form; the stacks' gradients are FP32, and come about `deferred` where that is given: then
     they are leaves.
     """
     out: Tensor = _Fp8Experts.apply(  # type: ignore[no-untyped-call]
-        x_RD, weights_R, offsets_E1, quantized, later, w_gate_EFD, w_up_EFD, w_down_EDF
+        x_RD, weights_R, offsets_E1, quantized, deferred, w_gate_EFD, w_up_EFD, w_down_EDF
     )
     return out
 
@@ -146,10 +146,10 @@ def fp8_mlp(
     w_gate_FD: Tensor,
     w_up_FD: Tensor,
     w_down_DF: Tensor,
-    later: DeferredGradients | None = None,
+    deferred: DeferredGradients | None = None,
 ) -> Tensor:
     """One expert that takes all rows, of any number. `quantized` is the form of a stack of one."""
     rows = x_TD.shape[0]
     padded_RD = F.pad(x_TD, (0, 0, 0, -rows % BLOCK))
     offsets_E1 = torch.arange(2, dtype=torch.int32, device=x_TD.device) * padded_RD.shape[0]
-    return fp8_experts(padded_RD, None, offsets_E1, quantized, w_gate_FD, w_up_FD, w_down_DF, later)[:rows]
+    return fp8_experts(padded_RD, None, offsets_E1, quantized, w_gate_FD, w_up_FD, w_down_DF, deferred)[:rows]

@@ -78,7 +78,7 @@ class _Fp8Linear(torch.autograd.Function):
         weight_NK: Tensor,
         quantized: Fp8Weight,
         shared_input: bool,
-        later: DeferredGradients | None,
+        deferred: DeferredGradients | None,
     ) -> Tensor:
         if shared_input:
             along = quantize(x_TK, ROW_TILES, power_of_two=True)
@@ -86,7 +86,7 @@ class _Fp8Linear(torch.autograd.Function):
         else:
             along, turned = quantize_both(x_TK, power_of_two=True)
             ctx.save_for_backward(*turned)
-        ctx.quantized, ctx.weight, ctx.later = quantized, weight_NK, later
+        ctx.quantized, ctx.weight, ctx.deferred = quantized, weight_NK, deferred
         return quantized.product(along, x_TK.dtype)
 
     @staticmethod
@@ -103,11 +103,11 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TK = ctx.quantized.input_gradient(along, dy_TN.dtype)
         if ctx.needs_input_grad[1]:
-            if ctx.later is None:
+            if ctx.deferred is None:
                 dw_NK = weight_gradient()
             else:
                 weight = ctx.weight
-                ctx.later.add(lambda: add_gradient(weight, weight_gradient()))
+                ctx.deferred.add(lambda: add_gradient(weight, weight_gradient()))
         return dx_TK, dw_NK, None, None, None
 
 
@@ -116,13 +116,13 @@ def fp8_linear(
     weight_NK: Tensor,
     quantized: Fp8Weight,
     shared_input: bool = False,
-    later: DeferredGradients | None = None,
+    deferred: DeferredGradients | None = None,
 ) -> Tensor:
     """x @ weight^T in FP8, in x's dtype (FP32 or BF16, any leading axes); differentiable in `x` and in `weight_NK`, of
-    which `quantized` is the FP8 form. The weight's gradient is FP32, and comes about `later` where that is given.
+    which `quantized` is the FP8 form. The weight's gradient is FP32, and comes about `deferred` where that is given.
     `shared_input`: somebody keeps x anyway."""
     shape = x.shape
     out: Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input, later
+        x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input, deferred
     )
     return out.view(*shape[:-1], weight_NK.shape[0])

@@ -45,22 +45,22 @@ class WideLinear:
 
 @dataclass(frozen=True)
 class DeferredLinear:
-    later: DeferredGradients
+    deferred: DeferredGradients
 
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
-        return deferred_linear(x, weight_NK, self.later)
+        return deferred_linear(x, weight_NK, self.deferred)
 
 
 @dataclass(frozen=True)
 class Fp8TrainedLinear:
     """shared_input: somebody else keeps the input for the backward anyway (`kernels/fp8_linear.py`)."""
 
-    later: DeferredGradients | None = None
+    deferred: DeferredGradients | None = None
     shared_input: bool = False
     form: Fp8Form[Fp8Weight] = field(default_factory=lambda: Fp8Form(fp8_weight))
 
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
-        return fp8_linear(x, weight_NK, self.form.of(weight_NK), self.shared_input, self.later)
+        return fp8_linear(x, weight_NK, self.form.of(weight_NK), self.shared_input, self.deferred)
 
 
 class Fp8StoredLinear:
@@ -91,13 +91,13 @@ class SwiGLUByMaps:
 
 @dataclass(frozen=True)
 class Fp8TrainedSwiGLU:
-    later: DeferredGradients | None = None
+    deferred: DeferredGradients | None = None
     form: Fp8Form[Fp8Experts] = field(default_factory=lambda: Fp8Form(fp8_expert_weights))
 
     def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor:
         weights = (gate.weight, up.weight, down.weight)
         quantized = self.form.of(*(weight.unsqueeze(0) for weight in weights))
-        return fp8_mlp(x_TD, quantized, *weights, self.later)
+        return fp8_mlp(x_TD, quantized, *weights, self.deferred)
 
 
 class ExpertStacks(NamedTuple):
@@ -132,18 +132,18 @@ class WideExperts:
 
 @dataclass(frozen=True)
 class DeferredExperts:
-    later: DeferredGradients
+    deferred: DeferredGradients
     fp8_rows: ClassVar[bool] = False
 
     def __call__(
         self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
     ) -> Tensor:
-        return experts_deferred(rows_RD, weights_R, counts_E, *stacks, self.later)
+        return experts_deferred(rows_RD, weights_R, counts_E, *stacks, self.deferred)
 
 
 @dataclass(frozen=True)
 class Fp8TrainedExperts:
-    later: DeferredGradients | None = None
+    deferred: DeferredGradients | None = None
     form: Fp8Form[Fp8Experts] = field(default_factory=lambda: Fp8Form(fp8_expert_weights))
     fp8_rows: ClassVar[bool] = True
 
@@ -152,7 +152,7 @@ class Fp8TrainedExperts:
     ) -> Tensor:
         padded_PD, weights_P, groups = pad_groups(rows_RD, weights_R, counts_E)
         quantized = self.form.of(*stacks)
-        out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, quantized, *stacks, self.later)
+        out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, quantized, *stacks, self.deferred)
         return unpad_groups(out_PD, groups)
 
 
@@ -169,21 +169,21 @@ class Fp8StoredExperts:
 
 @dataclass(frozen=True)
 class TrainingCompute:
-    """The strategies of a model with wide weights: trained in FP8 or not, gradients `later` or in the backward."""
+    """The strategies of a model with wide weights: trained in FP8 or not, gradients `deferred` or in the backward."""
 
     fp8: bool = False
-    later: DeferredGradients | None = None
+    deferred: DeferredGradients | None = None
 
     def linear(self, quantized: bool, shared_input: bool) -> LinearCompute:
         """Of a map whose weight FP8 training quantises, or not."""
         if self.fp8 and quantized:
-            return Fp8TrainedLinear(self.later, shared_input)
-        return WideLinear() if self.later is None else DeferredLinear(self.later)
+            return Fp8TrainedLinear(self.deferred, shared_input)
+        return WideLinear() if self.deferred is None else DeferredLinear(self.deferred)
 
     def swiglu(self) -> SwiGLUCompute:
-        return Fp8TrainedSwiGLU(self.later) if self.fp8 else SwiGLUByMaps()
+        return Fp8TrainedSwiGLU(self.deferred) if self.fp8 else SwiGLUByMaps()
 
     def experts(self) -> ExpertsCompute:
         if self.fp8:
-            return Fp8TrainedExperts(self.later)
-        return WideExperts() if self.later is None else DeferredExperts(self.later)
+            return Fp8TrainedExperts(self.deferred)
+        return WideExperts() if self.deferred is None else DeferredExperts(self.deferred)

@@ -286,10 +286,10 @@ class DeepseekV3(nn.Module):
         head, router, norms, attention's core and the projection of multi-token prediction stay as they are."""
         self._compute_as(replace(self._training_compute, fp8=True))
 
-    def defer_gradients(self, later: DeferredGradients | None) -> None:
-        """From now on the gradients of the weights of linear maps and experts come about when `later` computes them: in
+    def defer_gradients(self, deferred: DeferredGradients | None) -> None:
+        """From now on the gradients of the weights of linear maps and experts come about when `deferred` computes them: in
         full after its `finish`. Those of embedding, head, router and norms come as ever."""
-        self._compute_as(replace(self._training_compute, later=later))
+        self._compute_as(replace(self._training_compute, deferred=deferred))
 
     def _compute_as(self, chosen: TrainingCompute) -> None:
         """Swaps the strategies of all modules but the head."""

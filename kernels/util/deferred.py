@@ -58,9 +58,9 @@ def add_gradient(weight: Tensor, gradient: Tensor, index: int | None = None) -> 
 
 class _DeferredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, index: int | None, later: DeferredGradients) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: int | None, deferred: DeferredGradients) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.index, ctx.later = weight, index, later
+        ctx.weight, ctx.index, ctx.deferred = weight, index, deferred
         return F.linear(x, _wide(weight, index, x.dtype))
 
     @staticmethod
@@ -71,7 +71,7 @@ class _DeferredLinear(torch.autograd.Function):
         def compute() -> None:
             add_gradient(weight, dy.flatten(0, -2).t() @ x.flatten(0, -2), index)
 
-        ctx.later.add(compute)
+        ctx.deferred.add(compute)
         dx = dy @ _wide(weight, index, dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, None
 
@@ -80,8 +80,8 @@ def _wide(weight: Tensor, index: int | None, dtype: torch.dtype) -> Tensor:
     return (weight if index is None else weight[index]).detach().to(dtype)
 
 
-def deferred_linear(x: Tensor, weight: Tensor, later: DeferredGradients, index: int | None = None) -> Tensor:
+def deferred_linear(x: Tensor, weight: Tensor, deferred: DeferredGradients, index: int | None = None) -> Tensor:
     """x @ weight^T in x's dtype, or of `weight[index]` of a stack. Differentiable in x; the gradient of `weight`, a
-    leaf, comes about when `later` computes it."""
-    out: Tensor = _DeferredLinear.apply(x, weight, index, later)  # type: ignore[no-untyped-call]
+    leaf, comes about when `deferred` computes it."""
+    out: Tensor = _DeferredLinear.apply(x, weight, index, deferred)  # type: ignore[no-untyped-call]
     return out

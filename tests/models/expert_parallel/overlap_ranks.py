@@ -38,8 +38,8 @@ def losses_of(model, batches, overlapped):
 
 def _step(group, memory, fp8, overlapped, batches):
     """Loss, gradients by name, and what this rank communicated."""
-    later = DeferredGradients() if overlapped else None
-    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, deferred=later, memory=memory)
+    deferred = DeferredGradients() if overlapped else None
+    dispatcher = ProcessGroupDispatcher(group, CONFIG.n_routed_experts, deferred=deferred, memory=memory)
     model = DeepseekV3(CONFIG, experts=dispatcher.experts, dispatcher=dispatcher)
     model.init_weights(5)
     model.train()
@@ -48,13 +48,13 @@ def _step(group, memory, fp8, overlapped, batches):
         model.train_in_fp8()
     else:
         model.double()
-    model.defer_gradients(later)
+    model.defer_gradients(deferred)
     with CollectiveTrace() as trace:
         losses = losses_of(model, batches, overlapped)
         loss = sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses)
         loss.backward()
-    if later is not None:
-        later.finish()
+    if deferred is not None:
+        deferred.finish()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, trace.collectives
 
 

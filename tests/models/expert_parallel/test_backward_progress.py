@@ -13,7 +13,7 @@ from tests.models.expert_parallel.overlap_ranks import CONFIG, losses_of, make_b
 LAYERS = CONFIG.num_hidden_layers
 
 
-def _model(precision, recompute, later):
+def _model(precision, recompute, deferred):
     model = DeepseekV3(CONFIG)
     model.init_weights(3)
     model.train()
@@ -21,29 +21,29 @@ def _model(precision, recompute, later):
     if precision == "fp8":
         model.compute_in(torch.bfloat16)
         model.train_in_fp8()
-    model.defer_gradients(later)
+    model.defer_gradients(deferred)
     return model
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "fp8"])
-@pytest.mark.parametrize(("batches", "put_off"), [(1, False), (2, True)])
-def test_gradients_are_complete_when_their_milestone_is_passed(precision, recompute, batches, put_off):
-    later = DeferredGradients() if put_off else None
-    model = _model(precision, recompute, later)
+@pytest.mark.parametrize(("batches", "defer"), [(1, False), (2, True)])
+def test_gradients_are_complete_when_their_milestone_is_passed(precision, recompute, batches, defer):
+    deferred = DeferredGradients() if defer else None
+    model = _model(precision, recompute, deferred)
     passed = {}
 
     def note(number):
-        if later is not None:
-            later.finish(later.added)
+        if deferred is not None:
+            deferred.finish(deferred.added)
         own = [(name, p) for name, p in model.named_parameters() if model.milestone_of(name) == number]
         passed[number] = {name: parameter.grad.clone() for name, parameter in own}
 
     model.milestones = Milestones(note)
     losses = losses_of(model, make_batches(torch.Generator().manual_seed(1), *[2] * batches), batches == 2)
     sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses).backward()
-    if later is not None:
-        later.finish()
+    if deferred is not None:
+        deferred.finish()
     assert list(passed) == list(range(LAYERS, -1, -1))
     for gradients in passed.values():
         assert gradients
@@ -69,14 +69,14 @@ def test_forwards_without_gradients_are_not_waited_for():
     assert Counter(passed) == Counter(range(LAYERS + 1))
 
 
-def test_of_what_was_put_off_the_first_are_computed():
-    later, done = DeferredGradients(), []
+def test_finish_computes_the_oldest_deferred_gradients_first():
+    deferred, done = DeferredGradients(), []
     for number in range(5):
-        later.add(lambda number=number: done.append(number))
-    later.fill(lambda: len(done) == 1)
-    later.finish(3)
+        deferred.add(lambda number=number: done.append(number))
+    deferred.fill(lambda: len(done) == 1)
+    deferred.finish(3)
     assert done == [0, 1, 2]
-    later.finish(2)
-    assert len(later) == 2
-    later.finish()
+    deferred.finish(2)
+    assert len(deferred) == 2
+    deferred.finish()
     assert done == [0, 1, 2, 3, 4]

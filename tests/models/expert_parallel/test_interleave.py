@@ -70,7 +70,7 @@ def test_what_runs_between_a_start_and_its_wait_does_so_in_the_backward_too():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["float64", "float32", "bf16", "fp8"])
-def test_gradients_put_off_are_the_same_to_the_bit(precision, recompute):
+def test_deferred_gradients_are_bit_identical(precision, recompute):
     batches = make_batches(torch.Generator().manual_seed(1), 2, 2)
     found = []
     for limit in (None, 0, 3, 1000):
@@ -82,15 +82,15 @@ def test_gradients_put_off_are_the_same_to_the_bit(precision, recompute):
             model.compute_in(torch.bfloat16)
         if precision == "fp8":
             model.train_in_fp8()
-        later = None if limit is None else DeferredGradients(limit)
-        model.defer_gradients(later)
-        losses = losses_of(model, batches, later is not None)
+        deferred = None if limit is None else DeferredGradients(limit)
+        model.defer_gradients(deferred)
+        losses = losses_of(model, batches, deferred is not None)
         loss = sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses)
         loss.backward()
-        if later is not None:
-            assert len(later) <= limit
-            later.finish()
-            assert not len(later)
+        if deferred is not None:
+            assert len(deferred) <= limit
+            deferred.finish()
+            assert not len(deferred)
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     for loss, gradients in found[1:]:
         assert torch.equal(loss, found[0][0])
