@@ -61,20 +61,20 @@ def products(size: Sizes, device: str) -> Iterator[Product]:
             )
         offsets = offsets_of(size, False, device)
         wide = torch.randn(size.rows, k, device=device, dtype=torch.bfloat16)
-        along, turned = quantize.quantize_both(wide, True)
+        rowwise, transposed = quantize.quantize_both(wide, True)
         yield Product(
             "fp8_gemm_grouped",
             (size.rows, n, k),
-            partial(fp8_gemm.fp8_gemm_grouped_triton, *along, *w, offsets),
-            partial(fp8_gemm.fp8_gemm_grouped_reference, *along, *w, offsets, dtype=torch.float32),
+            partial(fp8_gemm.fp8_gemm_grouped_triton, *rowwise, *w, offsets),
+            partial(fp8_gemm.fp8_gemm_grouped_reference, *rowwise, *w, offsets, dtype=torch.float32),
             (64, 128),
         )
         other = quantize.quantize_both(torch.randn(size.rows, n, device=device, dtype=torch.bfloat16), True)[1]
         yield Product(
             "fp8_gemm_k_grouped",
             (n, k, size.rows),
-            partial(fp8_gemm.fp8_gemm_k_grouped_triton, *other, *turned, offsets),
-            partial(fp8_gemm.fp8_gemm_k_grouped_reference, *other, *turned, offsets),
+            partial(fp8_gemm.fp8_gemm_k_grouped_triton, *other, *transposed, offsets),
+            partial(fp8_gemm.fp8_gemm_k_grouped_reference, *other, *transposed, offsets),
             (64, 128, 256),
         )
 

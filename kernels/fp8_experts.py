@@ -47,17 +47,17 @@ def _grouped(x: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.d
     """Each expert's rows times its weight, transposed."""
     if backend(x[0]) == "triton":
         return fp8_gemm_grouped_triton(*x, weight.fp8, weight.scales, offsets_E1, dtype=dtype)
-    return _grouped_wide(x, weight.wide.transpose(1, 2), offsets_E1, dtype)
+    return _grouped_on_cpu(x, weight.wide.transpose(1, 2), offsets_E1, dtype)
 
 
-def _grouped_turned(dy: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
+def _grouped_input_gradient(dy: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
     """Each expert's rows times its weight."""
     if backend(dy[0]) == "triton":
-        return fp8_gemm_grouped_triton(*dy, *weight.turned, offsets_E1, dtype=dtype)
-    return _grouped_wide(dy, weight.wide, offsets_E1, dtype)
+        return fp8_gemm_grouped_triton(*dy, *weight.transposed, offsets_E1, dtype=dtype)
+    return _grouped_on_cpu(dy, weight.wide, offsets_E1, dtype)
 
 
-def _grouped_wide(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
+def _grouped_on_cpu(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
     """On the CPU: from what the numbers stand for."""
     wide_RK = dequantize(*x, dtype=dtype)
     out_RN = wide_RK.new_zeros((wide_RK.shape[0], factors_EKN.shape[2]))
@@ -79,10 +79,10 @@ class _Fp8Experts(torch.autograd.Function):
         deferred: DeferredGradients | None,
         *stacks: Tensor,
     ) -> Tensor:
-        along, turned = quantize_both(x_RD, power_of_two=True)
-        h_RH = _grouped(along, quantized.gate_up, offsets_E1, x_RD.dtype)
+        rowwise, transposed = quantize_both(x_RD, power_of_two=True)
+        h_RH = _grouped(rowwise, quantized.gate_up, offsets_E1, x_RD.dtype)
         inner, gate_up = swiglu_quantize(h_RH, weights_R)
-        ctx.save_for_backward(*turned, *gate_up, offsets_E1, weights_R)
+        ctx.save_for_backward(*transposed, *gate_up, offsets_E1, weights_R)
         ctx.quantized, ctx.deferred, ctx.stacks = quantized, deferred, stacks
         return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
 
@@ -90,17 +90,17 @@ class _Fp8Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_RD,) = grads
         x_fp8, x_scales, gate_up_fp8, gate_up_scales, offsets_E1, weights_R = ctx.saved_tensors
-        along, turned = quantize_both(dy_RD, power_of_two=True)
-        d_inner_RG = _grouped_turned(along, ctx.quantized.down, offsets_E1, dy_RD.dtype)
+        rowwise, transposed = quantize_both(dy_RD, power_of_two=True)
+        d_inner_RG = _grouped_input_gradient(rowwise, ctx.quantized.down, offsets_E1, dy_RD.dtype)
         d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG, weights_R)
-        dx_RD = _grouped_turned(d.along, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
+        dx_RD = _grouped_input_gradient(d.rowwise, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
         stacks = ctx.stacks
 
         def stack_gradients() -> tuple[Tensor, ...]:
             inner = stacks[0].shape[-2]
-            d_gate_up_EHD = fp8_gemm_k_grouped(*d.turned, x_fp8, x_scales, offsets_E1)
+            d_gate_up_EHD = fp8_gemm_k_grouped(*d.transposed, x_fp8, x_scales, offsets_E1)
             d_gate, d_up = (half[:, :inner] for half in d_gate_up_EHD.chunk(2, dim=1))
-            d_down = fp8_gemm_k_grouped(*turned, *d.inner, offsets_E1)[..., :inner]
+            d_down = fp8_gemm_k_grouped(*transposed, *d.inner, offsets_E1)[..., :inner]
             shapes = (stack.shape for stack in stacks)
             return tuple(d_w.reshape(shape) for d_w, shape in zip((d_gate, d_up, d_down), shapes, strict=True))
 

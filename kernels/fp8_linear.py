@@ -8,7 +8,7 @@ keeps only the second, one byte per element:
     dx = Q(dy; 1x128) Q(w)             summed over N
     dw = Q(dy; 128x1)^T Q(x; 128x1)    summed over tokens
 
-Notable: all scales are powers of two (weights' too, as in DeepSeek-V3.1), so that rows that arrive in FP8 can be turned
+Notable: all scales are powers of two (weights' too, as in DeepSeek-V3.1), so that rows that arrive in FP8 can be transposed
 without a second rounding of their mantissas, and every number behind an FP8 form is a BF16 number. On the CPU products
 are computed from these: exact products, sums in FP32, as the promotion every 128 elements makes them on tensor cores.
 A CPU with BF16 units so trains in FP8 at BF16's pace.
@@ -43,7 +43,7 @@ class Fp8Weight:
     scales: Tensor
 
     @cached_property
-    def turned(self) -> Quantized:
+    def transposed(self) -> Quantized:
         """The same, transposed: for the input's gradient on tensor cores, which want the summed axis last."""
         return self.fp8.transpose(-1, -2).contiguous(), self.scales.transpose(-1, -2).contiguous()
 
@@ -61,7 +61,7 @@ class Fp8Weight:
     def input_gradient(self, dy: Quantized, dtype: torch.dtype) -> Tensor:
         """dy w: [T, K]."""
         if backend(dy[0]) == "triton":
-            return fp8_gemm_triton(*dy, *self.turned, dtype=dtype)
+            return fp8_gemm_triton(*dy, *self.transposed, dtype=dtype)
         return dequantize(*dy, dtype=dtype) @ self.wide.to(dtype)
 
 
@@ -81,27 +81,27 @@ class _Fp8Linear(torch.autograd.Function):
         deferred: DeferredGradients | None,
     ) -> Tensor:
         if shared_input:
-            along = quantize(x_TK, ROW_TILES, power_of_two=True)
+            rowwise = quantize(x_TK, ROW_TILES, power_of_two=True)
             ctx.save_for_backward(x_TK)
         else:
-            along, turned = quantize_both(x_TK, power_of_two=True)
-            ctx.save_for_backward(*turned)
+            rowwise, transposed = quantize_both(x_TK, power_of_two=True)
+            ctx.save_for_backward(*transposed)
         ctx.quantized, ctx.weight, ctx.deferred = quantized, weight_NK, deferred
-        return quantized.product(along, x_TK.dtype)
+        return quantized.product(rowwise, x_TK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_TN,) = grads
         held = ctx.saved_tensors
-        along, turned = quantize_both(dy_TN, power_of_two=True)
+        rowwise, transposed = quantize_both(dy_TN, power_of_two=True)
         dx_TK, dw_NK = None, None
 
         def weight_gradient() -> Tensor:
             x = held if len(held) == 2 else quantize_both(held[0], power_of_two=True)[1]
-            return fp8_gemm(*turned, *x, b_block=ROW_TILES, dtype=torch.float32)
+            return fp8_gemm(*transposed, *x, b_block=ROW_TILES, dtype=torch.float32)
 
         if ctx.needs_input_grad[0]:
-            dx_TK = ctx.quantized.input_gradient(along, dy_TN.dtype)
+            dx_TK = ctx.quantized.input_gradient(rowwise, dy_TN.dtype)
         if ctx.needs_input_grad[1]:
             if ctx.deferred is None:
                 dw_NK = weight_gradient()

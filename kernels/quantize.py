@@ -182,7 +182,7 @@ def quantize_triton(
 
 @triton.jit
 def _quantize_both(
-    x_ptr, fp8_ptr, scale_ptr, turned_ptr, turned_scale_ptr, M, K, block_rows, block_columns,
+    x_ptr, fp8_ptr, scale_ptr, transposed_ptr, transposed_scale_ptr, M, K, block_rows, block_columns,
     POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """An eighth of the work on one part of 128 x 128 numbers: 32 of its columns, or 32 of its rows.
@@ -192,17 +192,17 @@ def _quantize_both(
     """
     row, column, eighth = tl.program_id(1), tl.program_id(0) // 8, tl.program_id(0) % 8
     if eighth < 4:
-        _quantize_turned(
-            x_ptr, turned_ptr, turned_scale_ptr, row, column * 128 + eighth * 32, M, K, block_rows, POWER_OF_TWO
+        _quantize_transposed(
+            x_ptr, transposed_ptr, transposed_scale_ptr, row, column * 128 + eighth * 32, M, K, block_rows, POWER_OF_TWO
         )
     else:
-        _quantize_along(
+        _quantize_rowwise(
             x_ptr, fp8_ptr, scale_ptr, row * 128 + (eighth - 4) * 32, column, M, K, block_columns, POWER_OF_TWO
         )
 
 
 @triton.jit
-def _quantize_turned(x_ptr, fp8_ptr, scale_ptr, row, first, M, K, block_rows, POWER_OF_TWO: tl.constexpr):
+def _quantize_transposed(x_ptr, fp8_ptr, scale_ptr, row, first, M, K, block_rows, POWER_OF_TWO: tl.constexpr):
     """128 rows of 32 columns, transposed."""
     rows, columns = row * 128 + tl.arange(0, 128), first + tl.arange(0, 32)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
@@ -215,7 +215,7 @@ def _quantize_turned(x_ptr, fp8_ptr, scale_ptr, row, first, M, K, block_rows, PO
 
 
 @triton.jit
-def _quantize_along(x_ptr, fp8_ptr, scale_ptr, first, column, M, K, block_columns, POWER_OF_TWO: tl.constexpr):
+def _quantize_rowwise(x_ptr, fp8_ptr, scale_ptr, first, column, M, K, block_columns, POWER_OF_TWO: tl.constexpr):
     """32 rows of 128 columns."""
     rows, columns = first + tl.arange(0, 32), column * 128 + tl.arange(0, 128)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
@@ -235,11 +235,11 @@ def quantize_both_triton(
     i, j = contiguous_blocks(rows, BLOCK), contiguous_blocks(columns, BLOCK)
     fp8 = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x_MK.device)
     scales = torch.empty((rows, j), dtype=torch.float32, device=x_MK.device)
-    turned = torch.empty((columns, rows), dtype=torch.float8_e4m3fn, device=x_MK.device)
-    turned_scales = torch.empty((columns, i), dtype=torch.float32, device=x_MK.device)
+    transposed = torch.empty((columns, rows), dtype=torch.float8_e4m3fn, device=x_MK.device)
+    transposed_scales = torch.empty((columns, i), dtype=torch.float32, device=x_MK.device)
     if fp8.numel():
-        _quantize_both[(8 * j, i)](x_MK, fp8, scales, turned, turned_scales, rows, columns, i, j, power_of_two)
-    return (fp8, scales), (turned, turned_scales)
+        _quantize_both[(8 * j, i)](x_MK, fp8, scales, transposed, transposed_scales, rows, columns, i, j, power_of_two)
+    return (fp8, scales), (transposed, transposed_scales)
 
 
 def quantize(x_XMK: Tensor, block: tuple[int, int] = ROW_TILES, power_of_two: bool = False) -> tuple[Tensor, Tensor]:

@@ -54,12 +54,12 @@ def rope_reference(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
     """Rotates every pair of `x_BTHP` by its token's angle; returns the same shape and dtype."""
     cos, sin = cos_BTQ.unsqueeze(-2), sin_BTQ.unsqueeze(-2)
     even, odd = torch.unflatten(x_BTHP.to(cos.dtype), -1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_BTHP.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x_BTHP.dtype)
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x_ptr, cos_ptr, sin_ptr, y_ptr, N, T, H, P, x_batch, x_token, x_head, table_batch, table_token,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, OPPOSITE: tl.constexpr,
 ):  # fmt: skip
@@ -78,9 +78,9 @@ def _turn(
     sin = tl.load(sin_ptr + at, mask=known, other=0.0)
     if OPPOSITE:
         sin = -sin
-    turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TOKENS, HEADS, WIDTH])
+    rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TOKENS, HEADS, WIDTH])
     at = row_offset(row_offset(tokens, H) + heads, P) + columns
-    tl.store(y_ptr + at, rounded(turned, x.dtype), mask=inside)
+    tl.store(y_ptr + at, rounded(rotated, x.dtype), mask=inside)
 
 
 def _launch(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, opposite: bool) -> Tensor:
@@ -92,7 +92,7 @@ def _launch(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, opposite: bool) ->
         tile_heads = min(triton.next_power_of_2(heads), max(_TILE // width, 1))
         tile_tokens = max(_TILE // width // tile_heads, 1)
         grid = (triton.cdiv(batch * tokens, tile_tokens), triton.cdiv(heads, tile_heads))
-        _turn[grid](
+        _rotate[grid](
             x_BTHP, cos_BTQ, sin_BTQ, y_BTHP, batch * tokens, tokens, heads, size, *x_BTHP.stride()[:3], *table_strides,
             TOKENS=tile_tokens, HEADS=tile_heads, WIDTH=width, OPPOSITE=opposite,
         )  # fmt: skip
@@ -126,7 +126,7 @@ def rope_triton(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
     check_tensor("x_BTHP", x_BTHP, (None,) * 4, WIDE_DTYPES, strides=(None, None, None, 1))
     batch, tokens, _, size = x_BTHP.shape
     if size % 2:
-        raise ValueError(f"x_BTHP has shape {tuple(x_BTHP.shape)}, expected an even last axis: pairs are turned")
+        raise ValueError(f"x_BTHP has shape {tuple(x_BTHP.shape)}, expected an even last axis: pairs are rotated")
     shared = [1 if axis == 1 else full for axis, full in zip(cos_BTQ.shape, (batch, tokens), strict=False)]
     check_tensor("cos_BTQ", cos_BTQ, (*shared, size // 2), (torch.float32,), like=x_BTHP)
     check_tensor("sin_BTQ", sin_BTQ, cos_BTQ.shape, (torch.float32,), like=x_BTHP)

@@ -33,13 +33,13 @@ Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1
 
 
 class SwiGLUGradients(NamedTuple):
-    """along [R, 2F]: of gate and up. turned [2F, R]: the same, transposed. inner [F, R]: the product, transposed.
+    """rowwise [R, 2F]: of gate and up. transposed [2F, R]: the same, transposed. inner [F, R]: the product, transposed.
 
     weights_R: the gradient of the router's weights, FP32, or None.
     """
 
-    along: Quantized
-    turned: Quantized
+    rowwise: Quantized
+    transposed: Quantized
     inner: Quantized
     weights_R: Tensor | None
 
@@ -75,7 +75,7 @@ def swiglu_backward_reference(
 
 
 @triton.jit
-def _store_along(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
+def _store_rowwise(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
     """x as tiles of 1 x 128 of a matrix [R, width]; `tile` is the number of the tile within a row."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
     there = rows[:, None] < R
@@ -84,7 +84,7 @@ def _store_along(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
 
 
 @triton.jit
-def _store_turned(x, fp8_ptr, scale_ptr, rows, columns, tile, R):
+def _store_transposed(x, fp8_ptr, scale_ptr, rows, columns, tile, R):
     """x transposed, as tiles of 1 x 128 of a matrix [columns, R]."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=0, keep_dims=True), True)
     tl.store(fp8_ptr + row_offset(columns[:, None], R) + rows[None, :], tl.trans(scaled_e4m3(x, scales, True)))
@@ -105,9 +105,9 @@ def _forward(
     inner = gate * tl.sigmoid(gate) * up
     if WEIGHTED:
         inner *= tl.load(weight_ptr + rows, mask=rows < R, other=0.0)[:, None]
-    _store_along(inner, inner_ptr, inner_scale_ptr, rows, columns, tile, R, F)
-    _store_along(gate, held_ptr, held_scale_ptr, rows, columns, tile, R, 2 * F)
-    _store_along(up, held_ptr, held_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
+    _store_rowwise(inner, inner_ptr, inner_scale_ptr, rows, columns, tile, R, F)
+    _store_rowwise(gate, held_ptr, held_scale_ptr, rows, columns, tile, R, 2 * F)
+    _store_rowwise(up, held_ptr, held_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
 
 
 @triton.jit
@@ -132,49 +132,49 @@ def _gradients(held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns,
 @triton.jit
 def _backward(
     held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr,
-    along_ptr, along_scale_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr, d_weight_ptr,
+    rowwise_ptr, rowwise_scale_ptr, transposed_ptr, transposed_scale_ptr, inner_ptr, inner_scale_ptr, d_weight_ptr,
     R, F, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """An eighth of the work on one part of 128 x 128: 32 of its columns, for the tiles along the tokens, or 32 of its
     rows, for those along the rows. The eight run side by side: the second reading comes from the L2 cache."""
     block, tile, eighth = tl.program_id(1), tl.program_id(0) // 8, tl.program_id(0) % 8
     if eighth < 4:
-        _turned_gradients(
-            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr,
-            block, tile, eighth, R, F, WEIGHTED,
+        _transposed_gradients(
+            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr,
+            transposed_ptr, transposed_scale_ptr, inner_ptr, inner_scale_ptr, block, tile, eighth, R, F, WEIGHTED,
         )  # fmt: skip
     else:
-        _gradients_along(
-            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, along_ptr, along_scale_ptr, d_weight_ptr,
+        _rowwise_gradients(
+            held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rowwise_ptr, rowwise_scale_ptr, d_weight_ptr,
             block * 128 + (eighth - 4) * 32, tile, R, F, WEIGHTED,
         )  # fmt: skip
 
 
 @triton.jit
-def _turned_gradients(
-    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, turned_ptr, turned_scale_ptr, inner_ptr, inner_scale_ptr,
-    block, tile, quarter, R, F, WEIGHTED: tl.constexpr,
+def _transposed_gradients(
+    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr,
+    transposed_ptr, transposed_scale_ptr, inner_ptr, inner_scale_ptr, block, tile, quarter, R, F, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     rows, columns = block * 128 + tl.arange(0, 128), tile * 128 + quarter * 32 + tl.arange(0, 32)
     inner, d_gate, d_up, _ = _gradients(
         held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
     )
-    _store_turned(inner, inner_ptr, inner_scale_ptr, rows, columns, block, R)
-    _store_turned(d_gate, turned_ptr, turned_scale_ptr, rows, columns, block, R)
-    _store_turned(d_up, turned_ptr, turned_scale_ptr, rows, columns + F, block, R)
+    _store_transposed(inner, inner_ptr, inner_scale_ptr, rows, columns, block, R)
+    _store_transposed(d_gate, transposed_ptr, transposed_scale_ptr, rows, columns, block, R)
+    _store_transposed(d_up, transposed_ptr, transposed_scale_ptr, rows, columns + F, block, R)
 
 
 @triton.jit
-def _gradients_along(
-    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, along_ptr, along_scale_ptr, d_weight_ptr, first, tile, R, F,
+def _rowwise_gradients(
+    held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rowwise_ptr, rowwise_scale_ptr, d_weight_ptr, first, tile, R, F,
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     rows, columns = first + tl.arange(0, 32), tile * 128 + tl.arange(0, 128)
     _, d_gate, d_up, d_weight = _gradients(
         held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED
     )
-    _store_along(d_gate, along_ptr, along_scale_ptr, rows, columns, tile, R, 2 * F)
-    _store_along(d_up, along_ptr, along_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
+    _store_rowwise(d_gate, rowwise_ptr, rowwise_scale_ptr, rows, columns, tile, R, 2 * F)
+    _store_rowwise(d_up, rowwise_ptr, rowwise_scale_ptr, rows, columns + F, tile + F // 128, R, 2 * F)
     if WEIGHTED:
         tl.store(d_weight_ptr + row_offset(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
 
@@ -213,15 +213,15 @@ def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Te
     rows, inner = _sizes("gate_up", gate_up[0], FP8_DTYPES, weights_R)
     check_tensor("gate_up's scales", gate_up[1], (rows, 2 * inner // BLOCK), (torch.float32,), like=gate_up[0])
     check_tensor("d_inner_RF", d_inner_RF, (rows, inner), WIDE_DTYPES, like=gate_up[0])
-    along, turned = _room(rows, 2 * inner, d_inner_RF), _room(2 * inner, rows, d_inner_RF)
+    rowwise, transposed = _room(rows, 2 * inner, d_inner_RF), _room(2 * inner, rows, d_inner_RF)
     product = _room(inner, rows, d_inner_RF)
     parts_RJ = torch.empty((rows, inner // BLOCK), dtype=torch.float32, device=d_inner_RF.device)
     if rows * inner:
         _backward[(8 * (inner // BLOCK), rows // BLOCK)](
-            *gate_up, d_inner_RF, d_inner_RF if weights_R is None else weights_R, *along, *turned, *product, parts_RJ,
-            rows, inner, WEIGHTED=weights_R is not None, num_warps=8,
+            *gate_up, d_inner_RF, d_inner_RF if weights_R is None else weights_R, *rowwise, *transposed,
+            *product, parts_RJ, rows, inner, WEIGHTED=weights_R is not None, num_warps=8,
         )  # fmt: skip
-    return SwiGLUGradients(along, turned, product, None if weights_R is None else parts_RJ.sum(1))
+    return SwiGLUGradients(rowwise, transposed, product, None if weights_R is None else parts_RJ.sum(1))
 
 
 def swiglu_quantize(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:

@@ -37,7 +37,7 @@ class RotaryTable:
     cos_BTQ: Tensor
     sin_BTQ: Tensor
 
-    def turn(self, x_BTHP: Tensor) -> Tensor:
+    def rotate(self, x_BTHP: Tensor) -> Tensor:
         return rope(x_BTHP, self.cos_BTQ, self.sin_BTQ)
 
 
@@ -114,9 +114,9 @@ class LatentAttention(nn.Module):
         q_nope_BTHN, q_rope_BTHP = q.unflatten(-1, (self.config.num_attention_heads, -1)).split(
             [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1
         )
-        return q_nope_BTHN, rotary.turn(q_rope_BTHP)
+        return q_nope_BTHN, rotary.rotate(q_rope_BTHP)
 
     def _latents(self, kv_low: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
         """The normalised latent and the rotated key, which are what the cache holds."""
         latent_BTC, k_rope_BTP = torch.split(kv_low, [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent_BTC), rotary.turn(k_rope_BTP.unsqueeze(2))
+        return self.kv_a_layernorm(latent_BTC), rotary.rotate(k_rope_BTP.unsqueeze(2))

@@ -52,8 +52,8 @@ def test_turning_tiles_rounds_no_mantissa_again():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 256, generator=generator) * torch.exp(torch.randn(256, 1, generator=generator))
     once = _seen(x, ROW_TILES)
-    turned, scales = quantize(once.float(), COLUMN_TILES, power_of_two=True)
-    twice = dequantize(turned, scales, COLUMN_TILES).double()
+    transposed, scales = quantize(once.float(), COLUMN_TILES, power_of_two=True)
+    twice = dequantize(transposed, scales, COLUMN_TILES).double()
     normal = once.abs() >= scales.double().repeat_interleave(128, 0)[:256] * 2.0**-6
     assert normal.float().mean() > 0.9
     assert torch.equal(once[normal], twice[normal])

@@ -148,10 +148,10 @@ def test_triton_gives_the_references_bits(block, rows, columns, stack, exponent,
 @settings(max_examples=examples(15))
 def test_both_directions_in_one_pass(rows, columns, exponent, power_of_two, seed):
     x = draw((rows, columns), exponent, seed=seed)
-    along, turned = quantize_both_reference(x, power_of_two)
-    assert turned[0].is_contiguous()
-    same_bits(turned[0].t().contiguous(), quantize_reference(x, (128, 1), power_of_two)[0])
-    for found, expected in zip(quantize_both_triton(x, power_of_two), (along, turned), strict=True):
+    rowwise, transposed = quantize_both_reference(x, power_of_two)
+    assert transposed[0].is_contiguous()
+    same_bits(transposed[0].t().contiguous(), quantize_reference(x, (128, 1), power_of_two)[0])
+    for found, expected in zip(quantize_both_triton(x, power_of_two), (rowwise, transposed), strict=True):
         same_bits(found[0], expected[0])
         same_bits(found[1], expected[1])
 

@@ -156,8 +156,8 @@ def test_wrong_arguments_are_named(monkeypatch):
     with pytest.raises(ValueError, match="expected at most 32768 elements in the last axis"):
         rms_norm_triton(torch.zeros(1, 32769), torch.zeros(32769), EPS)
     monkeypatch.setenv("MORAY_KERNELS", "triton")
-    turned = draw((6, 4)).t()
-    same_bits(rms_norm(turned, weight, EPS), rms_norm_reference(turned, weight, EPS))
+    transposed = draw((6, 4)).t()
+    same_bits(rms_norm(transposed, weight, EPS), rms_norm_reference(transposed, weight, EPS))
     assert rms_norm(x.double(), weight.double(), EPS).dtype == torch.float64
 
 

@@ -116,6 +116,6 @@ def test_wrong_arguments_are_named(monkeypatch):
     with pytest.raises(ValueError, match="sin_BTQ is on device meta, expected cpu"):
         rope_triton(x, table, table.to("meta"))
     monkeypatch.setenv("MORAY_KERNELS", "triton")
-    turned, tables = draw((2, 5, 8, 3)).transpose(2, 3), rope_table(torch.arange(5)[None], 8, 10000.0, torch.float32)
-    same_bits(rope(turned, *tables), rope_reference(turned, *tables))
+    strided, tables = draw((2, 5, 8, 3)).transpose(2, 3), rope_table(torch.arange(5)[None], 8, 10000.0, torch.float32)
+    same_bits(rope(strided, *tables), rope_reference(strided, *tables))
     assert rope(x.double(), table.double(), table.double()).dtype == torch.float64

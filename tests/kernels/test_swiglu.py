@@ -78,7 +78,7 @@ def test_backward(rows, inner, exponent, weighted, dtype, seed):
     weights = draw((rows,), seed=seed + 2).abs() if weighted else None
     expected = swiglu_backward_reference(held, d_inner, weights)
     found = swiglu_backward_triton(held, d_inner, weights)
-    for name in ("along", "turned", "inner"):
+    for name in ("rowwise", "transposed", "inner"):
         _same_but_for_edges(getattr(found, name), getattr(expected, name))
     both = dequantize(*held).double().requires_grad_()
     factor = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
@@ -87,8 +87,8 @@ def test_backward(rows, inner, exponent, weighted, dtype, seed):
     product = F.silu(gate) * up * factor.unsqueeze(1)
     product.backward(d_inner.double())
     for quantized, exact in (
-        (expected.along, both.grad),
-        (expected.turned, both.grad.t()),
+        (expected.rowwise, both.grad),
+        (expected.transposed, both.grad.t()),
         (expected.inner, product.detach().t()),
     ):
         largest = exact.abs().amax().item() if exact.numel() else 0

@@ -34,8 +34,8 @@ def test_a_packed_row_loses_nothing_more_when_its_columns_are_quantised():
     x = torch.randn(256, 300, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 300)
     read = unpack_rows(pack_rows(x), 300, torch.float32)
     near = read.abs() > read.abs().amax(0) * 2.0**-13
-    turned = dequantize(*quantize(read, COLUMN_TILES, power_of_two=True), COLUMN_TILES)
-    assert torch.equal(turned[near], read[near])
+    transposed = dequantize(*quantize(read, COLUMN_TILES, power_of_two=True), COLUMN_TILES)
+    assert torch.equal(transposed[near], read[near])
 
 
 def test_a_number_costs_little_more_than_a_byte():
