@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.quantize import BLOCK, E4M3_MAX
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import INTERPRETED, backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 
 _SMALLEST = 2.0**-6  # of E4M3's normal numbers
@@ -231,7 +231,7 @@ def adamw_fp8_triton(
     check_tensor("master_N", master_N, (None,), (torch.float32,))
     count = len(master_N)
     blocks = contiguous_blocks(count, BLOCK)
-    check_tensor("grad_N", grad_N, (count,), WIDE_DTYPES, like=master_N)
+    check_tensor("grad_N", grad_N, (count,), FLOAT_DTYPES, like=master_N)
     for name, moment in (("first", first), ("second", second)):
         check_tensor(f"{name}.fp8_N", moment.fp8_N, (count,), (torch.float8_e4m3fn,), like=master_N)
         check_tensor(f"{name}.scales_J", moment.scales_J, (blocks,), (torch.float32,), like=master_N)
@@ -267,8 +267,8 @@ def adamw_fp8(
         "step": step, "rate": rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon,
         "weight_decay": weight_decay, "expand": expand,
     }  # fmt: skip
-    wide = torch.float64 in (master_N.dtype, grad_N.dtype)
-    if not wide and backend(master_N) == "triton":
+    in_float64 = torch.float64 in (master_N.dtype, grad_N.dtype)
+    if not in_float64 and backend(master_N) == "triton":
         adamw_fp8_triton(master_N, grad_N.contiguous(), first, second, **numbers)
         return
     for start in range(0, len(master_N), _SLICE):

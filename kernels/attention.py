@@ -39,11 +39,11 @@ from torch.autograd.function import once_differentiable
 from moray.kernels.attention_backward import KeptTensors, attention_backward
 from moray.kernels.attention_forward import attention_forward
 from moray.kernels.attention_tiles import KernelBlocks, default_blocks
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend
 from moray.kernels.util.document_bounds import DocumentBounds
 
-_WIDEST = 256  # elements of a query head
+_MAX_WIDTH = 256  # elements of a query head
 
 
 def _fused(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -143,12 +143,12 @@ def causal_attention_triton(
     """
     lead = tuple(q_BTHA.shape[:3])
     strides = (None, None, None, 1)
-    check_tensor("q_BTHA", q_BTHA, (None,) * 4, WIDE_DTYPES, strides=strides)
+    check_tensor("q_BTHA", q_BTHA, (None,) * 4, FLOAT_DTYPES, strides=strides)
     check_tensor("k_BTHA", k_BTHA, q_BTHA.shape, (q_BTHA.dtype,), like=q_BTHA, strides=strides)
     check_tensor("v_BTHV", v_BTHV, (*lead, None), (q_BTHA.dtype,), like=q_BTHA, strides=strides)
     _check_width(q_BTHA, v_BTHV)
-    if q_BTHA.shape[-1] > _WIDEST:
-        raise ValueError(f"query heads of {q_BTHA.shape[-1]}, expected {_WIDEST} at most")
+    if q_BTHA.shape[-1] > _MAX_WIDTH:
+        raise ValueError(f"query heads of {q_BTHA.shape[-1]}, expected {_MAX_WIDTH} at most")
     if not scale > 0:
         raise ValueError(f"scale = {scale}, expected a positive number")
     start_BT = _starts(documents, q_BTHA)

@@ -14,25 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.permute import PaddedOrder, check_permutation, fill_padding, sum_slots_triton, wide_dtype
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.permute import PaddedOrder, check_permutation, fill_padding, sum_slots_triton, accumulation_dtype
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, row_offset
 
 
 def _check(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder, dtypes: tuple[torch.dtype, ...]) -> None:
     check_tensor("rows_RD", rows_RD, (None, None), dtypes)
-    check_tensor("weights_TK", weights_TK, order.positions_TK.shape, (wide_dtype(rows_RD.dtype),), like=rows_RD)
+    check_tensor("weights_TK", weights_TK, order.positions_TK.shape, (accumulation_dtype(rows_RD.dtype),), like=rows_RD)
     check_permutation(order, rows_RD, len(weights_TK), len(rows_RD))
 
 
 def combine_padded_reference(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder) -> Tensor:
     """As `combine_padded`, differentiable by PyTorch, in float64 as well."""
-    _check(rows_RD, weights_TK, order, (*WIDE_DTYPES, torch.float64))
-    wide = wide_dtype(rows_RD.dtype)
+    _check(rows_RD, weights_TK, order, (*FLOAT_DTYPES, torch.float64))
+    accum_dtype = accumulation_dtype(rows_RD.dtype)
     here_TK = order.positions_TK >= 0
     # What is not routed here takes one row more, of zeros.
     places_TK = torch.where(here_TK, order.positions_TK, len(rows_RD)).long()
-    rows_RD, dtype = torch.cat((rows_RD.to(wide), rows_RD.new_zeros((1, rows_RD.shape[1]), dtype=wide))), rows_RD.dtype
+    dtype, zeros_1D = rows_RD.dtype, rows_RD.new_zeros((1, rows_RD.shape[1]), dtype=accum_dtype)
+    rows_RD = torch.cat((rows_RD.to(accum_dtype), zeros_1D))
     weights_TK = torch.where(here_TK, weights_TK, 0.0)
     total_TD = rows_RD.new_zeros((len(weights_TK), rows_RD.shape[1]))
     for places_T, weights_T in zip(places_TK.unbind(1), weights_TK.unbind(1), strict=True):
@@ -92,7 +93,7 @@ class _CombinePadded(torch.autograd.Function):
 
 def combine_padded_triton(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder) -> Tensor:
     """As `combine_padded`, one launch forward and one backward. Contiguous FP32, BF16 or FP16 rows, FP32 weights."""
-    _check(rows_RD, weights_TK, order, WIDE_DTYPES)
+    _check(rows_RD, weights_TK, order, FLOAT_DTYPES)
     out_TD: Tensor = _CombinePadded.apply(rows_RD, weights_TK, order)  # type: ignore[no-untyped-call]
     return out_TD
 

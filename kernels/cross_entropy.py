@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, rounded, row_offset
 
 # Logits of a chunk: 8 MB on the CPU (about what two cores' caches hold), 512 MB elsewhere (large products).
@@ -50,9 +50,9 @@ def _chunk_reference(
     The softmax is one fused pass, and its largest probability, at least 1 / V, tells the sum: no word's loss is lost to
     a probability that is too small for FP32.
     """
-    wide = torch.float64 if hidden_CD.dtype == torch.float64 else torch.float32
+    compute_dtype = torch.float64 if hidden_CD.dtype == torch.float64 else torch.float32
     targets_C1 = torch.where(keep_C, targets_C, 0).unsqueeze(1)
-    logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
+    logits_CV = (hidden_CD @ weight_VD.t()).to(compute_dtype)
     picked_C1 = logits_CV.gather(1, targets_C1)
     peak_C1, place_C1 = logits_CV.max(1, keepdim=True)
     probs_CV = logits_CV.softmax(1)
@@ -121,17 +121,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         grads: bool,
     ) -> Tensor:
-        wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        compute_dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=compute_dtype, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if grads else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if grads else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=compute_dtype) if grads else None
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             chunk_loss, d_logits_CV = form(hidden_TD[part], weight_VD, targets_T[part], keep_T[part], grads)
             loss += chunk_loss
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(d_logits_CV, weight_VD, out=grad_hidden[part])
-                if weight_VD.dtype == wide:
+                if weight_VD.dtype == compute_dtype:
                     grad_weight.addmm_(d_logits_CV.t(), hidden_TD[part])
                 else:
                     grad_weight += d_logits_CV.t() @ hidden_TD[part]
@@ -175,7 +175,7 @@ def cross_entropy_sum_triton(
 
     hidden and weight both FP32, both BF16 or both FP16, of any strides. Raises ValueError for what does not fit.
     """
-    check_tensor("weight_VD", weight_VD, (None, None), WIDE_DTYPES, strides=(None, None))
+    check_tensor("weight_VD", weight_VD, (None, None), FLOAT_DTYPES, strides=(None, None))
     vocab, size = weight_VD.shape
     check_tensor("hidden_TD", hidden_TD, (None, size), (weight_VD.dtype,), like=weight_VD, strides=(None, None))
     check_tensor("targets_T", targets_T, (len(hidden_TD),), (torch.int64,), like=weight_VD)

@@ -47,24 +47,24 @@ def _grouped(x: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.d
     """Each expert's rows times its weight, transposed."""
     if backend(x[0]) == "triton":
         return fp8_gemm_grouped_triton(*x, weight.fp8, weight.scales, offsets_E1, dtype=dtype)
-    return _grouped_on_cpu(x, weight.wide.transpose(1, 2), offsets_E1, dtype)
+    return _grouped_on_cpu(x, weight.dequantized.transpose(1, 2), offsets_E1, dtype)
 
 
 def _grouped_input_gradient(dy: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
     """Each expert's rows times its weight."""
     if backend(dy[0]) == "triton":
         return fp8_gemm_grouped_triton(*dy, *weight.transposed, offsets_E1, dtype=dtype)
-    return _grouped_on_cpu(dy, weight.wide, offsets_E1, dtype)
+    return _grouped_on_cpu(dy, weight.dequantized, offsets_E1, dtype)
 
 
 def _grouped_on_cpu(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
     """On the CPU: from what the numbers stand for."""
-    wide_RK = dequantize(*x, dtype=dtype)
-    out_RN = wide_RK.new_zeros((wide_RK.shape[0], factors_EKN.shape[2]))
+    x_RK = dequantize(*x, dtype=dtype)
+    out_RN = x_RK.new_zeros((x_RK.shape[0], factors_EKN.shape[2]))
     edges = offsets_E1.tolist()
     for expert, factor_KN in enumerate(factors_EKN.unbind(0)):
         part = slice(edges[expert], edges[expert + 1])
-        out_RN[part] = wide_RK[part] @ factor_KN.to(dtype)
+        out_RN[part] = x_RK[part] @ factor_KN.to(dtype)
     return out_RN
 
 

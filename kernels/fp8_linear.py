@@ -48,7 +48,7 @@ class Fp8Weight:
         return self.fp8.transpose(-1, -2).contiguous(), self.scales.transpose(-1, -2).contiguous()
 
     @cached_property
-    def wide(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """What the numbers stand for, in BF16, which holds it exactly: for products on the CPU."""
         return dequantize(self.fp8, self.scales, WEIGHT_BLOCKS, torch.bfloat16)
 
@@ -56,13 +56,13 @@ class Fp8Weight:
         """x w^T: [T, N]."""
         if backend(x[0]) == "triton":
             return fp8_gemm_triton(*x, self.fp8, self.scales, dtype=dtype)
-        return dequantize(*x, dtype=dtype) @ self.wide.t().to(dtype)
+        return dequantize(*x, dtype=dtype) @ self.dequantized.t().to(dtype)
 
     def input_gradient(self, dy: Quantized, dtype: torch.dtype) -> Tensor:
         """dy w: [T, K]."""
         if backend(dy[0]) == "triton":
             return fp8_gemm_triton(*dy, *self.transposed, dtype=dtype)
-        return dequantize(*dy, dtype=dtype) @ self.wide.to(dtype)
+        return dequantize(*dy, dtype=dtype) @ self.dequantized.to(dtype)
 
 
 def fp8_weight(weight: Tensor) -> Fp8Weight:

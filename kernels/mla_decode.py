@@ -28,7 +28,7 @@ from torch import Tensor
 
 from moray.kernels.attention import attention_form
 from moray.kernels.attention_tiles import dot
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import row_offset
 
 # Programs that keep a GPU of 132 multiprocessors busy, and positions that are worth a program.
@@ -49,8 +49,8 @@ def mla_decode_reference(
     visible_BTL = reach <= positions_BT.clamp(min=0).unsqueeze(-1)
     scores_BTHL = torch.einsum("bthc,blc->bthl", q_BTHC, cached_BLC) * scale
     scores_BTHL = scores_BTHL.masked_fill(~visible_BTL.unsqueeze(2), float("-inf"))
-    wide = torch.float64 if q_BTHC.dtype == torch.float64 else torch.float32
-    weights_BTHL = scores_BTHL.softmax(-1, dtype=wide).to(q_BTHC.dtype)
+    compute_dtype = torch.float64 if q_BTHC.dtype == torch.float64 else torch.float32
+    weights_BTHL = scores_BTHL.softmax(-1, dtype=compute_dtype).to(q_BTHC.dtype)
     out_BTHR = torch.einsum("bthl,blc->bthc", weights_BTHL, cached_BLC[..., :rank])
     return out_BTHR.masked_fill((positions_BT < 0)[..., None, None], 0.0)
 
@@ -155,9 +155,9 @@ def _splits(programs: int, reach: int) -> int:
 
 
 def _check(q_BTHC: Tensor, cache_KSC: Tensor, tables_BN: Tensor, positions_BT: Tensor, scale: float, rank: int) -> None:
-    check_tensor("q_BTHC", q_BTHC, (None,) * 4, WIDE_DTYPES)
+    check_tensor("q_BTHC", q_BTHC, (None,) * 4, FLOAT_DTYPES)
     batch, tokens, _, width = q_BTHC.shape
-    check_tensor("cache_KSC", cache_KSC, (None, None, width), WIDE_DTYPES, like=q_BTHC)
+    check_tensor("cache_KSC", cache_KSC, (None, None, width), FLOAT_DTYPES, like=q_BTHC)
     check_tensor("tables_BN", tables_BN, (batch, None), (torch.int32, torch.int64), like=q_BTHC)
     check_tensor("positions_BT", positions_BT, (batch, tokens), (torch.int32, torch.int64), like=q_BTHC)
     if not scale > 0:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.util.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FP8_DTYPES, FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 TILE = 128
@@ -96,12 +96,12 @@ def _count_blocks(ids_ptr, block_counts_ptr, P, E, PAIRS: tl.constexpr, BINS: tl
 
 
 @triton.jit
-def _sum_blocks(block_counts_ptr, counts_ptr, blocks, E, TALL: tl.constexpr, WIDE: tl.constexpr):
+def _sum_blocks(block_counts_ptr, counts_ptr, blocks, E, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """Some experts' counts of a block become those of all blocks before it; and their sums over all blocks."""
-    experts = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-    total = tl.zeros((WIDE,), tl.int32)
-    for first in range(0, blocks, TALL):
-        rows = first + tl.arange(0, TALL)
+    experts = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.int32)
+    for first in range(0, blocks, HEIGHT):
+        rows = first + tl.arange(0, HEIGHT)
         inside = (rows[:, None] < blocks) & (experts[None, :] < E)
         at = block_counts_ptr + row_offset(rows[:, None], E) + experts[None, :]
         counts = tl.load(at, mask=inside, other=0)
@@ -152,9 +152,9 @@ def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TIL
     block_counts = torch.empty((blocks, num_experts), dtype=torch.int32, device=device)
     if blocks:
         _count_blocks[(blocks,)](expert_ids_TK, block_counts, pairs, num_experts, PAIRS=_PAIRS, BINS=bins)
-    wide = 16
-    _sum_blocks[(contiguous_blocks(num_experts, wide),)](
-        block_counts, counts_E, blocks, num_experts, TALL=64, WIDE=wide
+    program_width = 16
+    _sum_blocks[(contiguous_blocks(num_experts, program_width),)](
+        block_counts, counts_E, blocks, num_experts, HEIGHT=64, WIDTH=program_width
     )
     _place_pairs[(max(blocks, 1),)](
         expert_ids_TK, block_counts, counts_E, offsets_E1, positions_TK, pairs, num_experts,
@@ -186,7 +186,7 @@ def check_permutation(order: PaddedOrder, like: Tensor, tokens: int, capacity: i
         raise ValueError(f"capacity = {capacity} rows, expected at least {least} (padded_capacity)")
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over rows of `dtype` are taken in: FP32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -196,18 +196,18 @@ def spread_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fil
     check_permutation(order, x_TD, len(x_TD), capacity)
     # What is not routed here goes to one row more, which is cut off again.
     places_R = torch.where(order.positions_TK < 0, capacity, order.positions_TK).flatten().long()
-    wide_TD = x_TD.to(wide_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
-    copies_RD = wide_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
+    upcast_TD = x_TD.to(accumulation_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
+    copies_RD = upcast_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
     rows_RD = copies_RD.new_full((capacity + 1, x_TD.shape[1]), fill).index_copy(0, places_R, copies_RD)
     return rows_RD[:capacity].to(x_TD.dtype)
 
 
 @triton.jit
-def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl.constexpr, TALL: tl.constexpr):
+def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl.constexpr, HEIGHT: tl.constexpr):
     """Some columns of the padding behind an expert's rows."""
     end = tl.load(offsets_ptr + expert + 1)
-    for first in range(tl.load(offsets_ptr + expert) + tl.load(counts_ptr + expert), end, TALL):
-        rows = (first + tl.arange(0, TALL)).to(tl.int64)
+    for first in range(tl.load(offsets_ptr + expert) + tl.load(counts_ptr + expert), end, HEIGHT):
+        rows = (first + tl.arange(0, HEIGHT)).to(tl.int64)
         inside = (rows[:, None] < end) & (columns[None, :] < D)
         tl.store(rows_ptr + rows[:, None] * D + columns[None, :], FILL, mask=inside)
 
@@ -215,12 +215,12 @@ def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl
 @triton.jit
 def _spread_columns(
     x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, columns, D, E,
-    K: tl.constexpr, FILL: tl.constexpr, TALL: tl.constexpr,
+    K: tl.constexpr, FILL: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one expert's padding or of one token's row."""
     program = tl.program_id(0)
     if program < E:
-        fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, TALL)
+        fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, HEIGHT)
     else:
         token = program - E
         x = tl.load(x_ptr + row_offset(token, D) + columns, mask=columns < D)
@@ -251,8 +251,8 @@ def _spread_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, c
     """Rows and their scales, if there are any."""
     tokens, width = x_TD.shape
     check_permutation(order, x_TD, tokens, capacity)
-    wide = row_width(width)
-    parts, scales = contiguous_blocks(width, wide), 0
+    program_width = row_width(width)
+    parts, scales = contiguous_blocks(width, program_width), 0
     rows_RD = torch.empty((capacity, width), dtype=x_TD.dtype, device=x_TD.device)
     row_scales_RJ = x_TD.new_empty((capacity, 0), dtype=torch.float32)
     if scales_TJ is not None:
@@ -263,7 +263,7 @@ def _spread_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, c
         _spread[(experts + tokens, parts + (scales > 0))](
             x_TD, scales_TJ if scales else row_scales_RJ, rows_RD, row_scales_RJ,
             order.positions_TK, order.offsets_E1, order.counts_E, width, scales, experts,
-            K=slots, WIDTH=wide, SCALES=triton.next_power_of_2(scales) if scales else 0,
+            K=slots, WIDTH=program_width, SCALES=triton.next_power_of_2(scales) if scales else 0,
         )  # fmt: skip
     return rows_RD, row_scales_RJ
 
@@ -299,10 +299,10 @@ def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: T
     width = rows_RD.shape[1]
     out_TD = torch.empty((tokens, width), dtype=rows_RD.dtype, device=rows_RD.device)
     if out_TD.numel():
-        wide = row_width(width)
-        _sum_slots[(tokens, contiguous_blocks(width, wide))](
+        program_width = row_width(width)
+        _sum_slots[(tokens, contiguous_blocks(width, program_width))](
             rows_RD, positions_TK if weights_TK is None else weights_TK, positions_TK, out_TD, width,
-            K=slots, WIDTH=wide, WEIGHTED=weights_TK is not None,
+            K=slots, WIDTH=program_width, WEIGHTED=weights_TK is not None,
         )  # fmt: skip
     return out_TD
 
@@ -338,7 +338,7 @@ class _SpreadPadded(torch.autograd.Function):
 
 def spread_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
     """As `spread_padded`, in one launch. Contiguous FP32, BF16 or FP16."""
-    check_tensor("x_TD", x_TD, (None, None), WIDE_DTYPES)
+    check_tensor("x_TD", x_TD, (None, None), FLOAT_DTYPES)
     rows_RD: Tensor = _SpreadPadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
     return rows_RD
 

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from moray.kernels.quantize import scaled_e4m3, tile_scales
 from moray.kernels.rows_cpu import compiles, push_rows_compiled
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, magnitude_bits, row_offset
 from moray.kernels.wire import pack_rows_reference, packed_width
 
 
 def _check(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
     """Whether every row finds its place is not asked: that would wait for a device."""
-    check_tensor("rows_TD", rows_TD, (None, None), WIDE_DTYPES)
+    check_tensor("rows_TD", rows_TD, (None, None), FLOAT_DTYPES)
     check_tensor("metadata_TN", metadata_TN, (len(rows_TD), None), (torch.uint8,), like=rows_TD)
     check_tensor("sent_PT", sent_PT, (len(inboxes), len(rows_TD)), (torch.bool,), like=rows_TD)
     width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
 
 E4M3_MAX = 448.0
@@ -43,14 +43,14 @@ def _blocks(x_XMK: Tensor, block: tuple[int, int]) -> Tensor:
     return torch.unflatten(torch.unflatten(padded, -1, (-1, block[1])), -3, (-1, block[0]))
 
 
-def widened(fp8: Tensor) -> Tensor:
+def fp8_to_bf16(fp8: Tensor) -> Tensor:
     """E4M3 numbers in BF16, which holds all of them; on the CPU by their bits, five times as fast as torch's cast."""
     if fp8.device.type != "cpu":
         return fp8.bfloat16()
     # Sign and seven bits move to BF16's places, whose exponent counts from 127 instead of 7.
     bits = fp8.view(torch.int8).to(torch.int16)
-    wide = ((bits << 4) & -0x7810).view(torch.bfloat16).mul_(2.0**120)
-    return wide.masked_fill_((bits & 0x7F) == 0x7F, float("nan"))
+    bf16 = ((bits << 4) & -0x7810).view(torch.bfloat16).mul_(2.0**120)
+    return bf16.masked_fill_((bits & 0x7F) == 0x7F, float("nan"))
 
 
 def _unblock(blocks: Tensor, rows: int, columns: int) -> Tensor:
@@ -83,8 +83,8 @@ def dequantize_reference(
     fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int] = (1, BLOCK), dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """FP8 numbers times their scales, in `dtype`."""
-    wide = _blocks(widened(fp8_XMK), block) * scales_XIJ[..., :, None, :, None]
-    return _unblock(wide, *fp8_XMK.shape[-2:]).to(dtype).contiguous()
+    values = _blocks(fp8_to_bf16(fp8_XMK), block) * scales_XIJ[..., :, None, :, None]
+    return _unblock(values, *fp8_XMK.shape[-2:]).to(dtype).contiguous()
 
 
 def check_scales(fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int]) -> None:
@@ -97,10 +97,10 @@ def check_scales(fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int]) ->
 
 def quantize_rows_int8(x_XK: Tensor) -> tuple[Tensor, Tensor]:
     """(INT8 numbers, FP32 scales_X1): a row's scale is its largest magnitude over 127. A row of zeros has scale 1."""
-    wide = x_XK.float()
-    largest_X1 = wide.abs().amax(-1, keepdim=True)
+    upcast_XK = x_XK.float()
+    largest_X1 = upcast_XK.abs().amax(-1, keepdim=True)
     scales_X1 = torch.where(largest_X1 > 0, largest_X1 / 127.0, 1.0)
-    return (wide / scales_X1).round().to(torch.int8), scales_X1
+    return (upcast_XK / scales_X1).round().to(torch.int8), scales_X1
 
 
 def quantize_both_reference(
@@ -136,11 +136,11 @@ def scaled_e4m3(x, scales, POWER_OF_TWO: tl.constexpr):
 @triton.jit
 def _quantize(
     x_ptr, fp8_ptr, scale_ptr, M, K, block_rows, block_columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """One part of TALL x WIDE numbers: ROWS and COLUMNS of a block are 1 or TALL, 1 or WIDE."""
+    """One part of HEIGHT x WIDTH numbers: ROWS and COLUMNS of a block are 1 or HEIGHT, 1 or WIDTH."""
     row, column, stack = tl.program_id(1), tl.program_id(0), tl.program_id(2)
-    rows, columns = row * TALL + tl.arange(0, TALL), column * WIDE + tl.arange(0, WIDE)
+    rows, columns = row * HEIGHT + tl.arange(0, HEIGHT), column * WIDTH + tl.arange(0, WIDTH)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
     at = row_offset(row_offset(stack, M) + rows[:, None], K) + columns[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -151,8 +151,8 @@ def _quantize(
         largest = tl.max(largest, axis=0, keep_dims=True)
     scales = tile_scales(largest, POWER_OF_TWO)
     tl.store(fp8_ptr + at, scaled_e4m3(x, scales, POWER_OF_TWO), mask=inside)
-    i = row * (TALL // ROWS) + tl.arange(0, TALL // ROWS)
-    j = column * (WIDE // COLUMNS) + tl.arange(0, WIDE // COLUMNS)
+    i = row * (HEIGHT // ROWS) + tl.arange(0, HEIGHT // ROWS)
+    j = column * (WIDTH // COLUMNS) + tl.arange(0, WIDTH // COLUMNS)
     there = (i[:, None] < block_rows) & (j[None, :] < block_columns)
     at = row_offset(row_offset(stack, block_rows) + i[:, None], block_columns) + j[None, :]
     tl.store(scale_ptr + at, scales, mask=there)
@@ -164,18 +164,18 @@ def quantize_triton(
     """The same bits as `quantize_reference`, for blocks of 1 x 128, 128 x 1 and 128 x 128 of contiguous tensors."""
     if block not in _PARTS:
         raise ValueError(f"block = {block}, expected one of {', '.join(map(str, _PARTS))}")
-    check_tensor("x_XMK", x_XMK, (None,) * max(x_XMK.dim(), 2), WIDE_DTYPES)
+    check_tensor("x_XMK", x_XMK, (None,) * max(x_XMK.dim(), 2), FLOAT_DTYPES)
     *lead, rows, columns = x_XMK.shape
     i, j = contiguous_blocks(rows, block[0]), contiguous_blocks(columns, block[1])
     fp8 = torch.empty(x_XMK.shape, dtype=torch.float8_e4m3fn, device=x_XMK.device)
     scales = torch.empty((*lead, i, j), dtype=torch.float32, device=x_XMK.device)
     if fp8.numel():
-        tall, wide = _PARTS[block]
+        height, width = _PARTS[block]
         stack = x_XMK.numel() // (rows * columns)
-        grid = (triton.cdiv(columns, wide), triton.cdiv(rows, tall), stack)
+        grid = (triton.cdiv(columns, width), triton.cdiv(rows, height), stack)
         _quantize[grid](
             x_XMK, fp8, scales, rows, columns, i, j,
-            ROWS=block[0], COLUMNS=block[1], TALL=tall, WIDE=wide, POWER_OF_TWO=power_of_two,
+            ROWS=block[0], COLUMNS=block[1], HEIGHT=height, WIDTH=width, POWER_OF_TWO=power_of_two,
         )  # fmt: skip
     return fp8, scales
 
@@ -230,7 +230,7 @@ def quantize_both_triton(
     x_MK: Tensor, power_of_two: bool = False
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The same bits as `quantize_both_reference`, in one pass."""
-    check_tensor("x_MK", x_MK, (None, None), WIDE_DTYPES)
+    check_tensor("x_MK", x_MK, (None, None), FLOAT_DTYPES)
     rows, columns = x_MK.shape
     i, j = contiguous_blocks(rows, BLOCK), contiguous_blocks(columns, BLOCK)
     fp8 = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x_MK.device)

@@ -20,17 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, rounded, row_offset
 
-_WIDEST = 32768
+_MAX_WIDTH = 32768
 _WHOLE = 8192  # elements of a row up to which the backward holds it in registers
 _TILE = 4096  # elements that narrow rows are gathered up to, and that wide rows are cut into
 _PROGRAMS = 264  # of the backward: two for each of an H100's processors; a number of the device's would change bits
 
 
-def _inverse(wide_XD: Tensor, eps: float) -> Tensor:
-    return (wide_XD * wide_XD).mean(-1, keepdim=True).add_(eps).rsqrt_()
+def _inverse(upcast_XD: Tensor, eps: float) -> Tensor:
+    return (upcast_XD * upcast_XD).mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 class _RmsNormReference(torch.autograd.Function):
@@ -38,20 +38,20 @@ class _RmsNormReference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        wide_XD = x_XD if x_XD.dtype == torch.float64 else x_XD.float()
-        inverse_X1 = _inverse(wide_XD, eps)
+        upcast_XD = x_XD if x_XD.dtype == torch.float64 else x_XD.float()
+        inverse_X1 = _inverse(upcast_XD, eps)
         ctx.save_for_backward(x_XD, weight_D, inverse_X1)
-        return (wide_XD * inverse_X1).to(x_XD.dtype) * weight_D
+        return (upcast_XD * inverse_X1).to(x_XD.dtype) * weight_D
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, Tensor, None]:
         x_XD, weight_D, inverse_X1 = ctx.saved_tensors
-        size, wide = x_XD.shape[-1], inverse_X1.dtype
+        size, compute_dtype = x_XD.shape[-1], inverse_X1.dtype
         inverse_R1 = inverse_X1.reshape(-1, 1)
-        normal_RD, dy_RD = x_XD.reshape(-1, size) * inverse_R1, dy_XD.reshape(-1, size).to(wide)
+        normal_RD, dy_RD = x_XD.reshape(-1, size) * inverse_R1, dy_XD.reshape(-1, size).to(compute_dtype)
         product_RD = dy_RD * normal_RD
-        dot_R1 = (product_RD @ weight_D.to(wide)).unsqueeze(1).div_(size)
+        dot_R1 = (product_RD @ weight_D.to(compute_dtype)).unsqueeze(1).div_(size)
         dx_RD = (dy_RD * weight_D).addcmul_(normal_RD, dot_R1, value=-1).mul_(inverse_R1)
         return dx_RD.to(x_XD.dtype).view(x_XD.shape), product_RD.sum(0).to(weight_D.dtype), None
 
@@ -71,9 +71,9 @@ def _normalise(
     inside = (rows[:, None] < R) & (columns[None, :] < D)
     x = tl.load(x_ptr + row_offset(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    wide = x.to(tl.float32)
-    inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(wide * wide, axis=1) / D + eps))
-    normal = rounded(wide * inverse[:, None], x.dtype).to(tl.float32)
+    x32 = x.to(tl.float32)
+    inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(x32 * x32, axis=1) / D + eps))
+    normal = rounded(x32 * inverse[:, None], x.dtype).to(tl.float32)
     y = rounded(normal * weight[None, :], y_ptr.dtype.element_ty)
     tl.store(y_ptr + row_offset(rows[:, None], D) + columns[None, :], y, mask=inside)
     tl.store(inverse_ptr + rows, inverse, mask=rows < R)
@@ -188,10 +188,10 @@ def rms_norm_triton(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     size = x_XD.shape[-1] if x_XD.dim() else 0
     strides = (*(None,) * (x_XD.dim() - 1), 1 if size > 1 else None)
-    check_tensor("x_XD", x_XD, (None,) * max(x_XD.dim(), 1), WIDE_DTYPES, strides=strides)
-    check_tensor("weight_D", weight_D, (size,), WIDE_DTYPES, like=x_XD)
-    if size > _WIDEST:
-        raise ValueError(f"x_XD has shape {tuple(x_XD.shape)}, expected at most {_WIDEST} elements in the last axis")
+    check_tensor("x_XD", x_XD, (None,) * max(x_XD.dim(), 1), FLOAT_DTYPES, strides=strides)
+    check_tensor("weight_D", weight_D, (size,), FLOAT_DTYPES, like=x_XD)
+    if size > _MAX_WIDTH:
+        raise ValueError(f"x_XD has shape {tuple(x_XD.shape)}, expected at most {_MAX_WIDTH} elements in the last axis")
     y_XD: Tensor = _RmsNorm.apply(x_XD, weight_D, eps)  # type: ignore[no-untyped-call]
     return y_XD
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.util.arguments import WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, rounded, row_offset
 
 _TILE = 2048  # elements of one program, where there are as many
@@ -41,12 +41,12 @@ def rope_table(
 
     Context extension (`models.yarn`) multiplies each pair's frequency by its scale, and both tables by `magnitude`.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     device = positions_BT.device
-    frequencies_Q = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=wide, device=device) / dim)
+    frequencies_Q = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=compute_dtype, device=device) / dim)
     if scales is not None:
-        frequencies_Q = frequencies_Q * torch.tensor(scales, dtype=wide, device=device)
-    angles_BTQ = positions_BT.to(wide).unsqueeze(-1) * frequencies_Q
+        frequencies_Q = frequencies_Q * torch.tensor(scales, dtype=compute_dtype, device=device)
+    angles_BTQ = positions_BT.to(compute_dtype).unsqueeze(-1) * frequencies_Q
     return angles_BTQ.cos() * magnitude, angles_BTQ.sin() * magnitude
 
 
@@ -123,7 +123,7 @@ def rope_triton(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
     T tokens. Returns a contiguous tensor. Differentiable once, in `x_BTHP` only. Raises ValueError for what does not
     fit.
     """
-    check_tensor("x_BTHP", x_BTHP, (None,) * 4, WIDE_DTYPES, strides=(None, None, None, 1))
+    check_tensor("x_BTHP", x_BTHP, (None,) * 4, FLOAT_DTYPES, strides=(None, None, None, 1))
     batch, tokens, _, size = x_BTHP.shape
     if size % 2:
         raise ValueError(f"x_BTHP has shape {tuple(x_BTHP.shape)}, expected an even last axis: pairs are rotated")

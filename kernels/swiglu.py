@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.quantize import BLOCK, ROW_TILES, dequantize_reference, quantize_reference, scaled_e4m3, tile_scales
-from moray.kernels.util.arguments import FP8_DTYPES, WIDE_DTYPES, check_tensor
+from moray.kernels.util.arguments import FP8_DTYPES, FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, magnitude_bits, row_offset
 
 Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1 x 128
@@ -198,7 +198,7 @@ def _sizes(name: str, gate_up: Tensor, dtypes: tuple[torch.dtype, ...], weights_
 
 def swiglu_quantize_triton(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
     """`swiglu_quantize_reference` in one pass."""
-    rows, inner = _sizes("gate_up_RH", gate_up_RH, WIDE_DTYPES, weights_R)
+    rows, inner = _sizes("gate_up_RH", gate_up_RH, FLOAT_DTYPES, weights_R)
     product, held = _room(rows, inner, gate_up_RH), _room(rows, 2 * inner, gate_up_RH)
     if rows * inner:
         _forward[(inner // BLOCK, triton.cdiv(rows, 32))](
@@ -212,7 +212,7 @@ def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Te
     """`swiglu_backward_reference` in one pass."""
     rows, inner = _sizes("gate_up", gate_up[0], FP8_DTYPES, weights_R)
     check_tensor("gate_up's scales", gate_up[1], (rows, 2 * inner // BLOCK), (torch.float32,), like=gate_up[0])
-    check_tensor("d_inner_RF", d_inner_RF, (rows, inner), WIDE_DTYPES, like=gate_up[0])
+    check_tensor("d_inner_RF", d_inner_RF, (rows, inner), FLOAT_DTYPES, like=gate_up[0])
     rowwise, transposed = _room(rows, 2 * inner, d_inner_RF), _room(2 * inner, rows, d_inner_RF)
     product = _room(inner, rows, d_inner_RF)
     parts_RJ = torch.empty((rows, inner // BLOCK), dtype=torch.float32, device=d_inner_RF.device)

@@ -105,7 +105,7 @@ class LatentAttention(nn.Module):
 
     def _absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The two halves of `kv_b_proj` by head, as views: w_key_HNC, w_value_HVC."""
-        stacked = torch.unflatten(self.kv_b_proj.wide_weight(dtype), 0, (self.config.num_attention_heads, -1))
+        stacked = torch.unflatten(self.kv_b_proj.weight_in(dtype), 0, (self.config.num_attention_heads, -1))
         w_key_HNC, w_value_HVC = torch.split(stacked, [self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
         return w_key_HNC, w_value_HVC
 

@@ -117,7 +117,7 @@ def write_weights(
                 writer.write(scale_name(weight.name), scales)
                 continue
             dtype = torch.float32 if weight.name in biases else getattr(torch, PRECISIONS[precision])
-            stored = _to_wide(weight, dtype)
+            stored = _to_dtype(weight, dtype)
             for name in (weight.name, *(copy for copy, source in copies if source == weight.name)):
                 writer.write(name, stored)
         if expected:
@@ -160,27 +160,27 @@ def _to_fp8(weight: Weight) -> tuple[Tensor, Tensor]:
     return torch.cat([fp8 for fp8, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
-def _to_wide(weight: Weight, dtype: torch.dtype) -> Tensor:
+def _to_dtype(weight: Weight, dtype: torch.dtype) -> Tensor:
     """In `dtype`, which may have a smaller range than FP32: what BF16 has no room for becomes its largest number, which
     is as near as its precision; for FP16 that would be far, and is a ValueError."""
-    wide = _dequantized(weight, dtype)
+    converted = _dequantized(weight, dtype)
     narrows = torch.finfo(dtype).max < torch.finfo(weight.tensor.dtype).max or weight.scales is not None
-    if dtype == torch.float32 or not narrows or _is_finite(wide):
-        return wide
+    if dtype == torch.float32 or not narrows or _is_finite(converted):
+        return converted
     if dtype != torch.bfloat16:
         raise ValueError(f"tensor {weight.name!r} holds values that {dtype} has no room for")
     largest = torch.finfo(dtype).max
-    return wide.clamp_(-largest, largest)
+    return converted.clamp_(-largest, largest)
 
 
 def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     if weight.scales is None:
         return weight.tensor.detach().to("cpu", dtype)
-    wide = torch.empty(weight.tensor.shape, dtype=dtype)
-    for band in _bands(wide):
+    converted = torch.empty(weight.tensor.shape, dtype=dtype)
+    for band in _bands(converted):
         scales = weight.scales[band.start // BLOCK : -(-band.stop // BLOCK)]
-        wide[band] = fp8_blocks.dequantize(weight.tensor[band], scales, _BLOCK, dtype)
-    return wide
+        converted[band] = fp8_blocks.dequantize(weight.tensor[band], scales, _BLOCK, dtype)
+    return converted
 
 
 class CheckedFolder:
@@ -299,7 +299,7 @@ def load_weights(model: DeepseekV3, source: CheckedFolder) -> None:
     for target in _weights(model):
         weight = source.read(target.name)
         if target.scales is None:
-            target.tensor.copy_(_to_wide(weight, target.tensor.dtype))
+            target.tensor.copy_(_to_dtype(weight, target.tensor.dtype))
         else:
             assert weight.scales is not None
             target.tensor.copy_(weight.tensor)

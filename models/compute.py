@@ -4,11 +4,11 @@ A weight is wide (FP32, BF16, FP64) or stored in FP8. A wide one may be trained 
 backward or is deferred (`kernels/util/deferred.py`). A new module is wide; `DeepseekV3` swaps the strategies of all its
 modules in `store_fp8`, and in `train_in_fp8` and `defer_gradients`, which share `TrainingCompute`:
 
-    weights          gradients   Linear             SwiGLU             ExpertShard         used by
-    wide             backward    WideLinear         SwiGLUByMaps       WideExperts         training, inference
-    wide             deferred    DeferredLinear     SwiGLUByMaps       DeferredExperts     ranks that overlap
-    trained in FP8   either      Fp8TrainedLinear   Fp8TrainedSwiGLU   Fp8TrainedExperts   `pretrain.precision: fp8`
-    stored in FP8    none        Fp8StoredLinear    SwiGLUByMaps       Fp8StoredExperts    inference in FP8
+    weights          gradients   Linear                SwiGLU             ExpertShard            used by
+    high precision   backward    HighPrecisionLinear   SwiGLUByMaps       HighPrecisionExperts   training, inference
+    high precision   deferred    DeferredLinear        SwiGLUByMaps       DeferredExperts        ranks that overlap
+    trained in FP8   either      Fp8TrainedLinear      Fp8TrainedSwiGLU   Fp8TrainedExperts      `precision: fp8`
+    stored in FP8    none        Fp8StoredLinear       SwiGLUByMaps       Fp8StoredExperts       inference in FP8
 
 Notable: `SwiGLUByMaps` calls the module's three linear maps, whose own strategies decide. Trained in FP8, gate and up
 are one product instead, and their own strategies are not asked.
@@ -38,7 +38,7 @@ class LinearCompute(Protocol):
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor: ...
 
 
-class WideLinear:
+class HighPrecisionLinear:
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
         return F.linear(x, weight_NK.to(x.dtype))
 
@@ -121,7 +121,7 @@ class ExpertsCompute(Protocol):
     ) -> Tensor: ...
 
 
-class WideExperts:
+class HighPrecisionExperts:
     fp8_rows: ClassVar[bool] = False
 
     def __call__(
@@ -178,7 +178,7 @@ class TrainingCompute:
         """Of a map whose weight FP8 training quantises, or not."""
         if self.fp8 and quantized:
             return Fp8TrainedLinear(self.deferred, shared_input)
-        return WideLinear() if self.deferred is None else DeferredLinear(self.deferred)
+        return HighPrecisionLinear() if self.deferred is None else DeferredLinear(self.deferred)
 
     def swiglu(self) -> SwiGLUCompute:
         return Fp8TrainedSwiGLU(self.deferred) if self.fp8 else SwiGLUByMaps()
@@ -186,4 +186,4 @@ class TrainingCompute:
     def experts(self) -> ExpertsCompute:
         if self.fp8:
             return Fp8TrainedExperts(self.deferred)
-        return WideExperts() if self.deferred is None else DeferredExperts(self.deferred)
+        return HighPrecisionExperts() if self.deferred is None else DeferredExperts(self.deferred)

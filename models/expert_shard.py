@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from moray.models.compute import ExpertsCompute, ExpertStacks, Fp8StoredExperts, WideExperts
+from moray.models.compute import ExpertsCompute, ExpertStacks, Fp8StoredExperts, HighPrecisionExperts
 from moray.models.linear import ExactModule, unset_fp8, unset_parameter
 from moray.models.tensors import scale_name
 
@@ -33,7 +33,7 @@ class ExpertShard(ExactModule):
     def __init__(self, experts: range, hidden: int, inner: int) -> None:
         super().__init__()
         self.experts = experts
-        self.compute: ExpertsCompute = WideExperts()
+        self.compute: ExpertsCompute = HighPrecisionExperts()
         self.w_gate_EFD = unset_parameter(len(experts), inner, hidden)
         self.w_up_EFD = unset_parameter(len(experts), inner, hidden)
         self.w_down_EDF = unset_parameter(len(experts), hidden, inner)

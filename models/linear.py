@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
-from moray.models.compute import Fp8StoredLinear, LinearCompute, WideLinear
+from moray.models.compute import Fp8StoredLinear, LinearCompute, HighPrecisionLinear
 from moray.models.tensors import scale_shape
 
 
@@ -56,7 +56,7 @@ class Linear(ExactModule):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = unset_parameter(outputs, inputs)
-        self.compute: LinearCompute = WideLinear()
+        self.compute: LinearCompute = HighPrecisionLinear()
         self.register_buffer("weight_scale_inv", None)
 
     def store_fp8(self) -> None:
@@ -67,7 +67,7 @@ class Linear(ExactModule):
     def exact_tensors(self) -> Iterable[str]:
         return () if self.weight_scale_inv is None else ("weight", "weight_scale_inv")
 
-    def wide_weight(self, dtype: torch.dtype) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with in `dtype`."""
         if self.weight_scale_inv is None:
             return self.weight.to(dtype)

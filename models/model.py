@@ -182,7 +182,7 @@ class DeepseekV3(nn.Module):
         return TrainingLoss(main, prediction, balance, count), routings
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
-        weight_VD = self.lm_head.wide_weight(hidden_BTD.dtype)
+        weight_VD = self.lm_head.weight_in(hidden_BTD.dtype)
         return cross_entropy_sum(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), keep_BT.flatten())
 
     @torch.no_grad()

@@ -57,11 +57,11 @@ class Router(ExactModule):
     def forward(self, rows_TD: Tensor, sequences: int, places: Places = EVERYWHERE) -> Routing:
         """Routes the rows of so many sequences of equal length, those at padding left out; to `places.given_TK`, if
         that is given, by the weights that the router gives these experts."""
-        wide = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
-        weight_ED = self.weight.to(wide)
+        compute_dtype = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
+        weight_ED = self.weight.to(compute_dtype)
         if self.weight_scale_E1 is not None:
             weight_ED = weight_ED * self.weight_scale_E1
-        logits_TE = F.linear(rows_TD.to(wide), weight_ED)
+        logits_TE = F.linear(rows_TD.to(compute_dtype), weight_ED)
         ids_RK, weights_RK, counts_E = self._route(logits_TE, places)
         balance = None
         if self.training and torch.is_grad_enabled():

@@ -106,7 +106,7 @@ def stored_tensors(config: ModelConfig, precision: str) -> dict[str, tuple[str, 
 
     precision: "float32", "bf16" or "fp8" (linear maps in E4M3 with scales, the rest in BF16). Router biases are FP32.
     """
-    wide = "F32" if precision == "float32" else "BF16"
+    high_precision = "F32" if precision == "float32" else "BF16"
     copies: dict[str, list[str]] = {}
     for copy, source in shared_tensors(config).items():
         copies.setdefault(source, []).append(copy)
@@ -114,7 +114,7 @@ def stored_tensors(config: ModelConfig, precision: str) -> dict[str, tuple[str, 
     for name, shape in parameter_shapes(config).items():
         in_fp8 = precision == "fp8" and is_quantized(name)
         for each in (name, *copies.get(name, ())):
-            stored[each] = ("F8_E4M3" if in_fp8 else wide, shape)
+            stored[each] = ("F8_E4M3" if in_fp8 else high_precision, shape)
         if in_fp8:
             stored[scale_name(name)] = ("F32", scale_shape(shape))
     return stored | {name: ("F32", shape) for name, shape in bias_shapes(config).items()}

@@ -112,7 +112,7 @@ def test_the_counting_sort_over_several_blocks():
 def test_counts_of_many_blocks_are_summed():
     counts = torch.randint(0, 99, (131, 18), dtype=torch.int32)
     before, total_E = counts.clone(), torch.empty(18, dtype=torch.int32)
-    _sum_blocks[(2,)](before, total_E, 131, 18, TALL=64, WIDE=16)
+    _sum_blocks[(2,)](before, total_E, 131, 18, HEIGHT=64, WIDTH=16)
     assert torch.equal(before, counts.cumsum(0).int() - counts)
     assert torch.equal(total_E, counts.sum(0).int())
 

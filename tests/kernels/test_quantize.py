@@ -12,7 +12,7 @@ from moray.kernels.quantize import (
     quantize_both_triton,
     quantize_reference,
     quantize_triton,
-    widened,
+    fp8_to_bf16,
 )
 from tests.examples import examples
 from tests.kernels.compare import draw, same_bits
@@ -74,9 +74,9 @@ def test_every_number_is_the_nearest_and_nothing_saturates(
         assert (spread.amax((-2, -1)) < 2 * largest / E4M3_MAX * (1 + 2**-23)).all()
 
 
-def test_every_fp8_number_is_widened_exactly():
+def test_every_fp8_number_converts_to_bf16_exactly():
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    same_bits(widened(numbers), numbers.bfloat16())
+    same_bits(fp8_to_bf16(numbers), numbers.bfloat16())
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -32,10 +32,10 @@ def test_a_form_lives_until_a_weight_changes_by_whatever_hand():
         optimizer.step()
         after = form.of(weight, other)
         assert after is not before
-        assert not torch.equal(after[0].wide, before[0].wide)
+        assert not torch.equal(after[0].dequantized, before[0].dequantized)
     with torch.no_grad():
         other.detach().zero_()  # as a checkpoint is loaded
-    assert not form.of(weight, other)[1].wide.any()
+    assert not form.of(weight, other)[1].dequantized.any()
 
 
 def _trained(precision, recompute=False, steps=25):
