@@ -61,8 +61,8 @@ def main(model: str = "quickstart@newest") -> int:
     exported = find_artifact(store, model)
     trained = find_artifact(store, exported.manifest.inputs["checkpoint"])
     tokens = store.fetch(find_artifact(store, trained.manifest.inputs["tokens"])).folder
-    wide = checkpoint.load(exported.folder, prediction=False)
-    small = checkpoint.load(exported.folder, prediction=False, int8_routers=True)
+    wide = checkpoint.load(exported.folder, mtp=False)
+    small = checkpoint.load(exported.folder, mtp=False, int8_routers=True)
     agreement = Agreement(wide)
     bits, total = np.zeros(2), 0
     with torch.inference_mode():

@@ -61,9 +61,9 @@ def fp8_gemm_k_grouped_reference(
     a_MR: Tensor, a_scales: Tensor, b_NR: Tensor, b_scales: Tensor, offsets_E1: Tensor
 ) -> Tensor:
     """The sums over columns [offsets_e, offsets_e+1) of A B^T: [E, M, N] FP32; zeros where a group is empty."""
-    a_wide, b_wide = dequantize(a_MR, a_scales, ROW_TILES), dequantize(b_NR, b_scales, ROW_TILES)
+    a32, b32 = dequantize(a_MR, a_scales, ROW_TILES), dequantize(b_NR, b_scales, ROW_TILES)
     edges = offsets_E1.tolist()
-    sums = [a_wide[:, x:y] @ b_wide[:, x:y].t() for x, y in itertools.pairwise(edges)]
+    sums = [a32[:, x:y] @ b32[:, x:y].t() for x, y in itertools.pairwise(edges)]
     return torch.stack(sums)
 
 

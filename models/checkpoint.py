@@ -190,15 +190,15 @@ class CheckedFolder:
     of some and no tensor does: transformers writes such folders.
     """
 
-    def __init__(self, folder: str | Path, prediction: bool = True) -> None:
+    def __init__(self, folder: str | Path, mtp: bool = True) -> None:
         self._reader = FolderReader(Path(folder))
         config = ModelConfig.from_hf(self._reader.config)
         self.precision = _stored_precision(self._reader.config)
         found = set(self._reader.names())
         skipped = {name for name in found if name.startswith(tuple(_prefixes(config)))}
-        if not prediction or not skipped:
+        if not mtp or not skipped:
             found -= skipped
-            config = config.without_prediction()
+            config = config.without_mtp()
         self.config = config
         self._shapes = checkpoint_shapes(config)
         self._check_entries(found)
@@ -243,7 +243,7 @@ class CheckedFolder:
 
 def _prefixes(config: ModelConfig) -> Iterator[str]:
     """Of the names in prediction layers. The dot matters: layer 6 is not layer 61."""
-    for layer in config.prediction_layers or range(config.num_hidden_layers, config.num_hidden_layers + 1):
+    for layer in config.mtp_layers or range(config.num_hidden_layers, config.num_hidden_layers + 1):
         yield f"model.layers.{layer}."
 
 
@@ -265,7 +265,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     experts: range | None = None,
     dispatcher: Dispatcher | None = None,
-    prediction: bool = True,
+    mtp: bool = True,
     dequantize: bool = False,
     int8_routers: bool = False,
 ) -> DeepseekV3:
@@ -277,7 +277,7 @@ def load(
     ValueError for a config that `ModelConfig.from_hf` refuses and, naming it, for a tensor that is missing, extra,
     misshapen or not finite.
     """
-    source = CheckedFolder(folder, prediction)
+    source = CheckedFolder(folder, mtp)
     with torch.device("meta"):
         model = DeepseekV3(source.config, experts, dispatcher)
     model = model.to(dtype)

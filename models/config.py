@@ -153,14 +153,14 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def prediction_layers(self) -> range:
+    def mtp_layers(self) -> range:
         """The layers of multi-token prediction, numbered on after the model's own."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     @property
     def moe_layers(self) -> range:
         """The layers that hold experts: all after the first dense ones, the prediction layers among them."""
-        return range(self.first_k_dense_replace, self.prediction_layers.stop)
+        return range(self.first_k_dense_replace, self.mtp_layers.stop)
 
     @property
     def softmax_scale(self) -> float:
@@ -168,7 +168,7 @@ class ModelConfig:
         correction = 1.0 if self.rope_scaling is None else self.rope_scaling.score_magnitude**2
         return correction * self.qk_head_dim**-0.5
 
-    def without_prediction(self) -> "ModelConfig":
+    def without_mtp(self) -> "ModelConfig":
         """The same model without layers of multi-token prediction."""
         return dataclasses.replace(self, num_nextn_predict_layers=0)
 

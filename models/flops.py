@@ -26,7 +26,7 @@ class TokenFlops:
 
     linear: float
     attention: float
-    prediction: float
+    mtp: float
 
     @property
     def forward(self) -> float:
@@ -53,8 +53,8 @@ def token_flops(config: ModelConfig, sequence_length: int, causal: bool = True) 
     depths = config.num_nextn_predict_layers
     head = 2 * config.vocab_size * config.hidden_size
     own = sum(_layer_flops(config, layer) for layer in range(config.num_hidden_layers))
-    ahead = sum(_layer_flops(config, layer) for layer in config.prediction_layers)
-    return TokenFlops(own + head, config.num_hidden_layers * attention, ahead + depths * (head + attention))
+    mtp = sum(_layer_flops(config, layer) for layer in config.mtp_layers)
+    return TokenFlops(own + head, config.num_hidden_layers * attention, mtp + depths * (head + attention))
 
 
 def _layer_flops(config: ModelConfig, layer: int) -> int:

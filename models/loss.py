@@ -20,7 +20,7 @@ class TrainingLoss:
     """
 
     main: Tensor
-    prediction: Tensor
+    mtp: Tensor
     balance: Tensor
     count: Tensor
 

@@ -33,7 +33,7 @@ from moray.models.expert_shard import PROJECTIONS, ExpertShard
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.loss import TrainingLoss, add_balance, counted_places
 from moray.models.moe import MoE, Router, SwiGLU
-from moray.models.prediction import PredictionLayer, ahead
+from moray.models.mtp import MTPLayer, shift_left
 from moray.models.tensors import is_quantized, scale_name
 
 
@@ -64,7 +64,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, index, experts, dispatcher) for index in range(config.num_hidden_layers)]
-        layers += [PredictionLayer(config, index, experts, dispatcher) for index in config.prediction_layers]
+        layers += [MTPLayer(config, index, experts, dispatcher) for index in config.mtp_layers]
         self.layers: nn.ModuleList = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -165,21 +165,21 @@ class DeepseekV3(nn.Module):
         places = self._places(Places(rows_R, weights_B=keep_BT.sum(1)), routes)
         hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, places)
         main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
-        prediction = torch.zeros_like(main)
+        mtp = torch.zeros_like(main)
         chain_BT = keep_BT
-        for depth, layer in enumerate(self.prediction_layers(), start=1):
-            embedded_BTD = self.model.embed_tokens(ahead(ids_BT, depth, 0))
+        for depth, layer in enumerate(self.mtp_layers(), start=1):
+            embedded_BTD = self.model.embed_tokens(shift_left(ids_BT, depth, 0))
             joined_BTD = layer.join(hidden_BTD, embedded_BTD)
-            chain_BT = chain_BT & ahead(keep_BT, depth, 0)
+            chain_BT = chain_BT & shift_left(keep_BT, depth, 0)
             learning = replace(places[self.config.num_hidden_layers + depth - 1], counted_T=chain_BT.flatten())
             x_BTD, routing = yield from layer_parts(layer, joined_BTD, attend, learning)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             balance = add_balance(balance, routing)
             if routing is not None:
                 routings.append(routing)
-            nll, _ = self._cross_entropy(hidden_BTD, ahead(targets_BT, depth, -100), chain_BT)
-            prediction = prediction + nll / self.config.num_nextn_predict_layers
-        return TrainingLoss(main, prediction, balance, count), routings
+            nll, _ = self._cross_entropy(hidden_BTD, shift_left(targets_BT, depth, -100), chain_BT)
+            mtp = mtp + nll / self.config.num_nextn_predict_layers
+        return TrainingLoss(main, mtp, balance, count), routings
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
         weight_VD = self.lm_head.weight_in(hidden_BTD.dtype)
@@ -273,7 +273,7 @@ class DeepseekV3(nn.Module):
 
     def set_recompute(self, on: bool) -> None:
         """Whether training holds less and computes more: see `recompute.py`. Results are the same to the bit."""
-        for layer in (*self._layers(), *self.prediction_layers()):
+        for layer in (*self._layers(), *self.mtp_layers()):
             layer.recompute = on
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -311,10 +311,10 @@ class DeepseekV3(nn.Module):
             return min(int(rest.partition(".")[0]), self.config.num_hidden_layers)
         return -1 if kind == "embed_tokens" else self.config.num_hidden_layers
 
-    def prediction_layers(self) -> Iterator[PredictionLayer]:
+    def mtp_layers(self) -> Iterator[MTPLayer]:
         """The layers of multi-token prediction, nearest token first."""
         for layer in self.model.layers:
-            if isinstance(layer, PredictionLayer):
+            if isinstance(layer, MTPLayer):
                 yield layer
 
     def _layers(self) -> Iterator[DecoderLayer]:
@@ -324,7 +324,7 @@ class DeepseekV3(nn.Module):
             yield layer
 
     def _mixtures(self) -> Iterator[MoE]:
-        for layer in (*self._layers(), *self.prediction_layers()):
+        for layer in (*self._layers(), *self.mtp_layers()):
             if isinstance(layer.mlp, MoE):
                 yield layer.mlp
 
@@ -351,7 +351,7 @@ class DeepseekV3(nn.Module):
 
     def _places(self, places: Places = EVERYWHERE, routes: Sequence[Tensor] | None = None) -> list[Places]:
         """What each layer is to know of the places: the same but for its router's of `routes`."""
-        layers = [*self._layers(), *self.prediction_layers()]
+        layers = [*self._layers(), *self.mtp_layers()]
         if routes is None:
             return [places] * len(layers)
         mixtures = [layer for layer in layers if isinstance(layer.mlp, MoE)]

@@ -92,7 +92,7 @@ class ParameterCount:
 
     total: int
     active: int
-    prediction: int
+    mtp: int
 
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
@@ -101,12 +101,12 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     Active leaves out the experts that a token does not visit and the embedding table, of which it reads one row; it
     counts the output head. So V3 gives 671.0B, 36.6B and 11.6B, V2-Lite's sizes 15.7B, 2.5B and none.
     """
-    prediction = sum(_size(layer_shapes(config, layer)) for layer in config.prediction_layers)
-    total = _size(parameter_shapes(config)) - prediction
+    mtp = sum(_size(layer_shapes(config, layer)) for layer in config.mtp_layers)
+    total = _size(parameter_shapes(config)) - mtp
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     routed = range(config.first_k_dense_replace, config.num_hidden_layers)
     idle = len(routed) * (config.n_routed_experts - config.num_experts_per_tok) * expert
-    return ParameterCount(total, total - idle - config.vocab_size * config.hidden_size, prediction)
+    return ParameterCount(total, total - idle - config.vocab_size * config.hidden_size, mtp)
 
 
 def _size(shapes: Mapping[str, Shape]) -> int:

@@ -51,7 +51,7 @@ def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     shapes |= {f"self_attn.{name}": shape for name, shape in _attention(config)}
     shapes["post_attention_layernorm.weight"] = row
     shapes |= {f"mlp.{name}": shape for name, shape in _mlp(config, layer)}
-    if layer in config.prediction_layers:
+    if layer in config.mtp_layers:
         shapes |= {"enorm.weight": row, "hnorm.weight": row, "shared_head.norm.weight": row}
         shapes["eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
     return shapes
@@ -60,7 +60,7 @@ def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every trained parameter by canonical name."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    for layer in range(config.prediction_layers.stop):
+    for layer in range(config.mtp_layers.stop):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(config, layer).items()}
     shapes["model.norm.weight"] = (config.hidden_size,)
     shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
@@ -79,7 +79,7 @@ def shared_tensors(config: ModelConfig) -> dict[str, str]:
     Each multi-token prediction layer comes with the embedding and the head that it shares with the model.
     """
     shared = {}
-    for layer in config.prediction_layers:
+    for layer in config.mtp_layers:
         shared[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         shared[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
     return shared

@@ -73,7 +73,7 @@ class ImportModel(Step[ImportConfig]):
         _copy(ctx, folder, _companions(folder, ctx.config.precision))
         _agree_on_bos(ctx, read_object(folder / "config.json").get("bos_token_id"))
         size = parameter_count(checked.config)
-        ctx.counts |= {"out:parameters": size.total + size.prediction, "active_parameters": size.active}
+        ctx.counts |= {"out:parameters": size.total + size.mtp, "active_parameters": size.active}
         form = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
         ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {form}"
 

@@ -84,7 +84,7 @@ class Evaluate(Step[EvaluateConfig]):
 
         torch.set_num_threads(ctx.cluster.topology().cpus)
         folder = ctx.inputs["model"].folder
-        model = checkpoint.load(folder, prediction=False)
+        model = checkpoint.load(folder, mtp=False)
         total, done = sum(token_set.tokens for token_set in heldout.values()), 0
         for source, token_set in heldout.items():
             if token_set.vocabulary.size > model.config.vocab_size:

@@ -79,11 +79,11 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
     totals = torch.zeros(5, dtype=torch.float64, device=worker.device)
     totals[4] = flag
     for terms, last in _losses(worker, batch, routes):
-        loss = terms.main + weight * terms.prediction + config.balance_factor * terms.balance
+        loss = terms.main + weight * terms.mtp + config.balance_factor * terms.balance
         worker.optimizer.backward(loss, last)
         if worker.later is not None:
             worker.later.finish()
-        sums = (terms.main, terms.prediction, terms.balance, terms.count)
+        sums = (terms.main, terms.mtp, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
     _sum_over_ranks(worker, totals)
     main, prediction, balance, count, flags = totals.tolist()

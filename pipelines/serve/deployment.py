@@ -62,7 +62,7 @@ class ModelReplica:
         from moray.pipelines.serve.engine import Engine
 
         torch.set_num_threads(threads)
-        model = checkpoint.load(folder, prediction=False)
+        model = checkpoint.load(folder, mtp=False)
         vocabulary = ServingVocabulary.load(Path(folder), model.config.bos_token_id, model.config.eos_token_id)
         self._name = name
         self._engine = AsyncEngine(Engine(model, vocabulary), threads)

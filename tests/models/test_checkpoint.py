@@ -104,7 +104,7 @@ def _edit(folder, change_tensors=None, **config):
     (folder / "config.json").write_text(json.dumps(hf))
 
 
-def test_prediction_layers_that_a_config_only_speaks_of_are_left_out(make_model, tmp_path):
+def test_mtp_layers_without_tensors_are_not_loaded(make_model, tmp_path):
     model = make_model(torch.float32)
     save(model, tmp_path)
     _edit(tmp_path, num_nextn_predict_layers=1)  # as transformers leaves it
@@ -114,7 +114,7 @@ def test_prediction_layers_that_a_config_only_speaks_of_are_left_out(make_model,
         load(tmp_path)
 
 
-def test_prediction_layers_come_with_the_tensors_they_share_and_may_be_left_out(make_model, tmp_path):
+def test_mtp_layers_store_shared_tensors_and_loading_them_is_optional(make_model, tmp_path):
     model = make_model(torch.float32, num_nextn_predict_layers=2)
     save(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -122,8 +122,8 @@ def test_prediction_layers_come_with_the_tensors_they_share_and_may_be_left_out(
         assert torch.equal(stored[f"model.layers.{layer}.embed_tokens.weight"], model.model.embed_tokens.weight)
         assert torch.equal(stored[f"model.layers.{layer}.shared_head.head.weight"], model.lm_head.weight)
     _assert_same(model, load(tmp_path))
-    served = load(tmp_path, prediction=False)
-    assert served.config == model.config.without_prediction()
+    served = load(tmp_path, mtp=False)
+    assert served.config == model.config.without_mtp()
     ids = torch.randint(0, 50, (1, 5))
     assert torch.equal(served(ids).logits, model.eval()(ids).logits)
     _edit(tmp_path, lambda tensors: tensors["model.layers.4.embed_tokens.weight"].fill_(1.0))

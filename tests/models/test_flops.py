@@ -30,7 +30,7 @@ def test_the_count_is_the_models_matrix_products(config, depths):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         model.training_loss(ids, ids)
     flops = token_flops(config, 16, causal=False)
-    assert counter.get_total_flops() / ids.numel() == flops.forward + flops.prediction
+    assert counter.get_total_flops() / ids.numel() == flops.forward + flops.mtp
 
 
 def test_backward_is_twice_the_forward():

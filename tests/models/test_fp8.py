@@ -53,7 +53,7 @@ def _trained(precision, recompute=False, steps=25):
     for _ in range(steps):
         ids = (torch.randint(0, 64, (16, 1)) + 7 * torch.arange(17)) % 64  # learnable: a step of seven
         terms = model.training_loss(ids[:, :-1], ids[:, 1:])
-        loss = (terms.main + 0.3 * terms.prediction) / terms.count
+        loss = (terms.main + 0.3 * terms.mtp) / terms.count
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from moray.models.checkpoint import load, save
 from moray.models.config import ModelConfig
-from moray.models.prediction import ahead
+from moray.models.mtp import shift_left
 from moray.models.yarn import Yarn
 
 
@@ -122,13 +122,13 @@ def _their_grad(model, name):
     return stacks.gate_up_proj.grad[int(index)].chunk(2)[projection == "up_proj"]
 
 
-def _their_prediction(main, ours):
+def _their_mtp(main, ours):
     """transformers' multi-token prediction layers, with our weights; their loader knows V3's layer number only."""
     module = (
         transformers("modeling_layers").MtpModel(main, ours.config.num_nextn_predict_layers).to(torch.float64).train()
     )
     parts = {"enorm", "hnorm", "eh_proj"}
-    for index, layer in enumerate(ours.prediction_layers()):
+    for index, layer in enumerate(ours.mtp_layers()):
         theirs = module.layers[index]
         theirs.post_norm.weight = torch.nn.Parameter(layer.shared_head.norm.weight.detach().clone())
         for name in parts:
@@ -147,17 +147,17 @@ def _their_prediction(main, ours):
     return module
 
 
-def _their_losses(main, prediction, ids, targets):
+def _their_losses(main, mtp, ids, targets):
     """Loss of the next token, and of the tokens further ahead averaged over the depths, each a sum."""
     out = main(input_ids=ids, output_hidden_states=True)
     nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction="sum")
     hidden, further = out.hidden_states[-1], 0.0
     positions = torch.arange(ids.shape[1])[None]
-    depths = 0 if prediction is None else len(prediction.layers)
+    depths = 0 if mtp is None else len(mtp.layers)
     for depth in range(1, depths + 1):
-        hidden = prediction.forward_layer(depth - 1, hidden, positions, None, input_ids=ahead(ids, depth, 0))
+        hidden = mtp.forward_layer(depth - 1, hidden, positions, None, input_ids=shift_left(ids, depth, 0))
         logits = main.lm_head(hidden)
-        shifted = ahead(targets, depth, -100)
+        shifted = shift_left(targets, depth, -100)
         further = further + F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum") / depths
     return out.logits, nll, further
 
@@ -168,17 +168,17 @@ def test_float64_logits_loss_and_gradients(seed, make_model, logical_grads, tmp_
     monkeypatch.setattr(transformers("modeling_rope_utils"), "torch", _WideTorch())
     save(make_model(torch.float32, seed, initializer_range=0.3, **_changes(seed)), tmp_path)
     ours, theirs = load(tmp_path, torch.float64).train(), _theirs(tmp_path, torch.float64)
-    prediction = _their_prediction(theirs, ours) if ours.config.num_nextn_predict_layers else None
+    mtp = _their_mtp(theirs, ours) if ours.config.num_nextn_predict_layers else None
     ids, targets = torch.randint(0, ours.config.vocab_size, (2, 2, 21)).unbind(0)
-    their_logits, their_main, their_further = _their_losses(theirs, prediction, ids, targets)
+    their_logits, their_main, their_further = _their_losses(theirs, mtp, ids, targets)
     torch.testing.assert_close(ours(ids).logits, their_logits, rtol=1e-9, atol=1e-9)
 
     loss = ours.training_loss(ids, targets)
     torch.testing.assert_close(loss.main, their_main, rtol=1e-10, atol=0)
-    if prediction is not None:
-        torch.testing.assert_close(loss.prediction, their_further, rtol=1e-10, atol=0)
+    if mtp is not None:
+        torch.testing.assert_close(loss.mtp, their_further, rtol=1e-10, atol=0)
     assert loss.count == targets.numel()
-    ((loss.main + 0.3 * loss.prediction) / loss.count).backward()
+    ((loss.main + 0.3 * loss.mtp) / loss.count).backward()
     ((their_main + 0.3 * their_further) / targets.numel()).backward()
     own = range(ours.config.num_hidden_layers)
     for name, grad in logical_grads(ours).items():
@@ -186,17 +186,17 @@ def test_float64_logits_loss_and_gradients(seed, make_model, logical_grads, tmp_
         if layer is None or layer in own:
             expected = _their_grad(theirs, name)
         else:
-            expected = _their_prediction_grad(prediction, layer - len(own), name.split(".", 3)[3])
+            expected = _their_mtp_grad(mtp, layer - len(own), name.split(".", 3)[3])
         # Relative to the tensor's own largest gradient.
         torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item(), msg=name)
 
 
-def _their_prediction_grad(prediction, depth, name):
+def _their_mtp_grad(mtp, depth, name):
     if name == "shared_head.norm.weight":
-        return prediction.layers[depth].post_norm.weight.grad
+        return mtp.layers[depth].post_norm.weight.grad
     if name.partition(".")[0] in ("enorm", "hnorm", "eh_proj"):
-        return prediction.layers[depth].get_parameter(name).grad
-    return _their_grad(prediction.layers[depth].mtp_block, name)
+        return mtp.layers[depth].get_parameter(name).grad
+    return _their_grad(mtp.layers[depth].mtp_block, name)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -9,7 +9,7 @@ def _step(model, ids, documents=None):
     model.zero_grad()
     model.reset_counters()
     terms = model.training_loss(ids, ids.flip(1), documents)
-    (terms.main + terms.prediction + terms.balance).backward()
+    (terms.main + terms.mtp + terms.balance).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 

@@ -51,7 +51,7 @@ def _grads(model):
 
 def _loss(model, ids):
     terms = model.training_loss(ids, ids.flip(1))
-    return terms.main + 0.3 * terms.prediction + 0.1 * terms.balance
+    return terms.main + 0.3 * terms.mtp + 0.1 * terms.balance
 
 
 def check_model(group, dispatching, one_expert):
@@ -86,13 +86,13 @@ def check_padding(group, dispatching):
     ours, whole = _model(False, experts=dispatcher.experts, dispatcher=dispatcher), _model(False)
     tokens = [torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(r)) for r in range(ranks - 1)]
     terms = whole.training_loss(torch.cat(tokens), torch.cat(tokens).flip(1))
-    (terms.main + 0.3 * terms.prediction + 0.1 * terms.balance).backward()
+    (terms.main + 0.3 * terms.mtp + 0.1 * terms.balance).backward()
     ids, targets, real = torch.full((2, 12), 2), torch.full((2, 12), -100), torch.zeros(2, 12, dtype=torch.bool)
     if rank < ranks - 1:
         ids[:, :8], targets[:, :8], real[:, :8] = tokens[rank], tokens[rank].flip(1), True
     mine = ours.training_loss(ids, targets, rows_R=real.flatten().nonzero().squeeze(1))
-    (mine.main + 0.3 * mine.prediction + 0.1 * mine.balance).backward()
-    for name in ("main", "prediction", "balance"):
+    (mine.main + 0.3 * mine.mtp + 0.1 * mine.balance).backward()
+    for name in ("main", "mtp", "balance"):
         total = getattr(mine, name).detach().clone()
         dist.all_reduce(total, group=group)
         torch.testing.assert_close(total, getattr(terms, name).detach(), **EXACT)

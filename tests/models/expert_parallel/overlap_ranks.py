@@ -51,7 +51,7 @@ def _step(group, memory, fp8, overlapped, batches):
     model.defer_gradients(deferred)
     with CollectiveTrace() as trace:
         losses = losses_of(model, batches, overlapped)
-        loss = sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses)
+        loss = sum(loss.main + 0.3 * loss.mtp + loss.balance for loss in losses)
         loss.backward()
     if deferred is not None:
         deferred.finish()

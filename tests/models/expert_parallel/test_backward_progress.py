@@ -41,7 +41,7 @@ def test_gradients_are_complete_when_their_milestone_is_passed(precision, recomp
 
     model.milestones = Milestones(note)
     losses = losses_of(model, make_batches(torch.Generator().manual_seed(1), *[2] * batches), batches == 2)
-    sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses).backward()
+    sum(loss.main + 0.3 * loss.mtp + loss.balance for loss in losses).backward()
     if deferred is not None:
         deferred.finish()
     assert list(passed) == list(range(LAYERS, -1, -1))

@@ -59,7 +59,7 @@ def test_what_runs_between_a_start_and_its_wait_does_so_in_the_backward_too():
     small, large = torch.randint(0, 40, (1, 8)), torch.randint(0, 40, (2, 8))
     losses = in_turn([model.training_parts(ids, ids) for ids in (small, large)])
     forward, log[:] = list(log), []
-    (losses[0].main + losses[1].main + losses[0].prediction + losses[1].prediction).backward()
+    (losses[0].main + losses[1].main + losses[0].mtp + losses[1].mtp).backward()
     turns = [("starts", 8), ("starts", 16), ("waits", 8), ("starts", 8), ("waits", 16), ("starts", 16),
              ("waits", 8)]  # fmt: skip
     assert forward[: len(turns)] == turns
@@ -85,7 +85,7 @@ def test_deferred_gradients_are_bit_identical(precision, recompute):
         deferred = None if limit is None else DeferredGradients(limit)
         model.defer_gradients(deferred)
         losses = losses_of(model, batches, deferred is not None)
-        loss = sum(loss.main + 0.3 * loss.prediction + loss.balance for loss in losses)
+        loss = sum(loss.main + 0.3 * loss.mtp + loss.balance for loss in losses)
         loss.backward()
         if deferred is not None:
             assert len(deferred) <= limit

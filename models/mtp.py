@@ -20,7 +20,7 @@ from moray.models.expert_parallel.stages import Dispatcher
 from moray.models.linear import Linear, RMSNorm
 
 
-class PredictionHead(nn.Module):
+class MTPHead(nn.Module):
     """The norm before the shared head."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -28,7 +28,7 @@ class PredictionHead(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class PredictionLayer(DecoderLayer):
+class MTPLayer(DecoderLayer):
     """A decoder layer whose input joins what was understood so far with the next token."""
 
     def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
@@ -36,7 +36,7 @@ class PredictionLayer(DecoderLayer):
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.shared_head = PredictionHead(config)
+        self.shared_head = MTPHead(config)
 
     def join(self, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
         """The layer's input."""
@@ -44,7 +44,7 @@ class PredictionLayer(DecoderLayer):
         return joined_BTD
 
 
-def ahead(values_BT: Tensor, places: int, filler: int) -> Tensor:
+def shift_left(values_BT: Tensor, places: int, filler: int) -> Tensor:
     """Each row moved `places` to the left; `filler` comes in from the right."""
     moved_BT = torch.full_like(values_BT, filler)
     if places < values_BT.shape[1]:

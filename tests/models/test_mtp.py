@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moray.models.model import DeepseekV3
-from moray.models.prediction import ahead
+from moray.models.mtp import shift_left
 from moray.models.presets import parameter_count
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -16,13 +16,13 @@ def _model(make_model, depths=2):
 
 def _targets(ids_BT, documents_BT):
     """The next token of the same document, else ignored."""
-    next_BT = ahead(ids_BT, 1, -100)
-    return torch.where(ahead(documents_BT, 1, -1) == documents_BT, next_BT, -100)
+    next_BT = shift_left(ids_BT, 1, -100)
+    return torch.where(shift_left(documents_BT, 1, -1) == documents_BT, next_BT, -100)
 
 
 def test_ahead():
     row = torch.tensor([[1, 2, 3]])
-    assert [ahead(row, places, 0).tolist() for places in (0, 2, 3, 9)] == [
+    assert [shift_left(row, places, 0).tolist() for places in (0, 2, 3, 9)] == [
         [[1, 2, 3]],
         [[3, 0, 0]],
         [[0] * 3],
@@ -31,7 +31,7 @@ def test_ahead():
 
 
 @pytest.mark.parametrize("with_documents", [True, False])
-def test_no_prediction_crosses_from_one_document_into_the_next(make_model, with_documents):
+def test_no_mtp_target_crosses_a_document_boundary(make_model, with_documents):
     """Packed documents give the sum of the documents alone, also where attention does not know them."""
     model = _model(make_model)
     ids = torch.randint(0, 50, (1, 16))
@@ -42,7 +42,7 @@ def test_no_prediction_crosses_from_one_document_into_the_next(make_model, with_
     assert packed.count == 16 - 4
     if with_documents:
         alone = [model.training_loss(part, _targets(part, part * 0)) for part in ids.split(lengths, 1)]
-        for term in ("main", "prediction"):
+        for term in ("main", "mtp"):
             expected = sum(getattr(loss, term) for loss in alone)
             torch.testing.assert_close(getattr(packed, term), expected, **EXACT)
     # What a document's last places would predict of the next one must not matter: here only the first two count.
@@ -52,15 +52,15 @@ def test_no_prediction_crosses_from_one_document_into_the_next(make_model, with_
     changed = ids.clone()
     changed[:, 3:] = (changed[:, 3:] + 1) % 50
     again = model.training_loss(changed, cut, documents if with_documents else None)
-    torch.testing.assert_close(first.prediction, again.prediction, **EXACT)
+    torch.testing.assert_close(first.mtp, again.mtp, **EXACT)
 
 
-def test_rows_too_short_to_look_ahead_have_no_prediction_loss(make_model):
+def test_sequences_too_short_for_mtp_have_no_mtp_loss(make_model):
     model = _model(make_model)
     loss = model.training_loss(torch.tensor([[3]]), torch.tensor([[4]]))
-    assert loss.prediction == 0
+    assert loss.mtp == 0
     assert loss.main > 0
-    loss.prediction.backward()
+    loss.mtp.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
@@ -73,7 +73,7 @@ def test_masked_places_count_nowhere(make_model):
     ignored = targets.masked_fill(~mask, -100)
     same = model.training_loss(ids, ignored)
     assert loss.count == same.count == 16
-    torch.testing.assert_close((loss.main, loss.prediction), (same.main, same.prediction), rtol=0, atol=0)
+    torch.testing.assert_close((loss.main, loss.mtp), (same.main, same.mtp), rtol=0, atol=0)
 
 
 def test_embedding_and_head_are_shared_and_the_parameters_are_those_that_are_counted(config):
@@ -81,9 +81,9 @@ def test_embedding_and_head_are_shared_and_the_parameters_are_those_that_are_cou
     with torch.device("meta"):
         model = DeepseekV3(config)
     count = parameter_count(config)
-    assert sum(p.numel() for p in model.parameters()) == count.total + count.prediction
-    assert count.total == parameter_count(config.without_prediction()).total
-    assert count.active == parameter_count(config.without_prediction()).active
+    assert sum(p.numel() for p in model.parameters()) == count.total + count.mtp
+    assert count.total == parameter_count(config.without_mtp()).total
+    assert count.active == parameter_count(config.without_mtp()).active
 
 
 def test_every_term_of_the_loss_moves_what_it_should(make_model):
@@ -95,15 +95,15 @@ def test_every_term_of_the_loss_moves_what_it_should(make_model):
         getattr(model.training_loss(ids, ids.flip(1)), term).backward()
         return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
-    ahead_only = {name for name, _ in model.named_parameters() if name.startswith("model.layers.3.")}
-    assert not touched("main") & ahead_only
-    assert touched("prediction") >= ahead_only | {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    mtp_only = {name for name, _ in model.named_parameters() if name.startswith("model.layers.3.")}
+    assert not touched("main") & mtp_only
+    assert touched("mtp") >= mtp_only | {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
     balanced = touched("balance")
     assert {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2, 3)} <= balanced
     assert not any("lm_head" in name or ("experts.w" in name and "layers.3" in name) for name in balanced)
 
 
-def test_what_prediction_cannot_learn_from_counts_for_no_load(make_model):
+def test_positions_without_mtp_target_do_not_count_for_the_load(make_model):
     """At a document's border, at depth 2 its last two places: whatever is there, neither counts nor balance change."""
     model = _model(make_model, 2)
     ids = torch.randint(0, 50, (1, 12))
@@ -115,7 +115,7 @@ def test_what_prediction_cannot_learn_from_counts_for_no_load(make_model):
     assert counts == [12 * 2, 12 * 2, (3 + 5) * 2, (2 + 4) * 2]
 
 
-def test_evaluation_has_neither_prediction_nor_counts(make_model):
+def test_evaluation_has_neither_mtp_loss_nor_counts(make_model):
     model = _model(make_model, 1).eval()
     ids = torch.randint(0, 50, (2, 9))
     with torch.no_grad():
@@ -125,14 +125,14 @@ def test_evaluation_has_neither_prediction_nor_counts(make_model):
     torch.testing.assert_close(loss.main, model.loss_sum(ids, ids.flip(1))[0])
 
 
-def test_the_biases_of_prediction_layers_move_too(make_model):
+def test_the_biases_of_mtp_layers_are_updated(make_model):
     from moray.models.balance import update_router_biases
 
     model = _model(make_model, 1)
     ids = torch.randint(0, 50, (2, 9))
     model.training_loss(ids, ids.flip(1))
     counts = model.router_counts()
-    # At the last place there is nothing that the layer of prediction could learn.
+    # At the last place there is nothing that the MTP layer could learn.
     assert counts.sum(-1).tolist() == [2 * 9 * 2, 2 * 9 * 2, 2 * 8 * 2]
     before = dict((name, bias.clone()) for name, bias in model.logical_biases())
     update_router_biases(model, 0.001)
