@@ -187,26 +187,26 @@ def _step(
     """ROWS blocks. new1, keep2, new2: 1 - beta1, beta2, 1 - beta2; rate and correction: without the moments' bias."""
     blocks = row_offset(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
     at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]
-    there, inside = blocks < J, at < N
+    in_blocks, inside = blocks < J, at < N
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    scales = tl.load(first_scale_ptr + blocks, mask=there, other=0.0)
-    powers = tl.load(first_power_ptr + blocks, mask=there, other=1.0)
+    scales = tl.load(first_scale_ptr + blocks, mask=in_blocks, other=0.0)
+    powers = tl.load(first_power_ptr + blocks, mask=in_blocks, other=1.0)
     m = _restore(tl.load(first_ptr + at, mask=inside, other=0.0), scales, powers)
     m += (grad - m) * new1
-    scales = tl.load(second_scale_ptr + blocks, mask=there, other=0.0)
-    powers = tl.load(second_power_ptr + blocks, mask=there, other=1.0)
+    scales = tl.load(second_scale_ptr + blocks, mask=in_blocks, other=0.0)
+    powers = tl.load(second_power_ptr + blocks, mask=in_blocks, other=1.0)
     v = _restore(tl.load(second_ptr + at, mask=inside, other=0.0), scales, powers) * keep2 + new2 * grad * grad
     master = tl.load(master_ptr + at, mask=inside, other=0.0)
     master = master * decay - rate * m / (tl.math.sqrt_rn(v * correction) + epsilon)
     tl.store(master_ptr + at, master, mask=inside)
     fp8, scales, powers = _compress(m, EXPAND)
     tl.store(first_ptr + at, fp8, mask=inside)
-    tl.store(first_scale_ptr + blocks, scales, mask=there)
-    tl.store(first_power_ptr + blocks, powers, mask=there)
+    tl.store(first_scale_ptr + blocks, scales, mask=in_blocks)
+    tl.store(first_power_ptr + blocks, powers, mask=in_blocks)
     fp8, scales, powers = _compress(v, EXPAND)
     tl.store(second_ptr + at, fp8, mask=inside)
-    tl.store(second_scale_ptr + blocks, scales, mask=there)
-    tl.store(second_power_ptr + blocks, powers, mask=there)
+    tl.store(second_scale_ptr + blocks, scales, mask=in_blocks)
+    tl.store(second_power_ptr + blocks, powers, mask=in_blocks)
 
 
 @torch.no_grad()

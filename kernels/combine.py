@@ -29,12 +29,12 @@ def combine_padded_reference(rows_RD: Tensor, weights_TK: Tensor, order: PaddedO
     """As `combine_padded`, differentiable by PyTorch, in float64 as well."""
     _check(rows_RD, weights_TK, order, (*FLOAT_DTYPES, torch.float64))
     accum_dtype = accumulation_dtype(rows_RD.dtype)
-    here_TK = order.positions_TK >= 0
+    local_TK = order.positions_TK >= 0
     # What is not routed here takes one row more, of zeros.
-    places_TK = torch.where(here_TK, order.positions_TK, len(rows_RD)).long()
+    places_TK = torch.where(local_TK, order.positions_TK, len(rows_RD)).long()
     dtype, zeros_1D = rows_RD.dtype, rows_RD.new_zeros((1, rows_RD.shape[1]), dtype=accum_dtype)
     rows_RD = torch.cat((rows_RD.to(accum_dtype), zeros_1D))
-    weights_TK = torch.where(here_TK, weights_TK, 0.0)
+    weights_TK = torch.where(local_TK, weights_TK, 0.0)
     total_TD = rows_RD.new_zeros((len(weights_TK), rows_RD.shape[1]))
     for places_T, weights_T in zip(places_TK.unbind(1), weights_TK.unbind(1), strict=True):
         total_TD = total_TD + weights_T.unsqueeze(1) * rows_RD.index_select(0, places_T)

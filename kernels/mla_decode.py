@@ -104,12 +104,12 @@ def _decode(
     top = tl.full((BH,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BH,), dtype=tl.float32)
     for first in range(split * reach, tl.minimum(split * reach + reach, length), BL):
-        there = first + tl.arange(0, BL) < length
+        valid = first + tl.arange(0, BL) < length
         of_slot = cache_ptr + row_offset(_slots(table_ptr, first, length, S, BL)[:, None], R + P)
-        c0 = tl.load(of_slot + latent[None, :], mask=there[:, None] & has_latent, other=0.0).to(q0.dtype)
-        c1 = tl.load(of_slot + rotated[None, :], mask=there[:, None] & has_rotated, other=0.0).to(q0.dtype)
+        c0 = tl.load(of_slot + latent[None, :], mask=valid[:, None] & has_latent, other=0.0).to(q0.dtype)
+        c1 = tl.load(of_slot + rotated[None, :], mask=valid[:, None] & has_rotated, other=0.0).to(q0.dtype)
         scores = dot(q1, c1.T, dot(q0, c0.T, tl.zeros((BH, BL), dtype=tl.float32)))
-        scores = tl.where(there[None, :], scores, float("-inf"))
+        scores = tl.where(valid[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores * scale - (higher * scale)[:, None])
         keep = tl.exp2((top - higher) * scale)

@@ -1,6 +1,6 @@
 """Rows sorted by expert, packed, to groups that begin at multiples of 128, and back.
 
-For rows that come packed from elsewhere. Where a token's rows are sorted here, `permute.spread_padded` brings them to
+For rows that come packed from elsewhere. Where a token's rows are sorted here, `permute.permute_padded` brings them to
 their padded places at once.
 
 Shapes: R packed rows, P padded rows, E experts, D row width.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moray.kernels.combine import combine_padded
-from moray.kernels.permute import TILE, PaddedOrder, padded_capacity, spread_padded
+from moray.kernels.permute import TILE, PaddedOrder, padded_capacity, permute_padded
 
 
 def group_order(counts_E: Tensor, rows: int, device: torch.device) -> PaddedOrder:
@@ -21,8 +21,8 @@ def group_order(counts_E: Tensor, rows: int, device: torch.device) -> PaddedOrde
     offsets_E1[1:] = ((counts_E + TILE - 1) // TILE * TILE).cumsum(0)
     places_R = torch.arange(rows, device=device)
     experts_R = torch.searchsorted(ends_E, places_R, right=True).clamp_(max=len(counts_E) - 1)
-    moved_R = places_R + (offsets_E1[:-1] - (ends_E - counts_E))[experts_R]
-    return PaddedOrder(moved_R.int().unsqueeze(1), offsets_E1.int(), counts_E.int())
+    padded_R = places_R + (offsets_E1[:-1] - (ends_E - counts_E))[experts_R]
+    return PaddedOrder(padded_R.int().unsqueeze(1), offsets_E1.int(), counts_E.int())
 
 
 def pad_groups(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, PaddedOrder]:
@@ -31,7 +31,7 @@ def pad_groups(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> tuple[Te
     capacity = padded_capacity(rows_RD.shape[0], len(counts_E))
     places_R = order.positions_TK.squeeze(1).long()
     weights_P = weights_R.new_zeros(capacity).index_copy(0, places_R, weights_R)
-    return spread_padded(rows_RD, order, capacity), weights_P, order
+    return permute_padded(rows_RD, order, capacity), weights_P, order
 
 
 def unpad_groups(rows_PD: Tensor, order: PaddedOrder) -> Tensor:

@@ -72,15 +72,15 @@ def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = 
     """As `padded_order`, in PyTorch and without waiting for a device."""
     _check_ids(expert_ids_TK, num_experts, tile)
     ids_R = expert_ids_TK.flatten().long()
-    here_R = (ids_R >= 0) & (ids_R < num_experts)
+    local_R = (ids_R >= 0) & (ids_R < num_experts)
     # What is not routed here is sorted behind the last expert.
-    sorted_R, order_R = torch.where(here_R, ids_R, num_experts).sort(stable=True)
+    sorted_R, order_R = torch.where(local_R, ids_R, num_experts).sort(stable=True)
     edges_E1 = torch.searchsorted(sorted_R, torch.arange(num_experts + 1, device=ids_R.device))
     counts_E = edges_E1.diff()
     offsets_E1 = torch.zeros_like(edges_E1)
     offsets_E1[1:] = ((counts_E + tile - 1) // tile * tile).cumsum(0)
-    moved_R = (offsets_E1 - edges_E1)[sorted_R] + torch.arange(len(ids_R), device=ids_R.device)
-    positions_R = torch.where(here_R, torch.empty_like(moved_R).index_copy_(0, order_R, moved_R), -1)
+    padded_R = (offsets_E1 - edges_E1)[sorted_R] + torch.arange(len(ids_R), device=ids_R.device)
+    positions_R = torch.where(local_R, torch.empty_like(padded_R).index_copy_(0, order_R, padded_R), -1)
     return PaddedOrder(positions_R.view(expert_ids_TK.shape).int(), offsets_E1.int(), counts_E.int(), tile)
 
 
@@ -90,8 +90,8 @@ def _count_blocks(ids_ptr, block_counts_ptr, P, E, PAIRS: tl.constexpr, BINS: tl
     block = tl.program_id(0)
     pair, bins = block * PAIRS + tl.arange(0, PAIRS), tl.arange(0, BINS)
     ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
-    here = (ids >= 0) & (ids < E)
-    counts = tl.histogram(tl.where(here, ids, 0).to(tl.int32), BINS, mask=here)
+    local = (ids >= 0) & (ids < E)
+    counts = tl.histogram(tl.where(local, ids, 0).to(tl.int32), BINS, mask=local)
     tl.store(block_counts_ptr + row_offset(block, E) + bins, counts, mask=bins < E)
 
 
@@ -133,11 +133,11 @@ def _place_pairs(
         others = tl.load(ids_ptr + block * PAIRS + other, mask=block * PAIRS + other < P, other=-1)
         earlier += ((ids[:, None] == others[None, :]) & (other[None, :] < lane[:, None])).to(tl.int32)
     rank = tl.sum(earlier, axis=1)
-    here = (ids >= 0) & (ids < E)
-    expert = tl.where(here, ids, 0).to(tl.int32)
+    local = (ids >= 0) & (ids < E)
+    expert = tl.where(local, ids, 0).to(tl.int32)
     start = tl.gather(ends - padded, expert, axis=0)
-    before = tl.load(before_ptr + row_offset(block, E) + expert, mask=here, other=0)
-    tl.store(positions_ptr + pair, tl.where(here, start + before + rank, -1), mask=pair < P)
+    before = tl.load(before_ptr + row_offset(block, E) + expert, mask=local, other=0)
+    tl.store(positions_ptr + pair, tl.where(local, start + before + rank, -1), mask=pair < P)
 
 
 def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
@@ -191,14 +191,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def spread_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fill: float = 0.0) -> Tensor:
-    """As `spread_padded`, differentiable by PyTorch, of any dtype. All rows that no pair takes hold `fill`."""
+def permute_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fill: float = 0.0) -> Tensor:
+    """As `permute_padded`, differentiable by PyTorch, of any dtype. All rows that no pair takes hold `fill`."""
     check_permutation(order, x_TD, len(x_TD), capacity)
     # What is not routed here goes to one row more, which is cut off again.
     places_R = torch.where(order.positions_TK < 0, capacity, order.positions_TK).flatten().long()
     upcast_TD = x_TD.to(accumulation_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
-    copies_RD = upcast_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
-    rows_RD = copies_RD.new_full((capacity + 1, x_TD.shape[1]), fill).index_copy(0, places_R, copies_RD)
+    expanded_RD = upcast_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
+    rows_RD = expanded_RD.new_full((capacity + 1, x_TD.shape[1]), fill).index_copy(0, places_R, expanded_RD)
     return rows_RD[:capacity].to(x_TD.dtype)
 
 
@@ -213,7 +213,7 @@ def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl
 
 
 @triton.jit
-def _spread_columns(
+def _permute_columns(
     x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, columns, D, E,
     K: tl.constexpr, FILL: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -231,23 +231,23 @@ def _spread_columns(
 
 
 @triton.jit
-def _spread(
+def _permute(
     x_ptr, scales_ptr, rows_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, D, J, E,
     K: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """The experts' padding first, for it takes longest, then the tokens; the last part of a row are its scales."""
     first = tl.program_id(1) * WIDTH
     if first < D:
-        _spread_columns(
+        _permute_columns(
             x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, first + tl.arange(0, WIDTH), D, E, K, 0, 4
         )
     elif SCALES > 0:
-        _spread_columns(
+        _permute_columns(
             scales_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, tl.arange(0, SCALES), J, E, K, 1, 4
         )
 
 
-def _spread_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
+def _permute_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
     """Rows and their scales, if there are any."""
     tokens, width = x_TD.shape
     check_permutation(order, x_TD, tokens, capacity)
@@ -260,7 +260,7 @@ def _spread_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, c
         row_scales_RJ = scales_TJ.new_empty((capacity, scales))
     if rows_RD.numel():
         experts, slots = len(order.counts_E), order.positions_TK.shape[1]
-        _spread[(experts + tokens, parts + (scales > 0))](
+        _permute[(experts + tokens, parts + (scales > 0))](
             x_TD, scales_TJ if scales else row_scales_RJ, rows_RD, row_scales_RJ,
             order.positions_TK, order.offsets_E1, order.counts_E, width, scales, experts,
             K=slots, WIDTH=program_width, SCALES=triton.next_power_of_2(scales) if scales else 0,
@@ -284,10 +284,10 @@ def _sum_slots(
     slots = row_offset(token, K)
     for k in tl.static_range(K):
         position = tl.load(positions_ptr + slots + k).to(tl.int64)
-        here = position >= 0
-        row = tl.load(rows_ptr + position * D + columns, mask=(columns < D) & here, other=0.0).to(tl.float32)
+        local = position >= 0
+        row = tl.load(rows_ptr + position * D + columns, mask=(columns < D) & local, other=0.0).to(tl.float32)
         if WEIGHTED:
-            row *= tl.load(weights_ptr + slots + k, mask=here, other=0.0)
+            row *= tl.load(weights_ptr + slots + k, mask=local, other=0.0)
         total += row
     tl.store(out_ptr + row_offset(token, D) + columns, total, mask=columns < D)
 
@@ -309,9 +309,9 @@ def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: T
 
 def sum_slots_reference(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
     """As `sum_slots`, of FP32, BF16 or float64."""
-    here_TK = positions_TK >= 0
-    counts_T = here_TK.sum(1)
-    return F.embedding_bag(positions_TK[here_TK], rows_RD, counts_T.cumsum(0) - counts_T, mode="sum")
+    local_TK = positions_TK >= 0
+    counts_T = local_TK.sum(1)
+    return F.embedding_bag(positions_TK[local_TK], rows_RD, counts_T.cumsum(0) - counts_T, mode="sum")
 
 
 def sum_slots(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
@@ -324,11 +324,11 @@ def sum_slots(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
     return sum_slots_reference(rows_RD, positions_TK)
 
 
-class _SpreadPadded(torch.autograd.Function):
+class _PermutePadded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
         ctx.save_for_backward(order.positions_TK)
-        return _spread_triton(x_TD, None, order, capacity)[0]
+        return _permute_triton(x_TD, None, order, capacity)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -336,14 +336,14 @@ class _SpreadPadded(torch.autograd.Function):
         return sum_slots_triton(grads[0].contiguous(), None, positions_TK), None, None
 
 
-def spread_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
-    """As `spread_padded`, in one launch. Contiguous FP32, BF16 or FP16."""
+def permute_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
+    """As `permute_padded`, in one launch. Contiguous FP32, BF16 or FP16."""
     check_tensor("x_TD", x_TD, (None, None), FLOAT_DTYPES)
-    rows_RD: Tensor = _SpreadPadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
+    rows_RD: Tensor = _PermutePadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
     return rows_RD
 
 
-def spread_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
+def permute_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
     """Copies each token's row to its positions in a buffer of `capacity` rows: rows_RD, in the dtype of x.
 
     The padding between an expert's rows and the next expert's is zeros. Rows from offsets_E1[-1] on are not written on
@@ -351,8 +351,8 @@ def spread_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
     and in their order. Raises ValueError where shapes, dtypes or devices do not fit, or `capacity` may not suffice.
     """
     if backend(x_TD) == "triton" and x_TD.dtype != torch.float64:
-        return spread_padded_triton(x_TD.contiguous(), order, capacity)
-    return spread_padded_reference(x_TD, order, capacity)
+        return permute_padded_triton(x_TD.contiguous(), order, capacity)
+    return permute_padded_reference(x_TD, order, capacity)
 
 
 def _check_fp8(fp8_TD: Tensor, scales_TJ: Tensor) -> None:
@@ -360,29 +360,29 @@ def _check_fp8(fp8_TD: Tensor, scales_TJ: Tensor) -> None:
     check_tensor("scales_TJ", scales_TJ, (len(fp8_TD), None), (torch.float32,), like=fp8_TD)
 
 
-def spread_padded_fp8_reference(
+def permute_padded_fp8_reference(
     fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """As `spread_padded_fp8`, in PyTorch."""
+    """As `permute_padded_fp8`, in PyTorch."""
     _check_fp8(fp8_TD, scales_TJ)
-    rows_RD = spread_padded_reference(fp8_TD.view(torch.uint8), order, capacity)
-    return rows_RD.view(fp8_TD.dtype), spread_padded_reference(scales_TJ, order, capacity, fill=1.0)
+    rows_RD = permute_padded_reference(fp8_TD.view(torch.uint8), order, capacity)
+    return rows_RD.view(fp8_TD.dtype), permute_padded_reference(scales_TJ, order, capacity, fill=1.0)
 
 
-def spread_padded_fp8_triton(
+def permute_padded_fp8_triton(
     fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """As `spread_padded_fp8`, in one launch."""
+    """As `permute_padded_fp8`, in one launch."""
     _check_fp8(fp8_TD, scales_TJ)
-    rows_RD, row_scales_RJ = _spread_triton(fp8_TD.view(torch.uint8), scales_TJ, order, capacity)
+    rows_RD, row_scales_RJ = _permute_triton(fp8_TD.view(torch.uint8), scales_TJ, order, capacity)
     return rows_RD.view(fp8_TD.dtype), row_scales_RJ
 
 
-def spread_padded_fp8(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
-    """`spread_padded` of float8_e4m3fn rows and their FP32 scales, not differentiable: (rows_RD, scales_RJ).
+def permute_padded_fp8(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
+    """`permute_padded` of float8_e4m3fn rows and their FP32 scales, not differentiable: (rows_RD, scales_RJ).
 
     A row of padding has zeros and the scales 1, so that its products are zeros.
     """
     if backend(fp8_TD) == "triton":
-        return spread_padded_fp8_triton(fp8_TD.contiguous(), scales_TJ.contiguous(), order, capacity)
-    return spread_padded_fp8_reference(fp8_TD, scales_TJ, order, capacity)
+        return permute_padded_fp8_triton(fp8_TD.contiguous(), scales_TJ.contiguous(), order, capacity)
+    return permute_padded_fp8_reference(fp8_TD, scales_TJ, order, capacity)

@@ -153,9 +153,9 @@ def _quantize(
     tl.store(fp8_ptr + at, scaled_e4m3(x, scales, POWER_OF_TWO), mask=inside)
     i = row * (HEIGHT // ROWS) + tl.arange(0, HEIGHT // ROWS)
     j = column * (WIDTH // COLUMNS) + tl.arange(0, WIDTH // COLUMNS)
-    there = (i[:, None] < block_rows) & (j[None, :] < block_columns)
+    in_scales = (i[:, None] < block_rows) & (j[None, :] < block_columns)
     at = row_offset(row_offset(stack, block_rows) + i[:, None], block_columns) + j[None, :]
-    tl.store(scale_ptr + at, scales, mask=there)
+    tl.store(scale_ptr + at, scales, mask=in_scales)
 
 
 def quantize_triton(

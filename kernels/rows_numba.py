@@ -63,7 +63,7 @@ def push(bits_TD, shift, metadata_TN, sent_TP, inboxes) -> None:
             row_W[packed + i] = metadata_TN[t, i]
         for p in range(ranks):
             if sent_TP[t, p]:
-                there = inboxes[p][places[p]]
+                inbox_row = inboxes[p][places[p]]
                 for i in range(row_W.shape[0]):
-                    there[i] = row_W[i]
+                    inbox_row[i] = row_W[i]
                 places[p] += 1

@@ -78,9 +78,9 @@ def swiglu_backward_reference(
 def _store_rowwise(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
     """x as tiles of 1 x 128 of a matrix [R, width]; `tile` is the number of the tile within a row."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
-    there = rows[:, None] < R
-    tl.store(fp8_ptr + row_offset(rows[:, None], width) + columns[None, :], scaled_e4m3(x, scales, True), mask=there)
-    tl.store(scale_ptr + row_offset(rows[:, None], width // 128) + tile, scales, mask=there)
+    inside = rows[:, None] < R
+    tl.store(fp8_ptr + row_offset(rows[:, None], width) + columns[None, :], scaled_e4m3(x, scales, True), mask=inside)
+    tl.store(scale_ptr + row_offset(rows[:, None], width // 128) + tile, scales, mask=inside)
 
 
 @triton.jit

@@ -284,10 +284,10 @@ def moving(size: Sizes, device: str) -> Iterator[Case]:
         assert torch.equal(found.positions_TK, expected.positions_TK)
         assert torch.equal(found.offsets_E1, expected.offsets_E1)
 
-    def spread_check() -> None:
+    def permute_check() -> None:
         found, expected = (
             form(*x, order, capacity)
-            for form in (permute.spread_padded_fp8_triton, permute.spread_padded_fp8_reference)
+            for form in (permute.permute_padded_fp8_triton, permute.permute_padded_fp8_reference)
         )
         assert torch.equal(found[0][:used].view(torch.uint8), expected[0][:used].view(torch.uint8))
         assert torch.equal(found[1][:used], expected[1][:used])
@@ -314,8 +314,8 @@ def moving(size: Sizes, device: str) -> Iterator[Case]:
     )  # fmt: skip
     each = size.hidden + size.hidden // 32
     yield Case(
-        "spread fp8 rows", partial(permute.spread_padded_fp8_triton, *x, order, capacity), spread_check,
-        (tokens + used) * each, 0, {"PyTorch": partial(permute.spread_padded_fp8_reference, *x, order, capacity)},
+        "spread fp8 rows", partial(permute.permute_padded_fp8_triton, *x, order, capacity), permute_check,
+        (tokens + used) * each, 0, {"PyTorch": partial(permute.permute_padded_fp8_reference, *x, order, capacity)},
     )  # fmt: skip
     moved = size.hidden * 2 * (2 * (ids.numel() + tokens) + used)
     yield Case(

@@ -31,7 +31,7 @@ def _specimen(dtype):
 SPECIMENS = {"adamw fp8": _specimen(torch.float32), "adamw fp8 of BF16 gradients": _specimen(torch.bfloat16)}
 
 
-def _spread(count, decades, seed, signed):
+def _expand(count, decades, seed, signed):
     """Log-uniform magnitudes over so many decades."""
     generator = torch.Generator().manual_seed(seed)
     magnitude = 10.0 ** (-decades * torch.rand(count, generator=generator))
@@ -47,7 +47,7 @@ def _spread(count, decades, seed, signed):
 )
 @settings(max_examples=examples(60), deadline=None)
 def test_the_error_is_that_of_three_bits_divided_by_the_power(count, decades, scale, signed, seed):
-    x = _spread(count, decades, seed, signed) * scale
+    x = _expand(count, decades, seed, signed) * scale
     moment = compress(x)
     back = restore(moment)
     power = moment.powers_J.repeat_interleave(128)[:count]
@@ -62,14 +62,14 @@ def test_the_error_is_that_of_three_bits_divided_by_the_power(count, decades, sc
 
 
 def test_small_second_moments_survive_where_plain_fp8_loses_them():
-    x = _spread(12800, 7.0, 0, signed=False)
+    x = _expand(12800, 7.0, 0, signed=False)
     plain, expanded = restore(compress(x, expand=False)), restore(compress(x))
     assert (plain == 0).float().mean() > 0.1
     assert not (expanded == 0).any()
 
 
 def test_a_narrow_block_is_finer_than_plain_fp8():
-    x = _spread(12800, 1.0, 0, signed=True)
+    x = _expand(12800, 1.0, 0, signed=True)
     plain, expanded = (((restore(compress(x, expand)) - x) / x).square().mean().sqrt() for expand in (False, True))
     assert expanded < plain / 3
 
@@ -147,10 +147,10 @@ def test_one_step_is_adamws():
 
 def _state(count, decades, scale, seed, expand):
     """Master, gradient and moments in the middle of a run; every 7th gradient and some blocks of moments are zero."""
-    gradient = _spread(count, decades, seed, signed=True) * scale
+    gradient = _expand(count, decades, seed, signed=True) * scale
     gradient[::7] = 0.0
-    first = compress(_spread(count, decades, seed + 1, signed=True) * scale, expand)
-    second = compress(_spread(count, 2 * decades, seed + 2, signed=False) * scale**2, expand)
+    first = compress(_expand(count, decades, seed + 1, signed=True) * scale, expand)
+    second = compress(_expand(count, 2 * decades, seed + 2, signed=False) * scale**2, expand)
     if seed % 3 == 0:
         first, second = Fp8Moment.zeros(count), Fp8Moment.zeros(count)
     return gradient, first, second

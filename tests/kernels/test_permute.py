@@ -10,12 +10,12 @@ from moray.kernels.permute import (
     padded_order,
     padded_order_reference,
     padded_order_triton,
-    spread_padded,
-    spread_padded_fp8,
-    spread_padded_fp8_reference,
-    spread_padded_fp8_triton,
-    spread_padded_reference,
-    spread_padded_triton,
+    permute_padded,
+    permute_padded_fp8,
+    permute_padded_fp8_reference,
+    permute_padded_fp8_triton,
+    permute_padded_reference,
+    permute_padded_triton,
     sum_slots,
     sum_slots_triton,
 )
@@ -29,8 +29,8 @@ CAPACITY = padded_capacity(64 * 8, 256)
 SPECIMENS = {
     "padded order": lambda: padded_order_triton(IDS, 256),
     "padded order of many pairs": lambda: padded_order_triton(IDS.repeat(64, 1), 256),
-    "spread padded": lambda: spread_padded_triton(X, ORDER, CAPACITY).sum().backward(),
-    "spread padded fp8": lambda: spread_padded_fp8_triton(
+    "permute padded": lambda: permute_padded_triton(X, ORDER, CAPACITY).sum().backward(),
+    "permute padded fp8": lambda: permute_padded_fp8_triton(
         X.detach().to(torch.float8_e4m3fn), torch.zeros(64, 4), ORDER, CAPACITY
     ),
 }
@@ -149,12 +149,12 @@ def _used(rows_RD, order):
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(20))
-def test_rows_spread_with_zeros_between_and_gradients_sum_over_slots(routing, width, tile, dtype, seed):
+def test_permuted_rows_are_padded_with_zeros_and_gradients_sum_over_slots(routing, width, tile, dtype, seed):
     ids_TK, experts = routing
     order = padded_order_reference(ids_TK, experts, tile)
     capacity = padded_capacity(ids_TK.numel(), experts, tile)
     x_TD = draw((len(ids_TK), width), dtype=dtype, seed=seed).requires_grad_()
-    found_RD, expected_RD = (f(x_TD, order, capacity) for f in (spread_padded_triton, spread_padded_reference))
+    found_RD, expected_RD = (f(x_TD, order, capacity) for f in (permute_padded_triton, permute_padded_reference))
     same_bits(_used(found_RD, order), _used(expected_RD, order))
     grad_RD = draw((capacity, width), dtype=dtype, seed=seed + 1)
     found_TD, expected_TD = (torch.autograd.grad(rows_RD, x_TD, grad_RD)[0] for rows_RD in (found_RD, expected_RD))
@@ -167,24 +167,24 @@ def test_gradients_sum_in_fp32_in_the_order_of_slots():
     x_TD = torch.zeros(1, 1, dtype=torch.float16, requires_grad=True)
     # In FP16, 2048 + 1 is 2048; in FP32, 2^24 + 1 - 2^24 is 0 or 1 by the order.
     grad_RD = torch.tensor([[1.0], [0.5], [2048.0]], dtype=torch.float16)
-    spread_padded_triton(x_TD, order, 4).backward(torch.cat((grad_RD, grad_RD[:1] * float("nan"))))
+    permute_padded_triton(x_TD, order, 4).backward(torch.cat((grad_RD, grad_RD[:1] * float("nan"))))
     assert x_TD.grad.item() == 2050.0  # 2049.5, to nearest
     wide_TD = x_TD.detach().float().requires_grad_()
     grad_RD = torch.tensor([[1.0], [-(2.0**24)], [2.0**24], [float("nan")]])
-    spread_padded_triton(wide_TD, order, 4).backward(grad_RD)
+    permute_padded_triton(wide_TD, order, 4).backward(grad_RD)
     assert wide_TD.grad.item() == 0.0
 
 
 @given(routing=routings(tokens=(0, 1, 7), experts=(1, 5)), tiles=st.integers(1, 9), seed=st.integers(0, 2**31))
 @settings(max_examples=examples(15))
-def test_fp8_rows_spread_with_their_scales(routing, tiles, seed):
+def test_fp8_rows_are_permuted_with_their_scales(routing, tiles, seed):
     ids_TK, experts = routing
     order = padded_order_reference(ids_TK, experts, 16)
     capacity = padded_capacity(ids_TK.numel(), experts, 16)
     fp8_TD = draw((len(ids_TK), 128 * tiles), seed=seed).to(torch.float8_e4m3fn)
     scales_TJ = draw((len(ids_TK), tiles), seed=seed)
     found, expected = (
-        f(fp8_TD, scales_TJ, order, capacity) for f in (spread_padded_fp8_triton, spread_padded_fp8_reference)
+        f(fp8_TD, scales_TJ, order, capacity) for f in (permute_padded_fp8_triton, permute_padded_fp8_reference)
     )
     same_bits(_used(found[0], order), _used(expected[0], order))
     same_bits(_used(found[1], order), _used(expected[1], order))
@@ -194,16 +194,16 @@ def test_fp8_rows_spread_with_their_scales(routing, tiles, seed):
     assert (_used(found[1], order)[padding_R] == 1).all()
 
 
-def test_float64_spreads_by_the_reference_and_cpus_run_triton_on_demand(monkeypatch):
+def test_float64_runs_the_reference_and_cpus_run_triton_on_demand(monkeypatch):
     ids_TK = torch.tensor([[0, 2], [-1, 2]])
     for form in ("reference", "triton"):
         monkeypatch.setenv("MORAY_KERNELS", form)
         order = padded_order(ids_TK.t().contiguous().t(), 3, 2)
         assert order.positions_TK.tolist() == [[0, 2], [-1, 3]]
         x_TD = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, order=order: spread_padded(x, order, 6), x_TD)
-        assert spread_padded(x_TD.float(), order, 6)[1].tolist() == [0.0, 0.0, 0.0]
-        fp8_RD, scales_RJ = spread_padded_fp8(torch.zeros(2, 3).to(torch.float8_e4m3fn), torch.zeros(2, 1), order, 6)
+        assert torch.autograd.gradcheck(lambda x, order=order: permute_padded(x, order, 6), x_TD)
+        assert permute_padded(x_TD.float(), order, 6)[1].tolist() == [0.0, 0.0, 0.0]
+        fp8_RD, scales_RJ = permute_padded_fp8(torch.zeros(2, 3).to(torch.float8_e4m3fn), torch.zeros(2, 1), order, 6)
         assert (fp8_RD.shape, scales_RJ[:4, 0].tolist()) == ((6, 3), [0.0, 1.0, 0.0, 0.0])
 
 
@@ -218,10 +218,10 @@ def test_wrong_arguments_are_named(monkeypatch, form):
         padded_order(IDS, 2**31, tile=2**22)
     order = padded_order(IDS, 3)
     with pytest.raises(ValueError, match=r"positions_TK has shape \(64, 8\), expected \(2, any\)"):
-        spread_padded(torch.zeros(2, 2), order, 2000)
+        permute_padded(torch.zeros(2, 2), order, 2000)
     with pytest.raises(ValueError, match=r"capacity = 512 rows, expected at least 768 \(padded_capacity\)"):
-        spread_padded(torch.zeros(64, 2), order, 512)
+        permute_padded(torch.zeros(64, 2), order, 512)
     with pytest.raises(ValueError, match=r"scales_TJ has shape \(63, 1\), expected \(64, any\)"):
-        spread_padded_fp8(torch.zeros(64, 2).to(torch.float8_e4m3fn), torch.zeros(63, 1), order, 768)
+        permute_padded_fp8(torch.zeros(64, 2).to(torch.float8_e4m3fn), torch.zeros(63, 1), order, 768)
     with pytest.raises(ValueError, match=r"fp8_TD has dtype torch.bfloat16, expected torch.float8_e4m3fn"):
-        spread_padded_fp8(X, torch.zeros(64, 4), order, 768)
+        permute_padded_fp8(X, torch.zeros(64, 4), order, 768)

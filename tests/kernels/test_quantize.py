@@ -40,7 +40,7 @@ def _nearest(values):
     return GRID[pick] * values.sign()
 
 
-def _spread(scales, block, shape):
+def _expand(scales, block, shape):
     return scales.double().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[0], : shape[1]]
 
 
@@ -62,16 +62,16 @@ def test_every_number_is_the_nearest_and_nothing_saturates(
     x = (torch.randn(*stack, rows, columns, generator=generator) * 2.0**exponent).to(dtype)
     fp8, scales = quantize(x, block, power_of_two)
     check_scales(fp8, scales, block)
-    spread = _spread(scales, block, (rows, columns))
+    expanded = _expand(scales, block, (rows, columns))
     # The quotient is FP32's, which is what a kernel computes.
-    quotient = (x.float() / spread.float()).double().clamp(-E4M3_MAX, E4M3_MAX)
+    quotient = (x.float() / expanded.float()).double().clamp(-E4M3_MAX, E4M3_MAX)
     assert torch.equal(fp8.double(), _nearest(quotient))
-    assert torch.equal(dequantize(fp8, scales, block).double(), (fp8.double() * spread).float().double())
+    assert torch.equal(dequantize(fp8, scales, block).double(), (fp8.double() * expanded).float().double())
     largest = x.double().abs().amax((-2, -1))
-    assert (spread.amax((-2, -1)) >= largest / E4M3_MAX * (1 - 2**-23)).all()
+    assert (expanded.amax((-2, -1)) >= largest / E4M3_MAX * (1 - 2**-23)).all()
     if power_of_two:
         assert (torch.frexp(scales).mantissa == 0.5).all()
-        assert (spread.amax((-2, -1)) < 2 * largest / E4M3_MAX * (1 + 2**-23)).all()
+        assert (expanded.amax((-2, -1)) < 2 * largest / E4M3_MAX * (1 + 2**-23)).all()
 
 
 def test_every_fp8_number_converts_to_bf16_exactly():
