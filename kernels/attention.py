@@ -157,7 +157,7 @@ def causal_attention_triton(
     return out
 
 
-def attention_form(x: Tensor) -> Literal["reference", "triton"]:
+def attention_backend(x: Tensor) -> Literal["reference", "triton"]:
     """What `causal_attention` runs for a tensor's device and dtype: there is no Triton form of FP64."""
     return "reference" if x.dtype == torch.float64 else backend(x)
 
@@ -169,7 +169,7 @@ def causal_attention(
 
     Returns [B, T, H, V]. V must not exceed A.
     """
-    if attention_form(q_BTHA) == "reference":
+    if attention_backend(q_BTHA) == "reference":
         return causal_attention_reference(q_BTHA, k_BTHA, v_BTHV, scale, documents)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHA, k_BTHA, v_BTHV))
     return causal_attention_triton(q, k, v, scale, documents)

@@ -34,7 +34,7 @@ _CHUNK_LOGITS = 1 << 27
 _CHUNK_BYTES = 1 << 29
 
 # (hidden_CD, weight_VD, targets_C, keep_C, whether gradients are wanted) -> (loss, its gradient by the logits)
-Chunk = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def _chunk_tokens(vocab: int, device: torch.device) -> int:
@@ -117,7 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         targets_T: Tensor,
         keep_T: Tensor,
-        form: Chunk,
+        compute_chunk: ChunkLoss,
         chunk: int,
         grads: bool,
     ) -> Tensor:
@@ -127,7 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=compute_dtype) if grads else None
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
-            chunk_loss, d_logits_CV = form(hidden_TD[part], weight_VD, targets_T[part], keep_T[part], grads)
+            chunk_loss, d_logits_CV = compute_chunk(hidden_TD[part], weight_VD, targets_T[part], keep_T[part], grads)
             loss += chunk_loss
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(d_logits_CV, weight_VD, out=grad_hidden[part])
@@ -150,11 +150,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _sum(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, form: Chunk, chunk: int
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, compute_chunk: ChunkLoss, chunk: int
 ) -> tuple[Tensor, Tensor]:
     grads = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, weight_VD, targets_T, keep_T, form, chunk, grads
+        hidden_TD, weight_VD, targets_T, keep_T, compute_chunk, chunk, grads
     )
     return loss, keep_T.sum()
 

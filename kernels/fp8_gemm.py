@@ -241,8 +241,8 @@ def fp8_gemm(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
     """A B^T in `dtype` (FP32 or BF16): [M, N]. A in tiles of 1 x 128, B in blocks of `b_block`."""
-    form = fp8_gemm_triton if backend(a_MK) == "triton" else fp8_gemm_reference
-    return form(a_MK, a_scales, b_NK, b_scales, b_block=b_block, dtype=dtype)
+    implementation = fp8_gemm_triton if backend(a_MK) == "triton" else fp8_gemm_reference
+    return implementation(a_MK, a_scales, b_NK, b_scales, b_block=b_block, dtype=dtype)
 
 
 def fp8_gemm_grouped(
@@ -251,11 +251,11 @@ def fp8_gemm_grouped(
 ) -> Tensor:  # fmt: skip
     """Rows [offsets_e, offsets_e+1) of A times B_e^T, in `dtype`: [R, N]. What rows from the last offset on hold is not
     defined. Offsets: int32, multiples of 128, ascending from 0 to at most R."""
-    form = fp8_gemm_grouped_triton if backend(a_RK) == "triton" else fp8_gemm_grouped_reference
-    return form(a_RK, a_scales, b_ENK, b_scales, offsets_E1, dtype=dtype)
+    implementation = fp8_gemm_grouped_triton if backend(a_RK) == "triton" else fp8_gemm_grouped_reference
+    return implementation(a_RK, a_scales, b_ENK, b_scales, offsets_E1, dtype=dtype)
 
 
 def fp8_gemm_k_grouped(a_MR: Tensor, a_scales: Tensor, b_NR: Tensor, b_scales: Tensor, offsets_E1: Tensor) -> Tensor:
     """The sums over columns [offsets_e, offsets_e+1) of A B^T: [E, M, N] FP32. Offsets as in `fp8_gemm_grouped`."""
-    form = fp8_gemm_k_grouped_triton if backend(a_MR) == "triton" else fp8_gemm_k_grouped_reference
-    return form(a_MR, a_scales, b_NR, b_scales, offsets_E1)
+    implementation = fp8_gemm_k_grouped_triton if backend(a_MR) == "triton" else fp8_gemm_k_grouped_reference
+    return implementation(a_MR, a_scales, b_NR, b_scales, offsets_E1)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.attention import attention_form
+from moray.kernels.attention import attention_backend
 from moray.kernels.attention_tiles import dot
 from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import row_offset
@@ -215,7 +215,7 @@ def mla_decode(
     cache_KSC: one layer's blocks of slots. tables_BN: which block holds a sequence's positions n * S and on; what it
     says beyond the sequence's last position is not looked at. positions_BT: integers; -1 is padding and gives zeros.
     """
-    if attention_form(q_BTHC) == "reference":
+    if attention_backend(q_BTHC) == "reference":
         return mla_decode_reference(q_BTHC, cache_KSC, tables_BN, positions_BT, scale, rank)
     q, tables, positions = q_BTHC.contiguous(), tables_BN.contiguous(), positions_BT.contiguous()
     return mla_decode_triton(q, cache_KSC, tables, positions, scale, rank)

@@ -153,7 +153,8 @@ def _backward(
 @triton.jit
 def _transposed_gradients(
     held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr,
-    transposed_ptr, transposed_scale_ptr, inner_ptr, inner_scale_ptr, block, tile, quarter, R, F, WEIGHTED: tl.constexpr,
+    transposed_ptr, transposed_scale_ptr, inner_ptr, inner_scale_ptr,
+    block, tile, quarter, R, F, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     rows, columns = block * 128 + tl.arange(0, 128), tile * 128 + quarter * 32 + tl.arange(0, 32)
     inner, d_gate, d_up, _ = _gradients(
@@ -226,11 +227,11 @@ def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Te
 
 def swiglu_quantize(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
     """(silu(gate) * up [* weights] [R, F], gate and up [R, 2F]), each quantised. H = 2F, F and R multiples of 128."""
-    form = swiglu_quantize_triton if backend(gate_up_RH) == "triton" else swiglu_quantize_reference
-    return form(gate_up_RH, weights_R)
+    implementation = swiglu_quantize_triton if backend(gate_up_RH) == "triton" else swiglu_quantize_reference
+    return implementation(gate_up_RH, weights_R)
 
 
 def swiglu_backward(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None) -> SwiGLUGradients:
     """The gradients at what `swiglu_quantize` held."""
-    form = swiglu_backward_triton if backend(d_inner_RF) == "triton" else swiglu_backward_reference
-    return form(gate_up, d_inner_RF, weights_R)
+    implementation = swiglu_backward_triton if backend(d_inner_RF) == "triton" else swiglu_backward_reference
+    return implementation(gate_up, d_inner_RF, weights_R)

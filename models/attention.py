@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moray.kernels.attention import attention_form, causal_attention, pad_values
+from moray.kernels.attention import attention_backend, causal_attention, pad_values
 from moray.kernels.mla_decode import mla_decode
 from moray.kernels.rope import rope
 from moray.kernels.util.document_bounds import DocumentBounds
@@ -84,7 +84,7 @@ class LatentAttention(nn.Module):
         k_nope_BTHN, v_BTHV = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         q_BTHA = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
         k_BTHA = torch.cat((k_nope_BTHN, k_rope_BT1P.expand(-1, -1, heads, -1)), dim=-1)
-        if attention_form(v_BTHV) == "reference":
+        if attention_backend(v_BTHV) == "reference":
             v_BTHV = pad_values(v_BTHV, self.config.qk_head_dim)
         return q_BTHA, k_BTHA, v_BTHV.contiguous()
 

@@ -29,7 +29,7 @@ from moray.kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_weight
 from moray.kernels.padding import pad_groups, unpad_groups
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.util.deferred import DeferredGradients, deferred_linear
-from moray.models.fp8 import Fp8Form
+from moray.models.fp8 import QuantizationCache
 
 
 class LinearCompute(Protocol):
@@ -57,10 +57,10 @@ class Fp8TrainedLinear:
 
     deferred: DeferredGradients | None = None
     shared_input: bool = False
-    form: Fp8Form[Fp8Weight] = field(default_factory=lambda: Fp8Form(fp8_weight))
+    quantization: QuantizationCache[Fp8Weight] = field(default_factory=lambda: QuantizationCache(fp8_weight))
 
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
-        return fp8_linear(x, weight_NK, self.form.of(weight_NK), self.shared_input, self.deferred)
+        return fp8_linear(x, weight_NK, self.quantization.get(weight_NK), self.shared_input, self.deferred)
 
 
 class Fp8StoredLinear:
@@ -92,11 +92,11 @@ class SwiGLUByMaps:
 @dataclass(frozen=True)
 class Fp8TrainedSwiGLU:
     deferred: DeferredGradients | None = None
-    form: Fp8Form[Fp8Experts] = field(default_factory=lambda: Fp8Form(fp8_expert_weights))
+    quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(fp8_expert_weights))
 
     def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor:
         weights = (gate.weight, up.weight, down.weight)
-        quantized = self.form.of(*(weight.unsqueeze(0) for weight in weights))
+        quantized = self.quantization.get(*(weight.unsqueeze(0) for weight in weights))
         return fp8_mlp(x_TD, quantized, *weights, self.deferred)
 
 
@@ -144,14 +144,14 @@ class DeferredExperts:
 @dataclass(frozen=True)
 class Fp8TrainedExperts:
     deferred: DeferredGradients | None = None
-    form: Fp8Form[Fp8Experts] = field(default_factory=lambda: Fp8Form(fp8_expert_weights))
+    quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(fp8_expert_weights))
     fp8_rows: ClassVar[bool] = True
 
     def __call__(
         self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
     ) -> Tensor:
         padded_PD, weights_P, groups = pad_groups(rows_RD, weights_R, counts_E)
-        quantized = self.form.of(*stacks)
+        quantized = self.quantization.get(*stacks)
         out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, quantized, *stacks, self.deferred)
         return unpad_groups(out_PD, groups)
 

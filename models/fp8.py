@@ -12,19 +12,19 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-Form = TypeVar("Form")
+Quantized = TypeVar("Quantized")
 
 _changes = 0  # of weights anywhere in this process, as far as torch does not count them
 
 
-class Fp8Form(Generic[Form]):
+class QuantizationCache(Generic[Quantized]):
     """What `make` makes of some weights, made anew when one of them has changed."""
 
-    def __init__(self, make: Callable[..., Form]) -> None:
+    def __init__(self, make: Callable[..., Quantized]) -> None:
         self._make = make
-        self._kept: tuple[object, Form] | None = None
+        self._kept: tuple[object, Quantized] | None = None
 
-    def of(self, *weights: Tensor) -> Form:
+    def get(self, *weights: Tensor) -> Quantized:
         now = (_changes, *((weight.data_ptr(), weight._version) for weight in weights))
         if self._kept is None or self._kept[0] != now:
             self._kept = None  # what is out of date goes before its successor comes

@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORMS = ("reference", "triton")
+BACKENDS = ("reference", "triton")
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def backend(tensor: Tensor) -> Literal["reference", "triton"]:
     """The form for a tensor's device. Raises ValueError where MORAY_KERNELS asks for what cannot be."""
     wanted = os.environ.get("MORAY_KERNELS") or ("triton" if tensor.is_cuda else "reference")
-    if wanted not in FORMS:
-        raise ValueError(f"MORAY_KERNELS={wanted}: expected one of {', '.join(FORMS)}")
+    if wanted not in BACKENDS:
+        raise ValueError(f"MORAY_KERNELS={wanted}: expected one of {', '.join(BACKENDS)}")
     if wanted == "reference":
         return "reference"
     if not tensor.is_cuda and not INTERPRETED.value:

@@ -207,9 +207,9 @@ def test_triton_and_the_reference_are_near_fp64(count, decades, scale, step, dty
     divisor = ((v * b2 + (1 - b2) * g * g) / (1 - b2**step)).sqrt() + RATES["epsilon"]
     rate = RATES["rate"] / (1 - b1**step)
     ours, theirs = copy.deepcopy(before), copy.deepcopy(before)
-    for form, moments in ((adamw_fp8_triton, ours), (adamw_fp8_reference, theirs)):
+    for implementation, moments in ((adamw_fp8_triton, ours), (adamw_fp8_reference, theirs)):
         master = torch.zeros(count)
-        form(master, gradient, *moments, step=step, expand=expand, **RATES)
+        implementation(master, gradient, *moments, step=step, expand=expand, **RATES)
         exact = -rate * (old * b1 + (1 - b1) * g) / divisor
         largest = rate * (old.abs() * b1 + (1 - b1) * g.abs()) / divisor
         assert ((master.double() - exact).abs() <= 2e-5 * largest + 1e-37).all()
@@ -232,14 +232,14 @@ def test_decay_and_a_master_that_is_not_zero():
 def test_a_gradient_that_is_not_finite_takes_its_block_and_no_other():
     for bad in (float("nan"), float("inf"), -float("inf")):
         states = []
-        for form in (adamw_fp8_triton, adamw_fp8_reference):
+        for implementation in (adamw_fp8_triton, adamw_fp8_reference):
             master, moments = torch.ones(300), [Fp8Moment.zeros(300), Fp8Moment.zeros(300)]
             gradient = torch.full((300,), 0.5)
             gradient[130] = bad
-            form(master, gradient, *moments, step=1, **RATES)
+            implementation(master, gradient, *moments, step=1, **RATES)
             assert master.isnan().nonzero().flatten().tolist() == [130]
             assert [moment.scales_J.isnan().tolist() for moment in moments] == [[False, True, False]] * 2
-            form(master, torch.full((300,), 0.5), *moments, step=2, **RATES)
+            implementation(master, torch.full((300,), 0.5), *moments, step=2, **RATES)
             assert master.isnan().tolist() == [128 <= at < 256 for at in range(300)]
             states.append((master, *(restore(moment) for moment in moments)))
         for found, expected in zip(*states, strict=True):
@@ -259,10 +259,10 @@ def test_zeros_and_signs_are_the_references():
 
 
 def test_wrong_arguments_are_named(monkeypatch):
-    def call(form=adamw_fp8_triton, **other):
+    def call(implementation=adamw_fp8_triton, **other):
         master, gradient = torch.zeros(300), torch.ones(300)
         arguments = {"master_N": master, "grad_N": gradient, "first": Fp8Moment.zeros(300)}
-        form(**arguments | {"second": Fp8Moment.zeros(300)} | other, step=1, **RATES)
+        implementation(**arguments | {"second": Fp8Moment.zeros(300)} | other, step=1, **RATES)
 
     call()
     with pytest.raises(ValueError, match=r"master_N has dtype torch.bfloat16, expected torch.float32"):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.kernels.attention import (
-    attention_form,
+    attention_backend,
     causal_attention,
     causal_attention_reference,
     causal_attention_triton,
@@ -171,8 +171,8 @@ def test_no_tokens():
 
 def test_the_switch(monkeypatch):
     monkeypatch.setenv("MORAY_KERNELS", "triton")
-    assert attention_form(torch.zeros(1)) == "triton"
-    assert attention_form(torch.zeros(1, dtype=torch.float64)) == "reference"
+    assert attention_backend(torch.zeros(1)) == "triton"
+    assert attention_backend(torch.zeros(1, dtype=torch.float64)) == "reference"
     q, k, v = (draw((1, 9, 2, width), seed=i) for i, width in enumerate((16, 16, 8)))
     found = causal_attention(q.transpose(1, 3).contiguous().transpose(1, 3), k, v, 0.25)
     torch.testing.assert_close(found, causal_attention_reference(q, k, v, 0.25), rtol=1e-5, atol=1e-5)
@@ -201,8 +201,8 @@ def test_attention_of_a_model_with_recomputation_in_both_forms(monkeypatch):
     documents = find_documents(torch.tensor([[0] * 9, [0] * 4 + [1] * 5]))
     rotary = RotaryTable(*rope_table(documents.positions_BT, 4, 10_000.0, torch.float32))
     gradients = []
-    for form in ("reference", "triton"):
-        monkeypatch.setenv("MORAY_KERNELS", form)
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("MORAY_KERNELS", backend)
         with Recompute(True) as recompute:
             out = module(x, rotary, documents, recompute)
         gradients.append(torch.autograd.grad((out * factor).sum(), [x, *module.parameters()]))

@@ -47,12 +47,12 @@ def test_triton_gives_the_weighted_sum_and_its_gradients(routing, width, tile, d
     assert (found[1][order.positions_TK < 0] == 0).all()
 
 
-@pytest.mark.parametrize("form", [combine_padded_reference, combine_padded_triton])
-def test_slots_that_are_elsewhere_add_nothing_whatever_their_weight(form):
+@pytest.mark.parametrize("implementation", [combine_padded_reference, combine_padded_triton])
+def test_slots_that_are_elsewhere_add_nothing_whatever_their_weight(implementation):
     order = padded_order(torch.tensor([[1, -1]]), 2, 2)
     rows_RD = torch.tensor([[3.0], [0.0], [0.0], [0.0]], requires_grad=True)
     weights_TK = torch.tensor([[2.0, float("nan")]], requires_grad=True)
-    out_TD = form(rows_RD, weights_TK, order)
+    out_TD = implementation(rows_RD, weights_TK, order)
     assert out_TD.tolist() == [[6.0]]
     out_TD.backward(torch.full((1, 1), float("inf")))
     assert rows_RD.grad[:2].tolist() == [[float("inf")], [0.0]]
@@ -69,21 +69,21 @@ def test_float64_combines_by_the_reference_and_cpus_run_triton_on_demand(monkeyp
     torch.testing.assert_close(narrow_TD, combine_padded(rows_RD, weights_TK, order).float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [combine_padded_reference, combine_padded_triton])
-def test_wrong_arguments_are_named(form):
+@pytest.mark.parametrize("implementation", [combine_padded_reference, combine_padded_triton])
+def test_wrong_arguments_are_named(implementation):
     order = padded_order(torch.zeros(5, 2, dtype=torch.int64), 3)
     rows_RD, weights_TK = torch.zeros(padded_capacity(10, 3), 4), torch.zeros(5, 2)
     with pytest.raises(ValueError, match=r"weights_TK has shape \(2, 5\), expected \(5, 2\)"):
-        form(rows_RD, weights_TK.view(2, 5), order)
+        implementation(rows_RD, weights_TK.view(2, 5), order)
     with pytest.raises(ValueError, match=r"weights_TK has dtype torch.bfloat16, expected torch.float32"):
-        form(rows_RD, weights_TK.bfloat16(), order)
+        implementation(rows_RD, weights_TK.bfloat16(), order)
     with pytest.raises(ValueError, match=r"weights_TK is on device meta, expected cpu"):
-        form(rows_RD, weights_TK.to("meta"), order)
+        implementation(rows_RD, weights_TK.to("meta"), order)
     with pytest.raises(ValueError, match=r"rows_RD has dtype torch.int32, expected torch.float32 or"):
-        form(rows_RD.int(), weights_TK, order)
+        implementation(rows_RD.int(), weights_TK, order)
     with pytest.raises(ValueError, match=r"rows_RD has strides \(1, 384\), expected a contiguous tensor"):
-        form(torch.zeros(4, 384).t(), weights_TK, order)
+        implementation(torch.zeros(4, 384).t(), weights_TK, order)
     with pytest.raises(ValueError, match=r"capacity = 383 rows, expected at least 384"):
-        form(rows_RD[:383], weights_TK, order)
+        implementation(rows_RD[:383], weights_TK, order)
     with pytest.raises(ValueError, match=r"offsets_E1 has shape \(3,\), expected \(4\)"):
-        form(rows_RD, weights_TK, PaddedOrder(order.positions_TK, order.offsets_E1[:3], order.counts_E))
+        implementation(rows_RD, weights_TK, PaddedOrder(order.positions_TK, order.offsets_E1[:3], order.counts_E))

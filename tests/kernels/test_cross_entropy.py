@@ -147,11 +147,11 @@ def test_words_that_cannot_be_and_numbers_that_are_not():
     # A product with the identity would make NaN of 0 * inf.
     rows = [module._chunk_triton, module._chunk_reference]
     results = []
-    for form in rows:
+    for implementation in rows:
         for row, logits in enumerate(hidden):
             keep, target = torch.tensor([row != 5]), torch.tensor([1 if row != 1 else 2])
             column = logits.unsqueeze(1).clone()
-            loss, gradient = form(torch.ones(1, 1), column, target, keep, True)
+            loss, gradient = implementation(torch.ones(1, 1), column, target, keep, True)
             results.append((loss, gradient))
     half = len(hidden)
     for found, expected in zip(results[:half], results[half:], strict=True):

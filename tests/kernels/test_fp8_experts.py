@@ -52,11 +52,11 @@ EDGES = 3e-3
     counts=st.sampled_from([(5,), (0, 128), (130, 0, 7), (0, 0, 1)]),
     hidden=st.sampled_from([64, 200]),
     inner=st.sampled_from([96, 128]),
-    form=st.sampled_from(["reference", "triton"]),
+    backend=st.sampled_from(["reference", "triton"]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(8))
-def test_forward_and_backward(counts, hidden, inner, form, seed):
+def test_forward_and_backward(counts, hidden, inner, backend, seed):
     weights = _weights(len(counts), hidden, inner, seed)
     sizes = [-(-count // 128) * 128 for count in counts]
     offsets = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -69,7 +69,7 @@ def test_forward_and_backward(counts, hidden, inner, form, seed):
         dy[begin : begin + count] = draw((count, hidden), seed=seed + 11 + begin)
     x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MORAY_KERNELS", form)
+        patch.setenv("MORAY_KERNELS", backend)
         y = fp8_experts(x, w, offsets, fp8_expert_weights(*weights), *weights)
         y.backward(dy)
     for expert, (begin, size) in enumerate(zip(starts, sizes, strict=True)):
@@ -84,9 +84,9 @@ def test_forward_and_backward(counts, hidden, inner, form, seed):
             assert _off(weight.grad[expert], gradient) < EDGES
 
 
-@pytest.mark.parametrize("form", ["reference", "triton"])
-def test_a_dense_mlp_is_one_expert_of_any_number_of_rows(form, monkeypatch):
-    monkeypatch.setenv("MORAY_KERNELS", form)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_dense_mlp_is_one_expert_of_any_number_of_rows(backend, monkeypatch):
+    monkeypatch.setenv("MORAY_KERNELS", backend)
     weights = _weights(1, 64, 96, 5)
     x = draw((37, 64)).requires_grad_()
     dy = draw((37, 64), seed=1)

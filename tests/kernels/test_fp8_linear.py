@@ -28,16 +28,16 @@ def _close(found, expected):
     outputs=st.sampled_from([1, 5, 128, 257]),
     exponent=st.sampled_from([-20, 0, 15]),
     shared=st.booleans(),
-    form=st.sampled_from(["reference", "triton"]),
+    backend=st.sampled_from(["reference", "triton"]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(25))
-def test_all_three_products_multiply_what_they_should(rows, inputs, outputs, exponent, shared, form, seed):
+def test_all_three_products_multiply_what_they_should(rows, inputs, outputs, exponent, shared, backend, seed):
     x = draw((rows, inputs), exponent, seed=seed).requires_grad_()
     weight = draw((outputs, inputs), seed=seed + 1).requires_grad_()
     dy = draw((rows, outputs), seed=seed + 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MORAY_KERNELS", form)
+        patch.setenv("MORAY_KERNELS", backend)
         y = fp8_linear(x, weight, fp8_weight(weight), shared)
         y.backward(dy)
     seen_w = _seen(weight.detach(), WEIGHT_BLOCKS)

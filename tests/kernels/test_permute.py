@@ -68,10 +68,10 @@ def test_slots_are_summed_but_for_those_that_are_nowhere(tokens, slots, rows, dt
     rows_RD = torch.randint(-30, 31, (rows, 19), generator=generator).to(dtype)
     positions_TK = torch.randint(-1, max(rows, 1), (tokens, slots), generator=generator).clamp(max=rows - 1)
     expected = [[rows_RD[r] for r in row if r >= 0] for row in positions_TK.tolist()]
-    for form in (sum_slots, lambda x, at: sum_slots_triton(x, None, at)):
-        if dtype == torch.float64 and form is not sum_slots:
+    for implementation in (sum_slots, lambda x, at: sum_slots_triton(x, None, at)):
+        if dtype == torch.float64 and implementation is not sum_slots:
             continue
-        found_TD = form(rows_RD, positions_TK)
+        found_TD = implementation(rows_RD, positions_TK)
         assert (found_TD.shape, found_TD.dtype) == ((tokens, 19), dtype)
         for total, parts in zip(found_TD, expected, strict=True):
             assert torch.equal(total, sum(parts, torch.zeros(19, dtype=dtype)))
@@ -196,8 +196,8 @@ def test_fp8_rows_are_permuted_with_their_scales(routing, tiles, seed):
 
 def test_float64_runs_the_reference_and_cpus_run_triton_on_demand(monkeypatch):
     ids_TK = torch.tensor([[0, 2], [-1, 2]])
-    for form in ("reference", "triton"):
-        monkeypatch.setenv("MORAY_KERNELS", form)
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("MORAY_KERNELS", backend)
         order = padded_order(ids_TK.t().contiguous().t(), 3, 2)
         assert order.positions_TK.tolist() == [[0, 2], [-1, 3]]
         x_TD = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -207,9 +207,9 @@ def test_float64_runs_the_reference_and_cpus_run_triton_on_demand(monkeypatch):
         assert (fp8_RD.shape, scales_RJ[:4, 0].tolist()) == ((6, 3), [0.0, 1.0, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("form", ["reference", "triton"])
-def test_wrong_arguments_are_named(monkeypatch, form):
-    monkeypatch.setenv("MORAY_KERNELS", form)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_wrong_arguments_are_named(monkeypatch, backend):
+    monkeypatch.setenv("MORAY_KERNELS", backend)
     with pytest.raises(ValueError, match=r"expert_ids_TK has dtype torch.float32, expected torch.int64 or torch.int32"):
         padded_order(torch.zeros(2, 2), 3)
     with pytest.raises(ValueError, match="num_experts = 0, expected at least 1"):

@@ -31,14 +31,14 @@ def _drawn(tokens, columns, ranks, tail, dtype, extreme, seed):
     return rows_TD, metadata_TN, torch.rand(ranks, tokens, generator=generator) < 0.6
 
 
-def _pushed(form, rows_TD, metadata_TN, sent_PT):
+def _pushed(implementation, rows_TD, metadata_TN, sent_PT):
     width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
     inboxes = [torch.full((len(rows_TD) + 1, width), UNTOUCHED, dtype=torch.uint8) for _ in sent_PT]
-    form(rows_TD, metadata_TN, sent_PT, inboxes)
+    implementation(rows_TD, metadata_TN, sent_PT, inboxes)
     return inboxes
 
 
-@pytest.mark.parametrize("form", [push_rows, push_rows_reference, push_rows_triton, push_rows_compiled])
+@pytest.mark.parametrize("implementation", [push_rows, push_rows_reference, push_rows_triton, push_rows_compiled])
 @settings(max_examples=examples(25), deadline=None)
 @given(
     tokens=st.sampled_from([0, 1, 9]),
@@ -49,10 +49,10 @@ def _pushed(form, rows_TD, metadata_TN, sent_PT):
     extreme=st.sampled_from([None, 0.0, 448.0, 1e-30, 1e-42, float("inf"), float("nan")]),
     seed=st.integers(0, 2**31),
 )
-def test_whoever_looks_finds_its_rows_in_order(form, tokens, columns, ranks, tail, dtype, extreme, seed):
+def test_whoever_looks_finds_its_rows_in_order(implementation, tokens, columns, ranks, tail, dtype, extreme, seed):
     rows_TD, metadata_TN, sent_PT = _drawn(tokens, columns, ranks, tail, dtype, extreme, seed)
     packed, width = pack_rows_reference(rows_TD), packed_width(columns)
-    for inbox, sent_T in zip(_pushed(form, rows_TD, metadata_TN, sent_PT), sent_PT, strict=True):
+    for inbox, sent_T in zip(_pushed(implementation, rows_TD, metadata_TN, sent_PT), sent_PT, strict=True):
         source_C = sent_T.nonzero().squeeze(1)
         found, rest = inbox[: len(source_C)], inbox[len(source_C) :]
         same_bits(unpack_rows(found[:, :width], columns, dtype), unpack_rows(packed[source_C], columns, dtype))

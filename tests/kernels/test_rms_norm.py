@@ -58,16 +58,16 @@ def test_bfloat16_rows_keep_their_dtype_and_use_float32_statistics():
     torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=0)
 
 
-def _gradients(form, x, weight, dy):
+def _gradients(implementation, x, weight, dy):
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = form(x, weight, EPS)
+    y = implementation(x, weight, EPS)
     y.backward(dy.to(y.dtype))
     return y.detach(), x.grad, weight.grad
 
 
-def _hold(form, x, weight, dy):
+def _hold(implementation, x, weight, dy):
     """The form's results against FP64's, with u half a unit in the last place of the rows' dtype."""
-    y, dx, dweight = _gradients(form, x, weight, dy)
+    y, dx, dweight = _gradients(implementation, x, weight, dy)
     exact_y, exact_dx, _ = _gradients(rms_norm_reference, x.double(), weight.double(), dy.double())
     assert (y.dtype, dx.dtype, dweight.dtype) == (torch.promote_types(x.dtype, weight.dtype), x.dtype, weight.dtype)
     u = torch.finfo(x.dtype).eps / 2

@@ -157,7 +157,7 @@ def _separated(draw):
 def test_triton_chooses_the_references_experts(case, seed):
     logits_TE, bias_E, options = case
     logits_TE.requires_grad_()
-    found, expected = (form(logits_TE, bias_E, **options) for form in (route_triton, route_reference))
+    found, expected = (implementation(logits_TE, bias_E, **options) for implementation in (route_triton, route_reference))
     assert found[0].dtype == found[2].dtype == torch.int64
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[2], expected[2])
@@ -176,30 +176,30 @@ def test_triton_takes_sixteen_experts():
     assert counts.sum() == 48
 
 
-@pytest.mark.parametrize("form", [route_reference, route_triton])
-def test_extreme_logits(form):
+@pytest.mark.parametrize("implementation", [route_reference, route_triton])
+def test_extreme_logits(implementation):
     """Saturated scores tie, scores of zero stay finite, infinities are saturated scores."""
     logits_TE = torch.tensor([[30.0, 40.0, math.inf, 0.0], [-200.0, -300.0, -math.inf, -400.0]], requires_grad=True)
-    ids, weights, _ = form(logits_TE, torch.zeros(4), top_k=3)
+    ids, weights, _ = implementation(logits_TE, torch.zeros(4), top_k=3)
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
     torch.testing.assert_close(weights, torch.tensor([[1 / 3] * 3, [0.0] * 3]))
     weights.sum().backward()
     assert logits_TE.grad.isfinite().all()
-    ids, _, _ = form(torch.zeros(1, 6), torch.tensor([-math.inf, 1.0, 2.0, -math.inf, 3.0, 3.0]), top_k=6)
+    ids, _, _ = implementation(torch.zeros(1, 6), torch.tensor([-math.inf, 1.0, 2.0, -math.inf, 3.0, 3.0]), top_k=6)
     assert ids.tolist() == [[4, 5, 2, 1, 0, 3]]
-    ids, _, _ = form(torch.zeros(1, 6), torch.zeros(6), top_k=5, n_group=3, topk_group=2)
+    ids, _, _ = implementation(torch.zeros(1, 6), torch.zeros(6), top_k=5, n_group=3, topk_group=2)
     assert ids.tolist() == [[0, 1, 2, 3, 4]]  # one more than the groups hold
     bias_E = torch.tensor([0.0] * 5 + [1.0] * 5 + [2.0] * 5)
-    ids, _, _ = form(torch.zeros(1, 15), bias_E, top_k=15, n_group=3, topk_group=1)
+    ids, _, _ = implementation(torch.zeros(1, 15), bias_E, top_k=15, n_group=3, topk_group=1)
     assert ids.tolist() == [[10, 11, 12, 13, 14, *range(10)]]
 
 
-@pytest.mark.parametrize("form", [route_reference, route_triton])
+@pytest.mark.parametrize("implementation", [route_reference, route_triton])
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_nan_is_chosen_first_and_shows_in_the_weights(form, normalise, sign):
+def test_a_nan_is_chosen_first_and_shows_in_the_weights(implementation, normalise, sign):
     logits_TE = torch.tensor([[1.0, 2.0, 3.0, math.copysign(math.nan, sign), 0.0, 1.0], [0.0] * 6])
-    ids, weights, counts = form(logits_TE, torch.zeros(6), top_k=3, n_group=3, topk_group=2, normalise=normalise)
+    ids, weights, counts = implementation(logits_TE, torch.zeros(6), top_k=3, n_group=3, topk_group=2, normalise=normalise)
     assert ids.tolist() == [[3, 2, 1], [0, 1, 2]]
     assert weights.isnan().tolist() == [[True, normalise, normalise], [False] * 3]
     assert counts.tolist() == [1, 2, 2, 1, 0, 0]

@@ -102,11 +102,11 @@ def test_backward(rows, inner, exponent, weighted, dtype, seed):
         assert expected.weights_R is None
 
 
-@pytest.mark.parametrize("form", [swiglu_quantize_triton, swiglu_quantize_reference])
-def test_what_is_not_finite_marks_its_tile(form):
+@pytest.mark.parametrize("implementation", [swiglu_quantize_triton, swiglu_quantize_reference])
+def test_what_is_not_finite_marks_its_tile(implementation):
     gate_up = draw((128, 512))
     gate_up[3, 5] = float("inf")
-    product, held = form(gate_up)
+    product, held = implementation(gate_up)
     wide = dequantize(*product)
     assert wide[3, :128].isnan().all()
     assert wide[3, 128:].isfinite().all()

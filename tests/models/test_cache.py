@@ -62,8 +62,8 @@ def test_a_model_decodes_the_same_with_either_form_of_the_kernel(make_model, mon
     positions = torch.tensor([[-1, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
     tables = torch.tensor([[3, -1, -1], [1, 0, -1]])
     logits = []
-    for form in ("reference", "triton"):
-        monkeypatch.setenv("MORAY_KERNELS", form)
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("MORAY_KERNELS", backend)
         cache = LatentCache(model.config, blocks=4, block_size=4)
         prompt = model.forward_cached(ids, positions, cache, tables)
         next_one = model.forward_cached(

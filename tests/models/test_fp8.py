@@ -5,7 +5,7 @@ import torch
 
 from moray.kernels.fp8_linear import fp8_weight
 from moray.models.compute import Fp8TrainedExperts, Fp8TrainedLinear, Fp8TrainedSwiGLU
-from moray.models.fp8 import Fp8Form
+from moray.models.fp8 import QuantizationCache
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 
@@ -22,20 +22,20 @@ SMALL = dataclasses.replace(
 
 def test_a_form_lives_until_a_weight_changes_by_whatever_hand():
     weight, other = torch.nn.Parameter(torch.randn(20, 10)), torch.nn.Parameter(torch.randn(20, 10))
-    form = Fp8Form(lambda *weights: [fp8_weight(w) for w in weights])
-    first = form.of(weight, other)
-    assert form.of(weight, other) is first
+    cache = QuantizationCache(lambda *weights: [fp8_weight(w) for w in weights])
+    first = cache.get(weight, other)
+    assert cache.get(weight, other) is first
     for fused in (True, False):
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
         weight.grad = torch.ones_like(weight)
-        before = form.of(weight, other)
+        before = cache.get(weight, other)
         optimizer.step()
-        after = form.of(weight, other)
+        after = cache.get(weight, other)
         assert after is not before
         assert not torch.equal(after[0].dequantized, before[0].dequantized)
     with torch.no_grad():
         other.detach().zero_()  # as a checkpoint is loaded
-    assert not form.of(weight, other)[1].dequantized.any()
+    assert not cache.get(weight, other)[1].dequantized.any()
 
 
 def _trained(precision, recompute=False, steps=25):
