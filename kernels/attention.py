@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moray.kernels.attention_backward import KeptTensors, attention_backward
+from moray.kernels.attention_backward import SavedTensors, attention_backward
 from moray.kernels.attention_forward import attention_forward
 from moray.kernels.attention_tiles import KernelBlocks, default_blocks
 from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
@@ -113,7 +113,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = attention_backward(KeptTensors(*ctx.saved_tensors), dout_BTHV, ctx.scale, ctx.blocks)
+        gradients = attention_backward(SavedTensors(*ctx.saved_tensors), dout_BTHV, ctx.scale, ctx.blocks)
         return *gradients, None, None, None
 
 

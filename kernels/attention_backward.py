@@ -23,7 +23,7 @@ from moray.kernels.attention_tiles import (
     key_range,
     load_parts,
     load_tile,
-    sees,
+    is_visible,
     store_tile,
 )
 from moray.kernels.util.backend import row_offset
@@ -58,8 +58,8 @@ def _query_kernel(
             weights = tl.exp2(dot_parts(q0, q1, k0, k1, S) * scale - lse[:, None])
             if part != 1:
                 keys = key + tl.arange(0, S.BK)
-                seen = sees(queries[:, None], keys[None, :], starts[:, None])
-                weights = tl.where(seen, weights, 0.0)
+                visible = is_visible(queries[:, None], keys[None, :], starts[:, None])
+                weights = tl.where(visible, weights, 0.0)
             v = load_tile(v_ptr, key, T, v_strides[1], 0, S.V, S.BK, S.V0)
             dweights = dot(dout, v.T, tl.zeros((S.BQ, S.BK), dtype=tl.float32))
             dscores = (weights * (dweights - delta[:, None])).to(k0.dtype)
@@ -101,7 +101,7 @@ def _key_kernel(
         # A query after the last is all zeros and so is its output's gradient: it adds nothing.
         lse = tl.load(lse_ptr + queries, mask=queries < T, other=0.0)
         weights = tl.exp2(dot_parts(k0, k1, q0, q1, S) * scale - lse[None, :])
-        weights = tl.where(sees(queries[None, :], keys[:, None], starts[None, :]), weights, 0.0)
+        weights = tl.where(is_visible(queries[None, :], keys[:, None], starts[None, :]), weights, 0.0)
         dout = load_tile(dout_ptr, query, T, H * S.V, 0, S.V, S.BQ, S.V0)
         dv = dot(weights.to(dout.dtype), dout, dv)
         delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
@@ -124,7 +124,7 @@ def _ends(start_BT: Tensor) -> Tensor:
     return torch.searchsorted(start_BT, places_T.expand_as(start_BT).contiguous(), right=True, out_int32=True)
 
 
-class KeptTensors(NamedTuple):
+class SavedTensors(NamedTuple):
     """What the forward keeps: inputs, output, log-sum-exp, and where each token's document begins."""
 
     q_BTHA: Tensor
@@ -136,10 +136,10 @@ class KeptTensors(NamedTuple):
 
 
 def attention_backward(
-    kept: KeptTensors, dout_BTHV: Tensor, scale: float, blocks: KernelBlocks
+    saved: SavedTensors, dout_BTHV: Tensor, scale: float, blocks: KernelBlocks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values, contiguous, each in its tensor's dtype."""
-    q, k, v, out_BTHV, lse_BHT, start_BT = kept
+    q, k, v, out_BTHV, lse_BHT, start_BT = saved
     batch, length, heads, _ = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not out_BTHV.numel():

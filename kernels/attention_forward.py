@@ -21,7 +21,7 @@ from moray.kernels.attention_tiles import (
     key_range,
     load_parts,
     load_tile,
-    sees,
+    is_visible,
     store_tile,
 )
 from moray.kernels.util.backend import row_offset
@@ -50,10 +50,10 @@ def _output_kernel(
             scores = dot_parts(q0, q1, k0, k1, S)
             if part != 1:
                 keys = key + tl.arange(0, S.BK)
-                seen = sees(queries[:, None], keys[None, :], starts[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
+                visible = is_visible(queries[:, None], keys[None, :], starts[:, None])
+                scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
-            # A query that has seen no key yet has no largest score either.
+            # A query that has visible no key yet has no largest score either.
             base = tl.where(higher == float("-inf"), 0.0, higher * scale)
             weights = tl.exp2(scores * scale - base[:, None])
             keep = tl.exp2(top * scale - base)

@@ -128,8 +128,8 @@ def key_range(start_ptr, query, T, PART: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def sees(queries, keys, starts):
-    """Whether a query sees a key: arrays that broadcast, starts with queries."""
+def is_visible(queries, keys, starts):
+    """Whether a query is_visible a key: arrays that broadcast, starts with queries."""
     return (keys <= queries) & (keys >= starts)
 
 

@@ -180,7 +180,7 @@ def _rowwise_gradients(
         tl.store(d_weight_ptr + row_offset(rows, F // 128) + tile, tl.sum(d_weight, axis=1))
 
 
-def _room(rows: int, columns: int, like: Tensor) -> Quantized:
+def _empty_fp8(rows: int, columns: int, like: Tensor) -> Quantized:
     fp8 = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=like.device)
     return fp8, torch.empty((rows, columns // BLOCK), dtype=torch.float32, device=like.device)
 
@@ -200,7 +200,7 @@ def _sizes(name: str, gate_up: Tensor, dtypes: tuple[torch.dtype, ...], weights_
 def swiglu_quantize_triton(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
     """`swiglu_quantize_reference` in one pass."""
     rows, inner = _sizes("gate_up_RH", gate_up_RH, FLOAT_DTYPES, weights_R)
-    product, held = _room(rows, inner, gate_up_RH), _room(rows, 2 * inner, gate_up_RH)
+    product, held = _empty_fp8(rows, inner, gate_up_RH), _empty_fp8(rows, 2 * inner, gate_up_RH)
     if rows * inner:
         _forward[(inner // BLOCK, triton.cdiv(rows, 32))](
             gate_up_RH, gate_up_RH if weights_R is None else weights_R, *product, *held, rows, inner,
@@ -214,8 +214,8 @@ def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Te
     rows, inner = _sizes("gate_up", gate_up[0], FP8_DTYPES, weights_R)
     check_tensor("gate_up's scales", gate_up[1], (rows, 2 * inner // BLOCK), (torch.float32,), like=gate_up[0])
     check_tensor("d_inner_RF", d_inner_RF, (rows, inner), FLOAT_DTYPES, like=gate_up[0])
-    rowwise, transposed = _room(rows, 2 * inner, d_inner_RF), _room(2 * inner, rows, d_inner_RF)
-    product = _room(inner, rows, d_inner_RF)
+    rowwise, transposed = _empty_fp8(rows, 2 * inner, d_inner_RF), _empty_fp8(2 * inner, rows, d_inner_RF)
+    product = _empty_fp8(inner, rows, d_inner_RF)
     parts_RJ = torch.empty((rows, inner // BLOCK), dtype=torch.float32, device=d_inner_RF.device)
     if rows * inner:
         _backward[(8 * (inner // BLOCK), rows // BLOCK)](

@@ -9,8 +9,8 @@ Shapes: B batch, T tokens, K slots.
 import torch
 from torch import Tensor
 
-from moray.models.expert_parallel.interleave import alone
-from moray.models.expert_parallel.stages import Places
+from moray.models.expert_parallel.interleave import run_alone
+from moray.models.expert_parallel.stages import RoutingContext
 from moray.models.model import DeepseekV3
 
 
@@ -20,9 +20,9 @@ def choose_experts(
     ids_BT: Tensor,
     targets_BT: Tensor,
     document_ids_BT: Tensor | None = None,
-    rows_R: Tensor | None = None,
+    token_positions_R: Tensor | None = None,
 ) -> list[Tensor]:
-    """The experts that every router chooses for these tokens, int64 [B * T, K] each; 0 at padding, where `rows_R` tells
+    """The experts that every router chooses for these tokens, int64 [B * T, K] each; 0 at padding, where `token_positions_R` tells
     of some. Nothing is counted."""
-    _, routings = alone(model.routed_parts(ids_BT, targets_BT, document_ids_BT, rows_R=rows_R))
-    return [Places(rows_R).put(routing.ids_TK, ids_BT.numel()) for routing in routings]
+    _, routings = run_alone(model.routed_parts(ids_BT, targets_BT, document_ids_BT, token_positions_R=token_positions_R))
+    return [RoutingContext(token_positions_R).scatter(routing.ids_TK, ids_BT.numel()) for routing in routings]

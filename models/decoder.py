@@ -14,7 +14,7 @@ from moray.kernels.util.document_bounds import DocumentBounds
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import Attended, Dispatcher, DispatchHandle, Places
+from moray.models.expert_parallel.stages import Attended, Dispatcher, DispatchHandle, RoutingContext
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute
@@ -59,18 +59,18 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def attend_route(self, x_BTD: Tensor, attend: Attend, places: Places) -> Attended:
+    def attend_route(self, x_BTD: Tensor, attend: Attend, context: RoutingContext) -> Attended:
         with Recompute(self.recompute) as recompute:
             normed_BTD = recompute.run(self.input_layernorm, x_BTD)
             residual_BTD = x_BTD + attend(self.self_attn, normed_BTD, recompute)
             rows_TD = recompute.run(self.post_attention_layernorm, residual_BTD).flatten(0, 1)
-            routing = self.mlp.route(rows_TD, len(x_BTD), places) if isinstance(self.mlp, MoE) else None
-        return Attended(residual_BTD, rows_TD, routing, recompute, places)
+            routing = self.mlp.route(rows_TD, len(x_BTD), context) if isinstance(self.mlp, MoE) else None
+        return Attended(residual_BTD, rows_TD, routing, recompute, context)
 
     def dispatch(self, attended: Attended) -> DispatchHandle:
         assert isinstance(self.mlp, MoE)
         assert attended.routing is not None
-        return self.mlp.dispatch(attended.places.take(attended.rows_TD), attended.routing)
+        return self.mlp.dispatch(attended.context.gather(attended.rows_TD), attended.routing)
 
     def local(self, attended: Attended) -> Tensor | None:
         with attended.recompute:
@@ -83,5 +83,5 @@ class DecoderLayer(nn.Module):
     def aggregate(self, attended: Attended, *parts_TD: Tensor | None) -> Tensor:
         with attended.recompute as recompute:
             out_TD = reduce(add, (part_TD for part_TD in parts_TD if part_TD is not None))
-            recompute.forget()
+            recompute.release()
         return attended.residual_BTD + out_TD.view_as(attended.residual_BTD)

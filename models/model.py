@@ -27,8 +27,8 @@ from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer, attend_cached, attend_rows
 from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.expert_parallel.dispatcher import dispatcher_for
-from moray.models.expert_parallel.interleave import Parts, alone
-from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, Places, Routing, layer_parts
+from moray.models.expert_parallel.interleave import Parts, run_alone
+from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, RoutingContext, Routing, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.loss import TrainingLoss, add_balance, counted_places
@@ -95,7 +95,7 @@ class DeepseekV3(nn.Module):
 
         With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
         """
-        hidden_BTD, _, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._places()))
+        hidden_BTD, _, _ = run_alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._contexts()))
         return ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
 
     def loss_sum(
@@ -110,7 +110,7 @@ class DeepseekV3(nn.Module):
         A token counts where `mask_BT` (bool) is true, if given, and its target is not negative (-100, say). The full
         logits are never held.
         """
-        hidden_BTD, _, _ = alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._places()))
+        hidden_BTD, _, _ = run_alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._contexts()))
         return self._cross_entropy(hidden_BTD, targets_BT, counted_places(targets_BT, mask_BT))
 
     def training_loss(
@@ -119,7 +119,7 @@ class DeepseekV3(nn.Module):
         targets_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
-        rows_R: Tensor | None = None,
+        token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
     ) -> TrainingLoss:
         """The terms of the training loss, for tokens that count as in `loss_sum`.
@@ -128,13 +128,13 @@ class DeepseekV3(nn.Module):
         crosses from one document into the next, whose first token nobody's target is. A layer of multi-token prediction
         balances the load of the places that count for it.
 
-        rows_R: int64, the places of the flattened batch that hold a token, where the others are padding. That goes to
+        token_positions_R: int64, the places of the flattened batch that hold a token, where the others are padding. That goes to
         no expert and counts for no load.
 
         routes: for each of `routers()`, int64 [B * T, K], the experts that it sends each place's token to, as
         `choose_experts` gives them. Without, routers choose. Raises ValueError where there are not as many.
         """
-        return alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, rows_R, routes))
+        return run_alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes))
 
     def training_parts(
         self,
@@ -142,12 +142,12 @@ class DeepseekV3(nn.Module):
         targets_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
-        rows_R: Tensor | None = None,
+        token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
     ) -> Parts[TrainingLoss]:
         """`training_loss` in parts, so that others compute while its rows are on their way
         (`expert_parallel/interleave.py`). So does their backward, if it is one backward of the sum of their losses."""
-        loss, _ = yield from self.routed_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, rows_R, routes)
+        loss, _ = yield from self.routed_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes)
         return loss
 
     def routed_parts(
@@ -156,14 +156,14 @@ class DeepseekV3(nn.Module):
         targets_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
-        rows_R: Tensor | None = None,
+        token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
     ) -> Parts[tuple[TrainingLoss, list[Routing]]]:
         """`training_parts`, and what each of `routers()` did."""
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = counted_places(targets_BT, mask_BT)
-        places = self._places(Places(rows_R, weights_B=keep_BT.sum(1)), routes)
-        hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, places)
+        contexts = self._contexts(RoutingContext(token_positions_R, weights_B=keep_BT.sum(1)), routes)
+        hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, contexts)
         main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
         mtp = torch.zeros_like(main)
         chain_BT = keep_BT
@@ -171,7 +171,7 @@ class DeepseekV3(nn.Module):
             embedded_BTD = self.model.embed_tokens(shift_left(ids_BT, depth, 0))
             joined_BTD = layer.join(hidden_BTD, embedded_BTD)
             chain_BT = chain_BT & shift_left(keep_BT, depth, 0)
-            learning = replace(places[self.config.num_hidden_layers + depth - 1], counted_T=chain_BT.flatten())
+            learning = replace(contexts[self.config.num_hidden_layers + depth - 1], counted_T=chain_BT.flatten())
             x_BTD, routing = yield from layer_parts(layer, joined_BTD, attend, learning)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             balance = add_balance(balance, routing)
@@ -200,7 +200,7 @@ class DeepseekV3(nn.Module):
         rotary = self._rotary(positions_BT.clamp(min=0), x_BTD.dtype)
         for index, layer in enumerate(self._layers()):
             attend = partial(attend_cached, rotary=rotary, view=view, layer=index)
-            x_BTD, _ = alone(layer_parts(layer, x_BTD, attend))
+            x_BTD, _ = run_alone(layer_parts(layer, x_BTD, attend))
         if last_only:
             x_BTD = _last_real(x_BTD, positions_BT)
         logits: Tensor = self.lm_head(self.model.norm(x_BTD))
@@ -349,17 +349,17 @@ class DeepseekV3(nn.Module):
         rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
         return partial(attend_rows, rotary=rotary, documents=documents)
 
-    def _places(self, places: Places = EVERYWHERE, routes: Sequence[Tensor] | None = None) -> list[Places]:
+    def _contexts(self, context: RoutingContext = DEFAULT_CONTEXT, routes: Sequence[Tensor] | None = None) -> list[RoutingContext]:
         """What each layer is to know of the places: the same but for its router's of `routes`."""
         layers = [*self._layers(), *self.mtp_layers()]
         if routes is None:
-            return [places] * len(layers)
+            return [context] * len(layers)
         mixtures = [layer for layer in layers if isinstance(layer.mlp, MoE)]
         given = dict(zip(mixtures, routes, strict=True))
-        return [replace(places, given_TK=given.get(layer)) for layer in layers]
+        return [replace(context, forced_ids_TK=given.get(layer)) for layer in layers]
 
     def _hidden(
-        self, ids_BT: Tensor, attend: Attend, places: Sequence[Places]
+        self, ids_BT: Tensor, attend: Attend, contexts: Sequence[RoutingContext]
     ) -> Parts[tuple[Tensor, Tensor, list[Routing]]]:
         """The normalised rows after the last layer, the sum of the layers' balance losses, and their routings."""
         x_BTD = self.model.embed_tokens(ids_BT)
@@ -367,7 +367,7 @@ class DeepseekV3(nn.Module):
         routings: list[Routing] = []
         for number, layer in enumerate(self._layers()):
             self._set_milestone(x_BTD, number)
-            x_BTD, routing = yield from layer_parts(layer, x_BTD, attend, places[number])
+            x_BTD, routing = yield from layer_parts(layer, x_BTD, attend, contexts[number])
             balance = add_balance(balance, routing)
             if routing is not None:
                 routings.append(routing)

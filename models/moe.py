@@ -18,7 +18,7 @@ from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.compute import SwiGLUByMaps, SwiGLUCompute
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import EVERYWHERE, Dispatcher, DispatchHandle, Places, Routing
+from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, DispatchHandle, RoutingContext, Routing
 from moray.models.expert_shard import ExpertShard
 from moray.models.linear import ExactModule, Linear, unset_parameter
 
@@ -54,35 +54,35 @@ class Router(ExactModule):
         counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
 
-    def forward(self, rows_TD: Tensor, sequences: int, places: Places = EVERYWHERE) -> Routing:
-        """Routes the rows of so many sequences of equal length, those at padding left out; to `places.given_TK`, if
+    def forward(self, rows_TD: Tensor, sequences: int, context: RoutingContext = DEFAULT_CONTEXT) -> Routing:
+        """Routes the rows of so many sequences of equal length, those at padding left out; to `context.forced_ids_TK`, if
         that is given, by the weights that the router gives these experts."""
         compute_dtype = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
         weight_ED = self.weight.to(compute_dtype)
         if self.weight_scale_E1 is not None:
             weight_ED = weight_ED * self.weight_scale_E1
         logits_TE = F.linear(rows_TD.to(compute_dtype), weight_ED)
-        ids_RK, weights_RK, counts_E = self._route(logits_TE, places)
+        ids_RK, weights_RK, counts_E = self._route(logits_TE, context)
         balance = None
         if self.training and torch.is_grad_enabled():
-            self._count(ids_RK, counts_E, places)
-            counted_T = places.counted(len(logits_TE), logits_TE.device)
+            self._count(ids_RK, counts_E, context)
+            counted_T = context.counted(len(logits_TE), logits_TE.device)
             top_k = self.config.num_experts_per_tok
-            balance = sequence_balance(logits_TE, top_k, sequences, counted_T, places.weights_B)
+            balance = sequence_balance(logits_TE, top_k, sequences, counted_T, context.weights_B)
         return Routing(ids_RK, weights_RK, counts_E, balance)
 
-    def _count(self, ids_RK: Tensor, counts_E: Tensor, places: Places) -> None:
-        if places.counted_T is not None:
-            ones_RK = places.take(places.counted_T).unsqueeze(-1).expand_as(ids_RK).to(counts_E.dtype)
+    def _count(self, ids_RK: Tensor, counts_E: Tensor, context: RoutingContext) -> None:
+        if context.counted_T is not None:
+            ones_RK = context.gather(context.counted_T).unsqueeze(-1).expand_as(ids_RK).to(counts_E.dtype)
             counts_E = torch.zeros_like(counts_E).scatter_add_(0, ids_RK.flatten(), ones_RK.flatten())
         self.counts_E += counts_E
 
-    def _route(self, logits_TE: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(self, logits_TE: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
         normalise, scale = self.config.norm_topk_prob, self.config.routed_scaling_factor
-        logits_RE = places.take(logits_TE)
-        if places.given_TK is not None:
-            given_RK = places.take(places.given_TK)
-            return given_RK, *weigh(logits_RE, given_RK, normalise=normalise, scale=scale)
+        logits_RE = context.gather(logits_TE)
+        if context.forced_ids_TK is not None:
+            forced_ids_RK = context.gather(context.forced_ids_TK)
+            return forced_ids_RK, *weigh(logits_RE, forced_ids_RK, normalise=normalise, scale=scale)
         return route(
             logits_RE,
             self.e_score_correction_bias,
@@ -115,8 +115,8 @@ class MoE(nn.Module):
             inner = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = SwiGLU(config.hidden_size, inner)
 
-    def route(self, rows_TD: Tensor, sequences: int, places: Places = EVERYWHERE) -> Routing:
-        routing: Routing = self.gate(rows_TD, sequences, places)
+    def route(self, rows_TD: Tensor, sequences: int, context: RoutingContext = DEFAULT_CONTEXT) -> Routing:
+        routing: Routing = self.gate(rows_TD, sequences, context)
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> DispatchHandle:

@@ -22,38 +22,38 @@ _hooks = torch.autograd.graph.saved_tensors_hooks
 
 
 class _Region(Generic[Outputs]):
-    """One `run`: how to have its tensors again, and how many notes are out."""
+    """One `run`: how to have its tensors again, and how many placeholders are out."""
 
     def __init__(self, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> None:
         self._function = function
         self._inputs = inputs
         self._kept = {tensor.data_ptr() for tensor in inputs}
-        self._again: list[Tensor] | None = None
+        self._recomputed: list[Tensor] | None = None
         self.saved = 0
-        self.notes = 0
+        self.placeholders = 0
 
     def forward(self) -> Outputs:
         """Runs with a note for every tensor that is to be saved, but for the inputs and parameters."""
 
-        def pack(tensor: Tensor) -> "Tensor | _Note":
+        def pack(tensor: Tensor) -> "Tensor | _Placeholder":
             self.saved += 1
             keep = tensor.is_leaf or tensor.data_ptr() in self._kept
-            return tensor if keep else _Note(self, self.saved - 1, tensor)
+            return tensor if keep else _Placeholder(self, self.saved - 1, tensor)
 
-        with _hooks(pack, _redeem):
+        with _hooks(pack, _restore):
             return self._function(*self._inputs)
 
     def tensor(self, index: int) -> Tensor:
         """The tensor saved as number `index`; the outputs are numbered on after the saved ones."""
-        if self._again is None:
-            self._again = self._run_again()
-        tensor = self._again[index]
-        self.notes -= 1
-        if not self.notes:
-            self._again = None
+        if self._recomputed is None:
+            self._recomputed = self._recompute()
+        tensor = self._recomputed[index]
+        self.placeholders -= 1
+        if not self.placeholders:
+            self._recomputed = None
         return tensor
 
-    def _run_again(self) -> list[Tensor]:
+    def _recompute(self) -> list[Tensor]:
         saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -67,15 +67,15 @@ class _Region(Generic[Outputs]):
         return saved + [output.detach() for output in _each(outputs)]
 
 
-class _Note:
+class _Placeholder:
     """Stands for a tensor, or a view of one, that the region can compute again."""
 
     def __init__(self, region: "_Region[Any]", index: int, tensor: Tensor) -> None:
         self._region, self._index = region, index
         self._geometry = (tensor.shape, tensor.stride(), tensor.storage_offset())
-        region.notes += 1
+        region.placeholders += 1
 
-    def redeem(self) -> Tensor:
+    def restore(self) -> Tensor:
         return self._region.tensor(self._index).as_strided(*self._geometry)
 
 
@@ -83,8 +83,8 @@ def _each(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def _redeem(packed: "Tensor | _Note") -> Tensor:
-    return packed.redeem() if isinstance(packed, _Note) else packed
+def _restore(packed: "Tensor | _Placeholder") -> Tensor:
+    return packed.restore() if isinstance(packed, _Placeholder) else packed
 
 
 class Recompute:
@@ -112,7 +112,7 @@ class Recompute:
 
     def __enter__(self) -> "Recompute":
         if self._on:
-            self._entered = _hooks(self._pack, _redeem)
+            self._entered = _hooks(self._pack, _restore)
             self._entered.__enter__()
         return self
 
@@ -122,10 +122,10 @@ class Recompute:
         if self._on:
             self._entered.__exit__(kind, error, trace)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Lets the outputs go, when the layer's forward is over."""
         self._outputs.clear()
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Note:
+    def _pack(self, tensor: Tensor) -> Tensor | _Placeholder:
         known = self._outputs.get(tensor.untyped_storage().data_ptr())
-        return tensor if known is None else _Note(known[0], known[1], tensor)
+        return tensor if known is None else _Placeholder(known[0], known[1], tensor)

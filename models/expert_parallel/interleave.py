@@ -14,7 +14,7 @@ T = TypeVar("T")
 Parts = Generator[None, None, T]
 
 
-def alone(work: Parts[T]) -> T:
+def run_alone(work: Parts[T]) -> T:
     """Does it all; what it returns."""
     while True:
         try:
@@ -24,7 +24,7 @@ def alone(work: Parts[T]) -> T:
             return value
 
 
-def in_turn(works: Sequence[Parts[T]]) -> list[T]:
+def interleave(works: Sequence[Parts[T]]) -> list[T]:
     """Does a part of each in turn until all are done; what they return."""
     results: dict[int, T] = {}
     while len(results) < len(works):

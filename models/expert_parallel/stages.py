@@ -22,39 +22,39 @@ A_contra = TypeVar("A_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
-class Places:
+class RoutingContext:
     """What a layer of experts is to know of the B x T places of a batch in training. By default all are alike.
 
-    rows_R: int64, the places that hold a token, where some are padding; no other is sent to an expert, nor counted.
+    token_positions_R: int64, the places that hold a token, where some are padding; no other is sent to an expert, nor counted.
     counted_T: bool, the places whose pairs count for the load. weights_B: each sequence's weight in the balance loss,
-    which is then to be divided by their sum. given_TK: int64, the experts that each place's token goes to, instead of
+    which is then to be divided by their sum. forced_ids_TK: int64, the experts that each place's token goes to, instead of
     those that the layer's router would choose.
     """
 
-    rows_R: Tensor | None = None
+    token_positions_R: Tensor | None = None
     counted_T: Tensor | None = None
     weights_B: Tensor | None = None
-    given_TK: Tensor | None = None
+    forced_ids_TK: Tensor | None = None
 
-    def take(self, values_TX: Tensor) -> Tensor:
+    def gather(self, values_TX: Tensor) -> Tensor:
         """Of the values at all places those at places with a token: [R, ...]."""
-        return values_TX if self.rows_R is None else values_TX.index_select(0, self.rows_R)
+        return values_TX if self.token_positions_R is None else values_TX.index_select(0, self.token_positions_R)
 
-    def put(self, rows_RD: Tensor, places: int) -> Tensor:
-        """The inverse of `take`: [T, D], zero at padding."""
-        if self.rows_R is None:
+    def scatter(self, rows_RD: Tensor, positions: int) -> Tensor:
+        """The inverse of `gather`: [T, D], zero at padding."""
+        if self.token_positions_R is None:
             return rows_RD
-        return rows_RD.new_zeros(places, rows_RD.shape[1]).index_copy(0, self.rows_R, rows_RD)
+        return rows_RD.new_zeros(positions, rows_RD.shape[1]).index_copy(0, self.token_positions_R, rows_RD)
 
-    def counted(self, places: int, device: torch.device) -> Tensor | None:
+    def counted(self, positions: int, device: torch.device) -> Tensor | None:
         """bool [T], the places that count; None: all."""
-        if self.rows_R is None:
+        if self.token_positions_R is None:
             return self.counted_T
-        real_T = torch.zeros(places, dtype=torch.bool, device=device).index_fill(0, self.rows_R, value=True)
+        real_T = torch.zeros(positions, dtype=torch.bool, device=device).index_fill(0, self.token_positions_R, value=True)
         return real_T if self.counted_T is None else real_T & self.counted_T
 
 
-EVERYWHERE = Places()
+DEFAULT_CONTEXT = RoutingContext()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Attended:
     rows_TD: Tensor
     routing: Routing | None
     recompute: Recompute
-    places: Places
+    context: RoutingContext
 
 
 class Layer(Protocol[A_contra]):
@@ -119,7 +119,7 @@ class Layer(Protocol[A_contra]):
     `local` is what every token visits: the dense MLP of a layer without experts, or the shared expert, or None.
     """
 
-    def attend_route(self, x_BTD: Tensor, attend: A_contra, places: Places) -> Attended: ...
+    def attend_route(self, x_BTD: Tensor, attend: A_contra, context: RoutingContext) -> Attended: ...
     def dispatch(self, attended: Attended) -> DispatchHandle: ...
     def local(self, attended: Attended) -> Tensor | None: ...
     def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor: ...
@@ -130,13 +130,13 @@ Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 
 def layer_parts(
-    layer: Layer[Attend], x_BTD: Tensor, attend: Attend, places: Places = EVERYWHERE
+    layer: Layer[Attend], x_BTD: Tensor, attend: Attend, context: RoutingContext = DEFAULT_CONTEXT
 ) -> Parts[tuple[Tensor, Routing | None]]:
     """The layer's output and its routing, if it has experts. Yields while rows are in flight.
 
     The shared expert is computed while the ranks exchange how many rows will come.
     """
-    attended = layer.attend_route(x_BTD, attend, places)
+    attended = layer.attend_route(x_BTD, attend, context)
     if attended.routing is None:
         return layer.aggregate(attended, layer.local(attended)), None
     handle = layer.dispatch(attended)
@@ -145,5 +145,5 @@ def layer_parts(
     yield
     handle.start_combine(layer.experts(*handle.wait_dispatch()))
     yield
-    routed_TD = places.put(handle.wait_combine(), len(attended.rows_TD))
+    routed_TD = context.scatter(handle.wait_combine(), len(attended.rows_TD))
     return layer.aggregate(attended, local_TD, routed_TD), attended.routing

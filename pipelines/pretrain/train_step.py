@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from moray.actors.data.token_set import Batch
 from moray.models.balance import update_router_biases
-from moray.models.expert_parallel.interleave import in_turn
+from moray.models.expert_parallel.interleave import interleave
 from moray.models.loss import TrainingLoss
 from moray.pipelines.pretrain.lr_schedule import bias_speed, learning_rate, prediction_weight
 from moray.pipelines.pretrain.worker import Worker
@@ -136,10 +136,10 @@ def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tup
     for first in range(0, len(batches), together):
         turn = range(first, min(first + together, len(batches)))
         works = [
-            model.training_parts(one.ids, one.targets, one.documents, rows_R=one.rows, routes=given)
+            model.training_parts(one.ids, one.targets, one.documents, token_positions_R=one.rows, routes=given)
             for one, given in ((batches[n], routes[n] if routes else None) for n in turn)
         ]
-        losses = in_turn(works)
+        losses = interleave(works)
         yield sum(losses[1:], losses[0]), batches[turn[-1]].last
 
 

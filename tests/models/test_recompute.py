@@ -68,7 +68,7 @@ def test_several_backwards_through_one_region():
     with Recompute(True) as recompute:
         a, b = recompute.run(region, x)
         out = (a * b).sum()
-        recompute.forget()
+        recompute.release()
     assert len(calls) == 1
     first = torch.autograd.grad(out, (x, weight), retain_graph=True)
     assert len(calls) == 2

@@ -90,7 +90,7 @@ def check_padding(group, dispatching):
     ids, targets, real = torch.full((2, 12), 2), torch.full((2, 12), -100), torch.zeros(2, 12, dtype=torch.bool)
     if rank < ranks - 1:
         ids[:, :8], targets[:, :8], real[:, :8] = tokens[rank], tokens[rank].flip(1), True
-    mine = ours.training_loss(ids, targets, rows_R=real.flatten().nonzero().squeeze(1))
+    mine = ours.training_loss(ids, targets, token_positions_R=real.flatten().nonzero().squeeze(1))
     (mine.main + 0.3 * mine.mtp + 0.1 * mine.balance).backward()
     for name in ("main", "mtp", "balance"):
         total = getattr(mine, name).detach().clone()

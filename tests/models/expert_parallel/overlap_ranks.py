@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher
-from moray.models.expert_parallel.interleave import alone, in_turn
+from moray.models.expert_parallel.interleave import interleave, run_alone
 from moray.models.expert_parallel.shared_memory import connect
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.resilience.collectives import CollectiveTrace, check_order
@@ -32,7 +32,7 @@ def check_same(name, gradient, expected):
 
 
 def losses_of(model, batches, overlapped):
-    run = in_turn if overlapped else partial(map, alone)
+    run = interleave if overlapped else partial(map, run_alone)
     return list(run([model.training_parts(*batch) for batch in batches]))
 
 

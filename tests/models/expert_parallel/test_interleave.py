@@ -5,7 +5,7 @@ import torch
 
 from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.dispatcher import LocalDispatcher
-from moray.models.expert_parallel.interleave import alone, in_turn
+from moray.models.expert_parallel.interleave import interleave, run_alone
 from moray.models.model import DeepseekV3
 from tests.models.expert_parallel.overlap_ranks import CONFIG, check_overlap, check_same, losses_of, make_batches
 
@@ -19,9 +19,9 @@ def _parts(name, count, log):
 
 def test_parts_come_in_turn_and_results_in_order():
     log = []
-    assert in_turn([_parts("a", 1, log), _parts("b", 3, log), _parts("c", 0, log)]) == ["a", "b", "c"]
+    assert interleave([_parts("a", 1, log), _parts("b", 3, log), _parts("c", 0, log)]) == ["a", "b", "c"]
     assert log == ["a0", "b0", "b1", "b2"]
-    assert alone(_parts("d", 2, log)) == "d"
+    assert run_alone(_parts("d", 2, log)) == "d"
 
 
 class Watched:
@@ -57,7 +57,7 @@ def test_what_runs_between_a_start_and_its_wait_does_so_in_the_backward_too():
     log = []
     model = _model(dispatcher=Watched(log))
     small, large = torch.randint(0, 40, (1, 8)), torch.randint(0, 40, (2, 8))
-    losses = in_turn([model.training_parts(ids, ids) for ids in (small, large)])
+    losses = interleave([model.training_parts(ids, ids) for ids in (small, large)])
     forward, log[:] = list(log), []
     (losses[0].main + losses[1].main + losses[0].mtp + losses[1].mtp).backward()
     turns = [("starts", 8), ("starts", 16), ("waits", 8), ("starts", 8), ("waits", 16), ("starts", 16),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
-from moray.models.expert_parallel.interleave import alone
+from moray.models.expert_parallel.interleave import run_alone
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.config import Spikes
 from moray.pipelines.pretrain.loop import run_training
@@ -281,7 +281,7 @@ def test_routing_by_given_choices_changes_routing_only(tmp_path: Path) -> None:
     places = len(chosen) * ids.numel() - len(ids) * worker.job.model.num_nextn_predict_layers
     assert int(counts.sum()) == places * worker.job.model.num_experts_per_tok
     other = [(ids_TK + 1) % worker.job.model.n_routed_experts for ids_TK in chosen]
-    moved, routings = alone(worker.model.routed_parts(ids, ids, routes=other))
+    moved, routings = run_alone(worker.model.routed_parts(ids, ids, routes=other))
     assert moved.main != terms.main
     assert all(torch.equal(a.ids_TK, b) for a, b in zip(routings, other, strict=True))
     with pytest.raises(ValueError, match="shorter"):
