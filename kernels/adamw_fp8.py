@@ -1,26 +1,27 @@
-"""AdamW whose two moments are FP8: 6.125 bytes of state per parameter, with the FP32 master, instead of 12.
+"""AdamW whose two moments are FP8: 6.125 bytes of state per parameter, including the FP32 master, instead of 12.
 
-A moment is cut into blocks of 128 consecutive elements. Within a block the numbers span far less than E4M3 does (first
-moment) or far more (second moment), so each block gets a power besides its scale (Xi et al. 2024, "COAT", §3.1: dynamic
-range expansion):
+A moment is stored in blocks of 128 consecutive elements. The numbers of a block span a far smaller range than E4M3
+(first moment) or a far larger one (second moment). So each block has a power in addition to its scale (Xi et al. 2024,
+"COAT", §3.1: dynamic range expansion):
 
     stored = E4M3(sign(x) * |x / largest|^power * 448),   power = log(448 / 2^-6) / log(largest / smallest)
 
-which spreads the block from its smallest non-zero to its largest number over E4M3's normal numbers (COAT goes down to
-2^-9, but there a single bit is left, and the mean error is twice as large). Reading it back divides the relative error
-of three bits of mantissa by the power. Where the span is wider than E4M3's, the power is below 1 and small numbers stay
-instead of becoming zero. That matters for the second moment: a zero in it makes its parameter's step explode.
+This maps the range from the block's smallest non-zero to its largest number onto E4M3's normal numbers. (COAT maps down
+to 2^-9, where a single bit of mantissa is left; the mean error is then twice as large.) Decoding divides the relative
+error of the three mantissa bits by the power. If the block's range is larger than E4M3's, the power is below 1, and
+small numbers do not become zero. That matters for the second moment, because a zero in it makes its parameter's step
+explode.
 
-Notable: the power is kept within [1/4, 8]: below, a few bits would have to cover everything; above, FP32's own rounding
-of the power would show. Blocks of zeros have scale 0. A block with a number that is not finite reads back as NaN.
-Masters are FP32, in which a usual step is thousands of units in the last place, so none needs stochastic rounding;
-masters in BF16 would.
+Notable: the power is clamped to [1/4, 8]. Below, a few bits would have to cover the whole range; above, FP32's own
+rounding of the power would dominate. Blocks of zeros have scale 0. A block with a non-finite number decodes to NaN.
+Masters are FP32, in which a typical update is thousands of units in the last place, so it needs no stochastic rounding;
+BF16 masters would.
 
-The Triton form is one kernel: a program restores some blocks, steps their masters and compresses the moments again.
-Its floor is its traffic, 16.25 bytes a parameter: gradient 4 (FP32), master 4 + 4, moments 2 * (1 + 1), scales and
-powers 2 * (8 + 8) / 128. It computes x^p as 2^(p log2 x), where torch's pow carries more digits: with p up to 4 and
-log2 x down to -18, a moment reads back within 2e-5 of the reference's, less than a thousandth of what FP8 costs. A
-number that this puts across an edge between two E4M3 numbers is stored as the neighbour.
+The Triton implementation is one kernel. A CTA decodes some blocks, updates their masters and encodes the moments again.
+Its floor is its traffic of 16.25 bytes per parameter: gradient 4 (FP32), master 4 + 4, moments 2 * (1 + 1), scales and
+powers 2 * (8 + 8) / 128. It computes x^p as 2^(p log2 x), which is less precise than torch's pow: with p up to 4 and
+log2 x down to -18, a decoded moment is within 2e-5 of the reference's, less than a thousandth of FP8's error. A number
+that this moves across the boundary between two E4M3 numbers is stored as the adjacent one.
 
 Shapes: N elements, flat; J = ceil(N / 128) blocks.
 """
@@ -43,8 +44,8 @@ _SPAN = torch.log2(torch.tensor(E4M3_MAX / _SMALLEST)).item()
 POWERS = (0.25, 8.0)
 _SPAN_BITS = tl.constexpr(_SPAN)
 _POWER_MIN, _POWER_MAX = tl.constexpr(POWERS[0]), tl.constexpr(POWERS[1])
-_PER_PROGRAM = 16  # blocks
-_SLICE = 1 << 17  # numbers the reference takes at a time: what lies between its operations stays in a CPU's cache
+_PER_PROGRAM = 16  # blocks per CTA
+_SLICE = 1 << 17  # numbers the reference processes at a time, so that intermediate results stay in a CPU's cache
 
 
 @dataclass
@@ -75,7 +76,7 @@ def _blocks(x_N: Tensor) -> Tensor:
 
 
 def compress_reference(x_N: Tensor, expand: bool = True) -> Fp8Moment:
-    """The FP8 form of a flat FP32 tensor. Without `expand`, plain E4M3 with a scale per block, for comparison."""
+    """Encodes a flat FP32 tensor in FP8. Without `expand`, uses plain E4M3 with a scale per block, for comparison."""
     x_JB = _blocks(x_N.float())
     magnitude_JB = x_JB.abs()
     largest_J1 = magnitude_JB.amax(-1, keepdim=True)
@@ -92,7 +93,7 @@ def compress_reference(x_N: Tensor, expand: bool = True) -> Fp8Moment:
 
 
 def restore_reference(moment: Fp8Moment) -> Tensor:
-    """The FP32 numbers behind a moment. [N]."""
+    """Decodes a moment to FP32. [N]."""
     stored_JB = _blocks(moment.fp8_N.float()) / E4M3_MAX
     powers_J1, scales_J1 = moment.powers_J.unsqueeze(-1), moment.scales_J.unsqueeze(-1)
     x_JB = stored_JB.abs().pow(1.0 / powers_J1).copysign(stored_JB) * scales_J1
@@ -114,9 +115,9 @@ def adamw_fp8_reference(
     weight_decay: float,
     expand: bool = True,
 ) -> None:
-    """One step, number `step` from 1, in place: master and both moments (Loshchilov & Hutter 2019, algorithm 2).
+    """Takes one step, number `step` from 1, in place: master and both moments (Loshchilov & Hutter 2019, algorithm 2).
 
-    The step is taken with the FP32 moments, before they are rounded.
+    The step uses the FP32 moments, before they are rounded.
     """
     m_N = restore_reference(first).lerp_(grad_N.float(), 1 - beta1)
     v_N = restore_reference(second).mul_(beta2).addcmul_(grad_N.float(), grad_N.float(), value=1 - beta2)
@@ -131,8 +132,8 @@ def adamw_fp8_reference(
 
 @triton.jit
 def _log2(x):
-    """The GPU's own instruction, with an error of 2^-22 of the logarithm: a twentieth of the accurate one's work, of
-    which there are four for every parameter."""
+    """Computes log2 with the GPU's approximate instruction. Its error is 2^-22 of the logarithm, and it costs a
+    twentieth of the accurate version, which each parameter would need four times."""
     if INTERPRETED:
         return tl.math.log2(x)
     return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -140,40 +141,40 @@ def _log2(x):
 
 @triton.jit
 def _signed(magnitude, x):
-    """magnitude with x's sign, a zero's too."""
+    """Returns the magnitude with x's sign, including the sign of zero."""
     bits = magnitude.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -0x80000000)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _restore(fp8, scales, powers):
-    """FP32 numbers [ROWS, 128] of E4M3 ones."""
+    """Decodes E4M3 numbers to FP32 [ROWS, 128]."""
     stored = fp8.to(tl.float32)
-    log = _log2(tl.abs(stored) * (1.0 / 448.0))  # -inf of 0, whose power is 0 again
+    log = _log2(tl.abs(stored) * (1.0 / 448.0))  # -inf for 0, for which exp2 returns 0
     magnitude = tl.math.exp2(log * tl.math.div_rn(1.0, powers)[:, None])
     return _signed(magnitude, stored) * scales[:, None]
 
 
 @triton.jit
 def _compress(x, EXPAND: tl.constexpr):
-    """(E4M3 numbers, scales, powers) of blocks [ROWS, 128]."""
+    """Encodes blocks [ROWS, 128]: (E4M3 numbers, scales, powers)."""
     bits = magnitude_bits(x)
     largest_bits = tl.max(bits, axis=1)
     largest = largest_bits.to(tl.float32, bitcast=True)
-    # A quotient by one inverse a block. 2^64 keeps the inverse of a tiny largest number finite.
+    # Multiplies by one inverse per block. 2^64 keeps the inverse of a tiny largest number finite.
     lift = tl.where(largest < 5.421010862427522e-20, 18446744073709551616.0, 1.0)
     inverse = tl.where(largest > 0, tl.math.div_rn(1.0, largest * lift), 0.0)
     quotient = (tl.abs(x) * lift[:, None]) * inverse[:, None]
     powers = tl.full(largest.shape, 1.0, tl.float32)
     if EXPAND:
         smallest = tl.min(tl.where(bits > 0, bits, 0x7F800000), axis=1).to(tl.float32, bitcast=True)
-        # Never below 0, which two logarithms of neighbours may come out as. Of zeros it is infinite.
+        # abs: the logarithms of adjacent numbers may differ by less than 0. For zeros the span is infinite.
         span = tl.abs(tl.math.log2(largest) - tl.math.log2(smallest))
         wanted = tl.math.div_rn(_SPAN_BITS, span)
         powers = tl.where(wanted == wanted, tl.minimum(tl.maximum(wanted, _POWER_MIN), _POWER_MAX), 1.0)
         quotient = tl.math.exp2(_log2(quotient) * powers[:, None])
     finite = largest_bits < 0x7F800000
-    # Within 448 where the block is finite; what is stored of another is never read.
+    # At most 448 if the block is finite; the numbers of a non-finite block are never read.
     stored = tl.where(finite[:, None], tl.minimum(quotient * 448.0, 448.0), 0.0)
     return to_e4m3(_signed(stored, x)), tl.where(finite, largest, float("nan")), powers
 
@@ -184,7 +185,8 @@ def _step(
     N, J, new1, keep2, new2, decay, rate, correction, epsilon,
     ROWS: tl.constexpr, EXPAND: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks. new1, keep2, new2: 1 - beta1, beta2, 1 - beta2; rate and correction: without the moments' bias."""
+    """Updates ROWS blocks. new1, keep2, new2: 1 - beta1, beta2, 1 - beta2; rate and correction include the bias
+    correction of the moments."""
     blocks = row_offset(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
     at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]
     in_blocks, inside = blocks < J, at < N
@@ -224,9 +226,10 @@ def adamw_fp8_triton(
     weight_decay: float,
     expand: bool = True,
 ) -> None:
-    """As the reference: the step within 2e-5 of it, and the stored numbers but for rare neighbours.
+    """Runs the Triton kernel; the step is within 2e-5 of the reference's, and stored numbers are equal but for rare
+    neighbours.
 
-    `master_N` FP32, `grad_N` FP32, BF16 or FP16, all contiguous. Raises ValueError for what does not fit.
+    `master_N` FP32, `grad_N` FP32, BF16 or FP16, all contiguous. Raises ValueError for invalid arguments.
     """
     check_tensor("master_N", master_N, (None,), (torch.float32,))
     count = len(master_N)
@@ -259,9 +262,9 @@ def adamw_fp8(
     weight_decay: float,
     expand: bool = True,
 ) -> None:
-    """One step, number `step` from 1, in place: master and both moments (Loshchilov & Hutter 2019, algorithm 2).
+    """Takes one step, number `step` from 1, in place: master and both moments (Loshchilov & Hutter 2019, algorithm 2).
 
-    The step is taken with the FP32 moments, before they are rounded.
+    The step uses the FP32 moments, before they are rounded.
     """
     numbers: dict[str, Any] = {
         "step": step, "rate": rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon,

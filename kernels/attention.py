@@ -1,30 +1,31 @@
-"""Causal attention for training, over whole rows or over the documents packed in them.
+"""Causal attention for training, over whole sequences or over the documents packed in them.
 
-The Triton form (GPUs) is FlashAttention's: it holds no scores. A block of queries walks over blocks of keys
-(`attention_forward.py`), and the backward computes the scores again (`attention_backward.py`). Documents are runs, so
-the keys that a block of queries sees are one range, and so are the queries that see a block of keys. Ranges are read on
-the device; what lies outside is not visited.
+The Triton implementation (GPUs) follows FlashAttention and does not materialize scores. A block of queries loops over
+blocks of keys (`attention_forward.py`), and the backward recomputes the scores (`attention_backward.py`). Documents are
+contiguous, so the keys visible to a block of queries are one range, and so are the queries that attend to a block of
+keys. The ranges are read on the device, and blocks outside them are skipped.
 
-Why not PyTorch's fused attention (SDPA), which is faster on an H100 where it fits: on whole rows, this form has 0.74 of
-its speed forward and 0.80 with the backward (docs/kernels.md). But SDPA knows packed documents only as a mask of T x T,
-with which it computes the blocks between documents too; a call for each document would need their lengths on the host.
-This form also takes value heads that are narrower than query heads, as multi-head latent attention has them, which of
-SDPA's kernels FlashAttention's does not; and its gradients are the same to the bit in every run.
+PyTorch's fused attention (SDPA) is faster on an H100 where it applies: on whole sequences, this kernel has 0.74 of its
+speed forward and 0.80 with the backward (docs/kernels.md). But SDPA supports packed documents only through a T x T
+mask, and then also computes the blocks between documents; one call per document would need their lengths on the host.
+This kernel also supports value heads that are narrower than query heads, as in multi-head latent attention; SDPA's
+FlashAttention backend does not. Its gradients are bit-identical in every run.
 
-The reference (CPUs) is SDPA. On the CPU that takes only equal sizes, so there values are padded with zeros. With packed
-documents, the CPU runs one fused call per document instead of masking whole rows: it never computes the blocks between
-documents. One thread, B=8, H=4, heads of 48 and 32, forward + backward, ms (documents of 100 tokens):
+The reference (CPUs) is SDPA. On the CPU it requires equal head sizes, so values are padded with zeros. With packed
+documents, the CPU runs one fused call per document instead of masking whole sequences, so it never computes the blocks
+between documents. One thread, B=8, H=4, heads of 48 and 32, forward + backward, ms (documents of 100 tokens):
 
               fused causal   unfused causal   fused with a mask   fused per document
     T=256               23               25                  20                   13
     T=512               76              120                  77                   30
 
-Other devices that run the reference take the mask, which needs no lengths on the host.
+Other devices that run the reference use the mask, which needs no lengths on the host.
 
-Accuracy of the Triton form against float64: scores, sums and products are FP32, but the weights are rounded to the
-rows' dtype before they multiply the values, and so is the result. With u = 2^-8 for BF16, 2^-11 for FP16, each of the
-two moves an output by at most u times the largest value; so an output is off by at most 2 u of that, plus FP32's share,
-2^-22 times the largest score. Scores' gradients are rounded the same way before they multiply queries and keys.
+Accuracy of the Triton implementation against float64: scores, sums and products are FP32, but the weights are rounded
+to the input dtype before they multiply the values, and so is the result. With u = 2^-8 for BF16, 2^-11 for FP16, each
+of the two roundings moves an output by at most u times the largest value. So an output is off by at most 2 u of that,
+plus FP32's share, 2^-22 times the largest score. The gradients of scores are rounded the same way before they multiply
+queries and keys.
 
 Shapes: B rows, T tokens, H heads, A elements of a query or key head, V elements of a value head.
 """
@@ -59,12 +60,12 @@ def _per_document(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, 
 
 
 def pad_values(v_BTHV: Tensor, width: int) -> Tensor:
-    """Value heads filled up with zeros to the width of query heads, if they are narrower."""
+    """Pads value heads with zeros to the width of query heads, if they are narrower."""
     return v_BTHV if v_BTHV.shape[-1] == width else F.pad(v_BTHV, (0, width - v_BTHV.shape[-1]))
 
 
 def document_mask(documents: DocumentBounds) -> Tensor:
-    """True where a query (row of the last two axes) sees a key: same document, not later. [B, 1, T, T]."""
+    """True where a query (row of the last two axes) attends to a key: same document, not later. [B, 1, T, T]."""
     index_BT = documents.index_BT
     same = index_BT[:, None, :, None] == index_BT[:, None, None, :]
     return same.tril()
@@ -118,7 +119,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _starts(documents: DocumentBounds | None, like: Tensor) -> Tensor:
-    """The place in its row of the first token of each token's document: int32 [B, T]."""
+    """Position of the first token of each token's document in its row: int32 [B, T]."""
     if documents is None:
         return torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
     positions_BT = documents.positions_BT
@@ -136,10 +137,10 @@ def causal_attention_triton(
     documents: DocumentBounds | None = None,
     blocks: KernelBlocks | None = None,
 ) -> Tensor:
-    """`causal_attention_reference` for BF16, FP16 and FP32, with gradients; contiguous [B, T, H, V].
+    """`causal_attention_reference` for BF16, FP16 and FP32, with gradients; returns a contiguous [B, T, H, V].
 
-    Any strides but for the last, which must be 1; heads of 256 elements at most; a positive `scale`. `blocks` is for
-    tuning. Raises ValueError for what does not fit.
+    Accepts any strides except in the last axis, where the stride must be 1; heads of at most 256 elements; a positive
+    `scale`. `blocks` is for tuning. Raises ValueError for invalid arguments.
     """
     lead = tuple(q_BTHA.shape[:3])
     strides = (None, None, None, 1)
@@ -158,7 +159,7 @@ def causal_attention_triton(
 
 
 def attention_backend(x: Tensor) -> Literal["reference", "triton"]:
-    """What `causal_attention` runs for a tensor's device and dtype: there is no Triton form of FP64."""
+    """The backend that `causal_attention` uses for a tensor's device and dtype. FP64 has no Triton kernel."""
     return "reference" if x.dtype == torch.float64 else backend(x)
 
 

@@ -1,7 +1,7 @@
 """The backward of attention as two Triton kernels: the gradient of queries, and those of keys and values.
 
-Both compute the weights again from the forward's log-sum-exp. Each number is summed by one program in one order, so
-that the same inputs give the same bits.
+Both recompute the weights from the forward's log-sum-exp. Each number is summed by one CTA in a fixed order, so the
+same inputs give the same bits.
 
 Shapes: B rows, T tokens, H heads, A elements of a query or key head, V elements of a value head.
 """
@@ -34,7 +34,8 @@ def _query_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, dout_ptr, delta_ptr, dq_ptr,
     q_strides, k_strides, v_strides, scale, dscale, T, H, S: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BQ queries of one head, and their delta (output times its gradient), which keys need as well."""
+    """The gradient of BQ queries of one head, and their delta (output times its gradient), which the key kernel also
+    uses."""
     query = (tl.num_programs(0) - 1 - tl.program_id(0)) * S.BQ
     head, row = tl.program_id(1), tl.program_id(2)
     k_ptr, v_ptr = head_start(k_ptr, row, head, k_strides), head_start(v_ptr, row, head, v_strides)
@@ -77,8 +78,8 @@ def _key_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, start_ptr, end_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, scale, dscale, T, H, S: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BK keys of one head and of their values. Scores lie transposed, [BK, BQ], so that weights and
-    scores' gradients are first factors as they are, without a turn."""
+    """The gradients of BK keys of one head and of their values. Scores are transposed, [BK, BQ], so that the weights
+    and the gradients of scores can be the first factors of GEMMs without a transpose."""
     key = tl.program_id(0) * S.BK
     head, row = tl.program_id(1), tl.program_id(2)
     q_ptr = head_start(q_ptr, row, head, q_strides)
@@ -93,12 +94,12 @@ def _key_kernel(
     dv = tl.zeros((S.BK, S.V0), dtype=tl.float32)
     start_ptr += row_offset(row, T)
     last = tl.load(end_ptr + row_offset(row, T) + tl.minimum(key + S.BK, T) - 1)
-    # All are masked: a second loop, for those that need no mask, takes more registers than there are.
+    # All blocks are masked: a second loop, for blocks that need no mask, would exceed the available registers.
     for query in range(key, last, S.BQ):
         queries = query + tl.arange(0, S.BQ)
         starts = tl.load(start_ptr + queries, mask=queries < T, other=0)
         q0, q1 = load_parts(q_ptr, query, T, q_strides[1], S, S.BQ)
-        # A query after the last is all zeros and so is its output's gradient: it adds nothing.
+        # Queries after the last are zeros, and so are their outputs' gradients: they add nothing.
         lse = tl.load(lse_ptr + queries, mask=queries < T, other=0.0)
         weights = tl.exp2(dot_parts(k0, k1, q0, q1, S) * scale - lse[None, :])
         weights = tl.where(is_visible(queries[None, :], keys[:, None], starts[None, :]), weights, 0.0)
@@ -118,14 +119,14 @@ def _key_kernel(
 
 
 def _ends(start_BT: Tensor) -> Tensor:
-    """The place behind the last token of each token's document, int32 [B, T]: of the tokens up to there, and of them
-    alone, the documents begin no later than the token lies."""
+    """The position after the last token of each token's document, int32 [B, T]. Exactly the tokens before it belong to
+    documents that start no later than the token's position."""
     places_T = torch.arange(start_BT.shape[1], dtype=torch.int32, device=start_BT.device)
     return torch.searchsorted(start_BT, places_T.expand_as(start_BT).contiguous(), right=True, out_int32=True)
 
 
 class SavedTensors(NamedTuple):
-    """What the forward keeps: inputs, output, log-sum-exp, and where each token's document begins."""
+    """Tensors saved by the forward: inputs, output, log-sum-exp, and the start of each token's document."""
 
     q_BTHA: Tensor
     k_BTHA: Tensor

@@ -1,6 +1,6 @@
 """The forward of attention as a Triton kernel: a running maximum and sum over blocks of keys ("online softmax").
 
-It keeps the log-sum-exp of every query (base 2), from which the backward computes the weights again.
+It saves the log-sum-exp of every query (base 2), from which the backward recomputes the weights.
 
 Shapes: B rows, T tokens, H heads, A elements of a query or key head, V elements of a value head.
 """
@@ -32,7 +32,7 @@ def _output_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr,
     q_strides, k_strides, v_strides, scale, T, H, S: tl.constexpr,
 ):  # fmt: skip
-    """BQ queries of one head. Late ones, which see more keys, are started first."""
+    """Computes BQ queries of one head. Late queries have more keys, so they are started first."""
     query = (tl.num_programs(0) - 1 - tl.program_id(0)) * S.BQ
     head, row = tl.program_id(1), tl.program_id(2)
     k_ptr, v_ptr = head_start(k_ptr, row, head, k_strides), head_start(v_ptr, row, head, v_strides)
@@ -53,7 +53,7 @@ def _output_kernel(
                 visible = is_visible(queries[:, None], keys[None, :], starts[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
-            # A query that has visible no key yet has no largest score either.
+            # A query without visible keys so far has no largest score.
             base = tl.where(higher == float("-inf"), 0.0, higher * scale)
             weights = tl.exp2(scores * scale - base[:, None])
             keep = tl.exp2(top * scale - base)
@@ -70,8 +70,8 @@ def _output_kernel(
 def attention_forward(
     q_BTHA: Tensor, k_BTHA: Tensor, v_BTHV: Tensor, scale: float, start_BT: Tensor, tile: TileShape
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, T, H, V] in v's dtype, log-sum-exp FP32 [B, H, T]). start_BT: int32, where each token's document
-    begins in its row."""
+    """Returns (output [B, T, H, V] in v's dtype, log-sum-exp FP32 [B, H, T]). start_BT: int32, the position in its row
+    where each token's document begins."""
     batch, length, heads, _ = q_BTHA.shape
     out_BTHV = torch.empty(v_BTHV.shape, dtype=v_BTHV.dtype, device=v_BTHV.device)
     lse_BHT = torch.empty((batch, heads, length), dtype=torch.float32, device=v_BTHV.device)

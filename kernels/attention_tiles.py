@@ -1,6 +1,6 @@
-"""What the forward and the backward of attention share: tile shapes, and the parts of the Triton kernels.
+"""Tile shapes and Triton helpers shared by the forward and the backward of attention.
 
-A query head of 192 elements is read as 128 and 64, both powers of two, instead of 256 with a quarter of zeros.
+A query head of 192 elements is read as 128 and 64, both powers of two, instead of as 256 with a quarter of zeros.
 
 Shapes: B rows, T tokens, H heads, A elements of a query or key head, V elements of a value head.
 """
@@ -18,7 +18,7 @@ from moray.kernels.util.backend import INTERPRETED, row_offset
 
 @dataclass(frozen=True)
 class TileShape:
-    """Queries and keys of a program's step, its warps, and the stages of its pipeline."""
+    """Queries and keys per iteration of a CTA, its warps, and the stages of its pipeline."""
 
     queries: int
     keys: int
@@ -37,8 +37,8 @@ class KernelBlocks:
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """What a kernel is compiled for: query heads of A elements, read in parts of A0 and A1 (0 where one part is
-    enough), value heads of V, read as V0; BQ queries and BK keys of a step."""
+    """Compile-time sizes of a kernel: query heads of A elements, read in parts of A0 and A1 (0 if one part is enough),
+    value heads of V, read as V0; BQ queries and BK keys per iteration."""
 
     A: int | tl.constexpr
     A0: int | tl.constexpr
@@ -49,17 +49,17 @@ class AttentionSizes:
     BK: int | tl.constexpr
 
 
-# Three stages where they fit: with two, a step's rows are asked for only when the step before is almost done.
+# Three stages where they fit: with two, an iteration's rows are loaded only when the previous one is almost done.
 _HALF = KernelBlocks(TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3), TileShape(32, 128, 8, 3))
 _HALF_WIDE = KernelBlocks(TileShape(64, 32, 4, 2), TileShape(64, 32, 8, 2), TileShape(32, 64, 8, 2))
-# FP32 products run on the plain cores, with both factors in registers.
+# FP32 products run on the CUDA cores, with both factors in registers.
 _FULL = KernelBlocks(TileShape(32, 16, 8, 1), TileShape(16, 16, 8, 1), TileShape(32, 32, 8, 1))
 
 
 @triton.jit
 def dot(a, b, c):
-    """a b + c in FP32; FP32 factors keep all their bits. (The interpreter of Triton 3.6 and 3.7 multiplies the bit
-    patterns of BF16 numbers.)"""
+    """Returns a b + c in FP32; FP32 factors keep all their bits. (The interpreter of Triton 3.6 and 3.7 multiplies the
+    bit patterns of BF16 numbers.)"""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
     return tl.dot(a, b, c, input_precision="ieee")
@@ -67,7 +67,7 @@ def dot(a, b, c):
 
 @triton.jit
 def head_start(ptr, row, head, strides):
-    """Where the matrix [T, elements] of one row's head begins."""
+    """Pointer to the matrix [T, elements] of one row's head."""
     return ptr + row_offset(row, strides[0]) + row_offset(head, strides[2])
 
 
@@ -75,7 +75,7 @@ def head_start(ptr, row, head, strides):
 def load_tile(
     ptr, row, limit, stride, AT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """ROWS rows from `row` and COLUMNS columns from AT of a matrix of limit x WIDTH; zeros outside."""
+    """Loads ROWS rows from `row` and COLUMNS columns from AT of a limit x WIDTH matrix; zeros outside."""
     rows, columns = tl.arange(0, ROWS), AT + tl.arange(0, COLUMNS)
     inside = (row + rows < limit)[:, None]
     if AT + COLUMNS > WIDTH:
@@ -95,7 +95,7 @@ def store_tile(ptr, x, row, limit, stride, AT: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def load_parts(ptr, row, limit, stride, S: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS rows of a matrix of width A, in one or two parts (the second is the first where there is none)."""
+    """Loads ROWS rows of a matrix of width A, in one or two parts (the second is the first if one part is enough)."""
     first = load_tile(ptr, row, limit, stride, 0, S.A, ROWS, S.A0)
     second = first
     if S.A1 > 0:
@@ -105,7 +105,7 @@ def load_parts(ptr, row, limit, stride, S: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def dot_parts(a0, a1, b0, b1, S: tl.constexpr):
-    """a b^T, of rows in parts."""
+    """Returns a b^T, of rows in parts."""
     scores = dot(a0, b0.T, tl.zeros((a0.shape[0], b0.shape[0]), dtype=tl.float32))
     if S.A1 > 0:
         scores = dot(a1, b1.T, scores)
@@ -114,7 +114,7 @@ def dot_parts(a0, a1, b0, b1, S: tl.constexpr):
 
 @triton.jit
 def key_range(start_ptr, query, T, PART: tl.constexpr, S: tl.constexpr):
-    """[begin, end) of the keys that BQ queries walk over: part 1 is what all of them see, parts 0 and 2 its edges."""
+    """Range [begin, end) of keys for BQ queries. Part 1 is visible to all of them; parts 0 and 2 are the edges."""
     last = tl.minimum(query + S.BQ, T)
     first = tl.load(start_ptr + query)
     outer = first + (query - first) // S.BK * S.BK
@@ -129,12 +129,12 @@ def key_range(start_ptr, query, T, PART: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def is_visible(queries, keys, starts):
-    """Whether a query is_visible a key: arrays that broadcast, starts with queries."""
+    """Whether a query attends to a key. The arrays broadcast; `starts` belong to the queries."""
     return (keys <= queries) & (keys >= starts)
 
 
 def _widths(width: int) -> tuple[int, int]:
-    """The powers of two, 16 at least, that a head is read in: one that covers it, or two where that is less."""
+    """The powers of two, at least 16, in which a head is read: one that covers it, or two if they are fewer elements."""
     one = max(triton.next_power_of_2(width), 16)
     first = one // 2
     second = max(triton.next_power_of_2(width - first), 16) if width > first else 0
@@ -142,7 +142,7 @@ def _widths(width: int) -> tuple[int, int]:
 
 
 def _covers(q_BTHA: Tensor, v_BTHV: Tensor) -> tuple[int, int, int]:
-    """What heads are read in: (a query's first part, its second, a value)."""
+    """Widths in which heads are read: (a query's first part, its second, a value)."""
     return (*_widths(q_BTHA.shape[-1]), max(triton.next_power_of_2(v_BTHV.shape[-1]), 16))
 
 
@@ -154,9 +154,9 @@ def default_blocks(q_BTHA: Tensor, v_BTHV: Tensor) -> KernelBlocks:
 
 
 def compile_options(q_BTHA: Tensor, v_BTHV: Tensor, tile: TileShape) -> dict[str, Any]:
-    """What a kernel is compiled for and with: its last argument and Triton's options."""
+    """A kernel's last argument, its compile-time sizes, and Triton's options."""
     first, second, value = _covers(q_BTHA, v_BTHV)
     sizes = (q_BTHA.shape[-1], first, second, v_BTHV.shape[-1], value, tile.queries, tile.keys)
-    # Triton's compiler wants constants where its interpreter wants plain numbers.
+    # Triton's compiler requires constants where its interpreter requires plain numbers.
     constant = int if INTERPRETED.value else tl.constexpr
     return {"S": AttentionSizes(*map(constant, sizes)), "num_warps": tile.warps, "num_stages": tile.stages}

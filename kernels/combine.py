@@ -1,8 +1,8 @@
-"""Tokens from their experts' rows: the sum over slots, weighted by the router (DeepSeek-V3 §2.1.2, equation 12).
+"""Combine: each token's sum over slots of its experts' rows, weighted by the router (DeepSeek-V3 §2.1.2, equation 12).
 
-Notable: sums in FP32 in the order of the slots, gradients without atomics: each row belongs to one slot of one token,
-whose program writes it. The same bits in every run; not the reference's bits on a GPU, where a product and a sum are
-rounded once.
+Notable: sums are FP32 in the order of the slots. Gradients need no atomics, because each row belongs to one slot of one
+token, and that token's CTA writes it. Every run gives the same bits. On a GPU they differ from the reference's, because
+a fused multiply-add rounds once.
 
 Shapes: T tokens, K slots, R rows of a padded buffer (`kernels.permute`), E experts, D row width.
 """
@@ -26,11 +26,11 @@ def _check(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder, dtypes: tupl
 
 
 def combine_padded_reference(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder) -> Tensor:
-    """As `combine_padded`, differentiable by PyTorch, in float64 as well."""
+    """`combine_padded` in PyTorch, differentiable, also for float64."""
     _check(rows_RD, weights_TK, order, (*FLOAT_DTYPES, torch.float64))
     accum_dtype = accumulation_dtype(rows_RD.dtype)
     local_TK = order.positions_TK >= 0
-    # What is not routed here takes one row more, of zeros.
+    # Pairs of non-local experts read one additional row of zeros.
     places_TK = torch.where(local_TK, order.positions_TK, len(rows_RD)).long()
     dtype, zeros_1D = rows_RD.dtype, rows_RD.new_zeros((1, rows_RD.shape[1]), dtype=accum_dtype)
     rows_RD = torch.cat((rows_RD.to(accum_dtype), zeros_1D))
@@ -46,7 +46,7 @@ def _combine_backward(
     grad_ptr, rows_ptr, weights_ptr, positions_ptr, offsets_ptr, counts_ptr, d_rows_ptr, d_weights_ptr, D, E,
     K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One expert's padding, or all slots of one token."""
+    """Handles one expert's padding, or all slots of one token."""
     program = tl.program_id(0)
     if program < E:
         for first in range(0, D, WIDTH):
@@ -68,7 +68,7 @@ def _combine_backward(
             rows = tl.load(rows_ptr + at, mask=inside, other=0.0).to(tl.float32)
             dots += rows * grad[None, :]
             tl.store(d_rows_ptr + at, weights[:, None] * grad[None, :], mask=inside)
-        # A gradient with a NaN or an infinity says nothing of slots that are elsewhere.
+        # A NaN or an infinity in the gradient must not reach the weights of non-local slots.
         tl.store(d_weights_ptr + at_slots, tl.where(position >= 0, tl.sum(dots, axis=1), 0.0), mask=slots < K)
 
 
@@ -92,19 +92,19 @@ class _CombinePadded(torch.autograd.Function):
 
 
 def combine_padded_triton(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder) -> Tensor:
-    """As `combine_padded`, one launch forward and one backward. Contiguous FP32, BF16 or FP16 rows, FP32 weights."""
+    """`combine_padded` in one launch forward and one backward. Contiguous FP32, BF16 or FP16 rows, FP32 weights."""
     _check(rows_RD, weights_TK, order, FLOAT_DTYPES)
     out_TD: Tensor = _CombinePadded.apply(rows_RD, weights_TK, order)  # type: ignore[no-untyped-call]
     return out_TD
 
 
 def combine_padded(rows_RD: Tensor, weights_TK: Tensor, order: PaddedOrder) -> Tensor:
-    """out[t]: the sum over slots k, in their order and in FP32, of weights[t, k] * rows[positions[t, k]].
+    """out[t]: the sum over slots k, in order and in FP32, of weights[t, k] * rows[positions[t, k]].
 
-    Returns out_TD in the rows' dtype; weights are FP32 (float64 for rows of float64). Slots that are not routed here
-    add nothing, and their weights have the gradient 0. The gradient of rows is 0 in the padding between experts; like
-    the rows themselves, it is not written from offsets_E1[-1] on. Raises ValueError where shapes, dtypes or devices do
-    not fit.
+    Returns out_TD in the rows' dtype; weights are FP32 (float64 for rows of float64). Slots of non-local experts add
+    nothing, and the gradient of their weights is 0. The gradient of rows is 0 in the padding between experts. Like the
+    rows themselves, it is not written from offsets_E1[-1] on. Raises ValueError if shapes, dtypes or devices do not
+    match.
     """
     if backend(rows_RD) == "triton" and rows_RD.dtype != torch.float64:
         return combine_padded_triton(rows_RD.contiguous(), weights_TK.contiguous(), order)

@@ -1,18 +1,19 @@
-"""Cross entropy of a linear head, a chunk of tokens at a time.
+"""Cross entropy of a linear head, one chunk of tokens at a time.
 
-The logits of V3's vocabulary for one 4,096-token sequence are 2.1 GB in FP32, and their gradient as much again. Here
-a chunk's logits live only while its loss and its gradients are taken: the gradients with respect to the hidden rows
-and the head's weight are computed in the forward (the loss is a sum, so the incoming gradient is one factor) and
-scaled in the backward. Nothing is computed twice, and nothing of size [tokens, vocabulary] outlives its chunk.
+The logits of V3's vocabulary for one 4,096-token sequence take 2.1 GB in FP32, and their gradient takes as much again.
+Here a chunk's logits are freed once its loss and gradients are computed. The forward computes the gradients of the
+hidden states and of the head's weight (the loss is a sum, so the incoming gradient is one factor), and the backward
+scales them. Nothing is computed twice, and nothing of size [tokens, vocabulary] outlives its chunk.
 
 Two threads, 2,048 tokens x 4,096 words, hidden 192, forward + backward, freed memory kept: 64 to 71 ms in chunks of 512
-tokens, 62 to 63 in one chunk, 62 to 64 for `F.cross_entropy` over full logits: what chunks save is memory.
+tokens, 62 to 63 in one chunk, 62 to 64 for `F.cross_entropy` over full logits. So chunks save memory, not time.
 
-The Triton form holds a chunk's logits in the rows' dtype only, BF16 in training: one program per row reads them for
-the peak and the sum in FP32, then again, to put their gradient in their place. V3's vocabulary: 2,076 tokens a chunk.
+The Triton implementation holds a chunk's logits only in the input dtype, BF16 in training. One CTA per row reads them
+for the maximum and the sum in FP32, then again to overwrite them with their gradient. With V3's vocabulary a chunk is
+2,076 tokens.
 
-Notable: a row that is not kept counts nothing and has a gradient of zeros, whatever its target and its logits are. In
-a kept row, -inf is a word of probability 0; a NaN, +inf or -inf everywhere makes its loss and all its gradient NaN.
+Notable: an excluded row adds nothing and has a zero gradient, whatever its target and its logits are. In an included
+row, -inf is a word of probability 0; a NaN, a +inf, or only -inf makes its loss and its whole gradient NaN.
 
 Shapes: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -33,7 +34,7 @@ _CHUNK_LOGITS_CPU = 1 << 21
 _CHUNK_LOGITS = 1 << 27
 _CHUNK_BYTES = 1 << 29
 
-# (hidden_CD, weight_VD, targets_C, keep_C, whether gradients are wanted) -> (loss, its gradient by the logits)
+# (hidden_CD, weight_VD, targets_C, keep_C, whether to compute gradients) -> (loss, its gradient by the logits)
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
@@ -45,10 +46,10 @@ def _chunk_tokens(vocab: int, device: torch.device) -> int:
 def _chunk_reference(
     hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, keep_C: Tensor, grads: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits, softmax and gradient FP32, or FP64; the gradient is handed on in the rows' dtype.
+    """Computes logits, softmax and gradient in FP32, or FP64; returns the gradient in the input dtype.
 
-    The softmax is one fused pass, and its largest probability, at least 1 / V, tells the sum: no word's loss is lost to
-    a probability that is too small for FP32.
+    The softmax is one fused pass. The log-sum-exp is derived from its largest probability, which is at least 1 / V, so
+    the loss is exact even if the target's probability underflows in FP32.
     """
     compute_dtype = torch.float64 if hidden_CD.dtype == torch.float64 else torch.float32
     targets_C1 = torch.where(keep_C, targets_C, 0).unsqueeze(1)
@@ -69,12 +70,12 @@ def _chunk_reference(
 def _row_loss(
     logits_ptr, target_ptr, keep_ptr, loss_ptr, V, GRADIENT: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """One row's loss; GRADIENT: the row's logits become their gradient."""
+    """One row's loss. With GRADIENT, the row's logits are overwritten with their gradient."""
     row, columns = tl.program_id(0), tl.arange(0, WIDTH)
     row_ptr = logits_ptr + row_offset(row, V)
     target, keep = tl.load(target_ptr + row), tl.load(keep_ptr + row)
-    # Before the first pass: its reductions have every thread wait for the others, so that none reads this in the second
-    # pass, after it was overwritten.
+    # Read before the first pass, whose reductions synchronize all threads. In the second pass another thread may
+    # have overwritten it already.
     known = keep & (target >= 0) & (target < V)
     picked = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     peak, total = -float("inf"), 0.0
@@ -97,11 +98,11 @@ def _row_loss(
 def _chunk_triton(
     hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, keep_C: Tensor, grads: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits in the rows' dtype, overwritten by their gradient."""
+    """Computes logits in the input dtype and overwrites them with their gradient."""
     logits_CV = torch.mm(hidden_CD, weight_VD.t())
     count, vocab = logits_CV.shape
     losses_C = torch.empty(count, dtype=torch.float32, device=logits_CV.device)
-    # No narrower than the threads are many: an element must have one owner, who reads it before it is overwritten.
+    # At least as wide as the number of threads: each element must have one owner, which reads it before overwriting it.
     width = min(max(triton.next_power_of_2(vocab), 1024), 4096)
     _row_loss[(count,)](
         logits_CV, targets_C, keep_C, losses_C, vocab, GRADIENT=grads, WIDTH=width, num_warps=max(width // 512, 4)
@@ -135,7 +136,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(d_logits_CV.t(), hidden_TD[part])
                 else:
                     grad_weight += d_logits_CV.t() @ hidden_TD[part]
-            del d_logits_CV  # the next chunk's would be a second one
+            del d_logits_CV  # or two chunks' logits would be in memory at once
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
@@ -162,7 +163,7 @@ def _sum(
 def cross_entropy_sum_reference(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy_sum`, of any dtype; the softmax is FP32, or FP64 for FP64 rows."""
+    """`cross_entropy_sum` in PyTorch, for any dtype; the softmax is FP32, or FP64 for FP64 inputs."""
     if chunk is None:
         chunk = _chunk_tokens(weight_VD.shape[0], weight_VD.device)
     return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_reference, chunk)
@@ -171,9 +172,9 @@ def cross_entropy_sum_reference(
 def cross_entropy_sum_triton(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, to the order of summation; a kept target outside of the vocabulary gives a NaN loss.
+    """Equals the reference up to the order of summation; an included target outside of the vocabulary gives a NaN loss.
 
-    hidden and weight both FP32, both BF16 or both FP16, of any strides. Raises ValueError for what does not fit.
+    hidden and weight both FP32, both BF16 or both FP16, of any strides. Raises ValueError for invalid arguments.
     """
     check_tensor("weight_VD", weight_VD, (None, None), FLOAT_DTYPES, strides=(None, None))
     vocab, size = weight_VD.shape
@@ -188,10 +189,10 @@ def cross_entropy_sum_triton(
 def cross_entropy_sum(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the kept tokens of -log softmax(hidden @ weight^T)[target].
+    """Sum over the included tokens of -log softmax(hidden @ weight^T)[target].
 
-    `targets_T` int64 in [0, V) wherever `keep_T` (bool) is true; other targets are not looked at. Returns (loss, FP32
-    or FP64 scalar; number of kept tokens, int64 scalar). Differentiable once in `hidden_TD` and `weight_VD`. `chunk`:
+    `targets_T` is int64, in [0, V) wherever `keep_T` (bool) is true; other targets are ignored. Returns (loss, FP32 or
+    FP64 scalar; number of included tokens, int64 scalar). Differentiable once in `hidden_TD` and `weight_VD`. `chunk`:
     tokens whose logits are held at a time.
     """
     if hidden_TD.dtype == torch.float64 or backend(hidden_TD) == "reference":
