@@ -134,7 +134,7 @@ def is_visible(queries, keys, starts):
 
 
 def _widths(width: int) -> tuple[int, int]:
-    """The powers of two, at least 16, in which a head is read: one that covers it, or two if they are fewer elements."""
+    """Powers of two, at least 16, in which a head is read: one that covers it, or two with fewer elements in total."""
     one = max(triton.next_power_of_2(width), 16)
     first = one // 2
     second = max(triton.next_power_of_2(width - first), 16) if width > first else 0

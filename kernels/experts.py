@@ -1,15 +1,15 @@
-"""The SwiGLU of experts over rows sorted by expert, by the router's weights w: down(silu(gate(x)) * up(x) * w).
+"""SwiGLU of experts over rows sorted by expert, multiplied by the router's weights w: down(silu(gate(x)) * up(x) * w).
 
-The weights are factors before the last product, which is linear: so a token's results are summed wherever they are, and
-the gradient of a weight is a sum over F numbers instead of D.
+The weights are applied before the last GEMM, which is linear. So a token's results can be summed on any rank, and the
+gradient of a weight is a sum over F numbers instead of D.
 
-Notable: a loop over the experts' slices. At 8 experts of 192 x 96 and 512 rows each, one thread, forward +
-backward, it takes 18.1 ms; a padded batched product and a hand-written backward take the same. `unbind` matters:
-indexing a stacked weight in the loop would make autograd fill a zero tensor of the whole stack per expert. An expert
-without rows multiplies an empty slice, and so gets zero gradients, not None.
+Notable: the implementation loops over the experts' slices. At 8 experts of 192 x 96 and 512 rows each, one thread,
+forward + backward, it takes 18.1 ms; a padded batched GEMM and a hand-written backward take the same. `unbind` matters:
+if the loop indexed a stacked weight, autograd would fill a zero tensor of the whole stack per expert. An expert without
+rows multiplies an empty slice, so it gets zero gradients, not None.
 
-Shapes: R rows and their weights (of a dtype at least as wide), E experts of the group, D hidden size, F expert hidden
-size.
+Shapes: R rows and their weights (of the rows' dtype or a more precise one), E experts of the group, D hidden size, F
+expert hidden size.
 """
 
 import torch
@@ -56,7 +56,8 @@ def experts_deferred(
     w_down_EDF: Tensor,
     deferred: DeferredGradients,
 ) -> Tensor:
-    """The same in the rows' dtype, with weights of any, leaves, whose gradients come about `deferred`."""
+    """`experts_reference` in the rows' dtype. The weights are leaves of any dtype; `deferred` computes their
+    gradients."""
     counts, outputs = counts_E.tolist(), []
     for e, (x, w) in enumerate(zip(torch.split(rows_RD, counts), torch.split(weights_R, counts), strict=True)):
         gate, up = (deferred_linear(x, stack, deferred, e) for stack in (w_gate_EFD, w_up_EFD))
@@ -72,9 +73,9 @@ def experts_fp8_reference(
     up: tuple[Tensor, Tensor],
     down: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The same with FP8 weights, each given as (stack, its scales of 128 x 128 blocks); inference only.
+    """`experts_reference` with FP8 weights, each given as (stack, its scales of 128 x 128 blocks); inference only.
 
-    An expert's weights are made wide when it is its turn, and only if it has rows.
+    Dequantizes an expert's weights just before they are used, and only if the expert has rows.
     """
     out_RD = torch.empty_like(rows_RD)
     begin = 0

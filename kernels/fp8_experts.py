@@ -1,16 +1,16 @@
-"""The SwiGLU of a group of experts in FP8, forward and backward, over rows sorted by expert and padded.
+"""SwiGLU of a group of experts in FP8, forward and backward, over rows sorted by expert and padded.
 
     h = Q(x) Q([gate; up])^T      inner = silu(h_gate) * h_up * w      y = Q(inner) Q(down)^T
 
-Each expert's rows begin at a multiple of 128, so that no tile along the tokens holds rows of two experts; what fills
-them up is zeros. Offsets stay on the device. Gate and up are one product, forward and backward, of weights that lie on
-top of each other. w are the router's weights, one for each row. A dense MLP is one expert, without them.
+Each expert's rows begin at a multiple of 128, so no tile along the tokens holds rows of two experts. The padding is
+zeros. Offsets stay on the device. Gate and up are one GEMM, forward and backward, over stacked weights. w are the
+router's weights, one per row. A dense MLP is one expert without them.
 
-Of a row, the backward keeps the input, gate and up in FP8: D + 2F bytes. Six grouped products, two quantisations of
-rows in both directions (x, dy) and two fused SwiGLUs (`kernels/swiglu.py`) are all that touches the rows.
+The backward saves the input, gate and up in FP8: D + 2F bytes per row. Only six grouped GEMMs, two quantizations of
+rows in both layouts (x, dy) and two fused SwiGLUs (`kernels/swiglu.py`) read or write the rows.
 
-Shapes: R padded rows, E experts, D hidden size, F expert hidden size, G = F rounded up to 128: the columns that this
-adds are zero in every FP8 form.
+Shapes: R padded rows, E experts, D hidden size, F expert hidden size, G = F rounded up to 128; the added columns are
+zero in every quantized tensor.
 """
 
 from dataclasses import dataclass
@@ -30,35 +30,35 @@ from moray.kernels.util.deferred import DeferredGradients, add_gradient
 
 @dataclass(frozen=True)
 class Fp8Experts:
-    """gate_up [E, 2G, D] and down [E, D, G] in FP8."""
+    """Quantized weights of a group of experts: gate_up [E, 2G, D] and down [E, D, G]."""
 
     gate_up: Fp8Weight
     down: Fp8Weight
 
 
 def fp8_expert_weights(w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor) -> Fp8Experts:
-    """Quantises the weights of a group of experts, to be used until they change."""
+    """Quantizes the weights of a group of experts. The result is valid until they change."""
     more = -w_gate_EFD.shape[1] % BLOCK
     gate, up = (F.pad(w.detach(), (0, 0, 0, more)) for w in (w_gate_EFD, w_up_EFD))
     return Fp8Experts(fp8_weight(torch.cat((gate, up), dim=1)), fp8_weight(F.pad(w_down_EDF.detach(), (0, more))))
 
 
 def _grouped(x: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each expert's rows times its weight, transposed."""
+    """Multiplies each expert's rows by its transposed weight."""
     if backend(x[0]) == "triton":
         return fp8_gemm_grouped_triton(*x, weight.fp8, weight.scales, offsets_E1, dtype=dtype)
     return _grouped_on_cpu(x, weight.dequantized.transpose(1, 2), offsets_E1, dtype)
 
 
 def _grouped_input_gradient(dy: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each expert's rows times its weight."""
+    """Multiplies each expert's rows by its weight."""
     if backend(dy[0]) == "triton":
         return fp8_gemm_grouped_triton(*dy, *weight.transposed, offsets_E1, dtype=dtype)
     return _grouped_on_cpu(dy, weight.dequantized, offsets_E1, dtype)
 
 
 def _grouped_on_cpu(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU: from what the numbers stand for."""
+    """Multiplies dequantized numbers, on the CPU."""
     x_RK = dequantize(*x, dtype=dtype)
     out_RN = x_RK.new_zeros((x_RK.shape[0], factors_EKN.shape[2]))
     edges = offsets_E1.tolist()
@@ -127,12 +127,12 @@ def fp8_experts(
     w_down_EDF: Tensor,
     deferred: DeferredGradients | None = None,
 ) -> Tensor:
-    """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16); what rows from the last offset on
-    hold is not defined, and their gradient neither.
+    """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16). Rows from the last offset on, and
+    their gradient, are undefined.
 
-    R and the offsets (int32) are multiples of 128; weights_R is FP32. Differentiable in these two and in the stacks, of
-    which `quantized` is the FP8 form; the stacks' gradients are FP32, and come about `deferred` where that is given: then
-    they are leaves.
+    R and the offsets (int32) are multiples of 128; weights_R is FP32. Differentiable in x, weights_R and the stacks;
+    `quantized` is the quantization of the stacks. Their gradients are FP32. If `deferred` is given, it computes them,
+    and the stacks must be leaves.
     """
     out: Tensor = _Fp8Experts.apply(  # type: ignore[no-untyped-call]
         x_RD, weights_R, offsets_E1, quantized, deferred, w_gate_EFD, w_up_EFD, w_down_EDF
@@ -148,7 +148,7 @@ def fp8_mlp(
     w_down_DF: Tensor,
     deferred: DeferredGradients | None = None,
 ) -> Tensor:
-    """One expert that takes all rows, of any number. `quantized` is the form of a stack of one."""
+    """Applies one expert to any number of rows. `quantized` is the quantization of a stack of one expert."""
     rows = x_TD.shape[0]
     padded_RD = F.pad(x_TD, (0, 0, 0, -rows % BLOCK))
     offsets_E1 = torch.arange(2, dtype=torch.int32, device=x_TD.device) * padded_RD.shape[0]

@@ -1,20 +1,20 @@
-"""Products of FP8 matrices with a scale per block: plain, grouped over rows, grouped over the summed axis.
+"""GEMMs of FP8 matrices with block scales: plain, grouped over rows, grouped over the summed axis.
 
-Both factors have the summed axis last, as Hopper's FP8 tensor cores want them. A is scaled per 1 x 128 tile of its
-rows; B per block of 128 x 128 (weights), or per 1 x 128 tile as A is (activations, in a weight's gradient):
+Both factors have the summed axis last, as Hopper's FP8 tensor cores require. A has a scale per 1 x 128 tile of its
+rows. B has a scale per block of 128 x 128 (weights), or per 1 x 128 tile like A (activations, in a weight's gradient):
 
     forward          y [M, N]  = x [M, K]       w [N, K]       tiles, blocks
     input gradient   dx [M, K] = dy [M, N]      w^T [K, N]     tiles, blocks
     weight gradient  dw [N, K] = dy^T [N, M]    x^T [K, M]     tiles, tiles
 
-Grouped over rows, expert e multiplies rows [offsets_e, offsets_e+1) of A by its own B; grouped over the summed axis, it
-sums over those. Offsets are multiples of 128 and stay on the device: the number of programs follows from the sizes of
-the buffers, and a program without rows ends at once.
+Grouped over rows, expert e multiplies rows [offsets_e, offsets_e+1) of A by its own B. Grouped over the summed axis, it
+sums over those rows. Offsets are multiples of 128 and stay on the device. The number of CTAs follows from the buffer
+sizes, and a CTA without rows returns at once.
 
-Notable: tensor cores keep some 14 bits of an FP8 sum, so that over K = 4096 an error of 2 % builds up (DeepSeek-V3
-§3.3.2). Here every 128 elements' partial sum is multiplied by its scales and added in FP32, which the scales ask for
-anyway. Tiles reach shared memory by tensor descriptors (TMA), which fill what lies outside of a matrix with zeros;
-rows whose bytes do not divide by 16 are padded to that first.
+Notable: tensor cores keep about 14 bits of an FP8 sum, so an error of 2 % accumulates over K = 4096 (DeepSeek-V3
+§3.3.2). Here the partial sum of every 128 elements is multiplied by its scales and added in FP32. The block scales
+require this multiplication anyway. Tiles are loaded into shared memory by tensor descriptors (TMA), which fill
+out-of-bounds elements with zeros. Rows whose bytes are not a multiple of 16 are padded first.
 
 Shapes: M, N rows of A and B, K summed elements, J = ceil(K / 128), E groups, R rows of a grouped buffer.
 """
@@ -40,7 +40,7 @@ def fp8_gemm_reference(
     a_MK: Tensor, a_scales: Tensor, b_NK: Tensor, b_scales: Tensor, *, b_block: tuple[int, int] = WEIGHT_BLOCKS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
-    """A B^T in FP32, from what the FP8 numbers stand for, rounded to `dtype`: [M, N]."""
+    """A B^T of the dequantized factors in FP32, rounded to `dtype`: [M, N]."""
     return (dequantize(a_MK, a_scales, ROW_TILES) @ dequantize(b_NK, b_scales, b_block).t()).to(dtype)
 
 
@@ -60,7 +60,7 @@ def fp8_gemm_grouped_reference(
 def fp8_gemm_k_grouped_reference(
     a_MR: Tensor, a_scales: Tensor, b_NR: Tensor, b_scales: Tensor, offsets_E1: Tensor
 ) -> Tensor:
-    """The sums over columns [offsets_e, offsets_e+1) of A B^T: [E, M, N] FP32; zeros where a group is empty."""
+    """Sums over columns [offsets_e, offsets_e+1) of A B^T: [E, M, N] FP32; zeros for an empty group."""
     a32, b32 = dequantize(a_MR, a_scales, ROW_TILES), dequantize(b_NR, b_scales, ROW_TILES)
     edges = offsets_E1.tolist()
     sums = [a32[:, x:y] @ b32[:, x:y].t() for x, y in itertools.pairwise(edges)]
@@ -69,8 +69,8 @@ def fp8_gemm_k_grouped_reference(
 
 @triton.jit
 def _tile_of(program, rows, columns, GROUP: tl.constexpr):
-    """(row, column) of a program: GROUP rows of tiles are walked column by column, so that what they share of A and B
-    is still in the L2 cache."""
+    """Returns the (row, column) of a CTA's tile. GROUP rows of tiles are visited column by column, so that their shared
+    parts of A and B stay in the L2 cache."""
     walk = GROUP * columns
     first = (program // walk) * GROUP
     height = min(rows - first, GROUP)
@@ -83,7 +83,7 @@ def _gemm(
     a_desc, b_desc, a_scale_ptr, b_scale_ptr, out_ptr, offsets_ptr, M, N, J, groups,
     B_ROWS: tl.constexpr, GROUPED: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM x BN. B_ROWS is 128 for weights (BN divides it), 1 for tiles."""
+    """Computes one tile of BM x BN. B_ROWS is 128 for weights (BN divides it), 1 for tiles."""
     row, column = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
     m, n = row * BM, column * BN
     expert = 0
@@ -119,7 +119,7 @@ def _gemm_k_grouped(
     a_desc, b_desc, a_scale_ptr, b_scale_ptr, out_ptr, offsets_ptr, M, N, J,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one group's sum."""
+    """Computes one tile of one group's sum."""
     row, column = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
     expert = tl.program_id(1)
     m, n = row * BM, column * BN
@@ -139,11 +139,12 @@ def _gemm_k_grouped(
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of rows x 128 of a matrix (a stack counts as one tall matrix) whose rows are multiples of 16 bytes."""
+    """Tensor descriptor for blocks of rows x 128 of a matrix. A stack counts as one matrix. Pads rows to multiples of
+    16 bytes."""
     flat = x.flatten(0, -2)
     if flat.shape[-1] % 16:
         flat = F.pad(flat.view(torch.uint8), (0, -flat.shape[-1] % 16)).view(x.dtype)
-    # Strides of our own: torch calls a single row contiguous whatever its stride says.
+    # Explicit strides: torch considers a single row contiguous whatever its stride is.
     return TensorDescriptor(flat, flat.shape, (flat.shape[-1], 1), [rows, BLOCK])
 
 
@@ -240,7 +241,7 @@ def fp8_gemm(
     a_MK: Tensor, a_scales: Tensor, b_NK: Tensor, b_scales: Tensor, *, b_block: tuple[int, int] = WEIGHT_BLOCKS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
-    """A B^T in `dtype` (FP32 or BF16): [M, N]. A in tiles of 1 x 128, B in blocks of `b_block`."""
+    """A B^T in `dtype` (FP32 or BF16): [M, N]. A is quantized in tiles of 1 x 128, B in blocks of `b_block`."""
     implementation = fp8_gemm_triton if backend(a_MK) == "triton" else fp8_gemm_reference
     return implementation(a_MK, a_scales, b_NK, b_scales, b_block=b_block, dtype=dtype)
 
@@ -249,13 +250,13 @@ def fp8_gemm_grouped(
     a_RK: Tensor, a_scales: Tensor, b_ENK: Tensor, b_scales: Tensor, offsets_E1: Tensor, *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
-    """Rows [offsets_e, offsets_e+1) of A times B_e^T, in `dtype`: [R, N]. What rows from the last offset on hold is not
-    defined. Offsets: int32, multiples of 128, ascending from 0 to at most R."""
+    """Rows [offsets_e, offsets_e+1) of A times B_e^T, in `dtype`: [R, N]. Rows from the last offset on are undefined.
+    Offsets: int32, multiples of 128, ascending from 0 to at most R."""
     implementation = fp8_gemm_grouped_triton if backend(a_RK) == "triton" else fp8_gemm_grouped_reference
     return implementation(a_RK, a_scales, b_ENK, b_scales, offsets_E1, dtype=dtype)
 
 
 def fp8_gemm_k_grouped(a_MR: Tensor, a_scales: Tensor, b_NR: Tensor, b_scales: Tensor, offsets_E1: Tensor) -> Tensor:
-    """The sums over columns [offsets_e, offsets_e+1) of A B^T: [E, M, N] FP32. Offsets as in `fp8_gemm_grouped`."""
+    """Sums over columns [offsets_e, offsets_e+1) of A B^T: [E, M, N] FP32. Offsets as in `fp8_gemm_grouped`."""
     implementation = fp8_gemm_k_grouped_triton if backend(a_MR) == "triton" else fp8_gemm_k_grouped_reference
     return implementation(a_MR, a_scales, b_NR, b_scales, offsets_E1)

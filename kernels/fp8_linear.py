@@ -1,21 +1,21 @@
-"""A linear map in FP8: forward, gradient of the input and gradient of the weight (DeepSeek-V3 §3.3).
+"""A linear layer in FP8: forward, gradient of the input (dgrad) and gradient of the weight (wgrad) (DeepSeek-V3 §3.3).
 
-All three products take E4M3 numbers: activations and gradients in tiles of 1 x 128 along the axis that is summed over,
-weights in blocks of 128 x 128. The input is quantised along both axes in one pass, before the products; the backward
-keeps only the second, one byte per element:
+All three GEMMs multiply E4M3 numbers: activations and gradients in tiles of 1 x 128 along the summed axis, weights in
+blocks of 128 x 128. The input is quantized along both axes in one pass, before the GEMMs. The backward saves only the
+second quantization, one byte per element:
 
     y  = Q(x; 1x128) Q(w)^T            x [T, K], w [N, K]
     dx = Q(dy; 1x128) Q(w)             summed over N
     dw = Q(dy; 128x1)^T Q(x; 128x1)    summed over tokens
 
-Notable: all scales are powers of two (weights' too, as in DeepSeek-V3.1), so that rows that arrive in FP8 can be transposed
-without a second rounding of their mantissas, and every number behind an FP8 form is a BF16 number. On the CPU products
-are computed from these: exact products, sums in FP32, as the promotion every 128 elements makes them on tensor cores.
-A CPU with BF16 units so trains in FP8 at BF16's pace.
+Notable: all scales are powers of two (for weights too, as in DeepSeek-V3.1). So rows received in FP8 can be transposed
+without a second rounding of their mantissas, and every dequantized number is a BF16 number. On the CPU, GEMMs multiply
+the dequantized numbers: exact products and FP32 sums, as on tensor cores with promotion every 128 elements. So a CPU
+with BF16 units trains in FP8 at the speed of BF16.
 
-Where somebody else keeps the input anyway (`shared_input`: the map after attention, whose backward needs attention's
-output), it is kept as it is instead and quantised in the backward: the same numbers, and no second copy. DeepSeek-V3
-keeps that one in E5M6; `benchmarks/fp8_accuracy.py` compares.
+If another operation saves the input anyway (`shared_input`: the layer after attention, whose backward needs attention's
+output), the input is saved as it is and quantized in the backward. The numbers are the same, and there is no second
+copy. DeepSeek-V3 saves this input in E5M6; `benchmarks/fp8_accuracy.py` compares the two.
 
 Shapes: T rows, K inputs, N outputs.
 """
@@ -37,19 +37,19 @@ Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A weight as the products see it: E4M3 numbers [..., N, K] and scales, powers of two, of blocks of 128 x 128."""
+    """A quantized weight: E4M3 numbers [..., N, K] and power-of-two scales of blocks of 128 x 128."""
 
     fp8: Tensor
     scales: Tensor
 
     @cached_property
     def transposed(self) -> Quantized:
-        """The same, transposed: for the input's gradient on tensor cores, which want the summed axis last."""
+        """The transposed quantization, for the input's gradient on tensor cores, which require the summed axis last."""
         return self.fp8.transpose(-1, -2).contiguous(), self.scales.transpose(-1, -2).contiguous()
 
     @cached_property
     def dequantized(self) -> Tensor:
-        """What the numbers stand for, in BF16, which holds it exactly: for products on the CPU."""
+        """The dequantized weight in BF16, which represents it exactly; for GEMMs on the CPU."""
         return dequantize(self.fp8, self.scales, WEIGHT_BLOCKS, torch.bfloat16)
 
     def product(self, x: Quantized, dtype: torch.dtype) -> Tensor:
@@ -66,7 +66,7 @@ class Fp8Weight:
 
 
 def fp8_weight(weight: Tensor) -> Fp8Weight:
-    """Quantises a weight, or a stack of them, to be used until it changes."""
+    """Quantizes a weight, or a stack of weights. The result is valid until it changes."""
     return Fp8Weight(*quantize(weight.detach(), WEIGHT_BLOCKS, power_of_two=True))
 
 
@@ -118,9 +118,9 @@ def fp8_linear(
     shared_input: bool = False,
     deferred: DeferredGradients | None = None,
 ) -> Tensor:
-    """x @ weight^T in FP8, in x's dtype (FP32 or BF16, any leading axes); differentiable in `x` and in `weight_NK`, of
-    which `quantized` is the FP8 form. The weight's gradient is FP32, and comes about `deferred` where that is given.
-    `shared_input`: somebody keeps x anyway."""
+    """Returns x @ weight^T in FP8, in x's dtype (FP32 or BF16, any leading axes). Differentiable in `x` and
+    `weight_NK`; `quantized` is the quantization of the weight. The weight's gradient is FP32; `deferred` computes it,
+    if given. `shared_input`: another operation saves x anyway."""
     shape = x.shape
     out: Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input, deferred

@@ -1,18 +1,19 @@
 """Attention of absorbed queries over the paged latent cache (DeepSeek-V2 §2.1.2): one shared head of keys and values.
 
-A position's key is its latent and its rotated part, its value the latent alone; so the cache is read once for both.
+A position's key is its latent and its rotated part, and its value is the latent alone. So one read of the cache serves
+both.
 
-Notable: one new token of a sequence is one query per head, too few programs for a GPU when sequences are few. A
-sequence's positions are therefore cut into equal splits ("flash decoding"): each gives its part of the output with
-its log-sum-exp, and a second kernel weighs the parts in their order. How many splits there are follows from sizes that
-the host knows, how long they are from the position, on the device. The same inputs give the same bits; another batch
-or table size may give others.
+Notable: a new token of a sequence has one query per head, which gives too few CTAs to fill a GPU for few sequences. So
+a sequence's positions are divided into equal splits ("flash decoding"). Each split produces a partial output with its
+log-sum-exp, and a second kernel combines the partial outputs in order. The number of splits follows from sizes known to
+the host, and their length from the position, on the device. The same inputs give the same bits; another batch or table
+size may give different bits.
 
-Notable: a program takes one token's heads, 64 at a time, as the rows of its products, so that cached latents come in
-once for all of them. A prompt's many tokens go through the same kernel: they fill the GPU without splits, and no
-scores are held, where the reference holds T * H * L of them.
+Notable: a CTA uses one token's heads, 64 at a time, as the rows of its GEMMs, so cached latents are loaded once for all
+of them. A prompt's tokens use the same kernel. They fill the GPU without splits, and no scores are materialized; the
+reference materializes T * H * L of them.
 
-Accuracy of the Triton form: as `kernels.attention`'s, whose rounding it shares.
+The accuracy and rounding of the Triton implementation are those of `kernels.attention`.
 
 Shapes: B sequences, T new tokens of each, H heads, R latent elements, C = R + rotated elements, K blocks of the cache,
 S slots of a block, N blocks of a table, L = N * S reachable positions, X splits.
@@ -31,7 +32,7 @@ from moray.kernels.attention_tiles import dot
 from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import row_offset
 
-# Programs that keep a GPU of 132 multiprocessors busy, and positions that are worth a program.
+# CTAs that keep a GPU of 132 SMs busy, and the fewest positions that justify a CTA.
 _PROGRAMS = 264
 _SHORTEST_SPLIT = 256
 
@@ -41,8 +42,9 @@ def mla_decode_reference(
 ) -> Tensor:
     """softmax(scale * q c^T) c[:rank] over the cached positions up to each token's own: [B, T, H, rank] of q's dtype.
 
-    cache_KSC: one layer's blocks of slots. tables_BN: which block holds a sequence's positions n * S and on; what it
-    says beyond the sequence's last position is not looked at. positions_BT: integers; -1 is padding and gives zeros.
+    cache_KSC: one layer's blocks of slots. tables_BN: the n-th entry is the block that holds a sequence's positions
+    from n * S on; entries beyond the sequence's last position are ignored. positions_BT: integers; -1 is padding and
+    gives zeros.
     """
     cached_BLC = cache_KSC[tables_BN.long().clamp(min=0)].flatten(1, 2).to(q_BTHC.dtype)
     reach = torch.arange(cached_BLC.shape[1], device=q_BTHC.device)
@@ -57,7 +59,7 @@ def mla_decode_reference(
 
 @dataclass(frozen=True)
 class DecodeBlocks:
-    """Heads and positions of a program's step, its warps, and the stages of its pipeline."""
+    """Heads and positions per iteration of a CTA, its warps, and the stages of its pipeline."""
 
     heads: int
     positions: int
@@ -68,7 +70,7 @@ class DecodeBlocks:
 def _blocks(dtype: torch.dtype, heads: int) -> DecodeBlocks:
     if dtype == torch.float32:
         return DecodeBlocks(16, 16, 8, 1)
-    # Five stages: where a step's latents lie is read two steps ahead of them, and they two ahead of their use.
+    # Five stages: an iteration's slots are read two iterations before its latents, and those two before their use.
     if heads > 32:
         return DecodeBlocks(64, 32, 8, 5)
     return DecodeBlocks(32, 32, 8, 5) if heads > 16 else DecodeBlocks(16, 32, 4, 5)
@@ -76,7 +78,7 @@ def _blocks(dtype: torch.dtype, heads: int) -> DecodeBlocks:
 
 @triton.jit
 def _slots(table_ptr, first, length, S: tl.constexpr, BL: tl.constexpr):
-    """Which slots of the cache hold positions [first, first + BL), up to `length`."""
+    """The cache slots of positions [first, first + BL), up to `length`."""
     if S % BL == 0:
         return row_offset(tl.load(table_ptr + first // S), S) + first % S + tl.arange(0, BL)
     positions = first + tl.arange(0, BL)
@@ -89,7 +91,7 @@ def _decode(
     S: tl.constexpr, R: tl.constexpr, R0: tl.constexpr, P: tl.constexpr, P0: tl.constexpr,
     BH: tl.constexpr, BL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """BH heads of one token over one of its X splits."""
+    """Processes BH heads of one token over one of its X splits."""
     token, split = tl.program_id(0), tl.program_id(2)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     latent, rotated = tl.arange(0, R0), R + tl.arange(0, P0)
@@ -127,7 +129,7 @@ def _decode(
 
 @triton.jit(do_not_specialize=["X"])
 def _combine(part_ptr, lse_ptr, out_ptr, X, R: tl.constexpr, R0: tl.constexpr, BX: tl.constexpr):
-    """One token's head: the parts of X splits, weighed by their sums, BX at a time."""
+    """Combines the partial outputs of X splits of one token's head, BX at a time, weighted by their sums."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, R0)
     top = -float("inf")
@@ -150,7 +152,7 @@ def _combine(part_ptr, lse_ptr, out_ptr, X, R: tl.constexpr, R0: tl.constexpr, B
 
 
 def _splits(programs: int, reach: int) -> int:
-    """How many splits make `programs` enough, none shorter than what is worth a program at full reach."""
+    """The number of splits that gives enough CTAs, such that none is too short at full reach."""
     return max(1, min(_PROGRAMS // programs, triton.cdiv(reach, _SHORTEST_SPLIT)))
 
 
@@ -179,8 +181,8 @@ def mla_decode_triton(
 ) -> Tensor:
     """`mla_decode_reference` for BF16, FP16 and FP32 of contiguous tensors; the cache may have another dtype than q.
 
-    A positive `scale`. A position must lie within its table, which is not looked at here: it is on the device.
-    `blocks` and `splits` are for tuning. Raises ValueError for what does not fit.
+    `scale` must be positive. Positions must lie within their table; this is not checked, because they are on the
+    device. `blocks` and `splits` are for tuning. Raises ValueError for invalid arguments.
     """
     _check(q_BTHC, cache_KSC, tables_BN, positions_BT, scale, rank)
     batch, tokens, heads, width = q_BTHC.shape
@@ -212,8 +214,9 @@ def mla_decode(
 ) -> Tensor:
     """softmax(scale * q c^T) c[:rank] over the cached positions up to each token's own: [B, T, H, rank] of q's dtype.
 
-    cache_KSC: one layer's blocks of slots. tables_BN: which block holds a sequence's positions n * S and on; what it
-    says beyond the sequence's last position is not looked at. positions_BT: integers; -1 is padding and gives zeros.
+    cache_KSC: one layer's blocks of slots. tables_BN: the n-th entry is the block that holds a sequence's positions
+    from n * S on; entries beyond the sequence's last position are ignored. positions_BT: integers; -1 is padding and
+    gives zeros.
     """
     if attention_backend(q_BTHC) == "reference":
         return mla_decode_reference(q_BTHC, cache_KSC, tables_BN, positions_BT, scale, rank)

@@ -1,7 +1,7 @@
-"""Rows sorted by expert, packed, to groups that begin at multiples of 128, and back.
+"""Pads packed rows sorted by expert to groups that begin at multiples of 128, and removes the padding.
 
-For rows that come packed from elsewhere. Where a token's rows are sorted here, `permute.permute_padded` brings them to
-their padded places at once.
+This is for rows that are already packed by expert. For tokens that are sorted on this rank, `permute.permute_padded`
+writes rows to their padded positions directly.
 
 Shapes: R packed rows, P padded rows, E experts, D row width.
 """
@@ -14,7 +14,8 @@ from moray.kernels.permute import TILE, PaddedOrder, padded_capacity, permute_pa
 
 
 def group_order(counts_E: Tensor, rows: int, device: torch.device) -> PaddedOrder:
-    """The order of `rows` packed rows, `counts_E` for each expert (on any device), without waiting for one."""
+    """The padded order of `rows` packed rows, `counts_E` per expert (on any device). Does not synchronize with a
+    device."""
     counts_E = counts_E.to(device, non_blocking=True)
     ends_E = counts_E.cumsum(0)
     offsets_E1 = torch.zeros(len(counts_E) + 1, dtype=torch.int64, device=device)
@@ -26,7 +27,7 @@ def group_order(counts_E: Tensor, rows: int, device: torch.device) -> PaddedOrde
 
 
 def pad_groups(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, PaddedOrder]:
-    """(rows at their padded places, with zeros between; their weights; the order). Differentiable."""
+    """Returns (rows at their padded positions, with zeros between; their weights; the order). Differentiable."""
     order = group_order(counts_E, rows_RD.shape[0], rows_RD.device)
     capacity = padded_capacity(rows_RD.shape[0], len(counts_E))
     places_R = order.positions_TK.squeeze(1).long()
@@ -35,6 +36,6 @@ def pad_groups(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> tuple[Te
 
 
 def unpad_groups(rows_PD: Tensor, order: PaddedOrder) -> Tensor:
-    """The rows of `order`, packed again. Differentiable."""
+    """The packed rows of `order`. Differentiable."""
     ones_R1 = torch.ones(order.positions_TK.shape, device=rows_PD.device)
     return combine_padded(rows_PD, ones_R1, order)

@@ -1,18 +1,18 @@
-"""Sorting (token, slot) pairs by expert, and moving rows along that order.
+"""Sorts (token, slot) pairs by expert and permutes hidden states into that order.
 
-A `PaddedOrder` starts every expert at a multiple of `tile` rows in a buffer whose size the host knows beforehand, so
-that a grouped product of FP8 tiles is launched without waiting for the router.
+A `PaddedOrder` starts every expert at a multiple of `tile` rows, in a buffer whose size the host knows in advance. So a
+grouped GEMM of FP8 tiles is launched without waiting for the router.
 
-Notable: no atomics on any row or order. The backward of a gather by a permutation is the gather by its inverse, so
-gradients are bit-identical from run to run, also on a GPU, where a scatter-add is not. Both sorts are stable: an
-expert's rows keep the order of the tokens, whatever the other experts got.
+Notable: rows and orders are written without atomics. The backward of a gather by a permutation is the gather by its
+inverse, so gradients are bit-identical from run to run, also on a GPU, where a scatter-add is not. Both sorts are
+stable: an expert's rows keep the order of the tokens, whatever the other experts receive.
 
-The Triton sort counts: a histogram per block of pairs, its prefix over blocks; then a pair's place is its expert's
-start, plus that expert's pairs in earlier blocks, plus those before it in its own block, which the block compared with
-itself gives, whatever the number of experts.
+The Triton sort is a counting sort: a histogram per block of pairs, and its prefix sum over blocks. A pair's position is
+its expert's start, plus the expert's pairs in earlier blocks, plus the expert's earlier pairs in its own block. The
+last term comes from comparing the block's pairs with each other, so its cost does not depend on the number of experts.
 
-Shapes: T tokens, K slots, R rows: T * K pairs (pair t * K + k is slot k of token t) or the padded buffer's capacity,
-E experts, D row width, J scales per row.
+Shapes: T tokens, K slots, R rows: T * K pairs (pair t * K + k is slot k of token t) or the padded buffer's capacity, E
+experts, D row width, J scales per row.
 """
 
 from dataclasses import dataclass
@@ -28,18 +28,18 @@ from moray.kernels.util.arguments import FP8_DTYPES, FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 TILE = 128
-# Pairs of one program of the sort.
+# Pairs per CTA of the sort.
 _PAIRS = 256
 _MOST_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class PaddedOrder:
-    """Where pairs go in a buffer in which each expert's rows start at a multiple of `tile`. Tensors are int32.
+    """Positions of pairs in a buffer in which each expert's rows start at a multiple of `tile`. Tensors are int32.
 
-    positions_TK: the row of slot k of token t; -1 where it is not routed here. offsets_E1: where each expert's rows
-    start, and at last where the padded rows end. counts_E: rows without padding; expert e's rows are offsets[e] up to
-    offsets[e] + counts[e], its padding goes on up to offsets[e + 1].
+    positions_TK: the row of slot k of token t; -1 if its expert is not local. offsets_E1: the start of each expert's
+    rows, followed by the end of the padded rows. counts_E: rows without padding. Expert e's rows are offsets[e] up to
+    offsets[e] + counts[e]; its padding extends to offsets[e + 1].
     """
 
     positions_TK: Tensor
@@ -49,10 +49,10 @@ class PaddedOrder:
 
 
 def padded_capacity(pairs: int, experts: int, tile: int = TILE) -> int:
-    """The most rows that `pairs` pairs over `experts` experts take, a multiple of `tile`: the least such bound.
+    """The maximum number of rows of `pairs` pairs over `experts` experts, a multiple of `tile`. The bound is tight.
 
-    The worst router gives one pair to each expert that it can, n = min(experts, pairs), and the rest so that tiles are
-    full: n + floor((pairs - n) / tile) tiles. Pairs that are not routed here only make it fewer.
+    In the worst case each of n = min(experts, pairs) experts has at least one pair, and the remaining pairs fill whole
+    tiles: n + floor((pairs - n) / tile) tiles. Pairs of non-local experts only reduce it.
     """
     begun = min(experts, pairs)
     return (begun + (pairs - begun) // tile) * tile
@@ -69,11 +69,11 @@ def _check_ids(expert_ids_TK: Tensor, num_experts: int, tile: int) -> None:
 
 
 def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
-    """As `padded_order`, in PyTorch and without waiting for a device."""
+    """`padded_order` in PyTorch, without synchronizing with a device."""
     _check_ids(expert_ids_TK, num_experts, tile)
     ids_R = expert_ids_TK.flatten().long()
     local_R = (ids_R >= 0) & (ids_R < num_experts)
-    # What is not routed here is sorted behind the last expert.
+    # Pairs of non-local experts are sorted after the last expert.
     sorted_R, order_R = torch.where(local_R, ids_R, num_experts).sort(stable=True)
     edges_E1 = torch.searchsorted(sorted_R, torch.arange(num_experts + 1, device=ids_R.device))
     counts_E = edges_E1.diff()
@@ -86,7 +86,7 @@ def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = 
 
 @triton.jit
 def _count_blocks(ids_ptr, block_counts_ptr, P, E, PAIRS: tl.constexpr, BINS: tl.constexpr):
-    """A histogram of one block of pairs."""
+    """Computes a histogram of one block of pairs."""
     block = tl.program_id(0)
     pair, bins = block * PAIRS + tl.arange(0, PAIRS), tl.arange(0, BINS)
     ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
@@ -97,7 +97,8 @@ def _count_blocks(ids_ptr, block_counts_ptr, P, E, PAIRS: tl.constexpr, BINS: tl
 
 @triton.jit
 def _sum_blocks(block_counts_ptr, counts_ptr, blocks, E, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Some experts' counts of a block become those of all blocks before it; and their sums over all blocks."""
+    """Replaces the counts of some experts in each block by their sums over all earlier blocks, and stores the
+    totals."""
     experts = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, blocks, HEIGHT):
@@ -115,7 +116,7 @@ def _place_pairs(
     ids_ptr, before_ptr, counts_ptr, offsets_ptr, positions_ptr, P, E,
     TILE: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Positions of one block of pairs; the first block writes the offsets as well."""
+    """Computes the positions of one block of pairs. The first block also writes the offsets."""
     block = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_ptr + bins, mask=bins < E, other=0)
@@ -141,7 +142,7 @@ def _place_pairs(
 
 
 def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
-    """As `padded_order_reference`, in three launches."""
+    """`padded_order` in three launches."""
     _check_ids(expert_ids_TK, num_experts, tile)
     device, pairs = expert_ids_TK.device, expert_ids_TK.numel()
     blocks = contiguous_blocks(pairs, _PAIRS)
@@ -164,11 +165,11 @@ def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TIL
 
 
 def padded_order(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
-    """Sorts (token, slot) pairs stably by expert, each expert from a multiple of `tile` on.
+    """Sorts (token, slot) pairs stably by expert, with each expert starting at a multiple of `tile`.
 
-    expert_ids_TK: int64 or int32. An id outside of 0 .. num_experts - 1 (-1, by custom) is not routed here. Nothing
-    waits for the device: how large a buffer must be, `padded_capacity` knows without looking.
-    Raises ValueError for what is not such ids, and where positions might not fit int32.
+    expert_ids_TK: int64 or int32. An id outside of 0 .. num_experts - 1 (by convention -1) belongs to no local expert.
+    Nothing waits for the device, because `padded_capacity` gives the buffer size without the ids. Raises ValueError for
+    ids of another shape or dtype, and if positions might exceed int32.
     """
     if backend(expert_ids_TK) == "triton":
         return padded_order_triton(expert_ids_TK.contiguous(), num_experts, tile)
@@ -176,7 +177,7 @@ def padded_order(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> P
 
 
 def check_permutation(order: PaddedOrder, like: Tensor, tokens: int, capacity: int) -> None:
-    """Raises ValueError where an order does not fit so many tokens, or a buffer of `capacity` rows."""
+    """Raises ValueError if an order does not match the number of tokens, or a buffer of `capacity` rows."""
     check_tensor("positions_TK", order.positions_TK, (tokens, None), (torch.int32,), like=like)
     check_tensor("counts_E", order.counts_E, (None,), (torch.int32,), like=like)
     experts = len(order.counts_E)
@@ -187,14 +188,14 @@ def check_permutation(order: PaddedOrder, like: Tensor, tokens: int, capacity: i
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over rows of `dtype` are taken in: FP32, or float64 for float64."""
+    """The dtype for sums over rows of `dtype`: FP32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def permute_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fill: float = 0.0) -> Tensor:
-    """As `permute_padded`, differentiable by PyTorch, of any dtype. All rows that no pair takes hold `fill`."""
+    """`permute_padded` in PyTorch, differentiable, for any dtype. Rows that belong to no pair are set to `fill`."""
     check_permutation(order, x_TD, len(x_TD), capacity)
-    # What is not routed here goes to one row more, which is cut off again.
+    # Pairs of non-local experts are written to one additional row, which is then removed.
     places_R = torch.where(order.positions_TK < 0, capacity, order.positions_TK).flatten().long()
     upcast_TD = x_TD.to(accumulation_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
     expanded_RD = upcast_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
@@ -204,7 +205,7 @@ def permute_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fi
 
 @triton.jit
 def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl.constexpr, HEIGHT: tl.constexpr):
-    """Some columns of the padding behind an expert's rows."""
+    """Fills some columns of the padding after an expert's rows."""
     end = tl.load(offsets_ptr + expert + 1)
     for first in range(tl.load(offsets_ptr + expert) + tl.load(counts_ptr + expert), end, HEIGHT):
         rows = (first + tl.arange(0, HEIGHT)).to(tl.int64)
@@ -217,7 +218,7 @@ def _permute_columns(
     x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, columns, D, E,
     K: tl.constexpr, FILL: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one expert's padding or of one token's row."""
+    """Writes some columns of one expert's padding, or of one token's rows."""
     program = tl.program_id(0)
     if program < E:
         fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, HEIGHT)
@@ -235,7 +236,8 @@ def _permute(
     x_ptr, scales_ptr, rows_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, D, J, E,
     K: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """The experts' padding first, for it takes longest, then the tokens; the last part of a row are its scales."""
+    """Writes the experts' padding, which takes longest and so starts first, then the tokens. The last part of a row is
+    its scales."""
     first = tl.program_id(1) * WIDTH
     if first < D:
         _permute_columns(
@@ -248,7 +250,7 @@ def _permute(
 
 
 def _permute_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
-    """Rows and their scales, if there are any."""
+    """Returns rows and their scales, if there are any."""
     tokens, width = x_TD.shape
     check_permutation(order, x_TD, tokens, capacity)
     program_width = row_width(width)
@@ -269,7 +271,7 @@ def _permute_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, 
 
 
 def row_width(columns: int) -> int:
-    """How many columns a program takes of a row."""
+    """The number of columns per CTA."""
     return min(max(triton.next_power_of_2(columns), 16), 2048)
 
 
@@ -277,7 +279,7 @@ def row_width(columns: int) -> int:
 def _sum_slots(
     rows_ptr, weights_ptr, positions_ptr, out_ptr, D, K: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr
 ):
-    """Some columns of one token: the sum over its slots, one after the other."""
+    """Sums some columns of one token over its slots, in order."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -293,8 +295,8 @@ def _sum_slots(
 
 
 def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: Tensor) -> Tensor:
-    """out[t]: the sum in FP32 over k of (weights[t, k] times) rows[positions[t, k]], in the rows' dtype. A position of
-    -1 adds nothing."""
+    """out[t]: the FP32 sum over k of (weights[t, k] times) rows[positions[t, k]], in the rows' dtype. A position of -1
+    adds nothing."""
     tokens, slots = positions_TK.shape
     width = rows_RD.shape[1]
     out_TD = torch.empty((tokens, width), dtype=rows_RD.dtype, device=rows_RD.device)
@@ -308,14 +310,15 @@ def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: T
 
 
 def sum_slots_reference(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
-    """As `sum_slots`, of FP32, BF16 or float64."""
+    """`sum_slots` in PyTorch, for FP32, BF16 or float64."""
     local_TK = positions_TK >= 0
     counts_T = local_TK.sum(1)
     return F.embedding_bag(positions_TK[local_TK], rows_RD, counts_T.cumsum(0) - counts_T, mode="sum")
 
 
 def sum_slots(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
-    """out[t]: the sum over slots k, in their order and in a wide dtype, of rows[positions[t, k]]; in the rows' dtype.
+    """out[t]: the sum over slots k of rows[positions[t, k]], in order and in high precision, rounded to the rows'
+    dtype.
 
     A position (an integer) of -1 adds nothing. Not differentiable.
     """
@@ -337,18 +340,18 @@ class _PermutePadded(torch.autograd.Function):
 
 
 def permute_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
-    """As `permute_padded`, in one launch. Contiguous FP32, BF16 or FP16."""
+    """`permute_padded` in one launch. Contiguous FP32, BF16 or FP16."""
     check_tensor("x_TD", x_TD, (None, None), FLOAT_DTYPES)
     rows_RD: Tensor = _PermutePadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
     return rows_RD
 
 
 def permute_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
-    """Copies each token's row to its positions in a buffer of `capacity` rows: rows_RD, in the dtype of x.
+    """Copies each token to its positions in a buffer of `capacity` rows: rows_RD, in the dtype of x.
 
-    The padding between an expert's rows and the next expert's is zeros. Rows from offsets_E1[-1] on are not written on
-    a GPU, neither by the gradient: nobody may read them. The gradient of a token is the sum over its slots, in FP32
-    and in their order. Raises ValueError where shapes, dtypes or devices do not fit, or `capacity` may not suffice.
+    The padding between experts is zeros. On a GPU, rows from offsets_E1[-1] on are not written, and neither is their
+    gradient; they must not be read. The gradient of a token is the sum over its slots, in FP32 and in order. Raises
+    ValueError if shapes, dtypes or devices do not match, or if `capacity` may be too small.
     """
     if backend(x_TD) == "triton" and x_TD.dtype != torch.float64:
         return permute_padded_triton(x_TD.contiguous(), order, capacity)
@@ -363,7 +366,7 @@ def _check_fp8(fp8_TD: Tensor, scales_TJ: Tensor) -> None:
 def permute_padded_fp8_reference(
     fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """As `permute_padded_fp8`, in PyTorch."""
+    """`permute_padded_fp8` in PyTorch."""
     _check_fp8(fp8_TD, scales_TJ)
     rows_RD = permute_padded_reference(fp8_TD.view(torch.uint8), order, capacity)
     return rows_RD.view(fp8_TD.dtype), permute_padded_reference(scales_TJ, order, capacity, fill=1.0)
@@ -372,16 +375,16 @@ def permute_padded_fp8_reference(
 def permute_padded_fp8_triton(
     fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """As `permute_padded_fp8`, in one launch."""
+    """`permute_padded_fp8` in one launch."""
     _check_fp8(fp8_TD, scales_TJ)
     rows_RD, row_scales_RJ = _permute_triton(fp8_TD.view(torch.uint8), scales_TJ, order, capacity)
     return rows_RD.view(fp8_TD.dtype), row_scales_RJ
 
 
 def permute_padded_fp8(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
-    """`permute_padded` of float8_e4m3fn rows and their FP32 scales, not differentiable: (rows_RD, scales_RJ).
+    """`permute_padded` for float8_e4m3fn rows and their FP32 scales, not differentiable: (rows_RD, scales_RJ).
 
-    A row of padding has zeros and the scales 1, so that its products are zeros.
+    Padding rows are zeros with scale 1, so their products are zeros.
     """
     if backend(fp8_TD) == "triton":
         return permute_padded_fp8_triton(fp8_TD.contiguous(), scales_TJ.contiguous(), order, capacity)

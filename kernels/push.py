@@ -1,12 +1,12 @@
-"""Rows into other ranks' memory: quantised, permuted and written where they will be read, in one pass.
+"""Dispatch into other ranks' memory: quantizes, permutes and writes tokens to their receivers in one pass.
 
-An inbox is memory of a rank that this process, or this GPU, writes: shared memory on one host, symmetric memory over
-NVLink. A token's row goes once into the inbox of every rank that has experts of it, in the order of tokens, packed as
-`wire.py` does, followed by its metadata: bytes of the token that are sent as they are. Done by separate operations,
-the same bytes are written four times: by packing, concatenation, permutation and transfer.
+An inbox is memory of another rank that this process, or this GPU, can write: shared memory on one host, or symmetric
+memory over NVLink. A token is written once into the inbox of every rank that has any of its experts, in token order.
+Each row is packed as in `wire.py` and followed by its metadata: bytes that are sent unchanged. Separate operations
+would write the same bytes four times: for packing, concatenation, permutation and transfer.
 
-The Triton form has a program for each token, which reads its row once and writes it to each inbox by address; places
-come from a prefix sum before it.
+The Triton kernel has one CTA per token, which reads the token once and writes it to each inbox by address. A prefix sum
+computes the places in advance.
 
 Shapes: T tokens, D columns, P ranks, C places of an inbox, W bytes of a packed row, N bytes of metadata.
 """
@@ -26,7 +26,7 @@ from moray.kernels.wire import pack_rows_reference, packed_width
 
 
 def _check(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
-    """Whether every row finds its place is not asked: that would wait for a device."""
+    """Checks shapes and dtypes. Whether an inbox has enough places is not checked: that would wait for a device."""
     check_tensor("rows_TD", rows_TD, (None, None), FLOAT_DTYPES)
     check_tensor("metadata_TN", metadata_TN, (len(rows_TD), None), (torch.uint8,), like=rows_TD)
     check_tensor("sent_PT", sent_PT, (len(inboxes), len(rows_TD)), (torch.bool,), like=rows_TD)
@@ -36,7 +36,7 @@ def _check(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Seque
 
 
 def push_rows_reference(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
-    """In PyTorch, by separate operations."""
+    """`push_rows` in PyTorch, by separate operations."""
     packed_TX = torch.cat((pack_rows_reference(rows_TD), metadata_TN), dim=1)
     for sent_T, inbox in zip(sent_PT, inboxes, strict=True):
         copies = packed_TX.index_select(0, sent_T.nonzero().squeeze(1))
@@ -47,7 +47,7 @@ def push_rows_reference(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, i
 def _push(
     rows_ptr, metadata_ptr, places_ptr, addresses_ptr, D, T, N, P, width, TILES: tl.constexpr, BYTES: tl.constexpr
 ):
-    """One token: its row in TILES x 128 numbers, its metadata in BYTES."""
+    """Writes one token: TILES x 128 numbers, and BYTES of metadata."""
     token = tl.program_id(0)
     tiles, columns, octets = tl.arange(0, TILES), tl.arange(0, 128), tl.arange(0, BYTES)
     at = tiles[:, None] * 128 + columns[None, :]
@@ -67,7 +67,7 @@ def _push(
 
 
 def push_rows_triton(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
-    """The reference's bytes, but for what stands for NaN."""
+    """Writes the reference's bytes, except for the encoding of NaN."""
     tokens, columns = rows_TD.shape
     if not tokens:
         return
@@ -81,10 +81,10 @@ def push_rows_triton(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inbo
 
 
 def push_rows(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
-    """Writes each row, and its metadata, into the inbox of every rank p with `sent_PT[p]` for its token.
+    """Writes each token and its metadata into the inbox of every rank p for which `sent_PT[p]` is true.
 
-    metadata_TN: uint8. sent_PT: bool. inboxes: uint8 [C, W + N], one for each rank, contiguous, of at least as many
-    places as rows go there; whoever reads one hears from elsewhere how many these are, and when.
+    metadata_TN: uint8. sent_PT: bool. inboxes: uint8 [C, W + N], one per rank, contiguous, with at least as many places
+    as rows are sent to it. The receiver gets the number of rows, and the signal that they are complete, separately.
     """
     rows_TD, metadata_TN, sent_PT = rows_TD.contiguous(), metadata_TN.contiguous(), sent_PT.contiguous()
     _check(rows_TD, metadata_TN, sent_PT, inboxes)

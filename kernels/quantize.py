@@ -1,16 +1,17 @@
 """FP8 E4M3 with a scale per block (DeepSeek-V3 §3.3.2): tiles of 1x128 for activations, blocks of 128x128 for weights.
 
-A block's scale is its largest magnitude over 448, the largest E4M3 number, so that nothing saturates; value = FP8
-number times scale. Scales are FP32, or powers of two rounded up, with which a tile can change its direction without a
+A block's scale is its largest magnitude divided by 448, the largest E4M3 number, so nothing saturates. value = FP8
+number times scale. Scales are FP32, or powers of two rounded up. With powers of two, a tile can be transposed without a
 second rounding.
 
-Notable: a block of zeros or of values below 448 * 2^-126 gets the smallest normal FP32 scale, 2^-126: never a division
-by zero, never an FP32 scale that a device flushes to zero. A block with a NaN or an infinity gets the scale NaN, so
-that all of it reads as NaN: it shows in the first product instead of vanishing in a saturated number.
+Notable: a block of zeros or of values below 448 * 2^-126 gets the smallest normal FP32 scale, 2^-126. This avoids
+divisions by zero and FP32 scales that a device flushes to zero. A block with a NaN or an infinity gets the scale NaN,
+so the whole block dequantizes to NaN: the error shows in the first product instead of disappearing in a saturated
+number.
 
-The Triton forms give the reference's bits. `quantize_both` reads once from memory, and writes the tiles along the rows
-and, transposed, those along the columns, as the tensor cores want both factors of a weight's gradient: with the axis
-that is summed over last.
+The Triton kernels give the reference's bits. `quantize_both` reads memory once. It writes the tiles along the rows and,
+transposed, the tiles along the columns, because tensor cores require the summed axis of both factors of a weight's
+gradient last.
 
 Shapes: X any leading axes, M rows, K columns, I = ceil(M / block rows), J = ceil(K / block columns).
 """
@@ -30,12 +31,12 @@ BLOCK = 128
 ROW_TILES = (1, BLOCK)
 COLUMN_TILES = (BLOCK, 1)
 WEIGHT_BLOCKS = (BLOCK, BLOCK)
-# Numbers of one program (rows, columns) by block.
+# Numbers per CTA (rows, columns), by block.
 _PARTS = {ROW_TILES: (32, BLOCK), COLUMN_TILES: (BLOCK, 64), WEIGHT_BLOCKS: (BLOCK, BLOCK)}
 
 
 def _blocks(x_XMK: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP32 blocks, the last ones filled up with zeros: [X, I, rows, J, columns]."""
+    """FP32 blocks, the last ones padded with zeros: [X, I, rows, J, columns]."""
     rows, columns = x_XMK.shape[-2:]
     padded = x_XMK.float()
     if rows % block[0] or columns % block[1]:
@@ -44,10 +45,11 @@ def _blocks(x_XMK: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def fp8_to_bf16(fp8: Tensor) -> Tensor:
-    """E4M3 numbers in BF16, which holds all of them; on the CPU by their bits, five times as fast as torch's cast."""
+    """E4M3 numbers in BF16, which represents all of them. On the CPU this converts bits, five times as fast as torch's
+    cast."""
     if fp8.device.type != "cpu":
         return fp8.bfloat16()
-    # Sign and seven bits move to BF16's places, whose exponent counts from 127 instead of 7.
+    # The sign and seven bits are shifted to BF16's positions; its exponent bias is 127 instead of 7.
     bits = fp8.view(torch.int8).to(torch.int16)
     bf16 = ((bits << 4) & -0x7810).view(torch.bfloat16).mul_(2.0**120)
     return bf16.masked_fill_((bits & 0x7F) == 0x7F, float("nan"))
@@ -58,7 +60,7 @@ def _unblock(blocks: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def block_scales(largest_XIJ: Tensor, power_of_two: bool = False) -> Tensor:
-    """The scales of blocks whose largest magnitudes are given."""
+    """Scales of blocks with the given largest magnitudes."""
     scales = (largest_XIJ / E4M3_MAX).clamp(min=_SMALLEST_SCALE)
     if power_of_two:
         mantissa, exponent = torch.frexp(scales)
@@ -71,10 +73,10 @@ def quantize_reference(
 ) -> tuple[Tensor, Tensor]:
     """Returns (float8_e4m3fn of the same shape, FP32 scales_XIJ). Rounds to nearest, ties to even."""
     blocks = _blocks(x_XMK, block)
-    # Along the contiguous axis first, which is twice as fast as along both at once.
+    # Reducing along the contiguous axis first is twice as fast as along both at once.
     scales_XIJ = block_scales(blocks.abs().amax(-1).amax(-2), power_of_two)
     scaled = blocks / scales_XIJ[..., :, None, :, None]
-    # The quotient of the largest by its scale may round to just above 448.
+    # The quotient of the largest number and its scale may round to just above 448.
     fp8 = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return _unblock(fp8, *x_XMK.shape[-2:]).contiguous(), scales_XIJ
 
@@ -88,7 +90,7 @@ def dequantize_reference(
 
 
 def check_scales(fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int]) -> None:
-    """Raises ValueError where scales do not fit the FP8 numbers."""
+    """Raises ValueError if the shape of the scales does not match the FP8 numbers."""
     rows, columns = fp8_XMK.shape[-2:]
     expected = (*fp8_XMK.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
     if tuple(scales_XIJ.shape) != expected:
@@ -96,7 +98,8 @@ def check_scales(fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int]) ->
 
 
 def quantize_rows_int8(x_XK: Tensor) -> tuple[Tensor, Tensor]:
-    """(INT8 numbers, FP32 scales_X1): a row's scale is its largest magnitude over 127. A row of zeros has scale 1."""
+    """Returns (INT8 numbers, FP32 scales_X1). A row's scale is its largest magnitude over 127, or 1 for a row of
+    zeros."""
     upcast_XK = x_XK.float()
     largest_X1 = upcast_XK.abs().amax(-1, keepdim=True)
     scales_X1 = torch.where(largest_X1 > 0, largest_X1 / 127.0, 1.0)
@@ -106,13 +109,13 @@ def quantize_rows_int8(x_XK: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_both_reference(
     x_MK: Tensor, power_of_two: bool = False
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """x in tiles of 1 x 128, and its transpose in tiles of 1 x 128: ((fp8_MK, scales_MJ), (fp8_KM, scales_KI))."""
+    """Quantizes x and its transpose in tiles of 1 x 128: ((fp8_MK, scales_MJ), (fp8_KM, scales_KI))."""
     return quantize_reference(x_MK, ROW_TILES, power_of_two), quantize_reference(x_MK.t(), ROW_TILES, power_of_two)
 
 
 @triton.jit
 def tile_scales(largest, POWER_OF_TWO: tl.constexpr):
-    """(scales, what to multiply by or 0) of blocks, given the bits of their largest magnitudes."""
+    """Scales of blocks, given the bits of their largest magnitudes; NaN for a block that is not finite."""
     scales = tl.maximum(tl.math.div_rn(largest.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
     if POWER_OF_TWO:
         bits = scales.to(tl.int32, bitcast=True)
@@ -122,9 +125,9 @@ def tile_scales(largest, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def scaled_e4m3(x, scales, POWER_OF_TWO: tl.constexpr):
-    """x over its scales as FP8."""
+    """Divides x by its scales and converts it to FP8."""
     if POWER_OF_TWO:
-        # The inverse of a power of two is one: exact, and an eighth of a division's instructions.
+        # The inverse of a power of two is a power of two: exact, and an eighth of a division's instructions.
         inverse = (0x7F000000 - scales.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
         quotient = tl.where(scales == scales, x * inverse, float("nan"))
     else:
@@ -138,7 +141,8 @@ def _quantize(
     x_ptr, fp8_ptr, scale_ptr, M, K, block_rows, block_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """One part of HEIGHT x WIDTH numbers: ROWS and COLUMNS of a block are 1 or HEIGHT, 1 or WIDTH."""
+    """Quantizes one part of HEIGHT x WIDTH numbers. The block is ROWS x COLUMNS; ROWS is 1 or HEIGHT, COLUMNS is 1 or
+    WIDTH."""
     row, column, stack = tl.program_id(1), tl.program_id(0), tl.program_id(2)
     rows, columns = row * HEIGHT + tl.arange(0, HEIGHT), column * WIDTH + tl.arange(0, WIDTH)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
@@ -185,10 +189,10 @@ def _quantize_both(
     x_ptr, fp8_ptr, scale_ptr, transposed_ptr, transposed_scale_ptr, M, K, block_rows, block_columns,
     POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """An eighth of the work on one part of 128 x 128 numbers: 32 of its columns, or 32 of its rows.
+    """Does an eighth of the work on one part of 128 x 128 numbers: 32 of its columns, or 32 of its rows.
 
-    The eight run side by side, so that the second reading comes from the L2 cache. A program for a whole part takes so
-    many registers that a processor holds one, and stands still whenever that one waits for memory.
+    The eight CTAs run concurrently, so the second read is served by the L2 cache. A CTA that processed a whole part
+    would need so many registers that only one fits on an SM, which idles whenever that CTA waits for memory.
     """
     row, column, eighth = tl.program_id(1), tl.program_id(0) // 8, tl.program_id(0) % 8
     if eighth < 4:
@@ -203,7 +207,7 @@ def _quantize_both(
 
 @triton.jit
 def _quantize_transposed(x_ptr, fp8_ptr, scale_ptr, row, first, M, K, block_rows, POWER_OF_TWO: tl.constexpr):
-    """128 rows of 32 columns, transposed."""
+    """Quantizes 128 rows of 32 columns, transposed."""
     rows, columns = row * 128 + tl.arange(0, 128), first + tl.arange(0, 32)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
     x = tl.load(x_ptr + row_offset(rows[:, None], K) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -216,7 +220,7 @@ def _quantize_transposed(x_ptr, fp8_ptr, scale_ptr, row, first, M, K, block_rows
 
 @triton.jit
 def _quantize_rowwise(x_ptr, fp8_ptr, scale_ptr, first, column, M, K, block_columns, POWER_OF_TWO: tl.constexpr):
-    """32 rows of 128 columns."""
+    """Quantizes 32 rows of 128 columns."""
     rows, columns = first + tl.arange(0, 32), column * 128 + tl.arange(0, 128)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
     at = row_offset(rows[:, None], K) + columns[None, :]
@@ -250,7 +254,7 @@ def quantize(x_XMK: Tensor, block: tuple[int, int] = ROW_TILES, power_of_two: bo
 
 
 def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """x in tiles of 1 x 128, and its transpose in tiles of 1 x 128: ((fp8_MK, scales_MJ), (fp8_KM, scales_KI))."""
+    """Quantizes x and its transpose in tiles of 1 x 128: ((fp8_MK, scales_MJ), (fp8_KM, scales_KI))."""
     if backend(x_MK) == "triton":
         return quantize_both_triton(x_MK.contiguous(), power_of_two)
     return quantize_both_reference(x_MK, power_of_two)

@@ -1,15 +1,15 @@
-"""Root-mean-square normalisation: y = x / sqrt(mean(x^2) + eps) * weight.
+"""Root-mean-square normalization: y = x / sqrt(mean(x^2) + eps) * weight.
 
-Notable: the statistics are FP32 even for BF16 rows (a BF16 mean of squares is off by up to 1 %), and the
-normalised row is rounded to the row's dtype *before* the weight multiplies it. That is the order in which
-DeepSeek-V3 was trained and in which its other readers compute; the other order differs in the last BF16 bit.
+Notable: the statistics are FP32 even for BF16 rows (a BF16 mean of squares is off by up to 1 %), and the normalized row
+is rounded to the row's dtype *before* it is multiplied by the weight. DeepSeek-V3 was trained with that order, and
+other implementations use it; the opposite order differs in the last BF16 bit.
 
-The Triton form reads a row once forward, and x and dy once backward, where a row is held whole (up to 8,192 elements;
-wider ones are read twice). It keeps x and one FP32 number per row, 1 / sqrt(mean(x^2) + eps), for the backward. The
-weight's gradient is summed without atomics: a program adds up every 264th tile of rows, and the programs' sums are
-added in one order, so that a run repeats to the bit.
+The Triton kernels read a row once forward, and x and dy once backward, if the row fits into registers (up to 8,192
+elements); longer rows are read twice. The forward saves x and one FP32 number per row, 1 / sqrt(mean(x^2) + eps). The
+weight's gradient is summed without atomics: a CTA adds up every 264th tile of rows, and the CTAs' sums are added in a
+fixed order, so every run gives the same bits.
 
-Shapes: X any leading axes, R rows, D elements of a row, S programs.
+Shapes: X any leading axes, R rows, D elements of a row, S CTAs.
 """
 
 from typing import Any
@@ -24,9 +24,9 @@ from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, rounded, row_offset
 
 _MAX_WIDTH = 32768
-_WHOLE = 8192  # elements of a row up to which the backward holds it in registers
-_TILE = 4096  # elements that narrow rows are gathered up to, and that wide rows are cut into
-_PROGRAMS = 264  # of the backward: two for each of an H100's processors; a number of the device's would change bits
+_WHOLE = 8192  # longest row that the backward holds in registers, in elements
+_TILE = 4096  # elements per tile: several short rows, or a part of a long row
+_PROGRAMS = 264  # CTAs of the backward: two per SM of an H100. A device-dependent number would change bits.
 
 
 def _inverse(upcast_XD: Tensor, eps: float) -> Tensor:
@@ -57,7 +57,7 @@ class _RmsNormReference(torch.autograd.Function):
 
 
 def rms_norm_reference(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Normalises the last axis of `x_XD` (any leading shape); returns the same shape and dtype. Differentiable once."""
+    """Normalizes the last axis of `x_XD` (any leading shape); returns the same shape and dtype. Differentiable once."""
     y_XD: Tensor = _RmsNormReference.apply(x_XD, weight_D, eps)  # type: ignore[no-untyped-call]
     return y_XD
 
@@ -66,7 +66,7 @@ def rms_norm_reference(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def _normalise(
     x_ptr, weight_ptr, y_ptr, inverse_ptr, R, D, x_stride, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """ROWS whole rows."""
+    """Normalizes ROWS whole rows."""
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (rows[:, None] < R) & (columns[None, :] < D)
     x = tl.load(x_ptr + row_offset(rows[:, None], x_stride) + columns[None, :], mask=inside, other=0.0)
@@ -81,7 +81,7 @@ def _normalise(
 
 @triton.jit
 def _dots(x_ptr, dy_ptr, weight_ptr, inverse_ptr, dot_ptr, D, x_stride, dy_stride, WIDTH: tl.constexpr):
-    """Of one wide row: mean(dy * weight * x) / sqrt(mean(x^2) + eps)."""
+    """Computes mean(dy * weight * x) / sqrt(mean(x^2) + eps) of one long row."""
     row, columns = tl.program_id(0), tl.arange(0, WIDTH)
     inverse = tl.load(inverse_ptr + row)
     products = tl.zeros([WIDTH], tl.float32)
@@ -99,7 +99,8 @@ def _gradients(
     x_ptr, dy_ptr, weight_ptr, inverse_ptr, dot_ptr, dx_ptr, partial_ptr, R, D, x_stride, dy_stride,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH columns of every so many'th tile of ROWS rows; dots are computed of rows held whole, else loaded."""
+    """Processes WIDTH columns of every num_programs-th tile of ROWS rows. Dots are computed for rows that fit, else
+    loaded."""
     first, columns = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -124,7 +125,7 @@ def _gradients(
 
 
 def _rows(x_XD: Tensor) -> Tensor:
-    """[R, D] with whole rows: a view where the rows lie evenly in memory."""
+    """Returns [R, D] with contiguous elements: a view if the rows are evenly spaced in memory."""
     flat_RD = x_XD.reshape(x_XD.numel() // x_XD.shape[-1], x_XD.shape[-1])
     return flat_RD if flat_RD.stride(1) == 1 else flat_RD.contiguous()
 
@@ -181,10 +182,10 @@ def _backward(
 
 
 def rms_norm_triton(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As the reference, to the order of summation. The last axis has stride 1 and at most 32,768 elements.
+    """Equals the reference up to the order of summation. The last axis has stride 1 and at most 32,768 elements.
 
-    x and weight FP32, BF16 or FP16, not necessarily the same. Differentiable once, in both; the gradients are computed
-    in FP32 and rounded once. Raises ValueError for what does not fit.
+    x and weight are FP32, BF16 or FP16, not necessarily the same. Differentiable once, in both; the gradients are
+    computed in FP32 and rounded once. Raises ValueError for invalid arguments.
     """
     size = x_XD.shape[-1] if x_XD.dim() else 0
     strides = (*(None,) * (x_XD.dim() - 1), 1 if size > 1 else None)
@@ -197,7 +198,7 @@ def rms_norm_triton(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Normalises the last axis of `x_XD` (any leading shape); returns the same shape and dtype."""
+    """Normalizes the last axis of `x_XD` (any leading shape); returns the same shape and dtype."""
     if torch.float64 in (x_XD.dtype, weight_D.dtype) or backend(x_XD) == "reference":
         return rms_norm_reference(x_XD, weight_D, eps)
     return rms_norm_triton(x_XD if x_XD.stride(-1) == 1 else x_XD.contiguous(), weight_D, eps)

@@ -1,15 +1,15 @@
 """Rotary position embedding over interleaved pairs, with one position per token.
 
 DeepSeek-V2 §2.1.3 ("decoupled RoPE"): only `qk_rope_head_dim` elements of a head rotate, and all heads share one
-rotated key. Elements (2i, 2i + 1) are a pair that turns by position * theta^(-2i / dim). Pairs stay where they are:
-readers that move the even elements to the front compute the same dot products.
+rotated key. Elements (2i, 2i + 1) are a pair that rotates by position * theta^(-2i / dim). Pairs keep their positions;
+implementations that move the even elements to the front compute the same dot products.
 
-Notable: angles are FP32 for FP32 and BF16 rows, as in every other reader of these weights; at position 131,071 an
-FP32 angle is off by 0.008 rad, and a model must be served with the angles it was trained with. FP64 rows get FP64
-angles, for tests.
+Notable: angles are FP32 for FP32 and BF16 inputs, as in every other implementation for these weights. At position
+131,071 an FP32 angle is off by 0.008 rad, and a model must be served with the angles it was trained with. FP64 inputs
+get FP64 angles, for tests.
 
-The Triton form reads a head's elements as they lie, be they a slice of a wider row, and parts the pairs in registers:
-every load and store is of neighbouring elements. Its backward is the same kernel with the opposite angles.
+The Triton kernel accepts a slice of a wider row and separates the pairs in registers, so every load and store accesses
+adjacent elements. Its backward is the same kernel with negated angles.
 
 Shapes: B batch, T tokens, H heads, P rotated elements of a head, Q = P / 2 pairs.
 """
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, rounded, row_offset
 
-_TILE = 2048  # elements of one program, where there are as many
+_TILE = 2048  # maximum elements per CTA
 
 
 def rope_table(
@@ -37,7 +37,7 @@ def rope_table(
     scales: Sequence[float] | None = None,
     magnitude: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (cos_BTQ, sin_BTQ) for integer positions; FP64 when `dtype` is, else FP32.
+    """Returns (cos_BTQ, sin_BTQ) for integer positions; FP64 if `dtype` is FP64, else FP32.
 
     Context extension (`models.yarn`) multiplies each pair's frequency by its scale, and both tables by `magnitude`.
     """
@@ -63,7 +63,7 @@ def _rotate(
     x_ptr, cos_ptr, sin_ptr, y_ptr, N, T, H, P, x_batch, x_token, x_head, table_batch, table_token,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, OPPOSITE: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of some of the N = B * T tokens."""
+    """Rotates some heads of some of the N = B * T tokens."""
     tokens = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
     columns = tl.arange(0, WIDTH)[None, None, :]
@@ -117,11 +117,11 @@ def _dense_heads(x_BTHP: Tensor) -> Tensor:
 
 
 def rope_triton(x_BTHP: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor) -> Tensor:
-    """The reference's numbers, but that a GPU rounds a product and a sum once instead of twice.
+    """Equals the reference, except that a GPU's fused multiply-add rounds once instead of twice.
 
-    `x_BTHP` FP32, BF16 or FP16, with stride 1 in the last axis. FP32 tables, contiguous, with 1 or B batches and 1 or
-    T tokens. Returns a contiguous tensor. Differentiable once, in `x_BTHP` only. Raises ValueError for what does not
-    fit.
+    `x_BTHP` is FP32, BF16 or FP16, with stride 1 in the last axis. The tables are FP32, contiguous, with 1 or B batches
+    and 1 or T tokens. Returns a contiguous tensor. Differentiable once, in `x_BTHP` only. Raises ValueError for invalid
+    arguments.
     """
     check_tensor("x_BTHP", x_BTHP, (None,) * 4, FLOAT_DTYPES, strides=(None, None, None, 1))
     batch, tokens, _, size = x_BTHP.shape

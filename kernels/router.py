@@ -1,19 +1,20 @@
 """Sigmoid routing with a selection bias and a group limit (DeepSeek-V3 §2.1.2, equations 12-16).
 
-Scores are sigmoids of the logits. The bias moves only the *selection*; the weights that multiply the experts'
-outputs come from the unbiased scores. With a group limit, the groups whose two best biased scores sum highest are
-kept (`topk_group` of `n_group`), and the top K experts are taken among theirs.
+Scores are sigmoids of the logits. The bias affects only the *selection*; the weights that multiply the experts' outputs
+come from the unbiased scores. With a group limit, the `topk_group` of `n_group` groups whose two best biased scores
+have the highest sum are kept, and the top K experts are selected among theirs.
 
-Notable: selection sorts stably, so that equal scores go to the lower expert id, on every device. `torch.topk`
-promises no order among equals, and saturated FP32 sigmoids do collide.
+Notable: selection uses a stable sort, so the lower expert id wins among equal scores, on every device. `torch.topk`
+guarantees no order among equal values, and saturated FP32 sigmoids do collide.
 
-The Triton form routes in one launch: a program holds a few tokens' scores, as integers that order as the scores do, and
-takes the largest K times. Its sigmoids differ from PyTorch's in the last bits, so that of scores as close as that it
-may choose others; equal logits under an equal bias are equal in both. Counts are summed by integer atomics, which give
-the same in any order.
+The Triton kernel routes in one launch. A CTA holds the scores of a few tokens, as integers with the same order as the
+scores, and takes the maximum K times. Its sigmoids differ from PyTorch's in the last bits, so it may choose other
+experts among scores that are that close. Equal logits under an equal bias are equal in both. Counts are summed by
+integer atomics, whose result does not depend on their order.
 
-A NaN ranks above all numbers, in both forms, as in torch.sort: a token with NaN logits goes to these experts first,
-with the weight NaN (all of the token's weights are, where they are normalised), so that it shows in the loss.
+A NaN ranks above all numbers in both implementations, as in torch.sort. A token with NaN logits is routed to these
+experts first, with the weight NaN (with normalization, all of the token's weights are NaN), so the NaN shows in the
+loss.
 
 Shapes: T tokens, E experts, G groups, K slots (experts per token).
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from moray.kernels.util.arguments import check_tensor
 from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
-# Keeps the normalisation finite when every chosen score underflows to zero.
+# Keeps the normalization finite when every chosen score underflows to zero.
 _TINY = 1e-20
 
 
@@ -57,20 +58,21 @@ def route_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses `top_k` experts per token.
 
-    Returns (ids_TK int64, best biased score first; weights_TK in the logits' dtype, differentiable; counts_E int64,
-    how many (token, slot) pairs each expert got, summing to T * K). Groups hold at least two experts.
+    Returns (ids_TK int64, best biased score first; weights_TK in the logits' dtype, differentiable; counts_E int64, the
+    number of (token, slot) pairs of each expert, summing to T * K). Groups have at least two experts.
     """
     with torch.no_grad():
         choice_TE = logits_TE.sigmoid() + bias_E
         if topk_group < n_group:
-            # -inf and not 0: a bias may push the scores of kept experts below zero.
+            # -inf and not 0: a bias may make the scores of kept experts negative.
             choice_TE.masked_fill_(_outside_best_groups(choice_TE, n_group, topk_group), float("-inf"))
         ids_TK = _best(choice_TE, top_k)
     return ids_TK, *weigh(logits_TE, ids_TK, normalise=normalise, scale=scale)
 
 
 def weigh(logits_TE: Tensor, ids_TK: Tensor, *, normalise: bool = True, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The weights of experts that are chosen already, differentiable, and how many pairs each expert got, counts_E."""
+    """Returns the differentiable weights of already chosen experts, and counts_E, the number of pairs of each
+    expert."""
     weights_TK = logits_TE.sigmoid().gather(-1, ids_TK)
     if normalise:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _TINY)
@@ -101,20 +103,20 @@ def _sigmoid(x):
 
 @triton.jit
 def _rank(x):
-    """int32 that order as FP32 numbers do, NaN above all; at least -2139095041, which is -infinity's."""
+    """Maps FP32 numbers to int32 with the same order, NaN above all. The minimum is -2139095041, for -infinity."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
 def _number(rank):
-    """The number of a rank."""
+    """Inverse of `_rank`."""
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _first_of_best(rank, index, AXIS: tl.constexpr):
-    """The lowest index along an axis, which is kept, among those of the highest rank."""
+    """Returns the lowest index with the highest rank along an axis; the axis is kept."""
     best = tl.max(rank, axis=AXIS, keep_dims=True)
     return tl.min(tl.where(rank == best, index, 0x7FFFFFFF), axis=AXIS, keep_dims=True)
 
@@ -123,7 +125,8 @@ def _first_of_best(rank, index, AXIS: tl.constexpr):
 def _limit_groups(
     rank, TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, G: tl.constexpr, X: tl.constexpr
 ):
-    """Ranks of [TOKENS, G * X] with -infinity's in dropped groups. What is no expert keeps the lowest rank."""
+    """Sets the ranks [TOKENS, G * X] of dropped groups to -infinity's. Columns that are no expert keep the lowest
+    rank."""
     NOTHING: tl.constexpr = -0x80000000
     cube = tl.reshape(rank, (TOKENS, G, X))
     within, group = tl.arange(0, X)[None, None, :], tl.arange(0, G)[None, :, None]
@@ -142,7 +145,8 @@ def _route(
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, MEMBERS: tl.constexpr,
     G: tl.constexpr, X: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens. Columns are G groups of X, both powers of two, of which GROUPS of MEMBERS are experts."""
+    """Routes TOKENS tokens. Columns are G groups of X, both powers of two; GROUPS groups of MEMBERS columns are
+    experts."""
     NOTHING: tl.constexpr = -0x80000000
     column = tl.arange(0, G * X)[None, :]
     is_expert = (column // X < GROUPS) & (column % X < MEMBERS)
@@ -177,7 +181,8 @@ def _route_backward(
     grad_ptr, logits_ptr, ids_ptr, d_logits_ptr, T, E, scale,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens: weight k is scale * s_k / n with n = sum of s + 1e-20, and n depends on each chosen score s."""
+    """Handles TOKENS tokens. Weight k is scale * s_k / n with n = sum of s + 1e-20, and n depends on each chosen score
+    s."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     expert, slot = tl.arange(0, WIDTH)[None, :], tl.arange(0, SLOTS)[None, :]
     inverse = tl.full((TOKENS, 1), 1.0, tl.float32)
@@ -252,7 +257,7 @@ def route_triton(
     normalise: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `route_reference`, for contiguous FP32 logits and bias. Raises ValueError for anything else."""
+    """`route_reference` for contiguous FP32 logits and bias. Raises ValueError for other inputs."""
     _check(logits_TE, bias_E, top_k, n_group, topk_group)
     routed: tuple[Tensor, Tensor, Tensor] = _Route.apply(  # type: ignore[no-untyped-call]
         logits_TE, bias_E, top_k, n_group, topk_group, normalise, scale
@@ -270,10 +275,10 @@ def route(
     normalise: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses `top_k` experts per token, from logits in FP32 (in float64: by the reference, on every device).
+    """Chooses `top_k` experts per token from FP32 logits. (float64 logits use the reference on every device.)
 
-    Returns (ids_TK int64, best biased score first; weights_TK in the logits' dtype, differentiable; counts_E int64,
-    how many (token, slot) pairs each expert got, summing to T * K). Groups hold at least two experts.
+    Returns (ids_TK int64, best biased score first; weights_TK in the logits' dtype, differentiable; counts_E int64, the
+    number of (token, slot) pairs of each expert, summing to T * K). Groups have at least two experts.
     """
     options: dict[str, Any] = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
     options |= {"normalise": normalise, "scale": scale}
@@ -291,13 +296,13 @@ def sequence_balance_reference(
 ) -> Tensor:
     """The sequence-wise balance loss of one layer without its factor alpha (DeepSeek-V3 §2.1.2, equations 17-20).
 
-    Over each of `sequences` equal runs of tokens: the sum over experts of f (its share of the tokens' top K, times E /
-    K) times P (its mean share of a token's scores). 1 is even. Only tokens of `counted_T` (bool; by default all) are
-    looked at. Returns the sum over sequences, each times its weight, by default the number of its tokens, so that a
-    division by the sum of all weights leaves the mean; differentiable in the logits through P.
+    For each of `sequences` equal runs of tokens: the sum over experts of f (its share of the tokens' top K, times E /
+    K) times P (its mean share of a token's scores). 1 is even. Only tokens of `counted_T` (bool; all by default) are
+    included. Returns the sum over sequences, each times its weight, by default the number of its tokens, so that
+    dividing by the sum of all weights gives the mean. Differentiable in the logits through P.
 
-    Notable: f counts the top K of the unbiased scores, without group limit, as in the paper: the loss speaks of what
-    the router learnt, not of what the bias corrected.
+    Notable: f counts the top K of the unbiased scores, without group limit, as in the paper. The loss measures what the
+    router has learned, before the bias corrects it.
     """
     tokens, experts = logits_TE.shape
     scores_BTE = torch.unflatten(logits_TE.sigmoid(), 0, (sequences, -1))

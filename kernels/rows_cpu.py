@@ -1,6 +1,6 @@
-"""Rows to FP8 on the CPU in one pass (`rows_numba.py`): the bits of the references, ten times as fast.
+"""FP8 packing of rows on the CPU in one pass (`rows_numba.py`): the bits of the references, ten times as fast.
 
-Where numba is not installed, the references do.
+Without numba, the references run instead.
 
 Shapes: T tokens, D columns, P ranks, N bytes of metadata.
 """
@@ -24,22 +24,22 @@ def _installed() -> bool:
 
 
 def compiles(rows: Tensor) -> bool:
-    """Whether these forms run for such rows. With MORAY_KERNELS set they never do."""
+    """Whether the compiled implementations run for these rows. They never run if MORAY_KERNELS is set."""
     return rows.device.type == "cpu" and rows.dtype in _SHIFTS and "MORAY_KERNELS" not in os.environ and _installed()
 
 
 def pack_rows_compiled(rows_TD: Tensor) -> Tensor:
-    """As `wire.pack_rows_reference`."""
+    """`wire.pack_rows_reference`, compiled."""
     tokens, columns = rows_TD.shape
     out_TW = torch.empty((tokens, columns + -(-columns // 128)), dtype=torch.uint8)
-    from moray.kernels.rows_numba import pack_rows_numba  # it imports numba, which takes a while
+    from moray.kernels.rows_numba import pack_rows_numba  # imports numba, which is slow
 
     pack_rows_numba(*_bits(rows_TD), out_TW.numpy())
     return out_TW
 
 
 def push_rows_compiled(rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, inboxes: Sequence[Tensor]) -> None:
-    """As `push.push_rows_reference`."""
+    """`push.push_rows_reference`, compiled."""
     from moray.kernels.rows_numba import push
 
     arrays = tuple(inbox.numpy() for inbox in inboxes)

@@ -1,6 +1,6 @@
-"""The loops of `rows_cpu.py`, compiled by numba when they are first called, and kept on disk.
+"""The loops of `rows_cpu.py`, compiled by numba on first call and cached on disk.
 
-numpy arrays: bits_TD are the rows' bits, int32 or int16, which `shift` to the left are those of FP32.
+Arguments are numpy arrays. bits_TD are the rows' bits, int32 or int16; shifted left by `shift` they are those of FP32.
 """
 
 import numba
@@ -9,7 +9,7 @@ import numpy as np
 
 @numba.njit(nogil=True, cache=True)
 def _pack_row(bits_D, shift, out_W, x, y, one) -> None:
-    """One row. x, y: FP32 [128] and one: FP32 [1], to work in."""
+    """Packs one row. x, y: FP32 [128] and one: FP32 [1], scratch space."""
     columns = bits_D.shape[0]
     x_bits, y_bits, one_bits = x.view(np.int32), y.view(np.int32), one.view(np.int32)
     for tile in range((columns + 127) // 128):
@@ -34,7 +34,7 @@ def _pack_row(bits_D, shift, out_W, x, y, one) -> None:
         for i in range(size):
             y[i] = abs(x[i] * inverse)
         for i in range(size):
-            # As `util/backend.py`'s `to_e4m3` where it makes the bits by hand.
+            # The same bit manipulation as in `to_e4m3` of `util/backend.py`.
             magnitude = y_bits[i]
             normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
             small = np.int32(((y[i] + np.float32(16384.0)) - np.float32(16384.0)) * np.float32(512.0))

@@ -1,18 +1,18 @@
-"""SwiGLU fused with the quantisation around it: silu(gate) * up [* the router's weight], forward and backward.
+"""SwiGLU fused with quantization: silu(gate) * up [* the router's weight], forward and backward.
 
-The forward reads gate and up once and writes three things in FP8: their product, for the down projection, and
-both of them, which is all that the backward keeps (DeepSeek-V3 §3.2.2: the inputs of SwiGLU are held in FP8, its output
-is computed again). The backward reads these and the product's gradient once from memory and writes what the next three
-products want: the gradient of gate and up in tiles along the rows (for dx) and, transposed, along the tokens (for dw),
+The forward reads gate and up once and writes three FP8 tensors: their product, for the down projection, and gate and
+up, which is all that the backward saves (DeepSeek-V3 §3.2.2: SwiGLU's inputs are saved in FP8, its output is
+recomputed). The backward reads these and the product's gradient once from memory and writes the inputs of the next
+three GEMMs: the gradient of gate and up in tiles along the rows (for dx) and, transposed, along the tokens (for dw),
 and the product itself, transposed (for the down projection's dw).
 
-Gate and up lie side by side, as one product with both weights makes them: gate in columns [0, F), up in [F, 2F). F is
-a multiple of 128, so that no tile holds some of both. Bytes a row and element of F, in BF16: forward 4 read and 3
-written, backward 4 read and 5 written; unfused it is 11 and 21.
+Gate and up are adjacent, because one GEMM with both weights computes them: gate in columns [0, F), up in [F, 2F). F is
+a multiple of 128, so no tile contains both. Bytes per row and element of F, in BF16: forward 4 read and 3 written,
+backward 4 read and 5 written; unfused it is 11 and 21.
 
-Notable: all scales are powers of two, so that a tile's FP8 numbers do not depend on the direction it is quantised in,
-but for what falls below the smallest. The sigmoid of a GPU differs from PyTorch's in the last bits, so a number on the
-edge between two FP8 numbers may fall to the other side.
+Notable: all scales are powers of two, so a tile's FP8 numbers do not depend on the direction in which it is quantized,
+except for numbers below the smallest normal one. A GPU's sigmoid differs from PyTorch's in the last bits, so a number
+near the boundary between two FP8 numbers may be rounded to the other one.
 
 Shapes: R rows, a multiple of 128 (groups of experts' rows, each padded to that), F inner elements, J = F / 128, I = R /
 128.
@@ -33,7 +33,8 @@ Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1
 
 
 class SwiGLUGradients(NamedTuple):
-    """rowwise [R, 2F]: of gate and up. transposed [2F, R]: the same, transposed. inner [F, R]: the product, transposed.
+    """rowwise [R, 2F]: the gradient of gate and up. transposed [2F, R]: its transpose. inner [F, R]: the product,
+    transposed.
 
     weights_R: the gradient of the router's weights, FP32, or None.
     """
@@ -45,7 +46,7 @@ class SwiGLUGradients(NamedTuple):
 
 
 def swiglu_quantize_reference(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
-    """(the product [R, F], gate and up [R, 2F]), each quantised. H = 2F."""
+    """Returns (the product [R, F], gate and up [R, 2F]), each quantized. H = 2F."""
     gate_RF, up_RF = gate_up_RH.float().chunk(2, dim=1)
     inner_RF = gate_RF * gate_RF.sigmoid() * up_RF
     if weights_R is not None:
@@ -56,7 +57,7 @@ def swiglu_quantize_reference(gate_up_RH: Tensor, weights_R: Tensor | None = Non
 def swiglu_backward_reference(
     gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None
 ) -> SwiGLUGradients:
-    """The gradients at the held gate and up, for a gradient of the product in its own precision."""
+    """The gradients for the saved gate and up, given the unquantized gradient of the product."""
     gate_RF, up_RF = dequantize_reference(*gate_up, ROW_TILES).chunk(2, dim=1)
     sigmoid_RF, d_RF = gate_RF.sigmoid(), d_inner_RF.float()
     silu_RF = gate_RF * sigmoid_RF
@@ -76,7 +77,7 @@ def swiglu_backward_reference(
 
 @triton.jit
 def _store_rowwise(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
-    """x as tiles of 1 x 128 of a matrix [R, width]; `tile` is the number of the tile within a row."""
+    """Stores x as tiles of 1 x 128 of a matrix [R, width]; `tile` is the index of the tile within a row."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=1, keep_dims=True), True)
     inside = rows[:, None] < R
     tl.store(fp8_ptr + row_offset(rows[:, None], width) + columns[None, :], scaled_e4m3(x, scales, True), mask=inside)
@@ -85,7 +86,7 @@ def _store_rowwise(x, fp8_ptr, scale_ptr, rows, columns, tile, R, width):
 
 @triton.jit
 def _store_transposed(x, fp8_ptr, scale_ptr, rows, columns, tile, R):
-    """x transposed, as tiles of 1 x 128 of a matrix [columns, R]."""
+    """Stores x transposed, as tiles of 1 x 128 of a matrix [columns, R]."""
     scales = tile_scales(tl.max(magnitude_bits(x), axis=0, keep_dims=True), True)
     tl.store(fp8_ptr + row_offset(columns[:, None], R) + rows[None, :], tl.trans(scaled_e4m3(x, scales, True)))
     tl.store(scale_ptr + row_offset(columns[None, :], R // 128) + tile, scales)
@@ -95,7 +96,7 @@ def _store_transposed(x, fp8_ptr, scale_ptr, rows, columns, tile, R):
 def _forward(
     gate_up_ptr, weight_ptr, inner_ptr, inner_scale_ptr, held_ptr, held_scale_ptr, R, F, WEIGHTED: tl.constexpr
 ):
-    """32 rows of one tile of 128 columns."""
+    """Processes 32 rows of one tile of 128 columns."""
     rows, tile = tl.program_id(1) * 32 + tl.arange(0, 32), tl.program_id(0)
     columns = tile * 128 + tl.arange(0, 128)
     inside = rows[:, None] < R
@@ -112,7 +113,8 @@ def _forward(
 
 @triton.jit
 def _gradients(held_ptr, held_scale_ptr, d_inner_ptr, weight_ptr, rows, columns, tile, F, WEIGHTED: tl.constexpr):
-    """(product, gradient of gate, of up, d_inner * the unweighted product) at some rows and columns of one tile."""
+    """Returns (product, gradient of gate, of up, d_inner * the unweighted product) at some rows and columns of one
+    tile."""
     at = row_offset(rows[:, None], 2 * F) + columns[None, :]
     scale_at = held_scale_ptr + row_offset(rows[:, None], 2 * F // 128) + tile
     gate = tl.load(held_ptr + at).to(tl.float32) * tl.load(scale_at)
@@ -135,8 +137,9 @@ def _backward(
     rowwise_ptr, rowwise_scale_ptr, transposed_ptr, transposed_scale_ptr, inner_ptr, inner_scale_ptr, d_weight_ptr,
     R, F, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """An eighth of the work on one part of 128 x 128: 32 of its columns, for the tiles along the tokens, or 32 of its
-    rows, for those along the rows. The eight run side by side: the second reading comes from the L2 cache."""
+    """Does an eighth of the work on one part of 128 x 128: 32 of its columns, for the tiles along the tokens, or 32 of
+    its rows, for the tiles along the rows. The eight CTAs run concurrently, so the second read is served by the L2
+    cache."""
     block, tile, eighth = tl.program_id(1), tl.program_id(0) // 8, tl.program_id(0) % 8
     if eighth < 4:
         _transposed_gradients(
@@ -226,12 +229,13 @@ def swiglu_backward_triton(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Te
 
 
 def swiglu_quantize(gate_up_RH: Tensor, weights_R: Tensor | None = None) -> tuple[Quantized, Quantized]:
-    """(silu(gate) * up [* weights] [R, F], gate and up [R, 2F]), each quantised. H = 2F, F and R multiples of 128."""
+    """Returns (silu(gate) * up [* weights] [R, F], gate and up [R, 2F]), each quantized. H = 2F; F and R are multiples
+    of 128."""
     implementation = swiglu_quantize_triton if backend(gate_up_RH) == "triton" else swiglu_quantize_reference
     return implementation(gate_up_RH, weights_R)
 
 
 def swiglu_backward(gate_up: Quantized, d_inner_RF: Tensor, weights_R: Tensor | None = None) -> SwiGLUGradients:
-    """The gradients at what `swiglu_quantize` held."""
+    """The gradients for the tensors that `swiglu_quantize` saved."""
     implementation = swiglu_backward_triton if backend(d_inner_RF) == "triton" else swiglu_backward_reference
     return implementation(gate_up, d_inner_RF, weights_R)

@@ -1,8 +1,8 @@
-"""The tile shapes that products use, by device, kernel and size.
+"""Tile shapes for GEMMs, by device, kernel and size.
 
-`benchmarks/tune_gpu.py` measures the candidates on the GPU that is there and writes `tuned/DEVICE.json`, which is
-committed. A device without a table gets the default. Nothing is tried out at run time: a training job's first step is
-as fast as its second, and two runs compute in the same order.
+`benchmarks/tune_gpu.py` measures the candidates on the available GPU and writes `tuned/DEVICE.json`, which is
+committed. A device without a table gets the default. Nothing is tuned at run time, so a training job's first step is as
+fast as its second, and two runs compute in the same order.
 """
 
 import functools
@@ -17,7 +17,7 @@ _TABLES = Path(__file__).with_name("tuned")
 
 @dataclass(frozen=True)
 class Tiles:
-    """rows x columns of a program's part of the result, its warps, and the stages of its pipeline."""
+    """rows x columns of a CTA's output tile, its warps, and the stages of its pipeline."""
 
     rows: int = 128
     columns: int = 128
@@ -32,7 +32,7 @@ DEFAULT = Tiles()
 
 
 def table_file(device_name: str) -> Path:
-    """Where a device's table lies."""
+    """Path of a device's table."""
     return _TABLES / f"{device_name.replace(' ', '-').replace('/', '-')}.json"
 
 
@@ -45,7 +45,7 @@ def _table(device_name: str) -> dict[str, list[dict[str, int]]]:
 
 @functools.cache
 def nearest_shape(device_name: str, kernel: str, m: int, n: int, k: int) -> Tiles:
-    """The tiles measured for the size nearest to m x n x k, by the ratio of each of the three."""
+    """The tiles measured for the size nearest to m x n x k, by the ratios of the three dimensions."""
 
     def distance(row: dict[str, int]) -> float:
         return sum(abs((want / max(row[name], 1)) ** 0.5 - 1) for name, want in (("m", m), ("n", n), ("k", k)))
@@ -58,6 +58,6 @@ def nearest_shape(device_name: str, kernel: str, m: int, n: int, k: int) -> Tile
 
 
 def tiles(kernel: str, device: torch.device, m: int, n: int, k: int) -> Tiles:
-    """The shape for a product of this size on this device."""
+    """The tile shape for a GEMM of this size on this device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return nearest_shape(name, kernel, m, n, k)

@@ -1,11 +1,11 @@
-"""Rows in FP8 as bytes, for the way between ranks: D bytes of E4M3, then one byte for each scale.
+"""The wire format of FP8 rows between ranks: D bytes of E4M3, then one byte per scale.
 
-A tile of 128 columns has a power of two as its scale, whose FP32 exponent is all there is to send: 1.008 bytes a number
-instead of 2. No process group need know float8, which gloo does not carry.
+The scale of a tile of 128 columns is a power of two, so only its FP32 exponent is sent: 1.008 bytes per number instead
+of 2. Since rows are sent as bytes, process groups need no float8 support, which gloo lacks.
 
-Notable: with such scales, quantising the unpacked row again gives back its numbers, in rows and, as long as a column's
-numbers are within 2^13 of each other, in columns; so what the experts compute does not depend on whether a row came
-from another rank. An exponent of 255 stands for NaN, the scale of a tile that is not finite.
+Notable: with such scales, quantizing the unpacked row again gives the same numbers, along rows and also along columns,
+as long as a column's numbers are within 2^13 of each other. So the experts' results do not depend on whether a row came
+from another rank. An exponent of 255 encodes NaN, the scale of a tile that is not finite.
 
 Shapes: T rows, D columns, J = ceil(D / 128) scales, W = D + J bytes.
 """
@@ -25,22 +25,23 @@ def packed_width(columns: int) -> int:
 
 
 def pack_rows_reference(x_TD: Tensor) -> Tensor:
-    """In PyTorch."""
+    """`pack_rows` in PyTorch."""
     fp8_TD, scales_TJ = quantize(x_TD, power_of_two=True)
     exponents_TJ = (scales_TJ.view(torch.int32) >> _MANTISSA_BITS) & 0xFF
     return torch.cat((fp8_TD.view(torch.uint8), exponents_TJ.to(torch.uint8)), dim=1)
 
 
 def pack_rows(x_TD: Tensor) -> Tensor:
-    """uint8 [T, W] of FP32 or BF16 rows."""
+    """Packs FP32 or BF16 rows: uint8 [T, W]."""
     return pack_rows_compiled(x_TD) if compiles(x_TD) else pack_rows_reference(x_TD)
 
 
 def unpack_rows(bytes_TW: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """What `pack_rows` made, as numbers of `dtype`: [T, columns]. Raises ValueError where the widths do not fit."""
+    """Unpacks rows packed by `pack_rows` to numbers of `dtype`: [T, columns]. Raises ValueError if the widths do not
+    match."""
     if bytes_TW.shape[1] != packed_width(columns):
         raise ValueError(f"bytes_TW has {bytes_TW.shape[1]} columns, rows of {columns} take {packed_width(columns)}")
     fp8_TD = bytes_TW[:, :columns].view(torch.float8_e4m3fn)
-    # 255 becomes an infinity, and all of such a tile's numbers are NaN.
+    # 255 becomes an infinity, so all numbers of the tile are NaN.
     scales_TJ = (bytes_TW[:, columns:].int() << _MANTISSA_BITS).view(torch.float32)
     return dequantize(fp8_TD, scales_TJ, dtype=dtype)

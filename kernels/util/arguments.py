@@ -1,4 +1,4 @@
-"""Checks of what a kernel is given, before anything is launched: a wrong shape would read memory of others."""
+"""Checks of kernel arguments before a launch: with a wrong shape, a kernel would access memory of other tensors."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def check_tensor(
     like: Tensor | None = None,
     strides: Sequence[int | None] | None = None,
 ) -> None:
-    """Raises ValueError, naming the argument, what it is and what was expected.
+    """Raises ValueError with the argument's name, its value and the expected value.
 
     shape: None for an axis of any size. like: a tensor on the device it must share. strides: None for any; by default
     the tensor must be contiguous.

@@ -1,10 +1,11 @@
-"""Gradients of weights that wait until there is time for them (the W of zero-bubble schedules, DeepSeek-V3 §3.2.1).
+"""Deferred weight gradients (the W of zero-bubble schedules, DeepSeek-V3 §3.2.1).
 
-A backward needs the gradient of an input at once, since the layers before it wait for that; the gradient of a weight
-nobody needs before the optimizer does. So it may be computed while a rank would only wait for rows to arrive.
+The backward needs the gradient of an input (dgrad) immediately, because earlier layers wait for it. The gradient of a
+weight (wgrad) is needed only by the optimizer. So a rank can compute it while it would otherwise wait for
+communication.
 
-Notable: first in, first out. So a weight's gradients are added in one order, whenever that happens, and what comes out
-does not depend on how long communication took.
+Notable: gradients are computed first in, first out. So a weight's gradients are always added in the same order, and the
+result does not depend on how long communication takes.
 """
 
 from collections import deque
@@ -17,30 +18,30 @@ from torch import Tensor
 
 
 class DeferredGradients:
-    """Weight gradients to be computed: at most `limit` at a time, since each holds its rows in memory."""
+    """A queue of weight gradients to compute. It holds at most `limit`, because each keeps its inputs in memory."""
 
     def __init__(self, limit: int = 128) -> None:
         self._limit = limit
-        self.added = 0  # so far
+        self.added = 0  # gradients deferred so far
         self._waiting: deque[Callable[[], None]] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, compute: Callable[[], None]) -> None:
-        """Puts one off; if there are too many, the oldest is computed now."""
+        """Defers one gradient. If the queue is full, computes the oldest."""
         self._waiting.append(compute)
         self.added += 1
         if len(self._waiting) > self._limit:
             self._next()
 
     def fill(self, done: Callable[[], bool]) -> None:
-        """Computes one after another until `done`, or until none is left."""
+        """Computes gradients until `done()` is true or the queue is empty."""
         while self._waiting and not done():
             self._next()
 
     def finish(self, added: int | None = None) -> None:
-        """Computes what is left: the first so many that were added, or all, as at the end of a backward."""
+        """Computes the remaining ones of the first `added` gradients; all by default, as at the end of a backward."""
         last = self.added if added is None else added
         self.fill(lambda: self.added - len(self._waiting) >= last)
 
@@ -50,7 +51,7 @@ class DeferredGradients:
 
 
 def add_gradient(weight: Tensor, gradient: Tensor, index: int | None = None) -> None:
-    """Adds to the weight's gradient, or to that of `weight[index]`; in the weight's dtype."""
+    """Adds to the gradient of `weight`, or of `weight[index]`, in the weight's dtype."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     (weight.grad if index is None else weight.grad[index]).add_(gradient)
@@ -81,7 +82,7 @@ def _wide(weight: Tensor, index: int | None, dtype: torch.dtype) -> Tensor:
 
 
 def deferred_linear(x: Tensor, weight: Tensor, deferred: DeferredGradients, index: int | None = None) -> Tensor:
-    """x @ weight^T in x's dtype, or of `weight[index]` of a stack. Differentiable in x; the gradient of `weight`, a
-    leaf, comes about when `deferred` computes it."""
+    """Returns x @ weight^T in x's dtype, for `weight` or `weight[index]` of a stack. Differentiable in x. `deferred`
+    computes the gradient of `weight`, which must be a leaf."""
     out: Tensor = _DeferredLinear.apply(x, weight, index, deferred)  # type: ignore[no-untyped-call]
     return out

@@ -1,7 +1,7 @@
-"""Where the documents lie in packed rows of tokens.
+"""Document boundaries in packed rows of tokens.
 
-A document is a run of equal ids in a row. Runs count, not ids: an id that comes back later in the row is another
-document, so a loader may number documents as it likes.
+A document is a run of equal ids in a row. If an id occurs again later in the row, it is another document, so a data
+loader may number documents arbitrarily.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 class DocumentBounds:
     """The documents of one packed batch.
 
-    positions_BT: int64, each token's position within its document.
-    index_BT: int64, the number of the token's document within its row, from 0.
-    lengths: the documents' lengths, row after row, where they are known without a device sync (on the CPU), else None.
+    positions_BT: int64, each token's position within its document. index_BT: int64, the index of the token's document
+    within its row, from 0. lengths: the documents' lengths, row by row, if known without a device sync (on the CPU),
+    else None.
     """
 
     positions_BT: Tensor
@@ -27,7 +27,7 @@ class DocumentBounds:
 
 
 def find_documents(document_ids_BT: Tensor) -> DocumentBounds:
-    """Cuts every row into runs of equal ids."""
+    """Splits every row into runs of equal ids."""
     first_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
     first_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     places_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)

@@ -1,8 +1,8 @@
-"""How the C library's allocator treats the memory of CPU tensors.
+"""Settings of the C library's allocator for the memory of CPU tensors.
 
-glibc gives freed memory back to the kernel as soon as 128 kB to 64 MB of it lie at the end of the heap, and takes large
-blocks straight from the kernel. A training step frees and asks for the same megabytes hundreds of times, and every page
-of every one is then mapped and zeroed again: 10 to 25 % of a step's time on a virtual machine.
+glibc returns freed memory to the kernel once the end of the heap has 128 kB to 64 MB of it, and requests large blocks
+directly from the kernel. A training step frees and allocates the same megabytes hundreds of times. Each time, every
+page is mapped and zeroed again, which takes 10 to 25 % of a step's time on a virtual machine.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ _ALL = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep what it frees, for its next tensors; True where the C library is one that can.
+    """Makes this process keep freed memory for its next tensors. Returns True if the C library supports it.
 
-    The process then stays as large as it has ever been. Calling it again changes nothing.
+    The process then keeps its peak size. Calling it again changes nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
