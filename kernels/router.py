@@ -12,9 +12,8 @@ scores, and takes the maximum K times. Its sigmoids differ from PyTorch's in the
 experts among scores that are that close. Equal logits under an equal bias are equal in both. Counts are summed by
 integer atomics, whose result does not depend on their order.
 
-A NaN ranks above all numbers in both implementations, as in torch.sort. A token with NaN logits is routed to these
-experts first, with the weight NaN (with normalization, all of the token's weights are NaN), so the NaN shows in the
-loss.
+A NaN ranks above all numbers in both implementations, as in torch.sort. So a token is routed first to experts with
+NaN logits, with the weight NaN (with normalization, all of the token's weights are NaN), and the NaN shows in the loss.
 
 Shapes: T tokens, E experts, G groups, K slots (experts per token).
 """

@@ -1,7 +1,8 @@
-"""Routing by choices that were made before: what each router would choose now.
+"""Anticipatory routing: the experts that the routers of given weights choose.
 
-DeepSeek-V4's anticipatory routing (arXiv 2606.19348, 4.2.3) takes the choices of slightly older weights: the `routes`
-of `DeepseekV3.training_parts`. The factors of the experts' outputs are the present weights', and so are gradients.
+DeepSeek-V4's anticipatory routing (arXiv 2606.19348, 4.2.3) routes by the choices of slightly older weights: the
+`routes` of `DeepseekV3.training_parts`. The factors of the experts' outputs, and the gradients, come from the current
+weights.
 
 Shapes: B batch, T tokens, K slots.
 """
@@ -22,7 +23,9 @@ def choose_experts(
     document_ids_BT: Tensor | None = None,
     token_positions_R: Tensor | None = None,
 ) -> list[Tensor]:
-    """The experts that every router chooses for these tokens, int64 [B * T, K] each; 0 at padding, where `token_positions_R` tells
-    of some. Nothing is counted."""
-    _, routings = run_alone(model.routed_parts(ids_BT, targets_BT, document_ids_BT, token_positions_R=token_positions_R))
-    return [RoutingContext(token_positions_R).scatter(routing.ids_TK, ids_BT.numel()) for routing in routings]
+    """Returns each router's chosen experts for these tokens, int64 [B * T, K]; 0 at padding, if `token_positions_R` is
+    given. Does not change the routers' counts."""
+    parts = model.routed_parts(ids_BT, targets_BT, document_ids_BT, token_positions_R=token_positions_R)
+    _, routings = run_alone(parts)
+    context = RoutingContext(token_positions_R)
+    return [context.scatter(routing.ids_TK, ids_BT.numel()) for routing in routings]

@@ -1,12 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2 §2.1.2-2.1.3, DeepSeek-V3 §2.1.1), in training and over the cache.
 
-Keys and values of all heads are made from one latent of `kv_lora_rank` elements per token; position enters through
-a decoupled rotary part. In training, keys and values are materialised. Over the cache, `kv_b_proj` is absorbed:
-q^T (W_k c) = (W_k^T q)^T c, so a query is mapped into the latent space once and attends to the cached latents
-themselves, one shared "head" of latent + rope elements; the values' half of `kv_b_proj` is applied to the result.
+Keys and values of all heads are computed from one latent of `kv_lora_rank` elements per token. A decoupled rotary part
+encodes the position. In training, keys and values are materialized. Over the cache, `kv_b_proj` is absorbed: q^T (W_k
+c) = (W_k^T q)^T c, so a query is projected into the latent space once and attends to the cached latents themselves, one
+shared "head" of latent + rope elements. The values' half of `kv_b_proj` is applied to the result.
 
-Notable: the norms within the latents use eps 1e-6 whatever `rms_norm_eps` is, as transformers and DeepSeek's own code
-do (vLLM uses `rms_norm_eps`; DeepSeek's models all have 1e-6, where the two agree).
+Notable: the norms within the latents use eps 1e-6 whatever `rms_norm_eps` is, as in transformers and DeepSeek's own
+code. (vLLM uses `rms_norm_eps`. DeepSeek's models all set it to 1e-6, so the two agree.)
 
 Shapes: B batch, T tokens, H heads, N elements without position, P rotated elements, Q = P / 2 pairs, V elements of a
 value head, C latent elements, D hidden size.
@@ -32,7 +32,7 @@ _LATENT_EPS = 1e-6
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of the tokens' angles; made once a forward, for all layers."""
+    """Cosines and sines of the tokens' angles; computed once per forward, for all layers."""
 
     cos_BTQ: Tensor
     sin_BTQ: Tensor
@@ -42,7 +42,7 @@ class RotaryTable:
 
 
 class LatentAttention(nn.Module):
-    """One layer's attention; `q_lora_rank` None means queries straight from the hidden row."""
+    """One layer's attention. If `q_lora_rank` is None, queries are projected directly from the hidden state."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class LatentAttention(nn.Module):
         return out_BTD
 
     def _down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """What queries, and keys and values, are made from: small, where queries have a latent of their own."""
+        """The inputs of queries, and of keys and values. They are small if queries have a latent of their own."""
         q_low = self.q_proj(x_BTD) if self.config.q_lora_rank is None else self.q_a_proj(x_BTD)
         return q_low, self.kv_a_proj_with_mqa(x_BTD)
 
     def _up(self, rotary: RotaryTable, q_low: Tensor, kv_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys of all heads, [B, T, H, A] each, and values; the reference takes them padded to A."""
+        """Queries and keys of all heads, [B, T, H, A] each, and values. For the reference, values are padded to A."""
         heads = self.config.num_attention_heads
         q_nope_BTHN, q_rope_BTHP = self._queries(q_low, rotary)
         latent_BTC, k_rope_BT1P = self._latents(kv_low, rotary)
@@ -117,6 +117,6 @@ class LatentAttention(nn.Module):
         return q_nope_BTHN, rotary.rotate(q_rope_BTHP)
 
     def _latents(self, kv_low: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
-        """The normalised latent and the rotated key, which are what the cache holds."""
+        """The normalized latent and the rotated key, as stored in the cache."""
         latent_BTC, k_rope_BTP = torch.split(kv_low, [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(latent_BTC), rotary.rotate(k_rope_BTP.unsqueeze(2))

@@ -1,8 +1,8 @@
-"""The latent cache: the only decode cache (DeepSeek-V2 §2.1.4, DeepSeek-V3 §2.1.1).
+"""The latent cache, the only cache for decoding (DeepSeek-V2 §2.1.4, DeepSeek-V3 §2.1.1).
 
-Multi-head latent attention caches, per token and layer, one normalised latent and one rotated key shared by all heads:
-576 elements in V3 where 128 plain heads would take 40,960. Storage is paged: `[layer, block, slot, latent + rope]`.
-The cache hands out blocks; each sequence's table of blocks is kept by the caller.
+Multi-head latent attention caches, per token and layer, one normalized latent and one rotated key shared by all heads:
+576 elements in V3, compared with 40,960 for 128 plain heads. Storage is paged: `[layer, block, slot, latent + rope]`.
+The cache allocates blocks; the caller keeps each sequence's block table.
 
 Notable: `CacheView` resolves a step's positions to slots once, and every layer reuses it.
 
@@ -19,7 +19,7 @@ from moray.models.config import ModelConfig
 
 
 class CacheFullError(RuntimeError):
-    """The cache has fewer free blocks than were asked for."""
+    """The cache has fewer free blocks than requested."""
 
 
 class LatentCache:
@@ -38,7 +38,7 @@ class LatentCache:
         self.block_size = block_size
         width = config.kv_lora_rank + config.qk_rope_head_dim
         shape = (config.num_hidden_layers, blocks, block_size, width)
-        # Zeros, not garbage: a masked score of NaN would still be NaN.
+        # Zeros, not uninitialized memory: a masked score of NaN would still be NaN.
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(blocks - 1, -1, -1))
         self._taken: set[int] = set()
@@ -52,30 +52,30 @@ class LatentCache:
         return len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` positions."""
+        """Number of blocks for `tokens` positions."""
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks; CacheFullError, and none taken, when fewer are free."""
+        """Allocates `count` blocks. Raises CacheFullError, and allocates none, if fewer are free."""
         if count < 0:
             raise ValueError(f"cannot allocate {count} blocks")
         if count > len(self._free):
-            raise CacheFullError(f"{count} blocks asked for, {len(self._free)} of {self.blocks} free")
+            raise CacheFullError(f"{count} blocks requested, {len(self._free)} of {self.blocks} free")
         taken = [self._free.pop() for _ in range(count)]
         self._taken.update(taken)
         return taken
 
     def free(self, blocks: list[int]) -> None:
-        """Gives blocks back; ValueError for one that is not allocated."""
+        """Frees blocks. Raises ValueError if one of them is not allocated."""
         if len(set(blocks)) != len(blocks) or not self._taken.issuperset(blocks):
             raise ValueError(f"blocks {blocks} are not all allocated")
         self._taken.difference_update(blocks)
         self._free.extend(reversed(blocks))
 
     def view(self, positions_BT: Tensor, tables_BN: Tensor) -> "CacheView":
-        """Where the tokens at `positions_BT` (-1: padding) go, and what they may see, by `tables_BN`.
+        """Maps the tokens at `positions_BT` (-1: padding) to slots and visible positions, by `tables_BN`.
 
-        Entries of a table beyond a sequence's last position are not looked at, so they may be anything (-1, say).
+        Entries of a table beyond a sequence's last position are ignored, so they may have any value (-1, for example).
         """
         reach = tables_BN.shape[1] * self.block_size
         if positions_BT.device.type == "cpu" and positions_BT.numel() and int(positions_BT.max()) >= reach:
@@ -90,7 +90,7 @@ class LatentCache:
 
 @dataclass(frozen=True)
 class CacheView:
-    """One step's way into the cache: which tokens are written where, and up to which position each token sees."""
+    """One step's access to the cache: the slot of each written token, and the last position visible to each token."""
 
     cache: LatentCache
     real_M: Tensor
@@ -105,5 +105,5 @@ class CacheView:
         storage.index_copy_(0, self.slots_M, real_MC.to(storage.dtype))
 
     def blocks(self, layer: int) -> Tensor:
-        """The layer's blocks, of all sequences: [K, S, C]; slots not yet written as they lie."""
+        """The layer's blocks, of all sequences: [K, S, C]; unwritten slots have arbitrary contents."""
         return self.cache.storage[layer]

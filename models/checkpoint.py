@@ -1,11 +1,12 @@
-"""Reading and writing models in the Hugging Face layout of DeepSeek-V3, in FP32, BF16 or the official FP8 form.
+"""Reads and writes models in the Hugging Face layout of DeepSeek-V3, in FP32, BF16 or the official FP8 format.
 
-One key per parameter and one per expert. In the FP8 form the linear maps are E4M3 (`NAME.weight`) with one FP32 scale
-per 128 x 128 block (`NAME.weight_scale_inv`), and `quantization_config` says so; the rest is BF16. transformers, vLLM,
-SGLang and llama.cpp's converter read such folders.
+There is one key per parameter and per expert. In the FP8 format the linear layers are E4M3 (`NAME.weight`) with one
+FP32 scale per 128 x 128 block (`NAME.weight_scale_inv`), as declared in `quantization_config`; the rest is BF16.
+transformers, vLLM, SGLang and llama.cpp's converter read such folders.
 
-Notable: everything streams, a tensor at a time. What is FP8 stays FP8, bit for bit, unless asked otherwise. Reading and
-writing both hold the tensors against the config: a missing, extra, misshapen or non-finite one is refused by name.
+Notable: reading and writing stream one tensor at a time. FP8 weights stay FP8, bit for bit, unless requested otherwise.
+Reading and writing both check the tensors against the config: a missing, extra, misshapen or non-finite tensor raises
+an error with its name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,11 +41,11 @@ _FP8_CONFIG = {
 }
 _BLOCK = (BLOCK, BLOCK)
 _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
-_CHUNK = 1 << 23  # elements of a large tensor that are looked at, or converted, at once
+_CHUNK = 1 << 23  # elements of a large tensor that are checked, or converted, at once
 
 
 class Weight(NamedTuple):
-    """A tensor by canonical name; `scales` where it is FP8."""
+    """A tensor by canonical name, with its `scales` if it is FP8."""
 
     name: str
     tensor: Tensor
@@ -52,18 +53,19 @@ class Weight(NamedTuple):
 
 
 def save(model: DeepseekV3, folder: str | Path, precision: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `model` to `folder`, replacing a model that is there. precision: "float32", "bf16" or "fp8".
+    """Writes `model` to `folder`, replacing an existing model. precision: "float32", "bf16" or "fp8".
 
-    The model must hold every expert; one spread over ranks is exported from its checkpoint with `write_folder`.
+    The model must hold every expert. If its experts are distributed over ranks, export its checkpoint with
+    `write_folder`.
     """
     config = model.config
     if config.moe_layers and len(model.experts) != config.n_routed_experts:
-        raise ValueError(f"the model holds experts {model.experts} of {config.n_routed_experts}: nothing to save whole")
+        raise ValueError(f"the model holds only experts {model.experts} of {config.n_routed_experts}: cannot save it")
     write_weights(folder, config, _weights(model), precision, shard_bytes)
 
 
 def _weights(model: DeepseekV3) -> Iterator[Weight]:
-    """Everything the model holds, as it holds it."""
+    """All tensors of the model, in the dtypes that it holds."""
     scales = dict(model.logical_scales())
     for name, view, _ in model.logical_parameters():
         yield Weight(name, view, scales.get(name))
@@ -80,15 +82,15 @@ def write_folder(
 ) -> None:
     """Writes logical tensors, in any order, as a Hugging Face folder; holds one tensor in memory at a time.
 
-    Router biases stay FP32 at any precision. Raises ValueError for an unknown precision and, naming it, for a tensor
-    that the config does not have, lacks, or that has the wrong shape or a value that is not finite.
+    Router biases stay FP32 at any precision. Raises ValueError for an unknown precision. Raises ValueError with the
+    tensor's name if a tensor is not in the config, missing, misshapen or not finite.
     """
     write_weights(folder, config, (Weight(name, tensor) for name, tensor in tensors), precision, shard_bytes)
 
 
 def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the model of one folder to another in `precision`, a tensor at a time. Raises as `load` and `write_folder`
-    do."""
+    """Converts the model of one folder to another folder in `precision`, one tensor at a time. Raises the errors of
+    `load` and `write_folder`."""
     checked = CheckedFolder(source)
     write_weights(folder, checked.config, checked.weights(), precision, shard_bytes)
 
@@ -100,7 +102,7 @@ def write_weights(
     precision: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """As `write_folder`, of weights some of which are in FP8."""
+    """`write_folder` for weights, some of which may be FP8."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     expected, biases = checkpoint_shapes(config), bias_shapes(config)
@@ -108,7 +110,7 @@ def write_weights(
     with FolderWriter(Path(folder), stored_tensors(config, precision), shard_bytes) as writer:
         for weight in weights:
             if weight.name not in expected:
-                raise ValueError(f"tensor {weight.name!r} came twice or is none of the config's")
+                raise ValueError(f"tensor {weight.name!r} is duplicate or not in the model of the config")
             _check_values(weight, expected.pop(weight.name))
             if precision == "fp8" and is_quantized(weight.name):
                 fp8, scales = _to_fp8(weight)
@@ -140,7 +142,7 @@ def _check_values(weight: Weight, shape: Shape) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Part by part, so that the memory for the answer stays small."""
+    """Checks one part at a time, to limit the memory for the boolean results."""
     parts = torch.split(tensor.reshape(-1), _CHUNK)
     if tensor.dtype == torch.float8_e4m3fn:  # has NaNs, all bits but the sign set, and no infinity
         return all(bool(((part.view(torch.uint8) & 0x7F) != 0x7F).all()) for part in parts)
@@ -161,14 +163,14 @@ def _to_fp8(weight: Weight) -> tuple[Tensor, Tensor]:
 
 
 def _to_dtype(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """In `dtype`, which may have a smaller range than FP32: what BF16 has no room for becomes its largest number, which
-    is as near as its precision; for FP16 that would be far, and is a ValueError."""
+    """Converts to `dtype`, whose range may be smaller than FP32's. Numbers above BF16's range become its largest
+    number, which is within its precision. For FP16 that would be far off, so it raises ValueError."""
     converted = _dequantized(weight, dtype)
     narrows = torch.finfo(dtype).max < torch.finfo(weight.tensor.dtype).max or weight.scales is not None
     if dtype == torch.float32 or not narrows or _is_finite(converted):
         return converted
     if dtype != torch.bfloat16:
-        raise ValueError(f"tensor {weight.name!r} holds values that {dtype} has no room for")
+        raise ValueError(f"tensor {weight.name!r} holds values outside the range of {dtype}")
     largest = torch.finfo(dtype).max
     return converted.clamp_(-largest, largest)
 
@@ -186,8 +188,8 @@ def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
 class CheckedFolder:
     """A folder whose names, dtypes and shapes agree with its config; values are checked as they are read.
 
-    `prediction` False leaves out the layers of multi-token prediction. They are left out, too, where the config speaks
-    of some and no tensor does: transformers writes such folders.
+    Without `mtp` the multi-token prediction layers are excluded. They are also excluded if the config declares them and
+    no tensor exists, because transformers writes such folders.
     """
 
     def __init__(self, folder: str | Path, mtp: bool = True) -> None:
@@ -216,7 +218,7 @@ class CheckedFolder:
         yield from (self.read(name) for name in self._shapes)
 
     def check_copies(self) -> None:
-        """Raises ValueError where a copy of a tensor that is shared here is another tensor."""
+        """Raises ValueError if a copy of a shared tensor differs from the tensor."""
         for copy, source in shared_tensors(self.config).items():
             if copy in self._reader and not torch.equal(self._reader.read(copy), self._reader.read(source)):
                 raise ValueError(f"tensor {copy!r} differs from {source!r}, which it must share")
@@ -242,13 +244,13 @@ class CheckedFolder:
 
 
 def _prefixes(config: ModelConfig) -> Iterator[str]:
-    """Of the names in prediction layers. The dot matters: layer 6 is not layer 61."""
+    """Name prefixes of MTP layers. The trailing dot distinguishes layer 6 from layer 61."""
     for layer in config.mtp_layers or range(config.num_hidden_layers, config.num_hidden_layers + 1):
         yield f"model.layers.{layer}."
 
 
 def _stored_precision(hf: dict[str, Any]) -> str:
-    """ "fp8" or "bf16" (which stands for every wide dtype). ValueError for another quantisation."""
+    """Returns "fp8" or "bf16" (for any high-precision dtype). Raises ValueError for another quantization."""
     quantization = hf.get("quantization_config")
     if quantization is None:
         return "bf16"
@@ -271,11 +273,11 @@ def load(
 ) -> DeepseekV3:
     """Reads a Hugging Face folder into a model of `dtype` on the CPU, in eval mode.
 
-    Weights in FP8 stay so and cannot be trained, unless `dequantize`. With `int8_routers` the routers are kept in half
-    of their BF16 size (`benchmarks/router_int8.py` shows what that changes). Experts outside `experts` are not read,
-    nor the layers of multi-token prediction without `prediction`. Raises FileNotFoundError without a config or weights,
-    ValueError for a config that `ModelConfig.from_hf` refuses and, naming it, for a tensor that is missing, extra,
-    misshapen or not finite.
+    FP8 weights stay FP8 and cannot be trained, unless `dequantize` is set. With `int8_routers` the routers take half of
+    their BF16 size (`benchmarks/router_int8.py` measures the effect). Experts outside `experts` are not read, and
+    neither are the multi-token prediction layers without `mtp`. Raises FileNotFoundError without a config or weights.
+    Raises ValueError for a config that `ModelConfig.from_hf` refuses, and, with its name, for a tensor that is missing,
+    extra, misshapen or not finite.
     """
     source = CheckedFolder(folder, mtp)
     with torch.device("meta"):
@@ -294,7 +296,7 @@ def load(
 
 @torch.no_grad()
 def load_weights(model: DeepseekV3, source: CheckedFolder) -> None:
-    """Fills the tensors that `model` holds, which must be of the folder's config, on any device and of any dtype."""
+    """Fills the tensors of `model`, on any device and of any dtype. The model's config must be the folder's."""
     source.check_copies()
     for target in _weights(model):
         weight = source.read(target.name)

@@ -1,8 +1,9 @@
-"""How linear maps and experts multiply by their weights: each module has one strategy, its `compute`.
+"""Strategies for multiplying by the weights of linear layers and experts. Each module has one, its `compute`.
 
-A weight is wide (FP32, BF16, FP64) or stored in FP8. A wide one may be trained in FP8. Its gradient comes about in the
-backward or is deferred (`kernels/util/deferred.py`). A new module is wide; `DeepseekV3` swaps the strategies of all its
-modules in `store_fp8`, and in `train_in_fp8` and `defer_gradients`, which share `TrainingCompute`:
+A weight is high precision (FP32, BF16, FP64) or stored in FP8. A high-precision weight may be trained in FP8. Its
+gradient is computed in the backward or deferred (`kernels/util/deferred.py`). A new module is high precision.
+`DeepseekV3` replaces the strategies of all its modules in `store_fp8`, and in `train_in_fp8` and `defer_gradients`,
+which share `TrainingCompute`:
 
     weights          gradients   Linear                SwiGLU             ExpertShard            used by
     high precision   backward    HighPrecisionLinear   SwiGLUByMaps       HighPrecisionExperts   training, inference
@@ -10,8 +11,8 @@ modules in `store_fp8`, and in `train_in_fp8` and `defer_gradients`, which share
     trained in FP8   either      Fp8TrainedLinear      Fp8TrainedSwiGLU   Fp8TrainedExperts      `precision: fp8`
     stored in FP8    none        Fp8StoredLinear       SwiGLUByMaps       Fp8StoredExperts       inference in FP8
 
-Notable: `SwiGLUByMaps` calls the module's three linear maps, whose own strategies decide. Trained in FP8, gate and up
-are one product instead, and their own strategies are not asked.
+Notable: `SwiGLUByMaps` calls the module's three linear layers, whose own strategies apply. In FP8 training, gate and up
+are one GEMM instead, and their own strategies are not used.
 
 Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F
 expert hidden size, N outputs, K inputs.
@@ -33,7 +34,8 @@ from moray.models.fp8 import QuantizationCache
 
 
 class LinearCompute(Protocol):
-    """x @ weight^T in x's dtype. The scales are those of a weight stored in FP8, [N / 128, K / 128], else None."""
+    """Computes x @ weight^T in x's dtype. `scales` are those of a weight stored in FP8, [N / 128, K / 128], else
+    None."""
 
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor: ...
 
@@ -53,7 +55,7 @@ class DeferredLinear:
 
 @dataclass(frozen=True)
 class Fp8TrainedLinear:
-    """shared_input: somebody else keeps the input for the backward anyway (`kernels/fp8_linear.py`)."""
+    """shared_input: another operation saves the input for the backward anyway (`kernels/fp8_linear.py`)."""
 
     deferred: DeferredGradients | None = None
     shared_input: bool = False
@@ -70,7 +72,7 @@ class Fp8StoredLinear:
 
 
 class WeightedMap(Protocol):
-    """A linear map with its weight."""
+    """A linear layer with its weight."""
 
     @property
     def weight(self) -> Tensor: ...
@@ -79,7 +81,7 @@ class WeightedMap(Protocol):
 
 
 class SwiGLUCompute(Protocol):
-    """down(silu(gate(x)) * up(x)) of one MLP."""
+    """Computes down(silu(gate(x)) * up(x)) of one MLP."""
 
     def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor: ...
 
@@ -101,7 +103,7 @@ class Fp8TrainedSwiGLU:
 
 
 class ExpertStacks(NamedTuple):
-    """The three weights of all experts of a shard, or the scales of these."""
+    """The three stacked weights of a shard's experts, or their scales."""
 
     gate_EFD: Tensor
     up_EFD: Tensor
@@ -109,12 +111,12 @@ class ExpertStacks(NamedTuple):
 
 
 class ExpertsCompute(Protocol):
-    """The experts' outputs, by weight, for rows sorted by local expert, `counts_E` rows each. The scales are those of
-    stacks stored in FP8, else None."""
+    """Computes the experts' outputs, times the router's weights, for rows sorted by local expert, `counts_E` rows each.
+    `scales` are those of stacks stored in FP8, else None."""
 
     @property
     def fp8_rows(self) -> bool:
-        """Whether rows are quantised before the first product, so that they may be sent in FP8."""
+        """Whether rows are quantized before the first GEMM, so that they may be sent in FP8."""
 
     def __call__(
         self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
@@ -169,13 +171,13 @@ class Fp8StoredExperts:
 
 @dataclass(frozen=True)
 class TrainingCompute:
-    """The strategies of a model with wide weights: trained in FP8 or not, gradients `deferred` or in the backward."""
+    """Strategies of a model with high-precision weights. fp8: train in FP8. deferred: defer weight gradients."""
 
     fp8: bool = False
     deferred: DeferredGradients | None = None
 
     def linear(self, quantized: bool, shared_input: bool) -> LinearCompute:
-        """Of a map whose weight FP8 training quantises, or not."""
+        """Strategy of a linear layer. quantized: whether FP8 training quantizes its weight."""
         if self.fp8 and quantized:
             return Fp8TrainedLinear(self.deferred, shared_input)
         return HighPrecisionLinear() if self.deferred is None else DeferredLinear(self.deferred)

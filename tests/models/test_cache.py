@@ -16,7 +16,7 @@ def test_storage_is_one_latent_and_one_key_per_token(cache):
 def test_blocks_are_handed_out_once_and_come_back(cache):
     first = cache.allocate(3)
     assert cache.blocks_free == 1
-    with pytest.raises(CacheFullError, match="2 blocks asked for, 1 of 4 free"):
+    with pytest.raises(CacheFullError, match="2 blocks requested, 1 of 4 free"):
         cache.allocate(2)
     assert cache.blocks_free == 1
     cache.free(first[:2])

@@ -151,7 +151,7 @@ def test_a_cut_file_and_a_folder_without_a_model_are_refused(make_model, tmp_pat
     ("spoil", "message"),
     [
         (lambda pairs: pairs[:-1], "1 tensors are missing, the first 'model.layers.2.mlp.gate.e_score"),
-        (lambda pairs: [*pairs, pairs[0]], "tensor 'model.embed_tokens.weight' came twice"),
+        (lambda pairs: [*pairs, pairs[0]], "tensor 'model.embed_tokens.weight' is duplicate or not in the model"),
         (lambda pairs: [("model.embed_tokens.weight", torch.full((50, 24), float("inf")))], "not finite"),
     ],
 )
