@@ -18,10 +18,10 @@ from moray.kernels.attention_tiles import (
     dot,
     dot_parts,
     head_start,
+    is_visible,
     key_range,
     load_parts,
     load_tile,
-    is_visible,
     store_tile,
 )
 from moray.kernels.util.backend import row_offset

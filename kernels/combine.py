@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.permute import PaddedOrder, check_permutation, fill_padding, sum_slots_triton, accumulation_dtype
+from moray.kernels.permute import PaddedOrder, accumulation_dtype, check_permutation, fill_padding, sum_slots_triton
 from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, row_offset
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.util.arguments import FP8_DTYPES, FLOAT_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, FP8_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 TILE = 128

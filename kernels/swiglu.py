@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.quantize import BLOCK, ROW_TILES, dequantize_reference, quantize_reference, scaled_e4m3, tile_scales
-from moray.kernels.util.arguments import FP8_DTYPES, FLOAT_DTYPES, check_tensor
+from moray.kernels.util.arguments import FLOAT_DTYPES, FP8_DTYPES, check_tensor
 from moray.kernels.util.backend import backend, magnitude_bits, row_offset
 
 Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales, in tiles of 1 x 128

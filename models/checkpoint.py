@@ -130,7 +130,7 @@ def write_weights(
 
 def _check_values(weight: Weight, shape: Shape) -> None:
     if tuple(weight.tensor.shape) != shape:
-        raise ValueError(f"tensor {weight.name!r} has shape {tuple(weight.tensor.shape)}, the config says {shape}")
+        raise ValueError(f"tensor {weight.name!r} has shape {tuple(weight.tensor.shape)}, the config requires {shape}")
     if weight.scales is not None:
         fp8_blocks.check_scales(weight.tensor, weight.scales, _BLOCK)
         if not (_is_finite(weight.scales) and (weight.scales > 0).all()):
@@ -237,10 +237,11 @@ class CheckedFolder:
                 raise ValueError(f"tensor {name!r} is in the checkpoint but not in the model of its config")
             dtype, shape = self._reader.entry(name)
             if shape != stored[name][1]:
-                raise ValueError(f"tensor {name!r} has shape {shape}, the config says {stored[name][1]}")
+                raise ValueError(f"tensor {name!r} has shape {shape}, the config requires {stored[name][1]}")
             fp8 = stored[name][0] == "F8_E4M3"
             if dtype not in DTYPES or fp8 != (dtype == "F8_E4M3"):
-                raise ValueError(f"tensor {name!r} has dtype {dtype}, the config says {'F8_E4M3' if fp8 else 'BF16'}")
+                required = "F8_E4M3" if fp8 else "BF16"
+                raise ValueError(f"tensor {name!r} has dtype {dtype}, the config requires {required}")
 
 
 def _prefixes(config: ModelConfig) -> Iterator[str]:

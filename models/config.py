@@ -1,9 +1,9 @@
-"""The shape of a DeepSeek-V3 model, under the field names of its Hugging Face `config.json`.
+"""The config of a DeepSeek-V3 model, with the field names of its Hugging Face `config.json`.
 
 Pure Python: the planner reads it where torch is not installed. `to_hf` writes a complete `config.json` that
-transformers, vLLM and SGLang accept; `from_hf` reads one and refuses by name what would make it another model (another
-activation, scoring, rotary scaling or weight tying). How weights are stored is not the model's: `checkpoint.py` reads
-`quantization_config`.
+transformers, vLLM and SGLang accept. `from_hf` reads one, and raises an error with the field's name if the field means
+a different architecture (another activation, scoring, rotary scaling or weight tying). The storage format of weights is
+not part of the config: `checkpoint.py` reads `quantization_config`.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any
 
 from moray.models.yarn import Yarn
 
-# Fields of config.json that have one meaning here: what is written, and the only value that is read. A config that
-# lacks one is taken to mean it, as transformers does.
+# Fields of config.json with one supported value, which is written, and required on reading. A config that
+# lacks the field is assumed to have it, as in transformers.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -26,8 +26,8 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# What a config.json means that lacks the field: the defaults of `DeepseekV3Config`, DeepSeek's own and
-# transformers', which are not those of `ModelConfig`. Sizes must be there.
+# Values of fields that a config.json lacks: the defaults of `DeepseekV3Config`, DeepSeek's own and
+# transformers', which differ from those of `ModelConfig`. Sizes are required.
 _CLASS: dict[str, Any] = {
     "q_lora_rank": 1536,
     "n_shared_experts": 1,
@@ -43,7 +43,7 @@ _CLASS: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-# Second names, of transformers 5.
+# Alternative names in transformers 5.
 _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 
 _POSITIVE = (
@@ -69,7 +69,7 @@ _REAL_POSITIVE = ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initia
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and numbers of a model. A value out of range raises ValueError naming field, value and rule."""
+    """Sizes and hyperparameters of a model. A value out of range raises ValueError with field, value and rule."""
 
     vocab_size: int
     hidden_size: int
@@ -100,7 +100,7 @@ class ModelConfig:
     eos_token_id: int | None = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):  # as `asdict` wrote it, or a recipe
+        if isinstance(self.rope_scaling, Mapping):  # from `asdict` or from a recipe
             object.__setattr__(self, "rope_scaling", Yarn.from_fields(self.rope_scaling))
         for name in _POSITIVE:
             self._check_int(name, 1)
@@ -122,7 +122,7 @@ class ModelConfig:
         if rest:
             self._refuse("n_routed_experts", f"must be divisible by n_group = {self.n_group}")
         if per_group < 2:
-            self._refuse("n_group", "must leave at least 2 experts a group: a group's score is the sum of its two best")
+            self._refuse("n_group", "must leave at least 2 experts per group: its score is the sum of its two best")
         if self.topk_group > self.n_group:
             self._refuse("topk_group", f"must not exceed n_group = {self.n_group}")
         reachable = self.topk_group * per_group
@@ -131,7 +131,7 @@ class ModelConfig:
         if self.first_k_dense_replace > self.num_hidden_layers:
             self._refuse("first_k_dense_replace", f"must not exceed num_hidden_layers = {self.num_hidden_layers}")
         if self.qk_rope_head_dim % 2:
-            self._refuse("qk_rope_head_dim", "must be even: rotary embedding turns pairs")
+            self._refuse("qk_rope_head_dim", "must be even: rotary embedding rotates pairs")
         if self.v_head_dim > self.qk_head_dim:
             self._refuse("v_head_dim", f"must not exceed qk_nope_head_dim + qk_rope_head_dim = {self.qk_head_dim}")
         if not isinstance(self.rope_scaling, Yarn | None):
@@ -154,22 +154,22 @@ class ModelConfig:
 
     @property
     def mtp_layers(self) -> range:
-        """The layers of multi-token prediction, numbered on after the model's own."""
+        """The multi-token prediction layers, numbered after the model's own."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     @property
     def moe_layers(self) -> range:
-        """The layers that hold experts: all after the first dense ones, the prediction layers among them."""
+        """The layers that hold experts: all after the first dense ones, including the MTP layers."""
         return range(self.first_k_dense_replace, self.mtp_layers.stop)
 
     @property
     def softmax_scale(self) -> float:
-        """What attention scores are multiplied with."""
+        """The factor of attention scores."""
         correction = 1.0 if self.rope_scaling is None else self.rope_scaling.score_magnitude**2
         return correction * self.qk_head_dim**-0.5
 
     def without_mtp(self) -> "ModelConfig":
-        """The same model without layers of multi-token prediction."""
+        """The same config without multi-token prediction layers."""
         return dataclasses.replace(self, num_nextn_predict_layers=0)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
@@ -189,13 +189,13 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a `config.json`. What it does not know it ignores; what it cannot honour raises ValueError.
+        """Reads a `config.json`. Unknown fields are ignored; unsupported values raise ValueError.
 
-        A field that is not there has its default of `DeepseekV3Config`. So `num_nextn_predict_layers` is then 1, and
-        the tensors tell whether there is such a layer.
+        A missing field has its default in `DeepseekV3Config`. So `num_nextn_predict_layers` is then 1, and the
+        checkpoint's tensors determine whether the layer exists.
         """
         if not isinstance(hf, Mapping):
-            raise ValueError(f"config.json holds {_kind(hf)}, and must hold an object")
+            raise ValueError(f"config.json holds {_kind(hf)}, expected an object")
         _refuse_foreign(hf)
         hf = {**_CLASS, **{_ALIASES[name]: hf[name] for name in _ALIASES if name in hf}, **hf}
         values = {field.name: hf[field.name] for field in dataclasses.fields(cls) if field.name in hf}
@@ -221,7 +221,8 @@ def _refuse_foreign(hf: Mapping[str, Any]) -> None:
 
 
 def _rotary(hf: Mapping[str, Any]) -> tuple[Any, Yarn | None]:
-    """The base of the rotary angles and their scaling, on their own or within `rope_parameters` (transformers 5)."""
+    """The base of the rotary angles and their scaling, as separate fields or within `rope_parameters` (transformers
+    5)."""
     theta, scaling = hf.get("rope_theta", 10000.0), None
     for name in ("rope_scaling", "rope_parameters"):
         rope = hf.get(name)
@@ -238,7 +239,7 @@ def _rotary(hf: Mapping[str, Any]) -> tuple[Any, Yarn | None]:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """The JSON name of a value's type."""
     names = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
     return names.get(type(value), "null")
 

@@ -1,7 +1,6 @@
 """One decoder layer: attention, then a dense MLP or a mixture of experts, in the stages of `expert_parallel/stages.py`.
 
-Shapes: B batch, T tokens (of a row with B, of the flattened batch without), L experts here, R rows, D hidden
-size.
+Shapes: B batch, T tokens (of a row with B, of the flattened batch without), L local experts, R rows, D hidden size.
 """
 
 from collections.abc import Callable
@@ -30,21 +29,21 @@ def attend_rows(
     rotary: RotaryTable,
     documents: DocumentBounds | None,
 ) -> Tensor:
-    """An `Attend` in training, once its keywords are bound."""
+    """Attention in training; an `Attend` once its keywords are bound."""
     return attention.forward(x_BTD, rotary, documents, recompute)
 
 
 def attend_cached(
     attention: LatentAttention, x_BTD: Tensor, _: Recompute, *, rotary: RotaryTable, view: CacheView, layer: int
 ) -> Tensor:
-    """An `Attend` over the cache of one layer, once its keywords are bound."""
+    """Attention over the cache of one layer; an `Attend` once its keywords are bound."""
     return attention.forward_cached(x_BTD, rotary, view, layer)
 
 
 class DecoderLayer(nn.Module):
-    """Implements `layer.Layer`. `mlp` is a `SwiGLU` in the first dense layers and a `MoE` after them.
+    """Implements `stages.Layer`. `mlp` is a `SwiGLU` in the first dense layers and a `MoE` after them.
 
-    With `recompute`, what norms and attention's up-projections make is not held for the backward.
+    With `recompute`, the outputs of norms and of attention's up-projections are not saved for the backward.
     """
 
     def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:

@@ -1,8 +1,8 @@
-"""The expert shard: the experts [e0, e1) of one MoE layer, as one object.
+"""The expert shard: the experts [e0, e1) of one MoE layer, as one module.
 
-A training rank and a serving actor host the same shard: what was trained is what is served. Weights are stacked over
-the experts so that one grouped product serves them all; the logical tensors of single experts are views into the
-stack. `load_E` counts the rows that each expert computed, in training and in serving, for placement and metrics.
+Training ranks and serving actors use the same shard, so serving runs the trained module. Weights are stacked over the
+experts so that one grouped GEMM covers all of them; the logical tensors of single experts are views into the stack.
+`load_E` counts the rows computed by each expert, in training and in serving, for placement and metrics.
 
 Shapes: R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F expert hidden
 size.
@@ -24,8 +24,8 @@ PROJECTIONS = {"w_gate_EFD": "gate_proj", "w_up_EFD": "up_proj", "w_down_EDF": "
 class ExpertShard(ExactModule):
     """Consecutive experts of one layer; `experts` is the range of their ids.
 
-    The weights are wide or, for inference, FP8 with scales of 128 x 128 blocks: those of `w_gate_EFD` are in
-    `w_gate_EFD_scale_inv`, and so on. `compute` is how they are used (`compute.py`).
+    The weights are high precision or, for inference, FP8 with scales of 128 x 128 blocks: those of `w_gate_EFD` are in
+    `w_gate_EFD_scale_inv`, and so on. `compute` is the strategy for using them (`compute.py`).
     """
 
     load_E: Tensor
@@ -40,7 +40,7 @@ class ExpertShard(ExactModule):
         self.register_buffer("load_E", torch.zeros(len(experts), dtype=torch.int64), persistent=False)
 
     def store_fp8(self) -> None:
-        """Makes room for FP8 weights and their scales, to be loaded."""
+        """Replaces the weights by unset FP8 weights and scales, to be loaded."""
         for name in PROJECTIONS:
             weight, scales = unset_fp8(getattr(self, name))
             setattr(self, name, weight)
@@ -55,7 +55,7 @@ class ExpertShard(ExactModule):
         return (*PROJECTIONS, *map(scale_name, PROJECTIONS)) if self.is_fp8 else ()
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
-        """The experts' outputs, by weight, for rows sorted by local expert, `counts_E` rows each."""
+        """The experts' outputs, times the router's weights, for rows sorted by local expert, `counts_E` rows each."""
         with torch.no_grad():
             self.load_E += counts_E.to(self.load_E.device)
         stacks = ExpertStacks(self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)

@@ -1,8 +1,7 @@
-"""Which files of a Hugging Face folder hold the model. Pure Python: the plan of an import reads it without torch.
+"""The files of a Hugging Face folder that hold the model. Pure Python: the plan of an import reads it without torch.
 
-One rule for everything that reads, checks or copies a model, the one of transformers: `model.safetensors` if it is
-there, whatever an index beside it says (saving twice leaves such an index), else the files that the index names, which
-lie in the folder or below it.
+All code that reads, checks or copies a model uses transformers' rule: `model.safetensors` if it exists, even if there
+is an index beside it (saving twice leaves such an index), else the files named by the index, in the folder or below it.
 """
 
 import json
@@ -16,9 +15,9 @@ INDEX = "model.safetensors.index.json"
 
 
 def model_files(folder: Path) -> list[str]:
-    """Config, index and weights by their names in the folder, weights last.
+    """Names of config, index and weights in the folder, weights last.
 
-    Raises FileNotFoundError or ValueError naming the file that is missing or wrong.
+    Raises FileNotFoundError or ValueError with the name of the missing or invalid file.
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG}")
@@ -29,12 +28,12 @@ def model_files(folder: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Those of `model_files` that hold tensors."""
+    """The files of `model_files` that hold tensors."""
     return [name for name in model_files(folder) if name not in (CONFIG, INDEX)]
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises FileNotFoundError or ValueError naming it."""
+    """Reads a JSON file that holds an object. Raises FileNotFoundError or ValueError with its name."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,14 +46,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that an index names, sorted."""
+    """The files named by an index, sorted."""
     found = read_object(index).get("weight_map")
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{index}: weight_map must be an object that gives each tensor its file")
     for tensor, name in found.items():
         if not isinstance(name, str) or not _is_inside(name):
             raise ValueError(
-                f"{index}: weight_map puts tensor {tensor!r} into {name!r}, which is no file of the folder"
+                f"{index}: weight_map puts tensor {tensor!r} into {name!r}, which is not a file of the folder"
             )
     return sorted(set(found.values()))
 

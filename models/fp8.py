@@ -1,9 +1,9 @@
-"""FP8 forms of weights, kept for as long as the weights stay as they are.
+"""Cached FP8 quantizations of weights, valid until the weights change.
 
-A weight is quantised once per optimizer step, not once per micro-batch.
+A weight is quantized once per optimizer step, not once per micro-batch.
 
-Notable: torch counts the in-place changes of a tensor, but its fused optimizers do not count theirs. So a form is also
-made anew after any step of any torch optimizer; whoever changes weights in yet another way calls `weights_changed`.
+Notable: torch counts the in-place changes of a tensor, except those by its fused optimizers. So the cache is also
+invalidated after any step of any torch optimizer. Code that changes weights in another way must call `weights_changed`.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Quantized = TypeVar("Quantized")
 
-_changes = 0  # of weights anywhere in this process, as far as torch does not count them
+_changes = 0  # changes of weights in this process that torch does not count
 
 
 class QuantizationCache(Generic[Quantized]):
-    """What `make` makes of some weights, made anew when one of them has changed."""
+    """Caches the result of `make` for some weights; recomputes it when one of them has changed."""
 
     def __init__(self, make: Callable[..., Quantized]) -> None:
         self._make = make
@@ -27,13 +27,13 @@ class QuantizationCache(Generic[Quantized]):
     def get(self, *weights: Tensor) -> Quantized:
         now = (_changes, *((weight.data_ptr(), weight._version) for weight in weights))
         if self._kept is None or self._kept[0] != now:
-            self._kept = None  # what is out of date goes before its successor comes
+            self._kept = None  # frees the old result first
             self._kept = (now, self._make(*weights))
         return self._kept[1]
 
 
 def weights_changed(*_: Any) -> None:
-    """Makes all forms in this process out of date."""
+    """Invalidates all caches in this process."""
     global _changes  # noqa: PLW0603
     _changes += 1
 

@@ -1,7 +1,7 @@
-"""Weight holders: a bias-free linear map, an embedding table, a norm.
+"""Modules that hold weights: a linear layer without bias, an embedding table, a norm.
 
-Notable: a new weight is filled with NaN. Initialisation and loading are explicit here (`DeepseekV3.init_weights`,
-`checkpoint.load`), and a weight that both forgot shows in the first loss instead of training as noise.
+Notable: a new weight is filled with NaN. Initialization and loading are explicit (`DeepseekV3.init_weights`,
+`checkpoint.load`). If both omit a weight, the first loss is NaN, instead of the weight training from noise.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
-from moray.models.compute import Fp8StoredLinear, LinearCompute, HighPrecisionLinear
+from moray.models.compute import Fp8StoredLinear, HighPrecisionLinear, LinearCompute
 from moray.models.tensors import scale_shape
 
 
 def unset_parameter(*shape: int) -> nn.Parameter:
-    """A parameter of NaNs, to be initialised or loaded."""
+    """A parameter of NaNs, to be initialized or loaded."""
     return nn.Parameter(torch.full(shape, float("nan")))
 
 
 def unset_fp8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """An FP8 parameter of the weight's shape and its scales, all NaN; any leading axis is a stack of matrices."""
+    """An FP8 parameter of the weight's shape and its scales, all NaN. Leading axes are stacks of matrices."""
     bits = torch.full(weight.shape, 0x7F, dtype=torch.uint8, device=weight.device)
     stack, matrix = weight.shape[:-2], tuple(weight.shape[-2:])
     scales = torch.full((*stack, *scale_shape(matrix)), float("nan"), device=weight.device)
@@ -34,7 +34,7 @@ class ExactModule(nn.Module):
     """A module some of whose tensors keep their dtype when `.to(dtype)` changes the others'."""
 
     def exact_tensors(self) -> Iterable[str]:
-        """Their attribute names."""
+        """Attribute names of these tensors."""
         return ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -48,8 +48,8 @@ class ExactModule(nn.Module):
 
 
 class Linear(ExactModule):
-    """x @ weight^T. The weight is wide or, for inference, FP8 with scales of 128 x 128 blocks; `compute` is how it is
-    used (`compute.py`)."""
+    """x @ weight^T. The weight is high precision or, for inference, FP8 with scales of 128 x 128 blocks; `compute` is
+    the strategy for using it (`compute.py`)."""
 
     weight_scale_inv: Tensor | None
 
@@ -60,7 +60,7 @@ class Linear(ExactModule):
         self.register_buffer("weight_scale_inv", None)
 
     def store_fp8(self) -> None:
-        """Makes room for an FP8 weight and its scales, to be loaded."""
+        """Replaces the weight by an unset FP8 weight and scales, to be loaded."""
         self.weight, self.weight_scale_inv = unset_fp8(self.weight)
         self.compute = Fp8StoredLinear()
 
@@ -68,7 +68,7 @@ class Linear(ExactModule):
         return () if self.weight_scale_inv is None else ("weight", "weight_scale_inv")
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight to compute with in `dtype`."""
+        """The weight converted to `dtype`, dequantized if it is FP8."""
         if self.weight_scale_inv is None:
             return self.weight.to(dtype)
         return dequantize(self.weight, self.weight_scale_inv, (BLOCK, BLOCK), dtype)
@@ -78,7 +78,7 @@ class Linear(ExactModule):
 
 
 class Embedding(nn.Module):
-    """Rows of a table by id, in the table's dtype or in `dtype`: what the rows are, all layers compute in."""
+    """Rows of a table by id, in the table's dtype or in `dtype`. All layers compute in the dtype of this output."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last axis."""
+    """Root-mean-square normalization of the last axis."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

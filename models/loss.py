@@ -12,11 +12,11 @@ from moray.models.expert_parallel.stages import Routing
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Sums over a batch; each divided by the (global) count is a mean per token.
+    """Sums over a batch; dividing each by the (global) count gives the mean per token.
 
-    main: -log p of the next token. prediction: the same for the tokens further ahead, averaged over the depths of
-    multi-token prediction (0 without any). balance: the layers' sequence-wise balance losses, 1 per layer and counted
-    token where the load is even. count: counted tokens, int64.
+    main: -log p of the next token. mtp: the loss of multi-token prediction, averaged over its depths (0 without MTP).
+    balance: the layers' sequence-wise balance losses, 1 per layer and counted token if the load is even. count: counted
+    tokens, int64.
     """
 
     main: Tensor
@@ -30,11 +30,11 @@ class TrainingLoss:
 
 
 def counted_places(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """bool [B, T]: the places whose target is not negative, and where the mask, if there is one, is true."""
+    """bool [B, T]: positions whose target is not negative and, if there is a mask, whose mask is true."""
     keep_BT = targets_BT >= 0
     return keep_BT if mask_BT is None else keep_BT & mask_BT.bool()
 
 
 def add_balance(balance: Tensor, routing: Routing | None) -> Tensor:
-    """The sum of the layers' balance losses so far, and one layer's, if it has one."""
+    """Adds one layer's balance loss, if it has one, to the sum of the layers before it."""
     return balance if routing is None or routing.balance is None else balance + routing.balance

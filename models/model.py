@@ -1,8 +1,8 @@
-"""DeepSeek-V3 as one module, over whichever experts this rank holds.
+"""DeepSeek-V3 as one module, over the experts that this rank holds.
 
-Notable: parallelism stays outside. The model is given a range of experts and a `Dispatcher` that reaches the others;
-everything that names a tensor (initialisation, checkpoints, optimizers) goes through `logical_parameters`, whose
-names do not depend on that range. Weights are drawn per logical name, so a model starts the same at any layout.
+Notable: the model contains no parallelism. It takes a range of experts and a `Dispatcher` that reaches the others.
+Initialization, checkpoints and optimizers use the tensor names of `logical_parameters`, which do not depend on that
+range. Weights are drawn per logical name, so a model starts from the same weights in any layout.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache table, L MoE layers, E experts.
 """
@@ -28,7 +28,7 @@ from moray.models.decoder import Attend, DecoderLayer, attend_cached, attend_row
 from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.expert_parallel.dispatcher import dispatcher_for
 from moray.models.expert_parallel.interleave import Parts, run_alone
-from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, RoutingContext, Routing, layer_parts
+from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, Routing, RoutingContext, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.loss import TrainingLoss, add_balance, counted_places
@@ -39,7 +39,7 @@ from moray.models.tensors import is_quantized, scale_name
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """logits_BTV and the normalised last hidden rows they come from, hidden_BTD."""
+    """logits_BTV, and the normalized last hidden states from which they are computed, hidden_BTD."""
 
     logits: Tensor
     hidden: Tensor
@@ -48,8 +48,8 @@ class ModelOutput:
 class LogicalParameter(NamedTuple):
     """A parameter under its canonical name.
 
-    `view` is a detached, contiguous part of `owner`, which may stack many: elements `view.storage_offset()` and on of
-    the flattened owner, and so of its gradient.
+    `view` is a detached, contiguous part of `owner`, which may stack many. It starts at element `view.storage_offset()`
+    of the flattened owner, and its gradient at the same element of the owner's gradient.
     """
 
     name: str
@@ -58,7 +58,7 @@ class LogicalParameter(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """Embedding, layers and the last norm: what Hugging Face names `model.`."""
+    """Embedding, layers and the last norm; Hugging Face's `model.`."""
 
     def __init__(self, config: ModelConfig, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -72,8 +72,9 @@ class Trunk(nn.Module):
 class DeepseekV3(nn.Module):
     """The language model. Its weights are NaN until `init_weights` or `checkpoint.load` sets them.
 
-    experts: the ids that this rank holds in every MoE layer (all by default). dispatcher: how rows reach the others'
-    (local by default, which needs all experts here). Raises ValueError where the two do not fit.
+    experts: the ids that this rank holds in every MoE layer (all by default). dispatcher: exchanges hidden states with
+    the other ranks' experts (local by default, which requires all experts on this rank). Raises ValueError if the two
+    do not match.
     """
 
     def __init__(self, config: ModelConfig, experts: range | None = None, dispatcher: Dispatcher | None = None) -> None:
@@ -91,7 +92,7 @@ class DeepseekV3(nn.Module):
         self._training_compute = TrainingCompute()
 
     def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> ModelOutput:
-        """Logits of the next token at every place.
+        """Logits of the next token at every position.
 
         With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
         """
@@ -105,10 +106,10 @@ class DeepseekV3(nn.Module):
         document_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sum of -log p(target) over the counted tokens, and how many were counted.
+        """Sum of -log p(target) over the counted tokens, and the number of counted tokens.
 
-        A token counts where `mask_BT` (bool) is true, if given, and its target is not negative (-100, say). The full
-        logits are never held.
+        A token counts if its target is not negative (-100, for example) and, if `mask_BT` (bool) is given, its mask is
+        true. The full logits are never materialized.
         """
         hidden_BTD, _, _ = run_alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._contexts()))
         return self._cross_entropy(hidden_BTD, targets_BT, counted_places(targets_BT, mask_BT))
@@ -124,15 +125,16 @@ class DeepseekV3(nn.Module):
     ) -> TrainingLoss:
         """The terms of the training loss, for tokens that count as in `loss_sum`.
 
-        A place counts at depth k of multi-token prediction if it and the k places after it count: so no prediction
-        crosses from one document into the next, whose first token nobody's target is. A layer of multi-token prediction
-        balances the load of the places that count for it.
+        A position counts at MTP depth k if it and the next k positions count. So no prediction crosses a document
+        boundary, because a document's first token is never a target. An MTP layer balances the load of the positions
+        that count at its depth.
 
-        token_positions_R: int64, the places of the flattened batch that hold a token, where the others are padding. That goes to
-        no expert and counts for no load.
+        token_positions_R: int64, positions in the flattened batch that hold a token; the others are padding. Padding is
+        sent to no expert and is excluded from the load.
 
-        routes: for each of `routers()`, int64 [B * T, K], the experts that it sends each place's token to, as
-        `choose_experts` gives them. Without, routers choose. Raises ValueError where there are not as many.
+        routes: for each of `routers()`, int64 [B * T, K], the experts of each position, as returned by
+        `choose_experts`. By default the routers choose. Raises ValueError if the number of routes differs from the
+        number of routers.
         """
         return run_alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes))
 
@@ -145,8 +147,9 @@ class DeepseekV3(nn.Module):
         token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
     ) -> Parts[TrainingLoss]:
-        """`training_loss` in parts, so that others compute while its rows are on their way
-        (`expert_parallel/interleave.py`). So does their backward, if it is one backward of the sum of their losses."""
+        """`training_loss` as a generator that yields while hidden states are in flight, so that other micro-batches
+        compute meanwhile (`expert_parallel/interleave.py`). Their backwards overlap too, if one backward covers the sum
+        of the losses."""
         loss, _ = yield from self.routed_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes)
         return loss
 
@@ -159,7 +162,7 @@ class DeepseekV3(nn.Module):
         token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
     ) -> Parts[tuple[TrainingLoss, list[Routing]]]:
-        """`training_parts`, and what each of `routers()` did."""
+        """`training_parts` that also returns the routings of `routers()`."""
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = counted_places(targets_BT, mask_BT)
         contexts = self._contexts(RoutingContext(token_positions_R, weights_B=keep_BT.sum(1)), routes)
@@ -189,11 +192,11 @@ class DeepseekV3(nn.Module):
     def forward_cached(
         self, ids_BT: Tensor, positions_BT: Tensor, cache: LatentCache, tables_BN: Tensor, last_only: bool = False
     ) -> Tensor:
-        """Prefill and decode: logits_BTV of the given tokens, or logits_B1V of each row's last with `last_only`.
+        """Prefill and decode: logits_BTV of the given tokens, or logits_B1V of each row's last token with `last_only`.
 
-        Writes the tokens' latents at `positions_BT` (a row's ascend) into the blocks of `tables_BN` (int, [B, N]) and
-        attends over all positions up to each token's own. Position -1 marks padding, which is not written and whose
-        logits mean nothing; what its id is does not matter so long as it is one.
+        Writes the tokens' latents at `positions_BT` (ascending in each row) into the blocks of `tables_BN` (int, [B,
+        N]) and attends over all positions up to each token's own. Position -1 marks padding, which is not written. Its
+        id must be valid, and its logits are undefined.
         """
         view = cache.view(positions_BT, tables_BN)
         x_BTD = self.model.embed_tokens(ids_BT)
@@ -208,7 +211,8 @@ class DeepseekV3(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Norms one, biases zero, the rest normal with `initializer_range`, each tensor from (seed, its name)."""
+        """Initializes norms to one, biases to zero, and the rest from a normal distribution with `initializer_range`.
+        Each tensor is drawn from (seed, its name)."""
         for name, view, _ in self.logical_parameters():
             if name.endswith("norm.weight"):
                 view.fill_(1.0)
@@ -218,7 +222,7 @@ class DeepseekV3(nn.Module):
             bias_E.zero_()
 
     def logical_parameters(self) -> Iterator[LogicalParameter]:
-        """The parameters held here, by canonical Hugging Face name, one per expert."""
+        """This rank's parameters by canonical Hugging Face name, one per expert."""
         for name, owner in self.named_parameters():
             prefix, _, attribute = name.rpartition(".")
             if attribute not in PROJECTIONS:
@@ -229,7 +233,7 @@ class DeepseekV3(nn.Module):
                 yield LogicalParameter(logical, owner.detach()[index], owner)
 
     def logical_scales(self) -> Iterator[tuple[str, Tensor]]:
-        """The scales of weights in FP8, by the weight's canonical name."""
+        """The scales of FP8 weights, by the weight's canonical name."""
         for prefix, module in self.named_modules():
             if isinstance(module, Linear) and module.weight_scale_inv is not None:
                 yield f"{prefix}.weight", module.weight_scale_inv
@@ -240,7 +244,7 @@ class DeepseekV3(nn.Module):
                         yield f"{prefix}.{expert}.{projection}.weight", scales_EIJ[index]
 
     def store_fp8(self) -> None:
-        """Makes room for weights in FP8, as the official form has them, to be loaded."""
+        """Replaces the weights that the official format quantizes by unset FP8 weights, to be loaded."""
         for prefix, module in self.named_modules():
             if isinstance(module, ExpertShard) or (isinstance(module, Linear) and is_quantized(f"{prefix}.weight")):
                 module.store_fp8()
@@ -260,39 +264,40 @@ class DeepseekV3(nn.Module):
         return [moe.experts for moe in self._mixtures()]
 
     def router_counts(self) -> Tensor:
-        """Pairs that this rank's tokens sent to each expert since the last bias update: [L, E] int64, a copy."""
+        """Number of this rank's pairs per expert since the last bias update: [L, E] int64, a copy."""
         counts = [router.counts_E for router in self.routers()]
         return torch.stack(counts) if counts else torch.zeros((0, self.config.n_routed_experts), dtype=torch.int64)
 
     def reset_counters(self) -> None:
-        """Zeroes the routers' counts and the shards' loads."""
+        """Resets the routers' counts and the shards' loads to zero."""
         for router in self.routers():
             router.counts_E.zero_()
         for shard in self.shards():
             shard.load_E.zero_()
 
     def set_recompute(self, on: bool) -> None:
-        """Whether training holds less and computes more: see `recompute.py`. Results are the same to the bit."""
+        """Sets whether training recomputes tensors instead of saving them (`recompute.py`). Results are
+        bit-identical."""
         for layer in (*self._layers(), *self.mtp_layers()):
             layer.recompute = on
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """From now on rows are of this dtype from the embedding on, whatever the weights are. Routers, statistics of
-        norms, softmax and losses stay FP32."""
+        """Makes the model compute in `dtype` from the embedding on, whatever the dtype of the weights. Routers,
+        statistics of norms, softmax and losses stay FP32."""
         self.model.embed_tokens.dtype = dtype
 
     def train_in_fp8(self) -> None:
-        """From now on the linear maps of attention, MLPs and experts compute in FP8, forward and backward. Embedding,
-        head, router, norms, attention's core and the projection of multi-token prediction stay as they are."""
+        """Makes the linear layers of attention, MLPs and experts compute in FP8, forward and backward. Embedding, head,
+        router, norms, attention's core and the projection of multi-token prediction do not change."""
         self._compute_as(replace(self._training_compute, fp8=True))
 
     def defer_gradients(self, deferred: DeferredGradients | None) -> None:
-        """From now on the gradients of the weights of linear maps and experts come about when `deferred` computes them: in
-        full after its `finish`. Those of embedding, head, router and norms come as ever."""
+        """Defers the weight gradients of linear layers and experts: they are complete after `deferred.finish()`. The
+        gradients of embedding, head, router and norms are not deferred."""
         self._compute_as(replace(self._training_compute, deferred=deferred))
 
     def _compute_as(self, chosen: TrainingCompute) -> None:
-        """Swaps the strategies of all modules but the head."""
+        """Replaces the strategies of all modules except the head."""
         self._training_compute = chosen
         for name, module in self.named_modules():
             if isinstance(module, ExpertShard):
@@ -304,21 +309,22 @@ class DeepseekV3(nn.Module):
                 module.compute = chosen.linear(quantized, shared_input=name.endswith(".o_proj"))
 
     def milestone_of(self, name: str) -> int:
-        """The last milestone that a backward has passed when the gradient of a parameter, by its name, is complete: its
-        layer's number; the number of layers for what comes after them; -1, which is the end, for the embedding."""
+        """The last milestone that a backward has passed when the gradient of a parameter, by its name, is complete. It
+        is the parameter's layer; the number of layers for parameters after the last layer; -1, the end, for the
+        embedding."""
         kind, _, rest = name.removeprefix("model.").partition(".")
         if kind == "layers":
             return min(int(rest.partition(".")[0]), self.config.num_hidden_layers)
         return -1 if kind == "embed_tokens" else self.config.num_hidden_layers
 
     def mtp_layers(self) -> Iterator[MTPLayer]:
-        """The layers of multi-token prediction, nearest token first."""
+        """The multi-token prediction layers, nearest token first."""
         for layer in self.model.layers:
             if isinstance(layer, MTPLayer):
                 yield layer
 
     def _layers(self) -> Iterator[DecoderLayer]:
-        """The model's own layers."""
+        """The model's own layers, without MTP."""
         for layer in self.model.layers[: self.config.num_hidden_layers]:
             assert isinstance(layer, DecoderLayer)
             yield layer
@@ -349,8 +355,10 @@ class DeepseekV3(nn.Module):
         rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
         return partial(attend_rows, rotary=rotary, documents=documents)
 
-    def _contexts(self, context: RoutingContext = DEFAULT_CONTEXT, routes: Sequence[Tensor] | None = None) -> list[RoutingContext]:
-        """What each layer is to know of the places: the same but for its router's of `routes`."""
+    def _contexts(
+        self, context: RoutingContext = DEFAULT_CONTEXT, routes: Sequence[Tensor] | None = None
+    ) -> list[RoutingContext]:
+        """One routing context per layer. They differ only in the experts that `routes` forces for the layer."""
         layers = [*self._layers(), *self.mtp_layers()]
         if routes is None:
             return [context] * len(layers)
@@ -361,7 +369,8 @@ class DeepseekV3(nn.Module):
     def _hidden(
         self, ids_BT: Tensor, attend: Attend, contexts: Sequence[RoutingContext]
     ) -> Parts[tuple[Tensor, Tensor, list[Routing]]]:
-        """The normalised rows after the last layer, the sum of the layers' balance losses, and their routings."""
+        """The normalized hidden states after the last layer, the sum of the layers' balance losses, and their
+        routings."""
         x_BTD = self.model.embed_tokens(ids_BT)
         balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
         routings: list[Routing] = []
@@ -386,7 +395,7 @@ def _last_real(x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
 
 
 def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
-    """FP32 on the CPU whatever the model is, so that dtype and device do not change the draw."""
+    """Draws in FP32 on the CPU, so the result does not depend on the model's dtype and device."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

@@ -1,10 +1,10 @@
 """The mixture of experts: router, dispatcher, expert shard, shared expert (DeepSeek-V3 §2.1.2).
 
-Notable: the router works in FP32 whatever the model's dtype (two BF16 scores that differ by less than 0.4 % are
-equal), and its correction bias stays FP32 through `.to(bfloat16)`: steps of 0.001 would vanish in BF16. The counts
-behind the bias update accumulate only in training with gradients, so that evaluation cannot move the balance.
+Notable: the router computes in FP32 whatever the model's dtype (in BF16, scores that differ by less than 0.4 % are
+equal). Its correction bias stays FP32 through `.to(bfloat16)`, because steps of 0.001 would vanish in BF16. The counts
+for the bias update accumulate only in training with gradients, so evaluation cannot change the balance.
 
-Shapes: T tokens, R rows of tokens that are no padding, or at the experts here; K slots, E experts, L experts here, D
+Shapes: T tokens, R rows of tokens without padding, or at the local experts; K slots, E experts, L local experts, D
 hidden size.
 """
 
@@ -18,13 +18,13 @@ from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
 from moray.models.compute import SwiGLUByMaps, SwiGLUCompute
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, DispatchHandle, RoutingContext, Routing
+from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, DispatchHandle, Routing, RoutingContext
 from moray.models.expert_shard import ExpertShard
 from moray.models.linear import ExactModule, Linear, unset_parameter
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. `compute` is how (`compute.py`)."""
+    """down(silu(gate(x)) * up(x)): the dense MLP and the shared expert. `compute` is its strategy (`compute.py`)."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SwiGLU(nn.Module):
 
 
 class Router(ExactModule):
-    """Scores tokens against experts and picks `num_experts_per_tok` of them."""
+    """Scores tokens against experts and chooses `num_experts_per_tok` of them."""
 
     e_score_correction_bias: Tensor
     counts_E: Tensor
@@ -55,8 +55,8 @@ class Router(ExactModule):
         self.register_buffer("counts_E", counts_E, persistent=False)
 
     def forward(self, rows_TD: Tensor, sequences: int, context: RoutingContext = DEFAULT_CONTEXT) -> Routing:
-        """Routes the rows of so many sequences of equal length, those at padding left out; to `context.forced_ids_TK`, if
-        that is given, by the weights that the router gives these experts."""
+        """Routes the tokens of `sequences` sequences of equal length, without padding. If `context.forced_ids_TK` is
+        given, it determines the experts, and the router only their weights."""
         compute_dtype = torch.float64 if rows_TD.dtype == torch.float64 else torch.float32
         weight_ED = self.weight.to(compute_dtype)
         if self.weight_scale_E1 is not None:
@@ -94,7 +94,7 @@ class Router(ExactModule):
         )
 
     def store_int8(self) -> None:
-        """Keeps the weight in INT8 with a scale per expert, for inference."""
+        """Stores the weight in INT8 with a scale per expert, for inference."""
         int8_ED, self.weight_scale_E1 = quantize_rows_int8(self.weight.detach())
         self.weight = nn.Parameter(int8_ED, requires_grad=False)
 
@@ -103,7 +103,7 @@ class Router(ExactModule):
 
 
 class MoE(nn.Module):
-    """Routed experts, of which this rank holds a shard, and the shared expert, which every token visits."""
+    """Routed experts, of which this rank holds a shard, and the shared expert, which processes every token."""
 
     def __init__(self, config: ModelConfig, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -127,6 +127,6 @@ class MoE(nn.Module):
         return None if self.shared_experts is None else self.shared_experts(rows_TD)
 
     def compute(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor:
-        """The outputs of the experts held here, by weight."""
+        """The outputs of the local experts, times the router's weights."""
         out_RD: Tensor = self.experts(rows_RD, weights_R, counts_L)
         return out_RD

@@ -1,12 +1,12 @@
-"""Multi-token prediction: one more layer per token further ahead (DeepSeek-V3 §2.2).
+"""Multi-token prediction (MTP): one more layer per additional token (DeepSeek-V3 §2.2).
 
-Depth k takes, at every place, the normalised hidden row of depth k - 1 (depth 0 is the model) and the embedding of the
-token k places on, and predicts the token k + 1 places on through the model's own head. Embedding and head are the
-model's tensors, not copies.
+At every position, depth k takes the normalized hidden state of depth k - 1 (depth 0 is the model) and the embedding of
+the token k positions ahead. It predicts the token k + 1 positions ahead through the model's own head. Embedding and
+head are the model's tensors, not copies.
 
-Notable: the projection's input is the embedding first and the hidden row second, as in the published weights (the
-paper's equation 21 has them the other way round), and the row it takes is the one *after* the last norm, as vLLM,
-SGLang and transformers compute it.
+Notable: the projection's input is the embedding first and the hidden state second, as in the published weights (the
+paper's equation 21 has the opposite order). The hidden state is taken *after* the last norm, as in vLLM, SGLang and
+transformers.
 
 Shapes: B batch, T tokens, D hidden size.
 """
@@ -29,7 +29,7 @@ class MTPHead(nn.Module):
 
 
 class MTPLayer(DecoderLayer):
-    """A decoder layer whose input joins what was understood so far with the next token."""
+    """A decoder layer whose input combines the previous depth's hidden state with the next token's embedding."""
 
     def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__(config, index, experts, dispatcher)
@@ -45,7 +45,7 @@ class MTPLayer(DecoderLayer):
 
 
 def shift_left(values_BT: Tensor, places: int, filler: int) -> Tensor:
-    """Each row moved `places` to the left; `filler` comes in from the right."""
+    """Shifts each row left by `places`; `filler` fills the right end."""
     moved_BT = torch.full_like(values_BT, filler)
     if places < values_BT.shape[1]:
         moved_BT[:, : values_BT.shape[1] - places] = values_BT[:, places:]

@@ -1,7 +1,7 @@
-"""Named model sizes, and how many parameters a config has.
+"""Named model sizes, and parameter counts of configs.
 
-`v3` has the sizes of DeepSeek-V3 (§4.2), `small` those of DeepSeek-V2-Lite with V3's router, `tiny` trains on two CPU
-cores in minutes. Pure Python, no torch.
+`v3` has the sizes of DeepSeek-V3 (§4.2), `small` those of DeepSeek-V2-Lite with V3's router, and `tiny` trains on two
+CPU cores in minutes. Pure Python, no torch.
 """
 
 import difflib
@@ -32,7 +32,7 @@ PRESETS: dict[str, ModelConfig] = {
         qk_rope_head_dim=16,
         v_head_dim=32,
         max_position_embeddings=2048,
-        # The default, 0.006, is for a width of 7168; narrow rows need larger weights for activations of a like size.
+        # The default, 0.006, is for a width of 7168; smaller widths need larger weights for similar activations.
         initializer_range=0.02,
     ),
     "small": ModelConfig(
@@ -77,18 +77,18 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The config of that name; ValueError with the nearest name when there is none."""
+    """The config of that name. Raises ValueError with the nearest name for an unknown one."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no model preset {name!r}; there are {', '.join(PRESETS)}{hint}")
+        raise ValueError(f"unknown model preset {name!r}; expected one of {', '.join(PRESETS)}{hint}")
     return PRESETS[name]
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: the model's parameters. active: those that one token's forward multiplies with. prediction: those of the
-    layers for multi-token prediction, which come on top (embedding and head, which they share, not counted again)."""
+    """total: the model's parameters. active: those used in one token's forward. mtp: those of the multi-token
+    prediction layers, which are additional (the embedding and head that they share are not counted again)."""
 
     total: int
     active: int
@@ -98,8 +98,8 @@ class ParameterCount:
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Counts parameters.
 
-    Active leaves out the experts that a token does not visit and the embedding table, of which it reads one row; it
-    counts the output head. So V3 gives 671.0B, 36.6B and 11.6B, V2-Lite's sizes 15.7B, 2.5B and none.
+    Active excludes the experts that a token is not routed to, and the embedding table, of which it reads one row. It
+    includes the output head. So V3 gives 671.0B, 36.6B and 11.6B, V2-Lite's sizes 15.7B, 2.5B and none.
     """
     mtp = sum(_size(layer_shapes(config, layer)) for layer in config.mtp_layers)
     total = _size(parameter_shapes(config)) - mtp

@@ -1,13 +1,13 @@
-"""Computing again instead of keeping (DeepSeek-V3 §3.2.3): what is cheap to compute is not held for the backward.
+"""Recompute in the backward instead of saving (DeepSeek-V3 §3.2.3), for tensors that are cheap to compute.
 
-V3 does so for all RMSNorms and for the up-projections of latent attention: their outputs are large (queries, keys and
-values of all heads), their inputs small and held anyway. `Recompute` is a context over the forward of one layer. What
-`run` computes is handed on as it is; but whoever wants to keep it for the backward, within `run` or after it, keeps a
-note. The first note that is redeemed computes the tensors again, the last one lets them go.
+V3 recomputes all RMSNorms and the up-projections of latent attention: their outputs are large (queries, keys and values
+of all heads), and their inputs are small and saved anyway. `Recompute` is a context over the forward of one layer.
+`run` returns its outputs as usual. But if autograd saves them, or a tensor within `run`, for the backward, it saves a
+placeholder. The first placeholder that is restored recomputes the tensors, and the last one frees them.
 
 Notable: nothing runs twice in the forward, and neither router nor dispatch runs again in the backward, so counts and
-collectives are as they were; gradients are the same to the bit. (torch.utils.checkpoint can recompute the inside of a
-region, but not its outputs, which the products after a norm hold.)
+collectives do not change. Gradients are bit-identical. (torch.utils.checkpoint can recompute the inside of a region,
+but not its outputs, which the GEMMs after a norm save.)
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _hooks = torch.autograd.graph.saved_tensors_hooks
 
 
 class _Region(Generic[Outputs]):
-    """One `run`: how to have its tensors again, and how many placeholders are out."""
+    """One `run`: the function to recompute its tensors, and the number of outstanding placeholders."""
 
     def __init__(self, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> None:
         self._function = function
@@ -33,7 +33,7 @@ class _Region(Generic[Outputs]):
         self.placeholders = 0
 
     def forward(self) -> Outputs:
-        """Runs with a note for every tensor that is to be saved, but for the inputs and parameters."""
+        """Runs the function, with placeholders for all saved tensors except inputs and parameters."""
 
         def pack(tensor: Tensor) -> "Tensor | _Placeholder":
             self.saved += 1
@@ -44,7 +44,7 @@ class _Region(Generic[Outputs]):
             return self._function(*self._inputs)
 
     def tensor(self, index: int) -> Tensor:
-        """The tensor saved as number `index`; the outputs are numbered on after the saved ones."""
+        """The saved tensor number `index`; the outputs are numbered after the saved tensors."""
         if self._recomputed is None:
             self._recomputed = self._recompute()
         tensor = self._recomputed[index]
@@ -68,7 +68,7 @@ class _Region(Generic[Outputs]):
 
 
 class _Placeholder:
-    """Stands for a tensor, or a view of one, that the region can compute again."""
+    """Stands for a tensor, or a view of one, that the region can recompute."""
 
     def __init__(self, region: "_Region[Any]", index: int, tensor: Tensor) -> None:
         self._region, self._index = region, index
@@ -88,25 +88,25 @@ def _restore(packed: "Tensor | _Placeholder") -> Tensor:
 
 
 class Recompute:
-    """The context of one layer's forward; it may be entered again. With `on` False, or without gradients, it does
-    nothing."""
+    """The context of one layer's forward; it may be entered again. Does nothing if `on` is False, or without
+    gradients."""
 
     def __init__(self, on: bool) -> None:
         self._on = on and torch.is_grad_enabled()
         self._outputs: dict[
             int, tuple[_Region[Any], int, Tensor]
-        ] = {}  # by address; the tensor keeps the address taken
+        ] = {}  # by address; holding the tensor reserves its address
         self._entered: Any = None
 
     def run(self, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
-        """`function(*inputs)`, one tensor or several, which are computed again for the backward. They must depend on
-        nothing but the inputs and on parameters, and be whole (no views of other tensors)."""
+        """Returns `function(*inputs)`, one tensor or several, which the backward recomputes. They must depend only on
+        the inputs and on parameters, and must not be views of other tensors."""
         if not self._on:
             return function(*inputs)
         region = _Region(function, inputs)
         outputs = region.forward()
         for index, output in enumerate(_each(outputs)):
-            if output.numel():  # memory of no size has no address
+            if output.numel():  # an empty tensor has no address
                 self._outputs[output.untyped_storage().data_ptr()] = (region, region.saved + index, output)
         return outputs
 
@@ -123,7 +123,7 @@ class Recompute:
             self._entered.__exit__(kind, error, trace)
 
     def release(self) -> None:
-        """Lets the outputs go, when the layer's forward is over."""
+        """Frees the outputs when the layer's forward is complete."""
         self._outputs.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Placeholder:

@@ -1,9 +1,9 @@
-"""A Hugging Face folder of safetensors files: planned writing, reading tensor by tensor.
+"""A Hugging Face folder of safetensors files: writes by a plan, reads tensor by tensor.
 
-Notable: the writer knows every tensor's dtype and shape before the first one comes, so a shard's header is written
-first and each tensor goes straight to its place, in any order: nothing is collected, and memory stays at one tensor.
-(The library's `save_file` takes a whole shard and copies it once more.) Shards get their names when all are whole, and
-`config.json` is removed first and written last, so a folder with a config is a complete one at every instant.
+Notable: the writer knows every tensor's dtype and shape in advance. So it writes a shard's header first and each tensor
+directly to its offset, in any order. Nothing is buffered, and memory is limited to one tensor. (The library's
+`save_file` takes a whole shard and copies it once more.) Shards are renamed to their final names once all are complete,
+and `config.json` is removed first and written last. So a folder with a config is complete at all times.
 """
 
 import json
@@ -30,9 +30,9 @@ Layout = Mapping[str, tuple[str, Shape]]
 
 
 class FolderWriter:
-    """Writes the tensors of `layout` (name -> safetensors dtype, shape) to a folder, replacing the model that is there.
+    """Writes the tensors of `layout` (name -> safetensors dtype, shape) to a folder, replacing an existing model.
 
-    A context: leaving it without `finish`, or with an error, leaves no model and no remains.
+    A context manager: leaving it without `finish`, or with an error, leaves no model and no temporary files.
     """
 
     def __init__(self, folder: Path, layout: Layout, shard_bytes: int = SHARD_BYTES) -> None:
@@ -58,7 +58,7 @@ class FolderWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Puts a tensor, which must have the layout's dtype and shape, in its place. Each name once."""
+        """Writes a tensor, which must have the layout's dtype and shape. Each name once."""
         shard, offset, size = self._places.pop(name)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         assert raw.nbytes == size
@@ -67,11 +67,11 @@ class FolderWriter:
 
     @property
     def missing(self) -> list[str]:
-        """Names that have not come yet."""
+        """Names of tensors that have not been written."""
         return list(self._places)
 
     def finish(self, config: Mapping[str, Any]) -> None:
-        """Names the shards, removes what an earlier model left, writes index and config."""
+        """Renames the shards, removes files of an earlier model, and writes index and config."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -99,7 +99,7 @@ class FolderWriter:
 
 
 class _Place(NamedTuple):
-    """Where a tensor is: its file, what it is, and its bytes there."""
+    """Location of a tensor: its file, dtype, shape, offset and size in bytes."""
 
     path: Path
     dtype: str
@@ -109,19 +109,20 @@ class _Place(NamedTuple):
 
 
 class FolderReader:
-    """The tensors of a folder, read when asked for. Raises FileNotFoundError or ValueError naming the file.
+    """The tensors of a folder, read on request. Raises FileNotFoundError or ValueError with the file's name.
 
-    Notable: tensors are read, not mapped. Mapped files would show as memory of the process as large as the checkpoint.
+    Notable: tensors are read, not mapped. Mapped files would count as memory of the process, as large as the
+    checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.config: dict[str, Any] = read_object(folder / CONFIG)
         self._places: dict[str, _Place] = {}
         for file in weight_files(folder):
-            # From the files themselves: the index may be wrong about them.
+            # Read from the files themselves, because the index may be wrong.
             for name, place in _places(folder / file):
                 if (other := self._places.setdefault(name, place)) is not place:
-                    raise ValueError(f"tensor {name!r} lies in two files, {other.path} and {place.path}")
+                    raise ValueError(f"tensor {name!r} is in two files, {other.path} and {place.path}")
 
     def names(self) -> Iterator[str]:
         """Every tensor's name, file by file."""
@@ -131,7 +132,7 @@ class FolderReader:
         return name in self._places
 
     def entry(self, name: str) -> tuple[str, Shape]:
-        """A tensor's dtype, as safetensors says it, and shape, without reading it."""
+        """A tensor's safetensors dtype and shape, without reading it."""
         return self._places[name].dtype, self._places[name].shape
 
     def read(self, name: str) -> Tensor:
@@ -139,12 +140,12 @@ class FolderReader:
         place = self._places[name]
         raw = np.fromfile(place.path, np.uint8, place.size, offset=place.offset)
         if raw.nbytes != place.size:
-            raise ValueError(f"tensor {name!r} cannot be read from {place.path}: the file was cut")
+            raise ValueError(f"tensor {name!r} cannot be read from {place.path}: the file is truncated")
         return torch.from_numpy(raw).view(DTYPES[place.dtype]).view(place.shape)
 
 
 def _places(path: Path) -> Iterator[tuple[str, _Place]]:
-    """The tensors of one file by name, after the library has found it sound."""
+    """The tensors of one file by name, after the library has validated it."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -160,7 +161,7 @@ def _places(path: Path) -> Iterator[tuple[str, _Place]]:
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Atomically."""
+    """Writes a JSON file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
@@ -190,7 +191,7 @@ def _shards(layout: Layout, limit: int) -> Iterator[list[str]]:
 
 
 def _header(layout: Layout, names: list[str]) -> bytes:
-    """The head of a safetensors file: its length in 8 bytes, then JSON, filled up to a multiple of 8."""
+    """The header of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name in names:

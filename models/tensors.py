@@ -1,7 +1,7 @@
 """The logical tensors of a model: canonical names and shapes, from the config alone.
 
-The names are Hugging Face's for DeepSeek-V3, one per parameter and one per expert. They do not depend on how a run
-lays its experts out, so initialisation, checkpoints and exports all key on them. Pure Python, no torch.
+The names are Hugging Face's for DeepSeek-V3, one per parameter and one per expert. They do not depend on the layout of
+experts over ranks, so initialization, checkpoints and exports all use them. Pure Python, no torch.
 """
 
 from collections.abc import Iterator
@@ -68,15 +68,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def bias_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The routers' correction biases by canonical name: state that a rule moves, not a gradient."""
+    """The routers' correction biases by canonical name. They are updated by a rule, not by a gradient."""
     name = "model.layers.{}.mlp.gate.e_score_correction_bias"
     return {name.format(layer): (config.n_routed_experts,) for layer in config.moe_layers}
 
 
 def shared_tensors(config: ModelConfig) -> dict[str, str]:
-    """Names under which a Hugging Face folder holds a tensor once more -> the tensor's canonical name.
+    """Additional names of a tensor in a Hugging Face folder -> the tensor's canonical name.
 
-    Each multi-token prediction layer comes with the embedding and the head that it shares with the model.
+    Each multi-token prediction layer has copies of the embedding and the head that it shares with the model.
     """
     shared = {}
     for layer in config.mtp_layers:
@@ -86,13 +86,13 @@ def shared_tensors(config: ModelConfig) -> dict[str, str]:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether the official FP8 form stores this parameter in FP8: the linear maps of attention and MLPs, not the
-    router, the embedding, the head, nor the projection of multi-token prediction."""
+    """Whether the official FP8 format quantizes this parameter: the linear layers of attention and MLPs, but not the
+    router, the embedding, the head, or the projection of multi-token prediction."""
     return name.endswith(("_proj.weight", ".kv_a_proj_with_mqa.weight")) and not name.endswith(".eh_proj.weight")
 
 
 def scale_name(name: str) -> str:
-    """Where the scales of a parameter in FP8 are."""
+    """Name of the scales of an FP8 parameter."""
     return f"{name}_scale_inv"
 
 
@@ -102,9 +102,9 @@ def scale_shape(shape: Shape) -> Shape:
 
 
 def stored_tensors(config: ModelConfig, precision: str) -> dict[str, tuple[str, Shape]]:
-    """Name -> (dtype as safetensors says it, shape) of everything that a Hugging Face folder holds, in order.
+    """Name -> (safetensors dtype, shape) of all tensors in a Hugging Face folder, in order.
 
-    precision: "float32", "bf16" or "fp8" (linear maps in E4M3 with scales, the rest in BF16). Router biases are FP32.
+    precision: "float32", "bf16" or "fp8" (linear layers in E4M3 with scales, the rest in BF16). Router biases are FP32.
     """
     high_precision = "F32" if precision == "float32" else "BF16"
     copies: dict[str, list[str]] = {}
@@ -121,5 +121,5 @@ def stored_tensors(config: ModelConfig, precision: str) -> dict[str, tuple[str, 
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Everything that a checkpoint of the model holds: parameters and biases."""
+    """All tensors of the model's checkpoint: parameters and biases."""
     return parameter_shapes(config) | bias_shapes(config)

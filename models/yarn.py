@@ -1,13 +1,13 @@
 """YaRN: a longer context for the rotary part of a trained model (Peng et al., arXiv 2309.00071; DeepSeek-V3 §4.3).
 
-A pair of elements that turns often within the original context keeps its frequency; one that does not complete a turn
-has it divided by `factor`; between the two the frequencies blend linearly over the pairs' numbers. Scores grow with
-`score_magnitude` squared, which keeps the entropy of attention over more keys. Only the decoupled rotary part is
-scaled.
+A pair of elements that rotates often within the original context keeps its frequency. A pair that does not complete one
+rotation has its frequency divided by `factor`. In between, the frequencies are interpolated linearly over the pair
+index. Scores are multiplied by `score_magnitude` squared, which preserves the entropy of attention over more keys. Only
+the decoupled rotary part is scaled.
 
 Notable: DeepSeek's `mscale` and `mscale_all_dim` are two halves of the paper's one temperature: their quotient
-multiplies the rotary part alone, the second one all scores. In DeepSeek-V3 both are 1, which is the default here; in
-V2-Lite both are 0.707. So the quotient is 1 in every published model, and where it is not, DeepSeek's code,
+multiplies the rotary part alone, and the second multiplies all scores. In DeepSeek-V3 both are 1, which is the default
+here; in V2-Lite both are 0.707. So the quotient is 1 in every published model. Where it is not, DeepSeek's code,
 transformers and llama.cpp read one config as different models. Pure Python, no torch.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Yarn:
-    """The fields of a config's `rope_scaling`. A value out of range raises ValueError naming field, value and rule."""
+    """The fields of a config's `rope_scaling`. A value out of range raises ValueError with field, value and rule."""
 
     factor: float
     original_max_position_embeddings: int = 4096
@@ -47,8 +47,8 @@ class Yarn:
 
     @classmethod
     def from_hf(cls, rope: Mapping[str, Any]) -> "Yarn":
-        """Reads `rope_scaling` or `rope_parameters` of a config.json. Raises ValueError for what is not done here, and
-        where DeepSeek's code and transformers read different models."""
+        """Reads `rope_scaling` or `rope_parameters` of a config.json. Raises ValueError for unsupported values, and if
+        DeepSeek's code and transformers read different models."""
         made = cls.from_fields(rope)
         if rope.get("original_max_position_embeddings") is None:
             raise ValueError(
@@ -56,7 +56,7 @@ class Yarn:
                 "max_position_embeddings"
             )
         scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
-        if scales in ((None, None), (1, None)):  # of what is left out, all take this
+        if scales in ((None, None), (1, None)):  # all implementations use this default
             return dataclasses.replace(made, mscale=1.0, mscale_all_dim=0.0)
         if None in scales:
             raise _ambiguous(*scales)
@@ -64,7 +64,7 @@ class Yarn:
 
     @classmethod
     def from_fields(cls, rope: Mapping[str, Any]) -> "Yarn":
-        """From named fields, as a recipe has them; what is left out has its default."""
+        """Reads named fields, as in a recipe; missing fields have their defaults."""
         for name, only in (("attention_factor", None), ("truncate", True)):
             if rope.get(name, only) != only:
                 raise ValueError(f"rope_scaling.{name} = {rope[name]!r} is not supported; leave it out")
@@ -80,16 +80,16 @@ class Yarn:
 
     @property
     def rotary_magnitude(self) -> float:
-        """What the rotated elements of queries and keys are multiplied with."""
+        """The factor of the rotated elements of queries and keys."""
         return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
 
     @property
     def score_magnitude(self) -> float:
-        """The square root of what attention scores are multiplied with."""
+        """The square root of the factor of attention scores."""
         return self._magnitude(self.mscale_all_dim)
 
     def frequency_scales(self, dim: int, theta: float) -> list[float]:
-        """For each of the dim / 2 pairs, what its frequency theta^(-2i / dim) is multiplied with: 1 ... 1 / factor."""
+        """For each of the dim / 2 pairs, the factor of its frequency theta^(-2i / dim): 1 ... 1 / factor."""
         first = max(math.floor(self._pair(self.beta_fast, dim, theta)), 0)
         last = min(math.ceil(self._pair(self.beta_slow, dim, theta)), dim - 1)
         width = last - first if last != first else 0.001
@@ -97,7 +97,7 @@ class Yarn:
         return [blend / self.factor + (1.0 - blend) for blend in blends]
 
     def _pair(self, turns: float, dim: int, theta: float) -> float:
-        """The pair, as a real number, that turns so often within the original context."""
+        """The pair index, as a real number, that completes `turns` rotations within the original context."""
         return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     def _magnitude(self, scale: float) -> float:
@@ -112,6 +112,6 @@ def _ambiguous(mscale: float | None, mscale_all_dim: float | None) -> ValueError
 
 
 def unknown_fields(rope: Mapping[str, Any]) -> list[str]:
-    """The names in `rope_scaling` or `rope_parameters` that mean nothing."""
+    """Unknown names in `rope_scaling` or `rope_parameters`."""
     names = {field.name for field in dataclasses.fields(Yarn)}
     return sorted(set(rope) - names - {"type", "rope_type", "rope_theta", "attention_factor", "truncate"})

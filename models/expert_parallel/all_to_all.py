@@ -1,8 +1,8 @@
 """Asynchronous all-to-all of rows with per-rank counts, by collectives or through shared memory.
 
-A transfer is started, other work is done, and `wait` is called when the rows are needed. While it waits, a rank
-computes deferred weight gradients (`kernels/util/deferred.py`), if there are any. On a GPU the host runs ahead of the
-device and sees a transfer end late, so it launches all of them; they run beside the transfer all the same.
+A caller starts a transfer, does other work, and calls `wait` when it needs the rows. While waiting, a rank computes
+deferred weight gradients (`kernels/util/deferred.py`), if there are any. On a GPU the host runs ahead of the device and
+sees the end of a transfer late, so it launches all deferred gradients; they still overlap with the transfer.
 
 Shapes: T tokens, D columns, P ranks, N bytes of metadata of a token.
 """
@@ -20,12 +20,12 @@ from moray.kernels.util.deferred import DeferredGradients
 from moray.kernels.wire import packed_width
 from moray.models.expert_parallel.shared_memory import PeerMemory
 
-# Makes a context for a device that is entered around every wait, to measure exposed communication.
+# Returns a context manager for a device, entered around every wait, to measure exposed communication.
 Timed = Callable[[torch.device], AbstractContextManager[None]]
 
 
 class Transfer(Protocol):
-    """A transfer in flight, as torch.distributed's `Work`."""
+    """A transfer in flight, like torch.distributed's `Work`."""
 
     def is_completed(self) -> bool: ...
     def wait(self) -> Any: ...
@@ -35,7 +35,7 @@ class PendingRows(Protocol):
     """Rows in flight."""
 
     def wait(self) -> Tensor:
-        """Blocks until they have arrived; called once."""
+        """Blocks until the rows are received; called once."""
 
 
 def untimed(device: torch.device) -> AbstractContextManager[None]:
@@ -44,7 +44,7 @@ def untimed(device: torch.device) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class AllToAll:
-    """Exchanges rows between the ranks of `group`: through `memory`, where all ranks share a host, or by collectives.
+    """Exchanges rows between the ranks of `group`: through `memory`, if all ranks share a host, or by collectives.
     `deferred`: weight gradients to compute while waiting."""
 
     group: dist.ProcessGroup
@@ -53,13 +53,13 @@ class AllToAll:
     memory: PeerMemory | None = None
 
     def start(self, rows: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None) -> PendingRows:
-        """Starts to send `send_counts[p]` rows to rank p and to receive `recv_counts[p]` from it; None: equal shares,
-        and few, so that a collective takes them."""
+        """Starts sending `send_counts[p]` rows to rank p and receiving `recv_counts[p]` from it. None means equal
+        shares, which are small and always use a collective."""
         rows = rows.contiguous()
         if self.memory is not None and send_counts is not None and recv_counts is not None:
             with self.timed(rows.device):
                 number = self.memory.write(torch.split(rows, list(send_counts)))
-            return self._announced(number, recv_counts, rows)
+            return self._announce(number, recv_counts, rows)
         out = rows.new_empty((sum(recv_counts), *rows.shape[1:])) if recv_counts is not None else torch.empty_like(rows)
         receiving, sending = (None if counts is None else list(counts) for counts in (recv_counts, send_counts))
         transfer = dist.all_to_all_single(out, rows, receiving, sending, group=self.group, async_op=True)
@@ -73,26 +73,28 @@ class AllToAll:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
     ) -> PendingRows:
-        """Starts to send each row, quantised to FP8 and followed by its metadata, to the ranks of `sent_PT`, through
-        shared memory. What arrives is uint8 [rows, bytes], laid out as in `kernels/push.py`."""
+        """Starts sending each row, quantized to FP8 and followed by its metadata, to the ranks of `sent_PT`, through
+        shared memory. The received rows are uint8 [rows, bytes], in the layout of `kernels/push.py`."""
         assert self.memory is not None
         number = self.memory.push(rows_TD, metadata_TN, sent_PT, send_counts)
         width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
-        return self._announced(number, recv_counts, torch.empty(0, width, dtype=torch.uint8))
+        return self._announce(number, recv_counts, torch.empty(0, width, dtype=torch.uint8))
 
     def wait(self, transfer: Transfer, device: torch.device) -> None:
-        """Computes deferred gradients until the transfer has ended, then waits for it."""
+        """Computes deferred gradients until the transfer is complete, then waits for it."""
         if self.deferred is not None:
             self.deferred.fill(transfer.is_completed)
         with self.timed(device):
             transfer.wait()
 
-    def _announced(self, number: int, recv_counts: Sequence[int], like: Tensor) -> PendingRows:
-        """Tells all ranks that exchange `number` is written here, by a small collective."""
+    def _announce(self, number: int, recv_counts: Sequence[int], like: Tensor) -> PendingRows:
+        """Notifies all ranks, by a small collective, that exchange `number` of this rank is written."""
         assert self.memory is not None
-        heard = torch.empty(dist.get_world_size(self.group), dtype=torch.int64)
-        transfer = dist.all_to_all_single(heard, torch.full_like(heard, number), group=self.group, async_op=True)
-        return _PendingRead(self, self.memory, transfer, heard, number, recv_counts, like.new_empty(0, *like.shape[1:]))
+        received = torch.empty(dist.get_world_size(self.group), dtype=torch.int64)
+        transfer = dist.all_to_all_single(received, torch.full_like(received, number), group=self.group, async_op=True)
+        return _PendingRead(
+            self, self.memory, transfer, received, number, recv_counts, like.new_empty(0, *like.shape[1:])
+        )
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,19 @@ class _PendingCollective:
 
 @dataclass(frozen=True)
 class _PendingRead:
-    """Rows in shared memory that are whole once all ranks have announced exchange `number`."""
+    """Rows in shared memory, complete once all ranks have announced exchange `number`."""
 
     owner: AllToAll
     memory: PeerMemory
     transfer: Transfer
-    heard_P: Tensor
+    received_P: Tensor
     number: int
     recv_counts: Sequence[int]
     like: Tensor
 
     def wait(self) -> Tensor:
-        device = self.heard_P.device
+        device = self.received_P.device
         self.owner.wait(self.transfer, device)
-        assert self.heard_P.eq(self.number).all(), "ranks are at different exchanges"
+        assert self.received_P.eq(self.number).all(), "ranks are at different exchanges"
         with self.owner.timed(device):
             return self.memory.read(self.number, self.recv_counts, self.like)

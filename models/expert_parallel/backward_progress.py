@@ -1,7 +1,8 @@
-"""The progress of a backward pass: which weights' gradients are complete while those of earlier layers are pending.
+"""The progress of a backward pass: reports when the gradients of a layer and all later ones are complete.
 
-Number n is passed once the gradient of what goes into layer n is there, of every forward that the backward is of: then
-all that lies after it is done. (torch's engine adds a finished gradient to its weight before it does anything else.)
+Milestone n is passed once the gradient of layer n's input is computed, for every forward that the backward covers. The
+gradients of all later weights are then complete. (torch's engine adds a finished gradient to its weight before it runs
+the next node.)
 """
 
 from collections import Counter
@@ -12,14 +13,14 @@ from torch import Tensor
 
 
 class Milestones:
-    """Calls `passed(number)`, in the backward, at each; numbers descend."""
+    """Calls `passed(number)` in the backward at each milestone; numbers descend."""
 
     def __init__(self, passed: Callable[[int], None]) -> None:
         self._passed = passed
         self._to_come: Counter[int] = Counter()
 
     def set(self, x: Tensor, number: int) -> None:
-        """In the forward: the backward passes `number` at the gradient of x."""
+        """Sets a milestone in the forward: the backward passes `number` at the gradient of x."""
         if x.requires_grad:
             self._to_come[number] += 1
             x.register_hook(partial(self._reach, number))  # type: ignore[no-untyped-call]

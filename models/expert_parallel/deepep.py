@@ -1,14 +1,14 @@
 """Dispatch and combine by DeepEP's kernels: over NVLink within a node, over RDMA between nodes.
 
-For DeepEP 2.1 (`ElasticBuffer`, github.com/deepseek-ai/DeepEP), where it is installed: NVIDIA GPUs from Hopper on, NCCL
-from 2.30.4 on. The forward pass dispatches with the router's weights; the backward pass uses the handle of that
-dispatch (its README, "training"). Rows are BF16, or FP8 with FP32 scales that are powers of two; sums are BF16.
+This requires DeepEP 2.1 (`ElasticBuffer`, github.com/deepseek-ai/DeepEP), NVIDIA GPUs from Hopper on, and NCCL from
+2.30.4 on. The forward pass dispatches with the router's weights; the backward pass uses the handle of that dispatch
+(DeepEP's README, "training"). Rows are BF16, or FP8 with FP32 scales that are powers of two; sums are BF16.
 
-Notable: no machine has run this yet. What is tested is that it uses DeepEP as DeepEP's documentation says, against a
-stand-in that does what that says over gloo. DeepEP's transfers are no collectives of torch.distributed: whoever watches
-these does not see them, and it is DeepEP's own time limits that end a rank whose peer is gone.
+Notable: no machine has run this yet. The tests check that the calls follow DeepEP's documentation, against a stand-in
+that implements the documented behavior over gloo. DeepEP's transfers are not torch.distributed collectives, so
+monitoring of collectives does not see them. If a peer is gone, only DeepEP's own timeouts end a rank.
 
-Shapes: T tokens here, A rows that arrive, K slots, L experts here, D hidden size.
+Shapes: T tokens of this rank, A received rows, K slots, L local experts, D hidden size.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class _Event:
         self._event = event
 
     def is_completed(self) -> bool:
-        return False  # nobody on the host can tell
+        return False  # the host has no way to query it
 
     def wait(self) -> None:
         self._event.current_stream_wait()
@@ -60,7 +60,7 @@ class _Pending:
 
 
 class DeepEPExchange:
-    """By an `ElasticBuffer`, which all layers share."""
+    """An exchange by an `ElasticBuffer`, which all layers share."""
 
     def __init__(self, buffer: Any, all_to_all: AllToAll, routing: Routing, num_experts: int, fp8: bool) -> None:
         self._buffer, self._all_to_all, self._num_experts, self._fp8 = buffer, all_to_all, num_experts, fp8
@@ -101,7 +101,7 @@ class DeepEPExchange:
 
 
 class DeepEPDispatcher(ProcessGroupDispatcher):
-    """`buffer`: an `ElasticBuffer` of the group."""
+    """A dispatcher by `buffer`, an `ElasticBuffer` of the group."""
 
     def __init__(
         self,
@@ -119,8 +119,8 @@ class DeepEPDispatcher(ProcessGroupDispatcher):
 
 
 def elastic_buffer(group: dist.ProcessGroup, config: ModelConfig, tokens: int, fp8: bool) -> Any:
-    """DeepEP's buffer for layers of a model, with at most so many tokens of a rank at a time; the group's ranks all
-    call this. What arrives lies in one order in every run. Raises ImportError where DeepEP is not installed."""
+    """DeepEP's buffer for a model's layers, with at most `tokens` tokens per rank at a time. All ranks of the group
+    must call this. Received rows have the same order in every run. Raises ImportError if DeepEP is not installed."""
     from deep_ep import ElasticBuffer
 
     return ElasticBuffer(

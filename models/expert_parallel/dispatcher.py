@@ -1,12 +1,12 @@
-"""Dispatchers: rows to experts and sums of their results back, within a process or across a process group.
+"""Dispatchers: send tokens to experts and combine their results, within a process or across a process group.
 
-The stages of one layer, in the order of the forward pass, and the tensors that each leaves; the backward pass runs them
-in reverse, gradients through the same two exchanges in the other direction:
+The stages of one layer, in the order of the forward pass, and the tensor after each; the backward pass runs them in
+reverse and sends gradients through the same two exchanges in the other direction:
 
     stage                            tensor                  where
     1 SendPlan.gather                sent [C, D]             rank of the token; FP8 in FP8 training
     2 AllToAll.start    } dispatch
-    3 PendingRows.wait  }            received [A, D]         rank of the expert; ids and weights beside it
+    3 PendingRows.wait  }            received [A, D]         rank of the expert; with ids and weights
     4 ExpertPermutation.expand       at experts [R, D]       by expert
       (experts: results times the router's weights)  [R, D]
     5 ExpertPermutation.reduce       partial sums [A, D]     rank of the expert; BF16 in FP8 training
@@ -14,14 +14,14 @@ in reverse, gradients through the same two exchanges in the other direction:
     7 PendingRows.wait  }            returned [C, D]         rank of the token
     8 SendPlan.reduce                output [T, D]
 
-1 and 8 are skipped where all experts are local; shared memory does 1, quantisation and 2 in one pass
-(`kernels/push.py`). Expert e lives on rank e // (E / ranks). The router's weights travel with the rows and multiply the
-experts' results, so that each rank returns one sum for each row. In FP8 training that sum is rounded to BF16 once for
-each rank: this, and no more of what is computed, depends on the number of ranks.
+Stages 1 and 8 are skipped if all experts are local. Shared memory does stage 1, quantization and stage 2 in one pass
+(`kernels/push.py`). Expert e is on rank e // (E / ranks). Dispatch sends the router's weights with the rows, and they
+multiply the experts' results, so each rank returns one sum per row. In FP8 training that sum is rounded to BF16 once
+per rank. Only this rounding depends on the number of ranks.
 
-Notable: the start and the wait of an exchange are two nodes of autograd's graph, so that what is computed between them,
-forward and backward, hides the transfer (`interleave.py`). All ranks must run the same layers in the same order; a rank
-that sends or receives no rows takes part all the same.
+Notable: the start and the wait of an exchange are two nodes of autograd's graph. So computation between them, forward
+and backward, hides the transfer (`interleave.py`). All ranks must run the same layers in the same order; a rank that
+sends or receives no rows must still take part.
 
 Shapes: T tokens, K slots, E experts, C sent rows, A received rows, R rows at the local experts, D hidden size.
 """
@@ -44,14 +44,14 @@ _GRADIENT: dict[Direction, Direction] = {"dispatch": "combine", "combine": "disp
 
 
 class LayerDispatch:
-    """Implements `stages.DispatchHandle`. It lets go of what is not needed any more: the graph holds it up to the
+    """Implements `stages.DispatchHandle`. It frees tensors after use, because the graph keeps the handle until the
     backward pass."""
 
     def __init__(self, rows_TD: Tensor, weights_TK: Tensor, exchange: Exchange) -> None:
         self._payload: Payload | None = Payload(rows_TD, weights_TK)
         self._exchange = exchange
         self._permutation: ExpertPermutation | None = None
-        # Between a start and its wait the graph has an edge, and there is no tensor yet: this stands for it.
+        # An empty tensor for the graph's edge between a start and its wait, when the result does not exist yet.
         self._edge: Tensor | None = None
         self._pending: tuple[Direction, PendingPayload] | None = None
 
@@ -74,7 +74,7 @@ class LayerDispatch:
         return rows_TD
 
     def start(self, direction: Direction, payload: Payload) -> None:
-        """Starts one exchange: tokens' rows [T, D] with weights [T, K] or without, or experts' rows [R, D] with [R]."""
+        """Starts one exchange of tokens [T, D], with weights [T, K] or without, or of expert rows [R, D] with [R]."""
         if direction == "dispatch":
             pending = self._exchange.start_dispatch(payload)
         else:
@@ -85,7 +85,7 @@ class LayerDispatch:
         self._pending = direction, pending
 
     def finish(self) -> Payload:
-        """Waits for the exchange that was started last; what it brought, in the other of the two forms."""
+        """Waits for the last started exchange. Dispatch gives expert rows, combine gives tokens."""
         assert self._pending is not None
         (direction, pending), self._pending = self._pending, None
         payload = pending.wait()
@@ -132,17 +132,18 @@ class _Wait(torch.autograd.Function):
 
 
 class LocalDispatcher:
-    """All experts are local."""
+    """A dispatcher for local experts only."""
 
     def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> LayerDispatch:
         return LayerDispatch(rows_TD, routing.weights_TK, LocalExchange(routing, fp8))
 
 
 class ProcessGroupDispatcher:
-    """Experts are spread evenly over the ranks of a torch.distributed group.
+    """A dispatcher for experts distributed evenly over the ranks of a torch.distributed group.
 
-    `experts`: the range that this rank must hold. `deferred`: weight gradients to compute while it waits. `memory`:
-    shared memory of the group's ranks, if rows are to go through it. Raises ValueError when the experts do not divide.
+    `experts`: the range that this rank must hold. `deferred`: weight gradients to compute while waiting. `memory`:
+    shared memory of the group's ranks, if rows are sent through it. Raises ValueError if the experts are not divisible
+    by the ranks.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class ProcessGroupDispatcher:
         self.all_to_all = AllToAll(group, timed, deferred, memory)
         self.ranks = dist.get_world_size(group)
         if num_experts % self.ranks:
-            raise ValueError(f"{num_experts} experts do not divide over the {self.ranks} ranks of the group")
+            raise ValueError(f"{num_experts} experts are not divisible by the {self.ranks} ranks of the group")
         self.num_experts = num_experts
         local = num_experts // self.ranks
         first = dist.get_rank(group) * local
@@ -171,7 +172,7 @@ class ProcessGroupDispatcher:
 
 
 def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -> Dispatcher:
-    """`given`, or the local dispatcher; ValueError where it does not fit the experts held here."""
+    """Returns `given`, or the local dispatcher. Raises ValueError if it does not match this rank's experts."""
     if given is None and experts != range(num_experts):
         raise ValueError(f"experts = {experts} is not all of {num_experts}: a dispatcher must reach the others")
     if isinstance(given, ProcessGroupDispatcher) and given.experts != experts:

@@ -1,9 +1,9 @@
-"""One layer's exchange of rows between ranks: tokens to the ranks of their experts, partial sums of results back.
+"""One layer's exchange of rows between ranks: dispatch to the ranks of the experts, combine of partial sums of results.
 
-Dispatch sends each token once to each rank that holds any of its experts (`send_plan.py`). In the forward pass the ids
-of the token's experts and the router's weights go with it. In FP8 training dispatch sends FP8 (`kernels/wire.py`):
-tokens in the forward pass, gradients of results in the backward pass. Combine returns one row for each row received, in
-the rows' own dtype (DeepSeek-V3 §3.3.3), and sums them where the token is.
+Dispatch sends each token once to each rank that holds any of its experts (`send_plan.py`). In the forward pass it also
+sends the ids of the token's experts and the router's weights. In FP8 training dispatch sends FP8 (`kernels/wire.py`):
+tokens in the forward pass, gradients of results in the backward pass. Combine returns one row per received row, in the
+rows' own dtype (DeepSeek-V3 §3.3.3), and sums them on the token's rank.
 
 Shapes: T tokens of this rank, A received rows, K slots, P ranks, E experts, L local experts, C sent rows, D hidden
 size, N bytes of metadata.
@@ -23,7 +23,8 @@ from moray.models.expert_parallel.stages import Routing
 
 
 class Payload(NamedTuple):
-    """What is exchanged: rows, [T, D] or [A, D], and a number for each of their slots, [T, K] or [A, K], or None."""
+    """The tensors of an exchange: rows, [T, D] or [A, D], and a number for each of their slots, [T, K] or [A, K], or
+    None."""
 
     rows: Tensor
     weights: Tensor | None
@@ -33,29 +34,29 @@ class PendingPayload(Protocol):
     """A payload in flight."""
 
     def wait(self) -> Payload:
-        """Blocks until it has arrived; called once."""
+        """Blocks until the payload is received; called once."""
 
 
 class Exchange(Protocol):
-    """The exchange of one layer. The first dispatch brings the weights. The backward pass uses the same two directions,
-    so later calls may come without weights."""
+    """The exchange of one layer. The first dispatch sends the weights. The backward pass uses the same two directions,
+    so later calls may omit weights."""
 
     def start_dispatch(self, payload: Payload) -> PendingPayload:
-        """Starts to send tokens' rows to the ranks of their experts."""
+        """Starts sending tokens to the ranks of their experts."""
 
     def start_combine(self, payload: Payload) -> PendingPayload:
-        """Starts to return one row for each received row, in their order; they are summed where the token is."""
+        """Starts returning one row per received row, in their order; the token's rank sums them."""
 
     def counts_L(self) -> Tensor:  # noqa: N802
-        """Rows of each local expert, int64, once a dispatch has started. On the host where the host has heard it."""
+        """Rows of each local expert, int64, once a dispatch has started. On the host if the host has received them."""
 
     def permutation(self) -> ExpertPermutation:
-        """Of the received rows over the local experts, once a dispatch with weights has arrived."""
+        """The permutation of received rows by local expert, once a dispatch with weights has been received."""
 
 
 @dataclass(frozen=True)
 class ReadyPayload:
-    """A payload that has not left this process."""
+    """A payload that was not sent."""
 
     payload: Payload
 
@@ -64,8 +65,8 @@ class ReadyPayload:
 
 
 class LocalExchange:
-    """All experts are local, and nothing is sent. Rows are rounded to FP8 all the same, so that results depend on the
-    number of ranks as little as possible."""
+    """An exchange with all experts local, which sends nothing. Rows are still rounded to FP8, so that results depend as
+    little as possible on the number of ranks."""
 
     def __init__(self, routing: Routing, fp8: bool) -> None:
         self._ids_TK, self._counts_E, self._fp8 = routing.ids_TK, routing.counts_E, fp8
@@ -95,10 +96,10 @@ class RowCounts(NamedTuple):
 
 
 class CountExchange:
-    """A small all-to-all ahead of the rows: an exchange of rows needs its counts on the host.
+    """A small all-to-all ahead of the rows, because an exchange of rows needs its counts on the host.
 
-    On a GPU the received counts are copied to the host on a stream of their own, so that reading them does not wait for
-    kernels that were launched meanwhile.
+    On a GPU the received counts are copied to the host on a separate stream, so reading them does not wait for kernels
+    launched in the meantime.
     """
 
     def __init__(self, all_to_all: AllToAll, counts_E: Tensor, send_counts_P: Tensor) -> None:
@@ -112,12 +113,12 @@ class CountExchange:
             both = torch.stack((self._sent_PX, self._pending.wait()))
         else:
             with torch.cuda.stream(self._side):
-                both = torch.stack((self._sent_PX, self._pending.wait())).cpu()  # the one sync, of this stream alone
+                both = torch.stack((self._sent_PX, self._pending.wait())).cpu()  # the only sync, of this stream alone
         return RowCounts(both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0))
 
 
 class AllToAllExchange:
-    """By `AllToAll`: counts first, then bytes of rows with their metadata."""
+    """An exchange by `AllToAll`: first counts, then the bytes of rows with their metadata."""
 
     def __init__(self, all_to_all: AllToAll, routing: Routing, experts: range, ranks: int, fp8: bool) -> None:
         self._all_to_all, self._ids_TK, self.experts, self.fp8 = all_to_all, routing.ids_TK, experts, fp8
@@ -144,7 +145,7 @@ class AllToAllExchange:
         assert self._counts is not None
         send, recv, _ = self._counts
         rows_AD, weights_AK = payload
-        like = rows_AD.new_empty(0, rows_AD.shape[1])  # not the rows themselves, which are free once they are sent
+        like = rows_AD.new_empty(0, rows_AD.shape[1])  # not the rows themselves, which are freed once sent
         if weights_AK is None:
             return _PendingCombine(self._plan, self._all_to_all.start(rows_AD, recv, send), like, None)
         bytes_AX = torch.cat((_as_bytes(rows_AD), _as_bytes(weights_AK)), dim=1)
@@ -159,12 +160,12 @@ class AllToAllExchange:
         return ExpertPermutation.of(self._ids_AK, len(self.experts), int(self.counts_L().sum()))
 
     def received(self, ids_AK: Tensor) -> None:
-        """Global ids of the received rows' experts."""
+        """Sets the global expert ids of the received rows."""
         local_AK = ids_AK - self.experts.start
         self._ids_AK = torch.where((local_AK >= 0) & (local_AK < len(self.experts)), local_AK, -1)
 
     def _metadata(self, rows_TD: Tensor, weights_TK: Tensor | None) -> Tensor:
-        """Bytes that go with the rows, uint8 [T, N]: expert ids, then weights."""
+        """Bytes sent with the rows, uint8 [T, N]: expert ids, then weights."""
         if weights_TK is None:
             return rows_TD.new_empty((len(rows_TD), 0), dtype=torch.uint8)
         return torch.cat((_as_bytes(self._ids_TK.int()), _as_bytes(weights_TK)), dim=1)
@@ -196,7 +197,7 @@ class _PendingDispatch:
 
 @dataclass(frozen=True)
 class _PendingCombine:
-    """Returned rows, to be summed by token; as bytes, followed by those of weights, where `weights_dtype` is given.
+    """Returned rows, to be summed by token. If `weights_dtype` is given, they are bytes, followed by those of weights.
     like: has the rows' width and dtype."""
 
     plan: SendPlan
@@ -215,7 +216,7 @@ class _PendingCombine:
 
 
 def _as_bytes(rows_XD: Tensor) -> Tensor:
-    if not len(rows_XD):  # its last stride may be any
+    if not len(rows_XD):  # an empty tensor may have any last stride
         return rows_XD.new_empty((0, rows_XD.shape[1] * rows_XD.element_size()), dtype=torch.uint8)
     return rows_XD.contiguous().view(torch.uint8)
 

@@ -1,10 +1,10 @@
-"""Micro-batches in turn: a generator yields after it has started an exchange and before it waits for it.
+"""Interleaves micro-batches: a generator yields after it has started an exchange and before it waits for it.
 
-While one waits, the others compute. A single one just continues.
+While one waits, the others compute. A single one continues without waiting for others.
 
 Notable: autograd runs the backward pass in the reverse order of the forward pass, also across losses that are added up.
-So what runs between a start and its wait in the forward pass does so in the backward pass too, and one schedule serves
-both (torch's engine takes, of the nodes that are ready, the one that was made last).
+So computation between a start and its wait in the forward pass is also between them in the backward pass, and one
+schedule serves both. (Among ready nodes, torch's engine takes the one created last.)
 """
 
 from collections.abc import Generator, Sequence
@@ -15,7 +15,7 @@ Parts = Generator[None, None, T]
 
 
 def run_alone(work: Parts[T]) -> T:
-    """Does it all; what it returns."""
+    """Runs one generator to its end; returns its value."""
     while True:
         try:
             next(work)
@@ -25,7 +25,7 @@ def run_alone(work: Parts[T]) -> T:
 
 
 def interleave(works: Sequence[Parts[T]]) -> list[T]:
-    """Does a part of each in turn until all are done; what they return."""
+    """Runs the generators round-robin, one part at a time, until all have ended; returns their values."""
     results: dict[int, T] = {}
     while len(results) < len(works):
         for number, work in enumerate(works):

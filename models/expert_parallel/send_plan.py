@@ -1,7 +1,7 @@
-"""Which ranks each token is sent to: once to every rank that holds any of its experts, however many it holds.
+"""The send plan: each token is sent once to every rank that holds any of its experts, however many.
 
-With DeepSeek-V3's eight experts of at most four groups, a token is sent half as often as it has experts, or less, and
-combine returns half as many rows.
+With DeepSeek-V3's eight experts of at most four groups, a token is sent at most half as often as it has experts, and
+combine returns at most half as many rows.
 
 Shapes: T tokens, K slots, P ranks, C rows sent, X columns.
 """
@@ -16,14 +16,14 @@ from moray.kernels.permute import sum_slots
 
 @dataclass(frozen=True)
 class SendPlan:
-    """The rows that a rank sends, by receiving rank, then in the order of tokens. sent_PT: bool, whether rank p gets
-    token t."""
+    """The rows that a rank sends, by receiving rank, then in token order. sent_PT: bool, whether token t is sent to
+    rank p."""
 
     sent_PT: Tensor
 
     @classmethod
     def of(cls, ids_TK: Tensor, ranks: int, local: int) -> "SendPlan":
-        """For tokens routed to the experts ids_TK, int64, of which each rank holds `local`."""
+        """The plan for tokens routed to the experts ids_TK, int64, with `local` experts per rank."""
         sent_TP = torch.zeros(len(ids_TK), ranks, dtype=torch.bool, device=ids_TK.device)
         return cls(sent_TP.scatter_(1, ids_TK // local, True).t().contiguous())
 
@@ -32,7 +32,7 @@ class SendPlan:
         return self.sent_PT.sum(1)
 
     def gather(self, rows_TX: Tensor, count: int) -> Tensor:
-        """The rows to send: rows_CX. `count` is C, which is given so that no device has to be asked for it."""
+        """The rows to send: rows_CX. `count` is C; it is passed in so that no device is synchronized."""
         return rows_TX.index_select(0, torch.nonzero_static(self.sent_PT, size=count)[:, 1])
 
     def reduce(self, rows_CX: Tensor) -> Tensor:

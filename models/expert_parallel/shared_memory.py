@@ -1,13 +1,13 @@
-"""Memory that the ranks of one host write into each other, where their rows would otherwise go through a socket.
+"""Shared memory through which the ranks of one host exchange rows, instead of through sockets.
 
-A rank has a file in memory, with an inbox for each rank of its group, that all of them map. It has no name, so nothing
-stays behind, however a process ends; and it takes memory only where something was ever written, so that its inboxes may
-be as large as one likes.
+Each rank has a file in memory, with an inbox for each rank of its group, and all ranks map it. The file has no name, so
+nothing remains however a process ends. It uses memory only for written pages, so the inboxes may be arbitrarily large.
 
-Who has written says so by a collective, which is as visible to whoever watches collectives as any, and ends when a
-peer does. Inboxes are used in turn, SETS of them. With at most IN_FLIGHT exchanges between their write and their read,
-and reads in the order of writes, exchange n is written after n - IN_FLIGHT was heard of: its peers had then read what
-they were told before n - 2 * IN_FLIGHT, so no inbox is written that is still to be read.
+A rank announces a write by a collective. So monitoring of collectives sees it, and it fails if a peer is gone. There
+are SETS sets of inboxes, used in rotation. At most IN_FLIGHT exchanges are between their write and their read, and
+reads are in the order of writes. So exchange n is written after the announcements of exchange n - IN_FLIGHT were
+received. By then its peers had read all exchanges before n - 2 * IN_FLIGHT, so no inbox is overwritten before it is
+read.
 """
 
 import contextlib
@@ -26,32 +26,32 @@ from moray.kernels.wire import packed_width
 
 IN_FLIGHT = 2
 SETS = 2 * IN_FLIGHT
-_INBOX = 1 << 32  # bytes of addresses
+_INBOX = 1 << 32  # bytes of address space
 
 
 class PeerMemory:
-    """Inboxes of a group's ranks. `files`: of all ranks, in their order, uint8."""
+    """Inboxes of a group's ranks. `files`: those of all ranks, in order, uint8."""
 
     def __init__(self, rank: int, files: Sequence[Tensor]) -> None:
         self._rank, self._files = rank, files
         self._written = self._read = 0
 
     def write(self, parts: Sequence[Tensor]) -> int:
-        """Rows for each rank, contiguous; the number of this exchange."""
+        """Writes contiguous rows for each rank; returns the number of this exchange."""
         for inbox, rows in zip(self._inboxes([rows.nbytes for rows in parts]), parts, strict=True):
             inbox.copy_(rows.reshape(-1).view(torch.uint8))
         return self._next()
 
     def push(self, rows_TD: Tensor, metadata_TN: Tensor, sent_PT: Tensor, counts: Sequence[int]) -> int:
-        """Writes rows in FP8, with their metadata, for each rank (`kernels/push.py`); counts: rows for each."""
+        """Writes rows in FP8, with their metadata, for each rank (`kernels/push.py`). counts: rows for each rank."""
         width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
         inboxes = [inbox.view(-1, width) for inbox in self._inboxes([count * width for count in counts])]
         push_rows(rows_TD, metadata_TN, sent_PT, inboxes)
         return self._next()
 
     def read(self, number: int, counts: Sequence[int], like: Tensor) -> Tensor:
-        """So many rows from each rank, of exchange `number`, once all are said to be written; `like` has their
-        trailing shape and dtype."""
+        """Reads `counts[p]` rows from each rank p, of exchange `number`, once all ranks have announced it. `like` has
+        the rows' trailing shape and dtype."""
         assert number == self._read, "exchanges are read in the order of writes"
         self._read += 1
         width = like.shape[1:].numel() * like.element_size()
@@ -59,11 +59,11 @@ class PeerMemory:
         return torch.cat(parts).view(like.dtype).view(-1, *like.shape[1:])
 
     def _inboxes(self, sizes: Sequence[int]) -> list[Tensor]:
-        """Of every rank, the one for this rank's next exchange, as many bytes of it."""
+        """For every rank, the inbox of this rank's next exchange, cut to the given size in bytes."""
         if self._written - self._read == IN_FLIGHT:
-            raise RuntimeError(f"more than {IN_FLIGHT} exchanges are between their write and their read")
+            raise RuntimeError(f"more than {IN_FLIGHT} exchanges are in flight")
         if max(sizes) > _INBOX:
-            raise RuntimeError(f"{max(sizes)} bytes for one rank are more than {_INBOX}: make micro-batches smaller")
+            raise RuntimeError(f"{max(sizes)} bytes for one rank exceed {_INBOX}: use smaller micro-batches")
         return [self._place(peer, self._rank, self._written)[:size] for peer, size in enumerate(sizes)]
 
     def _place(self, owner: int, sender: int, number: int) -> Tensor:
@@ -76,7 +76,8 @@ class PeerMemory:
 
 
 def connect(group: dist.ProcessGroup) -> PeerMemory | None:
-    """The memory of a gloo group's ranks, which all call this; None on all if any cannot write to any other's."""
+    """The shared memory of a gloo group's ranks, which must all call this. None on all ranks if any rank cannot write
+    to any other's."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     with contextlib.ExitStack() as stack:
         descriptor = _create(SETS * ranks * _INBOX)
@@ -87,19 +88,19 @@ def connect(group: dist.ProcessGroup) -> PeerMemory | None:
         dist.all_gather_object(places, mine, group)
         files = [_map(place) for place in places]
         missing = torch.tensor(sum(file is None for file in files))
-        dist.all_reduce(missing, group=group)  # after it, files need no descriptor
+        dist.all_reduce(missing, group=group)  # after this, the files need no descriptor
     return None if missing else PeerMemory(rank, [file for file in files if file is not None])
 
 
 def _create(size: int) -> int | None:
-    """A descriptor of a file in memory. None where there are none: another system than Linux."""
+    """Descriptor of a file in memory. None if the system has no such files (other than Linux)."""
     if not hasattr(os, "memfd_create"):
         return None
     descriptor = None
     try:
         descriptor = os.memfd_create("moray-inboxes")
         os.truncate(descriptor, size)
-    except OSError:  # not allowed, or larger than files may be
+    except OSError:  # not allowed, or above the limit on file size
         if descriptor is not None:
             os.close(descriptor)
         return None
@@ -107,7 +108,7 @@ def _create(size: int) -> int | None:
 
 
 def _host() -> str:
-    """The same for processes that see each other, and no network lies between."""
+    """An identifier that is equal for processes that see each other and share a network namespace."""
     names = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
     return " ".join((Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *names))
 
@@ -118,6 +119,6 @@ def _map(place: tuple[str, str] | None) -> Tensor | None:
     try:
         with open(place[1], "r+b") as file:
             memory = mmap.mmap(file.fileno(), 0)
-    except (OSError, ValueError):  # no right to, or more addresses than this process may have
+    except (OSError, ValueError):  # no permission, or above the process's limit on address space
         return None
     return torch.from_numpy(np.frombuffer(memory, np.uint8))

@@ -1,11 +1,11 @@
 """The stages of a layer: attend and route, dispatch, experts, combine, aggregate.
 
-They are separate calls so that a schedule may run other compute while rows are in flight; `layer_parts` is that
-schedule. A `Dispatcher` moves rows between tokens and experts; the layer does not know whether the experts are in this
-process.
+The stages are separate calls so that a schedule can run other computation while rows are in flight; `layer_parts` is
+that schedule. A `Dispatcher` exchanges rows between tokens and experts. The layer does not depend on whether the
+experts are in this process.
 
-Shapes: B batch, T tokens (of a row, or of the flattened batch where there is no B), K slots, E experts, L local
-experts, R rows, D hidden size.
+Shapes: B batch, T tokens (of a row, or of the flattened batch without B), K slots, E experts, L local experts, R rows,
+D hidden size.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ A_contra = TypeVar("A_contra", contravariant=True)
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a layer of experts is to know of the B x T places of a batch in training. By default all are alike.
+    """Information for an MoE layer about the B x T positions of a training batch. By default all positions are equal.
 
-    token_positions_R: int64, the places that hold a token, where some are padding; no other is sent to an expert, nor counted.
-    counted_T: bool, the places whose pairs count for the load. weights_B: each sequence's weight in the balance loss,
-    which is then to be divided by their sum. forced_ids_TK: int64, the experts that each place's token goes to, instead of
-    those that the layer's router would choose.
+    token_positions_R: int64, the positions that hold a token, if there is padding; padding is sent to no expert and not
+    counted. counted_T: bool, the positions whose pairs count for the load. weights_B: each sequence's weight in the
+    balance loss, which is later divided by their sum. forced_ids_TK: int64, the experts of each position, replacing the
+    router's choice.
     """
 
     token_positions_R: Tensor | None = None
@@ -37,7 +37,7 @@ class RoutingContext:
     forced_ids_TK: Tensor | None = None
 
     def gather(self, values_TX: Tensor) -> Tensor:
-        """Of the values at all places those at places with a token: [R, ...]."""
+        """The values at positions with a token: [R, ...]."""
         return values_TX if self.token_positions_R is None else values_TX.index_select(0, self.token_positions_R)
 
     def scatter(self, rows_RD: Tensor, positions: int) -> Tensor:
@@ -47,10 +47,11 @@ class RoutingContext:
         return rows_RD.new_zeros(positions, rows_RD.shape[1]).index_copy(0, self.token_positions_R, rows_RD)
 
     def counted(self, positions: int, device: torch.device) -> Tensor | None:
-        """bool [T], the places that count; None: all."""
+        """bool [T], the positions that count. None if all do."""
         if self.token_positions_R is None:
             return self.counted_T
-        real_T = torch.zeros(positions, dtype=torch.bool, device=device).index_fill(0, self.token_positions_R, value=True)
+        real_T = torch.zeros(positions, dtype=torch.bool, device=device)
+        real_T = real_T.index_fill(0, self.token_positions_R, value=True)
         return real_T if self.counted_T is None else real_T & self.counted_T
 
 
@@ -59,8 +60,8 @@ DEFAULT_CONTEXT = RoutingContext()
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the rows of tokens go, padding left out. ids_TK int64; weights_TK, factors of the experts' results;
-    counts_E int64, how many pairs go to each expert.
+    """The routing of tokens, without padding. ids_TK int64; weights_TK, factors of the experts' results; counts_E
+    int64, the number of pairs of each expert.
 
     balance: the layer's sequence-wise balance loss, a scalar (`kernels.router`); None outside training.
     """
@@ -72,38 +73,40 @@ class Routing:
 
 
 class DispatchHandle(Protocol):
-    """The exchange of one layer's rows. Its calls come in this order, once each."""
+    """The exchange of one layer's rows. Its methods are called in this order, once each."""
 
     def start_dispatch(self) -> None:
-        """Starts to send the rows to their experts."""
+        """Starts sending the rows to their experts."""
 
     def wait_dispatch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Waits for the rows of the local experts: rows_RD, sorted by expert, the router's weight of each, weights_R,
-        and counts_L, int64, the rows of each *local* expert; on the host where the dispatcher had to bring it there."""
+        """Waits for the rows of the local experts. Returns rows_RD, sorted by expert; the router's weight of each,
+        weights_R; and counts_L, int64, the rows of each *local* expert, on the host if the dispatcher needed them
+        there."""
 
     def start_combine(self, rows_RD: Tensor) -> None:
-        """Starts to return the experts' results, which are multiplied by the weights."""
+        """Starts returning the experts' results, already multiplied by the weights."""
 
     def wait_combine(self) -> Tensor:
-        """Waits for the sums of these for this rank's tokens: rows_TD."""
+        """Waits for the sums of the results for this rank's tokens: rows_TD."""
 
 
 class Dispatcher(Protocol):
-    """Moves rows to experts and results back. Every rank makes the same calls in the same order, since each may be a
-    collective."""
+    """Exchanges rows between tokens and experts. Every rank must make the same calls in the same order, because each
+    may be a collective."""
 
     def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> DispatchHandle:
-        """Prepares to send row t to the experts `routing.ids_TK[t]`, and starts to tell their ranks how many rows will
-        come. With `fp8`, rows are sent in FP8, and so are the gradients of the results."""
+        """Prepares to send row t to the experts `routing.ids_TK[t]`, and starts sending their ranks the row counts.
+        With `fp8`, rows are sent in FP8, and so are the gradients of the results."""
         ...
 
 
 @dataclass(frozen=True)
 class Attended:
-    """A layer after its attention: the residual stream, the normalised rows for the experts, their routing.
+    """A layer's state after its attention: the residual stream, the normalized hidden states for the experts, their
+    routing.
 
-    routing is None in a layer without experts. recompute: what the layer does not hold for its backward. places: of the
-    batch, and which of them are routed.
+    routing is None in a layer without experts. recompute: the context of tensors that the backward recomputes. context:
+    the batch's routing context.
     """
 
     residual_BTD: Tensor
@@ -114,9 +117,9 @@ class Attended:
 
 
 class Layer(Protocol[A_contra]):
-    """The stages of one layer. `attend` runs the layer's attention on normalised rows (training or cached).
+    """The stages of one layer. `attend` runs the layer's attention on normalized hidden states (training or cached).
 
-    `local` is what every token visits: the dense MLP of a layer without experts, or the shared expert, or None.
+    `local` processes every token: the dense MLP of a layer without experts, or the shared expert, or None.
     """
 
     def attend_route(self, x_BTD: Tensor, attend: A_contra, context: RoutingContext) -> Attended: ...
@@ -132,9 +135,9 @@ Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 def layer_parts(
     layer: Layer[Attend], x_BTD: Tensor, attend: Attend, context: RoutingContext = DEFAULT_CONTEXT
 ) -> Parts[tuple[Tensor, Routing | None]]:
-    """The layer's output and its routing, if it has experts. Yields while rows are in flight.
+    """Runs a layer; returns its output and its routing, if it has experts. Yields while rows are in flight.
 
-    The shared expert is computed while the ranks exchange how many rows will come.
+    The shared expert is computed while the ranks exchange the row counts.
     """
     attended = layer.attend_route(x_BTD, attend, context)
     if attended.routing is None:

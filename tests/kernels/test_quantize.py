@@ -7,12 +7,12 @@ from moray.kernels.quantize import (
     E4M3_MAX,
     check_scales,
     dequantize,
+    fp8_to_bf16,
     quantize,
     quantize_both_reference,
     quantize_both_triton,
     quantize_reference,
     quantize_triton,
-    fp8_to_bf16,
 )
 from tests.examples import examples
 from tests.kernels.compare import draw, same_bits

@@ -79,7 +79,9 @@ def test_triton_is_the_reference(batch, tokens, heads, size, offset, one_table, 
     generator = torch.Generator().manual_seed(seed)
     positions = torch.randint(0, 4096, (1 if one_table else batch, tokens), generator=generator)
     tables = rope_table(positions, size, 10000.0, dtype)
-    found, expected = (_with_gradient(implementation, x, dy, *tables) for implementation in (rope_triton, rope_reference))
+    found, expected = (
+        _with_gradient(implementation, x, dy, *tables) for implementation in (rope_triton, rope_reference)
+    )
     exact = _with_gradient(rope_reference, x.double(), dy.double(), *(table.double() for table in tables))
     assert found[0].is_contiguous()
     # Without fused multiply-adds, as here, the operations are the reference's.

@@ -157,7 +157,9 @@ def _separated(draw):
 def test_triton_chooses_the_references_experts(case, seed):
     logits_TE, bias_E, options = case
     logits_TE.requires_grad_()
-    found, expected = (implementation(logits_TE, bias_E, **options) for implementation in (route_triton, route_reference))
+    found, expected = (
+        implementation(logits_TE, bias_E, **options) for implementation in (route_triton, route_reference)
+    )
     assert found[0].dtype == found[2].dtype == torch.int64
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[2], expected[2])
@@ -199,7 +201,9 @@ def test_extreme_logits(implementation):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_nan_is_chosen_first_and_shows_in_the_weights(implementation, normalise, sign):
     logits_TE = torch.tensor([[1.0, 2.0, 3.0, math.copysign(math.nan, sign), 0.0, 1.0], [0.0] * 6])
-    ids, weights, counts = implementation(logits_TE, torch.zeros(6), top_k=3, n_group=3, topk_group=2, normalise=normalise)
+    ids, weights, counts = implementation(
+        logits_TE, torch.zeros(6), top_k=3, n_group=3, topk_group=2, normalise=normalise
+    )
     assert ids.tolist() == [[3, 2, 1], [0, 1, 2]]
     assert weights.isnan().tolist() == [[True, normalise, normalise], [False] * 3]
     assert counts.tolist() == [1, 2, 2, 1, 0, 0]

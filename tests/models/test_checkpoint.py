@@ -82,7 +82,10 @@ NAME = "model.layers.2.mlp.experts.5.up_proj.weight"
     [
         (lambda t: t.pop(NAME), f"tensor '{NAME}' is missing"),
         (lambda t: t.update({"model.layers.3.stray.weight": torch.zeros(1)}), "tensor 'model.layers.3.stray.weight'"),
-        (lambda t: t.update({NAME: torch.zeros(3, 2)}), rf"tensor '{NAME}' has shape \(3, 2\), the config says \(12, "),
+        (
+            lambda t: t.update({NAME: torch.zeros(3, 2)}),
+            rf"tensor '{NAME}' has shape \(3, 2\), the config requires \(12, ",
+        ),
         (lambda t: t[NAME][0].fill_(float("nan")), f"tensor '{NAME}' holds values that are not finite"),
     ],
 )

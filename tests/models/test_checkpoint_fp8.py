@@ -105,7 +105,10 @@ NAME = "model.layers.2.mlp.experts.5.up_proj.weight"
         (lambda t: t.pop(scale_name(NAME)), f"tensor '{NAME}_scale_inv' is missing"),
         (lambda t: t[scale_name(NAME)].zero_(), f"tensor '{NAME}_scale_inv' holds scales that are not positive"),
         (lambda t: t.update({scale_name(NAME): torch.ones(1, 2)}), rf"'{NAME}_scale_inv' has shape \(1, 2\)"),
-        (lambda t: t.update({NAME: t[NAME].bfloat16()}), f"tensor '{NAME}' has dtype BF16, the config says F8_E4M3"),
+        (
+            lambda t: t.update({NAME: t[NAME].bfloat16()}),
+            f"tensor '{NAME}' has dtype BF16, the config requires F8_E4M3",
+        ),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}), "'lm_head.weight' has dtype I32"),
     ],
 )

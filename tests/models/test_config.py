@@ -20,7 +20,7 @@ from moray.models.yarn import Yarn
         ("rms_norm_eps", float("nan"), "positive number"),
         ("norm_topk_prob", 1, "true or false"),
         ("n_routed_experts", 9, "divisible by n_group = 4"),
-        ("n_group", 8, "at least 2 experts a group"),
+        ("n_group", 8, "at least 2 experts per group"),
         ("topk_group", 5, "n_group = 4"),
         ("num_experts_per_tok", 5, "4 experts of topk_group groups"),
         ("first_k_dense_replace", 4, "num_hidden_layers = 3"),

@@ -96,7 +96,7 @@ def test_weights_outside_of_the_folder_are_refused(folder: Path, home: Home) -> 
     (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
     index = {"weight_map": {TENSOR: "../x.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"into '\.\./x\.safetensors', which is no file of the folder"):
+    with pytest.raises(InputError, match=r"into '\.\./x\.safetensors', which is not a file of the folder"):
         api.import_model(folder, home=home)
     assert not list(home.aliases.glob("*"))
 

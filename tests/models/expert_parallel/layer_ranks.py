@@ -174,7 +174,7 @@ def check_all():
             check_fp8(group, dispatching)
         for dispatching in exchanges:
             check_empty_rank(group, dispatching)
-    with pytest.raises(ValueError, match="6 experts do not divide over the 4 ranks"):
+    with pytest.raises(ValueError, match="6 experts are not divisible by the 4 ranks"):
         ProcessGroupDispatcher(dist.group.WORLD, 6)
     with pytest.raises(ValueError, match="the dispatcher sends range"):
         DeepseekV3(CONFIG, dispatcher=ProcessGroupDispatcher(dist.group.WORLD, 8))
