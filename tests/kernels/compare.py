@@ -1,4 +1,4 @@
-"""How tests hold what two forms of a kernel give against each other."""
+"""Helpers to compare the results of two implementations of a kernel."""
 
 import torch
 

@@ -1,9 +1,9 @@
-"""Compiles the Triton kernels for a GPU that need not be there: `python tests/kernels/gpu_compiler.py [NAME ...]`.
+"""Compiles the Triton kernels for a GPU without one: `python tests/kernels/gpu_compiler.py [NAME ...]`.
 
-Triton brings NVIDIA's assembler, so that all of its work but the launch can be done on any machine. The test files'
-`SPECIMENS` call kernels' public functions with small tensors in the form that real models use: sizes divide by 16, rows
-are aligned. Instead of launching, what would be launched is compiled, with the very specialisations (alignment,
-constants, tensor descriptors) that the call leads to. Prints one JSON line per compiled kernel: registers, bytes of the
+Triton includes NVIDIA's assembler, so everything except the launch runs on any machine. The test files' `SPECIMENS`
+call kernels' public functions with small tensors that have the properties of real models' tensors: sizes are divisible
+by 16, rows are aligned. Instead of launching a kernel, this compiles it, with the specializations (alignment,
+constants, tensor descriptors) that follow from the call. Prints one JSON line per compiled kernel: registers, bytes of
 stack that a thread spills to, bytes of shared memory, and the tensor-core instructions.
 """
 
@@ -30,7 +30,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Absent:
-    """What Triton asks a driver before it compiles, answered for a GPU that is not there."""
+    """Answers Triton's queries to a driver before compilation, for a GPU that is absent."""
 
     def get_current_target(self) -> GPUTarget:
         return HOPPER
@@ -43,7 +43,7 @@ class Absent:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and shared memory by NVIDIA's own tool."""
+    """Registers, stack and shared memory as reported by NVIDIA's tool."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -54,7 +54,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def compile_instead_of_launching() -> list[Any]:
-    """From now on a launch compiles; returns the list that collects what was compiled."""
+    """Makes launches compile only; returns the list that collects the compiled kernels."""
     compiled: list[Any] = []
     original = JITFunction.run
 

@@ -150,7 +150,7 @@ def test_rounding_is_that_of_weights_and_results(dtype, unit):
         assert (found.double() - want).norm() <= 3 * unit * want.norm()
 
 
-def test_a_nan_shows_and_stays_with_those_who_see_it():
+def test_a_nan_reaches_exactly_the_queries_that_see_it():
     q, k, v = (draw((1, 20, 1, 16), seed=i) for i in range(3))
     documents = find_documents(torch.tensor([[0] * 16 + [1] * 4]))
     q[0, 3] = float("nan")
@@ -169,7 +169,7 @@ def test_no_tokens():
     assert q.grad.shape == q.shape
 
 
-def test_the_switch(monkeypatch):
+def test_the_backend_switch(monkeypatch):
     monkeypatch.setenv("MORAY_KERNELS", "triton")
     assert attention_backend(torch.zeros(1)) == "triton"
     assert attention_backend(torch.zeros(1, dtype=torch.float64)) == "reference"
@@ -178,7 +178,7 @@ def test_the_switch(monkeypatch):
     torch.testing.assert_close(found, causal_attention_reference(q, k, v, 0.25), rtol=1e-5, atol=1e-5)
 
 
-def test_attention_of_a_model_with_recomputation_in_both_forms(monkeypatch):
+def test_attention_of_a_model_with_recompute_on_both_backends(monkeypatch):
     config = ModelConfig(
         vocab_size=8,
         hidden_size=24,

@@ -48,7 +48,7 @@ def test_triton_gives_the_weighted_sum_and_its_gradients(routing, width, tile, d
 
 
 @pytest.mark.parametrize("implementation", [combine_padded_reference, combine_padded_triton])
-def test_slots_that_are_elsewhere_add_nothing_whatever_their_weight(implementation):
+def test_slots_of_other_ranks_add_nothing_whatever_their_weight(implementation):
     order = padded_order(torch.tensor([[1, -1]]), 2, 2)
     rows_RD = torch.tensor([[3.0], [0.0], [0.0], [0.0]], requires_grad=True)
     weights_TK = torch.tensor([[2.0, float("nan")]], requires_grad=True)

@@ -125,7 +125,7 @@ def test_a_chunks_loss_and_gradient_are_the_references_and_near_fp64(tokens, voc
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(15))
-def test_the_whole_of_it_is_the_references(tokens, chunk, dtype, seed):
+def test_the_chunked_loss_is_the_references(tokens, chunk, dtype, seed):
     *tensors, targets, keep = _random(tokens, 101, 0, dtype, seed)
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in tensors] for _ in range(2))
     found = cross_entropy_sum_triton(*ours, targets, keep, chunk)
@@ -141,7 +141,7 @@ def test_the_whole_of_it_is_the_references(tokens, chunk, dtype, seed):
         torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_words_that_cannot_be_and_numbers_that_are_not():
+def test_infinite_and_nan_logits():
     inf, nan = float("inf"), float("nan")
     hidden = torch.tensor([[0, 1, -inf], [-inf, -inf, 2], [nan, 1, 2], [inf, 1, 2], [-inf, -inf, -inf], [nan, nan, 0]])
     # A product with the identity would make NaN of 0 * inf.

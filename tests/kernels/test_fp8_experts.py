@@ -1,4 +1,4 @@
-"""A group of experts in FP8: both forms against float64 products of the numbers that they are meant to multiply."""
+"""A group of experts in FP8: both backends against float64 products of the same quantized numbers."""
 
 import pytest
 import torch

@@ -138,7 +138,7 @@ def test_groups_of_the_summed_axis(blocks, m, n, seed):
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_row_alone(special):
+def test_non_finite_numbers_reach_only_their_row(special):
     x = draw((4, 200))
     x[1, 150] = special
     a, a_scales = quantize(x)

@@ -1,4 +1,4 @@
-"""The FP8 linear map against float64 products of the numbers that it is meant to multiply, in both forms."""
+"""The FP8 linear layer against float64 products of the same quantized numbers, in both backends."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def _close(found, expected):
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(25))
-def test_all_three_products_multiply_what_they_should(rows, inputs, outputs, exponent, shared, backend, seed):
+def test_all_three_gemms_multiply_the_quantized_numbers(rows, inputs, outputs, exponent, shared, backend, seed):
     x = draw((rows, inputs), exponent, seed=seed).requires_grad_()
     weight = draw((outputs, inputs), seed=seed + 1).requires_grad_()
     dy = draw((rows, outputs), seed=seed + 2)
@@ -47,7 +47,7 @@ def test_all_three_products_multiply_what_they_should(rows, inputs, outputs, exp
     _close(weight.grad, _seen(dy, COLUMN_TILES).t() @ _seen(x.detach(), COLUMN_TILES))
 
 
-def test_turning_tiles_rounds_no_mantissa_again():
+def test_transposing_tiles_rounds_no_mantissa_again():
     """With scales that are powers of two, a number that is not lost below the new tile's smallest stays what it was."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 256, generator=generator) * torch.exp(torch.randn(256, 1, generator=generator))

@@ -50,7 +50,7 @@ for script in list(sys.argv):
 
 @pytest.mark.heavy
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU here")
-def test_without_a_gpu_they_say_so():
+def test_without_a_gpu_they_report_an_error():
     hints = {
         "kernels_gpu.py": "hint: TRITON_INTERPRET=1",
         "tune_gpu.py": "hint: TRITON_INTERPRET=1",

@@ -105,7 +105,7 @@ def test_rounding_is_that_of_weights_and_results(dtype, unit, cache_dtype):
     assert (found.double() - expected).abs().max() <= 2 * unit * cache.abs().max()
 
 
-def test_what_is_not_seen_is_not_read():
+def test_invisible_slots_are_not_read():
     q, cache, tables, positions = _case(1, 1, 3, (16, 4), 8, torch.float32, 5)
     positions.fill_(18)
     tables[:] = torch.tensor([0, 1, 2, 10**9, -(10**9), 10**9])
@@ -125,7 +125,7 @@ def test_nothing_to_do():
     assert not mla_decode_triton(q, cache, tables[:, :0].contiguous(), positions * 0 - 1, 1.0, 16).any()
 
 
-def test_the_switch(monkeypatch):
+def test_the_backend_switch(monkeypatch):
     q, cache, tables, positions = _case(1, 2, 3, (16, 4), 8, torch.float32, 5)
     expected = mla_decode(q, cache, tables, positions, 0.4, 16)
     monkeypatch.setenv("MORAY_KERNELS", "triton")

@@ -12,7 +12,7 @@ from tests.kernels.compare import draw
     counts=st.lists(st.sampled_from([0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=6), seed=st.integers(0, 2**31)
 )
 @settings(max_examples=examples(40))
-def test_groups_begin_at_multiples_of_128_and_come_back(counts, seed):
+def test_groups_are_padded_to_multiples_of_128_and_unpadded(counts, seed):
     rows, sizes = sum(counts), [-(-count // 128) * 128 for count in counts]
     x = draw((rows, 3), seed=seed).requires_grad_()
     weights = draw((rows,), seed=seed + 1).requires_grad_()
@@ -34,8 +34,8 @@ def test_groups_begin_at_multiples_of_128_and_come_back(counts, seed):
     assert torch.equal(weights.grad, 2 * weights.detach())
 
 
-def test_the_order_is_made_without_a_look_at_the_counts():
-    """On the meta device nothing has a value, so anything that waits for one fails."""
+def test_the_order_is_computed_without_synchronization():
+    """Meta tensors have no values, so any synchronization with the device would fail."""
     order = group_order(torch.empty(4, dtype=torch.int64, device="meta"), 1000, torch.device("meta"))
     assert (order.positions_TK.shape, order.offsets_E1.shape) == ((1000, 1), (5,))
     assert order.offsets_E1.dtype == torch.int32

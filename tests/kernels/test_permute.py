@@ -63,7 +63,7 @@ def routings(draw, tokens=(0, 1, 31, 129), experts=(1, 8, 37, 64, 256)):
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(60), deadline=None)
-def test_slots_are_summed_but_for_those_that_are_nowhere(tokens, slots, rows, dtype, seed):
+def test_slots_are_summed_except_absent_ones(tokens, slots, rows, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     rows_RD = torch.randint(-30, 31, (rows, 19), generator=generator).to(dtype)
     positions_TK = torch.randint(-1, max(rows, 1), (tokens, slots), generator=generator).clamp(max=rows - 1)
@@ -117,7 +117,7 @@ def test_counts_of_many_blocks_are_summed():
     assert torch.equal(total_E, counts.sum(0).int())
 
 
-def test_ids_that_are_no_experts_are_not_routed_here():
+def test_ids_of_no_local_expert_are_not_routed():
     ids_TK = torch.tensor([[2**40, 4], [3, -(2**40)]])
     for order in (padded_order_reference(ids_TK, 4), padded_order_triton(ids_TK, 4)):
         assert order.positions_TK.tolist() == [[-1, -1], [0, -1]]
@@ -126,7 +126,7 @@ def test_ids_that_are_no_experts_are_not_routed_here():
 
 @given(pairs=st.integers(0, 40), experts=st.integers(1, 9), tile=st.integers(1, 9))
 @settings(max_examples=examples(40))
-def test_the_capacity_is_the_least_that_the_worst_router_needs(pairs, experts, tile):
+def test_the_capacity_is_the_worst_case(pairs, experts, tile):
     begun = min(pairs, experts)
     worst = [1] * begun
     for _ in range(pairs - begun):  # greedily: to an expert whose tile is full

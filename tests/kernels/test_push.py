@@ -1,4 +1,4 @@
-"""Rows arrive in inboxes as if packed, permuted and sent one after another, whatever form does it."""
+"""Rows arrive in inboxes as if packed, permuted and sent one after another, with every implementation."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def _pushed(implementation, rows_TD, metadata_TN, sent_PT):
     extreme=st.sampled_from([None, 0.0, 448.0, 1e-30, 1e-42, float("inf"), float("nan")]),
     seed=st.integers(0, 2**31),
 )
-def test_whoever_looks_finds_its_rows_in_order(implementation, tokens, columns, ranks, tail, dtype, extreme, seed):
+def test_each_inbox_holds_its_rows_in_order(implementation, tokens, columns, ranks, tail, dtype, extreme, seed):
     rows_TD, metadata_TN, sent_PT = _drawn(tokens, columns, ranks, tail, dtype, extreme, seed)
     packed, width = pack_rows_reference(rows_TD), packed_width(columns)
     for inbox, sent_T in zip(_pushed(implementation, rows_TD, metadata_TN, sent_PT), sent_PT, strict=True):
@@ -86,7 +86,7 @@ def test_every_fp32_exponent_rounds_as_the_reference_does():
     assert torch.equal(pack_rows_compiled(rows_TD), pack_rows_reference(rows_TD))
 
 
-def test_which_form_runs(monkeypatch):
+def test_backend_selection(monkeypatch):
     monkeypatch.delenv("MORAY_KERNELS", raising=False)
     assert compiles(torch.zeros(1))
     assert not compiles(torch.zeros(1, dtype=torch.float64))
@@ -110,7 +110,7 @@ def test_which_form_runs(monkeypatch):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_wrong_arguments_are_named(change, message):
     rows_TD, metadata_TN, sent_PT = _drawn(3, 40, 2, 5, torch.float32, None, 1)
     inboxes = [torch.zeros(3, packed_width(40) + 5, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(ValueError, match=message):

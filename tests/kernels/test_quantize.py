@@ -90,19 +90,19 @@ def test_rows_without_columns_and_no_rows(block):
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_extreme_values(power_of_two):
-    def there_and_back(*values):
+    def roundtrip(*values):
         x = torch.tensor([values])
         return dequantize(*quantize(x, (1, 128), power_of_two))[0]
 
-    assert there_and_back(0.0, -0.0).tolist() == [0.0, 0.0]
-    assert there_and_back(448.0, -448.0, 1.0).tolist() == [448.0, -448.0, 1.0]
+    assert roundtrip(0.0, -0.0).tolist() == [0.0, 0.0]
+    assert roundtrip(448.0, -448.0, 1.0).tolist() == [448.0, -448.0, 1.0]
     tiny = torch.tensor([1e-30, -5e-31])
-    torch.testing.assert_close(there_and_back(*tiny.tolist()), tiny, rtol=1 / 16, atol=0)
-    assert there_and_back(1e-42, 0.0).tolist() == [0.0, 0.0]  # below half of 2^-126 times the smallest E4M3 number
+    torch.testing.assert_close(roundtrip(*tiny.tolist()), tiny, rtol=1 / 16, atol=0)
+    assert roundtrip(1e-42, 0.0).tolist() == [0.0, 0.0]  # below half of 2^-126 times the smallest E4M3 number
     largest = 3e38
-    assert there_and_back(largest, -largest).isfinite().all()
+    assert roundtrip(largest, -largest).isfinite().all()
     for bad in (float("nan"), float("inf"), -float("inf")):
-        assert there_and_back(1.0, bad).isnan().all()
+        assert roundtrip(1.0, bad).isnan().all()
 
 
 def test_a_power_of_two_scale_stays_where_the_quotient_is_one_exactly():

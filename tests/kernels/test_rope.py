@@ -92,7 +92,7 @@ def test_triton_is_the_reference(batch, tokens, heads, size, offset, one_table, 
         assert ((ours.double() - best).abs() <= u * best.abs() + 2**-22 * largest + torch.finfo(dtype).tiny).all()
 
 
-def test_what_is_not_finite_stays_in_its_pair():
+def test_non_finite_numbers_stay_in_their_pair():
     x = torch.ones(1, 1, 1, 6)
     x[..., 1], x[..., 4] = float("nan"), float("inf")
     tables = rope_table(torch.tensor([[3]]), 6, 10000.0, torch.float32)

@@ -103,7 +103,7 @@ def test_backward(rows, inner, exponent, weighted, dtype, seed):
 
 
 @pytest.mark.parametrize("implementation", [swiglu_quantize_triton, swiglu_quantize_reference])
-def test_what_is_not_finite_marks_its_tile(implementation):
+def test_non_finite_numbers_mark_their_tile(implementation):
     gate_up = draw((128, 512))
     gate_up[3, 5] = float("inf")
     product, held = implementation(gate_up)

@@ -16,7 +16,7 @@ from tests.kernels.compare import same_bits
     extreme=st.sampled_from([None, 0.0, 448.0, 1e-30, 1e-42, float("inf"), float("nan")]),
     seed=st.integers(0, 2**31),
 )
-def test_a_row_is_read_as_its_fp8_form_and_packs_to_itself(rows, columns, decades, dtype, extreme, seed):
+def test_a_packed_row_unpacks_to_its_quantization_and_packs_to_itself(rows, columns, decades, dtype, extreme, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator)
     x = (x * 10 ** (decades * (torch.rand(rows, columns, generator=generator) - 0.5))).to(dtype)

@@ -13,7 +13,7 @@ def test_storage_is_one_latent_and_one_key_per_token(cache):
     assert cache.storage.shape == (3, 4, 4, 8 + 4)
 
 
-def test_blocks_are_handed_out_once_and_come_back(cache):
+def test_blocks_are_allocated_once_and_freed(cache):
     first = cache.allocate(3)
     assert cache.blocks_free == 1
     with pytest.raises(CacheFullError, match="2 blocks requested, 1 of 4 free"):
@@ -23,7 +23,7 @@ def test_blocks_are_handed_out_once_and_come_back(cache):
     assert not set(cache.allocate(3)) & {first[2]}
 
 
-def test_freeing_what_is_not_allocated_is_refused(cache):
+def test_freeing_an_unallocated_block_is_refused(cache):
     taken = cache.allocate(2)
     for blocks in ([3], [taken[0], taken[0]]):
         with pytest.raises(ValueError, match="not all allocated"):
@@ -56,7 +56,7 @@ def test_an_empty_cache_is_refused(config):
         LatentCache(config, blocks=0)
 
 
-def test_a_model_decodes_the_same_with_either_form_of_the_kernel(make_model, monkeypatch):
+def test_a_model_decodes_the_same_with_either_backend(make_model, monkeypatch):
     model = make_model(torch.float32, num_hidden_layers=2)
     ids = torch.tensor([[0, 7, 8, 9, 10], [1, 2, 3, 4, 5]])
     positions = torch.tensor([[-1, 0, 1, 2, 3], [0, 1, 2, 3, 4]])

@@ -31,7 +31,7 @@ def test_float32_survives_bit_for_bit(make_model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_shards_hold_the_same_and_replace_what_was_there(make_model, tmp_path):
+def test_shards_hold_the_same_and_replace_an_earlier_model(make_model, tmp_path):
     model = make_model(torch.float32)
     save(model, tmp_path)
     save(model, tmp_path, shard_bytes=20_000)

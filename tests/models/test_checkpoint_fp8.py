@@ -1,4 +1,4 @@
-"""The official FP8 form: what is stored, that it stays as it is, and what is refused."""
+"""The official FP8 format: its tensors, FP8 weights that stay FP8, and errors."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_fp8_stays_fp8_bit_for_bit(folder):
         assert (folder / "converted" / name).read_bytes() == original
 
 
-def test_it_computes_what_its_wide_form_computes(folder):
+def test_it_computes_the_same_as_its_dequantized_model(folder):
     ids = torch.randint(0, 50, (2, 9))
     stored, wide = load(folder / "fp8"), load(folder / "fp8", dequantize=True)
     assert wide.shards()[0].w_up_EFD.dtype == torch.float32
@@ -133,7 +133,7 @@ def test_another_quantisation_is_refused_by_field(folder, field, value):
         load(folder / "fp8")
 
 
-def test_what_conversion_writes_its_reader_takes(make_model, tmp_path):
+def test_converted_folders_can_be_read(make_model, tmp_path):
     """FP32's largest numbers exceed BF16's range and become its largest number, within its precision."""
     model = make_model(torch.float32, **WIDE)
     largest = torch.finfo(torch.float32).max

@@ -1,4 +1,4 @@
-"""Which files of a folder are the model: transformers' choice, or a refusal that names the file."""
+"""The files of a folder that hold the model: transformers' choice, or an error with the file's name."""
 
 import json
 from pathlib import Path

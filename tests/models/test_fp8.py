@@ -20,7 +20,7 @@ SMALL = dataclasses.replace(
 )
 
 
-def test_a_form_lives_until_a_weight_changes_by_whatever_hand():
+def test_a_quantization_is_cached_until_a_weight_changes():
     weight, other = torch.nn.Parameter(torch.randn(20, 10)), torch.nn.Parameter(torch.randn(20, 10))
     cache = QuantizationCache(lambda *weights: [fp8_weight(w) for w in weights])
     first = cache.get(weight, other)
@@ -75,7 +75,7 @@ def test_recompute_changes_no_bit(precision):
     assert _trained(precision, steps=2) == _trained(precision, recompute=True, steps=2)
 
 
-def test_what_stays_out_of_fp8():
+def test_modules_that_do_not_compute_in_fp8():
     model = DeepseekV3(SMALL)
     model.train_in_fp8()
     modules = dict(model.named_modules())

@@ -50,7 +50,7 @@ def test_initial_weights_have_the_configs_spread(config):
             assert abs(view.std() / 0.3 - 1) < 5 / (2 * view.numel()) ** 0.5, name
 
 
-def test_a_model_nobody_initialised_says_so(config):
+def test_an_uninitialised_model_gives_nan(config):
     assert DeepseekV3(config)(torch.zeros(1, 2, dtype=torch.int64)).logits.isnan().all()
 
 
@@ -80,7 +80,7 @@ def test_packed_documents_equal_separate_passes(make_model):
         torch.testing.assert_close(packed[row, begin:end], alone[0], **EXACT)
 
 
-def test_loss_sum_counts_what_the_mask_and_targets_say(make_model):
+def test_loss_sum_counts_by_mask_and_targets(make_model):
     model = make_model()
     ids = torch.randint(0, 50, (2, 9))
     targets = torch.randint(0, 50, (2, 9))

@@ -70,7 +70,7 @@ def test_the_bias_is_state_and_the_counts_are_not(make_model):
     assert not any(name.endswith(("counts_E", "load_E")) for name in names)
 
 
-def test_int8_routers_route_almost_alike_and_keep_their_scales(make_model, tmp_path):
+def test_int8_routers_choose_nearly_the_same_experts_and_keep_their_scales(make_model, tmp_path):
     model = make_model(torch.float32, hidden_size=64)
     save(model, tmp_path)
     small = load(tmp_path, int8_routers=True).to(torch.bfloat16)

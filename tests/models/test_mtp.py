@@ -20,7 +20,7 @@ def _targets(ids_BT, documents_BT):
     return torch.where(shift_left(documents_BT, 1, -1) == documents_BT, next_BT, -100)
 
 
-def test_ahead():
+def test_shift_left():
     row = torch.tensor([[1, 2, 3]])
     assert [shift_left(row, places, 0).tolist() for places in (0, 2, 3, 9)] == [
         [[1, 2, 3]],
@@ -32,7 +32,7 @@ def test_ahead():
 
 @pytest.mark.parametrize("with_documents", [True, False])
 def test_no_mtp_target_crosses_a_document_boundary(make_model, with_documents):
-    """Packed documents give the sum of the documents alone, also where attention does not know them."""
+    """Packed documents give the sum of the separate documents, also if attention does not separate them."""
     model = _model(make_model)
     ids = torch.randint(0, 50, (1, 16))
     lengths = [7, 1, 2, 6]
@@ -45,7 +45,7 @@ def test_no_mtp_target_crosses_a_document_boundary(make_model, with_documents):
         for term in ("main", "mtp"):
             expected = sum(getattr(loss, term) for loss in alone)
             torch.testing.assert_close(getattr(packed, term), expected, **EXACT)
-    # What a document's last places would predict of the next one must not matter: here only the first two count.
+    # Predictions across a document boundary must not matter: here only the first two positions count.
     cut = targets.clone()
     cut[:, 2:] = -100
     first = model.training_loss(ids, cut, documents if with_documents else None)
@@ -76,7 +76,7 @@ def test_masked_places_count_nowhere(make_model):
     torch.testing.assert_close((loss.main, loss.mtp), (same.main, same.mtp), rtol=0, atol=0)
 
 
-def test_embedding_and_head_are_shared_and_the_parameters_are_those_that_are_counted(config):
+def test_embedding_and_head_are_shared_and_the_parameter_count_is_right(config):
     config = dataclasses.replace(config, num_nextn_predict_layers=2)
     with torch.device("meta"):
         model = DeepseekV3(config)
@@ -86,7 +86,7 @@ def test_embedding_and_head_are_shared_and_the_parameters_are_those_that_are_cou
     assert count.active == parameter_count(config.without_mtp()).active
 
 
-def test_every_term_of_the_loss_moves_what_it_should(make_model):
+def test_every_term_of_the_loss_has_gradients_where_it_should(make_model):
     model = _model(make_model, 1)
     ids = torch.randint(0, 50, (2, 9))
 
@@ -104,7 +104,7 @@ def test_every_term_of_the_loss_moves_what_it_should(make_model):
 
 
 def test_positions_without_mtp_target_do_not_count_for_the_load(make_model):
-    """At a document's border, at depth 2 its last two places: whatever is there, neither counts nor balance change."""
+    """The last two positions of a document at depth 2: their tokens change neither counts nor balance."""
     model = _model(make_model, 2)
     ids = torch.randint(0, 50, (1, 12))
     documents = torch.tensor([[0] * 5 + [1] * 7])
@@ -132,7 +132,7 @@ def test_the_biases_of_mtp_layers_are_updated(make_model):
     ids = torch.randint(0, 50, (2, 9))
     model.training_loss(ids, ids.flip(1))
     counts = model.router_counts()
-    # At the last place there is nothing that the MTP layer could learn.
+    # At the last position the MTP layer has no target.
     assert counts.sum(-1).tolist() == [2 * 9 * 2, 2 * 9 * 2, 2 * 8 * 2]
     before = dict((name, bias.clone()) for name, bias in model.logical_biases())
     update_router_biases(model, 0.001)

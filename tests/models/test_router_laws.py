@@ -1,4 +1,4 @@
-"""What a router must do whatever comes, in a thousand cases each; and balance without an auxiliary loss."""
+"""Invariants of a router, in a thousand cases each; and balance without an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 @CASES
 @given(cases(), st.booleans(), st.sampled_from([1.0, 2.5]))
-def test_whatever_comes(case: dict[str, Any], normalise: bool, scale: float) -> None:
+def test_invariants_hold_for_any_logits(case: dict[str, Any], normalise: bool, scale: float) -> None:
     ids_TK, weights_TK, counts_E = route(**case, normalise=normalise, scale=scale)
     check_weights(case, ids_TK, weights_TK / scale, normalise)
     check_counts(case, ids_TK, counts_E)

@@ -41,7 +41,7 @@ def test_places_beyond_two_to_the_31st():
     assert found.tolist() == [row * 18_432 for row in index.tolist()]
 
 
-def test_the_cpu_runs_references_unless_it_is_told_otherwise(monkeypatch):
+def test_the_cpu_runs_references_by_default(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.delenv("MORAY_KERNELS", raising=False)
     assert backend(x) == "reference"
@@ -52,7 +52,7 @@ def test_the_cpu_runs_references_unless_it_is_told_otherwise(monkeypatch):
         backend(x)
 
 
-def test_what_does_not_fit_is_named_with_what_was_expected():
+def test_wrong_arguments_are_named_with_the_expected_value():
     x = torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"x has shape \(4, 6\), expected \(any, 8\)"):
         check_tensor("x", x, (None, 8), (torch.float32,))

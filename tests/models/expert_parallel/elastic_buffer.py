@@ -1,8 +1,8 @@
-"""What DeepEP's documentation says of `deep_ep.ElasticBuffer`, done over gloo: how `models/expert_parallel/deepep.py`
-uses it can be tested where there is no GPU. Stricter than it must be: what is under way is garbage until its event was
-waited for.
+"""A stand-in for `deep_ep.ElasticBuffer` that implements DeepEP's documentation over gloo.
 
-It takes any floating dtype, DeepEP only BF16 rows and FP32 weights.
+It tests the calls of `models/expert_parallel/deepep.py` without a GPU. It is stricter than required: tensors in flight
+hold garbage until their event has been waited for. It accepts any floating dtype; DeepEP accepts only BF16 rows and
+FP32 weights.
 """
 
 import torch
@@ -28,18 +28,18 @@ class Handle:
         dist.all_to_all_single(received, torch.tensor(self.sent), group=group)
         self.received = received.tolist()
 
-    def there(self, rows):
+    def dispatch(self, rows):
         out = rows.new_empty((sum(self.received), *rows.shape[1:]))
-        copies = torch.cat([rows[source] for source in self.sources])
-        dist.all_to_all_single(out, copies, self.received, self.sent, group=self.group)
+        sent = torch.cat([rows[source] for source in self.sources])
+        dist.all_to_all_single(out, sent, self.received, self.sent, group=self.group)
         return out
 
-    def back(self, rows):
+    def combine(self, rows):
         out = rows.new_empty((sum(self.sent), *rows.shape[1:]))
         dist.all_to_all_single(out, rows, self.sent, self.received, group=self.group)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        sums = torch.zeros((len(self.topk_idx), *rows.shape[1:]), dtype=wide)
-        return sums.index_add_(0, torch.cat(self.sources), out.to(wide)).to(rows.dtype)
+        accum_dtype = torch.promote_types(rows.dtype, torch.float32)
+        sums = torch.zeros((len(self.topk_idx), *rows.shape[1:]), dtype=accum_dtype)
+        return sums.index_add_(0, torch.cat(self.sources), out.to(accum_dtype)).to(rows.dtype)
 
 
 class ElasticBuffer:
@@ -48,7 +48,7 @@ class ElasticBuffer:
     ):
         self.group, self.most, self.hidden, self.slots = group, num_max_tokens_per_rank, hidden, num_topk
         self.fp8 = use_fp8_dispatch
-        assert deterministic, "rows would arrive in another order each time"
+        assert deterministic, "the order of received rows would vary"
 
     def dispatch(
         self,
@@ -76,15 +76,15 @@ class ElasticBuffer:
             assert topk_idx is None
             assert num_experts is None
             assert num_sms == handle.num_sms, "it would be estimated from the number of experts, which is not given"
-        arrived = tuple(handle.there(part.view(torch.uint8)).view(part.dtype) for part in parts)
+        received = tuple(handle.dispatch(part.view(torch.uint8)).view(part.dtype) for part in parts)
         ids, weights = None, None
         if first:
             local = num_experts // dist.get_world_size(self.group)
-            ids = handle.there(topk_idx) - dist.get_rank(self.group) * local
+            ids = handle.dispatch(topk_idx) - dist.get_rank(self.group) * local
             ids = torch.where((ids >= 0) & (ids < local), ids, -1)
-            weights = handle.there(topk_weights)
+            weights = handle.dispatch(topk_weights)
             handle.num_recv_tokens_per_expert_list = [int((ids == expert).sum()) for expert in range(local)]
-        *shown, event = _under_way(*arrived, ids, weights)
+        *shown, event = _in_flight(*received, ids, weights)
         return tuple(shown[: len(parts)]) if self.fp8 else shown[0], shown[-2], shown[-1], handle, event
 
     def combine(self, x, handle, topk_weights=None, async_with_compute_stream=False):
@@ -94,17 +94,17 @@ class ElasticBuffer:
         weights = None
         if topk_weights is not None:
             assert topk_weights.is_contiguous()
-            weights = handle.back(topk_weights)
-        return _under_way(handle.back(x), weights)
+            weights = handle.combine(topk_weights)
+        return _in_flight(handle.combine(x), weights)
 
 
-def _under_way(*tensors):
-    """Tensors that are what they will be once the event, which comes last, has been waited for."""
+def _in_flight(*tensors):
+    """Tensors that hold garbage until the event, which is returned last, has been waited for."""
     shown = [None if tensor is None else torch.full_like(tensor.float(), -7.0).to(tensor.dtype) for tensor in tensors]
 
     def fill():
-        for there, tensor in zip(shown, tensors, strict=True):
+        for target, tensor in zip(shown, tensors, strict=True):
             if tensor is not None:
-                there.copy_(tensor)
+                target.copy_(tensor)
 
     return *shown, Event(fill)

@@ -1,4 +1,4 @@
-"""The ranks of test_dispatch.py: all cases at EP=2 and EP=4 against a model that holds every expert."""
+"""The ranks of test_dispatcher.py: all cases at EP=2 and EP=4 against a model that holds every expert."""
 
 import dataclasses
 import sys
@@ -80,7 +80,7 @@ def check_model(group, dispatching, one_expert):
 
 
 def check_padding(group, dispatching):
-    """Padding goes to no expert and changes no loss, gradient or count. The last rank has nothing else."""
+    """Padding is sent to no expert and changes no loss, gradient or count. The last rank has only padding."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     dispatcher = dispatching(CONFIG.hidden_size, CONFIG.num_experts_per_tok, False)
     ours, whole = _model(False, experts=dispatcher.experts, dispatcher=dispatcher), _model(False)
@@ -120,17 +120,17 @@ def check_empty_rank(group, dispatching):
     assert counts_L.sum() == len(rows_RD) == len(weights_R)
     expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), counts_L)
     dispatch.start_combine(rows_RD * (weights_R * (1 + expert_R))[:, None])
-    home_TD, factors_TK = dispatch.wait_combine(), 1.0 + ids_TK
+    combined_TD, factors_TK = dispatch.wait_combine(), 1.0 + ids_TK
     sums_T1 = (weights_TK * factors_TK).detach().sum(1, keepdim=True)
-    torch.testing.assert_close(home_TD, rows_TD * sums_T1)
-    home_TD.sum().backward()
+    torch.testing.assert_close(combined_TD, rows_TD * sums_T1)
+    combined_TD.sum().backward()
     torch.testing.assert_close(rows_TD.grad, sums_T1.expand(-1, 3))
     torch.testing.assert_close(weights_TK.grad, rows_TD.detach().sum(1, keepdim=True) * factors_TK)
 
 
 def check_fp8(group, dispatching):
-    """Rows and gradients that cross in FP8 are, to the bit, those that do not cross, where sums of two are exact: their
-    numbers have five bits, and only the ranks' sums are rounded to the eight of BF16."""
+    """Rows and gradients sent in FP8 are bit-identical to those that are not sent, if sums of two are exact: the
+    numbers have five bits, and only the ranks' sums are rounded to BF16's eight."""
     rank = dist.get_rank(group)
     generator = torch.Generator().manual_seed(rank)
     x_TD, factors_TD = torch.randn(2, 6, 208, generator=generator)
@@ -142,11 +142,11 @@ def check_fp8(group, dispatching):
         dispatch = dispatcher.dispatch(rows_TD, routing, fp8=True)
         dispatch.start_dispatch()
         dispatch.start_combine(dispatch.wait_dispatch()[0] * 2)
-        home_TD = dispatch.wait_combine()
-        (home_TD * factors_TD).sum().backward()
-        found.append((home_TD.detach(), rows_TD.grad))
-    for here, there in zip(*found, strict=True):
-        assert torch.equal(here, there)
+        combined_TD = dispatch.wait_combine()
+        (combined_TD * factors_TD).sum().backward()
+        found.append((combined_TD.detach(), rows_TD.grad))
+    for local, remote in zip(*found, strict=True):
+        assert torch.equal(local, remote)
 
 
 def _by_exchange(group, memory, hidden, slots, fp8):
@@ -162,7 +162,7 @@ def _by_deepep(group, hidden, slots, fp8):
 
 
 def check_all():
-    """Every case, at EP=2 and EP=4, through gloo, through shared memory, and as DeepEP is used."""
+    """Every case, at EP=2 and EP=4, through gloo, through shared memory, and through DeepEP's interface."""
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for group in (dist.group.WORLD, pairs[rank // 2]):

@@ -1,4 +1,4 @@
-"""The ranks of test_interleave.py: batches in turn, with gradients put off, against one after the other."""
+"""The ranks of test_interleave.py: interleaved batches with deferred gradients, against one batch after the other."""
 
 import dataclasses
 from functools import partial

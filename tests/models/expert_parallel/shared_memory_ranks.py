@@ -10,7 +10,7 @@ from moray.models.expert_parallel.shared_memory import IN_FLIGHT, connect
 
 
 def _counts(number, ranks):
-    """How many rows rank i sends to rank j; none, at times."""
+    """Number of rows that rank i sends to rank j, sometimes 0."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(0, 4, (ranks, ranks), generator=generator).tolist()
 
@@ -20,13 +20,13 @@ def _rows(number, sender, receiver, count):
 
 
 def check_many_exchanges():
-    """More than there are inboxes, as many at a time as there may be, read as they were written."""
+    """More exchanges than inboxes, as many in flight as allowed, read in the order of writes."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     all_to_all = AllToAll(dist.group.WORLD, memory=connect(dist.group.WORLD))
-    under_way = []
+    in_flight = []
 
     def finish():
-        number, pending = under_way.pop(0)
+        number, pending = in_flight.pop(0)
         counts = _counts(number, ranks)
         expected = [_rows(number, sender, rank, counts[sender][rank]) for sender in range(ranks)]
         assert torch.equal(pending.wait(), torch.cat(expected)), number
@@ -34,15 +34,15 @@ def check_many_exchanges():
     for number in range(60):
         counts = _counts(number, ranks)
         rows = torch.cat([_rows(number, rank, to, counts[rank][to]) for to in range(ranks)])
-        under_way.append((number, all_to_all.start(rows, counts[rank], [row[rank] for row in counts])))
-        while len(under_way) > number % (IN_FLIGHT + 1) or len(under_way) == IN_FLIGHT:
+        in_flight.append((number, all_to_all.start(rows, counts[rank], [row[rank] for row in counts])))
+        while len(in_flight) > number % (IN_FLIGHT + 1) or len(in_flight) == IN_FLIGHT:
             finish()
-    while under_way:
+    while in_flight:
         finish()
 
 
 def check_limits():
-    """Too many at once, and arrivals out of order, are said."""
+    """Too many exchanges in flight, and reads out of order, raise errors."""
     ranks = dist.get_world_size()
     memory = connect(dist.group.WORLD)
     parts = [torch.zeros(1)] * ranks
@@ -55,7 +55,7 @@ def check_limits():
     assert memory.read(numbers[0], [1] * ranks, torch.zeros(1)).tolist() == [0.0] * ranks
 
 
-def check_nobody_connects_unless_all_can():
+def check_all_ranks_connect_or_none():
     rank = dist.get_rank()
     host = shared_memory._host
     for change in ({"_host": lambda: f"{host()} {rank % 2}"}, {"_create": lambda size: None}):

@@ -1,4 +1,4 @@
-"""What a backward has passed is complete: nothing is added to those gradients afterwards."""
+"""Gradients are complete once the backward has passed their milestone: nothing is added to them afterwards."""
 
 from collections import Counter
 
@@ -59,7 +59,7 @@ def test_milestones_are_in_the_order_of_parameters():
     assert set(numbers) == {-1, *range(LAYERS + 1)}
 
 
-def test_forwards_without_gradients_are_not_waited_for():
+def test_forwards_without_gradients_have_no_milestones():
     model, passed = _model("float32", False, None), []
     model.milestones = Milestones(passed.append)
     ((ids, targets, _),) = make_batches(torch.Generator().manual_seed(1), 2)

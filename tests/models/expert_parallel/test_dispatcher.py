@@ -11,7 +11,7 @@ def _sent(rows_TD, ids_TK, weights_TK, fp8=False):
     return dispatch, *dispatch.wait_dispatch()
 
 
-def test_local_rows_are_sorted_by_expert_and_their_sums_come_home():
+def test_local_rows_are_sorted_by_expert_and_their_sums_are_combined():
     rows_TD = torch.arange(6.0).view(3, 2)
     ids_TK, weights_TK = torch.tensor([[3, 0], [0, 1], [3, 1]]), torch.arange(6.0).view(3, 2)
     dispatch, rows_RD, weights_R, counts_L = _sent(rows_TD, ids_TK, weights_TK)
@@ -22,29 +22,29 @@ def test_local_rows_are_sorted_by_expert_and_their_sums_come_home():
     assert torch.equal(dispatch.wait_combine(), rows_TD * weights_TK.sum(1, keepdim=True))
 
 
-def test_gradients_take_the_way_back():
+def test_gradients_flow_through_dispatch_and_combine():
     x_TD, weights_TK = (torch.randn(5, n, dtype=torch.float64, requires_grad=True) for n in (3, 2))
     ids_TK = torch.tensor([[0, 1], [3, 0], [2, 1], [1, 3], [0, 2]])
 
-    def there_and_back(x_TD, weights_TK):
+    def dispatch_and_combine(x_TD, weights_TK):
         dispatch, rows_RD, weights_R, _ = _sent(x_TD, ids_TK, weights_TK)
         dispatch.start_combine(rows_RD.sin() * torch.arange(1.0, 11.0)[:, None] * weights_R[:, None])
         return dispatch.wait_combine()
 
-    assert torch.autograd.gradcheck(there_and_back, (x_TD, weights_TK))
+    assert torch.autograd.gradcheck(dispatch_and_combine, (x_TD, weights_TK))
 
 
-def test_in_fp8_rows_go_and_gradients_of_results_too_but_sums_do_not():
+def test_fp8_dispatch_sends_rows_and_result_gradients_in_fp8_but_not_sums():
     x_TD = torch.randn(5, 200, requires_grad=True)
     dispatch, rows_RD, _, _ = _sent(x_TD, torch.tensor([[0, 1]] * 5), torch.ones(5, 2), fp8=True)
     read = unpack_rows(pack_rows(x_TD.detach()), 200, torch.float32)
     assert torch.equal(rows_RD, read.repeat(2, 1))
     results_RD = torch.randn(10, 200, requires_grad=True)
     dispatch.start_combine(results_RD)
-    home_TD = dispatch.wait_combine()
-    assert torch.equal(home_TD, results_RD[:5] + results_RD[5:])
+    combined_TD = dispatch.wait_combine()
+    assert torch.equal(combined_TD, results_RD[:5] + results_RD[5:])
     factors_TD = torch.randn(5, 200)
-    (home_TD * factors_TD).sum().backward()
+    (combined_TD * factors_TD).sum().backward()
     assert torch.equal(results_RD.grad, unpack_rows(pack_rows(factors_TD), 200, torch.float32).repeat(2, 1))
     (rows_RD * results_RD.detach()).sum().backward()
     assert torch.equal(x_TD.grad, results_RD.detach()[:5] + results_RD.detach()[5:])

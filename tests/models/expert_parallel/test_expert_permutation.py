@@ -1,4 +1,4 @@
-"""Rows that arrived, at every expert here that they go to, in order; and the sums of what the experts made of them."""
+"""Received rows are expanded in order for every local expert, and the experts' results are summed for each row."""
 
 import torch
 from hypothesis import given, settings
@@ -10,22 +10,22 @@ from tests.examples import examples
 
 @settings(max_examples=examples(200))
 @given(
-    arrived=st.integers(0, 9),
+    received=st.integers(0, 9),
     slots=st.integers(1, 4),
     local=st.sampled_from([1, 3, 8]),
-    here=st.floats(0, 1),
+    share=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
-def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, here, seed):
+def test_rows_are_expanded_by_expert_and_reduced_by_row(received, slots, local, share, seed):
     generator = torch.Generator().manual_seed(seed)
-    ids_AK = torch.randint(0, local, (arrived, slots), generator=generator)
-    ids_AK[torch.rand(arrived, slots, generator=generator) > here] = -1
-    rows_AD = torch.randint(-100, 100, (arrived, 3), generator=generator).double()
-    weights_AK = torch.rand(arrived, slots, generator=generator)
+    ids_AK = torch.randint(0, local, (received, slots), generator=generator)
+    ids_AK[torch.rand(received, slots, generator=generator) > share] = -1
+    rows_AD = torch.randint(-100, 100, (received, 3), generator=generator).double()
+    weights_AK = torch.rand(received, slots, generator=generator)
     pairs = [
         (expert, a, k)
         for expert in range(local)
-        for a in range(arrived)
+        for a in range(received)
         for k in range(slots)
         if ids_AK[a, k] == expert
     ]
@@ -42,8 +42,8 @@ def test_rows_go_to_their_experts_and_sums_come_together(arrived, slots, local, 
     assert torch.equal(order.to_slots(weights_R), torch.where(ids_AK < 0, 0.0, weights_AK))
 
 
-def test_how_many_go_where_is_not_asked():
-    """On the meta device nothing has a value, so anything that waits for one fails."""
+def test_no_device_synchronization():
+    """Meta tensors have no values, so any synchronization with the device would fail."""
     order = ExpertPermutation.of(torch.empty(9, 2, dtype=torch.int64, device="meta"), 4, 13)
     assert order.expand(torch.empty(9, 3, device="meta")).shape == (13, 3)
     assert order.expand_weights(torch.empty(9, 2, device="meta")).shape == (13,)

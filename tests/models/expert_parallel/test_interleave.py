@@ -1,4 +1,5 @@
-"""Two batches in turn: the same numbers as one after the other, and each computes while the other's rows are away."""
+"""Two interleaved batches give the same numbers as one after the other; each computes while the other's rows are in
+flight."""
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ def _parts(name, count, log):
     return name
 
 
-def test_parts_come_in_turn_and_results_in_order():
+def test_parts_run_round_robin_and_results_keep_their_order():
     log = []
     assert interleave([_parts("a", 1, log), _parts("b", 3, log), _parts("c", 0, log)]) == ["a", "b", "c"]
     assert log == ["a0", "b0", "b1", "b2"]
     assert run_alone(_parts("d", 2, log)) == "d"
 
 
-class Watched:
+class RecordingDispatcher:
     """A dispatcher that records starts and waits, forward and backward, by the size of the batch."""
 
     def __init__(self, log):
@@ -53,9 +54,9 @@ def _model(**how):
     return model
 
 
-def test_what_runs_between_a_start_and_its_wait_does_so_in_the_backward_too():
+def test_the_backward_overlaps_the_same_computation():
     log = []
-    model = _model(dispatcher=Watched(log))
+    model = _model(dispatcher=RecordingDispatcher(log))
     small, large = torch.randint(0, 40, (1, 8)), torch.randint(0, 40, (2, 8))
     losses = interleave([model.training_parts(ids, ids) for ids in (small, large)])
     forward, log[:] = list(log), []
@@ -99,6 +100,6 @@ def test_deferred_gradients_are_bit_identical(precision, recompute):
             check_same(name, gradient, found[0][1][name])
 
 
-def test_ranks_that_overlap_compute_the_same(ranks):
+def test_overlapping_ranks_compute_the_same(ranks):
     """At EP 2 and 4 over gloo; see overlap_ranks.py."""
     ranks.run(4, check_overlap)

@@ -27,13 +27,13 @@ def test_a_token_is_sent_once_to_each_rank_and_results_are_summed(ranks, local, 
     assert sum(counts) == sum(map(len, of_tokens)), "one for each rank, not for each expert"
     sent = plan.gather(rows_TX, sum(counts))
     for rank, received in enumerate(sent.split(counts)):
-        expected = [row for row, there in zip(rows_TX, of_tokens, strict=True) if rank in there]
+        expected = [row for row, receivers in zip(rows_TX, of_tokens, strict=True) if rank in receivers]
         assert torch.equal(received, torch.stack(expected) if expected else torch.empty(0, 5, dtype=dtype))
     factors = torch.arange(1.0, ranks + 1).repeat_interleave(torch.tensor(counts)).to(dtype)
     sums = plan.reduce(sent * factors[:, None])
     assert sums.dtype == dtype
-    for row, total, there in zip(rows_TX, sums, of_tokens, strict=True):
-        assert torch.equal(total, row * sum(rank + 1 for rank in there))
+    for row, total, receivers in zip(rows_TX, sums, of_tokens, strict=True):
+        assert torch.equal(total, row * sum(rank + 1 for rank in receivers))
 
 
 @pytest.mark.parametrize("local", [1, 8, 13])
