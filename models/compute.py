@@ -6,12 +6,12 @@ gradient is computed in the backward or deferred (`kernels/util/deferred.py`). A
 which share `TrainingCompute`:
 
     weights          gradients   Linear                SwiGLU             ExpertShard            used by
-    high precision   backward    HighPrecisionLinear   SwiGLUByMaps       HighPrecisionExperts   training, inference
-    high precision   deferred    DeferredLinear        SwiGLUByMaps       DeferredExperts        ranks that overlap
+    high precision   backward    HighPrecisionLinear   UnfusedSwiGLU      HighPrecisionExperts   training, inference
+    high precision   deferred    DeferredLinear        UnfusedSwiGLU      DeferredExperts        ranks that overlap
     trained in FP8   either      Fp8TrainedLinear      Fp8TrainedSwiGLU   Fp8TrainedExperts      `precision: fp8`
-    stored in FP8    none        Fp8StoredLinear       SwiGLUByMaps       Fp8StoredExperts       inference in FP8
+    stored in FP8    none        Fp8StoredLinear       UnfusedSwiGLU      Fp8StoredExperts       inference in FP8
 
-Notable: `SwiGLUByMaps` calls the module's three linear layers, whose own strategies apply. In FP8 training, gate and up
+Notable: `UnfusedSwiGLU` calls the module's three linear layers, whose own strategies apply. In FP8 training, gate and up
 are one GEMM instead, and their own strategies are not used.
 
 Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F
@@ -71,7 +71,7 @@ class Fp8StoredLinear:
         return F.linear(x, dequantize(weight_NK, scales, (BLOCK, BLOCK), x.dtype))
 
 
-class WeightedMap(Protocol):
+class LinearLayer(Protocol):
     """A linear layer with its weight."""
 
     @property
@@ -83,11 +83,11 @@ class WeightedMap(Protocol):
 class SwiGLUCompute(Protocol):
     """Computes down(silu(gate(x)) * up(x)) of one MLP."""
 
-    def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor: ...
+    def __call__(self, x_TD: Tensor, gate: LinearLayer, up: LinearLayer, down: LinearLayer) -> Tensor: ...
 
 
-class SwiGLUByMaps:
-    def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor:
+class UnfusedSwiGLU:
+    def __call__(self, x_TD: Tensor, gate: LinearLayer, up: LinearLayer, down: LinearLayer) -> Tensor:
         return down(F.silu(gate(x_TD)) * up(x_TD))
 
 
@@ -96,7 +96,7 @@ class Fp8TrainedSwiGLU:
     deferred: DeferredGradients | None = None
     quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(fp8_expert_weights))
 
-    def __call__(self, x_TD: Tensor, gate: WeightedMap, up: WeightedMap, down: WeightedMap) -> Tensor:
+    def __call__(self, x_TD: Tensor, gate: LinearLayer, up: LinearLayer, down: LinearLayer) -> Tensor:
         weights = (gate.weight, up.weight, down.weight)
         quantized = self.quantization.get(*(weight.unsqueeze(0) for weight in weights))
         return fp8_mlp(x_TD, quantized, *weights, self.deferred)
@@ -183,7 +183,7 @@ class TrainingCompute:
         return HighPrecisionLinear() if self.deferred is None else DeferredLinear(self.deferred)
 
     def swiglu(self) -> SwiGLUCompute:
-        return Fp8TrainedSwiGLU(self.deferred) if self.fp8 else SwiGLUByMaps()
+        return Fp8TrainedSwiGLU(self.deferred) if self.fp8 else UnfusedSwiGLU()
 
     def experts(self) -> ExpertsCompute:
         if self.fp8:

@@ -29,7 +29,7 @@ class TrainingLoss:
         return TrainingLoss(*(mine + its for mine, its in terms))
 
 
-def counted_places(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+def counted_positions(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """bool [B, T]: positions whose target is not negative and, if there is a mask, whose mask is true."""
     keep_BT = targets_BT >= 0
     return keep_BT if mask_BT is None else keep_BT & mask_BT.bool()

@@ -31,7 +31,7 @@ from moray.models.expert_parallel.interleave import Parts, run_alone
 from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, Routing, RoutingContext, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
 from moray.models.linear import Embedding, Linear, RMSNorm
-from moray.models.loss import TrainingLoss, add_balance, counted_places
+from moray.models.loss import TrainingLoss, add_balance, counted_positions
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.mtp import MTPLayer, shift_left
 from moray.models.tensors import is_quantized, scale_name
@@ -112,7 +112,7 @@ class DeepseekV3(nn.Module):
         true. The full logits are never materialized.
         """
         hidden_BTD, _, _ = run_alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._contexts()))
-        return self._cross_entropy(hidden_BTD, targets_BT, counted_places(targets_BT, mask_BT))
+        return self._cross_entropy(hidden_BTD, targets_BT, counted_positions(targets_BT, mask_BT))
 
     def training_loss(
         self,
@@ -164,7 +164,7 @@ class DeepseekV3(nn.Module):
     ) -> Parts[tuple[TrainingLoss, list[Routing]]]:
         """`training_parts` that also returns the routings of `routers()`."""
         attend = self._attend(ids_BT, document_ids_BT)
-        keep_BT = counted_places(targets_BT, mask_BT)
+        keep_BT = counted_positions(targets_BT, mask_BT)
         contexts = self._contexts(RoutingContext(token_positions_R, weights_B=keep_BT.sum(1)), routes)
         hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, contexts)
         main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)

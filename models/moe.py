@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
-from moray.models.compute import SwiGLUByMaps, SwiGLUCompute
+from moray.models.compute import SwiGLUCompute, UnfusedSwiGLU
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, DispatchHandle, Routing, RoutingContext
 from moray.models.expert_shard import ExpertShard
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(hidden, inner)
         self.up_proj = Linear(hidden, inner)
         self.down_proj = Linear(inner, hidden)
-        self.compute: SwiGLUCompute = SwiGLUByMaps()
+        self.compute: SwiGLUCompute = UnfusedSwiGLU()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.compute(x_TD, self.gate_proj, self.up_proj, self.down_proj)
