@@ -11,8 +11,8 @@ which share `TrainingCompute`:
     trained in FP8   either      Fp8TrainedLinear      Fp8TrainedSwiGLU   Fp8TrainedExperts      `precision: fp8`
     stored in FP8    none        Fp8StoredLinear       UnfusedSwiGLU      Fp8StoredExperts       inference in FP8
 
-Notable: `UnfusedSwiGLU` calls the module's three linear layers, whose own strategies apply. In FP8 training, gate and up
-are one GEMM instead, and their own strategies are not used.
+Notable: `UnfusedSwiGLU` calls the module's three linear layers, whose own strategies apply. In FP8 training, gate and
+up are one GEMM instead, and their own strategies are not used.
 
 Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F
 expert hidden size, N outputs, K inputs.
