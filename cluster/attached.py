@@ -1,6 +1,6 @@
-"""A run on a Ray cluster that is there already: how the driver of a submitted job works.
+"""Connects a run to an existing Ray cluster; used by the driver of a submitted job.
 
-Nothing here starts or ends Ray. Resources that a cluster has once (its one Ray Serve) are taken by `exclusive`.
+This module neither starts nor stops Ray. `exclusive` locks resources that a cluster has only once (Ray Serve).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moray.platform.store.lease import Lease
 
 
 class AttachedCluster(Cluster):
-    """Connects this process to the cluster at `address`. Ray's log files of this job are kept in `logs`."""
+    """Connects this process to the cluster at `address`. Copies Ray's log files of this job to `logs`."""
 
     def __init__(self, home: Home, address: str, logs: Path, topology: Topology) -> None:
         self._home = home
@@ -30,7 +30,7 @@ class AttachedCluster(Cluster):
         self._topology = topology
         self._job = ""
         self._session: Path | None = None
-        self._pending = PendingWatcher(self.say_pending)
+        self._pending = PendingWatcher(self.report_pending)
         self.logs = logs
 
     def topology(self) -> Topology:
@@ -77,11 +77,11 @@ class AttachedCluster(Cluster):
             lease.release()
 
     def _keep_logs(self) -> None:
-        """Copies what this job's workers printed; their files carry the job's id."""
+        """Copies the output of this job's workers; their file names contain the job's id."""
         assert self._session is not None
         assert self.logs is not None
         for file in (self._session / "logs").glob(f"worker-*-{self._job}-*"):
-            with contextlib.suppress(OSError):  # another machine's, or rotated away meanwhile
+            with contextlib.suppress(OSError):  # on another machine, or rotated in the meantime
                 if file.stat().st_size:
                     self.logs.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(file, self.logs / file.name)

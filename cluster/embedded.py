@@ -1,9 +1,8 @@
-"""An embedded Ray: started for one run on this machine, ended with it.
+"""An embedded Ray cluster, started for one run on this machine and stopped with it.
 
-Always our own: `ray.init()` without an address attaches to any cluster it finds on the box. Without Ray's dashboard,
-which nobody watches for so short a time, and which takes a second to start; token authentication is Ray's default for
-local clusters, what Ray prints goes to files, and the processes die with this one even after SIGKILL (Ray ties them to
-their parent).
+It is always a new cluster: `ray.init()` without an address would attach to any cluster on the machine. Ray's dashboard
+is disabled, because it takes a second to start. Token authentication is Ray's default for local clusters. Ray's output
+goes to files, and its processes end with this one even after SIGKILL (Ray ties them to their parent).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import psutil
 from moray.cluster.machine import (
     cores,
     gpus,
-    holds_sockets,
+    usable_by_ray,
     job_config,
     memory_bytes,
     prepare_environment,
@@ -36,7 +35,7 @@ from moray.platform.store.lease import is_alive
 
 
 class EmbeddedCluster(Cluster):
-    """Ray inside this process's lifetime. What it has to say goes to a folder of its own under `home.logs`."""
+    """A Ray cluster with the lifetime of this process. Its logs go to a folder under `home.logs`."""
 
     fixed = True
 
@@ -44,7 +43,7 @@ class EmbeddedCluster(Cluster):
         self._home = home
         self._cpus = cpus
         self._folder: Path | None = None
-        self._watcher = PendingWatcher(self.say_pending)
+        self._watcher = PendingWatcher(self.report_pending)
 
     def topology(self) -> Topology:
         return Topology(self._cpus or cores(), gpus(), memory_bytes())
@@ -90,9 +89,9 @@ class EmbeddedCluster(Cluster):
         self._folder = None
 
     def _temporary_folder(self) -> Path:
-        """A folder named after this process; those of processes that are gone are cleared away."""
+        """Creates a folder named after this process, and removes those of processes that have ended."""
         parent = self._home.root / "ray"
-        if not holds_sockets(parent):
+        if not usable_by_ray(parent):
             return Path(tempfile.mkdtemp(prefix="moray-"))
         parent.mkdir(exist_ok=True)
         for old in parent.glob("r*"):
@@ -104,8 +103,8 @@ class EmbeddedCluster(Cluster):
 
 
 def _end_log_monitor() -> None:
-    """Ends the process that sends what workers print to drivers, which this driver does not want (`log_to_driver`). It
-    looks at all logs ten times a second: a hundredth of a core, and `ray.init` has no setting for it."""
+    """Ends Ray's log monitor, which forwards worker output to drivers; this driver disables that (`log_to_driver`). The
+    monitor polls all logs ten times a second (1 % of a core), and `ray.init` has no setting to disable it."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(Path(part).name == "log_monitor.py" for part in child.cmdline()):
@@ -113,8 +112,8 @@ def _end_log_monitor() -> None:
 
 
 def _keep_logs(folder: Path, target: Path) -> None:
-    """Copies Ray's text logs of this session, so that an error can be looked into after the cluster is gone."""
+    """Copies Ray's text logs of this session, so that errors can be investigated after the cluster has stopped."""
     source = folder / "session_latest" / "logs"
     if source.is_dir():
-        with contextlib.suppress(OSError):  # a full disk: it has its own error, and Ray must be stopped all the same
+        with contextlib.suppress(OSError):  # a full disk is reported elsewhere, and Ray must still be stopped
             shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock", "old"))

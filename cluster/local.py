@@ -1,11 +1,11 @@
-"""The Ray cluster of `moray up`: a head with no CPUs and a worker beside it, on this machine, with token auth.
+"""The Ray cluster of `moray up`: a head with 0 CPUs and one worker node, on this machine, with token authentication.
 
-Drivers must not die with the head, so they never run there: a job asks for the custom resource `moray_driver`, which
-the worker alone has. The head keeps its state in RocksDB: killed and started again at the same address, it finds its
-jobs and actors, and the worker and the drivers reconnect to it.
+Drivers must survive the head, so they never run on it: a job requests the custom resource `moray_driver`, which only
+the worker has. The head keeps its state in RocksDB. Killed and restarted at the same address, it recovers its jobs and
+actors, and the worker and the drivers reconnect.
 
-Ray cannot bind everything to loopback (its own processes talk over the machine's address), so a token guards all of it;
-the dashboard alone is bound to 127.0.0.1.
+Ray cannot bind everything to loopback (its own processes communicate over the machine's address), so all of it requires
+a token. Only the dashboard is bound to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from moray.cluster import machine
 from moray.platform.control.supervisor import Service, python
 from moray.platform.core.atomic import create_bytes
-from moray.platform.core.cluster import BackendAwayError
+from moray.platform.core.cluster import BackendUnreachableError
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 
-DRIVER = "moray_driver"  # the custom resource that a job's driver takes one of
-_HEAD_STORE = 80_000_000  # bytes of shared memory; nothing of ours runs on the head
+DRIVER = "moray_driver"  # custom resource; each job's driver takes one unit
+_HEAD_STORE = 80_000_000  # bytes of shared memory; no Moray code runs on the head
 _HEAD_MEMORY = 100_000_000
-_SYSTEM_MEMORY = 2 << 30  # what Ray's own processes and the control plane need
+_SYSTEM_MEMORY = 2 << 30  # reserved for Ray's own processes and the control plane
 
 
 class LocalOptions(BaseModel):
-    """What `moray up` decided for this MORAY_HOME; kept, so that a restart finds the same cluster."""
+    """The options of `moray up` for this MORAY_HOME; saved, so that a restart uses the same cluster."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,7 +50,7 @@ class LocalOptions(BaseModel):
 
 
 class LocalCluster:
-    """The services of the local cluster and how to reach it."""
+    """The services of the local cluster, and its addresses."""
 
     def __init__(self, home: Home, options: LocalOptions) -> None:
         self.home = home
@@ -67,7 +67,7 @@ class LocalCluster:
         return f"http://127.0.0.1:{self.options.dashboard_port}"
 
     def environment(self) -> Mapping[str, str]:
-        """What every process needs that talks to this cluster."""
+        """Returns the environment for processes that connect to this cluster."""
         return {
             **machine.ray_environment(self.home),
             "RAY_AUTH_MODE": "token",
@@ -76,7 +76,7 @@ class LocalCluster:
         }
 
     def services(self) -> list[Service]:
-        """The head, after it the worker, and what watches them."""
+        """Returns the services in start order: head, worker, and the usage log."""
         import secrets
 
         create_bytes(self.token, secrets.token_hex(32).encode())
@@ -84,35 +84,35 @@ class LocalCluster:
             **self.environment(),
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(self.home.up / "gcs"),
-            "RAY_JOB_START_TIMEOUT_SECONDS": "300",  # later than ours; then Ray forgets what its dead nodes never began
-            "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver that is told to stop may finish what it writes
+            "RAY_JOB_START_TIMEOUT_SECONDS": "300",  # later than Moray's own timeout; Ray then drops jobs its dead nodes never started
+            "RAY_JOB_STOP_WAIT_TIME_S": "30",  # time for a stopped driver to finish its writes
         }
         environment.pop("RAY_ADDRESS")  # `ray start` refuses it
-        watching = {**self.environment(), "MORAY_HOME": str(self.home.root)}
+        usage_environment = {**self.environment(), "MORAY_HOME": str(self.home.root)}
         return [
             Service(
                 "ray-head",
                 self._head(),
                 environment,
-                self._head_answers,
+                self._head_responds,
                 prepare=self._forget_address,
-                answers=self._head_answers,
+                answers=self._head_responds,
             ),
             Service(
                 "ray-worker",
                 self._worker(),
                 environment,
-                self._worker_known,
+                self._worker_is_alive,
                 after=["ray-head"],
-                answers=lambda: not self._head_answers() or self._worker_known(),
+                answers=lambda: not self._head_responds() or self._worker_is_alive(),
             ),
             Service(
                 "ray-watch",
                 python("moray.cluster.usage_log", self.address),
-                watching,
-                self._watched,
+                usage_environment,
+                self._usage_is_fresh,
                 after=["ray-head"],
-                answers=lambda: not self._head_answers() or self._watched(),
+                answers=lambda: not self._head_responds() or self._usage_is_fresh(),
             ),
         ]
 
@@ -149,39 +149,39 @@ class LocalCluster:
         ]
 
     def _forget_address(self) -> None:
-        """`ray start --head` takes this file and a living worker for a cluster that is up at its address."""
+        """Deletes Ray's address file: with it and a live worker, `ray start --head` assumes a running cluster."""
         (self.folder / "ray_current_cluster").unlink(missing_ok=True)
 
-    def _head_answers(self) -> bool:
+    def _head_responds(self) -> bool:
         return self._get("/api/version") is not None
 
-    def _worker_known(self) -> bool:
+    def _worker_is_alive(self) -> bool:
         """Whether a node other than the head is alive."""
         body = self._get("/api/v0/nodes?detail=0")
         try:
             nodes = json.loads(body)["data"]["result"]["result"] if body else []
             return any(node["state"] == "ALIVE" and not node["is_head_node"] for node in nodes)
-        except (ValueError, LookupError, TypeError):  # a stranger at the dashboard's port
+        except (ValueError, LookupError, TypeError):  # another program on the dashboard's port
             return False
 
-    def _watched(self) -> bool:
-        """Whether the watch has written something lately."""
+    def _usage_is_fresh(self) -> bool:
+        """Whether the usage log was written recently."""
         from moray.cluster.usage_log import read_usage
 
         try:
             read_usage(self.home)
-        except BackendAwayError:
+        except BackendUnreachableError:
             return False
         return True
 
     def _get(self, path: str) -> bytes | None:
-        """The body of an answer of Ray's dashboard; None where there is none."""
+        """Returns the body of a response from Ray's dashboard, or None on failure."""
         request = urllib.request.Request(self.dashboard + path)
         request.add_header("Authorization", f"Bearer {self.token.read_text().strip()}")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
         try:
-            with opener.open(request, timeout=5) as answer:
-                return bytes(answer.read())
+            with opener.open(request, timeout=5) as response:
+                return bytes(response.read())
         except (OSError, http.client.HTTPException):
             return None
 
@@ -189,12 +189,13 @@ class LocalCluster:
 def default_options(
     ports: Mapping[str, int], *, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
 ) -> LocalOptions:
-    """Options for this machine; what is None is decided. Raises InputError for what it does not have."""
-    for name, asked, least, have in (("cpus", cpus, 1, machine.cores()), ("gpus", gpus, 0, machine.gpus())):
-        if asked is not None and not least <= asked <= have:
-            raise InputError(f"--{name} {asked}: this machine has {have}", f"give {least} to {have}, or leave it out")
+    """Chooses options for this machine; None means automatic. Raises InputError if the machine lacks a resource."""
+    for name, requested, least, available in (("cpus", cpus, 1, machine.cores()), ("gpus", gpus, 0, machine.gpus())):
+        if requested is not None and not least <= requested <= available:
+            hint = f"use {least} to {available}, or omit --{name}"
+            raise InputError(f"--{name} {requested}: this machine has {available}", hint)
     if slots is not None and slots < 1:
-        raise InputError(f"--slots {slots}: at least one job must be able to run", "give 1 or more")
+        raise InputError(f"--slots {slots}: at least one slot is required", "use 1 or more")
     chosen = cpus or machine.cores()
     return LocalOptions(
         cpus=chosen,
@@ -206,21 +207,21 @@ def default_options(
 
 
 def short_folder(home: Home) -> Path:
-    """Ray's folder: under MORAY_HOME where Ray can work in that path, else a private one in /tmp."""
+    """Returns Ray's folder: under MORAY_HOME if Ray can use that path, else a private one in /tmp."""
     folder = home.root / "ray" / "up"
-    if not machine.holds_sockets(folder):
+    if not machine.usable_by_ray(folder):
         name = hashlib.sha256(str(home.root).encode()).hexdigest()[:8]
         folder = Path(tempfile.gettempdir()) / f"moray-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise InputError(f"{folder} belongs to somebody else", "set MORAY_HOME to a shorter path, or TMPDIR")
+        raise InputError(f"{folder} belongs to another user", "set MORAY_HOME to a shorter path, or set TMPDIR")
     return folder
 
 
 def _ray_start() -> list[str]:
     import sys
 
-    # `ray start` as a module: the `ray` command may not be on the path of a service.
+    # Run `ray start` as a module, because the `ray` command may not be on a service's path.
     return [
         sys.executable,
         "-P",

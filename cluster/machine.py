@@ -1,4 +1,4 @@
-"""What this machine has, and what Ray needs of a process's environment, log handlers and signals."""
+"""This machine's resources, and the environment, log handlers and signal handlers for processes that use Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moray.cluster.numba_cache import numba_cache
 from moray.platform.core.home import Home
 from moray.platform.core.processes import module_folders
 
-# A Unix socket's path may have 107 bytes; Ray appends about 75 to its folder's.
+# Unix socket paths are limited to 107 bytes; Ray appends about 75 bytes to its folder.
 LONGEST_FOLDER = 30
 
 
@@ -35,11 +35,11 @@ def quiet_logging(log: Path) -> None:
 
 
 def job_config() -> Any:
-    """For `ray.init`: workers look for no module in the folder that this process stands in, where a `queue.py` of a
-    user would be imported in place of the standard library's.
+    """Job config for `ray.init` that keeps the current folder off the workers' module path. A user's `queue.py` there
+    would be imported instead of the standard library's.
 
-    Ray puts the current folder onto the path of all workers, but for clients; nothing else that drivers do with the
-    setting applies to a job without files of its own (`ray/_private/worker.py`, `connect`).
+    Ray adds the current folder to the path of all workers, except for client jobs. The setting has no other effect on a
+    job without its own files (`ray/_private/worker.py`, `connect`).
     """
     from ray.job_config import JobConfig
 
@@ -47,7 +47,7 @@ def job_config() -> Any:
 
 
 def prepare_environment(home: Home) -> None:
-    """Puts `ray_environment` into this process's, where nothing else stands there."""
+    """Sets PYTHONPATH, and the other variables of `ray_environment` that are not set yet, in this process."""
     settings = ray_environment(home)
     os.environ["PYTHONPATH"] = settings.pop("PYTHONPATH")
     for name, value in settings.items():
@@ -55,7 +55,7 @@ def prepare_environment(home: Home) -> None:
 
 
 def ray_environment(home: Home) -> dict[str, str]:
-    """Settings that Ray reads from the environment, also in the processes it starts."""
+    """Returns the environment variables for Ray and the processes it starts."""
     import moray
 
     checkout = str(Path(moray.__path__[0]))
@@ -70,7 +70,7 @@ def ray_environment(home: Home) -> dict[str, str]:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_task_oom_retries": "5",  # of a task that is killed because memory is short: by default there is no end
+        "RAY_task_oom_retries": "5",  # of a task killed for lack of memory; unlimited by default
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCH_FR_BUFFER_SIZE": "2000",
         "NUMBA_CACHE_DIR": str(numba_cache(home.cache / "numba")),
@@ -81,7 +81,7 @@ def ray_environment(home: Home) -> dict[str, str]:
 
 @contextlib.contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Ray puts handlers of its own under SIGTERM, which exit at once; this puts back what was there before."""
+    """Restores the handlers of SIGINT and SIGTERM on exit, because Ray installs a SIGTERM handler that exits at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -91,9 +91,9 @@ def signal_handlers_kept() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def holds_sockets(folder: Path) -> bool:
-    """Whether Ray can work in a folder: its Unix sockets have room for the path, and no command line that it builds
-    falls apart at a blank or a quote."""
+def usable_by_ray(folder: Path) -> bool:
+    """Whether Ray can use a folder: the path is short enough for Unix sockets and has no characters, such as spaces or
+    quotes, that break the command lines Ray builds."""
     return len(os.fsencode(folder)) <= LONGEST_FOLDER and bool(re.fullmatch(r"[\w./-]+", str(folder), re.ASCII))
 
 
@@ -102,7 +102,7 @@ def cores() -> int:
 
 
 def gpus() -> int:
-    """NVIDIA devices, counted without importing torch (which takes seconds)."""
+    """The number of visible NVIDIA devices, counted without importing torch (which takes seconds)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0
     if visible is not None:

@@ -1,8 +1,8 @@
-"""Says what a Ray cluster cannot place, and what it lacks for it; Ray itself waits for ever without a word.
+"""Reports resource requests that a Ray cluster cannot place, and the missing resources. Ray itself waits silently.
 
-Every few seconds the cluster's head is asked for the demand it could not place (what the autoscaler is asked with; a
-request of a millisecond). What no machine could ever hold is said at once, what finds no room for a while then, each
-once. What waits for a placement group is left out: the group itself is in the demand.
+Every two seconds the watcher reads the unplaced demand from the cluster's head (the data that Ray's autoscaler uses; the
+request takes a millisecond). Requests that no machine could ever satisfy are reported at once, others after a delay;
+each is reported once. Requests that wait for a placement group are skipped, because the demand contains the group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger("ray")
 
 @dataclass(frozen=True)
 class Demand:
-    """What waits: resources of each bundle; a task or actor is one bundle, a placement group all of its own."""
+    """A pending request: the resources of each bundle. A task or actor has one bundle, a placement group all of its own."""
 
     bundles: tuple[tuple[tuple[str, float], ...], ...]
     together: bool = False  # all bundles on one machine
@@ -40,50 +40,50 @@ class Demand:
 
 
 class PendingDemand(NamedTuple):
-    """What there is to say of a demand. hopeless: no machine here could ever hold it."""
+    """A report on a demand. unsatisfiable: the cluster's machines could never satisfy it."""
 
     text: str
-    hopeless: bool
+    unsatisfiable: bool
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One node: its resources, and what of them is free."""
+    """One node: its total and its free resources."""
 
     total: Mapping[str, float]
     free: Mapping[str, float]
 
 
 class PendingReport:
-    """From what waits to what there is to say: the watcher's memory, without Ray or a clock."""
+    """Decides when to report a pending demand: the watcher's state, independent of Ray and the clock."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._since: dict[Demand, tuple[float, int]] = {}  # when its count last fell, and the count
-        self._said: set[Demand] = set()
+        self._reported: set[Demand] = set()
 
     def update(self, now: float, waiting: Mapping[Demand, int], machines: Sequence[Machine]) -> list[PendingDemand]:
-        """The findings that are due. waiting: demand -> how many; now: seconds, from any start."""
+        """Returns the reports that are due. waiting: demand -> count; now: seconds on any monotonic clock."""
         self._since = {demand: since for demand, since in self._since.items() if demand in waiting}
         found = []
         for demand, count in waiting.items():
             since, before = self._since.get(demand, (now, count))
             if count < before:
-                since = now  # some of it was placed: it moves
+                since = now  # some of it was placed: restart the delay
             self._since[demand] = since, count
             lacking = _lacking(demand, machines)
             text = lacking or (_busy(demand, machines) if now - since >= self._patience else "")
-            if text and machines and demand not in self._said:
-                self._said.add(demand)
+            if text and machines and demand not in self._reported:
+                self._reported.add(demand)
                 found.append(PendingDemand(text, bool(lacking)))
         return found
 
 
 class PendingWatcher:
-    """Tells `note` what the cluster that this process is connected to cannot place, between `start` and `stop`.
+    """Reports requests that the connected cluster cannot place to `note`, between `start` and `stop`.
 
-    note: is called from a thread, with the text and whether the demand is hopeless. patience: seconds after which
-    waiting for room is worth a word.
+    note: called from a thread, with the text and whether the demand is unsatisfiable. patience: seconds after which a
+    satisfiable request that is still waiting is reported.
     """
 
     def __init__(self, note: Callable[[str, bool], None], patience: float = PATIENCE_SECONDS) -> None:
@@ -102,7 +102,7 @@ class PendingWatcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """No error if it was never started."""
+        """Stops the thread. No error if it was never started."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -116,14 +116,14 @@ class PendingWatcher:
             try:
                 state = get_cluster_resource_state(client)
             except (RpcError, RaySystemError) as error:
-                _log.warning("pending demand is not known: %s", error)
+                _log.warning("cannot read pending demand: %s", error)
                 continue
             for finding in report.update(time.monotonic(), waiting_in(state), machines_in(state)):
-                self._note(finding.text, finding.hopeless)
+                self._note(finding.text, finding.unsatisfiable)
 
 
 def waiting_in(state: Any) -> dict[Demand, int]:
-    """The demand in Ray's ClusterResourceState, with how often each is wanted."""
+    """Extracts the pending demand from Ray's ClusterResourceState: demand -> count."""
     found: dict[Demand, int] = {}
     for pending in state.pending_resource_requests:
         demand = Demand((_bundle(pending.request),))
@@ -152,23 +152,23 @@ def _bundle(request: Any) -> tuple[tuple[str, float], ...]:
 
 
 def _lacking(demand: Demand, machines: Sequence[Machine]) -> str:
-    """Why the demand can never be placed here; empty if it can."""
+    """The reason why the demand can never be placed on these machines; empty if it can."""
     alone = [demand.total()] if demand.together else [dict(bundle) for bundle in demand.bundles]
     for bundle in alone:
         if not any(_fits(bundle, machine.total) for machine in machines):
             largest = {name: max((m.total.get(name, 0.0) for m in machines), default=0.0) for name in bundle}
-            return _never(bundle, largest, "on one machine, the largest" if len(machines) > 1 else "the cluster")
+            return _never(bundle, largest, " on one machine, but the largest" if len(machines) > 1 else ", but the cluster")
     everything = {name: sum(machine.total.get(name, 0.0) for machine in machines) for name in demand.total()}
     if not _fits(demand.total(), everything):
-        return _never(demand.total(), everything, "the cluster")
+        return _never(demand.total(), everything, ", but the cluster")
     return ""
 
 
-def _never(wanted: Mapping[str, float], there: Mapping[str, float], where: str) -> str:
-    short = {name: amount for name, amount in wanted.items() if not _fits({name: amount}, there)}
-    has = demand_words({name: there.get(name, 0.0) for name in short} or there)
+def _never(wanted: Mapping[str, float], available: Mapping[str, float], where: str) -> str:
+    short = {name: amount for name, amount in wanted.items() if not _fits({name: amount}, available)}
+    has = demand_words({name: available.get(name, 0.0) for name in short} or available)
     needs = demand_words(short or wanted)
-    return f"this can never start: it needs {needs}, {where} has {has}; ask for less or add machines"
+    return f"cannot be scheduled: it needs {needs}{where} has {has}; request less or add machines"
 
 
 def _busy(demand: Demand, machines: Sequence[Machine]) -> str:
@@ -181,13 +181,13 @@ def _busy(demand: Demand, machines: Sequence[Machine]) -> str:
     return f"waiting for {demand_words(wanted)}: {', '.join(parts)}"
 
 
-def _fits(wanted: Mapping[str, float], room: Mapping[str, float]) -> bool:
-    """In Ray's own resolution of a ten-thousandth: sums of fractions are off in their last digits."""
-    return all(room.get(name, 0.0) + _HALF_UNIT >= amount for name, amount in wanted.items())
+def _fits(wanted: Mapping[str, float], available: Mapping[str, float]) -> bool:
+    """Compares at Ray's resolution of 1/10,000, because sums of fractions have rounding errors."""
+    return all(available.get(name, 0.0) + _HALF_UNIT >= amount for name, amount in wanted.items())
 
 
 def demand_words(resources: Mapping[str, float]) -> str:
-    """64 CPU and 1 GPU."""
+    """Formats resources: `64 CPU and 1 GPU`."""
     return " and ".join(f"{_amount(name, amount)} {name}" for name, amount in sorted(resources.items()))
 
 

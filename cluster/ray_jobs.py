@@ -1,4 +1,4 @@
-"""Attempts as Ray Jobs: the submission id is the attempt's id, and the driver never runs on the head."""
+"""Runs attempts as Ray jobs. The submission id is the attempt's id, and the driver never runs on the head."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
 from moray.cluster.usage_log import read_usage
-from moray.platform.core.cluster import BackendAwayError, ClusterBackend, ExecutorState, Observed, Usage
+from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, ExecutorState, Observed, Usage
 
-_SECONDS = 20.0
+_TIMEOUT_SECONDS = 20.0
 _STATES: Mapping[str, ExecutorState] = {
     "PENDING": "pending",
     "RUNNING": "running",
@@ -22,7 +22,7 @@ _STATES: Mapping[str, ExecutorState] = {
 
 
 class RayJobs(ClusterBackend):
-    """Talks to a local cluster: Ray's documented REST API for jobs; the figures come from cluster/usage_log.py."""
+    """Client of a local cluster: uses Ray's REST API for jobs, and cluster/usage_log.py for resource usage."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
@@ -35,36 +35,36 @@ class RayJobs(ClusterBackend):
             "runtime_env": {"env_vars": dict(environment)},
             "entrypoint_resources": {DRIVER: 1},
         }
-        answer = self._ask("POST", "", body)
-        if not answer.ok and "already exists" not in answer.text:
-            raise BackendAwayError(f"Ray refused the job: {_last_line(answer.text)}")
+        response = self._request("POST", "", body)
+        if not response.ok and "already exists" not in response.text:
+            raise BackendUnreachableError(f"Ray rejected the job: {_last_line(response.text)}")
 
     def observe(self) -> Mapping[str, Observed]:
-        answer = self._ask("GET", "")
-        if not answer.ok:
-            raise BackendAwayError(f"Ray does not list its jobs: {_last_line(answer.text)}")
-        found = [job for job in answer.json() if job["submission_id"]]
+        response = self._request("GET", "")
+        if not response.ok:
+            raise BackendUnreachableError(f"Ray cannot list its jobs: {_last_line(response.text)}")
+        found = [job for job in response.json() if job["submission_id"]]
         return {job["submission_id"]: Observed(_STATES[job["status"]], _first_line(job["message"])) for job in found}
 
     def stop(self, attempt: str) -> None:
-        self._ask("POST", f"{attempt}/stop")  # 404: it is unknown, or has just ended
+        self._request("POST", f"{attempt}/stop")  # 404: unknown, or just ended
 
     def forget(self, attempt: str) -> None:
-        self._ask("DELETE", attempt)
+        self._request("DELETE", attempt)
 
     def usage(self) -> Usage:
         return read_usage(self._cluster.home)
 
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        """One request to the Jobs API."""
+    def _request(self, method: str, path: str, body: Any = None) -> Any:
+        """Sends one request to the Jobs API."""
         import requests
 
         try:
             return self._session().request(
-                method, f"{self._cluster.dashboard}/api/jobs/{path}", json=body, timeout=_SECONDS
+                method, f"{self._cluster.dashboard}/api/jobs/{path}", json=body, timeout=_TIMEOUT_SECONDS
             )
         except requests.RequestException as error:
-            raise BackendAwayError(f"Ray's dashboard does not answer: {type(error).__name__}") from error
+            raise BackendUnreachableError(f"Ray's dashboard does not respond: {type(error).__name__}") from error
 
     def _session(self) -> Any:
         import requests
@@ -77,10 +77,10 @@ class RayJobs(ClusterBackend):
 
 
 def _first_line(message: str | None) -> str:
-    """What Ray says of a job; below it stand the ids of actors and nodes, or the end of the log."""
+    """The first line of Ray's message on a job; the rest is ids of actors and nodes, or the end of the log."""
     return (message or "").strip().partition("\n")[0][:300]
 
 
 def _last_line(text: str) -> str:
-    """The error itself, out of the traceback that Ray answers with."""
+    """The error message of a traceback that Ray returned."""
     return (text.strip().splitlines() or ["no reason given"])[-1][:300]

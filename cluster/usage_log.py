@@ -1,8 +1,8 @@
-"""Writes down, every two seconds, what the cluster has and what of it is held: `python -m moray.cluster.usage_log
-ADDRESS`.
+"""Writes the cluster's total and used resources to `up/cluster.json` every two seconds: `python -m
+moray.cluster.usage_log ADDRESS`.
 
-A process of its own, because Ray's client ends the process it lives in when the head stays away for a minute; the
-controller must outlive that. It reads `up/cluster.json` and believes it for as long as it is fresh.
+This is a separate process, because Ray's client ends its process when the head is unreachable for a minute, and the
+controller must survive that. The controller reads the file and ignores it when it is stale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from moray.cluster.pending import demand_words, is_dead, machines_in, waiting_in
 from moray.platform.core.atomic import write_json
-from moray.platform.core.cluster import BackendAwayError, Usage
+from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
 
 POLL_SECONDS = 2.0
@@ -30,15 +30,15 @@ def usage_file(home: Home) -> Path:
 
 
 def read_usage(home: Home) -> Usage:
-    """What the watch wrote last. Raises BackendAwayError if that is old: it writes only what Ray answers."""
+    """Reads the last written usage. Raises BackendUnreachableError if it is stale, because then Ray is not responding."""
     path = usage_file(home)
     try:
         age = time.time() - path.stat().st_mtime
         written = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise BackendAwayError("nothing is known of the cluster yet") from None
+        raise BackendUnreachableError("no usage data from the cluster yet") from None
     if age > _FRESH_SECONDS:
-        raise BackendAwayError(f"Ray's head has not answered for {age:.0f} s")
+        raise BackendUnreachableError(f"Ray's head has not responded for {age:.0f} s")
     return Usage(**written | {"waiting": tuple(written["waiting"])})
 
 
@@ -63,13 +63,13 @@ def usage_in(state: Any) -> Usage:
     )
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     with contextlib.suppress(OSError):
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
 def main(address: str) -> None:
-    """Watches until it is killed."""
+    """Writes the usage log until the process is killed."""
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
     from ray.exceptions import RaySystemError, RpcError
 
@@ -79,9 +79,9 @@ def main(address: str) -> None:
         try:
             write_json(path, asdict(usage_in(get_cluster_resource_state(client))))
         except (RpcError, RaySystemError) as error:
-            _say(f"Ray's head does not answer: {error}")
-        except OSError as error:  # a full disk: the next round tries again
-            _say(f"{path} is not written: {error}")
+            _log(f"Ray's head does not respond: {error}")
+        except OSError as error:  # a full disk: retry in the next iteration
+            _log(f"cannot write {path}: {error}")
         time.sleep(POLL_SECONDS)
 
 

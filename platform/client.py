@@ -1,4 +1,4 @@
-"""The control plane's API for the command line and for Python: requests out, plain data or a MorayError back."""
+"""HTTP client of the control plane, for the command line and for Python. Returns plain data or raises MorayError."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from moray.platform.control.auth import read_token
 from moray.platform.core.errors import InputError, MorayError, StepFailed
 from moray.platform.core.home import Home
 
-_PATIENCE_SECONDS = 60.0  # for a controller that is being restarted: twice the longest that the supervisor waits
-_SECONDS = 60.0
+_RETRY_SECONDS = 60.0  # while the controller restarts: twice the supervisor's longest back-off
+_TIMEOUT_SECONDS = 60.0  # of one request
 
 
-class AwayError(StepFailed):
+class UnreachableError(StepFailed):
     """The control plane does not answer."""
 
 
 class Client:
-    """Talks to the controller of one MORAY_HOME."""
+    """Client of the controller of one MORAY_HOME."""
 
     def __init__(self, url: str, token: str, is_up: Callable[[], bool] = lambda: True) -> None:
-        """`is_up`: whether somebody restarts a controller that does not answer, so that waiting for it makes sense."""
+        """`is_up`: whether a supervisor is running that restarts the controller, so that retrying makes sense."""
         self.url = url
         self._is_up = is_up
         self._token = token
@@ -37,7 +37,7 @@ class Client:
 
     @classmethod
     def from_environment(cls) -> Client:
-        """The client of `$MORAY_HOME`. Raises InputError if no control plane was ever started there."""
+        """A client for `$MORAY_HOME`. Raises InputError if no control plane was ever started there."""
         from moray.platform.control.options import UpOptions, url
         from moray.platform.control.up import is_up
 
@@ -45,23 +45,23 @@ class Client:
         return cls(url(UpOptions.read(home)), read_token(home), lambda: is_up(home))
 
     def get(self, path: str, **query: Any) -> Any:
-        """The answer to a GET; query values that are None are left out."""
+        """Returns the response to a GET; query values that are None are omitted."""
         given = {name: value for name, value in query.items() if value is not None}
         return self._request("GET", path + ("?" + urllib.parse.urlencode(given, doseq=True) if given else ""))
 
     def post(self, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> Any:
-        """The answer to a POST. With an idempotency `key` it may be repeated, and is, until it has been answered."""
+        """Returns the response to a POST. With an idempotency `key` the request is retried until it is answered."""
         return self._request("POST", path, body, key)
 
     def delete(self, path: str) -> Any:
         return self._request("DELETE", path)
 
     def _request(self, method: str, path: str, body: Any = None, key: str | None = None) -> Any:
-        deadline = time.monotonic() + (_PATIENCE_SECONDS if method == "GET" or key else 0.0)
+        deadline = time.monotonic() + (_RETRY_SECONDS if method == "GET" or key else 0.0)
         while True:
             try:
                 return self._once(method, path, body, key)
-            except AwayError:
+            except UnreachableError:
                 if time.monotonic() > deadline or not self._is_up():
                     raise
                 time.sleep(0.5)
@@ -73,26 +73,26 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with self._opener.open(request, timeout=_SECONDS) as answer:
+            with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
                 text = answer.read()
             return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
-            raise _refused(error) from error
-        except OSError as error:  # also what cuts an answer short
-            raise AwayError(f"the control plane does not answer at {self.url}", "moray up starts it") from error
+            raise _as_moray_error(error) from error
+        except OSError as error:  # also a response that was cut short
+            raise UnreachableError(f"the control plane does not respond at {self.url}", "start it with `moray up`") from error
         except (http.client.HTTPException, ValueError) as error:
-            raise AwayError(
-                f"what answers at {self.url} is not the control plane", "moray down, then moray up --port ANOTHER"
+            raise UnreachableError(
+                f"another program responds at {self.url}, not the control plane", "moray down, then moray up --port ANOTHER"
             ) from error
 
 
 def new_key() -> str:
-    """A key that makes a request that is sent twice count once."""
+    """A new idempotency key: a request sent twice with the same key takes effect once."""
     return secrets.token_hex(16)
 
 
 def read_submission(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """A recipe, read and checked here as `moray run` would, as the body of a submission."""
+    """Reads and checks a recipe as `moray run` does; returns the body of a submission."""
     from moray.platform.api import open_recipe
 
     opened = open_recipe(recipe, overrides)
@@ -100,13 +100,13 @@ def read_submission(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {"recipe": opened.source, "path": str(opened.path), "folder": folder, "set": list(overrides)}
 
 
-def _refused(error: urllib.error.HTTPError) -> MorayError:
-    """The error that the answer describes."""
+def _as_moray_error(error: urllib.error.HTTPError) -> MorayError:
+    """Converts an HTTP error response to a MorayError."""
     try:
-        said = json.loads(error.read())
-        message, hint = str(said["error"]), str(said.get("hint", ""))
+        body = json.loads(error.read())
+        message, hint = str(body["error"]), str(body.get("hint", ""))
     except (ValueError, KeyError, TypeError):
-        message, hint = f"the control plane answered {error.code} {error.reason}", ""
+        message, hint = f"the control plane returned HTTP {error.code} {error.reason}", ""
     if error.code >= 500:
         return StepFailed(message, hint)
     return InputError(message, hint)

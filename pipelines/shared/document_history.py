@@ -23,7 +23,7 @@ from moray.platform.core.home import Home
 from moray.platform.run.console import visible
 from moray.platform.run.history import RunRow, find_run, list_runs
 from moray.platform.store.artifacts import Artifact, ArtifactStore
-from moray.platform.store.search import artifact_here
+from moray.platform.store.search import local_artifact
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _EXCERPT = 200  # characters
@@ -77,7 +77,7 @@ def explain_document_in(store: ArtifactStore, runs: Sequence[RunRow], name: str)
     wanted = _wanted(name)
     asked: set[str] = set()
     for run in runs:
-        artifacts = [a for row in run.steps.values() if (a := artifact_here(store, row.fingerprint))]
+        artifacts = [a for row in run.steps.values() if (a := local_artifact(store, row.fingerprint))]
         if not artifacts or artifacts[-1].reference in asked:
             continue
         asked.add(artifacts[-1].reference)

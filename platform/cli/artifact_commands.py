@@ -1,4 +1,4 @@
-"""`moray artifacts`: what is kept, and what may go."""
+"""`moray artifacts`: list, verify, pin and remove artifacts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from moray.platform.store.manifest import DamagedError
     from moray.platform.store.retention import Entry
 
-_DAY_SECONDS = 24 * 3600.0  # what is older and belongs to nobody was left behind
+_DAY_SECONDS = 24 * 3600.0  # older files without a manifest or a lease are leftovers
 
-app = App(name="artifacts", help="Show, pin and remove what runs made.", help_format="plaintext")
+app = App(name="artifacts", help="List, verify, pin and remove artifacts.", help_format="plaintext")
 
-Limit = Annotated[str, Parameter(help="what may remain, for example 500MB or 1.5TiB")]
-DryRun = Annotated[bool, Parameter(negative=(), help="say what would go, and remove nothing")]
+Limit = Annotated[str, Parameter(help="size to keep, for example 500MB or 1.5TiB")]
+DryRun = Annotated[bool, Parameter(negative=(), help="show what would be removed, but remove nothing")]
 
 
 @app.command(name="list")
 def list_artifacts(*, json_: Json = False) -> int:
-    """Every artifact, by step, newest first, with what holds it (pin, aliases) and where it is.
+    """List all artifacts by step, newest first, with their pins, aliases and locations.
 
-    With a shared root (MORAY_ARTIFACTS): local, remote or both.
+    The location is local, remote or both; remote is the shared root (MORAY_ARTIFACTS).
     """
     from moray.platform.core.units import size
 
     store = _store()
-    names, places = _names(store), _places(store)
-    artifacts = [artifact for artifact, _ in places.values()]
+    names, locations = _names(store), _locations(store)
+    artifacts = [artifact for artifact, _ in locations.values()]
     damaged = store.damaged()
     rows: list[dict[str, Any]] = [
         {
@@ -43,7 +43,7 @@ def list_artifacts(*, json_: Json = False) -> int:
             "run": artifact.manifest.run,
             "held_by": names.get(artifact.reference, []),
             "folder": str(artifact.folder),
-            "where": places[artifact.reference][1],
+            "where": locations[artifact.reference][1],
             "problem": "",
         }
         for artifact in artifacts
@@ -58,14 +58,14 @@ def list_artifacts(*, json_: Json = False) -> int:
             a.manifest.produces,
             size(a.manifest.bytes),
             _when(a.manifest.started),
-            places[a.reference][1],
+            locations[a.reference][1],
             ", ".join(names.get(a.reference, [])),
             a.manifest.run,
         )
         for a in artifacts
     ]
-    print_table(("artifact", "is", "size>", "made", "where", "held by", "run"), shown)
-    _say_damaged(damaged, store.aliases.damaged())
+    print_table(("artifact", "kind", "size>", "made", "location", "held by", "run"), shown)
+    _print_damaged(damaged, store.aliases.damaged())
     return 0
 
 
@@ -74,19 +74,19 @@ def verify(
     reference: str = "",
     /,
     *,
-    hashes: Annotated[bool, Parameter(negative=(), help="compare contents too, not only sizes")] = False,
+    hashes: Annotated[bool, Parameter(negative=(), help="compare contents, not only sizes")] = False,
     json_: Json = False,
 ) -> int:
-    """Compare the files of artifacts on this machine with their manifests. Exit 1 if any differ.
+    """Compare the files of artifacts on this machine with their manifests. Exit with 1 if any differ.
 
-    REFERENCE is an alias, STEP/FINGERPRINT (a unique beginning is enough) or a folder; without it, all.
+    REFERENCE is an alias, STEP/FINGERPRINT (a unique prefix is enough) or a folder (default: all artifacts).
     """
     from moray.platform.core.units import size
-    from moray.platform.store.search import artifacts_here, find_artifact
+    from moray.platform.store.search import local_artifacts, find_artifact
 
     store = _store()
-    chosen = [find_artifact(store, reference)] if reference else list(artifacts_here(store))
-    artifacts = [artifact for artifact in chosen if artifact.here]
+    chosen = [find_artifact(store, reference)] if reference else list(local_artifacts(store))
+    artifacts = [artifact for artifact in chosen if artifact.is_local]
     rows = _verified(artifacts, hashes)
     rows += (
         [] if reference else [{"artifact": one.reference, "file": "", "what": one.message} for one in store.damaged()]
@@ -95,18 +95,18 @@ def verify(
         print_json({"artifacts": len(artifacts), "hashes": hashes, "changes": rows})
     else:
         for row in rows:
-            place = f"{row['artifact']}/{row['file']}: " if row["file"] else ""
-            out().print(f"{place}{row['what']}", markup=False, soft_wrap=True)
-        what = "sizes and contents" if hashes else "sizes"
+            where = f"{row['artifact']}/{row['file']}: " if row["file"] else ""
+            out().print(f"{where}{row['what']}", markup=False, soft_wrap=True)
+        compared = "sizes and contents" if hashes else "sizes"
         total = size(sum(artifact.manifest.bytes for artifact in artifacts))
-        out().print(f"{len(artifacts)} artifacts ({total}): {what} compared, {len(rows)} differences", markup=False)
+        out().print(f"{len(artifacts)} artifacts ({total}): {compared} compared, {len(rows)} differences", markup=False)
         if reference and not artifacts:
-            err().print("its files are not on this machine; what is fetched is checked then", markup=False)
+            err().print("its files are not on this machine; they are verified when they are downloaded", markup=False)
     return 1 if rows else 0
 
 
 def _verified(artifacts: list[Artifact], hashes: bool) -> list[dict[str, str]]:
-    """A row for each file that differs, with progress where there are many bytes to read."""
+    """Returns a row for each file that differs; shows progress when contents are compared."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from moray.platform.store.verify import changes
@@ -117,48 +117,48 @@ def _verified(artifacts: list[Artifact], hashes: bool) -> list[dict[str, str]]:
         task = progress.add_task("", total=sum(artifact.manifest.bytes for artifact in artifacts))
         for artifact in artifacts:
             for change in changes(artifact.folder, artifact.manifest, hashes, lambda n: progress.advance(task, n)):
-                rows.append({"artifact": artifact.reference, "file": change.path, "what": change.what})
+                rows.append({"artifact": artifact.reference, "file": change.path, "what": change.problem})
     return rows
 
 
 @app.command
 def pin(reference: str, /, *, json_: Json = False) -> int:
-    """Keep an artifact, and everything it was made from, out of `gc`.
+    """Protect an artifact, and everything it was made from, from `gc`.
 
-    REFERENCE is an alias, STEP/FINGERPRINT (a unique beginning is enough) or a folder.
+    REFERENCE is an alias, STEP/FINGERPRINT (a unique prefix is enough) or a folder.
     """
     from moray.platform.store.search import find_artifact
 
     store = _store()
     chosen = find_artifact(store, reference).reference
     store.pins.add(chosen)
-    _say(json_, "pinned", chosen)
+    _print_change(json_, "pinned", chosen)
     return 0
 
 
 @app.command
 def unpin(reference: str, /, *, json_: Json = False) -> int:
-    """Undo `pin`."""
+    """Remove the pin of an artifact."""
     from moray.platform.store.search import find_artifact
 
     store = _store()
     chosen = find_artifact(store, reference).reference
     store.pins.drop(chosen)
-    _say(json_, "unpinned", chosen)
+    _print_change(json_, "unpinned", chosen)
     return 0
 
 
 @app.command
 def unalias(alias: str, /, *, json_: Json = False) -> int:
-    """Forget NAME@VERSION; the artifact stays, until nothing else holds it."""
+    """Remove the alias NAME@VERSION. Its artifact is kept, but `gc` may remove it later."""
     _store().aliases.drop(alias)
-    _say(json_, "forgotten", alias)
+    _print_change(json_, "forgotten", alias)
     return 0
 
 
 @app.command
 def rm(reference: str, /, *, json_: Json = False) -> int:
-    """Remove one artifact, from the shared root too. What a pin or an alias needs is refused."""
+    """Remove one artifact, also from the shared root. Fails if a pin or an alias needs it."""
     from moray.platform.core.errors import InputError
     from moray.platform.store.manifest import DamagedError
     from moray.platform.store.retention import lineage
@@ -173,11 +173,11 @@ def rm(reference: str, /, *, json_: Json = False) -> int:
     entries = {entry.reference: entry for entry in _entries(store)}
     for holder, names in _names(store).items():
         if chosen == holder or chosen in lineage([holder], entries):
-            needed = "" if holder == chosen else f"{holder} was made from it and "
-            raise InputError(f"{chosen} must stay: {needed}has {' and '.join(names)}", _release(store, holder))
+            needed = "it" if holder == chosen else f"{holder}, which was made from it,"
+            raise InputError(f"{chosen} cannot be removed: {needed} has {' and '.join(names)}", _release(store, holder))
     if chosen.partition("/")[2] in _in_use() or not remove_artifact(store, chosen):
-        raise InputError(f"{chosen} is used by a run", "wait for the run to end")
-    _say(json_, "removed", chosen)
+        raise InputError(f"{chosen} is in use by a run", "wait for the run to end")
+    _print_change(json_, "removed", chosen)
     return 0
 
 
@@ -185,11 +185,12 @@ def rm(reference: str, /, *, json_: Json = False) -> int:
 def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -> int:
     """Remove artifacts from this machine, oldest first, until the rest fits the limit.
 
-    Pinned and aliased artifacts, those that a run works on, and all they were made from stay. Copies of what lies in
-    the shared root go first; no artifact is removed there. What killed runs left behind goes after a day, there too.
+    Keeps pinned and aliased artifacts, artifacts in use by a run, and everything they were made from. Removes local
+    copies of artifacts in the shared root first; never removes artifacts from the shared root. Also removes leftovers of
+    killed runs that are older than a day, in both places.
     """
     from moray.platform.core.units import parse_size, size
-    from moray.platform.store.sweep import delete_buried, free_artifact
+    from moray.platform.store.sweep import delete_discarded, free_artifact
 
     allowed, store = parse_size(limit), _store()
     left = _leftovers(store, remove=not dry_run)
@@ -197,7 +198,7 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     chosen, total = _chosen(store, allowed, broken)
     damaged = store.damaged()
     if not dry_run:
-        delete_buried(store)
+        delete_discarded(store)
         chosen = [entry for entry in chosen if free_artifact(store, entry.reference)]
     freed = sum(entry.bytes for entry in chosen)
     kept = total - freed
@@ -219,57 +220,57 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
         if chosen:
             print_table(("artifact", "size>", "made"), [(e.reference, size(e.bytes), _when(e.made)) for e in chosen])
         for name in left:
-            out().print(f"left behind: {name}", markup=False)
+            out().print(f"leftover of a killed run: {name}", markup=False)
         verb = "would free" if dry_run else "freed"
         out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
-    _say_damaged(damaged, broken)
+    _print_damaged(damaged, broken)
     if damaged or broken:
-        err().print("only copies of what the shared root has may go while something is damaged: it may need the rest")
+        err().print("a damaged artifact or alias may need any other artifact, so only local copies of shared artifacts are removed")
     if kept > allowed:
-        err().print(f"still {size(kept - allowed)} over the limit: the rest is pinned, aliased or in use", markup=False)
+        err().print(f"still {size(kept - allowed)} over the limit: the remaining artifacts are pinned, aliased or in use", markup=False)
     return 0
 
 
 def _chosen(store: ArtifactStore, allowed: int, broken: list[str]) -> tuple[list[Entry], int]:
-    """What gc may remove from this machine, and how many bytes lie on it. broken: damaged aliases."""
+    """Returns the local artifacts that gc may remove, and the total bytes on this machine. broken: damaged aliases."""
     from moray.platform.store.retention import to_free, to_remove
-    from moray.platform.store.search import artifacts_here
+    from moray.platform.store.search import local_artifacts
 
-    here = {artifact.reference for artifact in artifacts_here(store)}
-    entries = [entry for entry in _entries(store) if entry.reference in here]
+    local = {artifact.reference for artifact in local_artifacts(store)}
+    entries = [entry for entry in _entries(store) if entry.reference in local]
     used = _in_use()
     working = [e.reference for e in entries if e.reference.partition("/")[2] in used]
     copies = to_free(entries, [*store.pins.all(), *working], allowed)
     rest = [entry for entry in entries if entry not in copies]
     total = sum(entry.bytes for entry in entries)
-    if store.damaged() or broken:  # what those were made from is not known
+    if store.damaged() or broken:  # their ancestors are unknown
         return copies, total
     return [*copies, *to_remove(rest, [*_names(store), *working], allowed)], total
 
 
 def _leftovers(store: ArtifactStore, remove: bool) -> list[str]:
-    """What killed runs left behind more than a day ago: folders here, and objects in the shared root."""
+    """Leftovers of killed runs that are older than a day: local folders, and objects in the shared root."""
     from moray.platform.store.sweep import free_artifact, leftovers
 
     before = time.time() - _DAY_SECONDS
-    here = leftovers(store, before)
-    there = sorted(store.remote.leftovers(before)) if store.remote else []
+    local = leftovers(store, before)
+    remote = sorted(store.remote.leftovers(before)) if store.remote else []
     if remove:
-        here = [name for name in here if free_artifact(store, name)]
+        local = [name for name in local if free_artifact(store, name)]
         if store.remote:
             store.remote.sweep(before)
-    return [*here, *(f"{store.remote.url}/{name}" for name in there if store.remote)]
+    return [*local, *(f"{store.remote.url}/{name}" for name in remote if store.remote)]
 
 
-def _places(store: ArtifactStore) -> dict[str, tuple[Artifact, str]]:
-    """Every artifact, and whether it is local, remote or both; by step, newest first."""
-    from moray.platform.store.search import artifacts_here, shared_artifacts
+def _locations(store: ArtifactStore) -> dict[str, tuple[Artifact, str]]:
+    """Every artifact with its location (local, remote or both), by step, newest first."""
+    from moray.platform.store.search import local_artifacts, shared_artifacts
 
-    here = {artifact.reference: artifact for artifact in artifacts_here(store)}
-    there = {artifact.reference: artifact for artifact in shared_artifacts(store)}
-    every = sorted((there | here).values(), key=lambda a: (a.manifest.step, -a.manifest.started))
+    local = {artifact.reference: artifact for artifact in local_artifacts(store)}
+    remote = {artifact.reference: artifact for artifact in shared_artifacts(store)}
+    every = sorted((remote | local).values(), key=lambda a: (a.manifest.step, -a.manifest.started))
     names = [a.reference for a in every]
-    where = {n: "both" if n in here and n in there else "local" if n in here else "remote" for n in names}
+    where = {n: "both" if n in local and n in remote else "local" if n in local else "remote" for n in names}
     return {a.reference: (a, where[a.reference]) for a in every}
 
 
@@ -292,12 +293,12 @@ def _entries(store: ArtifactStore) -> list[Entry]:
 
     return [
         Entry(a.reference, a.manifest.bytes, a.manifest.started, tuple(a.manifest.inputs.values()), where != "local")
-        for a, where in _places(store).values()
+        for a, where in _locations(store).values()
     ]
 
 
 def _names(store: ArtifactStore) -> dict[str, list[str]]:
-    """What holds an artifact, in words: reference -> `alias NAME@VERSION`, `a pin`."""
+    """The pins and aliases of artifacts: reference -> `alias NAME@VERSION`, `a pin`."""
     found: dict[str, list[str]] = {}
     for alias, reference in store.aliases.all().items():
         found.setdefault(reference, []).append(f"alias {alias}")
@@ -307,15 +308,15 @@ def _names(store: ArtifactStore) -> dict[str, list[str]]:
 
 
 def _release(store: ArtifactStore, reference: str) -> str:
-    """How to give up what holds an artifact."""
+    """The command that removes a pin or an alias of an artifact."""
     if reference in store.pins.all():
         return f"moray artifacts unpin {reference}"
     alias = next(name for name, target in store.aliases.all().items() if target == reference)
     return f"moray artifacts unalias {alias}"
 
 
-def _say_damaged(damaged: list[DamagedError], aliases: list[str]) -> None:
-    """What is passed over, by name, with the fix; on stderr."""
+def _print_damaged(damaged: list[DamagedError], aliases: list[str]) -> None:
+    """Prints damaged artifacts and aliases to stderr, each with its fix."""
     for one in damaged:
         err().print(f"{one.message}\n  {one.hint}", markup=False, soft_wrap=True)
     for alias in aliases:
@@ -326,8 +327,8 @@ def _when(made: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(made))
 
 
-def _say(json_: bool, what: str, reference: str) -> None:
+def _print_change(json_: bool, action: str, reference: str) -> None:
     if json_:
-        print_json({what: reference})
+        print_json({action: reference})
     else:
-        out().print(f"{what} {reference}", markup=False)
+        out().print(f"{action} {reference}", markup=False)

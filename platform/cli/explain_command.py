@@ -1,4 +1,4 @@
-"""`moray explain`: what became of one document."""
+"""`moray explain`: traces one document through the steps of a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def explain_command(
     document: str,
     /,
     *,
-    run: Annotated[str | None, Parameter(help="by what this run decided (default: the newest that has it)")] = None,
+    run: Annotated[str | None, Parameter(help="the run to look in (default: the newest that contains the document)")] = None,
     json_: Json = False,
 ) -> int:
-    """Say where a document came from, what each step decided about it, and which one stays in its place.
+    """Trace a document: its source, each step's decision about it, and the document kept in its place.
 
-    DOCUMENT is an id (32 hex digits), or SOURCE/KEY as the recipe and its files name it: `code/json/decoder.py`.
+    DOCUMENT is an id (32 hex digits), or SOURCE/KEY with the source of the recipe and the path of the file, for example
+    `code/json/decoder.py`.
     """
     from dataclasses import asdict
 

@@ -31,14 +31,15 @@ def submit(
     set_: Overrides = None,
     name: str = "",
     priority: Priority = "interactive",
-    retries: Annotated[int, Parameter(help="how often a failed run is tried again")] = 0,
-    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=())] = False,
-    key: Annotated[str, Parameter(help="the same key twice is one job")] = "",
+    retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=(), help="print the log until the job ends")] = False,
+    key: Annotated[str, Parameter(help="idempotency key: submitting twice with the same key queues one job")] = "",
     json_: Json = False,
 ) -> int:
     """Queue a run of a recipe on the control plane's cluster.
 
-    RECIPE is a file, or the name of a recipe that Moray ships. Relative paths in it count from the current folder.
+    RECIPE is a file, or the name of a recipe that ships with Moray. Relative paths in it are relative to the current
+    folder.
     """
     from moray.platform.client import Client, new_key, read_submission
 
@@ -49,7 +50,7 @@ def submit(
         print_json(job)
     else:
         out().print(job["id"], markup=False)
-        err().print(f"watch it: moray logs -f {job['id']}   or {client.url}/jobs/{job['id']}", markup=False)
+        err().print(f"follow: moray logs -f {job['id']}   or {client.url}/jobs/{job['id']}", markup=False)
     return _follow(client, job["id"], None) if follow else 0
 
 
@@ -59,7 +60,7 @@ def list_jobs(
     limit: int = 20,
     json_: Json = False,
 ) -> int:
-    """Jobs, newest first."""
+    """List jobs, newest first."""
     from moray.platform.client import Client
 
     jobs = Client.from_environment().get("/api/jobs", state=state, limit=limit)
@@ -67,17 +68,17 @@ def list_jobs(
         print_json(jobs)
         return 0
     if not jobs:
-        err().print("no jobs yet; try: moray submit quickstart" if not state else "no such jobs")
+        err().print("no jobs yet; try: moray submit quickstart" if not state else "no jobs in this state")
         return 0
-    columns = ("job", "name", "state", "priority", "submitted", "time>", "tries>", "why")
+    columns = ("job", "name", "state", "priority", "submitted", "time>", "attempts>", "reason")
     print_table(columns, [_row(job) for job in jobs])
     return 0
 
 
 def status(job: str | None = None, /, *, json_: Json = False) -> int:
-    """One job with its attempts; without JOB: queue, work, services and cluster.
+    """Show a job and its attempts, or without JOB the services, the cluster and the queue.
 
-    JOB is a job's id or a part of it that no other job has.
+    JOB is a job's id or a unique part of it.
     """
     from moray.platform.client import Client
 
@@ -98,7 +99,7 @@ def status(job: str | None = None, /, *, json_: Json = False) -> int:
         for a in found["attempts"]
     ]
     if rows:
-        print_table(("attempt", "state", "submitted", "time>", "what"), rows)
+        print_table(("attempt", "state", "submitted", "time>", "detail"), rows)
     return 0
 
 
@@ -106,10 +107,10 @@ def logs(
     job: str,
     /,
     *,
-    attempt: int | None = None,
-    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=())] = False,
+    attempt: Annotated[int | None, Parameter(help="number of the attempt (default: the latest)")] = None,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=(), help="print until the job ends")] = False,
 ) -> int:
-    """What a job printed; -f goes on until it ends, with its exit code."""
+    """Print a job's log. With -f, follow it until the job ends and return the job's exit code."""
     from moray.platform.client import Client
 
     client = Client.from_environment()
@@ -125,7 +126,7 @@ def logs(
 
 
 def stop(job: str, /, *, json_: Json = False) -> int:
-    """Stop a job: at once if it waits, else when its driver has ended."""
+    """Stop a job. A queued job stops at once, a running one when its driver has ended."""
     from moray.platform.client import Client
 
     found = Client.from_environment().post(f"/api/jobs/{_quoted(job)}/stop")
@@ -137,7 +138,7 @@ def stop(job: str, /, *, json_: Json = False) -> int:
 
 
 def why(job: str, /, *, json_: Json = False) -> int:
-    """Why a job is where it is."""
+    """Explain the current state of a job."""
     from moray.platform.client import Client
 
     found = Client.from_environment().get(f"/api/jobs/{_quoted(job)}/why")
@@ -151,16 +152,16 @@ def why(job: str, /, *, json_: Json = False) -> int:
 
 
 def _follow(client: Any, job: str, attempt: int | None) -> int:
-    """As `_print_log`, until Ctrl-C, which ends the looking and not the job."""
+    """Like `_print_log`; Ctrl-C stops following, not the job."""
     try:
         return _print_log(client, job, attempt)
     except KeyboardInterrupt:
-        err().print(f"{job} goes on; follow it: moray logs -f {job}   end it: moray stop {job}")
+        err().print(f"{job} keeps running   follow: moray logs -f {job}   stop: moray stop {job}")
         return 130
 
 
 def _print_log(client: Any, job: str, attempt: int | None) -> int:
-    """Prints a job's log as it grows, over all its attempts unless one is named; exit code of how the job ended."""
+    """Prints a job's log as it grows, of all attempts unless one is given; returns the exit code for the job's state."""
     number, offset = attempt, 0
     while True:
         part = client.get(f"/api/jobs/{_quoted(job)}/logs", attempt=number, offset=offset)
@@ -186,8 +187,8 @@ def _print_log(client: Any, job: str, attempt: int | None) -> int:
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
     took = _took(job["started"], job["ended"])
     reason = job["reason"] if job["state"] in ("failed", "queued", "cancelled") else ""
-    tries = str(len(job["attempts"]))
-    return job["id"], job["name"], job["state"], job["priority"], _when(job["created"]), took, tries, reason
+    attempts = str(len(job["attempts"]))
+    return job["id"], job["name"], job["state"], job["priority"], _when(job["created"]), took, attempts, reason
 
 
 def _when(moment: float | None) -> str:
@@ -204,7 +205,7 @@ def _quoted(name: str) -> str:
     from urllib.parse import quote
 
     if not name:
-        raise InputError("the job's name is empty", "moray list shows the jobs")
-    if "/" in name:  # which no address of a job can hold
-        raise InputError(f"no job {name!r}", "give its id, or a part of its name without a slash")
+        raise InputError("job name is empty", "list the jobs with `moray list`")
+    if "/" in name:  # never part of a job's URL
+        raise InputError(f"unknown job {name!r}", "give its id, or a part of its name without a slash")
     return quote(name, safe="")

@@ -1,6 +1,6 @@
-"""The command line. Results go to stdout, everything else to stderr; `--json` makes the result one JSON document.
+"""The command line. Results go to stdout, everything else to stderr; `--json` prints the result as one JSON document.
 
-Nothing heavy is imported until a command needs it: `moray --help` loads neither Ray nor torch nor MLflow.
+Heavy modules are imported only when a command needs them: `moray --help` loads neither Ray nor torch nor MLflow.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (de
 
 @app.command(name="run")
 def run_command(recipe: str, /, *, set_: Overrides = None, cpus: Cpus = None, json_: Json = False) -> int:
-    """Run a recipe on an embedded Ray; steps whose artifacts exist are reused.
+    """Run a recipe on an embedded Ray cluster, reusing steps whose artifacts exist.
 
-    RECIPE is a file, or the name of a recipe that Moray ships.
+    RECIPE is a file, or the name of a recipe that ships with Moray.
     """
     from moray.platform.api import run as run_recipe
     from moray.platform.run.terminal import Terminal, closing_table
 
     console = err()
-    # Ray prints what befalls its workers to stdout, which is for the result.
+    # Ray prints worker messages to stdout, which is reserved for the result.
     with Terminal(console) as terminal, contextlib.redirect_stdout(sys.stderr):
         result = run_recipe(recipe, set_ or [], cpus=cpus, listeners=[terminal])
     if json_:
@@ -69,8 +69,8 @@ def run_command(recipe: str, /, *, set_: Overrides = None, cpus: Cpus = None, js
     _print_closings(result)
     out().print("\nartifacts", style="bold")
     for row in result.steps.values():
-        here = row.artifact.folder.exists()
-        out().print(f"  {row.key:<12} {row.artifact.folder if here else 'in the shared root'}", markup=False)
+        local = row.artifact.folder.exists()
+        out().print(f"  {row.key:<12} {row.artifact.folder if local else 'in the shared root'}", markup=False)
     out().print(f"  {'run':<12} {result.folder}", markup=False)
     _suggest(result, recipe)
     return 0
@@ -78,7 +78,7 @@ def run_command(recipe: str, /, *, set_: Overrides = None, cpus: Cpus = None, js
 
 @app.command(name="plan")
 def plan_command(recipe: str, /, *, set_: Overrides = None, json_: Json = False) -> int:
-    """Show what a run would do, step by step, and why. Starts and writes nothing."""
+    """Show for each step whether a run would execute or reuse it, and why. Starts and writes nothing."""
     from moray.platform.api import plan as plan_recipe
 
     decisions = plan_recipe(recipe, set_ or [])
@@ -128,14 +128,14 @@ def serve(
         with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
             _announce(url, model)
             threading.Event().wait()
-    except KeyboardInterrupt:  # the way to end it: no error
+    except KeyboardInterrupt:  # the normal way to stop
         err().print("stopped")
     return 0
 
 
 @app.command
 def doctor(*, json_: Json = False) -> int:
-    """Check what this machine has against what Moray needs; exit 1 if something will not work."""
+    """Check this machine against Moray's requirements. Exit with 1 if something will not work."""
     from moray.platform.run.doctor import as_json, examine, report_lines
 
     findings = examine()
@@ -149,13 +149,13 @@ def doctor(*, json_: Json = False) -> int:
 
 @app.command
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
-    """Print the completion script of a shell; bash: eval "$(moray completion bash)"."""
+    """Print the completion script of a shell. Usage in bash: eval "$(moray completion bash)"."""
     print(app.generate_completion(prog_name="moray", shell=shell))
     return 0
 
 
 def _print_closings(result: Any) -> None:
-    """What steps left for people to read; pulled from the shared root where another machine made it."""
+    """Prints the steps' `closing.txt` files, downloading artifacts made by another machine."""
     from moray.platform.core.home import Home
     from moray.platform.store.artifacts import ArtifactStore
 
@@ -199,21 +199,21 @@ def _run_as_json(result: Any) -> dict[str, Any]:
 
 
 def _suggest(result: Any, recipe: str) -> None:
-    """Three commands to try next. `recipe`: as it was given, a file or a name."""
-    again = shlex.quote(recipe)
+    """Prints up to three commands to try next. `recipe`: as given by the user, a file or a name."""
+    quoted = shlex.quote(recipe)
     served = any(row.artifact.manifest.produces == "registration" for row in result.steps.values())
-    me = _called_as()
-    lines = [f"{me} serve {result.recipe}@newest"] if served else []
+    command = _called_as()
+    lines = [f"{command} serve {result.recipe}@newest"] if served else []
     if any(row.step == "pretrain" for row in result.steps.values()):
-        lines.append(f"{me} plan {again} --set pretrain.steps=400   # what a longer training would run anew")
-    lines += [f"{me} run {again}   # again: everything is reused", f"{me} plan {again}"]
+        lines.append(f"{command} plan {quoted} --set pretrain.steps=400   # which steps a longer training would rerun")
+    lines += [f"{command} run {quoted}   # again: everything is reused", f"{command} plan {quoted}"]
     out().print("\ntry next", style="bold")
     for line in lines[:3]:
         out().print(f"  {line}", markup=False)
 
 
 def _called_as() -> str:
-    """How this shell reaches the command: `moray` if it is on the path, else as it was called."""
+    """The command as this shell can call it: `moray` if it is on the path, else as it was called."""
     called = Path(sys.argv[0])
     found = shutil.which("moray")
     if found and called.exists() and Path(found).samefile(called):
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _with_names(arguments: list[str]) -> list[str]:
-    """`--name X` as `--name=X`: a job may be called anything, `--help` too, which would be an option by itself."""
+    """Joins `--name X` to `--name=X`, so that a job's name may look like an option (`--name --help`)."""
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] == "--name":
@@ -248,17 +248,17 @@ def _guarded(command: Callable[[], Any]) -> int:
         result = command()
         return result if isinstance(result, int) else 0
     except MorayError as error:
-        return _complain(console, error.message, error.hint, error.exit_code)
+        return _print_error(console, error.message, error.hint, error.exit_code)
     except CycloptsError as error:
-        return _complain(console, *_usage(error), 2)
+        return _print_error(console, *_usage(error), 2)
     except KeyboardInterrupt:
-        return _complain(console, "stopped", "run the same command again to go on", 130)
+        return _print_error(console, "stopped", "run the same command again to resume", 130)
     except BrokenPipeError:
         return 141
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return _complain(console, "no space left for the output", "free some disk, or print elsewhere", 1)
+        return _print_error(console, "no space left to write the output", "free disk space, or redirect the output", 1)
 
 
 def _usage(error: CycloptsError) -> tuple[str, str]:
@@ -270,7 +270,7 @@ def _usage(error: CycloptsError) -> tuple[str, str]:
     return text[:1].lower() + text[1:].rstrip("."), "see moray --help"
 
 
-def _complain(console: Console, message: str, hint: str, code: int) -> int:
+def _print_error(console: Console, message: str, hint: str, code: int) -> int:
     console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     if hint:
         console.print(f"hint: {hint}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`moray models`: models from elsewhere."""
+"""`moray models`: import models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from moray.platform.run.console import Json, err, out, print_json
 
-app = App(name="models", help="Bring in models from elsewhere.", help_format="plaintext")
+app = App(name="models", help="Import models.", help_format="plaintext")
 
 
 @app.command(name="import")
@@ -19,13 +19,13 @@ def import_(
     path: Path,
     /,
     *,
-    name: Annotated[str | None, Parameter(help="its name here (default: the folder's)")] = None,
-    precision: Annotated[Literal["as-is", "float32", "bf16", "fp8"], Parameter(help="as-is keeps every bit")] = "as-is",
+    name: Annotated[str | None, Parameter(help="name of the model (default: the folder's name)")] = None,
+    precision: Annotated[Literal["as-is", "float32", "bf16", "fp8"], Parameter(help="storage precision; as-is keeps every bit")] = "as-is",
     json_: Json = False,
 ) -> int:
-    """Bring in a model in the Hugging Face DeepSeek-V3 layout, as NAME@newest, for serving or continued pretraining.
+    """Import a model in the Hugging Face DeepSeek-V3 layout as NAME@newest, to serve it or continue pretraining.
 
-    Every tensor is checked first; one that is missing, extra, misshapen or not finite is named.
+    Checks every tensor first and reports any that is missing, unexpected, of the wrong shape, or not finite.
     """
     from moray.platform.api import import_model
     from moray.platform.run.terminal import Terminal

@@ -1,7 +1,7 @@
-"""Parameters that several commands have."""
+"""Parameters shared by several commands."""
 
 from typing import Annotated
 
 from cyclopts import Parameter
 
-Overrides = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="STEP.FIELD=VALUE; may be repeated")]
+Overrides = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="override a recipe field: STEP.FIELD=VALUE; may be repeated")]

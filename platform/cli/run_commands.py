@@ -1,4 +1,4 @@
-"""`moray runs`: what ran, what it took, and how two runs differ."""
+"""`moray runs`: past runs, their cost, and differences between two runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moray.platform.run.console import Json, out, print_json, print_table
 if TYPE_CHECKING:
     from moray.platform.run.history import RunRow
 
-app = App(name="runs", help="Show what ran, and how two runs differ.", help_format="plaintext")
+app = App(name="runs", help="List, show and compare past runs.", help_format="plaintext")
 
 
 @app.command(name="list")
 def list_runs_command(*, json_: Json = False) -> int:
-    """Every run, newest first."""
+    """List all runs, newest first."""
     from moray.platform.core.home import Home
     from moray.platform.run.history import list_runs
 
@@ -36,9 +36,9 @@ def list_runs_command(*, json_: Json = False) -> int:
 
 @app.command(name="show")
 def show_run(run: str, /, *, json_: Json = False) -> int:
-    """One run's steps: time, outcome, artifact, core-hours and GPU-hours.
+    """Show the steps of a run: time, core-hours, GPU-hours, artifact and outcome.
 
-    RUN is a run's name or a part of it that no other run has.
+    RUN is a run's name or a unique part of it.
     """
     from moray.platform.core.home import Home
     from moray.platform.run.history import find_run
@@ -66,13 +66,13 @@ def show_run(run: str, /, *, json_: Json = False) -> int:
         for step in steps
     ]
     rows.append(("total", "", "", f"{cores:.4f}", f"{gpus:.4f}", "", ""))
-    print_table(("step", "state", "time>", "core-hours>", "GPU-hours>", "artifact", "what"), rows)
+    print_table(("step", "state", "time>", "core-hours>", "GPU-hours>", "artifact", "outcome"), rows)
     return 0
 
 
 @app.command
 def diff(a: str, b: str, /, *, json_: Json = False) -> int:
-    """How run B differs from run A: steps with another fingerprint, config by field, metrics side by side."""
+    """Compare two runs: steps with different fingerprints, config differences by field, metrics side by side."""
     from moray.platform.core.home import Home
     from moray.platform.run.history import diff_runs, find_run
 
@@ -84,7 +84,7 @@ def diff(a: str, b: str, /, *, json_: Json = False) -> int:
         changed = [asdict(change) for change in found.changed]
         print_json({"a": old.run, "b": new.run, "same": list(found.same), "changed": changed, "metrics": metrics})
         return 0
-    out().print(f"a  {old.run}\nb  {new.run}\nsame  {', '.join(found.same) or 'no step'}", markup=False)
+    out().print(f"a  {old.run}\nb  {new.run}\nsame  {', '.join(found.same) or 'none'}", markup=False)
     steps = []
     for change in found.changed:
         steps.append((change.step, "fingerprint", change.old[:8] or "-", change.new[:8] or "-"))

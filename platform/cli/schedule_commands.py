@@ -1,4 +1,4 @@
-"""`moray schedule`: recipes that run at times; docs/schedules.md has the rules."""
+"""`moray schedule`: runs recipes on a schedule; docs/schedules.md has the rules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moray.platform.cli.parameters import Overrides
 from moray.platform.control.choices import Catchup, Overlap, Priority
 from moray.platform.run.console import Json, out, print_json, print_table
 
-app = App(name="schedule", help="Run recipes at times, by cron or at intervals.", help_format="plaintext")
+app = App(name="schedule", help="Run recipes on a schedule: cron or a fixed interval.", help_format="plaintext")
 
-Cron = Annotated[str | None, Parameter(help='five fields, as in "0 2 * * *", or @daily')]
-EveryText = Annotated[str | None, Parameter(name="--every", help="30m, 6h, 1d, 1h30m")]
-Tz = Annotated[str | None, Parameter(help="time zone, as in Asia/Singapore (default: this machine's)")]
-OverlapChoice = Annotated[Overlap, Parameter(help="what a tick does while an earlier job of it has not ended")]
+Cron = Annotated[str | None, Parameter(help='cron expression of five fields, for example "0 2 * * *", or @daily')]
+EveryText = Annotated[str | None, Parameter(name="--every", help="interval: 30m, 6h, 1d, 1h30m")]
+Tz = Annotated[str | None, Parameter(help="time zone, for example Asia/Singapore (default: this machine's)")]
+OverlapChoice = Annotated[Overlap, Parameter(help="action at a tick while an earlier job of the schedule has not ended")]
 CatchupChoice = Annotated[
-    Catchup, Parameter(help="which of the ticks that were missed while nothing was running still runs")
+    Catchup, Parameter(help="which ticks to run after the control plane was down and missed some")
 ]
 _MOST_TICKS = 10
 
@@ -44,25 +44,25 @@ def add(
     catchup: CatchupChoice = "none",
     json_: Json = False,
 ) -> int:
-    """Add a schedule NAME that submits RECIPE, as it is written now, at every tick."""
+    """Add a schedule NAME that submits RECIPE at every tick. Later edits of the recipe file have no effect."""
     from moray.platform.client import Client, read_submission
 
-    asked = read_submission(recipe, set_ or []) | {
+    body = read_submission(recipe, set_ or []) | {
         "name": name, "cron": cron, "every": every, "tz": tz or local_zone(), "priority": priority, "retries": retries,
         "overlap": overlap, "catchup": catchup,
     }  # fmt: skip
-    added = Client.from_environment().post("/api/schedules", asked)
+    added = Client.from_environment().post("/api/schedules", body)
     if json_:
         print_json(added)
         return 0
-    out().print(f"{added['name']}: {_reading(added)}", markup=False)
+    out().print(f"{added['name']}: {_timing(added)}", markup=False)
     out().print(f"next {_moment(added['next'], added['tz'])}", markup=False)
     return 0
 
 
 @app.command(name="list")
 def list_schedules(*, json_: Json = False) -> int:
-    """Every schedule, with its next tick and what became of the latest."""
+    """List all schedules with their next tick and the outcome of the latest."""
     from moray.platform.client import Client
 
     found = Client.from_environment().get("/api/schedules")
@@ -72,14 +72,14 @@ def list_schedules(*, json_: Json = False) -> int:
     rows = []
     for row in found:
         latest = _outcome(row["ticks"][0]) if row["ticks"] else "-"
-        rows.append((row["name"], row["recipe"], _reading(row), _next(row), latest))
+        rows.append((row["name"], row["recipe"], _timing(row), _next(row), latest))
     print_table(("schedule", "recipe", "when", "next", "latest tick"), rows)
     return 0
 
 
 @app.command(name="show")
 def show_schedule(name: str, /, *, json_: Json = False) -> int:
-    """One schedule and what became of its latest ticks."""
+    """Show a schedule and the outcomes of its latest ticks."""
     from moray.platform.client import Client
 
     found = Client.from_environment().get(_path(name))
@@ -87,7 +87,7 @@ def show_schedule(name: str, /, *, json_: Json = False) -> int:
         print_json(found)
         return 0
     facts = {
-        "recipe": " ".join([found["recipe"], *(f"--set {text}" for text in found["set"])]), "when": _reading(found),
+        "recipe": " ".join([found["recipe"], *(f"--set {text}" for text in found["set"])]), "when": _timing(found),
         "next": _next(found), "overlap": found["overlap"], "catchup": found["catchup"], "priority": found["priority"],
         "retries": str(found["retries"]), "added": _moment(found["created"], found["tz"]),
     }  # fmt: skip
@@ -102,8 +102,8 @@ def show_schedule(name: str, /, *, json_: Json = False) -> int:
 
 
 @app.command(name="next")
-def next_(name: str, /, *, n: Annotated[int, Parameter(name=["-n", "--n"])] = 5, json_: Json = False) -> int:
-    """The next N ticks, in the schedule's time zone."""
+def next_(name: str, /, *, n: Annotated[int, Parameter(name=["-n", "--n"], help="number of ticks")] = 5, json_: Json = False) -> int:
+    """Show the next N ticks, in the schedule's time zone."""
     from moray.platform.client import Client
 
     found = Client.from_environment().get(f"{_path(name)}/next", n=n)
@@ -112,7 +112,7 @@ def next_(name: str, /, *, n: Annotated[int, Parameter(name=["-n", "--n"])] = 5,
         return 0
     out().print(found["english"], markup=False)
     if found["paused"]:
-        out().print(f"paused: none of these runs before `moray schedule resume {name}`", markup=False)
+        out().print(f"paused: no tick runs until `moray schedule resume {name}`", markup=False)
     for row in found["ticks"]:
         out().print(f"  {_moment(row['tick'], found['tz'])}", markup=False)
     return 0
@@ -120,31 +120,31 @@ def next_(name: str, /, *, n: Annotated[int, Parameter(name=["-n", "--n"])] = 5,
 
 @app.command
 def pause(name: str, /, *, json_: Json = False) -> int:
-    """Skip every tick from now on."""
+    """Pause a schedule: skip all ticks from now on."""
     return _change(name, "pause", json_)
 
 
 @app.command
 def resume(name: str, /, *, json_: Json = False) -> int:
-    """Tick again; what came while it was paused stays skipped."""
+    """Resume a schedule. Ticks skipped while it was paused are not run."""
     return _change(name, "resume", json_)
 
 
 @app.command(name="rm")
 def remove_schedule(name: str, /, *, json_: Json = False) -> int:
-    """Forget a schedule; its jobs stay."""
+    """Remove a schedule; its jobs are kept."""
     from moray.platform.client import Client
 
     Client.from_environment().delete(_path(name))
     if json_:
         print_json({"removed": name})
     else:
-        out().print(f"removed {name}; its jobs stay", markup=False)
+        out().print(f"removed {name}; its jobs are kept", markup=False)
     return 0
 
 
 def local_zone() -> str:
-    """The name of this machine's time zone, UTC where it has none."""
+    """The name of this machine's time zone, or UTC if it has none."""
     linked = str(Path("/etc/localtime").resolve()).partition("zoneinfo/")[2]
     for name in (os.environ.get("TZ", "").lstrip(":"), linked):
         try:
@@ -171,8 +171,8 @@ def _path(name: str) -> str:
     return f"/api/schedules/{quote(name, safe='')}"
 
 
-def _reading(row: dict[str, Any]) -> str:
-    """When it ticks, in English; an interval's zone only decides how its times are shown."""
+def _timing(row: dict[str, Any]) -> str:
+    """Describes when a schedule ticks; for an interval, the time zone only affects how times are shown."""
     return str(row["english"]) if row["cron"] else f"{row['english']} (times in {row['tz']})"
 
 
@@ -190,7 +190,7 @@ def _span(tick: dict[str, Any], tz: str) -> str:
 
 
 def _moment(moment: float | None, tz: str) -> str:
-    """An instant on the wall clock of `tz`, and how far off it is."""
+    """Formats an instant as wall-clock time in `tz`, with the time until or since."""
     if moment is None:
         return "-"
     ahead = moment - time.time()
@@ -198,14 +198,14 @@ def _moment(moment: float | None, tz: str) -> str:
 
 
 def _wall(moment: float, tz: str) -> str:
-    zone: tzinfo = UTC  # where the controller knows the zone and this machine does not; what is shown says so
+    zone: tzinfo = UTC  # fallback if only the controller's machine knows the zone; the output shows UTC
     with contextlib.suppress(ZoneInfoNotFoundError, ValueError, OSError):
         zone = ZoneInfo(tz)
     return datetime.fromtimestamp(moment, zone).strftime("%a %Y-%m-%d %H:%M %Z")
 
 
 def _duration(seconds: float) -> str:
-    """3 d 4 h, 3 h 10 m, 12 m, 40 s: as fine as people plan."""
+    """Formats a duration with at most two units: 3 d 4 h, 3 h 10 m, 12 m, 40 s."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""`moray up`, `moray down`, and `moray cluster up|down local`, which are the same."""
+"""`moray up` and `moray down`, and their equivalents `moray cluster up|down local`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from moray.platform.control.options import UpOptions
     from moray.platform.core.home import Home
 
-Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores for work (default: all)")]
-Gpus = Annotated[int | None, Parameter(name="--gpus", help="GPUs for work (default: all)")]
-Slots = Annotated[int | None, Parameter(name="--slots", help="jobs at once (default: one per four cores)")]
-Port = Annotated[int | None, Parameter(name="--port", help="of API and page (default: 8400)")]
-Foreground = Annotated[bool, Parameter(name="--foreground", negative=(), help="stay here; Ctrl-C ends everything")]
-Systemd = Annotated[bool, Parameter(name="--systemd", negative=(), help="print a systemd user unit, start nothing")]
+Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores for jobs (default: all)")]
+Gpus = Annotated[int | None, Parameter(name="--gpus", help="GPUs for jobs (default: all)")]
+Slots = Annotated[int | None, Parameter(name="--slots", help="concurrent jobs (default: one per four cores)")]
+Port = Annotated[int | None, Parameter(name="--port", help="port of the API and the page (default: 8400)")]
+Foreground = Annotated[bool, Parameter(name="--foreground", negative=(), help="run in the foreground; Ctrl-C stops everything")]
+Systemd = Annotated[bool, Parameter(name="--systemd", negative=(), help="print a systemd user unit and exit")]
 
-_cluster = App(name="cluster", help="Start and end the clusters that jobs run on.", help_format="plaintext")
+_cluster = App(name="cluster", help="Start and stop the clusters that jobs run on.", help_format="plaintext")
 
 
 def register_up(app: App) -> None:
@@ -40,9 +40,9 @@ def up(
     systemd: Systemd = False,
     json_: Json = False,
 ) -> int:
-    """Start the control plane of this machine: Ray, MLflow, queue, schedules, API and page.
+    """Start the control plane on this machine: Ray, MLflow, queue, schedules, API and page.
 
-    What runs already is kept. Ports and sizes are remembered for the next start.
+    Keeps services that are already running. Ports and sizes are saved for the next start.
     """
     from moray.platform.control import up as control
     from moray.platform.control.options import decide_options
@@ -53,10 +53,10 @@ def up(
         print(control.systemd_unit(home), end="")
         return 0
     if control.is_up(home):
-        return _already(home, {"port": port, "cpus": cpus, "gpus": gpus, "slots": slots}, json_)
+        return _already_up(home, {"port": port, "cpus": cpus, "gpus": gpus, "slots": slots}, json_)
     options = decide_options(home, port=port, cpus=cpus, gpus=gpus, slots=slots)
     if foreground:
-        err().print(f"page: {_page(home, options)}   (Ctrl-C ends everything)", markup=False, soft_wrap=True)
+        err().print(f"page: {_page(home, options)}   (Ctrl-C stops everything)", markup=False, soft_wrap=True)
         control.supervise(home, lambda text: err().print(text, markup=False))
         return 0
     supervisor = control.start(home)
@@ -70,7 +70,7 @@ def up(
 
 
 def down_command(*, json_: Json = False) -> int:
-    """End everything that `moray up` started, and nothing else. Queued jobs stay queued; what ran is run again."""
+    """Stop everything that `moray up` started. Queued jobs stay queued; running jobs run again after the next start."""
     from moray.platform.control import up as control
     from moray.platform.core.home import Home
 
@@ -79,7 +79,7 @@ def down_command(*, json_: Json = False) -> int:
     if json_:
         print_json({"processes": ended})
     else:
-        out().print(f"ended {ended} processes" if ended else "nothing was running")
+        out().print(f"stopped {ended} processes" if ended else "nothing was running")
     return 0
 
 
@@ -94,18 +94,18 @@ def cluster_up(
     slots: Slots = None,
     json_: Json = False,
 ) -> int:
-    """Start a cluster; `local` is what `moray up` starts."""
+    """Start a cluster. `local` is the same as `moray up`."""
     return up(port=port, cpus=cpus, gpus=gpus, slots=slots, json_=json_)
 
 
 @_cluster.command(name="down")
 def cluster_down(kind: Literal["local"], /, *, json_: Json = False) -> int:
-    """End a cluster; `local` is what `moray down` ends."""
+    """Stop a cluster. `local` is the same as `moray down`."""
     return down_command(json_=json_)
 
 
 def show_overview(found: dict[str, Any], json_: bool) -> int:
-    """`moray status`: services, cluster, queue and work."""
+    """Prints `moray status`: services, cluster, running and queued jobs."""
     from moray.platform.core.units import size
 
     if json_:
@@ -130,19 +130,19 @@ def show_overview(found: dict[str, Any], json_: bool) -> int:
     return 0
 
 
-def _already(home: Home, asked: dict[str, int | None], json_: bool) -> int:
-    """It is up: the same again is no error, another size is."""
+def _already_up(home: Home, requested: dict[str, int | None], json_: bool) -> int:
+    """Handles `up` while the control plane is running: an error only if the options differ."""
     from moray.platform.control.options import UpOptions
     from moray.platform.core.errors import InputError
 
     options = UpOptions.read(home)
-    have = {"port": options.port, **options.cluster.model_dump(include={"cpus", "gpus", "slots"})}
-    for name, value in asked.items():
-        if value is not None and value != have[name]:
+    current = {"port": options.port, **options.cluster.model_dump(include={"cpus", "gpus", "slots"})}
+    for name, value in requested.items():
+        if value is not None and value != current[name]:
             raise InputError(
-                f"the control plane is up already, with --{name} {have[name]}", "moray down, then moray up"
+                f"the control plane is already running with --{name} {current[name]}", "moray down, then moray up"
             )
-    err().print("up already", style="dim")
+    err().print("already running", style="dim")
     return _report(home, options, json_)
 
 
@@ -155,12 +155,12 @@ def _report(home: Home, options: UpOptions, json_: bool) -> int:
         return 0
     out().print(f"page    {_page(home, options)}", markup=False, soft_wrap=True)
     out().print(f"mlflow  {url(options)}/mlflow/", markup=False)
-    err().print("next: moray submit quickstart   (moray down ends everything)", markup=False)
+    err().print("next: moray submit quickstart   (stop everything: moray down)", markup=False)
     return 0
 
 
 def _page(home: Home, options: UpOptions) -> str:
-    """The page's address; its token is behind the `#`, which a browser keeps to itself."""
+    """The page's URL with the token in its fragment, which a browser does not send to the server."""
     from moray.platform.control.auth import ensure_token
     from moray.platform.control.options import url
 

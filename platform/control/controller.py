@@ -26,7 +26,7 @@ from moray.platform.control.reconcile import (
 )
 from moray.platform.control.schedules import Schedules
 from moray.platform.core.atomic import write_text
-from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Observed, Topology
+from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, Observed, Topology
 from moray.platform.core.home import Home
 from moray.platform.core.processes import boot
 from moray.platform.store.lease import is_stale
@@ -126,7 +126,7 @@ class Controller:
         """The attempts that the cluster lists; None while it is unreachable."""
         try:
             found = self._backend.observe()
-        except BackendAwayError as error:
+        except BackendUnreachableError as error:
             self.cluster_error = str(error)
             return None
         self.cluster_error = ""
@@ -227,7 +227,7 @@ class Controller:
         """Calls `act`, an action on the cluster; False if the cluster is unreachable. A later round tries again."""
         try:
             act()
-        except BackendAwayError as error:
+        except BackendUnreachableError as error:
             self.cluster_error = str(error)
             return False
         return True

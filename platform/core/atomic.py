@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all: written beside their place, synced, then renamed.
+"""Atomic file writes: write to a temporary file in the same folder, sync, then rename.
 
-Every file that a rerun takes for finished work is written through here. It is synced before it gets its name, because a
-file system may keep a rename and lose the data after a power failure; a name that is lost is only work to be done
-again.
+Every file that a rerun treats as finished work is written through this module. The data is synced before the rename,
+because after a power failure a file system may keep the rename and lose the data. Losing the rename is harmless: the
+work is only done again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives the path of an empty file in the folder of `path`, which the block writes and closes. Then it is synced and
-    replaces `path`; if the block raises, it is removed and `path` is as it was."""
+    """Yields the path of an empty temporary file in the folder of `path`, which the block writes and closes. On exit the
+    file is synced and replaces `path`. If the block raises, it is removed and `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -35,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` in one step; a crash leaves the old file or the new one."""
+    """Atomically replaces the contents of `path`; after a crash, `path` is either the old file or the new one."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
@@ -49,7 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def create_bytes(path: Path, data: bytes) -> bool:
-    """Like `write_bytes`, but the first writer wins: returns False, changing nothing, if `path` exists."""
+    """Like `write_bytes`, but the first writer wins: returns False and changes nothing if `path` exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -66,7 +66,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether this is the error of a disk, or a quota, without room."""
+    """Whether the error means that a disk or a quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -1,8 +1,8 @@
-"""YAML from outside, looked at before anything walks it.
+"""Parses untrusted YAML within bounds on size, depth and alias expansion.
 
-A few hundred bytes of YAML can unfold into gigabytes (aliases of aliases), nest deeper than a stack (libyaml composes
-by recursion, and the process ends), or contain themselves. The parser's events come one at a time, so depth, size and
-aliases are counted first, in time and memory of the text.
+A few hundred bytes of YAML can expand to gigabytes (aliases of aliases), overflow the stack by nesting (libyaml
+composes recursively, so the process crashes), or contain themselves. This module checks the parser's event stream
+first, in time and memory linear in the text.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from moray.platform.core.errors import RecipeError
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where yaml was built with it
 MOST_BYTES = 1 << 20
 DEEPEST = 64
-MOST_NODES = 200_000  # aliases unfolded
+MOST_NODES = 200_000  # with aliases expanded
 
 
 def compose(text: str) -> tuple[yaml.Node | None, Any]:
-    """The tree of nodes, with their places, and the value. Raises RecipeError for what is out of bounds, yaml.YAMLError
-    for what is no YAML, ValueError for a scalar that cannot be read."""
+    """Returns the node tree, with line numbers, and the parsed value. Raises RecipeError if a bound is exceeded,
+    yaml.YAMLError for invalid YAML, ValueError for a scalar that cannot be converted."""
     check_bounds(text)
     return yaml.compose(text, Loader=LOADER), yaml.load(text, Loader=LOADER)
 
 
 def check_bounds(text: str) -> None:
-    """Raises RecipeError, naming the line, for text that is too large, deep, unfolds too far or contains itself."""
+    """Raises RecipeError, naming the line, for text that is too large, too deep, too large when expanded, or recursive."""
     if len(text) > MOST_BYTES:
-        raise RecipeError(f"{len(text):,} characters of YAML are more than {MOST_BYTES:,}", "split it")
+        raise RecipeError(f"the YAML has {len(text):,} characters; the limit is {MOST_BYTES:,}", "split it")
     count = _Count()
     for event in yaml.parse(text, Loader=LOADER):
         try:
@@ -40,14 +40,14 @@ def check_bounds(text: str) -> None:
 
 
 class _Count:
-    """Of the values that a text unfolds to, event by event."""
+    """Counts the values a text expands to, event by event."""
 
     def __init__(self) -> None:
-        self._sizes: dict[str, int] = {}  # of what anchors name
-        self._open: list[tuple[str | None, int]] = []  # anchor, and size so far, of what is being read
+        self._sizes: dict[str, int] = {}  # by anchor
+        self._open: list[tuple[str | None, int]] = []  # anchor and size so far of each open collection
 
     def take(self, event: Any) -> None:
-        """Raises RecipeError where a bound is passed."""
+        """Processes one event. Raises RecipeError if a bound is exceeded."""
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
             self._open.append((event.anchor, 1))
             if len(self._open) > DEEPEST:
@@ -56,15 +56,15 @@ class _Count:
             self._add(*self._open.pop())
         elif isinstance(event, yaml.ScalarEvent):
             if event.tag == "tag:yaml.org,2002:binary":
-                raise RecipeError("!!binary is no value of a recipe", "write it as text")
+                raise RecipeError("!!binary is not supported in a recipe", "write the value as text")
             self._add(event.anchor, 1)
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in self._open):
-                raise RecipeError(f"*{event.anchor} stands within itself", "name another anchor")
+                raise RecipeError(f"*{event.anchor} contains itself", "name another anchor")
             self._add(None, self._sizes.get(str(event.anchor), 1))
 
     def _add(self, anchor: str | None, size: int) -> None:
-        """Something whole was read."""
+        """Adds a complete value to the enclosing collection."""
         if anchor:
             self._sizes[anchor] = size
         if self._open:
@@ -72,4 +72,4 @@ class _Count:
             size += inner
             self._open[-1] = (outer, size)
         if size > MOST_NODES:
-            raise RecipeError(f"it unfolds into more than {MOST_NODES:,} values", "write fewer aliases")
+            raise RecipeError(f"aliases expand to more than {MOST_NODES:,} values", "use fewer aliases")

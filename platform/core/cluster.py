@@ -1,8 +1,7 @@
-"""What Moray needs of a place where Ray runs: `Cluster` for a run, `ClusterBackend` for the controller's attempts.
+"""Interfaces to Ray clusters: `Cluster` for a run, `ClusterBackend` for the controller's attempts.
 
-Both are implemented in the `cluster` room. A backend decides nothing: `submit` and `stop` may be repeated at will,
-because an attempt's id is what makes them one; `observe` gives the complete set that the cluster knows, so that what is
-missing is known to be missing.
+Both are implemented in the `cluster` package. A backend makes no decisions. `submit` and `stop` are idempotent, keyed by
+attempt id. `observe` returns every attempt that the cluster knows, so an attempt that is absent does not exist there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True)
 class Topology:
-    """The machines a run may use, as far as a step's `placement` and defaults need to know them."""
+    """Resources of the machines a run may use, for a step's `placement` and defaults."""
 
     cpus: int
     gpus: int
@@ -25,34 +24,34 @@ class Topology:
 
 
 class Cluster(ABC):
-    """What the runner needs of a place where Ray runs. Implemented in the `cluster` room."""
+    """A Ray cluster as the runner uses it. Implemented in the `cluster` package."""
 
-    logs: Path | None = None  # where Ray's own logs are found after it has stopped
-    fixed: ClassVar[bool] = False  # no machine will join, so what no machine can hold now it never can
-    on_pending: Callable[[str], None] | None = None  # is told, in words, what Ray cannot place and why
-    on_hopeless: Callable[[str], None] | None = None  # the same, of what a fixed cluster can never place
+    logs: Path | None = None  # where Ray's own logs are kept after it has stopped
+    fixed: ClassVar[bool] = False  # no machine will join, so a request that fits no machine now never will
+    on_pending: Callable[[str], None] | None = None  # called with a message when Ray cannot place a request
+    on_unsatisfiable: Callable[[str], None] | None = None  # the same for a request a fixed cluster can never place
 
     @abstractmethod
     def ensure(self) -> Topology:
-        """Starts Ray if it is not up, connects this process to it, and says what it has."""
+        """Starts Ray if it is not running, connects this process to it, and returns its resources."""
 
     @abstractmethod
     def topology(self) -> Topology:
-        """What the cluster has or would have, without starting anything."""
+        """The resources the cluster has or would have. Starts nothing."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ends everything `ensure` started."""
+        """Stops everything `ensure` started."""
 
-    def say_pending(self, text: str, hopeless: bool = False) -> None:
-        """What a watcher of the cluster calls: the runner shows a warning of the step at work, or ends it."""
-        tell = self.on_hopeless if hopeless and self.fixed else self.on_pending
-        if tell is not None:
-            tell(text)
+    def report_pending(self, text: str, unsatisfiable: bool = False) -> None:
+        """Called by a watcher of the cluster. The runner shows a warning for the current step, or ends the step."""
+        callback = self.on_unsatisfiable if unsatisfiable and self.fixed else self.on_pending
+        if callback is not None:
+            callback(text)
 
     @contextlib.contextmanager
     def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
-        """Holds something that a cluster has only once, against other runs on it. A cluster of one run: nothing.
+        """Holds a resource that a cluster has only once, so that other runs on it wait. No-op on a cluster of one run.
 
         Raises Cancelled if `cancelled()` becomes true while waiting.
         """
@@ -62,13 +61,13 @@ class Cluster(ABC):
 ExecutorState = Literal["pending", "running", "succeeded", "failed", "stopped"]
 
 
-class BackendAwayError(Exception):
-    """The cluster does not answer, so nothing is known; it may be back in a moment."""
+class BackendUnreachableError(Exception):
+    """The cluster does not respond, so its state is unknown. This may be temporary."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the cluster says of an attempt. Its driver may be dead although the cluster calls it running."""
+    """The state of an attempt as the cluster reports it. The driver may be dead although the cluster reports it running."""
 
     state: ExecutorState
     detail: str = ""
@@ -91,24 +90,24 @@ class Usage:
 
 
 class ClusterBackend(ABC):
-    """A cluster that runs attempts. Every method may raise BackendAwayError."""
+    """A cluster that runs attempts. Every method may raise BackendUnreachableError."""
 
     @abstractmethod
     def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
-        """Starts the driver of an attempt; nothing if it was started before."""
+        """Starts the driver of an attempt; no-op if it was started before."""
 
     @abstractmethod
     def observe(self) -> Mapping[str, Observed]:
-        """Every attempt the cluster knows."""
+        """Returns every attempt the cluster knows."""
 
     @abstractmethod
     def stop(self, attempt: str) -> None:
-        """Asks the driver to end (SIGTERM, later SIGKILL); nothing if it is unknown or has ended."""
+        """Signals the driver to stop (SIGTERM, later SIGKILL); no-op if it is unknown or has ended."""
 
     @abstractmethod
     def forget(self, attempt: str) -> None:
-        """Drops the cluster's record of an attempt that has ended, so that its list does not grow for ever."""
+        """Deletes the cluster's record of an attempt that has ended, so that its list does not grow indefinitely."""
 
     @abstractmethod
     def usage(self) -> Usage:
-        """What the cluster has."""
+        """Returns the resource usage of the cluster."""

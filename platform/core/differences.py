@@ -1,4 +1,4 @@
-"""What differs between two pieces of plain data, leaf by leaf: configs, addresses, counts."""
+"""Differences between two pieces of plain data, leaf by leaf: configs, addresses, counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Difference:
-    """A leaf that differs; `field` is dotted, and None stands for what is not there."""
+    """A leaf that differs; `field` is a dotted path, and None stands for an absent value."""
 
     field: str
     old: Any
@@ -20,12 +20,12 @@ class Difference:
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[Difference]:
-    """Every leaf that differs. Lists are compared place by place if they are equally long."""
+    """Yields every leaf that differs. Lists are compared element by element if they have equal length."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{field}.{key}" if field else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for place, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from differences(one, other, f"{field}.{place}" if field else str(place))
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from differences(one, other, f"{field}.{index}" if field else str(index))
     elif old != new:
         yield Difference(field, old, new)

@@ -1,6 +1,6 @@
-"""What a user sees when something is wrong: one `error:` line that says where and what, one `hint:` line with the fix.
+"""Errors shown to users: one `error:` line with the location and the problem, one `hint:` line with the fix.
 
-A `MorayError` is for people; anything else that escapes is a bug in Moray and keeps its traceback.
+A `MorayError` is written for users. Any other exception that escapes is a bug in Moray and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 
 class MorayError(Exception):
-    """A mistake outside Moray's code. `message` says where and what, `hint` how to mend it.
+    """An error outside Moray's code. `message` gives the location and the problem, `hint` the fix.
 
-    `exit_code` is 2 for bad input (nothing was started), 1 for a run that failed on the way.
+    `exit_code` is 2 for bad input (nothing was started), 1 for a run that failed after it started.
     """
 
     exit_code = 2
@@ -23,12 +23,12 @@ class MorayError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[MorayError], tuple[str, str]]:
-        # Errors cross process borders inside Ray; the default would lose the hint.
+        # Ray pickles errors between processes; the default would lose the hint.
         return type(self), (self.message, self.hint)
 
 
 class RecipeError(MorayError):
-    """A recipe that cannot be read, or that names something which does not exist."""
+    """A recipe that cannot be read, or that refers to something that does not exist."""
 
 
 class InputError(MorayError):
@@ -36,19 +36,19 @@ class InputError(MorayError):
 
 
 class StepFailed(MorayError):
-    """A step stopped half-way. What it had finished is kept; a rerun goes on from there."""
+    """A step failed after it started. Completed work is kept; a rerun resumes from it."""
 
     exit_code = 1
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """A hint naming the option closest to `name`, or all of them when none is close."""
+    """Returns a hint with the option closest to `name`, or with all options if none is close."""
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}" if known else "there are none"
+    return f"known: {', '.join(known)}" if known else "none exist"
 
 
 class Cancelled(Exception):
-    """Raised out of a step after the user asked the run to stop."""
+    """Raised inside a step after the user stopped the run."""

@@ -1,8 +1,8 @@
-"""What happened, as typed events in JSON lines: the one record that progress, curves, status and ledger are views of.
+"""Typed events of a run in JSON lines: the single record behind progress, curves, status and usage totals.
 
-Each writer (a process) appends to a segment of its own under `<run>/events/`, numbering its events from 0, so no two
-processes share a file and a reader can tell what it has seen by (writer, sequence). A torn last line, left by a kill
-in the middle of a write, is not an event; a writer that starts again opens a new segment.
+Each writer (a process) appends to its own segment under `<run>/events/` and numbers its events from 0. So no two
+processes share a file, and (writer, sequence) identifies an event. A partial last line, left by a kill in the middle of
+a write, is not an event. A restarted writer opens a new segment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moray.platform.core.references import Redactor
 
 
 class _Event(BaseModel):
-    # A figure may be NaN; as `null`, pydantic's default, it could not be read back.
+    # A value may be NaN; as `null`, pydantic's default, it could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     writer: str = ""
@@ -42,7 +42,7 @@ class RunEvent(_Event):
 
 
 class StepEvent(_Event):
-    """A step changed state; `why` says what decided it (for `reused` and `started`)."""
+    """A step changed state; `why` gives the reason for `reused`, `started` and `waiting`."""
 
     kind: Literal["step"] = "step"
     step: str
@@ -67,7 +67,7 @@ class ProgressEvent(_Event):
 
 
 class MetricEvent(_Event):
-    """One figure of `platform/core/metrics.py` at a position (`at`: the training step, or 0)."""
+    """One value of a metric in `platform/core/metrics.py` (`at`: the training step, or 0)."""
 
     kind: Literal["metric"] = "metric"
     step: str
@@ -78,7 +78,7 @@ class MetricEvent(_Event):
 
 
 class UsageEvent(_Event):
-    """Resources a step held: wall seconds times CPU cores and GPUs. The cost ledger adds these up."""
+    """Resources a step held: wall seconds, CPU cores and GPUs. `moray runs show` adds these up."""
 
     kind: Literal["usage"] = "usage"
     step: str
@@ -89,7 +89,7 @@ class UsageEvent(_Event):
 
 
 class NoteEvent(_Event):
-    """Something a person should read: a choice made automatically, a recovery, a warning."""
+    """A message for the user: an automatic choice, a recovery, a warning."""
 
     kind: Literal["note"] = "note"
     step: str
@@ -98,16 +98,16 @@ class NoteEvent(_Event):
 
 
 Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent
-_FREE_TEXT = ("detail", "why", "outcome", "text")  # the fields that hold a step's or an error's own words
+_FREE_TEXT = ("detail", "why", "outcome", "text")  # fields with text from a step or an error
 _BLOCK = 1 << 20  # bytes of a segment read at a time
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 class EventLog:
-    """Appends events to one segment; thread-safe. `listeners` see each event after it is on disk.
+    """Appends events to one segment; thread-safe. `listeners` receive each event after it is on disk.
 
-    `redact` is applied to what steps say in their own words, so that no value of a reference is written down. An event
-    that the disk has no room for is told to the listeners alone: whoever writes results there has the error to raise.
+    `redact` is applied to free text from steps, so that no value of a reference is written. If the disk is full, an
+    event goes to the listeners only: the code that writes results to that disk raises the error.
     """
 
     def __init__(self, folder: Path, writer: str, redact: Redactor | None = None) -> None:
@@ -121,7 +121,7 @@ class EventLog:
         self._file = (folder / f"{self.writer}.jsonl").open("ab", buffering=0)
 
     def append(self, event: Event) -> None:
-        """Stamps `event` with writer, sequence and time, writes it in one call, tells the listeners."""
+        """Stamps `event` with writer, sequence and time, writes it in one call, then calls the listeners."""
         if isinstance(event, MetricEvent):
             metric(event.name)
         with self._lock:
@@ -130,7 +130,7 @@ class EventLog:
                     "writer": self.writer,
                     "sequence": self._sequence,
                     "time": time.time(),
-                    **self._own_words(event),
+                    **self._redacted(event),
                 },
             )
             if self._write(stamped.model_dump_json().encode() + b"\n"):
@@ -139,7 +139,7 @@ class EventLog:
             listener(stamped)
 
     def _write(self, line: bytes) -> bool:
-        """False if there is no room for the whole line; what was written of it is taken back."""
+        """Returns False if the disk has no space for the whole line; a partial line is truncated."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
@@ -151,20 +151,20 @@ class EventLog:
             self._file.truncate(end)
         return written == len(line)
 
-    def _own_words(self, event: Event) -> dict[str, Any]:
-        words: dict[str, Any] = {n: self.redact(getattr(event, n)) for n in _FREE_TEXT if hasattr(event, n)}
+    def _redacted(self, event: Event) -> dict[str, Any]:
+        fields: dict[str, Any] = {n: self.redact(getattr(event, n)) for n in _FREE_TEXT if hasattr(event, n)}
         if isinstance(event, MetricEvent):
-            words["labels"] = {name: self.redact(value) for name, value in event.labels.items()}
-        return words
+            fields["labels"] = {name: self.redact(value) for name, value in event.labels.items()}
+        return fields
 
     def close(self) -> None:
         self._file.close()
 
 
 class EventTail:
-    """Follows the segments of a run: `poll()` yields the events that came since the last call.
+    """Follows the segments of a run: `poll()` yields the events since the last call.
 
-    `writers` is a pattern of the segments' names.
+    `writers` is a glob pattern for segment names.
     """
 
     def __init__(self, folder: Path, skip_writer: str = "", writers: str = "*") -> None:
@@ -174,11 +174,11 @@ class EventTail:
         self._offsets: dict[Path, int] = {}
 
     def poll(self) -> Iterator[Event]:
-        """New events, segment by segment. Only whole lines are read; a segment may still be growing."""
+        """Yields new events, segment by segment. Reads only complete lines, because a segment may still be growing."""
         return map(parse_event, self.lines())
 
     def lines(self) -> Iterator[bytes]:
-        """New whole lines, unread, segment by segment and block by block: a long run never lies in memory at once."""
+        """Yields new complete lines, unparsed, segment by segment and block by block, to bound memory for long runs."""
         for path in sorted(self._folder.glob(self._pattern)):
             if self._skip and path.stem == self._skip:
                 continue
@@ -187,7 +187,7 @@ class EventTail:
                     yield from data.splitlines()
 
     def _block(self, path: Path, file: BinaryIO) -> bytes:
-        """The next whole lines of a segment, about a block of them; empty if none is complete yet."""
+        """The next complete lines of a segment, about one block; empty if none is complete yet."""
         offset = file.seek(self._offsets.get(path, 0))
         data = file.read(_BLOCK)
         if len(data) == _BLOCK and b"\n" not in data:
@@ -198,12 +198,12 @@ class EventTail:
 
 
 def parse_event(line: bytes) -> Event:
-    """One line of a segment. Raises ValueError if this Moray does not know such an event."""
+    """Parses one line of a segment. Raises ValueError for an event kind this version does not know."""
     return _adapter.validate_json(line)
 
 
 def read_events(run: Path, writers: str = "*") -> list[Event]:
-    """The events of a run folder, ordered by time, then writer and sequence. `runner-*`: of the runner alone."""
+    """Returns the events of a run folder, ordered by time, writer and sequence. `runner-*` selects the runner's."""
     return sorted(EventTail(run / "events", writers=writers).poll(), key=lambda e: (e.time, e.writer, e.sequence))
 
 

@@ -1,4 +1,4 @@
-"""Where Moray keeps what it makes: `MORAY_HOME`, by default `~/.moray`, and what machines share: `MORAY_ARTIFACTS`."""
+"""Paths under `MORAY_HOME` (default `~/.moray`), and the shared artifact root `MORAY_ARTIFACTS`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from moray.platform.core.errors import InputError
 
 @dataclass(frozen=True)
 class Home:
-    """The folders under one MORAY_HOME. Nothing is made until it is written to."""
+    """The paths under one MORAY_HOME. Folders are created when something is written to them."""
 
     root: Path
-    shared: str = ""  # s3://bucket/prefix: the artifact root that several machines have in common, if there is one
+    shared: str = ""  # s3://bucket/prefix: the artifact root shared by several machines; "" for none
 
     @classmethod
     def from_environment(cls) -> Home:
-        """`$MORAY_HOME`, else `~/.moray`, and `$MORAY_ARTIFACTS`. Raises InputError if it cannot be written."""
+        """Reads `$MORAY_HOME` (default `~/.moray`) and `$MORAY_ARTIFACTS`. Raises InputError if the home is not writable."""
         root = Path(os.environ.get("MORAY_HOME") or Path.home() / ".moray").expanduser().absolute()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Home:
 
     @property
     def pins(self) -> Path:
-        """`<step>/<fingerprint>`: an empty file for every artifact that must stay."""
+        """`<step>/<fingerprint>`: an empty file for every pinned artifact."""
         return self.root / "pins"
 
     @property
@@ -47,12 +47,12 @@ class Home:
 
     @property
     def logs(self) -> Path:
-        """What Ray had to say, a folder for each time it was started."""
+        """Ray's logs, one folder per start."""
         return self.root / "logs"
 
     @property
     def cache(self) -> Path:
-        """Compiled kernels and the like: safe to delete at any time."""
+        """Compiled kernels and other caches; safe to delete at any time."""
         return self.root / "cache"
 
     @property
@@ -65,15 +65,15 @@ class Home:
 
     @property
     def database(self) -> Path:
-        """What the control plane has decided."""
+        """The control plane's SQLite database."""
         return self.root / "moray.db"
 
     @property
     def token(self) -> Path:
-        """The token (mode 0600) that the control plane's API asks for."""
+        """The token (mode 0600) that the control plane's API requires."""
         return self.root / "token"
 
     @property
     def up(self) -> Path:
-        """What `moray up` runs: its services' pids, ports, logs, sockets."""
+        """State of `moray up`: its services' pids, ports, logs, sockets."""
         return self.root / "up"

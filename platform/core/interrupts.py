@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM, alike: both end in KeyboardInterrupt, so that `finally` blocks run and nothing is left behind.
+"""Turns both SIGINT (Ctrl-C) and SIGTERM into KeyboardInterrupt, so that `finally` blocks run and clean up.
 
-The handlers are set explicitly because a process started in the background of a shell script has SIGINT ignored, and
-Python then leaves it so.
+The handlers are set explicitly because a shell script starts background processes with SIGINT ignored, and Python then
+keeps it ignored.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def until_interrupted(notice: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """While this lasts, SIGINT and SIGTERM call `notice` and raise KeyboardInterrupt in the main thread.
+    """Inside the block, SIGINT and SIGTERM call `notice` and raise KeyboardInterrupt in the main thread.
 
-    In another thread it does nothing: signals then belong to whoever embeds us.
+    Does nothing in another thread: the embedding program then handles signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -36,10 +36,10 @@ def until_interrupted(notice: Callable[[], None] = lambda: None) -> Iterator[Non
             signal.signal(number, handler)
 
 
-_handled: list[bool] = []  # one for each `until_interrupted` that lasts
+_handled: list[bool] = []  # one for each active `until_interrupted`
 
 
 def interrupt() -> None:
-    """Raises KeyboardInterrupt in the main thread, from another one, while `until_interrupted` lasts there."""
+    """Raises KeyboardInterrupt in the main thread, from another thread, if `until_interrupted` is active there."""
     if _handled:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -1,10 +1,10 @@
-"""Processes as the supervisor sees them: who is alive, and which ones belong to a service.
+"""Process identity and signals for the supervisor: whether a process is alive, and which service it belongs to.
 
-A process is known by its pid, the boot, and the clock tick since then at which it started: so a reused pid is not taken
-for it, and no step of the wall clock makes it another. What a service starts, however far down, inherits two variables
-of its environment, by which all of it is found again, whatever a file says: the service with the name of its
-MORAY_HOME, and which folder that is on disk, by whatever name it is reached. (A process group would not do: Ray's
-workers and drivers leave that of `ray start`.)
+A process is identified by its pid, the boot id, and its start time in clock ticks since boot. So a reused pid is not
+mistaken for it, and changes of the wall clock have no effect. All descendants of a service inherit two environment
+variables by which they are found, independent of any state file: one holds the path of MORAY_HOME and the service's
+name, the other the folder's device and inode, which stay the same under any path. (A process group is not enough:
+Ray's workers and drivers leave the group of `ray start`.)
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ FOLDER_MARK = "MORAY_SERVICE_FOLDER"
 
 
 def boot() -> str:
-    """Distinguishes reboots, after which process ids start anew."""
+    """The boot id, which changes at every reboot; empty where there is none."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 
 
 def started(pid: int) -> str | None:
-    """When a living process started, in clock ticks since boot; None if it is gone, or a zombie."""
+    """Start time of a live process in clock ticks since boot; None if it has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -47,14 +47,14 @@ def _started_without_proc(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine: its pid, and what tells it from others that have the same one: boot and start."""
+    """A process of this machine. `started`, the boot id and start time, tells it apart from others with the same pid."""
 
     pid: int
     started: str
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """The living process with this pid, or None."""
+        """Returns the live process with this pid, or None."""
         found = started(pid)
         return None if found is None else cls(pid, f"{boot()}:{found}")
 
@@ -62,53 +62,53 @@ class Process:
         return Process.of(self.pid) == self
 
     def arguments(self) -> list[str]:
-        """Its command line; empty if it is gone."""
+        """Its command line as a list; empty if the process has ended."""
         try:
             return psutil.Process(self.pid).cmdline()
         except psutil.Error:
             return []
 
     def command(self) -> str:
-        """The same as one text."""
+        """Its command line as one string."""
         return " ".join(self.arguments())
 
     def send(self, number: int) -> None:
-        """Sends a signal; nothing if it is gone."""
+        """Sends a signal; no-op if the process has ended."""
         if self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 def module_folders() -> list[str]:
-    """PYTHONPATH as it is meant here: what is started may have another current folder."""
+    """PYTHONPATH as absolute paths, for child processes that may run in another current folder."""
     return [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
 def marks(folder: Path, service: str) -> dict[str, str]:
-    """The environment of all processes of a service of the MORAY_HOME at `folder`."""
+    """Environment variables that mark all processes of a service of the MORAY_HOME at `folder`."""
     return {MARK: f"{folder}:{service}", FOLDER_MARK: _identity(folder)}
 
 
 def marked(folder: Path, service: str) -> list[Process]:
-    """Every living process that was started, directly or not, with these `marks`; not this one.
+    """Returns every live process that inherited these `marks`, except this one.
 
-    The folder is known by its name or by its place on disk: it may be reached by a link, or have been renamed.
+    The folder matches by path or by device and inode, because it may be reached through a link or have been renamed.
     """
-    name, place = marks(folder, service).values()
+    name, identity = marks(folder, service).values()
     found = []
     for pid in psutil.pids():
         environment = _environment(pid)
         mark = environment.get(MARK, "")
-        here = bool(place) and environment.get(FOLDER_MARK) == place and mark.endswith(f":{service}")
-        if pid != os.getpid() and (mark == name or here):
+        same_folder = bool(identity) and environment.get(FOLDER_MARK) == identity and mark.endswith(f":{service}")
+        if pid != os.getpid() and (mark == name or same_folder):
             found.append(Process.of(pid))
     return [process for process in found if process is not None]
 
 
 def _environment(pid: int) -> dict[str, str]:
-    """Of a process; empty if it is gone by now, a zombie, or somebody else's.
+    """Environment of a process; empty if it has ended, is a zombie, or belongs to another user.
 
-    All of it is looked at: a process that gives itself a title writes it over the beginning, where psutil stops.
+    Parses the whole block: a process that sets its title overwrites the beginning, where psutil stops.
     """
     try:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
@@ -118,7 +118,7 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def _variables(raw: bytes) -> dict[str, str]:
-    """What /proc/PID/environ holds, also behind empty entries and what is none."""
+    """Parses /proc/PID/environ, skipping empty and malformed entries."""
     pairs = (part.partition(b"=") for part in raw.split(b"\0") if b"=" in part)
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
 
@@ -131,7 +131,7 @@ def _environment_without_proc(pid: int) -> dict[str, str]:
 
 
 def _identity(folder: Path) -> str:
-    """A folder's place on disk, the same by any of its names; empty if it is gone."""
+    """Device and inode of a folder, independent of its path; empty if it does not exist."""
     try:
         found = folder.stat()
     except OSError:
@@ -140,7 +140,7 @@ def _identity(folder: Path) -> str:
 
 
 def end(processes: Iterable[Process], seconds: float, wait: Callable[[float], object]) -> None:
-    """SIGTERM, up to `seconds` of patience, then SIGKILL. `wait(seconds)` sleeps."""
+    """Sends SIGTERM, waits up to `seconds`, then sends SIGKILL. `wait(seconds)` sleeps."""
     left = [process for process in processes if process.alive()]
     for process in left:
         process.send(signal.SIGTERM)
@@ -153,6 +153,6 @@ def end(processes: Iterable[Process], seconds: float, wait: Callable[[float], ob
 
 
 def kill(processes: Iterable[Process]) -> None:
-    """SIGKILL, also to what was stopped."""
+    """Sends SIGKILL, which also ends stopped processes."""
     for process in processes:
         process.send(signal.SIGKILL)

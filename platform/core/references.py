@@ -1,11 +1,11 @@
-"""`${env:NAME}` and `${file:PATH}` in a recipe: values that are used and never written down.
+"""`${env:NAME}` and `${file:PATH}` in a recipe: values that are used but never written to disk.
 
-Two places take them. A field of type `Secret` holds one reference and nothing else; the step calls `reveal()`. A field
-marked `operational` is given the value (`path: ${env:DATA}/text`). Whatever shows a config (manifest, plan, error,
-result file) shows the reference as written, so it is also what the fingerprint of a secret sees: a new password makes
-no new artifact. Any other field refuses them, because its value would have to be in the fingerprint and the manifest.
+Two kinds of fields accept references. A field of type `Secret` holds exactly one reference; the step calls `reveal()`.
+A field marked `operational` receives the value (`path: ${env:DATA}/text`). Manifests, plans, errors and result files
+show the reference as written. The fingerprint of a secret is also that of its reference, so a new password makes no new
+artifact. Other fields reject references, because their values must be in the fingerprint and the manifest.
 
-What a step says in events and errors could still quote a value; a `Redactor` puts the reference in its place.
+Events and errors of a step could still quote a value; a `Redactor` replaces it with the reference.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from moray.platform.core.errors import MorayError
 
 REFERENCE = re.compile(r"\$\{((?:env|file):[^}]*)\}")
-# Shorter values would be found inside unrelated words of a message, so they cannot be kept out of one.
+# Shorter values would match inside unrelated words of a message, so they cannot be redacted.
 SHORTEST = 6
 _LONGEST_FILE = 64 * 1024
 
 
 class Secret:
-    """A value that shows itself only when asked: everywhere else it is the text of its reference."""
+    """A secret value. `reveal()` returns it; everywhere else it appears as the text of its reference."""
 
     __slots__ = ("_value", "reference")
 
@@ -39,7 +39,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """The value. Give it to what needs it at once; never into a file, a log or an event."""
+        """Returns the value. Pass it directly to its consumer; never write it to a file, a log or an event."""
         return self._value
 
     def __str__(self) -> str:
@@ -56,17 +56,17 @@ class Secret:
 
     @classmethod
     def parse(cls, written: Any) -> Secret:
-        """The secret that `written` refers to, read now. Raises what pydantic reports at the field."""
+        """Resolves the secret that `written` refers to. Raises an error that pydantic reports at the field."""
         if isinstance(written, Secret):
             return written
         whole = REFERENCE.fullmatch(written) if isinstance(written, str) else None
         if whole is None:
             raise _mistake(
-                "a secret is given by reference, never in plain", "write ${env:NAME} or ${file:PATH}, and nothing else"
+                "a secret must be a reference, not plain text", "write ${env:NAME} or ${file:PATH}, and nothing else"
             )
         value = resolve(whole.group(1))
         if len(value) < SHORTEST:
-            raise _mistake(f"{written} is too short for a secret", f"a secret has at least {SHORTEST} characters")
+            raise _mistake(f"the value of {written} is too short for a secret", f"use at least {SHORTEST} characters")
         return cls(whole.group(), value)
 
     @classmethod
@@ -77,33 +77,33 @@ class Secret:
 
 
 def resolve(reference: str) -> str:
-    """The value of `env:NAME` or `file:PATH` (its text without the last line end)."""
+    """Returns the value of `env:NAME` or `file:PATH` (the file's text without its final newline)."""
     kind, _, name = reference.partition(":")
     shown = f"${{{reference}}}"
     if kind == "env":
         if name not in os.environ:
-            raise _mistake(f"{shown}: the environment has no {name}", f"export {name}=...")
+            raise _mistake(f"{shown}: environment variable {name} is not set", f"export {name}=...")
         return os.environ[name]
     path = Path(name).expanduser()
     try:
         with path.open("rb") as file:
             data = file.read(_LONGEST_FILE + 1)
         if len(data) > _LONGEST_FILE:
-            raise _mistake(f"{shown}: the file has more than {_LONGEST_FILE:,} bytes", "one file holds one value")
+            raise _mistake(f"{shown}: the file is larger than {_LONGEST_FILE:,} bytes", "the file must contain only the value")
         return data.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
-        raise _mistake(f"{shown}: {error.strerror}", "the file holds the value and nothing else") from error
+        raise _mistake(f"{shown}: {error.strerror}", "the file must contain only the value") from error
     except UnicodeDecodeError as error:
-        raise _mistake(f"{shown}: the file is not UTF-8 text", "the file holds the value and nothing else") from error
+        raise _mistake(f"{shown}: the file is not UTF-8 text", "the file must contain only the value") from error
 
 
 def _mistake(message: str, hint: str) -> PydanticCustomError:
-    """Reported at its field; platform/plan/recipe.py turns the hint into the error's hint."""
+    """An error that pydantic reports at the field; platform/plan/recipe.py passes its hint on."""
     return PydanticCustomError("reference", "{message}", {"message": message, "hint": hint})
 
 
 def substitute(written: Any) -> Any:
-    """`written` (recipe data) with the values of its references, at any depth."""
+    """Replaces the references in `written` (recipe data) by their values, at any depth."""
     if isinstance(written, dict):
         return {key: substitute(item) for key, item in written.items()}
     if isinstance(written, list | tuple):
@@ -113,29 +113,29 @@ def substitute(written: Any) -> Any:
     return written
 
 
-def found_in(value: Any) -> list[str]:
-    """The references (`env:NAME`) in plain data, in order. Models inside it look after their own fields."""
+def references_in(value: Any) -> list[str]:
+    """Returns the references (`env:NAME`) in plain data, in order. Nested models check their own fields."""
     if isinstance(value, Mapping):
-        return [name for item in value.values() for name in found_in(item)]
+        return [name for item in value.values() for name in references_in(item)]
     if isinstance(value, list | tuple | set | frozenset):
-        return [name for item in value for name in found_in(item)]
+        return [name for item in value for name in references_in(item)]
     return REFERENCE.findall(str(value)) if isinstance(value, str | Path) else []
 
 
 def refuse(value: Any) -> None:
-    """Raises if `value`, of a field that decides the result, holds a reference."""
-    if found := found_in(value):
+    """Raises if `value`, of a field that enters the fingerprint, contains a reference."""
+    if found := references_in(value):
         raise _mistake(
-            f"${{{found[0]}}} cannot stand here: the value decides the result, so it must be known to the manifest",
-            "write the value, or give it with --set; references are for paths, other operational fields and secrets",
+            f"${{{found[0]}}} is not allowed here: the value affects the result, so it must be in the manifest",
+            "write the value, or pass it with --set; only paths, other operational fields and secrets take references",
         )
 
 
 class Redactor:
-    """Puts the reference in the place of every value that came by one, wherever it occurs in a text."""
+    """Replaces every value that came from a reference by that reference, anywhere in a text."""
 
     def __init__(self, references: Mapping[str, str] | None = None) -> None:
-        """`references`: value -> reference text. Values under SHORTEST characters are left alone."""
+        """`references`: value -> reference text. Values shorter than SHORTEST characters are ignored."""
         spelled = {
             spelling: reference
             for value, reference in (references or {}).items()
@@ -151,13 +151,13 @@ class Redactor:
 
     @classmethod
     def of(cls, configs: Iterable[BaseModel]) -> Redactor:
-        """Knows every reference in `configs`, at any depth."""
+        """Returns a redactor for every reference in `configs`, at any depth."""
         return cls({value: reference for config in configs for value, reference in _values(config)})
 
 
 @contextmanager
 def redacting(redact: Redactor) -> Iterator[None]:
-    """Within it, an error for people names references instead of their values."""
+    """Redacts the message and hint of a MorayError raised inside the block."""
     try:
         yield
     except MorayError as error:
@@ -167,11 +167,11 @@ def redacting(redact: Redactor) -> Iterator[None]:
 
 
 def _values(value: Any) -> Iterable[tuple[str, str]]:
-    """(value, reference text) of every reference in a config."""
+    """Yields (value, reference text) for every reference in a config."""
     if isinstance(value, Secret):
         yield value.reveal(), value.reference
     elif isinstance(value, BaseModel):
-        for name in found_in(getattr(value, "_written", {})):
+        for name in references_in(getattr(value, "_written", {})):
             yield resolve(name), f"${{{name}}}"
         for field in type(value).model_fields:
             yield from _values(getattr(value, field))

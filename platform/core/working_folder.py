@@ -1,7 +1,7 @@
-"""Work in a folder of its own, for a while, in a process that does other things meanwhile.
+"""Runs a function with its own current folder, without changing the current folder of the process.
 
-The current folder belongs to a whole process, but on Linux a thread can have its own. So recipes of several clients are
-checked at once, each in the folder it came from, and one whose folder is on a file system that hangs holds up no other.
+The current folder belongs to the whole process, but on Linux a thread can have its own. So the control plane checks
+recipes of several clients concurrently, each in its own folder, and a hanging file system delays only its own recipe.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TypeVar
 from moray.platform.core.errors import InputError
 
 _CLONE_FS = 0x200
-_whole_process = threading.Lock()  # elsewhere: one at a time
+_whole_process = threading.Lock()  # used on systems other than Linux: one folder at a time
 T = TypeVar("T")
 
 
 def in_folder(folder: Path, work: Callable[[], T], seconds: float) -> T:
-    """The result of `work`, done with `folder` as the current one. Raises what it raises, and InputError if it takes
-    more than `seconds`; then it is left to itself."""
+    """Returns the result of `work`, called with `folder` as current folder. Re-raises its exceptions. Raises InputError
+    after `seconds`; the thread is then abandoned."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -42,7 +42,7 @@ def in_folder(folder: Path, work: Callable[[], T], seconds: float) -> T:
         raise errors[0]
     if not results:
         raise InputError(
-            f"checking the recipe took more than {seconds:.0f} s", f"does the file system of {folder} answer?"
+            f"checking the recipe took more than {seconds:.0f} s", f"check that the file system of {folder} responds"
         )
     return results[0]
 
@@ -50,7 +50,7 @@ def in_folder(folder: Path, work: Callable[[], T], seconds: float) -> T:
 @contextlib.contextmanager
 def _current(folder: Path) -> Iterator[None]:
     if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).unshare(_CLONE_FS) == 0:
-        os.chdir(folder)  # of this thread alone, which ends with it
+        os.chdir(folder)  # affects only this thread, which ends with it
         yield
         return
     with _whole_process, contextlib.chdir(folder):

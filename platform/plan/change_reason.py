@@ -1,4 +1,4 @@
-"""Why a step runs, or why what is reused deserves a look: the difference from what was made before."""
+"""Explains why a step runs: the differences from the newest earlier artifact of the same step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 4
 
 
 def explain_change(address: Address, newest: Artifact | None) -> str:
-    """Why there is no artifact at `address`: what differs from the newest one of the same step."""
+    """Returns the reason why no artifact exists at `address`: the differences from the newest one of the same step."""
     if newest is None:
         return "never run"
     old = newest.manifest.address
@@ -24,23 +24,23 @@ def explain_change(address: Address, newest: Artifact | None) -> str:
     found = [f"input {name} changed" for name, value in address.inputs.items() if old["inputs"].get(name) != value]
     found += _external(old["external"], address)
     found += [str(difference) for difference in differences(old["config"], address.config)]
-    return "; ".join(found[:_SHOWN]) or "its artifact was removed"
+    return "; ".join(found[:_SHOWN]) or "artifact was removed"
 
 
 def _external(old: Mapping[str, Any], address: Address) -> Iterator[str]:
-    """`source NAME ...` for every source whose files changed."""
+    """Yields `source NAME ...` for every source with changed files."""
     for source in sorted(old.keys() | address.external.keys()):
         before, now = old.get(source), address.external.get(source)
         if before is None:
             yield f"source {source} is new"
         elif now is None:
-            yield f"source {source} is gone"
+            yield f"source {source} was removed"
         elif before["sha256"] != now.sha256:
             sizes = f"{before['files']:,} -> {now.files:,} files, {before['bytes']:,} -> {now.bytes:,} bytes"
             yield f"source {source} changed ({sizes})"
 
 
 def is_current(step: Step[Any], artifact: Artifact) -> bool:
-    """Whether the code that would make the artifact now is the code that made it (unknown counts as current)."""
+    """Whether the step's code is the same as when the artifact was made (unknown counts as current)."""
     made_by = artifact.manifest.code.get("source", "")
     return not made_by or made_by == source_hash(step)

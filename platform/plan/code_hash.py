@@ -1,8 +1,8 @@
-"""Which code makes a step's result: a hash over its module and every module of ours that it imports, in turn.
+"""Source hash of a step: over its module and every Moray module that it imports, transitively.
 
-Fingerprints do not hold it: a harmless edit must not throw results away. It is kept in the manifest, so that reusing
-an artifact which older code made can be said aloud. The platform's own modules are left out: they run steps, they do
-not decide what steps make.
+The hash is not part of the fingerprint, so a harmless edit does not invalidate results. It is kept in the manifest, so
+that a run can warn when it reuses an artifact made by older code. The platform's own modules are excluded: they run
+steps but do not affect their results.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 from moray.platform.plan.step import Step
 
-_ROOMS = ("moray.pipelines", "moray.actors", "moray.models", "moray.kernels")
+_PACKAGES = ("moray.pipelines", "moray.actors", "moray.models", "moray.kernels")
 
 
 def source_hash(step: Step[Any]) -> str:
-    """16 hex characters; '' for a step whose source is not to be had (a zipped or compiled module)."""
+    """Returns 16 hex characters; '' for a step whose source is unavailable (a zipped or compiled module)."""
     return hash_sources(with_imports([type(step).__module__]))
 
 
 def hash_sources(files: Mapping[str, Path]) -> str:
-    """16 hex characters over names and contents; '' for no files."""
+    """Hashes names and contents to 16 hex characters; '' for no files."""
     if not files:
         return ""
     digest = hashlib.sha256()
@@ -36,7 +36,7 @@ def hash_sources(files: Mapping[str, Path]) -> str:
 
 
 def with_imports(modules: Iterable[str]) -> dict[str, Path]:
-    """These modules and every module of ours that they import, in turn: name -> source file."""
+    """Returns these modules and every Moray module that they import, transitively: name -> source file."""
     found: dict[str, Path] = {}
     waiting = list(modules)
     while waiting:
@@ -45,15 +45,15 @@ def with_imports(modules: Iterable[str]) -> dict[str, Path]:
         if name in found or path is None:
             continue
         found[name] = path
-        waiting += [other for other in imports_of(path) if other.startswith(_ROOMS)]
+        waiting += [other for other in imports_of(path) if other.startswith(_PACKAGES)]
     return found
 
 
 @lru_cache(maxsize=1024)
 def _file(module: str) -> Path | None:
-    """The module's source file; None for a name that is no module (a function, say).
+    """The module's source file; None if the name is not a module (for example a function).
 
-    Ours are found by path: asking Python's finders about `a.b.c` would import `a.b`, and torch with it.
+    Moray modules are located by path: Python's finders would import `a.b`, and with it torch, to locate `a.b.c`.
     """
     import moray
 
@@ -66,7 +66,7 @@ def _file(module: str) -> Path | None:
 
 @lru_cache(maxsize=1024)
 def imports_of(path: Path) -> tuple[str, ...]:
-    """Every module that the file names in an import statement, at the top or inside a function."""
+    """Returns every module named in an import statement of the file, at the top or inside a function."""
     found: list[str] = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):

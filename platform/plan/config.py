@@ -1,4 +1,4 @@
-"""A step's `with:` block: `StepConfig`, and fields that say how to run, which are not part of the fingerprint."""
+"""A step's `with:` block: `StepConfig`, and operational fields, which are not part of the fingerprint."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from moray.platform.core.references import found_in, refuse, substitute
+from moray.platform.core.references import references_in, refuse, substitute
 
 
 class StepConfig(BaseModel):
     """Base of every step's `with:` block: frozen, and unknown fields are errors.
 
-    Operational fields and secrets may be given by reference (platform/core/references.py). Whatever dumps or prints a
-    config shows such a field as it was written.
+    Operational fields and secrets may be given by reference (platform/core/references.py). A dumped or printed config
+    shows such a field as written in the recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,7 @@ class StepConfig(BaseModel):
         config = handler(data)
         if isinstance(data, Mapping):
             names = {field.alias or name: name for name, field in cls.model_fields.items() if is_operational(field)}
-            config._written |= {names[key]: value for key, value in data.items() if key in names and found_in(value)}
+            config._written |= {names[key]: value for key, value in data.items() if key in names and references_in(value)}
         return config
 
     @model_serializer(mode="wrap")
@@ -61,7 +61,7 @@ class StepConfig(BaseModel):
 
 
 def operational(default: Any, **rules: Any) -> Any:
-    """A config field that says how to run, not what to make (workers, paths): it does not enter the fingerprint."""
+    """A config field that affects how a step runs, not its result (workers, paths); excluded from the fingerprint."""
     return Field(default, json_schema_extra={"identity": False}, **rules)
 
 

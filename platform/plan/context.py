@@ -1,4 +1,4 @@
-"""What a running step is given: its config, inputs and folder, and ways to report."""
+"""The context passed to a running step: config, inputs, output folder, and methods to report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moray.platform.store.artifacts import Artifact
 
 @dataclass
 class StepContext(Generic[ConfigT]):
-    """What a running step is given. `counts` and `outcome` end up in the manifest and in the closing table."""
+    """The context of a running step. `counts` and `outcome` are written to the manifest and the closing table."""
 
     step: str
     config: ConfigT
@@ -40,7 +40,7 @@ class StepContext(Generic[ConfigT]):
         self.events.append(event)
 
     def progress(self, phase: str, done: float, total: float, unit: str, detail: str = "") -> None:
-        """Reports `done` of `total`; at most ten times a second per phase, the last one always."""
+        """Reports `done` of `total`. Emits at most ten events a second per phase, and always the last one."""
         self.check_cancelled()
         now = time.monotonic()
         if done < total and now - self._last.get(phase, 0.0) < 0.1:
@@ -55,11 +55,11 @@ class StepContext(Generic[ConfigT]):
         self.emit(NoteEvent(step=self.step, level="warning" if level == "warning" else "info", text=text))
 
     def log_path(self, name: str) -> Path:
-        """Where this step's log called `name` lies: with the run, so that it outlives a cleaned-up artifact."""
+        """Path of this step's log called `name`, in the run's folder, so that it survives removal of the artifact."""
         return self.run / "logs" / f"{self.step}.{name}.txt"
 
     def write_log(self, name: str, text: str) -> None:
-        """Keeps a log with the run; on a full disk it is lost, because the error that it explains matters more."""
+        """Writes a log to the run's folder. On a full disk it is dropped, so that it does not hide the original error."""
         try:
             write_text(self.log_path(name), self.events.redact(text))
         except OSError as error:
@@ -67,6 +67,6 @@ class StepContext(Generic[ConfigT]):
                 raise
 
     def check_cancelled(self) -> None:
-        """Raises Cancelled if the run is being stopped; long loops call it."""
+        """Raises Cancelled if the run is being stopped. Call it in long loops."""
         if self.cancel():
             raise Cancelled

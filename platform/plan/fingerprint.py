@@ -1,8 +1,8 @@
 """The content address of a step's result, known before the step runs.
 
 SHA-256 over step name, step version, the identity fields of the config, the inputs' fingerprints, and every external
-file by (source, key, size, content hash). Where files lie, how many workers read them and what the outputs are called
-does not count: the same work on the same bytes has the same address on every machine.
+file by (source, key, size, content hash). File locations, worker counts and the names of outputs are excluded, so the
+same work on the same bytes has the same address on every machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from moray.platform.plan.config import is_operational
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.plan.step import ExternalFile
 
-EARLIER = "earlier"  # the input of a step that goes on from an earlier result of its own (platform/plan/lineage.py)
+EARLIER = "earlier"  # the input for a step that continues from its own earlier result (platform/plan/lineage.py)
 
 
 def identity(value: Any) -> Any:
-    """`value` (a config) as plain JSON data, without the fields marked `identity: False`, at any depth."""
+    """Converts a config to plain JSON data, without the fields marked `identity: False`, at any depth."""
     if isinstance(value, BaseModel):
         return {
             name: identity(getattr(value, name))
@@ -42,7 +42,7 @@ def identity(value: Any) -> Any:
 
 
 def hash_external(files: Sequence[ExternalFile]) -> str:
-    """One hash for a list of external files, whatever order they were found in."""
+    """Hashes a list of external files, independent of their order."""
     digest = hashlib.sha256()
     for file in sorted(files, key=astuple):
         digest.update(json.dumps(astuple(file)).encode())
@@ -51,7 +51,7 @@ def hash_external(files: Sequence[ExternalFile]) -> str:
 
 @dataclass(frozen=True)
 class External:
-    """The files of one source outside Moray, as they were when the address was made."""
+    """Hash, number and size of the external files of one source when the address was computed."""
 
     sha256: str
     files: int
@@ -60,7 +60,7 @@ class External:
 
 @dataclass(frozen=True)
 class Address:
-    """What a fingerprint was made of; kept in the manifest so that a change can be explained."""
+    """The inputs of a fingerprint; kept in the manifest so that a change can be explained."""
 
     step: str
     version: int
@@ -77,7 +77,7 @@ class Address:
 
 
 def address(planned: PlannedStep, inputs: Mapping[str, str]) -> Address:
-    """The address of one step, given its inputs' fingerprints. Reads (hashes) the external files."""
+    """Returns the address of one step, given its inputs' fingerprints. Hashes the external files."""
     by_source: dict[str, list[ExternalFile]] = {}
     for file in planned.step.external(planned.config):
         by_source.setdefault(file.source, []).append(file)
@@ -93,15 +93,15 @@ def address(planned: PlannedStep, inputs: Mapping[str, str]) -> Address:
     )
 
 
-# Of a step and its inputs' fingerprints: the fingerprint of the result that it goes on from, if there is one.
-Before = Callable[[PlannedStep, Mapping[str, str]], str | None]
+# (step, fingerprints of its inputs) -> fingerprint of the earlier result that it continues from, if any.
+FindEarlier = Callable[[PlannedStep, Mapping[str, str]], str | None]
 
 
-def addresses(recipe: Recipe, before: Before = lambda planned, inputs: None) -> dict[str, Address]:
-    """The address of every step of `recipe`, by step key."""
+def addresses(recipe: Recipe, find_earlier: FindEarlier = lambda planned, inputs: None) -> dict[str, Address]:
+    """Returns the address of every step of `recipe`, by step key."""
     found: dict[str, Address] = {}
     for planned in recipe.steps:
         inputs = {name: found[target].fingerprint for name, target in planned.inputs.items()}
-        earlier = before(planned, inputs)
+        earlier = find_earlier(planned, inputs)
         found[planned.key] = address(planned, inputs | ({EARLIER: earlier} if earlier else {}))
     return found

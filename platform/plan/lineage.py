@@ -1,8 +1,8 @@
-"""Results that go on from each other, run after run: a step's artifact takes the one before it as its input `earlier`.
+"""Chains: results of one step across runs, each of which takes the previous one as its input `earlier`.
 
-Tonight's crawl against the index of all nights before is such a chain. Its end is an alias, `NAME@chain`; an artifact's
-own address says what it went on from, so a run that is repeated finds the link that it made, and not itself before it.
-Artifacts never change: two runs that went on from the same end cannot both become the next, and the second is told so.
+Example: dedup of new documents against the index of all earlier runs. The alias `NAME@chain` points at the newest link.
+Each artifact's address records its `earlier` input, so a repeated run finds the link it made instead of appending one.
+Artifacts are immutable: if two runs continue from the same link, only the first can append, and the second raises.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ VERSION = "chain"
 
 
 def links(store: ArtifactStore, name: str) -> Iterator[Artifact]:
-    """The artifacts of a chain, newest first. Raises InputError at one that is gone."""
+    """Yields the artifacts of a chain, newest first. Raises InputError at a missing one."""
     reference = store.aliases.all().get(f"{name}@{VERSION}")
     while reference:
         step, _, fingerprint = reference.partition("/")
         artifact = store.get(step, fingerprint)
         if artifact is None:
-            anew = f"begin anew: moray artifacts unalias {name}@{VERSION}"
-            raise InputError(f"the chain {name!r} is broken: {reference} is gone", anew)
+            hint = f"start a new chain: moray artifacts unalias {name}@{VERSION}"
+            raise InputError(f"chain {name!r} is broken: {reference} does not exist", hint)
         yield artifact
         reference = artifact.manifest.inputs.get(EARLIER)
 
 
 def earlier(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str]) -> Artifact | None:
-    """What a step with these inputs (name -> fingerprint) goes on from: the newest link, or, of a link that was made
-    from these very inputs, the one before it. Raises RecipeError if it cannot follow that."""
+    """Returns the artifact that a step with these inputs (name -> fingerprint) continues from: the newest link, or, if a
+    link was already made from these inputs, its predecessor. Raises RecipeError if the step cannot continue from it."""
     name = planned.step.chain(planned.config)
     if not name:
         return None
@@ -52,7 +52,7 @@ def earlier(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str
 
 
 def advance(store: ArtifactStore, home: Home, name: str, artifact: Artifact) -> None:
-    """Makes an artifact the end of its chain, unless it is a link of it. Raises StepFailed if another one is."""
+    """Appends an artifact to its chain, unless it is already a link. Raises StepFailed if another run appended first."""
     home.aliases.mkdir(parents=True, exist_ok=True)
     with (home.aliases / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -61,6 +61,6 @@ def advance(store: ArtifactStore, home: Home, name: str, artifact: Artifact) -> 
             return
         if (known[0] if known else None) != artifact.manifest.inputs.get(EARLIER):
             raise StepFailed(
-                f"the chain {name!r} has grown by {known[0]} while this run worked", "run again: it goes on from there"
+                f"chain {name!r}: another run appended {known[0]} during this run", "run again to continue from it"
             )
         store.aliases.set(name, VERSION, artifact.reference)

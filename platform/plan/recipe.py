@@ -1,12 +1,12 @@
-"""A recipe: a DAG of steps in YAML. Read, checked and resolved here, before anything starts.
+"""Reads, checks and resolves a recipe, a DAG of steps in YAML, before anything starts.
 
     name: quickstart
     steps:
       corpus:  {uses: corpus, with: {sources: [...]}}
       filter:  {inputs: {documents: corpus}, with: {min_words: 20}}
 
-`uses` defaults to the step's own key; `inputs` name other steps. Every mistake is one RecipeError that names the file,
-the line, the field, the bad value and the nearest valid one.
+`uses` defaults to the step's own key; `inputs` name other steps. Every mistake raises one RecipeError that names the
+file, the line, the field, the bad value and the nearest valid one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, field_v
 
 from moray.platform.core import bounded_yaml
 from moray.platform.core.errors import InputError, RecipeError, nearest
-from moray.platform.core.references import REFERENCE, Redactor, found_in, redacting
+from moray.platform.core.references import REFERENCE, Redactor, redacting, references_in
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.step import Step, resolve_step
 
@@ -44,12 +44,12 @@ class StepSpec(BaseModel):
     @field_validator("inputs", "with_", mode="before")
     @classmethod
     def _left_empty(cls, value: Any) -> Any:
-        """`with:` and nothing after it is null in YAML, and an empty mapping to people."""
+        """Treats an empty `with:` as an empty mapping; YAML reads it as null."""
         return {} if value is None else value
 
 
 class RecipeSpec(BaseModel):
-    """The file as written."""
+    """The recipe file as written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,7 +75,7 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `steps` are in an order in which they can run; `source` is the file's text."""
+    """A checked recipe. `steps` are in topological order; `source` is the file's text."""
 
     name: str
     path: Path
@@ -85,7 +85,7 @@ class Recipe:
 
 
 class _Lines:
-    """Where each field of the YAML stands, so that errors can name a line."""
+    """Line numbers of the YAML fields, for error messages."""
 
     def __init__(self, node: yaml.Node | None) -> None:
         self._lines: dict[tuple[str, ...], int] = {}
@@ -99,7 +99,7 @@ class _Lines:
             for key, value in node.value:
                 at = (*path, str(key.value))
                 if at in seen:
-                    raise RecipeError(f"line {key.start_mark.line + 1}: {'.'.join(at)} is given twice", "keep one")
+                    raise RecipeError(f"line {key.start_mark.line + 1}: {'.'.join(at)} is defined twice", "keep one")
                 seen.add(at)
                 self._lines[at] = key.start_mark.line + 1
                 self._walk(value, at)
@@ -108,7 +108,7 @@ class _Lines:
                 self._walk(value, (*path, str(i)))
 
     def of(self, path: Sequence[str]) -> int:
-        """The line of `path`, or of its nearest parent that is written down."""
+        """The line of `path`, or of its nearest parent that is in the file."""
         for end in range(len(path), -1, -1):
             if tuple(path[:end]) in self._lines:
                 return self._lines[tuple(path[:end])]
@@ -116,7 +116,7 @@ class _Lines:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads `path`, applies `step.field=value` overrides, resolves references, checks everything.
+    """Reads `path`, applies `step.field=value` overrides, resolves references, and checks the result.
 
     Raises RecipeError (the recipe is wrong) or InputError (the file cannot be read).
     """
@@ -124,12 +124,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InputError(f"recipe {path}: {reason}", "recipes/ holds ready ones") from error
+        raise InputError(f"recipe {path}: {reason}", "recipes/ contains example recipes") from error
     return parse_recipe(text, path, overrides)
 
 
 def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`, from text. Relative paths in it count from the current folder."""
+    """Like `load_recipe`, from text. Relative paths in the recipe are relative to the current folder."""
     try:
         node, raw = bounded_yaml.compose(text)
         lines = _Lines(node)
@@ -159,8 +159,8 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
 
 
 def listed_steps(text: str) -> dict[str, tuple[str, dict[str, str]]]:
-    """Step key -> (uses, inputs), in the order of the text. Nothing else of it is looked at, because it may be a recipe
-    that another version took. Empty if the text cannot be read."""
+    """Returns step key -> (uses, inputs), in file order. Ignores everything else, because the recipe may be from another
+    version of Moray. Empty if the text cannot be parsed."""
     try:
         _, raw = bounded_yaml.compose(text)
         return {
@@ -176,7 +176,7 @@ def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: 
         return f"{path}:{lines.of(['steps', key, *fields])}: steps.{'.'.join((key, *fields))}"
 
     if not _NAME.match(key):
-        raise RecipeError(f"{at()}: a step's name must match {_NAME.pattern}")
+        raise RecipeError(f"{at()}: step names must match {_NAME.pattern}")
     uses = spec.uses or key
     try:
         step = resolve_step(uses)
@@ -187,15 +187,15 @@ def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: 
             raise RecipeError(f"{at('inputs', name)}: {uses!r} has no input {name!r}", nearest(name, step.inputs))
     for name in step.inputs:
         if name not in spec.inputs and name not in step.optional:
-            raise RecipeError(f"{at('inputs')}: step {uses!r} needs the input {name!r}", f"add `{name}: STEP`")
+            raise RecipeError(f"{at('inputs')}: step {uses!r} requires input {name!r}", f"add `{name}: STEP`")
     for name, target in spec.inputs.items():
         if target not in recipe.steps:
-            raise RecipeError(f"{at('inputs', name)}: no step {target!r}", nearest(target, recipe.steps))
+            raise RecipeError(f"{at('inputs', name)}: unknown step {target!r}", nearest(target, recipe.steps))
         made = resolve_step(recipe.steps[target].uses or target).produces
         if made != step.inputs[name]:
             raise RecipeError(
-                f"{at('inputs', name)}: step {target!r} makes {made}, but {name!r} takes {step.inputs[name]}",
-                "name a step that makes " + step.inputs[name],
+                f"{at('inputs', name)}: step {target!r} produces {made}, but {name!r} takes {step.inputs[name]}",
+                "use a step that produces " + step.inputs[name],
             )
     values = _substitute(spec.with_, at("with"))
     try:
@@ -211,7 +211,7 @@ def _plan_step(key: str, spec: StepSpec, recipe: RecipeSpec, path: Path, lines: 
 
 
 def _order(steps: Mapping[str, PlannedStep], path: Path, lines: _Lines) -> list[str]:
-    """Topological order that keeps the file's order where it can."""
+    """Topological order that keeps the file's order where possible."""
     sorter = TopologicalSorter({key: sorted(set(step.inputs.values())) for key, step in steps.items()})
     try:
         sorter.prepare()
@@ -219,10 +219,10 @@ def _order(steps: Mapping[str, PlannedStep], path: Path, lines: _Lines) -> list[
         loop = " -> ".join(reversed(error.args[1]))
         line = lines.of(["steps", error.args[1][0], "inputs"])
         raise RecipeError(f"{path}:{line}: steps form a cycle: {loop}", "remove one of these inputs") from error
-    place = {key: i for i, key in enumerate(steps)}
+    position = {key: i for i, key in enumerate(steps)}
     order: list[str] = []
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=place.__getitem__)
+        ready = sorted(sorter.get_ready(), key=position.__getitem__)
         order += ready
         sorter.done(*ready)
     return order
@@ -236,9 +236,9 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise RecipeError(f"--set {text!r}: expected STEP.FIELD=VALUE", "for example --set pretrain.steps=50")
     steps = raw.get("steps") or {}
     if not isinstance(steps, dict):
-        return  # what `steps` is, is found wrong afterwards
+        return  # validation reports the wrong type later
     if parts[0] not in steps:
-        raise RecipeError(f"--set {text!r}: no step {parts[0]!r}", nearest(parts[0], steps))
+        raise RecipeError(f"--set {text!r}: unknown step {parts[0]!r}", nearest(parts[0], steps))
     try:
         _, parsed = bounded_yaml.compose(value)
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -251,7 +251,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _put(node: Any, parts: Sequence[str], value: Any, text: str) -> None:
-    """Puts `value` at a path within a mapping or a list; mappings on the way are made."""
+    """Sets `value` at a path within a mapping or a list, creating missing mappings."""
     for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
@@ -271,7 +271,7 @@ def _put(node: Any, parts: Sequence[str], value: Any, text: str) -> None:
 def _substitute(value: Any, where: str) -> Any:
     """Replaces `${python:stdlib}` and `${python:site-packages}` in every string.
 
-    `${env:NAME}` and `${file:PATH}` stay: the config's fields decide what becomes of them.
+    `${env:NAME}` and `${file:PATH}` are left unchanged; the config's fields resolve or reject them.
     """
     if isinstance(value, dict):
         return {key: _substitute(item, f"{where}.{key}") for key, item in value.items()}
@@ -294,42 +294,43 @@ def _reference(text: str, where: str) -> str:
 def _explain(
     error: ValidationError, model: type[BaseModel], path: Path, lines: _Lines, prefix: tuple[str, ...], written: Any
 ) -> RecipeError:
-    """The first of pydantic's complaints as one line, with the nearest valid field for an unknown one.
+    """Converts pydantic's first error to one line, with the nearest valid field for an unknown one.
 
-    `written` is what was validated: where it holds a reference, pydantic has seen the value and we show the reference.
+    `written` is the validated data as in the recipe. Where it holds a reference, the message shows the reference, not
+    the value that pydantic saw.
     """
-    # A misspelt field also shows as a missing one; the misspelling is what to mend.
+    # A misspelled field may also be reported as missing; report the misspelling.
     first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    place, _ = _walk(model, first["loc"])
-    fields = tuple(map(str, place))
+    location, _ = _walk(model, first["loc"])
+    fields = tuple(map(str, location))
     full = (*prefix, *fields)
     where = f"{path}:{lines.of(full)}: {'.'.join(full)}"
     if first["type"] == "extra_forbidden":
         _, models = _walk(model, first["loc"][:-1])
         known = [name for one in models.values() for name in _named(one)]
         return RecipeError(f"{where}: unknown field", nearest(fields[-1], known))
-    if "hint" in (context := first.get("ctx", {})):  # an error of ours
+    if "hint" in (context := first.get("ctx", {})):  # raised by Moray's own validators
         return RecipeError(f"{where}: {context['message']}", context["hint"])
-    given = _at(written, place)
-    shown = "" if first["type"] == "missing" else f" (got {given if found_in(given) else first['input']!r:.80})"
+    given = _at(written, location)
+    shown = "" if first["type"] == "missing" else f" (got {given if references_in(given) else first['input']!r:.80})"
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(f"{where}: {message[0].lower() + message[1:]}{shown}")
 
 
 def _at(written: Any, path: Sequence[str | int]) -> Any:
-    """What stands at `path`, or at its nearest parent that is written down."""
+    """The value at `path`, or at its nearest parent that is in the data."""
     for part in path:
         try:
             written = written[part]
-        except (KeyError, IndexError, TypeError):  # a field that is not there
+        except (KeyError, IndexError, TypeError):  # an absent field
             break
     return written
 
 
 def _walk(model: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str | int], dict[str, type[BaseModel]]]:
-    """The path as it is written in YAML, and the models that may stand at its end.
+    """Returns the path as written in YAML, and the models that are possible at its end.
 
-    pydantic names in a path also which of several models it took, by tag or by class; that is not written anywhere.
+    For unions, pydantic's error paths also contain the tag or class name of a member, which is not in the YAML.
     """
     written: list[str | int] = []
     models = {model.__name__: model}
@@ -345,15 +346,15 @@ def _walk(model: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str |
 
 
 def _named(model: type[BaseModel]) -> dict[str, Any]:
-    """Its fields by the name that is written in YAML."""
+    """The model's fields by their YAML name."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _models_in(annotation: Any, tag: str = "") -> dict[str, type[BaseModel]]:
-    """The model classes inside `list[M]`, `dict[str, M]`, `M | None`, ..., each by its tag, or else its own name."""
+    """The model classes inside `list[M]`, `dict[str, M]`, `M | None`, ..., keyed by tag or class name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {tag or annotation.__name__: annotation}
-    for said in getattr(annotation, "__metadata__", ()):
-        tag = said.tag if isinstance(said, Tag) else tag
+    for item in getattr(annotation, "__metadata__", ()):
+        tag = item.tag if isinstance(item, Tag) else tag
     arguments = getattr(annotation, "__args__", ())
     return {name: model for argument in arguments for name, model in _models_in(argument, tag).items()}

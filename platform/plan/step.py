@@ -1,8 +1,8 @@
-"""What a step is: a name, a version, a config, and `run(ctx)` that fills a folder.
+"""The step interface: a name, a version, a config, and `run(ctx)`, which fills a folder.
 
-A recipe names steps; `builtin.toml` maps those names to objects such as `moray.pipelines.dedup.step:step`, imported
-only when needed, and other distributions add theirs by the entry-point group `moray.steps`. A step may be killed at
-any instant: a rerun finds an empty folder, or, where `resumable`, its own leftovers to go on from.
+A recipe refers to steps by name. `builtin.toml` maps names to objects such as `moray.pipelines.dedup.step:step`,
+imported only when needed; other distributions add steps through the entry-point group `moray.steps`. A step may be
+killed at any time: a rerun starts with an empty folder or, if the step is `resumable`, with its partial output.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ BUILTIN = Path(__file__).with_name("builtin.toml")
 
 @dataclass(frozen=True)
 class ExternalFile:
-    """One file outside Moray that a step reads: `key` within `source`, its size, and what stands for its content.
+    """One file outside Moray that a step reads: `key` within `source`, size in bytes, and a digest of its content.
 
-    That is its SHA-256, or for an object in a bucket `etag:` and its ETag: nothing has to be read to know it.
+    The digest is the SHA-256, or for an object in a bucket `etag:` and its ETag, which needs no read of the object.
     """
 
     source: str
@@ -42,11 +42,10 @@ class ExternalFile:
 
 
 class Step(ABC, Generic[ConfigT]):
-    """A kind of work a recipe can name. Instances hold no state; one object serves every run.
+    """Base class of steps. Instances are stateless; one object serves every run.
 
-    `version` is raised when the same config and inputs would give a different result. `inputs` maps the input names
-    a recipe must give to the kind of artifact (`produces` of the step there) each takes; those in `optional` it may
-    leave out.
+    Increment `version` when the same config and inputs would give a different result. `inputs` maps each input name to
+    the kind of artifact it takes (`produces` of the step that makes it); a recipe may omit inputs in `optional`.
     """
 
     name: ClassVar[str]
@@ -59,44 +58,44 @@ class Step(ABC, Generic[ConfigT]):
     needs_ray: ClassVar[bool] = False
 
     def check(self, config: ConfigT, inputs: Mapping[str, str]) -> None:
-        """Raises RecipeError for what can be known to fail before anything starts. `inputs`: name -> fingerprint."""
+        """Raises RecipeError for problems detectable before anything starts. `inputs`: input name -> step key."""
 
     def external(self, config: ConfigT) -> list[ExternalFile]:
-        """The files outside Moray that decide the result, sorted; they enter the fingerprint by content."""
+        """Returns the files outside Moray that affect the result, sorted; their contents enter the fingerprint."""
         return []
 
     def reads_in_place(self, config: ConfigT) -> frozenset[str]:
-        """The inputs that `run` reads by `address`, wherever they lie; the others are brought here first."""
+        """Returns the inputs that `run` reads in place, by `address`; the others are first copied to this machine."""
         return frozenset()
 
     def chain(self, config: ConfigT) -> str:
-        """The name of the chain whose newest result this one goes on from, as its input `earlier`; '' for none."""
+        """Returns the name of the chain whose newest result is this step's input `earlier`; '' for none."""
         return ""
 
     def follow(self, config: ConfigT, earlier: Manifest) -> None:
-        """Raises RecipeError if a result with this config cannot go on from `earlier`."""
+        """Raises RecipeError if a result with this config cannot continue from `earlier`."""
 
     def placement(self, config: ConfigT, topology: Topology) -> str:
-        """What the step will run on, in words, for the plan; empty where there is nothing to choose.
+        """Describes the resources the step will use, for the plan; empty if there is nothing to choose.
 
-        Raises InputError where the machines cannot run it. Called before anything starts.
+        Raises InputError if the machines cannot run the step. Called before anything starts.
         """
         return ""
 
     @abstractmethod
     def run(self, ctx: StepContext[ConfigT]) -> None:
-        """Writes the artifact's files into `ctx.folder`. The runner writes the manifest afterwards."""
+        """Writes the artifact's files to `ctx.folder`. The runner writes the manifest afterwards."""
 
 
-@functools.cache  # what is installed does not change while a process runs, and looking takes 10 ms
+@functools.cache  # installed packages do not change while a process runs, and the lookup takes 10 ms
 def step_names() -> Mapping[str, str]:
-    """Every known step: name -> `module:object`. Built-in names win over entry points."""
+    """Returns every known step: name -> `module:object`. Built-in steps override entry points."""
     table = {point.name: point.value for point in importlib.metadata.entry_points(group="moray.steps")}
     return table | tomllib.loads(BUILTIN.read_text())["steps"]
 
 
 def resolve_step(name: str) -> Step[Any]:
-    """Imports the step called `name`. Raises RecipeError naming the nearest known one."""
+    """Imports the step called `name`. Raises RecipeError that names the nearest known step."""
     table = step_names()
     if name not in table:
         raise RecipeError(f"unknown step {name!r}", nearest(name, table))
@@ -105,7 +104,7 @@ def resolve_step(name: str) -> Step[Any]:
         step = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plug-in's import may raise anything
         text = f"step {name!r}: {module} cannot be imported: {type(error).__name__}: {error}"
-        raise RecipeError(text, f"mend it, or uninstall the package that brings {name!r}") from error
+        raise RecipeError(text, f"fix or uninstall the package that provides {name!r}") from error
     if not isinstance(step, Step):
         raise RecipeError(f"step {name!r}: {table[name]} is not a moray.platform.plan.step.Step")
     return step

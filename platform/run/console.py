@@ -1,7 +1,7 @@
-"""What all commands share: where results and everything else are printed, and how.
+"""Consoles and tables shared by all commands.
 
-What users, files and exceptions say is text. rich would read `[/INST]` in it as markup, and a terminal its escape
-sequences as commands; a console made here does neither. No other module makes one (a test looks).
+Text from users, files and exceptions is untrusted. rich would interpret `[/INST]` in it as markup, and a terminal would
+execute escape sequences in it. Consoles created here do neither. A test checks that no other module creates one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="print the result as JSON")]
-_FOLDED = 10
-_LAYOUT = "\t\n"  # rich lays these out
-# All control characters, and those that turn the direction of text.
+_WRAPPED_WIDTH = 10
+_LAYOUT = "\t\n"  # rich handles these itself
+# All control characters, and bidirectional overrides.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class PlainConsole(Console):
-    """A console to which every string is text; its control characters are shown as `\\x1b`."""
+    """A console that treats every string as plain text and shows control characters as `\\x1b`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
@@ -45,7 +45,7 @@ class PlainConsole(Console):
 
 
 def visible(text: str, kept: str = "") -> str:
-    r"""The same text, with control characters, but those `kept`, as escapes that can be read: `\x1b`."""
+    r"""Replaces control characters, except those in `kept`, by readable escapes: `\x1b`."""
     return _CONTROL.sub(lambda found: found[0] if found[0] in kept else ascii(found[0])[1:-1], text)
 
 
@@ -56,12 +56,12 @@ def err() -> Console:
 def out() -> Console:
     console = PlainConsole(soft_wrap=True)
     if not console.is_terminal:
-        console.width = 160  # a file has no width; the default of 80 would fold tables
+        console.width = 160  # a file has no width; the default of 80 would wrap tables
     return console
 
 
 def lenient_streams() -> None:
-    """Has standard output and errors show what their encoding lacks as escapes, instead of ending the command."""
+    """Makes stdout and stderr escape characters that their encoding lacks, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):
@@ -73,8 +73,8 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A plain table on stdout; a column whose name ends in `>` is set right. A terminal that is too narrow for it gets
-    a line for each value instead of columns of a letter."""
+    """Prints a plain table to stdout; columns whose name ends in `>` are right-aligned. If the terminal is too narrow,
+    prints one `name: value` line per cell instead."""
     names, cells = [*columns], [[*row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
@@ -88,13 +88,13 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
                 console.print(f"{name.removesuffix('>')}: {value}")
             console.print()
         return
-    if not console.is_terminal:  # nobody folds a file
-        wide = console.options.update(width=1 << 16)
-        console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    if not console.is_terminal:  # do not wrap tables in a file
+        unbounded = console.options.update(width=1 << 16)
+        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
     console.print(table)
 
 
 def _least_width(columns: list[str], rows: list[list[str]]) -> int:
-    """Of a table whose values may be folded into lines of a word or so."""
+    """The least width of a table whose values may be wrapped into lines of about one word."""
     widths = [max((cell_len(row[i]) for row in [columns, *rows]), default=0) for i in range(len(columns))]
-    return sum(min(width, _FOLDED) + 1 for width in widths)
+    return sum(min(width, _WRAPPED_WIDTH) + 1 for width in widths)

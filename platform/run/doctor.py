@@ -1,6 +1,6 @@
-"""`moray doctor`: what this machine has, what Moray needs of it, and the fix for what is missing.
+"""`moray doctor`: checks this machine against Moray's requirements and suggests fixes.
 
-Each check is a function from nothing to a `Finding`; none starts anything or takes longer than a moment.
+Each check is a function without arguments that returns a `Finding`. Checks start nothing and take less than a second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `ok`, `warn` (works, with a limit named in `fix`) or `fail` (something will not work)."""
+    """One line of the report: `ok`, `warn` (works with the limit in `fix`) or `fail` (something will not work)."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -46,13 +46,13 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All checks, in the order in which a person would mend things."""
+    """Runs all checks, in the order in which problems should be fixed."""
     shared = [_shared_root()] if os.environ.get("MORAY_ARTIFACTS") else []
     return [*(check() for check in _CHECKS), *shared]
 
 
-def require_room() -> None:
-    """Raises InputError if this machine has too little memory or disk to start anything."""
+def require_resources() -> None:
+    """Raises InputError if this machine has too little memory or disk space to start anything."""
     for check in (_memory, _home):
         finding = check()
         if finding.state == "fail":
@@ -86,7 +86,7 @@ def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores >= 2:
         return Finding("cores", "ok", str(cores))
-    return Finding("cores", "warn", str(cores), "one core works; training workers share it and take twice as long")
+    return Finding("cores", "warn", str(cores), "one core works, but training workers share it and take twice as long")
 
 
 def _memory() -> Finding:
@@ -95,8 +95,8 @@ def _memory() -> Finding:
     if available >= 4 * GIB:
         return Finding("memory", "ok", detail)
     if available >= 2 * GIB:
-        return Finding("memory", "warn", detail, "the quickstart wants 4 GiB; close other programs")
-    return Finding("memory", "fail", detail, "the quickstart needs 2 GiB at least; close other programs")
+        return Finding("memory", "warn", detail, "4 GiB are recommended for the quickstart; close other programs")
+    return Finding("memory", "fail", detail, "the quickstart needs at least 2 GiB; close other programs")
 
 
 def _available_memory() -> int:
@@ -117,18 +117,18 @@ def _home() -> Finding:
     detail = f"{home.root}, {free / GIB:.1f} GiB free"
     if free >= 2 * GIB:
         return Finding("home", "ok", detail)
-    return Finding("home", "fail" if free < GIB // 2 else "warn", detail, "free some disk, or set MORAY_HOME elsewhere")
+    return Finding("home", "fail" if free < GIB // 2 else "warn", detail, "free disk space, or set MORAY_HOME to another disk")
 
 
 def _shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Finding("shared memory", "warn", "no /dev/shm", "Ray keeps its object store on disk, which is slower")
+        return Finding("shared memory", "warn", "no /dev/shm", "Ray stores objects on disk instead, which is slower")
     free = shutil.disk_usage(folder).free
     detail = f"/dev/shm, {free / GIB:.2f} GiB free"
     if free >= GIB // 4:
         return Finding("shared memory", "ok", detail)
-    return Finding("shared memory", "warn", detail, "raise it (containers: --shm-size=1g); Ray falls back to disk")
+    return Finding("shared memory", "warn", detail, "increase it (containers: --shm-size=1g); otherwise Ray uses the disk")
 
 
 def _loopback() -> Finding:
@@ -137,12 +137,12 @@ def _loopback() -> Finding:
             probe.bind(("127.0.0.1", 0))
     except OSError as error:
         return Finding("loopback", "fail", f"cannot listen on 127.0.0.1: {error.strerror}", "allow loopback sockets")
-    return Finding("loopback", "ok", "127.0.0.1 can be listened on")
+    return Finding("loopback", "ok", "can listen on 127.0.0.1")
 
 
-def _port(port: int = 8000) -> Finding:
+def _port(port: int = 8000) -> Finding:  # the default port of `moray serve`
     if not is_free(port):
-        return Finding(f"port {port}", "warn", "in use", "`moray serve` wants it by default: --port chooses another")
+        return Finding(f"port {port}", "warn", "in use", "`moray serve` uses it by default; choose another with --port")
     return Finding(f"port {port}", "ok", "free, the default of `moray serve`")
 
 
@@ -159,16 +159,16 @@ def _gpu() -> Finding:
         return Finding("gpu", "ok", "none; training and serving run on the CPU")
     if "+cpu" in importlib.metadata.version("torch"):
         fix = "install torch's CUDA build in .venv, or run on the CPU"
-        return Finding("gpu", "warn", f"{len(cards)} NVIDIA, but torch is a CPU build", fix)
-    return Finding("gpu", "ok", f"{len(cards)} NVIDIA")
+        return Finding("gpu", "warn", f"{len(cards)} NVIDIA GPU(s), but torch is a CPU build", fix)
+    return Finding("gpu", "ok", f"{len(cards)} NVIDIA GPU(s)")
 
 
 def _shared_root() -> Finding:
     try:
         ArtifactStore(Home.from_environment()).check()
     except MorayError as error:
-        return Finding("artifact root", "fail", error.message, error.hint or "see MORAY_ARTIFACTS")
-    return Finding("artifact root", "ok", f"{os.environ['MORAY_ARTIFACTS']}, can be written")
+        return Finding("artifact root", "fail", error.message, error.hint or "check MORAY_ARTIFACTS")
+    return Finding("artifact root", "ok", f"{os.environ['MORAY_ARTIFACTS']}, writable")
 
 
 def _open_files() -> Finding:
@@ -180,7 +180,6 @@ def _open_files() -> Finding:
     return Finding("open files", "warn", str(soft), f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}")
 
 
-# What `_port` looks at by default is where `moray serve` listens by default.
 _CHECKS: tuple[Callable[[], Finding], ...] = (
     _python,
     _packages,
@@ -197,7 +196,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
 
 
 def report_lines(findings: list[Finding]) -> Iterator[str]:
-    """The report for people: one line a check, and its fix beneath."""
+    """Formats the report as text: one line per check, followed by its fix."""
     marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
     for finding in findings:
         yield f"{marks[finding.state]}  {finding.name:<14} {finding.detail}"

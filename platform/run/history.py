@@ -1,6 +1,7 @@
-"""What runs did, read from their events and from the manifests of what they made. Nothing here writes.
+"""Past runs, read from their events and the manifests of their artifacts. This module writes nothing.
 
-A run is a folder under `runs/` with events. One without a last event is `unfinished`: it still works, or was killed.
+A run is a folder under `runs/` with events. A run without a final event is `unfinished`: it is still running or was
+killed.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from moray.platform.core.events import MetricEvent, RunEvent, StepEvent, UsageEv
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.search import artifact_by_fingerprint
-from moray.platform.store.sweep import in_work
+from moray.platform.store.sweep import leased
 
-_QUIET_SECONDS = 60.0  # a run that holds no lease and said nothing for so long is not between two steps
+_QUIET_SECONDS = 60.0  # a run without a lease and without events for this long is not between two steps
 
 
 @dataclass
 class StepRow:
-    """One step of a run. Hours are what it held: cores (or GPUs) times wall time, over all attempts in this run."""
+    """One step of a run. Hours are cores (or GPUs) held times wall time, over all attempts in this run."""
 
     step: str
     state: str = "unfinished"
@@ -32,12 +33,12 @@ class StepRow:
     outcome: str = ""
     core_hours: float = 0.0
     gpu_hours: float = 0.0
-    artifact: str | None = None  # step/fingerprint, if it is still there
+    artifact: str | None = None  # step/fingerprint, if it still exists
 
 
 @dataclass
 class RunRow:
-    """One run. `seconds` is None while it has no end; `problem` says why its events could not be read."""
+    """One run. `seconds` is None until it ends; `problem` is the error if its events could not be read."""
 
     run: str
     recipe: str = ""
@@ -58,14 +59,14 @@ class RunRow:
 
 
 def list_runs(home: Home) -> list[RunRow]:
-    """Every run, newest first. One whose events cannot be read is listed as `unreadable`."""
+    """Returns every run, newest first. Runs whose events cannot be read are listed as `unreadable`."""
     return sorted((_read(path) for path in _folders(home)), key=lambda run: (run.started, run.run), reverse=True)
 
 
 def find_run(home: Home, name: str) -> RunRow:
-    """A run by its name, or by a part of it that only one run has, with its artifacts. Raises InputError.
+    """Returns a run by its name or a unique part of it, with its artifacts. Raises InputError.
 
-    A run that only the shared root knows is copied here first.
+    A run that exists only in the shared root is first copied to this machine.
     """
     store = ArtifactStore(home)
     folders = {path.name: path for path in _folders(home)}
@@ -73,14 +74,14 @@ def find_run(home: Home, name: str) -> RunRow:
         folders = {known: home.runs / known for known in store.remote.runs()} | folders
     matches = [name] if name in folders else [known for known in folders if name in known]
     if not matches:
-        raise InputError(f"no run {name!r}", nearest(name, folders))
+        raise InputError(f"unknown run {name!r}", nearest(name, folders))
     if len(matches) > 1:
-        raise InputError(f"{name!r} names {len(matches)} runs", f"give more of it: {', '.join(sorted(matches)[-3:])}")
+        raise InputError(f"{name!r} matches {len(matches)} runs", f"give a longer part of the name: {', '.join(sorted(matches)[-3:])}")
     if store.remote is not None and not folders[matches[0]].exists():
         store.remote.pull_run(matches[0], folders[matches[0]])
     run = _read(folders[matches[0]])
     if run.problem:
-        raise InputError(f"run {run.run}: {run.problem}", "another version of Moray may have written it")
+        raise InputError(f"run {run.run}: {run.problem}", "it may have been written by another version of Moray")
     for step in run.steps.values():
         found = artifact_by_fingerprint(store, step.fingerprint)
         step.artifact = found.reference if found else None
@@ -88,8 +89,8 @@ def find_run(home: Home, name: str) -> RunRow:
 
 
 def in_use(home: Home) -> set[str]:
-    """Fingerprints that runs at work have met: their next steps may read them though no manifest names them yet."""
-    working = bool(in_work(ArtifactStore(home)))
+    """Fingerprints of the steps of active runs: later steps may read them although no manifest names them as inputs yet."""
+    working = bool(leased(ArtifactStore(home)))
     found: set[str] = set()
     for path in _folders(home):
         latest = max((segment.stat().st_mtime for segment in (path / "events").glob("*.jsonl")), default=0.0)
@@ -101,7 +102,7 @@ def in_use(home: Home) -> set[str]:
 
 @dataclass(frozen=True)
 class StepChange:
-    """A step that differs between two runs; a fingerprint is empty where a run did not come to the step."""
+    """A step that differs between two runs; a fingerprint is empty if that run did not reach the step."""
 
     step: str
     old: str
@@ -111,7 +112,7 @@ class StepChange:
 
 @dataclass(frozen=True)
 class RunDifference:
-    """`metrics`: (step, name) -> value in the one and in the other run, None where it has none."""
+    """Differences between two runs. `metrics`: (step, name) -> value in each run, None if absent."""
 
     same: tuple[str, ...]
     changed: tuple[StepChange, ...]
@@ -119,7 +120,7 @@ class RunDifference:
 
 
 def diff_runs(home: Home, old: RunRow, new: RunRow) -> RunDifference:
-    """Compares what two runs made, or found, step by step."""
+    """Compares the artifacts of two runs, step by step."""
     store = ArtifactStore(home)
     same, changed = [], []
     metrics: dict[tuple[str, str], tuple[float | None, float | None]] = {}
@@ -137,7 +138,7 @@ def diff_runs(home: Home, old: RunRow, new: RunRow) -> RunDifference:
 
 
 def metrics_of(home: Home, artifact: Artifact) -> dict[str, float]:
-    """What a step counted, and the last value of each metric it reported in the run that made it."""
+    """Returns the counts of an artifact, and the last value of each metric reported in the run that made it."""
     found = dict(artifact.manifest.counts)
     try:
         events = read_events(home.runs / artifact.manifest.run)
@@ -155,7 +156,7 @@ def _folders(home: Home) -> Iterator[Path]:
 
 
 def _read(folder: Path) -> RunRow:
-    """A run from its runner's own segment; training workers' are long and say nothing of states."""
+    """Reads a run from its runner's segment; training workers' segments are long and hold no states."""
     run = RunRow(folder.name)
     try:
         events = read_events(folder, "runner-*")

@@ -1,7 +1,7 @@
-"""MLflow keeps runs, metrics and the model registry: a SQLite file under MORAY_HOME, written by one process at a time.
+"""Logs runs and metrics and registers models in MLflow: a SQLite file under MORAY_HOME with one writer at a time.
 
-Only the process that runs a recipe writes, in batches, never a training worker; a file lock keeps two runs on one
-machine apart. `latest` is reserved by MLflow as an alias, so the newest version is `newest`.
+Only the process that runs a recipe writes, in batches, never a training worker. A file lock serializes runs on one
+machine. MLflow reserves the alias `latest`, so the newest version has the alias `newest`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moray.platform.core.home import Home
 
 EXPERIMENT = "moray"
 NEWEST = "newest"
-_BATCH = 1000  # MLflow's limit of metrics in a request
+_BATCH = 1000  # MLflow's limit of metrics per request
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Registered:
 
 
 def database_uri(home: Home) -> str:
-    """SQLAlchemy's address of MLflow's database: a path may hold `#`, `?` and `%`. With the driver's name in it, or
-    MLflow would make the folder of the quoted path too."""
+    """SQLAlchemy URI of MLflow's database, quoted because a path may contain `#`, `?` and `%`. The URI names the driver;
+    without it MLflow would also create a folder at the quoted path."""
     return f"sqlite+pysqlite:///{quote(str(home.mlflow_db))}"
 
 
@@ -43,12 +43,12 @@ def register_model(
     home: Home,
     name: str,
     source: Path,
-    metrics: Iterable[MetricEvent],
-    figures: Mapping[str, float],
+    curves: Iterable[MetricEvent],
+    values: Mapping[str, float],
     params: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> Registered:
-    """Logs a run with its curves and registers `source` as a new version of `name`, with the alias `newest`."""
+    """Logs a run with its curves and final values, and registers `source` as a new version of `name`, alias `newest`."""
     with _client(home) as client:
         experiment = client.get_experiment_by_name(EXPERIMENT)
         experiment_id = (
@@ -58,7 +58,7 @@ def register_model(
         )
         run = client.create_run(experiment_id, run_name=tags.get("moray.run", name), tags=dict(tags))
         run_id = run.info.run_id
-        _log(client, run_id, metrics, figures, params)
+        _log(client, run_id, curves, values, params)
         client.set_terminated(run_id)
         if not list(client.search_registered_models(f"name = '{name}'")):
             client.create_registered_model(name)
@@ -70,14 +70,14 @@ def register_model(
 def _log(
     client: Any,
     run_id: str,
-    metrics: Iterable[MetricEvent],
-    figures: Mapping[str, float],
+    curves: Iterable[MetricEvent],
+    values: Mapping[str, float],
     params: Mapping[str, Any],
 ) -> None:
     from mlflow.entities import Metric, Param
 
-    rows = [Metric(_key(event), event.value, int(event.time * 1000), event.at) for event in metrics]
-    rows += [Metric(name, value, 0, 0) for name, value in figures.items()]
+    rows = [Metric(_key(event), event.value, int(event.time * 1000), event.at) for event in curves]
+    rows += [Metric(name, value, 0, 0) for name, value in values.items()]
     for start in range(0, len(rows), _BATCH):
         client.log_batch(run_id, metrics=rows[start : start + _BATCH])
     client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
@@ -89,7 +89,7 @@ def _key(event: MetricEvent) -> str:
 
 @contextlib.contextmanager
 def _client(home: Home) -> Iterator[Any]:
-    """An MlflowClient on the SQLite store, alone while it lasts."""
+    """Yields an MlflowClient on the SQLite store, holding the file lock."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

@@ -1,8 +1,8 @@
-"""Runs a recipe: for each step fingerprint -> have it? -> run -> manifest.
+"""Runs a recipe. For each step: compute the fingerprint, reuse an existing artifact or run the step, write the manifest.
 
-Every fingerprint is known before anything starts, so `plan_steps` and `run` decide by the same function. A step in work
-is leased; a rival run of the same work waits and reuses. Whatever ends a run (success, a failing step, Ctrl-C), the
-cluster it started is stopped and the last event says how it ended.
+Every fingerprint is known before anything starts, so `plan` and `run` decide by the same function, `plan_steps`. A
+running step holds a lease; a concurrent run of the same work waits for it and reuses the result. When a run ends
+(success, a failed step, Ctrl-C), the runner stops the cluster it started and writes a final event with the outcome.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moray.platform.plan import lineage
 from moray.platform.plan.change_reason import explain_change, is_current
 from moray.platform.plan.fingerprint import Address, addresses
 from moray.platform.plan.recipe import PlannedStep, Recipe
-from moray.platform.run.step_run import RunResult, RunUnderWay, StepResult, StepRun, free_disk_hint, mid_run
+from moray.platform.run.step_run import ActiveRun, RunResult, StepResult, StepRun, free_disk_hint, mid_run
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.lease import Lease
 from moray.platform.store.lease import holder as lease_holder
@@ -36,43 +36,43 @@ from moray.platform.store.search import newest_artifact
 
 @dataclass(frozen=True)
 class Decision:
-    """What will happen to one step, and why."""
+    """The decision to run or reuse one step, and the reason."""
 
     planned: PlannedStep
     address: Address
     reuse: bool
     why: str
-    placement: str = ""  # what it will run on, where there is something to choose
+    placement: str = ""  # the resources it will use, if there is a choice
 
 
 def plan_steps(recipe: Recipe, store: ArtifactStore, topology: Topology | None = None) -> list[Decision]:
-    """Decides for every step whether its artifact is there, without starting or writing anything.
+    """Decides for every step whether to run it or reuse its artifact, without starting or writing anything.
 
-    topology: the machines it is to run on, if known. Raises InputError for a step that has to run and cannot there.
+    topology: the machines to run on, if known. Raises InputError for a step that must run but cannot run on them.
     """
     decisions = []
     with redacting(Redactor.of(step.config for step in recipe.steps)):
-        made = addresses(recipe, partial(_before, store))
+        made = addresses(recipe, partial(_earlier, store))
     for planned, address in zip(recipe.steps, made.values(), strict=True):
         found = store.get(planned.step.name, address.fingerprint)
         if found is None:
             why = explain_change(address, newest_artifact(store, address.step))
         else:
             why = f"have {address.fingerprint[:8]}"
-            why += f" in {store.remote.url}" if store.remote and not found.here else ""
-            why += "" if is_current(planned.step, found) else ", made by other code"
+            why += f" in {store.remote.url}" if store.remote and not found.is_local else ""
+            why += "" if is_current(planned.step, found) else ", made by a different code version"
         placement = planned.step.placement(planned.config, topology) if topology and not found else ""
         decisions.append(Decision(planned, address, found is not None, why, placement))
     return decisions
 
 
-def _before(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str]) -> str | None:
+def _earlier(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str]) -> str | None:
     found = lineage.earlier(store, planned, inputs)
     return found.fingerprint if found else None
 
 
 class Runner:
-    """Executes one recipe once. `cluster` is only asked to start if a step needs it."""
+    """Executes one recipe once. Starts `cluster` only if a step needs it."""
 
     def __init__(self, home: Home, cluster: Cluster, listeners: list[Callable[[Event], None]] | None = None) -> None:
         self.home = home
@@ -81,9 +81,9 @@ class Runner:
         self.listeners = listeners or []
 
     def run(self, recipe: Recipe, name: str = "") -> RunResult:
-        """Runs what is not there yet. Raises StepFailed, MorayError, or Cancelled after cleaning up.
+        """Runs the steps whose artifacts do not exist. Raises StepFailed, MorayError, or Cancelled after cleaning up.
 
-        name: of the run and its folder; by default made of time and recipe.
+        name: the name of the run and its folder; by default the time, the recipe and a random suffix.
         """
         self.store.check()
         name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
@@ -93,7 +93,7 @@ class Runner:
         events = EventLog(folder / "events", "runner", redact)
         events.listeners += self.listeners
         result = RunResult(name, recipe.name, folder, 0.0)
-        run = RunUnderWay(self.home, self.store, self.cluster, events, result, threading.Event())
+        run = ActiveRun(self.home, self.store, self.cluster, events, result, threading.Event())
         began = time.monotonic()
         events.append(RunEvent(state="started", recipe=recipe.name, detail=name))
         state, detail = "failed", ""
@@ -104,8 +104,8 @@ class Runner:
             write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
             state = "succeeded"
         except (Cancelled, KeyboardInterrupt) as stop:
-            if run.hopeless:
-                detail = run.hopeless
+            if run.unsatisfiable:
+                detail = run.unsatisfiable
                 raise InputError(detail) from stop
             state = "cancelled"
             raise
@@ -123,25 +123,25 @@ class Runner:
         return result
 
     def _keep_run(self, folder: Path, events: EventLog) -> None:
-        """Copies the run's folder to the shared root: what it did can be read when this machine is gone."""
+        """Copies the run's folder to the shared root, so that it stays readable without this machine."""
         try:
             if self.store.remote is not None:
                 self.store.remote.push_run(folder)
-        except (InputError, OSError) as error:  # how the run ended matters more
-            text = f"the run's folder is not copied: {error}"
+        except (InputError, OSError) as error:  # must not hide how the run ended
+            text = f"the run's folder was not copied to the shared root: {error}"
             events.append(NoteEvent(step="", level="warning", text=text))
 
-    def _step(self, decision: Decision, run: RunUnderWay) -> StepResult:
+    def _step(self, decision: Decision, run: ActiveRun) -> StepResult:
         planned, address = decision.planned, decision.address
         step, fingerprint = planned.step, address.fingerprint
         found = self.store.get(step.name, fingerprint)
         lease = Lease(self.store.lease_path(step.name, fingerprint))
         if found is None and not lease.acquire():
-            who = lease_holder(lease.path)
-            why = f"process {who.get('pid')} on {who.get('host')} is making it"
+            holder = lease_holder(lease.path)
+            why = f"process {holder.get('pid')} on {holder.get('host')} is running this step"
             run.events.append(StepEvent(step=planned.key, state="waiting", fingerprint=fingerprint, why=why))
-            made = lambda: self.store.get(step.name, fingerprint) is not None  # noqa: E731
-            if not lease.wait(made, run.cancelled.is_set) and run.cancelled.is_set():
+            done = lambda: self.store.get(step.name, fingerprint) is not None  # noqa: E731
+            if not lease.wait(done, run.cancelled.is_set) and run.cancelled.is_set():
                 raise Cancelled
         try:
             found = self.store.get(step.name, fingerprint)
@@ -164,8 +164,8 @@ class Runner:
         if not is_current(planned.step, found):
             made = f"{manifest.step}/{found.fingerprint[:8]}"
             text = f"{planned.key}: the code of this step has changed since {made} was made"
-            remedy = f"`moray artifacts rm {found.reference}` to make it anew"
-            events.append(NoteEvent(step=planned.key, level="warning", text=f"{text}; {remedy}"))
+            hint = f"to rerun it: `moray artifacts rm {found.reference}`"
+            events.append(NoteEvent(step=planned.key, level="warning", text=f"{text}; {hint}"))
         event = StepEvent(
             step=planned.key,
             state="reused",
@@ -180,7 +180,7 @@ class Runner:
 
 @contextmanager
 def _follow(folder: Path, events: EventLog) -> Iterator[None]:
-    """Shows the events of other writers (training workers) to this process's listeners as they appear."""
+    """Forwards new events of other writers (training workers) to this process's listeners."""
     tail = EventTail(folder, skip_writer=events.writer)
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Makes the artifact of one step of a run: fetches its inputs, runs it, commits what it made, says how it ended."""
+"""Executes one step of a run: fetches its inputs, runs it, commits its artifact, records how it ended."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from moray.platform.store.manifest import Manifest, code_revision, environment, 
 from moray.platform.store.search import find_artifact
 from moray.platform.store.verify import check_sizes
 
-# As the system and SQLite say it.
+# Error texts of the operating system and SQLite.
 _FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full")
 _End = Literal["succeeded", "failed", "cancelled"]
 
 
 @dataclass
 class StepResult:
-    """What happened to one step: a row of the closing table."""
+    """The result of one step: a row of the closing table."""
 
     key: str
     step: str
@@ -54,8 +54,8 @@ class RunResult:
 
 
 @dataclass
-class RunUnderWay:
-    """What the steps of one run share. `result` holds the steps that are done."""
+class ActiveRun:
+    """State shared by the steps of one run. `result` holds the completed steps."""
 
     home: Home
     store: ArtifactStore
@@ -63,13 +63,13 @@ class RunUnderWay:
     events: EventLog
     result: RunResult
     cancelled: threading.Event
-    hopeless: str = ""  # what the step at work waits for and can never get
+    unsatisfiable: str = ""  # the resource request of the current step that can never be placed
 
 
 class StepRun:
-    """One step at work, from its inputs to its artifact."""
+    """The execution of one step, from its inputs to its artifact."""
 
-    def __init__(self, run: RunUnderWay, planned: PlannedStep, address: Address) -> None:
+    def __init__(self, run: ActiveRun, planned: PlannedStep, address: Address) -> None:
         self._run = run
         self._planned, self._step, self._address = planned, planned.step, address
         self._context: StepContext[Any] = StepContext(
@@ -89,7 +89,7 @@ class StepRun:
         self._started, self._began = time.time(), time.monotonic()
 
     def execute(self) -> StepResult:
-        """Raises StepFailed, another MorayError, or Cancelled; the events say it first."""
+        """Runs the step. Raises StepFailed, another MorayError, or Cancelled, after writing the final events."""
         state: _End = "failed"
         try:
             with self._watching_cluster(), _explained(self._context):
@@ -100,7 +100,7 @@ class StepRun:
                 artifact = self._commit()
             state = "succeeded"
         except (Cancelled, KeyboardInterrupt):
-            state = "failed" if self._run.hopeless else "cancelled"
+            state = "failed" if self._run.unsatisfiable else "cancelled"
             raise
         finally:
             seconds = self._report(state)
@@ -108,24 +108,24 @@ class StepRun:
 
     @contextmanager
     def _watching_cluster(self) -> Iterator[None]:
-        """Shows what the cluster cannot place as warnings of this step, and ends the step where it never can."""
+        """Reports requests that the cluster cannot place as warnings of this step; ends the step if it never can."""
         cluster = self._run.cluster
         cluster.on_pending = lambda text: self._context.note(text, "warning")
-        cluster.on_hopeless = self._give_up
+        cluster.on_unsatisfiable = self._give_up
         try:
             yield
         finally:
-            cluster.on_pending = cluster.on_hopeless = None
+            cluster.on_pending = cluster.on_unsatisfiable = None
 
     def _give_up(self, text: str) -> None:
-        """Ends the step as Ctrl-C would: Ray would have it wait for ever. Called from another thread."""
+        """Interrupts the step like Ctrl-C, because Ray would wait indefinitely. Called from another thread."""
         self._context.note(text, "warning")
-        self._run.hopeless = f"step {self._planned.key!r}: {text}"
+        self._run.unsatisfiable = f"step {self._planned.key!r}: {text}"
         self._run.cancelled.set()
         interrupt()
 
     def _inputs(self) -> dict[str, Artifact]:
-        """Artifacts of earlier steps by input name, and of the earlier run in a chain, ready to be read."""
+        """Artifacts of the input steps by input name, plus the previous link of a chain, ready to be read."""
         in_place = self._step.reads_in_place(self._planned.config)
         inputs = {name: self._fetch(at, name in in_place) for name, at in self._planned.inputs.items()}
         if EARLIER in self._address.inputs:
@@ -135,7 +135,7 @@ class StepRun:
         return inputs
 
     def _fetch(self, key: str, in_place: bool) -> Artifact:
-        """An earlier step's artifact with its files on this machine, or with the address that they are read at."""
+        """Returns an input step's artifact with its files on this machine, or, if read in place, with their address."""
         row, store = self._run.result.steps[key], self._run.store
         with mid_run():
             if in_place:
@@ -146,10 +146,10 @@ class StepRun:
         return found
 
     def _check(self, artifact: Artifact) -> None:
-        """Raises InputError if files that a step is to read here are not as they were made."""
+        """Raises InputError if local input files no longer match their manifest."""
         if not artifact.url:
             remote, step = self._run.store.remote, artifact.manifest.step
-            shared = lambda: remote is not None and remote.whole(step, artifact.fingerprint) is not None  # noqa: E731
+            shared = lambda: remote is not None and remote.get_or_none(step, artifact.fingerprint) is not None  # noqa: E731
             check_sizes(artifact.folder, artifact.manifest, shared)
 
     def _commit(self) -> Artifact:
@@ -182,7 +182,7 @@ class StepRun:
         self._context.progress(phase, done, total, "bytes")
 
     def _report(self, state: _End) -> float:
-        """Writes what was used and how the step ended; its seconds."""
+        """Writes the usage and final events of the step; returns its duration in seconds."""
         key, seconds, topology = self._planned.key, time.monotonic() - self._began, self._topology
         append = self._run.events.append
         append(UsageEvent(step=key, seconds=seconds, state=state, cpus=topology.cpus, gpus=topology.gpus))
@@ -200,13 +200,14 @@ class StepRun:
 
 
 def free_disk_hint(home: Home) -> str:
-    """What to do where a disk is full."""
-    return f"free some disk for {home.root}, then run again"
+    """The hint for a full disk."""
+    return f"free disk space for {home.root}, then run again"
 
 
 @contextmanager
 def mid_run() -> Iterator[None]:
-    """Once a run is under way, trouble with the shared root is no mistake of the user's: a rerun goes on from here."""
+    """Converts InputError to StepFailed: during a run, errors of the shared root are not user mistakes, and a rerun
+    resumes."""
     try:
         yield
     except InputError as error:
@@ -215,7 +216,7 @@ def mid_run() -> Iterator[None]:
 
 @contextmanager
 def _explained(context: StepContext[Any]) -> Iterator[None]:
-    """What is no MorayError becomes one, with the traceback in a file. A full disk is named, wherever it shows."""
+    """Converts other exceptions to StepFailed, with the traceback in a file. For a full disk, sets the matching hint."""
     try:
         yield
     except Cancelled:
@@ -225,10 +226,10 @@ def _explained(context: StepContext[Any]) -> Iterator[None]:
             raise
         raise StepFailed(error.message, free_disk_hint(context.home)) from error
     except Exception as error:
-        what = f"step {context.step!r} failed: {type(error).__name__}: {_first_line(error)}"
+        message = f"step {context.step!r} failed: {type(error).__name__}: {_first_line(error)}"
         context.write_log("traceback", traceback.format_exc())
         hint = free_disk_hint(context.home) if _FULL.search(str(error)) else f"details: {context.log_path('traceback')}"
-        raise StepFailed(what, hint) from error
+        raise StepFailed(message, hint) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""What a person sees while a run works: one line a step, the current one with rate and ETA, then the closing table.
+"""Progress output of a run: one line per step, the current one with rate and ETA, then the closing table.
 
-A listener of events, nothing more: on a terminal it redraws a live line, elsewhere (a log file, CI) it prints a line
-when something changed and at least every ten seconds. All of it goes to stderr; stdout carries only results.
+A listener of events. On a terminal it redraws a live line. Elsewhere (a log file, CI) it prints a line when a step
+changes state and at least every ten seconds. All output goes to stderr; stdout carries only results.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Terminal:
         with self._lock:
             match event:
                 case RunEvent(state="started"):
-                    self._say(Text.assemble(("run ", "bold"), event.detail))
+                    self._print(Text.assemble(("run ", "bold"), event.detail))
                 case StepEvent():
                     self._step_changed(event)
                 case ProgressEvent() if event.step == self._step:
@@ -67,7 +67,7 @@ class Terminal:
                     self._metrics[event.name] = event.value
                 case NoteEvent():
                     style = "yellow" if event.level == "warning" else "dim"
-                    self._say(Text(f"  {event.text}", style=style))
+                    self._print(Text(f"  {event.text}", style=style))
                 case _:
                     pass
 
@@ -77,18 +77,18 @@ class Terminal:
                 self._step, self._began = event.step, time.monotonic()
                 self._progress, self._phase, self._metrics = None, "", {}
                 self._printed = time.monotonic()
-                self._say(Text.assemble(("> ", "cyan"), (f"{event.step:<12}", "bold"), (f" {event.why}", "dim")))
+                self._print(Text.assemble(("> ", "cyan"), (f"{event.step:<12}", "bold"), (f" {event.why}", "dim")))
             case "reused":
-                self._say(_done_line("=", "blue", event, "reused"))
+                self._print(_done_line("=", "blue", event, "reused"))
             case "succeeded":
                 self._step = ""
-                self._say(_done_line("+", "green", event, seconds(event.seconds)))
+                self._print(_done_line("+", "green", event, seconds(event.seconds)))
             case "failed" | "cancelled":
                 self._step = ""
                 how = "failed" if event.state == "failed" else "stopped"
-                self._say(_done_line("x", "red", event, f"{how} after {seconds(event.seconds)}"))
+                self._print(_done_line("x", "red", event, f"{how} after {seconds(event.seconds)}"))
 
-    def _say(self, text: Text) -> None:
+    def _print(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True)
 
     def _tick(self) -> None:
@@ -126,7 +126,7 @@ class Terminal:
 
 
 class Rate:
-    """Units per second over the last twenty seconds of reports."""
+    """Average rate in units per second over the last twenty seconds of reports."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, float]] = deque()
@@ -144,14 +144,14 @@ class Rate:
 
 
 def closing_table(result: RunResult) -> Table:
-    """The table of steps: time, in, out, reused."""
+    """Builds the table of steps: time, in, out, reused, outcome."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("step")
     table.add_column("time", justify="right")
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
     table.add_column("reused")
-    table.add_column("what", overflow="fold")
+    table.add_column("outcome", overflow="fold")
     for row in result.steps.values():
         manifest = row.artifact.manifest
         table.add_row(
@@ -166,7 +166,7 @@ def closing_table(result: RunResult) -> Table:
 
 
 def quantity(manifest: Manifest, side: str) -> str:
-    """The count a step reports as its `in` or `out`, with its unit: counts named `in:documents`, `out:tokens`."""
+    """Formats the count a step reports as its `in` or `out`, with its unit: `in:documents`, `out:tokens`."""
     for name, value in manifest.counts.items():
         if name.startswith(f"{side}:"):
             return f"{count(value)} {name.partition(':')[2]}"
@@ -187,12 +187,12 @@ def _training_line(metrics: dict[str, float]) -> str:
         ("train_mfu", "MFU {:.0%}"), ("train_exposed_communication", "comm {:.0%}"),
         ("train_data_wait", "data wait {:.0%}"),
     )  # fmt: skip
-    parts += [form.format(metrics[name]) for name, form in shown if name in metrics]
+    parts += [template.format(metrics[name]) for name, template in shown if name in metrics]
     return "  ".join(parts)
 
 
 def seconds(value: float) -> str:
-    """A duration as people write it: 0.4 s, 12 s, 3 m 05 s, 2 h 10 m."""
+    """Formats a duration: 0.4 s, 12 s, 3 m 05 s, 2 h 10 m."""
     if value < 10:
         return f"{value:.1f} s"
     if value < 60:
@@ -203,7 +203,7 @@ def seconds(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A count with thousands separators, or with a unit of magnitude from ten million on."""
+    """Formats a count with thousands separators, or with a magnitude suffix from ten million on."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e7, "M")):
         if value >= limit:
             return f"{value / (1e6 if unit == 'M' else limit):.1f}{unit}"

@@ -13,7 +13,7 @@ from moray.platform.control.controller import Controller
 from moray.platform.control.jobs import ENDED
 from moray.platform.control.queue import IN_FLIGHT, in_order
 from moray.platform.control.supervisor import read_state
-from moray.platform.core.cluster import BackendAwayError, ClusterBackend, Usage
+from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, Usage
 from moray.platform.core.home import Home
 
 _RECENT = 20
@@ -73,7 +73,7 @@ class Overview:
         local = {"memory_bytes": memory.total, "memory_used_bytes": memory.total - memory.available}
         try:
             usage = self._backend.usage()
-        except BackendAwayError as error:
+        except BackendUnreachableError as error:
             return {"alive": False, **asdict(_NO_USAGE), **local, "detail": str(error)}
         detail = f"pending demand: {', '.join(usage.waiting)}" if usage.waiting else ""
         return {"alive": True, **asdict(usage), **local, "detail": detail}

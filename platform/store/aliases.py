@@ -1,4 +1,4 @@
-"""Named aliases, `name@version` -> `step/fingerprint`: a file for each, here and in the shared root."""
+"""Named aliases, `name@version` -> `step/fingerprint`, one file each, on this machine and in the shared root."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ if TYPE_CHECKING:
 
 
 class Aliases:
-    """The aliases under one folder, and those of the shared root if there is one."""
+    """The aliases in one folder, and those of the shared root if there is one."""
 
     def __init__(self, folder: Path, remote: RemoteArtifacts | None) -> None:
         self._folder, self._remote = folder, remote
 
     def set(self, name: str, version: str, reference: str) -> None:
-        """Points `name@version` at `step/fingerprint`, replacing what it pointed at; in the shared root too."""
+        """Points `name@version` at `step/fingerprint`, replacing an earlier target; in the shared root too."""
         if self._remote is not None:
             self._remote.set_alias(f"{name}@{version}", reference)
         write_text(self._folder / f"{name}@{version}", reference + "\n")
 
     def drop(self, alias: str) -> None:
-        """Forgets `name@version`, also in the shared root; the artifact stays. Raises InputError if there is none."""
-        known = self._every()
+        """Removes `name@version`, also in the shared root; keeps the artifact. Raises InputError if the alias is unknown."""
+        known = self._all()
         if alias not in known:
-            raise InputError(f"no alias {alias!r}", nearest(alias, known))
+            raise InputError(f"unknown alias {alias!r}", nearest(alias, known))
         if self._remote is not None:
             self._remote.drop_alias(alias)
         path = self._folder / alias
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}", "what lies there is no alias: move it away") from error
+            raise InputError(f"{path}: {error.strerror}", "the path is not an alias file: move it away") from error
 
     def all(self) -> dict[str, str]:
-        """`name@version` -> `step/fingerprint`. Where both have one, the shared root's counts. Without damaged ones."""
-        return {alias: target for alias, target in self._every().items() if target}
+        """Returns `name@version` -> `step/fingerprint`, without damaged aliases. The shared root overrides local ones."""
+        return {alias: target for alias, target in self._all().items() if target}
 
     def damaged(self) -> list[str]:
-        """The aliases that name no artifact: files that are empty, cut or something else."""
-        return [alias for alias, target in self._every().items() if not target]
+        """Returns the aliases without a valid target: empty, truncated or foreign files."""
+        return [alias for alias, target in self._all().items() if not target]
 
-    def _every(self) -> dict[str, str]:
-        """Damaged ones with an empty target."""
-        here = {path.name: _target(path) for path in sorted(self._folder.glob("*@*"))}
-        return here | (self._remote.aliases() if self._remote else {})
+    def _all(self) -> dict[str, str]:
+        """All aliases; damaged ones have an empty target."""
+        local = {path.name: _target(path) for path in sorted(self._folder.glob("*@*"))}
+        return local | (self._remote.aliases() if self._remote else {})
 
 
 def _target(path: Path) -> str:
-    """What an alias's file names, or nothing."""
+    """The target in an alias file, or "" if it is invalid."""
     try:
         target = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

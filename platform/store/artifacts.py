@@ -1,13 +1,14 @@
 """The artifact store: `<root>/<step>/<fingerprint>/` with its manifest, and leases.
 
-A folder without a manifest is work in progress or a leftover. The manifest is created, not replaced: if two writers
-race, the first wins and both see the same artifact. An artifact is removed in one step too: its folder moves to
-`.removed/` and is deleted there.
+A folder without a manifest is work in progress or a leftover. The manifest is created, never replaced: if two writers
+race, the first wins and both see the same artifact. Removal is atomic too: the folder is moved to `.removed/` and
+deleted there.
 
-With a shared root (platform/store/remote.py) this folder is staging area and cache, and the shared root is the truth:
-what is made here is copied there before it counts as made, and what is only there comes here when its files are needed.
+With a shared root (platform/store/remote.py), the shared root is the source of truth and the local folder is a staging
+area and cache. New artifacts are uploaded before they count as finished; remote artifacts are downloaded when their
+files are needed.
 
-Beside it: `search.py` finds artifacts, `aliases.py` and `pins.py` hold names and pins, `sweep.py` removes.
+Related modules: `search.py` finds artifacts, `aliases.py` and `pins.py` hold names and pins, `sweep.py` removes.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact: its folder and manifest. The folder may not be here yet: see `ArtifactStore.fetch`.
+    """A finished artifact: its folder and manifest. Its files may not be on this machine: see `ArtifactStore.fetch`.
 
-    `url` is where its files lie in the shared root, where somebody asked for that: see `ArtifactStore.locate`.
+    `url` is the address of its files in the shared root, if set by `ArtifactStore.locate`.
     """
 
     folder: Path
@@ -47,7 +48,7 @@ class Artifact:
 
     @property
     def address(self) -> str:
-        """Where its files are read: the folder, or an `s3://` address."""
+        """The location of its files: the local folder, or an `s3://` address."""
         return self.url or str(self.folder)
 
     @property
@@ -59,29 +60,29 @@ class Artifact:
         return f"{self.manifest.step}/{self.manifest.fingerprint}"
 
     @property
-    def here(self) -> bool:
+    def is_local(self) -> bool:
         """Whether its files are on this machine."""
         return (self.folder / MANIFEST).is_file()
 
 
-REMOVED = ".removed"  # the folder of what is to be deleted
-PULLED = ".pull-"  # stands in the name of a folder that is on its way here
-Progress = Callable[[str, float, float], None]  # what is being done, bytes done, bytes in all
+REMOVED = ".removed"  # folder of artifacts to be deleted
+PULLED = ".pull-"  # infix in the name of a folder that is being downloaded
+Progress = Callable[[str, float, float], None]  # phase, bytes done, total bytes
 
 
-def _unseen(phase: str, done: float, total: float) -> None:
-    """Progress that nobody looks at."""
+def _no_progress(phase: str, done: float, total: float) -> None:
+    """Ignores progress."""
 
 
 class ArtifactStore:
-    """Artifacts under one MORAY_HOME, and under its shared root if it has one, with their aliases and pins."""
+    """The artifacts under one MORAY_HOME and its shared root, if any, with their aliases and pins."""
 
     def __init__(self, home: Home) -> None:
         self.root = home.artifacts
         self.remote = _shared_root(home.shared)
         self.aliases = Aliases(home.aliases, self.remote)
         self.pins = Pins(home.pins)
-        self._damaged: dict[str, DamagedError] = {}  # met here so far, by reference
+        self._damaged: dict[str, DamagedError] = {}  # damaged local artifacts found so far, by reference
 
     def folder(self, step: str, fingerprint: str) -> Path:
         return self.root / step / fingerprint
@@ -90,20 +91,20 @@ class ArtifactStore:
         return self.root / step / f".{fingerprint}.lease"
 
     def check(self) -> None:
-        """Raises InputError if there is a shared root that cannot be written."""
+        """Raises InputError if there is a shared root that is not writable."""
         if self.remote is not None:
             self.remote.check_writable()
 
     def get(self, step: str, fingerprint: str) -> Artifact | None:
-        """The artifact, here or in the shared root, or None if it has no manifest. Raises DamagedError for one that is
-        damaged here, and not whole in the shared root."""
-        found = self.whole(step, fingerprint)
+        """Returns the artifact, local or in the shared root, or None if it has no manifest. Raises DamagedError if the
+        local one is damaged and the shared root has no intact copy."""
+        found = self.local_or_none(step, fingerprint)
         if found is None and self.remote is not None and (shared := self.remote.get(step, fingerprint)):
             found = Artifact(self.folder(step, fingerprint), shared.local())
         return found or self.local(step, fingerprint)
 
     def local(self, step: str, fingerprint: str) -> Artifact | None:
-        """The artifact if its files are here. Raises DamagedError if its manifest cannot be read."""
+        """Returns the artifact if its files are on this machine. Raises DamagedError if its manifest cannot be read."""
         self._damaged.pop(f"{step}/{fingerprint}", None)
         folder = self.folder(step, fingerprint)
         path = folder / MANIFEST
@@ -112,39 +113,39 @@ class ArtifactStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except IsADirectoryError as error:
-            raise DamagedError(f"{step}/{fingerprint}", str(path), "it is a folder") from error
-        except OSError as error:  # it may be whole: a disk or a file system that does not answer, another user's file
+            raise DamagedError(f"{step}/{fingerprint}", str(path), "is a folder, not a file") from error
+        except OSError as error:  # it may be intact: an I/O error, a hanging file system, or another user's file
             problem = error.strerror or str(error)
             raise DamagedError(f"{step}/{fingerprint}", str(path), problem, "make it readable") from error
         return Artifact(folder, read_manifest(Manifest, text, step, fingerprint, str(path)))
 
-    def whole(self, step: str, fingerprint: str) -> Artifact | None:
-        """As `local`, but None for one that is damaged, which is kept in mind."""
+    def local_or_none(self, step: str, fingerprint: str) -> Artifact | None:
+        """Like `local`, but returns None for a damaged artifact and records it in `damaged`."""
         try:
             return self.local(step, fingerprint)
         except DamagedError as error:
-            if self.remote is not None and self.remote.whole(step, fingerprint) is not None:
-                error.hint = "the copy in the shared root is whole: it is fetched when it is needed"
+            if self.remote is not None and self.remote.get_or_none(step, fingerprint) is not None:
+                error.hint = "the copy in the shared root is intact and will be downloaded when needed"
             self._damaged[error.reference] = error
             return None
 
     def damaged(self) -> list[DamagedError]:
-        """The artifacts that listings of this store have passed over, because their manifests cannot be read."""
+        """Returns the artifacts that listings skipped because their manifests cannot be read."""
         return [*self._damaged.values(), *(self.remote.damaged.values() if self.remote else ())]
 
     def prepare(self, step: str, fingerprint: str, keep_leftovers: bool) -> Path:
-        """The folder to work in, empty unless leftovers of a killed attempt are to be gone on from."""
+        """Creates the folder a step writes to; empty unless `keep_leftovers`, for a step that resumes a killed attempt."""
         folder = self.folder(step, fingerprint)
         if folder.exists() and not keep_leftovers:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def commit(self, manifest: Manifest, progress: Progress = _unseen) -> Artifact:
-        """Writes the manifest, last of all. If another writer was first, its artifact is returned.
+    def commit(self, manifest: Manifest, progress: Progress = _no_progress) -> Artifact:
+        """Writes the manifest, as the last step. If another writer was first, returns that writer's artifact.
 
-        With a shared root, the files go there first. Where that fails, the artifact is kept here, to be copied by the
-        next run that wants it, and the error is raised.
+        With a shared root, the files are uploaded first. If that fails, the artifact is kept locally, to be uploaded by
+        the next run that uses it, and the error is raised.
         """
         if self.remote is not None:
             folder = self.folder(manifest.step, manifest.fingerprint)
@@ -158,13 +159,14 @@ class ArtifactStore:
             manifest = shared.local()
         return self._seal(manifest)
 
-    def publish(self, artifact: Artifact, progress: Progress = _unseen) -> Artifact:
-        """Copies an artifact that was made here alone to the shared root; a rival's takes its place if one was first.
+    def publish(self, artifact: Artifact, progress: Progress = _no_progress) -> Artifact:
+        """Uploads an artifact that exists only locally to the shared root. If another machine was first, its artifact
+        replaces the local one.
 
-        Nothing happens without a shared root, or if a process works on the artifact.
+        No-op without a shared root, or if another process holds the artifact's lease.
         """
         lease = Lease(self.lease_path(artifact.manifest.step, artifact.fingerprint))
-        if self.remote is None or not artifact.here or not lease.acquire():
+        if self.remote is None or not artifact.is_local or not lease.acquire():
             return artifact
         try:
             shared = self.remote.push(artifact.folder, artifact.manifest, partial(progress, "uploading"))
@@ -172,56 +174,56 @@ class ArtifactStore:
         finally:
             lease.release()
 
-    def fetch(self, artifact: Artifact, progress: Progress = _unseen) -> Artifact:
-        """The artifact with its files here, pulled from the shared root if need be. Raises InputError."""
+    def fetch(self, artifact: Artifact, progress: Progress = _no_progress) -> Artifact:
+        """Returns the artifact with its files on this machine, downloading them if needed. Raises InputError."""
         step, fingerprint = artifact.manifest.step, artifact.fingerprint
         lease = Lease(self.lease_path(step, fingerprint))
 
-        def is_here() -> bool:
-            return self.whole(step, fingerprint) is not None
+        def is_local() -> bool:
+            return self.local_or_none(step, fingerprint) is not None
 
-        if not is_here() and (lease.acquire() or lease.wait(is_here, lambda: False)):
+        if not is_local() and (lease.acquire() or lease.wait(is_local, lambda: False)):
             try:
-                shared = None if self.remote is None or is_here() else self.remote.get(step, fingerprint)
+                shared = None if self.remote is None or is_local() else self.remote.get(step, fingerprint)
                 if shared is not None:
                     return self._pull(shared, progress)
             finally:
                 lease.release()
         found = self.local(step, fingerprint)
         if found is None:
-            raise InputError(f"{artifact.reference} is gone", "run the recipe that makes it again")
+            raise InputError(f"artifact {artifact.reference} no longer exists", "run its recipe again")
         return found
 
     def locate(self, artifact: Artifact) -> Artifact:
-        """The artifact with the address of its files: here, or else in the shared root. Raises InputError."""
+        """Returns the artifact with the address of its files: local, or else in the shared root. Raises InputError."""
         step, fingerprint = artifact.manifest.step, artifact.fingerprint
-        if (found := self.whole(step, fingerprint)) is not None:
+        if (found := self.local_or_none(step, fingerprint)) is not None:
             return found
         shared = self.remote.get(step, fingerprint) if self.remote else None
         if self.remote is None or shared is None:
-            self.local(step, fingerprint)  # which says it if it is damaged
-            raise InputError(f"{artifact.reference} is gone", "run the recipe that makes it again")
+            self.local(step, fingerprint)  # raises if it is damaged
+            raise InputError(f"artifact {artifact.reference} no longer exists", "run its recipe again")
         return Artifact(self.folder(step, fingerprint), shared.local(), self.remote.address(shared))
 
     def _pull(self, shared: SharedManifest, progress: Progress) -> Artifact:
-        """Brings files here under a lease: into a temporary folder, checked, then to their place, the manifest last."""
+        """Downloads an artifact while its lease is held: into a temporary folder, verified, then renamed, manifest last."""
         assert self.remote is not None
         folder = self.folder(shared.step, shared.fingerprint)
-        for torn in folder.parent.glob(f".{shared.fingerprint}{PULLED}*"):
-            shutil.rmtree(torn)
-        coming = folder.parent / f".{shared.fingerprint}{PULLED}{secrets.token_hex(4)}"
-        coming.mkdir(parents=True)
+        for partial_download in folder.parent.glob(f".{shared.fingerprint}{PULLED}*"):
+            shutil.rmtree(partial_download)
+        temporary = folder.parent / f".{shared.fingerprint}{PULLED}{secrets.token_hex(4)}"
+        temporary.mkdir(parents=True)
         try:
-            self.remote.pull(shared, coming, partial(progress, "downloading"))
-            self.bury(folder)
-            coming.rename(folder)
+            self.remote.pull(shared, temporary, partial(progress, "downloading"))
+            self.discard(folder)
+            temporary.rename(folder)
         except OSError as error:
             if not is_full(error):
                 raise
-            what = f"{shared.step}/{shared.fingerprint[:8]} ({size(shared.bytes)})"
-            raise InputError(f"{self.root} has no room for {what}", "free some disk: moray artifacts gc") from error
+            artifact = f"{shared.step}/{shared.fingerprint[:8]} ({size(shared.bytes)})"
+            raise InputError(f"not enough disk space in {self.root} for {artifact}", "free some: moray artifacts gc") from error
         finally:
-            shutil.rmtree(coming, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return self._seal(shared.local())
 
     def _seal(self, manifest: Manifest) -> Artifact:
@@ -231,10 +233,10 @@ class ArtifactStore:
         assert committed is not None
         return committed
 
-    def bury(self, folder: Path) -> None:
-        """Removes an artifact's folder in one step; what it holds is deleted later: see `sweep.py`."""
+    def discard(self, folder: Path) -> None:
+        """Atomically moves an artifact's folder to `.removed/`; `sweep.py` deletes its contents later."""
         (self.root / REMOVED).mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # it was not here, or a rival removed it
+        with contextlib.suppress(FileNotFoundError):  # it did not exist, or another process removed it
             folder.rename(self.root / REMOVED / f"{folder.name}-{secrets.token_hex(4)}")
 
 

@@ -1,9 +1,9 @@
-"""A folder in an S3 bucket: small objects, whole files both ways, and its errors in words.
+"""A prefix in an S3 bucket: small objects, uploads and downloads of files, and readable errors.
 
-Everything that S3 may do twice or not at all is settled here: requests are repeated on 5xx answers and broken
-connections (botocore's standard mode; bodies that break off are ours to ask for again), and the first use of a bucket
-asks impatiently whether it is there at all, so that a wrong address fails in seconds and before any work.
-Imported only where a shared root is set: boto3 takes a while to load.
+This module handles retries. botocore's standard mode repeats requests on 5xx responses and broken connections; this
+module repeats reads whose body breaks off. The first use of a bucket checks with short timeouts that it exists, so that
+a wrong address fails in seconds and before any work. Import it only if a shared root is set, because boto3 loads
+slowly.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from s3transfer.subscribers import BaseSubscriber
 from moray.platform.core.errors import InputError
 from moray.platform.store.manifest import FileEntry
 
-Progress = Callable[[float, float], None]  # bytes done, bytes in all
+Progress = Callable[[float, float], None]  # bytes done, total bytes
 
 _ATTEMPTS = 8
 _CONNECTIONS = 32
-_PART = 16 << 20  # bytes; files of at least one part travel in parts
-_QUIET_SECONDS = 2.0  # what takes no longer reports no progress
+_PART = 16 << 20  # bytes; larger files are transferred in parts
+_QUIET_SECONDS = 2.0  # transfers shorter than this report no progress
 _BATCH = 1000  # the most objects that one request deletes
 _BROKEN_BODY = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-_ENDPOINT = "is AWS_ENDPOINT_URL right, and nothing in between, such as a proxy that wants a login?"
-# Of the whole root, not of one object: code -> (what, how to mend it).
-_CREDENTIALS = ("the credentials are refused", "check AWS_ACCESS_KEY_ID and so on")
-_CLOCK = ("the clocks of this machine and of the server differ", "set the clock")
-_ACCOUNT = ("the account of these credentials is closed", "ask its owner")
-_REGION = ("the bucket is in another region", "set AWS_DEFAULT_REGION to it, or AWS_ENDPOINT_URL to its server")
-_REFUSALS = {
+_ENDPOINT = "check AWS_ENDPOINT_URL, and that no proxy with a login page is in between"
+# Errors of the whole root, not of one object: code -> (problem, fix).
+_CREDENTIALS = ("invalid credentials", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN")
+_CLOCK = ("the clock of this machine differs from the server's", "set the clock")
+_ACCOUNT = ("the account of these credentials is disabled", "contact its owner")
+_REGION = ("the bucket is in another region", "set AWS_DEFAULT_REGION to that region, or AWS_ENDPOINT_URL to its server")
+_ROOT_ERRORS = {
     "InvalidAccessKeyId": _CREDENTIALS, "SignatureDoesNotMatch": _CREDENTIALS, "ExpiredToken": _CREDENTIALS,
     "InvalidToken": _CREDENTIALS, "RequestTimeTooSkewed": _CLOCK, "RequestExpired": _CLOCK,
     "AccountProblem": _ACCOUNT, "AllAccessDisabled": _ACCOUNT, "NotSignedUp": _ACCOUNT,
@@ -62,7 +62,7 @@ _ROOT = "moray-root.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """One object: its key below the root, size in bytes, when it was written (seconds since the epoch), its ETag."""
+    """One object: key below the root, size in bytes, modification time (seconds since the epoch), ETag."""
 
     key: str
     size: int
@@ -74,10 +74,10 @@ class Bucket:
     """Objects below `s3://bucket/prefix`; keys are relative to the prefix. Every error is an InputError."""
 
     def __init__(self, url: str, read_seconds: float = 60.0) -> None:
-        """`read_seconds`: how long an answer may be silent before the request is made again."""
+        """`read_seconds`: read timeout of a response, after which the request is repeated."""
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
-            raise InputError(f"{url!r} is not an artifact root", "write MORAY_ARTIFACTS=s3://bucket/prefix")
+            raise InputError(f"{url!r} is not an artifact root", "set MORAY_ARTIFACTS=s3://bucket/prefix")
         self.url = url.rstrip("/")
         self._name = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
@@ -85,7 +85,7 @@ class Bucket:
 
     @cached_property
     def _client(self) -> Any:
-        with self._in_words():
+        with self._translated_errors():
             quick = self._new_client(2, 5)
             self._check_listing(quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
             return self._new_client(_ATTEMPTS, 10)
@@ -101,21 +101,21 @@ class Bucket:
 
     @cached_property
     def _session(self) -> boto3.session.Session:
-        """This bucket's own, because boto3's default session keeps old credentials. It reads botocore's service
+        """A session of this bucket, because boto3's default session keeps old credentials. It loads botocore's service
         descriptions, which takes 0.1 s, once for all of its clients."""
         return boto3.session.Session()
 
     def check_writable(self) -> None:
-        """Raises InputError if objects cannot be created here, or if the server lets a second writer replace them."""
+        """Raises InputError if objects cannot be created, or if the server ignores conditional writes."""
         if self.create(_ROOT, b"{}\n") and self.create(_ROOT, b"{}\n"):
             raise InputError(
-                f"{self.url}: the server ignores If-None-Match, so two writers could not be told apart",
+                f"{self.url}: the server ignores If-None-Match, so a second writer could overwrite the first",
                 "use AWS S3 or a server with conditional writes (MinIO, Ceph, R2 in current versions)",
             )
 
     def get(self, key: str) -> bytes | None:
-        """A small object, or None if there is none."""
-        with self._in_words(key):
+        """Returns a small object, or None if it does not exist."""
+        with self._translated_errors(key):
             try:
                 return self._body(key)
             except ClientError as error:
@@ -124,34 +124,34 @@ class Bucket:
                 raise
 
     def read_range(self, key: str, begin: int, end: int, etag: str = "") -> bytes:
-        """Bytes [begin, end) of an object; with an ETag, of that version or not at all."""
+        """Returns bytes [begin, end) of an object. With an ETag, raises InputError if the object has another version."""
         only = {"IfMatch": etag} if etag else {}
-        with self._in_words(key):
+        with self._translated_errors(key):
             data = self._body(key, Range=f"bytes={begin}-{end - 1}", **only)
         if len(data) != end - begin:
-            raise InputError(f"{self.url}/{key}: {len(data)} bytes came of {end - begin} from {begin} on")
+            raise InputError(f"{self.url}/{key}: received {len(data)} of {end - begin} bytes at offset {begin}")
         return data
 
     def _body(self, key: str, **request: str) -> bytes:
         for attempt in range(_ATTEMPTS):
-            answer = self._client.get_object(Bucket=self._name, Key=self._prefix + key, **request)
+            response = self._client.get_object(Bucket=self._name, Key=self._prefix + key, **request)
             try:
-                return bytes(answer["Body"].read())
+                return bytes(response["Body"].read())
             except _BROKEN_BODY:
                 if attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError
 
     def put(self, key: str, data: bytes) -> None:
-        with self._in_words(key):
+        with self._translated_errors(key):
             self._client.put_object(Bucket=self._name, Key=self._prefix + key, Body=data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes a small object unless there is one: then False.
+        """Writes a small object; returns False if it already exists.
 
-        That one may be ours: where an answer is lost on the way, the repeated request finds what the first one wrote.
+        The existing object may be from this writer: if a response is lost, the repeated request finds the first write.
         """
-        with self._in_words(key):
+        with self._translated_errors(key):
             for attempt in range(_ATTEMPTS):
                 try:
                     self._client.put_object(Bucket=self._name, Key=self._prefix + key, Body=data, IfNoneMatch="*")
@@ -159,37 +159,37 @@ class Bucket:
                 except ClientError as error:
                     if _status(error) == 412:
                         return False
-                    if _status(error) != 409 or attempt == _ATTEMPTS - 1:  # 409: a rival is at it; ask again
+                    if _status(error) != 409 or attempt == _ATTEMPTS - 1:  # 409: a concurrent write; retry
                         raise
         raise AssertionError
 
     def delete(self, keys: Iterable[str]) -> None:
-        """No error where one is gone already."""
+        """Deletes objects; no error for missing ones."""
         every = list(keys)
-        with self._in_words():
+        with self._translated_errors():
             for start in range(0, len(every), _BATCH):
                 batch = [{"Key": self._prefix + key} for key in every[start : start + _BATCH]]
-                answer = self._client.delete_objects(Bucket=self._name, Delete={"Objects": batch, "Quiet": True})
-                for failure in answer.get("Errors", []):
-                    raise InputError(f"{self.url}: {failure['Key']} is not deleted: {failure.get('Message', '')}")
+                response = self._client.delete_objects(Bucket=self._name, Delete={"Objects": batch, "Quiet": True})
+                for failure in response.get("Errors", []):
+                    raise InputError(f"{self.url}: could not delete {failure['Key']}: {failure.get('Message', '')}")
 
     def objects(self, prefix: str = "") -> Iterator[Stored]:
-        """Every object whose key begins so, in the order of keys."""
+        """Yields every object whose key starts with `prefix`, in key order."""
         for page in self._pages(Prefix=self._prefix + prefix):
             for item in page.get("Contents", []):
                 key = item["Key"][len(self._prefix) :]
                 yield Stored(key, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
 
     def folders(self, prefix: str = "") -> list[str]:
-        """The names that follow `prefix` up to the next slash, where there is one."""
+        """Returns the folder names below `prefix`: each key's part up to the next slash."""
         names = []
         for page in self._pages(Prefix=self._prefix + prefix, Delimiter="/"):
             names += [item["Prefix"].rstrip("/").rpartition("/")[2] for item in page.get("CommonPrefixes", [])]
         return names
 
     def abort_uploads(self, before: float) -> None:
-        """Drops the parts of uploads that were begun before a time (seconds since the epoch) and never ended."""
-        with self._in_words():
+        """Aborts multipart uploads that were started before a time (seconds since the epoch) and not completed."""
+        with self._translated_errors():
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self._name, Prefix=self._prefix):
                 for upload in page.get("Uploads", []):
@@ -199,7 +199,7 @@ class Bucket:
                         )
 
     def upload(self, folder: Path, files: Sequence[FileEntry], prefix: str, progress: Progress) -> None:
-        """Files of a folder -> objects below `prefix`. The server refuses what does not have the SHA-256 given."""
+        """Uploads files of a folder to objects below `prefix`. The server rejects data that does not match its SHA-256."""
 
         def start(manager: TransferManager, entry: FileEntry, watcher: _Watcher) -> Any:
             key = f"{self._prefix}{prefix}/{entry.path}"
@@ -208,7 +208,7 @@ class Bucket:
         self._transfer(start, files, prefix, progress)
 
     def download(self, prefix: str, files: Sequence[FileEntry], folder: Path, progress: Progress) -> None:
-        """Objects below `prefix` -> files of a folder. What arrives is not checked here."""
+        """Downloads objects below `prefix` to files of a folder. The caller verifies the contents."""
 
         def start(manager: TransferManager, entry: FileEntry, watcher: _Watcher) -> Any:
             target = folder / entry.path
@@ -225,7 +225,7 @@ class Bucket:
         prefix: str,
         progress: Progress,
     ) -> None:
-        """Several files at once, large ones in parts; whatever ends it early, cancels what is still under way."""
+        """Transfers files in parallel, large ones in parts. An exception cancels the remaining transfers."""
         began, total, counter = time.monotonic(), sum(entry.size for entry in files), _Counter()
         config = TransferConfig(
             multipart_threshold=_PART,
@@ -240,65 +240,67 @@ class Bucket:
                 while not watcher.done.wait(0.2):
                     if time.monotonic() - began > _QUIET_SECONDS:
                         progress(min(counter.bytes, total), total)
-                with self._in_words(f"{prefix}/{entry.path}"):
+                with self._translated_errors(f"{prefix}/{entry.path}"):
                     future.result()
         if time.monotonic() - began > _QUIET_SECONDS:
             progress(total, total)
 
     def _pages(self, **request: str) -> Iterator[Any]:
-        with self._in_words():
+        with self._translated_errors():
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name, **request):
                 self._check_listing(page)
                 yield page
 
-    def _check_listing(self, answer: Any) -> None:
-        """Every listing names its bucket. A login page, or no body at all, is parsed as a listing of nothing."""
-        if "Name" not in answer:
-            raise InputError(f"{self.url}: what answers is no S3 server: it lists no bucket", _ENDPOINT)
+    def _check_listing(self, response: Any) -> None:
+        """Raises InputError unless a listing names its bucket. botocore parses a login page, or an empty body, as an
+        empty listing."""
+        if "Name" not in response:
+            raise InputError(f"{self.url}: the response is not from an S3 server: it names no bucket", _ENDPOINT)
 
     @contextlib.contextmanager
-    def _in_words(self, key: str = "") -> Iterator[None]:
+    def _translated_errors(self, key: str = "") -> Iterator[None]:
         try:
             yield
         except (NoCredentialsError, PartialCredentialsError) as error:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             raise InputError(f"{self.url}: no credentials", hint) from error
         except ClientError as error:
-            raise self._refused(error, key) from error
+            raise self._client_error(error, key) from error
         except RecursionError as error:  # botocore follows a redirect without a region to itself
-            raise InputError(f"{self.url}: the server redirects to somewhere else", _ENDPOINT) from error
+            raise InputError(f"{self.url}: the server redirects endlessly", _ENDPOINT) from error
         except RetriesExceededError as error:
             raise self._unreachable(error.last_exception) from error
         except (BotoCoreError, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # a file of ours: the disk is full, say
+                raise  # an error of a local file, for example a full disk
             raise self._unreachable(error) from error
 
-    def _refused(self, error: ClientError, key: str) -> InputError:
+    def _client_error(self, error: ClientError, key: str) -> InputError:
         code, where = _code(error) or f"HTTP {_status(error)}", f"{self.url}/{key}" if key else self.url
         if code == "NoSuchBucket":
-            return InputError(f"{self.url}: there is no bucket {self._name!r}", "create it, or correct the address")
-        if code in _REFUSALS:
-            words, hint = _REFUSALS[code]
-            return InputError(f"{self.url}: {words} ({code})", hint)
+            return InputError(f"{self.url}: bucket {self._name!r} does not exist", "create it, or correct the address")
+        if code in _ROOT_ERRORS:
+            problem, hint = _ROOT_ERRORS[code]
+            return InputError(f"{self.url}: {problem} ({code})", hint)
         if code == "AccessDenied" or _status(error) == 403:
             hint = "these credentials need s3:ListBucket, GetObject, PutObject and DeleteObject below that prefix"
             return InputError(f"{where}: access denied", hint)
         if code in ("NoSuchKey", "404"):
             return InputError(f"{where} is missing" + ("" if key else " (HTTP 404)"), "" if key else _ENDPOINT)
         if _status(error) == 412:
-            return InputError(f"{where} was replaced while it was read", "run again")
+            return InputError(f"{where} was replaced while it was being read", "run again")
         message = error.response.get("Error", {}).get("Message", "")
-        words = f"{code}: {message}" if message else code
-        return InputError(f"{where}: {words}", "the server's own words, or a proxy's; run again once it is well")
+        problem = f"{code}: {message}" if message else code
+        return InputError(f"{where}: {problem}", "reported by the server or a proxy; run again when it works")
 
     def _unreachable(self, error: Exception) -> InputError:
-        words = " ".join(str(error).split())[:300]
-        return InputError(f"{self.url}: the server does not answer: {words}", "is it up, and AWS_ENDPOINT_URL right?")
+        reason = " ".join(str(error).split())[:300]
+        hint = "check that it is running and that AWS_ENDPOINT_URL is right"
+        return InputError(f"{self.url}: the server does not respond: {reason}", hint)
 
 
 class _Counter:
-    """Bytes that have travelled, over all files and threads."""
+    """Bytes transferred, over all files and threads."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -310,7 +312,7 @@ class _Counter:
 
 
 class _Watcher(BaseSubscriber):
-    """What the transfer manager tells about one file, in its threads."""
+    """Callbacks of the transfer manager for one file, called in its threads."""
 
     def __init__(self, counter: _Counter) -> None:
         self.done = threading.Event()
@@ -324,7 +326,8 @@ class _Watcher(BaseSubscriber):
 
 
 def _checksum(entry: FileEntry) -> dict[str, str]:
-    """S3 knows the SHA-256 of a whole object only if it came in one piece; parts carry their own."""
+    """The checksum arguments of an upload. S3 checks a whole object's SHA-256 only for single-part uploads; with several
+    parts, each part has its own checksum."""
     if entry.size >= _PART:
         return {"ChecksumAlgorithm": "SHA256"}
     return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(entry.sha256)).decode()}

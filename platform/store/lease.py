@@ -1,7 +1,8 @@
-"""A lease on a fingerprint in work: one process makes the artifact, rivals wait for it and reuse it.
+"""A lease on a fingerprint: one process makes the artifact; other processes wait and reuse it.
 
-The lease is a small JSON file whose modification time is its heartbeat. It is stale when its process is gone (same
-host) or its heartbeat is (any host); taking over a stale one happens under a file lock, so two rivals cannot both.
+The lease is a small JSON file whose modification time is its heartbeat. It is stale when its process has ended (same
+host) or its heartbeat has stopped (other hosts). A stale lease is taken over under a file lock, so only one process
+can take it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STALE_SECONDS = 30.0
 
 
 class Lease:
-    """Held between a successful `acquire` and `release`; a thread keeps its heartbeat."""
+    """A lease, held from a successful `acquire` to `release`; a thread updates its heartbeat."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +34,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> bool:
-        """True if this process now holds the lease, False if a live rival does."""
+        """Returns True if this process now holds the lease, False if another live process does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_suffix(".lock")):
             if self.path.exists() and not is_stale(self.path):
@@ -44,7 +45,7 @@ class Lease:
         return True
 
     def wait(self, done: Callable[[], bool], cancelled: Callable[[], bool], poll: float = 0.5) -> bool:
-        """Waits until `done()`, or until the lease can be taken. Returns True if this process now holds it."""
+        """Waits until `done()`, or until the lease can be acquired. Returns True if this process now holds it."""
         while not done() and not cancelled():
             if self.acquire():
                 return True
@@ -61,30 +62,30 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the disk may have no room, or be away: the next beat tries again
+            with contextlib.suppress(OSError):  # the disk may be full or unavailable; the next beat retries
                 os.utime(self.path)
 
 
 def is_stale(path: Path) -> bool:
-    """Whether the holder is gone. An unreadable lease counts by its age alone."""
+    """Whether the holder has ended. An unreadable lease is judged by its age alone."""
     try:
         age = time.time() - path.stat().st_mtime
         holder = _read(path)
     except FileNotFoundError:
         return True
-    here = holder.get("host") == socket.gethostname() and holder.get("boot") == boot()
-    if here and isinstance(pid := holder.get("pid"), int):
+    same_host = holder.get("host") == socket.gethostname() and holder.get("boot") == boot()
+    if same_host and isinstance(pid := holder.get("pid"), int):
         return bool(started(pid) != holder.get("process_started"))
     return age > STALE_SECONDS
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs."""
+    """Whether a process with this pid is alive on this host."""
     return started(pid) is not None
 
 
 def holder(path: Path) -> dict[str, Any]:
-    """Who holds the lease, for messages; empty if nobody does."""
+    """Returns the lease's holder, for messages; empty if there is none."""
     try:
         return _read(path)
     except FileNotFoundError:
@@ -92,7 +93,7 @@ def holder(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Empty for what no lease looks like."""
+    """Parses a lease file; empty if it is malformed."""
     try:
         found = json.loads(path.read_text())
     except ValueError:

@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, what made it, and what it cost. No manifest: the artifact does not exist."""
+"""The manifest of an artifact: its files, origin and cost. An artifact without a manifest does not exist."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from moray.platform.core.errors import InputError
 
 MANIFEST = "manifest.json"
 REFERENCE = re.compile(r"[a-z0-9][\w.-]*/\w[\w.-]*")  # step/fingerprint
-_TEMPORARY = re.compile(r"^\..*\.[^.]+$")  # as platform/core/atomic.py names them
+_TEMPORARY = re.compile(r"^\..*\.[^.]+$")  # temporary files of platform/core/atomic.py
 _RECORDED = ("ray", "torch", "pyarrow", "tokenizers", "numba", "numpy", "mlflow", "deepspeed")
 
 
 class DamagedError(InputError):
-    """An artifact whose manifest is there and cannot be read: it costs itself, not the artifacts beside it."""
+    """An artifact whose manifest exists but cannot be read. Other artifacts are not affected."""
 
     def __init__(self, reference: str, where: str, problem: str, hint: str = "") -> None:
-        removed = f"`moray artifacts rm {reference}` removes it; the next run makes it again"
-        super().__init__(f"artifact {reference} is damaged: {where}: {problem}", hint or removed)
+        default = f"remove it with `moray artifacts rm {reference}`; the next run makes it again"
+        super().__init__(f"artifact {reference} is damaged: {where}: {problem}", hint or default)
         self.reference = reference
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json`. `config` is the whole config, `address` the part of it that made the fingerprint."""
+    """`manifest.json`. `config` is the full config, `address` the inputs of the fingerprint."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,7 +67,7 @@ class Manifest(BaseModel):
     code: dict[str, str]
     environment: dict[str, str]
     started: float  # seconds since the epoch
-    seconds: float  # wall time, over all attempts that ended by themselves
+    seconds: float  # wall time of the attempt that finished
     cpu_seconds: float  # cores held x wall time
     gpu_seconds: float = 0.0
 
@@ -78,7 +78,7 @@ ManifestT = TypeVar("ManifestT", bound=Manifest)
 def read_manifest(
     kind: type[ManifestT], text: bytes, step: str, fingerprint: str, where: str, hint: str = ""
 ) -> ManifestT:
-    """The manifest of `step/fingerprint` in `text`. Raises DamagedError, which names `where` it lies."""
+    """Parses the manifest of `step/fingerprint` from `text`. Raises DamagedError with the location `where`."""
     reference = f"{step}/{fingerprint}"
     if not text:
         raise DamagedError(reference, where, "the file is empty", hint)
@@ -90,7 +90,7 @@ def read_manifest(
         problem = f"{field}: {first['msg']}" if field else first["msg"]
         raise DamagedError(reference, where, problem, hint) from error
     if (found.step, found.fingerprint) != (step, fingerprint):
-        raise DamagedError(reference, where, f"it is that of {found.step}/{found.fingerprint}", hint)
+        raise DamagedError(reference, where, f"it belongs to {found.step}/{found.fingerprint}", hint)
     return found
 
 
@@ -100,7 +100,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_folder(folder: Path) -> list[FileEntry]:
-    """Every file under `folder` but the manifest and temporary ones (`.name.xyz`), sorted by path."""
+    """Hashes every file under `folder` except the manifest and temporary files (`.name.xyz`), sorted by path."""
     paths = sorted(files_in(folder))
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(hash_file, paths))
@@ -111,7 +111,7 @@ def hash_folder(folder: Path) -> list[FileEntry]:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files that belong to an artifact: all but the manifest and temporary ones."""
+    """Yields the files of an artifact: all except the manifest and temporary files."""
     for path in folder.rglob("*"):
         if path.is_file() and path != folder / MANIFEST and not _TEMPORARY.match(path.name):
             yield path
@@ -119,7 +119,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=1)
 def code_revision() -> dict[str, str]:
-    """Moray's version and, in a checkout, the commit and whether it has uncommitted changes."""
+    """Returns Moray's version and, in a checkout, the commit and whether there are uncommitted changes."""
     import moray
 
     revision = {"moray": moray.__version__}  # type: ignore[attr-defined]
@@ -134,13 +134,13 @@ def code_revision() -> dict[str, str]:
             ["git", "status", "--porcelain"], cwd=checkout, capture_output=True, text=True, check=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
-        return revision  # no git, or a checkout of another user: the version is what is known
+        return revision  # no git, or a checkout of another user: only the version is known
     return {**revision, "commit": commit.stdout.strip(), "modified": "yes" if status.stdout.strip() else "no"}
 
 
 @lru_cache(maxsize=1)
 def environment() -> dict[str, str]:
-    """Python, platform and the versions of the packages that can change a result."""
+    """Returns the versions of Python, the platform and the packages that can affect a result."""
     found = {"python": sys.version.split()[0], "platform": platform.platform()}
     for name in _RECORDED:
         try:

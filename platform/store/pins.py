@@ -1,4 +1,4 @@
-"""Pins: what keeps artifacts, and what they were made from, out of `gc`: an empty file `<step>/<fingerprint>` each."""
+"""Pins, which exclude artifacts and their ancestors from `gc`; each is an empty file `<step>/<fingerprint>`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moray.platform.core.errors import InputError, nearest
 
 
 class Pins:
-    """The pins under one folder."""
+    """The pins in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -19,11 +19,11 @@ class Pins:
         write_text(self._folder / reference, "")
 
     def drop(self, reference: str) -> None:
-        """Raises InputError if it is not pinned."""
+        """Removes a pin. Raises InputError if the artifact is not pinned."""
         if reference not in self.all():
             raise InputError(f"{reference} is not pinned", nearest(reference, self.all()))
         (self._folder / reference).unlink()
 
     def all(self) -> list[str]:
-        """`step/fingerprint` of every pinned artifact."""
+        """Returns `step/fingerprint` of every pinned artifact."""
         return sorted(path.relative_to(self._folder).as_posix() for path in self._folder.glob("*/[!.]*"))

@@ -1,8 +1,9 @@
-"""Which artifacts may go when the store is too large: a decision over names and sizes, touching nothing.
+"""Decides which artifacts to remove when the store exceeds its limit: pure functions over names and sizes.
 
-What is pinned, aliased or in use stays, with everything it was made from. Of the rest, an artifact goes only after all
-that was made from it, so no artifact ever loses its ancestors; among those that may go next, the oldest goes first.
-What also lies in a shared root goes before all else, in any order of lineage: freeing a copy loses nothing.
+Pinned, aliased and active artifacts are kept, with all their ancestors. Of the rest, an artifact is removed only after
+everything made from it, so no artifact ever loses its ancestors; among the candidates, the oldest is removed first.
+Local copies of artifacts in a shared root are removed before anything else, in any order of lineage, because nothing
+is lost.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """One artifact: its reference, size in bytes, when it was made, and the references it was made from."""
+    """One artifact: its reference, size in bytes, creation time, and the references of its inputs."""
 
     reference: str
     bytes: int
     made: float
     inputs: tuple[str, ...] = ()
-    copied: bool = False  # it also lies in the shared root
+    copied: bool = False  # the shared root has it too
 
 
 def lineage(roots: Iterable[str], entries: Mapping[str, Entry]) -> set[str]:
-    """`roots` and everything they were made from, as far as it is still there."""
+    """Returns `roots` and all their ancestors that still exist."""
     found: set[str] = set()
     waiting = [root for root in roots if root in entries]
     while waiting:
@@ -37,9 +38,9 @@ def lineage(roots: Iterable[str], entries: Mapping[str, Entry]) -> set[str]:
 
 
 def to_free(entries: Sequence[Entry], roots: Iterable[str], limit: int) -> list[Entry]:
-    """Which copies of what lies in a shared root to delete, oldest first, so that at most `limit` bytes remain.
+    """Returns the local copies of shared artifacts to delete, oldest first, so that at most `limit` bytes remain.
 
-    roots: what must stay on this machine, with all it was made from: pins, and what runs use.
+    roots: artifacts that must stay on this machine, with all their ancestors: pinned and active ones.
     """
     kept = lineage(roots, {entry.reference: entry for entry in entries})
     total, chosen = sum(entry.bytes for entry in entries), []
@@ -51,7 +52,8 @@ def to_free(entries: Sequence[Entry], roots: Iterable[str], limit: int) -> list[
 
 
 def to_remove(entries: Sequence[Entry], roots: Iterable[str], limit: int) -> list[Entry]:
-    """What to delete for good, in order, so that at most `limit` bytes remain; less if `roots` hold the rest."""
+    """Returns the artifacts to delete permanently, in order, so that at most `limit` bytes remain. Deletes fewer if
+    `roots` need the rest."""
     known = {entry.reference: entry for entry in entries}
     kept = lineage(roots, known)
     made_from = Counter(name for entry in entries for name in set(entry.inputs) if name in known)

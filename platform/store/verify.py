@@ -1,4 +1,4 @@
-"""Whether an artifact's files are still those that its manifest names."""
+"""Compares an artifact's files with its manifest."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moray.platform.store.manifest import FileEntry, Manifest, files_in, hash_fi
 
 @dataclass(frozen=True)
 class Change:
-    """A file that is not as the manifest says: what, in words."""
+    """A file that differs from the manifest, and how (for example "is missing")."""
 
     path: str
-    what: str
+    problem: str
 
 
 def changes(folder: Path, manifest: Manifest, hashes: bool, read: Callable[[int], None]) -> Iterator[Change]:
-    """What differs in an artifact's folder. Sizes are always compared, contents only with `hashes`.
+    """Yields the differences in an artifact's folder. Always compares sizes; compares contents only with `hashes`.
 
-    read: is told how many bytes were looked at, file by file.
+    read: called after each file with its size in bytes.
     """
     known = {entry.path for entry in manifest.files}
     with ThreadPoolExecutor(4) as pool:
@@ -38,18 +38,18 @@ def changes(folder: Path, manifest: Manifest, hashes: bool, read: Callable[[int]
 
 
 def check_sizes(folder: Path, manifest: Manifest, shared: Callable[[], bool]) -> None:
-    """Raises InputError for a file that is missing or of another size: a step is about to read it.
+    """Raises InputError if a file is missing or has another size. Called before a step reads the artifact.
 
-    shared: says whether the artifact also lies whole in a shared root. Files are asked for many at once:
-    an artifact may have 100,000, each a question to a file server.
+    shared: whether a shared root has an intact copy. Files are checked in parallel, because an artifact may have
+    100,000 files and each check may be a request to a file server.
     """
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda entry: _change(folder / entry.path, entry, hashes=False), manifest.files))
     for change in filter(None, found):
         reference = f"{manifest.step}/{manifest.fingerprint}"
         raise InputError(
-            f"{folder / change.path} {change.what}: artifact {reference} was changed since it was made",
-            f"delete {folder}: it is fetched again" if shared() else f"moray artifacts rm {reference}, then run again",
+            f"{folder / change.path} {change.problem}: artifact {reference} was changed after it was made",
+            f"delete {folder}; it will be downloaded again" if shared() else f"moray artifacts rm {reference}, then run again",
         )
 
 
@@ -62,5 +62,5 @@ def _change(path: Path, entry: FileEntry, hashes: bool) -> Change | None:
     except OSError as error:
         return Change(entry.path, f"cannot be read: {error.strerror}")
     if found != entry.size:
-        return Change(entry.path, f"has {size(found)} of {size(entry.size)}")
-    return None if same else Change(entry.path, "has other contents")
+        return Change(entry.path, f"has {size(found)} instead of {size(entry.size)}")
+    return None if same else Change(entry.path, "has different contents")

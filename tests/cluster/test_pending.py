@@ -32,9 +32,9 @@ def task(**resources: float) -> Demand:
 
 def test_what_can_never_be_placed_is_said_at_once_and_once() -> None:
     report = PendingReport(15.0)
-    ((text, hopeless),) = report.update(0.0, {task(CPU=64.0): 3}, [TWO])
-    assert hopeless
-    assert text == "this can never start: it needs 64 CPU, the cluster has 2 CPU; ask for less or add machines"
+    ((text, unsatisfiable),) = report.update(0.0, {task(CPU=64.0): 3}, [TWO])
+    assert unsatisfiable
+    assert text == "cannot be scheduled: it needs 64 CPU, but the cluster has 2 CPU; request less or add machines"
     assert report.update(1.0, {task(CPU=64.0): 3}, [TWO]) == []
     ((text, _),) = report.update(2.0, {task(GPU=1.0): 1}, [TWO])
     assert "it needs 1 GPU, the cluster has 0 GPU" in text
@@ -45,15 +45,15 @@ def test_sums_of_fractions_that_fit_are_no_demand_that_can_never_start() -> None
     six = Machine({"CPU": 6.0}, {})
     for workers, share in ((15, 0.4), (60, 0.1), (9, 0.6666)):
         assert PendingReport(15.0).update(0.0, {Demand(((("CPU", share),),) * workers): 1}, [six]) == []
-    ((text, hopeless),) = PendingReport(15.0).update(0.0, {Demand(((("CPU", 0.4001),),) * 15): 1}, [six])
-    assert hopeless
+    ((text, unsatisfiable),) = PendingReport(15.0).update(0.0, {Demand(((("CPU", 0.4001),),) * 15): 1}, [six])
+    assert unsatisfiable
     assert "it needs 6.0015 CPU" in text
 
 
 def test_machines_count_one_by_one_unless_a_group_may_spread() -> None:
     machines = [TWO, TWO]
     ((text, _),) = PendingReport(15.0).update(0.0, {task(CPU=3.0): 1}, machines)
-    assert "it needs 3 CPU, on one machine, the largest has 2 CPU" in text
+    assert "it needs 3 CPU on one machine, but the largest has 2 CPU" in text
     bundle = (("CPU", 1.0),)
     assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 4): 1}, machines) == []
     assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 5): 1}, machines) != []
@@ -85,7 +85,7 @@ class Watched(SharedCluster):
 
     def __init__(self, topology: Topology) -> None:
         super().__init__(topology)
-        self._watcher = PendingWatcher(self.say_pending, patience=1.0)
+        self._watcher = PendingWatcher(self.report_pending, patience=1.0)
 
     def ensure(self) -> Topology:
         self._watcher.start()
@@ -104,7 +104,7 @@ def watching() -> Iterator[tuple[list[str], threading.Event]]:
     notes: list[str] = []
     heard = threading.Event()
 
-    def note(text: str, hopeless: bool) -> None:
+    def note(text: str, unsatisfiable: bool) -> None:
         notes.append(text)
         heard.set()
 
@@ -143,7 +143,7 @@ def test_a_step_that_asks_for_too_much_warns_the_user(ray_cluster: Cluster, home
     )
     notes = [(event.step, event.level, event.text) for event in seen if isinstance(event, NoteEvent)]
     assert notes == [
-        ("s0", "warning", "this can never start: it needs 64 CPU, the cluster has 2 CPU; ask for less or add machines")
+        ("s0", "warning", "cannot be scheduled: it needs 64 CPU, but the cluster has 2 CPU; request less or add machines")
     ]
 
 
@@ -167,7 +167,7 @@ def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Clust
     made = recipe("a", during=ask)
     planned = made.steps[0].__class__("s0", OnRay(ask), made.steps[0].config, {})
     wanted = made.__class__("chain", Path("chain.yaml"), (planned,), "name: chain\n")
-    with pytest.raises(InputError, match=r"step 's0': this can never start: it needs 2\.0001 CPU, the cluster has 2"):
+    with pytest.raises(InputError, match=r"step 's0': cannot be scheduled: it needs 2\.0001 CPU, but the cluster has 2"):
         Runner(home, Alone(ray_cluster.topology())).run(wanted)
 
 
@@ -180,7 +180,7 @@ def test_training_that_can_never_start_is_an_error_too(flow: Flow) -> None:
     larger = Alone(Topology(8, 0, flow.cluster.topology().memory_bytes))
     overrides = ["pretrain.workers=4", "pretrain.expert_parallel=1", "pretrain.steps=3", "pretrain.batch_sequences=8"]
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(InputError, match="step 'pretrain': this can never start: it needs 4 CPU, the cluster has 2"):
+    with pytest.raises(InputError, match="step 'pretrain': cannot be scheduled: it needs 4 CPU, but the cluster has 2"):
         run_small(flow.home, flow.folder, larger, overrides)
     assert signal.getsignal(signal.SIGINT) is before
     # What was waited for ends with the driver, which here goes on.

@@ -17,7 +17,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.run.history import list_runs
 from moray.platform.store.artifacts import ArtifactStore
-from moray.platform.store.search import artifacts_here, artifacts_of
+from moray.platform.store.search import local_artifacts, artifacts_of
 from tests.conftest import Flow
 from tests.faults.test_kill import (
     STEPS,
@@ -83,8 +83,8 @@ def test_a_full_disk_is_named_wherever_it_shows(disk: Path) -> None:
     for during in (write, lambda ctx: fill(disk)):  # in the step; where its manifest is to be written
         with pytest.raises(StepFailed, match="No space left on device") as caught:
             run(home, recipe("a", during=during))
-        assert caught.value.hint == f"free some disk for {disk}, then run again"
-        assert list(artifacts_here(ArtifactStore(home))) == []
+        assert caught.value.hint == f"free disk space for {disk}, then run again"
+        assert list(local_artifacts(ArtifactStore(home))) == []
         empty(disk)
     result, _ = run(home, recipe("a"))
     assert (result.steps["s0"].artifact.folder / "out").read_text() == "a"
@@ -108,7 +108,7 @@ def fill_in(step: str, undisturbed: Undisturbed, disk: Path) -> None:
     assert [line.partition(":")[0] for line in said] == ["error", "hint"], err
     assert err.splitlines()[-2:] == said
     assert "Traceback" not in err
-    assert said[1] == f"hint: free some disk for {disk}, then run again"
+    assert said[1] == f"hint: free disk space for {disk}, then run again"
     assert not list(artifacts_of(ArtifactStore(home), step))
     wait_for(lambda: not processes_of(home), "the end of every process", 30)
     empty(disk)

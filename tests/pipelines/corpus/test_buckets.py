@@ -80,7 +80,7 @@ def test_an_object_is_known_by_its_etag_and_read_in_that_version_only(s3: Any, t
     assert (known.source, known.key, known.size, known.digest) == ("s", "a.txt", 5, f"etag:{etag}")
     (shard,) = corpus_shards(config)
     s3.put_object(Bucket=BUCKET, Key="d/a.txt", Body=b"other")
-    with pytest.raises(InputError, match="was replaced while it was read"):
+    with pytest.raises(InputError, match="was replaced while it was being read"):
         write_corpus_shard(shard, str(tmp_path), 1000)
     assert not list(tmp_path.iterdir())
     assert Corpus().external(config) != [known]

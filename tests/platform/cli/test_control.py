@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy
 
 from moray.cluster.local import short_folder
-from moray.cluster.machine import holds_sockets, ray_environment
+from moray.cluster.machine import usable_by_ray, ray_environment
 from moray.platform.cli import job_commands
 from moray.platform.control.database import Database
 from moray.platform.control.up import systemd_unit
@@ -60,7 +60,7 @@ def test_without_a_control_plane_every_command_says_how_to_start_one(home: Home,
         (("up", "--slots", "0"), "--slots 0: at least one job"),
         (("up", "--slots", "many"), "many"),
         (("cluster", "up", "moon"), "moon"),
-        (("submit", "no-such-recipe"), "no recipe 'no-such-recipe'"),
+        (("submit", "no-such-recipe"), "unknown recipe 'no-such-recipe'"),
         (("submit", "quickstart", "--priority", "urgent"), "urgent"),
         (("logs",), "parameter"),
     ],
@@ -96,8 +96,8 @@ def test_a_control_plane_that_is_down_is_said_at_once(home: Home) -> None:
     home.token.write_text("token")
     done = moray(home, "list")
     assert done.returncode == 1
-    assert "the control plane does not answer at http://127.0.0.1:1" in done.stderr
-    assert "hint: moray up starts it" in done.stderr
+    assert "the control plane does not respond at http://127.0.0.1:1" in done.stderr
+    assert "hint: start it with `moray up`" in done.stderr
     (home.up / "options.json").write_text("{}")
     assert "is invalid or from another version of Moray" in moray(home, "list").stderr
 
@@ -148,9 +148,9 @@ def test_a_systemd_unit_may_name_any_home(tmp_path: Path, name: str) -> None:
 
 def test_ray_gets_a_folder_without_blanks(tmp_path: Path) -> None:
     for root in (tmp_path / "my home", Path("/tmp/it's"), Path("/tmp/" + "long" * 20)):
-        assert not holds_sockets(root / "ray" / "up")
-        assert holds_sockets(short_folder(Home(root)))
-    assert holds_sockets(Path("/home/me/.moray/ray/up"))
+        assert not usable_by_ray(root / "ray" / "up")
+        assert usable_by_ray(short_folder(Home(root)))
+    assert usable_by_ray(Path("/home/me/.moray/ray/up"))
 
 
 @pytest.mark.parametrize("name", ["", "/", "a/b", "../.."])

@@ -63,14 +63,14 @@ def test_plan_as_json_lists_every_step(tmp_path: Path) -> None:
     [
         (["rnu"], "unknown command 'rnu'", "did you mean 'run'?"),
         (["run"], "requires an argument", "--help"),
-        (["run", "quickstrat"], "no recipe 'quickstrat'", "did you mean 'quickstart'?"),
+        (["run", "quickstrat"], "unknown recipe 'quickstrat'", "did you mean 'quickstart'?"),
         (["run", "missing.yaml"], "recipe missing.yaml: No such file or directory", "recipes/"),
         (["plan", "quickstart", "--set", "pretrain.stepz=1"], "unknown field", "did you mean 'steps'?"),
         (["plan", "quickstart", "--set", "pretrain.model.hiden_size=1"], "unknown field", "'hidden_size'"),
         (["plan", "quickstart", "--set", "pretrain.model.n_group=3"], "n_group", ""),
         (["plan", "quickstart", "--set", "pretrain.workers=3"], "workers", ""),
         (["serve", "nothing@newest"], "no artifact 'nothing@newest'", ""),
-        (["serve", "/tmp"], "/tmp holds no config.json", "Hugging Face"),
+        (["serve", "/tmp"], "/tmp has no config.json", "Hugging Face"),
     ],
 )
 def test_a_mistake_is_one_error_and_exit_2(tmp_path: Path, arguments: list[str], error: str, hint: str) -> None:
@@ -105,4 +105,4 @@ def test_a_folder_that_is_gone_is_one_error(tmp_path: Path) -> None:
         ["sh", "-c", command], capture_output=True, text=True, check=False, cwd=gone, env={"MORAY_HOME": str(tmp_path)}
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == "error: the current folder is gone"
+    assert done.stderr.splitlines()[0] == "error: the current folder no longer exists"

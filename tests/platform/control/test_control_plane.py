@@ -41,9 +41,9 @@ def test_a_failed_job_is_the_exit_code_of_following_it(plane: ControlPlane) -> N
 
 def test_up_again_changes_nothing_and_another_size_is_refused(plane: ControlPlane) -> None:
     before = {name: plane.service(name) for name in ("controller", "ray-head")}
-    assert "up already" in plane.cli("up").stderr
+    assert "already running" in plane.cli("up").stderr
     refused = plane.cli("up", "--slots", "7", code=2)
-    assert "up already, with --slots 2" in refused.stderr
+    assert "already running with --slots 2" in refused.stderr
     assert "moray down" in refused.stderr
     assert {name: plane.service(name) for name in before} == before
 

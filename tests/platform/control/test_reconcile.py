@@ -24,7 +24,7 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
 from moray.platform.control.queue import IN_FLIGHT, choose_jobs
 from moray.platform.control.reconcile import LOSSES, START_SECONDS, AttemptObservation, decide_attempt, decide_job
-from moray.platform.core.cluster import BackendAwayError, ClusterBackend, ExecutorState, Observed, Topology, Usage
+from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, ExecutorState, Observed, Topology, Usage
 from moray.platform.core.home import Home
 from tests.examples import examples
 from tests.small_run import recipe_text, write_text
@@ -57,7 +57,7 @@ class World(ClusterBackend):
         self._reach()
         self.drivers.setdefault(attempt, Driver())
         if self.chance.random() < 0.2:
-            raise BackendAwayError("the answer was lost")
+            raise BackendUnreachableError("the answer was lost")
 
     def observe(self) -> Mapping[str, Observed]:
         self._reach()
@@ -78,7 +78,7 @@ class World(ClusterBackend):
 
     def _reach(self) -> None:
         if self.away:
-            raise BackendAwayError("away")
+            raise BackendUnreachableError("away")
 
     def live(self, faults: bool) -> None:
         """A second passes; with faults, something goes wrong now and then."""

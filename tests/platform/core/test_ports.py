@@ -26,7 +26,7 @@ def test_a_taken_port_is_named_and_a_free_one_hinted():
 
 
 def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(InputError, match=r"cannot listen at 203\.0\.113\.1:8000"):
+    with pytest.raises(InputError, match=r"cannot listen on 203\.0\.113\.1:8000"):
         check_port("203.0.113.1", 8000)
 
 
@@ -43,6 +43,6 @@ def test_free_ports_differ_and_are_not_the_kernels_to_give() -> None:
 def test_other_machines_have_free_ports_too(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = tmp_path / "range"
     setting.write_text(text)
-    monkeypatch.setattr(ports, "_KERNELS_RANGE", setting)
+    monkeypatch.setattr(ports, "_EPHEMERAL_RANGE", setting)
     assert all(map(is_free, free_ports(5)))
     assert is_free(free_port())

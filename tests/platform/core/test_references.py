@@ -153,10 +153,10 @@ def test_a_file_holds_a_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("hunter2 in plain", "by reference, never in plain"),
-        ("${env:MORAY_TEST_TOKEN} and more", "by reference, never in plain"),
-        (7, "by reference, never in plain"),
-        ("${env:MORAY_NOT_SET}", "the environment has no MORAY_NOT_SET"),
+        ("hunter2 in plain", "must be a reference, not plain text"),
+        ("${env:MORAY_TEST_TOKEN} and more", "must be a reference, not plain text"),
+        (7, "must be a reference, not plain text"),
+        ("${env:MORAY_NOT_SET}", "environment variable MORAY_NOT_SET is not set"),
         ("${file:/nowhere/at/all}", "No such file"),
         ("${env:MORAY_TEST_SHORT}", "too short for a secret"),
     ],
@@ -181,7 +181,7 @@ steps:
     [
         ("${env:MORAY_TEST_FOLDER}", "x", "1", "${env:MORAY_TEST_FOLDER} does not exist"),
         ("${file:/nowhere/at/all}", "x", "1", "sources.0.path: ${file:/nowhere/at/all}: No such file"),
-        ("/tmp", "${env:MORAY_TEST_FOLDER}", "1", "sources.0.license: ${env:MORAY_TEST_FOLDER} cannot stand here"),
+        ("/tmp", "${env:MORAY_TEST_FOLDER}", "1", "sources.0.license: ${env:MORAY_TEST_FOLDER} is not allowed here"),
         ("/tmp", "x", "${env:MORAY_TEST_FOLDER}", "(got '${env:MORAY_TEST_FOLDER}')"),
     ],
 )

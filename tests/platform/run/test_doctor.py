@@ -39,7 +39,7 @@ def test_too_little_memory_or_disk_stops_a_run_before_it_starts(monkeypatch: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     with pytest.raises(InputError, match=r"0\.0 GiB free") as caught:
         api.run("quickstart", home=home)
-    assert "free some disk" in caught.value.hint
+    assert "free disk space" in caught.value.hint
     assert not list(home.root.iterdir()), "nothing was started"
 
 

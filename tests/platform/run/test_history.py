@@ -17,8 +17,8 @@ from moray.platform.plan.context import StepContext
 from moray.platform.run.history import find_run, in_use, list_runs
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.lease import Lease
-from moray.platform.store.search import artifacts_here
-from moray.platform.store.sweep import in_work
+from moray.platform.store.search import local_artifacts
+from moray.platform.store.sweep import leased
 from tests.platform.run.test_runner import recipe, run
 
 
@@ -62,7 +62,7 @@ def failed_run(home: Home) -> None:
 
 
 def left(home: Home) -> set[str]:
-    return {artifact.reference for artifact in artifacts_here(ArtifactStore(home))}
+    return {artifact.reference for artifact in local_artifacts(ArtifactStore(home))}
 
 
 def test_runs_are_listed_newest_first_with_what_they_did(moray: Shell) -> None:
@@ -147,9 +147,9 @@ def test_a_run_of_another_version_is_listed_as_unreadable(moray: Shell) -> None:
     [
         (["runs", "lsit"], "unknown command 'lsit'", "did you mean 'list'?"),
         (["runs", "show", "nothing"], "no run 'nothing'", ""),
-        (["runs", "show", "chain"], "names 2 runs", "give more of it"),
+        (["runs", "show", "chain"], "matches 2 runs", "give a longer part"),
         (["artifacts", "pin", "write/zz"], "no artifact 'write/zz'", ""),
-        (["artifacts", "gc", "--limit", "much"], "'much' is not a size", "10GB"),
+        (["artifacts", "gc", "--limit", "much"], "invalid size 'much'", "10GB"),
     ],
 )
 def test_a_mistake_is_one_error(moray: Shell, arguments: list[str], error: str, hint: str) -> None:
@@ -224,7 +224,7 @@ def test_what_a_run_works_on_or_has_met_is_never_touched(moray: Shell) -> None:
 
     run(moray.home, recipe("a", "b", during=look))
     assert said["gc"] == []
-    assert "is used by a run" in said["rm"]
+    assert "is in use by a run" in said["rm"]
     assert not in_use(moray.home), "nothing is, once the run has ended"
 
 
@@ -239,7 +239,7 @@ def test_a_killed_run_does_not_hold_what_it_made(moray: Shell) -> None:
     lease = Lease(ArtifactStore(moray.home).lease_path("write", "ab" * 16))
     assert lease.acquire()
     assert in_use(moray.home) == {reference.partition("/")[2]}, "or in a step that says nothing"
-    assert in_work(ArtifactStore(moray.home)) == {"write/" + "ab" * 16}
+    assert leased(ArtifactStore(moray.home)) == {"write/" + "ab" * 16}
     lease.release()
 
 

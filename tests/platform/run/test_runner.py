@@ -203,7 +203,7 @@ def test_an_artifact_made_by_other_code_is_reused_with_a_warning(home: Home, mon
 
     run(home, recipe("a"))
     monkeypatch.setattr(change_reason, "source_hash", lambda step: "another")
-    assert plan_steps(recipe("a"), ArtifactStore(home))[0].why.endswith("made by other code")
+    assert plan_steps(recipe("a"), ArtifactStore(home))[0].why.endswith("made by a different code version")
     result, seen = run(home, recipe("a"))
     assert result.steps["s0"].reused
     assert [e.text for e in seen if isinstance(e, NoteEvent) and e.level == "warning"] != []

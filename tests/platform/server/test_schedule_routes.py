@@ -287,7 +287,7 @@ def test_the_zone_is_this_machine_s_unless_another_is_given(
         (("add", "a", "tiny.yaml", "--cron", "@daily", "--tz", "Tokyo"), "tz 'Tokyo'", "'Asia/Tokyo'"),
         (("add", "A", "tiny.yaml", "--every", "1h"), "invalid schedule name 'A'", "lower-case"),
         (("add", "a", "tiny.yml", "--every", "1h"), "tiny.yml", ""),
-        (("add", "a", "tiny.yaml", "--every", "1h", "--set", "corpse.x=1"), "no step 'corpse'", "'corpus'?"),
+        (("add", "a", "tiny.yaml", "--every", "1h", "--set", "corpse.x=1"), "unknown step 'corpse'", "'corpus'?"),
         (("show", "other"), "no schedule 'other'", "steady"),
         (("next", "steady", "-n", "1000"), "between 1 and 100, got 1000", "for example 5"),
         (("next", "a/b"), "", ""),

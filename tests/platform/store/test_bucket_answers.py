@@ -72,7 +72,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Answering]]:
         (301, b"", "", "redirects"),
         (302, b"", "https://login.example/", "redirects"),
         (301, refusal("PermanentRedirect"), "", "another region|redirects"),
-        (403, refusal("RequestTimeTooSkewed"), "", "clocks"),
+        (403, refusal("RequestTimeTooSkewed"), "", "clock of this machine"),
         (403, refusal("AccountProblem"), "", "account .* closed"),
         (403, refusal("AccessDenied"), "", "access denied"),
         (404, b"<html>", "", "HTTP 404"),
@@ -92,7 +92,7 @@ def test_what_is_no_s3_is_said_in_words(
 def test_a_server_that_becomes_something_else_is_no_empty_bucket(server: type[Answering], body: bytes) -> None:
     server.well, server.body = 1, body
     root = RemoteArtifacts("s3://bucket/prefix")
-    with pytest.raises(InputError, match="no S3 server"):
+    with pytest.raises(InputError, match="not from an S3 server"):
         root.steps()
     with pytest.raises(DamagedError) as caught:
         root.get("step", "ab" * 16)

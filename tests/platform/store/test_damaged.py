@@ -14,7 +14,7 @@ from moray.platform.core.home import Home
 from moray.platform.store import verify
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import MANIFEST, DamagedError, hash_folder
-from moray.platform.store.search import artifact_by_fingerprint, artifacts_here, find_artifact, newest_artifact
+from moray.platform.store.search import artifact_by_fingerprint, local_artifacts, find_artifact, newest_artifact
 from moray.platform.store.sweep import remove_artifact
 from moray.platform.store.verify import Change, changes, check_sizes
 from tests.platform.store.test_artifacts import manifest
@@ -69,7 +69,7 @@ def test_a_damaged_manifest_costs_its_artifact(
         store.get("filter", ONE)
     assert str(store.folder("filter", ONE) / MANIFEST) in caught.value.message
     assert f"moray artifacts rm filter/{ONE}" in caught.value.hint
-    assert [one.fingerprint for one in artifacts_here(store)] == [OTHER]
+    assert [one.fingerprint for one in local_artifacts(store)] == [OTHER]
     assert newest_artifact(store, "filter") == other(store)
     assert artifact_by_fingerprint(store, ONE) is None
     assert find_artifact(store, "filter/cd") == other(store)
@@ -92,7 +92,7 @@ def test_gc_removes_nothing_that_a_damaged_artifact_may_need(
     command = ["artifacts", "gc", "--limit", "0B"]
     assert main.app(command, exit_on_error=False, result_action="return_value") == 0
     assert store.local("filter", ONE) is not None
-    assert "while something is damaged" in capsys.readouterr().err.replace("\n", " ")
+    assert "a damaged artifact or alias" in capsys.readouterr().err.replace("\n", " ")
     store.pins.drop(f"filter/{OTHER}")
     remove_artifact(store, f"filter/{OTHER}")
     assert main.app(command, exit_on_error=False, result_action="return_value") == 0
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_now_is_not_advised_to_be_removed(
     with pytest.raises(DamagedError, match="Permission denied") as caught:
         store.get("filter", ONE)
     assert " rm " not in caught.value.hint
-    assert [one.fingerprint for one in artifacts_here(store)] == [OTHER]
+    assert [one.fingerprint for one in local_artifacts(store)] == [OTHER]
     assert len(store.damaged()) == 1
 
 
@@ -150,11 +150,11 @@ def test_verify_finds_what_was_changed_behind_its_back(
     assert changed(store, hashes=True) == []
     data.write_text("WORDS 1")
     assert changed(store, hashes=False) == []
-    assert changed(store, hashes=True) == [Change("data", "has other contents")]
+    assert changed(store, hashes=True) == [Change("data", "has different contents")]
     data.write_text("words")
     (data.parent / "more").write_text("")
-    assert changed(store, hashes=False) == [Change("data", "has 5 B of 7 B"), Change("more", "is not in the manifest")]
-    with pytest.raises(InputError, match="has 5 B of 7 B"):
+    assert changed(store, hashes=False) == [Change("data", "has 5 B instead of 7 B"), Change("more", "is not in the manifest")]
+    with pytest.raises(InputError, match="has 5 B instead of 7 B"):
         check_sizes(data.parent, other(store).manifest, lambda: False)
     monkeypatch.setattr(verify, "hash_file", unreadable)
     data.write_text("words 1")

@@ -87,7 +87,7 @@ def test_sizes_are_read(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "10XB", "-1GB", "1iB", "ten"])
 def test_what_is_not_a_size_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="is not a size"):
+    with pytest.raises(InputError, match="invalid size"):
         parse_size(text)
 
 
