@@ -1,8 +1,8 @@
-# Two commands do everything: `make quickstart` and `make test`. The rest is for people who change Moray.
+# Users need `make quickstart` and `make test`. The other targets are for contributors.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# mypy needs a folder called `moray`; the link lives outside the checkout, which Ray packs and walks.
+# mypy needs a folder called `moray`; the link is outside the checkout, because Ray packs the checkout with its links.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
 .PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
@@ -10,8 +10,8 @@ LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
 
-# All examples of the property tests; then what shares one Ray cluster or control plane, beside what needs neither; then
-# what takes all cores for its ranks.
+# All examples of the property tests; then tests that share one Ray cluster or control plane, in parallel with tests that
+# need neither; then tests whose ranks use all cores.
 SLOW := ray or plane or s3 or browser or ranks or heavy
 test:
 	@$(MAKE) --no-print-directory quicktest QUICK_EXAMPLES=
@@ -28,9 +28,9 @@ test-files:
 test-ranks:
 	$(SLOW_PYTEST) -m "ranks and not (ray or plane or evidence or docs)"
 
-# A process per core, each taking tests from those that have many left, and no threads that take the cores from each other.
-# They create, sync and remove some fifteen thousand files: in memory, where that has room. Dozens of interpreters start,
-# so what they compile is kept, whatever the environment says.
+# One process per core with work stealing, and one thread per process. The tests create, sync and remove some fifteen
+# thousand files, in memory if it has enough space. Dozens of interpreters start, so bytecode is cached even if the
+# environment disables it.
 QUICK_EXAMPLES := 1
 quicktest: $(VENV)/.installed-dev
 	@memory=$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1); \
@@ -39,24 +39,24 @@ quicktest: $(VENV)/.installed-dev
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 QUICK_EXAMPLES=$(QUICK_EXAMPLES) $(BIN)/python -m pytest -q \
 	    --basetemp="$$folder" -n logical --dist worksteal -m "not ($(SLOW) or evidence or docs)"
 
-# Packages first: their readmes are among the texts, and what is installed later would have all of them made anew.
+# Install packages first: their readmes are part of the corpus, and installing more later would invalidate its artifacts.
 docs: $(VENV)/.installed-dev quickstart
 	$(BIN)/python -m pytest -q -m docs --durations=0
 
 evidence: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m evidence --durations=0
 
-# Some 220 MB of real text from Debian's and Python's packages, for recipes/corpus-demo.yaml and the data benchmarks.
+# About 220 MB of real text from Debian's and Python's packages, for recipes/corpus-demo.yaml and the data benchmarks.
 bench-corpus: $(VENV)/.installed
 	$(BIN)/python benchmarks/corpus/build.py
 
-# What the data benchmarks compare with, in an environment of its own.
+# The peers of the data benchmarks, in a separate environment.
 bench-peers:
 	$(PYTHON) -m venv benchmarks/peers/.venv
 	benchmarks/peers/.venv/bin/pip install -q -r benchmarks/peers/requirements.txt
 
-# A small real teacher for recipes/teacher-demo.yaml, in an environment of its own: SmolLM2-135M by llama.cpp, which is
-# compiled (five minutes on two cores, by a C++ compiler). It serves until it is interrupted.
+# A small real teacher for recipes/teacher-demo.yaml, in a separate environment: SmolLM2-135M on llama.cpp, which is
+# compiled (five minutes on two cores; needs a C++ compiler). It serves until interrupted.
 TEACHER := .teacher
 teacher: $(TEACHER)/.installed
 	$(TEACHER)/bin/python -m llama_cpp.server --model_alias smollm2 --port 8765 --n_ctx 2048 \
@@ -82,15 +82,15 @@ check: $(VENV)/.installed-dev
 	cd $(LINK) && MYPYPATH=$(LINK) $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(LINK)/cache -p moray.platform -p moray.models -p moray.kernels -p moray.actors \
 	    -p moray.pipelines -p moray.cluster
-	@# Benchmarks, of which no test runs most: whether what they call still is as they call it.
+	@# No test runs most of the benchmarks, so check their calls.
 	cd $(LINK) && MYPYPATH=$(LINK):$(CURDIR)/benchmarks $(CURDIR)/$(BIN)/mypy \
 	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(LINK)/benchmarks-cache \
 	    $(addprefix --disable-error-code ,arg-type assignment index misc no-untyped-call return-value unused-ignore var-annotated) \
 	    $(wildcard $(CURDIR)/benchmarks/*.py)
 	$(BIN)/python benchmarks/pages.py --check
 
-# Another torch, another Python: in an environment of its own outside of the checkout, removed at the end. Pins that the
-# chosen torch decides are left out; a CUDA build of torch takes 5 GB. The interpreter of Triton 3.6 takes no numpy 2.4.
+# Another torch or Python, in a separate environment outside the checkout, removed at the end. Pins that depend on the
+# torch version are dropped; a CUDA build of torch takes 5 GB. The interpreter of Triton 3.6 does not support numpy 2.4.
 TORCH ?= 2.11.0
 TRITON ?= 3.6.0
 compat:
@@ -110,8 +110,8 @@ format: $(VENV)/.installed-dev
 
 install: $(VENV)/.installed
 
-# torch first and pinned: on a machine without a GPU its pinned version resolves to a CPU build, and nothing that is
-# installed later asks for another.
+# Install the pinned torch first: on a machine without a GPU it resolves to a CPU build, and later packages do not replace
+# it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	    { echo "error: $$($(PYTHON) --version) is not supported"; echo "hint: make PYTHON=python3.11 (3.11 to 3.13)"; exit 2; }

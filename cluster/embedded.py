@@ -20,12 +20,12 @@ import psutil
 from moray.cluster.machine import (
     cores,
     gpus,
-    usable_by_ray,
     job_config,
     memory_bytes,
     prepare_environment,
     quiet_logging,
     signal_handlers_kept,
+    usable_by_ray,
 )
 from moray.cluster.pending import PendingWatcher
 from moray.platform.core.cluster import Cluster, Topology

@@ -84,7 +84,7 @@ class LocalCluster:
             **self.environment(),
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(self.home.up / "gcs"),
-            "RAY_JOB_START_TIMEOUT_SECONDS": "300",  # later than Moray's own timeout; Ray then drops jobs its dead nodes never started
+            "RAY_JOB_START_TIMEOUT_SECONDS": "300",  # after Moray's own timeout, Ray drops unstarted jobs
             "RAY_JOB_STOP_WAIT_TIME_S": "30",  # time for a stopped driver to finish its writes
         }
         environment.pop("RAY_ADDRESS")  # `ray start` refuses it

@@ -81,7 +81,7 @@ def ray_environment(home: Home) -> dict[str, str]:
 
 @contextlib.contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Restores the handlers of SIGINT and SIGTERM on exit, because Ray installs a SIGTERM handler that exits at once."""
+    """Restores the handlers of SIGINT and SIGTERM on exit; Ray installs a SIGTERM handler that exits at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

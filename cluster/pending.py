@@ -1,8 +1,9 @@
 """Reports resource requests that a Ray cluster cannot place, and the missing resources. Ray itself waits silently.
 
-Every two seconds the watcher reads the unplaced demand from the cluster's head (the data that Ray's autoscaler uses; the
-request takes a millisecond). Requests that no machine could ever satisfy are reported at once, others after a delay;
-each is reported once. Requests that wait for a placement group are skipped, because the demand contains the group.
+Every two seconds the watcher reads the unplaced demand from the cluster's head (the data that Ray's autoscaler uses;
+the request takes a millisecond). Requests that no machine could ever satisfy are reported at once, others after a
+delay; each is reported once. Requests that wait for a placement group are skipped, because the demand contains the
+group.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _log = logging.getLogger("ray")
 
 @dataclass(frozen=True)
 class Demand:
-    """A pending request: the resources of each bundle. A task or actor has one bundle, a placement group all of its own."""
+    """A pending request: the resources of each bundle. A task or actor has one bundle, a placement group several."""
 
     bundles: tuple[tuple[tuple[str, float], ...], ...]
     together: bool = False  # all bundles on one machine
@@ -157,7 +158,9 @@ def _lacking(demand: Demand, machines: Sequence[Machine]) -> str:
     for bundle in alone:
         if not any(_fits(bundle, machine.total) for machine in machines):
             largest = {name: max((m.total.get(name, 0.0) for m in machines), default=0.0) for name in bundle}
-            return _never(bundle, largest, " on one machine, but the largest" if len(machines) > 1 else ", but the cluster")
+            return _never(
+                bundle, largest, " on one machine, but the largest" if len(machines) > 1 else ", but the cluster"
+            )
     everything = {name: sum(machine.total.get(name, 0.0) for machine in machines) for name in demand.total()}
     if not _fits(demand.total(), everything):
         return _never(demand.total(), everything, ", but the cluster")

@@ -30,7 +30,7 @@ def usage_file(home: Home) -> Path:
 
 
 def read_usage(home: Home) -> Usage:
-    """Reads the last written usage. Raises BackendUnreachableError if it is stale, because then Ray is not responding."""
+    """Reads the last written usage. Raises BackendUnreachableError if it is stale: Ray has not responded since."""
     path = usage_file(home)
     try:
         age = time.time() - path.stat().st_mtime

@@ -32,7 +32,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def open_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Loads a recipe from a file, or by the name of a recipe that ships with Moray. Raises InputError or RecipeError."""
+    """Loads a recipe by path, or by name if it ships with Moray. Raises InputError or RecipeError."""
     try:
         Path.cwd()
     except FileNotFoundError as error:  # Python can run without one, the processes that Ray starts cannot
@@ -68,8 +68,8 @@ def run(
 
 
 def explain_document(document: str, run: str | None = None, home: Home | None = None) -> Any:
-    """Traces a document, given by id or SOURCE/KEY, through the steps of a run (`pipelines/shared/document_history.py`).
-    Raises InputError if no run contains it."""
+    """Traces a document, given by id or SOURCE/KEY, through the steps of a run
+    (`pipelines/shared/document_history.py`). Raises InputError if no run contains it."""
     from moray.pipelines.shared.document_history import explain_in
 
     return explain_in(home or Home.from_environment(), document, run)
@@ -140,7 +140,9 @@ def model_folder(model: str, home: Home) -> Path:
     store = ArtifactStore(home)
     artifact = find_artifact(store, model)
     if artifact.manifest.produces != "model":
-        raise InputError(f"{model!r} is an artifact of kind {artifact.manifest.produces!r}, not a model", "name an `export` artifact")
+        raise InputError(
+            f"{model!r} is an artifact of kind {artifact.manifest.produces!r}, not a model", "name an `export` artifact"
+        )
     return store.fetch(artifact).folder
 
 

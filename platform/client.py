@@ -79,10 +79,13 @@ class Client:
         except urllib.error.HTTPError as error:
             raise _as_moray_error(error) from error
         except OSError as error:  # also a response that was cut short
-            raise UnreachableError(f"the control plane does not respond at {self.url}", "start it with `moray up`") from error
+            raise UnreachableError(
+                f"the control plane does not respond at {self.url}", "start it with `moray up`"
+            ) from error
         except (http.client.HTTPException, ValueError) as error:
             raise UnreachableError(
-                f"another program responds at {self.url}, not the control plane", "moray down, then moray up --port ANOTHER"
+                f"another program responds at {self.url}, not the control plane",
+                "moray down, then moray up --port ANOTHER",
             ) from error
 
 

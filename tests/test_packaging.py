@@ -1,4 +1,4 @@
-"""Guards of the layout: one import package over fixed top-level folders, and who may import whom."""
+"""Checks of the layout: one import package over fixed top-level folders, and the allowed imports between packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.checkout import ROOT
 
-ROOMS = ("kernels", "models", "actors", "pipelines", "platform", "cluster")
+PACKAGES = ("kernels", "models", "actors", "pipelines", "platform", "cluster")
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models", "kernels"},
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "cluster": {"cluster", "platform", "models"},
     "platform": {"platform"},
 }
-# The composition root: these files start everything, so they import the rooms above their own, when called.
+# The composition root: these files start everything, so they import higher packages, lazily.
 COMPOSITION_ROOT = {
     "platform/api.py": {"cluster", "pipelines"},
     "platform/control/driver.py": {"cluster"},
@@ -31,8 +31,8 @@ COMPOSITION_ROOT = {
     "platform/control/services.py": {"cluster"},
     "platform/server/app.py": {"cluster"},
 }
-# Floors inside a room, lowest first. A file may import what is on lower floors and, on its own, its own folder.
-FLOORS: dict[str, list[set[str]]] = {
+# Layers inside a package, lowest first. A file may import lower layers and, in its own layer, its own folder.
+LAYERS: dict[str, list[set[str]]] = {
     "platform": [
         {"core"}, {"store"}, {"plan"}, {"run"}, {"control"}, {"api"}, {"client", "server"}, {"cli"},
     ],
@@ -44,15 +44,15 @@ FLOORS: dict[str, list[set[str]]] = {
         {"export", "register"},
     ],
 }  # fmt: skip
-# What a room must be importable without, wherever the import stands.
+# Modules that a package must be importable without; no import anywhere, not even inside functions.
 NEVER = {"kernels": {"ray", "deepspeed", "mlflow"}, "models": {"ray", "deepspeed", "mlflow"}}
-# What a room's modules must not import when they are imported (inside functions they may).
+# Modules that a package must not import at import time (imports inside functions are allowed).
 NOT_AT_IMPORT = {"platform": {"torch", "ray", "mlflow"}, "cluster": {"torch", "ray", "mlflow"}}
 PURE = {"models/config.py", "models/presets.py", "models/tensors.py"}  # read by the planner, without torch
 
 
 def sources() -> list[Path]:
-    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 @cache
@@ -61,7 +61,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imported(nodes: list[ast.stmt] | ast.Module, everywhere: bool) -> Iterator[str]:
-    """Dotted names that a module imports: anywhere, or only when it is itself imported."""
+    """Yields dotted names that a module imports: anywhere, or only at import time."""
     tree = nodes if isinstance(nodes, ast.Module) else ast.Module(nodes, [])
     waiting = list(ast.iter_child_nodes(tree))
     while waiting:
@@ -71,7 +71,7 @@ def imported(nodes: list[ast.stmt] | ast.Module, everywhere: bool) -> Iterator[s
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module or ""
         elif isinstance(node, ast.expr) or (not everywhere and runs_later(node)):
-            continue  # no expression holds a statement
+            continue  # expressions contain no statements
         waiting += list(ast.iter_child_nodes(node))
 
 
@@ -79,33 +79,33 @@ def test_imports_go_down_only() -> None:
     wrong = []
     for path in sources():
         name, tree = path.relative_to(ROOT).as_posix(), parsed(path)
-        room = name.partition("/")[0]
-        rooms = {module.split(".")[1] for module in imported(tree, True) if module.startswith("moray.")}
+        package = name.partition("/")[0]
+        packages = {module.split(".")[1] for module in imported(tree, True) if module.startswith("moray.")}
         tops, at_import = ({module.split(".")[0] for module in imported(tree, every)} for every in (True, False))
-        barred = {"torch"} if name in PURE else NOT_AT_IMPORT.get(room, set())
-        found = rooms - MAY_IMPORT[room] - COMPOSITION_ROOT.get(name, set())
-        found |= tops & NEVER.get(room, set()) | at_import & barred
+        barred = {"torch"} if name in PURE else NOT_AT_IMPORT.get(package, set())
+        found = packages - MAY_IMPORT[package] - COMPOSITION_ROOT.get(name, set())
+        found |= tops & NEVER.get(package, set()) | at_import & barred
         wrong += [f"{name} imports {one}" for one in sorted(found)]
     assert wrong == []
 
 
-def test_imports_go_down_from_floor_to_floor() -> None:
+def test_imports_go_to_lower_layers_only() -> None:
     wrong = []
-    for room, floors in FLOORS.items():
-        level = {name: i for i, names in enumerate(floors) for name in names}
-        assert {path.stem for path in (ROOT / room).glob("*.py")} | folders(ROOT / room) == set(level)
-        for path in sorted((ROOT / room).rglob("*.py")):
+    for package, layers in LAYERS.items():
+        level = {name: i for i, names in enumerate(layers) for name in names}
+        assert {path.stem for path in (ROOT / package).glob("*.py")} | folders(ROOT / package) == set(level)
+        for path in sorted((ROOT / package).rglob("*.py")):
             own = path.relative_to(ROOT).with_suffix("").parts[1]
             for name in imported(parsed(path), True):
                 parts = name.split(".")[1:]
-                if parts[:1] == [room] and parts[1] != own and level[parts[1]] >= level[own]:
+                if parts[:1] == [package] and parts[1] != own and level[parts[1]] >= level[own]:
                     wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
 
 
-def folders(room: Path) -> set[str]:
-    """Those that hold Python files."""
-    return {path.relative_to(room).parts[0] for path in room.rglob("*.py") if path.parent != room}
+def folders(package: Path) -> set[str]:
+    """The subfolders with Python files."""
+    return {path.relative_to(package).parts[0] for path in package.rglob("*.py") if path.parent != package}
 
 
 def test_every_module_says_what_it_is_for() -> None:
@@ -114,7 +114,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_a_public_name_has_one_home() -> None:
-    """Who greps for a class or a function finds the one. `main` is what a file that is run calls."""
+    """A search for a public class or function finds one definition. `main` is the entry point of scripts."""
     homes: dict[str, list[str]] = {}
     for path in sources():
         for node in parsed(path).body:
@@ -125,7 +125,7 @@ def test_a_public_name_has_one_home() -> None:
 
 def test_no_folder_shadows_another_package() -> None:
     """`platform/__init__.py` would break the standard library's `platform` for Python and every Ray worker."""
-    folders = [ROOT / room for room in (*ROOMS, "recipes", "benchmarks", "docs")]
+    folders = [ROOT / package for package in (*PACKAGES, "recipes", "benchmarks", "docs")]
     folders += [path for path in (ROOT / "tests").rglob("*") if path.is_dir()] + [ROOT / "tests"]
     assert not [folder for folder in folders if (folder / "__init__.py").exists()]
 
@@ -139,7 +139,7 @@ def test_package_list_equals_the_disk() -> None:
 
 
 def test_a_wheel_carries_the_page() -> None:
-    """platform/server/page holds no Python file, so no package stands for it."""
+    """platform/server/page has no Python file, so it is not a package."""
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     carried = {
         path for pattern in data["moray.platform.server"] for path in (ROOT / "platform" / "server").glob(pattern)
@@ -157,7 +157,7 @@ def test_a_wheel_carries_files_beside_the_code() -> None:
 
 
 def runs_later(node: ast.AST) -> bool:
-    """A function's body, or a block for the type checker only."""
+    """Whether a node runs after import: a function's body, or a block for the type checker only."""
     if isinstance(node, ast.If):
         return "TYPE_CHECKING" in ast.dump(node.test)
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -173,8 +173,8 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_kernels_and_models_import_without_ray_deepspeed_and_mlflow() -> None:
     modules = [
         "moray." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for room in ("kernels", "models")
-        for path in sorted((ROOT / room).rglob("*.py"))
+        for package in ("kernels", "models")
+        for path in sorted((ROOT / package).rglob("*.py"))
     ]
     done = run_python(
         "import importlib, sys\n"

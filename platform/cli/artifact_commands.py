@@ -82,7 +82,7 @@ def verify(
     REFERENCE is an alias, STEP/FINGERPRINT (a unique prefix is enough) or a folder (default: all artifacts).
     """
     from moray.platform.core.units import size
-    from moray.platform.store.search import local_artifacts, find_artifact
+    from moray.platform.store.search import find_artifact, local_artifacts
 
     store = _store()
     chosen = [find_artifact(store, reference)] if reference else list(local_artifacts(store))
@@ -186,8 +186,8 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
     """Remove artifacts from this machine, oldest first, until the rest fits the limit.
 
     Keeps pinned and aliased artifacts, artifacts in use by a run, and everything they were made from. Removes local
-    copies of artifacts in the shared root first; never removes artifacts from the shared root. Also removes leftovers of
-    killed runs that are older than a day, in both places.
+    copies of artifacts in the shared root first; never removes artifacts from the shared root. Also removes leftovers
+    of killed runs that are older than a day, in both places.
     """
     from moray.platform.core.units import parse_size, size
     from moray.platform.store.sweep import delete_discarded, free_artifact
@@ -225,9 +225,14 @@ def gc(*, limit: Limit = "10GB", dry_run: DryRun = False, json_: Json = False) -
         out().print(f"{verb} {size(freed)}; {size(kept)} of {size(allowed)} remain", markup=False)
     _print_damaged(damaged, broken)
     if damaged or broken:
-        err().print("a damaged artifact or alias may need any other artifact, so only local copies of shared artifacts are removed")
+        err().print(
+            "a damaged artifact or alias may need any artifact, so only local copies of shared ones are removed"
+        )
     if kept > allowed:
-        err().print(f"still {size(kept - allowed)} over the limit: the remaining artifacts are pinned, aliased or in use", markup=False)
+        err().print(
+            f"still {size(kept - allowed)} over the limit: the remaining artifacts are pinned, aliased or in use",
+            markup=False,
+        )
     return 0
 
 

@@ -17,7 +17,9 @@ def explain_command(
     document: str,
     /,
     *,
-    run: Annotated[str | None, Parameter(help="the run to look in (default: the newest that contains the document)")] = None,
+    run: Annotated[
+        str | None, Parameter(help="the run to look in (default: the newest that contains the document)")
+    ] = None,
     json_: Json = False,
 ) -> int:
     """Trace a document: its source, each step's decision about it, and the document kept in its place.

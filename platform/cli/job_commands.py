@@ -32,7 +32,9 @@ def submit(
     name: str = "",
     priority: Priority = "interactive",
     retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
-    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=(), help="print the log until the job ends")] = False,
+    follow: Annotated[
+        bool, Parameter(name=["--follow", "-f"], negative=(), help="print the log until the job ends")
+    ] = False,
     key: Annotated[str, Parameter(help="idempotency key: submitting twice with the same key queues one job")] = "",
     json_: Json = False,
 ) -> int:
@@ -161,7 +163,7 @@ def _follow(client: Any, job: str, attempt: int | None) -> int:
 
 
 def _print_log(client: Any, job: str, attempt: int | None) -> int:
-    """Prints a job's log as it grows, of all attempts unless one is given; returns the exit code for the job's state."""
+    """Prints a job's log as it grows, of all attempts unless one is given. Returns the job's exit code."""
     number, offset = attempt, 0
     while True:
         part = client.get(f"/api/jobs/{_quoted(job)}/logs", attempt=number, offset=offset)

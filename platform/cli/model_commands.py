@@ -20,7 +20,9 @@ def import_(
     /,
     *,
     name: Annotated[str | None, Parameter(help="name of the model (default: the folder's name)")] = None,
-    precision: Annotated[Literal["as-is", "float32", "bf16", "fp8"], Parameter(help="storage precision; as-is keeps every bit")] = "as-is",
+    precision: Annotated[
+        Literal["as-is", "float32", "bf16", "fp8"], Parameter(help="storage precision; as-is keeps every bit")
+    ] = "as-is",
     json_: Json = False,
 ) -> int:
     """Import a model in the Hugging Face DeepSeek-V3 layout as NAME@newest, to serve it or continue pretraining.

@@ -4,4 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-Overrides = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="override a recipe field: STEP.FIELD=VALUE; may be repeated")]
+Overrides = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="override a recipe field: STEP.FIELD=VALUE; may be repeated"),
+]

@@ -21,7 +21,9 @@ app = App(name="schedule", help="Run recipes on a schedule: cron or a fixed inte
 Cron = Annotated[str | None, Parameter(help='cron expression of five fields, for example "0 2 * * *", or @daily')]
 EveryText = Annotated[str | None, Parameter(name="--every", help="interval: 30m, 6h, 1d, 1h30m")]
 Tz = Annotated[str | None, Parameter(help="time zone, for example Asia/Singapore (default: this machine's)")]
-OverlapChoice = Annotated[Overlap, Parameter(help="action at a tick while an earlier job of the schedule has not ended")]
+OverlapChoice = Annotated[
+    Overlap, Parameter(help="action at a tick while an earlier job of the schedule has not ended")
+]
 CatchupChoice = Annotated[
     Catchup, Parameter(help="which ticks to run after the control plane was down and missed some")
 ]
@@ -102,7 +104,9 @@ def show_schedule(name: str, /, *, json_: Json = False) -> int:
 
 
 @app.command(name="next")
-def next_(name: str, /, *, n: Annotated[int, Parameter(name=["-n", "--n"], help="number of ticks")] = 5, json_: Json = False) -> int:
+def next_(
+    name: str, /, *, n: Annotated[int, Parameter(name=["-n", "--n"], help="number of ticks")] = 5, json_: Json = False
+) -> int:
     """Show the next N ticks, in the schedule's time zone."""
     from moray.platform.client import Client
 

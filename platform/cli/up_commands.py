@@ -17,7 +17,9 @@ Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores for jobs (
 Gpus = Annotated[int | None, Parameter(name="--gpus", help="GPUs for jobs (default: all)")]
 Slots = Annotated[int | None, Parameter(name="--slots", help="concurrent jobs (default: one per four cores)")]
 Port = Annotated[int | None, Parameter(name="--port", help="port of the API and the page (default: 8400)")]
-Foreground = Annotated[bool, Parameter(name="--foreground", negative=(), help="run in the foreground; Ctrl-C stops everything")]
+Foreground = Annotated[
+    bool, Parameter(name="--foreground", negative=(), help="run in the foreground; Ctrl-C stops everything")
+]
 Systemd = Annotated[bool, Parameter(name="--systemd", negative=(), help="print a systemd user unit and exit")]
 
 _cluster = App(name="cluster", help="Start and stop the clusters that jobs run on.", help_format="plaintext")

@@ -19,8 +19,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields the path of an empty temporary file in the folder of `path`, which the block writes and closes. On exit the
-    file is synced and replaces `path`. If the block raises, it is removed and `path` is unchanged."""
+    """Yields the path of an empty temporary file in the folder of `path`, which the block writes and closes. On exit
+    the file is synced and replaces `path`. If the block raises, it is removed and `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

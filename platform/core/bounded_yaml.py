@@ -27,7 +27,7 @@ def compose(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def check_bounds(text: str) -> None:
-    """Raises RecipeError, naming the line, for text that is too large, too deep, too large when expanded, or recursive."""
+    """Raises RecipeError, naming the line, if the text is too large, also when expanded, too deep, or recursive."""
     if len(text) > MOST_BYTES:
         raise RecipeError(f"the YAML has {len(text):,} characters; the limit is {MOST_BYTES:,}", "split it")
     count = _Count()

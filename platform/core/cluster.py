@@ -1,7 +1,8 @@
 """Interfaces to Ray clusters: `Cluster` for a run, `ClusterBackend` for the controller's attempts.
 
-Both are implemented in the `cluster` package. A backend makes no decisions. `submit` and `stop` are idempotent, keyed by
-attempt id. `observe` returns every attempt that the cluster knows, so an attempt that is absent does not exist there.
+Both are implemented in the `cluster` package. A backend makes no decisions. `submit` and `stop` are idempotent, keyed
+by attempt id. `observe` returns every attempt that the cluster knows, so an attempt that is absent does not exist
+there.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class BackendUnreachableError(Exception):
 
 @dataclass(frozen=True)
 class Observed:
-    """The state of an attempt as the cluster reports it. The driver may be dead although the cluster reports it running."""
+    """The state of an attempt as the cluster reports it. A driver reported as running may be dead."""
 
     state: ExecutorState
     detail: str = ""

@@ -18,7 +18,7 @@ class Home:
 
     @classmethod
     def from_environment(cls) -> Home:
-        """Reads `$MORAY_HOME` (default `~/.moray`) and `$MORAY_ARTIFACTS`. Raises InputError if the home is not writable."""
+        """Reads `$MORAY_HOME` (default `~/.moray`) and `$MORAY_ARTIFACTS`. Raises InputError if it is not writable."""
         root = Path(os.environ.get("MORAY_HOME") or Path.home() / ".moray").expanduser().absolute()
         try:
             root.mkdir(parents=True, exist_ok=True)

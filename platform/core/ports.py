@@ -50,7 +50,9 @@ def check_port(host: str, port: int) -> None:
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"port {port} of {host} is in use", f"try --port {free_port(host)}") from error
         if error.errno == errno.EACCES:
-            raise InputError(f"port {port} of {host} requires elevated privileges", f"try --port {free_port(host)}") from error
+            raise InputError(
+                f"port {port} of {host} requires elevated privileges", f"try --port {free_port(host)}"
+            ) from error
         raise InputError(
             f"cannot listen on {host}:{port}: {error.strerror}", "is --host an address of this machine?"
         ) from error

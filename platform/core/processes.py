@@ -47,7 +47,7 @@ def _started_without_proc(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine. `started`, the boot id and start time, tells it apart from others with the same pid."""
+    """A process of this machine. `started` (boot id and start time) distinguishes processes with the same pid."""
 
     pid: int
     started: str

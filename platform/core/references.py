@@ -89,7 +89,9 @@ def resolve(reference: str) -> str:
         with path.open("rb") as file:
             data = file.read(_LONGEST_FILE + 1)
         if len(data) > _LONGEST_FILE:
-            raise _mistake(f"{shown}: the file is larger than {_LONGEST_FILE:,} bytes", "the file must contain only the value")
+            raise _mistake(
+                f"{shown}: the file is larger than {_LONGEST_FILE:,} bytes", "the file must contain only the value"
+            )
         return data.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise _mistake(f"{shown}: {error.strerror}", "the file must contain only the value") from error

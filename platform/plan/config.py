@@ -48,7 +48,9 @@ class StepConfig(BaseModel):
         config = handler(data)
         if isinstance(data, Mapping):
             names = {field.alias or name: name for name, field in cls.model_fields.items() if is_operational(field)}
-            config._written |= {names[key]: value for key, value in data.items() if key in names and references_in(value)}
+            config._written |= {
+                names[key]: value for key, value in data.items() if key in names and references_in(value)
+            }
         return config
 
     @model_serializer(mode="wrap")

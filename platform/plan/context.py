@@ -59,7 +59,7 @@ class StepContext(Generic[ConfigT]):
         return self.run / "logs" / f"{self.step}.{name}.txt"
 
     def write_log(self, name: str, text: str) -> None:
-        """Writes a log to the run's folder. On a full disk it is dropped, so that it does not hide the original error."""
+        """Writes a log to the run's folder. On a full disk it is dropped; the original error matters more."""
         try:
             write_text(self.log_path(name), self.events.redact(text))
         except OSError as error:

@@ -33,8 +33,8 @@ def links(store: ArtifactStore, name: str) -> Iterator[Artifact]:
 
 
 def earlier(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str]) -> Artifact | None:
-    """Returns the artifact that a step with these inputs (name -> fingerprint) continues from: the newest link, or, if a
-    link was already made from these inputs, its predecessor. Raises RecipeError if the step cannot continue from it."""
+    """Returns the artifact that a step with these inputs (name -> fingerprint) continues from: the newest link, or, if
+    a link was already made from these inputs, its predecessor. Raises RecipeError if the step cannot follow."""
     name = planned.step.chain(planned.config)
     if not name:
         return None
@@ -52,7 +52,7 @@ def earlier(store: ArtifactStore, planned: PlannedStep, inputs: Mapping[str, str
 
 
 def advance(store: ArtifactStore, home: Home, name: str, artifact: Artifact) -> None:
-    """Appends an artifact to its chain, unless it is already a link. Raises StepFailed if another run appended first."""
+    """Appends an artifact to its chain, unless it is a link already. Raises StepFailed if another run was first."""
     home.aliases.mkdir(parents=True, exist_ok=True)
     with (home.aliases / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

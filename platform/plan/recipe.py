@@ -139,10 +139,10 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
         raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     except RecipeError as error:
         raise RecipeError(f"{path}: {error.message}", error.hint) from error
-    except (ValueError, TypeError, OverflowError) as error:  # a number of 5,000 digits, a date that is none
+    except (ValueError, TypeError, OverflowError) as error:  # a number of 5,000 digits, an invalid date
         raise RecipeError(f"{path}: a value cannot be read: {error}") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping with `name` and `steps`")
+        raise RecipeError(f"{path}:1: a recipe must be a mapping with `name` and `steps`")
     for override in overrides:
         _override(raw, override)
     try:
@@ -159,8 +159,8 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
 
 
 def listed_steps(text: str) -> dict[str, tuple[str, dict[str, str]]]:
-    """Returns step key -> (uses, inputs), in file order. Ignores everything else, because the recipe may be from another
-    version of Moray. Empty if the text cannot be parsed."""
+    """Returns step key -> (uses, inputs), in file order. Ignores everything else, because the recipe may be from
+    another version of Moray. Empty if the text cannot be parsed."""
     try:
         _, raw = bounded_yaml.compose(text)
         return {

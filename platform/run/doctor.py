@@ -117,7 +117,9 @@ def _home() -> Finding:
     detail = f"{home.root}, {free / GIB:.1f} GiB free"
     if free >= 2 * GIB:
         return Finding("home", "ok", detail)
-    return Finding("home", "fail" if free < GIB // 2 else "warn", detail, "free disk space, or set MORAY_HOME to another disk")
+    return Finding(
+        "home", "fail" if free < GIB // 2 else "warn", detail, "free disk space, or set MORAY_HOME to another disk"
+    )
 
 
 def _shared_memory() -> Finding:
@@ -128,7 +130,9 @@ def _shared_memory() -> Finding:
     detail = f"/dev/shm, {free / GIB:.2f} GiB free"
     if free >= GIB // 4:
         return Finding("shared memory", "ok", detail)
-    return Finding("shared memory", "warn", detail, "increase it (containers: --shm-size=1g); otherwise Ray uses the disk")
+    return Finding(
+        "shared memory", "warn", detail, "increase it (containers: --shm-size=1g); otherwise Ray uses the disk"
+    )
 
 
 def _loopback() -> Finding:

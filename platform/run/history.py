@@ -76,7 +76,10 @@ def find_run(home: Home, name: str) -> RunRow:
     if not matches:
         raise InputError(f"unknown run {name!r}", nearest(name, folders))
     if len(matches) > 1:
-        raise InputError(f"{name!r} matches {len(matches)} runs", f"give a longer part of the name: {', '.join(sorted(matches)[-3:])}")
+        raise InputError(
+            f"{name!r} matches {len(matches)} runs",
+            f"give a longer part of the name: {', '.join(sorted(matches)[-3:])}",
+        )
     if store.remote is not None and not folders[matches[0]].exists():
         store.remote.pull_run(matches[0], folders[matches[0]])
     run = _read(folders[matches[0]])
@@ -89,7 +92,7 @@ def find_run(home: Home, name: str) -> RunRow:
 
 
 def in_use(home: Home) -> set[str]:
-    """Fingerprints of the steps of active runs: later steps may read them although no manifest names them as inputs yet."""
+    """Fingerprints of active runs' steps: later steps may read them, though no manifest names them as inputs yet."""
     working = bool(leased(ArtifactStore(home)))
     found: set[str] = set()
     for path in _folders(home):

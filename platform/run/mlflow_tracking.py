@@ -34,8 +34,8 @@ class Registered:
 
 
 def database_uri(home: Home) -> str:
-    """SQLAlchemy URI of MLflow's database, quoted because a path may contain `#`, `?` and `%`. The URI names the driver;
-    without it MLflow would also create a folder at the quoted path."""
+    """SQLAlchemy URI of MLflow's database, quoted because a path may contain `#`, `?` and `%`. The URI names the
+    driver; without it MLflow would also create a folder at the quoted path."""
     return f"sqlite+pysqlite:///{quote(str(home.mlflow_db))}"
 
 
@@ -48,7 +48,7 @@ def register_model(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> Registered:
-    """Logs a run with its curves and final values, and registers `source` as a new version of `name`, alias `newest`."""
+    """Logs a run with its curves and final values; registers `source` as the version `newest` of `name`."""
     with _client(home) as client:
         experiment = client.get_experiment_by_name(EXPERIMENT)
         experiment_id = (

@@ -1,4 +1,5 @@
-"""Runs a recipe. For each step: compute the fingerprint, reuse an existing artifact or run the step, write the manifest.
+"""Runs a recipe. For each step: compute the fingerprint, reuse an existing artifact or run the step, write the
+manifest.
 
 Every fingerprint is known before anything starts, so `plan` and `run` decide by the same function, `plan_steps`. A
 running step holds a lease; a concurrent run of the same work waits for it and reuses the result. When a run ends

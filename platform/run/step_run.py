@@ -216,7 +216,7 @@ def mid_run() -> Iterator[None]:
 
 @contextmanager
 def _explained(context: StepContext[Any]) -> Iterator[None]:
-    """Converts other exceptions to StepFailed, with the traceback in a file. For a full disk, sets the matching hint."""
+    """Converts other exceptions to StepFailed, with the traceback in a file. Sets the hint for a full disk."""
     try:
         yield
     except Cancelled:

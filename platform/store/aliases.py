@@ -26,7 +26,7 @@ class Aliases:
         write_text(self._folder / f"{name}@{version}", reference + "\n")
 
     def drop(self, alias: str) -> None:
-        """Removes `name@version`, also in the shared root; keeps the artifact. Raises InputError if the alias is unknown."""
+        """Removes `name@version`, also in the shared root; keeps the artifact. Raises InputError if it is unknown."""
         known = self._all()
         if alias not in known:
             raise InputError(f"unknown alias {alias!r}", nearest(alias, known))
@@ -39,7 +39,7 @@ class Aliases:
             raise InputError(f"{path}: {error.strerror}", "the path is not an alias file: move it away") from error
 
     def all(self) -> dict[str, str]:
-        """Returns `name@version` -> `step/fingerprint`, without damaged aliases. The shared root overrides local ones."""
+        """Returns `name@version` -> `step/fingerprint`, without damaged ones. The shared root overrides local aliases."""
         return {alias: target for alias, target in self._all().items() if target}
 
     def damaged(self) -> list[str]:

@@ -134,7 +134,7 @@ class ArtifactStore:
         return [*self._damaged.values(), *(self.remote.damaged.values() if self.remote else ())]
 
     def prepare(self, step: str, fingerprint: str, keep_leftovers: bool) -> Path:
-        """Creates the folder a step writes to; empty unless `keep_leftovers`, for a step that resumes a killed attempt."""
+        """Creates a step's output folder, empty unless `keep_leftovers` (for resuming a killed attempt)."""
         folder = self.folder(step, fingerprint)
         if folder.exists() and not keep_leftovers:
             shutil.rmtree(folder)
@@ -206,7 +206,7 @@ class ArtifactStore:
         return Artifact(self.folder(step, fingerprint), shared.local(), self.remote.address(shared))
 
     def _pull(self, shared: SharedManifest, progress: Progress) -> Artifact:
-        """Downloads an artifact while its lease is held: into a temporary folder, verified, then renamed, manifest last."""
+        """Downloads an artifact (the lease is held) to a temporary folder, verifies and renames it; manifest last."""
         assert self.remote is not None
         folder = self.folder(shared.step, shared.fingerprint)
         for partial_download in folder.parent.glob(f".{shared.fingerprint}{PULLED}*"):
@@ -221,7 +221,9 @@ class ArtifactStore:
             if not is_full(error):
                 raise
             artifact = f"{shared.step}/{shared.fingerprint[:8]} ({size(shared.bytes)})"
-            raise InputError(f"not enough disk space in {self.root} for {artifact}", "free some: moray artifacts gc") from error
+            raise InputError(
+                f"not enough disk space in {self.root} for {artifact}", "free some: moray artifacts gc"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return self._seal(shared.local())

@@ -50,7 +50,10 @@ _ENDPOINT = "check AWS_ENDPOINT_URL, and that no proxy with a login page is in b
 _CREDENTIALS = ("invalid credentials", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN")
 _CLOCK = ("the clock of this machine differs from the server's", "set the clock")
 _ACCOUNT = ("the account of these credentials is disabled", "contact its owner")
-_REGION = ("the bucket is in another region", "set AWS_DEFAULT_REGION to that region, or AWS_ENDPOINT_URL to its server")
+_REGION = (
+    "the bucket is in another region",
+    "set AWS_DEFAULT_REGION to that region, or AWS_ENDPOINT_URL to its server",
+)
 _ROOT_ERRORS = {
     "InvalidAccessKeyId": _CREDENTIALS, "SignatureDoesNotMatch": _CREDENTIALS, "ExpiredToken": _CREDENTIALS,
     "InvalidToken": _CREDENTIALS, "RequestTimeTooSkewed": _CLOCK, "RequestExpired": _CLOCK,
@@ -124,7 +127,7 @@ class Bucket:
                 raise
 
     def read_range(self, key: str, begin: int, end: int, etag: str = "") -> bytes:
-        """Returns bytes [begin, end) of an object. With an ETag, raises InputError if the object has another version."""
+        """Returns bytes [begin, end) of an object. With an ETag, raises InputError for any other version."""
         only = {"IfMatch": etag} if etag else {}
         with self._translated_errors(key):
             data = self._body(key, Range=f"bytes={begin}-{end - 1}", **only)
@@ -199,7 +202,7 @@ class Bucket:
                         )
 
     def upload(self, folder: Path, files: Sequence[FileEntry], prefix: str, progress: Progress) -> None:
-        """Uploads files of a folder to objects below `prefix`. The server rejects data that does not match its SHA-256."""
+        """Uploads files of a folder to objects below `prefix`. The server checks each SHA-256."""
 
         def start(manager: TransferManager, entry: FileEntry, watcher: _Watcher) -> Any:
             key = f"{self._prefix}{prefix}/{entry.path}"
@@ -326,8 +329,8 @@ class _Watcher(BaseSubscriber):
 
 
 def _checksum(entry: FileEntry) -> dict[str, str]:
-    """The checksum arguments of an upload. S3 checks a whole object's SHA-256 only for single-part uploads; with several
-    parts, each part has its own checksum."""
+    """The checksum arguments of an upload. S3 checks a whole object's SHA-256 only for single-part uploads; with
+    several parts, each part has its own checksum."""
     if entry.size >= _PART:
         return {"ChecksumAlgorithm": "SHA256"}
     return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(entry.sha256)).decode()}

@@ -90,7 +90,7 @@ class RemoteArtifacts:
         return winner
 
     def pull(self, manifest: SharedManifest, folder: Path, progress: Progress) -> None:
-        """Downloads an artifact to the empty `folder`. Raises InputError naming an object that is missing, short or corrupt."""
+        """Downloads an artifact to the empty `folder`. Raises InputError for a missing, short or corrupt object."""
         place = f"{manifest.step}/{manifest.fingerprint}/{manifest.objects}"
         for entry in manifest.files:
             if not (folder / entry.path).resolve().is_relative_to(folder.resolve()):
@@ -126,7 +126,7 @@ class RemoteArtifacts:
         self._bucket.delete([item.key for item in self._bucket.objects(f"{step}/{fingerprint}/")])
 
     def leftovers(self, before: float) -> dict[str, list[Stored]]:
-        """Returns writers' folders that no manifest names and whose newest object is older than a time -> their objects."""
+        """Returns writers' folders that no manifest names and that are older than a time -> their objects."""
         found: dict[str, list[Stored]] = {}
         for step in self.steps():
             for item in self._bucket.objects(f"{step}/"):
@@ -180,7 +180,9 @@ class RemoteArtifacts:
         sizes = {item.key.removeprefix(place): item.size for item in self._bucket.objects(place)}
         for entry in manifest.files:
             if sizes.get(entry.path) != entry.size:
-                raise InputError(f"{self.url}/{place}{entry.path} was not uploaded completely", "run again to upload it again")
+                raise InputError(
+                    f"{self.url}/{place}{entry.path} was not uploaded completely", "run again to upload it again"
+                )
 
     def _is_named(self, place: str) -> bool:
         step, fingerprint, writer = place.split("/")

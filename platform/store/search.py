@@ -40,7 +40,9 @@ def newest_artifact(store: ArtifactStore, step: str) -> Artifact | None:
 
 def local_artifact(store: ArtifactStore, fingerprint: str) -> Artifact | None:
     """Returns the artifact of any step with this full fingerprint, if its files are on this machine."""
-    return next((a for step in local_steps(store) if fingerprint and (a := store.local_or_none(step, fingerprint))), None)
+    return next(
+        (a for step in local_steps(store) if fingerprint and (a := store.local_or_none(step, fingerprint))), None
+    )
 
 
 def artifact_by_fingerprint(store: ArtifactStore, fingerprint: str) -> Artifact | None:
@@ -59,7 +61,9 @@ def find_artifact(store: ArtifactStore, reference: str) -> Artifact:
     """
     aliases = store.aliases.all()
     if "@" in reference and reference not in aliases and reference in store.aliases.damaged():
-        raise InputError(f"alias {reference} is damaged: it names no artifact", f"remove it: moray artifacts unalias {reference}")
+        raise InputError(
+            f"alias {reference} is damaged: it names no artifact", f"remove it: moray artifacts unalias {reference}"
+        )
     step, fingerprint = _step_and_prefix(aliases.get(reference, reference))
     matches = {a.fingerprint: a for a in _shared_of(store, step, fingerprint)} if fingerprint else {}
     local = artifacts_of(store, step)

@@ -49,7 +49,9 @@ def check_sizes(folder: Path, manifest: Manifest, shared: Callable[[], bool]) ->
         reference = f"{manifest.step}/{manifest.fingerprint}"
         raise InputError(
             f"{folder / change.path} {change.problem}: artifact {reference} was changed after it was made",
-            f"delete {folder}; it will be downloaded again" if shared() else f"moray artifacts rm {reference}, then run again",
+            f"delete {folder}; it will be downloaded again"
+            if shared()
+            else f"moray artifacts rm {reference}, then run again",
         )
 
 

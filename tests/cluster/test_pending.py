@@ -143,7 +143,11 @@ def test_a_step_that_asks_for_too_much_warns_the_user(ray_cluster: Cluster, home
     )
     notes = [(event.step, event.level, event.text) for event in seen if isinstance(event, NoteEvent)]
     assert notes == [
-        ("s0", "warning", "cannot be scheduled: it needs 64 CPU, but the cluster has 2 CPU; request less or add machines")
+        (
+            "s0",
+            "warning",
+            "cannot be scheduled: it needs 64 CPU, but the cluster has 2 CPU; request less or add machines",
+        )
     ]
 
 
@@ -167,7 +171,9 @@ def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Clust
     made = recipe("a", during=ask)
     planned = made.steps[0].__class__("s0", OnRay(ask), made.steps[0].config, {})
     wanted = made.__class__("chain", Path("chain.yaml"), (planned,), "name: chain\n")
-    with pytest.raises(InputError, match=r"step 's0': cannot be scheduled: it needs 2\.0001 CPU, but the cluster has 2"):
+    with pytest.raises(
+        InputError, match=r"step 's0': cannot be scheduled: it needs 2\.0001 CPU, but the cluster has 2"
+    ):
         Runner(home, Alone(ray_cluster.topology())).run(wanted)
 
 

@@ -17,7 +17,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.context import StepContext
 from moray.platform.run.history import list_runs
 from moray.platform.store.artifacts import ArtifactStore
-from moray.platform.store.search import local_artifacts, artifacts_of
+from moray.platform.store.search import artifacts_of, local_artifacts
 from tests.conftest import Flow
 from tests.faults.test_kill import (
     STEPS,

@@ -38,7 +38,7 @@ def test_a_port_that_somebody_takes_in_the_meantime_is_one_clear_error(ray_clust
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", free_port()))
         listener.listen()
-        with pytest.raises(InputError, match="is taken"):
+        with pytest.raises(InputError, match="is in use"):
             deploy(folder, "tiny", "127.0.0.1", listener.getsockname()[1])
     assert capfd.readouterr() == ("", "")
 

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy
 
 from moray.cluster.local import short_folder
-from moray.cluster.machine import usable_by_ray, ray_environment
+from moray.cluster.machine import ray_environment, usable_by_ray
 from moray.platform.cli import job_commands
 from moray.platform.control.database import Database
 from moray.platform.control.up import systemd_unit
@@ -81,7 +81,7 @@ def test_a_port_in_use_is_named_with_a_free_one(home: Home) -> None:
         done = moray(home, "up", "--port", str(port))
     assert done.returncode == 2
     error, hint = done.stderr.splitlines()
-    assert error == f"error: port {port} of 127.0.0.1 is taken"
+    assert error == f"error: port {port} of 127.0.0.1 is in use"
     assert hint.startswith("hint: try --port ")
     assert not (home.up / "state.json").exists()
 

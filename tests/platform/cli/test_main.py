@@ -69,7 +69,7 @@ def test_plan_as_json_lists_every_step(tmp_path: Path) -> None:
         (["plan", "quickstart", "--set", "pretrain.model.hiden_size=1"], "unknown field", "'hidden_size'"),
         (["plan", "quickstart", "--set", "pretrain.model.n_group=3"], "n_group", ""),
         (["plan", "quickstart", "--set", "pretrain.workers=3"], "workers", ""),
-        (["serve", "nothing@newest"], "no artifact 'nothing@newest'", ""),
+        (["serve", "nothing@newest"], "unknown artifact 'nothing@newest'", ""),
         (["serve", "/tmp"], "/tmp has no config.json", "Hugging Face"),
     ],
 )

@@ -17,7 +17,7 @@ def test_a_taken_port_is_named_and_a_free_one_hinted():
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken") as refused:
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is in use") as refused:
             check_port("127.0.0.1", port)
     free = int(refused.value.hint.split()[-1])
     assert free != port

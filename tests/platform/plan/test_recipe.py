@@ -67,12 +67,12 @@ def test_set_overrides_a_field_and_reaches_into_lists(folder: Path) -> None:
         ("uses: filter", "uses: fliter", "demo.yaml:12: steps.again.uses: unknown step 'fliter'", "'filter'"),
         ("documents: corpus", "documents: corpse", "unknown step 'corpse'", "'corpus'"),
         ("documents: corpus", "document: corpus", "'filter' has no input 'document'", "'documents'"),
-        ("inputs: {documents: corpus}", "inputs: {}", "needs the input 'documents'", "add `documents: STEP`"),
+        ("inputs: {documents: corpus}", "inputs: {}", "requires input 'documents'", "add `documents: STEP`"),
         ("documents: corpus", "documents: again", "steps form a cycle", "remove"),
         ("include:", "inclde:", "unknown field", "'include'"),
         ('"*.txt"', '"*.xyz"', "no file matches", "include"),
         ("path: %s", "path: /nowhere/at/all", "does not exist", "path"),
-        ("path: %s", "path: '${env:MORAY_NOT_SET}'", "has no MORAY_NOT_SET", "export"),
+        ("path: %s", "path: '${env:MORAY_NOT_SET}'", "MORAY_NOT_SET is not set", "export"),
         ("path: %s", "path: '${python:stdlb}'", "unknown reference", "'python:stdlib'"),
         ("name: demo", "name: Demo Recipe", "demo.yaml:2: name", ""),
         ("steps:", "stesp:", "unknown field", "'steps'"),
@@ -105,7 +105,7 @@ def test_a_bad_override_is_named(folder: Path, override: str, where: str) -> Non
 
 def test_an_input_must_be_of_the_kind_the_step_takes(folder: Path) -> None:
     text = DATA + "      tokenizer:\n        inputs: {documents: filter}\n"
-    assert "makes documents, but 'documents' takes split-documents" in mistake(text, folder).message
+    assert "produces documents, but 'documents' takes split-documents" in mistake(text, folder).message
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "just text", "[1, 2]"])
 def test_what_is_not_a_mapping_is_refused(text: str, folder: Path) -> None:
-    assert "a recipe is a mapping" in mistake(text, folder).message
+    assert "a recipe must be a mapping" in mistake(text, folder).message
 
 
 def test_no_step_takes_a_negative_seed() -> None:

@@ -146,9 +146,9 @@ def test_a_run_of_another_version_is_listed_as_unreadable(moray: Shell) -> None:
     ("arguments", "error", "hint"),
     [
         (["runs", "lsit"], "unknown command 'lsit'", "did you mean 'list'?"),
-        (["runs", "show", "nothing"], "no run 'nothing'", ""),
+        (["runs", "show", "nothing"], "unknown run 'nothing'", ""),
         (["runs", "show", "chain"], "matches 2 runs", "give a longer part"),
-        (["artifacts", "pin", "write/zz"], "no artifact 'write/zz'", ""),
+        (["artifacts", "pin", "write/zz"], "unknown artifact 'write/zz'", ""),
         (["artifacts", "gc", "--limit", "much"], "invalid size 'much'", "10GB"),
     ],
 )

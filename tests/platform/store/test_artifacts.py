@@ -71,7 +71,7 @@ def test_an_ambiguous_prefix_is_refused(home: Home) -> None:
     for fingerprint in ("ab" * 16, "ac" * 16):
         store.prepare("filter", fingerprint, keep_leftovers=False)
         store.commit(manifest(fingerprint=fingerprint))
-    with pytest.raises(InputError, match="names 2 artifacts"):
+    with pytest.raises(InputError, match="matches 2 artifacts"):
         find_artifact(store, "filter/a")
 
 

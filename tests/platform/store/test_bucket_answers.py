@@ -67,13 +67,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Answering]]:
 @pytest.mark.parametrize(
     ("status", "body", "location", "words"),
     [
-        (200, b"<html><body>please log in</body></html>", "", "no S3 server"),
-        (200, b"", "", "no S3 server"),
+        (200, b"<html><body>please log in</body></html>", "", "not from an S3 server"),
+        (200, b"", "", "not from an S3 server"),
         (301, b"", "", "redirects"),
         (302, b"", "https://login.example/", "redirects"),
         (301, refusal("PermanentRedirect"), "", "another region|redirects"),
         (403, refusal("RequestTimeTooSkewed"), "", "clock of this machine"),
-        (403, refusal("AccountProblem"), "", "account .* closed"),
+        (403, refusal("AccountProblem"), "", "account .* disabled"),
         (403, refusal("AccessDenied"), "", "access denied"),
         (404, b"<html>", "", "HTTP 404"),
     ],

@@ -14,7 +14,7 @@ from moray.platform.core.home import Home
 from moray.platform.store import verify
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import MANIFEST, DamagedError, hash_folder
-from moray.platform.store.search import artifact_by_fingerprint, local_artifacts, find_artifact, newest_artifact
+from moray.platform.store.search import artifact_by_fingerprint, find_artifact, local_artifacts, newest_artifact
 from moray.platform.store.sweep import remove_artifact
 from moray.platform.store.verify import Change, changes, check_sizes
 from tests.platform.store.test_artifacts import manifest
@@ -153,7 +153,10 @@ def test_verify_finds_what_was_changed_behind_its_back(
     assert changed(store, hashes=True) == [Change("data", "has different contents")]
     data.write_text("words")
     (data.parent / "more").write_text("")
-    assert changed(store, hashes=False) == [Change("data", "has 5 B instead of 7 B"), Change("more", "is not in the manifest")]
+    assert changed(store, hashes=False) == [
+        Change("data", "has 5 B instead of 7 B"),
+        Change("more", "is not in the manifest"),
+    ]
     with pytest.raises(InputError, match="has 5 B instead of 7 B"):
         check_sizes(data.parent, other(store).manifest, lambda: False)
     monkeypatch.setattr(verify, "hash_file", unreadable)

@@ -29,7 +29,7 @@ from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.bucket import Bucket
 from moray.platform.store.lease import Lease
 from moray.platform.store.manifest import MANIFEST, DamagedError, hash_folder
-from moray.platform.store.search import local_artifacts, find_artifact, shared_artifacts
+from moray.platform.store.search import find_artifact, local_artifacts, shared_artifacts
 from moray.platform.store.sweep import remove_artifact
 from tests.faults.test_kill import wait_for
 from tests.platform.run.test_history import Shell
@@ -324,7 +324,7 @@ def test_what_is_wrong_with_a_root_is_said_before_anything_starts(
     home: Home, s3: Any, monkeypatch: pytest.MonkeyPatch, through: Callable[[Fault], Any]
 ) -> None:
     shared = f"s3://{BUCKET}/root"
-    assert "there is no bucket 'nobodys'" in refused(Home(home.root, "s3://nobodys/root")).message
+    assert "bucket 'nobodys' does not exist" in refused(Home(home.root, "s3://nobodys/root")).message
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
         patch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -333,7 +333,7 @@ def test_what_is_wrong_with_a_root_is_said_before_anything_starts(
         assert "no credentials" in refused(Home(home.root, shared)).message
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        assert "does not answer" in refused(Home(home.root, shared)).message
+        assert "does not respond" in refused(Home(home.root, shared)).message
     for code, words in (("AccessDenied", "access denied"), ("InvalidAccessKeyId", "invalid credentials")):
         with through(lambda request, code=code: (403, f"<Error><Code>{code}</Code></Error>")):  # type: ignore[misc]
             assert words in refused(Home(home.root, shared)).message
