@@ -24,7 +24,7 @@ def explain_change(address: Address, newest: Artifact | None) -> str:
     found = [f"input {name} changed" for name, value in address.inputs.items() if old["inputs"].get(name) != value]
     found += _external(old["external"], address)
     found += [str(difference) for difference in differences(old["config"], address.config)]
-    return "; ".join(found[:_SHOWN]) or "artifact was removed"
+    return "; ".join(found[:_SHOWN]) or "its artifact was removed"
 
 
 def _external(old: Mapping[str, Any], address: Address) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Aliases:
             raise InputError(f"{path}: {error.strerror}", "the path is not an alias file: move it away") from error
 
     def all(self) -> dict[str, str]:
-        """Returns `name@version` -> `step/fingerprint`, without damaged ones. The shared root overrides local aliases."""
+        """Returns `name@version` -> `step/fingerprint`, without damaged ones; the shared root overrides local ones."""
         return {alias: target for alias, target in self._all().items() if target}
 
     def damaged(self) -> list[str]:

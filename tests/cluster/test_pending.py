@@ -37,7 +37,7 @@ def test_what_can_never_be_placed_is_said_at_once_and_once() -> None:
     assert text == "cannot be scheduled: it needs 64 CPU, but the cluster has 2 CPU; request less or add machines"
     assert report.update(1.0, {task(CPU=64.0): 3}, [TWO]) == []
     ((text, _),) = report.update(2.0, {task(GPU=1.0): 1}, [TWO])
-    assert "it needs 1 GPU, the cluster has 0 GPU" in text
+    assert "it needs 1 GPU, but the cluster has 0 GPU" in text
 
 
 def test_sums_of_fractions_that_fit_are_no_demand_that_can_never_start() -> None:

@@ -238,7 +238,7 @@ def test_the_commands(server: Server, client: Client, capsys: pytest.CaptureFixt
     assert schedule(capsys, "pause", "nightly") == "nightly: paused\n"
     assert "moray schedule resume nightly" in schedule(capsys, "next", "nightly")
     assert "02:00" in schedule(capsys, "resume", "nightly")
-    assert schedule(capsys, "rm", "nightly") == "removed nightly; its jobs stay\n"
+    assert schedule(capsys, "rm", "nightly") == "removed nightly; its jobs are kept\n"
     assert client.get("/api/schedules") == []
 
 

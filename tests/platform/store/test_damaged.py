@@ -127,7 +127,7 @@ def test_a_damaged_alias_costs_itself(store: ArtifactStore, home: Home, content:
     assert store.aliases.damaged() == ["bad@newest", "folder@newest"]
     with pytest.raises(InputError, match="alias bad@newest is damaged") as caught:
         find_artifact(store, "bad@newest")
-    assert caught.value.hint == "moray artifacts unalias bad@newest"
+    assert caught.value.hint == "remove it: moray artifacts unalias bad@newest"
     store.aliases.drop("bad@newest")
     assert store.aliases.damaged() == ["folder@newest"]
     with pytest.raises(InputError, match="folder@newest"):
