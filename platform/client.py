@@ -22,7 +22,7 @@ _TIMEOUT_SECONDS = 60.0  # of one request
 
 
 class UnreachableError(StepFailed):
-    """The control plane does not answer."""
+    """The control plane does not respond."""
 
 
 class Client:

@@ -29,7 +29,7 @@ def submit(
     /,
     *,
     set_: Overrides = None,
-    name: str = "",
+    name: Annotated[str, Parameter(help="name of the job (default: the recipe's)")] = "",
     priority: Priority = "interactive",
     retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
     follow: Annotated[
@@ -59,7 +59,7 @@ def submit(
 def list_jobs(
     *,
     state: Annotated[list[str] | None, Parameter(negative=(), help="only jobs in this state; may be repeated")] = None,
-    limit: int = 20,
+    limit: Annotated[int, Parameter(help="maximum number of jobs")] = 20,
     json_: Json = False,
 ) -> int:
     """List jobs, newest first."""

@@ -110,8 +110,8 @@ def serve(
     model: str,
     /,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: Annotated[str, Parameter(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="port to listen on")] = 8000,
     cpus: Cpus = None,
 ) -> int:
     """Serve a model over an OpenAI-compatible HTTP API until Ctrl-C.

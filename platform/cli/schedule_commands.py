@@ -41,7 +41,7 @@ def add(
     tz: Tz = None,
     set_: Overrides = None,
     priority: Priority = "batch",
-    retries: int = 0,
+    retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
     overlap: OverlapChoice = "skip",
     catchup: CatchupChoice = "none",
     json_: Json = False,

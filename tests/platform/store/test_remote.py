@@ -364,7 +364,7 @@ def test_the_doctor_looks_at_the_root_when_there_is_one(
     assert {found.name: found.state for found in doctor.examine()}["artifact root"] == "ok"
     monkeypatch.setenv("MORAY_ARTIFACTS", "s3://nobodys")
     (found,) = [found for found in doctor.examine() if found.name == "artifact root"]
-    assert (found.state, "no bucket" in found.detail) == ("fail", True)
+    assert (found.state, "does not exist" in found.detail) == ("fail", True)
 
 
 def test_list_gc_and_rm_know_where_things_are(
@@ -442,7 +442,7 @@ def test_a_run_whose_folder_cannot_be_copied_says_so_and_ends_as_it_would(
         _, events = run(machines("one"), recipe("a"))
     notes = [event.text for event in events if isinstance(event, NoteEvent)]
     assert len(notes) == 1
-    assert notes[0].startswith("the run's folder is not copied")
+    assert notes[0].startswith("the run's folder was not copied")
 
 
 def test_large_files_travel_in_parts_and_report_progress(
