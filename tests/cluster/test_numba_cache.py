@@ -1,4 +1,4 @@
-"""The cache of compiled functions: an edit of what they are made of gives another folder, any other edit does not."""
+"""numba's cache folder changes with the source of compiled functions, and with nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moray.cluster.numba_cache import compiled_files, numba_cache
 from tests.checkout import ROOT
 
 
-def test_every_file_with_a_compiled_function_counts_and_what_it_imports_and_no_other() -> None:
+def test_the_hash_covers_files_with_compiled_functions_and_their_imports_only() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in compiled_files().values()}
     decorated = {
         path.relative_to(ROOT).as_posix()

@@ -1,4 +1,4 @@
-"""What Ray cannot place is said, once, with what is lacking."""
+"""Requests that Ray cannot place are reported once, with the missing resources."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def task(**resources: float) -> Demand:
     return Demand((tuple(sorted(resources.items())),))
 
 
-def test_what_can_never_be_placed_is_said_at_once_and_once() -> None:
+def test_an_unsatisfiable_demand_is_reported_once_and_immediately() -> None:
     report = PendingReport(15.0)
     ((text, unsatisfiable),) = report.update(0.0, {task(CPU=64.0): 3}, [TWO])
     assert unsatisfiable
@@ -60,7 +60,7 @@ def test_machines_count_one_by_one_unless_a_group_may_spread() -> None:
     assert PendingReport(15.0).update(0.0, {Demand((bundle,) * 3, together=True): 1}, machines) != []
 
 
-def test_waiting_for_room_is_said_after_a_while_unless_it_moves() -> None:
+def test_a_waiting_demand_is_reported_after_a_delay_unless_its_count_falls() -> None:
     report = PendingReport(15.0)
     for now, count in ((0.0, 9), (10.0, 9), (14.0, 8), (28.0, 8)):
         assert report.update(now, {task(CPU=1.0): count}, [TWO]) == []
@@ -74,7 +74,7 @@ def test_waiting_for_room_is_said_after_a_while_unless_it_moves() -> None:
     assert text == "waiting for 900 MB memory: 0 B of 8 GB memory in use"
 
 
-def test_nothing_is_said_of_a_cluster_without_machines_yet() -> None:
+def test_a_cluster_without_machines_reports_nothing() -> None:
     report = PendingReport(15.0)
     assert report.update(0.0, {task(CPU=1.0): 1}, []) == []
     assert report.update(60.0, {task(CPU=1.0): 1}, [TWO]) != []
@@ -157,7 +157,7 @@ class Alone(Watched):
     fixed = True
 
 
-def test_on_a_ray_of_its_own_what_can_never_start_is_an_error(ray_cluster: Cluster, home: Home) -> None:
+def test_an_unsatisfiable_demand_is_an_error_on_an_embedded_cluster(ray_cluster: Cluster, home: Home) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 

@@ -25,7 +25,7 @@ def folder(model, tokenizer, tmp_path) -> Path:
 
 
 def test_a_folder_that_is_no_model_is_refused_before_ray_is_asked(tmp_path):
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(InputError, match=r"holds no config\.json"):
         deploy(tmp_path, "none", port=1)
 
 

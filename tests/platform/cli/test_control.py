@@ -1,4 +1,4 @@
-"""The control plane's commands where there is no control plane, and with bad input: one error, one hint, exit 2."""
+"""The control plane's commands without a control plane, and with bad input: one error, one hint, exit 2."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_port_in_use_is_named_with_a_free_one(home: Home) -> None:
     assert not (home.up / "state.json").exists()
 
 
-def test_a_control_plane_that_is_down_is_said_at_once(home: Home) -> None:
+def test_a_stopped_control_plane_is_reported_immediately(home: Home) -> None:
     home.up.mkdir()
     cluster = {
         "ray_port": 1, "dashboard_port": 1, "client_port": 1, "cpus": 1, "gpus": 0, "memory_bytes": 1, "slots": 1,

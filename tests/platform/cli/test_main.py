@@ -1,4 +1,4 @@
-"""The command line as people use it: exit codes, `error:` and `hint:` lines, what goes to stdout."""
+"""The command line: exit codes, `error:` and `hint:` lines, and the contents of stdout."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_value_of_name_is_no_option() -> None:
     assert _with_names(["submit", "--name"]) == ["submit", "--name"]
 
 
-def test_a_folder_that_is_gone_is_one_error(tmp_path: Path) -> None:
+def test_a_removed_current_folder_is_one_error(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     command = f"rmdir {gone}; exec {sys.executable} {ROOT / 'moray.py'} plan quickstart"

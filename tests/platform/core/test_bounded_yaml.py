@@ -1,4 +1,4 @@
-"""YAML from outside is bounded in depth, size and what it unfolds to, before anything walks it."""
+"""Untrusted YAML is bounded in depth, size and alias expansion before it is parsed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def laughs(levels: int) -> str:
         ("a: !!binary aGVsbG8=", "!!binary"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(text: str, says: str) -> None:
+def test_yaml_beyond_the_bounds_is_rejected(text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         compose(text)
 
 
-def test_what_people_write_is_within_them() -> None:
+def test_yaml_at_the_bounds_is_accepted() -> None:
     assert compose("[" * DEEPEST + "]" * DEEPEST)
     assert compose(laughs(8))[1]["a7"]
     assert compose("a: &w {b: 1}\nc: {<<: *w, d: 2}\ne: *w")[1] == {"a": {"b": 1}, "c": {"b": 1, "d": 2}, "e": {"b": 1}}
@@ -48,13 +48,13 @@ values = st.recursive(
 
 
 @given(values, st.booleans())
-def test_what_is_let_through_is_what_yaml_reads(value: object, flow: bool) -> None:
+def test_accepted_yaml_has_the_value_that_yaml_reads(value: object, flow: bool) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow)
     assert compose(text)[1] == value
 
 
 @given(st.integers(1, 40))
-def test_the_count_is_that_of_what_aliases_unfold_to(levels: int) -> None:
+def test_the_count_includes_expanded_aliases(levels: int) -> None:
     """Each level has twice the values of the one before, and itself."""
     sizes = [2]
     for _ in range(levels - 1):

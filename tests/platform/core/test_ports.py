@@ -1,4 +1,4 @@
-"""Where servers listen."""
+"""Choosing free ports and checking given ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes are known by something that no clock moves, and found by their marks whatever any file says."""
+"""Process identity does not depend on the wall clock; marks find a service's processes without any state file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that come by reference are used and never written down: not on disk, not in a plan, not in an error."""
+"""Values of references are used but never written: not to disk, not in a plan, not in an error."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_file_holds_a_value(tmp_path: Path) -> None:
         ("${env:MORAY_TEST_SHORT}", "too short for a secret"),
     ],
 )
-def test_what_is_no_secret_is_refused(written: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_secret_is_rejected(written: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MORAY_TEST_SHORT", "x" * (SHORTEST - 1))
     with pytest.raises(ValidationError, match=message):
         Login.model_validate({"token": written})

@@ -1,4 +1,4 @@
-"""Work in a folder of its own, while others have theirs."""
+"""Threads work in their own current folders concurrently."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_several_at_once_each_have_their_own_and_the_process_keeps_its(tmp_path:
     assert Path.cwd() == here
 
 
-def test_what_hangs_holds_up_nobody(tmp_path: Path) -> None:
-    """As the file of a file system that is away: a pipe that nobody writes to."""
+def test_a_hanging_folder_delays_no_other(tmp_path: Path) -> None:
+    """Like a file on a hanging file system: a pipe without a writer."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"took more than 0 s"):
         in_folder(tmp_path, lambda: Path("pipe").read_text(), 0.2)

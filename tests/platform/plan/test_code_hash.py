@@ -1,4 +1,4 @@
-"""The hash of a step's source changes with what it imports, and with nothing else."""
+"""The source hash of a step changes with its imports, and with nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_edit_changes_the_hash(package: Path) -> None:
     assert code_hash.source_hash(load()) != before
 
 
-def test_what_is_imported_inside_a_function_counts(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_inside_functions_count(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget()
     documents = code_hash._file("moray.pipelines.shared.documents")
     assert documents is not None

@@ -1,4 +1,4 @@
-"""Results that go on from each other: repeated, they are found again; a rival's growth is seen, and nothing is lost."""
+"""Chains: a repeated run finds its own link, concurrent appends are detected, and no link is lost."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(home: Home, recipe: Recipe) -> tuple[str, bool]:
     return (row.artifact.folder / "out").read_text(), row.reused
 
 
-def test_each_night_goes_on_from_the_last_and_a_repeated_one_from_the_same(home: Home) -> None:
+def test_each_run_continues_from_the_last_and_a_repeated_run_from_the_same(home: Home) -> None:
     assert [run(home, night(text)) for text in "abc"] == [("a", False), ("ab", False), ("abc", False)]
     assert [run(home, night(text)) for text in "bac"] == [("ab", True), ("a", True), ("abc", True)]
     assert run(home, night("d")) == ("abcd", False), "what was repeated did not move the end"
@@ -96,13 +96,13 @@ def test_two_that_went_on_from_the_same_end_cannot_both_be_next(home: Home) -> N
     assert run(home, night("b")) == ("acb", False)
 
 
-def test_what_cannot_follow_is_refused_before_anything_starts(home: Home) -> None:
+def test_a_step_that_cannot_follow_is_rejected_before_anything_starts(home: Home) -> None:
     run(home, night("a"))
     with pytest.raises(RecipeError, match="another unit"):
         plan_steps(night("b", unit="words"), ArtifactStore(home))
 
 
-def test_a_link_that_is_gone_is_named(home: Home) -> None:
+def test_a_missing_link_is_named(home: Home) -> None:
     run(home, night("a"))
     run(home, night("b"))
     store = ArtifactStore(home)

@@ -114,7 +114,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "just text", "[1, 2]"])
-def test_what_is_not_a_mapping_is_refused(text: str, folder: Path) -> None:
+def test_a_recipe_that_is_not_a_mapping_is_rejected(text: str, folder: Path) -> None:
     assert "a recipe must be a mapping" in mistake(text, folder).message
 
 

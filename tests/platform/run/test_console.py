@@ -1,4 +1,4 @@
-"""What users, files and exceptions say is text: neither markup nor commands to the terminal."""
+"""Text from users, files and exceptions is neither markup nor terminal commands."""
 
 from __future__ import annotations
 

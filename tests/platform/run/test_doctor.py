@@ -1,4 +1,4 @@
-"""`moray doctor`: says what is wrong, with a fix, and finds this machine fit."""
+"""`moray doctor`: reports problems with their fixes, and passes on this machine."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_a_mistake_is_one_error(moray: Shell, arguments: list[str], error: str, 
     assert hint in said
 
 
-def test_artifacts_are_listed_with_what_holds_them(moray: Shell) -> None:
+def test_artifacts_are_listed_with_their_pins_and_aliases(moray: Shell) -> None:
     first, second = letters(moray.home, "a", "b")
     store = ArtifactStore(moray.home)
     store.aliases.set("demo", "newest", second)
@@ -174,7 +174,7 @@ def test_artifacts_are_listed_with_what_holds_them(moray: Shell) -> None:
     assert "is not pinned" in moray("artifacts", "unpin", first, code=2)[1]
 
 
-def test_gc_keeps_what_is_held_and_its_ancestors(moray: Shell) -> None:
+def test_gc_keeps_pinned_and_aliased_artifacts_and_their_ancestors(moray: Shell) -> None:
     kept, loose = letters(moray.home, "a", "b"), letters(moray.home, "c", "d")
     store = ArtifactStore(moray.home)
     store.aliases.set("demo", "newest", kept[1])
@@ -198,7 +198,7 @@ def test_gc_stops_at_the_limit(moray: Shell) -> None:
     assert moray.json("artifacts", "gc")["removed"] == [], "10 GB by default"
 
 
-def test_rm_refuses_what_is_held_and_names_the_alias(moray: Shell) -> None:
+def test_rm_rejects_a_needed_artifact_and_names_the_alias_or_pin(moray: Shell) -> None:
     first, second = letters(moray.home, "a", "b")
     store = ArtifactStore(moray.home)
     store.aliases.set("demo", "newest", second)
@@ -212,7 +212,7 @@ def test_rm_refuses_what_is_held_and_names_the_alias(moray: Shell) -> None:
     assert left(moray.home) == {first}
 
 
-def test_what_a_run_works_on_or_has_met_is_never_touched(moray: Shell) -> None:
+def test_artifacts_of_active_runs_are_never_removed(moray: Shell) -> None:
     """From inside a run: its first step is done and no manifest names it yet, its second is in work."""
     said: dict[str, Any] = {}
 
@@ -228,7 +228,7 @@ def test_what_a_run_works_on_or_has_met_is_never_touched(moray: Shell) -> None:
     assert not in_use(moray.home), "nothing is, once the run has ended"
 
 
-def test_a_killed_run_does_not_hold_what_it_made(moray: Shell) -> None:
+def test_a_killed_run_does_not_protect_its_artifacts(moray: Shell) -> None:
     (reference,) = letters(moray.home, "a")
     log = EventLog(moray.home.runs / "killed" / "events", "runner")
     log.append(RunEvent(state="started", recipe="killed"))

@@ -1,4 +1,4 @@
-"""The runner: what is there is reused, what fails says so and leaves nothing that could be taken for whole."""
+"""The runner: existing artifacts are reused; a failed step is reported and leaves nothing that looks finished."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_plan_says_what_changed_and_writes_nothing(home: Home) -> None:
     assert sorted(home.root.rglob("*")) == before
 
 
-def test_manifest_events_and_usage_tell_what_was_done(home: Home) -> None:
+def test_manifest_events_and_usage_record_the_work(home: Home) -> None:
     result, seen = run(home, recipe("a", "b"))
     manifest = result.steps["s1"].artifact.manifest
     assert manifest.inputs == {"before": result.steps["s0"].artifact.reference}

@@ -1,4 +1,4 @@
-"""Artifacts exist when their manifest does; leases let one process work; events survive torn writes."""
+"""Artifacts exist when their manifest does; leases admit one process; events survive torn writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_first_manifest_wins(home: Home) -> None:
     assert store.commit(manifest(run="second")).manifest.run == "first"
 
 
-def test_leftovers_are_cleared_unless_they_can_be_gone_on_from(home: Home) -> None:
+def test_leftovers_are_cleared_unless_the_step_can_resume(home: Home) -> None:
     store = ArtifactStore(home)
     folder = store.prepare("filter", "ab" * 16, keep_leftovers=False)
     (folder / "left").write_text("over")

@@ -1,4 +1,4 @@
-"""A shared root that answers with something else than S3 does: one error in words, whatever it is."""
+"""A shared root on a server that is not S3: always one readable error."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Answering]]:
         (404, b"<html>", "", "HTTP 404"),
     ],
 )
-def test_what_is_no_s3_is_said_in_words(
+def test_a_server_that_is_not_s3_is_a_readable_error(
     server: type[Answering], status: int, body: bytes, location: str, words: str
 ) -> None:
     server.status, server.body, server.location = status, body, location

@@ -1,4 +1,4 @@
-"""One damaged file in a home costs itself: it is named, with the fix, and everything beside it can be used."""
+"""A damaged file in MORAY_HOME affects only its artifact: it is reported with its fix, and all others stay usable."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DAMAGES: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_costs_its_artifact(
+def test_a_damaged_manifest_affects_only_its_artifact(
     store: ArtifactStore, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(store.folder("filter", ONE) / MANIFEST)
@@ -99,7 +99,7 @@ def test_gc_removes_nothing_that_a_damaged_artifact_may_need(
     assert store.local("filter", ONE) is None
 
 
-def test_what_cannot_be_read_now_is_not_advised_to_be_removed(
+def test_the_hint_for_an_unreadable_file_is_not_to_remove_it(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another user's file, or a file server that does not answer: it may be whole."""
@@ -119,7 +119,7 @@ def test_what_cannot_be_read_now_is_not_advised_to_be_removed(
 
 
 @pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"\xff", b"<html>\n", b"filter/"])
-def test_a_damaged_alias_costs_itself(store: ArtifactStore, home: Home, content: bytes) -> None:
+def test_a_damaged_alias_affects_only_itself(store: ArtifactStore, home: Home, content: bytes) -> None:
     store.aliases.set("good", "newest", f"filter/{OTHER}")
     (home.aliases / "bad@newest").write_bytes(content)
     (home.aliases / "folder@newest").mkdir()
@@ -143,7 +143,7 @@ def changed(store: ArtifactStore, hashes: bool) -> list[Change]:
     return list(changes(artifact.folder, artifact.manifest, hashes, lambda _: None))
 
 
-def test_verify_finds_what_was_changed_behind_its_back(
+def test_verify_finds_external_changes(
     store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = store.folder("filter", OTHER) / "data"

@@ -1,4 +1,4 @@
-"""A shared root in S3: several homes (machines) see the same artifacts, whole or not at all, whatever goes wrong."""
+"""A shared root in S3: several machines see the same artifacts, complete or not at all, under any fault."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def make(home: Home, text: str, name: str = "out") -> tuple[ArtifactStore, Any]:
     return store, manifest(fingerprint=FINGERPRINT, files=entries, bytes=sum(e.size for e in entries))
 
 
-def test_another_machine_reuses_everything_and_pulls_only_what_it_needs(machines: Callable[[str], Home]) -> None:
+def test_another_machine_reuses_everything_and_pulls_only_needed_files(machines: Callable[[str], Home]) -> None:
     made, _ = run(machines("one"), recipe("a", "b", "c"))
     two = machines("two")
     decisions = plan_steps(recipe("a", "b", "c"), ArtifactStore(two))
@@ -106,9 +106,7 @@ def test_another_machine_reuses_everything_and_pulls_only_what_it_needs(machines
     assert [d.reuse for d in back] == [True] * 3
 
 
-def test_what_was_made_before_the_root_was_set_is_copied_when_a_run_meets_it(
-    machines: Callable[[str], Home], s3: Any
-) -> None:
+def test_local_artifacts_are_uploaded_when_a_run_reuses_them(machines: Callable[[str], Home], s3: Any) -> None:
     run(Home(machines("one").root), recipe("a"))
     assert files(s3) == []
     result, _ = run(machines("one"), recipe("a"))
@@ -158,7 +156,7 @@ def test_of_two_writers_one_wins_and_both_have_its_bytes(
     assert len(files(s3)) == 1, "the loser's files are gone"
 
 
-def test_nobody_sees_files_without_their_manifest(
+def test_files_without_a_manifest_are_invisible(
     machines: Callable[[str], Home], s3: Any, through: Callable[[Fault], Any]
 ) -> None:
     seen: list[object] = []
@@ -320,7 +318,7 @@ def test_a_bad_url_is_refused(url: str, home: Home) -> None:
     assert "s3://bucket/prefix" in caught.value.hint
 
 
-def test_what_is_wrong_with_a_root_is_said_before_anything_starts(
+def test_errors_of_the_root_are_reported_before_anything_starts(
     home: Home, s3: Any, monkeypatch: pytest.MonkeyPatch, through: Callable[[Fault], Any]
 ) -> None:
     shared = f"s3://{BUCKET}/root"
@@ -487,7 +485,7 @@ def test_a_bucket_lists_in_pages_and_deletes_in_batches(s3: Any) -> None:
     assert list(bucket.objects()) == []
 
 
-def test_a_disk_without_room_for_what_is_pulled_says_so(machines: Callable[[str], Home], disk: Path) -> None:
+def test_a_download_to_a_full_disk_is_a_readable_error(machines: Callable[[str], Home], disk: Path) -> None:
     store, wanted = make(machines("one"), "x" * 200_000)
     store.commit(wanted)
     two = ArtifactStore(Home(disk, machines("one").shared))
@@ -518,7 +516,7 @@ def test_a_manifest_damaged_here_is_fetched_again_from_the_shared_root(
     assert len(files(s3)) == 1
 
 
-def test_what_is_damaged_in_the_shared_root_costs_itself(machines: Callable[[str], Home], s3: Any) -> None:
+def test_damage_in_the_shared_root_affects_only_its_artifact(machines: Callable[[str], Home], s3: Any) -> None:
     result, _ = run(machines("one"), recipe("a", "b"))
     first, second = (row.artifact for row in result.steps.values())
     s3.put_object(Bucket=BUCKET, Key=f"root/{first.reference}/{MANIFEST}", Body=b"<html>log in</html>")

@@ -1,4 +1,4 @@
-"""What may go when the store is too large: never what is held, never an ancestor of what stays, oldest first."""
+"""Retention: never removes protected artifacts or ancestors of kept ones, and removes the oldest first."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def removed(roots: list[str], limit: int) -> list[str]:
     return [entry.reference for entry in to_remove(CHAIN, roots, limit)]
 
 
-def test_nothing_goes_while_all_fits() -> None:
+def test_nothing_is_removed_while_all_fits() -> None:
     assert removed([], 350) == []
 
 
-def test_what_was_made_goes_before_what_it_was_made_from_and_the_oldest_first() -> None:
+def test_artifacts_are_removed_before_their_inputs_and_oldest_first() -> None:
     assert removed([], 0) == ["dedup/1", "filter/1", "corpus/1", "filter/2", "corpus/2"]
     assert removed([], 349) == ["dedup/1"]
     assert removed([], 300) == ["dedup/1"]
@@ -62,7 +62,9 @@ def stores(draw: st.DrawFn) -> tuple[list[Entry], list[str], int]:
 
 
 @given(stores())
-def test_the_rest_is_whole_and_no_more_goes_than_must(store: tuple[list[Entry], list[str], int]) -> None:
+def test_the_rest_keeps_its_ancestors_and_no_more_is_removed_than_needed(
+    store: tuple[list[Entry], list[str], int],
+) -> None:
     entries, roots, limit = store
     chosen = to_remove(entries, roots, limit)
     gone = {entry.reference for entry in chosen}
@@ -86,7 +88,7 @@ def test_sizes_are_read(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "10XB", "-1GB", "1iB", "ten"])
-def test_what_is_not_a_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_rejected(text: str) -> None:
     with pytest.raises(InputError, match="invalid size"):
         parse_size(text)
 
