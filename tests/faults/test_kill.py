@@ -173,7 +173,7 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_running(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert not out
-    assert err.rstrip().splitlines()[-2:] == ["error: stopped", "hint: run the same command again to go on"]
+    assert err.rstrip().splitlines()[-2:] == ["error: stopped", "hint: run the same command again to resume"]
     wait_for(lambda: not processes_of(home), "the end of every process", 30)
     finish(start(home, undisturbed.folder / "small.yaml"))
     assert hashes(home) == undisturbed.hashes
