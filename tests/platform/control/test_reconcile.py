@@ -24,7 +24,14 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
 from moray.platform.control.queue import IN_FLIGHT, choose_jobs
 from moray.platform.control.reconcile import LOSSES, START_SECONDS, AttemptObservation, decide_attempt, decide_job
-from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, ExecutorState, Observed, Topology, Usage
+from moray.platform.core.cluster import (
+    BackendUnreachableError,
+    ClusterBackend,
+    ExecutorState,
+    Observed,
+    Topology,
+    Usage,
+)
 from moray.platform.core.home import Home
 from tests.examples import examples
 from tests.small_run import recipe_text, write_text
