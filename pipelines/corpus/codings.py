@@ -1,8 +1,8 @@
-"""What HTTP did to a body on its way, undone: chunks, and the content and transfer codings of RFC 9110 and RFC 9659.
+"""Decodes HTTP bodies: chunks, and the content and transfer codings of RFC 9110 and RFC 9659.
 
-Never past a limit of bytes. A body that is not in the coding that its headers say stays as it is if it looks like text,
-and one in a coding that nobody knows if it looks like markup; else it is refused by the name of the coding, so that no
-compressed bytes become a document.
+The output never exceeds a limit of bytes. A body that is not in the declared coding is returned unchanged if it looks
+like text. A body in an unknown coding is returned unchanged if it looks like markup. Otherwise the body is refused with
+the name of the coding, so that no compressed bytes become a document.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import io
 import zlib
 from collections.abc import Callable, Iterable
 
-from moray.pipelines.corpus.unpack import Decoder, decoder, unpacking_errors
+from moray.pipelines.corpus.unpack import Decoder, decoder, decompression_errors
 
-Undo = Callable[[bytes, int], bytes]
+Decode = Callable[[bytes, int], bytes]  # (body, maximum number of bytes) -> decoded body
 _NONE = frozenset({"identity", "none", "plain", "text", "binary", "raw", "7bit", "8bit", "text/html"})
-_LOOK = 2048  # bytes by which text is told from what is none
-_TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")  # ESC stands in texts of ISO-2022
+_SNIFFED = 2048  # leading bytes that decide whether a body looks like text
+_TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")  # ISO-2022 text contains ESC
 
 
-class NotUndone(ValueError):
-    """A body in a coding that is not known, or that it is not in."""
+class UndecodableBody(ValueError):
+    """The coding of a body is unknown, or the body is not in the declared coding."""
 
 
-def undo(body: bytes, transfer: Iterable[str], content: Iterable[str], limit: int) -> bytes:
-    """The body without its codings, which were applied in the order of their names; at most limit + 1 bytes of it.
-    Raises NotUndone."""
+def decode_body(body: bytes, transfer: Iterable[str], content: Iterable[str], limit: int) -> bytes:
+    """At most limit + 1 bytes of the decoded body. Codings are listed in the order in which they were applied.
+
+    Raises UndecodableBody.
+    """
     for name in reversed([*_names(content), *_names(transfer)]):
-        body = _without(body, name, limit)
+        body = _decode_one(body, name, limit)
     return body
 
 
@@ -35,34 +37,35 @@ def _names(headers: Iterable[str]) -> list[str]:
     return [name.strip().lower() for value in headers for name in value.split(",") if name.strip()]
 
 
-def _without(body: bytes, name: str, limit: int) -> bytes:
+def _decode_one(body: bytes, name: str, limit: int) -> bytes:
     if name in _NONE or _is_charset(name):
         return body
-    undo_one = _UNDO.get(name)
+    decode = _DECODERS.get(name)
     try:
-        if undo_one is not None and (found := undo_one(body, limit + 1)):
-            return found
-    except NotUndone:
+        if decode is not None and (decoded := decode(body, limit + 1)):
+            return decoded
+    except UndecodableBody:
         raise
-    except Exception:  # of whatever library: then it is not in that coding
+    except Exception:  # any library error means that the body is not in this coding
         pass
-    if _looks_like_text(body) and (name in _UNDO or body.lstrip().startswith(b"<")):
+    if _looks_like_text(body) and (decode is not None or body.lstrip().startswith(b"<")):
         return body
-    raise NotUndone(f"the coding {name[:40]!r} is {'not what the body is in' if name in _UNDO else 'not known'}")
+    problem = "unknown coding" if decode is None else "the body is not in the coding"
+    raise UndecodableBody(f"{problem} {name[:40]!r}")
 
 
 def _is_charset(name: str) -> bool:
-    """What servers say by mistake where a coding should stand."""
+    """Whether the name is a charset, which some servers send in place of a coding."""
     from resiliparse.parse.encoding import map_encoding_to_html5
 
     return map_encoding_to_html5(name, False) is not None
 
 
 def _looks_like_text(body: bytes) -> bool:
-    """Whether its beginning has no control characters but those of texts. UTF-16 has NULs, as half of its bytes."""
-    look = body[:_LOOK]
-    odd = sum(byte < 32 and byte not in _TEXT_CONTROLS for byte in look)
-    return not odd or look.count(0) == odd > len(look) // 4
+    """Whether the leading bytes hold no control characters except those of text, or are UTF-16 (many NUL bytes)."""
+    prefix = body[:_SNIFFED]
+    controls = sum(byte < 32 and byte not in _TEXT_CONTROLS for byte in prefix)
+    return not controls or prefix.count(0) == controls > len(prefix) // 4
 
 
 def _chunked(body: bytes, size: int) -> bytes:
@@ -71,7 +74,7 @@ def _chunked(body: bytes, size: int) -> bytes:
     return bytes(ChunkedDataReader(io.BytesIO(body)).read(size))
 
 
-def _unzip(body: bytes, size: int) -> bytes:
+def _gunzip(body: bytes, size: int) -> bytes:
     return _members("gzip", body, size)
 
 
@@ -80,33 +83,33 @@ def _zstd(body: bytes, size: int) -> bytes:
 
 
 def _members(kind: str, body: bytes, size: int) -> bytes:
-    """What came before any damage, which a body that broke off has at its end."""
-    found = b""
-    while body and len(found) < size:
-        one = decoder(kind)
-        part = _drained(one, body, size - len(found))
-        found += part
-        body = one.unused_data if one.eof and part else b""
-    return found
+    """The content before the first damage, such as the end of a truncated body."""
+    content = b""
+    while body and len(content) < size:
+        member = decoder(kind)
+        part = _read_member(member, body, size - len(content))
+        content += part
+        body = member.unused_data if member.eof and part else b""
+    return content
 
 
-def _drained(one: Decoder, body: bytes, size: int) -> bytes:
-    found = []
+def _read_member(member: Decoder, body: bytes, size: int) -> bytes:
+    parts = []
     try:
-        while size > 0 and (part := one.decompress(body, size)):
-            found.append(part)
+        while size > 0 and (part := member.decompress(body, size)):
+            parts.append(part)
             size -= len(part)
             body = b""
-            if one.eof or one.needs_input:
+            if member.eof or member.needs_input:
                 break
-    except unpacking_errors():
-        if not found:
+    except decompression_errors():
+        if not parts:
             raise
-    return b"".join(found)
+    return b"".join(parts)
 
 
 def _deflate(body: bytes, size: int) -> bytes:
-    """In zlib's form, as the standard has it, or bare, as some servers do."""
+    """With a zlib header, as the standard requires, or raw, as some servers send it."""
     try:
         return zlib.decompressobj().decompress(body, size)
     except zlib.error:
@@ -116,12 +119,12 @@ def _deflate(body: bytes, size: int) -> bytes:
 def _brotli(body: bytes, size: int) -> bytes:
     try:
         import brotli
-    except ImportError as error:  # it comes with resiliparse
-        raise NotUndone("the coding 'br' needs the package brotli: pip install brotli") from error
-    one = brotli.Decompressor()
-    return bytes(one.process(body, output_buffer_limit=size))[:size]
+    except ImportError as error:  # resiliparse depends on it
+        raise UndecodableBody("the coding 'br' needs the package brotli: pip install brotli") from error
+    decompressor = brotli.Decompressor()
+    return bytes(decompressor.process(body, output_buffer_limit=size))[:size]
 
 
-_UNDO: dict[str, Undo] = {
-    "chunked": _chunked, "gzip": _unzip, "x-gzip": _unzip, "deflate": _deflate, "br": _brotli, "zstd": _zstd,
+_DECODERS: dict[str, Decode] = {
+    "chunked": _chunked, "gzip": _gunzip, "x-gzip": _gunzip, "deflate": _deflate, "br": _brotli, "zstd": _zstd,
 }  # fmt: skip

@@ -1,7 +1,7 @@
-"""One task of `corpus`: reads some files of one source, writes their documents and what was left out.
+"""One task of `corpus`: reads some files of one source, and writes their documents and rejects.
 
-Both files are written as they come, so that memory holds one batch. `rejected-NNNNN.parquet` is the last to get its
-name and carries the counts: where it is, the shard is done, and a rerun takes it as it is.
+Both output files are written batch by batch, so that memory holds one batch. `rejected-NNNNN.parquet` gets its final
+name last and carries the counts. If it exists, the shard is complete and a rerun reuses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moray.pipelines.shared.shards import Row
 from moray.platform.core.errors import InputError
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")])
-_BATCH_BYTES = 32_000_000  # of text held by a task before it is written
+_BATCH_BYTES = 32_000_000  # of text that a task buffers before writing
 _BATCH_ROWS = 100_000
 _COUNTS = b"moray.counts"
 
@@ -36,14 +36,17 @@ def rejects_name(number: int) -> str:
 
 
 def write_corpus_shard(shard: Row, folder: str, max_bytes: int) -> Row:
-    """Reads one shard's files and writes its Parquet files, unless they are there. Runs in a Ray worker."""
+    """Reads one shard's files and writes its Parquet files, unless they exist. Runs in a Ray worker."""
     rejected = Path(folder) / rejects_name(shard["shard"])
     if not rejected.exists():
         with (
             parquet_writer(rejected, REJECTS) as rejects,
             parquet_writer(Path(folder) / shard_name(shard["shard"]), SCHEMA) as documents,
         ):
-            batch, progress = _Batch(shard, documents, rejects), _Progress(Path(folder) / _reading(shard["shard"]))
+            batch, progress = (
+                _Batch(shard, documents, rejects),
+                _Progress(Path(folder) / _progress_name(shard["shard"])),
+            )
             for key, file in _files(shard):
                 _read_file(batch, key, file, max_bytes, progress)
                 progress.before += file.size
@@ -57,40 +60,40 @@ def write_corpus_shard(shard: Row, folder: str, max_bytes: int) -> Row:
 def _files(shard: Row) -> list[tuple[str, File]]:
     columns = (shard[name] for name in ("keys", "files", "sizes", "etags"))
     rows = zip(*columns, strict=True)
-    return [(key, File(os.fsdecode(place), size, etag, shard["root"])) for key, place, size, etag in rows]
+    return [(key, File(os.fsdecode(location), size, etag, shard["root"])) for key, location, size, etag in rows]
 
 
-def _reading(number: int) -> str:
+def _progress_name(number: int) -> str:
     return f".reading-{number:05d}"
 
 
-def bytes_in_work(folder: Path) -> int:
-    """Of files that tasks have begun and not ended."""
-    found = 0
+def bytes_in_progress(folder: Path) -> int:
+    """Bytes that unfinished tasks have read so far."""
+    total = 0
     for path in folder.glob(".reading-*"):
-        with contextlib.suppress(OSError, ValueError):  # it ends meanwhile
-            found += int(path.read_text())
-    return found
+        with contextlib.suppress(OSError, ValueError):  # the task may finish meanwhile
+            total += int(path.read_text())
+    return total
 
 
-def forget_progress(folder: Path) -> None:
-    """Of tasks that were killed: what is left of them is no part of the result."""
+def remove_progress_files(folder: Path) -> None:
+    """Removes the progress files of killed tasks, which are no part of the result."""
     for path in folder.glob(".reading-*"):
         path.unlink(missing_ok=True)
 
 
 class _Progress:
-    """Says in a file of a few bytes, once a second, how much of a shard is read: a file may take an hour."""
+    """Writes to a small file, once a second, how many bytes of a shard are read. A single file may take an hour."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last = time.monotonic()
-        self.before = 0  # bytes of files that are done
+        self.before = 0  # bytes of the finished files
 
-    def tell(self) -> None:
+    def update(self) -> None:
         if time.monotonic() - self._last > 1:
             self._last = time.monotonic()
-            with contextlib.suppress(OSError):  # what shows nothing harms nothing
+            with contextlib.suppress(OSError):  # missing progress does no harm
                 self._path.write_text(str(self.before + bytes_read()))
 
     def end(self) -> None:
@@ -100,21 +103,24 @@ class _Progress:
 def _read_file(batch: _Batch, key: str, file: File, max_bytes: int, progress: _Progress) -> None:
     shard = batch.shard
     columns = Columns(**{**json.loads(shard["columns"]), "meta": tuple(json.loads(shard["columns"])["meta"])})
-    # Keys within the file: two documents of one id could not be told apart later.
+    # Keys within the file. Later steps cannot distinguish two documents with the same id.
     seen: dict[str, bool] = {}
     try:
         for piece in READERS[shard["reader"]](file, max_bytes, columns):
-            batch.add(key, _told_apart(piece, seen) if isinstance(piece, Document) else piece)
-            progress.tell()
+            batch.add(key, _with_unique_key(piece, seen) if isinstance(piece, Document) else piece)
+            progress.update()
     except InputError:
         raise
     except Exception as error:
-        raise RuntimeError(f"{shard['source']}/{key}, behind {_last(seen)}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{shard['source']}/{key}, {_position(seen)}: {type(error).__name__}: {error}") from error
 
 
-def _told_apart(piece: Document, seen: dict[str, bool]) -> Piece:
-    """The document, or a reject for one whose id was there. A row's number that is another row's id, or the other way
-    round, is no repetition: the later one says which of both it is."""
+def _with_unique_key(piece: Document, seen: dict[str, bool]) -> Piece:
+    """The document, or a reject if its id is repeated.
+
+    A row number that equals another row's id is not a repetition: the later document gets a key that says whether it is
+    a row number or an id.
+    """
     if seen.get(piece.key, piece.numbered) != piece.numbered:
         piece = piece._replace(key=f"#{'row' if piece.numbered else 'id'} {piece.key[1:]}")
     if piece.key in seen:
@@ -123,19 +129,19 @@ def _told_apart(piece: Document, seen: dict[str, bool]) -> Piece:
     return piece
 
 
-def _last(seen: dict[str, bool]) -> str:
-    return f"its document {next(reversed(seen))!r}" if seen else "its begin"
+def _position(seen: dict[str, bool]) -> str:
+    return f"after document {next(reversed(seen))!r}" if seen else "before its first document"
 
 
 class _Batch:
-    """What was read and is not yet written, and the counts of all that was read."""
+    """Documents and rejects that are not yet written, and the counts of everything read."""
 
     def __init__(self, shard: Row, documents: pq.ParquetWriter, rejects: pq.ParquetWriter) -> None:
         self.shard = shard
         self.counts: Counter[str] = Counter({name: 0 for name in ("documents", "bytes", *map(_dropped, REASONS))})
         self._license_in_meta = json.loads(shard["columns"])["license"] is not None
         self._writers = documents, rejects
-        self._documents: list[tuple[str, str, str, list[tuple[str, str]]]] = []  # key, text, licence, meta
+        self._documents: list[tuple[str, str, str, list[tuple[str, str]]]] = []  # key, text, license, meta
         self._rejects: list[tuple[str, str, str]] = []  # key, reason, detail
         self._bytes = 0
 
@@ -154,7 +160,7 @@ class _Batch:
             self.write()
 
     def _split_license(self, meta: Meta) -> tuple[str, Meta]:
-        """The document's licence, and its other metadata: a column for the licence comes first of that name."""
+        """The document's license, and its other metadata. The license column precedes other entries of that name."""
         own = dict(reversed(meta)).get(LICENSE) if self._license_in_meta else None
         if own is None:
             return str(self.shard["license"]), meta

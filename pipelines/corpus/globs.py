@@ -1,4 +1,4 @@
-"""pathlib's patterns for names that are in no folder, such as the keys of a bucket."""
+"""Matches names that are not paths on disk, such as the keys of a bucket, against pathlib's patterns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def matches(key: str, pattern: str) -> bool:
     return _compiled(pattern).fullmatch(key) is not None
 
 
-def reaches(key: str, pattern: str, by_any: bool = False) -> bool:
-    """Whether the pattern may find a file below a folder `key`. by_any: also where its `**` leads there."""
+def may_match_below(key: str, pattern: str, by_any: bool = False) -> bool:
+    """Whether the pattern may match a file below a folder `key`. by_any: also if only its `**` matches the folder."""
     names, parts = key.split("/"), _parts(pattern)
     for name, part in zip(names, parts, strict=False):
         if part == "**":
@@ -22,21 +22,21 @@ def reaches(key: str, pattern: str, by_any: bool = False) -> bool:
     return len(names) < len(parts)
 
 
-def why_not(pattern: str) -> str:
-    """What is wrong with a pattern that no file can match, or none of its place; '' if it can."""
+def pattern_error(pattern: str) -> str:
+    """The problem with a pattern that can match no file of the source; '' if there is none."""
     parts = pattern.split("/")
     if not pattern.strip():
         return "an empty pattern matches nothing; '**/*' matches every file"
     if pattern.startswith(("/", "~")) or ".." in parts or "\0" in pattern:
-        return f"{pattern!r} leads out of the source's place: write it as seen from there, such as 'sub/*.txt'"
+        return f"{pattern!r} leads outside the source's location: use a path relative to it, such as 'sub/*.txt'"
     if any("**" in part and part != "**" for part in parts):
-        return f"{pattern!r}: '**' stands for folders and alone between slashes: did you mean {_mended(parts)!r}?"
+        return f"{pattern!r}: '**' must be a whole path component: did you mean {_corrected(parts)!r}?"
     if parts[-1] in ("", ".", "**"):
-        return f"{pattern!r} names folders, of which none is a file: did you mean {'/'.join([*parts[:-1], '**/*'])!r}?"
+        return f"{pattern!r} matches only folders: did you mean {'/'.join([*parts[:-1], '**/*'])!r}?"
     return ""
 
 
-def _mended(parts: list[str]) -> str:
+def _corrected(parts: list[str]) -> str:
     found = []
     for part in parts:
         if "**" in part and part != "**":
@@ -46,7 +46,7 @@ def _mended(parts: list[str]) -> str:
     return "/".join(found)
 
 
-# A listing asks about the same few patterns for each of its files and folders, which may be millions.
+# A listing matches the same few patterns against each of its files and folders, which may be millions.
 @lru_cache(maxsize=256)
 def _parts(pattern: str) -> tuple[str, ...]:
     return tuple(part for part in pattern.split("/") if part not in ("", "."))
@@ -55,7 +55,7 @@ def _parts(pattern: str) -> tuple[str, ...]:
 @lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern[str]:
     parts = _parts(pattern)
-    # A key of a bucket may have empty parts: two slashes, or one at its begin.
+    # A key of a bucket may have empty parts: a double slash, or a leading one.
     written = ["(?:[^/]*/)*" if part == "**" else _part(part) + "/" for part in parts]
     return re.compile("".join(written).removesuffix("/"), re.S)
 
@@ -66,7 +66,7 @@ def _compiled_part(part: str) -> re.Pattern[str]:
 
 
 def _part(part: str) -> str:
-    """One name of a pattern: * and ? stay within it, [abc] and [!abc] are one character."""
+    """The regular expression of one path component: * and ? match no slash, [abc] and [!abc] match one character."""
     found, at = "", 0
     while at < len(part):
         closing = part.find("]", at + 2) if part[at] == "[" else -1

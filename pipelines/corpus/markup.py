@@ -1,7 +1,7 @@
-"""What makes a page take more than linear time to read, seen from its markup alone, in one pass over it.
+"""Detects pages that take more than linear time to parse, in one pass over their markup.
 
-Deterministic where a limit of time cannot be: the same page is left out on every machine. It knows what crawls hold
-most of (blocks in one another, elements of style that nobody ends); what else there is meets the limits of
+The check is deterministic, which a time limit cannot be: the same page is rejected on every machine. It covers the
+most common cases in crawls (deeply nested blocks, unclosed formatting elements). Other cases run into the limits of
 `extractor_process.py`.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 
-DEPTH = 1000  # elements in one another; finding the main text takes the square of it, browsers stop at 512
-REOPENED = 250_000  # elements that a parser makes because others were not ended
-_FEW = 1000  # tags that can do no harm
+DEPTH = 1000  # nested elements; extraction time is quadratic in it, and browsers stop at 512
+REOPENED = 250_000  # elements that a parser creates because earlier ones were not closed
+_FEW = 1000  # tags that cannot take long
 _BLOCK = "div|section|article|main|aside|nav|form|blockquote|center|table|ul|ol|dl"
 _STYLE = "a|b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u"  # "formatting" in the HTML standard, 13.2.4.3
 _BLOCKS = re.compile(rf"<(/?)(?:{_BLOCK})\b", re.I)
@@ -20,20 +20,20 @@ _ALL = re.compile(
 )
 
 
-def too_much(html: str) -> str:
-    """Why a page is not read; '' for one that is."""
+def complexity_problem(html: str) -> str:
+    """The reason why a page would take too long to parse; '' if it would not."""
     tags = html.count("<")
     if tags <= _FEW:
         return ""
     if _depth(html) > DEPTH:
-        return f"elements in one another more than {DEPTH} deep"
+        return f"elements nested more than {DEPTH} deep"
     if tags - 2 * html.count("</") > _FEW and _reopened(html) > REOPENED:
-        return f"elements of style that are not ended, and would be opened again more than {REOPENED} times"
+        return f"unclosed formatting elements would be reopened more than {REOPENED} times"
     return ""
 
 
 def _depth(html: str) -> int:
-    """How deep blocks lie in one another, by their tags. One that ends what was not begun ends nothing."""
+    """Nesting depth of the blocks, by their tags. An end tag without a start tag has no effect."""
     depth = deepest = 0
     for tag in _BLOCKS.finditer(html):
         if not tag.group(1):
@@ -45,7 +45,7 @@ def _depth(html: str) -> int:
 
 
 def _reopened(html: str) -> int:
-    """How many elements of style a parser would make anew: in each block all that were begun and not ended before."""
+    """Number of formatting elements that a parser would reopen: in each block, all that are still open."""
     still_open = made = 0
     for tag in _ALL.finditer(html):
         ends, style = tag.groups()

@@ -1,4 +1,4 @@
-"""What a reader makes of a file: documents, and rejects with the reason for each thing left out."""
+"""The output of a reader: documents, and rejects with their reasons."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Meta = tuple[tuple[str, str], ...]
 
 
 class Document(NamedTuple):
-    """`key` names it within its file ("" where the file is the document); `meta` is what else is known of it.
-    `numbered`: the key is a row's number, not its id."""
+    """key: name within the file, "" if the file is the document. meta: further metadata. numbered: the key is a row's
+    number, not its id."""
 
     key: str
     text: str
@@ -19,7 +19,7 @@ class Document(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """Something left out: a row, a record, or (key "") the file or the rest of it. `detail` is for people."""
+    """A rejected row or record, or, with key "", the file or the rest of it. `detail` is for people."""
 
     key: str
     reason: str
@@ -29,7 +29,7 @@ class Reject(NamedTuple):
 Piece = Document | Reject
 
 UNREADABLE, MALFORMED, EMPTY, BINARY = "unreadable", "malformed", "empty", "binary"
-VALUE = "value"  # of a row beside its text; the row stays
+VALUE = "value"  # a value other than the text; the row is kept
 NOT_UTF8, OVERSIZED, HTTP_STATUS, NOT_TEXT, REPEATED_ID = (
     "not_utf8",
     "oversized",
@@ -41,7 +41,7 @@ REASONS = (UNREADABLE, MALFORMED, EMPTY, BINARY, NOT_UTF8, OVERSIZED, HTTP_STATU
 
 
 def decode_text(data: bytes, max_bytes: int, key: str, meta: Meta = ()) -> Piece:
-    """A document from UTF-8, or why it is none; ends of lines become one, and a mark before the text is none of it."""
+    """A document from UTF-8 bytes, or a reject. Line ends become "\\n", and a byte order mark is removed."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         return Reject(key, EMPTY)
@@ -56,23 +56,26 @@ def decode_text(data: bytes, max_bytes: int, key: str, meta: Meta = ()) -> Piece
 
 
 def printable(value: Any) -> str:
-    """Any text that can be written: half a surrogate pair, which JSON can spell, becomes "?"."""
+    """The value as text that UTF-8 can encode. A lone surrogate, which JSON can contain, becomes "?"."""
     return str(value).encode(errors="replace").decode()
 
 
-class Lost(NamedTuple):
-    """A value that neither Python nor JSON can hold, and why."""
+class UnrepresentableValue(NamedTuple):
+    """A value that neither Python nor JSON can represent, and the reason."""
 
     reason: str
 
 
 def meta_of(named: list[tuple[str, Any]]) -> tuple[Meta, list[str]]:
-    """(name, value) pairs as strings, without nulls; entries of a mapping are named by their keys (else `name.key`).
-    And, of each value that has no such form, its name and why."""
+    """Converts (name, value) pairs to strings, and omits nulls.
+
+    An entry of a mapping is named by its key, or `name.key` if that name is taken. Also returns an error text for each
+    value that cannot be converted.
+    """
     found: dict[str, str] = {}
     lost: list[str] = []
     for name, value in named:
-        # A struct of Arrow's arrives as a dict, a map as a list of pairs.
+        # Arrow converts a struct to a dict, and a map to a list of pairs.
         is_map = isinstance(value, list) and value and all(isinstance(item, tuple) for item in value)
         pairs = value if is_map else value.items() if isinstance(value, dict) else None
         try:
@@ -81,8 +84,8 @@ def meta_of(named: list[tuple[str, Any]]) -> tuple[Meta, list[str]]:
             else:
                 for key, item in {_key(key): item for key, item in pairs}.items():
                     _add(found, key if key not in ("path", *found) else f"{name}.{key}", item)
-        except Exception as error:  # whatever a value makes of str or json
-            lost.append(f"the value of {name!r} cannot be written: {' '.join(str(error).split())[:150]}")
+        except Exception as error:  # any error of str or json
+            lost.append(f"cannot convert the value of {name!r}: {' '.join(str(error).split())[:150]}")
     return tuple(found.items()), lost
 
 
@@ -95,7 +98,7 @@ def _key(value: Any) -> str:
 
 
 def _add(found: dict[str, str], name: str, value: Any) -> None:
-    if isinstance(value, Lost):
+    if isinstance(value, UnrepresentableValue):
         raise ValueError(value.reason)
     if isinstance(value, bytes):
         value = value.decode(errors="replace")

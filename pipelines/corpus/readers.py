@@ -1,7 +1,7 @@
-"""The readers a source can name: from a file to documents, with a reason for everything left out.
+"""The readers a source can name: each reads a file into documents and rejects.
 
-A reader never raises for bad content. Files ending in .gz or .zst are decompressed as they are read; one that breaks
-off or does not decompress counts once as `malformed`, after whatever came before the damage. Memory is bounded by
+A reader never raises for bad content. Files ending in .gz or .zst are decompressed as they are read. A file that is
+truncated or does not decompress counts once as `malformed`, after the content before the damage. Memory is bounded by
 `max_bytes`, not by the size of a file, because a few KB of .gz can hold GBs.
 """
 
@@ -19,7 +19,7 @@ from moray.pipelines.corpus.web import read_html
 
 
 class Reader(Protocol):
-    """Reads one file; documents of more than `max_bytes` UTF-8 bytes are left out."""
+    """Reads one file. Documents of more than `max_bytes` UTF-8 bytes are rejected."""
 
     def __call__(self, file: File, max_bytes: int, columns: Columns, /) -> Iterator[Piece]: ...
 

@@ -1,7 +1,7 @@
-"""Readers of files of rows: JSON lines, Parquet, Arrow, and folders of Hugging Face datasets, which hold any of them.
+"""Readers of row files: JSON lines, Parquet, Arrow, and folders of Hugging Face datasets, which hold any of them.
 
-`Columns` maps a row's columns to a document: text, id, address, licence, and what else goes into `meta`. Memory is
-bounded by the longest document and, in Arrow files, by the batches that they were written in.
+`Columns` maps a row's columns to a document: text, id, URL, license, and extra columns for `meta`. Memory is bounded
+by the longest document, and for Arrow files by the size of the stored batches.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from moray.pipelines.corpus.pieces import (
     OVERSIZED,
     VALUE,
     Document,
-    Lost,
     Piece,
     Reject,
+    UnrepresentableValue,
     decode_text,
     meta_of,
     printable,
 )
-from moray.pipelines.corpus.source_file import File, behind, error_words, read_lines, unreadable
+from moray.pipelines.corpus.source_file import File, error_text, read_lines, trailing_data, unreadable
 from moray.platform.core.errors import InputError
 
 _BATCH_ROWS = 256
-_REST_BYTES = 1 << 20  # what a JSON line may hold beside its text before it is skipped unread
+_REST_BYTES = 1 << 20  # of a JSON line beside its text; longer lines are skipped unread
 _TEXT_KINDS = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
 _UNREADABLE_ROWS = (pa.ArrowException, OSError, ValueError, OverflowError, SystemError)
-LICENSE = "license"  # in a document's meta, until it moves to the column of that name
+LICENSE = "license"  # key in a document's meta, until it is moved to the column of that name
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row keeps what. `id=None`: a JSON line's `id` if it has one, else the row's number."""
+    """The columns of a row. `id=None`: the id is a JSON line's `id` if it has one, else the row's number."""
 
     text: str = "text"
     id: str | None = None
@@ -46,32 +46,32 @@ class Columns:
     license: str | None = None
     meta: tuple[str, ...] = ()
 
-    def further(self) -> list[tuple[str, str]]:
-        """(name in meta, column) of what a document carries beside its text."""
+    def extra(self) -> list[tuple[str, str]]:
+        """(name in meta, column) of the columns other than text and id."""
         named = [("url", self.url), (LICENSE, self.license)]
         return [(name, column) for name, column in named if column] + [(name, name) for name in self.meta]
 
-    def wanted(self) -> list[str]:
-        """Every column that a file must have."""
-        chosen = [self.text, self.id, *(column for _, column in self.further())]
+    def required(self) -> list[str]:
+        """All columns that a file must have."""
+        chosen = [self.text, self.id, *(column for _, column in self.extra())]
         return list(dict.fromkeys(name for name in chosen if name is not None))
 
 
 def read_jsonl(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """One JSON object a line; its text and its key are in `columns`, the key is else the line's number."""
+    """Reads one JSON object per line. `columns` names the fields of text and key; without a key, the line number is used."""
     try:
         stream = file.stream()
     except OSError as error:
         yield unreadable(error)
         return
-    limit = 6 * max_bytes + _REST_BYTES  # JSON may write a byte as six (\u0041)
+    limit = 6 * max_bytes + _REST_BYTES  # JSON may encode one byte as six (\u0041)
     with stream:
         numbered = enumerate(read_lines(stream, limit))
         while True:
             try:
                 number, line = next(numbered)
             except StopIteration:
-                yield from behind(stream)
+                yield from trailing_data(stream)
                 return
             except OSError as error:
                 yield file.damage(error)
@@ -83,7 +83,7 @@ def read_jsonl(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
 
 
 def _json_pieces(line: bytes, number: int, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """The row's document, or why it is none; before it, what is lost of the values beside its text."""
+    """The row's document or a reject, preceded by rejects for other values that cannot be converted."""
     try:
         row = _json(line)
         if not isinstance(row, dict):
@@ -93,26 +93,24 @@ def _json_pieces(line: bytes, number: int, max_bytes: int, columns: Columns) -> 
         named = row.get("id") if columns.id is None else row[columns.id]
         key = printable(f"#{number if named is None else named}")
     except KeyError as error:
-        there = f"; there are: {', '.join(map(printable, row))}"[:150] if isinstance(row, dict) and row else ""
-        yield Reject(f"#{number}", MALFORMED, f"no field {error}{there}")
+        fields = f"; the row has: {', '.join(map(printable, row))}"[:150] if isinstance(row, dict) and row else ""
+        yield Reject(f"#{number}", MALFORMED, f"no field {error}{fields}")
         return
     except (ValueError, RecursionError) as error:
         is_array = not number and line.lstrip().startswith(b"[")
-        what = (
-            "the file is an array of JSON, which is not read: one object a line is" if is_array else error_words(error)
-        )
-        yield Reject(f"#{number}", MALFORMED, what)
+        array = "the file is a JSON array; the reader needs one JSON object per line"
+        yield Reject(f"#{number}", MALFORMED, array if is_array else error_text(error))
         return
     if text is not None and not isinstance(text, str):
         yield Reject(key, MALFORMED, f"the field {columns.text!r} is {type(text).__name__}, not a string")
         return
-    meta, lost = meta_of([(name, row.get(column)) for name, column in columns.further()])
+    meta, lost = meta_of([(name, row.get(column)) for name, column in columns.extra()])
     yield from (Reject(key, VALUE, reason) for reason in lost)
     yield _numbered(decode_text((text or "").encode("utf-8", "surrogatepass"), max_bytes, key, meta), named is None)
 
 
 def _json(line: bytes) -> Any:
-    """A line's value. Bytes that are no UTF-8 and numbers too long for Python cost what they stand in, not the line."""
+    """The value of a line. Invalid UTF-8, or a number too long for Python, affects only its own value, not the line."""
     try:
         return json.loads(line)
     except UnicodeDecodeError:
@@ -131,8 +129,8 @@ Batches = Iterator[tuple[int, pa.RecordBatch | Reject]]
 
 
 def read_parquet(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """A row is a document. A file without the columns counts once as malformed, and so does each row group that cannot
-    be read; the others are."""
+    """Reads each row as a document. A file that lacks a column counts once as malformed. Each row group that cannot be
+    read also counts once; the other row groups are read."""
     import pyarrow.parquet as pq
 
     def batches(source: pa.NativeFile) -> Batches:
@@ -147,101 +145,102 @@ def read_parquet(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece
 
 
 def _row_group(parquet: Any, group: int, first: int, columns: Columns) -> Batches:
-    """Its batches, with the number of each one's first row; where a column beside the text cannot be read, without."""
+    """The batches of a row group, each with the number of its first row. A column other than the text that cannot be read
+    is omitted."""
     read = partial(parquet.iter_batches, _BATCH_ROWS, row_groups=[group], use_threads=False)
     row = first
     try:
-        for batch in read(columns=columns.wanted()):
+        for batch in read(columns=columns.required()):
             yield row, batch
             row += batch.num_rows
         return
     except _UNREADABLE_ROWS as error:
-        why = error_words(error)
-    bad = {name: said for name in columns.wanted() if (said := _trouble(read, name))}
+        reason = error_text(error)
+    bad = {name: problem for name in columns.required() if (problem := _column_error(read, name))}
     if columns.text in bad or not bad:
-        yield row, Reject("", MALFORMED, f"from row {row} on: {bad.get(columns.text, why)}")
+        yield row, Reject("", MALFORMED, f"from row {row} on: {bad.get(columns.text, reason)}")
         return
-    yield row, Reject("", VALUE, f"from row {row} on, {'; '.join(f'{name!r}: {said}' for name, said in bad.items())}")
+    problems = "; ".join(f"{name!r}: {problem}" for name, problem in bad.items())
+    yield row, Reject("", VALUE, f"from row {row} on, {problems}")
     at = first
-    for batch in read(columns=[name for name in columns.wanted() if name not in bad]):
+    for batch in read(columns=[name for name in columns.required() if name not in bad]):
         if at >= row:
             yield at, batch
         at += batch.num_rows
 
 
-def _trouble(read: Callable[..., Iterator[pa.RecordBatch]], column: str) -> str:
-    """Why a column of a row group cannot be read; '' if it can."""
+def _column_error(read: Callable[..., Iterator[pa.RecordBatch]], column: str) -> str:
+    """The error of reading a column of a row group; '' if it can be read."""
     try:
         for _ in read(columns=[column]):
             pass
     except _UNREADABLE_ROWS as error:
-        return error_words(error)
+        return error_text(error)
     return ""
 
 
 def read_arrow(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """As Parquet, from Arrow's own formats: a stream, as `datasets` writes it, or a file."""
+    """Reads Arrow's own formats like `read_parquet`: a stream, as `datasets` writes it, or a file."""
 
     def batches(source: pa.NativeFile) -> Batches:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
-        whole = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        _check_columns(whole.schema, columns)
-        found = (whole.get_batch(i) for i in range(whole.num_record_batches)) if is_file else iter(whole)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        _check_columns(reader.schema, columns)
+        stored = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
         row = 0
-        for batch in found:
+        for batch in stored:
             try:
                 _check_batch(batch, columns)
                 yield row, batch
             except _UNREADABLE_ROWS as error:
-                yield row, Reject("", MALFORMED, f"from row {row} on: {error_words(error)}")
+                yield row, Reject("", MALFORMED, f"from row {row} on: {error_text(error)}")
             row += batch.num_rows
 
     yield from _read_batches(file, batches, max_bytes, columns)
 
 
 def read_huggingface(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """A data file of a dataset's folder, by its name."""
+    """Reads a data file of a dataset folder in the format of its suffix."""
     readers = {".parquet": read_parquet, ".arrow": read_arrow}
     yield from readers.get(file.suffixes[-1], read_jsonl)(file, max_bytes, columns)
 
 
 def _check_columns(schema: pa.Schema, columns: Columns) -> None:
-    """Raises KeyError with what is wrong, in words."""
-    if missing := [name for name in columns.wanted() if name not in schema.names]:
-        raise KeyError(f"no column {missing[0]!r}; there are: {', '.join(schema.names)}")
+    """Raises KeyError with a message if a column is missing."""
+    if missing := [name for name in columns.required() if name not in schema.names]:
+        raise KeyError(f"no column {missing[0]!r}; the file has: {', '.join(schema.names)}")
 
 
 def _check_batch(batch: pa.RecordBatch, columns: Columns) -> None:
-    """Raises ArrowInvalid where a column points out of its memory, which nobody else checks in Arrow's own formats.
+    """Raises ArrowInvalid if a column has offsets outside its buffers, which Arrow does not check on reading.
 
-    Strings are looked at as bytes, within lists and the like too: bad UTF-8 is no reason to leave out a row.
+    Strings are validated as bytes, also inside nested types, because invalid UTF-8 must not cost a row.
     """
-    for name in columns.wanted():
+    for name in columns.required():
         column = batch.column(name)
         if pa.types.is_dictionary(column.type):
-            words_of_it = column.dictionary.view(_bare(column.dictionary.type))
-            column = pa.DictionaryArray.from_arrays(column.indices, words_of_it, safe=False)
-        column.view(_bare(column.type)).validate(full=True)
+            dictionary = column.dictionary.view(_with_bytes(column.dictionary.type))
+            column = pa.DictionaryArray.from_arrays(column.indices, dictionary, safe=False)
+        column.view(_with_bytes(column.type)).validate(full=True)
 
 
-def _bare(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes for strings."""
+def _with_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with binary in place of string, also when nested."""
     if pa.types.is_struct(kind):
-        return pa.struct([kind.field(i).with_type(_bare(kind.field(i).type)) for i in range(kind.num_fields)])
+        return pa.struct([kind.field(i).with_type(_with_bytes(kind.field(i).type)) for i in range(kind.num_fields)])
     if pa.types.is_map(kind):
-        return pa.map_(_bare(kind.key_type), _bare(kind.item_type))
+        return pa.map_(_with_bytes(kind.key_type), _with_bytes(kind.item_type))
     for is_kind, made in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
         if is_kind(kind):
-            return made(kind.value_field.with_type(_bare(kind.value_type)))
+            return made(kind.value_field.with_type(_with_bytes(kind.value_type)))
     return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(kind, kind)
 
 
 def _read_batches(
     file: File, batches: Callable[[pa.NativeFile], Batches], max_bytes: int, columns: Columns
 ) -> Iterator[Piece]:
-    """Documents from what `batches` makes of the open file, with the number of each batch's first row; whatever else is
-    wrong with the file ends it."""
+    """Documents of the batches that `batches` reads from the open file. Any other error ends the file with a reject."""
     try:
         source = file.open()
     except OSError as error:
@@ -258,35 +257,45 @@ def _read_batches(
                     yield from _pieces(batch.slice(start, _BATCH_ROWS), number + start, max_bytes, columns)
         except InputError:
             raise
-        except Exception as error:  # of Arrow's, or whatever a torn file makes it stumble over
-            yield Reject("", MALFORMED, f"from row {number} on: {_said(error)}" if number else _said(error))
+        except Exception as error:  # a torn file can cause errors of any type
+            problem = _message(error)
+            yield Reject("", MALFORMED, f"from row {number} on: {problem}" if number else problem)
 
 
-def _said(error: Exception) -> str:
-    return str(error.args[0])[:200] if isinstance(error, KeyError) else error_words(error)
+def _message(error: Exception) -> str:
+    return str(error.args[0])[:200] if isinstance(error, KeyError) else error_text(error)
 
 
 def _pieces(batch: pa.RecordBatch, first: int, max_bytes: int, columns: Columns) -> Iterator[Piece]:
     texts = _as_bytes(batch.column(columns.text), columns.text)
-    there, nothing = set(batch.schema.names), [None] * batch.num_rows
-    names = values(batch.column(columns.id)) if columns.id in there else nothing
-    further = columns.further()
-    beside = [values(batch.column(column)) if column in there else nothing for _, column in further]
+    present, nulls = set(batch.schema.names), [None] * batch.num_rows
+    names = values(batch.column(columns.id)) if columns.id in present else nulls
+    extra = columns.extra()
+    extra_values = [values(batch.column(column)) if column in present else nulls for _, column in extra]
     for i, (text, name) in enumerate(zip(texts, names, strict=True)):
-        named = None if isinstance(name, Lost) else name.decode(errors="replace") if isinstance(name, bytes) else name
+        named = (
+            None
+            if isinstance(name, UnrepresentableValue)
+            else name.decode(errors="replace")
+            if isinstance(name, bytes)
+            else name
+        )
         key = printable(f"#{first + i if named is None else named}")
-        meta, lost = meta_of([(called, column[i]) for (called, _), column in zip(further, beside, strict=True)])
-        if isinstance(name, Lost):
-            lost.append(f"the value of {columns.id!r} cannot be written: {name.reason}")
+        meta, lost = meta_of(
+            [(key_in_meta, column[i]) for (key_in_meta, _), column in zip(extra, extra_values, strict=True)]
+        )
+        if isinstance(name, UnrepresentableValue):
+            lost.append(f"cannot convert the value of {columns.id!r}: {name.reason}")
         yield from (Reject(key, VALUE, reason) for reason in lost)
         yield _numbered(decode_text(text.as_py() or b"", max_bytes, key, meta), named is None)
 
 
 def values(column: pa.Array) -> list[Any]:
-    """A column as Python's values; what Python cannot hold as Arrow's text for it, or else as `Lost`."""
+    """A column as Python values. A value that Python cannot represent becomes Arrow's text for it, or else an
+    `UnrepresentableValue`."""
     try:
         return list(column.to_pylist())
-    except Exception:  # dates before the year 1 or after 9999, zones that nobody knows, bad UTF-8, nanoseconds
+    except Exception:  # dates before the year 1 or after 9999, unknown time zones, invalid UTF-8, nanoseconds
         return [_value(scalar) for scalar in column]
 
 
@@ -294,16 +303,16 @@ def _value(scalar: Any) -> Any:
     try:
         return _plain(scalar)
     except Exception as error:
-        return Lost(error_words(error))
+        return UnrepresentableValue(error_text(error))
 
 
 def _plain(scalar: Any) -> Any:
-    """One value, part by part where it is not to be had as a whole. Raises whatever Arrow does."""
+    """One value, converted part by part if it cannot be converted as a whole. Raises Arrow's errors."""
     try:
         return scalar.as_py()
     except Exception:
         kind = scalar.type
-        return _parts(scalar, kind) if pa.types.is_nested(kind) else _bare_value(scalar, kind)
+        return _parts(scalar, kind) if pa.types.is_nested(kind) else _raw_value(scalar, kind)
 
 
 def _parts(scalar: Any, kind: pa.DataType) -> Any:
@@ -314,7 +323,7 @@ def _parts(scalar: Any, kind: pa.DataType) -> Any:
     return [_plain(item) for item in scalar.values]
 
 
-def _bare_value(scalar: Any, kind: pa.DataType) -> Any:
+def _raw_value(scalar: Any, kind: pa.DataType) -> Any:
     if pa.types.is_dictionary(kind):
         return _plain(scalar.value)
     if hasattr(scalar, "as_buffer"):
@@ -325,7 +334,7 @@ def _bare_value(scalar: Any, kind: pa.DataType) -> Any:
 
 
 def _as_bytes(column: Any, name: str) -> Any:
-    """A column of strings as bytes, so that a row of bad UTF-8 costs only itself. KeyError if it is not text."""
+    """A string column as bytes, so that invalid UTF-8 costs only its own row. Raises KeyError if it is not text."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type):

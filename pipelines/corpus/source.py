@@ -1,4 +1,4 @@
-"""A source of documents as a recipe describes it, and the files it has: on this machine, in a package, in a bucket."""
+"""A source of documents in a recipe, and its files: on this machine, in a package, or in a bucket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moray.pipelines.corpus.globs import matches, why_not
+from moray.pipelines.corpus.globs import matches, pattern_error
 from moray.pipelines.corpus.listing import (
     BEYOND,
     EXCLUDED,
@@ -29,7 +29,7 @@ from moray.platform.plan.config import StepConfig, operational
 
 Split = Literal["train", "validation", "test"]
 
-# What folders and files of Hugging Face datasets are called by.
+# Names of splits in the folder and file names of Hugging Face datasets.
 _SPLITS: dict[str, Split] = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -46,71 +46,81 @@ class Source(StepConfig):
     package: str | None = operational(None)
     url: str | None = operational(None, pattern=r"^s3://[^/?#]+(/[^?#]*)?$", description="s3://bucket/prefix")
     reader: Literal["text", "jsonl", "parquet", "huggingface", "html", "warc", "pythonbible"] = "text"
-    text_column: str = Field("text", min_length=1, description="rows: where the text is")
-    id_column: str | None = Field(None, min_length=1, description="rows: what names a row; else its number")
-    url_column: str | None = Field(None, min_length=1, description="rows: the page's address, `url` in meta")
-    license_column: str | None = Field(None, min_length=1, description="rows: the licence; else `license`")
-    meta_columns: tuple[str, ...] = Field((), description="rows: what goes into meta, as strings")
-    split: Split = Field("train", description="huggingface: whose files are read")
+    text_column: str = Field("text", min_length=1, description="rows: the column with the text")
+    id_column: str | None = Field(
+        None, min_length=1, description="rows: the column with the row's id; by default its number"
+    )
+    url_column: str | None = Field(
+        None, min_length=1, description="rows: the column with the URL, stored as `url` in meta"
+    )
+    license_column: str | None = Field(
+        None, min_length=1, description="rows: the column with the license; by default `license` applies to all"
+    )
+    meta_columns: tuple[str, ...] = Field((), description="rows: columns stored in meta, as strings")
+    split: Split = Field("train", description="huggingface: the split to read")
     include: tuple[str, ...] = ("**/*",)
     exclude: tuple[str, ...] = ()
     license: str = ""
     max_files: int | None = Field(None, gt=0)
-    made_by: str = operational("", description="the command that makes the files, for who does not have them")
+    made_by: str = operational("", description="the command that creates the files, shown if they are missing")
 
     @field_validator("include", "exclude")
     @classmethod
     def _can_match(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [reason for pattern in value if (reason := why_not(pattern))]:
+        if wrong := [reason for pattern in value if (reason := pattern_error(pattern))]:
             raise ValueError(wrong[0])
         return value
 
     @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        if sum(place is not None for place in (self.path, self.package, self.url)) != 1:
-            raise ValueError("give `path`, `package` or `url`, one of them")
+    def _one_location(self) -> Source:
+        if sum(location is not None for location in (self.path, self.package, self.url)) != 1:
+            raise ValueError("give exactly one of `path`, `package` and `url`")
         if self.reader not in ROW_READERS and self.columns() != Columns():
-            raise ValueError(f"`text_column`, `id_column` and the like are for {', '.join(ROW_READERS)}")
+            raise ValueError(
+                f"`text_column` and the other column fields need a reader of rows: {', '.join(ROW_READERS)}"
+            )
         if self.reader != "huggingface" and self.split != "train":
-            raise ValueError("`split` is for huggingface")
+            raise ValueError("`split` needs the reader huggingface")
         return self
 
     def columns(self) -> Columns:
         return Columns(self.text_column, self.id_column, self.url_column, self.license_column, self.meta_columns)
 
-    def place(self) -> str:
-        """Where the files are looked for, for messages."""
+    def location(self) -> str:
+        """The location of the files, for messages."""
         return self.url or str(self.root())
 
     def root(self) -> Path:
-        """The folder (or file) on this machine. Raises InputError if it is not there."""
+        """The folder or file on this machine. Raises InputError if it does not exist."""
         if self.path is not None:
             root = self.path.expanduser()
             if not root.exists():
-                hint = f"`{self.made_by}` makes it" if self.made_by else "correct the path in the recipe"
+                hint = f"run `{self.made_by}` to create it" if self.made_by else "correct the path in the recipe"
                 raise InputError(f"source {self.name!r}: {root.absolute()} does not exist", hint)
             return root.absolute()
         spec = importlib.util.find_spec(str(self.package))
         if spec is None or spec.origin is None:
-            raise InputError(f"source {self.name!r}: no package {self.package!r}", f"pip install {self.package}")
+            raise InputError(
+                f"source {self.name!r}: package {self.package!r} is not installed", f"pip install {self.package}"
+            )
         return Path(spec.origin).parent
 
     def files(self) -> list[tuple[str, File]]:
-        """(key, file) of every file, sorted by key: the path relative to the root, with slashes. Raises InputError."""
+        """(key, file) of every file, sorted by key, the path relative to the root with slashes. Raises InputError."""
         return self.listing().files
 
     def listing(self) -> Listing:
-        """The files, and what was not taken. Raises InputError."""
+        """The files, and the skipped ones. Raises InputError."""
         found = self._objects() if self.url is not None else self._paths()
         if self.reader == "huggingface":
             files, found.files = found.files, []
             for key, file in files:
-                if reason := _why_no_data(key, self.split):
-                    found.leave(key, reason)
+                if reason := _skip_reason(key, self.split):
+                    found.skip(key, reason)
                 else:
                     found.files.append((key, file))
         for key, _ in found.files[self.max_files :] if self.max_files else ():
-            found.leave(key, BEYOND)
+            found.skip(key, BEYOND)
         found.files = found.files[: self.max_files]
         return found
 
@@ -123,10 +133,10 @@ class Source(StepConfig):
         except InputError as error:
             raise InputError(f"source {self.name!r}: {error.message}", error.hint) from error
         except OSError as error:
-            raise InputError(f"source {self.name!r}: {root}: {error.strerror}", "allow reading it") from error
+            raise InputError(f"source {self.name!r}: {root}: {error.strerror}", "grant read access") from error
 
     def _objects(self) -> Listing:
-        """What lies below the address; or, if nothing does, the object that has it."""
+        """The objects below the URL or, if there are none, the object with that URL."""
         url = str(self.url).rstrip("/")
         found = Listing()
         try:
@@ -138,9 +148,9 @@ class Source(StepConfig):
             raise InputError(f"source {self.name!r}: {error.message}", error.hint) from error
         for key, file in sorted(listed, key=lambda one: one[0]):
             if not any(matches(key, pattern) for pattern in self.include):
-                found.leave(key, NOT_INCLUDED)
+                found.skip(key, NOT_INCLUDED)
             elif any(matches(key, pattern) for pattern in self.exclude):
-                found.leave(key, EXCLUDED)
+                found.skip(key, EXCLUDED)
             else:
                 found.files.append((key, file))
         return found
@@ -148,13 +158,13 @@ class Source(StepConfig):
 
 def _listed(url: str, beginning: str = "") -> Iterator[tuple[str, File]]:
     for item in bucket_at(url).objects(beginning):
-        if item.size or not item.key.endswith("/"):  # an empty one stands for a folder
+        if item.size or not item.key.endswith("/"):  # an empty object represents a folder
             yield item.key, File(f"{url}/{item.key}", item.size, item.etag, url)
 
 
-def _why_no_data(key: str, split: Split) -> str:
-    """Why a file of a dataset's folder is not read; '' if it holds rows of the split. What `datasets` keeps of its own
-    work does not."""
+def _skip_reason(key: str, split: Split) -> str:
+    """The reason to skip a file of a dataset folder; '' if it holds rows of the split. Cache files of `datasets` do
+    not."""
     name = key.rpartition("/")[2]
     if not _DATA.search(name.lower()) or name.startswith(("cache-", ".")):
         return NO_DATA
@@ -162,7 +172,7 @@ def _why_no_data(key: str, split: Split) -> str:
 
 
 def split_of(key: str) -> Split:
-    """By the nearest name that says so: the file's, then its folders' from the inside out; "train" if none does."""
+    """The split named in the file's name, or else in the nearest folder's name that contains one, or else "train"."""
     for part in reversed(key.lower().split("/")):
         for word in re.split(r"[^a-z]+", part):
             if word in _SPLITS:

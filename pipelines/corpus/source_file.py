@@ -1,7 +1,7 @@
-"""A file of a source, on this machine or in a bucket, as bytes: opened, decompressed, cut into lines.
+"""A file of a source, on this machine or in a bucket, as bytes: opened, decompressed, split into lines.
 
-Objects are read in ranges as they are needed, and only the version that was listed: one that is replaced meanwhile ends
-the run instead of mixing two. An outage is an InputError, which no reader takes for bad data.
+Objects are read in ranges on demand, and only in the version that was listed. If an object is replaced meanwhile, the
+run ends, because two versions must not be mixed. An outage raises InputError, which no reader treats as bad data.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from moray.pipelines.corpus.pieces import MALFORMED, UNREADABLE, Reject
-from moray.pipelines.corpus.unpack import Damaged, Unpacked, packed_as
+from moray.pipelines.corpus.unpack import Damaged, DecompressedFile, compression_of
 
 if TYPE_CHECKING:
     from moray.platform.store.bucket import Bucket
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER = 1 << 16
-_BLOCK = 4 << 20  # bytes of an object asked for at once
+_BLOCK = 4 << 20  # bytes of an object per request
 
 
 @dataclass(frozen=True)
 class File:
-    """Where a file lies, and its size in bytes. Of an object: its address, ETag, and the `root` it was listed below."""
+    """Path and size in bytes of a file. For an object: its URL, ETag, and the `root` URL it was listed under."""
 
-    place: str
+    location: str
     size: int = 0
     etag: str = ""
     root: str = ""
@@ -41,23 +41,25 @@ class File:
 
     @property
     def suffixes(self) -> list[str]:
-        return [suffix.lower() for suffix in Path(self.place).suffixes]
+        return [suffix.lower() for suffix in Path(self.location).suffixes]
 
     @property
     def is_compressed(self) -> bool:
         return self.suffixes[-1:] != [] and self.suffixes[-1] in _COMPRESSION
 
     def open(self) -> pa.NativeFile:
-        """The bytes as they lie there, seekable. Raises OSError (or InputError for a bucket)."""
-        return pa.PythonFile(self._raw(), mode="r")  # any name: Arrow's own files take only UTF-8
+        """The stored bytes, seekable. Raises OSError (or InputError for a bucket)."""
+        return pa.PythonFile(self._raw(), mode="r")  # Arrow's own files accept only UTF-8 names
 
     def _raw(self) -> Any:
-        _opened[:] = [ObjectReader(self) if self.is_object else io.FileIO(self.place)]
+        _opened[:] = [ObjectReader(self) if self.is_object else io.FileIO(self.location)]
         return _opened[0]
 
     def stream(self, resume: bool = False) -> io.BufferedReader:
-        """The bytes, decompressed if their beginning or the name says that they are compressed. resume: past damage,
-        where another member begins. Raises OSError, in the middle too."""
+        """The bytes, decompressed if the magic bytes or the name indicate compression.
+
+        resume: after damage, continue with the next member. Raises OSError, also in the middle of the file.
+        """
         raw = self._raw()
         try:
             beginning = raw.read(4)
@@ -65,40 +67,40 @@ class File:
         except BaseException:
             raw.close()
             raise
-        if kind := packed_as(beginning) or (self.is_compressed and _COMPRESSION[self.suffixes[-1]]):
-            raw = Unpacked(raw, kind, resume)
+        if kind := compression_of(beginning) or (self.is_compressed and _COMPRESSION[self.suffixes[-1]]):
+            raw = DecompressedFile(raw, kind, resume)
         return io.BufferedReader(raw, _BUFFER)
 
     def damage(self, error: Exception) -> Reject:
-        """What an error in the middle of the file means: a bad archive, or a bad disk."""
-        return Reject("", MALFORMED if isinstance(error, Damaged) else UNREADABLE, error_words(error))
+        """The reject for an error in the middle of the file: malformed for a bad archive, unreadable for a bad disk."""
+        return Reject("", MALFORMED if isinstance(error, Damaged) else UNREADABLE, error_text(error))
 
 
-def behind(stream: io.BufferedReader) -> Iterator[Reject]:
-    """What a stream, read to its end, has behind the end of what was compressed: it costs nothing before it."""
-    if found := getattr(stream.raw, "behind", ""):
-        yield Reject("", MALFORMED, found)
+def trailing_data(stream: io.BufferedReader) -> Iterator[Reject]:
+    """A reject if a compressed stream, read to its end, has other data after the last member."""
+    if problem := getattr(stream.raw, "trailing", ""):
+        yield Reject("", MALFORMED, problem)
 
 
-_opened: list[Any] = []  # the file that was opened last
+_opened: list[Any] = []  # the most recently opened file
 
 
 def bytes_read() -> int:
-    """How far this process is in the file that it opened last; 0 when that is closed."""
+    """Position of this process in the file that it opened last; 0 if that is closed."""
     return int(_opened[0].tell()) if _opened and not _opened[0].closed else 0
 
 
 def unreadable(error: Exception) -> Reject:
-    return Reject("", UNREADABLE, error_words(error))
+    return Reject("", UNREADABLE, error_text(error))
 
 
-def error_words(error: Exception) -> str:
-    """What an error says, in one line."""
+def error_text(error: Exception) -> str:
+    """The message of an error, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """The lines of a file; None for one of more than `limit` bytes, which is skipped without keeping it."""
+    """The lines of a file; None for a line of more than `limit` bytes, which is skipped and not buffered."""
     while line := file.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
             yield line
@@ -109,10 +111,10 @@ def read_lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
 
 
 class ObjectReader(io.RawIOBase):
-    """One version of an object as a seekable file; holds one block of it."""
+    """One version of an object as a seekable file. Buffers one block."""
 
     def __init__(self, file: File) -> None:
-        self._bucket, self._key = bucket_at(file.root), file.place.removeprefix(f"{file.root}/")
+        self._bucket, self._key = bucket_at(file.root), file.location.removeprefix(f"{file.root}/")
         self._size, self._etag = file.size, file.etag
         self._at, self._begin, self._block = 0, 0, b""
 
@@ -130,7 +132,7 @@ class ObjectReader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the whole buffer unless the object ends: Arrow takes a short read for the end."""
+        """Fills the whole buffer unless the object ends, because Arrow treats a short read as the end of the file."""
         target = memoryview(buffer).cast("B")
         done = 0
         while done < len(target) and self._at < self._size:
@@ -148,7 +150,7 @@ class ObjectReader(io.RawIOBase):
 
 @lru_cache(maxsize=64)
 def bucket_at(url: str) -> Bucket:
-    """A bucket, or a folder in one, whose client is kept: it holds connections."""
+    """A bucket or a folder in one. Cached, because its client holds connections."""
     from moray.platform.store.bucket import Bucket
 
     return Bucket(url)

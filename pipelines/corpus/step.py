@@ -1,8 +1,8 @@
-"""corpus: files of text, code, rows and web pages, on this machine or in a bucket, into Documents.
+"""corpus: converts files of text, code, rows and web pages, on this machine or in a bucket, to Documents.
 
-Files are listed and sorted once, grouped into shards by size, and read by Ray Data tasks; what is left out is counted
-by reason and written down. A document's id depends on the source's name and the file's path within it, not on where the
-source lies.
+Files are listed and sorted once, grouped into shards by size, and read by Ray Data tasks. Rejects are counted by reason
+and written to files. A document's id depends on the source's name and the file's path within it, not on the location of
+the source.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from moray.pipelines.corpus.corpus_shard import bytes_in_work, forget_progress, rejects_name, write_corpus_shard
+from moray.pipelines.corpus.corpus_shard import (
+    bytes_in_progress,
+    rejects_name,
+    remove_progress_files,
+    write_corpus_shard,
+)
 from moray.pipelines.corpus.listing import Listing
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.source_file import File
@@ -39,7 +44,7 @@ class CorpusConfig(StepConfig):
 
 class Corpus(Step[CorpusConfig]):
     name: ClassVar[str] = "corpus"
-    version: ClassVar[int] = 2  # 2: reads links to files, all of a damaged archive's whole records, padded archives
+    version: ClassVar[int] = 2  # 2: reads links to files, every intact record of a damaged archive, padded archives
     Config = CorpusConfig
     produces: ClassVar[str] = "documents"
     resumable: ClassVar[bool] = True
@@ -48,17 +53,17 @@ class Corpus(Step[CorpusConfig]):
     def check(self, config: CorpusConfig, inputs: Mapping[str, str]) -> None:
         names = Counter(source.name for source in config.sources)
         if repeated := [name for name, n in names.items() if n > 1]:
-            raise RecipeError(f"sources: the name {repeated[0]!r} is used twice", "give every source its own name")
+            raise RecipeError(f"sources: duplicate name {repeated[0]!r}", "give each source a unique name")
         for i, source in enumerate(config.sources):
             try:
                 listing = source.listing()
             except InputError as error:
                 raise RecipeError(f"sources.{i}: {error.message}", error.hint) from error
             if not listing.files:
-                there = f"; not taken: {listing.told(expected=True)}" if listing.passed else ""
-                what = f"no file matches {list(source.include)} in {source.place()}{there}"
+                skipped = f"; skipped: {listing.summary(expected=True)}" if listing.skipped else ""
+                problem = f"no file matches {list(source.include)} in {source.location()}{skipped}"
                 raise RecipeError(
-                    f"sources.{i}: source {source.name!r}: {what}",
+                    f"sources.{i}: source {source.name!r}: {problem}",
                     f"correct `include` or `{'url' if source.url else 'path'}`",
                 )
 
@@ -72,11 +77,11 @@ class Corpus(Step[CorpusConfig]):
     def run(self, ctx: StepContext[CorpusConfig]) -> None:
         listings = [(source, source.listing()) for source in ctx.config.sources]
         for source, listing in listings:
-            if told := listing.told(expected=False):
-                ctx.note(f"source {source.name!r}: not taken: {told}", level="warning")
+            if skipped := listing.summary(expected=False):
+                ctx.note(f"source {source.name!r}: skipped: {skipped}", level="warning")
         shards = corpus_shards(ctx.config, [listing for _, listing in listings])
         write = partial(write_corpus_shard, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
-        forget_progress(ctx.folder)  # of a run that was killed
+        remove_progress_files(ctx.folder)  # of a killed run
         rows = map_shards(
             ctx,
             "reading",
@@ -84,35 +89,35 @@ class Corpus(Step[CorpusConfig]):
             write,
             "bytes",
             lambda row: sum(row["sizes"]),
-            partly=partial(bytes_in_work, ctx.folder),
+            partly=partial(bytes_in_progress, ctx.folder),
         )
-        forget_progress(ctx.folder)
+        remove_progress_files(ctx.folder)
         dropped: Counter[str] = Counter()
         for row in rows:
             dropped.update({key.removeprefix("dropped:"): n for key, n in row.items() if key.startswith("dropped:")})
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()) if n)
         documents = sum(row["documents"] for row in rows)
         if not documents:
-            left_out = f": left out {reasons}" if reasons else ""
-            raise InputError(f"the corpus has no usable document{left_out}", _why_nothing(ctx.folder, shards))
-        passed = sum((listing.passed for _, listing in listings), Counter[str]())
+            rejected = f": rejected {reasons}" if reasons else ""
+            raise InputError(f"the corpus has no usable documents{rejected}", _first_reject(ctx.folder, shards))
+        skipped = sum((listing.skipped for _, listing in listings), Counter[str]())
         ctx.counts |= {
             "in:files": sum(len(shard["files"]) for shard in shards),
             "out:documents": documents,
             "bytes": sum(row["bytes"] for row in rows),
             **{f"dropped:{reason}": n for reason, n in sorted(dropped.items()) if n},
-            **{f"passed:{reason}": n for reason, n in sorted(passed.items())},
+            **{f"passed:{reason}": n for reason, n in sorted(skipped.items())},
         }
-        ctx.outcome = f"{ctx.counts['bytes'] / 1e6:.1f} MB" + (f"; left out {reasons}" if reasons else "")
+        ctx.outcome = f"{ctx.counts['bytes'] / 1e6:.1f} MB" + (f"; rejected {reasons}" if reasons else "")
 
 
-def _why_nothing(folder: Path, shards: list[Row]) -> str:
-    """The first thing that was left out, why, and where the others are written down."""
+def _first_reject(folder: Path, shards: list[Row]) -> str:
+    """The first reject with its reason, and the files that list the others."""
     for shard in shards:
         path = folder / rejects_name(shard["shard"])
         for row in pq.read_table(path).slice(0, 1).to_pylist():
-            why = f"{row['reason']}: {row['detail']}" if row["detail"] else row["reason"]
-            return f"the first, {row['source']}/{row['key']}, is {why}; all are in {path.parent}/rejected-*.parquet"
+            reason = f"{row['reason']}: {row['detail']}" if row["detail"] else row["reason"]
+            return f"first: {row['source']}/{row['key']}: {reason}; all are in {path.parent}/rejected-*.parquet"
     return "every file is empty"
 
 
@@ -121,7 +126,7 @@ def corpus_shards(config: CorpusConfig, listings: Sequence[Listing] | None = Non
     shards: list[Row] = []
     listings = [source.listing() for source in config.sources] if listings is None else listings
     for source, listing in zip(config.sources, listings, strict=True):
-        size = config.shard_bytes  # so that every source begins a shard
+        size = config.shard_bytes  # makes every source begin a new shard
         for key, file in listing.files:
             if size >= config.shard_bytes:
                 lists: Row = {name: [] for name in ("keys", "files", "sizes", "etags")}
@@ -129,7 +134,7 @@ def corpus_shards(config: CorpusConfig, listings: Sequence[Listing] | None = Non
                 size = 0
             for name, value in (
                 ("keys", key),
-                ("files", os.fsencode(file.place)),
+                ("files", os.fsencode(file.location)),
                 ("sizes", file.size),
                 ("etags", file.etag),
             ):
@@ -139,7 +144,7 @@ def corpus_shards(config: CorpusConfig, listings: Sequence[Listing] | None = Non
 
 
 def _description(source: Source) -> Row:
-    """What a task must know of a source, as strings: Ray Data rows are Arrow, where a None may lose its column."""
+    """The properties of a source that tasks need, as strings. Ray Data rows are Arrow, where a None may drop its column."""
     return {
         "source": source.name,
         "license": source.license,
@@ -149,11 +154,11 @@ def _description(source: Source) -> Row:
 
 
 def _digest(file: File) -> str:
-    """An object is known by the ETag that its server gave it; a file here by its SHA-256."""
+    """The ETag of an object, as reported by its server, or the SHA-256 of a local file."""
     if file.is_object:
         return f"etag:{file.etag}"
     try:
-        return hash_file(Path(file.place))
+        return hash_file(Path(file.location))
     except OSError:
         return "unreadable"
 

@@ -1,4 +1,4 @@
-"""Readers of files that are one document each, and of the packages that hold a book as a Python module."""
+"""Readers of files with one document each, and of packages that hold a book as a Python module."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from moray.pipelines.corpus.pieces import MALFORMED, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.source_file import File, behind, unreadable
+from moray.pipelines.corpus.source_file import File, trailing_data, unreadable
 
 
 def read_text(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """A file of text or code is one document."""
+    """Reads a file of text or code as one document."""
     try:
         stream = file.stream()
     except OSError as error:
@@ -24,11 +24,11 @@ def read_text(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
             yield file.damage(error)
             return
         yield decode_text(data, max_bytes, "")
-        yield from behind(stream)
+        yield from trailing_data(stream)
 
 
 def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """A `plain_text_bible.py` of the pythonbible-* packages: one document a chapter.
+    """Reads a `plain_text_bible.py` of the pythonbible-* packages as one document per chapter.
 
     The module calls `Bible(version, text, {verse: start}, {verse: end})` with verse = book * 1e6 + chapter * 1e3 +
     number. It is parsed, not imported.
@@ -41,7 +41,7 @@ def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[P
         return
     try:
         chapters = bible_chapters(data)
-    except Exception:  # whatever a module that is none makes of its parser or of this
+    except Exception:  # another kind of file can cause errors of any type
         yield Reject("", MALFORMED, "not a module of a pythonbible package")
         return
     for chapter, text in chapters.items():
@@ -49,7 +49,7 @@ def read_pythonbible(file: File, max_bytes: int, columns: Columns) -> Iterator[P
 
 
 def bible_chapters(data: bytes) -> dict[int, str]:
-    """Texts by chapter (book * 1000 + number). StopIteration, SyntaxError or ValueError for another kind of file."""
+    """Texts by chapter (book * 1000 + number). Raises StopIteration, SyntaxError or ValueError for other files."""
     call = next(node for node in ast.walk(ast.parse(data)) if isinstance(node, ast.Call))
     text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
     chapters: dict[int, list[str]] = {}

@@ -1,9 +1,9 @@
-"""What gzip and zstd files hold, by the standard of their own tools: members one after another, zeros behind the last
-one, frames with a window of up to 2 GB.
+"""Decompresses gzip and zstd files as completely as their own tools: several members, zero padding after the last one,
+and windows of up to 2 GB.
 
-Damage within a member is an error, after all that came before it. What else lies behind the last member is none: the
-file is whole, and `behind` says what was found. Python's own libraries, because Arrow's streams know no borders, take
-padding for damage and stop at windows of 128 MB.
+Damage within a member is an error, raised after the content before it. Other data after the last member is not an
+error: the content is complete, and `trailing` describes the data. This module uses Python's own libraries, because
+Arrow's streams do not report member boundaries, treat padding as damage and support windows up to 128 MB only.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import io
 import zlib
 from typing import Any, Protocol
 
-_CHUNK = 1 << 16  # compressed bytes that are read at once
-_PART = 1 << 20  # bytes that are unpacked at once
-_LOG_WINDOW = 31  # 2 GB, the most that `zstd --long=31` writes; a reader holds as much
+_CHUNK = 1 << 16  # compressed bytes per read
+_PART = 1 << 20  # decompressed bytes per step
+_LOG_WINDOW = 31  # 2 GB, the maximum of `zstd --long=31`; the reader needs as much memory
 _GZIP = b"\x1f\x8b\x08"
 _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16)))  # frames, skippable frames
 
 
 class Damaged(OSError):
-    """A compressed file that breaks off, or holds what was not written by its compressor."""
+    """A compressed file is truncated or corrupt."""
 
 
-def packed_as(beginning: bytes) -> str:
-    """'gzip' or 'zstd' by the first bytes of a file; '' for neither."""
+def compression_of(beginning: bytes) -> str:
+    """'gzip' or 'zstd' by the magic bytes of a file; '' for neither."""
     if beginning.startswith(_GZIP):
         return "gzip"
     return "zstd" if beginning[:4] in _ZSTD else ""
 
 
 class Decoder(Protocol):
-    """One member, as `zstd` and `bz2` of the standard library have it."""
+    """Decompressor of one member, with the interface of `zstd` and `bz2` in the standard library."""
 
     @property
     def eof(self) -> bool: ...
@@ -46,7 +46,7 @@ class Decoder(Protocol):
 
 
 class _Gzip:
-    """zlib in that form."""
+    """zlib with the `Decoder` interface."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -67,7 +67,7 @@ class _Gzip:
 
 
 def decoder(kind: str) -> Decoder:
-    """Of 'gzip' or 'zstd'. Errors are zlib.error and ZstdError, which `unpacking_errors` has."""
+    """A decoder of 'gzip' or 'zstd'. It raises the types of `decompression_errors`."""
     if kind == "gzip":
         return _Gzip()
     from backports import zstd
@@ -76,30 +76,31 @@ def decoder(kind: str) -> Decoder:
     return made
 
 
-def unpacking_errors() -> tuple[type[Exception], ...]:
+def decompression_errors() -> tuple[type[Exception], ...]:
     from backports import zstd
 
     return zlib.error, zstd.ZstdError, MemoryError, EOFError
 
 
-class Unpacked(io.RawIOBase):
-    """The content of a compressed file. Raises Damaged, or whatever `source` does.
+class DecompressedFile(io.RawIOBase):
+    """The content of a compressed file. Raises Damaged, and the errors of `source`.
 
-    resume: what is damaged ends its member and not the file: it goes on with the next member that begins.
-    borders: where, in the content, members begin, the first one excepted. damages: (where, what) a member was given up;
-    there a border is too. behind: what lies behind the last member, '' for nothing or zeros.
+    resume: damage ends only its member, and reading continues with the next member.
+    boundaries: offsets in the content at which members begin, except the first. damages: (offset, reason) of each
+    damaged member; the offset is also a boundary. trailing: a description of the data after the last member, '' for
+    nothing or zeros.
     """
 
     def __init__(self, source: Any, kind: str, resume: bool = False) -> None:
         self._source, self._kind, self._resume = source, kind, resume
         self._decoder: Decoder | None = None
-        self._chunk = b""  # compressed, not yet given to the decoder
-        self._given = b""  # the last that was, in which the next member may begin
+        self._chunk = b""  # compressed bytes not yet passed to the decoder
+        self._given = b""  # the last bytes passed to it, in which the next member may begin
         self._ended = False
         self._made = self._members = 0
-        self.borders: list[int] = []
+        self.boundaries: list[int] = []
         self.damages: list[tuple[int, str]] = []
-        self.behind = ""
+        self.trailing = ""
 
     def readable(self) -> bool:
         return True
@@ -119,7 +120,7 @@ class Unpacked(io.RawIOBase):
         return 0
 
     def _next(self, size: int) -> bytes:
-        """The next bytes of the content; none at a border, or where more has to be read first."""
+        """The next bytes of the content; empty at a boundary, or if more compressed bytes must be read first."""
         if self._decoder is None and not self._begin():
             return b""
         assert self._decoder is not None
@@ -134,7 +135,7 @@ class Unpacked(io.RawIOBase):
     def _decode(self, decoder: Decoder, data: bytes, size: int) -> bytes:
         try:
             found = decoder.decompress(data, size)
-        except unpacking_errors() as error:
+        except decompression_errors() as error:
             self._give_up(str(error) or type(error).__name__)
             return b""
         if decoder.eof:
@@ -143,7 +144,7 @@ class Unpacked(io.RawIOBase):
         return found
 
     def _begin(self) -> bool:
-        """Starts on the member that comes next; False, and the end, where none does."""
+        """Starts the next member. False at the end of the file."""
         while True:
             if self._members:
                 self._chunk = self._chunk.lstrip(b"\0")
@@ -151,8 +152,8 @@ class Unpacked(io.RawIOBase):
                 break
         if self._members and not self._chunk:
             self._ended = True
-        elif self._members and packed_as(self._chunk) != self._kind:
-            self.behind = f"behind the end of what is compressed lies something else: {self._chunk[:20]!r}"
+        elif self._members and compression_of(self._chunk) != self._kind:
+            self.trailing = f"unexpected data after the last compressed member: {self._chunk[:20]!r}"
             self._ended = True
         elif not self._chunk:
             self._ended = True
@@ -161,8 +162,8 @@ class Unpacked(io.RawIOBase):
         return not self._ended
 
     def _start(self) -> None:
-        if self._members and (not self.borders or self.borders[-1] != self._made):
-            self.borders.append(self._made)
+        if self._members and (not self.boundaries or self.boundaries[-1] != self._made):
+            self.boundaries.append(self._made)
         self._members += 1
         self._decoder = decoder(self._kind)
 
@@ -171,18 +172,18 @@ class Unpacked(io.RawIOBase):
         self._chunk += data
         return bool(data)
 
-    def _give_up(self, why: str) -> None:
-        """Ends a damaged member: with an error, or at the beginning of the next."""
+    def _give_up(self, reason: str) -> None:
+        """Ends a damaged member: raises Damaged, or skips to the next member."""
         self._decoder = None
         self._ended = True
         if not self._resume:
-            raise Damaged(why)
+            raise Damaged(reason)
         magic = _GZIP if self._kind == "gzip" else _ZSTD[0]
         rest = self._given[1:] + self._chunk
         while (at := rest.find(magic)) < 0:
             rest = rest[1 - len(magic) :] + (data := self._source.read(_CHUNK))
             if not data:
-                raise Damaged(why)
+                raise Damaged(reason)
         self._chunk, self._given, self._ended = rest[at:], b"", False
-        self.damages.append((self._made, why))
+        self.damages.append((self._made, reason))
         self._start()

@@ -1,7 +1,7 @@
-"""The reader of web archives: WARC files (ISO 28500), and WET files, which hold text already.
+"""The reader of web archives: WARC files (ISO 28500), and WET files, which hold extracted text.
 
-`records.py` cuts the records, so that one which is damaged costs itself; `codings.py` undoes what HTTP did to a body,
-and `web.py` finds its text. warcio reads the lines of HTTP's head, and archives of the older format ARC.
+`records.py` splits the file into records, so that damage costs only its own record. `codings.py` decodes HTTP bodies,
+and `web.py` extracts their text. warcio parses HTTP headers, and archives of the older ARC format.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moray.pipelines.corpus.codings import NotUndone, undo
+from moray.pipelines.corpus.codings import UndecodableBody, decode_body
 from moray.pipelines.corpus.pieces import (
     EMPTY,
     HTTP_STATUS,
@@ -27,7 +27,7 @@ from moray.pipelines.corpus.pieces import (
 )
 from moray.pipelines.corpus.records import WarcRecord, records
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.source_file import File, behind, error_words, unreadable
+from moray.pipelines.corpus.source_file import File, trailing_data, error_text, unreadable
 from moray.pipelines.corpus.web import page_limit, read_page, text_of
 from moray.platform.core.errors import InputError
 
@@ -35,14 +35,14 @@ _DOCUMENTS = ("response", "resource", "conversion")
 _HEADERS = (("url", "warc-target-uri"), ("date", "warc-date"))
 _HTML = ("text/html", "application/xhtml+xml")
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.I)
-_HEAD = 1 << 16  # bytes of HTTP's head beside the longest page
+_HEAD = 1 << 16  # bytes of HTTP headers, in addition to the longest page
 
 
 def read_warc(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """A response with a page or plain text, a resource or a conversion (WET) is a document, with `url` and `date`.
+    """Reads responses with a page or plain text, resources and conversions (WET) as documents, with `url` and `date`.
 
-    Requests, metadata, and the like are no documents and are passed over. The key is the record's id. A record that is
-    damaged, of whatever kind, counts as malformed, and so does each stretch that is no record.
+    Requests, metadata and other records are skipped. The key is the record's id. A damaged record of any type counts as
+    malformed, and so does each stretch between records.
     """
     try:
         stream = file.stream(resume=True)
@@ -59,28 +59,28 @@ def read_warc(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
                 yield item
             elif item.headers.get("warc-type", "").lower() in _DOCUMENTS:
                 yield _guarded(item, number, max_bytes)
-        yield from behind(stream)
+        yield from trailing_data(stream)
 
 
 def _peek(stream: io.BufferedReader) -> bytes:
     try:
         return stream.peek(16)
     except OSError:
-        return b""  # it is met again, by who reads
+        return b""  # the next read raises it again
 
 
 def _guarded(record: WarcRecord, number: int, max_bytes: int) -> Piece:
-    """Whatever a library stumbles over in a record costs that record."""
+    """The piece of a record. Any error of a library rejects only this record."""
     key = f"#{printable(record.headers.get('warc-record-id') or number).strip('<>')}"
     try:
         piece = _piece(record, key, max_bytes)
     except InputError:
         raise
-    except NotUndone as error:
+    except UndecodableBody as error:
         return Reject(key, MALFORMED, str(error))
     except Exception as error:
-        return Reject(key, MALFORMED, error_words(error))
-    if record.is_long and isinstance(piece, Document):  # its end is not here
+        return Reject(key, MALFORMED, error_text(error))
+    if record.is_long and isinstance(piece, Document):  # its end was not kept
         return Reject(key, OVERSIZED, f"a record of {record.length} bytes")
     return piece
 
@@ -90,10 +90,10 @@ def _piece(record: WarcRecord, key: str, max_bytes: int) -> Piece:
     pairs = [(name, record.headers.get(header)) for name, header in _HEADERS]
     meta = tuple((name, printable(value).strip("<>")) for name, value in pairs if value)
     if record.headers["warc-type"].lower() == "response":
-        answer = _http(record)
-        if answer is None:
-            return Reject(key, EMPTY, "a response without HTTP")
-        status, headers, body = answer
+        response = _http(record)
+        if response is None:
+            return Reject(key, EMPTY, "not an HTTP response")
+        status, headers, body = response
         if not status.startswith("2"):
             return Reject(key, HTTP_STATUS, printable(status))
         kind = next(iter(_all(headers, "content-type")), "")
@@ -101,15 +101,16 @@ def _piece(record: WarcRecord, key: str, max_bytes: int) -> Piece:
     if mime not in (*_HTML, "text/plain", ""):
         return Reject(key, NOT_TEXT, printable(mime))
     if record.headers["warc-type"].lower() == "response":
-        body = undo(body, _all(headers, "transfer-encoding"), _all(headers, "content-encoding"), page_limit(max_bytes))
+        codings = _all(headers, "transfer-encoding"), _all(headers, "content-encoding")
+        body = decode_body(body, *codings, page_limit(max_bytes))
     return _text(body, kind, record.headers["warc-type"].lower(), key, meta, max_bytes)
 
 
 def _text(body: bytes, kind: str, record_type: str, key: str, meta: Meta, max_bytes: int) -> Piece:
     if record_type == "conversion":
         return decode_text(body, max_bytes, key, meta)
-    said = _CHARSET.search(kind)
-    charset = said.group(1) if said else ""
+    match = _CHARSET.search(kind)
+    charset = match.group(1) if match else ""
     if kind.strip().lower().startswith("text/plain"):
         return decode_text(text_of(body, charset).encode(), max_bytes, key, meta)
     return read_page(body, max_bytes, key, charset, meta)
@@ -119,7 +120,7 @@ Headers = list[tuple[str, str]]
 
 
 def _http(record: WarcRecord) -> tuple[str, Headers, bytes] | None:
-    """Status, headers and body of a response; None where it is none of HTTP's."""
+    """Status, headers and body of a response; None if it is not an HTTP response."""
     from warcio.statusandheaders import StatusAndHeadersParser
 
     address = record.headers.get("warc-target-uri", "http:").strip("<> ").lower()
@@ -135,7 +136,7 @@ def _all(headers: Headers, name: str) -> list[str]:
 
 
 def _arc(stream: io.BufferedReader, max_bytes: int) -> Iterator[Piece]:
-    """The responses of an ARC file, up to what warcio cannot read."""
+    """The responses of an ARC file, up to the first that warcio cannot read."""
     from warcio.archiveiterator import ARCIterator
 
     number = -1
@@ -146,7 +147,7 @@ def _arc(stream: io.BufferedReader, max_bytes: int) -> Iterator[Piece]:
     except InputError:
         raise
     except Exception as error:
-        yield Reject("", MALFORMED, f"after record {number}: {error_words(error)}")
+        yield Reject("", MALFORMED, f"after record {number}: {error_text(error)}")
 
 
 def _of_arc(found: Any, max_bytes: int) -> WarcRecord:

@@ -136,4 +136,4 @@ def test_without_the_corpus_the_demo_says_how_to_build_it(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(RecipeError, match=r"elsewhere/benchmarks/corpus/\.cache/documents does not exist") as caught:
         load_recipe(RECIPES / "corpus-demo.yaml")
-    assert caught.value.hint == "`make bench-corpus` makes it"
+    assert caught.value.hint == "run `make bench-corpus` to create it"

@@ -1,4 +1,4 @@
-"""Which files a source has: links, odd names, folders that cannot be listed; nothing is passed over without a word."""
+"""Files of a source: links, odd names, folders that cannot be listed. No file is skipped silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from moray.pipelines.corpus.corpus_shard import rejects_name, write_corpus_shard
-from moray.pipelines.corpus.globs import matches, why_not
+from moray.pipelines.corpus.globs import matches, pattern_error
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import read_shard, shard_name
@@ -22,8 +22,8 @@ def keys(root: Path, **fields: Any) -> list[str]:
     return [key for key, _ in Source(name="s", path=root, **fields).files()]
 
 
-def passed(root: Path, **fields: Any) -> dict[str, int]:
-    return dict(Source(name="s", path=root, **fields).listing().passed)
+def skipped(root: Path, **fields: Any) -> dict[str, int]:
+    return dict(Source(name="s", path=root, **fields).listing().skipped)
 
 
 def test_the_cache_of_hugging_face_is_read(tmp_path: Path) -> None:
@@ -38,13 +38,13 @@ def test_the_cache_of_hugging_face_is_read(tmp_path: Path) -> None:
     (snapshot / "README.md").symlink_to("../../blobs/beef")
     assert keys(snapshot, reader="huggingface") == ["data/train.jsonl"]
     assert keys(tmp_path, reader="huggingface") == ["datasets--x--y/snapshots/0a1b/data/train.jsonl"]
-    assert passed(snapshot, reader="huggingface") == {"no data file of a dataset": 1}
+    assert skipped(snapshot, reader="huggingface") == {"no data file of a dataset": 1}
     link = tmp_path / "link"
     link.symlink_to(snapshot)
     assert keys(link, reader="huggingface") == ["data/train.jsonl"]
 
 
-def test_what_is_not_taken_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "sub/c.txt", "d.csv", "skip.txt"):
@@ -59,7 +59,7 @@ def test_what_is_not_taken_is_named_with_its_reason(tmp_path: Path) -> None:
         made.bind(str(root / "s.txt"))
     fields = {"include": ("**/*.txt",), "exclude": ("skip.*",), "max_files": 4}
     assert keys(root, **fields) == ["a.txt", "b.txt", "link.txt", "round.txt"]
-    assert passed(root, **fields) == {
+    assert skipped(root, **fields) == {
         "not in `include`": 1,
         "in `exclude`": 1,
         "beyond `max_files`": 1,
@@ -67,8 +67,8 @@ def test_what_is_not_taken_is_named_with_its_reason(tmp_path: Path) -> None:
         "links to folders, not entered": 2,
         "neither files nor folders": 2,
     }
-    told = Source(name="s", path=root, **fields).listing().told(expected=False)  # type: ignore[arg-type]
-    assert told.startswith("1 links that lead nowhere (such as gone.txt); 2 links to folders, not entered")
+    summary = Source(name="s", path=root, **fields).listing().summary(expected=False)  # type: ignore[arg-type]
+    assert summary.startswith("1 links that lead nowhere (such as gone.txt); 2 links to folders, not entered")
     assert keys(root, include=("other/*.txt",)) == ["other/c.txt"], "entered where a pattern names it"
     assert keys(root, include=("sub/up/sub/*.txt",)) == [], "but not in a loop"
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
             RecipeError, match=r"sources\.0: source 's': .*closed cannot be listed: Permission"
         ) as found:
             Corpus().check(config, {})
-        assert found.value.hint == "allow it, or add 'closed/**/*' to `exclude`"
+        assert found.value.hint == "grant read access, or add 'closed/**/*' to `exclude`"
         assert keys(tmp_path, exclude=("closed/**/*",)) == ["noenter/d.txt", "open/a.txt", "open/secret.txt"]
         assert keys(tmp_path, include=("open/*.txt", "noenter/*.txt")) == [
             "noenter/d.txt",
@@ -138,11 +138,11 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "hint"),
     [("**.txt", "did you mean '**/*.txt'?"), ("a**/b", "did you mean '**/a*/b'?"), ("", "'**/*' matches every file"),
-     ("/a.txt", "as seen from there"), ("../a.txt", "as seen from there"), ("~/a", "as seen from there"),
+     ("/a.txt", "relative to it"), ("../a.txt", "relative to it"), ("~/a", "relative to it"),
      ("docs/", "did you mean 'docs/**/*'?"), ("docs/**", "did you mean 'docs/**/*'?"), (" ", "an empty pattern")],
 )  # fmt: skip
 def test_a_pattern_that_cannot_be_meant_is_refused_with_what_was_meant(pattern: str, hint: str) -> None:
-    assert hint in why_not(pattern)
+    assert hint in pattern_error(pattern)
     for field in ("include", "exclude"):
         with pytest.raises(ValidationError, match="Value error") as found:
             Source.model_validate({"name": "s", "path": "x", field: [pattern]})
@@ -152,12 +152,12 @@ def test_a_pattern_that_cannot_be_meant_is_refused_with_what_was_meant(pattern: 
 @pytest.mark.parametrize("key", ["a.txt", "double//slash.txt", "/leading.txt", "a/", "//", "x/./y", "x/../y", " "])
 def test_every_key_of_a_bucket_is_a_file(key: str) -> None:
     assert matches(key, "**/*")
-    assert not why_not("**/*")
+    assert not pattern_error("**/*")
 
 
-def test_the_message_says_what_there_is(tmp_path: Path) -> None:
+def test_the_error_lists_the_skipped_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.jsonl").write_text("{}")
     source = Source(name="s", path=tmp_path, include=("*.txt",))
-    with pytest.raises(RecipeError, match=r"not taken: 2 not in `include` \(such as a.json\)"):
+    with pytest.raises(RecipeError, match=r"skipped: 2 not in `include` \(such as a.json\)"):
         Corpus().check(CorpusConfig(sources=(source,)), {})

@@ -169,7 +169,7 @@ def test_column_names_decide_the_result_and_are_for_rows_only(tmp_path: Path) ->
     source = Source(name="s", path=tmp_path, reader="parquet")
     assert identity(source) != identity(source.model_copy(update={"text_column": "body"}))
     assert identity(source) != identity(source.model_copy(update={"id_column": "url"}))
-    with pytest.raises(ValueError, match="are for jsonl, parquet, huggingface"):
+    with pytest.raises(ValueError, match="need a reader of rows: jsonl, parquet, huggingface"):
         Source(name="s", path=tmp_path, text_column="body")
 
 
@@ -265,7 +265,7 @@ def test_a_value_that_has_no_form_is_counted(tmp_path: Path) -> None:
         deep = [deep]
     meta, (lost,) = meta_of([("odd", deep), ("fine", 2)])
     assert meta == (("fine", "2"),)
-    assert lost.startswith("the value of 'odd' cannot be written: ")
+    assert lost.startswith("cannot convert the value of 'odd': ")
     path = tmp_path / "f.parquet"
     table = pa.table({"text": ["one " * 9] * 3, "odd": ["a" * 50] * 3})
     pq.write_table(table, path, compression="none", use_dictionary=False)
@@ -343,13 +343,13 @@ def test_an_error_of_ours_names_the_file_and_the_row(tmp_path: Path, monkeypatch
     monkeypatch.setitem(READERS, "jsonl", broken)
     (tmp_path / "a.jsonl").write_text("{}")
     (shard,) = corpus_shards(CorpusConfig(sources=(Source(name="s", path=tmp_path, reader="jsonl"),)))
-    with pytest.raises(RuntimeError, match=r"s/a\.jsonl, behind its document '#7': OverflowError: signed integer"):
+    with pytest.raises(RuntimeError, match=r"s/a\.jsonl, after document '#7': OverflowError: signed integer"):
         write_corpus_shard(shard, str(tmp_path / "out"), 1000)
 
 
 def test_the_first_thing_left_out_is_said_where_nothing_is_left(tmp_path: Path) -> None:
     for content, words in (
-        (b'[\n{"text": "a"}\n]', "the file is an array of JSON"),
+        (b'[\n{"text": "a"}\n]', "the file is a JSON array"),
         (b'{"txt": 1}', "no field 'text'"),
     ):
         (tmp_path / "a.jsonl").write_bytes(content)
@@ -357,6 +357,6 @@ def test_the_first_thing_left_out_is_said_where_nothing_is_left(tmp_path: Path) 
         shards = corpus_shards(config)
         out = tmp_path / words[:9]
         write_corpus_shard(shards[0], str(out), 1000)
-        hint = corpus_step._why_nothing(out, shards)
-        assert hint.startswith(f"the first, s/a.jsonl#0, is malformed: {words}")
+        hint = corpus_step._first_reject(out, shards)
+        assert hint.startswith(f"first: s/a.jsonl#0: malformed: {words}")
         assert hint.endswith(f"all are in {out}/rejected-*.parquet")

@@ -1,4 +1,4 @@
-"""WARC files in which something is wrong: a record costs itself, whatever it is, and what is lost is said of it."""
+"""Damaged WARC files: damage costs only its own record, and every loss is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.pipelines.corpus.codings import NotUndone, undo
+from moray.pipelines.corpus.codings import UndecodableBody, decode_body
 from moray.pipelines.corpus.pieces import Document, Piece, Reject
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
@@ -86,8 +86,8 @@ def test_what_lies_between_records_is_counted_where_it_lies() -> None:
     found = read(b"\r\n" + GOOD[0] + b"no record\nat all\n" * 9000 + GOOD[1] + b"-- the end --")
     assert keys(found) == ["#urn:uuid:0", "#urn:uuid:1"]
     details = [piece.detail for piece in found if isinstance(piece, Reject)]
-    assert details[0].startswith(f"{9000 * 17} bytes at {len(GOOD[0]) + 2} are no record: 'no record")
-    assert details[1].startswith("13 bytes at")
+    assert details[0].startswith(f"{9000 * 17} bytes at offset {len(GOOD[0]) + 2} are not a record: 'no record")
+    assert details[1].startswith("13 bytes at offset")
 
 
 def test_a_record_within_a_record_is_no_record() -> None:
@@ -145,7 +145,7 @@ CODED = {
 @pytest.mark.parametrize("kind", CODED)
 def test_codings_are_undone_and_every_record_is_read(kind: str) -> None:
     content, transfer, body = CODED[kind]
-    assert undo(body, transfer, content, 1 << 20) == BODY
+    assert decode_body(body, transfer, content, 1 << 20) == BODY
     more = "".join(f"Content-Encoding: {value}\r\n" for value in content)
     more += "".join(f"Transfer-Encoding: {value}\r\n" for value in transfer)
     found = read(GOOD[0] + response(body, 50, more=more) + GOOD[1])
@@ -167,9 +167,9 @@ def test_no_compressed_bytes_become_a_document(name: str, noise: bytes) -> None:
 def test_a_body_that_unfolds_stops_at_the_limit(kind: str) -> None:
     pack = {"gzip": gzip.compress, "br": brotli.compress, "zstd": zstd.compress, "deflate": zlib.compress}[kind]
     body = pack(b"a" * 30_000_000)
-    assert undo(body, [], [kind], 1000) == b"a" * 1001
-    with pytest.raises(NotUndone, match="'exi' is not known"):
-        undo(b"\0\1\2" * 99, [], ["exi"], 1000)
+    assert decode_body(body, [], [kind], 1000) == b"a" * 1001
+    with pytest.raises(UndecodableBody, match="unknown coding 'exi'"):
+        decode_body(b"\0\1\2" * 99, [], ["exi"], 1000)
 
 
 @pytest.mark.parametrize("by", [10**18, 5_000_000, -50])

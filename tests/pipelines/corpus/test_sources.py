@@ -111,7 +111,7 @@ def test_rejects_are_written_down_with_what_is_wrong(tmp_path: Path) -> None:
     ]
     details = [row["detail"] for row in rejects]
     assert details[1:4] == [
-        "no field 'text'; there are: other",
+        "no field 'text'; the row has: other",
         "the field 'text' is int, not a string",
         "not a JSON object",
     ]
@@ -125,7 +125,7 @@ def test_wrong_columns_name_those_that_are_there(tmp_path: Path) -> None:
     folder.mkdir()
     pq.write_table(pa.table({"content": ["a"], "n": [1]}), folder / "a.parquet")
     for column, detail in {
-        "text": "no column 'text'; there are: content, n",
+        "text": "no column 'text'; the file has: content, n",
         "n": "the column 'n' is int64, not text",
     }.items():
         (tmp_path / column).mkdir()
@@ -227,11 +227,11 @@ def test_patterns_mean_for_a_bucket_what_they_mean_for_a_folder(keys: set[str], 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "give `path`, `package` or `url`, one of them"),
-        ({"path": "a", "url": "s3://b/c"}, "give `path`, `package` or `url`, one of them"),
+        ({}, "give exactly one of `path`, `package` and `url`"),
+        ({"path": "a", "url": "s3://b/c"}, "give exactly one of `path`, `package` and `url`"),
         ({"url": "https://b/c"}, "String should match pattern"),
-        ({"path": "a", "meta_columns": ["x"]}, "are for jsonl, parquet, huggingface"),
-        ({"path": "a", "reader": "parquet", "split": "test"}, "`split` is for huggingface"),
+        ({"path": "a", "meta_columns": ["x"]}, "need a reader of rows: jsonl, parquet, huggingface"),
+        ({"path": "a", "reader": "parquet", "split": "test"}, "`split` needs the reader huggingface"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -255,7 +255,7 @@ def test_a_source_that_is_not_there_says_what_makes_it(tmp_path: Path) -> None:
     source = Source(name="s", path=tmp_path / "gone", made_by="make it")
     with pytest.raises(RecipeError, match=r"sources\.0: source 's': .*gone does not exist") as caught:
         Corpus().check(CorpusConfig(sources=(source,)), {})
-    assert caught.value.hint == "`make it` makes it"
+    assert caught.value.hint == "run `make it` to create it"
 
 
 @settings(max_examples=examples(60))

@@ -1,4 +1,4 @@
-"""Compressed files as their own tools read them, whatever they are called; and texts without the mark before them."""
+"""Compressed files are read as their own tools read them, whatever their names; a byte order mark is removed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from moray.pipelines.corpus.pieces import Document, Piece
 from moray.pipelines.corpus.readers import READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.source_file import File
-from moray.pipelines.corpus.unpack import Damaged, Unpacked, packed_as
+from moray.pipelines.corpus.unpack import Damaged, DecompressedFile, compression_of
 from tests.examples import examples
 
 COMPRESS = {"gzip": gzip.compress, "zstd": zstd.compress}
 
 
 def unpacked(data: bytes, kind: str) -> tuple[bytes, str]:
-    """(content, what was wrong)."""
-    stream, found = io.BufferedReader(Unpacked(io.BytesIO(data), kind)), b""
+    """(content, problem)."""
+    stream, found = io.BufferedReader(DecompressedFile(io.BytesIO(data), kind)), b""
     try:
         while part := stream.read1(1 << 16):
             found += part
     except Damaged as error:
         return found, str(error)
-    return found, stream.raw.behind  # type: ignore[attr-defined]
+    return found, stream.raw.trailing  # type: ignore[attr-defined]
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -43,9 +43,9 @@ def test_members_follow_each_other_and_what_lies_behind_them_costs_nothing(
     kind: str, parts: list[tuple[bytes, int]], tail: bytes
 ) -> None:
     content = [part * times for part, times in parts]
-    found, behind = unpacked(b"".join(map(COMPRESS[kind], content)) + tail, kind)
+    found, trailing = unpacked(b"".join(map(COMPRESS[kind], content)) + tail, kind)
     assert found == b"".join(content)
-    assert bool(behind) == bool(tail.strip(b"\0"))
+    assert bool(trailing) == bool(tail.strip(b"\0"))
 
 
 @pytest.mark.parametrize("kind", sorted(COMPRESS))
@@ -72,7 +72,7 @@ def read(path: Path, reader: str = "jsonl") -> list[Piece]:
 @pytest.mark.parametrize("kind", sorted(COMPRESS))
 def test_a_file_is_known_by_its_beginning(tmp_path: Path, name: str, kind: str) -> None:
     data = COMPRESS[kind](lines(0, 9)[:-1])
-    assert packed_as(data) == kind
+    assert compression_of(data) == kind
     (tmp_path / name).write_bytes(data + b"junk")
     found = read(tmp_path / name)
     assert [piece[1] for piece in found if isinstance(piece, Document)] == [f"document {i}" for i in range(9)]
