@@ -1,5 +1,8 @@
-"""split: sets documents aside for evaluation by a hash of their id, so that the same document always falls on the
-same side, whatever else the corpus holds. Writes `train/` and `heldout/`, two Documents folders."""
+"""split: holds out documents for evaluation by a hash of their id.
+
+A document is always on the same side of the split, whatever else the corpus holds. Writes two Documents folders,
+`train/` and `heldout/`.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ PARTS = ("train", "heldout")
 
 
 class SplitConfig(StepConfig):
-    heldout: float = Field(0.01, gt=0, lt=1, description="share of documents held out")
-    salt: str = Field("", description="another salt gives another split")
+    heldout: float = Field(0.01, gt=0, lt=1, description="fraction of documents held out")
+    salt: str = Field("", description="a different salt gives a different split")
 
 
 def is_heldout(document_id: str, config: SplitConfig) -> bool:
@@ -44,7 +47,7 @@ class Split(Step[SplitConfig]):
         rows = map_shards(ctx, "splitting", shards, apply, "bytes", file_bytes)
         counts = {part: sum(row[part] for row in rows) for part in PARTS}
         if not all(counts.values()):
-            raise InputError(f"split leaves a side empty: {counts}", "change `heldout` or use more documents")
+            raise InputError(f"one side of the split is empty: {counts}", "change `heldout` or use more documents")
         ctx.counts |= {"in:documents": sum(counts.values()), "out:documents": counts["train"], **counts}
         ctx.outcome = f"{counts['heldout']:,} held out"
 

@@ -33,7 +33,7 @@ _SKIPPED = "__pycache__"  # compiled copies of the modules beside it
 
 @dataclass
 class Listing:
-    """files: (key, file), sorted. skipped: number of skipped files by reason. first: one example key for each reason."""
+    """files: (key, file), sorted. skipped: number of skipped files by reason. first: an example key for each reason."""
 
     files: list[tuple[str, File]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)

@@ -37,7 +37,7 @@ class WarcRecord:
 
 
 def records(stream: io.BufferedReader, longest: int) -> Iterator[WarcRecord | Reject]:
-    """The records of a stream, with a reject for each damaged one. longest: maximum number of bytes kept of a record."""
+    """The records of a stream, with a reject for each damaged one. longest: maximum bytes kept of a record."""
     ahead = _Scanner(stream)
     number = 0
     while ahead.skip_blanks():
@@ -259,7 +259,7 @@ class _Scanner:
         return f"wrong Content-Length: the record is followed by {following!r}"
 
     def skip_to_next(self, at_least: int) -> int:
-        """Drops the bytes before the next record, and returns their number. at_least: bytes that belong to no record."""
+        """Drops the bytes before the next record, at least `at_least`, and returns their number."""
         dropped = 0
         while True:
             more = self.have(_READ)

@@ -58,7 +58,7 @@ class Columns:
 
 
 def read_jsonl(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece]:
-    """Reads one JSON object per line. `columns` names the fields of text and key; without a key, the line number is used."""
+    """Reads one JSON object per line. `columns` names the text and key fields; the default key is the line number."""
     try:
         stream = file.stream()
     except OSError as error:
@@ -145,8 +145,8 @@ def read_parquet(file: File, max_bytes: int, columns: Columns) -> Iterator[Piece
 
 
 def _row_group(parquet: Any, group: int, first: int, columns: Columns) -> Batches:
-    """The batches of a row group, each with the number of its first row. A column other than the text that cannot be read
-    is omitted."""
+    """The batches of a row group, each with the number of its first row. Unreadable columns other than the text are
+    omitted."""
     read = partial(parquet.iter_batches, _BATCH_ROWS, row_groups=[group], use_threads=False)
     row = first
     try:

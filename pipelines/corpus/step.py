@@ -144,7 +144,7 @@ def corpus_shards(config: CorpusConfig, listings: Sequence[Listing] | None = Non
 
 
 def _description(source: Source) -> Row:
-    """The properties of a source that tasks need, as strings. Ray Data rows are Arrow, where a None may drop its column."""
+    """The properties of a source for its tasks, as strings: a None may drop its column in Ray Data's Arrow blocks."""
     return {
         "source": source.name,
         "license": source.license,

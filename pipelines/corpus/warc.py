@@ -27,7 +27,7 @@ from moray.pipelines.corpus.pieces import (
 )
 from moray.pipelines.corpus.records import WarcRecord, records
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.source_file import File, trailing_data, error_text, unreadable
+from moray.pipelines.corpus.source_file import File, error_text, trailing_data, unreadable
 from moray.pipelines.corpus.web import page_limit, read_page, text_of
 from moray.platform.core.errors import InputError
 

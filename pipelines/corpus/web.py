@@ -9,7 +9,7 @@ from moray.pipelines.corpus.extractor_process import ExtractionFailed, main_text
 from moray.pipelines.corpus.markup import complexity_problem
 from moray.pipelines.corpus.pieces import BINARY, EMPTY, MALFORMED, OVERSIZED, Meta, Piece, Reject, decode_text
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.source_file import File, trailing_data, error_text, unreadable
+from moray.pipelines.corpus.source_file import File, error_text, trailing_data, unreadable
 
 _MARKUP = 16  # a page may have this many times the bytes of the longest document, plus 1 MB
 _PRESCAN = 1024  # leading bytes of a page in which it may declare its charset

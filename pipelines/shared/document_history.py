@@ -1,8 +1,8 @@
-"""What became of one document: where it came from, what each step of a run decided, and which document stays for it.
+"""The history of one document: its origin, the decision of each step of a run, and the document kept in its place.
 
-Every step that keeps or removes documents leaves Parquet files with a column `id`: `documents-*` of what it keeps,
-`removed*` of what it does not, with its reasons in the other columns, and others by their own names. So this asks the
-files, not the steps; of the texts, one row group is read.
+Every step that keeps or removes documents writes Parquet files with a column `id`: `documents-*` lists kept documents,
+`removed*` lists removed documents with the reasons in other columns, and other files have their own names. The history
+is read from these files and does not depend on the steps. Only one row group of the texts is read.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _OTHERS = ("representative", "partner")  # columns that name another document
 
 @dataclass(frozen=True)
 class RowLocation:
-    """A row of a file of an artifact."""
+    """A row in a file of an artifact."""
 
     path: Path
     row: int
 
     def read(self) -> dict[str, Any]:
-        """The row; a list of numbers in it counts as how many."""
+        """The row as a dict."""
         file = pq.ParquetFile(self.path)
         row = self.row
         for group in range(file.num_row_groups):
@@ -51,7 +51,7 @@ class RowLocation:
 
 @dataclass(frozen=True)
 class DocumentDecision:
-    """What a step did with the document: `read` it, `kept` it, `removed` it, or `has` it in a form of its own."""
+    """The decision of a step on the document. verdict: `read`, `kept`, `removed`, or `has` for other files with the id."""
 
     step: str
     artifact: str
@@ -63,7 +63,7 @@ class DocumentDecision:
 
 @dataclass(frozen=True)
 class Explanation:
-    """document: its source, license, meta, size and beginning. others: of documents that the decisions name."""
+    """document: its source, license, meta, size and beginning. others: the same of documents named in the decisions."""
 
     id: str
     run: str
@@ -73,30 +73,34 @@ class Explanation:
 
 
 def explain_document_in(store: ArtifactStore, runs: Sequence[RunRow], name: str) -> Explanation:
-    """By the newest of the runs that knows it. name: an id, or SOURCE/KEY. Raises InputError if none does."""
+    """The history of a document in the newest run that has it. name: an id, or SOURCE/KEY.
+
+    Raises InputError if no run has the document.
+    """
     wanted = _wanted(name)
-    asked: set[str] = set()
+    searched: set[str] = set()
     for run in runs:
         artifacts = [a for row in run.steps.values() if (a := local_artifact(store, row.fingerprint))]
-        if not artifacts or artifacts[-1].reference in asked:
+        if not artifacts or artifacts[-1].reference in searched:
             continue
-        asked.add(artifacts[-1].reference)
+        searched.add(artifacts[-1].reference)
         if found := _explain(run.run, artifacts, wanted):
             return found
-    here = f"{len(asked)} runs whose artifacts are on this machine"
+    runs_text = f"{len(searched)} runs with artifacts on this machine"
     raise InputError(
-        f"no document {name!r} in {here}", "give its id (32 hex digits), or SOURCE/KEY as the recipe names it"
+        f"no document {name!r} in {runs_text}",
+        "give its id (32 hex digits), or SOURCE/KEY with the source's name in the recipe",
     )
 
 
 def explain_in(home: Home, name: str, run: str | None = None) -> Explanation:
-    """As `explain_document_in`, by the runs of a home, or by one of them."""
+    """As `explain_document_in`, for all runs of a home, or for the run named `run`."""
     runs = list_runs(home) if run is None else [find_run(home, run)]
     return explain_document_in(ArtifactStore(home), runs, name)
 
 
 def _wanted(name: str) -> list[str]:
-    """The ids that a name may stand for."""
+    """The ids that a name may refer to."""
     source, slash, key = name.partition("/")
     return [name] if _ID.fullmatch(name) or not slash else [document_id(source, key)]
 
@@ -124,14 +128,14 @@ def _explain(run: str, artifacts: Sequence[Artifact], wanted: Sequence[str]) -> 
 
 
 def _look_up(artifacts: Sequence[Artifact], name: str) -> dict[str, Any]:
-    """What is known of another document, from the first step that has it; nothing if it is of an earlier run."""
+    """The description of another document, from the first step that has it; empty if it is from an earlier run."""
     places = (place for artifact in artifacts for place, _ in _places(artifact.folder, [name]))
     place = next(places, None)
     return _description(place.read()) if place else {}
 
 
 def _places(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[RowLocation, str]]:
-    """The rows of all files with one of these ids."""
+    """The rows with one of these ids in all files."""
     paths = sorted(folder.rglob("*.parquet"))
     with ThreadPoolExecutor() as threads:
         for path, found in zip(paths, threads.map(lambda path: _rows(path, wanted), paths), strict=True):

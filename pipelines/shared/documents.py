@@ -1,12 +1,13 @@
 """The Documents contract: Parquet shards of text with stable ids.
 
-    id       128-bit hash of (source, key within the source), hex: the same document has the same id for ever
+    id       128-bit hash of (source, key within the source), hex: the same document always has the same id
     text     the document
-    source   where it came from, as the recipe names it
-    license  as the recipe states it, '' if unknown
-    meta     free string pairs
+    source   name of its source in the recipe
+    license  as stated in the recipe, '' if unknown
+    meta     arbitrary string pairs
 
-Steps keep columns they do not know. Row numbers mean nothing; the last tie-break anywhere is (content hash, id).
+Steps pass on columns that they do not know. The order of rows has no meaning; ties are finally broken by (content
+hash, id).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import xxhash
 
 from moray.platform.core.atomic import whole_file
 
-QUALITY = "quality"  # a column that documents may have: of two that are alike, the better one is kept
+QUALITY = "quality"  # an optional column: dedup keeps the duplicate with the higher quality
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string()),
@@ -35,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 def document_id(source: str, key: str) -> str:
-    """32 hex characters. A NUL parts the two, so ("a", "bc") and ("ab", "c") differ."""
+    """32 hex characters. A NUL separates the two, so ("a", "bc") and ("ab", "c") differ."""
     return xxhash.xxh3_128_hexdigest(f"{source}\0{key}".encode())
 
 
@@ -49,7 +50,7 @@ def shard_name(number: int) -> str:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a Documents folder, in order. ValueError if there are none."""
+    """The shards of a Documents folder, in order. Raises ValueError if there are none."""
     paths = sorted(folder.glob("documents-*.parquet"))
     if not paths:
         raise ValueError(f"{folder} holds no documents-*.parquet")
@@ -61,7 +62,7 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes one shard, whole or not at all. Raises ValueError if a contract column is missing or of another type."""
+    """Writes one shard atomically. Raises ValueError if a contract column is missing or of another type."""
     for field in SCHEMA:
         index = table.schema.get_field_index(field.name)
         if index < 0 or table.schema.field(index).type != field.type:
@@ -70,12 +71,12 @@ def write_shard(path: Path, table: pa.Table) -> None:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Any table as zstd Parquet, by way of a temporary name."""
+    """Writes any table as zstd Parquet, atomically."""
     write_batches(path, table.schema, [table])
 
 
 def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], plain: bool = False) -> None:
-    """As `write_parquet`, from tables that need not be in memory together."""
+    """As `write_parquet`, for tables that need not fit in memory together."""
     with parquet_writer(path, schema, plain) as writer:
         for table in tables:
             writer.write_table(table)
@@ -83,8 +84,8 @@ def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], pla
 
 @contextlib.contextmanager
 def parquet_writer(path: Path, schema: pa.Schema, plain: bool = False) -> Iterator[pq.ParquetWriter]:
-    """A writer of zstd Parquet; the file gets its name when the block ends, or never. plain: neither compressed nor by
-    dictionary, for hashes, which get no smaller by either."""
+    """A writer of zstd Parquet. The file gets its name when the block ends without an error. plain: without compression
+    and dictionary encoding, for hashes, which neither makes smaller."""
     compression = "none" if plain else "zstd"
     with (
         whole_file(path) as temporary,
@@ -94,5 +95,5 @@ def parquet_writer(path: Path, schema: pa.Schema, plain: bool = False) -> Iterat
 
 
 def text_bytes(texts: pa.Array | pa.ChunkedArray) -> int:
-    """Of a column of strings, in UTF-8."""
+    """Number of UTF-8 bytes in a column of strings."""
     return int(pc.sum(pc.binary_length(texts)).as_py() or 0)

@@ -1,6 +1,6 @@
-"""Rows for other tasks: an Arrow file with one batch for each group, which the task of that group maps.
+"""Exchange of rows between tasks: an Arrow file with one batch per group, which the task of that group memory-maps.
 
-So a task reads its own part of every file, and what is exchanged are rows of numbers and keys, never text.
+A task reads only its own part of every file. The exchanged rows hold numbers and keys, never text.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _GROUPS = b"groups"  # in the schema's metadata: the group of each batch, int32,
 
 @contextlib.contextmanager
 def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """A writer of an Arrow file, which can be mapped; it gets its name when the block ends, or never."""
+    """A writer of a mappable Arrow file. The file gets its name when the block ends without an error."""
     with whole_file(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
         yield writer
 
 
 def write_groups(path: Path, table: pa.Table, groups: Indices) -> None:
-    """Writes the rows of a table by group, those of one group in their order."""
+    """Writes the rows of a table by group. The order within a group is kept."""
     order = np.argsort(groups, kind="stable")
     names, starts = np.unique(groups[order], return_index=True)
     schema = table.schema.with_metadata({_GROUPS: names.astype(np.int32).tobytes()})
@@ -38,7 +38,7 @@ def write_groups(path: Path, table: pa.Table, groups: Indices) -> None:
 
 
 def read_group(path: Path, group: int) -> pa.RecordBatch | None:
-    """The rows of a group, mapped; None where the file has none."""
+    """The memory-mapped rows of a group; None if the file has none."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     names = np.frombuffer(reader.schema.metadata[_GROUPS], np.int32)
     at = int(np.searchsorted(names, group))
@@ -46,7 +46,7 @@ def read_group(path: Path, group: int) -> pa.RecordBatch | None:
 
 
 def read_columns(path: Path, group: int) -> dict[str, npt.NDArray[Any]]:
-    """The rows of a group as copied columns of numbers; empty ones where the file has none."""
+    """The rows of a group as copied numeric columns, which are empty if the file has none."""
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_file(file)
         names = np.frombuffer(reader.schema.metadata[_GROUPS], np.int32)

@@ -1,11 +1,11 @@
-"""Runs a function over shards as Ray Data tasks: the one way the text steps use the cluster.
+"""Runs a function over shards as Ray Data tasks. All text steps use the cluster this way.
 
-What travels through Ray is a shard's description in and its statistics out; text goes from disk to disk inside the
-task. So a shard is the unit of work and of resume (what was done of it is recorded: see `task_records.py`), the result
-does not depend on the number of workers, and the object store never holds text.
+Ray transports only a shard's description to the task and its statistics back. Text is read from disk and written to
+disk inside the task, so the object store never holds text. A shard is the unit of work and of resume (`task_records.py`
+records finished shards), and the result does not depend on the number of workers.
 
-A task is some shards, because Ray Data's driver takes some 30 ms for each; a shard's row comes out as soon as it is
-done, because a block of output may hold one byte, and so is every row.
+A task processes several shards, because Ray Data's driver spends about 30 ms per task. The output block size is limited
+to one byte, so that every block holds one row and a shard's row is available as soon as the shard is done.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from moray.platform.plan.context import StepContext
 
 Row = dict[str, Any]
 _ERROR, _TRACEBACK = "error", "traceback"
-# As Ray Data begins it asks what the cluster has, and has no answer yet: it runs one task at a time until it asks
-# again, by default after a second.
+# When Ray Data starts, it does not know the cluster's resources yet and runs one task at a time until its next query,
+# by default after a second.
 _LIMITS_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
-_RETRIES = 5  # of a task whose worker or machine is lost; Ray Data's default has no end
-_TASKS_PER_CPU = 8  # enough for one that is slow to be made up for by others
+_RETRIES = 5  # of a task whose worker or node is lost; Ray Data retries indefinitely by default
+_TASKS_PER_CPU = 8  # enough to balance slow tasks
 
 
 def input_shards(folder: Path) -> list[Row]:
@@ -44,12 +44,12 @@ def input_shards(folder: Path) -> list[Row]:
 
 
 def output_path(folder: Path | str, shard: Row) -> Path:
-    """Where a task writes what it makes of a shard: under the shard's own name."""
+    """Path of a task's output for a shard, which has the shard's own name."""
     return Path(folder) / Path(shard["path"]).name
 
 
 def file_bytes(shard: Row) -> float:
-    """The work of a shard, in bytes of its file."""
+    """The work of a shard, measured as the size of its file in bytes."""
     return float(shard["size"])
 
 
@@ -66,11 +66,11 @@ def map_shards(
 ) -> list[Row]:
     """Applies `function` to every shard; returns its rows sorted by their `shard` number.
 
-    `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` is how
-    much of `unit` a shard is, for progress; it sees the input rows. `detail`, such as `pace`, says more about what has
-    been done, from the sums of the numbers in the rows so far and the seconds since the start. `here`: in this process,
-    for what takes less time than tasks take to begin. `partly`: how much is done of shards that are in work, asked once
-    a second. Raises StepFailed for the first shard that fails.
+    `function` must be importable by workers (a module-level function or a `functools.partial` of one). `work` returns
+    the amount of work of an input row in `unit`, for progress. `detail`, such as `pace`, returns a progress text from
+    the sums of the numbers in all rows so far and the seconds since the start. `here`: run in this process, for work
+    that takes less time than starting tasks. `partly`: returns the work done on unfinished shards; called once a
+    second. Raises StepFailed for the first shard that fails.
     """
     total = sum(work(shard) for shard in shards)
     ctx.progress(phase, 0, total, unit)
@@ -99,8 +99,8 @@ def map_shards(
 
 @contextlib.contextmanager
 def _looking(look: Callable[[], None] | None) -> Iterator[None]:
-    """Calls `look` once a second, from another thread, while the block lasts. What it raises (that the run was stopped,
-    say) is raised where the block asks too."""
+    """Calls `look` once a second from another thread while the block runs. Its errors are ignored: the block reports
+    progress too, and raises the same errors (for example that the run was stopped)."""
     if not look:
         yield
         return
@@ -142,21 +142,21 @@ def _in_tasks(shards: Sequence[Row], function: Callable[[Row], Row]) -> Iterator
         ray.exceptions.OwnerDiedError,
     ) as error:
         first = str(error).strip().partition("\n")[0]
-        text = f"a task ended without a result, also when it was tried again: {type(error).__name__}: {first}"
-        hint = "what its worker said last is among Ray's logs, in MORAY_HOME/logs or the run's folder"
+        text = f"a task ended without a result, also after retries: {type(error).__name__}: {first}"
+        hint = "see the worker's log among Ray's logs, in MORAY_HOME/logs or the run's folder"
         raise StepFailed(text, hint) from error
 
 
 def pace(totals: Counter[str], seconds: float) -> str:
-    """Documents and megabytes a second, and what was dropped, by reason: of rows with `documents`, `bytes` (how many
-    were read) and `dropped:REASON`."""
+    """Documents and megabytes per second, and dropped documents by reason. The totals are of rows with `documents`,
+    `bytes` (number of bytes read) and `dropped:REASON`."""
     rates = f"{totals['documents'] / seconds:,.0f} documents/s, {totals['bytes'] / 1e6 / seconds:.1f} MB/s"
     dropped = [(name.partition(":")[2], n) for name, n in totals.most_common() if name.startswith("dropped:") and n]
     return rates + ("; dropped " + ", ".join(f"{n} {reason}" for reason, n in dropped) if dropped else "")
 
 
 def _guarded(shard: Row, function: Callable[[Row], Row]) -> Row:
-    """The function's row, or what it raised: as data it keeps its own words, which Ray Data's wrapping hides."""
+    """The function's row, or its error as data: Ray Data's wrapper would hide the message of a raised error."""
     try:
         return {**function(shard), _ERROR: "", _TRACEBACK: ""}
     except Exception as error:

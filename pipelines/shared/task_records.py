@@ -1,7 +1,7 @@
-"""What tasks have done, so that a rerun after a kill does only what is missing, and counts nothing again.
+"""Records of finished tasks, so that a rerun after a kill runs only the missing tasks, and counts nothing twice.
 
-A task that writes files and says what they hold is `recorded`: its row is written last, so where a record is, the files
-are whole. A task that says nothing needs no record: it looks for its last file.
+A task that writes files and returns their statistics is `recorded`. Its record is written last, so if the record
+exists, the files are complete. A task without statistics needs no record: it checks for its last file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RECORDS = ".records"
 
 
 def recorded(folder: Path | str, task: str, make: Callable[[], Row]) -> Row:
-    """The row of a task, as a record in `folder` has it; without one, `make()`, which writes the task's files."""
+    """The row of a task from its record in `folder`. Without a record, runs `make()`, which writes the task's files."""
     path = Path(folder) / _RECORDS / f"{task}.json"
     if path.exists():
         found: Row = json.loads(path.read_text())
@@ -29,5 +29,5 @@ def recorded(folder: Path | str, task: str, make: Callable[[], Row]) -> Row:
 
 
 def forget_records(folder: Path) -> None:
-    """Once all tasks are done: their records are no part of the result."""
+    """Removes all records after the last task, because they are no part of the result."""
     shutil.rmtree(folder / _RECORDS, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Text as it lies in Arrow's memory, for kernels that need no Python string."""
+"""Access to text in Arrow's buffers, for kernels that work without Python strings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Integers = npt.NDArray[np.int64]
 
 
 def text_buffers(texts: pa.Array | pa.ChunkedArray) -> tuple[Integers, npt.NDArray[np.uint8]]:
-    """Arrow's own memory of a column of strings: where each text begins, with the end of the last, and the bytes."""
+    """Arrow's buffers of a string column of N texts, not copied: offsets, int64 [N + 1], and UTF-8 bytes, uint8."""
     array: Any = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
-    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+    if isinstance(array, pa.ChunkedArray):  # without any chunk
         array = pa.array([], pa.large_string())
     if array.type != pa.large_string():
         array = array.cast(pa.large_string())

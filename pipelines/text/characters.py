@@ -1,11 +1,11 @@
-"""Which characters form words, and the one form in which dedup compares them.
+"""Unicode tables for dedup: the characters that form words, and the normalized form in which texts are compared.
 
 Texts are compared in Unicode's compatibility decomposition with full case folding (NFKD and case folding, as in
-NFKC_Casefold of UAX #44), without accents and without characters that are not seen. So composed and decomposed forms,
-full-width forms, ligatures, "STRASSE" and "Straße", soft hyphens and zero-width spaces do not make two texts different.
+NFKC_Casefold of UAX #44), without accents and invisible characters. Texts therefore compare equal across composed and
+decomposed forms, full-width forms, ligatures, "STRASSE" and "Straße", soft hyphens and zero-width spaces.
 
-A word is a run of letters, digits, underscores and marks. Some scripts write no spaces between words: there every
-letter with its marks is a word of its own, because a whole clause would be one word otherwise, and no two texts alike.
+A word is a run of letters, digits, underscores and marks. In scripts without spaces between words, every letter with
+its marks is a word. Otherwise a whole clause would be one word, and similar texts would share no words.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-# Kinds of characters. JOIN: continues the word or letter before it. SKIP: does not count. SEVERAL: see `tables`.
+# Kinds of characters. BETWEEN: separates words. WORD: part of a word. ALONE: a word by itself. JOIN: continues the word
+# or letter before it. SKIP: ignored. SEVERAL: folds to several characters, see `tables`.
 BETWEEN, WORD, ALONE, JOIN, SKIP, SEVERAL = range(6)
-SIZE = 0x30000  # the tables' code points; from here to IDEOGRAPHS all are ideographs, TAGS are not seen
+SIZE = 0x30000  # code points in the tables; all from here to IDEOGRAPHS are ideographs, TAGS are invisible
 IDEOGRAPHS = 0x40000
 TAGS = (0xE0000, 0xE1000)
-# Scripts in which every letter is a word: Chinese, Japanese, Korean (an ideograph, a kana, a syllable), ...
+# Scripts in which every letter is a word: Chinese, Japanese, Korean (ideographs, kana, syllables), ...
 _EAST_ASIAN = (
     (0x1100, 0x1200), (0x2E80, 0x2FE0), (0x3005, 0x3008), (0x3021, 0x302A), (0x3031, 0x3036), (0x3038, 0x303D),
     (0x3041, 0x3100), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200), (0x3400, 0x4DC0), (0x4E00, 0xA000),
     (0xA960, 0xA980), (0xAC00, 0xD800), (0x1AFF0, 0x1B170), (0x20000, SIZE),
 )  # fmt: skip
-# ... and those of line breaking class SA (UAX #14) with Javanese and Balinese: Thai, Lao, Burmese, Khmer, Tai scripts.
+# ... and the scripts of line breaking class SA (UAX #14: Thai, Lao, Burmese, Khmer, Tai scripts), Javanese, Balinese.
 _SOUTH_EAST_ASIAN = (
     (0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x1950, 0x19E0), (0x1A20, 0x1AB0), (0x1B00, 0x1B80),
     (0xA980, 0xAA00), (0xAA60, 0xAAE0), (0x11700, 0x11750),
 )  # fmt: skip
 # Vowels and final consonants of Korean in decomposed syllables.
 _JAMO = ((0x1160, 0x1200), (0xD7B0, 0xD800))
-# Default_Ignorable_Code_Point (DerivedCoreProperties.txt) below SIZE, and the Arabic tatweel, which stretches a line;
-# for str.translate.
+# For str.translate: Default_Ignorable_Code_Point (DerivedCoreProperties.txt) below SIZE, and the Arabic tatweel, which
+# only stretches a line.
 UNSEEN = {
     code: None
     for begin, end in (
@@ -64,10 +65,11 @@ _DOTLESS_I = str.maketrans("\u0131", "i")  # the upper case of both is I, except
 
 @cache
 def tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
-    """(kinds, folds). By code point below SIZE: what kind of character it is, and its folded form.
+    """(kinds, folds): the kind and the folded form of each code point below SIZE.
 
     kinds: uint8 [SIZE]. folds: uint32 [SIZE + more]. Where kinds[c] is SEVERAL, folds[c] is an index i into `folds`,
-    folds[i] is a number n, and folds[i + 1 : i + 1 + n] are code points, whose own kinds are none of SKIP and SEVERAL.
+    folds[i] is a number n, and folds[i + 1 : i + 1 + n] are the folded code points. Their kinds are neither SKIP nor
+    SEVERAL.
     """
     kinds = np.zeros(SIZE, np.uint8)
     folds = np.arange(SIZE, dtype=np.uint32)
@@ -92,20 +94,23 @@ def tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
 
 
 def fold(character: str) -> str:
-    """What a character is compared as. A character that would become more characters than it has bytes in UTF-8, such
-    as U+FDFA or U+337F, stays as it is: kernels have room for one word a byte."""
+    """The normalized form of a character.
+
+    A character that would expand to more characters than its UTF-8 bytes, such as U+FDFA or U+337F, is only lowercased,
+    because the kernels' buffers hold one word per byte.
+    """
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).translate(_DOTLESS_I)
     kept = "".join(one for one in folded if not unicodedata.combining(one) and ord(one) not in UNSEEN)
     return kept if len(kept) <= len(character.encode(errors="surrogatepass")) else character.lower()
 
 
 def unspaced(code: int) -> bool:
-    """Whether it is of a South East Asian script without spaces, whose words have several letters."""
+    """Whether a code point is of a South East Asian script without spaces, in which words have several letters."""
     return _within(code, _SOUTH_EAST_ASIAN)
 
 
 def _kind(code: int) -> int:
-    """Of a folded character."""
+    """Kind of a folded character."""
     category = unicodedata.category(chr(code))
     if category[0] == "M" or _within(code, _JAMO):
         return JOIN

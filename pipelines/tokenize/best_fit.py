@@ -1,7 +1,7 @@
-"""The loops of packing, compiled by numba: best fit over a tree of room, and copying by pieces.
+"""Numba kernels of packing: best fit over a tree of free space, and copying of pieces.
 
-Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830), 3: sequences are looked up by the room
-they have, so a piece takes O(log length) whatever their number.
+Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830), 3: sequences are looked up by their
+free space, so placing a piece takes O(log length), whatever the number of sequences.
 """
 
 from __future__ import annotations
@@ -25,17 +25,22 @@ def place_pieces(source, begins, counts, target, starts):  # type: ignore[no-unt
 
 @numba.njit(nogil=True, cache=True)
 def best_fit(lengths: Int64, order: Int64, length: int, bins: Int64, at: Int64) -> Int64:
-    """Takes pieces in `order`, writes the sequence of each and its place there; gives what room sequences have left."""
+    """Packs pieces in `order`. Writes the sequence of each piece to `bins` and its offset there to `at`.
+
+    Returns the unused tokens of each sequence.
+    """
     size = 1
     while size <= length:
         size *= 2
-    some = np.zeros(2 * size, np.bool_)  # some[size + r]: a sequence has room r; above that, either of two below has
-    newest = np.full(length + 1, -1, np.int64)  # of the sequences with that room
-    before = np.empty(len(order), np.int64)  # the next newest of the same room
-    room = np.empty(len(order), np.int64)
+    some = np.zeros(
+        2 * size, np.bool_
+    )  # some[size + f]: a sequence has f free tokens; inner nodes: either child is set
+    newest = np.full(length + 1, -1, np.int64)  # newest sequence with that many free tokens
+    before = np.empty(len(order), np.int64)  # the next newest with as many free tokens
+    free = np.empty(len(order), np.int64)
     count = 0
     for piece in order:
-        least = _least_room(some, size, lengths[piece])
+        least = _least_free(some, size, lengths[piece])
         if least < 0:
             chosen, least = count, length
             count += 1
@@ -46,17 +51,17 @@ def best_fit(lengths: Int64, order: Int64, length: int, bins: Int64, at: Int64) 
                 _clear(some, size + least)
         bins[piece], at[piece] = chosen, length - least
         left = least - lengths[piece]
-        room[chosen] = left
+        free[chosen] = left
         if left:
             before[chosen] = newest[left]
             newest[left] = chosen
             _set(some, size + left)
-    return room[:count]
+    return free[:count]
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _least_room(some: Flags, size: int, need: int) -> int:
-    """The least amount of room that is `need` or more and that some sequence has, or -1."""
+def _least_free(some: Flags, size: int, need: int) -> int:
+    """The smallest number of free tokens that is at least `need` and that some sequence has, or -1."""
     node = size + need
     if some[node]:
         return need

@@ -1,7 +1,7 @@
-"""Fills what best fit leaves unused: it empties the emptiest sequences, and cuts their pieces to fit into the others.
+"""Fills the space that best fit leaves unused: empties the emptiest sequences, and cuts their pieces to fit the others.
 
-The unused end of a sequence is a hole; the largest holes are filled first. This goes on until a thousandth of all
-tokens, or less, is unused. It stops where a cut would fill too little.
+The unused end of a sequence is a hole. The largest holes are filled first, until at most a thousandth of all tokens is
+unused, or until a cut would fill too little.
 
 Shapes: P pieces, all shorter than a sequence, in S sequences; Q parts of pieces.
 """
@@ -17,23 +17,23 @@ import numpy as np
 
 from moray.pipelines.shared.arrays import Indices
 
-_TOKENS_PER_UNUSED = 1000  # of so many tokens, one may be unused
-_SMALL_CUTS = 50  # one piece in so many may be cut to fill a hole of any size from 2 tokens on; beyond that,
-_LARGE_HOLE = 100  # a hole must be this part of a sequence
+_TOKENS_PER_UNUSED = 1000  # one token in this many may be unused
+_SMALL_CUTS = 50  # one piece in this many may be cut to fill a hole of 2 tokens or more; further cuts require
+_LARGE_HOLE = 100  # that the hole is at least 1/100 of a sequence
 
 
 @dataclass(frozen=True)
 class PackedBins:
     """Pieces as best fit packed them, int64.
 
-    tokens [P]: of each piece; sequence, at [P]: its sequence, and its place there; room [S]: unused tokens of each
-    sequence; length: tokens that a sequence can hold.
+    tokens [P]: length of each piece. sequence, at [P]: its sequence, and its offset there. free [S]: unused tokens of
+    each sequence. length: tokens per sequence.
     """
 
     tokens: Indices
     sequence: Indices
     at: Indices
-    room: Indices
+    free: Indices
     length: int
 
 
@@ -41,7 +41,7 @@ class PackedBins:
 class PieceParts:
     """Whole pieces and parts of cut ones, int64 [Q].
 
-    Tokens `skipped` .. `skipped + tokens` of `piece` lie in `sequence` from `at`.
+    Tokens `skipped` .. `skipped + tokens` of `piece` are in `sequence`, starting at offset `at`.
     """
 
     piece: Indices
@@ -52,7 +52,7 @@ class PieceParts:
 
 
 class MovedPart(NamedTuple):
-    """One part of a piece that was moved, with the fields of PieceParts."""
+    """A moved part of a piece, with the fields of PieceParts."""
 
     piece: int
     skipped: int
@@ -70,41 +70,44 @@ class Hole(NamedTuple):
 
 
 class Holes:
-    """The holes of sequences that `order` names, one after another."""
+    """The holes of the sequences in `order`, one after another."""
 
     def __init__(self, bins: PackedBins, order: Iterator[int]) -> None:
-        self._room, self._length, self._order = bins.room, bins.length, order
-        self._sequence, self._unused = -1, 0  # of the hole that is open; plain numbers, for speed
+        self._free, self._length, self._order = bins.free, bins.length, order
+        self._sequence, self._unused = -1, 0  # of the current hole; plain integers, for speed
 
     def take(self, wanted: int, least: int) -> Hole | None:
-        """`wanted` tokens of the open hole, or all that it has; a hole of less than `least` is left for the next one.
+        """Up to `wanted` tokens of the current hole. If fewer than `least` are left in it, takes the next hole.
 
-        None if the next one has less too: those after it are no larger.
+        None if the next hole is also smaller than `least`, because all later holes are no larger.
         """
         if self._unused < least:
             following = next(self._order, -1)
-            if following < 0 or self._room[following] < least:
+            if following < 0 or self._free[following] < least:
                 return None
-            self._sequence, self._unused = following, int(self._room[following])
+            self._sequence, self._unused = following, int(self._free[following])
         taken = Hole(self._sequence, self._length - self._unused, min(self._unused, wanted))
         self._unused -= taken.tokens
         return taken
 
 
 def fill_holes(bins: PackedBins) -> tuple[PieceParts, int]:
-    """Where pieces lie when sequences are full enough, or no hole is worth a cut; and how many sequences are left."""
+    """Moves pieces until sequences are full enough, or no hole is worth a cut.
+
+    Returns the positions of the pieces, and the number of sequences that are left.
+    """
     emptied, moved = _empty_sequences(bins)
-    return _without_emptied(bins, emptied, moved), len(bins.room) - len(emptied)
+    return _without_emptied(bins, emptied, moved), len(bins.free) - len(emptied)
 
 
 def _empty_sequences(bins: PackedBins) -> tuple[list[int], list[MovedPart]]:
-    """The sequences that are emptied, and where the parts of their pieces go."""
+    """The emptied sequences, and the new positions of their pieces."""
     emptied: list[int] = []
     moved: list[MovedPart] = []
-    unused, count = int(bins.room.sum()), len(bins.room)
+    unused, count = int(bins.free.sum()), len(bins.free)
     if _full_enough(unused, count, bins.length):
         return emptied, moved
-    emptiest = iter(np.argsort(-bins.room, kind="stable").tolist())
+    emptiest = iter(np.argsort(-bins.free, kind="stable").tolist())
     holes = Holes(bins, emptiest)  # shares the iterator: a sequence is either emptied or filled
     by_sequence = np.argsort(bins.sequence, kind="stable")
     bounds = np.searchsorted(bins.sequence[by_sequence], np.arange(count + 1))
@@ -126,7 +129,7 @@ def _full_enough(unused: int, count: int, length: int) -> bool:
 
 
 def _move_pieces(pieces: Iterable[int], bins: PackedBins, holes: Holes, cuts: int) -> list[MovedPart] | None:
-    """The pieces of one sequence, cut to fill holes, or None if these run out. cuts: parts that were moved before."""
+    """The pieces of one sequence, cut to fill holes, or None if the holes run out. cuts: parts moved before."""
     few, large = len(bins.tokens) // _SMALL_CUTS, max(2, bins.length // _LARGE_HOLE)
     parts: list[MovedPart] = []
     for piece in pieces:
@@ -142,19 +145,19 @@ def _move_pieces(pieces: Iterable[int], bins: PackedBins, holes: Holes, cuts: in
 
 
 def _without_emptied(bins: PackedBins, emptied: Sequence[int], moved: Sequence[MovedPart]) -> PieceParts:
-    """Pieces that stay where they are, then parts that were moved; sequences are numbered without the emptied ones."""
+    """Pieces that were not moved, then moved parts. Sequences are renumbered without the emptied ones."""
     pieces = len(bins.tokens)
     whole = PieceParts(np.arange(pieces), np.zeros(pieces, np.int64), bins.tokens, bins.sequence, bins.at)
     if not emptied:
         return whole
-    left = np.ones(len(bins.room), np.bool_)
+    left = np.ones(len(bins.free), np.bool_)
     left[list(emptied)] = False
-    stays, number = left[bins.sequence], np.cumsum(left) - 1
+    unmoved, number = left[bins.sequence], np.cumsum(left) - 1
     parts = MovedPart(*np.fromiter(chain.from_iterable(moved), np.int64).reshape(-1, len(MovedPart._fields)).T)
     return PieceParts(
-        piece=np.concatenate([whole.piece[stays], parts.piece]),
-        skipped=np.concatenate([whole.skipped[stays], parts.skipped]),
-        tokens=np.concatenate([whole.tokens[stays], parts.tokens]),
-        sequence=number[np.concatenate([whole.sequence[stays], parts.sequence])],
-        at=np.concatenate([whole.at[stays], parts.at]),
+        piece=np.concatenate([whole.piece[unmoved], parts.piece]),
+        skipped=np.concatenate([whole.skipped[unmoved], parts.skipped]),
+        tokens=np.concatenate([whole.tokens[unmoved], parts.tokens]),
+        sequence=number[np.concatenate([whole.sequence[unmoved], parts.sequence])],
+        at=np.concatenate([whole.at[unmoved], parts.at]),
     )

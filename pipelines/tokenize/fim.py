@@ -1,7 +1,7 @@
-"""Fill in the middle: documents whose middle comes last, so that a model learns to write what lies between two texts.
+"""Fill-in-the-middle (FIM): documents are rearranged as prefix, suffix, middle, so that a model learns to infill text.
 
-DeepSeek-V3 (4.1): a tenth of the documents, as prefix, suffix, middle. Where a document is cut, and whether, follows
-from its id, so that neither the layout of the corpus nor the number of workers has a say.
+DeepSeek-V3 (4.1) rearranges a tenth of the documents. A document's id decides whether and where it is cut, so the
+result depends neither on the layout of the corpus nor on the number of workers.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ class Marks:
 
 
 def fim_marks(tokenizer: Any) -> Marks:
-    """Those of a `tokenizers.Tokenizer`, ours or DeepSeek's. Raises InputError if it has none."""
+    """The FIM tokens of a `tokenizers.Tokenizer` of Moray or DeepSeek. Raises InputError if it has none."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     for names in (FIM, _DEEPSEEK):
         if all(name in ids for name in names):
             return Marks(*(ids[name] for name in names))
-    raise InputError("tokenize.fim_rate: the tokenizer has no tokens for it", "set tokenizer.fim: true")
+    raise InputError("tokenize.fim_rate: the tokenizer has no FIM tokens", "set tokenizer.fim: true")
 
 
 def is_chosen(name: str, rate: float) -> bool:
-    """Whether the document with this id has its middle last."""
-    return _chance("chosen", name) < rate
+    """Whether the document with this id is rearranged."""
+    return _uniform("chosen", name) < rate
 
 
 def cut(name: str, text: str) -> tuple[str, str, str]:
     """(prefix, middle, suffix) of the document with this id, cut between characters; each may be empty."""
-    first, second = sorted(int(_chance(what, name) * (len(text) + 1)) for what in ("first", "second"))
+    first, second = sorted(int(_uniform(draw, name) * (len(text) + 1)) for draw in ("first", "second"))
     return text[:first], text[first:second], text[second:]
 
 
-def _chance(what: str, name: str) -> float:
-    return xxhash.xxh3_64_intdigest(f"fim/{what}/{name}".encode()) / 2**64
+def _uniform(draw: str, name: str) -> float:
+    """A number in [0, 1) that depends on the document's id."""
+    return xxhash.xxh3_64_intdigest(f"fim/{draw}/{name}".encode()) / 2**64
 
 
 def rearranged(names: Sequence[str], texts: pa.Array, rate: float) -> tuple[pa.Array, Int64]:
-    """The texts, of a chosen document its prefix, suffix and middle as three; and how many each document has."""
+    """The texts, where a chosen document is three pieces (prefix, suffix, middle), and the pieces per document [N]."""
     chosen = {n: cut(name, texts[n].as_py()) for n, name in enumerate(names) if is_chosen(name, rate)}
     counts = np.ones(len(names), np.int64)
     if not chosen:
@@ -71,8 +72,8 @@ def rearranged(names: Sequence[str], texts: pa.Array, rate: float) -> tuple[pa.A
 
 
 def framed(encoded: Encoded, counts: Int64, bos: int, eos: int, marks: Marks | None) -> Encoded:
-    """The tokens of documents between bos and eos, those of three pieces with their marks: begin, prefix, hole, suffix,
-    end, middle. counts [N]: how many pieces of `encoded` each document has, 1 or 3."""
+    """The tokens of each document between bos and eos. A document of three pieces becomes begin, prefix, hole, suffix,
+    end, middle. counts [N]: number of pieces in `encoded` per document, 1 or 3."""
     from moray.pipelines.tokenize.best_fit import place_pieces
 
     first = np.cumsum(counts) - counts

@@ -1,14 +1,14 @@
-"""TokenDocuments into sequences of one length: best fit, which cuts few of them, or one after another.
+"""Packs documents into sequences of fixed length: by best fit, which cuts few documents, or by concatenation.
 
-Best fit (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv 2404.10830): of a document that is longer
-than a sequence, full sequences; what is left of it, and every shorter document, goes, the longest first, into the
-sequence with the least room that still takes it. A tree over the amounts of room finds that sequence, so n documents
-take O(n log length), and what is found follows from their lengths and order alone.
+Best fit (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv 2404.10830): a document longer than a
+sequence first fills whole sequences. Its rest, and every shorter document, are then placed, longest first, into the
+sequence with the least free space that still holds them. A tree over the amounts of free space finds that sequence, so
+n documents take O(n log length). The result depends only on the lengths and the order of the documents.
 
-Notable: sequences are full to about 99.9 % whatever the lengths are. Where best fit leaves more room than that, the
-emptiest sequences are taken apart, and their pieces are cut to fill the room in others (fill_holes.py); more than every
-fiftieth piece only where that fills a hundredth of a sequence. A piece therefore ends with its document or with its
-sequence, which is how readers know where documents meet (actors/data/token_set.py).
+Notable: sequences are about 99.9 % full, whatever the lengths are. If best fit leaves more space unused, the emptiest
+sequences are dissolved, and their pieces are cut to fill the others (fill_holes.py). More than one piece in fifty is
+cut only if a cut fills at least a hundredth of a sequence. A piece therefore ends with its document or with its
+sequence, and readers use this to find document boundaries (actors/data/token_set.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PlacedPieces:
-    """Where the pieces of documents go: arrays [P], in the order of `start`, and how many sequences there are.
+    """Positions of the pieces of documents: arrays [P], in the order of `start`, and the number of sequences.
 
-    document: its number; begin: the piece's first token within it; tokens: how many; start: where in the sequences, one
-    after another.
+    document: index of the document. begin: offset of the piece in the document. tokens: length of the piece. start:
+    offset in the concatenated sequences.
     """
 
     document: Int64
@@ -43,7 +43,7 @@ class PlacedPieces:
     sequences: int
 
     def cut(self, length: int) -> int:
-        """How many documents lie in more than one sequence."""
+        """Number of documents in more than one sequence."""
         several = self.start // length != (self.start + self.tokens - 1) // length
         documents, pieces = np.unique(self.document, return_counts=True)
         return len(np.union1d(documents[pieces > 1], self.document[several]))
@@ -51,9 +51,9 @@ class PlacedPieces:
 
 @dataclass(frozen=True)
 class TokenDocuments:
-    """N documents as tokens, bos and eos among them: document n is tokens[bounds[n] : bounds[n + 1]].
+    """Tokens of N documents, including bos and eos: document n is tokens[bounds[n] : bounds[n + 1]].
 
-    sizes: their bytes as UTF-8.
+    sizes: UTF-8 bytes of each document.
     """
 
     names: Sequence[str]
@@ -63,7 +63,7 @@ class TokenDocuments:
 
 
 def plan_sequences(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
-    """Where documents of `lengths` tokens, none of them 0, go in sequences of `length`."""
+    """Positions of documents with `lengths` tokens, none of them 0, in sequences of `length` tokens."""
     if packing == "best-fit":
         return _best_fit_pieces(lengths, length)
     starts = np.cumsum(lengths) - lengths
@@ -72,7 +72,7 @@ def plan_sequences(lengths: Int64, length: int, packing: Packing) -> PlacedPiece
 
 
 def _best_fit_pieces(lengths: Int64, length: int) -> PlacedPieces:
-    """First the full sequences of long documents, document after document; then those that best fit makes."""
+    """First the full sequences of long documents, in document order, then the sequences of best fit."""
     from moray.pipelines.tokenize.best_fit import best_fit
 
     full, rest = lengths // length, lengths % length
@@ -80,8 +80,8 @@ def _best_fit_pieces(lengths: Int64, length: int) -> PlacedPieces:
     short = np.flatnonzero(rest)
     tokens = rest[short]
     sequence, at = np.empty_like(tokens), np.empty_like(tokens)
-    room = best_fit(tokens, np.argsort(-tokens, kind="stable"), length, sequence, at)
-    parts, count = fill_holes(PackedBins(tokens, sequence, at, room, length))
+    free = best_fit(tokens, np.argsort(-tokens, kind="stable"), length, sequence, at)
+    parts, count = fill_holes(PackedBins(tokens, sequence, at, free, length))
     long, of = np.flatnonzero(full), short[parts.piece]
     document = np.concatenate([long, of])
     begin = np.concatenate([np.zeros(len(long), np.int64), full[of] * length + parts.skipped])

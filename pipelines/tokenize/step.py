@@ -1,12 +1,12 @@
-"""tokenize: documents into packed token sets, one per source, for the training and the held-out part.
+"""tokenize: converts documents to packed token sets, one per source, for the training and the held-out part.
 
-TokenDocuments shards of one source that follow one another are packed together, in groups of about `group_bytes`: a
-group is a Ray Data task and becomes one token shard. Groups follow from the shards' sizes, so the result does not
-depend on the number of workers. The held-out part is packed back to back: it is read document by document.
+Consecutive Documents shards of one source are packed together, in groups of about `group_bytes`. A group is one Ray
+Data task and becomes one token shard. Groups depend only on the shards' sizes, so the result does not depend on the
+number of workers. Held-out documents are concatenated, because they are read document by document.
 
-Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters: only this step places special
-ids. Which library encodes is decided once, on documents of every source (`encoders.py`), and makes no difference to the
-ids. A rerun after a kill goes on with the groups that have no record yet.
+Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters: only this step inserts
+special ids. The encoding library is chosen once, on a sample of every source (`encoders.py`), and does not affect the
+ids. A rerun after a kill resumes with the groups that have no record yet.
 """
 
 from __future__ import annotations
@@ -37,23 +37,30 @@ from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 
-_SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree: half a second of the slower one
+_SAMPLE_BYTES = 1_000_000  # of documents for comparing the encoders; the slower one takes half a second
 _SAMPLE_SOURCES = 50
 
 
 class TokenizeConfig(StepConfig):
     sequence_length: int = Field(256, ge=8, description="tokens in a packed sequence")
-    fim_rate: float = Field(0.0, ge=0, le=1, description="share of the training documents whose middle comes last")
-    packing: Packing = Field("best-fit", description="of the training part: few documents cut, or all back to back")
-    group_bytes: int = Field(64_000_000, gt=0, description="text that is packed together; more of it cuts less")
+    fim_rate: float = Field(
+        0.0, ge=0, le=1, description="fraction of training documents that are rearranged for fill-in-the-middle"
+    )
+    packing: Packing = Field(
+        "best-fit", description="of the training part: best-fit cuts few documents, concatenate packs them back to back"
+    )
+    group_bytes: int = Field(
+        64_000_000, gt=0, description="bytes of text packed together; larger groups cut fewer documents"
+    )
     encoder: Literal["auto", "fast", "reference"] = operational(
-        "auto", description="gigatoken where it agrees with Hugging Face tokenizers; demand it; never use it"
+        "auto",
+        description="auto: gigatoken if it agrees with Hugging Face tokenizers; fast: gigatoken; reference: Hugging Face",
     )
 
 
 @dataclass(frozen=True)
 class GroupTask:
-    """What is the same for all groups."""
+    """Parameters shared by all groups."""
 
     folder: Path
     tokenizer: Path
@@ -65,7 +72,7 @@ class GroupTask:
 
 class Tokenize(Step[TokenizeConfig]):
     name: ClassVar[str] = "tokenize"
-    version: ClassVar[int] = 3  # 3: best fit; no control token that text spells is taken for one
+    version: ClassVar[int] = 3  # 3: best fit; text that spells a control token is encoded as text
     Config = TokenizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents", "tokenizer": "tokenizer"}
     produces: ClassVar[str] = "tokens"
@@ -88,13 +95,13 @@ class Tokenize(Step[TokenizeConfig]):
         rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
         self._write_indexes(ctx, rows, vocabulary)
         forget_records(ctx.folder)
-        self._say(ctx, rows)
+        self._report(ctx, rows)
 
     def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
-        """The encoder of this run; says so loudly if it is the slow one."""
+        """The encoder of this run. Warns if it is the slow one."""
         chosen, reason = choose_encoder(ctx.config.encoder, folder, *_sample(shards))
         if reason:
-            ctx.note(f"{reason}; encoding with Hugging Face tokenizers, tens of times as slow", level="warning")
+            ctx.note(f"{reason}; encoding with Hugging Face tokenizers, tens of times slower", level="warning")
         return chosen
 
     def _write_indexes(self, ctx: StepContext[TokenizeConfig], rows: list[Row], vocabulary: TokenVocabulary) -> None:
@@ -106,7 +113,7 @@ class Tokenize(Step[TokenizeConfig]):
         for (part, source), shards in sets.items():
             write_index(ctx.folder / part / source, shards, ctx.config.sequence_length, vocabulary)
 
-    def _say(self, ctx: StepContext[TokenizeConfig], rows: list[Row]) -> None:
+    def _report(self, ctx: StepContext[TokenizeConfig], rows: list[Row]) -> None:
         totals = {part: sum(row["tokens"] for row in rows if row["part"] == part) for part in PARTS}
         train = [row for row in rows if row["part"] == "train"]
         sequences = sum(row["sequences"] for row in train)
@@ -129,30 +136,30 @@ class Tokenize(Step[TokenizeConfig]):
 
 
 def _shards(ctx: StepContext[TokenizeConfig]) -> list[Row]:
-    """The Documents shards that are not empty, with their part, source and size as text; in order."""
+    """The non-empty Documents shards in order, with their part, source and uncompressed bytes."""
     folder = ctx.inputs["documents"].folder
     paths = [(part, path) for part in PARTS for path in shard_paths(folder / part)]
     found = []
     with ThreadPoolExecutor(8) as threads:
-        for done, row in enumerate(threads.map(_looked_at, paths)):
+        for done, row in enumerate(threads.map(_inspect, paths)):
             ctx.progress("looking", done + 1, len(paths), "shards")
             if row["source"]:
                 found.append(row)
     return found
 
 
-def _looked_at(place: tuple[str, Path]) -> Row:
-    part, path = place
+def _inspect(shard: tuple[str, Path]) -> Row:
+    part, path = shard
     sources = read_shard(path, ["source"])["source"].unique().to_pylist()
     if len(sources) > 1:
-        raise InputError(f"{path} mixes sources: {', '.join(sorted(sources))}", "write one source into a shard")
+        raise InputError(f"{path} mixes sources: {', '.join(sorted(sources))}", "write one source per shard")
     metadata = pq.read_metadata(path)
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return {"part": part, "path": str(path), "source": sources[0] if sources else "", "size": size}
 
 
 def _groups(shards: list[Row], group_bytes: int) -> list[Row]:
-    """Shards of one part and source that follow one another, in groups that end once they have `group_bytes`."""
+    """Consecutive shards of one part and source, in groups that end when they reach `group_bytes`."""
     groups: list[Row] = []
     for shard in shards:
         key = {name: shard[name] for name in ("part", "source")}
@@ -166,7 +173,7 @@ def _groups(shards: list[Row], group_bytes: int) -> list[Row]:
 
 
 def _sample(shards: list[Row]) -> tuple[list[str], list[str]]:
-    """Ids and texts of some documents of every source, or of fifty of them."""
+    """Ids and texts of some documents of every source, or of 50 sources if there are more."""
     first = {shard["source"]: shard["path"] for shard in reversed(shards)}
     sources = sorted(first)[:: -(-len(first) // _SAMPLE_SOURCES) or 1]
     names: list[str] = []
@@ -202,7 +209,7 @@ def _write_group(group: Row, job: GroupTask) -> Row:
 
 
 def _encoded(paths: list[str], job: GroupTask, fim_rate: float) -> TokenDocuments:
-    """The documents of some shards as tokens; their text is gone from memory when this returns."""
+    """The documents of some shards as tokens. Their text is freed when this returns."""
     table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in paths]).combine_chunks()
     names = table["id"].to_pylist()
     column = table["text"].chunk(0).cast(pa.large_string())

@@ -21,7 +21,7 @@ from moray.pipelines.dedup.graph import LARGEST, candidates, components, forest
 from moray.pipelines.dedup.keep_order import DocumentColumns, sources_by
 from moray.pipelines.shared.documents import content_hash, document_id
 from moray.pipelines.text.minhash import Shingling
-from moray.pipelines.text.shingles import ascend
+from moray.pipelines.text.shingles import sort_shingles
 from tests.examples import examples
 from tests.pipelines.dedup import oracle
 from tests.pipelines.dedup.runs import kept, removed, run_step
@@ -86,7 +86,7 @@ def test_hashes_are_sorted_document_by_document(copies: int) -> None:
     values = generator.permutation(np.repeat(drawn, copies)[: bounds[-1]])
     values[5] = values[2000] = (1 << 64) - 1
     expected = np.concatenate([np.sort(values[begin:end]) for begin, end in pairwise(bounds.tolist())])
-    ascend(bounds, values)
+    sort_shingles(bounds, values)
     assert (values == expected).all()
 
 

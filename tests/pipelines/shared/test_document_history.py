@@ -1,4 +1,4 @@
-"""What `moray explain` says of documents that stay, that go, and that nobody knows."""
+"""`moray explain` for kept, removed and unknown documents."""
 
 from __future__ import annotations
 

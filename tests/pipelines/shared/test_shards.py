@@ -1,4 +1,4 @@
-"""What steps over shards say of their work while they are at it."""
+"""Progress reports of steps over shards."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def killed(row: Row) -> Row:
     return row
 
 
-def test_a_task_that_kills_its_worker_is_not_tried_for_ever(ray_cluster: Cluster) -> None:
+def test_a_task_that_kills_its_worker_is_not_retried_indefinitely(ray_cluster: Cluster) -> None:
     """A module that crashes on import, or a library that does on one document: Ray Data tried again without an end."""
     told: StepContext = Told()  # type: ignore[assignment]
     ray_cluster.ensure()

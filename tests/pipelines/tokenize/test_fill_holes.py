@@ -1,4 +1,4 @@
-"""Holes: who is emptied, where its pieces go, and when nothing is moved. test_sequence_packing.py has the laws."""
+"""Holes: emptied sequences, moved pieces, and when nothing is moved. test_sequence_packing.py has the laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents whose middle comes last: nothing is lost, and the id alone decides."""
+"""Fill-in-the-middle: no text is lost, and only the id decides."""
 
 from __future__ import annotations
 
@@ -89,5 +89,5 @@ def test_a_text_that_spells_a_mark_is_text(tokenizer: Any, encoder: Encoder) -> 
 def test_marks_are_special_tokens_and_need_to_be_there(tokenizer: Any) -> None:
     ids = tokenizer.get_vocab(with_added_tokens=True)
     assert fim_marks(tokenizer) == Marks(*(ids[name] for name in FIM))
-    with pytest.raises(InputError, match=r"no tokens for it"):
+    with pytest.raises(InputError, match=r"no FIM tokens"):
         fim_marks(train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=300)))

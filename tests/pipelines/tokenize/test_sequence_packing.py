@@ -14,8 +14,8 @@ LENGTH = 64
 lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60).map(lambda found: np.array(found, np.int64))
 
 
-def room(pieces: PlacedPieces, length: int) -> np.ndarray:
-    """What each sequence lacks; also checks that no place is taken twice."""
+def unused(pieces: PlacedPieces, length: int) -> np.ndarray:
+    """Unused tokens of each sequence. Also checks that no position is used twice."""
     taken = np.zeros(pieces.sequences * length, np.int64)
     for start, tokens in zip(pieces.start, pieces.tokens, strict=True):
         taken[start : start + tokens] += 1
@@ -27,7 +27,7 @@ def room(pieces: PlacedPieces, length: int) -> np.ndarray:
 @given(found=lengths)
 def test_every_token_has_one_place(packing: Packing, found: np.ndarray) -> None:
     pieces = plan_sequences(found, LENGTH, packing)
-    left = room(pieces, LENGTH)
+    left = unused(pieces, LENGTH)
     assert pieces.tokens.sum() == found.sum()
     for document, tokens in enumerate(found):
         own = sorted(np.flatnonzero(pieces.document == document), key=lambda n: int(pieces.begin[n]))
@@ -64,7 +64,7 @@ def test_best_fit_is_the_one_of_the_definition(found: list[int]) -> None:
 
 
 @given(lengths)
-def test_no_document_is_cut_that_fits_unless_room_would_be_lost(found: np.ndarray) -> None:
+def test_a_document_that_fits_is_cut_only_to_fill_unused_space(found: np.ndarray) -> None:
     pieces = plan_sequences(found, LENGTH, "best-fit")
     cut = pieces.cut(LENGTH)
     assert cut >= (found > LENGTH).sum()
@@ -81,7 +81,7 @@ def test_sequences_are_full_whatever_the_lengths_are(tokens: int) -> None:
     """Best fit alone leaves up to half of every sequence empty here."""
     found = np.full(3000, tokens, np.int64)
     pieces = plan_sequences(found, LENGTH, "best-fit")
-    left = room(pieces, LENGTH)
+    left = unused(pieces, LENGTH)
     if tokens == 63:
         assert (left == 1).all(), "a hole that is not worth a cut"
         assert pieces.cut(LENGTH) == 0
