@@ -1,12 +1,12 @@
-"""The inside of the sandbox: a script of its own that shuts itself in, starts one program and says how it ended.
+"""The inside of the sandbox: a standalone script that isolates itself, starts one program and reports how it ended.
 
-`actors/sandbox/run.py` runs it as `python -I -S jail.py STATUS_FD`, with a request (a line of JSON) on its standard
-input, which stays open as a lifeline: when it closes, everything in here ends. Three processes: this one; the first of
-the new PID namespace, with whose end the kernel kills all others; and the program, which never had a capability after
-its exec. Nothing of Moray is imported, so nothing of it is in the program's memory.
+`actors/sandbox/run.py` runs it as `python -I -S jail.py STATUS_FD`. The request, a line of JSON, is read from standard
+input, which stays open as a lifeline: when it closes, all processes of the sandbox end. There are three processes: this
+one; the first process of the new PID namespace, after whose end the kernel kills all others; and the program, which has
+no capabilities after its exec. The script imports nothing of Moray, so the program's memory holds nothing of it.
 
-Ways in: root takes namespaces as it is and gives the program a user id that nobody has; anybody else (and root where
-that is forbidden) takes a user namespace too. Sources: namespaces(7), user_namespaces(7), pivot_root(2),
+Root creates the namespaces directly, and runs the program under an unused user id. Other users, and root where this is
+forbidden, also create a user namespace. Sources: namespaces(7), user_namespaces(7), pivot_root(2),
 mount_setattr(2), seccomp(2), getrlimit(2). Needs Linux 5.14, where RLIMIT_NPROC counts by user namespace.
 """
 
@@ -25,7 +25,7 @@ import threading
 from typing import Any
 
 BOX = "/box"  # the program's own folder, in memory
-REPORT_FD = 3  # where the program may leave a report
+REPORT_FD = 3  # descriptor for the program's report
 _NOBODY = 65534
 _REPORT_BYTES = 8192
 
@@ -38,7 +38,7 @@ _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _MOUNT_SETATTR, _AT_RECURSIVE = 442, 0x8000
 _SET_DUMPABLE, _SET_SECCOMP, _SET_CHILD_SUBREAPER, _SET_NO_NEW_PRIVS = 4, 22, 36, 38
 
-# (audit architecture, syscalls with numbers of their own); those from 424 on are the same everywhere.
+# (audit architecture, numbers of syscalls). Numbers from 424 on are the same on all architectures.
 _MACHINES = {
     "x86_64": (0xC000003E, {
         "socket": 41, "clone": 56, "pivot_root": 155, "shmget": 29, "semget": 64, "msgget": 68, "ptrace": 101,
@@ -61,26 +61,26 @@ _MACHINES = {
 _FORBIDDEN_EVERYWHERE = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
 _CLONE3 = 435
 
-# Of a filter's instructions (code, jump if true, jump if false, value): load a word, compare it, give a verdict.
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _GIVE = 0x20, 0x15, 0x35, 0x45, 0x06
+# Codes of filter instructions (code, jump if true, jump if false, value): load a word, compare it, return an action.
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _UNIX = 1  # AF_UNIX
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class CannotIsolate(Exception):
-    """This system does not let us shut a program in; the text says which call it refused."""
+    """The system refused a call that the sandbox needs, which the message names."""
 
 
-def _call(what: str, result: int) -> None:
+def _check(call: str, result: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
-        raise CannotIsolate(f"{what}: {os.strerror(code)}")
+        raise CannotIsolate(f"{call}: {os.strerror(code)}")
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     arguments = [text.encode() if text else None for text in (source, target, kind)]
-    _call(f"mount {target}", _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None))
+    _check(f"mount {target}", _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None))
 
 
 def _set_attributes(path: str, flags: int, recursive: bool) -> None:
@@ -93,11 +93,11 @@ def _set_attributes(path: str, flags: int, recursive: bool) -> None:
         attributes,
         ctypes.c_size_t(len(attributes)),
     )
-    _call(f"mount_setattr {path}", result)
+    _check(f"mount_setattr {path}", result)
 
 
 def enter_namespaces() -> int | None:
-    """Namespaces for what is forked from now on. Returns the user id that the program is to take; None: as it is."""
+    """Creates namespaces for later child processes. Returns the user id for the program; None: the current one."""
     if os.geteuid() == 0:
         if _libc.unshare(_SPACES) == 0:
             return (1 << 30) + secrets.randbelow(1 << 29)
@@ -106,7 +106,7 @@ def enter_namespaces() -> int | None:
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         _libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self belongs to root, and the map cannot be written
     user, group = os.geteuid(), os.getegid()
-    _call("unshare user, mount, PID, network and IPC namespaces", _libc.unshare(_SPACES | _NEWUSER))
+    _check("unshare user, mount, PID, network and IPC namespaces", _libc.unshare(_SPACES | _NEWUSER))
     try:
         for name, text in (
             ("setgroups", "deny"),
@@ -121,16 +121,16 @@ def enter_namespaces() -> int | None:
 
 
 def build_root(folders: list[str], devices: list[str], disk_bytes: int, owner: int) -> None:
-    """A root of its own: read-only views of `folders` (and files) and `devices`, and BOX. The old one is gone.
+    """Replaces the root file system by one with BOX and read-only mounts of `folders` (and files) and `devices`.
 
-    The usual way: a new file system in memory becomes the root, with the old one in a folder of it, from which the
-    views are made before it is taken away.
+    A new in-memory file system becomes the root, with the old root in one of its folders. After the mounts are made from
+    there, the old root is unmounted.
     """
     _mount("", "/", "", _REC | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
     os.chdir("/tmp")
     os.mkdir("old")
-    _call("pivot_root", _libc.syscall(ctypes.c_long(_calls()[1]["pivot_root"]), b".", b"old"))
+    _check("pivot_root", _libc.syscall(ctypes.c_long(_calls()[1]["pivot_root"]), b".", b"old"))
     os.chdir("/")
     for path in folders:
         _show(path, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
@@ -140,7 +140,7 @@ def build_root(folders: list[str], devices: list[str], disk_bytes: int, owner: i
     _mount(
         "tmpfs", BOX, "tmpfs", _NOSUID | _NODEV, f"size={disk_bytes},nr_inodes=4096,mode=700,uid={owner},gid={owner}"
     )
-    _call("umount2 of the old root", _libc.umount2(b"/old", 2))
+    _check("umount2 of the old root", _libc.umount2(b"/old", 2))
     os.rmdir("/old")
     _set_attributes("/", _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, recursive=False)
 
@@ -164,7 +164,7 @@ def _show(path: str, flags: int) -> None:
 def _calls() -> tuple[int, dict[str, int]]:
     machine = platform.machine()
     if machine not in _MACHINES:
-        raise CannotIsolate(f"the system calls of {machine} are not known here")
+        raise CannotIsolate(f"unsupported machine {machine}")
     return _MACHINES[machine]
 
 
@@ -172,30 +172,42 @@ def _load(at: int) -> tuple[int, int, int, int]:
     return _LOAD, 0, 0, at
 
 
-def _give(verdict: int) -> tuple[int, int, int, int]:
-    return _GIVE, 0, 0, verdict
+def _return(action: int) -> tuple[int, int, int, int]:
+    return _RETURN, 0, 0, action
 
 
 def forbid_calls() -> None:
-    """A seccomp filter: no sockets but local ones (the process is killed, so that it shows), no new namespaces, nothing
-    that mounts, traces others, or holds memory that no limit sees (EPERM)."""
+    """Installs a seccomp filter.
+
+    Opening a socket that is not local kills the process, so that the attempt is visible. Calls that create namespaces,
+    mount, trace other processes, or allocate memory outside all limits fail with EPERM.
+    """
     architecture, numbers = _calls()
     allow, kill = 0x7FFF0000, 0x80000000
     refuse, absent = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
-    program = [_load(4), (_EQUAL, 1, 0, architecture), _give(kill), _load(0)]
-    program += [(_AT_LEAST, 0, 1, 0x40000000), _give(refuse)]  # the x32 numbers of x86-64
+    program = [_load(4), (_EQUAL, 1, 0, architecture), _return(kill), _load(0)]
+    program += [(_AT_LEAST, 0, 1, 0x40000000), _return(refuse)]  # the x32 numbers of x86-64
     named = [number for name, number in numbers.items() if name not in ("socket", "clone")]
     for number in (*named, *_FORBIDDEN_EVERYWHERE):
-        program += [(_EQUAL, 0, 1, number), _give(refuse)]
-    program += [(_EQUAL, 0, 1, _CLONE3), _give(absent)]  # its flags lie in memory; libraries then use clone
-    program += [(_EQUAL, 0, 4, numbers["socket"]), _load(16), (_EQUAL, 0, 1, _UNIX), _give(allow), _give(kill)]
-    program += [(_EQUAL, 0, 4, numbers["clone"]), _load(16), (_ANY_BIT, 1, 0, _ANY_SPACE), _give(allow), _give(refuse)]
-    program += [_give(allow)]
+        program += [(_EQUAL, 0, 1, number), _return(refuse)]
+    program += [
+        (_EQUAL, 0, 1, _CLONE3),
+        _return(absent),
+    ]  # a filter cannot read its flags in memory; libraries fall back to clone
+    program += [(_EQUAL, 0, 4, numbers["socket"]), _load(16), (_EQUAL, 0, 1, _UNIX), _return(allow), _return(kill)]
+    program += [
+        (_EQUAL, 0, 4, numbers["clone"]),
+        _load(16),
+        (_ANY_BIT, 1, 0, _ANY_SPACE),
+        _return(allow),
+        _return(refuse),
+    ]
+    program += [_return(allow)]
     filters = b"".join(struct.pack("HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(filters)
     header = struct.pack("HP", len(program), ctypes.addressof(buffer))
-    _call("no_new_privs", _libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    _call("seccomp", _libc.prctl(_SET_SECCOMP, 2, header, 0, 0))
+    _check("no_new_privs", _libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _check("seccomp", _libc.prctl(_SET_SECCOMP, 2, header, 0, 0))
 
 
 def limit_resources(limits: dict[str, int], processes: int | None) -> None:
@@ -215,7 +227,7 @@ def limit_resources(limits: dict[str, int], processes: int | None) -> None:
 
 
 def become_program(request: dict[str, Any], user: int | None, report: int) -> None:
-    """Never returns: exec, or the reason on the report pipe."""
+    """Executes the program, or writes the error to the report pipe. Does not return."""
     try:
         os.setsid()
         os.chdir(request["folder"])
@@ -224,8 +236,10 @@ def become_program(request: dict[str, Any], user: int | None, report: int) -> No
         os.dup2(1, 2)
         os.dup2(report, REPORT_FD)
         os.closerange(REPORT_FD + 1, 4096)
-        processes = request["limits"]["processes"] + (0 if user else 3)  # this file's own two, and a thread
-        limit_resources(request["limits"], processes if request["isolate"] else None)  # else all of the user's count
+        processes = request["limits"]["processes"] + (0 if user else 3)  # two processes and one thread of this script
+        limit_resources(
+            request["limits"], processes if request["isolate"] else None
+        )  # otherwise all processes of the user count
         if user is not None:
             os.setgroups([])
             os.setresgid(user, user, user)
@@ -239,7 +253,7 @@ def become_program(request: dict[str, Any], user: int | None, report: int) -> No
 
 
 def first_process(request: dict[str, Any], user: int | None) -> dict[str, Any]:
-    """Builds the root, starts the program, reaps what it leaves; returns what came of it."""
+    """Builds the root, starts the program and reaps its child processes. Returns its exit status and report."""
     if request["isolate"]:
         build_root(
             request["folders"], request["devices"], request["limits"]["disk_bytes"], _NOBODY if user is None else user
@@ -264,13 +278,13 @@ def first_process(request: dict[str, Any], user: int | None) -> dict[str, Any]:
         _end_orphans()
     os.set_blocking(reader, False)
     report = b""
-    with contextlib.suppress(BlockingIOError):  # a child that the program left behind may hold the other end
+    with contextlib.suppress(BlockingIOError):  # a remaining child of the program may hold the other end open
         report = os.read(reader, _REPORT_BYTES)
     return {"status": os.waitstatus_to_exitcode(status), "report": report.decode(errors="replace")}
 
 
 def _end_orphans() -> None:
-    """Kills what the program left, where no namespace does it: all of it has come to be this process's children."""
+    """Kills the program's remaining processes if there is no PID namespace. All have become children of this one."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             left = file.read().split()
@@ -288,7 +302,7 @@ def _end_orphans() -> None:
 def _end_with_lifeline(program: int) -> None:
     while os.read(0, 4096):
         continue
-    with contextlib.suppress(OSError):  # in a PID namespace all others end with this process
+    with contextlib.suppress(OSError):  # in a PID namespace, all other processes end with this one
         os.killpg(program, signal.SIGKILL)
     os._exit(71)
 

@@ -1,12 +1,13 @@
-"""Runs generated Python shut in: no network, a folder of its own in memory, bounds on time, memory, processes, files.
+"""Runs generated Python in a sandbox: no network, an in-memory folder, limits on time, memory, processes and files.
 
-`run_tests` gives a program and its tests to a fresh interpreter inside namespaces (`jail.py` builds them) and
-says in a SandboxResult how it ended, by name of the limit if it met one. Where this system allows no namespaces, that
-is an error (`SandboxRefused`), unless the caller asks for the unsafe form: limits of resources and a process group
-only, which keeps no program from reading or writing what the user may. A verdict holds for programs that do not set out
-to forge it: what runs beside its tests could report in their place, but gets no further.
+`run_tests` runs a program and its tests in a fresh interpreter inside namespaces (created by `jail.py`), and returns a
+SandboxResult with the outcome, which names the limit if the program exceeded one. If the system does not allow
+namespaces, it raises SandboxRefused, unless the caller requests the unsafe mode. This mode only limits resources and
+uses a process group: a program can read and write everything that the user can. A program shares a process with its
+tests, so it could forge a passing result, but nothing else.
 
-A program runs until the first limit (`limits.py`), and when `run_program` returns none of its processes is left.
+A program runs until the first limit that it exceeds (`limits.py`). When `run_program` returns, none of its processes is
+left.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from moray.actors.sandbox.limits import Ended, SandboxLimits, SandboxRefused, Sa
 _LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
-# Reads its token, runs the program and then its tests in one namespace, and says on descriptor 3 what came of it.
+# Runs the program and then its tests in one Python namespace, and writes the result to descriptor 3.
 _HARNESS = """
 import json, os, sys, traceback
 own = os.getpid()
@@ -62,7 +63,7 @@ except BaseException as error:
     try:
         traceback.print_exc(file=sys.stdout)
     except BaseException:
-        report["untold"] = True
+        report["no_traceback"] = True
 try:
     sys.stdout.flush()
 finally:
@@ -71,7 +72,7 @@ finally:
     os._exit(0 if "token" in report else 1)
 """
 
-# What an error that reaches the end says of the limit that it met.
+# The limit that an uncaught error indicates, by errno.
 _BY_NUMBER = {
     errno.EAGAIN: "processes",
     errno.ENOMEM: "memory",
@@ -89,8 +90,8 @@ _BY_SIGNAL = {signal.SIGXCPU: "cpu", signal.SIGSYS: "network"}
 class SandboxResult:
     """How a program ended.
 
-    outcome: passed, failed, or the limit that it met: time, cpu, memory, processes, file size, disk, open files,
-    output, outside (its folder), network. detail: its last words. peak_bytes, peak_processes: the most that was seen.
+    outcome: passed, failed, or the exceeded limit: time, cpu, memory, processes, file size, disk, open files, output,
+    outside (its folder), network. detail: the error. peak_bytes, peak_processes: highest measurements.
     """
 
     outcome: str
@@ -108,9 +109,9 @@ class SandboxResult:
 def run_tests(code: str, tests: str, limits: SandboxLimits | None = None, unsafe: bool = False) -> SandboxResult:
     """Runs `code`, then `tests` in the same namespace: bare asserts, functions test*, unittest cases.
 
-    Passed means that all of it ran to its end without an error. Tests that test nothing fail. Raises SandboxRefused.
+    `passed` means that everything ran to its end without an error. Tests without checks fail. Raises SandboxRefused.
     """
-    if reason := why_no_tests(tests):
+    if reason := tests_problem(tests):
         return SandboxResult("failed", reason)
     token = secrets.token_hex(16)
     files = {"harness.py": _HARNESS, "program.py": code, "tests.py": tests}
@@ -118,16 +119,16 @@ def run_tests(code: str, tests: str, limits: SandboxLimits | None = None, unsafe
     return read_result(ended, token)
 
 
-def why_no_tests(tests: str) -> str:
-    """What is wrong with tests before anything runs: '' if they hold at least one check."""
+def tests_problem(tests: str) -> str:
+    """The problem with tests that do not parse or have no check; '' if there is none."""
     try:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return f"the tests are no Python: {error}"
+        return f"the tests are not valid Python: {error}"
     checks = (ast.Assert, ast.Raise)
     if any(isinstance(node, checks) or _is_unittest_check(node) for node in ast.walk(tree)):
         return ""
-    return "the tests check nothing"
+    return "the tests have no check"
 
 
 def _is_unittest_check(node: ast.AST) -> bool:
@@ -135,7 +136,7 @@ def _is_unittest_check(node: ast.AST) -> bool:
 
 
 def read_result(ended: Ended, token: str) -> SandboxResult:
-    """The verdict on what a harness with this token left."""
+    """The result of a program from the report of a harness with this token."""
     try:
         report = json.loads(ended.report)
     except ValueError:
@@ -145,8 +146,8 @@ def read_result(ended: Ended, token: str) -> SandboxResult:
 
 
 def _outcome(ended: Ended, report: Mapping[str, Any], token: str) -> tuple[str, str]:
-    if ended.broke:
-        return ended.broke, f"ended after {ended.seconds:.2f} s"
+    if ended.exceeded:
+        return ended.exceeded, f"ended after {ended.seconds:.2f} s"
     if report.get("token") == token and ended.exit_code == 0:
         return "passed", ""
     if "error" in report:
@@ -155,7 +156,7 @@ def _outcome(ended: Ended, report: Mapping[str, Any], token: str) -> tuple[str, 
     if ended.exit_code < 0:
         number = -ended.exit_code
         return _BY_SIGNAL.get(signal.Signals(number), "failed"), f"ended by {signal.Signals(number).name}"
-    return "failed", f"it left with code {ended.exit_code} before its tests had run"
+    return "failed", f"exited with code {ended.exit_code} before its tests had run"
 
 
 def _limit_of(report: Mapping[str, Any]) -> str:
@@ -165,20 +166,20 @@ def _limit_of(report: Mapping[str, Any]) -> str:
         return "processes"
     if not report.get("os"):
         return ""
-    place = str(report.get("file") or "")
-    if report.get("errno") == errno.ENOENT and place.startswith("/") and not place.startswith(BOX + "/"):
+    path = str(report.get("file") or "")
+    if report.get("errno") == errno.ENOENT and path.startswith("/") and not path.startswith(BOX + "/"):
         return "outside"
     return _BY_NUMBER.get(report.get("errno") or 0, "")
 
 
 @functools.cache
 def refusal() -> str:
-    """Why this system shuts no program in; '' if it does. Found out by trying, once per process."""
+    """The reason why this system does not allow the sandbox; '' if it does. Tested by a trial run, once per process."""
     try:
-        ended = _run({"harness.py": "print('here')"}, ["harness.py"], SandboxLimits(), False, ())
+        ended = _run({"harness.py": "print('ready')"}, ["harness.py"], SandboxLimits(), False, ())
     except SandboxRefused as error:
         return error.message
-    return "" if ended.output == "here\n" else f"a program that prints a word left {ended.output!r}, {ended.report}"
+    return "" if ended.output == "ready\n" else f"a trial run printed {ended.output!r} and reported {ended.report!r}"
 
 
 def run_program(
@@ -188,13 +189,16 @@ def run_program(
     unsafe: bool = False,
     readable: Sequence[str] = (),
 ) -> Ended:
-    """Runs `python *arguments` where `files` (name -> text) lie, and nothing else of the caller's but `readable`:
-    folders of packages that it may import. The environment is empty, standard input too. Raises SandboxRefused."""
+    """Runs `python *arguments` in a folder with `files` (name -> text). Environment and standard input are empty.
+
+    readable: package folders that the program may import, the only files of the caller that it can see. Raises
+    SandboxRefused.
+    """
     if not unsafe and (reason := refusal()):
         raise SandboxRefused(
             f"no sandbox on this system: {reason}",
             "run where user namespaces are allowed (sysctl user.max_user_namespaces; docker: --cap-add SYS_ADMIN or"
-            " --security-opt seccomp=unconfined), or accept the risk: unsafe_sandbox: true in the recipe",
+            " --security-opt seccomp=unconfined), or set unsafe_sandbox: true in the recipe and accept the risk",
         )
     return _run(files, arguments, limits or SandboxLimits(), unsafe, readable)
 
@@ -205,7 +209,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         python = os.path.realpath(sys.executable)
         script = ["-I", "-S", "-B", "-X", "utf8"]
-        if readable:  # packages are found beside the standard library
+        if readable:  # adds the package folders to sys.path
             start = (
                 f"import runpy, sys; sys.path += {list(readable)!r}; sys.argv.pop(0);"
                 "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -220,4 +224,4 @@ def _run(
             "devices": _DEVICES,
             "folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="moray-sandbox-")) if unsafe else BOX,
         }
-        return SandboxWatch(limits, unsafe).over(json.dumps(request).encode() + b"\n", python)
+        return SandboxWatch(limits, unsafe).run(json.dumps(request).encode() + b"\n", python)

@@ -51,7 +51,7 @@ class RowLocation:
 
 @dataclass(frozen=True)
 class DocumentDecision:
-    """The decision of a step on the document. verdict: `read`, `kept`, `removed`, or `has` for other files with the id."""
+    """The decision of a step on the document. verdict: `read`, `kept`, `removed`, or `has` (in other files)."""
 
     step: str
     artifact: str

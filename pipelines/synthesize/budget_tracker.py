@@ -1,7 +1,8 @@
-"""What a run has spent of its budget, and whether its teacher answers: one actor, because all tasks share the budget.
+"""Tracks the spent budget of a run and the failures of its teacher, in one actor, because all tasks share the budget.
 
-What a request may cost at most is set aside before it is sent and settled when its answer is there. Both are lines in
-a file, so that what a killed run had sent counts for the next one, at most as much as it could have cost.
+The maximum cost of a request is reserved before it is sent, and replaced by the actual cost when the answer arrives.
+Both are lines in a file, so that requests in flight when a run was killed still count in the next run, at their maximum
+cost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from moray.pipelines.synthesize.config import Budget
 
-DEAD_AFTER = 8  # requests in a row that failed by the engine's fault, each with its retries
+DEAD_AFTER = 8  # consecutive requests that the engine failed, after all retries of each
 _CALL_RETRIES = 20
 
 
@@ -26,23 +27,23 @@ class Spent:
 
 
 class BudgetTracker(Protocol):
-    """What tasks see of it."""
+    """Interface for tasks."""
 
     def reserve(self, key: str, prompt_tokens: int, answer_tokens: int) -> str:
-        """'' if the request may be sent, else why not: budget or engine."""
+        """'' if the request may be sent, else the reason: budget or engine."""
 
     def settle(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """What it really took."""
+        """Replaces the reservation by the actual numbers of tokens."""
 
     def failed(self, key: str, engine: bool) -> None:
-        """It came to nothing: nothing is owed."""
+        """Releases the reservation of a failed request. engine: the engine failed, not the request."""
 
     def spent(self) -> Spent:
-        """So far, with what is set aside."""
+        """The total so far, including reservations."""
 
 
 class LocalBudgetTracker:
-    """The tracker itself; in a run it lives in an actor."""
+    """The implementation, which runs in an actor."""
 
     def __init__(self, path: str, budget: Budget) -> None:
         self._path, self._budget = Path(path), budget
@@ -98,7 +99,7 @@ def dollars(budget: Budget, prompt_tokens: int, answer_tokens: int) -> float:
 
 
 class RemoteBudgetTracker:
-    """A tracker in an actor, from any task."""
+    """A handle to the tracker's actor, usable from any task."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -123,10 +124,10 @@ def _get(reference: Any) -> Any:
 
 
 def start_budget_tracker(path: Path, budget: Budget) -> RemoteBudgetTracker:
-    """Beside the driver, because its file is there; restarted if it dies, and reads the file again."""
+    """Starts the tracker on the driver's node, which holds its file. If it dies, it is restarted and reads the file."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": _CALL_RETRIES, "scheduling_strategy": here}
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": _CALL_RETRIES, "scheduling_strategy": driver_node}
     return RemoteBudgetTracker(ray.remote(LocalBudgetTracker).options(**options).remote(str(path), budget))

@@ -1,6 +1,6 @@
-"""How a question becomes a document: worked steps where a task's numbers give them, and several phrasings.
+"""Documents from questions and answers, in several phrasings, with worked steps if the task's metadata provides them.
 
-Steps are computed from the task's metadata, never invented: where none are known, the answer follows the question.
+Steps are computed from the task's metadata. Without such metadata, the answer directly follows the question.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WITH_STEPS = ("Step by step:\n{steps}\n", "Let us work it out.\n{steps}\n", "{s
 
 
 def chain_document(question: str, steps: str, answer: str, seed: int) -> str:
-    """One of the phrasings, by seed."""
+    """The question, steps and answer in one of the phrasings, chosen by seed."""
     generator = random.Random(seed)
     phrasing, lead = generator.choice(PHRASINGS), generator.choice(_WITH_STEPS)
     worked = lead.format(steps=steps) if steps else ""
@@ -31,7 +31,7 @@ def chain_document(question: str, steps: str, answer: str, seed: int) -> str:
 
 
 def steps(task: str, metadata: Metadata) -> str:
-    """Lines that lead from the question to the answer, '' where the metadata does not give them."""
+    """The worked steps from the question to the answer; '' if the metadata does not provide them."""
     if task == "gsm_symbolic":
         return re.sub(r"\n?####.*", "", str(metadata["answer_cot"])).strip()
     make = _STEPS.get(task)

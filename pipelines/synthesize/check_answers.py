@@ -1,4 +1,4 @@
-"""Checks of answers, in batches in the sandbox: mathematics against another answer, tasks by their own scorers."""
+"""Checks answers in batches in the sandbox: mathematics against another answer, tasks by their own scorers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moray.actors.sandbox.limits import SandboxLimits
 from moray.actors.sandbox.run import run_program
 
 Check = dict[str, Any]
-_SECONDS_EACH = 12  # for all of them together; the checker has limits for each
+_SECONDS_EACH = 12  # per check, for the whole batch; the checker also limits each check
 _CHECKER = Path(__file__).with_name("checker.py")
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    good: bool
+    passed: bool
     detail: str = ""
 
 
@@ -33,14 +33,14 @@ def full_marks(task: str, level: int, seed: int, answer: str) -> Check:
 
 
 def check_all(checks: Sequence[Check], unsafe: bool) -> list[CheckResult]:
-    """A result for each check. One that breaks a limit fails, and those after it are tried again without it."""
+    """A result for each check. If a check exceeds a limit of the batch, it fails and the later checks run again."""
     found: list[CheckResult] = []
     while len(found) < len(checks):
         part = checks[len(found) :]
-        results, broke = _check_batch(part, unsafe)
+        results, problem = _check_batch(part, unsafe)
         found += results
         if len(results) < len(part):
-            found.append(CheckResult(False, f"the verifier ended: {broke}"))
+            found.append(CheckResult(False, f"the verifier ended: {problem}"))
     return found
 
 
@@ -57,21 +57,21 @@ def _check_batch(checks: Sequence[Check], unsafe: bool) -> tuple[list[CheckResul
     files = {"checker.py": _CHECKER.read_text(), "checks.jsonl": "".join(json.dumps(one) + "\n" for one in checks)}
     ended = run_program(files, ["checker.py", mark], limits, unsafe, _packages())
     lines = [line.partition(mark)[2] for line in ended.output.splitlines() if mark in line]
-    results = [CheckResult(bool(good), str(detail)) for _, good, detail in map(json.loads, lines)]
-    return results, ended.broke or f"it left with code {ended.exit_code}: {ended.output[-200:]}"
+    results = [CheckResult(bool(passed), str(detail)) for _, passed, detail in map(json.loads, lines)]
+    return results, ended.exceeded or f"exit code {ended.exit_code}: {ended.output[-200:]}"
 
 
 def _packages() -> list[str]:
-    """Folders that the checker imports from."""
+    """Folders with the packages that the checker imports."""
     specs = (importlib.util.find_spec(name) for name in ("moray", "math_verify", "reasoning_gym", "sympy"))
     origins = [Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None]
     return sorted({str(one.parent if one.name == "moray.py" else one.parent.parent) for one in origins})
 
 
 def majority(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """(place of the answer that most others equal, the first of such; how many that is with itself).
+    """(index of the most common answer, number of answers equal to it, including itself). Ties go to the lowest index.
 
-    pairs: places of answers found equal; equality need not be transitive, so it is counted for each answer.
+    pairs: indices of equal answers. Equality need not be transitive, so it is counted for each answer.
     """
     votes = [1] * count
     for one, other in pairs:

@@ -1,8 +1,8 @@
-"""Runs inside the sandbox: scores answers, one line of `checks.jsonl` at a time, and prints a line for each.
+"""Runs inside the sandbox: scores the answers in `checks.jsonl` and prints one line for each.
 
-What a teacher wrote is read by sympy and by tasks' own scorers, which evaluate parts of it as Python: so both work
-where that can do no harm, and each check in a process of its own with its own limits, so that a number too large to
-compute costs seconds and one check, whatever it keeps the interpreter from doing meanwhile.
+sympy and the tasks' own scorers evaluate parts of a teacher's answer as Python, so they run in the sandbox. Each check
+runs in its own process with its own limits: a number too large to compute costs a few seconds and one check, even if
+the interpreter does not respond meanwhile.
 """
 
 from __future__ import annotations
@@ -17,86 +17,87 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 2.0  # of CPU for a check; those of honest answers take a tenth of one
-_DRAWING = 30.0  # of CPU to make a task again, which is ours: the slowest take ten
-_BY_THE_CLOCK = 60.0  # for all of it, where it waits for something instead of computing
-_MEMORY = 2 << 30  # bytes of address space, of which the libraries take a quarter
+SECONDS = 2.0  # of CPU for a check; ordinary answers take a tenth of a second
+_DRAWING = 30.0  # of CPU to regenerate a task, which is trusted code: the slowest take ten
+_WALL_SECONDS = 60.0  # for the whole check, in case it waits instead of computing
+_MEMORY = 2 << 30  # bytes of address space; the libraries take a quarter
 
 Check = Callable[[], bool]
 
 
-def prepared(wanted: dict[str, Any]) -> Check:
-    """The check, ready to read the answer. maths: whether two answers are the same; gym: whether the task gives full
-    marks."""
-    if wanted["kind"] == "gym":
+def prepared(check: dict[str, Any]) -> Check:
+    """The check, as a function that evaluates the answer. maths: whether two answers are equal; gym: whether the task
+    gives the full score."""
+    if check["kind"] == "gym":
         from moray.pipelines.synthesize.gym_tasks import scorer
 
-        score = scorer(wanted["task"], wanted["level"], wanted["seed"])
-        return lambda: score(wanted["answer"]) >= 1.0
-    return lambda: _same(wanted["gold"], wanted["answer"])
+        score = scorer(check["task"], check["level"], check["seed"])
+        return lambda: score(check["answer"]) >= 1.0
+    return lambda: _same(check["gold"], check["answer"])
 
 
 def _same(gold: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # Their own limits are alarms, which a long multiplication does not hear.
-    read = [parse(f"\\boxed{{{one}}}", parsing_timeout=None) for one in (gold, answer)]
-    return bool(read[0] and read[1] and verify(read[0], read[1], timeout_seconds=None))
+    # math-verify's own time limits use alarms, which do not interrupt a long multiplication.
+    parsed = [parse(f"\\boxed{{{one}}}", parsing_timeout=None) for one in (gold, answer)]
+    return bool(parsed[0] and parsed[1] and verify(parsed[0], parsed[1], timeout_seconds=None))
 
 
-def load_request(kinds: set[str]) -> None:
-    """Imports what checks need, once for all of them."""
+def import_libraries(kinds: set[str]) -> None:
+    """Imports the libraries of these kinds of checks, once for all checks."""
     if "gym" in kinds:
         import reasoning_gym  # noqa: F401
     if "maths" in kinds:
         import math_verify  # noqa: F401
 
 
-def check_answer(wanted: dict[str, Any]) -> tuple[bool, str]:
-    """(whether it holds, why it could not be found out), from a child whose limits are its own."""
+def check_answer(check: dict[str, Any]) -> tuple[bool, str]:
+    """(whether the answer is correct, the error if the check failed to run), from a child process with own limits."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.close(reader)
-        _child(wanted, writer)
+        _child(check, writer)
     os.close(writer)
-    said = _read(reader)
+    output = _read(reader)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # nor does anything that it started outlive it
+        os.killpg(child, signal.SIGKILL)  # ends everything that the child started
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
-        good, detail = json.loads(said)
+        passed, detail = json.loads(output)
     except ValueError:
         number = -code if code < 0 else 0
         if number in (signal.SIGPROF, signal.SIGKILL):
-            return False, f"it takes more than {SECONDS:.0f} s"
-        return False, f"it ended by {signal.Signals(number).name}" if number else f"it left with code {code}"
-    return bool(good), str(detail)
+            return False, "the check exceeds its time limit"
+        ending = f"ended by {signal.Signals(number).name}" if number else f"exited with code {code}"
+        return False, f"the check {ending}"
+    return bool(passed), str(detail)
 
 
 def _read(reader: int) -> bytes:
-    """What the child says, until it ends or its time does."""
-    said = b""
+    """The output of the child, until it ends or its time is up."""
+    output = b""
     with open(reader, "rb", buffering=0) as file:
-        while select.select([file], [], [], _BY_THE_CLOCK)[0] and (data := file.read(1 << 16)):
-            said += data
-    return said
+        while select.select([file], [], [], _WALL_SECONDS)[0] and (data := file.read(1 << 16)):
+            output += data
+    return output
 
 
-def _child(wanted: dict[str, Any], writer: int) -> None:
-    """The check and its words; does not return."""
+def _child(check: dict[str, Any], writer: int) -> None:
+    """Runs the check and writes its result to the pipe. Does not return."""
     try:
         os.setpgid(0, 0)
         signal.setitimer(signal.ITIMER_PROF, _DRAWING)
-        check = prepared(wanted)
+        run_check = prepared(check)
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY if hard < 0 else min(_MEMORY, hard), hard))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        found = check(), ""
+        found = run_check(), ""
     except MemoryError:
-        found = False, "it takes more memory than a check may have"
+        found = False, "the check exceeds its memory limit"
     except BaseException as error:
         found = False, f"{type(error).__name__}: {error}"[:200]
     os.write(writer, json.dumps(found).encode())
@@ -106,9 +107,9 @@ def _child(wanted: dict[str, Any], writer: int) -> None:
 def main(mark: str) -> None:
     with open("checks.jsonl", encoding="utf-8") as file:
         checks = [json.loads(line) for line in file]
-    load_request({wanted["kind"] for wanted in checks})
-    for number, wanted in enumerate(checks):
-        print(mark + json.dumps([number, *check_answer(wanted)]), flush=True)
+    import_libraries({check["kind"] for check in checks})
+    for number, check in enumerate(checks):
+        print(mark + json.dumps([number, *check_answer(check)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a recipe says to `synthesize`: generators, the teacher, its budget, the sandbox."""
+"""The config of `synthesize`: generators, the teacher, its budget, the sandbox."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from moray.platform.plan.config import StepConfig, operational
 
 
 class _Generator(StepConfig):
-    """What all generators have: a name, which is the `source` of their documents, and how many items they make."""
+    """Common fields of all generators. The name is the `source` of the generator's documents."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     items: int = Field(100, gt=0)
     license: str = "generated"
 
     @property
-    def asks_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         return True
 
     @property
     def runs_code(self) -> bool:
-        """Whether it needs the sandbox: for programs, and for what a teacher wrote when it is read as mathematics."""
+        """Whether it needs the sandbox: for programs, and for evaluating a teacher's mathematics."""
         return True
 
     @property
@@ -39,22 +39,24 @@ class Gym(_Generator):
 
     kind: Literal["gym"] = "gym"
     tasks: tuple[str, ...] = Field(
-        (), description="names, or categories such as arithmetic; none: all that can be used"
+        (), description="names of tasks or categories, such as arithmetic; default: all usable tasks"
     )
-    levels: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of each task's curriculum, easy ones first")
+    levels: tuple[int, ...] = Field(
+        (0, 1, 2), min_length=1, description="levels of each task's curriculum, in the order of the documents"
+    )
     solver: Literal["task", "teacher"] = "task"
 
     @property
-    def asks_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         return self.solver == "teacher"
 
     @property
     def runs_code(self) -> bool:
-        return self.asks_teacher
+        return self.needs_teacher
 
 
 class Maths(_Generator):
-    """Problems that the teacher writes and solves; it stays what independent solutions agree on."""
+    """Problems that the teacher writes and solves, accepted if independent solutions agree on the answer."""
 
     kind: Literal["maths"] = "maths"
     topics: tuple[str, ...] = Field(
@@ -70,12 +72,12 @@ class Maths(_Generator):
         ),
         min_length=1,
     )
-    votes: int = Field(3, ge=1, description="independent solutions beside the one that comes with the problem")
-    agree: float = Field(0.6, gt=0, le=1, description="share of all solutions that must have the same answer")
+    votes: int = Field(3, ge=1, description="further independent solutions of each problem")
+    agree: float = Field(0.6, gt=0, le=1, description="fraction of all solutions that must have the same answer")
 
 
 class Code(_Generator):
-    """Functions with tests that the teacher writes; what passes in the sandbox stays."""
+    """Functions with tests, written by the teacher, accepted if the tests pass in the sandbox."""
 
     kind: Literal["code"] = "code"
     topics: tuple[str, ...] = Field(
@@ -85,22 +87,22 @@ class Code(_Generator):
 
 
 class Programs(_Generator):
-    """reasoning-gym's collected programs, each with examples of what it returns, made and checked in the sandbox."""
+    """reasoning-gym's collected programs, with example inputs and outputs generated and checked in the sandbox."""
 
     kind: Literal["programs"] = "programs"
-    examples: int = Field(3, ge=1, description="of each program; they become its tests")
+    examples: int = Field(3, ge=1, description="examples per program, which become its tests")
 
     @property
-    def asks_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         return False
 
 
 class Rephrase(_Generator):
-    """The input `documents` told again: `items` of them, drawn by their ids."""
+    """Rephrasings of the input `documents`: `items` of them, sampled by a hash of their ids."""
 
     kind: Literal["rephrase"] = "rephrase"
     styles: tuple[Literal["faq", "table", "tutorial", "maths"], ...] = Field(("faq",), min_length=1)
-    max_characters: int = Field(4000, gt=0, description="of a document that are shown to the teacher")
+    max_characters: int = Field(4000, gt=0, description="leading characters of a document in the prompt")
     min_characters: int = Field(80, gt=0, description="shorter answers are rejected")
 
     @property
@@ -115,21 +117,22 @@ class Rephrase(_Generator):
 _KINDS = ("gym", "programs", "maths", "code", "rephrase")
 
 
-def _kind(written: Any) -> Any:
-    kind = written.get("kind") if isinstance(written, dict) else getattr(written, "kind", None)
+def _kind(value: Any) -> Any:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     if kind in _KINDS:
         return kind
     raise PydanticCustomError(
         "generator",
         "{message}",
         {
-            "message": f"a generator of no known kind (got {written!r:.80})",
-            "hint": f"give `kind`: {', '.join(_KINDS)}",
+            "message": f"unknown kind of generator (got {value!r:.80})",
+            "hint": f"set `kind` to one of {', '.join(_KINDS)}",
         },
     )
 
 
-# By a function: pydantic takes no field for it that has a validator around it, as all fields of a step have.
+# The discriminator is a function, because all fields of a step have a validator, which pydantic does not accept for a
+# discriminator field.
 Generator = Annotated[
     Annotated[Gym, Tag("gym")]
     | Annotated[Programs, Tag("programs")]
@@ -141,10 +144,10 @@ Generator = Annotated[
 
 
 class Budget(StepConfig):
-    """What all requests together may cost. What could exceed it is not sent."""
+    """Limit on the total cost of all requests. A request that could exceed it is not sent."""
 
     dollars: float | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0, description="of prompts and answers")
+    tokens: int | None = Field(None, gt=0, description="total tokens of prompts and answers")
     dollars_per_million_prompt_tokens: float = Field(0.0, ge=0)
     dollars_per_million_answer_tokens: float = Field(0.0, ge=0)
 
@@ -152,27 +155,29 @@ class Budget(StepConfig):
     def _priced(self) -> Budget:
         prices = self.dollars_per_million_prompt_tokens + self.dollars_per_million_answer_tokens
         if self.dollars is not None and not prices:
-            raise ValueError("a budget in dollars needs dollars_per_million_prompt_tokens and ..._answer_tokens")
+            raise ValueError(
+                "budget.dollars needs dollars_per_million_prompt_tokens or dollars_per_million_answer_tokens"
+            )
         return self
 
 
 class Teacher(StepConfig):
     """An OpenAI-compatible endpoint."""
 
-    url: str = operational(..., description="up to and including /v1", pattern=r"^https?://")
+    url: str = operational(..., description="base URL, up to and including /v1", pattern=r"^https?://")
     model: str
     api_key: Secret | None = None
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(0.95, gt=0, le=1)
-    max_tokens: int = Field(1024, gt=0, description="of an answer")
+    max_tokens: int = Field(1024, gt=0, description="maximum tokens of an answer")
     chat: bool = Field(True, description="false: /v1/completions, for models without a chat template")
-    concurrency: int = operational(16, gt=0)
-    retries: int = operational(4, ge=0, description="of a request that fails by the engine's fault, with back-off")
-    timeout: float = operational(120.0, gt=0, description="seconds")
+    concurrency: int = operational(16, gt=0, description="requests in flight, over all tasks")
+    retries: int = operational(4, ge=0, description="retries of a request after an engine failure, with back-off")
+    timeout: float = operational(120.0, gt=0, description="seconds per request")
 
 
 class SandboxConfig(StepConfig):
-    """Of one program and its tests."""
+    """Limits of one program with its tests."""
 
     seconds: float = Field(10.0, gt=0)
     cpu_seconds: int = Field(5, gt=0)
@@ -187,26 +192,29 @@ class SynthesizeConfig(StepConfig):
     generators: tuple[Generator, ...] = Field(min_length=1)
     teacher: Teacher | None = None
     budget: Budget = Budget()
-    attempts: int = Field(4, ge=1, description="answers that an item may take until one passes its verifier")
+    attempts: int = Field(4, ge=1, description="maximum answers per item until one passes its verifier")
     pick: Literal["first", "best"] = Field(
-        "first", description="the first answer that passes, or of all `attempts` the shortest that does"
+        "first", description="first: the first answer that passes; best: the shortest passing one of all `attempts`"
     )
     unanswered: float = Field(
-        0.05, ge=0, le=1, description="share of items that may lack an answer because the engine failed"
+        0.05, ge=0, le=1, description="fraction of items that may lack an answer because the engine failed"
     )
     similarity: float = Field(
-        0.8, ge=0, le=1, description="to another document at which an item is a copy; 0: only exact"
+        0.8,
+        ge=0,
+        le=1,
+        description="similarity to a corpus document from which on an item is a copy; 0: exact copies only",
     )
     sandbox: SandboxConfig = SandboxConfig()
-    unsafe_sandbox: bool = Field(False, description="run code with limits only where namespaces are not allowed")
-    shard_items: int = Field(32, gt=0)
+    unsafe_sandbox: bool = Field(False, description="run code with resource limits only, if namespaces are not allowed")
+    shard_items: int = Field(32, gt=0, description="items per task")
     seed: int = Field(1, ge=0)
 
     @model_validator(mode="after")
     def _complete(self) -> SynthesizeConfig:
         names = [generator.name for generator in self.generators]
         if len(set(names)) < len(names):
-            raise ValueError("two generators have the same name")
-        if self.teacher is None and (asking := [one.name for one in self.generators if one.asks_teacher]):
-            raise ValueError(f"{', '.join(asking)}: needs a `teacher`")
+            raise ValueError("generators must have unique names")
+        if self.teacher is None and (names := [one.name for one in self.generators if one.needs_teacher]):
+            raise ValueError(f"generator {', '.join(names)} needs a `teacher`")
         return self

@@ -1,8 +1,8 @@
-"""Which accepted items say what another document says: the same bytes as an earlier item, or as, or nearly as, one of
-the corpus.
+"""Finds accepted items that copy an earlier item (equal bytes) or a corpus document (equal or similar text).
 
-Items are compared with each other by their bytes only: those of one task are alike on purpose. The corpus is read once,
-shard by shard, by dedup's kernel (pipelines/dedup); what shares a key with an item is compared exactly.
+Items are compared with each other by equality only, because items of one task are similar by design. The corpus is
+read once, shard by shard, with dedup's MinHash kernel. Documents that share a band key with an item are compared
+exactly.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import pyarrow as pa
 
 from moray.pipelines.shared.documents import content_hash, read_shard, write_parquet
 from moray.pipelines.shared.shards import Row
-from moray.pipelines.synthesize.items import Log, Made
+from moray.pipelines.synthesize.items import FinishedItem, Log
 from moray.pipelines.text.minhash import Shingling
 
 _SHINGLING = Shingling()
 
 
-def accepted(log: Log) -> list[Made]:
-    """In the order of their numbers."""
+def accepted(log: Log) -> list[FinishedItem]:
+    """The accepted items of a log, ordered by number."""
     made = [one for one in log.read().values() if not one.reason]
     return sorted(made, key=lambda one: int(one.key.rpartition("/")[2]))
 
 
 def sketch_shard(shard: Row, folder: str) -> Row:
-    """Leaves key, hash, text and band keys of a shard's accepted items. Runs in a Ray worker."""
+    """Writes key, hash, text and band keys of a shard's accepted items. Runs in a Ray worker."""
     made = accepted(Log(Path(shard["log"])))
     texts = pa.chunked_array([pa.array([one.text for one in made], pa.large_string())])
     keys, shingles = _SHINGLING.keys(texts)
@@ -51,7 +51,10 @@ def sketch_path(folder: Path, shard: int) -> Path:
 
 
 def compare_shard(shard: Row, sketches: list[str], similarity: float) -> Row:
-    """Items that a corpus shard has too: `copies`, JSON of [item key, document id, similarity]. In a Ray worker."""
+    """Finds items that a corpus shard also has. Runs in a Ray worker.
+
+    Returns `copies`, a JSON list of [item key, document id, similarity].
+    """
     corpus = read_shard(Path(shard["path"]), ["id", "text"])
     columns = ["key", "hash", "shingles", "keys"]
     made = pa.concat_tables([read_shard(Path(path), columns) for path in sketches])
@@ -73,7 +76,7 @@ def compare_shard(shard: Row, sketches: list[str], similarity: float) -> Row:
 
 
 def _candidates(texts: pa.ChunkedArray, made: pa.Table) -> list[tuple[int, int]]:
-    """(item, row of the corpus) that share a band key."""
+    """(item, row of the corpus) pairs that share a band key."""
     keys, shingles = _SHINGLING.keys(texts)
     own = made["keys"].combine_chunks().flatten().to_numpy().reshape(-1, _SHINGLING.bands)
     some = made["shingles"].to_numpy() > 0
@@ -102,7 +105,7 @@ def _one(texts: pa.ChunkedArray, at: int) -> pa.Array:
 
 
 def repeated_documents(sketches: Iterable[Path]) -> dict[str, str]:
-    """Items with the bytes of an earlier one -> that one; shards and items in the order of the recipe."""
+    """Maps each item whose bytes equal an earlier item to the key of that item. Sketches are in the recipe's order."""
     first: dict[str, str] = {}
     again = {}
     for path in sketches:

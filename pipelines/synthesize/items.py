@@ -1,6 +1,7 @@
-"""Items on their way: what a generator asks for, what becomes of it, and where finished ones are kept.
+"""Items to generate, finished items, and the log that stores finished items.
 
-A finished item is a line of JSON in its shard's log, written at once: whatever is killed later, it is not made again.
+A finished item is immediately written as a JSON line to its shard's log, so a rerun after a kill does not generate it
+again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 @dataclass
 class Item:
-    """One thing to make. `number` is its place in its generator; with the seed it decides everything else.
+    """One item to generate. `number` is its index in its generator; number and seed determine everything else.
 
-    prompt: what the teacher is asked, '' for procedural items; meta: provenance so far; facts: what verifiers need.
+    prompt: the prompt for the teacher, '' for procedural items. meta: provenance so far. facts: data for the verifiers.
     """
 
     generator: str
@@ -33,8 +34,8 @@ class Item:
 
 
 @dataclass
-class Made:
-    """A finished item: `reason` is '' if it is accepted, else why not."""
+class FinishedItem:
+    """A finished item. `reason` is '' if it is accepted, else the reason for its rejection."""
 
     key: str
     text: str
@@ -44,7 +45,7 @@ class Made:
 
 
 def item_seed(seed: int, generator: str, number: int) -> int:
-    """31 bits that belong to one item, whatever else is made."""
+    """A 31-bit seed that depends only on the item."""
     digest = hashlib.sha256(f"{seed}\0{generator}\0{number}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
@@ -53,20 +54,20 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:32]
 
 
-def finish(item: Item, text: str, verifier: str, verdict: str, cost: float = 0.0, **more: str) -> Made:
-    """An accepted item, with its provenance: strings all of them, because `meta` holds strings."""
+def finish(item: Item, text: str, verifier: str, verdict: str, cost: float = 0.0, **more: str) -> FinishedItem:
+    """An accepted item with its provenance as strings, because `meta` holds strings."""
     return _made(item, text, "", "", verifier, verdict, cost, more)
 
 
 def reject(
     item: Item, reason: str, detail: str = "", text: str = "", verifier: str = "", cost: float = 0.0, **more: str
-) -> Made:
+) -> FinishedItem:
     return _made(item, text, reason, detail, verifier, "rejected", cost, more)
 
 
 def _made(
     item: Item, text: str, reason: str, detail: str, verifier: str, verdict: str, cost: float, more: Mapping[str, str]
-) -> Made:
+) -> FinishedItem:
     meta = {
         "path": item.key,
         "generator": item.generator,
@@ -78,16 +79,16 @@ def _made(
         "cost": f"{cost:.8f}".rstrip("0").rstrip("."),
         **more,
     }
-    return Made(item.key, text, reason, detail[:500], meta)
+    return FinishedItem(item.key, text, reason, detail[:500], meta)
 
 
 class Log:
-    """The finished items of one shard, in a file that only grows. A torn last line is not there."""
+    """The finished items of one shard, in an append-only file. A torn last line is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[str, Made]:
+    def read(self) -> dict[str, FinishedItem]:
         if not self.path.exists():
             return {}
         data = self.path.read_bytes()
@@ -96,12 +97,12 @@ class Log:
             self.path.write_bytes(whole)
         return {made.key: made for made in _parse(whole)}
 
-    def add(self, made: Made) -> None:
+    def add(self, made: FinishedItem) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write(json.dumps(asdict(made), ensure_ascii=True).encode() + b"\n")
 
 
-def _parse(data: bytes) -> Iterator[Made]:
+def _parse(data: bytes) -> Iterator[FinishedItem]:
     for line in data.splitlines():
-        yield Made(**json.loads(line))
+        yield FinishedItem(**json.loads(line))

@@ -1,7 +1,7 @@
-"""One shard of items: what is finished is read, the rest is made, verified and logged, item by item.
+"""Processes one shard of items: reads the finished ones, and generates, verifies and logs the others, item by item.
 
-Runs in a Ray worker. Whatever happens to an item is a row: a reason in its log, or, where the engine or the budget gave
-out, a line among the unanswered, so that a later run asks again.
+Runs in a Ray worker. The result of every item is recorded: in the log if it is accepted or rejected, or in the file of
+unanswered items if the engine or the budget failed, so that a later run requests it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moray.pipelines.shared.shards import Row
 from moray.pipelines.synthesize.config import SynthesizeConfig
 from moray.pipelines.synthesize.generators.generator import GeneratorContext, ProceduralGenerator
 from moray.pipelines.synthesize.generators.open_generator import open_generator
-from moray.pipelines.synthesize.items import Item, Log, Made, item_seed
+from moray.pipelines.synthesize.items import FinishedItem, Item, Log, item_seed
 from moray.pipelines.synthesize.rejection_sampling import RejectionSampling
 from moray.pipelines.synthesize.teacher import TeacherClient
 from moray.platform.core.atomic import write_text
@@ -26,7 +26,7 @@ Connect = Callable[[], TeacherClient]
 
 @dataclass(frozen=True)
 class WorkDir:
-    """The folder of files between the passes of a run."""
+    """The folder with the intermediate files of a run."""
 
     folder: Path
 
@@ -38,7 +38,7 @@ class WorkDir:
 
 
 def produce(shard: Row, config: SynthesizeConfig, work: WorkDir, connect: Connect | None) -> Row:
-    """Finishes the items [begin, end) of a generator; counts what became of them. connect: to the teacher, if any."""
+    """Finishes the items [begin, end) of a generator and counts the results. connect: opens the teacher, if any."""
     generator = config.generators[shard["generator"]]
     documents = dict(enumerate(shard["documents"], shard["begin"]))
     context = GeneratorContext(config.sandbox.limits(), config.unsafe_sandbox, documents)
@@ -47,7 +47,7 @@ def produce(shard: Row, config: SynthesizeConfig, work: WorkDir, connect: Connec
     done = log.read()
     numbers = [n for n in range(shard["begin"], shard["end"]) if f"{generator.name}/{n}" not in done]
     items = [Item(generator.name, n, item_seed(config.seed, generator.name, n)) for n in numbers]
-    unanswered: list[Made] = []
+    unanswered: list[FinishedItem] = []
     if isinstance(maker, ProceduralGenerator):
         for item in items:
             log.add(maker.make(item))
@@ -62,6 +62,6 @@ def produce(shard: Row, config: SynthesizeConfig, work: WorkDir, connect: Connec
         "before": len(done),
         "accepted": reasons.pop("", 0),
         "rejected": json.dumps(dict(reasons)),
-        "refused": sum(reasons.values()),
+        "rejected_items": sum(reasons.values()),
         "unanswered": json.dumps(Counter(made.reason for made in unanswered)),
     }

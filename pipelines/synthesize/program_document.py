@@ -1,4 +1,4 @@
-"""The form of a document with a program: what is asked, the program, and its tests."""
+"""The format of a document with a program: the task, the program, and its tests."""
 
 from __future__ import annotations
 

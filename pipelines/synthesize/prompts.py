@@ -1,4 +1,4 @@
-"""What generators share of prompts: for whom to write, how to ask for a solution, and where its answer stands."""
+"""Shared parts of prompts: the reader, the request for a solution, and the boxed answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def solve(question: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{}."""
+    r"""The content of the last \boxed{}; None if there is none."""
     start = None
     for match in _BOX.finditer(text):
         start = match.end()

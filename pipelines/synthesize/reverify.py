@@ -1,4 +1,4 @@
-"""Verifies a folder of synthetic documents once more, from nothing but the documents: `reverify(folder)`.
+"""Verifies a folder of synthetic documents again, from the documents alone: `reverify(folder)`.
 
 Also a command: `python -m moray.pipelines.synthesize.reverify FOLDER`.
 """
@@ -23,16 +23,18 @@ _BATCH = 64
 
 @dataclass
 class Reverified:
-    """How many documents held, by verifier; the ids of those that did not, with the reason; those none can verify."""
+    """verified: number of documents by verifier. failed: reason by document id. unverifiable: number of documents."""
 
-    held: dict[str, int] = field(default_factory=dict)
+    verified: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     unverifiable: int = 0
 
 
 def reverify(folder: Path, limits: SandboxLimits | None = None, unsafe: bool = False) -> Reverified:
-    """Runs code with its tests, draws tasks anew and scores their answers, compares mathematics. Rephrasings are not
-    counted: nothing says whether they are right."""
+    """Runs code with its tests, regenerates tasks and scores their answers, and compares mathematics.
+
+    Rephrasings cannot be verified.
+    """
     found = Reverified()
     for path in shard_paths(folder):
         table = read_shard(path, ["id", "text", "meta"])
@@ -51,12 +53,12 @@ def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limit
             _note(found, name, verifier, _code(text, limits, unsafe))
         elif verifier == "reasoning-gym":
             check = full_marks(meta["task"], int(meta["level"]), int(meta["seed"]), meta["answer"])
-            trusted = "model" not in meta  # the task's own answer needs no sandbox
-            if problem := _told(text, meta):
+            trusted = "model" not in meta  # the task's own answer is safe to score outside the sandbox
+            if problem := _mismatch(text, meta):
                 _note(found, name, verifier, problem)
             elif trusted:
-                good = score_answer(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
-                _note(found, name, verifier, "" if good else "not full marks")
+                passed = score_answer(check["task"], check["level"], check["seed"], check["answer"]) >= 1.0
+                _note(found, name, verifier, "" if passed else "not the full score")
             else:
                 later.append((name, verifier, check))
         elif verifier.startswith("math-verify"):
@@ -65,39 +67,39 @@ def _batch(rows: list[tuple[str, str, dict[str, str]]], found: Reverified, limit
             found.unverifiable += 1
     checks = check_all([check for _, _, check in later], unsafe)
     for (name, verifier, _), checked in zip(later, checks, strict=True):
-        _note(found, name, verifier, "" if checked.good else checked.detail or "another answer")
+        _note(found, name, verifier, "" if checked.passed else checked.detail or "different answer")
 
 
 def _code(text: str, limits: SandboxLimits, unsafe: bool) -> str:
     parts = blocks(text)
     if len(parts) != 2:
-        return "not a program and its tests"
+        return "not a program with tests"
     result = run_tests(parts[0], parts[1], limits, unsafe)
     return "" if result.passed else f"{result.outcome}: {result.detail}"
 
 
-def _told(text: str, meta: dict[str, str]) -> str:
-    """'' if the document has the question of its task, and ends with the answer that is verified."""
+def _mismatch(text: str, meta: dict[str, str]) -> str:
+    """'' if the document has the question of its task and ends with the verified answer, else the difference."""
     entry, _ = draw(meta["task"], int(meta["level"]), int(meta["seed"]))
     if entry["question"].strip() not in text:
-        return "another question"
-    return "" if text.rstrip().endswith(meta["answer"].strip()) else "another answer"
+        return "different question"
+    return "" if text.rstrip().endswith(meta["answer"].strip()) else "different answer"
 
 
 def _note(found: Reverified, name: str, verifier: str, problem: str) -> None:
     if problem:
         found.failed[name] = problem
     else:
-        found.held[verifier] = found.held.get(verifier, 0) + 1
+        found.verified[verifier] = found.verified.get(verifier, 0) + 1
 
 
-def main(say: Callable[[str], object] = print) -> int:
+def main(output: Callable[[str], object] = print) -> int:
     found = reverify(Path(sys.argv[1]), unsafe="--unsafe-sandbox" in sys.argv[2:])
-    for verifier, count in sorted(found.held.items()):
-        say(f"{count} documents hold: {verifier}")
-    say(f"{found.unverifiable} documents that nothing verifies")
+    for verifier, count in sorted(found.verified.items()):
+        output(f"{count} documents verified: {verifier}")
+    output(f"{found.unverifiable} documents cannot be verified")
     for name, problem in sorted(found.failed.items()):
-        say(f"FAILS {name}: {problem}")
+        output(f"FAILED {name}: {problem}")
     return 1 if found.failed else 0
 
 

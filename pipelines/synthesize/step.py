@@ -1,8 +1,8 @@
-"""synthesize: documents that are made, not found: mathematics and code that verify, and rephrasings.
+"""synthesize: generates documents: verified mathematics and code, and rephrasings.
 
-Three passes of Ray Data tasks: items are made and verified, compared with each other and the corpus, and written. An
-item depends on its generator, its number and the seed alone, so shards and workers do not show in the result. What is
-finished is in its shard's log at once, so a rerun after a kill makes none of it again.
+Ray Data tasks generate and verify items, compare them with each other and the corpus, and write them. An item depends
+only on its generator, its number and the seed, so the result does not depend on shards and workers. A finished item is
+immediately written to its shard's log, so a rerun after a kill does not generate it again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moray.pipelines.synthesize.config import SynthesizeConfig, Teacher
 from moray.pipelines.synthesize.generators.generator import GeneratorContext, SourceDocument
 from moray.pipelines.synthesize.generators.open_generator import open_generator
 from moray.pipelines.synthesize.generators.rephrase import draw_documents
-from moray.pipelines.synthesize.items import Log, Made
+from moray.pipelines.synthesize.items import FinishedItem, Log
 from moray.pipelines.synthesize.produce import WorkDir, produce
 from moray.pipelines.synthesize.teacher import TeacherClient
 from moray.platform.core.errors import InputError, StepFailed
@@ -46,7 +46,7 @@ _WORK = ".work"
 
 class Synthesize(Step[SynthesizeConfig]):
     name: ClassVar[str] = "synthesize"
-    version: ClassVar[int] = 3  # 2, 3: other hashes of words
+    version: ClassVar[int] = 3  # 2, 3: changed word hashes
     Config = SynthesizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents", "corpus": "documents"}
     optional: ClassVar[frozenset[str]] = frozenset({"documents", "corpus"})
@@ -72,7 +72,7 @@ class Synthesize(Step[SynthesizeConfig]):
         write_copies(ctx.folder / _WORK, found)
         write = partial(write_items, folder=str(ctx.folder), config=ctx.config)
         rows = map_shards(ctx, "writing", shards, write, "items", lambda row: row["end"] - row["begin"])
-        self._say(ctx, rows, spent, sum(row["before"] for row in made))
+        self._report(ctx, rows, spent, sum(row["before"] for row in made))
         for path in sorted((ctx.folder / _WORK).iterdir()):
             path.unlink()
         (ctx.folder / _WORK).rmdir()
@@ -84,16 +84,16 @@ class Synthesize(Step[SynthesizeConfig]):
         if reason and not ctx.config.unsafe_sandbox:
             raise SandboxRefused(
                 f"no sandbox on this system: {reason}",
-                "run where user namespaces are allowed, or accept the risk: unsafe_sandbox: true",
+                "run where user namespaces are allowed, or set unsafe_sandbox: true and accept the risk",
             )
         if ctx.config.unsafe_sandbox:
             text = (
-                "UNSAFE: generated code may read and write this user's files; only time, memory and sockets are limited"
+                "UNSAFE: generated code can read and write this user's files; only time, memory and sockets are limited"
             )
             ctx.note(text, "warning")
 
     def _shards(self, ctx: StepContext[SynthesizeConfig]) -> list[Row]:
-        """[begin, end) of a generator's items each; in order, so that numbers go up with the recipe."""
+        """One row per range [begin, end) of a generator's items, in the order of the recipe."""
         shards: list[Row] = []
         for place, generator in enumerate(ctx.config.generators):
             drawn: list[SourceDocument] = []
@@ -126,9 +126,9 @@ class Synthesize(Step[SynthesizeConfig]):
             connect = partial(TeacherClient, teacher, ctx.config.budget, tracker, cache, threads)
 
         def detail(totals: Counter[str], seconds: float) -> str:
-            good, bad = totals["accepted"], totals["refused"]
+            accepted, rejected = totals["accepted"], totals["rejected_items"]
             money = f", {tracker.spent().dollars:.4f} dollars" if tracker else ""
-            return f"{good / max(good + bad, 1):.0%} accepted{money}"
+            return f"{accepted / max(accepted + rejected, 1):.0%} accepted{money}"
 
         make = partial(produce, config=ctx.config, work=WorkDir(ctx.folder / _WORK), connect=connect)
         return map_shards(ctx, "making", shards, make, "items", lambda row: row["end"] - row["begin"], detail)
@@ -138,17 +138,17 @@ class Synthesize(Step[SynthesizeConfig]):
         for row in made:
             counts += Counter(json.loads(row["unanswered"]))
         if counts["budget"]:
-            ctx.note(f"the budget is used up: {counts['budget']} items were not asked for", "warning")
+            ctx.note(f"the budget is exhausted: {counts['budget']} items were not requested", "warning")
         if not counts["engine"]:
             return
         total = sum(generator.items for generator in ctx.config.generators)
         text = f"{counts['engine']} of {total} items have no answer: {teacher.url} failed"
         if counts["engine"] > ctx.config.unanswered * total:
-            raise StepFailed(text, "all others are kept: the same command asks for these alone; or raise `unanswered`")
+            raise StepFailed(text, "run the same command again to request only these items, or raise `unanswered`")
         ctx.note(text, "warning")
 
     def _copies(self, ctx: StepContext[SynthesizeConfig], shards: list[Row]) -> dict[str, list[Any]]:
-        """Item key -> [reason, of what, similarity]."""
+        """Item key -> [reason, key or id of the original, similarity]."""
         work = ctx.folder / _WORK
         map_shards(
             ctx, "sketching", shards, partial(item_copies.sketch_shard, folder=str(work)), "shards", lambda row: 1
@@ -168,13 +168,13 @@ class Synthesize(Step[SynthesizeConfig]):
                     found[key] = ["corpus", of, score]
         return found
 
-    def _say(self, ctx: StepContext[SynthesizeConfig], rows: list[Row], spent: Spent, before: int) -> None:
+    def _report(self, ctx: StepContext[SynthesizeConfig], rows: list[Row], spent: Spent, before: int) -> None:
         reasons: Counter[str] = Counter()
         for row in rows:
             reasons += Counter(json.loads(row["rejected"]))
         accepted = sum(row["accepted"] for row in rows)
         if not accepted:
-            raise InputError("synthesize accepts no item", f"by reason: {dict(reasons)}")
+            raise InputError("synthesize: all items were rejected", f"by reason: {dict(reasons)}")
         ctx.counts |= {
             "in:items": accepted + sum(reasons.values()),
             "out:documents": accepted,
@@ -203,24 +203,24 @@ def write_copies(work: Path, found: Mapping[str, list[Any]]) -> None:
 
 
 def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
-    """Writes a shard's documents and rejected rows. Runs in a Ray worker."""
+    """Writes a shard's documents and rejected items. Runs in a Ray worker."""
     generator = config.generators[shard["generator"]]
     work, log = Path(folder) / _WORK, Log(Path(shard["log"]))
     table = read_shard(work / "copies.parquet")
-    gone = dict(zip(table["key"].to_pylist(), table.select(["reason", "of"]).to_pylist(), strict=True))
-    good = item_copies.accepted(log)
-    kept = [made for made in good if made.key not in gone]
+    copies = dict(zip(table["key"].to_pylist(), table.select(["reason", "of"]).to_pylist(), strict=True))
+    accepted = item_copies.accepted(log)
+    kept = [made for made in accepted if made.key not in copies]
     bad = [made for made in log.read().values() if made.reason]
     bad += [
-        Made(one.key, one.text, gone[one.key]["reason"], f"as {gone[one.key]['of']}", one.meta)
-        for one in good
-        if one.key in gone
+        FinishedItem(one.key, one.text, copies[one.key]["reason"], f"copy of {copies[one.key]['of']}", one.meta)
+        for one in accepted
+        if one.key in copies
     ]
     lines = (work / f"unanswered-{shard['shard']:05d}.jsonl").read_text().splitlines()
-    bad += [Made(**json.loads(line)) for line in lines]
+    bad += [FinishedItem(**json.loads(line)) for line in lines]
     name = shard_name(shard["shard"])
-    accepted = documents(kept, generator.name, generator.license)
-    write_shard(Path(folder) / name, accepted)
+    written = documents(kept, generator.name, generator.license)
+    write_shard(Path(folder) / name, written)
     rejected = documents(bad, generator.name, generator.license)
     for column in ("reason", "detail"):
         rejected = rejected.append_column(column, pa.array([getattr(one, column) for one in bad], pa.string()))
@@ -229,11 +229,11 @@ def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
         "shard": shard["shard"],
         "accepted": len(kept),
         "rejected": json.dumps(Counter(made.reason for made in bad)),
-        "bytes": text_bytes(accepted["text"]),
+        "bytes": text_bytes(written["text"]),
     }
 
 
-def documents(made: Iterable[Made], source: str, license: str) -> pa.Table:
+def documents(made: Iterable[FinishedItem], source: str, license: str) -> pa.Table:
     rows = [
         {
             "id": document_id(source, one.key),

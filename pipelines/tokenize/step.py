@@ -54,7 +54,7 @@ class TokenizeConfig(StepConfig):
     )
     encoder: Literal["auto", "fast", "reference"] = operational(
         "auto",
-        description="auto: gigatoken if it agrees with Hugging Face tokenizers; fast: gigatoken; reference: Hugging Face",
+        description="auto: gigatoken if it agrees with Hugging Face tokenizers; fast: gigatoken; reference: tokenizers",
     )
 
 

@@ -1,4 +1,4 @@
-"""Functions with tests that the teacher writes; what passes in the sandbox stays."""
+"""Functions with tests, written by the teacher and verified in the sandbox."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from moray.actors.sandbox.run import run_tests
 from moray.pipelines.synthesize.config import Code
 from moray.pipelines.synthesize.generators.generator import (
-    Ask,
     GeneratorContext,
     ItemAnswer,
-    TaughtGenerator,
+    Query,
+    TeacherGenerator,
     VerifiedAnswer,
 )
 from moray.pipelines.synthesize.items import Item
@@ -19,12 +19,12 @@ from moray.pipelines.synthesize.program_document import blocks, program_document
 from moray.pipelines.synthesize.prompts import READERS
 
 
-class CodeGenerator(TaughtGenerator):
+class CodeGenerator(TeacherGenerator):
     def __init__(self, config: Code, context: GeneratorContext) -> None:
         self._config, self._limits, self._unsafe = config, context.limits, context.unsafe
 
     def check(self, inputs: Collection[str]) -> None:
-        """It needs nothing that could be missing."""
+        """This generator needs no input, package or task."""
 
     def prompt(self, item: Item) -> str:
         topic = self._config.topics[item.number % len(self._config.topics)]
@@ -37,8 +37,8 @@ class CodeGenerator(TaughtGenerator):
             "statements that test it."
         )
 
-    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
-        """Its tests pass in the sandbox."""
+    def verify(self, answers: Sequence[ItemAnswer], query: Query) -> list[VerifiedAnswer]:
+        """Accepts answers whose tests pass in the sandbox."""
         return [self._verify_one(answer.text) for answer in answers]
 
     def _verify_one(self, answer: str) -> VerifiedAnswer:
@@ -52,7 +52,7 @@ class CodeGenerator(TaughtGenerator):
 
 
 def read_code(answer: str) -> tuple[str, str, str] | None:
-    """(task, program, tests) of an answer in the form that was asked for."""
+    """(task, program, tests) of an answer in the requested format; None for any other answer."""
     found = blocks(answer if answer.endswith("\n") else answer + "\n")
     task = answer.partition("```")[0].strip()
     return (task, found[0], found[1]) if len(found) >= 2 and task else None

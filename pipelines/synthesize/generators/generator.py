@@ -1,4 +1,4 @@
-"""What a generator of a recipe can do: make items by itself, or ask a teacher for them and verify its answers."""
+"""Base classes of generators: procedural generators, and generators that query a teacher and verify its answers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moray.actors.sandbox.limits import SandboxLimits
-from moray.pipelines.synthesize.items import Item, Made
+from moray.pipelines.synthesize.items import FinishedItem, Item
 from moray.pipelines.synthesize.teacher import Answer
 
-Ask = Callable[[Sequence[tuple[str, int]]], list[Answer]]  # an answer for each (prompt, seed)
-SourceDocument = tuple[str, int]  # of the input `documents`: a shard's path, and the row in it
+Query = Callable[[Sequence[tuple[str, int]]], list[Answer]]  # an answer for each (prompt, seed)
+SourceDocument = tuple[str, int]  # in the input `documents`: path of a shard, row in it
 
 
 @dataclass(frozen=True)
 class GeneratorContext:
-    """limits, unsafe: of the sandbox. documents: by item number, for a generator that reads any."""
+    """limits, unsafe: of the sandbox. documents: by item number, for generators that read documents."""
 
     limits: SandboxLimits
     unsafe: bool
@@ -25,7 +25,7 @@ class GeneratorContext:
 
 
 class ItemAnswer(NamedTuple):
-    """A teacher's answer to the prompt of an item, the seed it was asked with, and what it cost in dollars."""
+    """A teacher's answer to the prompt of an item, the seed of the request, and its cost in dollars."""
 
     item: Item
     text: str
@@ -35,10 +35,10 @@ class ItemAnswer(NamedTuple):
 
 @dataclass
 class VerifiedAnswer:
-    """A document that was made of an answer, or the answer itself where it makes none.
+    """The document made from an answer, or the answer itself if no document could be made.
 
-    reason: why it is rejected, '' if it is accepted; detail: more words on it. trouble: engine or budget, if a further
-    request, which the verifier needed, failed so. cost: dollars of such requests. meta: provenance of the document.
+    reason: reason of rejection, '' if accepted. detail: an explanation of it. failure: engine or budget, if a further
+    request of the verifier failed. cost: dollars of such requests. meta: provenance of the document.
     """
 
     text: str
@@ -46,7 +46,7 @@ class VerifiedAnswer:
     detail: str = ""
     verifier: str = ""
     cost: float = 0.0
-    trouble: str = ""
+    failure: str = ""
     meta: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,23 +59,23 @@ class ItemGenerator(ABC):
 
 
 class ProceduralGenerator(ItemGenerator):
-    """Makes its items by itself."""
+    """Generates items without a teacher."""
 
     @abstractmethod
-    def make(self, item: Item) -> Made:
+    def make(self, item: Item) -> FinishedItem:
         """The finished item, accepted or rejected."""
 
 
-class TaughtGenerator(ItemGenerator):
-    """Asks a teacher for its items."""
+class TeacherGenerator(ItemGenerator):
+    """Generates items from a teacher's answers."""
 
     @abstractmethod
     def prompt(self, item: Item) -> str:
-        """What the teacher is asked. Notes in the item's `meta` and `facts` what it was made of.
+        """The prompt for the teacher. Records its origin in the item's `meta` and `facts`.
 
-        Whatever it raises rejects this one item.
+        Any exception rejects only this item.
         """
 
     @abstractmethod
-    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
-        """What becomes of each answer. `ask` is for further requests that this needs."""
+    def verify(self, answers: Sequence[ItemAnswer], query: Query) -> list[VerifiedAnswer]:
+        """The verification result of each answer. query: sends further requests."""

@@ -8,22 +8,22 @@ from moray.pipelines.synthesize.chains import chain_document, steps
 from moray.pipelines.synthesize.check_answers import check_all, full_marks
 from moray.pipelines.synthesize.config import Gym
 from moray.pipelines.synthesize.generators.generator import (
-    Ask,
     GeneratorContext,
     ItemAnswer,
     ProceduralGenerator,
-    TaughtGenerator,
+    Query,
+    TeacherGenerator,
     VerifiedAnswer,
 )
 from moray.pipelines.synthesize.gym_tasks import choose_tasks, draw, need_packages, score_answer
-from moray.pipelines.synthesize.items import Item, Made, finish, reject
+from moray.pipelines.synthesize.items import FinishedItem, Item, finish, reject
 from moray.pipelines.synthesize.prompts import boxed, solve
 
 _VERIFIER = "reasoning-gym"
 
 
 class SolvedTaskGenerator(ProceduralGenerator):
-    """Each task with its own answer, and worked steps where these are known."""
+    """Each task with its own answer, and with worked steps if they are known."""
 
     def __init__(self, config: Gym) -> None:
         self._config = config
@@ -32,24 +32,24 @@ class SolvedTaskGenerator(ProceduralGenerator):
         need_packages("reasoning_gym")
         choose_tasks(self._config.tasks, with_answer=True)
 
-    def make(self, item: Item) -> Made:
+    def make(self, item: Item) -> FinishedItem:
         """Accepted if the task's scorer accepts the task's own answer."""
         try:
             _draw_task(self._config, item)
             answer, level = item.facts["answer"], int(item.meta["level"])
-            good = score_answer(item.meta["task"], level, item.seed, answer) >= 1.0
+            passed = score_answer(item.meta["task"], level, item.seed, answer) >= 1.0
             worked = steps(item.meta["task"], item.facts["metadata"])
-        except Exception as error:  # of somebody's generator: a row, like every trouble of one item
+        except Exception as error:  # any error of a task rejects only this item
             return reject(item, "generator", f"{type(error).__name__}: {error}")
         text = chain_document(item.facts["question"], worked, answer, item.seed)
-        if not good:
+        if not passed:
             return reject(item, "wrong", f"the task rejects its own answer {answer!r}", text, _VERIFIER)
         count = worked.count("\n") + bool(worked)
         return finish(item, text, _VERIFIER, "full marks", answer=answer, steps=str(count))
 
 
-class TaughtTaskGenerator(TaughtGenerator):
-    """The teacher solves each task and puts its answer in a box."""
+class TeacherTaskGenerator(TeacherGenerator):
+    """Tasks solved by the teacher, which must box its answer."""
 
     def __init__(self, config: Gym, context: GeneratorContext) -> None:
         self._config, self._unsafe = config, context.unsafe
@@ -63,8 +63,8 @@ class TaughtTaskGenerator(TaughtGenerator):
         _draw_task(self._config, item)
         return solve(item.facts["question"])
 
-    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
-        """The task's own scorer gives the boxed answer full marks."""
+    def verify(self, answers: Sequence[ItemAnswer], query: Query) -> list[VerifiedAnswer]:
+        """Accepts answers whose boxed result gets the full score of the task."""
         results = [VerifiedAnswer(answer.text, "form", "no \\boxed{} answer") for answer in answers]
         found = {at: box for at, answer in enumerate(answers) if (box := boxed(answer.text)) is not None}
         items = {at: answers[at].item for at in found}
@@ -75,13 +75,13 @@ class TaughtTaskGenerator(TaughtGenerator):
         for (at, box), checked in zip(found.items(), check_all(checks, self._unsafe), strict=True):
             item = items[at]
             text = chain_document(str(item.facts["question"]), answers[at].text.strip(), box, item.seed)
-            reason = "" if checked.good else "wrong"
+            reason = "" if checked.passed else "wrong"
             results[at] = VerifiedAnswer(text, reason, checked.detail, _VERIFIER, meta={"answer": box})
         return results
 
 
 def _draw_task(config: Gym, item: Item) -> None:
-    """Task by turns, level by how far the generator has come: the curriculum is the order of its documents."""
+    """Draws the item's task. Tasks alternate, and levels rise with the item number: documents follow the curriculum."""
     tasks = choose_tasks(config.tasks, config.solver == "task")
     wanted = config.levels[item.number * len(config.levels) // config.items]
     task = tasks[item.number % len(tasks)]

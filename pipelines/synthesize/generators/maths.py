@@ -1,6 +1,6 @@
-"""Problems that the teacher writes and solves; those stay whose answer its independent solutions agree on.
+"""Problems that the teacher writes and solves, accepted if independent solutions agree on the answer.
 
-Self-consistency (Wang et al. 2022, arXiv 2203.11171): the answer of a problem is the one that most solutions have.
+Self-consistency (Wang et al. 2022, arXiv 2203.11171): the answer of a problem is the most common one of its solutions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 from moray.pipelines.synthesize.check_answers import check_all, majority, same_maths
 from moray.pipelines.synthesize.config import Maths
 from moray.pipelines.synthesize.generators.generator import (
-    Ask,
     GeneratorContext,
     ItemAnswer,
-    TaughtGenerator,
+    Query,
+    TeacherGenerator,
     VerifiedAnswer,
 )
 from moray.pipelines.synthesize.gym_tasks import need_packages
@@ -32,14 +32,14 @@ _SETTINGS = (
 
 
 class SolvedProblem(NamedTuple):
-    """answer: what stands in the box at the end of the solution."""
+    """answer: the boxed answer at the end of the solution."""
 
     problem: str
     solution: str
     answer: str
 
 
-class MathsGenerator(TaughtGenerator):
+class MathsGenerator(TeacherGenerator):
     def __init__(self, config: Maths, context: GeneratorContext) -> None:
         self._config, self._unsafe = config, context.unsafe
 
@@ -56,42 +56,42 @@ class MathsGenerator(TaughtGenerator):
             "Solution: the steps, ending with \\boxed{the number}"
         )
 
-    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
-        """Asks for `votes` further solutions of each problem; its own must have the answer that most of all have."""
+    def verify(self, answers: Sequence[ItemAnswer], query: Query) -> list[VerifiedAnswer]:
+        """Requests `votes` more solutions of each problem, whose first solution must have the majority answer."""
         votes, form = self._config.votes, "not a problem and a solution with \\boxed{}"
         results = [VerifiedAnswer(answer.text, "form", form) for answer in answers]
         problems = {at: found for at, answer in enumerate(answers) if (found := read_problem(answer.text))}
-        replies = ask(
+        replies = query(
             [(solve(one.problem), answers[at].seed + vote + 1) for at, one in problems.items() for vote in range(votes)]
         )
         ballots: dict[int, list[str]] = {}
         for place, (at, one) in enumerate(problems.items()):
             own = replies[place * votes : (place + 1) * votes]
             results[at] = VerifiedAnswer(f"Problem: {one.problem}\n\nSolution: {one.solution}\n", cost=_cost(own))
-            results[at].trouble = next((reply.trouble for reply in own if reply.trouble in ("engine", "budget")), "")
-            if not results[at].trouble:
+            results[at].failure = next((reply.failure for reply in own if reply.failure in ("engine", "budget")), "")
+            if not results[at].failure:
                 ballots[at] = [one.answer, *(box for reply in own if (box := boxed(reply.text)))]
         self._count_votes({at: results[at] for at in ballots}, ballots)
         return results
 
     def _count_votes(self, results: dict[int, VerifiedAnswer], ballots: dict[int, list[str]]) -> None:
-        """Fills in reason and answer, after one batch of checks for all. A ballot begins with the own answer."""
+        """Sets reason and answer of all results, in one batch of checks. The first vote is the original answer."""
         pairs = {at: list(combinations(range(len(ballot)), 2)) for at, ballot in ballots.items()}
         checks = [same_maths(ballots[at][i], ballots[at][j]) for at, own in pairs.items() for i, j in own]
         checked = iter(check_all(checks, self._unsafe))
         total = 1 + self._config.votes
         for at, result in results.items():
-            equal = [pair for pair in pairs[at] if next(checked).good]
+            equal = [pair for pair in pairs[at] if next(checked).passed]
             place, votes = majority(len(ballots[at]), equal)
             answer, share = ballots[at][place], votes / total
             result.verifier = "math-verify, self-consistency"
             result.meta |= {"answer": answer, "agreement": f"{share:.2f}"}
             if (place and (0, place) not in equal) or share < self._config.agree:
-                result.reason, result.detail = "disagreement", f"{votes} of {total} have {answer!r}"
+                result.reason, result.detail = "disagreement", f"{votes} of {total} solutions have {answer!r}"
 
 
 def read_problem(answer: str) -> SolvedProblem | None:
-    """The parts of an answer in the form that was asked for."""
+    """The parts of an answer in the requested format; None for any other answer."""
     found = re.search(r"Problem:\s*(.+?)\s*^Solution:\s*(.+)", answer, re.DOTALL | re.MULTILINE)
     if found is None or (box := boxed(found[2])) is None:
         return None

@@ -1,8 +1,8 @@
-"""Collected programs with examples of what they return, which are drawn and checked in the sandbox.
+"""Collected programs with example inputs and outputs, which are generated and checked in the sandbox.
 
-The collection (reasoning-gym's codeio, 5,752 programs with generators of their inputs) was written by a model from code
-of others, so nothing of it runs outside the sandbox: there inputs are drawn and outputs recorded, and a second, fresh
-run has to give the same outputs before the pair becomes a document.
+The collection (reasoning-gym's codeio, 5,752 programs with input generators) was written by a model from third-party
+code, so it runs only in the sandbox. One run draws inputs and records outputs. A second, fresh run must give the same
+outputs before they become tests of a document.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from moray.actors.sandbox.run import SandboxResult, run_tests
 from moray.pipelines.synthesize.config import Programs
 from moray.pipelines.synthesize.generators.generator import GeneratorContext, ProceduralGenerator
 from moray.pipelines.synthesize.gym_tasks import need_packages
-from moray.pipelines.synthesize.items import Item, Made, finish, reject
+from moray.pipelines.synthesize.items import FinishedItem, Item, finish, reject
 from moray.pipelines.synthesize.program_document import blocks, program_document
 
-# Runs after the program: prints up to `wanted` (inputs, output) pairs that JSON can carry to the last digit.
+# Runs after the program: prints up to `wanted` (inputs, output) pairs that JSON represents exactly.
 _DRAW = """
 import json as _json
 from random import Random as _Random
@@ -33,13 +33,13 @@ for _ in range(4 * {wanted}):
         _seen.append([_inputs, _output])
     if len(_seen) == {wanted}:
         break
-assert _seen, "no input gives an output that can be written down"
+assert _seen, "no input gives an output that JSON can represent"
 print("\\n{mark}" + _json.dumps(_seen))
 """
 
 
 class ProgramGenerator(ProceduralGenerator):
-    """A program for each item, by its seed."""
+    """One program per item, chosen by the item's seed."""
 
     def __init__(self, config: Programs, context: GeneratorContext) -> None:
         self._config, self._limits, self._unsafe = config, context.limits, context.unsafe
@@ -47,8 +47,8 @@ class ProgramGenerator(ProceduralGenerator):
     def check(self, inputs: Collection[str]) -> None:
         need_packages("reasoning_gym")
 
-    def make(self, item: Item) -> Made:
-        """Accepted if the program gives the outputs again that were recorded."""
+    def make(self, item: Item) -> FinishedItem:
+        """Accepted if a second run of the program gives the recorded outputs."""
         collected = _collection()
         place = item.seed % len(collected)
         record = collected[place]
@@ -60,7 +60,7 @@ class ProgramGenerator(ProceduralGenerator):
         text = program_document(record["task_description"], record["code_sample"], tests)
         found = blocks(text)
         if len(found) != 2:
-            return reject(item, "form", "the program holds a fence of its own", text)
+            return reject(item, "form", "the program contains a code fence", text)
         result = run_tests(found[0], found[1], self._limits, self._unsafe)
         if not result.passed:
             return reject(item, f"sandbox:{result.outcome}", result.detail, text, "sandbox")
@@ -78,7 +78,7 @@ def _collection() -> list[dict[str, Any]]:
 def _examples(
     record: dict[str, Any], seed: int, wanted: int, limits: SandboxLimits, unsafe: bool
 ) -> tuple[str, SandboxResult]:
-    """Tests for one program ('' if it has none), and how drawing them ended."""
+    """Tests for one program ('' if there are none), and the result of the run that drew them."""
     mark = f"examples-{seed}:"
     code = f"from random import Random\n{record['code_sample']}\n\n{record['input_generator']}\n"
     result = run_tests(code, _DRAW.format(seed=seed, wanted=wanted, mark=mark), limits, unsafe)

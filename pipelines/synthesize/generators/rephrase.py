@@ -1,4 +1,4 @@
-"""Documents of the input told again, in one of several styles."""
+"""Rephrasings of input documents in one of several styles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.synthesize.config import Rephrase
 from moray.pipelines.synthesize.generators.generator import (
-    Ask,
     GeneratorContext,
     ItemAnswer,
+    Query,
     SourceDocument,
-    TaughtGenerator,
+    TeacherGenerator,
     VerifiedAnswer,
 )
 from moray.pipelines.synthesize.items import Item
@@ -29,13 +29,15 @@ _ONLY = "Use only what the text says. Answer with the result alone.\n\nText:\n"
 _TABLE = re.compile(r"^\s*\|?[^|\n]+\|[^\n]*\n\s*\|?\s*:?-{3,}", re.MULTILINE)
 
 
-class RephraseGenerator(TaughtGenerator):
+class RephraseGenerator(TeacherGenerator):
     def __init__(self, config: Rephrase, context: GeneratorContext) -> None:
         self._config, self._documents = config, context.documents
 
     def check(self, inputs: Collection[str]) -> None:
         if "documents" not in inputs:
-            raise RecipeError(f"generator {self._config.name!r} rephrases, but has nothing", "give input `documents`")
+            raise RecipeError(
+                f"generator {self._config.name!r} needs the input `documents`", "set the step's input `documents`"
+            )
 
     def prompt(self, item: Item) -> str:
         path, row = self._documents[item.number]
@@ -45,8 +47,8 @@ class RephraseGenerator(TaughtGenerator):
         item.facts["text"] = drawn["text"][0].as_py()
         return f"{_STYLES[style]} {_ONLY}{item.facts['text'][: self._config.max_characters]}"
 
-    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
-        """Long enough, in the form that was asked for, and not the text again. Whether it is true is not known."""
+    def verify(self, answers: Sequence[ItemAnswer], query: Query) -> list[VerifiedAnswer]:
+        """Checks the format only: minimum length, requested style, not a copy. Does not check factual accuracy."""
         results = []
         for answer in answers:
             text = answer.text.strip()
@@ -62,11 +64,11 @@ class RephraseGenerator(TaughtGenerator):
             return "no table"
         if style == "faq" and "?" not in text:
             return "no question"
-        return "the text again" if text in item.facts["text"] else ""
+        return "a copy of the text" if text in item.facts["text"] else ""
 
 
 def draw_documents(folder: Path, wanted: int, seed: int) -> list[SourceDocument]:
-    """The documents to rephrase: the least by a hash of their ids, whatever shards they lie in."""
+    """The documents to rephrase: those with the smallest hashes of their ids, independent of the sharding."""
     import xxhash
 
     found = [

@@ -1,4 +1,4 @@
-"""The sandbox against programs that try to get out of it, or to take more than they are given."""
+"""The sandbox against programs that try to escape, or to exceed their limits."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import psutil
 import pytest
 
 from moray.actors.sandbox import run as sandbox
-from moray.actors.sandbox.run import SandboxLimits, SandboxResult, run_tests, why_no_tests
+from moray.actors.sandbox.run import SandboxLimits, SandboxResult, run_tests, tests_problem
 
 SHORT = SandboxLimits(seconds=20.0, cpu_seconds=1)  # far apart, so that a busy machine does not change which one is met
 needs_namespaces = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"no namespaces here: {sandbox.refusal()}")
 
 
 def trial(code: str, tests: str = "assert True", unsafe: bool = False, limits: SandboxLimits = SHORT) -> SandboxResult:
-    """As `run_tests`, and afterwards no process is left that was part of it, wherever it fled to."""
+    """As `run_tests`. Also checks that no process of the program is left."""
     token = secrets.token_hex(16)
     files = {"harness.py": sandbox._HARNESS, "program.py": textwrap.dedent(code), "tests.py": textwrap.dedent(tests)}
-    verdict = sandbox.read_result(
+    result = sandbox.read_result(
         sandbox.run_program(files, ["harness.py", token, "program.py", "tests.py"], limits, unsafe), token
     )
     left = [
         process.info for process in psutil.process_iter(["pid", "cmdline"]) if token in (process.info["cmdline"] or [])
     ]
     assert not left, left
-    return verdict
+    return result
 
 
 ATTACKS = {
@@ -81,18 +81,18 @@ def test_attacks_are_contained_and_named(name: str) -> None:
         "a fork bomb that does not give up": replace(SHORT, seconds=1.0),
         "10 GB bit by bit": replace(SHORT, cpu_seconds=15),  # some machines take a second for 400 MB of new pages
     }
-    verdict = trial(code, limits=limits.get(name, SHORT))
-    assert verdict.outcome == limit, verdict
-    assert len(verdict.output) <= SHORT.output_bytes
-    assert verdict.peak_processes <= SHORT.processes + 3
-    assert verdict.peak_bytes < 2 * SHORT.memory_bytes
+    result = trial(code, limits=limits.get(name, SHORT))
+    assert result.outcome == limit, result
+    assert len(result.output) <= SHORT.output_bytes
+    assert result.peak_processes <= SHORT.processes + 3
+    assert result.peak_bytes < 2 * SHORT.memory_bytes
 
 
 @needs_namespaces
 def test_a_program_sees_only_its_own(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("the key")
     os.environ["MORAY_TEST_SECRET"] = "the key"
-    verdict = trial(
+    result = trial(
         f"""
         import os, sys
         assert not any("SECRET" in name for name in os.environ), os.environ
@@ -112,19 +112,19 @@ def test_a_program_sees_only_its_own(tmp_path: Path) -> None:
         """
     )
     del os.environ["MORAY_TEST_SECRET"]
-    assert verdict.passed, verdict
+    assert result.passed, result
 
 
 @needs_namespaces
-def test_nobody_outside_hears_of_it() -> None:
+def test_a_listener_outside_is_out_of_reach() -> None:
     """A listener of the host is out of reach even where the program opens no socket of its own kind."""
     with socket.socket(socket.AF_UNIX) as listener:
         name = f"\0moray-{secrets.token_hex(8)}"
         listener.bind(name)
         listener.listen()
-        verdict = trial(f"import socket; socket.socket(socket.AF_UNIX).connect({name!r})")
-        assert verdict.outcome == "failed"
-        assert "ConnectionRefusedError" in verdict.detail
+        result = trial(f"import socket; socket.socket(socket.AF_UNIX).connect({name!r})")
+        assert result.outcome == "failed"
+        assert "ConnectionRefusedError" in result.detail
 
 
 @needs_namespaces
@@ -166,13 +166,13 @@ def test_passed_means_that_the_tests_ran(name: str) -> None:
 
 
 def test_tests_that_check_nothing_fail() -> None:
-    assert why_no_tests("f(1)") == "the tests check nothing"
-    assert "no Python" in why_no_tests("assert f(1")
+    assert tests_problem("f(1)") == "the tests have no check"
+    assert "not valid Python" in tests_problem("assert f(1")
     assert run_tests("x = 1", "x").outcome == "failed"
 
 
 @needs_namespaces
-def test_processes_that_flee_end_too() -> None:
+def test_detached_processes_end_too() -> None:
     code = """
     import os, time
     if os.fork() == 0:
@@ -220,7 +220,7 @@ print(run_tests("while True: pass", "assert x", SandboxLimits(seconds=20, cpu_se
 """
 
 
-def test_without_namespaces_it_refuses_unless_told(tmp_path: Path) -> None:
+def test_without_namespaces_it_refuses_unless_unsafe(tmp_path: Path) -> None:
     there = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", FORBIDDEN], env=there, capture_output=True, text=True, check=True)
     refused, passed, stopped = done.stdout.splitlines()
@@ -232,6 +232,6 @@ def test_without_namespaces_it_refuses_unless_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["an endless loop", "10 GB at once", "a fork bomb", "memory in many processes", "a large file", "a socket"]
 )
-def test_the_unsafe_form_keeps_its_limits(name: str) -> None:
+def test_the_unsafe_mode_keeps_its_limits(name: str) -> None:
     code, limit = ATTACKS[name]
     assert trial(code, unsafe=True).outcome == limit

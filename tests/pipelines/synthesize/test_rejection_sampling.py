@@ -1,4 +1,4 @@
-"""Rejection sampling over a generator that knows what passes: who is asked again, and which answer is kept."""
+"""Rejection sampling over a generator with known outcomes: the repeated requests, and the kept answer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from moray.pipelines.synthesize.budget_tracker import LocalBudgetTracker
 from moray.pipelines.synthesize.config import SynthesizeConfig
-from moray.pipelines.synthesize.generators.generator import Ask, ItemAnswer, TaughtGenerator, VerifiedAnswer
-from moray.pipelines.synthesize.items import Item, Log, Made
+from moray.pipelines.synthesize.generators.generator import ItemAnswer, Query, TeacherGenerator, VerifiedAnswer
+from moray.pipelines.synthesize.items import FinishedItem, Item, Log
 from moray.pipelines.synthesize.rejection_sampling import RejectionSampling
 from moray.pipelines.synthesize.teacher import TeacherClient
 from tests.pipelines.synthesize.teacher_server import teacher_server
 
 
-class Attempts(TaughtGenerator):
+class Attempts(TeacherGenerator):
     """Item n passes from its attempt n on; the later an attempt, the shorter its document. Item 9 has no prompt."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Attempts(TaughtGenerator):
             raise KeyError("nothing to ask")
         return f"prompt {item.number}"
 
-    def verify(self, answers: Sequence[ItemAnswer], ask: Ask) -> list[VerifiedAnswer]:
+    def verify(self, answers: Sequence[ItemAnswer], query: Query) -> list[VerifiedAnswer]:
         attempt = len(self.rounds)
         self.rounds.append([answer.item.number for answer in answers])
         return [
@@ -39,7 +39,7 @@ class Attempts(TaughtGenerator):
         ]
 
 
-def sample(folder: Path, pick: str) -> tuple[Attempts, dict[str, Made]]:
+def sample(folder: Path, pick: str) -> tuple[Attempts, dict[str, FinishedItem]]:
     with teacher_server() as server:
         code: dict[str, Any] = {"kind": "code", "name": "g"}
         teacher = {"url": server.url, "model": "sums", "retries": 0}

@@ -1,4 +1,4 @@
-"""synthesize: what it emits verifies again, one item's trouble is nobody else's, and nothing finished is made twice."""
+"""synthesize: its documents verify again, a failure affects only its item, and no finished item is generated twice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moray.pipelines.synthesize.check_answers import check_all, full_marks, majo
 from moray.pipelines.synthesize.config import Budget, SynthesizeConfig
 from moray.pipelines.synthesize.generators.code import read_code
 from moray.pipelines.synthesize.generators.maths import read_problem
-from moray.pipelines.synthesize.items import Log, Made
+from moray.pipelines.synthesize.items import FinishedItem, Log
 from moray.pipelines.synthesize.produce import WorkDir, produce
 from moray.pipelines.synthesize.program_document import blocks, program_document
 from moray.pipelines.synthesize.prompts import boxed
@@ -68,7 +68,7 @@ def shard(items: int, **more: Any) -> dict[str, Any]:
 
 def make(
     made: SynthesizeConfig, where: Work, items: int, *, threads: int = 4, **more: Any
-) -> tuple[dict[str, Made], dict[str, Any]]:
+) -> tuple[dict[str, FinishedItem], dict[str, Any]]:
     cache = where.folder.parents[1] / "cache"
     assert made.teacher
     connect = partial(TeacherClient, made.teacher, made.budget, where.tracker, cache, threads)
@@ -138,7 +138,7 @@ def test_procedural_items_verify_again(tmp_path: Path) -> None:
         folder = write(made, where, items)
         found = reverify(folder)
         assert not found.failed
-        assert sum(found.held.values()) == row["accepted"]
+        assert sum(found.verified.values()) == row["accepted"]
         table = read_shard(folder / "documents-00000.parquet")
         assert set(table["source"].to_pylist()) == {name}
         for meta in map(dict, table["meta"].to_pylist()):
@@ -175,7 +175,7 @@ def test_taught_mathematics_verifies_again(tmp_path: Path, server: TeacherServer
         assert row["accepted"] >= 6, [vars(one) for one in log.values()]
         found = reverify(write(made, where, 8))
         assert not found.failed
-        assert sum(found.held.values()) == row["accepted"]
+        assert sum(found.verified.values()) == row["accepted"]
         assert any(one.meta.get("attempt", "0") > "0" for one in log.values()), "rejection sampling asked again"
 
 
@@ -309,21 +309,21 @@ def test_a_rerun_after_a_kill_makes_no_finished_item_again(tmp_path: Path, serve
 
 def test_a_log_without_its_last_line_end_is_read(tmp_path: Path) -> None:
     log = Log(tmp_path / "made.jsonl")
-    log.add(Made("a/0", "text\u2028with\nlines", "", "", {"x": "y"}))
+    log.add(FinishedItem("a/0", "text\u2028with\nlines", "", "", {"x": "y"}))
     with log.path.open("ab") as file:
         file.write(b'{"key": "a/1", "te')
     assert list(log.read()) == ["a/0"]
-    log.add(Made("a/1", "t", "", "", {}))
+    log.add(FinishedItem("a/1", "t", "", "", {}))
     assert list(log.read()) == ["a/0", "a/1"]
 
 
 def test_a_wrong_model_is_one_clear_error(tmp_path: Path, server: TeacherServer) -> None:
     documents = rephrasings(tmp_path / "in", TEXTS)
-    with pytest.raises(InputError, match="refuses model"):
+    with pytest.raises(InputError, match="refused model"):
         make(config(server.url + "/nowhere", FAQ), work(tmp_path / "run"), 8, documents=documents)
 
 
-# Verdicts
+# Checks
 
 
 @needs_sandbox
@@ -337,14 +337,14 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
         full_marks("chain_sum", 0, 3, "0x"),
         same_maths("2^{10}", "1024"),
     ]
-    assert [one.good for one in check_all(checks, False)] == [True, False, False, True, False, True]
+    assert [one.passed for one in check_all(checks, False)] == [True, False, False, True, False, True]
     assert not trap.exists()
 
 
 @pytest.mark.heavy
 @needs_sandbox
 def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is for each: those before and after it have their verdicts from the same run of the checker."""
+    """The limit is per check: the checks before and after it get their results from the same run of the checker."""
     began = []
     ran = check_answers.run_program
     monkeypatch.setattr(check_answers, "run_program", lambda *arguments: began.append(1) or ran(*arguments))
@@ -352,28 +352,34 @@ def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.M
     tower = "9**9**9**9"
     checks = [good, full_marks("countdown", 0, 3, tower), good, same_maths("1", "9^{9^{9^{9}}}"), same_maths("1", "1")]
     found = check_all(checks, False)
-    assert [one.good for one in found] == [True, False, True, False, True]
-    assert [one.detail for one in found] == ["", "it takes more than 2 s", "", "it takes more than 2 s", ""]
+    assert [one.passed for one in found] == [True, False, True, False, True]
+    assert [one.detail for one in found] == [
+        "",
+        "the check exceeds its time limit",
+        "",
+        "the check exceeds its time limit",
+        "",
+    ]
     assert len(began) == 1
 
 
 def test_a_check_ends_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that waits, leaves, or fills its memory; what is said of it says why."""
-    monkeypatch.setattr(checker, "_BY_THE_CLOCK", 0.5)
+    """Also a check that waits, exits, or exhausts its memory; its detail names the cause."""
+    monkeypatch.setattr(checker, "_WALL_SECONDS", 0.5)
     monkeypatch.setattr(checker, "SECONDS", 0.5)
-    judges: dict[str, Callable[[], bool]] = {
+    scripted: dict[str, Callable[[], bool]] = {
         "": lambda: True,
-        "it takes more than": lambda: bool(signal.pause()),
-        "it left with code 7": lambda: bool(os._exit(7)),
-        "it takes more memory than a check may have": lambda: bool(bytearray(1 << 40)),
+        "the check exceeds its time limit": lambda: bool(signal.pause()),
+        "the check exited with code 7": lambda: bool(os._exit(7)),
+        "the check exceeds its memory limit": lambda: bool(bytearray(1 << 40)),
         "ZeroDivisionError: ": lambda: bool(1 // 0),
-        "it ended by SIGTERM": lambda: bool(os.kill(os.getpid(), signal.SIGTERM)),
+        "the check ended by SIGTERM": lambda: bool(os.kill(os.getpid(), signal.SIGTERM)),
     }
-    for detail, judge in judges.items():
-        monkeypatch.setattr(checker, "prepared", lambda _, judge=judge: judge)
-        good, said = checker.check_answer({})
-        assert good == (not detail)
-        assert said.startswith(detail)
+    for detail, outcome in scripted.items():
+        monkeypatch.setattr(checker, "prepared", lambda _, outcome=outcome: outcome)
+        passed, text = checker.check_answer({})
+        assert passed == (not detail)
+        assert text.startswith(detail)
 
 
 def test_a_majority_counts_what_is_equal() -> None:
@@ -399,7 +405,7 @@ def test_copies_of_the_corpus_and_of_each_other_are_found(tmp_path: Path) -> Non
     texts = [words, words.replace("w7 ", "other "), "something else altogether that nobody said", words]
     log = Log(tmp_path / "made-00000.jsonl")
     for number, text in enumerate(texts):
-        log.add(Made(f"g/{number}", text, "", "", {}))
+        log.add(FinishedItem(f"g/{number}", text, "", "", {}))
     item_copies.sketch_shard({"shard": 0, "log": str(log.path)}, str(tmp_path))
     sketch = item_copies.sketch_path(tmp_path, 0)
     assert item_copies.repeated_documents([sketch]) == {"g/3": "g/0"}
@@ -414,13 +420,13 @@ def test_copies_of_the_corpus_and_of_each_other_are_found(tmp_path: Path) -> Non
 def test_mistakes_are_found_before_anything_starts() -> None:
     with pytest.raises(ValidationError, match="needs a `teacher`"):
         SynthesizeConfig.model_validate({"generators": [{"kind": "code", "name": "c"}]})
-    with pytest.raises(ValidationError, match="no known kind"):
+    with pytest.raises(ValidationError, match="unknown kind of generator"):
         SynthesizeConfig.model_validate({"generators": [{"kind": "poems", "name": "c"}]})
     gone = config("http://x/v1", {"kind": "gym", "name": "g", "tasks": ["chain_sums"]})
     with pytest.raises(RecipeError) as error:
         step.check(gone, {})
     assert "chain_sum" in error.value.hint
-    with pytest.raises(RecipeError, match="rephrases, but has nothing"):
+    with pytest.raises(RecipeError, match="'faq' needs the input `documents`"):
         step.check(config("http://x/v1", FAQ), {})
 
 
