@@ -123,8 +123,8 @@ def enter_namespaces() -> int | None:
 def build_root(folders: list[str], devices: list[str], disk_bytes: int, owner: int) -> None:
     """Replaces the root file system by one with BOX and read-only mounts of `folders` (and files) and `devices`.
 
-    A new in-memory file system becomes the root, with the old root in one of its folders. After the mounts are made from
-    there, the old root is unmounted.
+    A new in-memory file system becomes the root, with the old root in one of its folders. The mounts are made from
+    there before the old root is unmounted.
     """
     _mount("", "/", "", _REC | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")

@@ -148,7 +148,7 @@ class SandboxWatch:
             self.ended.exceeded = "memory"
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """Closes the lifeline, which ends the namespace. In unsafe mode, first kills all processes of the program, which
+        """Closes the lifeline, which ends the namespace. In unsafe mode, first kills all processes of the program. They
         cannot leave the process tree of `jail.py` while it runs."""
         assert process.stdin is not None
         while self.unsafe and (own := descendants(process.pid)[1:]):

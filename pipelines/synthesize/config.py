@@ -203,7 +203,7 @@ class SynthesizeConfig(StepConfig):
         0.8,
         ge=0,
         le=1,
-        description="similarity to a corpus document from which on an item is a copy; 0: exact copies only",
+        description="minimum similarity to a corpus document for an item to be a copy; 0: exact copies only",
     )
     sandbox: SandboxConfig = SandboxConfig()
     unsafe_sandbox: bool = Field(False, description="run code with resource limits only, if namespaces are not allowed")

@@ -54,9 +54,9 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:32]
 
 
-def finish(item: Item, text: str, verifier: str, verdict: str, cost: float = 0.0, **more: str) -> FinishedItem:
+def finish(item: Item, text: str, verifier: str, result: str, cost: float = 0.0, **more: str) -> FinishedItem:
     """An accepted item with its provenance as strings, because `meta` holds strings."""
-    return _made(item, text, "", "", verifier, verdict, cost, more)
+    return _made(item, text, "", "", verifier, result, cost, more)
 
 
 def reject(
@@ -66,7 +66,7 @@ def reject(
 
 
 def _made(
-    item: Item, text: str, reason: str, detail: str, verifier: str, verdict: str, cost: float, more: Mapping[str, str]
+    item: Item, text: str, reason: str, detail: str, verifier: str, result: str, cost: float, more: Mapping[str, str]
 ) -> FinishedItem:
     meta = {
         "path": item.key,
@@ -75,7 +75,7 @@ def _made(
         "prompt_hash": prompt_hash(item.prompt or str(item.facts.get("question", item.key))),
         "seed": str(item.seed),
         "verifier": verifier,
-        "verdict": verdict,
+        "verdict": result,
         "cost": f"{cost:.8f}".rstrip("0").rstrip("."),
         **more,
     }
