@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from moray.pipelines.corpus.globs import why_not
+from moray.pipelines.corpus.globs import pattern_error
 from moray.pipelines.corpus.listing import list_folder
-from moray.pipelines.corpus.source_file import File, behind
+from moray.pipelines.corpus.source_file import File, trailing_data
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.config import StepConfig, operational
 
@@ -48,7 +48,7 @@ class EvalSet(StepConfig):
     @field_validator("include")
     @classmethod
     def _can_match(cls, value: str) -> str:
-        if reason := why_not(value):
+        if reason := pattern_error(value):
             raise ValueError(reason)
         return value
 
@@ -93,7 +93,7 @@ class EvalSet(StepConfig):
 
     def _below(self, root: Path) -> list[tuple[str, Path]]:
         listing = list_folder(root, [self.include], [])
-        return [(key, Path(file.place)) for key, file in listing.files]
+        return [(key, Path(file.location)) for key, file in listing.files]
 
     def check(self) -> None:
         """Raises InputError for what can be known before anything runs: files that are not there, and fields that the
@@ -159,7 +159,7 @@ def _lines(path: Path) -> Iterator[Any]:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"line {number + 1}: {error}") from error
-        for found in behind(stream):
+        for found in trailing_data(stream):
             raise ValueError(found.detail)
 
 
