@@ -111,7 +111,7 @@ def run_tests(code: str, tests: str, limits: SandboxLimits | None = None, unsafe
 
     `passed` means that everything ran to its end without an error. Tests without checks fail. Raises SandboxRefused.
     """
-    if reason := tests_problem(tests):
+    if reason := problem_with_tests(tests):
         return SandboxResult("failed", reason)
     token = secrets.token_hex(16)
     files = {"harness.py": _HARNESS, "program.py": code, "tests.py": tests}
@@ -119,7 +119,7 @@ def run_tests(code: str, tests: str, limits: SandboxLimits | None = None, unsafe
     return read_result(ended, token)
 
 
-def tests_problem(tests: str) -> str:
+def problem_with_tests(tests: str) -> str:
     """The problem with tests that do not parse or have no check; '' if there is none."""
     try:
         tree = ast.parse(tests)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from moray.actors.sandbox import run as sandbox
-from moray.actors.sandbox.run import SandboxLimits, SandboxResult, run_tests, tests_problem
+from moray.actors.sandbox.run import SandboxLimits, SandboxResult, problem_with_tests, run_tests
 
 SHORT = SandboxLimits(seconds=20.0, cpu_seconds=1)  # far apart, so that a busy machine does not change which one is met
 needs_namespaces = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"no namespaces here: {sandbox.refusal()}")
@@ -166,8 +166,8 @@ def test_passed_means_that_the_tests_ran(name: str) -> None:
 
 
 def test_tests_that_check_nothing_fail() -> None:
-    assert tests_problem("f(1)") == "the tests have no check"
-    assert "not valid Python" in tests_problem("assert f(1")
+    assert problem_with_tests("f(1)") == "the tests have no check"
+    assert "not valid Python" in problem_with_tests("assert f(1")
     assert run_tests("x = 1", "x").outcome == "failed"
 
 

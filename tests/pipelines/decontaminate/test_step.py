@@ -234,7 +234,7 @@ def test_what_is_not_read_of_an_eval_is_an_error(tmp_path: Path) -> None:
             EvalSet(name="e", path=tmp_path).files()
         assert len(EvalSet(name="e", path=tmp_path, include="*.jsonl").files()) == 1
         (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match="'\\*\\*' stands for folders"):
+    with pytest.raises(ValueError, match="'\\*\\*' must be a whole path component"):
         EvalSet(name="e", path=tmp_path, include="**.jsonl")
 
 
