@@ -77,8 +77,8 @@ class Corpus(Step[CorpusConfig]):
     def run(self, ctx: StepContext[CorpusConfig]) -> None:
         listings = [(source, source.listing()) for source in ctx.config.sources]
         for source, listing in listings:
-            if skipped := listing.summary(expected=False):
-                ctx.note(f"source {source.name!r}: skipped: {skipped}", level="warning")
+            if summary := listing.summary(expected=False):
+                ctx.note(f"source {source.name!r}: skipped: {summary}", level="warning")
         shards = corpus_shards(ctx.config, [listing for _, listing in listings])
         write = partial(write_corpus_shard, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
         remove_progress_files(ctx.folder)  # of a killed run
