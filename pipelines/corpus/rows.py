@@ -30,7 +30,7 @@ from moray.pipelines.corpus.source_file import File, error_text, read_lines, tra
 from moray.platform.core.errors import InputError
 
 _BATCH_ROWS = 256
-_REST_BYTES = 1 << 20  # of a JSON line beside its text; longer lines are skipped unread
+_REST_BYTES = 1 << 20  # of a JSON line in addition to its text; longer lines are skipped unread
 _TEXT_KINDS = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
 _UNREADABLE_ROWS = (pa.ArrowException, OSError, ValueError, OverflowError, SystemError)
 LICENSE = "license"  # key in a document's meta, until it is moved to the column of that name

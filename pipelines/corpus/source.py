@@ -42,8 +42,8 @@ class Source(StepConfig):
     """One origin of documents: a folder or file (`path`), an installed Python package (`package`), or `url: s3://...`."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    path: Path | None = operational(None)
-    package: str | None = operational(None)
+    path: Path | None = operational(None, description="a folder or file on this machine")
+    package: str | None = operational(None, description="an installed Python package")
     url: str | None = operational(None, pattern=r"^s3://[^/?#]+(/[^?#]*)?$", description="s3://bucket/prefix")
     reader: Literal["text", "jsonl", "parquet", "huggingface", "html", "warc", "pythonbible"] = "text"
     text_column: str = Field("text", min_length=1, description="rows: the column with the text")
@@ -58,10 +58,10 @@ class Source(StepConfig):
     )
     meta_columns: tuple[str, ...] = Field((), description="rows: columns stored in meta, as strings")
     split: Split = Field("train", description="huggingface: the split to read")
-    include: tuple[str, ...] = ("**/*",)
-    exclude: tuple[str, ...] = ()
-    license: str = ""
-    max_files: int | None = Field(None, gt=0)
+    include: tuple[str, ...] = Field(("**/*",), description="patterns of paths below the location, as in pathlib")
+    exclude: tuple[str, ...] = Field((), description="patterns of paths to skip")
+    license: str = Field("", description="license of the documents")
+    max_files: int | None = Field(None, gt=0, description="read only the first N files, ordered by path")
     made_by: str = operational("", description="the command that creates the files, shown if they are missing")
 
     @field_validator("include", "exclude")

@@ -38,8 +38,8 @@ from moray.platform.store.manifest import hash_file
 
 class CorpusConfig(StepConfig):
     sources: tuple[Source, ...] = Field(min_length=1)
-    max_document_bytes: int = Field(1_000_000, gt=0)
-    shard_bytes: int = Field(4_000_000, gt=0)
+    max_document_bytes: int = Field(1_000_000, gt=0, description="longer texts are rejected")
+    shard_bytes: int = Field(4_000_000, gt=0, description="size of the groups of files that one task reads")
 
 
 class Corpus(Step[CorpusConfig]):

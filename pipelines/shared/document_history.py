@@ -115,7 +115,7 @@ def _explain(run: str, artifacts: Sequence[Artifact], wanted: Sequence[str]) -> 
             if not decisions:
                 document = _description(row)
             relative = str(place.path.relative_to(artifact.folder))
-            verdict = _verdict(relative, first=not decisions)
+            verdict = _decision(relative, first=not decisions)
             details = {} if verdict in ("read", "kept") else {k: _plain(v) for k, v in row.items() if k != "id"}
             decisions.append(
                 DocumentDecision(artifact.manifest.step, artifact.reference, verdict, relative, place.row, details)
@@ -150,7 +150,7 @@ def _rows(path: Path, wanted: Sequence[str]) -> list[tuple[int, str]]:
     return [(row, name) for row, name in found if row >= 0]
 
 
-def _verdict(relative: str, first: bool) -> str:
+def _decision(relative: str, first: bool) -> str:
     name = Path(relative).name
     if name.startswith("removed"):
         return "removed"

@@ -29,7 +29,7 @@ _ERROR, _TRACEBACK = "error", "traceback"
 # When Ray Data starts, it does not know the cluster's resources yet and runs one task at a time until its next query,
 # by default after a second.
 _LIMITS_SECONDS = 0.1
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _RETRIES = 5  # of a task whose worker or node is lost; Ray Data retries indefinitely by default
 _TASKS_PER_CPU = 8  # enough to balance slow tasks
 
@@ -76,14 +76,14 @@ def map_shards(
     ctx.progress(phase, 0, total, unit)
     amount = {shard["shard"]: work(shard) for shard in shards}
     guarded = partial(_guarded, function=function)
-    rows, done, said, totals, began = [], 0.0, "", Counter[str](), time.monotonic()
+    rows, done, text, totals, began = [], 0.0, "", Counter[str](), time.monotonic()
     lock = threading.Lock()
 
-    def look() -> None:
+    def report_partial() -> None:
         with lock:
-            ctx.progress(phase, min(total, done + partly()) if partly else done, total, unit, said)
+            ctx.progress(phase, min(total, done + partly()) if partly else done, total, unit, text)
 
-    with _looking(look if partly and not here else None):
+    with _polling(report_partial if partly and not here else None):
         for row in map(guarded, shards) if here or not shards else _in_tasks(shards, guarded):
             if row[_ERROR]:
                 ctx.write_log("traceback", row[_TRACEBACK])
@@ -92,24 +92,24 @@ def map_shards(
             with lock:
                 done += amount[row["shard"]]
                 totals.update({name: value for name, value in row.items() if isinstance(value, int)})
-                said = detail(totals, max(time.monotonic() - began, 1e-9)) if detail else ""
-                ctx.progress(phase, done, total, unit, said)
+                text = detail(totals, max(time.monotonic() - began, 1e-9)) if detail else ""
+                ctx.progress(phase, done, total, unit, text)
     return sorted(rows, key=lambda row: int(row["shard"]))
 
 
 @contextlib.contextmanager
-def _looking(look: Callable[[], None] | None) -> Iterator[None]:
-    """Calls `look` once a second from another thread while the block runs. Its errors are ignored: the block reports
+def _polling(poll: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `poll` once a second from another thread while the block runs. Its errors are ignored: the block reports
     progress too, and raises the same errors (for example that the run was stopped)."""
-    if not look:
+    if not poll:
         yield
         return
     ended = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(_LOOK_SECONDS):
+        while not ended.wait(_POLL_SECONDS):
             with contextlib.suppress(Exception):
-                look()
+                poll()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

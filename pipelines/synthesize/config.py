@@ -16,8 +16,8 @@ class _Generator(StepConfig):
     """Common fields of all generators. The name is the `source` of the generator's documents."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    items: int = Field(100, gt=0)
-    license: str = "generated"
+    items: int = Field(100, gt=0, description="number of items to generate")
+    license: str = Field("generated", description="license of the documents")
 
     @property
     def needs_teacher(self) -> bool:
@@ -44,7 +44,7 @@ class Gym(_Generator):
     levels: tuple[int, ...] = Field(
         (0, 1, 2), min_length=1, description="levels of each task's curriculum, in the order of the documents"
     )
-    solver: Literal["task", "teacher"] = "task"
+    solver: Literal["task", "teacher"] = Field("task", description="source of the answers")
 
     @property
     def needs_teacher(self) -> bool:
@@ -179,10 +179,10 @@ class Teacher(StepConfig):
 class SandboxConfig(StepConfig):
     """Limits of one program with its tests."""
 
-    seconds: float = Field(10.0, gt=0)
-    cpu_seconds: int = Field(5, gt=0)
-    memory_mb: int = Field(512, ge=64)
-    processes: int = Field(16, gt=0)
+    seconds: float = Field(10.0, gt=0, description="wall-clock time")
+    cpu_seconds: int = Field(5, gt=0, description="CPU time of each process")
+    memory_mb: int = Field(512, ge=64, description="memory of all processes")
+    processes: int = Field(16, gt=0, description="processes and threads")
 
     def limits(self) -> SandboxLimits:
         return SandboxLimits(self.seconds, self.cpu_seconds, self.memory_mb << 20, self.processes)
@@ -208,7 +208,7 @@ class SynthesizeConfig(StepConfig):
     sandbox: SandboxConfig = SandboxConfig()
     unsafe_sandbox: bool = Field(False, description="run code with resource limits only, if namespaces are not allowed")
     shard_items: int = Field(32, gt=0, description="items per task")
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, description="seed of all random choices")
 
     @model_validator(mode="after")
     def _complete(self) -> SynthesizeConfig:

@@ -24,8 +24,8 @@ def test_the_pace_is_of_what_was_read_and_names_reasons_by_how_many() -> None:
     assert pace(Counter(), 1.0) == "0 documents/s, 0.0 MB/s"
 
 
-class Told:
-    """What a step's context is told."""
+class Recorder:
+    """Records the calls of a step's context."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, float, float]] = []
@@ -48,15 +48,15 @@ def halved(row: Row) -> Row:
 
 
 def test_few_shards_are_done_here_and_say_as_much() -> None:
-    told: StepContext = Told()  # type: ignore[assignment]
+    recorder: StepContext = Recorder()  # type: ignore[assignment]
     rows = [{"shard": 1, "size": 6}, {"shard": 0, "size": 4}]
-    done = map_shards(told, "halving", rows, halved, "bytes", lambda row: row["size"], here=True)
+    done = map_shards(recorder, "halving", rows, halved, "bytes", lambda row: row["size"], here=True)
     assert [row["half"] for row in done] == [2, 3]
-    assert told.done == [("halving", 0, 10), ("halving", 6, 10), ("halving", 10, 10)]
-    assert map_shards(told, "none", [], halved, "bytes", lambda row: 1) == []
+    assert recorder.done == [("halving", 0, 10), ("halving", 6, 10), ("halving", 10, 10)]
+    assert map_shards(recorder, "none", [], halved, "bytes", lambda row: 1) == []
     with pytest.raises(StepFailed, match="halving: ValueError: 5 is odd"):
-        map_shards(told, "halving", [{"shard": 0, "size": 5}], halved, "bytes", lambda row: 1, here=True)
-    assert "odd" in told.logs["traceback"]
+        map_shards(recorder, "halving", [{"shard": 0, "size": 5}], halved, "bytes", lambda row: 1, here=True)
+    assert "odd" in recorder.logs["traceback"]
 
 
 def test_ray_data_still_has_the_interval_that_shards_shorten() -> None:
@@ -67,13 +67,13 @@ def test_ray_data_still_has_the_interval_that_shards_shorten() -> None:
 
 
 def test_a_long_shard_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done of a shard is told while it is worked on, never past its end, and not afterwards."""
-    monkeypatch.setattr(shards, "_LOOK_SECONDS", 0.001)
+    """What is done of a shard is reported while it is worked on, never past its end, and not afterwards."""
+    monkeypatch.setattr(shards, "_POLL_SECONDS", 0.001)
     seen = threading.Event()
-    told = Told()
+    recorder = Recorder()
 
     def partly() -> float:
-        if any(done == 30 for _, done, _ in told.done):
+        if any(done == 30 for _, done, _ in recorder.done):
             seen.set()
             return 1000.0
         return 30.0
@@ -84,12 +84,12 @@ def test_a_long_shard_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(shards, "_in_tasks", in_task)
     rows: list[Row] = [{"shard": 0, "size": 80}]
-    ctx = cast("StepContext[Any]", told)
+    ctx = cast("StepContext[Any]", recorder)
     map_shards(ctx, "halving", rows, halved, "bytes", lambda row: row["size"], partly=partly)
-    assert told.done[0] == ("halving", 0, 80)
-    assert ("halving", 30, 80) in told.done
-    assert max(done for _, done, _ in told.done) == 80
-    assert told.done[-1] == ("halving", 80, 80)
+    assert recorder.done[0] == ("halving", 0, 80)
+    assert ("halving", 30, 80) in recorder.done
+    assert max(done for _, done, _ in recorder.done) == 80
+    assert recorder.done[-1] == ("halving", 80, 80)
 
 
 def killed(row: Row) -> Row:
@@ -99,10 +99,10 @@ def killed(row: Row) -> Row:
 
 def test_a_task_that_kills_its_worker_is_not_retried_indefinitely(ray_cluster: Cluster) -> None:
     """A module that crashes on import, or a library that does on one document: Ray Data tried again without an end."""
-    told: StepContext = Told()  # type: ignore[assignment]
+    recorder: StepContext = Recorder()  # type: ignore[assignment]
     ray_cluster.ensure()
     with pytest.raises(StepFailed, match=r"^a task ended without a result.* Worker"):
-        map_shards(told, "halving", [{"shard": 0}], killed, "bytes", lambda row: 1)
+        map_shards(recorder, "halving", [{"shard": 0}], killed, "bytes", lambda row: 1)
 
 
 def test_workers_look_for_no_module_in_the_current_folder(ray_cluster: Cluster) -> None:
