@@ -15,14 +15,14 @@ def test_our_server_teaches(url: str, tmp_path: Path) -> None:
         {"url": f"{url}/v1", "model": "tiny", "chat": False, "max_tokens": 8, "retries": 0, "concurrency": 2}
     )
     tracker = LocalBudgetTracker(str(tmp_path / "spent.jsonl"), budget)
-    ask = TeacherClient(teacher, budget, tracker, tmp_path / "cache", 2).ask
+    query = TeacherClient(teacher, budget, tracker, tmp_path / "cache", 2).query
     asked = [("In the beginning was", 1), ("def main(", 2), ("word " * 2000, 3)]
-    first, second, long = ask(asked)
+    first, second, long = query(asked)
     assert first.text
     assert second.text
-    assert (first.trouble, second.trouble, long.trouble) == ("", "", "prompt"), long
+    assert (first.failure, second.failure, long.failure) == ("", "", "prompt"), long
     spent = tracker.spent()
     assert (spent.requests, spent.answer_tokens) == (2, 16)
     assert 4 < spent.prompt_tokens < 60
-    assert ask(asked[:2]) == [first, second]
+    assert query(asked[:2]) == [first, second]
     assert tracker.spent() == spent, "the second time the answers came from the cache"
