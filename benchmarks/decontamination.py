@@ -28,7 +28,7 @@ from hard_negatives import FAMILIES
 from harness.result import Bar, report
 from harness.texts import texts_of
 
-from moray.pipelines.decontaminate.contamination import MATCHES, judge_matches
+from moray.pipelines.decontaminate.contamination import MATCHES, find_contamination
 from moray.pipelines.decontaminate.eval_index import EvalIndex, build_index
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.step import DecontaminateConfig
@@ -158,7 +158,7 @@ def hard_negatives(clean: list[str], quoted: int = 20) -> list[dict[str, Any]]:
             MATCHES,
         )
         for name, rules in SETTINGS.items():
-            verdict = judge_matches(matches, index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
+            verdict = find_contamination(matches, index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
             gone = {int(one) for one in verdict.removed["id"].to_pylist()}
             right = sum(row < len(leaks) for row in gone)
             row = {"set": name, "family": family, "leaks": len(leaks), "innocent": len(innocent), "flagged": len(gone)}

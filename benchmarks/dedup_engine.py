@@ -51,7 +51,7 @@ def ours(path: str) -> dict[str, Any]:
 def run(column: pa.ChunkedArray, texts: list[str]) -> int:
     shingling = Shingling(bands=14, rows=8)  # as the others
     keys, shingles = shingling.keys(column)
-    documents, order = documents_of(texts).in_keep_order()
+    documents, order = documents_of(texts).in_priority_order()
     near = near_candidates(documents, keys[order], shingles[order])
     wanted = np.unique(near.pairs)
     sets, bounds = shingling.sets(column.take(pa.array(order[wanted])))

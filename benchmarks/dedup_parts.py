@@ -19,7 +19,7 @@ import pyarrow as pa
 from harness.result import report
 from harness.texts import BUILT, texts_of
 
-from moray.pipelines.dedup.keep_order import KeepOrder
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.parts.key_ranges import exchange_ranges
 from moray.pipelines.dedup.parts.scan import scan_pieces
 from moray.pipelines.dedup.parts.scan_input import read_scan_input
@@ -83,7 +83,7 @@ def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, An
     took["keys_cpu_s"] = time.process_time() - began
     for number in range(ranges):
         match_pieces({"shard": number}, folders, shards)
-    order = KeepOrder.of(read_outputs(root / ".described", shards), ())
+    order = PriorityOrder.of(read_outputs(root / ".described", shards), ())
     scan = read_scan_input(folders, ranges, order)
     found = scan_pieces(scan.pieces, scan.length_D, scan.words_D, config.copies, config.max_loss, config.min_words)
     write_scan_output(shards, folders, order, scan, found)

@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix, triu
 
 from moray.pipelines.dedup.find import Found, find, near_candidates
 from moray.pipelines.dedup.graph import components
-from moray.pipelines.dedup.keep_order import DocumentColumns
+from moray.pipelines.dedup.priority_order import DocumentColumns
 from moray.pipelines.shared.documents import content_hash
 from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import similarities
@@ -143,7 +143,7 @@ def one_seed(texts: list[str], column: pa.ChunkedArray, pairs: Any, alike: Any, 
     began = time.process_time()
     keys, shingles = shingling.keys(column)
     signed = time.process_time()
-    ordered, order = documents_of(texts).in_keep_order()
+    ordered, order = documents_of(texts).in_priority_order()
     near = near_candidates(ordered, keys[order], shingles[order])
     sketched = time.process_time()
     wanted = np.unique(near.pairs)

@@ -30,8 +30,8 @@ from harness.result import Bar, report
 from harness.texts import BUILT, texts_in, texts_of
 
 from moray.pipelines.filter.config import Family, FilterConfig
-from moray.pipelines.filter.mask import KINDS, mask
-from moray.pipelines.filter.rules import judge_documents
+from moray.pipelines.filter.redact import KINDS, redact
+from moray.pipelines.filter.rules import apply_rules
 from moray.pipelines.text.language import identify
 
 HERE = Path(__file__).resolve().parent
@@ -55,9 +55,9 @@ NAMES = {  # datatrove's reasons, as Moray's fields
 def ours(path: str) -> dict[str, Any]:
     """The CPU-seconds of all four families."""
     column, config = pq.read_table(path)["text"], FilterConfig(rules=ORDER)
-    judge_documents(column.slice(0, 50), config)  # compiled
+    apply_rules(column.slice(0, 50), config)  # compiled
     began = time.process_time()
-    judge_documents(column, config)
+    apply_rules(column, config)
     return {"cpu_s": time.process_time() - began}
 
 
@@ -66,7 +66,7 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
     column = pa.chunked_array([pa.array(texts, pa.large_string())])
     shares = {}
     for family in ORDER:
-        judged = judge_documents(column, FilterConfig(rules=(family,)))
+        judged = apply_rules(column, FilterConfig(rules=(family,)))
         found = [(reason and reason.partition(".")[2]) or reason for reason in judged.reasons]
         expected = [reason and NAMES[reason] for reason in theirs[family]]
         same = [one == other for one, other in zip(found, expected, strict=True)]
@@ -75,7 +75,7 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
             kept = [reason is None for reason in expected]
             same = [ok and (not kept[i] or left[i] == theirs["c4 texts"][i]) for i, ok in enumerate(same)]
         shares[family] = sum(same) / len(same)
-    together = judge_documents(column, FilterConfig(rules=ORDER)).reasons
+    together = apply_rules(column, FilterConfig(rules=ORDER)).reasons
     verdicts = zip(together, theirs["together"], strict=True)
     shares["all four"] = sum((one is None) == (other is None) for one, other in verdicts) / len(together)
     return shares
@@ -97,7 +97,7 @@ def others(texts: list[str]) -> tuple[list[dict[str, Any]], list[Bar]]:
     by_first, first_s = seconds(lambda: identify(texts))
     by_all, all_s = seconds(lambda: identify(texts, max(map(len, texts))))
     same = sum(one == other for one, other in zip(by_first[0], by_all[0], strict=True)) / len(texts)
-    found, mask_s = seconds(lambda: [mask(text, KINDS)[1] for text in texts])
+    found, mask_s = seconds(lambda: [redact(text, KINDS)[1] for text in texts])
     size = sum(len(text.encode()) for text in texts) / 1e6
     rows: list[dict[str, Any]] = [
         {"engine": "languages by 1,000 characters", "cpu_s": first_s, "documents_per_cpu_s": len(texts) / first_s},

@@ -12,7 +12,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-GENERAL, UNJUDGED = "General", "Not English"
+GENERAL, NOT_ENGLISH = "General", "Not English"
 SOFTWARE = "Software"
 CHARACTERS = 10_000  # of a text that are read
 _LEAST_RATE = 0.02  # of words; a lexicon of 100 words has a rate near 0.002 in texts of other domains
@@ -48,6 +48,6 @@ def domain_of(text: str, language: str) -> str:
         if count >= _LEAST_RATE * len(words) and distinct[domain] >= _LEAST_DISTINCT and (english or domain == SOFTWARE)
     }
     if not enough:
-        return GENERAL if english else UNJUDGED
+        return GENERAL if english else NOT_ENGLISH
     order = {domain: i for i, domain in enumerate(domains())}
     return min(enough, key=lambda domain: (-enough[domain], order[domain]))

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from moray.pipelines.coverage.domains import GENERAL, UNJUDGED
+from moray.pipelines.coverage.domains import GENERAL, NOT_ENGLISH
 from moray.platform.server.page_files import page_file
 
 _BASE = page_file("base.css")
@@ -124,7 +124,7 @@ def _first_reasons(dropped: Sequence[Json]) -> list[Json]:
 
 def _domains(report: Json) -> tuple[list[CoverageBar], list[BarLine]]:
     """Bars up to four even shares, with the even share and the limit of what is thin as lines."""
-    rows = [row for row in report["domain"] if row["name"] not in (GENERAL, UNJUDGED)]
+    rows = [row for row in report["domain"] if row["name"] not in (GENERAL, NOT_ENGLISH)]
     thin = {one["domain"] for one in report["thin"]}
     even = max(1, report["even_share"])
     end = min(_EVEN_AT * even, _longest(rows))
@@ -135,7 +135,7 @@ def _domains(report: Json) -> tuple[list[CoverageBar], list[BarLine]]:
 
 def _outside(rows: Sequence[Json]) -> list[tuple[str, int]]:
     """What has no domain, with its tokens."""
-    names = {GENERAL: "no domain", UNJUDGED: "other languages"}
+    names = {GENERAL: "no domain", NOT_ENGLISH: "other languages"}
     return [(names[row["name"]], row["tokens"][-1]) for row in rows if row["name"] in names and row["tokens"][-1]]
 
 

@@ -41,7 +41,7 @@ REMOVED = pa.schema([HITS.field("id"), pa.field("reason", pa.string()), *[HITS.f
 
 
 @dataclass(frozen=True)
-class ContaminationVerdict:
+class ContaminationResult:
     """hits: a row per document and item, see HITS. removed: a row per document, by the item it has most of.
 
     ignored: n-grams that more documents have than are believed, as written in one of them, and how many do.
@@ -52,9 +52,9 @@ class ContaminationVerdict:
     ignored: list[tuple[str, int]]
 
 
-def judge_matches(
+def find_contamination(
     matches: pa.Table, index: EvalIndex, max_overlap: float, ignore_common: int | None
-) -> ContaminationVerdict:
+) -> ContaminationResult:
     """matches: see MATCHES, each document and n-gram once. A document is contaminated if it has more than `max_overlap`
     of an item, a share of the item's n-grams; those that more than `ignore_common` documents have count nowhere."""
     rows = sorted(matches.to_pylist(), key=lambda row: (row["id"], row["gram"]))
@@ -78,7 +78,7 @@ def judge_matches(
     for hit in sorted(hits, key=lambda hit: (-hit["overlap"], -hit["ngrams"])):  # stable: then by eval and item
         if hit["contaminated"]:
             worst.setdefault(hit["id"], {**hit, "reason": REASON})
-    return ContaminationVerdict(
+    return ContaminationResult(
         pa.Table.from_pylist(hits, HITS),
         pa.Table.from_pylist([worst[name] for name in sorted(worst)], REMOVED),
         sorted(((excerpts[gram], documents[gram]) for gram in common), key=lambda one: (-one[1], one[0])),

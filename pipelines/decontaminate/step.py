@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationVerdict, judge_matches, per_eval
+from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationResult, find_contamination, per_eval
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
 from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
@@ -103,7 +103,7 @@ class Decontaminate(Step[DecontaminateConfig]):
         look = partial(_search_shard, folder=str(ctx.folder), characters=index.characters)
         rows = map_shards(ctx, "searching", shards, look, "bytes", file_bytes)
         matches = pa.concat_tables([read_shard(output_path(ctx.folder / _MATCHES, shard)) for shard in shards])
-        verdict = judge_matches(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
+        verdict = find_contamination(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
         total = sum(row["documents"] for row in rows)
         dropping = ctx.config.action == "drop"
         if dropping and len(verdict.removed) == total:
@@ -122,7 +122,7 @@ class Decontaminate(Step[DecontaminateConfig]):
         }
         self._say(ctx, index, verdict)
 
-    def _say(self, ctx: StepContext[DecontaminateConfig], index: EvalIndex, verdict: ContaminationVerdict) -> None:
+    def _say(self, ctx: StepContext[DecontaminateConfig], index: EvalIndex, verdict: ContaminationResult) -> None:
         evals = per_eval(index, verdict.hits)
         report: dict[str, Any] = {
             "unit": ctx.config.unit,

@@ -1,11 +1,11 @@
-"""An index of half the size, which knows that it has seen a key, but not whose it was: a Bloom filter
-per band and range.
+"""The Bloom filter form of the index: half the size, but it stores only whether a key was seen, not its document.
 
-LSHBloom (arXiv 2411.04257). 25 bits a value and 17 probes give 6 false answers in 10^6 (0.6185^25, Bloom 1970), so of
-new documents some 100 in 10^6 go that share no key with any. What was seen cannot be read again, so nothing is verified
-against it: whoever shares a key goes. 16 bands and the hashes take 53.1 bytes a document.
+There is one filter per band and range (LSHBloom, arXiv 2411.04257). With 25 bits per value and 17 probes, 6 of 10^6
+lookups are false positives (0.6185^25, Bloom 1970), so about 100 of 10^6 new documents are removed although they share
+no key with an earlier one. The earlier documents cannot be identified, so matches are not verified: a document that
+shares a key is removed. 16 bands and the hashes take 53.1 bytes per document.
 
-Files `index/bloom-NAME-RRRRR.npy` are mapped, not read: a probe touches a page.
+Files `index/bloom-NAME-RRRRR.npy` are memory-mapped: a probe touches one page.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from moray.pipelines.text.words import Hashes
 
 BITS, PROBES = 25, 17
 _63, _6 = np.uint64(63), np.uint64(6)
-_ONE, _TURN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
+_ONE, _OFFSET = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 
 
 def write_bloom(folder: Path, name: str, part: int, values: Hashes) -> None:
-    """A filter of these values of one range; whole or not there."""
+    """Writes a filter of these values of one range, atomically."""
     words = np.zeros(max(1, -(-len(values) * BITS // 64)), np.uint64)
     _insert(words, values)
     save_array(_path(folder, name, part), words)
 
 
 def seen(earlier: Sequence[Earlier], name: str, values: Hashes, bits: int) -> npt.NDArray[np.bool_]:
-    """Of each value, of so many bits, whether a filter of this name has it."""
+    """Whether a filter of this name contains each value. bits: the width of the values."""
     order = np.argsort(values)
     ascending, hits = values[order], np.zeros(len(values), np.bool_)
     for one in earlier:
         for part, (begin, end) in enumerate(range_bounds(ascending, bits, one.generation.ranges)):
             if end > begin:
-                _look(np.load(_path(one.folder, name, part), mmap_mode="r"), ascending[begin:end], hits[begin:end])
+                _lookup(np.load(_path(one.folder, name, part), mmap_mode="r"), ascending[begin:end], hits[begin:end])
     found = np.empty(len(values), np.bool_)
     found[order] = hits
     return found
@@ -53,9 +53,9 @@ def _path(folder: Path, name: str, part: int) -> Path:
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _bit(value: np.uint64, probe: int, bits: np.uint64) -> np.uint64:
-    """The place of a probe: two hashes make all of them (Kirsch and Mitzenmacher 2006)."""
+    """The bit of a probe. All probes derive from two hashes (Kirsch and Mitzenmacher 2006)."""
     one = mixed(value)
-    return (one + np.uint64(probe) * (mixed(value + _TURN) | _ONE)) % bits
+    return (one + np.uint64(probe) * (mixed(value + _OFFSET) | _ONE)) % bits
 
 
 @numba.njit(nogil=True, cache=True)
@@ -68,7 +68,7 @@ def _insert(words: Hashes, values: Hashes) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _look(words: Hashes, values: Hashes, found: npt.NDArray[np.bool_]) -> None:
+def _lookup(words: Hashes, values: Hashes, found: npt.NDArray[np.bool_]) -> None:
     bits = np.uint64(len(words) * 64)
     for i in range(len(values)):
         has = True

@@ -1,4 +1,4 @@
-"""What a recipe may say of dedup."""
+"""The configuration of the step `dedup`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from moray.platform.plan.config import StepConfig
 
 
 class DedupConfig(StepConfig):
-    shingle: int = Field(5, gt=0, description="consecutive words, or characters, that are compared as one")
+    shingle: int = Field(5, gt=0, description="shingle length, in units of `unit`")
     unit: Literal["words", "characters"] = "words"
-    bands: int = Field(16, gt=0, description="keys of a document; who shares one with another is looked at")
-    rows: int = Field(7, gt=0, description="minima that make a key: more of them, fewer documents that are looked at")
+    bands: int = Field(16, gt=0, description="MinHash-LSH bands; documents that agree in any band are candidates")
+    rows: int = Field(7, gt=0, description="MinHash-LSH rows (hashes) per band; more rows give fewer candidates")
     threshold: float | None = Field(
-        None, gt=0, lt=1, description="of bands * rows minima, as many a key as tell best who is as alike as this"
+        None,
+        gt=0,
+        lt=1,
+        description="choose bands and rows, with at most bands * rows hashes, for this similarity threshold",
     )
     similarity: float = Field(
-        0.7, ge=0, le=1, description="of near duplicates at least; 0: whoever shares a key is one, nothing is verified"
+        0.7, ge=0, le=1, description="minimum similarity of near duplicates; 0: accept candidates without verification"
     )
     measure: Literal["jaccard", "containment"] = Field(
-        "jaccard", description="shingles in common over those of both, or over those of the shorter"
+        "jaccard", description="shared shingles over the union, or over the smaller document's shingles"
     )
-    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
+    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept, highest priority first")
     seed: int = Field(1, ge=0)
     index: str = Field(
-        "", pattern=r"^([a-z0-9][a-z0-9._-]*)?$", description="what runs with this name have seen before counts too"
+        "",
+        pattern=r"^([a-z0-9][a-z0-9._-]*)?$",
+        description="index name: also deduplicate against earlier runs with this name",
     )
     index_form: Literal["exact", "bloom"] = Field(
-        "exact", description="bloom: half the size, and what it has seen is not verified"
+        "exact", description="bloom: half the size, but matches with earlier runs are not verified"
     )
 
     @property

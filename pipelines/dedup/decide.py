@@ -1,8 +1,8 @@
-"""What becomes of documents that may be alike: they are read again, compared exactly, and of a component one stays.
+"""Verification of candidates: they are read again, compared exactly, and one document of each cluster is kept.
 
-Components of candidates are packed into groups; a group is decided by itself, in one task. A group's part of a file
-lies together, so a task maps what is its own; of a component that is very large it reads the shingles of some pairs at
-a time.
+Components of candidates are packed into groups, and one task decides each group independently. The rows of a group are
+contiguous in each file, so a task maps only its own part. For a very large component it reads the shingles of a limited
+number of pairs at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.graph import once
-from moray.pipelines.dedup.keep_order import DocumentColumns, described, documents_in, read_documents
+from moray.pipelines.dedup.priority_order import DocumentColumns, described, documents_in, read_documents
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
@@ -37,15 +37,15 @@ DECIDED = pa.schema(
         ("similarity", pa.float64()),
     ]
 )
-LOST = -1  # `kept` of who goes though nobody here stays: a filter has seen one of them
-_OLDER = 1 << 32  # more than there are sources
-_SHINGLES = 50_000_000  # of pairs that are compared at once: 400 MB, however large the component
+NO_REPRESENTATIVE = -1  # `kept` of documents removed because a Bloom filter contains one of their cluster
+_OLDER = 1 << 32  # exceeds the number of sources
+_SHINGLES = 50_000_000  # compared at once: 400 MB, however large the component
 
 
 @dataclass(frozen=True)
 class Group:
-    """The documents of one group. numbers: of each; shingles: mapped, of some files; files, bounds: which has each
-    one's, and [begin, end) of them there."""
+    """The documents of one group. shingles: mapped arrays, one per file. files, bounds: for each document, the index of
+    the array with its shingles, and their [begin, end) in it."""
 
     numbers: Indices
     documents: DocumentColumns
@@ -53,14 +53,14 @@ class Group:
     bounds: Indices
     shingles: list[Keys]
 
-    def in_keep_order(self) -> Group:
-        documents, order = self.documents.in_keep_order()
+    def in_priority_order(self) -> Group:
+        documents, order = self.documents.in_priority_order()
         return replace(
             self, numbers=self.numbers[order], documents=documents, files=self.files[order], bounds=self.bounds[order]
         )
 
     def shingles_of(self, places: Indices) -> tuple[Indices, Keys]:
-        """[begin, end) of each of these documents' shingles, and those, which are read."""
+        """Reads the shingles of these documents: [begin, end) of each document's shingles, and the shingles."""
         sizes = np.diff(self.bounds[places])[:, 0]
         ends = np.cumsum(sizes)
         read = np.empty(int(ends[-1]) if len(ends) else 0, np.uint64)
@@ -70,7 +70,7 @@ class Group:
         return np.stack((ends - sizes, ends), axis=1), read
 
     def at(self, numbers: Indices) -> Indices:
-        """The places of the documents with these numbers, which must be there; any shape."""
+        """The places of the documents with these numbers, of any shape. All numbers must be in the group."""
         order = np.argsort(self.numbers)
         found: Indices = order[np.searchsorted(self.numbers[order], numbers)]
         return found
@@ -79,12 +79,11 @@ class Group:
 def read_candidates(
     shard: Row, files: PhaseFiles, sketches: Sketches, shingling: Shingling | None, prefer: Sequence[str]
 ) -> Row:
-    """Writes the documents of a shard that are to be decided, a batch for each group, with their shingles, if those are
-    wanted."""
+    """Writes the candidates of a shard, one batch per group. `shingling`: also write their shingles."""
     path = files.write("candidates", shard["shard"])
     if not path.exists():
-        here = slice(shard["begin"], shard["end"])
-        numbers, groups = mapped(files.read("numbers"))[here], mapped(files.read("groups"))[here]
+        part = slice(shard["begin"], shard["end"])
+        numbers, groups = mapped(files.read("numbers"))[part], mapped(files.read("groups"))[part]
         own = shard["age"] == 0
         text = None
         if shingling or not own:
@@ -103,7 +102,7 @@ def read_candidates(
 
 
 def group_pairs(part: Row, files: PhaseFiles) -> Row:
-    """Writes the pairs of some files, `numbers`, by ascending group; and the groups."""
+    """Writes the pairs of the files with these `numbers`, sorted by group, and the group of each pair."""
     path = files.write("pair_groups", part["shard"])
     if not path.exists():
         pairs = np.concatenate([np.load(files.read("pairs", number)) for number in part["numbers"]])
@@ -117,8 +116,8 @@ def group_pairs(part: Row, files: PhaseFiles) -> Row:
 
 @dataclass(frozen=True)
 class GroupRules:
-    """How a group is decided. candidate_files, pair_files: how many there are of `candidates` and `grouped_pairs`;
-    similarity: of duplicates at least, 0 if nothing is verified."""
+    """Parameters of the decision. candidate_files, pair_files: the number of files of the kinds `candidates` and
+    `grouped_pairs`. similarity: minimum of duplicates; 0: candidates are not verified."""
 
     candidate_files: int
     pair_files: int
@@ -127,12 +126,12 @@ class GroupRules:
 
 
 def decide_group(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
-    """Writes a row of DECIDED for each document of a group that is removed, and for each earlier one."""
+    """Writes a row of DECIDED for each removed document of a group, and for each document of earlier runs."""
     return recorded(files.folder, f"group-{row['shard']:06d}", lambda: _decide(row, files, rules))
 
 
 def _decide(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
-    group = _read(files, rules.candidate_files, row["shard"]).in_keep_order()
+    group = _read(files, rules.candidate_files, row["shard"]).in_priority_order()
     pairs = _pairs(files, rules.pair_files, row["shard"], group)
     known, seen = mapped(files.read("known")), mapped(files.read("seen"))
     known = known[np.isin(known[:, 0], group.numbers)]
@@ -140,16 +139,16 @@ def _decide(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
     table = _decided(group, found, group.at(seen[np.isin(seen, group.numbers)]))
     with arrow_writer(files.write("group_decisions", row["shard"]), table.schema) as writer:
         writer.write_table(table)
-    return {"shard": row["shard"], "pairs": len(pairs), "alike": int(found.alike)}
+    return {"shard": row["shard"], "pairs": len(pairs), "alike": int(found.similar)}
 
 
 def read_decided(path: Path) -> pa.Table:
-    """Mapped, not read."""
+    """Maps a table of decisions into memory."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
-    """All of them as one file, by ascending number."""
+    """Writes all tables to one file, sorted by number, and maps it."""
     table = pa.concat_tables([DECIDED.empty_table(), *tables])
     table = table.sort_by("number").combine_chunks()
     with arrow_writer(path, table.schema) as writer:
@@ -164,28 +163,28 @@ def _scores(group: Group, pairs: Indices, rules: GroupRules) -> npt.NDArray[np.f
     if rules.similarity:
         sizes = np.diff(group.bounds)[:, 0]
         part = np.cumsum(sizes[pairs].sum(1)) // _SHINGLES
-        for here in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(part)) + 1):
-            places, at = np.unique(pairs[here], return_inverse=True)
-            scores[here] = similarities(at.reshape(-1, 2), *group.shingles_of(places), rules.containment)
+        for chunk in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(part)) + 1):
+            places, at = np.unique(pairs[chunk], return_inverse=True)
+            scores[chunk] = similarities(at.reshape(-1, 2), *group.shingles_of(places), rules.containment)
     return scores
 
 
 def _decided(group: Group, found: Found, seen: Indices) -> pa.Table:
-    """seen: places of documents, with whose components nobody stays."""
+    """The rows of DECIDED. seen: places of documents that a Bloom filter contains; all of their clusters is removed."""
     count = len(group.numbers)
-    lost = np.isin(found.labels, found.labels[seen])
-    gone = found.labels != np.arange(count)
+    in_seen_cluster = np.isin(found.labels, found.labels[seen])
+    removed = found.labels != np.arange(count)
     names = np.array([name.decode() for name in group.documents.ids.tolist()], object)
     columns: dict[str, npt.NDArray[np.object_]] = {
-        "reason": np.where(lost, "seen", "").astype(object), "representative": names.copy(),
+        "reason": np.where(in_seen_cluster, "seen", "").astype(object), "representative": names.copy(),
         "partner": np.full(count, "", object), "similarity": np.full(count, None, object),
     }  # fmt: skip
     for name, column in columns.items():
-        column[gone] = found.removed[name].to_pylist()
-    columns["representative"][lost] = ""
-    kept = np.where(lost, LOST, group.numbers[found.labels])
+        column[removed] = found.removed[name].to_pylist()
+    columns["representative"][in_seen_cluster] = ""
+    kept = np.where(in_seen_cluster, NO_REPRESENTATIVE, group.numbers[found.labels])
     table = pa.table({"number": group.numbers, "kept": kept, "id": names, **columns}, schema=DECIDED)
-    return table.filter(pa.array(gone | lost | (group.documents.sources < 0)))
+    return table.filter(pa.array(removed | in_seen_cluster | (group.documents.sources < 0)))
 
 
 def _binary(rows: Rows) -> pa.Array:
@@ -218,7 +217,7 @@ def _read(files: PhaseFiles, count: int, group: int) -> Group:
 
 
 def _pairs(files: PhaseFiles, count: int, number: int, group: Group) -> Indices:
-    """The pairs of a group, of places, each once."""
+    """The distinct pairs of a group, as places in it."""
     found = [np.zeros((0, 2), np.int64)]
     for file in range(count):
         groups = mapped(files.read("pair_groups", file))

@@ -1,18 +1,18 @@
-"""What dedup keeps of documents for those that come later: their keys by band and range, and their hashes.
+"""The dedup index: band keys and content hashes of documents, against which later runs deduplicate.
 
-An index is a chain of generations, one per run that was given its name, each in that run's artifact and never changed:
+An index is a chain of generations, one per run with its name. Each is part of that run's artifact and never changes:
 
-    index/index.json                     what follows belongs to, and the number of its first document
-    index/band-BB/range-RRRRR.parquet    key, document: ascending by key, documents of one key in keep order
+    index/index.json                     the documents artifact, and the number of its first document
+    index/band-BB/range-RRRRR.parquet    key, document: ascending by key, documents of one key in priority order
     index/hashes/range-RRRRR.parquet     96 bits of the hash of each text, document
-    index/representatives.parquet        document, representative: of those above that did not stay
+    index/representatives.parquet        document, representative: of the removed documents among the above
 
-Documents are numbered in the order of their shards, generation after generation, so a number is a place in a file,
-where the text is that a new document is verified against. Exact copies and texts without words have no keys here.
-Sorted numbers are stored as packed differences: of n documents, a key of 48 bits and its document take 53 bits whatever
-n is, a hash 101, so 16 bands need 118 bytes a document.
+Documents are numbered consecutively in the order of their shards and generations, so a number locates the text with
+which a new document is compared. Exact copies and texts without words have no keys in the index. Sorted numbers are
+delta-encoded: for any number of documents, a key of 48 bits and its document take 53 bits, and a hash takes 101, so
+16 bands need 118 bytes per document.
 
-Shapes: N documents, M keys that are looked up.
+Shapes: N documents, M lookup keys.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from moray.pipelines.text.shingles import KEY_BITS
 from moray.platform.core.atomic import whole_file, write_json
 
 FOLDER = "index"
-_RANGE_ENTRIES = 4_000_000  # of a file, at most about: what a lookup holds in memory
+_RANGE_ENTRIES = 4_000_000  # approximate maximum per file; a lookup holds one file in memory
 
 Hashes = npt.NDArray[np.bytes_]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The documents of one run. offset: the number of the first one; shards, rows: their files, and documents in each;
-    ranges: files of a band, a power of two. documents: the artifact (`step/fingerprint`) that the files are in."""
+    """The documents of one run. documents: their artifact (`step/fingerprint`). offset: the number of the first
+    document. shards, rows: files of the artifact, and documents per file. ranges: files per band, a power of two."""
 
     documents: str
     offset: int
@@ -63,13 +63,13 @@ class Generation:
 
 
 def index_ranges(count: int) -> int:
-    """Files per band for so many documents."""
+    """The number of files per band for `count` documents."""
     return 1 << max(0, (count - 1) // _RANGE_ENTRIES).bit_length()
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A generation of earlier runs: where its index is, and its documents."""
+    """A generation of an earlier run. folder: the artifact with its index; texts: the artifact of its documents."""
 
     generation: Generation
     folder: Path
@@ -77,26 +77,26 @@ class Earlier:
 
 
 def write_band(folder: Path, band: int, part: int, keys: Keys, numbers: Indices) -> None:
-    """The keys of one range of a band, those of documents that share one in keep order, and whose they are."""
+    """Writes the keys of one range of a band with the numbers of their documents. Order within a key is kept."""
     order = np.argsort(keys, kind="stable")
     _write(_range(_band_folder(folder, band), part), {"key": keys[order], "document": numbers[order]})
 
 
 def find_earlier_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tuple[Keys, Indices]:
-    """Of every earlier document that has one of these keys [M]: the key and its number, in keep order by key."""
-    wanted = np.unique(keys)
+    """Keys and numbers of all earlier documents with one of these keys [M]; in priority order within a key."""
+    lookups = np.unique(keys)
     found_keys, found_numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for one in earlier:
-        for part, table in _read_ranges(_band_folder(one.folder, band), one.generation.ranges, KEY_BITS, wanted):
+        for part, table in _read_ranges(_band_folder(one.folder, band), one.generation.ranges, KEY_BITS, lookups):
             stored = table["key"].to_numpy().view(np.uint64)
-            here = np.flatnonzero(np.isin(stored, part, assume_unique=False))
-            found_keys.append(stored[here])
-            found_numbers.append(table["document"].to_numpy()[here])
+            rows = np.flatnonzero(np.isin(stored, part, assume_unique=False))
+            found_keys.append(stored[rows])
+            found_numbers.append(table["document"].to_numpy()[rows])
     return np.concatenate(found_keys), np.concatenate(found_numbers)
 
 
 def write_hashes(folder: Path, part: int, hashes: Hashes, numbers: Indices) -> None:
-    """Distinct hashes of one range, and who has them."""
+    """Writes the distinct hashes of one range and the numbers of their documents."""
     high, low = halves(hashes)
     order = np.lexsort((low, high))
     columns: dict[str, npt.NDArray[Any]] = {"key": high[order], "rest": low[order], "document": numbers[order]}
@@ -104,7 +104,7 @@ def write_hashes(folder: Path, part: int, hashes: Hashes, numbers: Indices) -> N
 
 
 def find_hashes(earlier: Sequence[Earlier], hashes: Hashes) -> Indices:
-    """int64 [M]: the number of the earlier document with each of these hashes, -1 where there is none."""
+    """The number of the earlier document with each of these hashes, int64 [M]; -1 for none."""
     high, low = halves(hashes)
     found = np.full(len(hashes), -1, np.int64)
     order = np.argsort(high, kind="stable")
@@ -120,9 +120,9 @@ def find_hashes(earlier: Sequence[Earlier], hashes: Hashes) -> Indices:
 def _matching(table: pa.Table, part: Keys) -> tuple[list[int], list[int], list[int]]:
     """(key, rest, document) of the rows with one of these keys."""
     stored = table["key"].to_numpy().view(np.uint64)
-    here = np.flatnonzero(np.isin(stored, part))
-    rest = table["rest"].to_numpy()[here].view(np.uint32)
-    return stored[here].tolist(), rest.tolist(), table["document"].to_numpy()[here].tolist()
+    rows = np.flatnonzero(np.isin(stored, part))
+    rest = table["rest"].to_numpy()[rows].view(np.uint32)
+    return stored[rows].tolist(), rest.tolist(), table["document"].to_numpy()[rows].tolist()
 
 
 def write_representatives(folder: Path, documents: Indices, representatives: Indices) -> None:
@@ -132,7 +132,7 @@ def write_representatives(folder: Path, documents: Indices, representatives: Ind
 
 @dataclass(frozen=True)
 class Representatives:
-    """Who stays for earlier documents that do not. documents: ascending."""
+    """The representatives of removed documents of earlier runs. documents: ascending."""
 
     documents: Indices
     representatives: Indices
@@ -145,13 +145,14 @@ class Representatives:
         return Representatives(table["document"].to_numpy(), table["representative"].to_numpy())
 
     def has(self, numbers: Indices) -> npt.NDArray[np.bool_]:
+        """Whether each of these documents is removed."""
         return np.isin(numbers, self.documents)
 
     def of(self, numbers: Indices) -> Indices:
-        """Of each of these documents the one that stays, itself if it does."""
+        """The representative of each of these documents, which is the document itself if it is kept."""
         found = numbers.copy()
-        while (gone := self.has(found)).any():  # who stayed may have gone since, for an older one
-            found[gone] = self.representatives[np.searchsorted(self.documents, found[gone])]
+        while (removed := self.has(found)).any():  # a later run may have removed a representative
+            found[removed] = self.representatives[np.searchsorted(self.documents, found[removed])]
         return found
 
 
@@ -160,7 +161,7 @@ def _band_folder(folder: Path, band: int) -> Path:
 
 
 def halves(hashes: Hashes) -> tuple[Keys, npt.NDArray[np.uint32]]:
-    """The first 64 and the next 32 bits of hashes in hexadecimal."""
+    """The first 64 and the next 32 bits of hexadecimal hashes."""
     raw = np.frombuffer(bytes.fromhex(b"".join(one[:24] for one in hashes.tolist()).decode()), np.uint8).reshape(-1, 12)
     return (
         np.ascontiguousarray(raw[:, :8]).view(">u8").ravel().astype(np.uint64),
@@ -172,15 +173,15 @@ def _range(folder: Path, part: int) -> Path:
     return folder / f"range-{part:05d}.parquet"
 
 
-def _read_ranges(folder: Path, ranges: int, bits: int, wanted: Keys) -> Iterator[tuple[Keys, pa.Table]]:
-    """The ranges that ascending keys fall into: those keys, and the file."""
-    for part, (begin, end) in enumerate(range_bounds(wanted, bits, ranges)):
+def _read_ranges(folder: Path, ranges: int, bits: int, keys: Keys) -> Iterator[tuple[Keys, pa.Table]]:
+    """Reads each range that contains any of the ascending `keys`; yields those keys and the file."""
+    for part, (begin, end) in enumerate(range_bounds(keys, bits, ranges)):
         if end > begin:
-            yield wanted[begin:end], pq.read_table(_range(folder, part))
+            yield keys[begin:end], pq.read_table(_range(folder, part))
 
 
 def range_bounds(keys: Keys, bits: int, ranges: int) -> list[tuple[int, int]]:
-    """[begin, end) of each range of ascending keys: ranges have equal numbers of values of so many bits."""
+    """[begin, end) of the ascending keys in each range. The ranges divide the values of `bits` bits equally."""
     shift = np.uint64(bits - (ranges.bit_length() - 1))
     if ranges == 1:
         return [(0, len(keys))]
@@ -189,12 +190,12 @@ def range_bounds(keys: Keys, bits: int, ranges: int) -> list[tuple[int, int]]:
 
 
 def _signed(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """Parquet packs differences of signed numbers; they wrap around as unsigned ones do."""
+    """A signed view: Parquet delta-encodes signed numbers only, and their differences wrap around as unsigned do."""
     return values.view(f"i{values.dtype.itemsize}")
 
 
 def _write(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Whole, or not there."""
+    """Writes a Parquet file atomically."""
     table = pa.table({name: _signed(values) for name, values in columns.items()})
     packed = [name for name in table.column_names if name != "rest"]
     encodings = {name: "DELTA_BINARY_PACKED" if name in packed else "PLAIN" for name in table.column_names}

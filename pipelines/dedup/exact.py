@@ -1,4 +1,4 @@
-"""Exact copies: of all documents whose hash is of one range, which are the same text as one before them."""
+"""Exact copies: among the documents whose hashes are in one range, those with the same text as an earlier one."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, save_array
 from moray.pipelines.shared.shards import Row
 
-ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" of an earlier one's
+ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" for a document of an earlier run
 HASHES = "hashes"
 _NEW = -1
 
 
 @dataclass(frozen=True)
 class IndexForm:
-    """What earlier runs have seen, and how this one is kept for later ones: `exact`, `bloom`, or not at all."""
+    """The index of earlier runs, and the form in which this run writes its own: `exact`, `bloom`, or '' for none."""
 
     form: str
     folder: str
     earlier: Sequence[Earlier]
 
 
-def find_copies(part: Row, files: PhaseFiles, sketches: Sketches, kept: IndexForm) -> Row:
-    """Writes of the documents of one range of hashes the numbers, ascending, of those that are copies, and their
-    ORIGINALs: the first with that text, or an earlier document. Of texts that a filter has seen, the first one's
-    number."""
+def find_copies(part: Row, files: PhaseFiles, sketches: Sketches, index: IndexForm) -> Row:
+    """Writes the numbers of the exact copies in one range of hashes, ascending, and the ORIGINAL of each.
+
+    The original is the first document with that text, or a document of an earlier run. For the Bloom form, also writes
+    the number of the first document of each text that a filter contains.
+    """
     number = part["shard"]
     path = files.write("copies", number)
     if not path.exists():
         values, numbers = sketches.hashes(number)
-        if not kept.form:
-            numbers = numbers[buckets(values)]  # who is alone is no copy
-        documents, order = columns_of(sketches.documents(numbers)).in_keep_order()
+        if not index.form:
+            numbers = numbers[buckets(values)]  # a document with a unique hash has no copies
+        documents, order = columns_of(sketches.documents(numbers)).in_priority_order()
         numbers = numbers[order]
         _, firsts, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
         old = np.full(len(firsts), _NEW, np.int64)
         seen = np.zeros(len(firsts), np.bool_)
-        if kept.form == "bloom":
+        if index.form == "bloom":
             high, _ = dedup_index.halves(documents.hashes[firsts])
-            seen = bloom.seen(kept.earlier, HASHES, high, HASH_BITS)
-            bloom.write_bloom(Path(kept.folder), HASHES, number, high[~seen])
-        elif kept.form:
-            old = dedup_index.find_hashes(kept.earlier, documents.hashes[firsts])
+            seen = bloom.seen(index.earlier, HASHES, high, HASH_BITS)
+            bloom.write_bloom(Path(index.folder), HASHES, number, high[~seen])
+        elif index.form:
+            old = dedup_index.find_hashes(index.earlier, documents.hashes[firsts])
             new = firsts[old == _NEW]
-            dedup_index.write_hashes(Path(kept.folder), number, documents.hashes[new], numbers[new])
+            dedup_index.write_hashes(Path(index.folder), number, documents.hashes[new], numbers[new])
         save_array(files.write("seen_hashes", number), numbers[firsts[seen]])
         copies, originals = _copies(numbers, documents.ids, firsts[group], old[group])
         save_array(files.write("originals", number), originals)
@@ -62,7 +64,11 @@ def find_copies(part: Row, files: PhaseFiles, sketches: Sketches, kept: IndexFor
 
 
 def _copies(numbers: Indices, ids: npt.NDArray[np.bytes_], first: Indices, old: Indices) -> tuple[Indices, Rows]:
-    """Of documents in keep order. first: the place of the first with the same text; old: the earlier one's number."""
+    """The copies among documents in priority order, and their originals.
+
+    first: the place of the first document with the same text. old: the number of the document with that text in an
+    earlier run, or _NEW.
+    """
     copies = np.flatnonzero((old != _NEW) | (first != np.arange(len(first))))
     copies = copies[np.argsort(numbers[copies])]
     originals = np.empty(len(copies), ORIGINAL)

@@ -1,8 +1,8 @@
-"""Which documents go, given what is known of all of them: exact copies, then verified near duplicates, by component.
+"""The decision which documents are removed: exact copies and verified near duplicates, by connected component.
 
-Everything is in the order in which documents are kept: an older generation, a source named earlier in `prefer`, the
-better quality, the longer text, then content hash and id. So the first of a component is the one that stays, and
-nothing depends on the order in which documents, shards or workers come.
+All arrays are in priority order (priority_order.py): an older generation, a source named earlier in `prefer`, the
+higher quality, the longer text, then content hash and id. The first document of a component is kept, so the result does
+not depend on the order of documents, shards or workers.
 
 Shapes: N documents, E pairs.
 """
@@ -16,80 +16,83 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup.graph import Candidates, candidates, components
-from moray.pipelines.dedup.keep_order import DocumentColumns
+from moray.pipelines.dedup.priority_order import DocumentColumns
 from moray.pipelines.shared.arrays import Indices, Keys, Scores
 
 
 @dataclass(frozen=True)
 class Found:
-    """What goes of documents in keep order. labels: of each the one that stays for it, itself where it stays.
+    """Duplicates among documents in priority order.
 
-    removed: see `docs/formats.md`. alike: how many of the candidate pairs were.
+    labels: [N], the representative of each document, which is the document itself if it is kept. removed: the removed
+    documents, see `docs/formats.md`. similar: the number of candidate pairs that are duplicates.
     """
 
     labels: Indices
     removed: pa.Table
-    alike: int
-
-    @property
-    def gone(self) -> Indices:
-        return np.flatnonzero(self.labels != np.arange(len(self.labels)))
+    similar: int
 
     @property
     def clusters(self) -> int:
-        """That have any that goes."""
-        return len(np.unique(self.labels[self.gone]))
+        """The number of clusters with at least one removed document."""
+        return len(np.unique(self.labels[self.labels != np.arange(len(self.labels))]))
 
 
 def near_candidates(documents: DocumentColumns, keys: Keys, shingles: Indices) -> Candidates:
-    """Pairs to be verified, of documents in keep order: of exact copies, only the first.
+    """Candidate pairs to verify, for documents in priority order. Of exact copies, only the first is a candidate.
 
-    keys: [N, bands]; shingles: [N], how many each has; none: its keys mean nothing.
+    keys: [N, bands], band keys. shingles: [N], shingles per document; a document without shingles has no valid keys.
     """
     firsts = documents.firsts()
     return candidates(keys, firsts[shingles[firsts] > 0])
 
 
 def find(
-    documents: DocumentColumns, pairs: Indices, scores: Scores, least: float, known: Indices | None = None
+    documents: DocumentColumns, pairs: Indices, scores: Scores, min_similarity: float, known: Indices | None = None
 ) -> Found:
-    """What goes of documents in keep order: of `pairs` [E, 2], each as alike as `scores` [E] says, those of at least
-    `least` are duplicates, and all `known` ones."""
+    """Finds the duplicates among documents in priority order.
+
+    Of the candidate `pairs` [E, 2], those with `scores` [E] of at least `min_similarity` are duplicates. `known` pairs
+    are duplicates by an earlier decision.
+    """
     count = len(documents.ids)
     _, first, group = np.unique(documents.hashes, return_index=True, return_inverse=True)
     original = first[group]
     copies = np.flatnonzero(original != np.arange(count))
-    alike, scores = pairs[scores >= least], scores[scores >= least]
+    similar, scores = pairs[scores >= min_similarity], scores[scores >= min_similarity]
     edges = [
         np.stack((original[copies], copies), axis=1),
-        alike,
+        similar,
         np.zeros((0, 2), np.int64) if known is None else known,
     ]
     labels = components(count, np.concatenate(edges))
-    gone = np.flatnonzero(labels != np.arange(count))
-    partner, similarity = _partners(count, alike, scores)
+    removed = np.flatnonzero(labels != np.arange(count))
+    partner, similarity = _partners(count, similar, scores)
     partner[copies], similarity[copies] = original[copies], 1.0
-    exact = documents.hashes[gone] == documents.hashes[labels[gone]]
+    exact = documents.hashes[removed] == documents.hashes[labels[removed]]
     table = pa.table(
         {
-            "id": _text(documents.ids[gone]),
+            "id": _text(documents.ids[removed]),
             "reason": pa.array(np.where(exact, "exact", "near"), pa.string()),
-            "representative": _text(documents.ids[labels[gone]]),
-            "partner": _text(documents.ids[partner[gone]]),
-            "similarity": pa.array(similarity[gone], pa.float64()),
+            "representative": _text(documents.ids[labels[removed]]),
+            "partner": _text(documents.ids[partner[removed]]),
+            "similarity": pa.array(similarity[removed], pa.float64()),
         }
     )
-    return Found(labels, table, len(alike))
+    return Found(labels, table, len(similar))
 
 
 def _partners(count: int, pairs: Indices, scores: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
-    """Of each document the one it is most like, the first of these, and how much; itself and 0 for who has none."""
+    """The most similar document of each document, and their similarity; itself and 0 without a pair.
+
+    Of equally similar documents, the first in priority order is chosen.
+    """
     partner, best = np.arange(count), np.zeros(count)
     both = np.concatenate((pairs, pairs[:, ::-1]))
     twice = np.concatenate((scores, scores))
     order = np.lexsort((both[:, 1], -twice, both[:, 0]))
-    who, at = np.unique(both[order, 0], return_index=True)
-    partner[who], best[who] = both[order[at], 1], twice[order[at]]
+    paired, at = np.unique(both[order, 0], return_index=True)
+    partner[paired], best[paired] = both[order[at], 1], twice[order[at]]
     return partner, best
 
 

@@ -1,6 +1,8 @@
-"""Pairs of documents that share a band key, and the connected components of pairs; compiled by numba.
+"""Pairs of documents that share a band key, and their connected components. Compiled by numba.
 
-Shapes: N documents, M members of a band, E pairs.
+A bucket is all documents with the same key of a band.
+
+Shapes: N documents, M keys of a band, E pairs.
 """
 
 from __future__ import annotations
@@ -13,38 +15,39 @@ import numpy.typing as npt
 
 from moray.pipelines.shared.arrays import Indices, Keys
 
-LARGEST = 64  # documents of one key of which every pair is a candidate
+LARGEST = 64  # documents of one bucket of which every pair is a candidate
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """pairs: [E, 2], each once, ascending. capped: keys that more than LARGEST documents share."""
+    """pairs: [E, 2], distinct, ascending. capped: the number of buckets of more than LARGEST documents."""
 
     pairs: Indices
     capped: int
 
 
 def candidates(keys: Keys, members: Indices) -> Candidates:
-    """Of the documents `members`, in keep order, those that share a key of a band; keys: [N, bands], all in memory."""
+    """Pairs of the documents `members`, in priority order, that share a key of any band. keys: [N, bands]."""
     bands = [bucket_pairs(keys[members, band], members) for band in range(keys.shape[1])]
     pairs = np.concatenate([np.zeros((0, 2), np.int64), *(band.pairs for band in bands)])
     return Candidates(once(np.sort(pairs, axis=1), len(keys)), sum(band.capped for band in bands))
 
 
 def once(pairs: Indices, count: int) -> Indices:
-    """Each of the pairs [E, 2] of places below `count` once, ascending."""
+    """The distinct pairs of [E, 2] places below `count`, ascending."""
     return np.stack(np.divmod(np.unique(pairs[:, 0] * count + pairs[:, 1]), max(1, count)), axis=1)
 
 
 def bucket_pairs(
     keys: Keys, numbers: Indices, old_keys: Keys | None = None, old_numbers: Indices | None = None
 ) -> Candidates:
-    """Which documents of one band share a key; keys [M], in keep order. pairs: of their `numbers`, the kept one first.
+    """Pairs of documents that share a key of one band. keys: [M], in priority order. pairs: of their `numbers`, the
+    document of higher priority first.
 
-    Of a key, the first LARGEST documents are all compared; each further one with the first and with the one before it.
-    So their number does not explode, they stay one component if they are alike, and a document's pairs depend on those
-    before it only: with `old` ones, which come before all others, none of which are paired, the result is what all of
-    them would give together.
+    In a bucket, the first LARGEST documents are all paired; each further one is paired with the first and with its
+    predecessor. This bounds the number of pairs and keeps similar documents in one component. The pairs of a document
+    depend only on documents of higher priority, so earlier runs can be added as `old_keys` and `old_numbers`: these
+    precede all others and are not paired with each other, and the result equals that of one run over all documents.
     """
     if old_keys is None or old_numbers is None:
         old_keys, old_numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
@@ -59,9 +62,9 @@ def bucket_pairs(
 
 
 def buckets(keys: Keys, more_than: int = 1) -> Indices:
-    """Where the keys are that more than so many have; one key after another, of a key in no order.
+    """The places of all keys in buckets of more than `more_than`, bucket after bucket, unordered within a bucket.
 
-    Few keys are, and only those need an order: numpy's fastest sort keeps none.
+    numpy's fastest sort is not stable; the few places that are returned are cheap to order afterwards.
     """
     order = np.argsort(keys)
     ascending = keys[order]
@@ -72,7 +75,7 @@ def buckets(keys: Keys, more_than: int = 1) -> Indices:
 
 @numba.njit(nogil=True, cache=True)
 def _count_pairs(order: Indices, bounds: Indices, old: int, largest: int) -> int:
-    """How many pairs `_write_pairs` writes."""
+    """The number of pairs that `_write_pairs` writes."""
     count = 0
     for g in range(len(bounds) - 1):
         for i in range(bounds[g], bounds[g + 1]):
@@ -84,8 +87,11 @@ def _count_pairs(order: Indices, bounds: Indices, old: int, largest: int) -> int
 
 @numba.njit(nogil=True, cache=True)
 def _write_pairs(numbers: Indices, order: Indices, bounds: Indices, old: int, largest: int, pairs: Indices) -> None:
-    """Of each run order[bounds[g] : bounds[g + 1]], every later member that is not one of the first `old` with those
-    before it, or with the first and the last of them where they are many."""
+    """Writes the pairs of each bucket order[bounds[g] : bounds[g + 1]].
+
+    Pairs each member that is not among the first `old` keys with its predecessors in the bucket, or, from the
+    `largest`-th member on, with the first and the last of them.
+    """
     at = 0
     for g in range(len(bounds) - 1):
         begin = bounds[g]
@@ -103,7 +109,7 @@ def _write_pairs(numbers: Indices, order: Indices, bounds: Indices, old: int, la
 
 
 def components(count: int, pairs: Indices) -> Indices:
-    """int64 [count]: of each document the smallest index of its component."""
+    """The component of each document, as the smallest index in it, int64 [count]."""
     parent = np.arange(count)
     joined = np.empty(len(pairs), np.bool_)
     _unite(parent, pairs, joined)
@@ -112,9 +118,10 @@ def components(count: int, pairs: Indices) -> Indices:
 
 
 def forest(pairs: Indices) -> Indices:
-    """Those of the pairs of any numbers that connect all that the pairs do, and no more: less than there are numbers.
+    """A spanning forest of the pairs, which may hold any numbers: a subset with the same connected components.
 
-    So forests of parts of a graph, merged, are a forest of it, whatever the parts.
+    It has fewer edges than there are distinct numbers. A forest of merged forests of the parts of a graph is a forest
+    of the graph, for any partition.
     """
     numbers, places = np.unique(pairs, return_inverse=True)
     joined = np.empty(len(pairs), np.bool_)
@@ -124,7 +131,7 @@ def forest(pairs: Indices) -> Indices:
 
 @numba.njit(nogil=True, cache=True)
 def _unite(parent: Indices, pairs: Indices, joined: npt.NDArray[np.bool_]) -> None:
-    """Union by the smaller root, path halving. joined: whether a pair's two were apart before it."""
+    """Union-find with path halving; the smaller root wins. joined: whether a pair connected two components."""
     for e in range(len(pairs)):
         a, b = pairs[e, 0], pairs[e, 1]
         while parent[a] != a:
@@ -142,6 +149,6 @@ def _unite(parent: Indices, pairs: Indices, joined: npt.NDArray[np.bool_]) -> No
 
 @numba.njit(nogil=True, cache=True)
 def _flatten(parent: Indices) -> None:
-    """Of each its root: a root is smaller than what it is the root of, so it is final before."""
+    """Replaces each parent by its root. A root is smaller than its members, so it is final when they are reached."""
     for i in range(len(parent)):
         parent[i] = parent[parent[i]]

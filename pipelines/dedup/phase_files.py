@@ -1,21 +1,21 @@
-"""The work files that pass between the phases of dedup, by kind. The table of phases says who reads and writes which.
+"""The work files that the phases of dedup exchange, by kind. PHASES (phases.py) lists the readers and the writer.
 
-    kind                         one for each        what it holds
+    kind                         one for each        contents
     sketches                     shard (a folder)    ids, hashes, lengths of documents and their band keys, by range
     copies, originals            range of hashes     numbers of exact copies, ascending; the original of each
-    seen_hashes                  range of hashes     numbers of documents whose text a Bloom filter has seen
+    seen_hashes                  range of hashes     numbers of documents whose text is in a Bloom filter
     members                      run                 bool by number: whether a document's keys are compared
     pairs                        range of a band     [E, 2] numbers of documents that share a key, ascending in a pair
     forest                       level, range        [F, 2] a spanning forest of these pairs
-    seen_keys                    range of a band     numbers of documents whose key a filter has seen
-    numbers, groups              run                 documents to be decided, ascending; the group of each
-    known, seen                  run                 [K, 2] pairs that belong together; numbers that a filter has seen
-    candidates                   shard               documents to be decided, with shingles, a batch for each group
+    seen_keys                    range of a band     numbers of documents whose key is in a Bloom filter
+    numbers, groups              run                 numbers of candidates, ascending; the group of each
+    known, seen                  run                 [K, 2] pairs known to be duplicates; numbers in a Bloom filter
+    candidates                   shard               candidates with shingles, a batch for each group
     grouped_pairs, pair_groups   some ranges         their pairs by group; the group of each
     group_decisions, decisions   group; run          rows of decide.DECIDED
 
-A document's number is its place among the documents of all runs with this index, shard after shard. What tasks counted
-is in their records, below the same folder (`shared/task_records.py`).
+Documents are numbered consecutively over the shards of all runs with this index. The counts of each task are in its
+record, in the same folder (`shared/task_records.py`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _NAMES: dict[FileKind, str] = {
 
 @dataclass(frozen=True)
 class PhaseFiles:
-    """The work files of one phase, below `folder`. Any kind that the phase's row does not name is a ValueError."""
+    """The work files of one phase, below `folder`. Raises ValueError for a kind that the phase does not declare."""
 
     folder: str
     reads: frozenset[FileKind]
@@ -75,13 +75,13 @@ class PhaseFiles:
     def read(self, kind: FileKind, *numbers: int) -> Path:
         """A file of an earlier phase, or of this one."""
         if kind not in self.reads | self.writes:
-            raise ValueError(f"this phase reads no {kind}")
+            raise ValueError(f"this phase does not read {kind}")
         return self._path(kind, numbers)
 
     def write(self, kind: FileKind, *numbers: int) -> Path:
-        """A file that this phase makes; a rerun finds it if it was finished."""
+        """A file that this phase writes. A rerun reuses it if it is complete."""
         if kind not in self.writes:
-            raise ValueError(f"this phase writes no {kind}")
+            raise ValueError(f"this phase does not write {kind}")
         return self._path(kind, numbers)
 
     def _path(self, kind: FileKind, numbers: tuple[int, ...]) -> Path:

@@ -1,11 +1,11 @@
-"""The phases of dedup: a table of what each reads, writes and runs, and the code behind it.
+"""The phases of dedup: the table PHASES, with the files that each phase reads and writes, and the functions it names.
 
-Every shard is signed; every range of hashes is searched for exact copies, every range of every band for documents that
-share a key. Connected components of these pairs are packed into groups; the documents in them, and only they, are read
-again, and every group is decided by itself. Last, every shard is written without what is removed.
+The phases sign every shard, search every range of hashes for exact copies, and search every range of every band for
+documents that share a key. They pack the connected components of these pairs into groups, read only the documents in
+groups again, and decide each group independently. Last, they write every shard without the removed documents.
 
-Text stays inside tasks, but for that of few candidates. This process holds a byte of each document (`members`), and
-some 100 bytes of each that is in a pair. Phases of few documents run here: that takes less than starting tasks.
+Text stays inside tasks, except for small sets of candidates. This process holds one byte per document (`members`) and
+about 100 bytes per document in a pair. Small phases run in this process, because starting tasks would take longer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moray.pipelines.dedup import dedup_index
-from moray.pipelines.dedup.compare_keys import compare_keys, merge_forests, read_forests
+from moray.pipelines.dedup.compare_bands import compare_bands, merge_forests, read_forests
 from moray.pipelines.dedup.config import DedupConfig
-from moray.pipelines.dedup.crawl import Crawl
+from moray.pipelines.dedup.dedup_input import DedupInput
 from moray.pipelines.dedup.decide import (
     GroupRules,
     decide_group,
@@ -44,17 +44,18 @@ from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.platform.plan.context import StepContext
 
 _FOLDER = ".work"
-_GROUP_CHARACTERS = 50_000_000  # of documents that a worker compares at once: some 400 MB of shingles at the most
-_FILE_PAIRS = 20_000_000  # that are parted by group at once
-_EDGES = 100_000_000  # of forests: of more, some are merged by others before this process joins them
-_MERGED = 16  # forests at once
-_FEW_DOCUMENTS = 1 << 18  # that are compared here
-_FEW_BYTES = 10_000_000  # of files that are read again here
+_GROUP_CHARACTERS = 50_000_000  # per group: at most about 400 MB of shingles
+_FILE_PAIRS = 20_000_000  # pairs that one task sorts by group
+_EDGES = 100_000_000  # maximum that this process joins; with more edges, tasks merge forests first
+_MERGED = 16  # forests that one task merges
+_FEW_DOCUMENTS = 1 << 18  # maximum that this process compares itself
+_FEW_BYTES = 10_000_000  # maximum size of files that this process reads again itself
 
 
 @dataclass(frozen=True)
 class ExactMatches:
-    """earlier: numbers of earlier documents that have copies here; seen: of those whose text a filter has seen."""
+    """earlier: numbers of documents of earlier runs that have copies in this run. seen: numbers of documents whose
+    text is in a Bloom filter."""
 
     earlier: Indices
     seen: Indices
@@ -62,8 +63,8 @@ class ExactMatches:
 
 @dataclass(frozen=True)
 class CandidatePairs:
-    """counts: pairs in each file; edges: in the files' forests, by file; seen: numbers of documents whose key a filter
-    has seen; capped: keys that so many share that not all their pairs are compared."""
+    """counts: pairs in each file. edges: edges of each file's forest. seen: numbers of documents whose key is in a
+    Bloom filter. capped: buckets of which not all pairs are compared."""
 
     counts: list[int]
     edges: list[int]
@@ -73,7 +74,7 @@ class CandidatePairs:
 
 @dataclass(frozen=True)
 class Clusters:
-    """Groups of candidate documents, with each one's length in characters."""
+    """Groups of candidate documents. numbers, characters: the number and the length of each document."""
 
     numbers: Indices
     characters: Indices
@@ -82,19 +83,20 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Decisions:
-    """table: rows of decide.DECIDED, by number; pairs: that were candidates; alike: that were near duplicates."""
+    """table: rows of decide.DECIDED, by number. pairs: the number of candidate pairs. similar: the number of them that
+    are near duplicates."""
 
     table: pa.Table
     pairs: int
-    alike: int
+    similar: int
 
 
 @dataclass
 class DedupRun:
-    """One run of the step, and what its phases have found so far, in the order of the table."""
+    """One run of the step, and the results of its phases, in the order of PHASES."""
 
     ctx: StepContext[DedupConfig]
-    crawl: Crawl
+    input: DedupInput
     exact: ExactMatches = field(init=False)
     pairs: CandidatePairs = field(init=False)
     edges: Indices = field(init=False)
@@ -109,35 +111,35 @@ class DedupRun:
         return self.ctx.folder / _FOLDER
 
     @property
-    def form(self) -> IndexForm:
+    def index(self) -> IndexForm:
         return IndexForm(
-            self.ctx.config.index_form if self.ctx.config.index else "", str(self.ctx.folder), self.crawl.earlier
+            self.ctx.config.index_form if self.ctx.config.index else "", str(self.ctx.folder), self.input.earlier
         )
 
     @property
     def few(self) -> bool:
-        return self.crawl.count <= _FEW_DOCUMENTS
+        return self.input.count <= _FEW_DOCUMENTS
 
     def sketches(self, files: PhaseFiles) -> Sketches:
-        return self.crawl.sketches(files.read("sketches"))
+        return self.input.sketches(files.read("sketches"))
 
     def shards(self) -> list[Row]:
-        firsts = self.crawl.own_firsts
+        firsts = self.input.own_firsts
         return [
             {"shard": i, "path": str(path), "size": path.stat().st_size, "first": firsts[i]}
-            for i, path in enumerate(self.crawl.paths)
+            for i, path in enumerate(self.input.paths)
         ]
 
     def superseded(self) -> npt.NDArray[np.bool_]:
-        """Which rows of the decisions are earlier documents that were kept until now."""
+        """Whether each decided document was kept by earlier runs and is found to be a duplicate by this run."""
         number, kept = self.decisions.table["number"].to_numpy(), self.decisions.table["kept"].to_numpy()
-        stayed: npt.NDArray[np.bool_] = (number < self.crawl.offset) & ~self.crawl.representatives.has(number)
-        return stayed & (number != kept)
+        kept_so_far: npt.NDArray[np.bool_] = (number < self.input.offset) & ~self.input.representatives.has(number)
+        return kept_so_far & (number != kept)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A row of the table. `run` may use the work files of these kinds only."""
+    """A row of PHASES. `run` may use work files of these kinds only."""
 
     reads: frozenset[FileKind]
     writes: frozenset[FileKind]
@@ -145,34 +147,34 @@ class Phase:
 
 
 def sign(run: DedupRun, files: PhaseFiles) -> None:
-    """Sketches of every document: identity, hash and band keys."""
+    """Writes the sketches of every document: identity, hash and band keys."""
     config = run.ctx.config
     task = partial(sign_shard, folder=str(files.write("sketches")), shingling=config.shingling, prefer=config.prefer)
     map_shards(run.ctx, "signing", run.shards(), task, "bytes", file_bytes)
 
 
 def match_exact(run: DedupRun, files: PhaseFiles) -> None:
-    """Exact copies, by ranges of hashes; `members` are the first documents of each text, whose keys are compared."""
-    crawl = run.crawl
-    task = partial(find_copies, files=files, sketches=run.sketches(files), kept=run.form)
-    ranges: list[Row] = [{"shard": part} for part in range(crawl.ranges)]
+    """Finds exact copies, by ranges of hashes. Sets `members`: the first document of each new text."""
+    documents = run.input
+    task = partial(find_copies, files=files, sketches=run.sketches(files), index=run.index)
+    ranges: list[Row] = [{"shard": part} for part in range(documents.ranges)]
     map_shards(run.ctx, "finding copies", ranges, task, "ranges", lambda row: 1, here=run.few)
-    members = np.ones(crawl.count, np.bool_)
+    members = np.ones(documents.count, np.bool_)
     earlier, seen = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for part in range(crawl.ranges):
-        members[np.load(files.read("copies", part)) - crawl.offset] = False
+    for part in range(documents.ranges):
+        members[np.load(files.read("copies", part)) - documents.offset] = False
         seen.append(np.load(files.read("seen_hashes", part)))
         originals = np.unique(np.load(files.read("originals", part), mmap_mode="r")["number"])
-        earlier.append(originals[originals < crawl.offset])
-    members[np.concatenate(seen) - crawl.offset] = False
+        earlier.append(originals[originals < documents.offset])
+    members[np.concatenate(seen) - documents.offset] = False
     save_array(files.write("members"), members)
     run.exact = ExactMatches(np.concatenate(earlier), np.concatenate(seen))
 
 
-def match_keys(run: DedupRun, files: PhaseFiles) -> None:
-    """Pairs of documents that share a band key, by ranges of every band, and a spanning forest of each range."""
-    bands, ranges = run.ctx.config.shingling.bands, run.crawl.ranges
-    task = partial(compare_keys, files=files, sketches=run.sketches(files), offset=run.crawl.offset, kept=run.form)
+def match_bands(run: DedupRun, files: PhaseFiles) -> None:
+    """Finds pairs of documents that share a band key, and a spanning forest of them, by ranges of every band."""
+    bands, ranges = run.ctx.config.shingling.bands, run.input.ranges
+    task = partial(compare_bands, files=files, sketches=run.sketches(files), offset=run.input.offset, index=run.index)
     parts: list[Row] = [
         {"shard": band * ranges + part, "band": band, "range": part} for band in range(bands) for part in range(ranges)
     ]
@@ -187,7 +189,7 @@ def match_keys(run: DedupRun, files: PhaseFiles) -> None:
 
 
 def join_forests(run: DedupRun, files: PhaseFiles) -> None:
-    """The edges of all forests, merged in a tree until they are few."""
+    """Merges all forests in a tree until at most _EDGES edges are left, and reads those."""
     level, numbers, edges = 0, list(range(len(run.pairs.edges))), sum(run.pairs.edges)
     while edges > _EDGES and len(numbers) > 1:
         parts: list[Row] = [
@@ -201,14 +203,15 @@ def join_forests(run: DedupRun, files: PhaseFiles) -> None:
 
 
 def group_documents(run: DedupRun, files: PhaseFiles) -> None:
-    """Groups of components: of documents that are in a pair, that a filter has seen, or earlier ones that these match.
+    """Packs components into groups.
 
-    An earlier document that was removed brings the one that is kept for it: the two belong together (`known`).
+    Candidates are the documents in a pair, those found in a Bloom filter, and the documents of earlier runs that match
+    any of these. A removed document of an earlier run comes with its representative, as a `known` pair.
     """
-    crawl = run.crawl
+    documents = run.input
     seen = np.union1d(run.exact.seen, run.pairs.seen)
-    earlier = np.union1d(run.exact.earlier, run.edges[run.edges < crawl.offset])
-    representatives = crawl.representatives.of(earlier)
+    earlier = np.union1d(run.exact.earlier, run.edges[run.edges < documents.offset])
+    representatives = documents.representatives.of(earlier)
     known = np.stack((representatives, earlier), axis=1)[representatives != earlier]
     edges = np.concatenate((run.edges, known))
     numbers = np.unique(np.concatenate((edges.ravel(), earlier, seen)))
@@ -219,13 +222,13 @@ def group_documents(run: DedupRun, files: PhaseFiles) -> None:
     save_array(files.write("numbers"), numbers)
     save_array(files.write("groups"), groups.groups)
     if len(numbers):
-        said = f"{len(numbers):,} documents may be like others, in {groups.components:,} components"
-        run.ctx.note(f"{said}; the largest has {groups.largest:,}")
+        found = f"{len(numbers):,} candidate documents in {groups.components:,} components"
+        run.ctx.note(f"{found}; the largest has {groups.largest:,} documents")
     run.clusters = Clusters(numbers, characters, groups)
 
 
 def read_grouped(run: DedupRun, files: PhaseFiles) -> None:
-    """The documents to be decided, read again, by group."""
+    """Reads the candidates again, and writes them by group."""
     config = run.ctx.config
     task = partial(
         read_candidates,
@@ -234,14 +237,14 @@ def read_grouped(run: DedupRun, files: PhaseFiles) -> None:
         shingling=config.shingling if config.similarity else None,
         prefer=config.prefer,
     )
-    rows = run.crawl.shards.rows_of(run.clusters.numbers)
+    rows = run.input.shards.rows_of(run.clusters.numbers)
     few = sum(Path(row["path"]).stat().st_size for row in rows) <= _FEW_BYTES
     map_shards(run.ctx, "reading again", rows, task, "documents", lambda row: row["end"] - row["begin"], here=few)
     run.candidate_files = len(rows)
 
 
 def group_candidate_pairs(run: DedupRun, files: PhaseFiles) -> None:
-    """The pairs, so many in each file, by group."""
+    """Sorts the pairs by group, up to _FILE_PAIRS at a time."""
     parts: list[list[int]] = [[]]
     total = 0
     for number, count in enumerate(run.pairs.counts):
@@ -257,7 +260,7 @@ def group_candidate_pairs(run: DedupRun, files: PhaseFiles) -> None:
 
 
 def decide(run: DedupRun, files: PhaseFiles) -> None:
-    """Every group by itself: exact similarity of its pairs, and which document of each cluster is kept."""
+    """Computes the exact similarity of all pairs, group by group, and selects the document of each cluster to keep."""
     config, groups = run.ctx.config, run.clusters.groups
     rules = GroupRules(run.candidate_files, run.pair_files, config.similarity, config.measure == "containment")
     few = groups.count < 2 and run.clusters.characters.sum() <= _GROUP_CHARACTERS
@@ -276,9 +279,9 @@ def decide(run: DedupRun, files: PhaseFiles) -> None:
 
 
 def finish_index(run: DedupRun, files: PhaseFiles) -> None:
-    """All of the index but bands and hashes, which are there: which document is kept for which, and last its head.
+    """Completes the index: writes the representatives and, last, index.json. Earlier phases wrote bands and hashes.
 
-    Earlier documents that were kept until this run showed what they are like are in superseded.parquet.
+    Also writes superseded.parquet: documents that earlier runs kept and that this run finds to be duplicates.
     """
     if not run.ctx.config.index:
         return
@@ -288,17 +291,17 @@ def finish_index(run: DedupRun, files: PhaseFiles) -> None:
     run.ctx.counts["superseded"] = len(removed)
     if run.ctx.config.index_form == "exact":
         number, kept = run.decisions.table["number"].to_numpy(), run.decisions.table["kept"].to_numpy()
-        chosen = superseded | (number >= run.crawl.offset)
+        chosen = superseded | (number >= run.input.offset)
         dedup_index.write_representatives(run.ctx.folder, number[chosen], kept[chosen])
-    run.crawl.generation().write(run.ctx.folder)
+    run.input.generation().write(run.ctx.folder)
 
 
 def write_shards(run: DedupRun, files: PhaseFiles) -> None:
-    """Every shard without what is removed, and beside it what is removed; then the number of clusters."""
-    task = partial(write_kept, files=files, folder=str(run.ctx.folder), ranges=run.crawl.ranges)
+    """Writes every shard without the removed documents, and the removed documents. Counts the clusters."""
+    task = partial(write_kept, files=files, folder=str(run.ctx.folder), ranges=run.input.ranges)
     run.written = map_shards(run.ctx, "writing", run.shards(), task, "bytes", file_bytes)
-    removed = (run.decisions.table["number"].to_numpy() >= run.crawl.offset) | run.superseded()
-    run.ctx.counts["clusters"] = count_clusters(run.decisions.table, removed, files, run.crawl.ranges)
+    removed = (run.decisions.table["number"].to_numpy() >= run.input.offset) | run.superseded()
+    run.ctx.counts["clusters"] = count_clusters(run.decisions.table, removed, files, run.input.ranges)
 
 
 def _row(
@@ -307,11 +310,11 @@ def _row(
     return Phase(frozenset(reads), frozenset(writes), run)
 
 
-# phase_files.py says what each kind of file holds.
+# phase_files.py describes the kinds of files.
 PHASES = (
     _row(sign, writes=("sketches",)),
     _row(match_exact, reads=("sketches",), writes=("copies", "originals", "seen_hashes", "members")),
-    _row(match_keys, reads=("sketches", "members"), writes=("pairs", "forest", "seen_keys")),
+    _row(match_bands, reads=("sketches", "members"), writes=("pairs", "forest", "seen_keys")),
     _row(join_forests, writes=("forest",)),
     _row(group_documents, reads=("sketches",), writes=("numbers", "groups", "known", "seen")),
     _row(read_grouped, reads=("sketches", "numbers", "groups"), writes=("candidates",)),
@@ -326,8 +329,8 @@ PHASES = (
 
 
 def run_phases(ctx: StepContext[DedupConfig]) -> DedupRun:
-    """Runs them in order. What an interrupted run has finished is found and not made again."""
-    run = DedupRun(ctx, Crawl.of(ctx))
+    """Runs the phases in order. Files that an interrupted run has completed are reused."""
+    run = DedupRun(ctx, DedupInput.of(ctx))
     run.folder.mkdir(exist_ok=True)
     for phase in PHASES:
         phase.run(run, PhaseFiles(str(run.folder), phase.reads, phase.writes))
@@ -336,8 +339,8 @@ def run_phases(ctx: StepContext[DedupConfig]) -> DedupRun:
 
 
 def _characters(run: DedupRun, files: PhaseFiles, numbers: Indices) -> Indices:
-    """The length of each document; of earlier ones, for which it is not known, the mean of the others."""
-    own = numbers >= run.crawl.offset
+    """The length of each document. Documents of earlier runs, whose length is not stored, get the mean."""
+    own = numbers >= run.input.offset
     lengths = np.empty(len(numbers), np.int64)
     lengths[own] = run.sketches(files).lengths(numbers[own])
     lengths[~own] = int(lengths[own].mean()) if own.any() else 1

@@ -1,4 +1,4 @@
-"""What the dedup steps share around their decisions: input shards, and shards without the removed documents."""
+"""Shared by the dedup steps: input shards with a check of `prefer`, and shards without the removed documents."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from moray.platform.plan.context import StepContext
 
 
 def preferring_shards(ctx: StepContext[Any]) -> list[Row]:
-    """`input_shards`, with a warning where `prefer` names a source that no document has."""
+    """Returns `input_shards`; warns if `prefer` names a source that no document has."""
     shards = input_shards(ctx.inputs["documents"].folder)
     warn_of_unknown_sources(ctx, [Path(shard["path"]) for shard in shards])
     return shards
 
 
 def warn_of_unknown_sources(ctx: StepContext[Any], paths: Sequence[Path]) -> None:
-    """A preference for a source that is not there decides nothing, and is no error: another corpus may have it."""
+    """Warns of each source in `prefer` that no document has. This is no error, because another corpus may have it."""
     if not ctx.config.prefer:
         return
     sources = {source for path in paths for source in pc.unique(read_shard(path, ["source"])["source"]).to_pylist()}
     for name in ctx.config.prefer:
         if name not in sources:
-            ctx.note(f"prefer: no document is of a source {name!r}: {nearest(name, sources)}", level="warning")
+            ctx.note(f"prefer: no document has the source {name!r}: {nearest(name, sources)}", level="warning")
 
 
 def read_outputs(folder: Path, shards: Sequence[Row]) -> list[pa.Table]:
-    """What the tasks of the shards left in `folder`, under the shards' own names."""
+    """Reads the tables that the tasks of the shards wrote to `folder`, under the names of the shards."""
     return [read_shard(output_path(folder, shard)) for shard in shards]
 
 
 def keep_shard(shard: Row, folder: str) -> Row:
-    """Writes one shard without the removed documents; says how many stay, and their bytes."""
+    """Writes one shard without the removed documents. Returns the number of kept documents and their bytes."""
     return recorded(folder, Path(shard["path"]).stem, lambda: _keep(shard, Path(folder)))
 
 
 def _keep(shard: Row, folder: Path) -> Row:
     removed = read_shard(folder / "removed.parquet", ["id"])["id"]
     table = read_shard(Path(shard["path"]))
-    gone = pc.is_in(table["id"], value_set=removed.combine_chunks())
-    kept = table.filter(pc.invert(gone))
+    is_removed = pc.is_in(table["id"], value_set=removed.combine_chunks())
+    kept = table.filter(pc.invert(is_removed))
     write_shard(output_path(folder, shard), kept)
     return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"])}

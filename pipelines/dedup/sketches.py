@@ -1,11 +1,11 @@
-"""What signing leaves of each shard, as arrays that tasks map and do not read: a task touches the pages that it needs.
+"""Sketches: the output of the signing phase for each shard, as memory-mapped arrays.
 
-    NAME.documents.npy   DOCUMENT [N]              who they are, and what decides which of two is kept
+    NAME.documents.npy   DOCUMENT [N]              identity, and the columns that decide which of two is kept
     NAME.values.npy      uint64 [bands + 1, N]     the keys of each band, and the first 64 bits of hashes, ascending
-    NAME.rows.npy        uint32 [bands + 1, N]     whose they are
+    NAME.rows.npy        uint32 [bands + 1, N]     the row of the document of each value
 
-So all that has a value of a range lies together in each file, and a range of all files is one task's. Some 290 bytes a
-document of 16 bands.
+Values are sorted, so each range of values is contiguous in every file, and one task handles one range of all files. It
+touches only the pages of that range. With 16 bands, sketches take about 290 bytes per document.
 
 Shapes: N documents of a shard.
 """
@@ -23,19 +23,19 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.dedup_index import halves
-from moray.pipelines.dedup.keep_order import DocumentColumns
+from moray.pipelines.dedup.priority_order import DocumentColumns
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.text.shingles import KEY_BITS
 
 DOCUMENT = np.dtype([("id", "S32"), ("hash", "S32"), ("source", "<i8"), ("quality", "<f8"), ("length", "<i8")])
 HASH_BITS = 64
-_NO_KEY = np.uint64((1 << 64) - 1)  # of a document without words: in no range of keys
+_NO_KEY = np.uint64((1 << 64) - 1)  # of a document without words; outside all ranges of keys
 
 Rows = npt.NDArray[np.void]
 
 
 def rows_of(documents: DocumentColumns) -> Rows:
-    """As rows of DOCUMENT."""
+    """Converts columns to rows of DOCUMENT."""
     rows = np.empty(len(documents.ids), DOCUMENT)
     columns = documents.ids, documents.hashes, documents.sources, documents.qualities, documents.lengths
     for name, column in zip(DOCUMENT.names or (), columns, strict=True):
@@ -47,20 +47,20 @@ def columns_of(rows: Rows) -> DocumentColumns:
     return DocumentColumns(rows["id"], rows["hash"], rows["source"], rows["quality"], rows["length"])
 
 
-def is_there(folder: Path, name: str) -> bool:
+def has_sketches(folder: Path, name: str) -> bool:
     return _path(folder, name, "documents").exists()
 
 
 def write_sketches(
     folder: Path, name: str, documents: DocumentColumns, keys: Keys, has_keys: npt.NDArray[np.bool_]
 ) -> None:
-    """keys: [N, bands]; of documents without words they mean nothing."""
+    """Writes the files of one shard. keys: [N, bands]. has_keys: [N], false for documents without words."""
     high, _ = halves(documents.hashes)
     values = np.concatenate((np.where(has_keys, keys.T, _NO_KEY), high[None]))
     rows = np.argsort(values, axis=1, kind="stable")
     save_array(_path(folder, name, "values"), np.take_along_axis(values, rows, 1))
     save_array(_path(folder, name, "rows"), rows.astype(np.uint32))
-    save_array(_path(folder, name, "documents"), rows_of(documents))  # the last: with it, all are there
+    save_array(_path(folder, name, "documents"), rows_of(documents))  # written last: marks the shard as done
 
 
 def _path(folder: Path, name: str, kind: str) -> Path:
@@ -69,8 +69,11 @@ def _path(folder: Path, name: str, kind: str) -> Path:
 
 @dataclass(frozen=True)
 class Sketches:
-    """Those of all shards. names: of the shards; firsts: the number of each one's first document; ranges: a power of
-    two, into which values are parted."""
+    """Sketches of all shards.
+
+    names: stems of the shards' files. firsts: the number of each shard's first document. ranges: the number of ranges
+    of values, a power of two.
+    """
 
     folder: str
     names: tuple[str, ...]
@@ -78,35 +81,36 @@ class Sketches:
     ranges: int
 
     def hashes(self, part: int) -> tuple[Keys, Indices]:
-        """Of one range, the upper halves of content hashes, and whose they are."""
+        """The first 64 bits of the content hashes in one range, and the numbers of their documents."""
         return self._within(-1, HASH_BITS, part)
 
     def keys(self, band: int, part: int) -> tuple[Keys, Indices]:
+        """The keys of a band in one range, and the numbers of their documents."""
         return self._within(band, KEY_BITS, part)
 
     def documents(self, numbers: Indices) -> Rows:
-        """Of the documents with these numbers."""
+        """The rows of DOCUMENT of the documents with these numbers."""
         found = np.empty(len(numbers), DOCUMENT)
-        for here, rows, documents in self._files(numbers):
-            found[here] = documents[rows]
+        for places, rows, documents in self._files(numbers):
+            found[places] = documents[rows]
         return found
 
     def lengths(self, numbers: Indices) -> Indices:
-        """In characters."""
+        """The lengths of the documents with these numbers, in characters."""
         found = np.empty(len(numbers), np.int64)
-        for here, rows, documents in self._files(numbers):
-            found[here] = documents["length"][rows]
+        for places, rows, documents in self._files(numbers):
+            found[places] = documents["length"][rows]
         return found
 
     def _files(self, numbers: Indices) -> Iterator[tuple[Indices, Indices, Rows]]:
-        """For each shard that has any of them: which, their rows, and all of its documents."""
+        """For each shard with any of `numbers`: their places in `numbers`, their rows, and the shard's documents."""
         files = np.searchsorted(self.firsts, numbers, side="right") - 1
         order = np.argsort(files, kind="stable")
         bounds = np.searchsorted(files[order], np.arange(len(self.names) + 1))
         for file, (begin, end) in enumerate(pairwise(bounds.tolist())):
             if end > begin:
-                here = order[begin:end]
-                yield here, numbers[here] - self.firsts[file], self._of(self.names[file], "documents")
+                places = order[begin:end]
+                yield places, numbers[places] - self.firsts[file], self._of(self.names[file], "documents")
 
     def _of(self, name: str, kind: str) -> npt.NDArray[Any]:
         if (name, kind) not in self._mapped:
@@ -115,7 +119,7 @@ class Sketches:
 
     @cached_property
     def _mapped(self) -> dict[tuple[str, str], npt.NDArray[Any]]:
-        """What is open: a band after another asks for the same files."""
+        """Arrays that are already mapped: the tasks of all bands read the same files."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,11 +127,11 @@ class Sketches:
 
     def _within(self, band: int, bits: int, part: int) -> tuple[Keys, Indices]:
         width = (1 << bits) // self.ranges
-        least, most = np.uint64(part * width), np.uint64((part + 1) * width - 1)
+        low, high = np.uint64(part * width), np.uint64((part + 1) * width - 1)
         values, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
         for name, first in zip(self.names, self.firsts, strict=True):
             column = self._of(name, "values")[band]
-            begin, end = np.searchsorted(column, least), np.searchsorted(column, most, side="right")
+            begin, end = np.searchsorted(column, low), np.searchsorted(column, high, side="right")
             values.append(column[begin:end])
             numbers.append(self._of(name, "rows")[band, begin:end].astype(np.int64) + first)
         return np.concatenate(values), np.concatenate(numbers)

@@ -1,7 +1,8 @@
-"""dedup: exact copies, then near duplicates by MinHash-LSH whose similarity is verified; each cluster keeps one.
+"""The step `dedup`: removes exact duplicates, and near duplicates found by MinHash-LSH and verified.
 
-With `index`, what earlier runs of that name have seen counts too, as older and so kept first: what goes is what a run
-over all of them would remove. A rerun after a kill goes on with the files that are not there yet.
+Each cluster keeps one document. With `index`, documents of earlier runs with the same index take part and have
+priority, so a run removes the documents that one run over all inputs would remove. A killed run resumes and redoes only
+the missing files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from moray.platform.store.manifest import Manifest
 
 class Dedup(Step[DedupConfig]):
     name: ClassVar[str] = "dedup"
-    # 2: near duplicates are verified; words are words. 3: other hashes of words. 4: bands. 5: every form of Unicode
+    # 2: near duplicates are verified; shingles are of words. 3: new word hash. 4: new bands. 5: Unicode normalization
     version: ClassVar[int] = 5
     Config = DedupConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
@@ -37,33 +38,36 @@ class Dedup(Step[DedupConfig]):
         if earlier.step_version != self.version:
             raise RecipeError(
                 f"index {config.index!r} was made by version {earlier.step_version} of dedup, this is {self.version}",
-                "use another name for the index: it begins anew",
+                "set dedup.index to a new name, which starts an empty index",
             )
         if found := list(differences(earlier.config, config.model_dump(mode="json"))):
             raise RecipeError(
                 f"index {config.index!r} was made with other settings: {', '.join(map(str, found))}",
-                "use those, or another name for the index",
+                "restore those settings, or set dedup.index to a new name",
             )
 
     def run(self, ctx: StepContext[DedupConfig]) -> None:
         sketch = ctx.config.shingling
         curve = ", ".join(f"{sketch.chance(s / 10):.3g} at 0.{s}" for s in (5, 6, 7, 8, 9))
-        ctx.note(f"two documents share one of {sketch.bands} keys of {sketch.rows} with probability {curve} similarity")
+        ctx.note(
+            f"{sketch.bands} bands of {sketch.rows} rows: two documents become candidates with probability {curve} "
+            "similarity"
+        )
         warn_of_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].folder))
         run = run_phases(ctx)
         rows = run.written
-        why = [one for one in REASONS if one != "seen" or ctx.config.index_form == "bloom"]
+        reasons = [reason for reason in REASONS if reason != "seen" or ctx.config.index_form == "bloom"]
         ctx.counts |= {
-            "in:documents": run.crawl.count,
+            "in:documents": run.input.count,
             "out:documents": sum(row["kept"] for row in rows),
             "bytes": sum(row["bytes"] for row in rows),
-            **{one: sum(row[one] for row in rows) for one in why},
+            **{reason: sum(row[reason] for row in rows) for reason in reasons},
             "candidates": run.decisions.pairs,
-            "verified": run.decisions.alike,
+            "verified": run.decisions.similar,
         }
         if run.pairs.capped:
-            ctx.note(f"{run.pairs.capped} keys are shared by many: not every pair of theirs is looked at")
-        kinds = ", ".join(f"{ctx.counts[one]:.0f} {one}" for one in why)
+            ctx.note(f"{run.pairs.capped} LSH buckets are too large: only some of their pairs are compared")
+        kinds = ", ".join(f"{ctx.counts[reason]:.0f} {reason}" for reason in reasons)
         ctx.outcome = f"removed {kinds}, in {ctx.counts['clusters']:.0f} clusters"
 
 

@@ -1,9 +1,9 @@
-"""dedup-urls: of documents that were fetched from the same address, one stays.
+"""The step `dedup-urls`: keeps one document per URL.
 
-Addresses are compared in the form that `w3lib.url.canonicalize_url` gives them (the rules of Scrapy's crawler: order of
-parameters, escapes, case of the host, no fragment), without parameters that only say where a visitor came from, and
-without the default port. `http` and `https`, `www.` and a slash at the end make different addresses, because servers
-may answer differently. What has no address, or none that can be read as one, stays.
+URLs are compared after `w3lib.url.canonicalize_url` (the rules of Scrapy: sorted query parameters, normalized escapes,
+lower-case host, no fragment), without tracking parameters and without the default port. `http` and `https`, `www.` and
+a trailing slash make different URLs, because servers may respond differently. Documents without a URL, or with an
+unreadable one, are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from moray.pipelines.dedup.keep_order import KeepOrder, described, read_documents
+from moray.pipelines.dedup.priority_order import PriorityOrder, described, read_documents
 from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
@@ -40,10 +40,10 @@ TRACKING = (
 
 
 class DedupUrlsConfig(StepConfig):
-    key: str = Field("url", min_length=1, description="what in `meta` holds the address")
-    ignore: tuple[str, ...] = Field(TRACKING, description="parameters that make no other address")
-    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
-    newest: str = Field("", description="what in `meta` holds a date: the newest document stays; '': the longest does")
+    key: str = Field("url", min_length=1, description="key in `meta` with the URL")
+    ignore: tuple[str, ...] = Field(TRACKING, description="query parameters removed before URLs are compared")
+    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept, highest priority first")
+    newest: str = Field("", description="key in `meta` with a date: keep the newest document; '': keep the longest")
 
 
 class DedupUrls(Step[DedupUrlsConfig]):
@@ -77,11 +77,11 @@ class DedupUrls(Step[DedupUrlsConfig]):
             "without:url": urls.null_count,
             "unreadable:url": unreadable,
         }
-        ctx.outcome = f"removed {len(removed)} of {len(urls) - urls.null_count - unreadable} with an address"
+        ctx.outcome = f"removed {len(removed)} of {len(urls) - urls.null_count - unreadable} documents with a URL"
 
 
 def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
-    """Writes a row for each document of a shard, with its address: null if it has none, '' if that is not readable."""
+    """Writes a row for each document of a shard, with its URL: null if it has none, '' if it is unreadable."""
     path = output_path(folder, shard)
     if not path.exists():
         table = read_documents(Path(shard["path"]), "meta")
@@ -94,18 +94,18 @@ def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
 
 
 def _check_fields(tables: list[pa.Table], config: DedupUrlsConfig, path: Path) -> None:
-    """Raises InputError if no document has what the recipe names: then nothing could be found, without a word."""
+    """Raises InputError if no document has a `meta` key that the recipe names: the step would do nothing."""
     for field, column in (("key", "url"), ("newest", "date")):
         name = getattr(config, field)
         named = name and name != DedupUrlsConfig.model_fields[field].default
         if named and all(table[column].null_count == len(table) for table in tables):
             known = {key for meta in read_documents(path, "meta")["meta"].to_pylist()[:1000] for key, _ in meta or ()}
-            what = "" if field == "key" else " that is a date"
-            raise InputError(f"dedup-urls.{field}: no document has {name!r} in `meta`{what}", nearest(name, known))
+            kind = "" if field == "key" else " with a date"
+            raise InputError(f"dedup-urls.{field}: no document has {name!r} in `meta`{kind}", nearest(name, known))
 
 
 def canonical_url(url: str, ignore: tuple[str, ...] = TRACKING) -> str:
-    """The form in which addresses are compared; '' for what is no address of the web."""
+    """The form in which URLs are compared; '' if `url` is not an http or https URL."""
     from w3lib.url import canonicalize_url, url_query_cleaner
 
     try:
@@ -121,34 +121,34 @@ def canonical_url(url: str, ignore: tuple[str, ...] = TRACKING) -> str:
 
 
 def _seconds(date: str | None) -> float | None:
-    """Since 1970, of a date by ISO 8601 or as HTTP writes it; without a zone it is UTC's. None for anything else."""
+    """Seconds since 1970 of a date in ISO 8601 or HTTP format, in UTC unless it has a zone. None if it is no date."""
     for read in (datetime.fromisoformat, parsedate_to_datetime):
         try:
             found = read((date or "").strip())
             return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError, TypeError):  # also dates and zones that no datetime can hold
+        except (ValueError, OverflowError, TypeError):  # includes dates and zones out of datetime's range
             continue
     return None
 
 
 def repeated_urls(tables: list[pa.Table], config: DedupUrlsConfig) -> pa.Table:
-    """What goes of the documents of all shards: id, reason, representative, url; by id."""
-    order = KeepOrder.of(tables, config.prefer, _ages(pa.concat_tables(tables)) if config.newest else None)
+    """The removed documents of all shards: id, reason, representative, url; sorted by id."""
+    order = PriorityOrder.of(tables, config.prefer, _ages(pa.concat_tables(tables)) if config.newest else None)
     urls = order.table["url"].take(pa.array(order.order)).to_pylist()
     first: dict[str, int] = {}
-    gone = [(place, first[url]) for place, url in enumerate(urls) if url and first.setdefault(url, place) != place]
-    places: Indices = np.array(gone, np.int64).reshape(-1, 2)
+    repeated = [(place, first[url]) for place, url in enumerate(urls) if url and first.setdefault(url, place) != place]
+    places: Indices = np.array(repeated, np.int64).reshape(-1, 2)
     removed = {
         "id": order.ids(places[:, 0]),
         "reason": pa.array(["url"] * len(places), pa.string()),
         "representative": order.ids(places[:, 1]),
-        "url": pa.array([urls[place] for place, _ in gone], pa.string()),
+        "url": pa.array([urls[place] for place, _ in repeated], pa.string()),
     }
     return pa.table(removed).sort_by("id")
 
 
 def _ages(table: pa.Table) -> Indices:
-    """[N]: 0 for the newest date, and so on; what has none is the oldest."""
+    """The rank of each document by date, int64 [N]: 0 is the newest. Documents without a date are the oldest."""
     dates = table["date"].fill_null(-np.inf).to_numpy()
     ages: Indices = np.unique(-dates, return_inverse=True)[1].astype(np.int64)
     return ages

@@ -1,4 +1,4 @@
-"""The end of dedup: each shard without what goes, and what goes, with which document stays in its place."""
+"""The last phase of dedup: writes each shard's kept documents, and its removed documents with representatives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moray.pipelines.dedup.decide import LOST, read_decided
+from moray.pipelines.dedup.decide import NO_REPRESENTATIVE, read_decided
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
@@ -20,7 +20,7 @@ REMOVED = ["id", "reason", "representative", "partner", "similarity"]
 
 
 def write_kept(shard: Row, files: PhaseFiles, folder: str, ranges: int) -> Row:
-    """Writes documents-NNNNN.parquet, and removed-NNNNN.parquet; says how many, by reason."""
+    """Writes documents-NNNNN.parquet and removed-NNNNN.parquet. Returns the number of documents, by reason."""
     return recorded(files.folder, Path(shard["path"]).stem, lambda: _write(shard, files, Path(folder), ranges))
 
 
@@ -29,16 +29,16 @@ def _write(shard: Row, files: PhaseFiles, folder: Path, ranges: int) -> Row:
     documents = read_shard(source)
     numbers, removed = _removed(shard, documents, files, ranges)
     write_parquet(folder / source.name.replace("documents-", "removed-"), removed)
-    stays = np.ones(len(documents), np.bool_)
-    stays[numbers - shard["first"]] = False
-    kept = documents.filter(pa.array(stays))
+    is_kept = np.ones(len(documents), np.bool_)
+    is_kept[numbers - shard["first"]] = False
+    kept = documents.filter(pa.array(is_kept))
     write_shard(folder / source.name, kept)
-    why = {reason: pc.sum(pc.equal(removed["reason"], reason)).as_py() or 0 for reason in REASONS}
-    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **why}
+    reasons = {reason: pc.sum(pc.equal(removed["reason"], reason)).as_py() or 0 for reason in REASONS}
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **reasons}
 
 
 def _removed(shard: Row, documents: pa.Table, files: PhaseFiles, ranges: int) -> tuple[Indices, pa.Table]:
-    """The numbers of what goes of a shard, and its rows, by id."""
+    """The numbers of a shard's removed documents, and their rows sorted by id."""
     decided = read_decided(files.read("decisions"))
     known = decided["number"].to_numpy()
     begin, end = np.searchsorted(known, [shard["first"], shard["first"] + len(documents)]).tolist()
@@ -56,35 +56,38 @@ def _removed(shard: Row, documents: pa.Table, files: PhaseFiles, ranges: int) ->
 
 
 def _copies(ids: pa.ChunkedArray, originals: Indices, names: Indices, decided: pa.Table) -> pa.Table:
-    """A copy goes for what stays in the place of its original, and is most like the original."""
+    """The rows of removed exact copies. The partner is the original; the representative is the original's.
+
+    originals, names: the number and the id of each copy's original; the id is '' for a document of an earlier run.
+    """
     known = decided["number"].to_numpy()
     at = np.searchsorted(known, originals)
-    there = np.isin(originals, known)
-    of_original = decided.take(pa.array(at[there]))
-    represented, partner = names.astype(object), names.astype(object)
-    represented[there] = [name.encode() for name in of_original["representative"].to_pylist()]
-    partner[there] = [name.encode() for name in of_original["id"].to_pylist()]
+    is_decided = np.isin(originals, known)
+    of_original = decided.take(pa.array(at[is_decided]))
+    representative, partner = names.astype(object), names.astype(object)
+    representative[is_decided] = [name.encode() for name in of_original["representative"].to_pylist()]
+    partner[is_decided] = [name.encode() for name in of_original["id"].to_pylist()]
     near = np.zeros(len(originals), np.bool_)
-    near[there] = pc.equal(of_original["reason"], "near").to_numpy()
+    near[is_decided] = pc.equal(of_original["reason"], "near").to_numpy()
     return pa.table(
         {
             "id": ids.cast(pa.string()),
             "reason": pa.array(np.where(near, "near", "exact"), pa.string()),
-            "representative": pa.array([name.decode() for name in represented], pa.string()),
+            "representative": pa.array([name.decode() for name in representative], pa.string()),
             "partner": pa.array([name.decode() for name in partner], pa.string()),
             "similarity": pa.array(np.ones(len(originals))),
         }
     )
 
 
-def count_clusters(decided: pa.Table, going: Indices, files: PhaseFiles, ranges: int) -> int:
-    """How many documents stay in the place of others. going: which of the decided rows say what goes now."""
+def count_clusters(decided: pa.Table, removed: Indices, files: PhaseFiles, ranges: int) -> int:
+    """The number of documents that represent others. removed: whether each decided row is removed by this run."""
     number, kept = decided["number"].to_numpy(), decided["kept"].to_numpy()
-    stays, alone = [kept[going]], 0
-    for part in range(ranges):  # an original's copies are all of one range
+    representatives, exact_only = [kept[removed]], 0
+    for part in range(ranges):  # all copies of an original are in one range
         originals = np.unique(np.load(files.read("originals", part))["number"])
-        there = np.isin(originals, number)
-        stays.append(kept[np.searchsorted(number, originals[there])])
-        alone += int((~np.isin(originals[~there], kept)).sum())
-    names = np.unique(np.concatenate(stays))
-    return int((names != LOST).sum()) + alone
+        is_decided = np.isin(originals, number)
+        representatives.append(kept[np.searchsorted(number, originals[is_decided])])
+        exact_only += int((~np.isin(originals[~is_decided], kept)).sum())
+    distinct = np.unique(np.concatenate(representatives))
+    return int((distinct != NO_REPRESENTATIVE).sum()) + exact_only

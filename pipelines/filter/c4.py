@@ -153,7 +153,7 @@ def _ends_well(codes: Codes, begin: int, end: int) -> bool:
 
 
 @numba.njit(nogil=True)
-def _judge_line(
+def _check_line(
     out: DocumentLayout, begin: int, end: int, words: int, limits: Numbers, phrases: Codes, bounds: Places
 ) -> int:
     """NONE: the line stays; EMPTY: it goes; LOREM or CURLY: the whole document does."""
@@ -188,7 +188,7 @@ def c4(
         if longest > limits[LONGEST]:
             continue
         stop = _copy(document, begin, end, limits[CITATIONS] == 0, phrases, bounds, out, written)
-        judged = _judge_line(out, written, stop, words, limits, phrases, bounds)
+        judged = _check_line(out, written, stop, words, limits, phrases, bounds)
         if judged == EMPTY:
             continue
         if judged != NONE:

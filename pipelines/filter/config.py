@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator
 
-from moray.pipelines.filter.mask import Kind
+from moray.pipelines.filter.redact import Kind
 from moray.platform.plan.config import StepConfig
 
 Family = Literal["basic", "gopher_quality", "gopher_repetition", "c4", "fineweb"]

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.pipelines.filter.config import FilterConfig
-from moray.pipelines.filter.mask import mask
-from moray.pipelines.filter.rules import judge_documents
+from moray.pipelines.filter.redact import redact
+from moray.pipelines.filter.rules import apply_rules
 from moray.pipelines.quality.quality_model import QualityModel, load_quality_model
 from moray.pipelines.shared.documents import write_batches, write_parquet
 from moray.pipelines.shared.shards import Row
@@ -91,7 +91,7 @@ class _Work:
         return pa.concat_tables([REMOVED.empty_table(), *self._removed])
 
     def _by_rules(self, table: pa.Table) -> pa.Table:
-        judged = judge_documents(table["text"], self.config)
+        judged = apply_rules(table["text"], self.config)
         kept = self._remove(table, judged.reasons, judged.values, judged.limits)
         if "c4" not in self.config.rules:
             return kept
@@ -123,7 +123,7 @@ class _Work:
     def _masked(self, table: pa.Table) -> pa.Table:
         texts = []
         for text in table["text"].to_pylist():
-            masked, counts = mask(text, self.config.mask, self.config.phone_regions)
+            masked, counts = redact(text, self.config.mask, self.config.phone_regions)
             self.counts.update({f"masked:{kind}": n for kind, n in counts.items()})
             texts.append(masked)
         return with_column(table, table.schema.field("text"), pa.array(texts, pa.large_string()))

@@ -51,7 +51,7 @@ class RuleArrays(NamedTuple):
     phrase_bounds: Places
 
 
-class RuleVerdicts(NamedTuple):
+class RuleResults(NamedTuple):
     """family and limit that a document breaks (NONE: it stays; EMPTY: nothing is there), and its value [N]; and the
     texts as they are after the rules: bytes, and where each ends [N + 1]."""
 
@@ -62,7 +62,7 @@ class RuleVerdicts(NamedTuple):
     ends: Places
 
 
-def room_for(longest: int) -> tuple[DocumentLayout, DocumentLayout, Counts]:
+def allocate_buffers(longest: int) -> tuple[DocumentLayout, DocumentLayout, Counts]:
     """Memory for a document of so many bytes, for what C4 leaves of it, and to count in."""
     characters = longest + 1
     documents = [
@@ -95,7 +95,7 @@ def _read(room: DocumentLayout, codes: Codes, bits: Bytes) -> DocumentLayout:
 
 
 @numba.njit(nogil=True)
-def _judge(
+def _check_document(
     document: DocumentLayout,
     rules: RuleArrays,
     stop_words: Hashes,
@@ -129,7 +129,7 @@ def _judge(
 
 
 @numba.njit(nogil=True, cache=True)
-def judge_layouts(
+def check_texts(
     offsets: Places,
     data: Bytes,
     table: Bytes,
@@ -137,19 +137,19 @@ def judge_layouts(
     room: DocumentLayout,
     edited: DocumentLayout | None,
     counts: Counts,
-    verdicts: RuleVerdicts,
+    verdicts: RuleResults,
     write: bool,
 ) -> None:
     """Fills `verdicts`, the texts only where `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
 
-    room, edited, counts: of `room_for`; `edited` is None where the basic rules are the only ones.
+    room, edited, counts: of `allocate_buffers`; `edited` is None where the basic rules are the only ones.
     """
     stop_words = _hashes(rules.stop_words, rules.stop_word_bounds)
     at = ZERO
     for n in range(len(offsets) - 1):
         length = decode_layout(data, offsets[n], offsets[n + 1], table, room.codes, room.bits)
         document = _read(room, room.codes[:length], room.bits[:length])
-        family, limit, value, document = _judge(document, rules, stop_words, room, edited, counts)
+        family, limit, value, document = _check_document(document, rules, stop_words, room, edited, counts)
         verdicts.families[n], verdicts.limits[n], verdicts.values[n] = family, limit, value
         if write and family == NONE:
             at = encode(document.codes, len(document.codes), verdicts.text, at)

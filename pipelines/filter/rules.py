@@ -28,14 +28,14 @@ class FilteredDocuments:
     texts: pa.Array
 
 
-def judge_documents(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
+def apply_rules(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
     """texts: large_string [N]. Of a document that does not stay, the text means nothing."""
     from moray.pipelines.filter import kernel
 
     offsets, data = text_buffers(texts)
     count, size = len(offsets) - 1, int(offsets[-1] - offsets[0])
     edits = "c4" in config.rules
-    verdicts = kernel.RuleVerdicts(
+    verdicts = kernel.RuleResults(
         np.empty(count, np.int8),
         np.empty(count, np.int8),
         np.empty(count),
@@ -44,9 +44,9 @@ def judge_documents(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocu
     )
     longest = int(np.diff(offsets).max(initial=0))
     rules = _rules(config)
-    room, edited, counts = kernel.room_for(longest)
+    room, edited, counts = kernel.allocate_buffers(longest)
     others = edited if config.rules != ("basic",) else None
-    kernel.judge_layouts(offsets, data, table(), rules, room, others, counts, verdicts, edits)
+    kernel.check_texts(offsets, data, table(), rules, room, others, counts, verdicts, edits)
     if edits:
         bounds, text = pa.py_buffer(verdicts.ends), pa.py_buffer(verdicts.text[: verdicts.ends[-1]])
         now = pa.Array.from_buffers(pa.large_string(), count, [None, bounds, text])
@@ -59,7 +59,7 @@ def judge_documents(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocu
 
 
 def _reasons(families: npt.NDArray[np.int8], limits: npt.NDArray[np.int8]) -> list[str | None]:
-    """The words for pairs of family and limit, as kernel.RuleVerdicts has them."""
+    """The words for pairs of family and limit, as kernel.RuleResults has them."""
     return [
         None if limit == -1 else EMPTY if limit < 0 else reason(FAMILIES[family], limit)
         for family, limit in zip(families.tolist(), limits.tolist(), strict=True)

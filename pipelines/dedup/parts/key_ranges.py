@@ -1,4 +1,4 @@
-"""Rows between the tasks of dedup-parts: by ranges of their keys, in grouped files, and those whose keys repeat."""
+"""The exchange of rows between the tasks of dedup-parts: files grouped by range of keys, and the search for repeats."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.shared.grouped_file import read_columns, write_groups
 
 Columns = dict[str, npt.NDArray[Any]]
-_RANGE_ROWS = 2_000_000  # of a range, about
+_RANGE_ROWS = 2_000_000  # approximate rows per range
 
 
 def exchange_ranges(rows: float) -> int:
-    """How many ranges of keys, a power of two, for about so many rows."""
+    """The number of ranges of keys, a power of two, for about `rows` rows."""
     return 1 << max(0, int(rows) // _RANGE_ROWS).bit_length()
 
 
 def range_of(keys: Keys, ranges: int) -> Indices:
-    """By the lower bits: the least of many keys have upper bits that are alike."""
+    """The range of each key, from its lower bits: winnowing selects minima, so the upper bits are not uniform."""
     return (keys & np.uint64(ranges - 1)).astype(np.int64)
 
 
 def write_parts(path: Path, columns: Columns, parts: Indices) -> None:
-    """Writes rows, each of which goes to one part, in their order."""
+    """Writes rows grouped by part, in their order. parts: the part of each row."""
     write_groups(path, pa.table(columns), parts)
 
 
 def read_parts(paths: Sequence[Path], part: int) -> Columns:
-    """The rows of all files that go to one part, and as `file` the place of each one's file."""
+    """The rows of one part from all files; the column `file` is the index of each row's file in `paths`."""
     found = [read_columns(path, part) for path in paths]
     sizes = [len(next(iter(columns.values()))) for columns in found]
     joined: Columns = {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
@@ -41,7 +41,7 @@ def read_parts(paths: Sequence[Path], part: int) -> Columns:
 
 
 def repeated_keys(keys: Sequence[Keys]) -> tuple[Indices, Indices]:
-    """Of rows with keys of one or more columns: those whose keys another row has too, and the number of that key."""
+    """The rows whose key, of one or more columns, occurs more than once, and a group number for each distinct key."""
     order = np.argsort(keys[-1])
     if not _in_runs(keys, order):
         order = np.lexsort(keys)
@@ -57,6 +57,6 @@ def repeated_keys(keys: Sequence[Keys]) -> tuple[Indices, Indices]:
 
 
 def _in_runs(keys: Sequence[Keys], order: Indices) -> bool:
-    """Whether rows that are equal in the last column are so in the others: then one sort is enough, and faster."""
+    """Whether rows with equal last columns are equal in all columns. Then one sort suffices."""
     same = keys[-1][order[1:]] == keys[-1][order[:-1]]
     return all(bool((column[order[1:]] == column[order[:-1]])[same].all()) for column in keys[:-1])

@@ -1,12 +1,12 @@
-"""What is cut and what goes: one scan over all that is repeated, in keep order.
+"""The scan that decides which repeated pieces are cut and which documents are removed, in priority order.
 
-A piece (a line, a paragraph, a window of words) is cut if `copies` of it stand whole in what is kept before it. It
-counts as standing when the scan has passed its end and nothing of it was cut, and it does so for good: so whatever is
-cut, its copies stay, and pieces that overlap (windows do) cannot justify each other's end. A document that loses too
-much goes as a whole, and its pieces stand no longer. What is repeated only within itself, as in a row of equal words,
-overlaps with its own copy and stays.
+A piece is a line, a paragraph or a window of words. A piece is cut if at least `copies` intact occurrences of it are
+kept before it. An occurrence counts as intact once the scan has passed its end and no part of it was cut, and then it
+is never cut. So every piece that is cut keeps its copies, and overlapping pieces (windows overlap) cannot cause each
+other's removal. A document that loses too much is removed, and its pieces no longer count. A repeat that overlaps with
+itself, as in a run of equal words, is kept.
 
-Shapes: M pieces, D documents that have any, G distinct pieces.
+Shapes: M pieces, D documents with pieces, G distinct pieces.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ REASONS = {NOTHING_LEFT: "nothing_left", TOO_MUCH_LOST: "too_much_lost", TOO_LIT
 
 
 class RepeatedPieces(NamedTuple):
-    """All pieces that are repeated, by (document, begin). bounds: int64 [D + 1], which pieces are each document's; the
-    others [M]: where a piece begins and ends, in characters and in words, and which of the G distinct ones it is."""
+    """All repeated pieces, sorted by (document, begin).
+
+    bounds: int64 [D + 1], the pieces of document d are bounds[d] : bounds[d + 1]. begins, ends: [M], in characters.
+    first_words, end_words: [M], the same in words. groups: [M], the number of the distinct piece, 0 to G - 1.
+    """
 
     bounds: Indices
     begins: Indices
@@ -35,43 +38,47 @@ class RepeatedPieces(NamedTuple):
     groups: Indices
 
 
-class PieceVerdicts(NamedTuple):
-    """cut: of each piece [M] whether; of each document [D] the verdict (0: whole), how many characters are cut, in how
-    many spans, and which document, by its place among D, has the first copy of the first piece that is cut, or -1."""
+class ScanDecisions(NamedTuple):
+    """The result of the scan.
+
+    cut: [M], whether each piece is cut. decisions: [D], 0 (unchanged), EDITED or a key of REASONS. lost: [D], cut
+    characters. spans: [D], cut spans. partners: [D], the document, as a place among D, with the first copy of the first
+    piece that is cut, or -1.
+    """
 
     cut: Flags
-    verdicts: Indices
+    decisions: Indices
     lost: Indices
     spans: Indices
     partners: Indices
 
 
-class _Standing(NamedTuple):
-    """copies: [G], how many of each distinct piece stand so far; holders: [G], the document that has the first of
-    them; stands: [M], whether a piece counts among them."""
+class _Intact(NamedTuple):
+    """Intact occurrences so far. copies: [G], their number. first_documents: [G], the document with the first one.
+    counted: [M], whether a piece is one of them."""
 
     copies: npt.NDArray[np.int32]
-    holders: Indices
-    stands: Flags
+    first_documents: Indices
+    counted: Flags
 
 
 def scan_pieces(
     pieces: RepeatedPieces, lengths: Indices, words: Indices, copies: int, max_loss: float, min_words: int
-) -> PieceVerdicts:
-    """lengths (in characters), words: int64 [D]."""
+) -> ScanDecisions:
+    """Scans all documents. lengths: in characters, int64 [D]. words: words per document, int64 [D]."""
     count, documents = len(pieces.begins), len(pieces.bounds) - 1
     groups = int(pieces.groups.max()) + 1 if count else 0
-    found = PieceVerdicts(np.zeros(count, np.bool_), *(np.zeros(documents, np.int64) for _ in range(4)))
-    standing = _Standing(np.zeros(groups, np.int32), np.full(groups, -1, np.int64), np.zeros(count, np.bool_))
-    _scan(pieces, standing, found, lengths, words, copies, max_loss, min_words)
+    found = ScanDecisions(np.zeros(count, np.bool_), *(np.zeros(documents, np.int64) for _ in range(4)))
+    intact = _Intact(np.zeros(groups, np.int32), np.full(groups, -1, np.int64), np.zeros(count, np.bool_))
+    _scan(pieces, intact, found, lengths, words, copies, max_loss, min_words)
     return found
 
 
 @numba.njit(nogil=True, cache=True)
 def _scan(
     pieces: RepeatedPieces,
-    standing: _Standing,
-    found: PieceVerdicts,
+    intact: _Intact,
+    found: ScanDecisions,
     lengths: Indices,
     words: Indices,
     copies: int,
@@ -79,42 +86,42 @@ def _scan(
     min_words: int,
 ) -> None:
     for d in range(len(pieces.bounds) - 1):
-        left = words[d] - _scan_document(d, pieces, standing, found, copies)
+        left = words[d] - _scan_document(d, pieces, intact, found, copies)
         if found.lost[d] == 0:
             continue
         if left <= 0:
-            found.verdicts[d] = NOTHING_LEFT
+            found.decisions[d] = NOTHING_LEFT
         elif found.lost[d] > max_loss * lengths[d]:
-            found.verdicts[d] = TOO_MUCH_LOST
+            found.decisions[d] = TOO_MUCH_LOST
         elif left < min_words:
-            found.verdicts[d] = TOO_LITTLE_LEFT
+            found.decisions[d] = TOO_LITTLE_LEFT
         else:
-            found.verdicts[d] = EDITED
+            found.decisions[d] = EDITED
             continue
         for i in range(pieces.bounds[d], pieces.bounds[d + 1]):
-            if standing.stands[i]:
-                standing.copies[pieces.groups[i]] -= 1
+            if intact.counted[i]:
+                intact.copies[pieces.groups[i]] -= 1
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan_document(d: int, pieces: RepeatedPieces, standing: _Standing, found: PieceVerdicts, copies: int) -> int:
-    """Cuts those of document d's pieces of which enough copies stand before it; the number of words in them."""
+def _scan_document(d: int, pieces: RepeatedPieces, intact: _Intact, found: ScanDecisions, copies: int) -> int:
+    """Cuts the pieces of document d with enough intact copies before them. Returns the number of words cut."""
     begin, end = pieces.bounds[d], pieces.bounds[d + 1]
     passed, cut_end, cut_word, lost_words = begin, 0, 0, 0
     found.partners[d] = -1
     for i in range(begin, end + 1):
         while passed < i and (i == end or pieces.ends[passed] <= pieces.begins[i]):
-            if pieces.begins[passed] >= cut_end:  # what was cut so far begins before its end, so nothing of it was
+            if pieces.begins[passed] >= cut_end:  # all cuts so far end before this piece, so it is intact
                 group = pieces.groups[passed]
-                if standing.copies[group] == 0:
-                    standing.holders[group] = d
-                standing.copies[group] += 1
-                standing.stands[passed] = True
+                if intact.copies[group] == 0:
+                    intact.first_documents[group] = d
+                intact.copies[group] += 1
+                intact.counted[passed] = True
             passed += 1
-        if i == end or standing.copies[pieces.groups[i]] < copies:
+        if i == end or intact.copies[pieces.groups[i]] < copies:
             continue
         if not found.spans[d]:
-            found.partners[d] = standing.holders[pieces.groups[i]]
+            found.partners[d] = intact.first_documents[pieces.groups[i]]
         if not found.spans[d] or pieces.begins[i] > cut_end:
             found.spans[d] += 1
         found.cut[i] = True

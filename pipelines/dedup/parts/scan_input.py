@@ -1,4 +1,4 @@
-"""What the scan of repeated pieces is given, from the files of the ranges.
+"""The input of the scan of repeated pieces, read from the files of all ranges.
 
 Shapes: M repeated pieces in D documents, of N in the corpus.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moray.pipelines.dedup.keep_order import KeepOrder
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.parts.key_ranges import Columns
 from moray.pipelines.dedup.parts.scan import RepeatedPieces
 from moray.pipelines.dedup.parts.tasks import SPOT, Folders
@@ -18,8 +18,8 @@ from moray.pipelines.shared.grouped_file import read_columns
 
 
 class ScanInput(NamedTuple):
-    """All repeated pieces, and the documents that have them in keep order: their rows among the N, their lengths in
-    characters and in words."""
+    """All repeated pieces, and the documents that have any, in priority order. row_D: their rows among the N documents.
+    length_D, words_D: their lengths in characters and in words."""
 
     pieces: RepeatedPieces
     row_D: Indices
@@ -27,14 +27,14 @@ class ScanInput(NamedTuple):
     words_D: Indices
 
 
-def read_scan_input(folders: Folders, ranges: int, order: KeepOrder) -> ScanInput:
-    """The pieces of all ranges, by (document, begin)."""
+def read_scan_input(folders: Folders, ranges: int, order: PriorityOrder) -> ScanInput:
+    """Reads the pieces of all ranges and sorts them by (document, begin)."""
     found = _join_ranges([read_columns(folders.range("repeated", number), 0) for number in range(ranges)])
-    # Of each piece, its document's place in keep order, 0 .. N - 1.
+    # The place of each piece's document in priority order, 0 .. N - 1.
     place_M: Indices = order.places[order.firsts[found["file"]] + found["row"]]
-    # Of each place in the sorted list, the piece. Both keys are one number: texts have fewer than 2^31 characters.
+    # Sort by (place, begin) as one number: texts have fewer than 2^31 characters.
     sorted_M = np.argsort(place_M << 31 | found["begin"])
-    # Of each document that has pieces, its place in keep order and its first piece in the sorted list.
+    # For each document with pieces, its place in priority order and its first piece in the sorted list.
     place_D, first_D = np.unique(place_M[sorted_M], return_index=True)
     pieces = RepeatedPieces(
         bounds=np.append(first_D, len(sorted_M)).astype(np.int64),
@@ -50,7 +50,7 @@ def read_scan_input(folders: Folders, ranges: int, order: KeepOrder) -> ScanInpu
 
 
 def _join_ranges(ranges: list[Columns]) -> Columns:
-    """Columns of all ranges, one after another. Groups, which each range counts from 0, get numbers of their own."""
+    """Concatenates the columns of all ranges. Groups, numbered from 0 in each range, become unique numbers."""
     groups = 0
     for columns in ranges:
         number: Indices = columns["group"].astype(np.int64)

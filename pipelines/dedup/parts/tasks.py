@@ -1,8 +1,8 @@
-"""What workers do for dedup-parts: each function takes a description, leaves a file, and says what it counted.
+"""The Ray tasks of dedup-parts: each function takes a task description, writes a file and returns counts.
 
-A task whose file or record is there returns at once, so a rerun after a kill does what is missing. Files are named
-after the shards, in a folder for each kind: what documents are, keys on their way, what of them is repeated, what is
-decided.
+A task whose file or record exists returns immediately, so a run that resumes after a kill executes only the missing
+tasks. Files are named after the shards. There is one folder per kind: document descriptions, keys, repeated keys,
+decisions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from moray.pipelines.dedup.keep_order import described, read_documents
+from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.dedup.parts.key_ranges import Columns, range_of, read_parts, repeated_keys, write_parts
-from moray.pipelines.dedup.parts.text_parts import normalized, parts_of, without
+from moray.pipelines.dedup.parts.text_parts import cut_spans, normalized, parts_of
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.grouped_file import read_columns
 from moray.pipelines.shared.shards import Row
@@ -30,12 +30,12 @@ from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
 
-SPOT = ("row", "begin", "end", "first_word", "end_word")  # where a piece is
+SPOT = ("row", "begin", "end", "first_word", "end_word")  # columns with the position of a piece
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where what is on its way lies."""
+    """Paths of the work files, one folder per kind."""
 
     root: Path
 
@@ -44,18 +44,19 @@ class Folders:
         return self.root / f".{kind}" / Path(shard["path"]).name
 
     def range(self, kind: str, number: int) -> Path:
+        """The file of a range of keys."""
         return self.root / f".{kind}" / f"range-{number:05d}.arrow"
 
 
 def text_size(path: Path) -> int:
-    """Bytes of the texts of a shard, about, from its metadata alone."""
+    """Approximate bytes of the texts of a shard, from its Parquet metadata."""
     metadata = pq.read_metadata(path)
     column = metadata.schema.names.index("text")
     return sum(metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups))
 
 
 def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int) -> Row:
-    """Writes the keys of a shard's lines or paragraphs of at least so many characters, and what its documents are."""
+    """Writes the keys of a shard's lines or paragraphs of at least `least` characters, and document descriptions."""
     from moray.pipelines.dedup.parts.windows import count_words
 
     path = folders.of("described", shard)
@@ -82,16 +83,16 @@ def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int)
 
 
 def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) -> Row:
-    """Writes the fingerprints of a shard, and what its documents are."""
+    """Writes the fingerprints of a shard, and document descriptions."""
     from moray.pipelines.dedup.parts.windows import fingerprints, gram_size
 
     path = folders.of("described", shard)
     if not path.exists():
         table = read_documents(Path(shard["path"]))
         offsets, data = text_buffers(table["text"])
-        room = int(offsets[-1] - offsets[0])
+        capacity = int(offsets[-1] - offsets[0])
         words = np.zeros(len(table), np.int64)
-        keys, rows, places = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.int64)
+        keys, rows, places = np.empty(capacity, np.uint64), np.empty(capacity, np.int64), np.empty(capacity, np.int64)
         size = gram_size(tokens)
         count = fingerprints(offsets, data, *tables(), tokens, size, words, keys, rows, places)
         columns = {"key": keys[:count], "row": rows[:count], "place": places[:count]}
@@ -101,7 +102,7 @@ def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) ->
 
 
 def match_fingerprints(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
-    """Writes where fingerprints of one range are that are not alone, in a part for each shard."""
+    """Writes the positions of the repeated fingerprints in one range, grouped by shard."""
     path = folders.range("shared", one["shard"])
 
     def match() -> Row:
@@ -115,7 +116,10 @@ def match_fingerprints(one: Row, folders: Folders, shards: Sequence[Row]) -> Row
 
 
 def window_shard(shard: Row, folders: Folders, tokens: int, shared: int, ranges: int) -> Row:
-    """Writes the keys of the windows of a shard that hold a fingerprint which is not alone. shared: ranges of these."""
+    """Writes the keys of a shard's windows that contain a repeated fingerprint.
+
+    shared: the number of ranges of fingerprints. ranges: the number of ranges of keys.
+    """
     path = folders.of("keys", shard)
     if not path.exists():
         found = [read_columns(folders.range("shared", number), shard["shard"]) for number in range(shared)]
@@ -129,18 +133,19 @@ def window_shard(shard: Row, folders: Folders, tokens: int, shared: int, ranges:
 def _windows(path: Path, rows: Any, places: Any, tokens: int) -> tuple[Any, Columns]:
     from moray.pipelines.dedup.parts.windows import gram_size, windows
 
-    wanted, at = np.unique(rows, return_inverse=True)
-    texts = read_shard(path, ["text"])["text"].take(pa.array(wanted))
+    distinct, at = np.unique(rows, return_inverse=True)
+    texts = read_shard(path, ["text"])["text"].take(pa.array(distinct))
     size = gram_size(tokens)
-    room = len(rows) * (tokens - size + 1)
-    keys, others, spots = np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty((room, 5), np.int64)
+    capacity = len(rows) * (tokens - size + 1)
+    keys, others = np.empty(capacity, np.uint64), np.empty(capacity, np.uint64)
+    spots = np.empty((capacity, 5), np.int64)
     count = windows(*text_buffers(texts), *tables(), tokens, size, at, places, keys, others, spots)
     columns: Columns = dict(zip(SPOT, spots[:count].T, strict=True))
-    return keys[:count], {"key": keys[:count], "other": others[:count], **columns, "row": wanted[spots[:count, 0]]}
+    return keys[:count], {"key": keys[:count], "other": others[:count], **columns, "row": distinct[spots[:count, 0]]}
 
 
 def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
-    """Writes where pieces of one range are that are not alone, and which of them are the same."""
+    """Writes the positions of the repeated pieces in one range, and a group number for each distinct piece."""
     path = folders.range("repeated", one["shard"])
     if not path.exists():
         found = read_parts([folders.of("keys", shard) for shard in shards], one["shard"])
@@ -151,34 +156,34 @@ def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
 
 
 def cut_shard(shard: Row, folders: Folders) -> Row:
-    """Writes one shard as it was decided: what stays, what was edited and what is removed."""
+    """Writes the kept documents of one shard, and the lists of edited and removed documents."""
     return recorded(folders.root, Path(shard["path"]).stem, lambda: _cut(shard, folders))
 
 
 def _cut(shard: Row, folders: Folders) -> Row:
     target = folders.root / Path(shard["path"]).name
     edited, removed = (target.with_name(target.name.replace("documents-", kind)) for kind in ("edited-", "removed-"))
-    verdicts = read_shard(folders.of("verdicts", shard))
+    decisions = read_shard(folders.of("decisions", shard))
     table = read_shard(Path(shard["path"]))
     table = table.append_column("row", pa.array(np.arange(len(table))))
-    reasons = verdicts.filter(pc.not_equal(verdicts["reason"], ""))
-    changed = verdicts.filter(pc.equal(verdicts["reason"], ""))
+    dropped = decisions.filter(pc.not_equal(decisions["reason"], ""))
+    changed = decisions.filter(pc.equal(decisions["reason"], ""))
     texts = table["text"].to_pylist()
     for row, spans in _spans(read_shard(folders.of("cuts", shard))):
-        texts[row] = without(texts[row], spans)
+        texts[row] = cut_spans(texts[row], spans)
     left = pa.array([len(texts[row]) for row in changed["row"].to_pylist()], pa.int64())
     changed = changed.append_column("characters_after", left)
     table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts, pa.large_string()))
-    table = table.filter(pc.invert(pc.is_in(table["row"], value_set=reasons["row"].combine_chunks())))
-    write_parquet(removed, reasons.drop_columns(["row"]))
+    table = table.filter(pc.invert(pc.is_in(table["row"], value_set=dropped["row"].combine_chunks())))
+    write_parquet(removed, dropped.drop_columns(["row"]))
     write_parquet(edited, changed.select(["id", "characters", "characters_after", "parts", "partner"]))
     kept = table.drop_columns(["row"])
     write_shard(target, kept)
-    why = Counter(f"dropped:{reason}" for reason in verdicts["reason"].to_pylist() if reason)
-    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **why}
+    reasons = Counter(f"dropped:{reason}" for reason in decisions["reason"].to_pylist() if reason)
+    return {"shard": shard["shard"], "kept": len(kept), "bytes": text_bytes(kept["text"]), **reasons}
 
 
 def _spans(cuts: pa.Table) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Of each row its spans."""
+    """The spans of each row."""
     rows = zip(*(cuts[name].to_pylist() for name in ("row", "begin", "end")), strict=True)
     return [(row, [(begin, end) for _, begin, end in spans]) for row, spans in groupby(rows, key=lambda cut: cut[0])]

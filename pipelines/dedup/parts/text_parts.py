@@ -1,4 +1,4 @@
-"""A text in lines or paragraphs, and a text without some of its characters."""
+"""Splitting a text into lines or paragraphs, and cutting spans from it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from moray.pipelines.text.characters import JOIN, SIZE, UNSEEN, WORD, fold, tables
 
 _LINE_END = re.compile("\n")
-_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")  # not what the next paragraph's first line is indented by
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")  # without the indentation of the next paragraph
 
 
 def parts_of(text: str, unit: str) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each line or paragraph, what parts it from the next one included; together they are the text."""
+    """(begin, end) of each line or paragraph, including its separator; together they cover the text."""
     begin = 0
     for found in (_LINE_END if unit == "line" else _BLANK_LINES).finditer(text):
         yield begin, found.end()
@@ -23,29 +23,29 @@ def parts_of(text: str, unit: str) -> Iterator[tuple[int, int]]:
 
 
 def normalized(part: str) -> str:
-    """What makes two parts the same: case, white space and forms of Unicode do not matter (text/characters.py)."""
+    """The form in which parts are compared: without differences of case, white space and Unicode normalization."""
     if not part.isascii():
         part = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part.translate(UNSEEN)).casefold())
     return " ".join(part.casefold().split())
 
 
-def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """The text without ascending spans that do not touch. Where two words would become one, a space parts them."""
-    kept, at = "", 0
+def cut_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The text without `spans`, which are ascending and not adjacent. Inserts a space where two words would join."""
+    last, at = "", 0
     pieces: list[str] = []
     for begin, end in [*spans, (len(text), len(text))]:
         piece = text[at:begin]
         if piece:
-            if _in_word(kept) and _in_word(_counted(piece)):
+            if _in_word(last) and _in_word(_first_visible(piece)):
                 pieces.append(" ")
             pieces.append(piece)
-            kept = _counted(piece[::-1]) or kept
+            last = _first_visible(piece[::-1]) or last
         at = end
     return "".join(pieces)
 
 
-def _counted(text: str) -> str:
-    """The first character that is compared: no accent of another, and nothing that is not seen."""
+def _first_visible(text: str) -> str:
+    """The first character that takes part in comparisons: neither a combining mark nor invisible. '' if none."""
     return next((character for character in text if fold(character)), "")
 
 

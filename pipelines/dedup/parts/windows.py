@@ -1,10 +1,10 @@
-"""Repeats of T words: fingerprints of which every repeat shares one, and the windows of T words near them.
+"""Repeats of T words: fingerprints, of which every repeat shares at least one, and the windows of T words around them.
 
-Winnowing (Schleimer, Wilkerson, Aiken: Winnowing, SIGMOD 2003): of the hashes of all k-grams of words, the least of
-every W consecutive ones, of equal ones the last. What is chosen depends on the words in the window alone, so a repeat
-of T = k + W - 1 words has a fingerprint in common wherever it stands, and 2 / (W + 1) of all k-grams are chosen. Only
-there the windows of T words are hashed, to 128 bits, which are the same if the words are (and else, as with any hash of
-that size, never). So repeats cost rows in proportion to their length, not to the pairs of documents that have them.
+Winnowing (Schleimer, Wilkerson, Aiken: Winnowing, SIGMOD 2003) selects the minimum of every W consecutive hashes of
+k-grams of words, and the last one of equal hashes. The selection depends only on the words in the window, so a repeat
+of T = k + W - 1 words shares a fingerprint at any position, and a fraction 2 / (W + 1) of all k-grams are fingerprints.
+Windows of T words are hashed, to 128 bits, only around repeated fingerprints; equal hashes are taken as equal words.
+The number of rows grows with the length of the repeats, not with the number of pairs of documents.
 
 Shapes: N documents, F fingerprints.
 """
@@ -30,7 +30,10 @@ def gram_size(tokens: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _roll(hashes: Hashes, count: int, size: int, base: np.uint64, out: Hashes) -> int:
-    """Writes a polynomial of every `size` consecutive hashes of `count`, modulo 2^64; how many. `out` may be them."""
+    """Writes a rolling polynomial hash, modulo 2^64, of every `size` consecutive ones of the first `count` hashes.
+
+    Returns their number. `out` may be `hashes`.
+    """
     power = base  # base ** size
     for _ in range(size - 1):
         power *= base
@@ -46,7 +49,8 @@ def _roll(hashes: Hashes, count: int, size: int, base: np.uint64, out: Hashes) -
 
 
 @numba.njit(nogil=True, cache=True)
-def _last_least(values: Hashes, begin: int, end: int) -> int:
+def _last_minimum(values: Hashes, begin: int, end: int) -> int:
+    """The index of the minimum of values[begin:end], the last one of equal values."""
     best = begin
     for i in range(begin + 1, end):
         if values[i] <= values[best]:
@@ -67,9 +71,10 @@ def fingerprints(
     rows: Places,
     places: Places,
 ) -> int:
-    """Writes the fingerprints of all documents: keys, rows and (word) places [F], with room for one a byte; F.
+    """Writes the fingerprints of all documents; returns F, their number.
 
-    words: int64 [N], how many each document has.
+    keys, rows, places: the hash, the document and the word index of each fingerprint, [F], with capacity for one per
+    byte of text. words: receives the number of words of each document, int64 [N].
     """
     longest = 0
     for n in range(len(offsets) - 1):
@@ -82,7 +87,7 @@ def fingerprints(
         best, chosen = -1, -1
         for i in range(grams):
             if best < i - width + 1 or best < 0:
-                best = _last_least(hashes, max(0, i - width + 1), i + 1)
+                best = _last_minimum(hashes, max(0, i - width + 1), i + 1)
             elif hashes[i] <= hashes[best]:
                 best = i
             if i >= width - 1 and best != chosen:
@@ -106,40 +111,40 @@ def windows(
     others: Hashes,
     spots: Places,
 ) -> int:
-    """Writes every window of T words that holds one of the fingerprints at (rows, places) [F], in that order; how many.
+    """Writes every window of T words that contains a fingerprint of (rows, places) [F], in that order.
 
-    keys, others: uint64, two halves of a hash; spots: int64 [., 5], of each window its row, where it begins and ends in
-    characters, and in words. There is room for T - k + 1 windows a fingerprint.
+    Returns their number. keys, others: two halves of each window's hash, uint64. spots: row, begin and end in
+    characters, begin and end in words, int64 [., 5]. The capacity is T - k + 1 windows per fingerprint.
     """
     found, f = 0, 0
     while f < len(rows):
         n = rows[f]
-        room = offsets[n + 1] - offsets[n]
-        hashes, at = np.empty(room, np.uint64), np.empty((room, 2), np.int64)
+        capacity = offsets[n + 1] - offsets[n]
+        hashes, at = np.empty(capacity, np.uint64), np.empty((capacity, 2), np.int64)
         count = shingle(data, offsets[n], offsets[n + 1], kinds, folds, 1, False, hashes)
         word_places(data, offsets[n], offsets[n + 1], kinds, folds, at)
-        other = np.empty(room, np.uint64)
+        other = np.empty(capacity, np.uint64)
         last = _roll(hashes, count, tokens, _OTHER_BASE, other)
         _roll(hashes, count, tokens, _BASE, hashes)
-        following = 0
+        next_start = 0
         while f < len(rows) and rows[f] == n:
-            for start in range(max(following, places[f] + size - tokens), min(places[f] + 1, last)):
+            for start in range(max(next_start, places[f] + size - tokens), min(places[f] + 1, last)):
                 keys[found], others[found] = hashes[start], other[start]
                 spots[found, 0], spots[found, 1], spots[found, 2] = n, at[start, 0], at[start + tokens - 1, 1]
                 spots[found, 3], spots[found, 4] = start, start + tokens
                 found += 1
-            following = max(following, places[f] + 1)
+            next_start = max(next_start, places[f] + 1)
             f += 1
     return found
 
 
 @numba.njit(nogil=True, cache=True)
 def count_words(offsets: Places, data: Bytes, kinds: Bytes, folds: Codes) -> npt.NDArray[np.int64]:
-    """int64 [N]: how many words each text has."""
+    """The number of words of each text, int64 [N]."""
     longest = 0
     for n in range(len(offsets) - 1):
         longest = max(longest, offsets[n + 1] - offsets[n])
-    room, counts = np.empty((longest, 2), np.int64), np.empty(len(offsets) - 1, np.int64)
+    places, counts = np.empty((longest, 2), np.int64), np.empty(len(offsets) - 1, np.int64)
     for n in range(len(counts)):
-        counts[n] = word_places(data, offsets[n], offsets[n + 1], kinds, folds, room)
+        counts[n] = word_places(data, offsets[n], offsets[n + 1], kinds, folds, places)
     return counts

@@ -1,7 +1,7 @@
-"""Embeddings of documents by a sentence transformer: which model that is, and the vectors of a shard.
+"""Embeddings of documents by a sentence transformer: the location of the model, and the vectors of a shard.
 
-The library that the models are made with reads them (`sentence-transformers`): how tokens are pooled, whether a dense
-layer follows and how long a text may be is told by files beside the weights, and nothing is fetched from anywhere.
+`sentence-transformers` loads the model, offline. Files next to the weights specify the pooling, the dense layer and the
+maximum length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moray.pipelines.dedup.keep_order import described, read_documents
+from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row
 from moray.platform.core.errors import InputError
@@ -27,28 +27,30 @@ Vectors = npt.NDArray[np.float32]
 
 
 def embedding_model_folder(model: Path | None, package: str) -> Path:
-    """Where the model is: a folder in Hugging Face's layout, or the one in an installed package.
+    """Returns the folder of the model: `model`, in Hugging Face's layout, or else the one in an installed package.
 
-    Raises InputError if it is not there, or if the library is not.
+    Raises InputError if the model or the library is not installed.
     """
     if importlib.util.find_spec(LIBRARY) is None:
-        raise InputError(f"dedup-semantic needs the package {LIBRARY}", HINT)
+        raise InputError(f"dedup-semantic requires the package {LIBRARY}", HINT)
     if model is not None:
         root = model.expanduser()
         if not (root / "config.json").exists():
-            raise InputError(f"{root} holds no model (no config.json)", "give the folder of a sentence transformer")
+            raise InputError(
+                f"{root} contains no model (no config.json)", "set dedup-semantic.model to a sentence transformer"
+            )
         return root.absolute()
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise InputError(f"no package {package!r}, which was to hold the model", HINT)
+        raise InputError(f"dedup-semantic.package: {package!r} is not installed", HINT)
     found = sorted(Path(spec.origin).parent.rglob("modules.json"))
     if not found:
-        raise InputError(f"package {package!r} holds no sentence transformer (no modules.json)", HINT)
+        raise InputError(f"package {package!r} contains no sentence transformer (no modules.json)", HINT)
     return found[0].parent
 
 
 def embed_shard(shard: Row, folder: str, described_folder: str, model: str, batch: int) -> Row:
-    """Writes the vectors of a shard's documents, of length 1 in float16, and what the documents are."""
+    """Writes the unit vectors of a shard's documents, in float16, and document descriptions."""
     name = Path(shard["path"]).name
     target = Path(folder) / name.replace("documents-", "embeddings-")
     if not target.exists():
@@ -80,7 +82,7 @@ def _loaded(model: str) -> Any:
 
 
 def vectors_of(table: pa.Table) -> Vectors:
-    """float32 [N, dimensions], of length 1 again after rounding."""
+    """The vectors of a table of embeddings, float32 [N, D], renormalized to length 1 after the float16 rounding."""
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     vectors = flat.reshape(len(table), -1) if len(table) else np.zeros((0, 1), np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

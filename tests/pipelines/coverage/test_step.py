@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.coverage import step as coverage_step
 from moray.pipelines.coverage.document_stages import stages_of
-from moray.pipelines.coverage.domains import GENERAL, LEXICON, UNJUDGED, domain_of, domains, lexicon
+from moray.pipelines.coverage.domains import GENERAL, LEXICON, NOT_ENGLISH, domain_of, domains, lexicon
 from moray.pipelines.coverage.page import _percent, _short, coverage_page
 from moray.pipelines.coverage.step import CoverageConfig
 from moray.pipelines.coverage.summary import KINDS, summarize
@@ -51,7 +51,7 @@ def test_languages_are_known_without_a_network() -> None:
     ("text", "language", "domain"),
     [
         (MEDICINE, "en", "Medicine"), (LAW, "en", "Law"), (SOFTWARE, "en", "Software"), (PLAIN, "en", GENERAL),
-        (GERMAN, "de", UNJUDGED), (SOFTWARE, "de", "Software"), (LAW, "de", UNJUDGED), ("", "", GENERAL),
+        (GERMAN, "de", NOT_ENGLISH), (SOFTWARE, "de", "Software"), (LAW, "de", NOT_ENGLISH), ("", "", GENERAL),
         (MEDICINE + 2 * LAW, "en", "Law"), (MEDICINE + 60 * PLAIN, "en", GENERAL),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.decontaminate import step as decontaminate_step
-from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationVerdict, judge_matches, per_eval
+from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationResult, find_contamination, per_eval
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, EvalText, read_pieces
 from moray.pipelines.decontaminate.step import DecontaminateConfig
@@ -54,9 +54,12 @@ def matches_of(index: EvalIndex, documents: dict[str, str]) -> pa.Table:
     return pa.Table.from_pylist(rows, MATCHES)
 
 
-def judged(items: dict[str, list[str]], documents: dict[str, str], grams: Grams, **rules: Any) -> ContaminationVerdict:
+def contamination(
+    items: dict[str, list[str]], documents: dict[str, str], grams: Grams, **rules: Any
+) -> ContaminationResult:
     index = build_index([EvalText("e", item, "f", text) for item, texts in items.items() for text in texts], grams)
-    return judge_matches(matches_of(index, documents), index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
+    matches = matches_of(index, documents)
+    return find_contamination(matches, index, rules.get("max_overlap", 0.0), rules.get("ignore_common"))
 
 
 @UNITS
@@ -93,11 +96,11 @@ def test_hits_are_those_of_the_definition(
 ) -> None:
     named, evals = {f"d{i}": text for i, text in enumerate(documents)}, {f"i{i}": its for i, its in enumerate(items)}
     least = max(1, size - 2)
-    verdict = judged(evals, named, Grams(size, unit == "characters", least, telling), ignore_common=ignore_common)
-    rows = verdict.hits.to_pylist()
+    result = contamination(evals, named, Grams(size, unit == "characters", least, telling), ignore_common=ignore_common)
+    rows = result.hits.to_pylist()
     expected = oracle.hits(named, evals, unit, size, least, telling, ignore_common)
     assert {(row["id"], row["item"]): (row["ngrams"], row["overlap"]) for row in rows} == expected
-    assert set(verdict.removed["id"].to_pylist()) == {name for name, _ in expected}
+    assert set(result.removed["id"].to_pylist()) == {name for name, _ in expected}
     for row in rows:
         assert row["text"] in named[row["id"]]
         found = oracle.windows(oracle.units(row["text"], "words"), size)
@@ -122,8 +125,8 @@ def test_more_hits_than_there_is_room_for_at_first() -> None:
 
 def test_numbers_alone_say_nothing() -> None:
     counting = ", ".join(str(i) for i in range(30))
-    assert not len(judged({"0": [counting]}, {"table": f"rows {counting}"}, Grams()).hits)
-    assert len(judged({"0": [counting]}, {"table": f"rows {counting}"}, Grams(telling=0)).hits) == 1
+    assert not len(contamination({"0": [counting]}, {"table": f"rows {counting}"}, Grams()).hits)
+    assert len(contamination({"0": [counting]}, {"table": f"rows {counting}"}, Grams(telling=0)).hits) == 1
 
 
 def test_an_alphabet_says_nothing_and_ideographs_do() -> None:
@@ -131,16 +134,16 @@ def test_an_alphabet_says_nothing_and_ideographs_do() -> None:
         "0 1 2 3 4 5 6 7 8 9 a b c d e f",
         "\u5b66\u800c\u65f6\u4e60\u4e4b\u4e0d\u4ea6\u8bf4\u4e4e\u6709\u670b\u81ea\u8fdc",
     )
-    assert not len(judged({"0": [alphabet]}, {"hex": alphabet}, Grams()).hits)
-    assert len(judged({"0": [clause]}, {"analects": f"\u5b50\u66f0{clause}\u65b9\u6765"}, Grams()).hits) == 1
+    assert not len(contamination({"0": [alphabet]}, {"hex": alphabet}, Grams()).hits)
+    assert len(contamination({"0": [clause]}, {"analects": f"\u5b50\u66f0{clause}\u65b9\u6765"}, Grams()).hits) == 1
 
 
 def test_an_item_goes_by_its_long_texts_or_as_a_whole() -> None:
     long, short = " ".join(f"word{i}" for i in range(13)), " ".join(f"short{i}" for i in range(8))
     documents = {"long": f"x {long} y", "short": f"x {short} y", "part": long[:-1]}
-    assert judged({"0": [long, short]}, documents, Grams()).removed["id"].to_pylist() == ["long"]
-    assert judged({"0": [short, "short0 short1"]}, documents, Grams()).removed["id"].to_pylist() == ["short"]
-    assert not len(judged({"0": [short[3:]]}, documents, Grams()).hits)
+    assert contamination({"0": [long, short]}, documents, Grams()).removed["id"].to_pylist() == ["long"]
+    assert contamination({"0": [short, "short0 short1"]}, documents, Grams()).removed["id"].to_pylist() == ["short"]
+    assert not len(contamination({"0": [short[3:]]}, documents, Grams()).hits)
 
 
 def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> None:
@@ -149,13 +152,13 @@ def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> N
     items = {"0": [f"{phrase} . {own}"], "1": [phrase], "never": [own[::-1]]}
     index = build_index([EvalText("e", item, "f", text) for item, its in items.items() for text in its], Grams())
     matches = matches_of(index, documents)
-    everything = judge_matches(matches, index, 0.0, None)
+    everything = find_contamination(matches, index, 0.0, None)
     assert everything.removed["id"].to_pylist() == sorted(documents)
     assert everything.removed.filter(pc.equal(everything.removed["id"], "d0")).to_pylist()[0]["item"] == "1"
-    found = judge_matches(matches, index, 0.0, ignore_common=4)
+    found = find_contamination(matches, index, 0.0, ignore_common=4)
     assert found.ignored == [(phrase, 5)]
     assert [(row["id"], row["item"], row["overlap"]) for row in found.removed.to_pylist()] == [("leak", "0", 1.0)]
-    half = judge_matches(matches, index, 0.5, None)
+    half = find_contamination(matches, index, 0.5, None)
     assert {row["item"] for row in half.removed.to_pylist()} == {"0", "1"}, "all of a phrase that is an item"
     assert half.hits.filter(pc.equal(half.hits["item"], "0"))["contaminated"].to_pylist() == [False] * 4 + [True]
     assert len(half.hits) == len(everything.hits), "what stays is reported too"
@@ -306,13 +309,13 @@ def test_every_planted_item_of_humaneval_is_found_and_nothing_else(unit: str) ->
     config = DecontaminateConfig(evals=(HUMAN_EVAL,), unit=unit)  # type: ignore[arg-type]
     index = decontaminate_step._index(config)
     assert len(index.items) == 164
-    verdict = judge_matches(matches_of(index, documents), index, 0.0, None)
+    result = find_contamination(matches_of(index, documents), index, 0.0, None)
     found: dict[str, set[str]] = {name: set() for name in documents}
-    for row in verdict.hits.to_pylist():
+    for row in result.hits.to_pylist():
         found[row["id"]].add(row["item"])
     assert all(held[name] <= found[name] for name in documents)
-    assert sorted(verdict.removed["id"].to_pylist()) == sorted(name for name, its in held.items() if its)
-    assert per_eval(index, verdict.hits)[0]["items_found"] == 164
+    assert sorted(result.removed["id"].to_pylist()) == sorted(name for name, its in held.items() if its)
+    assert per_eval(index, result.hits)[0]["items_found"] == 164
 
 
 def run_step(

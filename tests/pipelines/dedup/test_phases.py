@@ -23,7 +23,7 @@ def test_a_file_that_the_phase_does_not_name_is_refused(tmp_path: Path) -> None:
     files = PhaseFiles(str(tmp_path), frozenset({"pairs"}), frozenset({"numbers"}))
     assert files.read("pairs", 3) == tmp_path / "pairs-000003.npy"
     assert files.write("numbers") == files.read("numbers") == tmp_path / "numbers.npy"
-    with pytest.raises(ValueError, match="this phase writes no pairs"):
+    with pytest.raises(ValueError, match="this phase does not write pairs"):
         files.write("pairs", 3)
-    with pytest.raises(ValueError, match="this phase reads no groups"):
+    with pytest.raises(ValueError, match="this phase does not read groups"):
         files.read("groups")

@@ -18,7 +18,7 @@ from moray.pipelines.dedup import decide, dedup_index, phases
 from moray.pipelines.dedup.config import DedupConfig
 from moray.pipelines.dedup.find import find, near_candidates
 from moray.pipelines.dedup.graph import LARGEST, candidates, components, forest
-from moray.pipelines.dedup.keep_order import DocumentColumns, sources_by
+from moray.pipelines.dedup.priority_order import DocumentColumns, sources_by
 from moray.pipelines.shared.documents import content_hash, document_id
 from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import sort_shingles
@@ -130,7 +130,7 @@ def documents(texts: list[oracle.Text], config: DedupConfig) -> DocumentColumns:
 
 
 def found(texts: list[oracle.Text], config: DedupConfig) -> pa.Table:
-    ordered, order = documents(texts, config).in_keep_order()
+    ordered, order = documents(texts, config).in_priority_order()
     sets = [oracle.shingles(texts[i].text, config.shingle) for i in order]
     keys, shingles = config.shingling.keys(column([one.text for one in texts]))
     pairs = near_candidates(ordered, keys[order], shingles[order]).pairs
@@ -189,9 +189,9 @@ def test_the_better_of_two_stays_though_it_is_shorter() -> None:
     texts = [oracle.Text(str(i), " ".join(f"w{k}" for k in range(30 - i))) for i in range(3)]
     made = documents(texts, SURE)
     rated = replace(made, qualities=np.array([0.1, 0.7, 0.7]))
-    ordered, _ = rated.in_keep_order()
+    ordered, _ = rated.in_priority_order()
     pairs = np.array([[0, 1], [1, 2]])
-    assert find(made.in_keep_order()[0], pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["0", "0"]
+    assert find(made.in_priority_order()[0], pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["0", "0"]
     assert find(ordered, pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["1", "1"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.filter.config import C4, BasicRules, FilterConfig, FineWeb, GopherQuality, GopherRepetition
-from moray.pipelines.filter.rules import FilteredDocuments, judge_documents
+from moray.pipelines.filter.rules import FilteredDocuments, apply_rules
 from moray.platform.plan.config import StepConfig
 from tests.examples import examples
 from tests.pipelines.filter import oracle
@@ -67,7 +67,7 @@ def test_rules_are_those_of_their_definitions(
     family: str, block: type[StepConfig], defined: Any, data: st.DataObject, documents: list[str]
 ) -> None:
     limits = data.draw(limits_of(block))
-    judged = judge_documents(column(documents), FilterConfig(rules=(family,), **{family: limits}))
+    judged = apply_rules(column(documents), FilterConfig(rules=(family,), **{family: limits}))
     expected = [defined(text, limits) if text else ("empty", 0) for text in documents]
     assert broken(judged) == expected
     for reason, threshold in zip(judged.reasons, judged.limits.tolist(), strict=True):
@@ -95,14 +95,14 @@ def test_every_value_is_that_of_the_definition(
     tight = 0.0 if field.startswith("max_") else 1.0 if is_share else 1e9
     more = {"short_line": short_line} if block is FineWeb else {}
     limits = block(**off | {field: tight} | more)
-    judged = judge_documents(column(documents), FilterConfig(rules=(family,), **{family: limits}))
+    judged = apply_rules(column(documents), FilterConfig(rules=(family,), **{family: limits}))
     assert broken(judged) == [defined(text, limits) if text else ("empty", 0) for text in documents]
 
 
 @settings(max_examples=examples(200), deadline=None)
 @given(limits=limits_of(C4), documents=st.lists(texts, min_size=1, max_size=6))
 def test_c4_leaves_of_a_text_what_its_definition_does(limits: C4, documents: list[str]) -> None:
-    judged = judge_documents(column(documents), FilterConfig(rules=("c4",), c4=limits))
+    judged = apply_rules(column(documents), FilterConfig(rules=("c4",), c4=limits))
     for text, found, left in zip(documents, broken(judged), judged.texts.to_pylist(), strict=True):
         expected = oracle.c4(text, limits) if text else ("empty", 0)
         assert (left if found is None else found) == expected
@@ -125,7 +125,7 @@ def test_basic_rules_are_those_of_their_definitions(data: st.DataObject, documen
     } | {name: data.draw(some_shares) for name in (
         "max_symbol_ratio", "max_ellipsis_lines", "min_alphabetic_words", "max_duplicate_lines")}  # fmt: skip
     config = FilterConfig(**drawn)
-    for found, text in zip(broken(judge_documents(column(documents), config)), documents, strict=True):
+    for found, text in zip(broken(apply_rules(column(documents), config)), documents, strict=True):
         expected = oracle.basic(text, BasicRules(**drawn))
         assert (found is None) == (expected is None)
         if found and expected:
@@ -139,11 +139,11 @@ def test_families_are_tried_in_the_order_of_the_recipe_each_on_what_the_one_befo
     documents: list[str], order: list[str]
 ) -> None:
     loose = {"min_words": 1, "gopher_quality": GopherQuality(min_words=2), "c4": C4(min_sentences=1)}
-    together = judge_documents(column(documents), FilterConfig(rules=tuple(order), **loose))
+    together = apply_rules(column(documents), FilterConfig(rules=tuple(order), **loose))
     for text, reason, left in zip(documents, together.reasons, together.texts.to_pylist(), strict=True):
         now, first = text, None
         for family in order:
-            one = judge_documents(column([now]), FilterConfig(rules=(family,), **loose))
+            one = apply_rules(column([now]), FilterConfig(rules=(family,), **loose))
             now, first = one.texts.to_pylist()[0], one.reasons[0]
             if first:
                 break
@@ -155,12 +155,12 @@ def test_families_are_tried_in_the_order_of_the_recipe_each_on_what_the_one_befo
 def test_parts_of_a_column_are_judged_where_they_lie() -> None:
     documents = [f"{i} words of a text. " * i for i in range(12)]
     config = FilterConfig(rules=("gopher_quality", "c4"), c4=C4(min_sentences=None))
-    whole = judge_documents(column(documents), config)
-    part = judge_documents(column(documents).slice(3, 5), config)
+    whole = apply_rules(column(documents), config)
+    part = apply_rules(column(documents).slice(3, 5), config)
     assert part.reasons == whole.reasons[3:8]
     parts = pa.chunked_array([pa.array(documents[:5], pa.large_string()), pa.array(documents[5:], pa.large_string())])
-    assert judge_documents(parts, config).reasons == whole.reasons
-    assert judge_documents(pa.chunked_array([], pa.large_string()), config).reasons == []
+    assert apply_rules(parts, config).reasons == whole.reasons
+    assert apply_rules(pa.chunked_array([], pa.large_string()), config).reasons == []
 
 
 @pytest.mark.parametrize(
@@ -177,4 +177,4 @@ def test_parts_of_a_column_are_judged_where_they_lie() -> None:
     ],
 )
 def test_each_rule_drops_what_it_is_for(text: str, reason: str | None) -> None:
-    assert judge_documents(column([text]), FilterConfig(min_words=20, max_words=100)).reasons == [reason]
+    assert apply_rules(column([text]), FilterConfig(min_words=20, max_words=100)).reasons == [reason]

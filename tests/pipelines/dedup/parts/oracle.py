@@ -73,7 +73,7 @@ def _bounds(text: str, unit: str) -> Iterator[tuple[int, int]]:
             begin = at
 
 
-def keep_order(pages: Sequence[Page], prefer: Sequence[str]) -> list[Page]:
+def priority_order(pages: Sequence[Page], prefer: Sequence[str]) -> list[Page]:
     rank = {source: i for i, source in enumerate(prefer)}
     return sorted(pages, key=lambda p: (rank.get(p.source, len(rank)), -len(p.text), content_hash(p.text), p.id))
 
@@ -83,7 +83,7 @@ def outcome(
 ) -> Outcome:
     """size: words of a window, or characters of a part at least."""
     found = Outcome()
-    for page in keep_order(pages, prefer):
+    for page in priority_order(pages, prefer):
         pieces = windows(page.text, size) if unit == "substring" else parts(page.text, unit, size)
         cut: set[int] = set()
         stood: list[Piece] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moray.pipelines.dedup.parts.scan import EDITED, TOO_MUCH_LOST, PieceVerdicts, RepeatedPieces
+from moray.pipelines.dedup.parts.scan import EDITED, TOO_MUCH_LOST, ScanDecisions, RepeatedPieces
 from moray.pipelines.dedup.parts.scan_input import ScanInput
 from moray.pipelines.dedup.parts.scan_output import merge_cuts
 
@@ -19,7 +19,7 @@ def test_pieces_that_overlap_or_touch_are_one_span_of_a_document_that_stays() ->
     pieces = RepeatedPieces(numbers(0, 4, 5, 7), begins, ends, none, none, none)
     scan = ScanInput(pieces, row_D=numbers(9, 5, 2), length_D=numbers(30, 30, 30), words_D=numbers(9, 9, 9))
     cut = np.array([True, True, False, True, True, True, True])
-    found = PieceVerdicts(cut, numbers(EDITED, TOO_MUCH_LOST, EDITED), numbers(13, 5, 4), none[:3], none[:3])
+    found = ScanDecisions(cut, numbers(EDITED, TOO_MUCH_LOST, EDITED), numbers(13, 5, 4), none[:3], none[:3])
     spans = merge_cuts(scan, found)
     assert spans.row_S.tolist() == [2, 9, 9]
     assert spans.begin_S.tolist() == [3, 0, 20]
@@ -29,5 +29,5 @@ def test_pieces_that_overlap_or_touch_are_one_span_of_a_document_that_stays() ->
 def test_nothing_cut_is_no_span() -> None:
     none = numbers()
     scan = ScanInput(RepeatedPieces(numbers(0), none, none, none, none, none), none, none, none)
-    spans = merge_cuts(scan, PieceVerdicts(none.astype(np.bool_), none, none, none, none))
+    spans = merge_cuts(scan, ScanDecisions(none.astype(np.bool_), none, none, none, none))
     assert [len(column) for column in spans] == [0, 0, 0]

@@ -18,7 +18,7 @@ from moray.pipelines.dedup.parts import key_ranges
 from moray.pipelines.dedup.parts import step as parts_step
 from moray.pipelines.dedup.parts.scan import RepeatedPieces, scan_pieces
 from moray.pipelines.dedup.parts.step import DedupPartsConfig
-from moray.pipelines.dedup.parts.text_parts import normalized, parts_of, without
+from moray.pipelines.dedup.parts.text_parts import cut_spans, normalized, parts_of
 from moray.pipelines.dedup.parts.windows import fingerprints, gram_size, windows
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
@@ -49,7 +49,7 @@ PIECES = (
     ("one", "other"), [("cafe\u0301", "bar"), ("co\u00ad", "bar"), ("\u0915\u094d", "\u0915"), ("a", "\u00adb")]
 )
 def test_two_words_stay_two_where_a_cut_ends_beside_a_mark(one: str, other: str) -> None:
-    assert without(f"{one}\u4e2d\u6587{other}", [(len(one), len(one) + 2)]) == f"{one} {other}"
+    assert cut_spans(f"{one}\u4e2d\u6587{other}", [(len(one), len(one) + 2)]) == f"{one} {other}"
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_parts_are_the_text(text: str, unit: str) -> None:
 
 
 def test_what_lies_around_a_cut_stays_as_it_was() -> None:
-    assert without("one, two; three.\n", [(5, 8)]) == "one, ; three.\n"
-    assert without("abc\u4e2ddef", [(3, 4)]) == "abc def"
-    assert without("abc\u4e2d\u6587def", [(3, 4)]) == "abc\u6587def"
-    assert without("\u4e2ddef", [(0, 1)]) == "def"
-    assert without("abc", []) == "abc"
+    assert cut_spans("one, two; three.\n", [(5, 8)]) == "one, ; three.\n"
+    assert cut_spans("abc\u4e2ddef", [(3, 4)]) == "abc def"
+    assert cut_spans("abc\u4e2d\u6587def", [(3, 4)]) == "abc\u6587def"
+    assert cut_spans("\u4e2ddef", [(0, 1)]) == "def"
+    assert cut_spans("abc", []) == "abc"
 
 
 def one_document(groups: list[list[int]], copies: int = 1) -> list[list[bool]]:
@@ -291,7 +291,7 @@ def test_what_happened_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_fields_that_mean_nothing_for_the_unit_are_refused() -> None:
-    with pytest.raises(ValidationError, match="`tokens` means nothing for `unit: line`"):
+    with pytest.raises(ValidationError, match="`tokens` has no effect with `unit: line`"):
         DedupPartsConfig(unit="line", tokens=40)
     with pytest.raises(ValidationError, match="min_characters"):
         DedupPartsConfig(unit="substring", min_characters=40)

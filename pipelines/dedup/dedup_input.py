@@ -1,4 +1,4 @@
-"""Tonight's documents, and what is kept of those of earlier nights."""
+"""The input of one dedup run: its own documents, and the indexes and documents of earlier runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NumberedShards:
-    """Files of documents, of all generations in order. firsts: the number of each one's first document."""
+    """Document shards of all generations, in order. firsts: the number of each shard's first document."""
 
     paths: tuple[Path, ...]
     firsts: Indices
@@ -35,7 +35,7 @@ class NumberedShards:
 
     @staticmethod
     def of(generations: Sequence[tuple[Sequence[Path], Sequence[int]]]) -> NumberedShards:
-        """From (files, documents in each) of each generation."""
+        """Builds it from (files, documents per file) of each generation."""
         rows = [count for _, counts in generations for count in counts]
         return NumberedShards(
             tuple(path for paths, _ in generations for path in paths),
@@ -44,8 +44,11 @@ class NumberedShards:
         )
 
     def rows_of(self, numbers: Indices) -> list[Row]:
-        """A description of each file that has any of ascending numbers, which are its `begin` to `end`; `age`: 0 of the
-        last generation, less than 0 of those before."""
+        """A task description for each file that contains any of `numbers`, which are ascending.
+
+        The numbers of a file are numbers[begin:end]. age: 0 for the last generation, -1 for the one before it, and so
+        on.
+        """
         bounds = np.searchsorted(numbers, [*self.firsts.tolist(), np.iinfo(np.int64).max])
         files = np.flatnonzero(np.diff(bounds)).tolist()
         age = int(self.generations.max(initial=0))
@@ -63,8 +66,8 @@ class NumberedShards:
 
 
 @dataclass(frozen=True)
-class Crawl:
-    """paths, rows: files of tonight's documents, and how many each has. shards: of all nights."""
+class DedupInput:
+    """paths, rows: shards of this run's documents, and documents per shard. shards: those of all runs."""
 
     reference: str
     paths: tuple[Path, ...]
@@ -74,13 +77,13 @@ class Crawl:
     representatives: Representatives
 
     @staticmethod
-    def of(ctx: StepContext[DedupConfig]) -> Crawl:
+    def of(ctx: StepContext[DedupConfig]) -> DedupInput:
         paths = tuple(shard_paths(ctx.inputs["documents"].folder))
         rows = tuple(pq.read_metadata(path).num_rows for path in paths)
         earlier = _earlier(ctx)
         generations = [([one.texts / name for name in one.generation.shards], one.generation.rows) for one in earlier]
         known = [] if ctx.config.index_form == "bloom" else earlier
-        return Crawl(
+        return DedupInput(
             ctx.inputs["documents"].reference,
             paths,
             rows,
@@ -95,7 +98,7 @@ class Crawl:
 
     @property
     def offset(self) -> int:
-        """The number of the first document."""
+        """The number of this run's first document: documents of all runs are numbered consecutively."""
         return sum(one.generation.count for one in self.earlier)
 
     @property
@@ -104,7 +107,7 @@ class Crawl:
 
     @property
     def own_firsts(self) -> tuple[int, ...]:
-        """The number of each shard's first document, of this run's shards."""
+        """The number of the first document of each of this run's shards."""
         return tuple(self.shards.firsts[len(self.shards.firsts) - len(self.paths) :].tolist())
 
     def sketches(self, folder: Path) -> Sketches:
@@ -116,13 +119,13 @@ class Crawl:
 
 
 def _earlier(ctx: StepContext[DedupConfig]) -> list[dedup_index.Earlier]:
-    """The generations before this one, oldest first, with their files on this machine."""
+    """The generations of earlier runs, oldest first. Fetches their files to this machine."""
     store, found = ArtifactStore(ctx.home), []
     link = ctx.inputs.get(EARLIER)
     while link is not None:
         generation = dedup_index.Generation.read(link.folder)
         texts = store.fetch(find_artifact(store, generation.documents))
         found.append(dedup_index.Earlier(generation, link.folder, texts.folder))
-        before = link.manifest.inputs.get(EARLIER)
-        link = store.fetch(find_artifact(store, before)) if before else None
+        previous = link.manifest.inputs.get(EARLIER)
+        link = store.fetch(find_artifact(store, previous)) if previous else None
     return found[::-1]
