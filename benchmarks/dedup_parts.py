@@ -19,7 +19,6 @@ import pyarrow as pa
 from harness.result import report
 from harness.texts import BUILT, texts_of
 
-from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.parts.key_ranges import exchange_ranges
 from moray.pipelines.dedup.parts.scan import scan_pieces
 from moray.pipelines.dedup.parts.scan_input import read_scan_input
@@ -35,6 +34,7 @@ from moray.pipelines.dedup.parts.tasks import (
     text_size,
     window_shard,
 )
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.removal import read_outputs
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
 from moray.pipelines.shared.shards import Row

@@ -1,4 +1,4 @@
-"""Which documents are contaminated, and by what, given all matches: a pure function, so nothing depends on the shards.
+"""The decision which documents are contaminated, from all matches at once, so it does not depend on the shards.
 
 Shapes: I items.
 """
@@ -14,7 +14,7 @@ import pyarrow as pa
 from moray.pipelines.decontaminate.eval_index import EvalIndex
 
 REASON = "contaminated"
-_EXCERPT = 300  # characters of an excerpt in tables
+_EXCERPT = 300  # maximum characters of an excerpt in tables
 
 MATCHES = pa.schema(
     [
@@ -42,10 +42,9 @@ REMOVED = pa.schema([HITS.field("id"), pa.field("reason", pa.string()), *[HITS.f
 
 @dataclass(frozen=True)
 class ContaminationResult:
-    """hits: a row per document and item, see HITS. removed: a row per document, by the item it has most of.
-
-    ignored: n-grams that more documents have than are believed, as written in one of them, and how many do.
-    """
+    """hits: a row per document and item, see HITS. removed: a row per contaminated document, for the item with the
+    largest overlap. ignored: n-grams that more than `ignore_common` documents contain, as written in one of them, and
+    the number of documents."""
 
     hits: pa.Table
     removed: pa.Table
@@ -55,13 +54,16 @@ class ContaminationResult:
 def find_contamination(
     matches: pa.Table, index: EvalIndex, max_overlap: float, ignore_common: int | None
 ) -> ContaminationResult:
-    """matches: see MATCHES, each document and n-gram once. A document is contaminated if it has more than `max_overlap`
-    of an item, a share of the item's n-grams; those that more than `ignore_common` documents have count nowhere."""
+    """Decides which documents are contaminated. matches: see MATCHES, one row per document and n-gram.
+
+    A document is contaminated if it contains more than the share `max_overlap` of an item's n-grams. N-grams that more
+    than `ignore_common` documents contain do not count.
+    """
     rows = sorted(matches.to_pylist(), key=lambda row: (row["id"], row["gram"]))
     documents = Counter(row["gram"] for row in rows)
     common = {gram for gram, n in documents.items() if ignore_common is not None and n > ignore_common}
     excerpts = {row["gram"]: row["text"] for row in reversed(rows) if row["gram"] in common}
-    wholes = index.grams_of_items(sorted(common))
+    totals = index.grams_of_items(sorted(common))
     items: dict[tuple[int, int], list[int]] = {}
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -72,7 +74,7 @@ def find_contamination(
             items[place] = index.items_with(*place)
         for item in items[place]:
             found[row["id"], item].append(row)
-    hits = [_hit(its, index.items[item], int(wholes[item]), max_overlap) for (_, item), its in found.items()]
+    hits = [_hit(own, index.items[item], int(totals[item]), max_overlap) for (_, item), own in found.items()]
     hits.sort(key=lambda hit: (hit["id"], hit["eval"], hit["item"]))
     worst: dict[str, dict[str, Any]] = {}
     for hit in sorted(hits, key=lambda hit: (-hit["overlap"], -hit["ngrams"])):  # stable: then by eval and item
@@ -85,8 +87,8 @@ def find_contamination(
     )
 
 
-def _hit(rows: list[dict[str, Any]], item: tuple[str, str], whole: int, max_overlap: float) -> dict[str, Any]:
-    overlap = len(rows) / whole
+def _hit(rows: list[dict[str, Any]], item: tuple[str, str], total: int, max_overlap: float) -> dict[str, Any]:
+    overlap = len(rows) / total
     return {
         "id": rows[0]["id"],
         "source": rows[0]["source"],
@@ -100,26 +102,28 @@ def _hit(rows: list[dict[str, Any]], item: tuple[str, str], whole: int, max_over
 
 
 def per_eval(index: EvalIndex, hits: pa.Table) -> list[dict[str, Any]]:
-    """Of each eval: items, those in some document and in none, those too short to be looked for; documents."""
-    wholes, rows = index.grams_of_items(), hits.to_pylist()
+    """The rows of the report, one per eval: items found in some document, in none, and too short to search for; and
+    documents."""
+    totals, rows = index.grams_of_items(), hits.to_pylist()
     report = []
     for name in dict.fromkeys(name for name, _ in index.items):
-        own = [(item, int(whole)) for (its, item), whole in zip(index.items, wholes, strict=True) if its == name]
-        mine = [row for row in rows if row["eval"] == name]
-        touched = Counter(row["item"] for row in mine)
-        gone = Counter(row["item"] for row in mine if row["contaminated"])
-        short = [item for item, whole in own if not whole]
+        items = [(item, int(total)) for (eval_, item), total in zip(index.items, totals, strict=True) if eval_ == name]
+        own = [row for row in rows if row["eval"] == name]
+        found = Counter(row["item"] for row in own)
+        contaminated = Counter(row["item"] for row in own if row["contaminated"])
+        short = [item for item, total in items if not total]
         report.append(
             {
                 "name": name,
-                "items": len(own),
-                "items_found": len(touched),
-                "items_never_found": len(own) - len(touched) - len(short),
+                "items": len(items),
+                "items_found": len(found),
+                "items_never_found": len(items) - len(found) - len(short),
                 "items_not_looked_for": len(short),
-                "documents": len({row["id"] for row in mine}),
-                "documents_contaminated": len({row["id"] for row in mine if row["contaminated"]}),
+                "documents": len({row["id"] for row in own}),
+                "documents_contaminated": len({row["id"] for row in own if row["contaminated"]}),
                 "found": [
-                    {"item": item, "documents": n, "contaminated": gone[item]} for item, n in touched.most_common()
+                    {"item": item, "documents": n, "contaminated": contaminated[item]}
+                    for item, n in found.most_common()
                 ],
                 "not_looked_for": short,
             }

@@ -1,11 +1,11 @@
-"""The n-grams of evals by hash, with the items that have each; and the search of texts for them, exact in the end.
+"""An index of the n-grams of evals by hash, with the items of each, and the search of texts for them.
 
-An item's n-grams are those of its texts (fields). One all of whose texts are shorter than an n-gram is looked for by
-these texts as wholes, where they have the least length; an item with none of that is too short to be looked for. Nor
-are n-grams looked for that say nothing, such as 1 2 3 ... 13 or 8 9 a b c d: those with few distinct words that are
-more than a number or a letter.
+Matches by hash are verified by comparing the text. The n-grams of an item are those of its texts (fields). If all texts
+of an item are shorter than an n-gram, each text of the minimum length is searched for as a whole; an item without such
+a text is too short to search for. Uninformative n-grams, such as 1 2 3 ... 13 or 8 9 a b c d, are excluded: they have
+few distinct words of more than a number or a single letter.
 
-Shapes: G distinct n-grams, M places where they stand in pieces, I items, P pieces.
+Shapes: G distinct n-grams, M occurrences of n-grams in pieces, I items, P pieces.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
 
-LETTERS_A_WORD = 3  # of Thai, Khmer and the like, letters without their marks: so an n-gram is as long as elsewhere
+LETTERS_A_WORD = 3  # letters (without marks) that count as one word in Thai, Khmer and other scripts without spaces
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Grams:
-    """What an n-gram is: `size` words or characters, `telling` distinct ones of them more than a number or a letter
-    (text_units.py). Texts of an item without one that long are wholes, from `least` on."""
+    """The definition of an n-gram: `size` words or characters, of which at least `telling` distinct ones are
+    informative (`is_telling`). Texts of at least `shortest` units are searched for as wholes if their item has no
+    text of `size` units."""
 
     size: int = 13
     characters: bool = False
-    least: int = 8
+    shortest: int = 8
     telling: int = 3
 
 
 @dataclass(frozen=True)
 class Match:
-    """An n-gram of an eval in a text: row of the text, n-gram, one of its places, and how the text writes it."""
+    """An n-gram of an eval in a text: row of the text, n-gram, one of its places, and the passage as written."""
 
     row: int
     gram: int
@@ -54,9 +55,9 @@ class Match:
 
 @dataclass(frozen=True)
 class EvalIndex:
-    """items: (eval, name). item_of, texts and sizes are of pieces; sizes: units of an n-gram, 0 if not looked for.
-    hashes: uint64 [G], ascending. N-gram g stands at bounds[g] : bounds[g + 1] of pieces_at and units_at.
-    """
+    """The index. items: (eval, name) of each item. item_of, texts, sizes: [P]; sizes: units per n-gram, or 0 if the
+    piece is not searched for. hashes: uint64 [G], ascending. The occurrences of n-gram g are bounds[g] : bounds[g + 1]
+    of pieces_at and units_at."""
 
     characters: bool
     items: list[tuple[str, str]]
@@ -67,20 +68,20 @@ class EvalIndex:
     bounds: Integers
     pieces_at: Integers
     units_at: Integers
-    _read: dict[int, Units] = field(default_factory=dict)  # pieces that were compared
+    _read: dict[int, Units] = field(default_factory=dict)  # cache: the units of pieces
 
     def find(self, texts: pa.ChunkedArray) -> list[Match]:
-        """Every n-gram of an eval in each text, once, its text compared."""
+        """All verified matches in the texts, one per text and n-gram."""
         matches, row, units = [], -1, units_of("", self.characters)
-        for text, gram, at in self._guesses(texts).tolist():
+        for text, gram, at in self._hash_matches(texts).tolist():
             if text != row:
                 row, units = text, units_of(texts[text].as_py(), self.characters)
             if (match := self.verified(row, units, gram, at)) is not None:
                 matches.append(match)
         return matches
 
-    def _guesses(self, texts: pa.ChunkedArray) -> Integers:
-        """int64 [_, 3]: text, n-gram and unit, by hash alone."""
+    def _hash_matches(self, texts: pa.ChunkedArray) -> Integers:
+        """Unverified matches by hash: text, n-gram and first unit, int64 [_, 3]."""
         from moray.pipelines.decontaminate.matching import bitmap, scan
 
         sizes = np.unique(self.sizes[self.sizes > 0])
@@ -92,7 +93,7 @@ class EvalIndex:
         return found[:count]
 
     def verified(self, row: int, units: Units, gram: int, at: int) -> Match | None:
-        """The match if at some place the n-gram has the text that begins with unit `at`, else None."""
+        """The match, if the n-gram at any of its places equals the text from unit `at` on; else None."""
         for place in range(self.bounds[gram], self.bounds[gram + 1]):
             piece = int(self.pieces_at[place])
             if units.holds(at, self._units(piece), int(self.units_at[place]), int(self.sizes[piece])):
@@ -100,16 +101,16 @@ class EvalIndex:
         return None
 
     def items_with(self, gram: int, place: int) -> list[int]:
-        """The items that have the n-gram as it is at this place."""
+        """The items that contain the n-gram with the text that it has at this place."""
         piece, at = int(self.pieces_at[place]), int(self.units_at[place])
-        here = slice(self.bounds[gram], self.bounds[gram + 1])
-        others = zip(self.pieces_at[here].tolist(), self.units_at[here].tolist(), strict=True)
+        places = slice(self.bounds[gram], self.bounds[gram + 1])
+        others = zip(self.pieces_at[places].tolist(), self.units_at[places].tolist(), strict=True)
         size, units = int(self.sizes[piece]), self._units(piece)
         same = {p for p, u in others if self.sizes[p] == size and units.holds(at, self._units(p), u, size)}
         return sorted({int(self.item_of[p]) for p in same})
 
     def grams_of_items(self, without: Sequence[int] = ()) -> Integers:
-        """int64 [I]: how many distinct n-grams each item has, but for some."""
+        """The number of distinct n-grams of each item, excluding the n-grams `without`, int64 [I]."""
         gram = np.repeat(np.arange(len(self.hashes)), np.diff(self.bounds))
         pairs = np.unique(np.stack((self.item_of[self.pieces_at], gram), axis=1), axis=0)
         kept = pairs[~np.isin(pairs[:, 1], np.array(without, np.int64)), 0]
@@ -121,7 +122,7 @@ class EvalIndex:
         return self._read[piece]
 
     def save(self, folder: Path) -> None:
-        """Writes what `load_index` reads."""
+        """Writes the index to files that `load_index` reads."""
         names = [self.items[item] for item in self.item_of]
         pieces = {
             "eval": pa.array([name for name, _ in names], pa.string()),
@@ -138,7 +139,7 @@ class EvalIndex:
 
 @lru_cache(maxsize=2)
 def load_index(folder: Path, characters: bool) -> EvalIndex:
-    """What `save` wrote; a worker keeps it for its next shards."""
+    """Reads an index that `save` wrote. Cached, because a worker searches several shards."""
     pieces, grams = read_shard(folder / "pieces.parquet"), read_shard(folder / "grams.parquet")
     names = list(zip(pieces["eval"].to_pylist(), pieces["item"].to_pylist(), strict=True))
     return _indexed(
@@ -153,7 +154,7 @@ def load_index(folder: Path, characters: bool) -> EvalIndex:
 
 
 def build_index(pieces: Sequence[EvalText], grams: Grams) -> EvalIndex:
-    """The index of all items' n-grams, in the order of pieces."""
+    """Builds the index of the n-grams of all items. items: in the order of pieces."""
     from moray.pipelines.decontaminate.matching import hashes_of
 
     units = [units_of(piece.text, grams.characters) for piece in pieces]
@@ -168,38 +169,38 @@ def build_index(pieces: Sequence[EvalText], grams: Grams) -> EvalIndex:
     counts = np.where(sizes > 0, lengths - sizes + 1, 0)
     piece_of = np.repeat(np.arange(len(pieces)), counts)
     unit_of = np.arange(len(hashes)) - np.repeat(np.cumsum(counts) - counts, counts)
-    says = np.concatenate(
+    telling = np.concatenate(
         [_telling(*pair, grams.telling, grams.characters) for pair in zip(units, sizes.tolist(), strict=True)]
     )
-    order = np.flatnonzero(says)[np.argsort(hashes[says], kind="stable")]
+    order = np.flatnonzero(telling)[np.argsort(hashes[telling], kind="stable")]
     return _indexed(names, texts, sizes, grams.characters, hashes[order], piece_of[order], unit_of[order])
 
 
-def _telling(units: Units, size: int, least: int, characters: bool) -> npt.NDArray[np.bool_]:
-    """Of each n-gram whether at least so many distinct units of it are telling."""
+def _telling(units: Units, size: int, minimum: int, characters: bool) -> npt.NDArray[np.bool_]:
+    """Whether each n-gram has at least `minimum` distinct informative units."""
     if not size:
         return np.zeros(0, bool)
-    tells = {name: is_telling(name, characters) for name in set(units.names)}
+    informative = {name: is_telling(name, characters) for name in set(units.names)}
     inside: Counter[str] = Counter()
-    said = np.zeros(len(units) - size + 1, bool)
+    enough = np.zeros(len(units) - size + 1, bool)
     for end, name in enumerate(units.names):
-        if tells[name]:
+        if informative[name]:
             inside[name] += 1
-        if end >= size and tells[left := units.names[end - size]]:
+        if end >= size and informative[left := units.names[end - size]]:
             inside[left] -= 1
             if not inside[left]:
                 del inside[left]
         if end >= size - 1:
-            said[end - size + 1] = len(inside) >= least
-    return said
+            enough[end - size + 1] = len(inside) >= minimum
+    return enough
 
 
 def _sizes(names: Sequence[tuple[str, str]], lengths: Integers, words: Integers, grams: Grams) -> Integers:
-    """Of each piece how long its n-grams are, 0 for none. words: how many of its units count as a word."""
+    """The length of each piece's n-grams in units, 0 for none. words: the units that count as one word."""
     sizes = grams.size * words
-    whole = {name for name, fits in zip(names, (lengths >= sizes).tolist(), strict=True) if fits}
-    short = np.array([name not in whole for name in names], bool)
-    wholes = np.where(short & (lengths >= grams.least * words), lengths, 0)
+    long_items = {name for name, fits in zip(names, (lengths >= sizes).tolist(), strict=True) if fits}
+    short = np.array([name not in long_items for name in names], bool)
+    wholes = np.where(short & (lengths >= grams.shortest * words), lengths, 0)
     return np.where(lengths >= sizes, sizes, wholes)
 
 
@@ -212,7 +213,7 @@ def _indexed(
     piece_of: Integers,
     unit_of: Integers,
 ) -> EvalIndex:
-    """From pieces, and from places in the order of their hashes."""
+    """Assembles the index. hashes, piece_of, unit_of: occurrences of n-grams, sorted by hash."""
     items = {name: i for i, name in enumerate(dict.fromkeys(names))}
     distinct, starts = np.unique(hashes, return_index=True)
     return EvalIndex(

@@ -1,7 +1,6 @@
-"""Evals: files of items, JSON lines or Parquet, and the texts in an item that a corpus must not hold.
+"""Evals: files of items (JSON lines or Parquet), and the texts of an item that a corpus must not contain.
 
-An eval that is read in part would let contamination through without a word, so what cannot be read is an error, never a
-count.
+Anything unreadable is an error, because an eval that is read only in part would silently miss contamination.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.config import StepConfig, operational
 
 _IDS = ("task_id", "id", "question_id", "qid")
-# What may hold items and is not read, and what such files are called that hold none.
+# File types that may hold items but are not supported, and names of such files that hold none.
 _OTHER_DATA = (
     ".json", ".json.gz", ".json.zst", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow", ".xlsx", ".jsonl.bz2",
     ".jsonl.xz",
@@ -41,9 +40,9 @@ class EvalSet(StepConfig):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     path: Path | None = operational(None)
     package: str | None = operational(None)
-    include: str = Field("**/*", description="in a folder or package: which of its JSON lines and Parquet files")
-    fields: tuple[str, ...] = Field((), description="whose texts are looked for; default: every string but the id")
-    id_field: str | None = Field(None, min_length=1, description="what names an item; default: task_id, id, or its row")
+    include: str = Field("**/*", description="glob of the JSON lines and Parquet files in a folder or package")
+    fields: tuple[str, ...] = Field((), description="fields to search for; default: every string except the id")
+    id_field: str | None = Field(None, min_length=1, description="field with the item id; default: task_id, id, or row")
 
     @field_validator("include")
     @classmethod
@@ -55,11 +54,11 @@ class EvalSet(StepConfig):
     @model_validator(mode="after")
     def _one_place(self) -> EvalSet:
         if (self.path is None) == (self.package is None):
-            raise ValueError("give `path` or `package`, one of them")
+            raise ValueError("set exactly one of `path` and `package`")
         return self
 
     def root(self) -> Path:
-        """The folder (or file) on this machine. Raises InputError if it is not there."""
+        """The local folder or file. Raises InputError if it does not exist."""
         if self.path is not None:
             root = self.path.expanduser()
             if not root.exists():
@@ -67,11 +66,16 @@ class EvalSet(StepConfig):
             return root.absolute()
         spec = importlib.util.find_spec(str(self.package))
         if spec is None or spec.origin is None:
-            raise InputError(f"eval {self.name!r}: no package {self.package!r}", f"pip install {self.package}")
+            raise InputError(
+                f"eval {self.name!r}: package {self.package!r} is not installed", f"pip install {self.package}"
+            )
         return Path(spec.origin).parent
 
     def files(self) -> list[tuple[str, Path]]:
-        """(key, path) of every file of items, sorted; the key is relative to the root. Raises InputError for none."""
+        """(key, path) of every file of items, sorted; the key is relative to the root.
+
+        Raises InputError if there is none, or if an unsupported file may hold items too.
+        """
         root = self.root()
         try:
             found = [(root.name, root)] if root.is_file() else self._below(root)
@@ -82,12 +86,12 @@ class EvalSet(StepConfig):
         if files and unread:
             raise InputError(
                 f"eval {self.name!r}: {', '.join(unread[:3])} of {len(unread)} in {root} cannot be read as items",
-                "make JSON lines or Parquet of them, or say in `include` which files are items: '**/*.jsonl'",
+                "convert them to JSON lines or Parquet, or select the item files with `include`, such as '**/*.jsonl'",
             )
         if not files:
             raise InputError(
                 f"eval {self.name!r}: no JSON lines or Parquet file matches {self.include!r} in {root}",
-                f"files end in {', '.join((*_LINES, '.parquet'))}",
+                f"supported file types: {', '.join((*_LINES, '.parquet'))}",
             )
         return files
 
@@ -96,8 +100,7 @@ class EvalSet(StepConfig):
         return [(key, Path(file.location)) for key, file in listing.files]
 
     def check(self) -> None:
-        """Raises InputError for what can be known before anything runs: files that are not there, and fields that the
-        first item of each does not have."""
+        """Checks that files exist and that the first item of each has all named fields. Raises InputError."""
         for _, path in self.files():
             for number, row in itertools.islice(_rows(path), 1):
                 where = f"eval {self.name!r}: {path}, item {number + 1}"
@@ -107,7 +110,7 @@ class EvalSet(StepConfig):
 
 @dataclass(frozen=True)
 class EvalText:
-    """One text of an item: (eval, item) name the item, `field` where in it the text stands."""
+    """One text of an item. eval, item: the names of the eval and the item. field: the path of the text in the item."""
 
     eval: str
     item: str
@@ -116,7 +119,7 @@ class EvalText:
 
 
 def read_pieces(evals: EvalSet) -> Iterator[EvalText]:
-    """The texts of all items, in order. Raises InputError, with file and line, for what cannot be read."""
+    """Yields the texts of all items, in order. Raises InputError, with file and line, for unreadable items."""
     files = evals.files()
     seen: set[str] = set()
     for key, path in files:
@@ -124,7 +127,7 @@ def read_pieces(evals: EvalSet) -> Iterator[EvalText]:
             where = f"eval {evals.name!r}: {path}, item {number + 1}"
             row = _object(row, where)  # noqa: PLW2901
             item = ("" if len(files) == 1 else f"{key}:") + _name(row, evals.id_field, number, where)
-            if item in seen:  # another item, which must not count as found because this one is
+            if item in seen:  # repeated ids are different items, which are counted separately
                 item = f"{item} (item {number + 1})"
             seen.add(item)
             if evals.fields:
@@ -140,9 +143,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         yield from enumerate(_parquet(path) if _is_parquet(path) else _lines(path))
     except RecursionError as error:
-        raise InputError(f"{path}: an item is nested too deep", "an item holds texts, not trees") from error
+        raise InputError(f"{path}: an item is nested too deeply", "flatten the items of this file") from error
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise InputError(f"{path}: {error}", "evals must be whole: what is not read is not looked for") from error
+        raise InputError(f"{path}: {error}", "repair the file: every item of an eval must be readable") from error
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -165,12 +168,12 @@ def _lines(path: Path) -> Iterator[Any]:
 
 def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise InputError(f"{where} is no object", "an item is an object with named fields")
+        raise InputError(f"{where} is not a JSON object", "write each item as an object with named fields")
     return row
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
-    """The field by name, or by a path such as `choices.text`."""
+    """The value of a field, by name or by a path such as `choices.text`. Raises InputError if it is missing."""
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -186,7 +189,7 @@ def _name(row: dict[str, Any], id_field: str | None, number: int, where: str) ->
 
 
 def _strings(field: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Every string within a value, and where it stands. Half a surrogate pair, which is no text, becomes "?"."""
+    """(path, string) of every string in a value. Lone surrogates become "?"."""
     if isinstance(value, str):
         yield field, value.encode(errors="replace").decode()
     elif isinstance(value, dict):

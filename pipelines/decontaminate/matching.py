@@ -1,9 +1,9 @@
-"""Hashes of n-grams, and which of a corpus are among those of evals; compiled by numba: the only pass over the text.
+"""Hashes of n-grams, and the lookup of a corpus's n-grams among those of evals. Compiled by numba.
 
-Units, words or characters, are those of dedup: its kernel gives a hash for each (a shingle of one unit). An n-gram's
-hash is a polynomial of its units' modulo 2^64, rolled from one n-gram to the next (Karp, Rabin 1987), so that 50
-characters cost no more than 13 words. A bitmap answers for nearly all that no eval has it; what it lets pass is looked
-up in the sorted hashes. What is found is a guess until its text has been compared (eval_index.py).
+Units (words or characters) and their hashes are those of dedup's kernel (a shingle of one unit). The hash of an n-gram
+is a rolling polynomial of its units' hashes modulo 2^64 (Karp, Rabin 1987), so 50 characters cost no more than 13
+words. A bitmap rejects nearly all n-grams that no eval contains; the others are looked up in the sorted hashes. A match
+by hash is verified in eval_index.py.
 
 Shapes: N texts, G distinct n-grams.
 """
@@ -17,14 +17,14 @@ from moray.pipelines.text.shingles import shingle
 from moray.pipelines.text.words import Bytes, Codes, Hashes, Places
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_SPREAD = np.uint64(0xD1342543DE82EF95)
+_MIX = np.uint64(0xD1342543DE82EF95)
 _ZERO, _ONE, _THREE, _SEVEN = np.uint64(0), np.uint64(1), np.uint64(3), np.uint64(7)
 _BITS_PER_GRAM = 32
 
 
 @numba.njit(nogil=True, cache=True)
 def _rolled(units: Hashes, count: int, size: int, out: Hashes) -> int:
-    """Writes the hash of every n-gram of `size` of the first `count` units; how many."""
+    """Writes the hash of every n-gram of `size` units among the first `count`. Returns their number."""
     if count < size:
         return 0
     power, value = _ONE, _ZERO
@@ -43,9 +43,9 @@ def _rolled(units: Hashes, count: int, size: int, out: Hashes) -> int:
 def hashes_of(
     offsets: Places, data: Bytes, kinds: Bytes, folds: Codes, characters: bool, sizes: Places, out: Hashes
 ) -> int:
-    """Writes the hashes of all n-grams of text n, of sizes[n] units each (0: none), one text after another.
+    """Writes the hashes of the n-grams of all texts, text after text. Returns their number.
 
-    out: uint64, with room for one a byte; returns how many there are.
+    sizes: units per n-gram of each text, 0 for none, [N]. out: uint64, with capacity for one per byte of text.
     """
     total = 0
     units = np.empty(_longest(offsets), np.uint64)
@@ -58,11 +58,11 @@ def hashes_of(
 
 
 def bitmap(grams: Hashes) -> tuple[Bytes, np.uint64]:
-    """A bit for each hash, in 32 times as many, and by how much a spread hash is shifted to find its own."""
+    """A bitmap of the hashes, with at least 32 bits per hash, and the shift that maps a mixed hash to its bit."""
     power = max(10, int(len(grams) * _BITS_PER_GRAM).bit_length())
     shift = np.uint64(64 - power)
     bits = np.zeros(1 << power, bool)
-    bits[(grams * _SPREAD) >> shift] = True
+    bits[(grams * _MIX) >> shift] = True
     return np.packbits(bits, bitorder="little"), shift
 
 
@@ -79,10 +79,10 @@ def scan(
     shift: np.uint64,
     found: Places,
 ) -> int:
-    """Writes (text, n-gram as an index of `grams`, its first unit) to `found`, int64 [room, 3], once for each text and
-    n-gram; returns how many there are, also when there is no room for them.
+    """Writes (text, index in `grams`, first unit) to `found`, int64 [capacity, 3], once per text and n-gram.
 
-    sizes: those that n-grams have; grams: uint64 [G], ascending.
+    Returns the number of matches, which may exceed the capacity. sizes: the distinct sizes of n-grams. grams: uint64
+    [G], ascending.
     """
     total = 0
     units, rolled = np.empty(_longest(offsets), np.uint64), np.empty(_longest(offsets), np.uint64)
@@ -91,7 +91,7 @@ def scan(
         count = shingle(data, offsets[n], offsets[n + 1], kinds, folds, 1, characters, units)
         for s in range(len(sizes)):
             for i in range(_rolled(units, count, sizes[s], rolled)):
-                bit = (rolled[i] * _SPREAD) >> shift
+                bit = (rolled[i] * _MIX) >> shift
                 if not (bits[bit >> _THREE] >> (bit & _SEVEN)) & 1:
                     continue
                 gram = np.searchsorted(grams, rolled[i])

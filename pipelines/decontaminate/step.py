@@ -1,9 +1,9 @@
-"""decontaminate: drops documents that hold a piece of an eval, and says which piece of which item.
+"""The step `decontaminate`: drops documents that contain n-grams of an eval, and reports the items and passages.
 
-Two passes over shards, as Ray Data tasks: the first looks up every n-gram of a document among those of the evals and
-leaves what it found, its text compared, never only its hash; then all findings together decide, and the second pass
-writes what stays. Shards of which nothing goes are copied as they are. A rerun after a kill goes on with the shards
-that have no record yet.
+Two passes over the shards run as Ray Data tasks. The first looks up every n-gram of a document among those of the evals
+and writes the verified matches. All matches together determine the contaminated documents. The second pass writes the
+kept documents; shards without contaminated documents are copied. A run that resumes after a kill processes only the
+shards without a record.
 """
 
 from __future__ import annotations
@@ -40,27 +40,29 @@ _EVALS, _MATCHES = ".evals", ".matches"
 class DecontaminateConfig(StepConfig):
     evals: tuple[EvalSet, ...] = Field(min_length=1)
     unit: Literal["words", "characters"] = "words"
-    size: int | None = Field(None, gt=0, description="units of an n-gram; default: 13 words, or 50 characters")
+    size: int | None = Field(None, gt=0, description="n-gram length in units; default: 13 words, or 50 characters")
     shortest: int | None = Field(
         None,
         gt=0,
-        description="an item shorter than an n-gram is looked for as a whole from here on; default: 8, or 30",
+        description="minimum length of items that are shorter than an n-gram; default: 8 words, or 30 characters",
     )
     telling: int = Field(
-        3, ge=0, description="distinct words of two letters (ideographs, letters) that an n-gram must have"
+        3,
+        ge=0,
+        description="minimum distinct informative units per n-gram: words of two letters or more, ideographs; letters",
     )
     max_overlap: float = Field(
-        0.0, ge=0, lt=1, description="share of an item's n-grams that a document may have; 0: with any, it goes"
+        0.0, ge=0, lt=1, description="share of an item's n-grams that a kept document may contain; 0: none"
     )
     ignore_common: int | None = Field(
-        None, gt=0, description="an n-gram that more documents have is a phrase, not a leak, and counts nowhere"
+        None, gt=0, description="ignore n-grams that more documents than this contain, as common phrases"
     )
     action: Literal["drop", "report"] = "drop"
 
     @model_validator(mode="after")
     def _shorter(self) -> DecontaminateConfig:
-        if self.grams.least > self.grams.size:
-            raise ValueError(f"`shortest` ({self.grams.least}) is more than `size` ({self.grams.size})")
+        if self.grams.shortest > self.grams.size:
+            raise ValueError(f"`shortest` ({self.grams.shortest}) exceeds `size` ({self.grams.size})")
         return self
 
     @property
@@ -72,7 +74,7 @@ class DecontaminateConfig(StepConfig):
 
 class Decontaminate(Step[DecontaminateConfig]):
     name: ClassVar[str] = "decontaminate"
-    version: ClassVar[int] = 3  # 2: items whose ids repeat are several. 3: every form of Unicode
+    version: ClassVar[int] = 3  # 2: items with repeated ids are distinct. 3: Unicode normalization
     Config = DecontaminateConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     produces: ClassVar[str] = "documents"
@@ -82,7 +84,7 @@ class Decontaminate(Step[DecontaminateConfig]):
     def check(self, config: DecontaminateConfig, inputs: Mapping[str, str]) -> None:
         names = Counter(one.name for one in config.evals)
         if repeated := [name for name, n in names.items() if n > 1]:
-            raise RecipeError(f"evals: the name {repeated[0]!r} is used twice", "give every eval its own name")
+            raise RecipeError(f"evals: the name {repeated[0]!r} is used twice", "give each eval a unique name")
         for i, one in enumerate(config.evals):
             try:
                 one.check()
@@ -100,16 +102,16 @@ class Decontaminate(Step[DecontaminateConfig]):
         index = _index(ctx.config)
         index.save(ctx.folder / _EVALS)
         shards = input_shards(ctx.inputs["documents"].folder)
-        look = partial(_search_shard, folder=str(ctx.folder), characters=index.characters)
-        rows = map_shards(ctx, "searching", shards, look, "bytes", file_bytes)
+        search = partial(_search_shard, folder=str(ctx.folder), characters=index.characters)
+        rows = map_shards(ctx, "searching", shards, search, "bytes", file_bytes)
         matches = pa.concat_tables([read_shard(output_path(ctx.folder / _MATCHES, shard)) for shard in shards])
-        verdict = find_contamination(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
+        found = find_contamination(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
         total = sum(row["documents"] for row in rows)
         dropping = ctx.config.action == "drop"
-        if dropping and len(verdict.removed) == total:
-            raise InputError("decontaminate drops every document", "raise `max_overlap`, or take other documents")
-        write_parquet(ctx.folder / "contamination.parquet", verdict.hits)
-        write_parquet(ctx.folder / _MATCHES / "removed.parquet", verdict.removed.slice(0, None if dropping else 0))
+        if dropping and len(found.removed) == total:
+            raise InputError("decontaminate drops every document", "raise `max_overlap`, or use other documents")
+        write_parquet(ctx.folder / "contamination.parquet", found.hits)
+        write_parquet(ctx.folder / _MATCHES / "removed.parquet", found.removed.slice(0, None if dropping else 0))
         keep = partial(_keep_shard, folder=str(ctx.folder))
         kept = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         for folder in (_EVALS, _MATCHES):
@@ -120,55 +122,55 @@ class Decontaminate(Step[DecontaminateConfig]):
             "out:documents": sum(row["kept"] for row in kept),
             "bytes": sum(row["bytes"] for row in kept),
         }
-        self._say(ctx, index, verdict)
+        self._report(ctx, index, found)
 
-    def _say(self, ctx: StepContext[DecontaminateConfig], index: EvalIndex, verdict: ContaminationResult) -> None:
-        evals = per_eval(index, verdict.hits)
+    def _report(self, ctx: StepContext[DecontaminateConfig], index: EvalIndex, result: ContaminationResult) -> None:
+        evals = per_eval(index, result.hits)
         report: dict[str, Any] = {
             "unit": ctx.config.unit,
             "size": ctx.config.grams.size,
             "documents": int(ctx.counts["in:documents"]),
-            "contaminated": len(verdict.removed),
+            "contaminated": len(result.removed),
             "action": ctx.config.action,
             "evals": evals,
-            "ignored": [{"text": text, "documents": n} for text, n in verdict.ignored],
+            "ignored": [{"text": text, "documents": n} for text, n in result.ignored],
         }
         write_json(ctx.folder / "report.json", report)
-        looked_for = sum(one["items"] - one["items_not_looked_for"] for one in evals)
+        searched = sum(one["items"] - one["items_not_looked_for"] for one in evals)
         found = sum(one["items_found"] for one in evals)
         ctx.counts |= {
             "items": sum(one["items"] for one in evals),
             "items:found": found,
             "items:not_looked_for": sum(one["items_not_looked_for"] for one in evals),
-            ("dropped:contaminated" if ctx.config.action == "drop" else "contaminated"): len(verdict.removed),
+            ("dropped:contaminated" if ctx.config.action == "drop" else "contaminated"): len(result.removed),
         }
-        if verdict.ignored:
+        if result.ignored:
             ctx.note(
-                f"{len(verdict.ignored)} n-grams are ignored: each is in more than {ctx.config.ignore_common} documents"
+                f"{len(result.ignored)} n-grams are ignored: each is in more than {ctx.config.ignore_common} documents"
             )
-        does = "dropped" if ctx.config.action == "drop" else "found"
-        ctx.outcome = f"{does} {len(verdict.removed)} documents with {found} of {looked_for} eval items"
+        verb = "dropped" if ctx.config.action == "drop" else "found"
+        ctx.outcome = f"{verb} {len(result.removed)} documents with {found} of {searched} eval items"
 
 
 def _index(config: DecontaminateConfig) -> EvalIndex:
-    """Raises InputError if an eval has nothing that could be looked for: nothing would be found, without a word."""
+    """The index of all evals. Raises InputError for an eval without a searchable item, which would silently pass."""
     pieces = [piece for one in config.evals for piece in read_pieces(one)]
     for one in config.evals:
         if not any(piece.eval == one.name for piece in pieces):
             raise InputError(f"eval {one.name!r} has no item with a text", "correct `path`, `include` or `fields`")
     index = build_index(pieces, config.grams)
-    looked_for = {index.items[i][0] for i, whole in enumerate(index.grams_of_items()) if whole}
+    searchable = {index.items[i][0] for i, total in enumerate(index.grams_of_items()) if total}
     for one in config.evals:
-        if one.name not in looked_for:
+        if one.name not in searchable:
             raise InputError(
-                f"eval {one.name!r}: no item has a text of {config.grams.least} {config.unit}",
+                f"eval {one.name!r}: no item has a text of {config.grams.shortest} {config.unit}",
                 "lower `shortest`, or correct `fields`",
             )
     return index
 
 
 def _search_shard(shard: Row, folder: str, characters: bool) -> Row:
-    """Writes what one shard has of the evals. Runs in a Ray worker."""
+    """Writes the matches of one shard. Runs in a Ray worker."""
     path = Path(shard["path"])
     return recorded(folder, f"searched-{path.stem}", lambda: _search(shard, path, Path(folder), characters))
 
@@ -189,7 +191,7 @@ def _search(shard: Row, path: Path, folder: Path, characters: bool) -> Row:
 
 
 def _keep_shard(shard: Row, folder: str) -> Row:
-    """Writes one shard without the removed documents, and what went. Runs in a Ray worker."""
+    """Writes one shard without the removed documents, and the rows of these. Runs in a Ray worker."""
     path = Path(shard["path"])
     return recorded(folder, f"written-{path.stem}", lambda: _keep(shard, path, Path(folder)))
 

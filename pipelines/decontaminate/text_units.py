@@ -1,6 +1,6 @@
-"""The words or characters of a text with their places: what dedup's kernel hashes, as strings that can be compared.
+"""The words or characters of a text with their positions: the units that dedup's kernel hashes, as strings.
 
-It is read for the few texts in which the kernel finds something: a hash says "perhaps", these say yes or no.
+Only texts with a match by hash are split into units, to verify the match.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Units:
-    """names[i] is unit i in the form that is compared (text/characters.py); it is text[begins[i] : ends[i]]."""
+    """The units of a text. names[i]: unit i, normalized (text/characters.py). text[begins[i] : ends[i]]: as written."""
 
     text: str
     names: list[str]
@@ -40,17 +40,16 @@ class Units:
         return len(self.names)
 
     def holds(self, at: int, other: Units, other_at: int, size: int) -> bool:
-        """Whether the n-gram at `at` is the other's at `other_at`."""
+        """Whether the n-gram of `size` units at `at` equals the one of `other` at `other_at`."""
         return self.names[at : at + size] == other.names[other_at : other_at + size]
 
     def excerpt(self, at: int, size: int) -> str:
-        """The n-gram as it is written in the text."""
+        """The n-gram as written in the text."""
         return self.text[self.begins[at] : self.ends[at + size - 1]]
 
 
 def is_telling(name: str, characters: bool) -> bool:
-    """Whether a unit is more than a number or a letter that counts: a word of two letters or an ideograph; a letter,
-    where characters are units."""
+    """Whether a unit is informative: a word of two letters or more, or an ideograph; with characters, any letter."""
     letters = sum(map(str.isalpha, name))
     if characters or letters != 1:
         return letters > 0
@@ -59,12 +58,12 @@ def is_telling(name: str, characters: bool) -> bool:
 
 
 def without_spaces(units: Units) -> bool:
-    """Whether most words are letters of a script that writes no spaces, whose words have several of them."""
+    """Whether most units are letters of a script without spaces, in which a word has several letters."""
     return sum(unspaced(ord(name[0])) for name in units.names) * 2 > len(units)
 
 
 def units_of(text: str, characters: bool) -> Units:
-    """Units in order; of characters, a run of others between two is one that is called " "."""
+    """The units of a text, in order. With `characters`, a run of separators between two units is the unit " "."""
     codes, kinds, places, ends = _folded(text)
     between = kinds == BETWEEN
     starts = _starts(kinds, characters)
@@ -79,13 +78,13 @@ def units_of(text: str, characters: bool) -> Units:
     gaps = np.flatnonzero(firsts[1:] > lasts[:-1])
     at = gaps + 1
     named = np.insert(np.array(names, object), at, " ")
-    after = np.minimum(ends[gaps], begins[gaps + 1])  # one character may be of two units
+    after = np.minimum(ends[gaps], begins[gaps + 1])  # a character may be part of two units
     return Units(text, named.tolist(), np.insert(begins, at, after), np.insert(ends, at, begins[gaps + 1]))
 
 
 def _folded(text: str) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], Integers, Integers]:
-    """The folded form: code points, kinds, and of each where the character that it is from begins in the text and
-    ends, with what does not count behind it."""
+    """The folded text: code points, kinds, and the begin and end of the original character of each in the text,
+    including the skipped characters after it."""
     known, folds = tables()
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     inside = np.minimum(codes, SIZE - 1)
@@ -98,20 +97,20 @@ def _folded(text: str) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], I
     lengths = np.where(several, folds[np.where(several, codes, 0)], kinds != SKIP).astype(np.int64)
     places = np.repeat(np.arange(len(kinds)), lengths)
     number = np.arange(len(places)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    told = several[places]
+    expanded = several[places]
     codes = codes[places]
-    codes[told] = folds[codes[told] + 1 + number[told]]
+    codes[expanded] = folds[codes[expanded] + 1 + number[expanded]]
     kinds = kinds[places]
-    kinds[told] = known[codes[told]]
+    kinds[expanded] = known[codes[expanded]]
     return codes, kinds, places, ends[places]
 
 
 def _starts(kinds: npt.NDArray[np.uint8], characters: bool) -> npt.NDArray[np.bool_]:
-    """Whether a unit begins with each character: after what is no part of one; of words, also with a letter that is
-    one of its own, and after such a letter and its marks."""
+    """Whether a unit begins at each character. A unit begins after a separator; with words, also at a letter that is a
+    word by itself, and after such a letter with its marks."""
     before = np.concatenate(([BETWEEN], kinds[:-1]))
     if characters:
         return (kinds != BETWEEN) & ((before == BETWEEN) | (kinds != JOIN))
-    carrier = np.maximum.accumulate(np.where(before == JOIN, 0, np.arange(len(kinds))))  # what marks before it are on
+    carrier = np.maximum.accumulate(np.where(before == JOIN, 0, np.arange(len(kinds))))  # the letter with these marks
     after_alone = (kinds == WORD) & (before[carrier] == ALONE)
     return (kinds != BETWEEN) & ((before == BETWEEN) | (kinds == ALONE) | after_alone)

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.graph import once
-from moray.pipelines.dedup.priority_order import DocumentColumns, described, documents_in, read_documents
 from moray.pipelines.dedup.phase_files import PhaseFiles
+from moray.pipelines.dedup.priority_order import DocumentColumns, described, documents_in, read_documents
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
 from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
 from moray.pipelines.shared.grouped_file import arrow_writer, read_group, write_groups

@@ -23,7 +23,6 @@ import pyarrow as pa
 from moray.pipelines.dedup import dedup_index
 from moray.pipelines.dedup.compare_bands import compare_bands, merge_forests, read_forests
 from moray.pipelines.dedup.config import DedupConfig
-from moray.pipelines.dedup.dedup_input import DedupInput
 from moray.pipelines.dedup.decide import (
     GroupRules,
     decide_group,
@@ -32,6 +31,7 @@ from moray.pipelines.dedup.decide import (
     read_decided,
     write_decided,
 )
+from moray.pipelines.dedup.dedup_input import DedupInput
 from moray.pipelines.dedup.exact import IndexForm, find_copies
 from moray.pipelines.dedup.groups import Groups
 from moray.pipelines.dedup.phase_files import FileKind, PhaseFiles

@@ -1,8 +1,8 @@
-"""C4's rules (JMLR 21 (140), 2.2), which take lines out and drop what is left too small; compiled by numba.
+"""The C4 rules (JMLR 21 (140), 2.2), which remove lines and drop documents that become too small. Compiled by numba.
 
-They decide as datatrove 0.10 does, which follows the code that made C4: line by line, in the order below, with marks of
-citations taken out on the way. C4 counts sentences by a trained splitter; here one ends where a mark that ends
-sentences (and quotes or brackets that close behind it) is followed by white space, or by the end of the line.
+The decisions equal those of datatrove 0.10, which follows the original C4 code: line by line, in the order below, and
+with citation marks removed. C4 counts sentences with a trained splitter. Here a sentence ends at a terminal mark, with
+any closing quotes or brackets, that is followed by white space or the end of the line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moray.pipelines.filter.document_layout import (
     stripped,
 )
 
-# limits, as the fields of C4 in config.py; of what is on or off, 0 is on and NaN is off
+# Indices of limits, in the order of the fields of C4 in config.py. For rules without a number, 0 is on and NaN is off.
 SENTENCES, LOREM, CURLY, WORDS, LONGEST, PUNCTUATION, CITATIONS, JAVASCRIPT, POLICY = range(9)
 PHRASES = (
     "[edit]", "[citation needed]", "lorem ipsum", "javascript",
@@ -38,7 +38,7 @@ _ENDS = (46, 63, 33, 34, 39)  # . ? ! " '
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _lower(code: int) -> int:
-    """ASCII letters', and of the only other character whose lower case is one."""
+    """The lower case of ASCII letters and of the Kelvin sign, the only other character whose lower case is ASCII."""
     if 65 <= code <= 90:
         return code + 32
     return 107 if code == _KELVIN else code
@@ -56,15 +56,15 @@ def _begins_with(codes: Codes, begin: int, end: int, phrase: Codes, any_case: bo
 
 
 @numba.njit(nogil=True)
-def _phrase(phrases: Codes, bounds: Places, which: int) -> Codes:
-    return phrases[bounds[which] : bounds[which + 1]]
+def _phrase(phrases: Codes, bounds: Places, number: int) -> Codes:
+    return phrases[bounds[number] : bounds[number + 1]]
 
 
 @numba.njit(nogil=True)
 def _holds(codes: Codes, begin: int, end: int, phrases: Codes, bounds: Places, first: int, last: int) -> bool:
-    """Whether one of the phrases [first, last), which are in lower case, is there in any case."""
-    for which in range(first, last):
-        phrase = _phrase(phrases, bounds, which)
+    """Whether [begin, end) contains one of the phrases [first, last), in any case. Phrases are in lower case."""
+    for number in range(first, last):
+        phrase = _phrase(phrases, bounds, number)
         for i in range(begin, end - len(phrase) + 1):
             if _lower(int(codes[i])) == phrase[0] and _begins_with(codes, i, end, phrase, True):
                 return True
@@ -81,14 +81,14 @@ def _has(codes: Codes, begin: int, end: int, code: int) -> bool:
 
 @numba.njit(nogil=True)
 def _citation_end(document: DocumentLayout, at: int, end: int, phrases: Codes, bounds: Places) -> int:
-    """Where the mark of a citation that begins at `at` ends; `at` if none does."""
+    """The end of the citation mark that begins at `at`; `at` if there is none."""
     following = at + 1
     while following < end and document.bits[following] & DIGIT:
         following += 1
     if following < end and document.codes[following] == _CLOSE:
         return following + 1
-    for which in (_EDIT, _CITATION):
-        phrase = _phrase(phrases, bounds, which)
+    for number in (_EDIT, _CITATION):
+        phrase = _phrase(phrases, bounds, number)
         if _begins_with(document.codes, at, end, phrase, False):
             return at + len(phrase)
     return at
@@ -105,7 +105,7 @@ def _copy(
     out: DocumentLayout,
     to: int,
 ) -> int:
-    """Copies [begin, end), citations taken out where they are to be, to `to` of `out`; where it ends there."""
+    """Copies [begin, end) to `out` at `to`, without citation marks if `citations`. Returns the end in `out`."""
     at = begin
     while at < end:
         if citations and document.codes[at] == _OPEN:
@@ -121,7 +121,7 @@ def _copy(
 
 @numba.njit(nogil=True)
 def _words(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
-    """(words, characters of the longest)."""
+    """(words, characters of the longest word)."""
     words = longest = length = 0
     for i in range(begin, end):
         length = 0 if bits[i] & SPACE else length + 1
@@ -156,7 +156,7 @@ def _ends_well(codes: Codes, begin: int, end: int) -> bool:
 def _check_line(
     out: DocumentLayout, begin: int, end: int, words: int, limits: Numbers, phrases: Codes, bounds: Places
 ) -> int:
-    """NONE: the line stays; EMPTY: it goes; LOREM or CURLY: the whole document does."""
+    """The decision for a line: NONE keeps it, EMPTY removes it, LOREM or CURLY drops the document."""
     codes = out.codes
     if (limits[PUNCTUATION] == 0 and not _ends_well(codes, begin, end)) or words < limits[WORDS]:
         return EMPTY
@@ -175,9 +175,10 @@ def _check_line(
 def c4(
     document: DocumentLayout, limits: Numbers, phrases: Codes, bounds: Places, out: DocumentLayout
 ) -> tuple[int, float, int, int]:
-    """(the limit that is broken, the value, [begin, end) of what is left, in `out`, which has room for the document).
+    """Returns (the broken limit or NONE, its value, begin and end of the remaining text in `out`).
 
-    phrases: the characters of PHRASES one after another; bounds: where each begins, and the end of the last.
+    phrases: the characters of PHRASES, concatenated. bounds: the begin of each, and the end of the last. out: has the
+    capacity of the document.
     """
     sentences = written = at = ZERO
     while at < len(document.codes):
@@ -188,11 +189,11 @@ def c4(
         if longest > limits[LONGEST]:
             continue
         stop = _copy(document, begin, end, limits[CITATIONS] == 0, phrases, bounds, out, written)
-        judged = _check_line(out, written, stop, words, limits, phrases, bounds)
-        if judged == EMPTY:
+        decision = _check_line(out, written, stop, words, limits, phrases, bounds)
+        if decision == EMPTY:
             continue
-        if judged != NONE:
-            return judged, 1.0, 0, 0
+        if decision != NONE:
+            return decision, 1.0, 0, 0
         sentences += _sentences(out.bits, written, stop)
         out.codes[stop], out.bits[stop] = NEWLINE, SPACE
         written = stop + 1

@@ -1,9 +1,9 @@
-"""What a character is to the rules: white, the end of a line, a letter, a symbol, the end of a sentence, a digit.
+"""Character classes: white space, line breaks, letters, symbols, sentence terminals, digits and closing marks.
 
-White, ends of lines, letters and digits are Python's (`str.isspace`, `splitlines`, `isalpha`, `isdecimal`). Ends of
-sentences are Unicode's property Sentence_Terminal (UAX #44), less what has come to it lately and with three marks of
-Khmer, as datatrove 0.10 has it. Symbols are those that CCNet takes out before it compares (arXiv 1911.00359), with the
-ends of sentences: datatrove counts no word that is made of them alone.
+White space, line breaks, letters and digits are those of Python (`str.isspace`, `splitlines`, `isalpha`, `isdecimal`).
+Sentence terminals are Unicode's property Sentence_Terminal (UAX #44), without recent additions and with three Khmer
+marks, as in datatrove 0.10. Symbols are the characters that CCNet removes before comparisons (arXiv 1911.00359), and
+the sentence terminals: datatrove does not count words that consist of symbols alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 SPACE, BREAK, LETTER, SYMBOL, TERMINAL, DIGIT, CLOSING = (1 << bit for bit in range(7))
-SIZE = 0x34000  # what lies beyond is nothing of these
+SIZE = 0x34000  # code points beyond are in no class
 
 _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _SYMBOLS = (
@@ -46,7 +46,7 @@ _TERMINALS = (
 
 @cache
 def table() -> npt.NDArray[np.uint8]:
-    """The bits above, by code point below SIZE."""
+    """The class bits of each code point below SIZE, uint8 [SIZE]."""
     bits = np.zeros(SIZE, np.uint8)
     for code in range(SIZE):
         character = chr(code)

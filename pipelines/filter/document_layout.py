@@ -1,6 +1,6 @@
-"""A document as the rules see it: its characters, what each is, and its words; and counting what comes twice.
+"""The document layout that the rules read: characters, their classes and words; and a hash table to count duplicates.
 
-Words are what lies between white space. Texts are compared by 64-bit hashes. Compiled by numba.
+Words are separated by white space. Texts are compared by 64-bit hashes. Compiled by numba.
 
 Shapes: C characters and W words of a document.
 """
@@ -24,14 +24,15 @@ Numbers = npt.NDArray[np.float64]
 
 _FIRST, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-ZERO: Any = np.int64(0)  # of a literal 0 numba would compile every function called with it once more
+ZERO: Any = np.int64(0)  # with a literal 0, numba would compile each called function a second time
 NONE = -1  # no rule is broken
-EMPTY = -2  # nothing is there, or left
+EMPTY = -2  # no text is left
 NEWLINE, RETURN = 10, 13
 
 
 class DocumentLayout(NamedTuple):
-    """codes [C], what they are [C], and words: where they begin, where they end, a hash [W]."""
+    """One document. codes: code points [C]. bits: character classes [C]. begins, ends, words: of words, with their
+    hashes [W]."""
 
     codes: Codes
     bits: Bytes
@@ -41,8 +42,11 @@ class DocumentLayout(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """A hash table that is emptied by turning `clock[0]`. By slot: the key, and the clock when it was set and how often
-    it came, as one number; by order of first coming, of which there were `clock[1]`: the slot, and the place."""
+    """A hash table that counts keys. Incrementing `clock[0]` empties it.
+
+    keys: the key of each slot. times: the clock at which the slot was set (upper 32 bits) and the count (lower 32).
+    slots, places: the slot and the first place of each of the `clock[1]` distinct keys, in order of first occurrence.
+    """
 
     keys: Hashes
     times: Places
@@ -52,11 +56,11 @@ class Counts(NamedTuple):
 
 
 def counts_for(items: int) -> Counts:
-    """Room for that many different keys."""
-    room = 1 << max(4, int(2 * items).bit_length())
+    """A table for up to `items` distinct keys."""
+    slots = 1 << max(4, int(2 * items).bit_length())
     return Counts(
-        np.zeros(room, np.uint64),
-        np.zeros(room, np.int64),
+        np.zeros(slots, np.uint64),
+        np.zeros(slots, np.int64),
         np.zeros(items + 1, np.int32),
         np.zeros(items + 1, np.int32),
         np.zeros(2, np.int64),
@@ -65,18 +69,18 @@ def counts_for(items: int) -> Counts:
 
 @numba.njit(nogil=True)
 def empty_table(counts: Counts, items: int) -> int:
-    """Empties the table for so many items; the mask that `count_key` takes: few items keep to little memory."""
+    """Empties the table and returns the bit mask for `count_key`. Few items use few slots, which stay in cache."""
     counts.clock[0] += 1
     counts.clock[1] = 0
-    room = 16
-    while room < 2 * items:
-        room *= 2
-    return room - 1
+    slots = 16
+    while slots < 2 * items:
+        slots *= 2
+    return slots - 1
 
 
 @numba.njit(nogil=True)
 def count_key(counts: Counts, mask: int, key: np.uint64, place: int) -> int:
-    """How often this key has come before; counts it."""
+    """Counts a key. Returns the number of earlier occurrences."""
     now = counts.clock[0]
     slot = np.int64(key & np.uint64(mask))
     while counts.times[slot] >> 32 == now:
@@ -94,7 +98,7 @@ def count_key(counts: Counts, mask: int, key: np.uint64, place: int) -> int:
 
 @numba.njit(nogil=True)
 def most_counted(counts: Counts) -> tuple[int, int]:
-    """(where it came first, how often) of the key that came most often, and first of those; there must be one."""
+    """(first place, count) of the most frequent key, the first one of equally frequent keys. Requires a key."""
     best = most = 0
     for i in range(counts.clock[1]):
         times = counts.times[counts.slots[i]] & 0xFFFFFFFF
@@ -105,7 +109,7 @@ def most_counted(counts: Counts) -> tuple[int, int]:
 
 @numba.njit(nogil=True)
 def hash_of(codes: Codes, begin: int, end: int) -> np.uint64:
-    """Of the characters [begin, end)."""
+    """The hash of the characters [begin, end)."""
     found = _FIRST
     for i in range(begin, end):
         found = (found ^ np.uint64(codes[i])) * _PRIME
@@ -114,6 +118,7 @@ def hash_of(codes: Codes, begin: int, end: int) -> np.uint64:
 
 @numba.njit(nogil=True)
 def hash_of_words(words: Hashes, begin: int, count: int) -> np.uint64:
+    """The hash of `count` words, from their hashes."""
     found = words[begin]
     for i in range(begin + 1, begin + count):
         found = found * _STEP + words[i]
@@ -122,7 +127,7 @@ def hash_of_words(words: Hashes, begin: int, count: int) -> np.uint64:
 
 @numba.njit(nogil=True)
 def decode_layout(data: Bytes, begin: int, end: int, table: Bytes, codes: Codes, bits: Bytes) -> int:
-    """Writes the characters of data[begin:end], valid UTF-8, and what they are; how many."""
+    """Writes the characters of data[begin:end], valid UTF-8, and their classes. Returns their number."""
     count, at = 0, begin
     while at < end:
         code, at = decoded(data, at)
@@ -134,7 +139,7 @@ def decode_layout(data: Bytes, begin: int, end: int, table: Bytes, codes: Codes,
 
 @numba.njit(nogil=True)
 def find_words(codes: Codes, bits: Bytes, count: int, begins: Places, ends: Places, words: Hashes) -> int:
-    """Writes where the words of the first `count` characters are, and their hashes; how many."""
+    """Writes the bounds and the hashes of the words in the first `count` characters. Returns their number."""
     found = at = ZERO
     while at < count:
         if bits[at] & SPACE:
@@ -153,7 +158,7 @@ def find_words(codes: Codes, bits: Bytes, count: int, begins: Places, ends: Plac
 
 @numba.njit(nogil=True)
 def encode(codes: Codes, count: int, out: Bytes, at: int) -> int:
-    """Writes characters as UTF-8 from out[at] on; where they end."""
+    """Writes characters as UTF-8 from out[at] on. Returns their end."""
     for i in range(count):
         code = codes[i]
         if code < 0x80:
@@ -174,7 +179,7 @@ def encode(codes: Codes, count: int, out: Bytes, at: int) -> int:
 
 @numba.njit(nogil=True)
 def line_end(codes: Codes, bits: Bytes, begin: int) -> tuple[int, int]:
-    """(where the line that begins here ends, where the next begins), as `str.splitlines` has it."""
+    """(end of the line that begins at `begin`, begin of the next line), as `str.splitlines` splits."""
     end = begin
     while end < len(codes) and not bits[end] & BREAK:
         end += 1
@@ -185,7 +190,7 @@ def line_end(codes: Codes, bits: Bytes, begin: int) -> tuple[int, int]:
 
 @numba.njit(nogil=True)
 def stripped(bits: Bytes, begin: int, end: int) -> tuple[int, int]:
-    """[begin, end) without white space around."""
+    """[begin, end) without leading and trailing white space."""
     while begin < end and bits[begin] & SPACE:
         begin += 1
     while end > begin and bits[end - 1] & SPACE:
@@ -202,7 +207,7 @@ def ends_in_ellipsis(codes: Codes, begin: int, end: int) -> bool:
 
 @numba.njit(nogil=True)
 def count_symbols(codes: Codes) -> tuple[int, int]:
-    """('#', ellipses): '...' without overlap, and the character for it."""
+    """(number of '#', number of ellipses). Ellipses are '...', not overlapping, and the ellipsis character."""
     hashes = ellipses = dots = 0
     for code in codes:
         dots = dots + 1 if code == 46 else 0
@@ -215,9 +220,9 @@ def count_symbols(codes: Codes) -> tuple[int, int]:
 
 
 @numba.njit(nogil=True)
-def first_broken(values: Any, limits: Numbers, least: npt.NDArray[np.bool_]) -> tuple[int, float]:
-    """(the first limit that is broken or NONE, its value) of a tuple of values; least: which are least values."""
+def first_broken(values: Any, limits: Numbers, is_minimum: npt.NDArray[np.bool_]) -> tuple[int, float]:
+    """(the first broken limit or NONE, its value) of a tuple of values. is_minimum: whether each limit is a minimum."""
     for k in range(len(values)):
-        if values[k] < limits[k] if least[k] else values[k] > limits[k]:
+        if values[k] < limits[k] if is_minimum[k] else values[k] > limits[k]:
             return k, values[k]
     return NONE, 0.0

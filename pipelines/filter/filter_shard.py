@@ -1,7 +1,7 @@
-"""The work of one task of filter: a shard of documents, a batch at a time, from file to file.
+"""One task of the step `filter`: it filters a shard of documents in batches, from file to file.
 
-A document passes the rules, then the language, then the quality, up to the first that it does not meet; what it gives
-away of people is masked last. What was found out goes with it in columns.
+The rules, the language filter and the quality filter are applied in this order until one removes the document. PII in
+kept documents is redacted last. Language and quality are written as columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moray.pipelines.shared.shards import Row
 from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.language import CHARACTERS, identify
 
-_BATCH = 512  # documents; a kernel's start costs microseconds
+_BATCH = 512  # documents; starting a kernel takes microseconds
 REMOVED = pa.schema(
     [("id", pa.string()), ("reason", pa.string()), ("value", pa.float64()), ("threshold", pa.float64())]
 )
@@ -36,7 +36,7 @@ _QUALITY = (pa.field("quality", pa.float32()), pa.field("quality_band", pa.strin
 
 
 def filter_shard(shard: Row, folder: str, config: FilterConfig, model: str) -> Row:
-    """Writes the documents that stay, those that go with the reason, and returns counts. Runs in a Ray worker.
+    """Writes the kept documents, and the removed ones with their reasons. Returns counts. Runs in a Ray worker.
 
     model: the folder of a quality model, or ''.
     """
@@ -45,34 +45,35 @@ def filter_shard(shard: Row, folder: str, config: FilterConfig, model: str) -> R
 
 
 def _filter(path: Path, folder: Path, config: FilterConfig, model: str) -> Counter[str]:
-    work = _Work(config, model)
+    shard_filter = _ShardFilter(config, model)
     file = pq.ParquetFile(path)
-    schema = work.schema(file.schema_arrow)
+    schema = shard_filter.schema(file.schema_arrow)
     tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH))
-    write_batches(folder / path.name, schema, work.kept(schema, tables))
-    write_parquet(folder / path.name.replace("documents-", "removed-"), work.removed())
-    return work.counts
+    write_batches(folder / path.name, schema, shard_filter.kept(schema, tables))
+    write_parquet(folder / path.name.replace("documents-", "removed-"), shard_filter.removed())
+    return shard_filter.counts
 
 
-class _Work:
-    """Filters tables, and remembers what was removed and how much there was of what."""
+class _ShardFilter:
+    """Filters the tables of a shard, and collects the removed documents and the counts."""
 
     def __init__(self, config: FilterConfig, model: str) -> None:
         self.config, self._model = config, load_quality_model(Path(model)) if model else None
         names = ["documents", "bytes", "kept", "kept_bytes", "edited"]
         names += [f"dropped:{reason}" for reason in config.reasons()] + [f"masked:{kind}" for kind in config.mask]
-        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # the same columns in every shard's row
+        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # every shard has the same keys
         self._removed: list[pa.Table] = []
 
     def schema(self, before: pa.Schema) -> pa.Schema:
-        """The columns of what is kept: those of before, and those that are found out here."""
-        found = (_LANGUAGE if self.config.identifies else ()) + (_QUALITY if self._model else ())
-        for field in found:
+        """The schema of the kept documents: the input's columns, and those of language and quality."""
+        added = (_LANGUAGE if self.config.identifies else ()) + (_QUALITY if self._model else ())
+        for field in added:
             at = before.get_field_index(field.name)
             before = before.append(field) if at < 0 else before.set(at, field)
         return before
 
     def kept(self, schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Yields the kept documents of each table."""
         for table in tables:
             self.counts["documents"] += table.num_rows
             self.counts["bytes"] += _bytes(table["text"])
@@ -82,65 +83,66 @@ class _Work:
             if self._model:
                 kept = self._by_quality(kept, self._model)
             if self.config.mask:
-                kept = self._masked(kept)
+                kept = self._redacted(kept)
             self.counts["kept"] += kept.num_rows
             self.counts["kept_bytes"] += _bytes(kept["text"])
             yield kept.select(schema.names).cast(schema)
 
     def removed(self) -> pa.Table:
+        """The documents removed so far, see REMOVED."""
         return pa.concat_tables([REMOVED.empty_table(), *self._removed])
 
     def _by_rules(self, table: pa.Table) -> pa.Table:
-        judged = apply_rules(table["text"], self.config)
-        kept = self._remove(table, judged.reasons, judged.values, judged.limits)
+        filtered = apply_rules(table["text"], self.config)
+        kept = self._remove(table, filtered.reasons, filtered.values, filtered.limits)
         if "c4" not in self.config.rules:
             return kept
-        texts = judged.texts.filter(pa.array([reason is None for reason in judged.reasons]))
+        texts = filtered.texts.filter(pa.array([reason is None for reason in filtered.reasons]))
         self.counts["edited"] += _different(kept["text"], texts)
         return with_column(kept, kept.schema.field("text"), texts)
 
     def _by_language(self, table: pa.Table) -> pa.Table:
         languages, found = identify(pc.utf8_slice_codeunits(table["text"], 0, CHARACTERS).to_pylist())
-        scores, least, wanted = np.array(found), self.config.min_language_score, set(self.config.languages)
+        scores, minimum, allowed = np.array(found), self.config.min_language_score, set(self.config.languages)
         table = with_column(table, _LANGUAGE[0], pa.array(languages, pa.string()))
         table = with_column(table, _LANGUAGE[1], pa.array(scores, pa.float32()))
-        if not wanted:
+        if not allowed:
             return table
-        other = [name not in wanted or score < least for name, score in zip(languages, found, strict=True)]
-        return self._remove(table, ["language" if is_other else None for is_other in other], scores, least)
+        other = [name not in allowed or score < minimum for name, score in zip(languages, found, strict=True)]
+        return self._remove(table, ["language" if is_other else None for is_other in other], scores, minimum)
 
     def _by_quality(self, table: pa.Table, model: QualityModel) -> pa.Table:
-        scores, least = model.scores(table["text"]).astype(np.float32), self.config.min_quality
+        scores, minimum = model.scores(table["text"]).astype(np.float32), self.config.min_quality
         edges = [0.0, *self.config.quality_bands, 1.0]
         names = np.array([f"{low:g}-{high:g}" for low, high in pairwise(edges)])
         bands = names[np.searchsorted(np.array(edges[1:-1], np.float32), scores, side="right")]
         table = with_column(table, _QUALITY[0], pa.array(scores, pa.float32()))
         table = with_column(table, _QUALITY[1], pa.array(bands, pa.string()))
-        if least is None:
+        if minimum is None:
             return table
-        return self._remove(table, ["quality" if score < least else None for score in scores], scores, least)
+        return self._remove(table, ["quality" if score < minimum else None for score in scores], scores, minimum)
 
-    def _masked(self, table: pa.Table) -> pa.Table:
+    def _redacted(self, table: pa.Table) -> pa.Table:
         texts = []
         for text in table["text"].to_pylist():
-            masked, counts = redact(text, self.config.mask, self.config.phone_regions)
+            redacted, counts = redact(text, self.config.mask, self.config.phone_regions)
             self.counts.update({f"masked:{kind}": n for kind, n in counts.items()})
-            texts.append(masked)
+            texts.append(redacted)
         return with_column(table, table.schema.field("text"), pa.array(texts, pa.large_string()))
 
     def _remove(self, table: pa.Table, reasons: list[str | None], values: Any, limits: Any) -> pa.Table:
-        """The documents without a reason; remembers the others. values, limits: a number, or one for each."""
+        """Returns the documents without a reason and records the others. values, limits: one number, or one each."""
         self.counts.update(f"dropped:{reason}" for reason in reasons if reason)
-        stays = pa.array([reason is None for reason in reasons], pa.bool_())
-        gone = np.flatnonzero([reason is not None for reason in reasons])
-        columns = [table["id"].take(pa.array(gone)), [reason for reason in reasons if reason]]
-        columns += [np.broadcast_to(numbers, len(reasons))[gone].astype(np.float64) for numbers in (values, limits)]
+        is_kept = pa.array([reason is None for reason in reasons], pa.bool_())
+        removed = np.flatnonzero([reason is not None for reason in reasons])
+        columns = [table["id"].take(pa.array(removed)), [reason for reason in reasons if reason]]
+        columns += [np.broadcast_to(numbers, len(reasons))[removed].astype(np.float64) for numbers in (values, limits)]
         self._removed.append(pa.table(columns, schema=REMOVED))
-        return table.filter(stays)
+        return table.filter(is_kept)
 
 
 def with_column(table: pa.Table, field: pa.Field, column: pa.Array) -> pa.Table:
-    """The table with this column, in the place of one of its name if there is one."""
+    """The table with this column added, or replacing the column of the same name."""
     at = table.schema.get_field_index(field.name)
     return table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
 

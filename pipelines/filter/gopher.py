@@ -1,11 +1,11 @@
-"""Gopher's rules on quality and on repetition (arXiv 2112.11446, A.1, table A1), compiled by numba.
+"""Gopher's quality and repetition rules (arXiv 2112.11446, A.1, table A1), compiled by numba.
 
-Where the paper leaves a choice these decide as datatrove 0.10 does: words of symbols alone are not counted among the
-words of a document; a share of characters is one of all of them, white space too; of n-grams that come twice those are
-counted that do not overlap one counted before; of equally frequent n-grams the first.
+Where the paper is ambiguous, the rules follow datatrove 0.10: words that consist of symbols alone are not counted;
+shares of characters are of all characters, including white space; duplicate n-grams are counted without overlap; of
+equally frequent n-grams, the first counts.
 
-Each function gives (the limit that is broken or NONE, the value); a limit that is NaN is off. limits: as the fields of
-the family in config.py.
+`quality` and `repetition` return (the broken limit or NONE, its value). limits: in the order of the family's fields in
+config.py; NaN: off.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from moray.pipelines.filter.document_layout import (
 )
 
 _HYPHEN, _BULLET = 45, 0x2022
-_LEAST = np.array([1, 0, 1, 0, 0, 0, 0, 0, 1, 1], np.bool_)  # which limits are least values
+_IS_MINIMUM = np.array([1, 0, 1, 0, 0, 0, 0, 0, 1, 1], np.bool_)  # of the limits
 
 
 @numba.njit(nogil=True)
 def _words(document: DocumentLayout) -> tuple[int, int, int]:
-    """(words that are not of symbols alone, their characters, words with a letter)."""
+    """(words that are not symbols alone, their characters, words with a letter)."""
     plain = characters = alphabetic = 0
     for w in range(len(document.words)):
         every, some = True, False
@@ -56,7 +56,7 @@ def _words(document: DocumentLayout) -> tuple[int, int, int]:
 
 @numba.njit(nogil=True)
 def _lines(document: DocumentLayout) -> tuple[int, int, int]:
-    """(lines, those that begin with a bullet, those that end in an ellipsis)."""
+    """(lines, lines that begin with a bullet, lines that end in an ellipsis)."""
     lines = bullets = ellipses = at = ZERO
     while at < len(document.codes):
         end, following = line_end(document.codes, document.bits, at)
@@ -90,12 +90,12 @@ def quality(document: DocumentLayout, limits: Numbers, stop_words: Hashes) -> tu
         float(plain), float(plain), mean, mean, hashes / words, ellipses / words, bullets / lines, cut_off / lines,
         alphabetic / words, float(_different_stop_words(document.words, stop_words)),
     )  # fmt: skip
-    return first_broken(values, limits, _LEAST)
+    return first_broken(values, limits, _IS_MINIMUM)
 
 
 @numba.njit(nogil=True)
 def _repeated_parts(document: DocumentLayout, begin: int, end: int, least: int, counts: Counts) -> tuple[int, int, int]:
-    """(parts between runs of at least so many newlines, those that came before, their characters)."""
+    """(parts between runs of at least `least` newlines, duplicates among them, characters of the duplicates)."""
     mask = empty_table(counts, end - begin + 1)
     parts = repeated = characters = 0
     at = i = begin
@@ -117,7 +117,7 @@ def _repeated_parts(document: DocumentLayout, begin: int, end: int, least: int, 
 
 @numba.njit(nogil=True)
 def _characters(document: DocumentLayout, begin: int, count: int) -> int:
-    """Of so many words."""
+    """The characters of `count` words from word `begin` on."""
     characters = 0
     for w in range(begin, begin + count):
         characters += document.ends[w] - document.begins[w]
@@ -126,7 +126,7 @@ def _characters(document: DocumentLayout, begin: int, count: int) -> int:
 
 @numba.njit(nogil=True)
 def _most_frequent(document: DocumentLayout, size: int, counts: Counts) -> tuple[int, int]:
-    """Characters, with a space between words, of all occurrences of the most frequent n-gram; how many there are."""
+    """(characters of all occurrences of the most frequent n-gram, with a space between words; occurrences)."""
     grams = len(document.words) - size + 1
     mask = empty_table(counts, grams)
     for w in range(grams):
@@ -137,7 +137,7 @@ def _most_frequent(document: DocumentLayout, size: int, counts: Counts) -> tuple
 
 @numba.njit(nogil=True)
 def _repeated_grams(document: DocumentLayout, size: int, counts: Counts) -> int:
-    """Characters of words within n-grams that came before."""
+    """The characters of words in duplicate n-grams."""
     grams = len(document.words) - size + 1
     mask = empty_table(counts, grams)
     characters = w = 0
@@ -169,9 +169,9 @@ def repetition(document: DocumentLayout, limits: Numbers, counts: Counts) -> tup
 
 @numba.njit(nogil=True)
 def _repeated_words(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[int, float]:
-    """The limits from the fifth on: the most frequent 2 to 4 words, and repeated ones of 5 to 10.
+    """Applies the limits from the fifth on: the most frequent 2- to 4-grams, and duplicate 5- to 10-grams.
 
-    Where no few words come twice, no more do: what follows need not be counted.
+    If no n-gram of some size occurs twice, no longer one does, so longer ones are not counted.
     """
     length, found, times = len(document.codes), 1, 2
     for k in range(4, len(limits)):

@@ -1,9 +1,9 @@
-"""All families of rules over a batch of texts in Arrow's memory, each document read once; compiled by numba.
+"""The kernel of the rules: it applies all families to a batch of texts in Arrow memory. Compiled by numba.
 
-A document passes the families in the order of the recipe, up to the first limit that it breaks; after C4's, which take
-lines out, it is the shorter one.
+Each document is read once. Families are applied in the order of the recipe, up to the first broken limit. Families
+after C4 receive the document without the lines that C4 removed.
 
-Shapes: N documents, F families, L limits of the family that has most.
+Shapes: N documents, F families, L the largest number of limits of a family.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ BASIC, QUALITY, REPETITION, C4, FINEWEB = range(5)
 
 
 class RuleArrays(NamedTuple):
-    """families: int64 [F], by the numbers above; limits: [5, L], and how many of them, by family. Gopher's stop words
-    and C4's phrases: their characters, one after another, and where each begins, with the end of the last."""
+    """The rules as arrays. families: int64 [F], the numbers above. limits: [5, L]. sizes: [5], limits per family.
+
+    stop_words (of Gopher), phrases (of C4): characters, concatenated. stop_word_bounds, phrase_bounds: the begin of
+    each word or phrase, and the end of the last.
+    """
 
     families: Places
     limits: Numbers
@@ -52,8 +55,8 @@ class RuleArrays(NamedTuple):
 
 
 class RuleResults(NamedTuple):
-    """family and limit that a document breaks (NONE: it stays; EMPTY: nothing is there), and its value [N]; and the
-    texts as they are after the rules: bytes, and where each ends [N + 1]."""
+    """The output. families, limits, values: the first broken limit of each document and its value, [N]; NONE: the
+    document is kept, EMPTY: no text is left. text, ends: the texts after the rules, UTF-8, and their ends, [N + 1]."""
 
     families: npt.NDArray[np.int8]
     limits: npt.NDArray[np.int8]
@@ -63,7 +66,7 @@ class RuleResults(NamedTuple):
 
 
 def allocate_buffers(longest: int) -> tuple[DocumentLayout, DocumentLayout, Counts]:
-    """Memory for a document of so many bytes, for what C4 leaves of it, and to count in."""
+    """Buffers for a document of up to `longest` bytes: its layout, the text that C4 leaves of it, and counts."""
     characters = longest + 1
     documents = [
         DocumentLayout(
@@ -80,7 +83,7 @@ def allocate_buffers(longest: int) -> tuple[DocumentLayout, DocumentLayout, Coun
 
 @numba.njit(nogil=True)
 def _hashes(codes: Codes, bounds: Places) -> Hashes:
-    """Of words, one after another, as find_words makes them."""
+    """Hashes of concatenated words, equal to those of `find_words`."""
     hashes = np.empty(len(bounds) - 1, np.uint64)
     for i in range(len(hashes)):
         hashes[i] = hash_of(codes, bounds[i], bounds[i + 1])
@@ -88,10 +91,10 @@ def _hashes(codes: Codes, bounds: Places) -> Hashes:
 
 
 @numba.njit(nogil=True)
-def _read(room: DocumentLayout, codes: Codes, bits: Bytes) -> DocumentLayout:
-    """The document of these characters, its words in `room`."""
-    words = find_words(codes, bits, len(codes), room.begins, room.ends, room.words)
-    return DocumentLayout(codes, bits, room.begins[:words], room.ends[:words], room.words[:words])
+def _read(buffer: DocumentLayout, codes: Codes, bits: Bytes) -> DocumentLayout:
+    """The layout of these characters. Its words are written to `buffer`."""
+    words = find_words(codes, bits, len(codes), buffer.begins, buffer.ends, buffer.words)
+    return DocumentLayout(codes, bits, buffer.begins[:words], buffer.ends[:words], buffer.words[:words])
 
 
 @numba.njit(nogil=True)
@@ -99,12 +102,12 @@ def _check_document(
     document: DocumentLayout,
     rules: RuleArrays,
     stop_words: Hashes,
-    room: DocumentLayout,
+    buffer: DocumentLayout,
     edited: DocumentLayout | None,
     counts: Counts,
 ) -> tuple[int, int, float, DocumentLayout]:
-    """(family, limit, value, the document as it is now)."""
-    if edited is None:  # numba knows this by type: the basic rules alone are compiled, in a third of the time
+    """(family, limit, value, the document after the rules)."""
+    if edited is None:  # numba specializes on the type: only the basic rules are compiled, in a third of the time
         limit, value = basic(document, rules.limits[BASIC, : rules.sizes[BASIC]], counts)
         return (NONE if limit == NONE else BASIC), limit, value, document
     for family in rules.families:
@@ -122,7 +125,7 @@ def _check_document(
             limit, value = fineweb(document, limits, counts)
         else:
             limit, value, begin, end = c4(document, limits, rules.phrases, rules.phrase_bounds, edited)
-            document = _read(room, edited.codes[begin:end], edited.bits[begin:end])
+            document = _read(buffer, edited.codes[begin:end], edited.bits[begin:end])
         if limit != NONE:
             return family, limit, value, document
     return NONE, NONE, 0.0, document
@@ -134,23 +137,23 @@ def check_texts(
     data: Bytes,
     table: Bytes,
     rules: RuleArrays,
-    room: DocumentLayout,
+    buffer: DocumentLayout,
     edited: DocumentLayout | None,
     counts: Counts,
-    verdicts: RuleResults,
+    results: RuleResults,
     write: bool,
 ) -> None:
-    """Fills `verdicts`, the texts only where `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
+    """Writes `results`; texts only if `write` is true. offsets: int64 [N + 1] into `data`, valid UTF-8.
 
-    room, edited, counts: of `allocate_buffers`; `edited` is None where the basic rules are the only ones.
+    buffer, edited, counts: from `allocate_buffers`. `edited` is None if only the basic rules are applied.
     """
     stop_words = _hashes(rules.stop_words, rules.stop_word_bounds)
     at = ZERO
     for n in range(len(offsets) - 1):
-        length = decode_layout(data, offsets[n], offsets[n + 1], table, room.codes, room.bits)
-        document = _read(room, room.codes[:length], room.bits[:length])
-        family, limit, value, document = _check_document(document, rules, stop_words, room, edited, counts)
-        verdicts.families[n], verdicts.limits[n], verdicts.values[n] = family, limit, value
+        length = decode_layout(data, offsets[n], offsets[n + 1], table, buffer.codes, buffer.bits)
+        document = _read(buffer, buffer.codes[:length], buffer.bits[:length])
+        family, limit, value, document = _check_document(document, rules, stop_words, buffer, edited, counts)
+        results.families[n], results.limits[n], results.values[n] = family, limit, value
         if write and family == NONE:
-            at = encode(document.codes, len(document.codes), verdicts.text, at)
-        verdicts.ends[n + 1] = at
+            at = encode(document.codes, len(document.codes), results.text, at)
+        results.ends[n + 1] = at

@@ -1,7 +1,7 @@
-"""Where a text gives away keys: access keys of well-known services, private keys, web tokens, and values that are given
-to names such as `api_key` and look drawn at random.
+"""Detection of secret keys in a text: access keys of well-known services, private keys, JSON web tokens, and
+random-looking values assigned to names such as `api_key`.
 
-Every pattern is bounded or possessive, so a search takes time in proportion to the text.
+Every pattern is bounded or possessive, so a search takes time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 Span = tuple[int, int]
 
-# what stands in a key of this form whatever else, which is looked for first; and the form
+# (a literal that every key of this form contains, which is searched for first; the form)
 _FORMS = tuple(
     (mark, re.compile(rf"(?<![\w-]){form}(?![\w-])"))
     for mark, form in (
@@ -38,12 +38,12 @@ _BODY = re.compile(r"[A-Za-z0-9+/=]{32}")
 _LONGEST_BLOCK = 20_000
 _GIVEN = re.compile(r"[:=][=>]?[ \t]{0,4}[\"']?([A-Za-z0-9+/_.~=-]{20,200}+)")
 _NAME = re.compile(r"(?:key|token|secret)[\"']?[ \t]{0,4}$", re.IGNORECASE)
-_LEAST_BITS = 3.5  # a character; 20 random hexadecimal digits have 3.4 on average and 4 at most, English less
-_LEAST_DIGITS = 2
+_MIN_ENTROPY = 3.5  # bits per character; 20 random hex digits have 3.4 on average and 4 at most, English less
+_MIN_DIGITS = 2
 
 
 def find_secret_keys(text: str) -> Iterator[Span]:
-    """Where keys are, in no order; they may overlap."""
+    """Yields the spans of keys, unordered; they may overlap."""
     for mark, form in _FORMS:
         if mark in text:
             yield from (found.span() for found in form.finditer(text))
@@ -54,10 +54,10 @@ def find_secret_keys(text: str) -> Iterator[Span]:
 
 
 def _blocks(text: str) -> Iterator[Span]:
-    """Private keys in PEM and PGP's form, whose begin and end are there and something between them.
+    """Yields the spans of private keys in PEM and PGP format, with a begin line, a body and an end line.
 
-    The next end and the next body are looked for once and kept until a begin lies behind them, so that many begins
-    before one end cost no more than one.
+    The next end and the next body are searched for once and reused until the scan has passed them, so many begin lines
+    before one end line cost no more than one.
     """
     ends, bodies = _Next(_END, text), _Next(_BODY, text)
     at = 0
@@ -70,7 +70,7 @@ def _blocks(text: str) -> Iterator[Span]:
 
 
 class _Next:
-    """The first place of a pattern at or behind places that are asked for in ascending order."""
+    """Finds the first match of a pattern at or after a position; positions must be ascending."""
 
     def __init__(self, pattern: re.Pattern[str], text: str) -> None:
         self._pattern, self._text = pattern, text
@@ -84,8 +84,8 @@ class _Next:
 
 
 def _random(value: str) -> bool:
-    """Whether the characters differ as those of a key do, and some of them are digits and letters."""
-    if sum(map(str.isdigit, value)) < _LEAST_DIGITS or not any(map(str.isalpha, value)):
+    """Whether a value looks random: it has digits, letters and the minimum entropy."""
+    if sum(map(str.isdigit, value)) < _MIN_DIGITS or not any(map(str.isalpha, value)):
         return False
     shares = [n / len(value) for n in Counter(value).values()]
-    return -sum(share * math.log2(share) for share in shares) >= _LEAST_BITS
+    return -sum(share * math.log2(share) for share in shares) >= _MIN_ENTROPY

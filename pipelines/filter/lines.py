@@ -1,7 +1,7 @@
-"""The basic rules, and FineWeb's (arXiv 2406.17557, 3.6), compiled by numba; as gopher.py has it.
+"""The basic rules, and FineWeb's rules (arXiv 2406.17557, 3.6), compiled by numba. Results as in gopher.py.
 
-Of FineWeb's rules decide as datatrove 0.10 does: a line ends with a newline alone, and what lies behind its last
-punctuation, white space too, makes it a line without.
+FineWeb's rules follow datatrove 0.10: only a newline ends a line, and a line with anything after its last punctuation,
+even white space, does not end in punctuation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moray.pipelines.filter.document_layout import (
     stripped,
 )
 
-_LEAST = np.array([1, 0, 1, 0, 0, 0, 1, 0], np.bool_)  # which limits are least values
+_IS_MINIMUM = np.array([1, 0, 1, 0, 0, 0, 1, 0], np.bool_)  # of the limits
 
 
 @numba.njit(nogil=True)
@@ -46,7 +46,7 @@ def _words(document: DocumentLayout) -> tuple[int, int]:
 
 @numba.njit(nogil=True)
 def _lines(document: DocumentLayout, counts: Counts) -> tuple[int, int, int]:
-    """(lines that are not blank, those that end in an ellipsis, those that came before), white space taken off."""
+    """(lines that are not blank, lines that end in an ellipsis, duplicate lines), after stripping white space."""
     mask = empty_table(counts, len(document.codes))
     lines = ellipses = repeated = at = ZERO
     while at < len(document.codes):
@@ -71,12 +71,12 @@ def basic(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[in
     values = (
         number, number, mean, mean, (hashes + ellipses) / words, cut_off / lines, alphabetic / words, repeated / lines
     )  # fmt: skip
-    return first_broken(values, limits, _LEAST)
+    return first_broken(values, limits, _IS_MINIMUM)
 
 
 @numba.njit(nogil=True)
 def _newline_lines(document: DocumentLayout, longest_short: float, counts: Counts) -> tuple[int, int, int, int]:
-    """(lines that are not blank, those that end a sentence, short ones, characters of those that came before)."""
+    """(lines that are not blank, lines that end a sentence, short lines, characters of duplicate lines)."""
     codes, bits = document.codes, document.bits
     mask = empty_table(counts, len(codes))
     lines = punctuated = short = characters = at = ZERO
@@ -97,7 +97,7 @@ def _newline_lines(document: DocumentLayout, longest_short: float, counts: Count
 
 @numba.njit(nogil=True)
 def fineweb(document: DocumentLayout, limits: Numbers, counts: Counts) -> tuple[int, float]:
-    """limits[4]: the length of a short line; limits[5]: 1 where a document without any punctuated line stays."""
+    """limits[4]: the length of a short line. limits[5]: 1 to keep documents without any punctuated line."""
     newlines = 0
     for code in document.codes:
         newlines += code == NEWLINE

@@ -1,9 +1,9 @@
-"""Personal data and secrets in a text become `<email>`, `<ip>`, `<phone>`, `<card>` and `<key>`.
+"""PII redaction: replaces personal data and secrets with `<email>`, `<ip>`, `<phone>`, `<card>` and `<key>`.
 
-What has a form that says enough is found by it (an email's, a key's); of what looks like other numbers, each find is
-checked: addresses must be public and no version's number, cards pass Luhn's check and begin as an issuer's, phone
-numbers are valid by Google's libphonenumber. What a pattern may look at from any place is bounded, so a text takes time
-in proportion to its length.
+Emails and keys are recognized by their form. Matches that could be other numbers are checked: IP addresses must be
+public and not a version number, cards must pass the Luhn check and begin with the prefix of an issuer, and phone
+numbers must be valid by Google's libphonenumber. The length of each match is bounded, so the time is linear in the
+length of the text.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Literal
 from moray.pipelines.filter.keys import Span, find_secret_keys
 
 Kind = Literal["email", "ip", "phone", "card", "key"]
-KINDS: tuple[Kind, ...] = ("key", "email", "ip", "card", "phone")  # in the order they are looked for
+KINDS: tuple[Kind, ...] = ("key", "email", "ip", "card", "phone")  # in the order of redaction
 
-# Each begins with what it cannot do without, for which the text is skimmed, and looks back from there. Of IPv6 only
-# 2000::/3 is anybody's: `a::b`, which code is full of, is an address too.
+# Each pattern begins with a required character, which makes the scan fast, and looks behind from there. Of IPv6, only
+# 2000::/3 (global unicast) is matched: `a::b`, which is common in code, would be an address too.
 _LOCAL = re.compile(r"[\w.%+-]")
 _DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}([^\W\d_]{2,24})(?![\w-])")
-_FILES = frozenset(  # names of files are no domains
+_FILES = frozenset(  # extensions of file names, which are not domains
     ("png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "css", "js", "json", "html", "htm", "php", "xml")
 )
 _V4 = re.compile(r"\d(?<![\w.].)\d{0,2}(?:\.\d{1,3}){3}(?![\w+]|[.-]\w)")
-_SHORTEST = len("1.2.3.4")  # of four digits alone: sections and versions, but one address in 400,000
+_SHORTEST = len("1.2.3.4")  # four single digits: sections and versions, and one address in 400,000
 _VERSION = re.compile(
     r"(?:\bv|\bver|version|release|build|revision|firmware|section|\brev)[\"']?\W{0,4}$|[=<>~^!]=?\s?[\"']?$|\w[/@_-]$",
     re.IGNORECASE,
@@ -47,23 +47,23 @@ _NATIONAL = re.compile(r"[(\d](?<![\w.+/-].)[\d ()./-]{5,21}\d(?![\w/-]|[.,]\d)"
 
 
 def redact(text: str, kinds: Iterable[Kind], regions: tuple[str, ...] = ()) -> tuple[str, Counter[str]]:
-    """The text with markers for what it gives away, and how many there are of each kind.
+    """The text with a marker in place of each match of `kinds`, and the number of matches of each kind.
 
-    regions: two-letter countries whose phone numbers are looked for without their country's number too.
+    regions: two-letter countries whose phone numbers are also found without a country code.
     """
-    wanted, counts = set(kinds), Counter[str]()
+    selected, counts = set(kinds), Counter[str]()
     finders: dict[Kind, Callable[[str], Iterable[Span]]] = {
         "key": find_secret_keys, "email": _emails, "ip": _addresses, "card": _cards,
         "phone": lambda t: _phones(t, regions),
     }  # fmt: skip
     for kind in KINDS:
-        if kind in wanted:
+        if kind in selected:
             text, counts[kind] = _replaced(text, finders[kind](text), f"<{kind}>")
     return text, counts
 
 
 def _replaced(text: str, spans: Iterable[Span], marker: str) -> tuple[str, int]:
-    """The text with a marker in the place of each span, one for those that overlap, and how many."""
+    """The text with a marker in place of each span, one for overlapping spans, and the number of markers."""
     parts: list[str] = []
     at = count = 0
     for begin, end in sorted(spans):
@@ -89,13 +89,13 @@ def _emails(text: str) -> Iterator[Span]:
 def _addresses(text: str) -> Iterator[Span]:
     for found in _V4.finditer(text):
         before = text[max(0, found.start() - 24) : found.start()]
-        looks_so = len(found[0]) > _SHORTEST and not _VERSION.search(before)
-        if (looks_so or _ADDRESS.search(before)) and _public(found[0]):
+        plausible = len(found[0]) > _SHORTEST and not _VERSION.search(before)
+        if (plausible or _ADDRESS.search(before)) and _public(found[0]):
             yield found.span()
     for found in _V6.finditer(text):
         whole = found[0]
         address = whole[:-1] if whole.endswith(":") and not whole.endswith("::") else whole
-        if _public(address) and not address.endswith("::"):  # a network's
+        if _public(address) and not address.endswith("::"):  # a network
             yield found.start(), found.start() + len(address)
 
 
@@ -115,7 +115,7 @@ def _cards(text: str) -> Iterator[Span]:
 
 
 def _luhn(digits: str) -> bool:
-    """Luhn's check (ISO/IEC 7812-1): every other digit doubled, the sum of all digits is a multiple of ten."""
+    """The Luhn check (ISO/IEC 7812-1): with every other digit doubled, the sum of all digits is a multiple of ten."""
     doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return (doubled + sum(map(int, digits[::-2]))) % 10 == 0 and len(set(digits)) > 1
 
@@ -130,8 +130,11 @@ def _phones(text: str, regions: tuple[str, ...]) -> Iterator[Span]:
 
 
 def _numbers(found: re.Match[str], region: str | None) -> Iterator[Span]:
-    """Valid numbers in what was found. Without the country's number they must be grouped as they are there: digits in
-    rows are anything, dates above all."""
+    """Yields the spans of valid phone numbers in a match.
+
+    Without a country code, digits must be grouped as is usual in the region, because other groups of digits are often
+    dates.
+    """
     from phonenumbers import Leniency, PhoneNumberMatcher
 
     leniency = Leniency.VALID if region is None else Leniency.STRICT_GROUPING

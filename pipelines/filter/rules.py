@@ -1,4 +1,4 @@
-"""The rules over a column of texts: which documents stay, what else they break by how much, and the texts that stay."""
+"""Application of the rules to a column of texts: the broken limit of each removed document, and the edited texts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FilteredDocuments:
-    """Of N documents: reason (None: it stays), value and limit [N]; `texts`, large_string [N]: as they are now."""
+    """The results for N documents. reasons: [N], None for kept documents. values, limits: the measured value and the
+    broken limit of removed documents, [N]. texts: large_string [N], after the rules."""
 
     reasons: list[str | None]
     values: npt.NDArray[np.float64]
@@ -29,13 +30,13 @@ class FilteredDocuments:
 
 
 def apply_rules(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocuments:
-    """texts: large_string [N]. Of a document that does not stay, the text means nothing."""
+    """Applies the rules to texts, large_string [N]. The resulting text of a removed document is undefined."""
     from moray.pipelines.filter import kernel
 
     offsets, data = text_buffers(texts)
     count, size = len(offsets) - 1, int(offsets[-1] - offsets[0])
     edits = "c4" in config.rules
-    verdicts = kernel.RuleResults(
+    results = kernel.RuleResults(
         np.empty(count, np.int8),
         np.empty(count, np.int8),
         np.empty(count),
@@ -44,22 +45,22 @@ def apply_rules(texts: pa.ChunkedArray, config: RulesConfig) -> FilteredDocument
     )
     longest = int(np.diff(offsets).max(initial=0))
     rules = _rules(config)
-    room, edited, counts = kernel.allocate_buffers(longest)
-    others = edited if config.rules != ("basic",) else None
-    kernel.check_texts(offsets, data, table(), rules, room, others, counts, verdicts, edits)
+    buffer, edited, counts = kernel.allocate_buffers(longest)
+    edit_buffer = edited if config.rules != ("basic",) else None
+    kernel.check_texts(offsets, data, table(), rules, buffer, edit_buffer, counts, results, edits)
     if edits:
-        bounds, text = pa.py_buffer(verdicts.ends), pa.py_buffer(verdicts.text[: verdicts.ends[-1]])
-        now = pa.Array.from_buffers(pa.large_string(), count, [None, bounds, text])
+        bounds, text = pa.py_buffer(results.ends), pa.py_buffer(results.text[: results.ends[-1]])
+        after = pa.Array.from_buffers(pa.large_string(), count, [None, bounds, text])
     else:
-        now = pa.concat_arrays(texts.chunks) if texts.num_chunks else pa.array([], pa.large_string())
-    broken = verdicts.limits >= 0
+        after = pa.concat_arrays(texts.chunks) if texts.num_chunks else pa.array([], pa.large_string())
+    broken = results.limits >= 0
     limits = np.zeros(count)
-    limits[broken] = rules.limits[verdicts.families[broken], verdicts.limits[broken]]
-    return FilteredDocuments(_reasons(verdicts.families, verdicts.limits), verdicts.values, limits, now)
+    limits[broken] = rules.limits[results.families[broken], results.limits[broken]]
+    return FilteredDocuments(_reasons(results.families, results.limits), results.values, limits, after)
 
 
 def _reasons(families: npt.NDArray[np.int8], limits: npt.NDArray[np.int8]) -> list[str | None]:
-    """The words for pairs of family and limit, as kernel.RuleResults has them."""
+    """The reasons for pairs of family and limit, as in kernel.RuleResults."""
     return [
         None if limit == -1 else EMPTY if limit < 0 else reason(FAMILIES[family], limit)
         for family, limit in zip(families.tolist(), limits.tolist(), strict=True)

@@ -1,7 +1,7 @@
-"""filter: drops documents that break rules on words and lines, are in another language, or not good enough; and masks.
+"""The step `filter`: drops documents by rules, language and model-based quality, and redacts PII in kept documents.
 
-Which rules and which limits the recipe says; the first that a document breaks is its reason, kept in
-`removed-*.parquet` beside the documents that stay. A rerun after a kill goes on with the shards that are missing.
+The recipe sets the rules and their limits. The first broken rule is the reason for removal, recorded in
+`removed-*.parquet` next to the kept documents. A run that resumes after a kill processes only the missing shards.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Filter(Step[FilterConfig]):
 
     def check(self, config: FilterConfig, inputs: Mapping[str, str]) -> None:
         if wrong := config.out_of_order():
-            raise RecipeError(f"{wrong}: every document would go", "exchange them, or leave one out")
+            raise RecipeError(f"{wrong}, which drops every document", "lower the minimum or raise the maximum")
         if config.min_quality is not None and "quality" not in inputs:
             raise RecipeError(
-                "min_quality: there is no model to score by", "add the input `quality`, a step that uses quality-model"
+                "min_quality requires the input `quality`", "add the input `quality`: a step that uses quality-model"
             )
         if config.languages:
             from moray.pipelines.text.language import known_languages
 
             for language in config.languages:
                 if language not in known_languages():
-                    raise RecipeError(f"languages: {language!r} is not known", nearest(language, known_languages()))
+                    raise RecipeError(f"languages: unknown language {language!r}", nearest(language, known_languages()))
         if config.phone_regions:
             from phonenumbers import SUPPORTED_REGIONS
 
             for region in config.phone_regions:
                 if region not in SUPPORTED_REGIONS:
-                    raise RecipeError(f"phone_regions: {region!r} is not known", nearest(region, SUPPORTED_REGIONS))
+                    raise RecipeError(f"phone_regions: unknown region {region!r}", nearest(region, SUPPORTED_REGIONS))
 
     def run(self, ctx: StepContext[FilterConfig]) -> None:
         shards = input_shards(ctx.inputs["documents"].folder)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.parts.key_ranges import Columns
 from moray.pipelines.dedup.parts.scan import RepeatedPieces
 from moray.pipelines.dedup.parts.tasks import SPOT, Folders
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.grouped_file import read_columns
 

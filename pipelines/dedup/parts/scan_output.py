@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.parts.scan import EDITED, REASONS, ScanDecisions
 from moray.pipelines.dedup.parts.scan_input import ScanInput
 from moray.pipelines.dedup.parts.tasks import Folders
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row

@@ -18,7 +18,6 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.parts.key_ranges import exchange_ranges
 from moray.pipelines.dedup.parts.scan import EDITED, REASONS, ScanDecisions, scan_pieces
 from moray.pipelines.dedup.parts.scan_input import read_scan_input
@@ -33,6 +32,7 @@ from moray.pipelines.dedup.parts.tasks import (
     text_size,
     window_shard,
 )
+from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.removal import preferring_shards, read_outputs
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
 from moray.pipelines.shared.task_records import forget_records

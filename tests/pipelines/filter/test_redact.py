@@ -1,4 +1,4 @@
-"""What is masked, what only looks like it, and that no text takes for ever."""
+"""PII redaction: what is redacted, what only looks like PII, and that the time is linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ KEPT = (
 
 
 @pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in SHOWN.items() for text in texts])
-def test_what_gives_someone_away_is_masked_and_counted(kind: str, text: str) -> None:
+def test_pii_is_redacted_and_counted(kind: str, text: str) -> None:
     for before, after in (("", ""), ("at ", " ."), ("(", ")"), ("\n", "\n"), ("'", "'"), ("\u4e2d ", ", x")):
-        masked, counts = redact(before + text + after, KINDS)
-        assert masked == f"{before}<{kind}>{after}"
+        redacted, counts = redact(before + text + after, KINDS)
+        assert redacted == f"{before}<{kind}>{after}"
         assert {name: n for name, n in counts.items() if n} == {kind: 1}
     others = [other for other in KINDS if other != kind]
     if kind != "key":  # a key may hold what looks like another kind
@@ -58,18 +58,18 @@ def test_what_gives_someone_away_is_masked_and_counted(kind: str, text: str) -> 
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_what_only_looks_like_it_stays(text: str) -> None:
+def test_what_only_looks_like_pii_is_kept(text: str) -> None:
     assert redact(text, KINDS, ("US", "DE"))[0] == text
 
 
-def test_a_value_is_a_key_where_a_name_says_so() -> None:
+def test_a_random_value_is_a_key_after_a_name_such_as_api_key() -> None:
     value = "Zx81kdJ3mQp0vT6yBn4LcR7s"
     assert redact(value, KINDS)[0] == value
     for before in ("api_key = '", 'SECRET: "', "x-auth-token=", '"accessKey": "'):
         assert redact(before + value, KINDS)[0] == before + "<key>"
 
 
-def test_addresses_where_a_name_says_so_are_no_versions() -> None:
+def test_four_numbers_are_an_address_after_a_name_such_as_host() -> None:
     assert redact("host=93.184.216.34", KINDS)[0] == "host=<ip>"
     assert redact("http://93.184.216.34/index", KINDS)[0] == "http://<ip>/index"
     assert redact("http://8.8.8.8/index", KINDS)[0] == "http://<ip>/index"
@@ -77,7 +77,7 @@ def test_addresses_where_a_name_says_so_are_no_versions() -> None:
     assert redact("2001:4860:4860::8888: unreachable", KINDS)[0] == "<ip>: unreachable"
 
 
-def test_numbers_without_a_country_are_found_where_the_recipe_names_one() -> None:
+def test_phone_numbers_without_a_country_code_are_found_in_the_regions_of_the_recipe() -> None:
     for text in ("(650) 253-0000", "650-253-0000"):
         assert redact(f"call {text}.", KINDS)[0] == f"call {text}."
         assert redact(f"call {text}.", KINDS, ("US",))[0] == "call <phone>."
@@ -91,12 +91,12 @@ PARTS = ("@", ".", ":", "-", "+", " ", "\n", "1", "42", "2001", "a", "f", "eyJ",
 
 @settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=25), st.sampled_from([" ", "\n", ", "]))
-def test_what_is_masked_has_nothing_left_to_mask(parts: list[str], between: str) -> None:
+def test_redacted_text_has_nothing_left_to_redact(parts: list[str], between: str) -> None:
     text = between.join(parts)
-    masked, counts = redact(text, KINDS)
-    assert (masked == text) == (sum(counts.values()) == 0)
-    again, more = redact(masked, ("email", "card"))
-    assert again == masked
+    redacted, counts = redact(text, KINDS)
+    assert (redacted == text) == (sum(counts.values()) == 0)
+    again, more = redact(redacted, ("email", "card"))
+    assert again == redacted
     assert not sum(more.values())
     assert redact(text, ()) == (text, {})
 
@@ -118,13 +118,13 @@ def test_one_digit_in_ten_completes_a_card(digits: str) -> None:
      "-----BEGIN PRIVATE KEY-----\n-----END X", "-----BEGIN PRIVATE KEY-----\n", "-----END PRIVATE KEY-----\n"],
 )  # fmt: skip
 @pytest.mark.parametrize("end", ["", "-----END PRIVATE KEY-----", "a" * 40 + "-----END RSA PRIVATE KEY-----"])
-def test_a_long_text_made_to_take_long_ends(piece: str, end: str) -> None:
+def test_the_time_of_adversarial_texts_is_linear(piece: str, end: str) -> None:
     text = piece * (250_000 // len(piece)) + end  # squared, that would be hours
     assert len(redact(text, KINDS)[0]) <= len(text)
 
 
-def test_the_mask_of_private_keys_looks_at_each_place_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many begins there are before an end: searches are counted, by how far they went."""
+def test_the_search_for_private_keys_scans_each_position_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even with many begin lines before an end line. Counts the characters that searches scan."""
     walked = 0
 
     class Counted:

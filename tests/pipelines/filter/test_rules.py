@@ -48,8 +48,8 @@ def limits_of(block: type[StepConfig]) -> st.SearchStrategy[Any]:
     return st.builds(block, **fields)
 
 
-def broken(judged: FilteredDocuments) -> list[tuple[str, float] | None]:
-    pairs = zip(judged.reasons, judged.values.tolist(), strict=True)
+def broken(filtered: FilteredDocuments) -> list[tuple[str, float] | None]:
+    pairs = zip(filtered.reasons, filtered.values.tolist(), strict=True)
     return [None if reason is None else (reason.partition(".")[2] or reason, value) for reason, value in pairs]
 
 
@@ -67,10 +67,10 @@ def test_rules_are_those_of_their_definitions(
     family: str, block: type[StepConfig], defined: Any, data: st.DataObject, documents: list[str]
 ) -> None:
     limits = data.draw(limits_of(block))
-    judged = apply_rules(column(documents), FilterConfig(rules=(family,), **{family: limits}))
+    filtered = apply_rules(column(documents), FilterConfig(rules=(family,), **{family: limits}))
     expected = [defined(text, limits) if text else ("empty", 0) for text in documents]
-    assert broken(judged) == expected
-    for reason, threshold in zip(judged.reasons, judged.limits.tolist(), strict=True):
+    assert broken(filtered) == expected
+    for reason, threshold in zip(filtered.reasons, filtered.limits.tolist(), strict=True):
         if reason and "." in reason:
             assert threshold == getattr(limits, reason.partition(".")[2])
 
@@ -95,15 +95,15 @@ def test_every_value_is_that_of_the_definition(
     tight = 0.0 if field.startswith("max_") else 1.0 if is_share else 1e9
     more = {"short_line": short_line} if block is FineWeb else {}
     limits = block(**off | {field: tight} | more)
-    judged = apply_rules(column(documents), FilterConfig(rules=(family,), **{family: limits}))
-    assert broken(judged) == [defined(text, limits) if text else ("empty", 0) for text in documents]
+    filtered = apply_rules(column(documents), FilterConfig(rules=(family,), **{family: limits}))
+    assert broken(filtered) == [defined(text, limits) if text else ("empty", 0) for text in documents]
 
 
 @settings(max_examples=examples(200), deadline=None)
 @given(limits=limits_of(C4), documents=st.lists(texts, min_size=1, max_size=6))
 def test_c4_leaves_of_a_text_what_its_definition_does(limits: C4, documents: list[str]) -> None:
-    judged = apply_rules(column(documents), FilterConfig(rules=("c4",), c4=limits))
-    for text, found, left in zip(documents, broken(judged), judged.texts.to_pylist(), strict=True):
+    filtered = apply_rules(column(documents), FilterConfig(rules=("c4",), c4=limits))
+    for text, found, left in zip(documents, broken(filtered), filtered.texts.to_pylist(), strict=True):
         expected = oracle.c4(text, limits) if text else ("empty", 0)
         assert (left if found is None else found) == expected
 
@@ -152,7 +152,7 @@ def test_families_are_tried_in_the_order_of_the_recipe_each_on_what_the_one_befo
             assert left == now
 
 
-def test_parts_of_a_column_are_judged_where_they_lie() -> None:
+def test_slices_of_a_column_give_the_same_results() -> None:
     documents = [f"{i} words of a text. " * i for i in range(12)]
     config = FilterConfig(rules=("gopher_quality", "c4"), c4=C4(min_sentences=None))
     whole = apply_rules(column(documents), config)

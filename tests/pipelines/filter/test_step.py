@@ -178,13 +178,13 @@ def test_languages_are_told_apart_offline() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"languages": ["english"]}, "languages: 'english' is not known"),
-        ({"phone_regions": ["USA"]}, "phone_regions: 'USA' is not known"),
-        ({"min_quality": 0.5}, "no model to score by"),
-        ({"min_words": 60, "max_words": 50}, r"min_words \(60\) is more than max_words \(50\): every document"),
+        ({"languages": ["english"]}, "languages: unknown language 'english'"),
+        ({"phone_regions": ["USA"]}, "phone_regions: unknown region 'USA'"),
+        ({"min_quality": 0.5}, "min_quality requires the input"),
+        ({"min_words": 60, "max_words": 50}, r"min_words \(60\) exceeds max_words \(50\), which drops every document"),
         (
             {"rules": ["gopher_quality"], "gopher_quality": {"min_mean_word_length": 11}},
-            r"gopher_quality\.min_mean_word_length \(11\) is more than max_mean_word_length \(10\)",
+            r"gopher_quality\.min_mean_word_length \(11\) exceeds max_mean_word_length \(10\)",
         ),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moray.pipelines.dedup.parts.scan import EDITED, TOO_MUCH_LOST, ScanDecisions, RepeatedPieces
+from moray.pipelines.dedup.parts.scan import EDITED, TOO_MUCH_LOST, RepeatedPieces, ScanDecisions
 from moray.pipelines.dedup.parts.scan_input import ScanInput
 from moray.pipelines.dedup.parts.scan_output import merge_cuts
 
