@@ -1,7 +1,7 @@
-"""The stages a documents artifact went through, from its manifest and those of what it was made from.
+"""The stages of a documents artifact, from its manifest and those of its ancestors.
 
-So a recipe names one input, the last stage, and nobody lists the others, which its fingerprint holds already. Retention
-removes no artifact before what was made from it; with a shared root, what lies only there is brought here.
+A recipe names only the last stage as input, because its fingerprint covers the others. Retention keeps an artifact as
+long as artifacts made from it exist. Artifacts that exist only in a shared root are fetched.
 """
 
 from __future__ import annotations
@@ -18,27 +18,32 @@ _KIND = "documents"
 
 @dataclass(frozen=True)
 class Stage:
-    """label: the step's name, with a number where it comes again."""
+    """A stage. label: the name of the step, with a number if the step occurs more than once."""
 
     label: str
     artifact: Artifact
 
 
 def stages_of(artifact: Artifact, home: Home) -> list[Stage]:
-    """The artifact and its ancestors by the input `documents`, the first of them first. Raises InputError."""
-    store, line = ArtifactStore(home), [artifact]
-    while (reference := line[-1].manifest.inputs.get(_KIND)) is not None:
+    """The artifact and its ancestors by the input `documents`, oldest first.
+
+    Raises InputError if an ancestor has been removed.
+    """
+    store, chain = ArtifactStore(home), [artifact]
+    while (reference := chain[-1].manifest.inputs.get(_KIND)) is not None:
         step, _, fingerprint = reference.partition("/")
         parent = store.get(step, fingerprint)
         if parent is None:
-            raise InputError(f"{reference}, which {line[-1].reference} was made from, is gone", "run its recipe again")
+            raise InputError(
+                f"{reference}, an input of {chain[-1].reference}, has been removed", "run its recipe again"
+            )
         if parent.manifest.produces != _KIND:
             break
-        line.append(store.fetch(parent))
+        chain.append(store.fetch(parent))
     seen: Counter[str] = Counter()
     stages = []
-    for one in reversed(line):
+    for one in reversed(chain):
         seen[one.manifest.step] += 1
-        again = seen[one.manifest.step]
-        stages.append(Stage(one.manifest.step if again == 1 else f"{one.manifest.step} {again}", one))
+        number = seen[one.manifest.step]
+        stages.append(Stage(one.manifest.step if number == 1 else f"{one.manifest.step} {number}", one))
     return stages

@@ -1,7 +1,7 @@
-"""Which domain a text belongs to, by words that are at home there: rough, and open to every reader (lexicon.toml).
+"""Assignment of texts to domains by a lexicon of typical words (lexicon.toml): approximate, but easy to inspect.
 
-A text's domain is that of most of its words, if these are enough; else it is General. The lexicon is English, so texts
-in other languages are not judged, but software, whose words are the same everywhere.
+A text belongs to the domain with most of its words if there are enough of them, else to General. The lexicon is
+English. Texts in other languages are only assigned to Software, whose words are the same in all languages.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 GENERAL, NOT_ENGLISH = "General", "Not English"
 SOFTWARE = "Software"
-CHARACTERS = 10_000  # of a text that are read
-_LEAST_RATE = 0.02  # of words; a lexicon of 100 words has a rate near 0.002 in texts of other domains
-_LEAST_DISTINCT = 3
+CHARACTERS = 10_000  # read per text
+_MIN_SHARE = 0.02  # of the words; a lexicon of 100 words has a share of about 0.002 in texts of other domains
+_MIN_DISTINCT = 3
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 LEXICON = Path(__file__).with_name("lexicon.toml")
 
@@ -29,12 +29,12 @@ def lexicon() -> dict[str, str]:
 
 @cache
 def domains() -> tuple[str, ...]:
-    """All that a text can be found to belong to, as the lexicon orders them."""
+    """All domains, in the order of the lexicon."""
     return tuple(tomllib.loads(LEXICON.read_text()))
 
 
 def domain_of(text: str, language: str) -> str:
-    """The domain of a text in a language ("en"; "" is unknown, and judged)."""
+    """The domain of a text. language: such as "en"; "" is unknown and treated as English."""
     words = _WORD.findall(text[:CHARACTERS].lower())
     known, hits, distinct = lexicon(), Counter[str](), Counter[str]()
     for word, count in Counter(words).items():
@@ -45,7 +45,7 @@ def domain_of(text: str, language: str) -> str:
     enough = {
         domain: count
         for domain, count in hits.items()
-        if count >= _LEAST_RATE * len(words) and distinct[domain] >= _LEAST_DISTINCT and (english or domain == SOFTWARE)
+        if count >= _MIN_SHARE * len(words) and distinct[domain] >= _MIN_DISTINCT and (english or domain == SOFTWARE)
     }
     if not enough:
         return GENERAL if english else NOT_ENGLISH

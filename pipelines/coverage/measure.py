@@ -1,8 +1,8 @@
-"""What a shard of a stage holds: a row per document (language, domain, quality band, bytes, tokens), and their sums.
+"""Measurement of one shard of a stage: a row per document (language, domain, quality band, bytes, tokens), and sums.
 
-A document is read once, where it first appears. Later stages know it by its id: they take its row from the shard of the
-same name of the stage before, and only its bytes anew; where a step changed a text, its tokens change in proportion.
-Whatever is not found there is read, so a step that makes other shards costs time, never truth.
+A document is read once, in the stage where it first appears. A later stage copies its row, by id, from the shard of the
+same name in the previous stage, and updates its bytes; if a step changed the text, tokens are scaled in proportion.
+Documents without such a row are read, so a step that distributes documents to other shards costs time, not accuracy.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _BATCH = 256
 
 
 def measure_shard(shard: Row, folder: str, before: str, tokenizer: str) -> Row:
-    """Writes the rows of one shard to `folder`; `before` has those of the stage before, or is ''. Runs in a Ray worker.
+    """Writes the rows of one shard to `folder`. Runs in a Ray worker.
 
-    Returns, as JSON, `cells`: [source, language, domain, quality, documents, bytes, tokens], and `dropped`:
-    [reason, documents, tokens] of the documents of the same shard before.
+    before: the folder with the rows of the previous stage, or ''. tokenizer: a folder, or ''. Returns, as JSON,
+    `cells`: [source, language, domain, quality, documents, bytes, tokens], and `dropped`: [reason, documents, tokens]
+    of the documents of the previous stage's shard that this stage removed.
     """
     path = Path(shard["path"])
     known = Path(before) / path.name
@@ -57,36 +58,37 @@ def _rows(path: Path, old: pa.Table | None, tokenizer: str) -> pa.Table:
     if old is not None and table.num_rows:
         places = pc.index_in(table["id"], value_set=old["id"].combine_chunks()).fill_null(-1).to_numpy()
     new = np.flatnonzero(places < 0)
-    said = table["language"].to_pylist() if "language" in names else None
-    columns = _read(table["text"].take(pa.array(new)).to_pylist(), said and [said[i] for i in new], tokenizer)
-    made: dict[str, list[Any]] = {}
+    languages = table["language"].to_pylist() if "language" in names else None
+    new_languages = languages and [languages[i] for i in new]
+    columns = _read(table["text"].take(pa.array(new)).to_pylist(), new_languages, tokenizer)
+    merged: dict[str, list[Any]] = {}
     for name, values in columns.items():
         fresh, kept = iter(values), [] if old is None else old[name].to_pylist()
-        made[name] = [next(fresh) if place < 0 else kept[place] for place in places]
+        merged[name] = [next(fresh) if place < 0 else kept[place] for place in places]
     if old is not None:
-        was = old["bytes"].to_pylist()
-        changed = [i for i, place in enumerate(places) if place >= 0 and size[i] != was[place]]
+        old_size = old["bytes"].to_pylist()
+        changed = [i for i, place in enumerate(places) if place >= 0 and size[i] != old_size[place]]
         for i in changed:
-            share = size[i] / max(1, was[places[i]])
-            made["tokens"][i] = round(4 * made["tokens"][i] * share) / 4  # sums of quarters are exact in any order
-    if said is not None:
-        made["language"] = [name or UNKNOWN for name in said]
+            share = size[i] / max(1, old_size[places[i]])
+            merged["tokens"][i] = round(4 * merged["tokens"][i] * share) / 4  # sums of quarters are exact in any order
+    if languages is not None:
+        merged["language"] = [name or UNKNOWN for name in languages]
     bands = table["quality_band"].to_pylist() if "quality_band" in names else [""] * table.num_rows
     return pa.table(
         {
             "id": table["id"],
             "source": table["source"],
-            "language": pa.array(made["language"], pa.string()),
-            "domain": pa.array(made["domain"], pa.string()),
+            "language": pa.array(merged["language"], pa.string()),
+            "domain": pa.array(merged["domain"], pa.string()),
             "quality": pa.array([str(band or "") for band in bands], pa.string()),
             "bytes": pa.array(size, pa.int64()),
-            "tokens": pa.array(made["tokens"], pa.float64()),
+            "tokens": pa.array(merged["tokens"], pa.float64()),
         }
     )
 
 
 def _read(texts: list[str], languages: list[str] | None, tokenizer: str) -> dict[str, list[Any]]:
-    """language, domain and tokens of texts; `languages`, where a step before has said them."""
+    """The language, domain and tokens of each text. languages: from an earlier step, or None to identify them."""
     codes = [code or "" for code in languages] if languages is not None else identify(texts)[0]
     return {
         "language": [code or UNKNOWN for code in codes],
@@ -96,11 +98,11 @@ def _read(texts: list[str], languages: list[str] | None, tokenizer: str) -> dict
 
 
 def _tokens(texts: list[str], tokenizer: str) -> list[float]:
-    """By the tokenizer in a folder; without one, a token is four bytes."""
+    """The tokens of each text, by the tokenizer in a folder; without one, estimated as four bytes per token."""
     if not tokenizer:
         return [len(text.encode()) / BYTES_PER_TOKEN for text in texts]
     model = load_tokenizer(Path(tokenizer))
-    model.encode_special_tokens = True  # a text that spells one has no special token in it
+    model.encode_special_tokens = True  # text that spells a special token is encoded as text
     counts: list[float] = []
     for begin in range(0, len(texts), _BATCH):
         encoded = model.encode_batch_fast(texts[begin : begin + _BATCH], add_special_tokens=False)
@@ -115,7 +117,7 @@ def _cells(rows: pa.Table) -> list[list[Any]]:
 
 
 def _dropped(old: pa.Table, path: Path) -> list[list[Any]]:
-    """What this stage says it removed of the shard before, by reason."""
+    """[reason, documents, tokens] of the removed documents, by the reasons that this stage recorded."""
     files = [path.with_name(path.name.replace("documents-", "removed-")), path.with_name("removed.parquet")]
     reasons: dict[str, str] = {}
     for file in files:

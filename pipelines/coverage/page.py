@@ -1,8 +1,8 @@
-"""`report.html`: the report as one file with pictures, which needs no other and no script.
+"""`report.html`: the report as one self-contained page with charts and without scripts.
 
-The template report.html.jinja has the page; here is what it shows beside the report's own numbers. Bars are elements
-with a width, so they keep their place on a phone and are read out with their numbers. The page borrows the control
-plane's colours and pieces (platform/server/page/base.css) and follows the system's light or dark.
+The page is the template report.html.jinja; this module computes its charts. Bars are elements with a width, so they
+adapt to narrow screens, and screen readers read their numbers. The page uses the style sheet of the control plane
+(platform/server/page/base.css) and follows the system's light or dark mode.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _OWN = Path(__file__).with_name("page.css")
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _MOST_ROWS = 14
 _MOST_REASONS = 6
-_EVEN_AT = 4  # bars of domains end at so many even shares: what is thin can be seen beside what is huge
+_MAX_EVEN_SHARES = 4  # full width of domain bars, in even shares, so that low coverage is visible beside large domains
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class CoverageBar:
-    """Tokens of one source, language, domain or quality. Widths, 0 .. 1, at the first and at the last stage; too_long:
-    it has more tokens than the bar shows; said: what is read out."""
+    """The bar of one source, language, domain or quality band. first_width, last_width: 0 .. 1, at the first and the
+    last stage. too_long: it has more tokens than the bar shows. label: for screen readers."""
 
     name: str
     tokens: int
@@ -40,12 +40,12 @@ class CoverageBar:
     last_width: float
     too_long: bool
     thin: bool
-    said: str
+    label: str
 
 
 @dataclass(frozen=True)
 class CoverageStage:
-    """A stage's bar: tokens kept, tokens that it dropped, and their widths, 0 .. 1. dropped: by reason."""
+    """The bar of a stage: kept and dropped tokens, and their widths, 0 .. 1. dropped: by reason."""
 
     name: str
     tokens: int
@@ -57,7 +57,7 @@ class CoverageStage:
 
 @dataclass(frozen=True)
 class BarLine:
-    """A line across bars: which, and where, 0 .. 1."""
+    """A line across bars: its name, and its position, 0 .. 1."""
 
     name: str
     at: float
@@ -65,14 +65,14 @@ class BarLine:
 
 @dataclass(frozen=True)
 class HeatRow:
-    """A domain, and which part of its tokens at the first stage is left after each later one."""
+    """A domain, and the share of its tokens at the first stage that is left after each later stage."""
 
     name: str
     left: list[float]
 
 
 def coverage_page(report: Json) -> str:
-    """HTML of a report (summary.py), self-contained."""
+    """The self-contained HTML page of a report (summary.py)."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "short": _short,
@@ -114,7 +114,7 @@ def _stages(stages: Sequence[Json]) -> list[CoverageStage]:
 
 
 def _first_reasons(dropped: Sequence[Json]) -> list[Json]:
-    """The first few, and the sum of the others if that is any document."""
+    """The first few reasons, and the sum of the others if they dropped any document."""
     shown, others = list(dropped[:_MOST_REASONS]), dropped[_MOST_REASONS:]
     if documents := sum(one["documents"] for one in others):
         tokens = sum(one["tokens"] for one in others)
@@ -123,24 +123,24 @@ def _first_reasons(dropped: Sequence[Json]) -> list[Json]:
 
 
 def _domains(report: Json) -> tuple[list[CoverageBar], list[BarLine]]:
-    """Bars up to four even shares, with the even share and the limit of what is thin as lines."""
+    """The bars of domains, and lines at the even share and at the limit of low coverage."""
     rows = [row for row in report["domain"] if row["name"] not in (GENERAL, NOT_ENGLISH)]
     thin = {one["domain"] for one in report["thin"]}
     even = max(1, report["even_share"])
-    end = min(_EVEN_AT * even, _longest(rows))
+    end = min(_MAX_EVEN_SHARES * even, _longest(rows))
     lines = [BarLine("even", even / end), BarLine("thin", report["thin_below"] * even / end)]
     bars = [_bar(row, end, _times(row["tokens"][-1] / even), row["name"] in thin) for row in rows]
     return bars, [line for line in lines if line.at <= 1]
 
 
 def _outside(rows: Sequence[Json]) -> list[tuple[str, int]]:
-    """What has no domain, with its tokens."""
-    names = {GENERAL: "no domain", NOT_ENGLISH: "other languages"}
+    """The tokens of texts without a domain, by kind."""
+    names = {GENERAL: "general text", NOT_ENGLISH: "other languages"}
     return [(names[row["name"]], row["tokens"][-1]) for row in rows if row["name"] in names and row["tokens"][-1]]
 
 
 def _heat(report: Json) -> list[HeatRow]:
-    """Empty where there is one stage only."""
+    """The rows of the heat map; empty if there is only one stage."""
     rows = [row for row in report["domain"] if row["tokens"][0]] if len(report["stages"]) > 1 else []
     return [HeatRow(row["name"], [tokens / row["tokens"][0] for tokens in row["tokens"][1:]]) for row in rows]
 
@@ -156,10 +156,11 @@ def _bars(rows: Sequence[Json]) -> list[CoverageBar]:
 
 
 def _bar(row: Json, end: float, share: str, thin: bool = False) -> CoverageBar:
-    """end: tokens of a bar of full width."""
+    """The bar of a row. end: the tokens of a bar of full width."""
     name, first, last = row["name"], row["tokens"][0], row["tokens"][-1]
-    said = f"{name}: {_short(last)} tokens, {share}{', thin' if thin else ''}; {_short(first)} at the first stage"
-    return CoverageBar(name, last, share, min(1, first / end), min(1, last / end), last > end, thin, said)
+    low = ", low coverage" if thin else ""
+    label = f"{name}: {_short(last)} tokens, {share}{low}; {_short(first)} at the first stage"
+    return CoverageBar(name, last, share, min(1, first / end), min(1, last / end), last > end, thin, label)
 
 
 def _longest(rows: Sequence[Json]) -> int:
@@ -181,7 +182,7 @@ def _percent(share: float) -> str:
 
 
 def _times(share: float) -> str:
-    """Of an even share: 17 %, but 3.2 x."""
+    """A multiple of an even share: 17 %, but 3.2 x."""
     return _percent(share) if share < 2 else f"{share:.2g} \u00d7" if share < 10 else f"{share:.0f} \u00d7"
 
 

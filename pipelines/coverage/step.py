@@ -1,8 +1,7 @@
-"""coverage: how many tokens of which source, language, domain and quality each stage had, as a page with pictures.
+"""The step `coverage`: reports the tokens of each stage by source, language, domain and quality, as a page with charts.
 
-It follows the last stage's manifest back to the corpus (document_stages.py), so one input is enough. `report.html`
-needs nothing from outside; `report.json` has the same numbers. Documents go nowhere: nothing is made from this
-artifact.
+It follows the manifests from the last stage back to the corpus (document_stages.py), so one input suffices.
+`report.html` is self-contained; `report.json` has the same numbers. The artifact contains no documents.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _MEASURES = ".measures"
 
 class CoverageConfig(StepConfig):
     title: str = "What the corpus covers"
-    thin: float = Field(0.2, gt=0, le=1, description="a domain with less than this part of an even share is thin")
+    thin: float = Field(0.2, gt=0, le=1, description="report domains with less than this fraction of an even share")
 
 
 class Coverage(Step[CoverageConfig]):
@@ -49,15 +48,15 @@ class Coverage(Step[CoverageConfig]):
         before, cells, dropped = "", [], []
         for number, stage in enumerate(stages):
             target = str(ctx.folder / _MEASURES / str(number))
-            its, gone = self._measure(ctx, stage, target, before, folder)
-            cells.append(its)
-            dropped.append(gone if number else _left_out(stage))
+            own, removed = self._measure(ctx, stage, target, before, folder)
+            cells.append(own)
+            dropped.append(removed if number else _excluded(stage))
             before = target
         report: dict[str, Any] = {
             "title": ctx.config.title,
             "tokens": f"counted by {tokenizer.reference}"
             if tokenizer
-            else f"estimated: a token is {BYTES_PER_TOKEN} bytes",
+            else f"estimated as {BYTES_PER_TOKEN} bytes per token",
             **summarize([stage.label for stage in stages], cells, dropped, ctx.config.thin),
         }
         write_json(ctx.folder / "report.json", report)
@@ -72,7 +71,7 @@ class Coverage(Step[CoverageConfig]):
             "tokens": last["tokens"],
             "domains:thin": len(thin),
         }
-        ctx.outcome = f"{last['tokens'] / 1e6:.1f} M tokens; thin: {', '.join(thin) or 'nothing'}"
+        ctx.outcome = f"{last['tokens'] / 1e6:.1f} M tokens; low coverage: {', '.join(thin) or 'none'}"
 
     def _measure(
         self, ctx: StepContext[CoverageConfig], stage: Stage, folder: str, before: str, tokenizer: str
@@ -84,8 +83,8 @@ class Coverage(Step[CoverageConfig]):
         return cells, [one for row in rows for one in json.loads(row["dropped"])]
 
 
-def _left_out(stage: Stage) -> Dropped:
-    """What the first stage never took in, by its own counts; nobody knows the tokens."""
+def _excluded(stage: Stage) -> Dropped:
+    """The documents that the first stage excluded, by its own counts. Their tokens are unknown."""
     counts = stage.artifact.manifest.counts.items()
     return [[name.removeprefix("dropped:"), int(n), 0.0] for name, n in counts if name.startswith("dropped:")]
 

@@ -1,7 +1,7 @@
-"""From counts of shards to the report: tokens by source, language, domain and quality band at each stage; what is thin.
+"""The report from the counts of shards: tokens by source, language, domain and quality band at each stage.
 
-A domain is thin if it has less than a part of an even share: all tokens that belong to some domain, over the number of
-domains. Pure functions.
+It also lists domains of low coverage: those with less than a given fraction of an even share, which is the tokens of
+all domains divided by the number of domains. Pure functions.
 
 Shapes: S stages.
 """
@@ -20,16 +20,16 @@ Dropped = list[list[Any]]
 
 
 def summarize(labels: Sequence[str], cells: Sequence[Cells], dropped: Sequence[Dropped], thin: float) -> dict[str, Any]:
-    """`report.json` without its heading. cells and dropped: [S], of all shards of each stage (measure.py)."""
+    """The entries of `report.json` except title and tokens. cells, dropped: [S], of all shards (measure.py)."""
     stages = [
         {
             "stage": label,
-            "documents": sum(cell[4] for cell in its),
-            "bytes": sum(cell[5] for cell in its),
-            "tokens": round(sum(cell[6] for cell in its)),
-            "dropped": _by_reason(gone),
+            "documents": sum(cell[4] for cell in own),
+            "bytes": sum(cell[5] for cell in own),
+            "tokens": round(sum(cell[6] for cell in own)),
+            "dropped": _by_reason(removed),
         }
-        for label, its, gone in zip(labels, cells, dropped, strict=True)
+        for label, own, removed in zip(labels, cells, dropped, strict=True)
     ]
     tables = {kind: _table(cells, i) for i, kind in enumerate(KINDS)}
     if all(row["name"] == "" for row in tables["quality"]):
@@ -49,15 +49,16 @@ def summarize(labels: Sequence[str], cells: Sequence[Cells], dropped: Sequence[D
 
 
 def _table(cells: Sequence[Cells], column: int) -> list[dict[str, Any]]:
-    """A row for each name that any stage has, the most tokens at the end first: tokens and documents, [S] each."""
+    """A row for each name in any stage, sorted by tokens at the last stage: tokens and documents, [S] each."""
     tokens: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(cells))
     documents: dict[str, list[int]] = defaultdict(lambda: [0] * len(cells))
-    for stage, its in enumerate(cells):
-        for cell in its:
+    for stage, own in enumerate(cells):
+        for cell in own:
             tokens[cell[column]][stage] += cell[6]
             documents[cell[column]][stage] += cell[4]
     rows = [
-        {"name": name, "tokens": [round(n) for n in its], "documents": documents[name]} for name, its in tokens.items()
+        {"name": name, "tokens": [round(n) for n in by_stage], "documents": documents[name]}
+        for name, by_stage in tokens.items()
     ]
     return sorted(rows, key=lambda row: (-row["tokens"][-1], -row["tokens"][0], row["name"]))
 

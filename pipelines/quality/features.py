@@ -1,8 +1,8 @@
-"""Texts as bags of hashed words and word pairs, straight from Arrow's memory; compiled by numba.
+"""Features of the quality model: bags of hashed words and word pairs, computed from Arrow memory. Compiled by numba.
 
-An n-gram is a shingle of dedup's: words in lower case, by Unicode. Its bucket is its hash modulo a power of two
-(Weinberger et al. 2009, arXiv 0902.2206), so there is no vocabulary to keep. A text's feature is how often a bucket
-comes, over the root of how many n-grams there are, which is near the length of the vector.
+N-grams are dedup's shingles of normalized words. The bucket of an n-gram is its hash modulo a power of two (feature
+hashing, Weinberger et al. 2009, arXiv 0902.2206), so no vocabulary is stored. The feature of a bucket is its count
+divided by the square root of the number of n-grams, which approximates normalization to length 1.
 
 Shapes: N documents, B buckets.
 """
@@ -39,18 +39,18 @@ def feature_buckets(
     ends: Places,
     out: npt.NDArray[np.int32],
 ) -> None:
-    """Writes the buckets, of `count`, of each document's n-grams of up to `longest` words, one document after
-    another; ends[n]: where document n's end.
+    """Writes the buckets of the n-grams of up to `longest` words of all documents, document after document.
 
-    out: int32, with room for `longest` a byte. kinds, folds: dedup's table of characters.
+    count: the number of buckets. ends: [N], the end of each document's buckets in `out`. out: int32, with capacity for
+    `longest` per byte of text. kinds, folds: dedup's character tables.
     """
-    room = np.empty(_longest(offsets), np.uint64)
+    hashes = np.empty(_longest(offsets), np.uint64)
     at = 0
     for n in range(len(offsets) - 1):
         for size in range(1, longest + 1):
-            found = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, False, room)
+            found = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, False, hashes)
             for i in range(found):
-                out[at + i] = room[i] & np.uint64(count - 1)
+                out[at + i] = hashes[i] & np.uint64(count - 1)
             at += found
         ends[n] = at
 
@@ -65,13 +65,13 @@ def logits(
     weights: npt.NDArray[np.float32],
     out: npt.NDArray[np.float64],
 ) -> None:
-    """Writes each document's product with the weights [B], float64 [N]; 0 for one without any word."""
-    room = np.empty(_longest(offsets), np.uint64)
+    """Writes the dot product of each document's features and the weights [B], float64 [N]; 0 without words."""
+    hashes = np.empty(_longest(offsets), np.uint64)
     for n in range(len(offsets) - 1):
         total, number = 0.0, 0
         for size in range(1, longest + 1):
-            found = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, False, room)
+            found = shingle(data, offsets[n], offsets[n + 1], kinds, folds, size, False, hashes)
             for i in range(found):
-                total += weights[room[i] & np.uint64(len(weights) - 1)]
+                total += weights[hashes[i] & np.uint64(len(weights) - 1)]
             number += found
         out[n] = total / np.sqrt(number) if number else 0.0

@@ -1,7 +1,7 @@
-"""A quality model: what it makes of texts, and how it lies on disk (`model.json` and `weights.npy`, no pickle).
+"""The quality model: features, scores and the format on disk (`model.json` and `weights.npy`, no pickle).
 
-Logistic regression over hashed words and word pairs, as fastText's classifiers of web text are in spirit (arXiv
-1607.01759): the probability that a text is of the kind of the positive examples.
+Logistic regression over hashed words and word pairs, similar to fastText's text classifiers (arXiv 1607.01759). The
+score is the probability that a text belongs to the class of the positive examples.
 
 Shapes: N documents, B buckets.
 """
@@ -24,36 +24,37 @@ from moray.pipelines.text.characters import tables
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 
-FORMAT = 2  # 2: other hashes of words
+FORMAT = 2  # 2: new word hash
 _SHAPE, _WEIGHTS = "model.json", "weights.npy"
 Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Features:
-    """n-grams of up to `words` words in `buckets` (a power of two), of a text's first `characters`."""
+    """N-grams of up to `words` words in the first `characters` of a text, hashed to `buckets` (a power of two)."""
 
     words: int
     buckets: int
     characters: int
 
     def matrix(self, texts: pa.ChunkedArray | pa.Array) -> Any:
-        """A scipy CSR matrix, float32 [N, B]."""
+        """The features as a scipy CSR matrix, float32 [N, B]."""
         from scipy.sparse import csr_matrix
 
         from moray.pipelines.quality.features import feature_buckets
 
         offsets, data = self._read(texts)
         ends = np.zeros(len(offsets), np.int64)
-        room = np.empty(self.words * int(offsets[-1] - offsets[0]), np.int32)
-        feature_buckets(offsets, data, *tables(), self.words, self.buckets, ends[1:], room)
+        buckets = np.empty(self.words * int(offsets[-1] - offsets[0]), np.int32)
+        feature_buckets(offsets, data, *tables(), self.words, self.buckets, ends[1:], buckets)
         sizes = np.diff(ends)
         values = np.repeat(1 / np.sqrt(np.maximum(sizes, 1)), sizes).astype(np.float32)
-        made = csr_matrix((values, room[: ends[-1]], ends), shape=(len(sizes), self.buckets))
-        made.sum_duplicates()
-        return made
+        matrix = csr_matrix((values, buckets[: ends[-1]], ends), shape=(len(sizes), self.buckets))
+        matrix.sum_duplicates()
+        return matrix
 
     def logits(self, texts: pa.ChunkedArray | pa.Array, weights: npt.NDArray[np.float32]) -> Numbers:
+        """The dot products of the features of each text and the weights [B], float64 [N]."""
         from moray.pipelines.quality.features import logits
 
         offsets, data = self._read(texts)
@@ -72,19 +73,19 @@ class QualityModel:
     bias: float
 
     def scores(self, texts: pa.ChunkedArray | pa.Array) -> Numbers:
-        """Of large_string [N]: the probability [N] that each is like the positive examples."""
+        """The probability [N] that each text, large_string [N], belongs to the class of the positive examples."""
         scores: Numbers = 1 / (1 + np.exp(-np.clip(self.features.logits(texts, self.weights) + self.bias, -50, 50)))
         return scores
 
     def save(self, folder: Path, **about: Any) -> None:
-        """Writes the model, and what else there is to say about it."""
+        """Writes the model. about: further entries of `model.json`."""
         np.save(folder / _WEIGHTS, self.weights, allow_pickle=False)
         write_json(folder / _SHAPE, {"format": FORMAT, "bias": self.bias, **asdict(self.features), **about})
 
 
-@lru_cache(maxsize=2)  # a task's batches, and the tasks of a worker, use one
+@lru_cache(maxsize=2)  # shared by the batches of a task and the tasks of a worker
 def load_quality_model(folder: Path) -> QualityModel:
-    """Raises InputError if there is no model there that this version reads."""
+    """Loads a model. Raises InputError if the folder has no model of this format."""
     try:
         shape = json.loads((folder / _SHAPE).read_text())
         weights = np.load(folder / _WEIGHTS, allow_pickle=False)
@@ -94,5 +95,5 @@ def load_quality_model(folder: Path) -> QualityModel:
         return QualityModel(features, weights.astype(np.float32), float(shape["bias"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder} holds no quality model: {error}", "make it anew with the step quality-model"
+            f"{folder} contains no readable quality model: {error}", "train it again with the step quality-model"
         ) from error

@@ -1,7 +1,7 @@
-"""quality-model: learns what good documents look like from examples of both kinds; `filter` uses it.
+"""The step `quality-model`: trains a quality classifier from positive and negative examples, for the step `filter`.
 
-The examples are the documents of some sources against those of others, or a file of labelled texts. Which are taken,
-which are held out to measure by, and what comes of it, depends on ids and the seed alone, not on shards or workers.
+The examples are documents of positive and negative sources, or a file of labelled texts. The sample, the held-out split
+and the model depend only on document ids and the seed, not on shards or workers.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _SCHEMA = pa.schema([("id", pa.string()), ("order", pa.uint64()), ("good", pa.bo
 
 
 class QualityModelConfig(StepConfig):
-    positive: tuple[str, ...] = Field((), description="sources whose documents are good")
-    negative: tuple[str, ...] = Field((), description="sources whose documents are not")
-    labels: Path | None = operational(None, description="or JSON lines of `text` and `label`, 1 or 0")
-    max_documents: int = Field(20_000, gt=1, description="of each kind at most, by chance")
-    heldout: float = Field(0.1, gt=0, lt=1, description="share of them that the model is measured by, and not taught")
-    words: int = Field(2, ge=1, le=5, description="the longest n-gram")
-    buckets: int = Field(1 << 18, ge=1 << 10, le=1 << 26, description="that n-grams are hashed to: a power of two")
-    characters: int = Field(10_000, gt=0, description="of a text, that are read")
+    positive: tuple[str, ...] = Field((), description="sources of positive examples")
+    negative: tuple[str, ...] = Field((), description="sources of negative examples")
+    labels: Path | None = operational(None, description="instead: JSON lines file with `text` and `label` (1 or 0)")
+    max_documents: int = Field(20_000, gt=1, description="maximum examples per class, sampled at random")
+    heldout: float = Field(0.1, gt=0, lt=1, description="fraction of examples held out to measure AUC")
+    words: int = Field(2, ge=1, le=5, description="maximum n-gram length, in words")
+    buckets: int = Field(1 << 18, ge=1 << 10, le=1 << 26, description="hash buckets for n-grams: a power of two")
+    characters: int = Field(10_000, gt=0, description="characters read per text")
     epochs: int = Field(10, gt=0)
-    regularization: float = Field(1e-5, gt=0, description="L2's weight")
+    regularization: float = Field(1e-5, gt=0, description="L2 regularization strength")
     seed: int = Field(1, ge=0)
 
     @model_validator(mode="after")
@@ -51,11 +51,11 @@ class QualityModelConfig(StepConfig):
         if bool(self.positive and self.negative) == (self.labels is not None) or bool(self.positive) != bool(
             self.negative
         ):
-            raise ValueError("give `positive` and `negative`, or `labels`")
+            raise ValueError("set either `positive` and `negative`, or `labels`")
         if both := set(self.positive) & set(self.negative):
-            raise ValueError(f"{sorted(both)} are both positive and negative")
+            raise ValueError(f"sources in both `positive` and `negative`: {', '.join(sorted(both))}")
         if self.buckets & (self.buckets - 1):
-            raise ValueError(f"buckets: {self.buckets} is no power of two")
+            raise ValueError(f"`buckets` must be a power of two, not {self.buckets}")
         return self
 
     @property
@@ -65,7 +65,7 @@ class QualityModelConfig(StepConfig):
 
 class QualityModelStep(Step[QualityModelConfig]):
     name: ClassVar[str] = "quality-model"
-    version: ClassVar[int] = 3  # 2, 3: other hashes of words
+    version: ClassVar[int] = 3  # 2, 3: new word hash
     Config = QualityModelConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "documents"}
     optional: ClassVar[frozenset[str]] = frozenset({"documents"})
@@ -73,10 +73,10 @@ class QualityModelStep(Step[QualityModelConfig]):
     needs_ray: ClassVar[bool] = True
 
     def check(self, config: QualityModelConfig, inputs: Mapping[str, str]) -> None:
-        if (config.labels is None) != ("documents" in inputs):
-            raise RecipeError(
-                "give it `documents`, or `labels` and no documents", "quality-model learns from one of them"
-            )
+        if config.labels is None and "documents" not in inputs:
+            raise RecipeError("quality-model has no examples", "add the input `documents`, or set labels")
+        if config.labels is not None and "documents" in inputs:
+            raise RecipeError("conflicting: both labels and the input `documents` are set", "remove one of them")
         if config.labels is not None and not config.labels.expanduser().is_file():
             raise RecipeError(f"labels: {config.labels} does not exist", "correct the path in the recipe")
 
@@ -94,13 +94,13 @@ class QualityModelStep(Step[QualityModelConfig]):
         good = examples["good"].to_numpy()
         held = _held_out(examples["id"].to_pylist(), ctx.config)
         for kind, name in ((True, "positive"), (False, "negative")):
-            taught, measured = (int(((good == kind) & (held == is_held)).sum()) for is_held in (False, True))
-            if not taught or not measured:
+            train, heldout = (int(((good == kind) & (held == is_held)).sum()) for is_held in (False, True))
+            if not train or not heldout:
                 raise InputError(
-                    f"too few {name} examples: {taught} to learn from, {measured} held out",
-                    "name sources with more documents, or hold out another share",
+                    f"too few {name} examples: {train} for training, {heldout} held out",
+                    "use sources with more documents, or change heldout",
                 )
-            ctx.counts[name] = taught + measured
+            ctx.counts[name] = train + heldout
         ctx.progress("training", 0, 1, "models")
         model, auc = _train(examples["text"], good, held, ctx.config)
         ctx.progress("training", 1, 1, "models")
@@ -118,12 +118,12 @@ class QualityModelStep(Step[QualityModelConfig]):
 
 
 def _train(texts: pa.ChunkedArray, good: Any, held: Any, config: QualityModelConfig) -> tuple[QualityModel, float]:
-    """The model, and the area under its ROC curve on what was held out."""
+    """Trains the model on the examples that are not held out. Returns it, and its AUC on the held-out examples."""
     from sklearn.linear_model import SGDClassifier
     from sklearn.metrics import roc_auc_score
 
     matrix = config.features.matrix(texts)
-    learner = SGDClassifier(
+    classifier = SGDClassifier(
         loss="log_loss",
         alpha=config.regularization,
         max_iter=config.epochs,
@@ -132,35 +132,35 @@ def _train(texts: pa.ChunkedArray, good: Any, held: Any, config: QualityModelCon
         class_weight="balanced",
         random_state=config.seed,
     )
-    learner.fit(matrix[~held], good[~held])
-    model = QualityModel(config.features, learner.coef_[0].astype(np.float32), float(learner.intercept_[0]))
+    classifier.fit(matrix[~held], good[~held])
+    model = QualityModel(config.features, classifier.coef_[0].astype(np.float32), float(classifier.intercept_[0]))
     scores = model.scores(texts.filter(pa.array(held)))
     return model, float(roc_auc_score(good[held], scores))
 
 
-def _chance(name: str, seed: int) -> int:
+def _id_hash(name: str, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(name.encode(), seed=seed)
 
 
 def _held_out(ids: list[str], config: QualityModelConfig) -> Any:
-    """bool [N]: by a hash of the id, other than the one that documents are chosen by."""
+    """Whether each document is held out, bool [N]: by a hash of the id that is independent of the sampling."""
     limit = config.heldout * 2.0**64
-    return np.array([_chance(f"heldout {name}", config.seed) < limit for name in ids])
+    return np.array([_id_hash(f"heldout {name}", config.seed) < limit for name in ids])
 
 
 def _sample(tables: Iterable[pa.Table], config: QualityModelConfig) -> pa.Table:
-    """Of each kind the `max_documents` whose hashes are least, sorted by them: so from any shards the same."""
+    """The `max_documents` of each class with the smallest hashes, sorted by hash; the same for any shards."""
     kept: dict[bool, pa.Table] = {kind: _SCHEMA.empty_table() for kind in (True, False)}
     for table in tables:
         for kind, before in kept.items():
             both = pa.concat_tables([before, table.filter(pc.equal(table["good"], kind))])
             kept[kind] = both.sort_by([("order", "ascending"), ("id", "ascending")]).slice(0, config.max_documents)
-    whole = pa.concat_tables(kept.values())
-    return whole.sort_by([("order", "ascending"), ("id", "ascending")])
+    joined = pa.concat_tables(kept.values())
+    return joined.sort_by([("order", "ascending"), ("id", "ascending")])
 
 
 def _examples_of_shard(shard: Row, folder: str, config: QualityModelConfig) -> Row:
-    """Writes those examples of a shard that may be among the chosen. Runs in a Ray worker."""
+    """Writes the examples of a shard that can be part of the sample. Runs in a Ray worker."""
     file = pq.ParquetFile(shard["path"])
     tables = (_examples(pa.Table.from_batches([batch]), config) for batch in file.iter_batches(512))
     write_parquet(output_path(folder, shard), _sample(tables, config))
@@ -171,16 +171,16 @@ def _examples(table: pa.Table, config: QualityModelConfig) -> pa.Table:
     sources = pa.array([*config.positive, *config.negative], pa.string())
     table = table.filter(pc.is_in(table["source"], value_set=sources))
     texts = pc.utf8_slice_codeunits(table["text"], 0, config.characters)
-    order = [_chance(name, config.seed) for name in table["id"].to_pylist()]
+    order = [_id_hash(name, config.seed) for name in table["id"].to_pylist()]
     good = pc.is_in(table["source"], value_set=pa.array(config.positive, pa.string()))
     return pa.table([table["id"], pa.array(order, pa.uint64()), good, texts], schema=_SCHEMA)
 
 
 def _labelled(path: Path, seed: int) -> pa.Table:
-    """The examples of a file. Raises InputError naming the first line that is none."""
+    """The examples of a file. Raises InputError that names the first invalid line."""
     rows = list(_lines(path))
     ids = [str(number) for number, _, _ in rows]
-    order = pa.array([_chance(name, seed) for name in ids], pa.uint64())
+    order = pa.array([_id_hash(name, seed) for name in ids], pa.uint64())
     return pa.table([ids, order, [good for _, good, _ in rows], [text for _, _, text in rows]], schema=_SCHEMA)
 
 
@@ -191,7 +191,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bool, str]]:
                 row = json.loads(line)
                 text, label = row["text"], row["label"]
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: no JSON object with `text` and `label`: {error!r}") from error
+                raise InputError(
+                    f"{path}, line {number}: not a JSON object with `text` and `label`: {error!r}"
+                ) from error
             if not isinstance(text, str) or label not in (0, 1):
                 raise InputError(f"{path}, line {number}: `text` must be a string and `label` 1 or 0, not {label!r}")
             yield number, bool(label), text

@@ -1,4 +1,4 @@
-"""coverage: each token is counted once in each table and stage, what is thin is said, the page needs no other file."""
+"""coverage: each token is counted once per table and stage; low coverage is reported; the page is self-contained."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_languages_are_known_without_a_network() -> None:
         (MEDICINE + 2 * LAW, "en", "Law"), (MEDICINE + 60 * PLAIN, "en", GENERAL),
     ],
 )  # fmt: skip
-def test_a_domain_is_that_of_most_of_the_words_that_are_at_home_somewhere(
-    text: str, language: str, domain: str
-) -> None:
+def test_a_text_belongs_to_the_domain_with_most_of_its_words(text: str, language: str, domain: str) -> None:
     assert domain_of(text, language) == domain
 
 
@@ -89,7 +87,7 @@ def test_each_table_has_every_token_of_each_stage_once(its: list[Any]) -> None:
     assert not re.search(r"\bnan\b", shown)
 
 
-def test_what_is_thin_is_what_lacks_most_of_an_even_share() -> None:
+def test_domains_below_a_fraction_of_an_even_share_have_low_coverage() -> None:
     kinds = [[["s", "en", name, "", 10, 4000, 1000.0] for name in domains()]]
     report = summarize(["corpus"], kinds, [[]], 0.2)
     assert (report["thin"], report["even_share"]) == ([], 1000)
@@ -200,16 +198,16 @@ def test_stages_and_tables_are_counted_from_the_last_artifact_alone(
     assert closing == f"coverage: file://{tmp_path / 'out' / 'report.html'}\n"
 
 
-def test_a_stage_that_is_gone_is_an_error(home: Home) -> None:
+def test_a_removed_stage_is_an_error(home: Home) -> None:
     last = three_stages(home)
     assert [stage.label for stage in stages_of(last, home)] == ["corpus", "filter", "dedup"]
     (ArtifactStore(home).folder("filter", "filter-f") / "manifest.json").unlink()
-    with pytest.raises(InputError, match="filter/filter-f, which dedup/dedup-f was made from, is gone"):
+    with pytest.raises(InputError, match="filter/filter-f, an input of dedup/dedup-f, has been removed"):
         stages_of(last, home)
 
 
 class _Page(HTMLParser):
-    """Tags that are open, addresses that a browser would fetch, and names of pictures."""
+    """Collects open tags, URLs that a browser would fetch, and labels of pictures."""
 
     VOID = ("meta", "link", "br", "img", "hr")
 
@@ -244,7 +242,7 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_names(
     assert "url(" not in text
     assert "<script" not in text
     assert parsed.pictures
-    assert all(parsed.pictures), "what is drawn can be read out"
+    assert all(parsed.pictures), "every chart has a label for screen readers"
     assert len(text) < 300_000
 
 

@@ -1,4 +1,4 @@
-"""decontaminate against its definition (decontaminate_oracle.py), on planted HumanEval items, and over shards."""
+"""decontaminate against its definition (oracle.py), on planted HumanEval items, and for any number of shards."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_hits_are_those_of_the_definition(
         assert unit == "characters" or found <= oracle.grams(evals[row["item"]], unit, size, least, telling)
 
 
-def test_a_collision_of_hashes_is_no_hit() -> None:
+def test_a_hash_collision_is_no_hit() -> None:
     grams = Grams(size=3, shortest=3)
     real, other = (build_index([EvalText("e", "0", "f", text)], grams) for text in ("one two three", "four five six"))
     document = column(["zero one, two THREE"])
@@ -117,19 +117,19 @@ def test_a_collision_of_hashes_is_no_hit() -> None:
     assert collided.find(document) == []
 
 
-def test_more_hits_than_there_is_room_for_at_first() -> None:
+def test_more_hits_than_the_initial_capacity() -> None:
     words = [f"word{i}" for i in range(20_000)]
     index = build_index([EvalText("e", "0", "f", " ".join(words))], Grams())
     assert len(index.find(column([" ".join(words)]))) == 20_000 - 12
 
 
-def test_numbers_alone_say_nothing() -> None:
+def test_ngrams_of_numbers_are_not_informative() -> None:
     counting = ", ".join(str(i) for i in range(30))
     assert not len(contamination({"0": [counting]}, {"table": f"rows {counting}"}, Grams()).hits)
     assert len(contamination({"0": [counting]}, {"table": f"rows {counting}"}, Grams(telling=0)).hits) == 1
 
 
-def test_an_alphabet_says_nothing_and_ideographs_do() -> None:
+def test_single_letters_are_not_informative_and_ideographs_are() -> None:
     alphabet, clause = (
         "0 1 2 3 4 5 6 7 8 9 a b c d e f",
         "\u5b66\u800c\u65f6\u4e60\u4e4b\u4e0d\u4ea6\u8bf4\u4e4e\u6709\u670b\u81ea\u8fdc",
@@ -138,7 +138,7 @@ def test_an_alphabet_says_nothing_and_ideographs_do() -> None:
     assert len(contamination({"0": [clause]}, {"analects": f"\u5b50\u66f0{clause}\u65b9\u6765"}, Grams()).hits) == 1
 
 
-def test_an_item_goes_by_its_long_texts_or_as_a_whole() -> None:
+def test_an_item_is_found_by_ngrams_of_its_long_texts_or_by_whole_short_texts() -> None:
     long, short = " ".join(f"word{i}" for i in range(13)), " ".join(f"short{i}" for i in range(8))
     documents = {"long": f"x {long} y", "short": f"x {short} y", "part": long[:-1]}
     assert contamination({"0": [long, short]}, documents, Grams()).removed["id"].to_pylist() == ["long"]
@@ -146,7 +146,7 @@ def test_an_item_goes_by_its_long_texts_or_as_a_whole() -> None:
     assert not len(contamination({"0": [short[3:]]}, documents, Grams()).hits)
 
 
-def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> None:
+def test_common_ngrams_can_be_ignored_and_a_small_overlap_be_allowed() -> None:
     phrase, own = " ".join(f"phrase{i}" for i in range(13)), " ".join(f"own{i}" for i in range(20))
     documents = {f"d{i}": phrase for i in range(4)} | {"leak": f"{phrase} {own}"}
     items = {"0": [f"{phrase} . {own}"], "1": [phrase], "never": [own[::-1]]}
@@ -161,7 +161,7 @@ def test_what_many_documents_share_can_be_ignored_and_a_little_be_allowed() -> N
     half = find_contamination(matches, index, 0.5, None)
     assert {row["item"] for row in half.removed.to_pylist()} == {"0", "1"}, "all of a phrase that is an item"
     assert half.hits.filter(pc.equal(half.hits["item"], "0"))["contaminated"].to_pylist() == [False] * 4 + [True]
-    assert len(half.hits) == len(everything.hits), "what stays is reported too"
+    assert len(half.hits) == len(everything.hits), "hits in kept documents are reported too"
     report = per_eval(index, everything.hits)[0]
     assert (report["items"], report["items_found"], report["items_never_found"]) == (3, 2, 1)
     assert report["documents"] == 5
@@ -202,7 +202,7 @@ def test_evals_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
             list(read_pieces(EvalSet(name="e", path=tmp_path / name)))
 
 
-def test_a_recipe_with_evals_that_are_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_recipe_with_missing_evals_is_refused(tmp_path: Path) -> None:
     step = decontaminate_step.step
     for evals, message in (
         ([{"name": "e", "path": str(tmp_path / "none.jsonl")}], "does not exist"),
@@ -219,14 +219,14 @@ def test_a_recipe_with_evals_that_are_not_there_is_refused(tmp_path: Path) -> No
         decontaminate_step._index(DecontaminateConfig(evals=(short,)))
 
 
-def test_items_whose_ids_repeat_are_several(tmp_path: Path) -> None:
+def test_items_with_repeated_ids_are_distinct(tmp_path: Path) -> None:
     path = write_eval(tmp_path / "a.jsonl", [{"id": 0, "q": "one"}, {"id": 0, "q": "two"}, {"id": 1, "q": "three"}])
     pieces = list(read_pieces(EvalSet(name="e", path=path)))
     assert [(piece.item, piece.text) for piece in pieces] == [("0", "one"), ("0 (item 2)", "two"), ("1", "three")]
 
 
-def test_what_is_not_read_of_an_eval_is_an_error(tmp_path: Path) -> None:
-    """Files beside the items that may hold items too; and what a folder's other files are called by does not matter."""
+def test_unsupported_files_beside_the_items_are_an_error(tmp_path: Path) -> None:
+    """Files that may hold items are an error; other files in the folder are ignored."""
     write_eval(tmp_path / "a.jsonl", [{"q": "one"}])
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "README.md").write_text("words")
@@ -241,7 +241,7 @@ def test_what_is_not_read_of_an_eval_is_an_error(tmp_path: Path) -> None:
         EvalSet(name="e", path=tmp_path, include="**.jsonl")
 
 
-def test_what_no_item_has_is_known_before_anything_runs(tmp_path: Path) -> None:
+def test_missing_fields_are_found_before_anything_runs(tmp_path: Path) -> None:
     path = write_eval(tmp_path / "a.jsonl", [{"id": 1, "question": "one", "choices": {"text": ["a"]}}])
     EvalSet(name="e", path=path, fields=("question", "choices.text"), id_field="id").check()
     for fields in ({"fields": ("questoin",)}, {"id_field": "questoin"}):
@@ -256,14 +256,14 @@ def test_what_no_item_has_is_known_before_anything_runs(tmp_path: Path) -> None:
      (b'{"q": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is nested too deeply"), (b'{"q": "x"}\n{"q": ', "line 2"),
      (b"\x1f\x8b\x08\x00" + b"x" * 30, "a.jsonl")],
 )  # fmt: skip
-def test_an_eval_in_which_nothing_can_be_looked_for_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_eval_without_searchable_items_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     config = DecontaminateConfig(evals=(EvalSet(name="e", path=tmp_path / "a.jsonl"),))
     with pytest.raises(InputError, match=message):
         decontaminate_step._index(config)
 
 
-def test_a_mark_before_an_eval_is_no_item(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"q": "one"}\n')
     assert [piece.text for piece in read_pieces(EvalSet(name="e", path=tmp_path / "a.jsonl"))] == ["one"]
 
@@ -386,14 +386,14 @@ def test_the_number_of_shards_changes_nothing(
         assert (rows_of(others, "documents-"), rows_of(others, "removed-")) == (kept, removed)
         assert others["contamination.parquet"].equals(tables["contamination.parquet"])
         assert (other_report, other_counts) == (report, counts)
-    seen, _, told = run_step(tmp_path / "told", leaky, 2, monkeypatch, action="report")
-    assert told["out:documents"] == len(leaky)
-    assert told["contaminated"] == len(removed)
-    assert seen["contamination.parquet"].equals(tables["contamination.parquet"])
+    reported, _, reported_counts = run_step(tmp_path / "report", leaky, 2, monkeypatch, action="report")
+    assert reported_counts["out:documents"] == len(leaky)
+    assert reported_counts["contaminated"] == len(removed)
+    assert reported["contamination.parquet"].equals(tables["contamination.parquet"])
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 6])
-def test_a_run_that_was_interrupted_goes_on(
+def test_an_interrupted_run_resumes(
     tmp_path: Path, leaky: dict[str, str], monkeypatch: pytest.MonkeyPatch, stop_after: int, uninterrupted: Any
 ) -> None:
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""The dedup step over texts, its tasks one after another in this process; nights that go on from each other."""
+"""Runs of the step dedup over texts, with its tasks in this process, and chains of runs with one index."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from tests.pipelines.dedup.oracle import Text
 from tests.pipelines.step_runs import in_process
 from tests.step_contexts import context_for, manifest_of
 
-# Whoever is as alike as that shares a key.
+# With these bands and rows, all pairs of the default similarity are candidates.
 CLOSE = DedupConfig(bands=64, rows=3, prefer=("best",))
 
 
-class Night:
-    """One run of the step, in an artifact store of its own folder; `before`: the night that it goes on from."""
+class DedupRun:
+    """One run of the step, in its own artifact store. before: the run whose index it extends."""
 
     def __init__(
-        self, folder: Path, texts: Sequence[Text], shards: int, config: DedupConfig = CLOSE, before: Night | None = None
+        self,
+        folder: Path,
+        texts: Sequence[Text],
+        shards: int,
+        config: DedupConfig = CLOSE,
+        before: DedupRun | None = None,
     ) -> None:
         self.texts, self.config, self.before = texts, config, before
         self.home = Home(folder / "home")
@@ -41,7 +46,7 @@ class Night:
         self.documents = self.store.commit(_manifest("filter", self.number, {}, {}))
 
     def run(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> dict[str, pa.Table]:
-        """The tables that the step leaves, by path. Raises Interrupted after so many tasks."""
+        """The tables that the step writes, by path. Raises Interrupted after `stop_after` tasks."""
         in_process(monkeypatch, phases, stop_after)
         folder = self.store.prepare("dedup", _fingerprint("dedup", self.number), keep_leftovers=True)
         inputs = {"documents": self.documents} | ({EARLIER: self.before.artifact} if self.before else {})
@@ -58,18 +63,18 @@ class Night:
 def run_step(
     folder: Path, texts: Sequence[Text], shards: int, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
 ) -> dict[str, pa.Table]:
-    """One night that knows no other."""
-    return Night(folder, texts, shards).run(monkeypatch, stop_after)
+    """One run without an index."""
+    return DedupRun(folder, texts, shards).run(monkeypatch, stop_after)
 
 
 def kept(tables: dict[str, pa.Table]) -> list[str]:
-    """The ids that stay."""
+    """The ids of the kept documents."""
     names = [name for name in tables if name.startswith("documents-")]
     return sorted(name for table in names for name in tables[table]["id"].to_pylist())
 
 
 def removed(tables: dict[str, pa.Table]) -> pa.Table:
-    """What goes, of all shards, by id."""
+    """The removed documents of all shards, sorted by id."""
     return pa.concat_tables([tables[name] for name in tables if name.startswith("removed-")]).sort_by("id")
 
 

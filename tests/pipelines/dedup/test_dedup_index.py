@@ -1,4 +1,4 @@
-"""Tonight's documents against an index of all nights before: what goes is what a run over all of them would remove."""
+"""dedup against an index of earlier runs: it removes the documents that one run over all inputs would remove."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from moray.pipelines.dedup.dedup_index import Earlier, Generation
 from moray.pipelines.shared.documents import document_id
 from moray.platform.core.errors import RecipeError
 from tests.pipelines.dedup.oracle import Text
-from tests.pipelines.dedup.runs import Night, kept, removed
+from tests.pipelines.dedup.runs import DedupRun, kept, removed
 from tests.pipelines.step_runs import Interrupted
 from tests.step_contexts import manifest_of
 
 CONFIG = DedupConfig(bands=8, rows=1, shingle=2, similarity=0.6, prefer=("best",), index="crawl")
 
 
-def drawn(generator: random.Random, nights: int, each: int) -> list[list[Text]]:
-    """Families of texts, of which each is a shifted copy of another: chains that later nights extend and bridge."""
+def drawn(generator: random.Random, runs: int, each: int) -> list[list[Text]]:
+    """Families of shifted copies of a text: chains that later runs extend and bridge."""
     made, number = [], 0
-    for _ in range(nights):
+    for _ in range(runs):
         texts = []
         for _ in range(generator.randrange(1, each)):
             base, shift = generator.randrange(5), generator.randrange(9)
@@ -38,32 +38,32 @@ def drawn(generator: random.Random, nights: int, each: int) -> list[list[Text]]:
     return made
 
 
-def removed_from_scratch(folder: Path, nights: list[list[Text]], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What a run over all texts removes, older ones first: a source of their own for each night and preference."""
+def removed_from_scratch(folder: Path, runs: list[list[Text]], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The documents that one run over all texts removes. Sources per run and preference give older ones priority."""
     texts, prefer = [], []
-    for number, night in enumerate(nights):
+    for number, dedup_run in enumerate(runs):
         prefer += [f"{number}-best", f"{number}-s"]
-        texts += [Text(one.id, one.text, f"{number}-{one.source}") for one in night]
+        texts += [Text(one.id, one.text, f"{number}-{one.source}") for one in dedup_run]
     config = CONFIG.model_copy(update={"index": "", "prefer": tuple(prefer)})
-    rows = removed(Night(folder, texts, 2, config).run(monkeypatch)).to_pylist()
+    rows = removed(DedupRun(folder, texts, 2, config).run(monkeypatch)).to_pylist()
     return {row["id"]: row["representative"] for row in rows}
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nights_remove_what_a_run_over_all_of_them_would(
+def test_a_chain_of_runs_removes_what_one_run_over_all_texts_removes(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "LARGEST", 3)  # so that keys that many share are among the cases
+    monkeypatch.setattr(graph, "LARGEST", 3)  # so that large buckets are among the cases
     generator = random.Random(seed)
-    nights = drawn(generator, 3, 14)
-    night, gone, known_gone = None, {}, set()
-    for number, texts in enumerate(nights):
+    runs = drawn(generator, 3, 14)
+    dedup_run, gone, known_gone = None, {}, set()
+    for number, texts in enumerate(runs):
         monkeypatch.setattr(dedup_index, "_RANGE_ENTRIES", generator.choice([3, 1000]))
-        night = Night(tmp_path, texts, generator.randrange(1, 4), CONFIG, night)
-        tables = night.run(monkeypatch)
+        dedup_run = DedupRun(tmp_path, texts, generator.randrange(1, 4), CONFIG, dedup_run)
+        tables = dedup_run.run(monkeypatch)
         gone |= {row["id"]: row["representative"] for row in removed(tables).to_pylist()}
         gone |= {row["id"]: row["representative"] for row in tables["superseded.parquet"].to_pylist()}
-        scratch = removed_from_scratch(tmp_path / f"{number}", nights[: number + 1], monkeypatch)
+        scratch = removed_from_scratch(tmp_path / f"{number}", runs[: number + 1], monkeypatch)
         assert gone.keys() == scratch.keys()
         assert known_gone <= gone.keys()
         known_gone = set(gone)
@@ -72,14 +72,14 @@ def test_nights_remove_what_a_run_over_all_of_them_would(
         assert {one: scratch[one] for one in own & scratch.keys()} == {one: gone[one] for one in own & gone.keys()}
 
 
-def test_a_night_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nights = drawn(random.Random(3), 2, 30)
+def test_an_interrupted_run_with_an_index_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = drawn(random.Random(3), 2, 30)
     for stop_after in (0, 2, 9, 12, 14, 15):
         whole, torn = tmp_path / f"whole-{stop_after}", tmp_path / f"torn-{stop_after}"
-        first = {folder: Night(folder, nights[0], 2, CONFIG) for folder in (whole, torn)}
-        for night in first.values():
-            night.run(monkeypatch)
-        second = {folder: Night(folder, nights[1], 3, CONFIG, first[folder]) for folder in (whole, torn)}
+        first = {folder: DedupRun(folder, runs[0], 2, CONFIG) for folder in (whole, torn)}
+        for dedup_run in first.values():
+            dedup_run.run(monkeypatch)
+        second = {folder: DedupRun(folder, runs[1], 3, CONFIG, first[folder]) for folder in (whole, torn)}
         with pytest.raises(Interrupted):
             second[torn].run(monkeypatch, stop_after)
         assert second[torn].run(monkeypatch) == second[whole].run(monkeypatch)
@@ -97,7 +97,7 @@ def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
     keys[200:] = keys[:100]  # keys of two
     keys[7] = (1 << dedup_index.KEY_BITS) - 1
     hashes = np.array([generator.bytes(16).hex() for _ in range(300)], "S32")
-    hashes[5], hashes[6] = b"f" * 32, b"f" * 23 + b"0" * 9  # alike for the first 92 bits
+    hashes[5], hashes[6] = b"f" * 32, b"f" * 23 + b"0" * 9  # equal in the first 92 bits
     for part in range(ranges):
         of_keys, of_hashes = (keys * ranges) >> dedup_index.KEY_BITS == part, parts_of(hashes, ranges) == part
         dedup_index.write_band(tmp_path, 3, part, keys[of_keys], np.flatnonzero(of_keys))
@@ -134,7 +134,7 @@ def test_ranges_hold_a_few_million_documents_each() -> None:
 
 
 def test_a_band_writes_its_part_of_the_index_once(tmp_path: Path) -> None:
-    """Whole, or not at all: what a kill leaves is written again to the same bytes."""
+    """Files are written atomically: a rerun after a kill writes the same bytes."""
     keys = np.arange(50, dtype=np.uint64)[::-1].copy()
     dedup_index.write_band(tmp_path, 0, 0, keys, np.arange(50))
     before = {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()}
@@ -142,18 +142,20 @@ def test_a_band_writes_its_part_of_the_index_once(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "index" / "band-00").iterdir()} == before
 
 
-def test_a_filter_removes_all_that_was_seen_and_little_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever shares a key with an earlier document goes, and whoever is alike one that goes."""
+def test_a_bloom_filter_removes_all_seen_documents_and_few_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes documents that share a key with an earlier one, and documents similar to these."""
     config = CONFIG.model_copy(update={"index_form": "bloom", "similarity": 0.0})
     generator = random.Random(11)
-    nights = drawn(generator, 3, 25)
-    night, gone = None, set()
-    for number, texts in enumerate(nights):
+    runs = drawn(generator, 3, 25)
+    dedup_run, gone = None, set()
+    for number, texts in enumerate(runs):
         monkeypatch.setattr(dedup_index, "_RANGE_ENTRIES", (5, 1000, 2)[number])
-        night = Night(tmp_path, texts, 2, config, night)
-        tables = night.run(monkeypatch)
+        dedup_run = DedupRun(tmp_path, texts, 2, config, dedup_run)
+        tables = dedup_run.run(monkeypatch)
         gone |= set(removed(tables)["id"].to_pylist())
-        scratch = Night(tmp_path / f"{number}", ordered(nights[: number + 1]), 2, unverified(number + 1))
+        scratch = DedupRun(tmp_path / f"{number}", ordered(runs[: number + 1]), 2, unverified(number + 1))
         own = {one.id for one in texts}
         assert gone & own == set(removed(scratch.run(monkeypatch))["id"].to_pylist()) & own
         assert set(kept(tables)) == {one.id for one in texts} - gone
@@ -162,16 +164,16 @@ def test_a_filter_removes_all_that_was_seen_and_little_else(tmp_path: Path, monk
     assert {(row["representative"], row["partner"], row["similarity"]) for row in seen} == {("", "", None)}
 
 
-def ordered(nights: list[list[Text]]) -> list[Text]:
-    return [Text(one.id, one.text, f"{i}-{one.source}") for i, night in enumerate(nights) for one in night]
+def ordered(runs: list[list[Text]]) -> list[Text]:
+    return [Text(one.id, one.text, f"{i}-{one.source}") for i, dedup_run in enumerate(runs) for one in dedup_run]
 
 
-def unverified(nights: int) -> DedupConfig:
-    prefer = tuple(f"{i}-{source}" for i in range(nights) for source in ("best", "s"))
+def unverified(runs: int) -> DedupConfig:
+    prefer = tuple(f"{i}-{source}" for i in range(runs) for source in ("best", "s"))
     return CONFIG.model_copy(update={"index": "", "similarity": 0.0, "prefer": prefer})
 
 
-def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_path: Path) -> None:
+def test_a_bloom_filter_takes_55_bytes_per_document_and_errs_six_times_in_a_million(tmp_path: Path) -> None:
     count, generator = 100_000, np.random.default_rng(5)
     keys = generator.integers(0, 1 << dedup_index.KEY_BITS, (17, count), np.uint64)
     for band in range(17):
@@ -191,7 +193,7 @@ def test_a_filter_takes_55_bytes_a_document_and_errs_six_times_in_a_million(tmp_
     ],
 )
 def test_an_index_that_would_find_nothing_is_refused(version: int, changed: dict[str, int], said: str) -> None:
-    """Other hashes or another seed have other keys, under which no copy would be met."""
+    """With another hash or seed, band keys differ, so no copy would be found."""
     earlier = manifest_of("dedup", "f", step_version=version, config={**CONFIG.model_dump(mode="json"), **changed})
     with pytest.raises(RecipeError, match=said):
         dedup_step.step.follow(CONFIG, earlier)

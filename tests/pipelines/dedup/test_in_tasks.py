@@ -1,4 +1,4 @@
-"""dedup in tasks of a real Ray; the steps beside it there, and what `moray explain` says of their decisions."""
+"""dedup and the other dedup steps in tasks of a real Ray, and `moray explain` for their decisions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ steps:
 def test_what_few_documents_need_not_is_the_same_in_tasks(
     tmp_path: Path, ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copies, keys and groups of few documents are looked at in the run's own process; here each is a task, too."""
+    """Small phases run in the process of the run; here each is a task, too."""
     folder = tmp_path / "text"
     folder.mkdir()
     lines = [json.dumps({"text": one.text}) for one in near_texts(120)]

@@ -1,4 +1,4 @@
-"""The table of dedup's phases is what they do: each reads what earlier ones wrote, and touches no other file."""
+"""The phases of dedup use only the files that PHASES declares, and read only files of earlier phases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_every_kind_of_file_is_written_before_it_is_read() -> None:
     assert written == set(get_args(FileKind)) == set(_NAMES)
 
 
-def test_a_file_that_the_phase_does_not_name_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_the_phase_does_not_declare_is_refused(tmp_path: Path) -> None:
     files = PhaseFiles(str(tmp_path), frozenset({"pairs"}), frozenset({"numbers"}))
     assert files.read("pairs", 3) == tmp_path / "pairs-000003.npy"
     assert files.write("numbers") == files.read("numbers") == tmp_path / "numbers.npy"

@@ -1,4 +1,4 @@
-"""dedup against its definition (dedup_oracle.py), and what it promises whatever the order and the number of shards."""
+"""dedup against its definition (oracle.py), and its independence of the order and the number of shards."""
 
 from __future__ import annotations
 
@@ -103,19 +103,19 @@ def test_parts_of_a_column_are_read_where_they_lie() -> None:
 def test_keys_are_shared_as_often_as_the_theory_says() -> None:
     """1 - (1 - s^rows)^bands, within four deviations of 400 pairs; sets of single words, so that s is exact."""
     generator = random.Random(4)
-    for alike, total in ((60, 100), (72, 100), (80, 100), (90, 100)):
+    for common, total in ((60, 100), (72, 100), (80, 100), (90, 100)):
         firsts, seconds = [], []
         for pair in range(400):
             vocabulary = [f"w{pair}x{i}" for i in range(total)]
             generator.shuffle(vocabulary)
-            own = (total - alike) // 2
-            firsts.append(" ".join(vocabulary[: alike + own]))
-            seconds.append(" ".join(vocabulary[:alike] + vocabulary[alike + own :]))
-        shingling = Shingling(size=1, seed=alike)
+            own = (total - common) // 2
+            firsts.append(" ".join(vocabulary[: common + own]))
+            seconds.append(" ".join(vocabulary[:common] + vocabulary[common + own :]))
+        shingling = Shingling(size=1, seed=common)
         one, other = shingling.keys(column(firsts))[0], shingling.keys(column(seconds))[0]
         share = (one == other).any(axis=1).mean()
-        theory = shingling.chance(alike / total)
-        assert theory == pytest.approx(1 - (1 - (alike / total) ** 7) ** 16)
+        theory = shingling.chance(common / total)
+        assert theory == pytest.approx(1 - (1 - (common / total) ** 7) ** 16)
         assert share == pytest.approx(theory, abs=4 * (theory * (1 - theory) / 400) ** 0.5)
 
 
@@ -140,13 +140,13 @@ def found(texts: list[oracle.Text], config: DedupConfig) -> pa.Table:
     return find(ordered, pairs, scores, config.similarity).removed.sort_by("id")
 
 
-# One minimum a key and many of them: whoever is alike at all shares one.
+# Many bands of one row: any two similar documents are candidates.
 SURE = DedupConfig(bands=96, rows=1, similarity=0.7, shingle=2, prefer=("best",))
 changed = st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from(["best", "s"]))
 
 
 def drawn(picks: list[tuple[int, int, str]]) -> list[oracle.Text]:
-    """Copies of a few texts, some of whose words are other ones; so chains of documents, each alike the next."""
+    """Copies of a few texts with some words changed: chains of documents, each similar to the next."""
     texts = []
     for number, (base, shift, source) in enumerate(picks):
         words = [f"b{base}w{i + 2 * shift}" for i in range(24)]
@@ -156,7 +156,7 @@ def drawn(picks: list[tuple[int, int, str]]) -> list[oracle.Text]:
 
 @settings(max_examples=examples(60), deadline=None)
 @given(st.lists(changed, min_size=1, max_size=20), st.randoms())
-def test_what_goes_is_what_the_definition_says_whatever_the_order(picks: Any, generator: random.Random) -> None:
+def test_removed_documents_are_those_of_the_definition_in_any_order(picks: Any, generator: random.Random) -> None:
     texts = drawn(picks)
     gone = oracle.removed(texts, SURE.similarity, SURE.shingle, SURE.prefer)
     for _ in range(2):
@@ -168,9 +168,9 @@ def test_what_goes_is_what_the_definition_says_whatever_the_order(picks: Any, ge
     by_id = {one.id: one for one in texts}
     for row in rows:
         one, partner = by_id[row["id"]], by_id[row["partner"]]
-        alike = oracle.jaccard(*(oracle.shingles(text.text, SURE.shingle) for text in (one, partner)))
-        assert row["similarity"] == pytest.approx(alike)
-        assert alike >= SURE.similarity, "nobody goes without a partner"
+        similarity = oracle.jaccard(*(oracle.shingles(text.text, SURE.shingle) for text in (one, partner)))
+        assert row["similarity"] == pytest.approx(similarity)
+        assert similarity >= SURE.similarity, "every removed document has a similar partner"
         assert (row["reason"] == "exact") == (one.text == by_id[row["representative"]].text)
     kept = {one.id for one in texts} - set(gone)
     assert kept
@@ -185,7 +185,7 @@ def test_bands_follow_from_a_threshold(least: float, minima: int, expected: tupl
     assert (made.bands, made.rows) == (bands, rows)
 
 
-def test_the_better_of_two_stays_though_it_is_shorter() -> None:
+def test_the_document_of_higher_quality_is_kept_even_if_it_is_shorter() -> None:
     texts = [oracle.Text(str(i), " ".join(f"w{k}" for k in range(30 - i))) for i in range(3)]
     made = documents(texts, SURE)
     rated = replace(made, qualities=np.array([0.1, 0.7, 0.7]))
@@ -195,7 +195,7 @@ def test_the_better_of_two_stays_though_it_is_shorter() -> None:
     assert find(ordered, pairs, np.ones(2), 0.7).removed["representative"].to_pylist() == ["1", "1"]
 
 
-def test_without_verification_whoever_shares_a_key_goes() -> None:
+def test_without_verification_all_candidates_are_duplicates() -> None:
     texts = [oracle.Text(str(i), f"a b c d e f g h {i}") for i in range(4)]
     loose = DedupConfig(bands=96, rows=1, shingle=1, similarity=0)
     assert len(found(texts, loose)) == 3
@@ -221,7 +221,7 @@ def test_components_are_those_of_scipy(count: int, edges: list[tuple[int, int]])
     st.lists(st.integers(0, 59), max_size=5),
 )
 def test_forests_of_parts_are_a_forest_of_the_whole(edges: list[tuple[int, int]], cuts: list[int]) -> None:
-    """However the edges are parted; and it is one: as many edges as documents, less a component each."""
+    """For any partition of the edges. It is a forest: it has as many edges as documents minus components."""
     pairs = np.array(edges, np.int64).reshape(-1, 2) * 1_000_000_007  # numbers are far apart
     parts = [forest(part) for part in np.split(pairs, sorted(min(cut, len(pairs)) for cut in cuts))]
     whole = forest(np.concatenate(parts))
@@ -234,7 +234,7 @@ def test_forests_of_parts_are_a_forest_of_the_whole(edges: list[tuple[int, int]]
 
 @pytest.mark.parametrize("order", ["up", "down", "shuffled"])
 def test_a_chain_of_a_million_is_one_component(order: str) -> None:
-    """Others stop after ten rounds, and leave it in pieces."""
+    """Other implementations stop after ten rounds with several components."""
     count = 1_000_000
     pairs = np.stack((np.arange(count - 1), np.arange(1, count)), axis=1)
     if order != "up":
@@ -242,7 +242,7 @@ def test_a_chain_of_a_million_is_one_component(order: str) -> None:
     assert not components(count, np.ascontiguousarray(pairs)).any()
 
 
-def test_a_key_that_many_share_makes_few_pairs_and_one_component() -> None:
+def test_a_large_bucket_makes_few_pairs_and_one_component() -> None:
     many = 50 * LARGEST
     keys = np.zeros((many + 1, 2), np.uint64)
     keys[-1] = (7, 8)
@@ -280,7 +280,7 @@ def test_the_number_of_shards_changes_nothing(
     gone = oracle.removed(corpus, 0.7, prefer=("best",))
     rows = removed(one).to_pylist()
     assert {row["id"]: row["representative"] for row in rows} == gone
-    for shards, parts in ((2, 1), (7, 4)):  # and groups, files and forests of as many parts
+    for shards, parts in ((2, 1), (7, 4)):  # also varies the number of groups, files and forests
         monkeypatch.setattr(phases, "_GROUP_CHARACTERS", 20_000 // parts)
         monkeypatch.setattr(phases, "_FILE_PAIRS", 100 // parts)
         monkeypatch.setattr(decide, "_SHINGLES", 20_000 // parts)
@@ -298,7 +298,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, corpus: list[oracle.
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 5, 40, 68, 69, 71, 73, 74, 75, 77])
-def test_a_run_that_was_interrupted_goes_on(
+def test_an_interrupted_run_resumes(
     tmp_path: Path,
     corpus: list[oracle.Text],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""dedup-urls: which addresses are the same, who stays of those that have one, whatever the order and the shards."""
+"""dedup-urls: equality of URLs, and the kept documents, which do not depend on the order or the shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.pipelines.step_runs import Interrupted, Page, run_in_process
         ("https://example.com/a?q=x%20y", "https://example.com/a?q=x+y"),
     ],
 )
-def test_one_address_written_in_two_ways(one: str, other: str) -> None:
+def test_equal_urls(one: str, other: str) -> None:
     assert canonical_url(one) == canonical_url(other) != ""
 
 
@@ -43,12 +43,12 @@ def test_one_address_written_in_two_ways(one: str, other: str) -> None:
         ("https://www.example.com/", "https://example.com/"),
     ],
 )
-def test_two_addresses(one: str, other: str) -> None:
+def test_different_urls(one: str, other: str) -> None:
     assert canonical_url(one) != canonical_url(other)
 
 
 @pytest.mark.parametrize("url", ["", "not a url", "http://[::1", "mailto:a@b.c", "/local/path", "https://:80/"])
-def test_what_is_no_address(url: str) -> None:
+def test_unreadable_urls(url: str) -> None:
     assert canonical_url(url) == ""
 
 
@@ -72,7 +72,7 @@ def pages(generator: random.Random) -> list[Page]:
 
 
 @pytest.mark.parametrize("newest", ["", "date"])
-def test_one_of_an_address_stays_whatever_the_shards(
+def test_one_document_per_url_is_kept_for_any_shards(
     newest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = DedupUrlsConfig(prefer=("best",), newest=newest)
@@ -119,7 +119,7 @@ def test_dates_of_several_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
-def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     documents = pages(random.Random(4))
     whole = run_in_process(urls, DedupUrlsConfig(), tmp_path / "whole", documents, 3, monkeypatch)
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""filter against the definitions of its rules (filter_oracle.py), and what it leaves behind."""
+"""The rules of filter against their definitions (oracle.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moray.platform.plan.config import StepConfig
 from tests.examples import examples
 from tests.pipelines.filter import oracle
 
-# Pieces that the rules speak of, in several scripts: ends of lines and sentences, bullets, symbols, marks, white space.
+# Pieces that the rules match, in several scripts: ends of lines and sentences, bullets, symbols, marks, white space.
 PIECES = (
     "the ", "be ", "of", "word ", "aB3 ", "12 ", "a b c d e ", "x y x y x y ", ". ", ".", "...", "\u2026", "! ",
     "? ", '"', "'", ")", "\xbb", "#", "- ", "\u2022", "\n", "\n\n", "\n \n", "\r\n", "\r", "\x0b", "\x1c", "\x1f",
@@ -35,7 +35,7 @@ def column(texts: list[str]) -> pa.ChunkedArray:
 
 
 def limits_of(block: type[StepConfig]) -> st.SearchStrategy[Any]:
-    """A family's block with limits drawn for it; fields that are no limits keep their defaults, or are drawn too."""
+    """A family's block with random limits. Other fields are random too, or keep their defaults."""
     fields: dict[str, Any] = {}
     for name, field in block.model_fields.items():
         if field.annotation is bool:
@@ -89,7 +89,7 @@ LIMITS = [
 def test_every_value_is_that_of_the_definition(
     family: str, block: type[StepConfig], defined: Any, field: str, documents: list[str], short_line: int
 ) -> None:
-    """Each limit alone, so tight that what is measured nearly always breaks it."""
+    """Each limit alone, so tight that nearly every document breaks it."""
     off = {name: None for name in block.model_fields if name.startswith(("min_", "max_"))}
     is_share = any(hasattr(rule, "le") for rule in block.model_fields[field].metadata)
     tight = 0.0 if field.startswith("max_") else 1.0 if is_share else 1e9
@@ -101,7 +101,7 @@ def test_every_value_is_that_of_the_definition(
 
 @settings(max_examples=examples(200), deadline=None)
 @given(limits=limits_of(C4), documents=st.lists(texts, min_size=1, max_size=6))
-def test_c4_leaves_of_a_text_what_its_definition_does(limits: C4, documents: list[str]) -> None:
+def test_c4_edits_texts_as_its_definition_does(limits: C4, documents: list[str]) -> None:
     filtered = apply_rules(column(documents), FilterConfig(rules=("c4",), c4=limits))
     for text, found, left in zip(documents, broken(filtered), filtered.texts.to_pylist(), strict=True):
         expected = oracle.c4(text, limits) if text else ("empty", 0)
@@ -135,7 +135,7 @@ def test_basic_rules_are_those_of_their_definitions(data: st.DataObject, documen
 
 @settings(max_examples=examples(60), deadline=None)
 @given(st.lists(texts, min_size=1, max_size=5), st.permutations(["basic", "gopher_quality", "c4", "fineweb"]))
-def test_families_are_tried_in_the_order_of_the_recipe_each_on_what_the_one_before_left(
+def test_families_are_applied_in_the_order_of_the_recipe_to_the_edited_text(
     documents: list[str], order: list[str]
 ) -> None:
     loose = {"min_words": 1, "gopher_quality": GopherQuality(min_words=2), "c4": C4(min_sentences=1)}
@@ -176,5 +176,5 @@ def test_slices_of_a_column_give_the_same_results() -> None:
         ("\n".join(f"line number {i} of a fine document" for i in range(12)), None),
     ],
 )
-def test_each_rule_drops_what_it_is_for(text: str, reason: str | None) -> None:
+def test_each_basic_rule_drops_its_kind_of_document(text: str, reason: str | None) -> None:
     assert apply_rules(column([text]), FilterConfig(min_words=20, max_words=100)).reasons == [reason]

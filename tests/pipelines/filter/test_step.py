@@ -1,4 +1,4 @@
-"""filter and quality-model as steps: files in, files out, whatever the shards, and through a real Ray."""
+"""The steps filter and quality-model, in this process and in a real Ray: results do not depend on the shards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def context(step: Step[Any], config: Any, folder: Path, **inputs: Path) -> StepC
 
 
 def write_documents(folder: Path, rows: list[tuple[str, str]], shards: int) -> Path:
-    """Documents of (source, text), dealt out to so many shards; with a column that no step knows."""
+    """Writes documents of (source, text) to `shards` shards, with a column that no step knows."""
     for number in range(shards):
         part = list(enumerate(rows))[number::shards]
         table = pa.table(
@@ -132,7 +132,7 @@ def test_every_document_is_kept_or_removed_with_reason_value_and_threshold(
     assert ctx.counts["edited"] >= 12
 
 
-def test_shards_change_nothing_and_a_run_that_was_interrupted_goes_on(
+def test_shards_change_nothing_and_an_interrupted_run_resumes(
     tmp_path: Path, rows: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, counts = [], []
@@ -153,7 +153,7 @@ def test_shards_change_nothing_and_a_run_that_was_interrupted_goes_on(
     assert all(one == counts[0] for one in counts)
 
 
-def test_nothing_left_is_an_error_that_says_why(
+def test_dropping_every_document_is_an_error_with_the_reasons(
     tmp_path: Path, rows: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_process(monkeypatch, filter_step)
@@ -163,7 +163,7 @@ def test_nothing_left_is_an_error_that_says_why(
     assert "too_short" in error.value.hint
 
 
-def test_languages_are_told_apart_offline() -> None:
+def test_languages_are_identified_offline() -> None:
     texts = [ENGLISH, GERMAN, "\u8fd9\u662f\u4e00\u4e2a\u6c49\u8bed\u53e5\u5b50\u3002", ENGLISH + GERMAN * 40, ""]
     languages, scores = identify(texts)
     assert languages[:4] == ["en", "de", "zh", "de"]
@@ -188,7 +188,7 @@ def test_languages_are_told_apart_offline() -> None:
         ),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(config: dict[str, Any], words: str) -> None:
+def test_impossible_settings_are_refused_before_anything_starts(config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         filter_step.step.check(FilterConfig(**config), {"documents": "ab"})
 
@@ -213,7 +213,7 @@ def examples() -> list[tuple[str, str]]:
     return [("good" if i % 2 else "bad", prose(generator, bool(i % 2))) for i in range(400)]
 
 
-def test_a_model_learns_what_parts_the_sources_and_filter_uses_it(
+def test_a_model_learns_to_separate_the_sources_and_filter_uses_it(
     tmp_path: Path, examples: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_process(monkeypatch, quality_step)
@@ -243,7 +243,7 @@ def test_a_model_learns_what_parts_the_sources_and_filter_uses_it(
         assert band == ("0.9-1" if score >= np.float32(0.9) else "0.5-0.9")
 
 
-def test_scores_are_the_products_of_the_matrix_that_was_learned_from() -> None:
+def test_scores_are_the_products_of_the_training_matrix() -> None:
     """The kernel that scores, against scipy's product with the features; and a text without words."""
     features = Features(words=2, buckets=1 << 10, characters=500)
     generator = np.random.default_rng(1)
@@ -262,7 +262,7 @@ def test_scores_are_the_products_of_the_matrix_that_was_learned_from() -> None:
     assert scores[-1] == pytest.approx(1 / (1 + np.exp(-0.25)))
 
 
-def test_labelled_lines_are_learned_from_and_bad_ones_named(tmp_path: Path) -> None:
+def test_labelled_lines_train_a_model_and_invalid_ones_are_named(tmp_path: Path) -> None:
     generator = random.Random(5)
     path = tmp_path / "labels.jsonl"
     rows = [json.dumps({"text": prose(generator, bool(i % 2)), "label": i % 2}) for i in range(200)]
@@ -292,8 +292,8 @@ def test_examples_come_from_one_place(config: dict[str, Any]) -> None:
         QualityModelConfig(**config)
 
 
-def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no quality model"):
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="contains no readable quality model"):
         load_quality_model(tmp_path)
     (tmp_path / "model.json").write_text('{"format": 99, "buckets": 2}')
     np.save(tmp_path / "weights.npy", np.zeros(2, np.float32))

@@ -18,31 +18,31 @@ from moray.platform.run.console import visible
 from moray.platform.run.history import RunRow, StepRow
 from tests.conftest import Flow
 from tests.pipelines.dedup.oracle import Text
-from tests.pipelines.dedup.runs import CLOSE, Night
+from tests.pipelines.dedup.runs import CLOSE, DedupRun
 
 WORDS = [f"w{i}" for i in range(60)]
 
 
 @pytest.fixture
-def night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Night:
+def dedup_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DedupRun:
     texts = [
         Text(document_id("best", "first"), " ".join(WORDS), "best"),
         Text(document_id("s", "second"), " ".join([*WORDS[:-1], "other"]), "s"),
         Text(document_id("s", "third"), "nothing like them at all, or is it", "s"),
     ]
-    made = Night(tmp_path, texts, 2, CLOSE)
+    made = DedupRun(tmp_path, texts, 2, CLOSE)
     made.run(monkeypatch)
     return made
 
 
-def runs(night: Night) -> list[RunRow]:
-    steps = {"filter": night.documents, "dedup": night.artifact}
+def runs(dedup_run: DedupRun) -> list[RunRow]:
+    steps = {"filter": dedup_run.documents, "dedup": dedup_run.artifact}
     known = {key: StepRow(key, fingerprint=artifact.fingerprint) for key, artifact in steps.items()}
     return [RunRow("later", steps={}), RunRow("run", steps=known)]
 
 
-def test_a_document_that_went_names_who_stays_and_how_alike_they_are(night: Night) -> None:
-    found = explain_document_in(night.store, runs(night), "s/second")
+def test_a_removed_document_names_its_representative_and_the_similarity(dedup_run: DedupRun) -> None:
+    found = explain_document_in(dedup_run.store, runs(dedup_run), "s/second")
     assert (found.id, found.run) == (document_id("s", "second"), "run")
     assert found.document["source"] == "s"
     assert found.document["begins"].startswith("w0 w1 w2")
@@ -59,8 +59,8 @@ def test_a_document_that_went_names_who_stays_and_how_alike_they_are(night: Nigh
     assert found.others[first]["source"] == "best"
 
 
-def test_one_that_stayed_was_read_and_kept(night: Night) -> None:
-    found = explain_document_in(night.store, runs(night), document_id("s", "third"))
+def test_a_kept_document_was_read_and_kept(dedup_run: DedupRun) -> None:
+    found = explain_document_in(dedup_run.store, runs(dedup_run), document_id("s", "third"))
     assert [one.verdict for one in found.decisions] == ["read", "kept"]
     assert not found.others
 
@@ -71,9 +71,9 @@ def moray(*arguments: str) -> int:
     return int(str(caught.value.code))
 
 
-def test_one_that_nobody_knows_is_an_error(night: Night) -> None:
+def test_an_unknown_document_is_an_error(dedup_run: DedupRun) -> None:
     with pytest.raises(InputError, match="no document 's/fourth' in 1 runs") as caught:
-        explain_document_in(night.store, runs(night), "s/fourth")
+        explain_document_in(dedup_run.store, runs(dedup_run), "s/fourth")
     assert "SOURCE/KEY" in caught.value.hint
 
 

@@ -1,4 +1,4 @@
-"""Pieces that are cut become spans; test_step.py holds the whole step to its definition."""
+"""Cut pieces become spans. test_step.py compares the whole step with its definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def numbers(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def test_pieces_that_overlap_or_touch_are_one_span_of_a_document_that_stays() -> None:
+def test_overlapping_and_adjacent_pieces_of_a_kept_document_are_one_span() -> None:
     begins, ends = numbers(0, 4, 8, 20, 0, 3, 5), numbers(5, 8, 9, 25, 5, 7, 9)
     none = np.zeros_like(begins)
     pieces = RepeatedPieces(numbers(0, 4, 5, 7), begins, ends, none, none, none)

@@ -1,4 +1,4 @@
-"""dedup-parts against its definition (oracle.py), and what it promises of what is cut, whatever the shards."""
+"""dedup-parts against its definition (oracle.py), its guarantees on cut text, and its independence of the shards."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ drawn = st.lists(st.sampled_from(PIECES), max_size=60).map("".join)
 
 
 def found_by_kernels(texts: list[str], tokens: int) -> tuple[set[tuple[int, int, int]], dict[Any, list[Any]]]:
-    """Fingerprints as (row, place, key), and the windows near fingerprints that are not alone: hash -> where."""
+    """Fingerprints as (row, place, key), and the windows near repeated fingerprints: hash -> positions."""
     column = pa.chunked_array([pa.array(texts, pa.large_string())])
     offsets, data = text_buffers(column)
     room, size = int(offsets[-1]), gram_size(tokens)
@@ -127,7 +127,7 @@ def test_parts_are_the_text(text: str, unit: str) -> None:
     assert bounds == list(oracle._bounds(text, unit))
 
 
-def test_what_lies_around_a_cut_stays_as_it_was() -> None:
+def test_text_around_a_cut_is_unchanged() -> None:
     assert cut_spans("one, two; three.\n", [(5, 8)]) == "one, ; three.\n"
     assert cut_spans("abc\u4e2ddef", [(3, 4)]) == "abc def"
     assert cut_spans("abc\u4e2d\u6587def", [(3, 4)]) == "abc\u6587def"
@@ -136,7 +136,7 @@ def test_what_lies_around_a_cut_stays_as_it_was() -> None:
 
 
 def one_document(groups: list[list[int]], copies: int = 1) -> list[list[bool]]:
-    """What is cut of documents that are windows of three words, each window named by its group."""
+    """Whether each window is cut, in documents of overlapping windows of three words, given by their groups."""
     bounds = np.cumsum([0, *map(len, groups)])
     begins = np.concatenate([np.arange(len(one)) for one in groups]).astype(np.int64)
     pieces = RepeatedPieces(
@@ -147,13 +147,13 @@ def one_document(groups: list[list[int]], copies: int = 1) -> list[list[bool]]:
     return [found.cut[a:b].tolist() for a, b in pairwise(bounds.tolist())]
 
 
-def test_windows_that_overlap_do_not_justify_each_others_end() -> None:
-    assert one_document([[0, 0, 0, 0]]) == [[False] * 3 + [True]], "three equal words stay, of a row of equal words"
+def test_overlapping_windows_do_not_cause_each_others_removal() -> None:
+    assert one_document([[0, 0, 0, 0]]) == [[False] * 3 + [True]], "three words of a run of equal words are kept"
     first, second, third = one_document([[0], [0, 1, 2, 3], [3]])
     assert first == [False]
     assert second == [True, False, False, False]
-    assert third == [True], "the fourth window of the second document is whole"
-    assert one_document([[0], [0, 1], [1]])[2] == [False], "what was cut into stands for nobody"
+    assert third == [True], "the fourth window of the second document is intact"
+    assert one_document([[0], [0, 1], [1]])[2] == [False], "a window that is partly cut is no intact copy"
     assert one_document([[0], [0], [0], [0]], copies=2) == [[False], [False], [True], [True]]
 
 
@@ -166,7 +166,7 @@ CONFIGS = [
 
 
 def corpus(generator: random.Random, count: int) -> list[Page]:
-    """Texts of lines that many have, copied pieces of lines, and some of their own."""
+    """Texts of shared lines, copied pieces of lines, and unique lines."""
     lines = [" ".join(f"w{generator.randrange(40)}" for _ in range(generator.randrange(1, 12))) for _ in range(20)]
     made = []
     for number in range(count):
@@ -203,7 +203,7 @@ def check(done: Done, pages: list[Page], config: DedupPartsConfig) -> oracle.Out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.unit}-{config.copies}")
-def test_it_does_what_the_definition_says_whatever_the_shards_and_ranges(
+def test_results_are_those_of_the_definition_for_any_shards_and_ranges(
     config: DedupPartsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(3):
@@ -224,7 +224,7 @@ def test_it_does_what_the_definition_says_whatever_the_shards_and_ranges(
 def test_no_repeat_is_left_and_nothing_loses_its_last_copy(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the input and the output alone: every word that went is in a window that stands whole in what is kept."""
+    """From input and output alone: every cut word is in a window that is intact in a kept document."""
     tokens = 5
     config = DedupPartsConfig(unit="substring", tokens=tokens, min_words=0, max_loss=1.0)
     pages = corpus(random.Random(seed), 60)
@@ -262,7 +262,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 6, 7, 9])
-def test_a_run_that_was_interrupted_goes_on(
+def test_an_interrupted_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, uninterrupted: Done
 ) -> None:
     pages, config = corpus(random.Random(5), 30), CONFIGS[0]
@@ -271,7 +271,7 @@ def test_a_run_that_was_interrupted_goes_on(
     assert run_in_process(parts_step, config, tmp_path / "it", pages, 3, monkeypatch) == uninterrupted
 
 
-def test_what_happened_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_and_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = " ".join(f"shared{i}" for i in range(60))
     pages = [
         Page(f"{shared} and much that is its own, " + "x " * 30, "long"),
@@ -290,14 +290,14 @@ def test_what_happened_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert done.counts["edited"] == done.counts["dropped:nothing_left"] == 1
 
 
-def test_fields_that_mean_nothing_for_the_unit_are_refused() -> None:
+def test_fields_of_the_other_unit_are_refused() -> None:
     with pytest.raises(ValidationError, match="`tokens` has no effect with `unit: line`"):
         DedupPartsConfig(unit="line", tokens=40)
     with pytest.raises(ValidationError, match="min_characters"):
         DedupPartsConfig(unit="substring", min_characters=40)
 
 
-def test_a_corpus_of_which_nothing_stays_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removing_every_document_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DedupPartsConfig(unit="line", min_characters=2, max_loss=0.5)
     with pytest.raises(InputError, match="removes every document"):
         run_in_process(parts_step, config, tmp_path, [Page("ab cd\n" * 9, "a")], 1, monkeypatch)
