@@ -170,7 +170,7 @@ def _scores(group: Group, pairs: Indices, rules: GroupRules) -> npt.NDArray[np.f
 
 
 def _decided(group: Group, found: Found, seen: Indices) -> pa.Table:
-    """The rows of DECIDED. seen: places of documents that a Bloom filter contains; all of their clusters is removed."""
+    """The rows of DECIDED. seen: places of documents in a Bloom filter, whose clusters are removed entirely."""
     count = len(group.numbers)
     in_seen_cluster = np.isin(found.labels, found.labels[seen])
     removed = found.labels != np.arange(count)

@@ -94,8 +94,10 @@ def quality(document: DocumentLayout, limits: Numbers, stop_words: Hashes) -> tu
 
 
 @numba.njit(nogil=True)
-def _repeated_parts(document: DocumentLayout, begin: int, end: int, least: int, counts: Counts) -> tuple[int, int, int]:
-    """(parts between runs of at least `least` newlines, duplicates among them, characters of the duplicates)."""
+def _repeated_parts(
+    document: DocumentLayout, begin: int, end: int, min_newlines: int, counts: Counts
+) -> tuple[int, int, int]:
+    """(parts between runs of at least `min_newlines` newlines, duplicates among them, characters of the duplicates)."""
     mask = empty_table(counts, end - begin + 1)
     parts = repeated = characters = 0
     at = i = begin
@@ -103,7 +105,7 @@ def _repeated_parts(document: DocumentLayout, begin: int, end: int, least: int, 
         following = i
         while following < end and document.codes[following] == NEWLINE:
             following += 1
-        if i < end and following - i < least:  # within a part
+        if i < end and following - i < min_newlines:  # within a part
             i = max(following, i + 1)
             continue
         parts += 1

@@ -106,7 +106,9 @@ class DedupParts(Step[DedupPartsConfig]):
         config, size = ctx.config, sum(text_size(Path(shard["path"])) for shard in shards)
         if config.unit != "substring":
             ranges = exchange_ranges(size * _PARTS_PER_BYTE)
-            part = partial(part_shard, folders=folders, unit=config.unit, least=config.min_characters, ranges=ranges)
+            part = partial(
+                part_shard, folders=folders, unit=config.unit, min_characters=config.min_characters, ranges=ranges
+            )
             map_shards(ctx, "reading", shards, part, "bytes", file_bytes)
             return ranges
         shared = exchange_ranges(size * _FINGERPRINTS_PER_BYTE)

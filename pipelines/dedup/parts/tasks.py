@@ -55,8 +55,8 @@ def text_size(path: Path) -> int:
     return sum(metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups))
 
 
-def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int) -> Row:
-    """Writes the keys of a shard's lines or paragraphs of at least `least` characters, and document descriptions."""
+def part_shard(shard: Row, folders: Folders, unit: str, min_characters: int, ranges: int) -> Row:
+    """Writes the keys of a shard's lines or paragraphs of at least `min_characters`, and document descriptions."""
     from moray.pipelines.dedup.parts.windows import count_words
 
     path = folders.of("described", shard)
@@ -67,7 +67,7 @@ def part_shard(shard: Row, folders: Folders, unit: str, least: int, ranges: int)
             for begin, end in parts_of(text, unit):
                 parts.append(text[begin:end])
                 plain = normalized(parts[-1])
-                if len(plain) >= least:
+                if len(plain) >= min_characters:
                     hashes.append(xxhash.xxh3_128_digest(plain.encode()))
                     spots.append((row, begin, end, len(parts) - 1))
         words = count_words(*text_buffers(pa.chunked_array([pa.array(parts, pa.large_string())])), *tables())
