@@ -16,7 +16,7 @@ import torch
 from harness.result import Bar, report
 
 from moray.kernels.adamw_fp8 import Fp8Moment, compress_reference, restore_reference
-from moray.pipelines.pretrain.validate import MOST_BETA2
+from moray.pipelines.pretrain.validate import MAX_BETA2
 
 BETAS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 
@@ -48,8 +48,8 @@ def followed(beta2: float, count: int, horizons: int) -> dict[str, Any]:
 
 def main(parameters: str = "65536", horizons: str = "8") -> int:
     rows = [followed(beta2, int(parameters), int(horizons)) for beta2 in BETAS]
-    allowed = max(row["error"] for row in rows if row["beta2"] <= MOST_BETA2)
-    bar = Bar(f"typical error up to beta2 = {MOST_BETA2}, which is the most that is allowed", allowed, 0.1, "lower")
+    allowed = max(row["error"] for row in rows if row["beta2"] <= MAX_BETA2)
+    bar = Bar(f"typical error up to beta2 = {MAX_BETA2}, which is the most that is allowed", allowed, 0.1, "lower")
     return report("fp8_moments", rows, [bar])
 
 

@@ -57,7 +57,7 @@ class Evaluate(Step[EvaluateConfig]):
         try:
             train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].folder}/{part}") for part in PARTS)
         except (ValueError, FileNotFoundError) as error:
-            raise InputError(f"evaluate: {error}", "tokenize again: step tokenize") from error
+            raise InputError(f"evaluate: {error}", "tokenize again (step tokenize)") from error
         scores = {source: Scores() for source in heldout}
         self._score_model(ctx, heldout, scores)
         self._score_unigram(ctx, train, heldout, scores)

@@ -1,4 +1,4 @@
-"""The settings of a pretraining run, and what of them a training worker is handed."""
+"""Settings of a pretraining run, and the job that each training worker receives."""
 
 from __future__ import annotations
 
@@ -20,140 +20,171 @@ ModelSection: Any = create_model("ModelSection", __base__=StepConfig, preset=(st
 
 
 def model_config(section: Any, vocab_size: int) -> ModelConfig:
-    """The preset with the section's overrides. ValueError for an unknown preset or an impossible shape."""
+    """The preset with the section's overrides. Raises ValueError for an unknown preset or an invalid shape."""
     if section.preset not in PRESETS:
-        raise ValueError(f"unknown preset {section.preset!r}; there are {', '.join(sorted(PRESETS))}")
+        raise ValueError(f"unknown preset {section.preset!r}; the presets are {', '.join(sorted(PRESETS))}")
     return overridden(dataclasses.replace(PRESETS[section.preset], vocab_size=vocab_size), section)
 
 
 def overridden(config: ModelConfig, section: Any) -> ModelConfig:
-    """`config` with the section's overrides. ValueError for an impossible shape."""
+    """`config` with the section's overrides. Raises ValueError for an invalid shape."""
     given = {name: value for name in _OVERRIDES if (value := getattr(section, name)) is not None}
     return dataclasses.replace(config, **given)
 
 
 class Plateau(StepConfig):
-    """A constant learning rate for so many tokens."""
+    """A constant learning rate for a number of tokens."""
 
     tokens: int = Field(gt=0)
     rate: float = Field(ge=0)
 
 
 class TrainingSchedule(StepConfig):
-    """What changes over tokens (arXiv 2412.19437, 4.2). Learning rate: linear warm-up, constant, cosine, plateaus."""
+    """Values that change over tokens (arXiv 2412.19437, 4.2). Learning rate: linear warm-up, constant, cosine decay,
+    plateaus."""
 
     peak: float = Field(3e-3, gt=0, description="learning rate after warm-up")
-    final: float = Field(3e-4, ge=0, description="learning rate at the end of the cosine")
+    final: float = Field(3e-4, ge=0, description="learning rate at the end of the cosine decay")
     warmup_tokens: int = Field(0, ge=0)
-    decay_tokens: int | None = Field(None, ge=0, description="tokens of the cosine (default: half of the rest)")
-    plateaus: tuple[Plateau, ...] = Field((), description="constant rates after the cosine, up to the last token")
+    decay_tokens: int | None = Field(
+        None, ge=0, description="tokens of the cosine decay (default: half of the tokens before the plateaus)"
+    )
+    plateaus: tuple[Plateau, ...] = Field((), description="constant learning rates between the cosine and the end")
     bias_speed: float = Field(1e-3, ge=0, description="router bias update speed")
-    bias_frozen_tokens: int = Field(0, ge=0, description="the last so many tokens leave the router biases as they are")
-    prediction_weight: float = Field(0.3, ge=0, description="weight of the multi-token prediction loss")
-    prediction_weight_final: float = Field(0.1, ge=0, description="the same once the learning rate decays")
+    bias_frozen_tokens: int = Field(
+        0, ge=0, description="tokens at the end of training during which router biases are not updated"
+    )
+    prediction_weight: float = Field(0.3, ge=0, description="weight of the multi-token prediction (MTP) loss")
+    prediction_weight_final: float = Field(
+        0.1, ge=0, description="weight of the MTP loss from the start of the cosine decay"
+    )
 
 
 class BatchRamp(StepConfig):
-    """A batch that grows from `sequences` to `batch_sequences` in equal steps, each for an equal part of the tokens."""
+    """A batch that grows from `sequences` to `batch_sequences` in equal stages, each for an equal share of `tokens`."""
 
     sequences: int = Field(gt=0, description="sequences in the first global batches")
     tokens: int = Field(gt=0, description="tokens over which the batch grows")
-    stages: int = Field(8, gt=0, description="sizes before the last one")
+    stages: int = Field(8, gt=0, description="number of batch sizes before the final one")
 
 
 class Spikes(StepConfig):
-    """When a batch is skipped, and what is done if trouble returns (`guard.py`)."""
+    """Loss spikes: when a batch is skipped, and how training recovers if spikes return (`resilience/guard.py`)."""
 
-    sigmas: float | None = Field(8.0, gt=0, description="deviations above the last losses; null: only NaN counts")
-    window: int = Field(64, ge=16, description="steps whose losses a loss is compared to")
-    anticipate_steps: int = Field(100, ge=0, description="steps routed by older weights after trouble has returned")
-    anticipate_lag: int = Field(4, gt=0, description="how many steps older these weights are")
+    sigmas: float | None = Field(
+        8.0, gt=0, description="deviations above recent losses that make a spike; null: only NaN and infinity count"
+    )
+    window: int = Field(64, ge=16, description="steps of recent losses that a loss is compared with")
+    anticipate_steps: int = Field(
+        100, ge=0, description="steps with anticipatory routing (by older weights) after spikes return"
+    )
+    anticipate_lag: int = Field(4, gt=0, description="age in steps of the weights that anticipatory routing uses")
 
 
 class PretrainConfig(StepConfig):
-    """`with:` of the pretrain step. The lower block says how to run, and does not enter the fingerprint."""
+    """`with:` of the pretrain step. The lower block sets how to run and does not enter the fingerprint."""
 
     model: ModelSection = ModelSection()
     steps: int = Field(gt=0, description="optimizer steps")
     batch_sequences: int = Field(16, gt=0, description="sequences in a global batch")
-    batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the beginning")
-    mixture: dict[str, float] = Field(default_factory=dict, description="source -> weight; empty: by size")
+    batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of training")
+    mixture: dict[str, float] = Field(
+        default_factory=dict, description="sampling weight of each source; empty: proportional to its size"
+    )
     schedule: TrainingSchedule = TrainingSchedule()
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
     balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
-    document_mask: bool = Field(True, description="attention stays within a document, positions restart there")
+    document_mask: bool = Field(
+        True, description="attention does not cross document boundaries, and positions restart with each document"
+    )
     precision: Literal["float64", "float32", "bf16", "fp8"] = Field(
         "float32",
-        description="of rows and products; fp8: linear maps in FP8, the rest as in bf16. Weights stay float32, but for "
-        "float64, which is for checks",
+        description="dtype of activations and matrix products; fp8: linear layers in FP8, everything else in BF16. "
+        "Weights are float32, except with float64, which is for numerical checks",
     )
-    moments: Literal["float32", "fp8"] = Field("float32", description="of AdamW's moments: 8 bytes a parameter, or 2.1")
+    moments: Literal["float32", "fp8"] = Field(
+        "float32", description="dtype of AdamW's moments: 8 bytes per parameter in float32, 2.1 in FP8"
+    )
     spikes: Spikes = Spikes()
     ema_half_life_tokens: int | None = Field(
-        None, gt=0, description="keep an exponential moving average of the weights, on the CPU"
+        None, gt=0, description="keep an exponential moving average (EMA) of the weights on the CPU, with this half-life"
     )
     seed: int = Field(1, ge=0)
 
     device: Literal["auto", "cpu", "gpu"] = operational(
-        "auto", description="auto: GPUs, one for each worker, if the cluster has any; then too few of them are an error"
+        "auto",
+        description="auto: one GPU per worker if the cluster has any GPU, and an error if it has too few; else CPUs",
     )
-    workers: int = operational(2, gt=0, description="training workers; if not given and there are GPUs: one for each")
-    expert_parallel: int = operational(2, gt=0, description="workers that share one set of experts")
-    micro_batch_sequences: int | None = operational(None, gt=0)
+    workers: int = operational(
+        2, gt=0, description="number of training workers (ranks); if not given and there are GPUs: one per GPU"
+    )
+    expert_parallel: int = operational(2, gt=0, description="expert-parallel size: workers that share one set of experts")
+    micro_batch_sequences: int | None = operational(
+        None, gt=0, description="sequences per micro-batch on each rank (default: the rank's whole batch)"
+    )
     overlap: bool = operational(
         True,
-        description="micro-batches two at a time, so that one computes while the other's rows are on their way between "
-        "ranks; holds what both need for the backward",
+        description="run micro-batches in pairs: one computes while the other's tokens are exchanged between ranks; "
+        "keeps the activations of both for the backward",
     )
     zero_stage: Literal[0, 1, 2] = operational(
         0,
-        description="1: masters and moments are partitioned over ranks with the same weights; 2: gradients too",
+        description="0: no partitioning; 1: partition master weights and moments over the ranks that hold the same "
+        "weights; 2: gradients too",
     )
-    offload: bool = operational(False, description="masters, moments and AdamW on the CPU; needs zero_stage 1 or 2")
+    offload: bool = operational(
+        False, description="keep master weights and moments, and run AdamW, on the CPU; requires zero_stage 1 or 2"
+    )
     dispatch: Literal["collectives", "deepep"] = operational(
         "collectives",
-        description="how rows cross between ranks: by torch.distributed, or by DeepEP's kernels, if installed",
+        description="transport of expert-parallel dispatch and combine: torch.distributed, or DeepEP's kernels "
+        "(deepep: experimental, not yet run on any machine)",
     )
     shared_memory: bool = operational(
-        True, description="rows for experts of the same host go through memory that ranks share, on CPUs"
+        True, description="on CPUs, dispatch tokens between ranks of one host through shared memory"
     )
     recompute: bool = operational(
-        False, description="hold less for the backward, compute norms and up-projections again"
+        False, description="save memory: recompute norms and up-projections in the backward"
     )
-    data_workers: int = operational(1, gt=0)
-    prefetch: int = operational(2, gt=0, description="batches that are read in advance")
+    data_workers: int = operational(1, gt=0, description="Ray actors that read and assemble batches")
+    prefetch: int = operational(2, gt=0, description="batches that are requested in advance")
     stream_tokens: bool = operational(
-        False, description="tokens that are only in the shared root are read there, by ranges, and not copied here"
+        False, description="read tokens from the shared root by ranged requests, without copying them to this machine"
     )
-    checkpoint_every: int = operational(50, gt=0)
-    keep_checkpoints: int = operational(2, gt=0, description="the newest so many stay")
-    keep_checkpoint_hours: float | None = operational(None, gt=0, description="older ones go, but never the newest")
+    checkpoint_every: int = operational(50, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = operational(2, gt=0, description="number of newest checkpoints to keep on disk")
+    keep_checkpoint_hours: float | None = operational(
+        None, gt=0, description="also remove checkpoints older than this; the newest is always kept"
+    )
     archive: str | None = operational(
         None,
         pattern="^s3://[^/]",
-        description="s3://bucket/prefix that gets every checkpoint, also those not kept here",
+        description="s3://bucket/prefix to which every checkpoint is copied",
     )
     min_workers: int | None = operational(
         None,
         gt=0,
-        description="go on with as few, where machines are lost, and with `workers` again once there is room",
+        description="after machines are lost, continue with at least this many workers, and return to `workers` when "
+        "the cluster has capacity again",
     )
-    resize_seconds: float = operational(60.0, ge=0, description="how often room for more workers is looked for")
+    resize_seconds: float = operational(
+        60.0, ge=0, description="seconds between checks for capacity for more workers"
+    )
     hang_seconds: float = operational(
         600.0,
         gt=0,
-        description="a rank that makes no progress for so long is ended, and training goes on from a checkpoint",
+        description="kill a rank that makes no progress for this long; training then resumes from a checkpoint",
     )
-    max_failures: int = operational(3, ge=0)
+    max_failures: int = operational(3, ge=0, description="restarts after failures before the run fails")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingJob:
-    """Everything one training worker needs; sent to it whole."""
+    """Everything that one training worker needs. Ray Train sends it to each worker."""
 
     config: PretrainConfig
     model: ModelConfig
@@ -162,4 +193,4 @@ class TrainingJob:
     events: str
     step: str
     threads: int
-    initial: str | None = None  # a Hugging Face folder to go on from
+    initial: str | None = None  # a Hugging Face folder with the initial weights

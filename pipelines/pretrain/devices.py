@@ -1,7 +1,7 @@
-"""Where training runs: on GPUs, one for each worker, or on CPUs. Pure Python, so that a plan can say it.
+"""The devices of a training run: one GPU per worker, or CPUs. Pure Python, so that `moray plan` can show them.
 
-GPUs are used where there are any, or refused by name: a run never falls back to CPUs without being told to
-(`device: cpu`).
+If the cluster has GPUs, training uses them; if it has too few, that is an error. A run uses CPUs beside GPUs only if
+the recipe sets `device: cpu`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from moray.platform.core.errors import InputError
 
 
 def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
-    """`config` with `device` "cpu" or "gpu", and with `workers` and `expert_parallel` that fit it where they were not
-    given: a worker for each GPU. Raises InputError where the cluster has too few GPUs."""
+    """`config` with `device` set to "cpu" or "gpu". If `workers` is not given, it becomes one per GPU, and
+    `expert_parallel` is reduced to fit unless it is given. Raises InputError if the cluster has too few GPUs."""
     if config.device == "cpu" or (config.device == "auto" and not topology.gpus):
         return config.model_copy(update={"device": "cpu"})
     if not topology.gpus:
         raise InputError(
-            "pretrain.device: gpu, but the cluster has no GPU", "set pretrain.device to cpu, or leave it out"
+            "pretrain.device: gpu requires a GPU, and the cluster has none", "set pretrain.device to cpu or auto"
         )
     if "workers" not in config.model_fields_set and topology.gpus >= (config.min_workers or 1):
         return config.model_copy(update={"device": "gpu", **_layout(config, topology.gpus)})
     field = "min_workers" if config.min_workers else "workers"
     if topology.gpus < (least := config.min_workers or config.workers):
         raise InputError(
-            f"pretrain.{field}: {least} workers need a GPU each, and the cluster has {_gpus(topology.gpus)}",
+            f"pretrain.{field}: {least} workers require a GPU each, and the cluster has {_gpus(topology.gpus)}",
             f"set pretrain.{field} to {topology.gpus} or less, or pretrain.device to cpu",
         )
     return config.model_copy(update={"device": "gpu"})
 
 
 def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
-    """The most workers, up to one for each GPU, that divide all batches; and what `expert_parallel` fits them."""
+    """The largest number of workers, up to one per GPU, that divides all batches, with an `expert_parallel` that
+    divides it."""
     given = "expert_parallel" in config.model_fields_set
     step = config.expert_parallel if given else 1
     sizes = batch_plan(config, sequence_length=1).sizes
@@ -45,28 +46,28 @@ def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
         raise InputError(
             f"pretrain.batch_sequences: batches of {' and '.join(map(str, sorted(set(sizes))))} sequences cannot be "
             f"divided among {step} ranks",
-            f"make them multiples of {step}, or set pretrain.expert_parallel to a number that divides them",
+            f"set batch sizes to multiples of {step}, or pretrain.expert_parallel to a divisor of them",
         )
     if not workers:
         raise InputError(
-            f"pretrain.expert_parallel: {step} ranks need a GPU each, and the cluster has {_gpus(gpus)}",
+            f"pretrain.expert_parallel: {step} ranks require a GPU each, and the cluster has {_gpus(gpus)}",
             f"set pretrain.expert_parallel to {gpus} or less, or pretrain.device to cpu",
         )
     return {"workers": workers, "expert_parallel": step if given else math.gcd(workers, config.expert_parallel)}
 
 
-def device_words(config: PretrainConfig) -> str:
-    """Of a resolved config: "2 workers on CPUs", "8 workers with a GPU each"."""
+def device_text(config: PretrainConfig) -> str:
+    """The devices of a resolved config, such as "2 workers on CPUs" or "8 workers with a GPU each"."""
     least = f"{config.min_workers} to " if config.min_workers else ""
-    many = "worker" if config.workers == 1 else "workers"
-    where = "on CPUs" if config.device == "cpu" else "on a GPU" if config.workers == 1 else "with a GPU each"
-    return f"{least}{config.workers} {many} {where}"
+    noun = "worker" if config.workers == 1 else "workers"
+    device = "on CPUs" if config.device == "cpu" else "on a GPU" if config.workers == 1 else "with a GPU each"
+    return f"{least}{config.workers} {noun} {device}"
 
 
 def cpu_share(config: PretrainConfig, cpus: int) -> float:
-    """CPUs to ask for each worker: one, or where cores are few an equal share, so that all of them can be placed.
+    """CPUs to request from Ray per worker: one, or an equal share if there are fewer CPUs than workers.
 
-    Rounded down to Ray's unit of a ten-thousandth: rounded up, the last worker would find no room.
+    Rounded down to Ray's unit of 1/10,000, because Ray could not place the last worker if the shares were rounded up.
     """
     return 1.0 if cpus >= config.workers else math.floor(cpus * 10_000 / config.workers) / 10_000
 

@@ -1,4 +1,4 @@
-"""What changes during training, as functions of tokens, not steps: a change of batch size does not move them."""
+"""Schedules as functions of tokens instead of steps, so that another batch size does not shift them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from moray.pipelines.pretrain.config import PretrainConfig, TrainingSchedule
 
 
 def batch_plan(config: PretrainConfig, sequence_length: int) -> BatchPlan:
-    """The size of every step's global batch. Raises ValueError for a ramp that does not grow in whole sequences.
+    """The size of every step's global batch. Raises ValueError for a ramp that does not grow by whole sequences.
 
-    A size holds from the first step on before which its share of the ramp's tokens has been seen.
+    A stage ends with the first step at which its share of the ramp's tokens has been trained on.
     """
     ramp, final = config.batch_ramp, config.batch_sequences
     if ramp is None:
         return BatchPlan.constant(final)
     if not 0 < ramp.sequences < final or (final - ramp.sequences) % ramp.stages:
         raise ValueError(
-            f"batch_ramp: {ramp.stages} stages must grow by whole sequences from sequences ({ramp.sequences}) to "
-            f"batch_sequences ({final})"
+            f"batch_ramp: sequences ({ramp.sequences}) must grow to batch_sequences ({final}) by the same whole number "
+            f"of sequences in each of {ramp.stages} stages"
         )
     starts, sizes, seen = [0], [ramp.sequences], 0
     for stage in range(1, ramp.stages + 1):
-        wanted = ramp.tokens * stage // ramp.stages
-        steps = max(1, -(-(wanted - seen) // (sizes[-1] * sequence_length)))
+        target = ramp.tokens * stage // ramp.stages
+        steps = max(1, -(-(target - seen) // (sizes[-1] * sequence_length)))
         seen += steps * sizes[-1] * sequence_length
         starts.append(starts[-1] + steps)
         sizes.append(ramp.sequences + (final - ramp.sequences) * stage // ramp.stages)
@@ -32,7 +32,7 @@ def batch_plan(config: PretrainConfig, sequence_length: int) -> BatchPlan:
 
 
 def learning_rate(schedule: TrainingSchedule, tokens: int, total: int) -> float:
-    """The rate for the step that begins after `tokens` of `total` tokens."""
+    """The learning rate of the step that starts after `tokens` of `total` tokens."""
     if tokens < schedule.warmup_tokens:
         return schedule.peak * (tokens + 1) / (schedule.warmup_tokens + 1)
     end = _decay_end(schedule, total)
@@ -48,7 +48,7 @@ def learning_rate(schedule: TrainingSchedule, tokens: int, total: int) -> float:
 
 
 def prediction_weight(schedule: TrainingSchedule, tokens: int, total: int) -> float:
-    """Weight of the multi-token prediction loss: lower once the learning rate decays."""
+    """Weight of the MTP loss: `prediction_weight`, then `prediction_weight_final` from the start of the decay."""
     decays = tokens >= _decay_begin(schedule, total)
     return schedule.prediction_weight_final if decays else schedule.prediction_weight
 
@@ -58,7 +58,7 @@ def _decay_end(schedule: TrainingSchedule, total: int) -> int:
 
 
 def decay_tokens(schedule: TrainingSchedule, total: int) -> int:
-    """Tokens of the cosine."""
+    """Tokens of the cosine decay."""
     end = _decay_end(schedule, total)
     return end // 2 if schedule.decay_tokens is None else min(schedule.decay_tokens, end)
 

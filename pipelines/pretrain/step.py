@@ -1,8 +1,8 @@
 """pretrain: expert-parallel training on Ray Train workers.
 
-Each worker, a Ray actor, hosts the expert shard of its EP rank; Ray Train starts, watches and restarts them. The
-step goes on from the newest checkpoint in its folder, whether a worker died (Ray Train starts the group again) or
-the whole run did (a rerun finds the folder as it was).
+Each worker is a Ray actor that holds the expert shard of its EP rank. Ray Train starts the workers, watches them and
+restarts them. Training resumes from the newest checkpoint in the step's folder, both after a worker died (Ray Train
+restarts the worker group) and after the whole run died (a rerun finds the same folder).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from moray.actors.data.token_set import TokenSet, TokenVocabulary, open_token_se
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
 from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob, model_config, overridden
-from moray.pipelines.pretrain.devices import device_words, resolved
+from moray.pipelines.pretrain.devices import device_text, resolved
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.trainer import fit
-from moray.pipelines.pretrain.validate import check_continued, check_job, check_machines, check_recipe, refused
+from moray.pipelines.pretrain.validate import check_continued, check_job, check_machines, check_recipe, rule_errors
 from moray.platform.core.atomic import write_json
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, StepFailed
@@ -34,10 +34,10 @@ _TRAINING = "training.json"
 
 class Pretrain(Step[PretrainConfig]):
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 4  # 4: padding goes to no expert and counts for no load; balance is a mean over targets
+    version: ClassVar[int] = 4  # 4: padding is not routed and adds no expert load; balance is a mean over targets
     Config = PretrainConfig
     inputs: ClassVar[dict[str, str]] = {"tokens": "tokens", "model": "model"}
-    optional: ClassVar[frozenset[str]] = frozenset({"model"})  # to go on from, instead of random weights
+    optional: ClassVar[frozenset[str]] = frozenset({"model"})  # initial weights; random if not given
     produces: ClassVar[str] = "checkpoint"
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class Pretrain(Step[PretrainConfig]):
         return frozenset({"tokens"} if config.stream_tokens else ())
 
     def placement(self, config: PretrainConfig, topology: Topology) -> str:
-        return device_words(check_machines(config, topology))
+        return device_text(check_machines(config, topology))
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
         tokens = f"{ctx.inputs['tokens'].address}/train"
@@ -70,17 +70,17 @@ class Pretrain(Step[PretrainConfig]):
             threads=max(1, topology.cpus // settings.workers),
         )
         size = parameter_count(config)
-        many = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
-        ctx.note(f"{device_words(settings)}; {many}")
+        parameters = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
+        ctx.note(f"{device_text(settings)}; {parameters}")
         try:
             fit(job, tokens, ctx.run / "train", topology)
         except StepFailed as error:
-            raise StepFailed(error.message, f"Ray's logs, once it has stopped: {ctx.cluster.logs}") from error
+            raise StepFailed(error.message, f"after Ray has stopped, read its logs in {ctx.cluster.logs}") from error
         write_json(ctx.folder / _TRAINING, {"tokenizer": first.vocabulary.tokenizer})
         self._finish(ctx, config, job, sum(token_set.tokens for token_set in sets.values()))
 
     def _finish(self, ctx: StepContext[PretrainConfig], config: ModelConfig, job: TrainingJob, available: int) -> None:
-        """Leaves one checkpoint, the model's shape and the loss curve; says what was reached."""
+        """Keeps only the final checkpoint, writes the model's config and the loss curve, and sets the outcome."""
         final = ctx.folder / "checkpoints" / f"step-{job.config.steps:08d}"
         for other in (ctx.folder / "checkpoints").iterdir():
             if other != final:
@@ -101,21 +101,21 @@ def _open(tokens: str) -> dict[str, TokenSet]:
     try:
         return open_token_sets(tokens)
     except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"pretrain: {error}", "tokenize again: step tokenize") from error
+        raise InputError(f"pretrain: {error}", "tokenize again (step tokenize)") from error
 
 
 def _model(ctx: StepContext[PretrainConfig], vocabulary: TokenVocabulary) -> ModelConfig:
-    """The shape of the model to train, with the tokens' special ids. Raises InputError."""
+    """The config of the model to train, with bos and eos of the tokens. Raises InputError."""
     continues = "model" in ctx.inputs
-    config = _continued(ctx, vocabulary.size) if continues else model_config(ctx.config.model, vocabulary.size)
+    config = _input_model(ctx, vocabulary.size) if continues else model_config(ctx.config.model, vocabulary.size)
     return dataclasses.replace(config, bos_token_id=vocabulary.bos, eos_token_id=vocabulary.eos)
 
 
-def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig:
-    """The shape of the model to go on from, with the recipe's overrides, none of which may change a tensor."""
+def _input_model(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig:
+    """The config of the input model with the recipe's overrides, none of which may change a tensor's shape."""
     from moray.models.checkpoint import CheckedFolder
 
-    with refused("correct `model` or the layout in the recipe"):
+    with rule_errors("correct `model` or the layout in the recipe"):
         stored = CheckedFolder(ctx.inputs["model"].folder).config
         config = overridden(stored, ctx.config.model)
     check_continued(ctx.config, stored, config, vocab_size, ctx.cluster.topology())
@@ -123,13 +123,13 @@ def _continued(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConfig
 
 
 def loss_curve(run: Path, step: str) -> list[tuple[int, float]]:
-    """(step, loss) of this run, ascending; a step that was done twice (after a failure) counts once, the last time."""
-    found = {
+    """(step, loss) pairs of this run, by step; of a step repeated after a failure, the last loss."""
+    losses = {
         event.at: event.value
         for event in read_events(run)
         if isinstance(event, MetricEvent) and event.name == "train_loss" and event.step == step
     }
-    return sorted(found.items())
+    return sorted(losses.items())
 
 
 def checkpoint_folder(artifact: Path) -> Path:
@@ -142,7 +142,7 @@ def read_model_config(artifact: Path) -> ModelConfig:
 
 
 def read_tokenizer_fingerprint(artifact: Path) -> str:
-    """The tokenizer that a pretrain artifact's tokens were made with."""
+    """Fingerprint of the tokenizer that encoded a pretrain artifact's tokens."""
     return str(json.loads((artifact / _TRAINING).read_text())["tokenizer"])
 
 

@@ -1,13 +1,13 @@
-"""All that pretrain refuses, before anything starts, in the order of the three moments when it is known.
+"""Validation of a pretraining run, at the three times when its inputs become known.
 
-1. `check_recipe`, when a recipe is read: settings that cannot be, whatever the tokens and the machines are.
-2. `check_machines`, when a run is planned and again before it starts: settings that these machines cannot have.
-3. `check_continued` and `check_job`, before workers start: settings that do not fit the model to go on from, the tokens
-   or the archive.
+1. `check_recipe`, when a recipe is read: settings that are invalid for any tokens and machines.
+2. `check_machines`, when a run is planned and again before it starts: settings that these machines cannot satisfy.
+3. `check_continued` and `check_job`, before workers start: settings that do not fit the input model, the tokens or the
+   archive.
 
-Below them are the single rules. Some rules lie with what they guard, and are called from here: too few GPUs with
-`devices.resolved`, a ramp that does not grow evenly with `lr_schedule.batch_plan`, the weights of sources with
-`Mixture`, the shape of a model with `ModelConfig`. Nothing here imports torch: a recipe is checked without it.
+The single rules follow. Some rules live with the code that they protect and are called from here: too few GPUs in
+`devices.resolved`, an uneven batch ramp in `lr_schedule.batch_plan`, the weights of sources in `Mixture`, the shape of
+a model in `ModelConfig`. This module does not import torch, so that reading a recipe does not need it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from moray.pipelines.pretrain.lr_schedule import batch_plan, decay_tokens
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError, nearest
 
-# The largest beta2 at which second moments in FP8 are typically within 10 % (`benchmarks/fp8_moments.py`).
-MOST_BETA2 = 0.97
+# The largest beta2 at which FP8 second moments are typically within 10 % (`benchmarks/fp8_moments.py`).
+MAX_BETA2 = 0.97
 
 
 def check_recipe(config: PretrainConfig, continues: bool) -> None:
-    """continues: there is a model to go on from, whose shape is not known yet. Raises RecipeError."""
+    """Checks the settings by themselves. Raises RecipeError.
+
+    continues: the step has an input model, whose shape is not known yet.
+    """
     _check_model_section(config.model, continues)
     try:
         model = None
@@ -54,7 +57,7 @@ def check_recipe(config: PretrainConfig, continues: bool) -> None:
 
 def _check_model_section(section: Any, continues: bool) -> None:
     if continues and "preset" in section.model_fields_set:
-        raise RecipeError("model.preset is given, and a model to go on from", "leave one of them out")
+        raise RecipeError("model.preset conflicts with the input `model`", "remove one of the two")
     rope = section.rope_scaling
     for name in unknown_fields(rope) if isinstance(rope, Mapping) else ():
         fields = [field.name for field in dataclasses.fields(Yarn)]
@@ -62,7 +65,7 @@ def _check_model_section(section: Any, continues: bool) -> None:
 
 
 def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
-    """Without a number of workers, the machines decide it: see `check_machines`."""
+    """If `workers` is not given, it depends on the machines, and `check_machines` checks the batches."""
     sizes = batch_plan(config, sequence_length=1).sizes
     given = "workers" in config.model_fields_set
     world = config.workers if given else config.expert_parallel
@@ -73,9 +76,9 @@ def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
 
 
 def check_machines(config: PretrainConfig, topology: Topology) -> PretrainConfig:
-    """`config` as these machines have it: see `devices.resolved`. Raises InputError."""
+    """`config` resolved for these machines (see `devices.resolved`). Raises InputError."""
     chosen = resolved(config, topology)
-    with refused("set pretrain.workers and pretrain.expert_parallel"):
+    with rule_errors("set pretrain.workers and pretrain.expert_parallel"):
         check_layout(chosen.workers, chosen.expert_parallel, None, batch_plan(chosen, sequence_length=1).sizes)
     if chosen.dispatch == "deepep":
         _check_deepep(chosen, topology.gpus)
@@ -83,62 +86,66 @@ def check_machines(config: PretrainConfig, topology: Topology) -> PretrainConfig
 
 
 def _check_deepep(config: PretrainConfig, gpus: int) -> None:
-    """Raises InputError where DeepEP cannot be, for a resolved config."""
-    instead = "leave out `dispatch`, or set it to collectives"
+    """Raises InputError if DeepEP is unavailable. `config` is resolved."""
+    instead = "set pretrain.dispatch to collectives"
     if config.device == "cpu":
         raise InputError(
-            f"pretrain: dispatch: deepep wants a GPU for each of {config.workers} workers, there are {gpus}", instead
+            f"pretrain.dispatch: deepep requires a GPU for each of the {config.workers} workers; the cluster has {gpus}",
+            instead,
         )
     if importlib.util.find_spec("deep_ep") is None:
-        hint = f"install it where Ray's workers run (https://github.com/deepseek-ai/DeepEP), or {instead}"
-        raise InputError("pretrain: dispatch: deepep, but the package deep_ep is not installed", hint)
+        hint = f"install it on the machines of the cluster (https://github.com/deepseek-ai/DeepEP), or {instead}"
+        raise InputError("pretrain.dispatch: deepep requires the package deep_ep, which is not installed", hint)
 
 
 def check_continued(
     config: PretrainConfig, stored: ModelConfig, model: ModelConfig, vocab_size: int, topology: Topology
 ) -> None:
-    """model: `stored`, the shape of the model to go on from, with the recipe's overrides. vocab_size: of the tokens.
+    """Checks continued training. Raises InputError.
 
-    Raises InputError.
+    stored: the config of the input model. model: the same with the recipe's overrides. vocab_size: of the tokens.
     """
-    with refused("correct `model` or the layout in the recipe"):
+    with rule_errors("correct `model` or the layout in the recipe"):
         settings = resolved(config, topology)
         check_layout(settings.workers, settings.expert_parallel, model.n_routed_experts)
         _check_model(config, model)
     if checkpoint_shapes(model) != checkpoint_shapes(stored):
         raise InputError(
-            "pretrain: `model` changes the shape of the model to go on from",
-            "override only what changes no tensor, such as rope_scaling or max_position_embeddings",
+            "pretrain.model: the overrides change tensor shapes of the input model",
+            "override only fields that change no tensor, such as rope_scaling or max_position_embeddings",
         )
     if vocab_size > model.vocab_size:
         raise InputError(
-            f"the tokens have a vocabulary of {vocab_size}, the model to go on from of {model.vocab_size}",
-            "tokenize with its own tokenizer: step model-tokenizer",
+            f"pretrain: the tokens' vocabulary ({vocab_size}) is larger than the input model's ({model.vocab_size})",
+            "tokenize with the model's own tokenizer (step model-tokenizer)",
         )
 
 
 def check_job(config: PretrainConfig, model: ModelConfig, tokens: Mapping[str, TokenSet], topology: Topology) -> None:
-    """tokens: the token set of each source. Raises InputError."""
+    """Checks the settings against the model, the tokens, the archive and the machines. Raises InputError.
+
+    tokens: the token set of each source.
+    """
     length = next(iter(tokens.values())).sequence_length
     if length > model.max_position_embeddings:
         raise InputError(
-            f"sequences of {length} tokens exceed max_position_embeddings {model.max_position_embeddings}",
-            "shorten tokenize.sequence_length or raise model.max_position_embeddings",
+            f"pretrain: sequences of {length} tokens exceed max_position_embeddings ({model.max_position_embeddings})",
+            "lower tokenize.sequence_length or raise model.max_position_embeddings",
         )
-    with refused("correct `schedule` or `mixture` in the recipe"):
+    with rule_errors("correct `schedule` or `mixture` in the recipe"):
         plan = batch_plan(config, length)
         check_schedule(config.schedule, plan.before(config.steps) * length)
         Mixture({source: token_set.sequences for source, token_set in tokens.items()}, config.mixture, 0, plan)
     if config.archive:
-        from moray.pipelines.pretrain.checkpoint.archive import check_archive  # it imports boto3
+        from moray.pipelines.pretrain.checkpoint.archive import check_archive  # imports boto3
 
         check_archive(config.archive)
     check_machines(config, topology)
 
 
 @contextmanager
-def refused(hint: str) -> Iterator[None]:
-    """Makes an InputError of what a rule says."""
+def rule_errors(hint: str) -> Iterator[None]:
+    """Converts the ValueError of a rule to an InputError with this hint."""
     try:
         yield
     except ValueError as error:
@@ -146,9 +153,9 @@ def refused(hint: str) -> Iterator[None]:
 
 
 def check_context(section: Any) -> None:
-    """Raises ValueError for a context that cannot be, whatever the model to go on from is.
+    """Raises ValueError for context settings that are invalid for any input model.
 
-    The rest of the section can only be checked once that is there.
+    The rest of the section can be checked only once the input model exists.
     """
     fields = ("rope_scaling", "rope_theta", "max_position_embeddings")
     given = {name: value for name in fields if (value := getattr(section, name)) is not None}
@@ -162,7 +169,7 @@ def _check_model(config: PretrainConfig, model: ModelConfig) -> None:
 
 
 def check_layout(world: int, ep: int, experts: int | None = None, batches: Sequence[int] = ()) -> None:
-    """Raises ValueError if the layout cannot be: EP must divide the world and the experts, the world all batches."""
+    """Raises ValueError for an invalid layout: EP must divide world and experts, and world must divide all batches."""
     if world % ep:
         raise ValueError(f"workers ({world}) must be a multiple of expert_parallel ({ep})")
     if experts is not None and experts % ep:
@@ -173,48 +180,54 @@ def check_layout(world: int, ep: int, experts: int | None = None, batches: Seque
 
 
 def check_blocks(config: ModelConfig) -> None:
-    """Raises ValueError if moments in FP8 cannot be: an expert's matrix must be made of whole blocks."""
+    """Raises ValueError if FP8 moments do not fit the model: an expert's matrix must consist of whole blocks."""
     inner, hidden = config.moe_intermediate_size, config.hidden_size
     if config.moe_layers and inner * hidden % BLOCK:
         raise ValueError(
-            f"moments: fp8 wants hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a multiple of {BLOCK}"
+            f"moments: fp8 requires hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a multiple of "
+            f"{BLOCK}"
         )
 
 
 def check_moments(moments: str, beta2: float) -> None:
-    """Raises ValueError for a beta2 with which second moments in FP8 would not follow the gradients."""
-    if moments == "fp8" and beta2 > MOST_BETA2:
+    """Raises ValueError for a beta2 at which FP8 second moments would not follow the gradients."""
+    if moments == "fp8" and beta2 > MAX_BETA2:
         raise ValueError(
-            f"moments: fp8 wants beta2 of at most {MOST_BETA2}, not {beta2}: small changes are lost in FP8's rounding "
-            "(at 0.99, where gradients become a quarter, second moments stay 3.3 times too large, one in a hundred 11 "
-            "times); lower beta2, DeepSeek-V3 has 0.95, or leave moments at float32"
+            f"moments: fp8 requires beta2 of at most {MAX_BETA2}, not {beta2}, because FP8 rounding loses small changes "
+            "(at 0.99, after gradients shrink to a quarter, second moments stay 3.3 times too large, and 1 % of them "
+            "11 times); lower beta2 (DeepSeek-V3: 0.95) or set moments: float32"
         )
 
 
 def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) -> None:
-    """Raises ValueError for an optimizer that cannot be."""
+    """Raises ValueError for an invalid combination of optimizer settings."""
     if offload and not zero_stage:
-        raise ValueError("offload: true wants zero_stage 1 or 2; at 0 masters are the weights themselves")
+        raise ValueError(
+            "offload: true requires zero_stage 1 or 2, because at 0 the weights themselves are the master weights"
+        )
     if precision == "float64" and (zero_stage or moments == "fp8"):
-        raise ValueError("precision: float64 wants zero_stage 0 and moments: float32; ZeRO's masters are float32")
+        raise ValueError(
+            "precision: float64 requires zero_stage 0 and moments: float32, because ZeRO's master weights are float32"
+        )
 
 
 def check_dispatch(dispatch: str, precision: str, hidden: int) -> None:
-    """Raises ValueError for rows that DeepEP does not carry."""
+    """Raises ValueError for hidden states that DeepEP does not support."""
     if dispatch != "deepep":
         return
     if precision not in ("bf16", "fp8"):
-        raise ValueError(f"dispatch: deepep wants precision bf16 or fp8, not {precision}: it carries no other rows")
+        raise ValueError(f"dispatch: deepep requires precision bf16 or fp8, not {precision}")
     if hidden % 16:
         raise ValueError(
-            f"dispatch: deepep wants hidden_size ({hidden}) to be a multiple of 16: it copies 16 bytes at a time"
+            f"dispatch: deepep requires hidden_size ({hidden}) to be a multiple of 16, because it copies 16 bytes at a "
+            "time"
         )
 
 
 def check_schedule(schedule: TrainingSchedule, total: int) -> None:
-    """Raises ValueError if the phases take more tokens than there are."""
+    """Raises ValueError if the phases of the schedule have more tokens than the run."""
     parts = {"warmup_tokens": schedule.warmup_tokens, "decay_tokens": decay_tokens(schedule, total)}
     parts["plateaus"] = sum(plateau.tokens for plateau in schedule.plateaus)
     if sum(parts.values()) > total:
         shown = ", ".join(f"{name} {tokens:,}" for name, tokens in parts.items())
-        raise ValueError(f"the schedule's phases take more than the run's {total:,} tokens: {shown}")
+        raise ValueError(f"schedule: the phases have more tokens than the run ({total:,}): {shown}")

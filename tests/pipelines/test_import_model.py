@@ -181,9 +181,9 @@ def test_training_goes_on_from_an_imported_model(flow: Flow) -> None:
         text = recipe_text(flow.folder, "split") + CONTINUED.format(model=model, more=more)
         return parse_recipe(text, Path("continued.yaml"))
 
-    with pytest.raises(RecipeError, match=r"model\.preset is given, and a model to go on from"):
+    with pytest.raises(RecipeError, match=r"model\.preset conflicts with the input `model`"):
         recipe(", model: {preset: tiny}")
-    with pytest.raises(InputError, match="changes the shape of the model to go on from"):
+    with pytest.raises(InputError, match="the overrides change tensor shapes of the input model"):
         Runner(flow.home, flow.cluster, []).run(recipe(", model: {hidden_size: 128}"))
     # A longer context is no other tensor.
     scaling = (

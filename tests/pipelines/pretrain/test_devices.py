@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moray.cluster.pending import Demand, Machine, PendingReport
 from moray.pipelines.pretrain.config import PretrainConfig
-from moray.pipelines.pretrain.devices import cpu_share, device_words, resolved
+from moray.pipelines.pretrain.devices import cpu_share, device_text, resolved
 from moray.pipelines.pretrain.step import step
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
@@ -25,7 +25,7 @@ def machine(gpus: int, cpus: int = 8) -> Topology:
 
 
 def test_without_a_gpu_the_default_is_two_workers_on_cpus() -> None:
-    assert device_words(resolved(config(), machine(0))) == "2 workers on CPUs"
+    assert device_text(resolved(config(), machine(0))) == "2 workers on CPUs"
 
 
 @pytest.mark.parametrize(("gpus", "workers", "ep"), [(1, 1, 1), (2, 2, 2), (3, 3, 1), (5, 4, 2), (8, 8, 2)])
@@ -39,7 +39,7 @@ def test_a_given_expert_parallel_is_kept_or_refused() -> None:
     chosen = resolved(config(expert_parallel=4), machine(8))
     assert (chosen.workers, chosen.expert_parallel) == (8, 4)
     assert resolved(config(expert_parallel=4), machine(7)).workers == 4
-    with pytest.raises(InputError, match=r"pretrain\.expert_parallel: 4 ranks need a GPU each, and the cluster has 3"):
+    with pytest.raises(InputError, match=r"pretrain\.expert_parallel: 4 ranks require a GPU each, and the cluster has 3"):
         resolved(config(expert_parallel=4), machine(3))
     with pytest.raises(InputError, match=r"batches of 6 sequences cannot be divided among 4 ranks"):
         resolved(config(expert_parallel=4, batch_sequences=6), machine(8))
@@ -58,13 +58,13 @@ def test_batches_are_held_against_the_machines_where_workers_are_not_given() -> 
 
 
 def test_too_few_gpus_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"pretrain\.workers: 16 workers need a GPU each, and the cluster has 8 GPUs"):
+    with pytest.raises(InputError, match=r"pretrain\.workers: 16 workers require a GPU each, and the cluster has 8 GPUs"):
         resolved(config(workers=16), machine(8))
     with pytest.raises(InputError, match="no GPU"):
         resolved(config(device="gpu"), machine(0))
-    assert device_words(resolved(config(workers=16, device="cpu"), machine(8))) == "16 workers on CPUs"
-    assert device_words(resolved(config(workers=8), machine(8))) == "8 workers with a GPU each"
-    assert device_words(resolved(config(workers=16, min_workers=4), machine(8))) == "4 to 16 workers with a GPU each"
+    assert device_text(resolved(config(workers=16, device="cpu"), machine(8))) == "16 workers on CPUs"
+    assert device_text(resolved(config(workers=8), machine(8))) == "8 workers with a GPU each"
+    assert device_text(resolved(config(workers=16, min_workers=4), machine(8))) == "4 to 16 workers with a GPU each"
     with pytest.raises(InputError, match=r"pretrain\.min_workers: 12 workers"):
         resolved(config(workers=16, min_workers=12), machine(8))
 

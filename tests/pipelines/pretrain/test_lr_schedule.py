@@ -68,7 +68,7 @@ def test_biases_freeze_at_the_end_only_where_asked() -> None:
 def test_a_section_overrides_its_preset() -> None:
     config = model_config(ModelSection(preset="tiny", hidden_size=64), vocab_size=300)
     assert (config.hidden_size, config.vocab_size) == (64, 300)
-    with pytest.raises(ValueError, match="there are small, tiny, v3"):
+    with pytest.raises(ValueError, match="the presets are small, tiny, v3"):
         model_config(ModelSection(preset="tinny"), vocab_size=300)
     with pytest.raises(ValueError, match="n_group"):
         model_config(ModelSection(n_group=3), vocab_size=300)
@@ -90,5 +90,5 @@ def test_a_batch_grows_with_the_tokens(first: int, more: int, stages: int, token
 def test_a_ramp_that_does_not_grow_in_whole_sequences_is_refused() -> None:
     for ramp in ({"sequences": 5, "stages": 8, "tokens": 1}, {"sequences": 16, "stages": 1, "tokens": 1}):
         config = PretrainConfig.model_validate({"steps": 1, "batch_sequences": 16, "batch_ramp": ramp})
-        with pytest.raises(ValueError, match="stages must grow by whole sequences"):
+        with pytest.raises(ValueError, match="must grow to batch_sequences"):
             batch_plan(config, 8)

@@ -99,10 +99,10 @@ def model_of(folder: Path, **fields: Any) -> Artifact:
 def test_a_checkpoint_of_another_model(tmp_path: Path, tokens: Artifact) -> None:
     """Of a smaller vocabulary, of another shape than the recipe has, and one whose tensors are not its config's."""
     small = {"tokens": tokens, "model": model_of(tmp_path / "small", vocab_size=50)}
-    assert "a vocabulary of 100, the model to go on from of 50" in error_of(tmp_path, small).message
+    assert "vocabulary (100) is larger than the input model's (50)" in error_of(tmp_path, small).message
     other = {"tokens": tokens, "model": model_of(tmp_path / "other")}
     error = error_of(tmp_path, other, model={"hidden_size": 64})
-    assert "changes the shape of the model to go on from" in error.message
+    assert "the overrides change tensor shapes of the input model" in error.message
     change(other["model"].folder / "config.json", hidden_size=32)
     assert "shape" in error_of(tmp_path, other).message
 
@@ -128,17 +128,17 @@ def test_deepep_without_gpus_or_not_installed(
     tmp_path: Path, tokens: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
-    assert error.message == "pretrain: dispatch: deepep wants a GPU for each of 2 workers, there are 0"
+    assert error.message == "pretrain.dispatch: deepep requires a GPU for each of the 2 workers; the cluster has 0"
     monkeypatch.setattr(NeverStarted, "gpus", 2)
     error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
-    assert error.message == "pretrain: dispatch: deepep, but the package deep_ep is not installed"
+    assert error.message == "pretrain.dispatch: deepep requires the package deep_ep, which is not installed"
 
 
 @pytest.mark.parametrize(("beta2", "refused"), [(0.95, False), (0.97, False), (0.98, True), (0.999, True)])
 def test_fp8_moments_want_a_beta2_that_they_can_follow(beta2: float, refused: bool) -> None:
     config = PretrainConfig.model_validate({"steps": 2, "moments": "fp8", "beta2": beta2})
     if refused:
-        with pytest.raises(RecipeError, match=f"moments: fp8 wants beta2 of at most 0.97, not {beta2}"):
+        with pytest.raises(RecipeError, match=f"moments: fp8 requires beta2 of at most 0.97, not {beta2}"):
             step.check(config, {"tokens": "tokens"})
     else:
         step.check(config, {"tokens": "tokens"})
@@ -148,8 +148,8 @@ def test_fp8_moments_want_a_beta2_that_they_can_follow(beta2: float, refused: bo
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"precision": "float32"}, "dispatch: deepep wants precision bf16 or fp8, not float32"),
-        ({"precision": "fp8", "model": {"hidden_size": 136}}, r"wants hidden_size \(136\) to be a multiple of 16"),
+        ({"precision": "float32"}, "dispatch: deepep requires precision bf16 or fp8, not float32"),
+        ({"precision": "fp8", "model": {"hidden_size": 136}}, r"requires hidden_size \(136\) to be a multiple of 16"),
     ],
 )
 def test_rows_that_deepep_does_not_carry(settings: dict[str, Any], says: str) -> None:

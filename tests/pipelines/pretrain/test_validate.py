@@ -22,9 +22,9 @@ def test_an_impossible_layout_is_refused(layout: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ((0, True, "float32", "float32"), "offload: true wants zero_stage 1 or 2"),
-        ((1, False, "float64", "float32"), "precision: float64 wants zero_stage 0"),
-        ((0, False, "float64", "fp8"), "precision: float64 wants zero_stage 0 and moments: float32"),
+        ((0, True, "float32", "float32"), "offload: true requires zero_stage 1 or 2"),
+        ((1, False, "float64", "float32"), "precision: float64 requires zero_stage 0"),
+        ((0, False, "float64", "fp8"), "precision: float64 requires zero_stage 0 and moments: float32"),
     ],
 )
 def test_optimizers_that_cannot_be_are_refused(settings: tuple[int, bool, str, str], says: str) -> None:
@@ -38,5 +38,5 @@ def test_a_schedule_that_takes_more_tokens_than_there_are_is_refused() -> None:
     fields = {"warmup_tokens": 100, "decay_tokens": 400, "plateaus": plateaus}
     schedule = TrainingSchedule.model_validate(fields)
     check_schedule(schedule, 1000)
-    with pytest.raises(ValueError, match=r"more than the run's 600 tokens: warmup_tokens 100, decay_tokens 400"):
+    with pytest.raises(ValueError, match=r"more tokens than the run \(600\): warmup_tokens 100, decay_tokens 400"):
         check_schedule(schedule, 600)
