@@ -1,12 +1,12 @@
-"""Who hangs: a judgement over what ranks say of themselves, and a Ray actor that acts on it.
+"""Detection of hung ranks from the ranks' own reports, and a Ray actor that kills them.
 
-Every rank has a thread that tells, about ten times in `limit` seconds, how far its process is: steps taken, collectives
-begun, and the one it waits in. A stopped process, or one on a host that is gone, tells nothing; one that is stuck
-elsewhere is not in the collective that the others wait in. The actor ends the culprit with SIGKILL, because whoever
-started the ranks notices a dead process and not a stopped one, and writes down why.
+A thread of every rank reports the state of its process about ten times in `limit` seconds: its step, the number of
+collectives that it started, and the one it waits in. A stopped process, or one on a lost host, does not report. A
+process that is stuck elsewhere does not wait in the collective that the others wait in. The actor kills the hung rank
+with SIGKILL, because Ray Train notices dead processes but not stopped ones, and logs the reason.
 
-Where all ranks stand still alike, or their collectives are not recorded, nothing tells which one is at fault. Then no
-rank is ended: a warning says so, and the process group's own timeout decides.
+If all ranks are in the same state, or their collectives are not recorded, the hung rank is unknown. Then the actor
+kills no rank and logs a warning, and the process group's own timeout applies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moray.platform.core.processes import Process
 
 @dataclass(frozen=True)
 class Waiting:
-    """The collective that a rank waits in: its operation, its group, and its number in the group."""
+    """The collective that a rank waits in: operation, group, and number within the group."""
 
     operation: str
     group: str
@@ -35,8 +35,11 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says: its next step, how many collectives it has begun, the one it waits in; `busy`: with something
-    that may take long without a collective, such as a checkpoint."""
+    """A report of a rank.
+
+    step: its current step. begun: collectives that it has started. waiting: the one it waits in. busy: a long operation
+    without collectives, such as saving a checkpoint.
+    """
 
     step: int
     begun: int
@@ -45,62 +48,65 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Blame:
-    """Ranks that hold up the others, and the words for it."""
+class Hang:
+    """Hung ranks, and a description."""
 
     ranks: tuple[int, ...]
     text: str
 
 
-class Judge:
-    """Pure: beats and times in, a verdict out. `limit`: seconds without progress that are one too many."""
+class HangDetector:
+    """Pure logic that finds hung ranks from beats and their times. limit: seconds without progress that are a hang."""
 
     def __init__(self, world: int, limit: float) -> None:
         self._world, self._limit = world, limit
         self._beats: dict[int, tuple[float, Beat]] = {}
         self._progress = 0.0
 
-    def hear(self, now: float, rank: int, beat: Beat) -> None:
+    def record(self, now: float, rank: int, beat: Beat) -> None:
         before = self._beats.get(rank)
         if before is None or before[1] != beat:
             self._progress = now
         self._beats[rank] = (now, beat)
 
-    def verdict(self, now: float) -> Blame | None:
-        """Who hangs, if anybody does and it can be told; nobody before every rank has spoken."""
+    def hang(self, now: float) -> Hang | None:
+        """The hung ranks; None if there are none, if they are unknown, or before every rank has reported."""
         if len(self._beats) < self._world:
             return None
         beats = {rank: beat for rank, (_, beat) in self._beats.items()}
-        silent = [rank for rank, (heard, _) in self._beats.items() if now - heard > self._limit]
+        silent = [rank for rank, (time_of_beat, _) in self._beats.items() if now - time_of_beat > self._limit]
         if silent:
-            quiet = max(now - self._beats[rank][0] for rank in silent)
-            return Blame(tuple(silent), f"{_names(silent)} silent for {quiet:.0f} s; {_others(beats, silent)}")
-        stood = self._stood_still(now)
-        ranks = _behind(beats) if stood else []
-        if not ranks:
+            seconds = max(now - self._beats[rank][0] for rank in silent)
+            have = "has" if len(silent) == 1 else "have"
+            text = f"{_ranks(silent)} {have} not reported for {seconds:.0f} s; {_others(beats, silent)}"
+            return Hang(tuple(silent), text)
+        seconds = self._stalled(now)
+        stuck = _behind(beats) if seconds else []
+        if not stuck:
             return None
-        return Blame(tuple(ranks), f"{_names(ranks)} stuck for {stood:.0f} s; {_others(beats, ranks)}")
+        be = "is" if len(stuck) == 1 else "are"
+        return Hang(tuple(stuck), f"{_ranks(stuck)} {be} stuck for {seconds:.0f} s; {_others(beats, stuck)}")
 
-    def complaint(self, now: float) -> str:
-        """What to warn of where all ranks stand still and nobody can be blamed (`verdict` is None); else empty."""
-        stood = self._stood_still(now)
-        if not stood or self.verdict(now) is not None:
+    def warning(self, now: float) -> str:
+        """A warning if all ranks are stalled and the hung rank is unknown (`hang` is None), else ""."""
+        seconds = self._stalled(now)
+        if not seconds or self.hang(now) is not None:
             return ""
         beats = {rank: beat for rank, (_, beat) in self._beats.items()}
         return (
-            f"training has made no progress for {stood:.0f} s, and nothing tells which rank is at fault; "
+            f"training has made no progress for {seconds:.0f} s, and the hung rank cannot be determined; "
             f"{_others(beats, [])}"
         )
 
-    def _stood_still(self, now: float) -> float:
+    def _stalled(self, now: float) -> float:
         """Seconds without progress of any rank, if they exceed the limit and no rank is busy; else 0."""
         busy = any(beat.busy for _, beat in self._beats.values())
-        stood = now - self._progress
-        return stood if len(self._beats) == self._world and not busy and stood > self._limit else 0.0
+        seconds = now - self._progress
+        return seconds if len(self._beats) == self._world and not busy and seconds > self._limit else 0.0
 
 
 def _behind(beats: Mapping[int, Beat]) -> list[int]:
-    """The ranks that others wait for; empty where the collectives do not tell. A rank alone has nobody to wait for."""
+    """The ranks that the others wait for; empty if the collectives do not show it. A single rank waits for no other."""
     if len(beats) == 1:
         return list(beats)
     waiting = [rank for rank, beat in beats.items() if beat.waiting]
@@ -108,16 +114,17 @@ def _behind(beats: Mapping[int, Beat]) -> list[int]:
         return [rank for rank in beats if rank not in waiting]
     fewest = min(beat.begun for beat in beats.values())
     behind = [rank for rank, beat in beats.items() if beat.begun == fewest]
-    # Counts tell something only of ranks that wait: an idle recorder counts the few collectives before training.
+    # Counts mean something only if ranks wait: a recorder without a backend in use counts the few collectives before
+    # training.
     return behind if waiting and len(behind) < len(beats) else []
 
 
-def _names(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, sorted(ranks)))} are"
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, sorted(ranks)))}"
 
 
 def _others(beats: Mapping[int, Beat], but: list[int]) -> str:
-    """What the other ranks wait in, and at which step."""
+    """Description of the collective and step that most of the other ranks wait in."""
     waiting: dict[Waiting, list[int]] = {}
     for rank, beat in beats.items():
         if rank not in but and beat.waiting:
@@ -125,17 +132,16 @@ def _others(beats: Mapping[int, Beat], but: list[int]) -> str:
     step = max(beat.step for beat in beats.values()) + 1
     if not waiting:
         return f"no {'other ' if but else ''}rank waits in a recorded collective, at step {step}"
-    what, ranks = max(waiting.items(), key=lambda item: len(item[1]))
-    who = "rank" if len(ranks) == 1 else "ranks"
+    collective, ranks = max(waiting.items(), key=lambda item: len(item[1]))
     return (
-        f"{who} {', '.join(map(str, sorted(ranks)))} waiting in {what.operation} number {what.number} of group "
-        f"{what.group}, at step {step}"
+        f"{_ranks(ranks)} waiting in {collective.operation} number {collective.number} of group {collective.group}, "
+        f"at step {step}"
     )
 
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """Where a rank's process is."""
+    """Location of a rank's process."""
 
     node: str
     process: Process
@@ -143,7 +149,7 @@ class ProcessPlace:
 
 @dataclass(frozen=True)
 class Member:
-    """A rank of a team, which is one start of all ranks."""
+    """A rank of a team. A team is the set of ranks of one start of training."""
 
     team: str
     world: int
@@ -152,49 +158,49 @@ class Member:
 
 
 class RankWatch:
-    """The actor: judges every half second, and ends who hangs. Wrapped by `start_watch`.
+    """The actor: looks for hung ranks every half second, and kills them. Wrapped by `start_watch`.
 
-    Every beat says whose it is, so a watch that died and was started again goes on.
+    Every beat names its sender, so a restarted actor needs no state.
     """
 
     def __init__(self, limit: float, events: str, step: str) -> None:
         self._limit, self._events, self._step = limit, events, step
-        self._teams: list[str] = []  # the last is the one that trains
-        self._judge: Judge | None = None
+        self._teams: list[str] = []  # the last one is training
+        self._detector: HangDetector | None = None
         self._places: dict[int, ProcessPlace] = {}
-        self._warned = False  # of the standstill that lasts
+        self._warned = False  # about the current stall
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def beat(self, member: Member, beat: Beat) -> None:
-        """A new team takes the place of the one before, of which a beat may still arrive."""
+        """Records a beat. A new team replaces the previous one, and late beats of earlier teams are ignored."""
         with self._lock:
             if member.team not in self._teams:
                 self._teams.append(member.team)
-                self._judge, self._places = Judge(member.world, self._limit), {}
-            if member.team == self._teams[-1] and self._judge is not None:
+                self._detector, self._places = HangDetector(member.world, self._limit), {}
+            if member.team == self._teams[-1] and self._detector is not None:
                 self._places[member.rank] = member.place
-                self._judge.hear(time.monotonic(), member.rank, beat)
+                self._detector.record(time.monotonic(), member.rank, beat)
 
     def leave(self, team: str) -> None:
-        """The team has done its work: nobody of it hangs."""
+        """Stops watching a team that has finished."""
         with self._lock:
             if team in self._teams[-1:]:
-                self._judge = None
+                self._detector = None
 
-    def judged(self, now: float) -> tuple[Blame, list[ProcessPlace]] | None:
-        """Who hangs, if anybody does, and where they are. Said once: then the next team is waited for."""
+    def new_hang(self, now: float) -> tuple[Hang, list[ProcessPlace]] | None:
+        """Hung ranks and their processes, if any. Reported once; then the team is no longer watched."""
         with self._lock:
-            verdict = self._judge.verdict(now) if self._judge else None
-            if verdict is None:
+            hang = self._detector.hang(now) if self._detector else None
+            if hang is None:
                 return None
-            self._judge = None
-            return verdict, [self._places[rank] for rank in verdict.ranks]
+            self._detector = None
+            return hang, [self._places[rank] for rank in hang.ranks]
 
-    def complained(self, now: float) -> str:
-        """What to warn of without ending anybody, once for each standstill; else empty."""
+    def new_warning(self, now: float) -> str:
+        """A warning about a stall whose hung rank is unknown, once per stall; else ""."""
         with self._lock:
-            text = self._judge.complaint(now) if self._judge else ""
+            text = self._detector.warning(now) if self._detector else ""
             before, self._warned = self._warned, bool(text)
             return "" if before else text
 
@@ -202,15 +208,15 @@ class RankWatch:
         while True:
             time.sleep(0.5)
             now = time.monotonic()
-            if text := self.complained(now):
-                self._warn(f"{text}; no rank is ended")
-            judged = self.judged(now)
-            if judged is None:
+            if text := self.new_warning(now):
+                self._warn(f"{text}; no rank is killed")
+            found = self.new_hang(now)
+            if found is None:
                 continue
-            verdict, places = judged
-            self._warn(f"{verdict.text}; it is ended")
+            hang, places = found
+            self._warn(f"{hang.text}; sending SIGKILL")
             for place in places:
-                _end(place)
+                _kill(place)
 
     def _warn(self, text: str) -> None:
         log = EventLog(Path(self._events), "watch")
@@ -218,22 +224,22 @@ class RankWatch:
         log.close()
 
 
-def _end(place: ProcessPlace) -> None:
-    """SIGKILL on the process's own machine. No answer from there: then Ray finds out by itself that it is gone."""
+def _kill(place: ProcessPlace) -> None:
+    """Sends SIGKILL on the process's own machine. If that machine is lost, Ray detects it by itself."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(place.node, soft=False)
     remote: Any = ray.remote
-    remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_kill).remote(place)
+    remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_kill_here).remote(place)
 
 
-def _kill(place: ProcessPlace) -> None:
-    place.process.send(signal.SIGKILL)  # not to another that has got its number
+def _kill_here(place: ProcessPlace) -> None:
+    place.process.send(signal.SIGKILL)  # never to another process with a reused PID
 
 
 def start_watch(limit: float, events: str, step: str) -> Any:
-    """The RankWatch as a Ray actor that takes no CPU of the cluster's count."""
+    """Starts RankWatch as a Ray actor with `num_cpus=0`."""
     import ray
 
     remote: Any = ray.remote
@@ -241,32 +247,32 @@ def start_watch(limit: float, events: str, step: str) -> Any:
 
 
 class Pulse:
-    """A rank's side: tells the watch how far `look` says this process is. A context: it ends with the block."""
+    """A rank's side: a context that reports to the watch, from a thread, the beats that `observe` returns."""
 
-    def __init__(self, watch: Any, team: str, world: int, rank: int, limit: float, look: Callable[[], Beat]) -> None:
+    def __init__(self, watch: Any, team: str, world: int, rank: int, limit: float, observe: Callable[[], Beat]) -> None:
         import ray
 
         me = Process.of(os.getpid())
         assert me is not None
         place = ProcessPlace(ray.get_runtime_context().get_node_id(), me)
         member = Member(team, world, rank, place)
-        self._tell: Callable[[Beat], Any] = lambda beat: watch.beat.remote(member, beat)
+        self._report: Callable[[Beat], Any] = lambda beat: watch.beat.remote(member, beat)
         self._done: Callable[[], Any] = lambda: watch.leave.remote(team)
-        self._look, self._pause = look, max(0.1, limit / 10)
+        self._observe, self._pause = observe, max(0.1, limit / 10)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def __enter__(self) -> Pulse:
-        self._tell(self._look())
+        self._report(self._observe())
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """A rank that is done or has failed: whoever started the ranks hears of it in another way."""
+        """Ends the reports, also if the rank failed, because Ray Train detects that by itself."""
         self._over.set()
         self._thread.join()
         self._done()
 
     def _run(self) -> None:
         while not self._over.wait(self._pause):
-            self._tell(self._look())
+            self._report(self._observe())

@@ -120,7 +120,7 @@ def contestant(link: Connection, who: str, job: TrainingJob, tokens: str) -> Non
         device = alone()
         step = peer(job, device) if who == PEER else ours(job, device)
         reader = Reader(job, tokens)
-        batches = [reader.answer((number, 0, SEQUENCES)) for number in range(job.config.steps)]
+        batches = [reader.receive((number, 0, SEQUENCES)) for number in range(job.config.steps)]
         link.send("ready")
         link.recv()
         times = [_seconds(step, number, batch) for number, batch in enumerate(batches)]

@@ -47,16 +47,16 @@ def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
 
 
 class Reader:
-    """Batches read in this process (`loop.Source`)."""
+    """Batches read in this process (`loop.BatchSource`)."""
 
     def __init__(self, job: TrainingJob, tokens: str) -> None:
         self._reader = DataWorker(tokens, {}, job.config.seed, batch_plan(job.config, job.sequence_length))
 
-    def ask(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
+    def request(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
         return step, start, stop
 
-    def answer(self, asked: Any) -> Batch:
-        return self._reader.batch(*asked)
+    def receive(self, handle: Any) -> Batch:
+        return self._reader.batch(*handle)
 
 
 def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""What one training worker does: Ray Train starts it on every rank with the same `TrainingJob`.
+"""The training loop of one worker. Ray Train starts it on every rank with the same `TrainingJob`.
 
-The position is a step count; batch, learning rate and bias speed are functions of it, so going on from a checkpoint
-needs nothing but the checkpoint.
+The position in training is a step count. Batch, learning rate and bias speed are functions of it, so a resume needs
+only the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import usable_layout
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
-from moray.pipelines.pretrain.report import Report, Start
+from moray.pipelines.pretrain.report import Report, StartTimer
 from moray.pipelines.pretrain.resilience.flight_recorder import position
-from moray.pipelines.pretrain.resilience.preemption import NoNotice, Notice
+from moray.pipelines.pretrain.resilience.preemption import NoPreemption, PreemptionNotice
 from moray.pipelines.pretrain.resilience.routing_replay import Anticipation
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, build
@@ -34,47 +34,47 @@ from moray.platform.core.events import EventLog
 
 
 class BatchSource(Protocol):
-    """Where batches come from."""
+    """A source of batches, with asynchronous requests."""
 
-    def ask(self, step: int, start: int, stop: int) -> Any:
-        """Begins to get slots [start, stop) of a step's global batch."""
+    def request(self, step: int, start: int, stop: int) -> Any:
+        """Requests slots [start, stop) of a step's global batch. Returns a handle for `receive`."""
 
-    def answer(self, asked: Any) -> Batch:
-        """What was asked for."""
+    def receive(self, handle: Any) -> Batch:
+        """The requested batch; waits for it."""
 
 
 class Loaders:
-    """DataWorker actors, in turn."""
+    """DataWorker actors as a BatchSource, in round-robin order by step."""
 
     def __init__(self, actors: list[Any]) -> None:
         self._actors = actors
 
-    def ask(self, step: int, start: int, stop: int) -> Any:
+    def request(self, step: int, start: int, stop: int) -> Any:
         return self._actors[step % len(self._actors)].batch.remote(step, start, stop)
 
-    def answer(self, asked: Any) -> Batch:
+    def receive(self, handle: Any) -> Batch:
         import ray
 
-        batch: Batch = ray.get(asked)
+        batch: Batch = ray.get(handle)
         return batch
 
 
 def train_steps(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker: `settings` is {"job": TrainingJob, "loaders": [DataWorker handles], "watch":
-    Watch}.
+    RankWatch handle}.
 
-    Where Ray has room for fewer workers than were wished for, a smaller layout trains, and ranks too many end at once.
+    If Ray started fewer workers than configured, a smaller layout trains, and ranks outside of it return at once.
     """
     import ray.train.torch
 
     job: TrainingJob = settings["job"]
-    start = Start()
+    start = StartTimer()
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     device = ray.train.torch.get_device()
-    there = dist.get_world_size()
-    world, ep = usable_layout(there, job.config.expert_parallel, batch_plan(job.config, job.sequence_length).sizes)
-    if world < there and not Mesh.shrink(world, device):
+    started = dist.get_world_size()
+    world, ep = usable_layout(started, job.config.expert_parallel, batch_plan(job.config, job.sequence_length).sizes)
+    if world < started and not Mesh.shrink(world, device):
         return
     mesh = Mesh.create(ep, device)
     start.reached("groups")
@@ -83,7 +83,7 @@ def train_steps(settings: dict[str, Any]) -> None:
     events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
     team = mesh.from_first(lambda: secrets.token_hex(4))
     with Pulse(settings["watch"], team, world, mesh.rank, job.config.hang_seconds, lambda: _beat(worker)):
-        run_training(worker, Loaders(settings["loaders"]), events, start, Notice())
+        run_training(worker, Loaders(settings["loaders"]), events, start, PreemptionNotice())
     if events:
         events.close()
 
@@ -97,27 +97,27 @@ def run_training(
     worker: Worker,
     source: BatchSource,
     events: EventLog | None,
-    start: Start | None = None,
-    notice: Notice | None = None,
+    start: StartTimer | None = None,
+    notice: PreemptionNotice | None = None,
 ) -> None:
     """Trains to the last step, from the newest checkpoint if there is one. `events` is given on rank 0 only.
 
-    `start` times what comes before the first step; `notice` tells that machines are to be taken away. Raises
-    CheckpointFailed if the last checkpoint, which is what training is for, cannot be written, and FloatingPointError
-    where losses stay bad whatever is left out.
+    `start` times the phases before the first step; `notice` reports machines that will be preempted. Raises
+    CheckpointFailed if the final checkpoint, the result of training, cannot be written, and FloatingPointError if
+    losses stay bad after all allowed rollbacks.
     """
-    start = start or Start()
+    start = start or StartTimer()
     with worker.doing("reading a checkpoint"):
         restored = worker.checkpoints.restore(worker.state)
     start.reached("checkpoint")
     report = Report(worker, events, restored.tokens)
     report.restored(restored)
-    loop = Loop(worker, source, report, start, notice or NoNotice())
+    loop = Loop(worker, source, report, start, notice or NoPreemption())
     at = restored.steps
     while at < worker.job.config.steps:
         at = loop.advance(at)
     if not worker.state.guard.taken(at):
-        raise ValueError(f"none of the {at} batches had a token with a next one to learn: nothing was trained")
+        raise ValueError(f"nothing was trained: none of the {at} batches has a token with a target")
     with worker.doing("writing a checkpoint"):
         worker.checkpoints.wait()
         ended = worker.checkpoints.ended()
@@ -128,31 +128,34 @@ def run_training(
 
 
 class Loop:
-    """Steps one after another, with checkpoints on the way."""
+    """Runs training steps in order and saves checkpoints."""
 
-    def __init__(self, worker: Worker, source: BatchSource, report: Report, start: Start, notice: NoNotice) -> None:
+    def __init__(
+        self, worker: Worker, source: BatchSource, report: Report, start: StartTimer, notice: NoPreemption
+    ) -> None:
         self._worker, self._source, self._report, self._start, self._notice = worker, source, report, start, notice
-        self._saving = 0.0  # seconds that the last checkpoint took
-        self._leaving = False  # a machine is to be taken away, and it is time
+        self._save_seconds = 0.0  # duration of the last save
+        self._preempted = False  # a machine will be preempted soon: save now
         self._anticipation = Anticipation(worker, self._batch_of)
 
     def advance(self, first: int) -> int:
-        """Trains from step `first` on; where to go on: after the last step, or earlier if training has to go back."""
+        """Trains from step `first` to the last step. Returns the step to continue at, which is earlier after a
+        rollback."""
         worker, checkpoints, steps = self._worker, self._worker.checkpoints, self._worker.job.config.steps
         for step, batch, waited in self._batches(first, steps):
             worker.step = step
             if not self._attempt(step, batch, waited):
-                return self._go_back(step)
+                return self._roll_back(step)
             if step == first:
                 self._start.reached("first step")
                 self._report.started(self._start)
             done = step + 1
-            if self._leaving:
-                self._leave(done)
+            if self._preempted:
+                self._save_before_preemption(done)
             elif done == steps or done % worker.job.config.checkpoint_every == 0:
                 self._save(done)
             ended = checkpoints.ended()
-            self._saving = ended[-1].seconds if ended else self._saving
+            self._save_seconds = ended[-1].seconds if ended else self._save_seconds
             self._report.saved(ended)
             self._report.archived(checkpoints.archived())
         return steps
@@ -161,81 +164,81 @@ class Loop:
         with self._worker.doing("writing a checkpoint"):
             self._worker.checkpoints.save(self._worker.state, done, self._worker.tokens_before(done))
 
-    def _leave(self, done: int) -> None:
-        """Writes a last checkpoint before a machine is taken away, and waits for that: steps after it would be lost."""
+    def _save_before_preemption(self, done: int) -> None:
+        """Writes a checkpoint, then waits for the preemption, because any step after the checkpoint would be lost."""
         self._save(done)
-        with self._worker.doing("waiting for a machine to be taken away"):
+        with self._worker.doing("waiting for a machine to be preempted"):
             self._worker.checkpoints.wait()
-            self._report.note(f"a machine is to be taken away: checkpoint at step {done}", "warning")
+            self._report.note(f"a machine will be preempted: checkpoint at step {done}", "warning")
             self._notice.wait()
-        self._leaving = False
+        self._preempted = False
 
     def _attempt(self, step: int, batch: Batch, waited: float) -> bool:
-        """Trains on a batch, or skips it. False if the weights turn out to be bad."""
+        """Trains on a batch, or skips it. Returns False if the weights are bad and training must roll back."""
         worker, guard = self._worker, self._worker.state.guard
         if guard.skips(step):
             return True
         tokens = worker.tokens_before(step)
-        near = self._notice.is_near(self._saving)
-        measured = measure(worker, batch, tokens, self._anticipation.routes(step), near)
-        self._leaving = measured.flags > 0
+        due = self._notice.is_due(self._save_seconds)
+        measured = measure(worker, batch, tokens, self._anticipation.routes(step), due)
+        self._preempted = measured.flags > 0
         if not measured.count:
-            return self._leave_out(step)
-        verdict = guard.judge(step, measured.loss, measured.norm)
-        if verdict == "take":
-            figures, load_L = take(worker, batch, tokens, measured)
-            self._report.add(step + 1, worker.tokens_before(step + 1), figures, load_L, waited)
+            return self._skip_empty(step)
+        decision = guard.decide(step, measured.loss, measured.norm)
+        if decision == "take":
+            metrics, load_L = take(worker, batch, tokens, measured)
+            self._report.add(step + 1, worker.tokens_before(step + 1), metrics, load_L, waited)
             return True
         drop(worker)
-        if verdict == "skip":
-            self._write_down()
+        if decision == "skip":
+            self._write_record()
             self._report.skipped(guard.history)
-        return verdict == "skip"
+        return decision == "skip"
 
-    def _leave_out(self, step: int) -> bool:
-        """Goes on past a batch of which no token has a target: documents of one token, and padding."""
+    def _skip_empty(self, step: int) -> bool:
+        """Skips a batch without any target, which has only one-token documents and padding."""
         drop(self._worker)
-        self._worker.state.guard.leave_out(step)
-        self._write_down()
+        self._worker.state.guard.record_empty(step)
+        self._write_record()
         self._report.empty(step)
         return True
 
-    def _go_back(self, step: int) -> int:
-        """Loads the newest checkpoint from before the step that spoilt the weights; where that is."""
+    def _roll_back(self, step: int) -> int:
+        """Loads the newest checkpoint from before the step whose batch damaged the weights. Returns its step."""
         worker, guard = self._worker, self._worker.state.guard
-        guilty = guard.go_back()
-        self._write_down()
-        self._anticipation.forget()
-        with worker.doing("going back to a checkpoint"):
+        culprit = guard.roll_back()
+        self._write_record()
+        self._anticipation.clear()
+        with worker.doing("rolling back to a checkpoint"):
             worker.checkpoints.wait()
-            worker.checkpoints.discard_after(guilty)
+            worker.checkpoints.discard_after(culprit)
             restored = worker.checkpoints.restore(worker.state)
-        self._report.went_back(step, guilty, restored, guard.history)
+        self._report.rolled_back(step, culprit, restored, guard.history)
         if not restored.steps:
             raise FloatingPointError(
-                f"training has to go back to before step {guilty}, and there is no checkpoint: it begins anew. If it "
-                "comes here again, lower schedule.peak or clip"
+                f"training must roll back to before step {culprit}, and there is no checkpoint: it restarts from the "
+                "beginning. If this happens again, lower schedule.peak or clip"
             )
         return restored.steps
 
-    def _write_down(self) -> None:
+    def _write_record(self) -> None:
         if self._worker.mesh.rank == 0:
             self._worker.state.guard.write(Path(self._worker.job.folder))
 
-    def _ask(self, step: int) -> Any:
-        return self._source.ask(step, *self._worker.slots(step))
+    def _request(self, step: int) -> Any:
+        return self._source.request(step, *self._worker.slots(step))
 
     def _batch_of(self, step: int) -> Batch:
-        return self._source.answer(self._ask(step))
+        return self._source.receive(self._request(step))
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[int, Batch, float]]:
-        """(step, this rank's batch, seconds waited for it), with the next batches always asked for in advance."""
+        """(step, this rank's batch, seconds waited for it). The next `prefetch` batches are requested in advance."""
         prefetch = self._worker.job.config.prefetch
-        # Past the last step too: any step has a batch.
-        coming = deque(self._ask(step) for step in range(first, first + prefetch))
+        # Requests may pass the last step, because batches are defined for every step.
+        pending = deque(self._request(step) for step in range(first, first + prefetch))
         for step in range(first, last):
             began = time.monotonic()
-            batch = self._source.answer(coming.popleft())
+            batch = self._source.receive(pending.popleft())
             waited = time.monotonic() - began
-            coming.append(self._ask(step + prefetch))
+            pending.append(self._request(step + prefetch))
             yield step, batch, waited

@@ -1,6 +1,7 @@
-"""The ranks' arrangement: world = EDP x EP. EP groups are consecutive ranks, so that experts stay within a node.
+"""The rank layout: world = EDP x EP. EP groups are consecutive ranks, so that all-to-alls stay within a node if it has
+enough of them.
 
-Dense parameters are replicated over all ranks, an expert over the ranks of one EDP group.
+Dense parameters are replicated over all ranks; each expert is replicated over the ranks of one EDP group.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `ep_group` holds the ranks that share out the experts, `edp_group` those with the same.
+    """This rank's position and process groups.
 
-    `io_group`, over gloo, is for whatever happens beside training. All are None in a process that is alone. `clock`
-    runs while training stands in communication, on rank 0, which reports it.
+    ep_group: ranks that partition the experts. edp_group: ranks with the same experts. io_group: all ranks over gloo,
+    for work beside training, such as checkpoints. All groups are None in a process without other ranks. clock: measures
+    exposed communication on rank 0, which reports it.
     """
 
     rank: int
@@ -38,10 +40,10 @@ class Mesh:
 
     @classmethod
     def create(cls, ep: int, device: torch.device) -> Mesh:
-        """Builds the groups, all of them on all ranks, in one order. torch.distributed must be initialised.
+        """Creates all groups on all ranks, in one order. torch.distributed must be initialised.
 
-        Each group communicates once, here: NCCL sets a group up at its first collective, which would otherwise come
-        when memory is full, and at different times on different ranks.
+        Each group runs one collective here, because NCCL sets a group up at its first collective. Later, memory would
+        be full and the ranks would reach that collective at different times.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         check_layout(world, ep)
@@ -64,7 +66,7 @@ class Mesh:
 
     @staticmethod
     def shrink(world: int, device: torch.device) -> bool:
-        """Makes the first `world` ranks the whole process group. False on the others, which are then in none."""
+        """Makes the first `world` ranks the whole process group. Returns False on the other ranks, which leave it."""
         rank, backend = dist.get_rank(), dist.get_backend()
         address: list[Any] = [f"tcp://{os.environ['MASTER_ADDR']}:{free_port()}" if rank == 0 else None]
         dist.broadcast_object_list(address, 0, device=device)
@@ -75,11 +77,11 @@ class Mesh:
 
     @classmethod
     def alone(cls) -> Mesh:
-        """Of a process without others."""
+        """The mesh of a single process."""
         return cls(0, 1, 1, None, None)
 
     def from_first(self, read: Callable[[], T]) -> T:
-        """What rank 0 reads, on every rank; the others do not look."""
+        """Broadcasts the result of `read`, which only rank 0 calls."""
         if self.io_group is None:
             return read()
         found: list[Any] = [read() if self.rank == 0 else None]

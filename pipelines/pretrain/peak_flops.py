@@ -1,4 +1,4 @@
-"""What a device could do at most: what utilisation is a share of."""
+"""Peak FLOPS of a device, the denominator of MFU."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 
 import torch
 
-# Dense BF16 operations a second, as the makers state them; FP8 training is quoted against BF16 too, as DeepSeek does.
+# Dense BF16 FLOPS from the data sheets. MFU of FP8 training is relative to BF16 too, as DeepSeek reports it.
 _BF16 = {"A100": 312e12, "H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "B200": 2250e12}
-_SIZE = 768  # rows and columns of the product that measures an unknown device
+_SIZE = 768  # rows and columns of the matrices that measure an unknown device
 
 
 def peak_flops(device: torch.device) -> float:
-    """Operations a second: of a known GPU its data sheet's, else what a matrix product of FP32 reaches here and now."""
+    """FLOPS: of a known GPU from its data sheet, else as measured now with an FP32 matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, flops in _BF16.items():

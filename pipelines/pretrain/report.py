@@ -1,4 +1,4 @@
-"""What a training run says of itself: steps and saves as events, which the runner, MLflow and the page read."""
+"""Events of a training run: steps, saves and notes, for the runner, MLflow and the page."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from moray.pipelines.pretrain.resilience.guard import GuardRecord
 from moray.pipelines.pretrain.worker import Worker
 from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 
+_OLDER_WEIGHTS = "older weights route tokens for the next steps"
 REPORT_SECONDS = 1.0
-LOAD_ROWS = 200  # how often in a run each layer's expert load is reported: a heat map's width, whatever the model
+LOAD_ROWS = 200  # reports of each layer's expert load per run, which bounds the width of the heat map
 
 
-class Start:
-    """Times what a process does until its first step has ended; `phases`: seconds each, in order."""
+class StartTimer:
+    """Times the phases of a worker process up to the end of its first step. phases: seconds by name, in order."""
 
     def __init__(self) -> None:
         self._last = time.time()
         self.phases = {"process": self._last - psutil.Process().create_time()}
 
     def reached(self, phase: str) -> None:
-        """The phase of this name has ended."""
+        """Records that the phase of this name has ended."""
         now = time.time()
         self.phases[phase] = now - self._last
         self._last = now
 
 
 class Report:
-    """Turns steps into events, on rank 0: a loss for every step, progress and rates about once a second."""
+    """Writes events on rank 0: a loss for every step, progress and rates about once a second."""
 
     def __init__(self, worker: Worker, events: EventLog | None, tokens: int) -> None:
         self._worker = worker
@@ -53,18 +54,18 @@ class Report:
         self._failures = 0
         self._archive_failures = 0
 
-    def add(self, step: int, tokens: int, figures: dict[str, float], load_L: torch.Tensor, waited: float) -> None:
+    def add(self, step: int, tokens: int, metrics: dict[str, float], load_L: torch.Tensor, waited: float) -> None:
         if self._events is None:
             return
         self._waited += waited
-        figures = dict(figures)
-        self._metric("train_loss", figures.pop("train_loss"), step)
+        metrics = dict(metrics)
+        self._metric("train_loss", metrics.pop("train_loss"), step)
         now = time.monotonic()
         elapsed = now - self._last[0]
         if elapsed < REPORT_SECONDS and tokens < self._total:
             return
         rate = (tokens - self._last[1]) / elapsed
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._metric(name, value, step)
         self._metric("train_tokens", tokens, step)
         self._metric("train_tokens_per_second", rate, step)
@@ -78,13 +79,13 @@ class Report:
         self._last, self._waited = (now, tokens), 0.0
 
     def saved(self, ended: list[Saved]) -> None:
-        """How saves went; one that failed is a warning."""
+        """Reports saves that ended; a failed save is a warning."""
         for one in ended:
             if one.error:
                 self._failures += 1
                 self._metric("train_checkpoint_failures", self._failures, one.steps)
                 self.note(
-                    f"the checkpoint at step {one.steps} was not written ({one.error}); the one before it stays",
+                    f"the checkpoint at step {one.steps} was not written ({one.error}); the previous one is kept",
                     "warning",
                 )
             else:
@@ -93,51 +94,50 @@ class Report:
                 self._metric("train_checkpoint_bytes", one.bytes, one.steps)
 
     def archived(self, ended: list[Archived]) -> None:
-        """How this rank's copies to the archive went; one that failed is a warning."""
+        """Reports this rank's copies to the archive that ended; a failed copy is a warning."""
         for one in ended:
             self._archive_failures += bool(one.error)
             self._metric("train_archive_failures", self._archive_failures, one.steps)
             if one.error:
                 self.note(
-                    f"the checkpoint at step {one.steps} is not in the archive ({one.error}); it stays on disk and is "
-                    "tried again",
+                    f"the checkpoint at step {one.steps} was not archived ({one.error}); it stays on disk, and the "
+                    "copy is retried",
                     "warning",
                 )
 
     def restored(self, restored: Restored) -> None:
-        """Where training goes on and with how many ranks, and what was wrong on the way there."""
+        """Reports the checkpoint and the number of ranks that training resumes with, and warnings of the restore."""
         self._metric("train_workers", self._worker.mesh.world, restored.steps)
         for text in restored.warnings:
             self.note(text, "warning")
         if restored.steps:
-            whence = ", fetched from the archive" if restored.fetched else ""
-            self.note(
-                f"going on from the checkpoint at step {restored.steps}{whence}, with {self._worker.mesh.world} workers"
-            )
+            source = ", fetched from the archive" if restored.fetched else ""
+            workers = self._worker.mesh.world
+            self.note(f"resuming from the checkpoint at step {restored.steps}{source}, with {workers} workers")
 
-    def started(self, start: Start) -> None:
-        """What it took from the start of this process to the end of its first step."""
+    def started(self, start: StartTimer) -> None:
+        """Reports the time from the start of this process to the end of its first step, by phase."""
         for phase, seconds in start.phases.items():
             self._metric("train_start_seconds", seconds, phase=phase)
 
     def skipped(self, history: GuardRecord) -> None:
-        """The batch that was skipped last."""
-        trouble = history.skipped[-1]
-        self._metric("train_skipped_batches", len(history.skipped), trouble.step + 1)
-        further = "; tokens are routed by older weights for a while" if history.anticipated[1] > trouble.step else ""
-        self.note(f"the batch of step {trouble.step + 1} is skipped: {trouble.why}{further}", "warning")
+        """Reports the last skipped batch."""
+        batch = history.skipped[-1]
+        self._metric("train_skipped_batches", len(history.skipped), batch.step + 1)
+        routing = f"; {_OLDER_WEIGHTS}" if history.anticipated[1] > batch.step else ""
+        self.note(f"the batch of step {batch.step + 1} is skipped: {batch.why}{routing}", "warning")
 
     def empty(self, step: int) -> None:
-        """A batch that is left out because there is nothing to learn from it."""
-        self.note(f"the batch of step {step + 1} is left out: no token in it has a next one to learn")
+        """Reports a batch that is skipped because it has no target."""
+        self.note(f"the batch of step {step + 1} is skipped: none of its tokens has a target")
 
-    def went_back(self, step: int, guilty: int, to: Restored, history: GuardRecord) -> None:
-        """Training goes back from `step` to a checkpoint and leaves out the batch of `guilty`."""
-        self._metric("train_skipped_batches", len(history.skipped), guilty + 1)
+    def rolled_back(self, step: int, culprit: int, to: Restored, history: GuardRecord) -> None:
+        """Reports a rollback from `step` to a checkpoint, after which the batch of `culprit` is skipped."""
+        self._metric("train_skipped_batches", len(history.skipped), culprit + 1)
         self._metric("train_rollbacks", history.rollbacks, step + 1)
         self.note(
-            f"the weights are bad at step {step + 1}: back to step {to.steps}; the batch of step {guilty + 1} is "
-            "skipped, and tokens are routed by older weights for a while",
+            f"the weights are bad at step {step + 1}: training rolls back to step {to.steps} and skips the batch of "
+            f"step {culprit + 1}; {_OLDER_WEIGHTS}",
             "warning",
         )
         self._last = (time.monotonic(), to.tokens)
@@ -147,7 +147,7 @@ class Report:
             self._events.append(NoteEvent(step=self._step, level=level, text=text))
 
     def _use(self, rate: float, step: int) -> None:
-        """What the machine gives at so many tokens a second, and what it holds."""
+        """Reports utilization at `rate` tokens per second, and memory."""
         worker, world = self._worker, self._worker.mesh.world
         self._metric("train_tokens_per_second_per_worker", rate / world, step)
         for attention, causal in (("causal", True), ("whole", False)):
@@ -157,11 +157,11 @@ class Report:
         if biases:
             self._metric("train_bias_range", max(biases).item(), step)
         on_gpu = worker.device.type == "cuda"
-        held = torch.cuda.max_memory_allocated(worker.device) if on_gpu else psutil.Process().memory_info().rss
-        self._metric("train_memory_bytes", held, step)
+        used = torch.cuda.max_memory_allocated(worker.device) if on_gpu else psutil.Process().memory_info().rss
+        self._metric("train_memory_bytes", used, step)
 
     def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
-        """A figure for every MoE layer, but only so often in a run: a model may have sixty of them."""
+        """Reports the load of every MoE layer, LOAD_ROWS times per run, because a model may have 60 such layers."""
         row = tokens * LOAD_ROWS // self._total
         if row > self._load_row:
             for layer, load in zip(self._layers, load_L.tolist(), strict=True):

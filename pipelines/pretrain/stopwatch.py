@@ -1,4 +1,4 @@
-"""How long a rank stands in communication: the time that is exposed, because nothing else is done meanwhile."""
+"""Time of exposed communication: communication during which a rank computes nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class Stopwatch:
-    """Sums up the time spent in its blocks: the host's for work on the CPU, the stream's for work on a GPU.
+    """Sums the time spent in its `over` blocks: host time for CPU work, stream time for GPU work.
 
-    `on`: False where nobody will ask, so that nothing is kept for it.
+    on: False disables it, so that events do not pile up on ranks that report nothing.
     """
 
     def __init__(self, on: bool = True) -> None:

@@ -1,7 +1,7 @@
-"""One training step of one rank, in two halves: `measure` leaves weights as they are, `take` changes them.
+"""One training step of one rank, in two halves: `measure` computes loss and gradient, `take` updates the weights.
 
-Between the two, the loss and the gradient's norm are known, on all ranks the same: a batch that would harm is dropped.
-Losses are summed, not averaged, until the optimizer divides by the global number of tokens.
+After `measure`, all ranks know the same loss and gradient norm, so that all of them can drop a harmful batch. Losses
+are summed, not averaged; the optimizer divides by the global number of tokens.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from moray.pipelines.pretrain.worker import Worker
 
 _IGNORED = -100
 
-Routes = Sequence[Sequence[torch.Tensor]]  # of each micro-batch, of each router: the experts to go to
+Routes = Sequence[Sequence[torch.Tensor]]  # by micro-batch and router: the chosen experts
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the global batch: loss and multi-token prediction's, nats per token; balance per layer; the gradient's norm
-    before clipping. `flags`: how many ranks raised theirs. `count`: targets; without any, nothing is there to learn,
-    and all figures are 0."""
+    """Results of `measure` for the global batch.
+
+    loss, prediction: main and MTP loss, nats per token. balance: balance loss per layer. norm: gradient norm before
+    clipping. flags: number of ranks that set their flag. count: number of targets; if 0, all other values are 0.
+    """
 
     loss: float
     prediction: float
@@ -48,8 +50,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """[n, T] each. A target is the next token of the same document, else it is not counted. rows: int64, the places
-    with a token, where some are padding. `last` of its batch."""
+    """Part of a rank's batch; tensors [n, T]. Targets are the next tokens; -100, which has no loss, if the next token
+    belongs to another document or is padding.
+
+    last: whether it is the batch's last. rows: int64, flat positions of tokens; None if there is no padding.
+    """
 
     ids: torch.Tensor
     targets: torch.Tensor
@@ -59,9 +64,9 @@ class MicroBatch:
 
 
 def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Both halves, for a batch that comes after `tokens` tokens: figures, and each MoE layer's load (see `take`).
+    """Runs both halves for the batch after `tokens` tokens. Returns metrics and each MoE layer's load (see `take`).
 
-    Raises FloatingPointError, with the weights as they were, for a loss or gradient that is not finite.
+    Raises FloatingPointError, with unchanged weights, for a loss or gradient that is not finite.
     """
     measured = measure(worker, batch, tokens)
     if not measured.is_finite:
@@ -72,7 +77,8 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
 def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = None, flag: bool = False) -> Measured:
     """Loss and gradient of this rank's part of the global batch, summed over ranks; the gradient is clipped.
 
-    With `routes`, tokens go to these experts. `flag` is for whatever all ranks must hear of at the same step.
+    `routes` overrides the routers' choice of experts. `flag` signals a condition of this rank to all ranks at the same
+    step.
     """
     config = worker.job.config
     weight = prediction_weight(config.schedule, tokens, worker.total_tokens)
@@ -81,8 +87,8 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
     for terms, last in _losses(worker, batch, routes):
         loss = terms.main + weight * terms.mtp + config.balance_factor * terms.balance
         worker.optimizer.backward(loss, last)
-        if worker.later is not None:
-            worker.later.finish()
+        if worker.deferred is not None:
+            worker.deferred.finish()
         sums = (terms.main, terms.mtp, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
     _sum_over_ranks(worker, totals)
@@ -95,9 +101,9 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
 
 
 def take(worker: Worker, batch: Batch, tokens: int, measured: Measured) -> tuple[dict[str, float], torch.Tensor]:
-    """Updates weights, average and router biases; figures by metric name. A batch without a target changes no weight.
+    """Updates weights, EMA and router biases. A batch without targets changes no weight.
 
-    The tensor is each MoE layer's load: the pairs of its fullest expert over their mean, 1 for an even layer.
+    Returns metrics by name, and each MoE layer's load [L]: tokens of its fullest expert over the mean, 1 if even.
     """
     config = worker.job.config
     rate = learning_rate(config.schedule, tokens, worker.total_tokens)
@@ -109,38 +115,38 @@ def take(worker: Worker, batch: Batch, tokens: int, measured: Measured) -> tuple
         drop(worker)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
     balance = update_router_biases(worker.model, speed, partial(_sum_over_ranks, worker))
-    figures = {"train_loss": measured.loss}
+    metrics = {"train_loss": measured.loss}
     if worker.job.model.num_nextn_predict_layers:
-        figures["train_prediction_loss"] = measured.prediction
+        metrics["train_prediction_loss"] = measured.prediction
     if worker.job.model.moe_layers:
-        figures["train_balance_loss"] = measured.balance
-    figures |= {
+        metrics["train_balance_loss"] = measured.balance
+    metrics |= {
         "train_grad_norm": measured.norm,
         "train_learning_rate": rate,
         "train_bias_speed": speed,
         "train_max_violation": balance.max_vio_L.max().item() if len(balance.max_vio_L) else 0.0,
     }
-    return figures, balance.max_vio_L + 1
+    return metrics, balance.max_vio_L + 1
 
 
 def drop(worker: Worker) -> None:
-    """Forgets what was measured: no weight, average, bias or count is changed."""
+    """Discards the measured gradients and expert counts; weights, EMA and router biases stay unchanged."""
     worker.optimizer.skip()
     worker.model.reset_counters()
 
 
 def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tuple[TrainingLoss, bool]]:
-    """The loss of each micro-batch, or of every two, each computed in the other's waits; and whether it is the last."""
+    """(loss, whether it is the batch's last) of each micro-batch; of each pair of micro-batches if they overlap."""
     model, together = worker.model, 2 if worker.overlaps else 1
     batches = list(micro_batches(worker, batch))
     for first in range(0, len(batches), together):
-        turn = range(first, min(first + together, len(batches)))
+        group = range(first, min(first + together, len(batches)))
         works = [
             model.training_parts(one.ids, one.targets, one.documents, token_positions_R=one.rows, routes=given)
-            for one, given in ((batches[n], routes[n] if routes else None) for n in turn)
+            for one, given in ((batches[n], routes[n] if routes else None) for n in group)
         ]
         losses = interleave(works)
-        yield sum(losses[1:], losses[0]), batches[turn[-1]].last
+        yield sum(losses[1:], losses[0]), batches[group[-1]].last
 
 
 def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
@@ -159,7 +165,7 @@ def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
 
 
 def _rows(mask: npt.NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
-    """The places that hold a token; found on the host, where the batch comes from."""
+    """Flat positions of tokens, computed on the host, which holds the batch; None if there is no padding."""
     return None if mask.all() else torch.from_numpy(np.flatnonzero(mask)).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Ray Train's part of a run: it places the workers, starts them with the same `TrainingJob`, and starts them again."""
+"""Training under Ray Train, which places the workers, starts each with the same `TrainingJob`, and restarts them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import StepFailed
 
 _ABORT_SECONDS = 10.0
-# What Ray Train 2.60 starts for every run, and ours have no use for: an actor for Ray Data's data sets, and one that
-# frees the placement group of a dead controller, as the end of our driver does anyway. An actor is a process: on few
-# cores it takes seconds to start and, idle, a hundredth of one.
+# Ray Train 2.60 starts two actors per run that are not needed here: one for Ray Data's data sets, and one that frees
+# the placement group of a dead controller, which the end of our driver also does. An actor is a process. On few cores
+# it takes seconds to start and, when idle, a hundredth of a core.
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
 def fit(job: TrainingJob, tokens: str, storage: Path, topology: Topology) -> None:
-    """Runs the workers under Ray Train until the last step. Raises StepFailed with the reason a worker gave."""
+    """Runs the workers under Ray Train until the last step. Raises StepFailed with the failed worker's error."""
     import ray.train
 
     from moray.actors.data.data_worker import start_data_workers
@@ -38,7 +38,7 @@ def fit(job: TrainingJob, tokens: str, storage: Path, topology: Topology) -> Non
     except KeyboardInterrupt:
         trainer.abort()
         raise
-    except SystemExit as stop:  # how Ray Train's own handler ends, where a version of it sets that all the same
+    except SystemExit as stop:  # raised by Ray Train's own SIGINT handler, if a version of it sets that anyway
         raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
         raise StepFailed(f"training failed: {_reason(error)}") from error
@@ -48,7 +48,7 @@ def fit(job: TrainingJob, tokens: str, storage: Path, topology: Topology) -> Non
 
 
 def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
-    """A TorchTrainer for `loop.train` with these settings. The job's `device` says where workers run."""
+    """A TorchTrainer that runs `loop.train_steps` with these settings. `job.config` is resolved for its devices."""
     import ray
     import ray.train.torch
 
@@ -57,21 +57,21 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topo
     base: Any = ray.train.torch.TorchTrainer
 
     class Trainer(base):
-        # Not public: where Ray no longer asks for it, nothing is left out.
+        # Not public. If another version of Ray does not call this, the unused actors run as well.
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
 
-        # Not public either. Ray Train would put a handler of its own under SIGINT and leave it there: it swallows what
-        # ends a step that can never start, and Ctrl-C in the steps that follow.
+        # Not public either. Ray Train would install its own SIGINT handler and never remove it. That handler swallows
+        # the signal that ends a step that can never start, and Ctrl-C in later steps.
         def _register_sigint_handler(self, controller: Any) -> None:
             self._controller = controller
 
         def abort(self) -> None:
-            """Has the controller stop the workers, and ends it; nothing if it was not started."""
+            """Stops the workers and kills the controller. Does nothing if it was not started."""
             if (controller := getattr(self, "_controller", None)) is not None:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
-                ray.kill(controller)  # and with it what it waits for: it does not hear while it waits for room
+                ray.kill(controller)  # it does not answer calls while it waits for cluster capacity
 
     config, gpu = job.config, job.config.device == "gpu"
     cpus = cpu_share(config, topology.cpus)
@@ -95,7 +95,7 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topo
 
 
 def _reason(error: Exception) -> str:
-    """The last line that says something in Ray's chain of causes."""
+    """The last line that is not blank in Ray's chain of causes."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else error.__cause__ or error
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]

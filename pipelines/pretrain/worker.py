@@ -1,4 +1,4 @@
-"""One rank of training: what it holds, and how that is made. The same for any layout."""
+"""State of one training rank, and its construction for any layout."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class Worker:
     device: torch.device
     state: TrainingState
     checkpoints: Checkpoints
-    later: DeferredGradients | None = None  # of weights, for when others are waited for
-    step: int = 0  # the one at work
-    busy: str = ""  # with something long that is no step
+    deferred: DeferredGradients | None = None  # weight gradients, computed while the rank waits for communication
+    step: int = 0  # the current step
+    busy: str = ""  # a long operation outside of steps, such as saving
 
     @property
     def overlaps(self) -> bool:
-        """Whether micro-batches are computed in each other's waits."""
+        """Whether each of two micro-batches computes while the other communicates."""
         return overlaps(self.job, self.mesh)
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Says, while in the block, that this rank is busy and does not hang."""
-        self.busy = what
+    def doing(self, activity: str) -> Iterator[None]:
+        """Marks this rank as busy within the block, so that it does not count as hung."""
+        self.busy = activity
         try:
             yield
         finally:
@@ -77,23 +77,23 @@ class Worker:
         return self.plan.before(step) * self.job.sequence_length
 
     def slots(self, step: int) -> tuple[int, int]:
-        """The slots of a step's global batch that are this rank's."""
+        """This rank's slots [start, stop) of a step's global batch."""
         each = self.plan.size(step) // self.mesh.world
         return self.mesh.rank * each, (self.mesh.rank + 1) * each
 
 
 def overlaps(job: TrainingJob, mesh: Mesh) -> bool:
-    """Who has all experts never waits for rows."""
+    """Whether micro-batches overlap. With EP 1 there is no all-to-all to overlap with."""
     return job.config.overlap and mesh.ep > 1
 
 
 def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
-    """The rank's model, initialised independently of the layout, with its optimizer and checkpoints."""
+    """The rank's model, optimizer and checkpoints. Initial weights do not depend on the layout."""
     config, folder = job.config, Path(job.folder)
-    # ZeRO 2 sends gradients off as the backward makes them, so there none is put off.
-    later = DeferredGradients() if overlaps(job, mesh) and config.zero_stage < 2 else None
-    model = _model(job, mesh, device, later)
-    optimizer = sharded_optimizer(model, mesh, config, later)
+    # Not with ZeRO 2, which reduces gradients during the backward.
+    deferred = DeferredGradients() if overlaps(job, mesh) and config.zero_stage < 2 else None
+    model = _model(job, mesh, device, deferred)
+    optimizer = sharded_optimizer(model, mesh, config, deferred)
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
     guard = Guard(config.spikes, mesh.from_first(lambda: read_record(folder)))
     state = TrainingState(model, optimizer, ema, guard)
@@ -101,10 +101,10 @@ def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     if config.archive:
         archive = Archive(config.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
     keep = (config.keep_checkpoints, config.keep_checkpoint_hours)
-    return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), later)
+    return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), deferred)
 
 
-def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> Dispatcher:
+def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: DeferredGradients | None) -> Dispatcher:
     config, group, experts = job.config, mesh.ep_group, job.model.n_routed_experts
     if mesh.ep == 1:
         return LocalDispatcher()
@@ -112,13 +112,13 @@ def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, later: Defer
     if config.dispatch == "deepep":
         sequences = config.micro_batch_sequences or max(batch_plan(config, job.sequence_length).sizes) // mesh.world
         buffer = elastic_buffer(group, job.model, sequences * job.sequence_length, config.precision == "fp8")
-        return DeepEPDispatcher(group, experts, buffer, mesh.clock.over, later)
+        return DeepEPDispatcher(group, experts, buffer, mesh.clock.over, deferred)
     memory = connect(group) if config.shared_memory and device.type == "cpu" else None
-    return ProcessGroupDispatcher(group, experts, mesh.clock.over, later, memory)
+    return ProcessGroupDispatcher(group, experts, mesh.clock.over, deferred, memory)
 
 
-def _model(job: TrainingJob, mesh: Mesh, device: torch.device, later: DeferredGradients | None) -> DeepseekV3:
-    dispatcher = _dispatcher(job, mesh, device, later)
+def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: DeferredGradients | None) -> DeepseekV3:
+    dispatcher = _dispatcher(job, mesh, device, deferred)
     model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
     if job.initial is None:
         model.init_weights(job.config.seed)
@@ -132,5 +132,5 @@ def _model(job: TrainingJob, mesh: Mesh, device: torch.device, later: DeferredGr
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":
         model.train_in_fp8()
-    model.defer_gradients(later)
+    model.defer_gradients(deferred)
     return model

@@ -74,7 +74,7 @@ class Drill:
     def recovery(self, died: float) -> dict[str, float]:
         """Seconds from a death to the end of the first step after it, broken down."""
         events = [event for event in self.events() if event.time > died]
-        again = next(e.time for e in events if isinstance(e, NoteEvent) and "going on from the checkpoint" in e.text)
+        again = next(e.time for e in events if isinstance(e, NoteEvent) and "resuming from the checkpoint" in e.text)
         figures = [event for event in events if isinstance(event, MetricEvent) and event.time > again]
         first = next(event for event in figures if event.name == "train_loss")
         start = {
@@ -135,7 +135,7 @@ def test_what_dies_is_replaced_and_losses_are_the_same(
         died = time.time()
         strike(hosts, occupied(hosts)[-1])
         losses = drill.finish()
-        assert any("going on from the checkpoint at step" in text for text in drill.notes())
+        assert any("resuming from the checkpoint at step" in text for text in drill.notes())
     assert losses == undisturbed
     recovery = drill.recovery(died)
     with capsys.disabled():
@@ -183,7 +183,7 @@ def test_before_a_machine_is_taken_away_a_checkpoint_is_written(
         assert saved == [last], "no step is lost"
         drill.until(lambda: max(drill.losses()) > last, "steps on other machines")
         losses = drill.finish()
-        assert any(f"going on from the checkpoint at step {last}" in text for text in drill.notes())
+        assert any(f"resuming from the checkpoint at step {last}" in text for text in drill.notes())
     assert losses == undisturbed
 
 

@@ -225,10 +225,10 @@ def test_a_worker_killed_or_stopped_costs_no_bit_of_the_result(
     striker.join()
     assert struck, "no worker was struck"
     said = [e.text for e in read_events(result.folder) if isinstance(e, NoteEvent)]
-    assert any("going on from the checkpoint" in text for text in said)
+    assert any("resuming from the checkpoint" in text for text in said)
     if number == signal.SIGSTOP:
         named = re.compile(
-            r"rank [01] is silent for [4-9] s; rank [01] waiting in gloo:\w+ number \d+ of group .*, at step"
+            r"rank [01] has not reported for [4-9] s; rank [01] waiting in gloo:\w+ number \d+ of group .*, at step"
         )
         assert [text for text in said if named.match(text)], said
     assert weights_of(result.steps["export"].artifact.folder) == weights_of(flow.artifact("export").folder)

@@ -1,7 +1,7 @@
-"""AdamW on flat masters: with moments in FP32 by torch's own, or in FP8 by block (`kernels/adamw_fp8.py`).
+"""AdamW on flat master weights, with FP32 moments (torch's own) or block-scaled FP8 moments (`kernels/adamw_fp8.py`).
 
-Both are torch optimizers, so that whoever shards masters (DeepSpeed's ZeRO) can drive them. Their state is made before
-the first step, by `prepare`, once the masters are known: a checkpoint is loaded into it.
+Both are torch optimizers, so that DeepSpeed's ZeRO can drive them. `prepare` creates their state before the first step,
+once the master weights are known, so that a checkpoint can be loaded into it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moray.pipelines.pretrain.config import PretrainConfig
 
 @dataclass(frozen=True)
 class MasterState:
-    """MasterState of a flat master: `tensor` is live memory and has an entry for `per` of the master's elements."""
+    """One kind of state of a flat master. tensor: live memory, with one entry per `per` elements of the master."""
 
     kind: str
     tensor: torch.Tensor
@@ -27,21 +27,21 @@ class MasterState:
 
 
 class AdamW(Protocol):
-    """What the sharded optimizers need beside torch's `step` and `param_groups`."""
+    """Interface of AdamW for the sharded optimizers: torch's `step` and `param_groups`, and access to its state."""
 
     param_groups: list[dict[str, Any]]
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of every master that has a gradient, with its group's `lr` and `weight_decay`."""
+        """Updates every master that has a gradient, with its group's `lr` and `weight_decay`."""
 
     def prepare(self) -> None:
-        """Makes the state of the masters that the groups now have."""
+        """Creates the state of the groups' masters."""
 
     def states(self, master: torch.Tensor) -> Iterator[MasterState]:
-        """Everything held for a master."""
+        """All state of a master."""
 
     def set_steps(self, steps: int) -> None:
-        """Sets the count that the bias correction goes by, after a checkpoint was loaded."""
+        """Sets the step count of the bias correction, after a checkpoint was loaded."""
 
 
 class Fp32AdamW(torch.optim.AdamW):
@@ -65,7 +65,7 @@ class Fp32AdamW(torch.optim.AdamW):
 
 
 class Fp8AdamW(torch.optim.Optimizer):
-    """AdamW whose moments are FP8."""
+    """AdamW with FP8 moments."""
 
     def prepare(self) -> None:
         for master in _masters(self):

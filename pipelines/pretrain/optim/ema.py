@@ -1,7 +1,7 @@
 """An exponential moving average of the weights, kept on the CPU (DeepSeek-V3 §3.2.3).
 
-Every rank averages the masters that it owns, so the average costs four bytes a parameter over all ranks together. The
-half-life is in tokens: a change of the batch does not move it.
+Every rank averages the masters that it owns, so the average takes four bytes per parameter over all ranks together. The
+half-life is in tokens, so another batch size does not change it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KIND = "ema"
 
 
 class Ema:
-    """Begins as the weights are, and forgets half of what it is in every `half_life` tokens."""
+    """Starts as a copy of the weights; a weight of `half_life` tokens ago counts half."""
 
     def __init__(self, optimizer: ShardedOptimizer, half_life: int) -> None:
         owned = [fragment for fragment in optimizer.fragments(owned=True) if fragment.kind == "master"]
@@ -29,13 +29,13 @@ class Ema:
             for fragment, average in zip(owned, self._averages, strict=True)
         ]
         self._on_gpu = any(master.is_cuda for master in self._masters)
-        # On a GPU, masters are copied as the step's last work, and averaged by a thread beside the next step.
+        # On a GPU, the end of each step copies the masters, and a thread averages them during the next step.
         self._copies = [torch.empty_like(a, pin_memory=True) for a in self._averages] if self._on_gpu else []
         self._thread = ThreadPoolExecutor(1, "ema")
         self._running: Future[None] | None = None
 
     def update(self, tokens: int) -> None:
-        """Takes in the masters after a step of so many tokens."""
+        """Averages in the masters after a step of `tokens` tokens."""
         self._wait()
         weight = 1 - 0.5 ** (tokens / self._half_life)
         if not self._on_gpu:
@@ -45,14 +45,14 @@ class Ema:
             copy.copy_(master, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        self._running = self._thread.submit(self._take_in, copied, weight)
+        self._running = self._thread.submit(self._average, copied, weight)
 
     def fragments(self) -> Iterator[Fragment]:
-        """The averages of the masters that this rank owns; live memory, at rest until the next update."""
+        """The averages of the masters that this rank owns; live memory, unchanged until the next update."""
         self._wait()
         yield from self._fragments
 
-    def _take_in(self, copied: torch.cuda.Event, weight: float) -> None:
+    def _average(self, copied: torch.cuda.Event, weight: float) -> None:
         copied.synchronize()
         torch._foreach_lerp_(self._averages, self._copies, weight)
 

@@ -1,9 +1,9 @@
-"""Parameters in flat groups: where an optimizer's state of each logical tensor lies, whatever part of it a rank holds.
+"""Flat groups of parameters: the location of each logical tensor in an optimizer's flat, possibly partitioned state.
 
-A group's parameters follow one another in one flat buffer, with gaps, so that every parameter begins at a multiple of
-BLOCK and the whole divides into as many equal partitions of whole blocks as there are ranks that hold the same
-parameters. An FP8 moment's block, 128 consecutive numbers of the flat buffer, is then a block of one logical tensor,
-and no partition cuts it: a checkpoint does not depend on who held what.
+A group's parameters lie one after another in one flat buffer. Gaps align every parameter to a multiple of BLOCK, and
+make the buffer divisible into equal partitions of whole blocks, one per rank that holds the group. An FP8 moment's
+block, 128 consecutive elements of the flat buffer, therefore belongs to one logical tensor and to one partition. So a
+checkpoint does not depend on the partitioning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from moray.pipelines.pretrain.mesh import Mesh
 
 @dataclass(frozen=True)
 class PartitionPiece:
-    """Elements [offset, offset + numel) of the logical tensor `name`, which has `total`; at `at` of a partition."""
+    """Elements [offset, offset + numel) of the logical tensor `name`, which has `total` elements. at: their offset in
+    the partition."""
 
     name: str
     offset: int
@@ -32,7 +33,7 @@ class PartitionPiece:
 
 @dataclass(frozen=True)
 class Logical:
-    """A logical tensor of `numel` elements, from `start` of the flat buffer on."""
+    """A logical tensor of `numel` elements that starts at `start` of the flat buffer."""
 
     name: str
     start: int
@@ -41,10 +42,10 @@ class Logical:
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Parameters that are reduced together and have one weight decay.
+    """Parameters that are reduced together and share a weight decay.
 
-    `starts` has every parameter's place in the flat buffer of `numel` elements; `replicas` ranks hold the group, each
-    the whole of it or one of as many equal partitions.
+    starts: offset of each parameter in the flat buffer of `numel` elements. replicas: number of ranks that hold the
+    group, each the whole of it or one of `replicas` equal partitions.
     """
 
     name: str
@@ -63,13 +64,13 @@ class FlatGroup:
 
     @property
     def gaps(self) -> list[int]:
-        """Elements left free after each parameter."""
+        """Unused elements after each parameter."""
         ends = (*self.starts[1:], self.numel)
         pairs = zip(self.starts, self.parameters, ends, strict=True)
         return [end - start - parameter.numel() for start, parameter, end in pairs]
 
     def pieces(self, begin: int, end: int) -> Iterator[PartitionPiece]:
-        """What elements [begin, end) of the flat buffer hold."""
+        """The pieces of logical tensors in elements [begin, end) of the flat buffer."""
         for tensor in self.logical:
             first, last = max(begin, tensor.start), min(end, tensor.start + tensor.numel)
             if first < last:
@@ -77,7 +78,7 @@ class FlatGroup:
 
 
 def flat_groups(model: DeepseekV3, mesh: Mesh) -> list[FlatGroup]:
-    """The model's parameters: dense matrices, dense vectors, experts. Vectors (norms) have no weight decay."""
+    """The groups of the model's parameters: dense matrices, vectors, experts. Vectors (norms) have no weight decay."""
     tensors: dict[int, list[tuple[str, int]]] = {}
     owners: dict[int, torch.nn.Parameter] = {}
     for name, view, owner in model.logical_parameters():

@@ -1,9 +1,9 @@
-"""The ShardedOptimizer contract and its reference backend: plain all-reduce, AdamW in full on every rank.
+"""The ShardedOptimizer contract, and its reference backend: plain all-reduce, and the whole AdamW state on every rank.
 
-A training step calls, in this order: `backward` of each micro-batch's summed loss, `reduce`, `clip`, and `step` or
-`skip`. The loss is normalised here, by the number of tokens in the global batch, so gradients do not depend on the
-layout: an expert's gradient is summed over its EP group by the all-to-all's backward, and over EDP here; dense
-gradients are summed over all ranks. Checkpoints are written from `fragments()` alone, one format for every backend.
+A training step calls `backward` with each micro-batch's summed loss, then `reduce`, `clip`, and `step` or `skip`. The
+optimizer normalises by the number of tokens in the global batch, so gradients do not depend on the layout. An expert's
+gradient is summed over its EP group by the all-to-all's backward, and over EDP here; dense gradients are summed over
+all ranks. Checkpoints are written from `fragments()` alone, in one format for every backend.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from moray.pipelines.pretrain.validate import check_blocks
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [offset, offset + len(tensor)) of a logical tensor's state of one kind, flat; `tensor` is live memory.
+    """Elements [offset, offset + len(tensor)) of one kind of state of a logical tensor, flat. total: its elements.
 
-    `total`: elements of the whole.
+    tensor: a view of live memory.
     """
 
     kind: str
@@ -41,18 +41,18 @@ class Fragment:
 
 
 class ShardedOptimizer(Protocol):
-    """What the training loop and the checkpoint need of an optimizer."""
+    """Interface of an optimizer for the training loop and for checkpoints."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds a micro-batch's gradients; `last`: it is the step's last one."""
+        """Accumulates a micro-batch's gradients. last: it is the step's last micro-batch."""
 
     def reduce(self, tokens: torch.Tensor) -> None:
         """Sums gradients over ranks and divides by `tokens`, the global batch's token count (a 0-d tensor)."""
 
     def clip(self, largest: float) -> torch.Tensor:
-        """Has gradients scaled to a global norm of at most `largest`; returns the norm before, the same on all ranks.
+        """Scales gradients to a global norm of at most `largest`. Returns the norm before, the same on all ranks.
 
-        Not finite if a gradient is not; then no `step` may follow.
+        If a gradient is not finite, the norm is not, and `step` must not follow.
         """
 
     def step(self, learning_rate: float) -> None:
@@ -62,27 +62,29 @@ class ShardedOptimizer(Protocol):
         """Clears the gradients, in place of `step`."""
 
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:
-        """Everything a checkpoint must hold to go on, as far as this rank has it; `owned`: as far as it is to write it,
-        which is every element once over all ranks."""
+        """This rank's part of the state that a checkpoint must hold. owned: only the part that this rank writes; over
+        all ranks, that is every element exactly once."""
 
     def refresh_weights(self) -> None:
-        """Makes the model's weights agree with the masters, after fragments were loaded into."""
+        """Updates the model's weights from the masters, after a checkpoint was loaded into the fragments."""
 
     def set_steps(self, steps: int) -> None:
-        """Sets the count that Adam's bias correction goes by, after a checkpoint was loaded."""
+        """Sets the step count of Adam's bias correction, after a checkpoint was loaded."""
 
 
 def sharded_optimizer(
-    model: DeepseekV3, mesh: Mesh, config: PretrainConfig, later: DeferredGradients | None = None
+    model: DeepseekV3, mesh: Mesh, config: PretrainConfig, deferred: DeferredGradients | None = None
 ) -> ShardedOptimizer:
-    """The backend that `zero_stage` names; `later` has gradients that backwards put off. Raises ValueError for what it
-    cannot train (`validate.py` says it earlier)."""
+    """The backend for `zero_stage`. deferred: weight gradients that the backward defers.
+
+    Raises ValueError for a model that the backend cannot train (`validate.py` checks it earlier).
+    """
     if config.moments == "fp8":
         check_blocks(model.config)
     groups = flat_groups(model, mesh)
     if not config.zero_stage:
-        return PlainOptimizer(model, groups, mesh, config, later)
-    from moray.pipelines.pretrain.optim.zero import ZeroOptimizer  # it imports deepspeed, which takes seconds
+        return PlainOptimizer(model, groups, mesh, config, deferred)
+    from moray.pipelines.pretrain.optim.zero import ZeroOptimizer  # imports deepspeed, which takes seconds
 
     return ZeroOptimizer(groups, mesh, config)
 
@@ -90,7 +92,7 @@ def sharded_optimizer(
 def fragments_of(
     group: FlatGroup, begin: int, end: int, master: torch.Tensor, inner: AdamW, origin: int
 ) -> Iterator[Fragment]:
-    """The fragments of elements [begin, end) of a group; `master` and its state hold it from element `origin` on."""
+    """The fragments of elements [begin, end) of a group. `master` and its state start at element `origin`."""
     for piece in group.pieces(begin, end):
         for state in (MasterState("master", master.detach()), *inner.states(master)):
             first, numel = (begin - origin + piece.at) // state.per, -(-piece.numel // state.per)
@@ -100,9 +102,10 @@ def fragments_of(
 
 
 class PlainOptimizer:
-    """Every rank keeps the whole state of the parameters it holds. float32 or float64; the reference.
+    """The reference backend: every rank keeps the whole state of the parameters that it holds. float32 or float64.
 
-    The masters are the model's weights: a parameter is a view of its group's flat buffer, and so is its gradient.
+    The master weights are the model's weights: each parameter is a view of its group's flat buffer, and so is its
+    gradient.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class PlainOptimizer:
         groups: list[FlatGroup],
         mesh: Mesh,
         config: PretrainConfig,
-        later: DeferredGradients | None,
+        deferred: DeferredGradients | None,
     ) -> None:
         self._mesh = mesh
         self._groups = groups
@@ -120,7 +123,7 @@ class PlainOptimizer:
         pairs = zip(self._masters, decays, strict=True)
         self._inner = adamw([{"params": [master], "weight_decay": decay} for master, decay in pairs], config)
         self._inner.prepare()
-        self._reduction = Reduction(model, mesh, list(self._gradients()), later, config.overlap and mesh.world > 1)
+        self._reduction = Reduction(model, mesh, list(self._gradients()), deferred, config.overlap and mesh.world > 1)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self._reduction.begin(last)
@@ -178,7 +181,7 @@ class PlainOptimizer:
 
 
 def _flatten(group: FlatGroup) -> torch.nn.Parameter:
-    """The group's weights in one buffer, of which they become views, as their gradients do of its gradient."""
+    """Moves the group's weights and gradients into flat buffers, of which they become views."""
     first = group.parameters[0]
     flat = torch.nn.Parameter(torch.zeros(group.numel, dtype=first.dtype, device=first.device))
     flat.grad = torch.zeros_like(flat, requires_grad=False)

@@ -1,8 +1,8 @@
-"""Gradients summed over ranks, begun while the last backward of a step still computes those of earlier layers.
+"""Gradient all-reduce that overlaps with a step's last backward.
 
-The sums of a layer are begun when the backward has passed the layer before it, and not at once: so there is a layer's
-time for the gradients that were put off (`kernels/util/deferred.py`). That point is the same on all ranks, as the order
-of collectives must be.
+The all-reduce of a layer starts when the backward has passed the layer before it. This delay of one layer leaves time
+to compute deferred weight gradients (`kernels/util/deferred.py`). The point in time is the same on all ranks, because
+all ranks must issue collectives in the same order.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup
 
-_LEAST = 1 << 18  # numbers that are worth a collective of their own
+_MIN_ELEMENTS = 1 << 18  # smallest all-reduce that is started during the backward
 _END = -1  # after the backward
 
 
 class Reduction:
-    """Of the flat groups' gradients, in place."""
+    """Sums the flat groups' gradients over ranks, in place."""
 
     def __init__(
         self,
         model: DeepseekV3,
         mesh: Mesh,
         groups: Sequence[tuple[FlatGroup, torch.Tensor]],
-        later: DeferredGradients | None,
+        deferred: DeferredGradients | None,
         early: bool,
     ) -> None:
-        """Nothing is begun before `finish` unless `early`. `later`: the gradients that a backward puts off."""
-        self._clock, self._later = mesh.clock, later
+        """early: start all-reduces during the last backward, not only in `finish`. deferred: weight gradients that the
+        backward defers."""
+        self._clock, self._deferred = mesh.clock, deferred
         self._parts: dict[int, list[tuple[torch.Tensor, dist.ProcessGroup | None]]] = defaultdict(list)
         for group, gradient in groups:
             if group.replicas > 1:
@@ -43,49 +44,50 @@ class Reduction:
                     self._parts[number].append((gradient[begin:end], mesh.edp_group if group.expert else None))
         if early:
             model.milestones = Milestones(self._passed)
-        self._begun: list[dist.Work] = []
+        self._started: list[dist.Work] = []
         self._last = False
-        self._complete: tuple[int, int] | None = None  # the last milestone, and what was put off before it
+        self._complete: tuple[int, int] | None = None  # the last milestone, and the deferred gradients before it
 
     def begin(self, last: bool) -> None:
-        """A backward begins, the step's `last` one or another."""
+        """Must be called before each backward. last: it is the step's last one."""
         self._last = last
 
     def finish(self, device: torch.device) -> None:
-        """After the last backward: gradients are the sums when this returns."""
+        """Completes the all-reduce after the last backward."""
         if self._complete is not None:
-            self._sum_up(self._complete[0])
-        self._sum_up(_END)
+            self._start(self._complete[0])
+        self._start(_END)
         with self._clock.over(device):
-            for work in self._begun:
+            for work in self._started:
                 work.wait()
-        self._begun, self._last, self._complete = [], False, None
+        self._started, self._last, self._complete = [], False, None
 
     def _passed(self, number: int) -> None:
         if not self._last:
             return
         if self._complete is not None:
-            before, put_off = self._complete
-            if self._later is not None:
-                self._later.finish(put_off)
-            self._sum_up(before)
-        self._complete = (number, 0 if self._later is None else self._later.added)
+            before, added = self._complete
+            if self._deferred is not None:
+                self._deferred.finish(added)
+            self._start(before)
+        self._complete = (number, 0 if self._deferred is None else self._deferred.added)
 
-    def _sum_up(self, number: int) -> None:
+    def _start(self, number: int) -> None:
         for part, group in self._parts[number]:
             work = dist.all_reduce(part, group=group, async_op=True)
             assert work is not None
-            self._begun.append(work)
+            self._started.append(work)
 
 
 def _cuts(model: DeepseekV3, group: FlatGroup) -> Iterator[tuple[int, int, int]]:
-    """(milestone, begin, end): by which elements [begin, end) of the flat buffer are complete; last layers first."""
+    """(milestone, begin, end), last layers first: at the milestone, elements [begin, end) of the flat buffer are
+    complete."""
     milestones = [model.milestone_of(tensor.name) for tensor in group.logical]
-    assert milestones == sorted(milestones), "parameters come in the order of the forward"
+    assert milestones == sorted(milestones), "parameters are in the order of the forward"
     end = group.numel
     for number in sorted({*milestones} - {_END}, reverse=True):
         begin = group.logical[milestones.index(number)].start
-        if end - begin >= _LEAST:
+        if end - begin >= _MIN_ELEMENTS:
             yield number, begin, end
             end = begin
     if end:

@@ -1,19 +1,19 @@
 """DeepSpeed's ZeRO as a backend of the ShardedOptimizer contract. The only file that imports deepspeed.
 
-Stage 1 keeps masters and moments of a flat group partitioned over the ranks that hold the same parameters: dense ones
-over all ranks, experts over EDP. Stage 2 reduces gradients while the backward runs and keeps only the partition's.
+Stage 1 partitions masters and moments of a flat group over the ranks that hold the same parameters: dense parameters
+over all ranks, experts over EDP. Stage 2 also reduces gradients during the backward, and keeps only the partition's.
 
 Notable:
-- DeepSpeed's optimizer is driven without its engine. Experts are recognised by two attributes of their parameters; a
-  group of them without these would silently be averaged over all ranks, so the reduction groups are checked.
-- Gradients are summed, not averaged (`gradient_average=False`), and divided once, by the number of tokens, as if that
-  were a loss scale: a sum over ranks is the same whatever the layout.
-- DeepSpeed skips a step whose norm is not finite without a word. Here `clip` returns that norm, and `step` refuses.
-- float64 would silently get float32 masters: it is refused.
-- On CPUs, DeepSpeed compiles an operation that nothing here calls, for a minute, and needs a compiler for it: it is
-  switched off.
-- Fragments come from our own layout (`flat.py`), which is checked against DeepSpeed's; its own link between parameters
-  and optimizer state loses the state of all groups but one, and FP8 moments altogether.
+- DeepSpeed's optimizer runs without its engine. It recognises experts by two attributes of their parameters. Without
+  these it would silently average an expert group over all ranks, so the reduction groups are checked.
+- Gradients are summed, not averaged (`gradient_average=False`), and divided once by the number of tokens, which is
+  passed as the loss scale. A sum over ranks does not depend on the layout.
+- DeepSpeed silently skips a step whose norm is not finite. Here `clip` returns that norm, and `step` raises.
+- DeepSpeed would silently train float64 weights with float32 masters, so float64 is refused.
+- On CPUs, DeepSpeed would spend a minute compiling an operation that is not used here, and would require a compiler for
+  it. That is disabled.
+- Fragments come from our own layout (`flat.py`), which is checked against DeepSpeed's. DeepSpeed's own mapping from
+  parameters to optimizer state loses the state of all groups but one, and FP8 moments altogether.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from moray.pipelines.pretrain.optim.adamw import adamw, set_rate
 from moray.pipelines.pretrain.optim.flat import FlatGroup
 from moray.pipelines.pretrain.optim.optimizer import Fragment, fragments_of
 
-_BUCKET = 1 << 26  # elements that are reduced at a time
+_BUCKET = 1 << 26  # elements per reduction
 
 
 class ZeroOptimizer:
-    """Masters are FP32 partitions; the model's weights are float32 and gathered after each step."""
+    """Masters are FP32 partitions. The model's weights are float32 and are gathered after each step."""
 
     def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig) -> None:
         """Raises ValueError for weights that are not float32."""
         dtype = groups[0].parameters[0].dtype
         if dtype != torch.float32:
-            raise ValueError(f"ZeRO trains float32 weights, these are {dtype}: use zero_stage 0")
+            raise ValueError(f"ZeRO requires float32 weights, not {dtype}; set zero_stage to 0")
         self._groups = groups
         self._stage = config.zero_stage
         self._clock = mesh.clock
@@ -59,7 +59,7 @@ class ZeroOptimizer:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self._zero.set_gradient_accumulation_boundary(last)
         torch.autograd.backward(loss)
-        if self._stage == 2:  # hooks have sent the gradients on their way; they are added to the partition's
+        if self._stage == 2:  # completes the reductions that hooks started, and adds them to the partition's gradients
             self._zero.overlapping_partition_gradients_reduce_epilogue()
 
     def reduce(self, tokens: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ class ZeroOptimizer:
     def step(self, learning_rate: float) -> None:
         assert self._norm is not None, "clip comes before step"
         if not math.isfinite(self._norm):
-            raise FloatingPointError(f"the gradient's norm is {float(self._norm)}")
+            raise FloatingPointError(f"the gradient norm is {float(self._norm)}")
         set_rate(self._inner, learning_rate)
         self._zero.step()
         self._zero.zero_grad()
@@ -85,7 +85,7 @@ class ZeroOptimizer:
         weights_changed()
 
     def skip(self) -> None:
-        """As DeepSpeed does where it finds an overflow."""
+        """Clears gradients in the same way as DeepSpeed after an overflow."""
         zero = self._zero
         zero.micro_step_id = -1
         zero.zero_grad()
@@ -99,7 +99,7 @@ class ZeroOptimizer:
                 zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
         self._norm = None
 
-    def fragments(self, owned: bool = False) -> Iterator[Fragment]:  # a rank holds what it owns, and no more
+    def fragments(self, owned: bool = False) -> Iterator[Fragment]:  # a rank holds only the part that it owns
         for index, (group, master) in enumerate(zip(self._groups, self._masters(), strict=True)):
             begin = dist.get_rank(self._zero.real_dp_process_group[index]) * group.partition
             yield from fragments_of(group, begin, begin + group.partition, master, self._inner, begin)
@@ -116,7 +116,7 @@ class ZeroOptimizer:
         return masters
 
     def _torch_group(self, group: FlatGroup, config: PretrainConfig) -> dict[str, Any]:
-        """The group for torch, its gaps filled with parameters that never get a gradient."""
+        """The group as a torch parameter group. Parameters that never get a gradient fill its gaps."""
         parameters: list[torch.nn.Parameter] = []
         for parameter, gap in zip(group.parameters, group.gaps, strict=True):
             parameters.append(parameter)
@@ -132,7 +132,7 @@ class ZeroOptimizer:
         return {"params": parameters, "weight_decay": decay, "name": group.name, "moe": group.expert}
 
     def _check_layout(self) -> None:
-        """DeepSpeed's layout and groups are what this file assumes."""
+        """Asserts that DeepSpeed's layout and process groups are the expected ones."""
         for index, group in enumerate(self._groups):
             flat = self._zero.bit16_groups_flat[index]
             assert flat.numel() == group.numel, (group.name, flat.numel(), group.numel)

@@ -1,8 +1,8 @@
-"""Which collectives a rank issued, and whether all ranks issued them in one order.
+"""Traces of the collectives that ranks issue, and a check that all ranks issue them in one consistent order.
 
-Ranks that wait for each other in two collectives at once wait for ever. A trace of every rank shows whether that can
-happen, also where it happened not to: collectives of one group must be the same on all its ranks, and what the ranks
-say of the order of different groups' must not contradict itself.
+Ranks deadlock if they wait for each other in two collectives at once. The traces of all ranks show whether that is
+possible, even if it did not happen in this run: all ranks of a group must issue the same collectives, and the order of
+collectives of different groups must be free of cycles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SAME_SIZE = ("allreduce", "broadcast", "reduce_scatter", "allgather", "barrier"
 
 @dataclass(frozen=True)
 class Collective:
-    """`ranks` of its group; `elements` of this rank's input, 0 where ranks may differ in that."""
+    """One collective. ranks: of its group. elements: of this rank's input; 0 if ranks may differ in it."""
 
     operation: str
     ranks: tuple[int, ...]
@@ -30,7 +30,7 @@ class Collective:
 
 
 class CollectiveTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the collectives of this thread, and of the backwards it runs, while it is entered."""
+    """Context that records the collectives of this thread and of the backward passes that it starts."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -43,14 +43,14 @@ class CollectiveTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def check_order(traces: Sequence[Sequence[Collective]]) -> None:
-    """Raises ValueError if the ranks, of which `traces` has one each, could wait for each other for ever."""
+    """Raises ValueError if the ranks could deadlock. traces: one per rank."""
     issued: dict[tuple[int, ...], dict[int, list[Collective]]] = defaultdict(lambda: defaultdict(list))
     order = graphlib.TopologicalSorter[tuple[tuple[int, ...], int]]()
     for rank, trace in enumerate(traces):
         before = None
         for collective in trace:
             if rank not in collective.ranks:
-                raise ValueError(f"rank {rank} issued {collective}, whose group it is not in")
+                raise ValueError(f"rank {rank} issued {collective} but is not in its group")
             event = (collective.ranks, len(issued[collective.ranks][rank]))
             issued[collective.ranks][rank].append(collective)
             order.add(event, *([before] if before else []))
@@ -60,8 +60,8 @@ def check_order(traces: Sequence[Sequence[Collective]]) -> None:
     try:
         order.prepare()
     except graphlib.CycleError as error:
-        circle = " before ".join(f"number {number} of ranks {list(ranks)}" for ranks, number in error.args[1])
-        raise ValueError(f"collectives have no order: {circle}") from error
+        cycle = " before ".join(f"number {number} of ranks {list(ranks)}" for ranks, number in error.args[1])
+        raise ValueError(f"collectives have no consistent order: {cycle}") from error
 
 
 def _check_group(ranks: tuple[int, ...], by_rank: dict[int, list[Collective]]) -> None:

@@ -1,18 +1,18 @@
-"""Batches that would harm, and how training gets past them.
+"""Loss spikes and non-finite losses: detection and recovery.
 
-A loss that is not finite, or that lies far above the last ones (a spike), is seen before the weights change:
+A loss that is not finite, or that is far above recent losses (a spike), is detected before the weights change:
 
-1. the batch is skipped, and written down;
-2. if the next ones look as bad, it is the weights that are bad: training goes back to a checkpoint from before the last
-   step that was taken, and skips the batch of that step;
-3. where trouble returns, tokens are for a while routed as slightly older weights would have (`anticipation.py`).
+1. The batch is skipped and recorded.
+2. If the following batches are bad too, the weights are: training rolls back to a checkpoint from before the last step
+   that was taken, and skips the batch of that step.
+3. If spikes return, tokens are routed by slightly older weights for a number of steps (`routing_replay.py`).
 
-Every decision is a function of losses and norms that all ranks share, and so is the same on all of them.
+Every decision is a function of losses and norms that are equal on all ranks, so all ranks decide the same.
 
-"Far above": more than `sigmas` deviations above the median of the last 16 losses. The deviation is that of losses from
-step to step over `window` steps, which a falling curve does not enlarge: 1.4826 times the median size of the
-differences, over the square root of two. It is at least 1 % of the loss and, for losses below one nat, a tenth of what
-they lack to it: the losses of a memorised text jitter by many times their size, which does no harm.
+"Far above" means more than `sigmas` deviations above the median of the last 16 losses. The deviation is 1.4826 times
+the median absolute difference between consecutive losses of the last `window` steps, divided by the square root of two;
+a falling curve does not enlarge it. It is at least 1 % of the loss. For losses below one nat it is also at least a
+tenth of their distance to one nat, because the losses of a memorised text harmlessly vary by many times their size.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from moray.pipelines.pretrain.config import Spikes
 from moray.platform.core.atomic import write_text
 
 RECORD = "troubles.json"
-_FEWEST = 16  # losses from which a spike can be told
-_PATIENCE = 2  # batches in a row that are skipped before the weights are held to be bad
-_MOST = 3  # times that a run goes back
-_LEAST_DEVIATION = 0.01  # of the loss
-_KNOWN_DEVIATION = 0.1  # of what a loss lacks to one nat
+_MIN_LOSSES = 16  # recent losses that are required to detect a spike
+_MAX_SKIPS_IN_A_ROW = 2  # after more bad batches in a row, the weights count as bad
+_MAX_ROLLBACKS = 3
+_MIN_DEVIATION = 0.01  # of the loss
+_MIN_DEVIATION_BELOW_ONE = 0.1  # of a loss's distance to one nat
 
-Verdict = Literal["take", "skip", "back"]
+GuardDecision = Literal["take", "skip", "back"]
 
 
-class Trouble(BaseModel):
-    """A batch that is not trained on: the step it was to be in, and what was seen of it, or after it."""
+class SkippedBatch(BaseModel):
+    """A batch that is not trained on: its step, and the reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,86 +47,89 @@ class Trouble(BaseModel):
 
 
 class GuardRecord(BaseModel):
-    """`troubles.json`, beside the checkpoints: it outlives a roll-back. `anticipated`: the steps [first, last) that are
-    routed by older weights. A step in `empty` is no trouble."""
+    """Contents of `troubles.json`, which lies beside the checkpoints and therefore survives a rollback.
 
-    skipped: list[Trouble] = []
-    empty: list[int] = []  # steps whose batches had nothing to learn
+    anticipated: steps [first, last) are routed by older weights. empty: steps whose batches had no target; they do not
+    count as spikes.
+    """
+
+    skipped: list[SkippedBatch] = []
+    empty: list[int] = []
     rollbacks: int = 0
     anticipated: tuple[int, int] = (0, 0)
 
 
 def read_record(folder: Path) -> GuardRecord:
-    """What is written down in the folder of a run."""
+    """The record in the folder of a run; empty if there is none."""
     path = folder / RECORD
     return GuardRecord.model_validate_json(path.read_text()) if path.exists() else GuardRecord()
 
 
 class Guard:
-    """Judges every step. `history` is what is written down.
+    """Decides about every step. `history` is the record on disk.
 
-    `losses`, float64 [window], are those of the last steps taken; NaN where there were none yet.
+    losses: float64 [window], losses of the last steps that were taken; NaN in places not yet filled.
     """
 
     def __init__(self, config: Spikes, history: GuardRecord) -> None:
         self.config = config
         self.history = history
         self.losses = torch.full((config.window,), math.nan, dtype=torch.float64)
-        self._bad: list[int] = []  # the last steps, all of which were bad
+        self._bad: list[int] = []  # the current run of consecutive bad steps
 
     def write(self, folder: Path) -> None:
         write_text(folder / RECORD, self.history.model_dump_json(indent=1) + "\n")
 
-    def judge(self, step: int, loss: float, norm: float) -> Verdict:
-        """What to do with a step of which this was measured. Skipping is written into the record."""
-        why = self._complaint(loss, norm)
+    def decide(self, step: int, loss: float, norm: float) -> GuardDecision:
+        """Decides about a step with this loss and gradient norm. Adds a skipped batch to `history`."""
+        why = self._problem(loss, norm)
         if not why:
             self._bad.clear()
             self.losses[:-1] = self.losses[1:].clone()
             self.losses[-1] = loss
             return "take"
         self._bad.append(step)
-        if len(self._bad) > _PATIENCE:
+        if len(self._bad) > _MAX_SKIPS_IN_A_ROW:
             return "back"
-        if any(0 < step - trouble.step <= self.config.window for trouble in self.history.skipped):
+        if any(0 < step - batch.step <= self.config.window for batch in self.history.skipped):
             self._anticipate(step, step)
-        self.history.skipped.append(Trouble(step=step, why=why))
+        self.history.skipped.append(SkippedBatch(step=step, why=why))
         return "skip"
 
-    def leave_out(self, step: int) -> None:
-        """Writes down a step whose batch changes no weight, though nothing is wrong with it."""
+    def record_empty(self, step: int) -> None:
+        """Records a step whose batch has no target and therefore changes no weight."""
         if step not in self.history.empty:
             self.history.empty.append(step)
 
-    def go_back(self) -> int:
-        """The step whose batch spoilt the weights, which is from now on skipped; those after it are not.
+    def roll_back(self) -> int:
+        """Finds the step whose batch damaged the weights, and skips it from now on instead of the batches after it.
 
-        Raises FloatingPointError if training has gone back too often.
+        Returns that step. Raises FloatingPointError after too many rollbacks.
         """
         first, last = self._bad[0], self._bad[-1]
-        guilty = max(0, first - 1)
-        while guilty and self.skips(guilty):
-            guilty -= 1
+        culprit = max(0, first - 1)
+        while culprit and self.skips(culprit):
+            culprit -= 1
         record = self.history
-        if record.rollbacks >= _MOST:
+        if record.rollbacks >= _MAX_ROLLBACKS:
             raise FloatingPointError(
-                f"the loss at step {last} is bad after going back {record.rollbacks} times; lower schedule.peak or clip"
+                f"the loss at step {last} is bad after {record.rollbacks} rollbacks; lower schedule.peak or clip"
             )
         bad = set(self._bad)
-        record.skipped = [trouble for trouble in record.skipped if trouble.step not in bad]
-        record.skipped.append(Trouble(step=guilty, why=f"after it, {len(bad)} batches in a row were bad"))
+        record.skipped = [batch for batch in record.skipped if batch.step not in bad]
+        record.skipped.append(SkippedBatch(step=culprit, why=f"{len(bad)} batches in a row after it were bad"))
         record.rollbacks += 1
-        self._anticipate(guilty, last)
+        self._anticipate(culprit, last)
         self._bad.clear()
-        return guilty
+        return culprit
 
     def skips(self, step: int) -> bool:
-        return any(trouble.step == step for trouble in self.history.skipped)
+        return any(batch.step == step for batch in self.history.skipped)
 
     def taken(self, steps: int) -> int:
-        """How many of the first so many steps changed the weights."""
-        left_out = {trouble.step for trouble in self.history.skipped} | set(self.history.empty)
-        return steps - sum(step < steps for step in left_out)
+        """How many of the first `steps` steps changed the weights."""
+        not_taken = {batch.step for batch in self.history.skipped} | set(self.history.empty)
+        return steps - sum(step < steps for step in not_taken)
 
     def anticipates(self, step: int) -> bool:
         """Whether a step is routed by older weights."""
@@ -136,16 +139,16 @@ class Guard:
     def _anticipate(self, first: int, last: int) -> None:
         self.history.anticipated = (first, last + self.config.anticipate_steps)
 
-    def _complaint(self, loss: float, norm: float) -> str:
-        """What is wrong with a step, or ""."""
+    def _problem(self, loss: float, norm: float) -> str:
+        """Description of a bad step, "" for a good one."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"the loss is {loss}, the gradient's norm {norm}"
+            return f"the loss is {loss}, the gradient norm {norm}"
         known = self.losses[~self.losses.isnan()]
-        if self.config.sigmas is None or len(known) < _FEWEST:
+        if self.config.sigmas is None or len(known) < _MIN_LOSSES:
             return ""
-        median = known[-_FEWEST:].median().item()
+        median = known[-_MIN_LOSSES:].median().item()
         noise = 1.4826 * known.diff().abs().median().item() / math.sqrt(2)
-        deviation = max(noise, _LEAST_DEVIATION * abs(median), _KNOWN_DEVIATION * (1.0 - median))
+        deviation = max(noise, _MIN_DEVIATION * abs(median), _MIN_DEVIATION_BELOW_ONE * (1.0 - median))
         if loss <= median + self.config.sigmas * deviation:
             return ""
         return f"the loss is {loss:.3f}, {(loss - median) / deviation:.0f} deviations above {median:.3f}"

@@ -1,46 +1,47 @@
-"""Notice that a machine is to be taken away (a spot instance, a drained node), as Ray Train passes it on to workers."""
+"""Preemption notices (of a spot instance or a drained node), as Ray Train reports them to its workers."""
 
 from __future__ import annotations
 
 import time
 
-_LEAST = 5.0  # seconds to spare
-_UNKNOWN = 30.0  # seconds that a checkpoint is given where none was written yet
-_AFTER = 150.0  # seconds after which a machine that was not taken away is used again
+_MARGIN = 5.0  # seconds to spare before the deadline
+_DEFAULT_SAVE = 30.0  # seconds assumed for a save if none has ended yet
+_GRACE = 150.0  # seconds after the deadline until a machine that was not preempted is used again
 
 
-class NoNotice:
-    """Of machines that stay."""
+class NoPreemption:
+    """Reports no preemption: for machines that are not preempted, and the base of PreemptionNotice."""
 
-    def is_near(self, saving: float) -> bool:
-        """Whether it is time to write a last checkpoint, which takes so many seconds (0: not known)."""
+    def is_due(self, save_seconds: float) -> bool:
+        """Whether it is time to write a last checkpoint. save_seconds: duration of a save; 0 if unknown."""
         return False
 
     def wait(self) -> None:
-        """Until the machine is taken away, which ends this process; returns only if that does not come."""
+        """Waits for the preemption, which ends this process. Returns only if the machine is not preempted."""
 
 
-class Notice(NoNotice):
-    """Of the machines of this Ray Train run."""
+class PreemptionNotice(NoPreemption):
+    """Preemption of the machines of this Ray Train run."""
 
     def __init__(self) -> None:
-        self._ignored = 0.0  # a deadline that passed without anything happening
-        self._seen = 0.0  # when the first notice came
+        self._ignored = 0.0  # a deadline that passed without a preemption
+        self._seen = 0.0  # when the first notice arrived
 
-    def is_near(self, saving: float) -> bool:
+    def is_due(self, save_seconds: float) -> bool:
         deadline = self._deadline()
         if deadline is None or deadline <= self._ignored:
             return False
-        return deadline - time.time() < _LEAST + 2 * (saving or _UNKNOWN)
+        return deadline - time.time() < _MARGIN + 2 * (save_seconds or _DEFAULT_SAVE)
 
     def wait(self) -> None:
-        while (deadline := self._deadline()) is not None and time.time() < deadline + _AFTER:
+        while (deadline := self._deadline()) is not None and time.time() < deadline + _GRACE:
             time.sleep(0.5)
         self._ignored = deadline or 0.0
 
     def _deadline(self) -> float | None:
-        """Seconds since the epoch; when the notice came, where Ray was not told more; None without a notice."""
-        # `ray.train.get_preemption_info` is a collective of all workers through an actor: too dear for every step.
+        """Deadline in seconds since the epoch. If Ray has none, the time at which the notice arrived; None without a
+        notice."""
+        # `ray.train.get_preemption_info` is a collective of all workers through an actor, too slow for every step.
         from ray.train.v2._internal.execution.context import get_train_context
 
         info = get_train_context().preemption_context.preemption_info

@@ -1,6 +1,7 @@
-"""Anticipatory routing (DeepSeek-V4, arXiv 2606.19348, 4.2.3): for a while after trouble, a step's tokens go to the
-experts that weights of some steps before would have chosen. An outlier then cannot move the routing that it is itself
-routed by. It costs a forward pass a step.
+"""Anticipatory routing (DeepSeek-V4, arXiv 2606.19348, 4.2.3), used for a number of steps after loss spikes.
+
+A step's tokens are routed to the experts that the weights of a few steps earlier choose. So an outlier cannot influence
+the routing that is applied to it. It costs one forward pass per step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moray.pipelines.pretrain.worker import Worker
 
 
 class Anticipation:
-    """The routes of the steps to come, chosen by the weights that there were `lag` steps before each."""
+    """Routes of the next steps, each chosen by the weights of `anticipate_lag` steps earlier."""
 
     def __init__(self, worker: Worker, batch_of: Callable[[int], Batch]) -> None:
         self._worker = worker
@@ -24,19 +25,19 @@ class Anticipation:
         self._routes: dict[int, list[list[torch.Tensor]]] = {}
 
     def routes(self, step: int) -> Routes | None:
-        """The routes of a step that is about to be measured; None if it routes by itself. All ranks must ask."""
+        """The routes of the next step to be measured; None if it uses its own routing. All ranks must call this."""
         guard, job = self._worker.state.guard, self._worker.job
         if not guard.anticipates(step):
             self._routes.clear()
             return None
-        for coming in range(step, min(step + guard.config.anticipate_lag + 1, job.config.steps)):
-            if coming not in self._routes and guard.anticipates(coming) and not guard.skips(coming):
-                self._routes[coming] = [
+        for upcoming in range(step, min(step + guard.config.anticipate_lag + 1, job.config.steps)):
+            if upcoming not in self._routes and guard.anticipates(upcoming) and not guard.skips(upcoming):
+                self._routes[upcoming] = [
                     choose_experts(self._worker.model, part.ids, part.targets, part.documents, part.rows)
-                    for part in micro_batches(self._worker, self._batch_of(coming))
+                    for part in micro_batches(self._worker, self._batch_of(upcoming))
                 ]
         return self._routes.pop(step)
 
-    def forget(self) -> None:
-        """What was chosen by weights that are no more."""
+    def clear(self) -> None:
+        """Discards all routes, because a rollback replaced the weights that chose them."""
         self._routes.clear()

@@ -179,11 +179,11 @@ def test_recompute_changes_nothing_and_counts_nothing_twice(ranks: RankPool) -> 
 def test_a_gradient_that_is_not_finite_stops_the_step(ranks: RankPool, stage: int) -> None:
     """DeepSpeed would leave the step out and go on without a word."""
     for said, unchanged in ranks.run(2, failing_step, {"expert_parallel": 2, "zero_stage": stage}):
-        assert "the gradient's norm" in said
+        assert "the gradient norm" in said
         assert unchanged
 
 
 def test_zero_refuses_float64(ranks: RankPool) -> None:
     """DeepSpeed would make float32 masters of it."""
     said = ranks.run(1, refused, {"precision": "float64", "zero_stage": 1})
-    assert "ZeRO trains float32 weights" in said[0]
+    assert "ZeRO requires float32 weights" in said[0]

@@ -46,7 +46,7 @@ MODEL = dataclasses.replace(
 
 @dataclass
 class Trace:
-    """A rank's view of some steps: figures of each, gradients after each reduction, and what it holds at the end."""
+    """A rank's view of some steps: metrics of each, gradients after each reduction, and what it holds at the end."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -128,9 +128,9 @@ def train(count: int, settings: dict[str, Any]) -> Trace:
 
     if not settings.get("zero_stage"):
         worker.optimizer.reduce = record  # type: ignore[method-assign]
-    for figures in steps(worker, 0, count):
-        trace.losses.append(figures["train_loss"])
-        trace.norms.append(figures["train_grad_norm"])
+    for metrics in steps(worker, 0, count):
+        trace.losses.append(metrics["train_loss"])
+        trace.norms.append(metrics["train_grad_norm"])
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
     trace.state = held(worker)
     return trace
@@ -186,7 +186,7 @@ def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
     trace.state = held(worker)
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
     worker.checkpoints.save(worker.state, count, worker.tokens_before(count))
-    trace.losses = [figures["train_loss"] for figures in steps(worker, count, count + 3)]
+    trace.losses = [metrics["train_loss"] for metrics in steps(worker, count, count + 3)]
     worker.checkpoints.wait()
     assert [saved.error for saved in worker.checkpoints.ended()] == [""]
     return trace
@@ -219,7 +219,7 @@ def resume(folder: str, count: int, settings: dict[str, Any]) -> list[float]:
     """The losses of three steps after the newest checkpoint, which is at `count` steps."""
     worker = toy_worker(folder, **settings)
     assert worker.checkpoints.restore(worker.state).steps == count
-    return [figures["train_loss"] for figures in steps(worker, count, count + 3)]
+    return [metrics["train_loss"] for metrics in steps(worker, count, count + 3)]
 
 
 def collectives(settings: dict[str, Any]) -> list[Collective]:

@@ -59,7 +59,7 @@ def test_a_missing_collective_a_foreign_one_and_another_size_are_found() -> None
         check_order([[sums, sums], [sums]])
     with pytest.raises(ValueError, match="of 8 elements on rank 0, allreduce of 9 on rank 1"):
         check_order([[sums], [Collective("allreduce", (0, 1), 9)]])
-    with pytest.raises(ValueError, match="whose group it is not in"):
+    with pytest.raises(ValueError, match="is not in its group"):
         check_order([[], [], [sums]])
 
 

@@ -1,4 +1,4 @@
-"""Batches that would harm are left out, bad weights are gone back from, and losses end where they would have."""
+"""Harmful batches are skipped, bad weights are rolled back, and losses end as in an undisturbed run."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ SETTINGS |= {"schedule": {"peak": 1e-2, "final": 1e-3, "bias_speed": 1e-2}}
 
 
 class Source:
-    """Batches at once; some of them spoilt, and weights spoilt as a batch is taken."""
+    """Batches without delay; `spoil` may damage some of them."""
 
     def __init__(self, spoil: Callable[[int, Batch], Batch] = lambda step, batch: batch) -> None:
         self._spoil = spoil
 
-    def ask(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
+    def request(self, step: int, start: int, stop: int) -> tuple[int, int, int]:
         return step, start, stop
 
-    def answer(self, asked: tuple[int, int, int]) -> Batch:
-        step, start, stop = asked
+    def receive(self, handle: tuple[int, int, int]) -> Batch:
+        step, start, stop = handle
         whole = self._spoil(step, noisy_batch(step))
         return Batch(whole.ids[start:stop], whole.documents[start:stop], whole.mask[start:stop])
 
@@ -62,7 +62,7 @@ def outlier(batch: Batch) -> Batch:
 
 
 def trained(folder: Path, source: Source, worker: Worker | None = None) -> tuple[list[float], list[NoteEvent], Worker]:
-    """(loss by step, the last time that each was done; what was said; the worker)."""
+    """(last loss of each step; notes; the worker)."""
     torch.set_num_threads(1)
     worker = worker or lone_worker(str(folder / "run"), **SETTINGS)
     with closing(EventLog(folder / "events", "test")) as events:
@@ -87,7 +87,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 @torch.no_grad()
 def heldout(worker: Worker) -> float:
-    """The mean loss of 64 batches that nobody trained on."""
+    """The mean loss of 64 batches that are not in the training data."""
     losses = []
     for step in range(64):
         part = next(micro_batches(worker, noisy_batch(100_000 + step)))
@@ -100,7 +100,7 @@ def heldout(worker: Worker) -> float:
 def test_an_outlier_is_skipped_in_its_own_step(tmp_path: Path, clean: float) -> None:
     source = Source(lambda step, batch: outlier(batch) if step == 60 else batch)
     losses, notes, worker = trained(tmp_path, source)
-    assert [trouble.step for trouble in worker.state.guard.history.skipped] == [60]
+    assert [batch.step for batch in worker.state.guard.history.skipped] == [60]
     assert [math.isnan(loss) for loss in losses].count(True) == 1
     assert "the batch of step 61 is skipped: the loss is" in notes[0].text
     assert notes[0].level == "warning"
@@ -108,29 +108,29 @@ def test_an_outlier_is_skipped_in_its_own_step(tmp_path: Path, clean: float) -> 
     assert heldout(worker) < 1.005 * clean
 
 
-def judged(losses: list[float]) -> list[int]:
-    """The steps that are skipped or gone back from."""
+def bad_steps(losses: list[float]) -> list[int]:
+    """The steps that are skipped or rolled back."""
     guard = Guard(Spikes(), GuardRecord())
-    return [step for step, loss in enumerate(losses) if guard.judge(step, loss, 1.0) != "take"]
+    return [step for step, loss in enumerate(losses) if guard.decide(step, loss, 1.0) != "take"]
 
 
 @given(st.integers(0, 1000))
-def test_the_jitter_of_a_memorised_text_is_no_spike(seed: int) -> None:
+def test_the_jitter_of_a_memorised_text_is_not_a_spike(seed: int) -> None:
     """Losses that fall towards zero, and now and then are ten or twenty times as large for a step."""
     generator = np.random.default_rng(seed)
     level = 0.5 * np.exp(-np.arange(400) / 80) + 1e-4
     jitter = np.exp(generator.standard_t(3, 400).clip(-4, 4) * 0.8)
-    assert judged(np.minimum(level * jitter, 0.75).tolist()) == []
+    assert bad_steps(np.minimum(level * jitter, 0.75).tolist()) == []
 
 
 @pytest.mark.parametrize(("level", "spike"), [(2.0, 2.2), (1.0, 1.1), (0.7, 1.0), (0.05, 0.9), (8.0, 8.8)])
-def test_what_lies_far_above_is_a_spike_at_any_level(level: float, spike: float) -> None:
+def test_a_loss_far_above_is_a_spike_at_any_level(level: float, spike: float) -> None:
     steady = (level + 0.002 * np.sin(np.arange(40.0))).tolist()
-    assert judged([*steady, spike, *steady]) == [40]
+    assert bad_steps([*steady, spike, *steady]) == [40]
 
 
-def test_a_batch_without_a_target_is_left_out(tmp_path: Path) -> None:
-    """Documents of one token, and padding: nothing to divide by or to learn. Training goes on, also if resumed."""
+def test_a_batch_without_a_target_is_skipped(tmp_path: Path) -> None:
+    """Documents of one token, and padding, have no targets. Training continues, also after a resume."""
     length = global_batch(0).ids.shape[1]
 
     def spoilt(step: int, batch: Batch) -> Batch:
@@ -151,12 +151,12 @@ def test_a_batch_without_a_target_is_left_out(tmp_path: Path) -> None:
     assert all(np.array_equal(held(again)[key], expected[key]) for key in expected)
 
 
-def test_an_empty_batch_is_no_trouble_that_returns() -> None:
+def test_an_empty_batch_does_not_count_as_a_spike() -> None:
     guard = Guard(Spikes(), GuardRecord())
     for step in range(40):
-        guard.judge(step, 2.0 + 0.01 * (step % 2), 1.0)
-    guard.leave_out(40)
-    assert guard.judge(41, 9.0, 1.0) == "skip"
+        guard.decide(step, 2.0 + 0.01 * (step % 2), 1.0)
+    guard.record_empty(40)
+    assert guard.decide(41, 9.0, 1.0) == "skip"
     assert not guard.anticipates(42)
     assert guard.taken(42) == 40
 
@@ -172,7 +172,7 @@ def test_a_spike_that_returns_turns_on_routing_by_older_weights(tmp_path: Path, 
     source = Source(lambda step, batch: outlier(batch) if step in (50, 60) else batch)
     _, notes, worker = trained(tmp_path, source)
     history = worker.state.guard.history
-    assert [trouble.step for trouble in history.skipped] == [50, 60]
+    assert [batch.step for batch in history.skipped] == [50, 60]
     assert history.anticipated == (60, 160)
     assert "older weights" not in notes[0].text
     assert "older weights" in notes[1].text
@@ -180,7 +180,7 @@ def test_a_spike_that_returns_turns_on_routing_by_older_weights(tmp_path: Path, 
 
 
 @pytest.mark.heavy
-def test_weights_gone_bad_are_gone_back_from(tmp_path: Path, clean: float) -> None:
+def test_bad_weights_are_rolled_back(tmp_path: Path, clean: float) -> None:
     """A batch whose own loss is inconspicuous, but whose update spoils the weights."""
     worker = lone_worker(str(tmp_path / "run"), **SETTINGS)
     step_of, taken = worker.optimizer.step, [0]
@@ -196,9 +196,9 @@ def test_weights_gone_bad_are_gone_back_from(tmp_path: Path, clean: float) -> No
     worker.optimizer.step = spoiling  # type: ignore[method-assign]
     _, notes, _ = trained(tmp_path, Source(), worker)
     history = worker.state.guard.history
-    assert [trouble.step for trouble in history.skipped] == [56], "the step after which losses were bad"
+    assert [batch.step for batch in history.skipped] == [56], "the step after which losses were bad"
     assert history.rollbacks == 1
-    assert [note.text for note in notes if "back to step 40" in note.text]
+    assert [note.text for note in notes if "rolls back to step 40" in note.text]
     assert heldout(worker) < 1.005 * clean
 
 
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_is_skipped_at_once(tmp_path: Path) -> None:
         lambda module, grads, _: (grads[0] * math.inf, *grads[1:])
     )
     measured = measure(worker, global_batch(0), 0)
-    assert worker.state.guard.judge(0, measured.loss, measured.norm) == "skip"
+    assert worker.state.guard.decide(0, measured.loss, measured.norm) == "skip"
     drop(worker)
     hook.remove()
     after = held(worker)
@@ -221,19 +221,19 @@ def test_a_loss_that_is_not_finite_is_skipped_at_once(tmp_path: Path) -> None:
     assert all(np.array_equal(after[key], expected[key]) for key in after), "nothing of the skipped batch is left"
 
 
-def test_what_is_bad_from_the_beginning_begins_anew_and_then_gives_up(tmp_path: Path) -> None:
+def test_a_run_that_is_bad_from_the_start_restarts_and_then_gives_up(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path / "run"), **SETTINGS)
     with torch.no_grad():
         worker.model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"begins anew.*lower schedule\.peak or clip"):
+    with pytest.raises(FloatingPointError, match=r"restarts from the beginning.*lower schedule\.peak or clip"):
         trained(tmp_path, Source(), worker)
     assert read_record(tmp_path / "run").rollbacks == 1
     guard = Guard(Spikes(), GuardRecord(rollbacks=3))
     for step in range(3):
-        verdict = guard.judge(step, math.nan, 1.0)
-    assert verdict == "back"
-    with pytest.raises(FloatingPointError, match="after going back 3 times"):
-        guard.go_back()
+        decision = guard.decide(step, math.nan, 1.0)
+    assert decision == "back"
+    with pytest.raises(FloatingPointError, match="after 3 rollbacks"):
+        guard.roll_back()
 
 
 @pytest.mark.evidence
@@ -289,26 +289,26 @@ def test_routing_by_given_choices_changes_routing_only(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(1.9, 2.1), min_size=64, max_size=64), st.floats(0, 0.3), st.integers(0, 2**31))
-def test_noise_and_trends_are_no_spikes(noise: list[float], fall: float, seed: int) -> None:
+def test_noise_and_trends_are_not_spikes(noise: list[float], fall: float, seed: int) -> None:
     guard = Guard(Spikes(), GuardRecord())
     for step, value in enumerate(noise):
-        assert guard.judge(step, value + fall * (64 - step) / 8, 1.0) == "take"
-    assert guard.judge(64, 100.0, 1.0) == "skip"
-    assert guard.judge(65, 2.0, 1.0) == "take"
+        assert guard.decide(step, value + fall * (64 - step) / 8, 1.0) == "take"
+    assert guard.decide(64, 100.0, 1.0) == "skip"
+    assert guard.decide(65, 2.0, 1.0) == "take"
 
 
-def test_without_sigmas_only_what_is_not_finite_counts() -> None:
+def test_without_sigmas_only_non_finite_losses_count() -> None:
     guard = Guard(Spikes(sigmas=None), GuardRecord())
     for step in range(64):
-        guard.judge(step, 2.0, 1.0)
-    assert guard.judge(64, 1e9, 1.0) == "take"
-    assert guard.judge(65, math.inf, 1.0) == "skip"
+        guard.decide(step, 2.0, 1.0)
+    assert guard.decide(64, 1e9, 1.0) == "take"
+    assert guard.decide(65, math.inf, 1.0) == "skip"
 
 
 def test_the_record_lies_beside_the_checkpoints(tmp_path: Path) -> None:
     assert read_record(tmp_path) == GuardRecord()
     guard = Guard(Spikes(), GuardRecord())
-    guard.judge(3, math.nan, 1.0)
+    guard.decide(3, math.nan, 1.0)
     guard.write(tmp_path)
     assert (tmp_path / RECORD).exists()
     assert read_record(tmp_path) == guard.history
