@@ -111,7 +111,7 @@ class PretrainConfig(StepConfig):
     )
     spikes: Spikes = Spikes()
     ema_half_life_tokens: int | None = Field(
-        None, gt=0, description="keep an exponential moving average (EMA) of the weights on the CPU, with this half-life"
+        None, gt=0, description="half-life of an exponential moving average (EMA) of the weights, kept on the CPU"
     )
     seed: int = Field(1, ge=0)
 
@@ -122,7 +122,7 @@ class PretrainConfig(StepConfig):
     workers: int = operational(
         2, gt=0, description="number of training workers (ranks); if not given and there are GPUs: one per GPU"
     )
-    expert_parallel: int = operational(2, gt=0, description="expert-parallel size: workers that share one set of experts")
+    expert_parallel: int = operational(2, gt=0, description="expert parallelism: workers that share one set of experts")
     micro_batch_sequences: int | None = operational(
         None, gt=0, description="sequences per micro-batch on each rank (default: the rank's whole batch)"
     )

@@ -90,7 +90,7 @@ def _check_deepep(config: PretrainConfig, gpus: int) -> None:
     instead = "set pretrain.dispatch to collectives"
     if config.device == "cpu":
         raise InputError(
-            f"pretrain.dispatch: deepep requires a GPU for each of the {config.workers} workers; the cluster has {gpus}",
+            f"pretrain.dispatch: deepep requires a GPU for each of {config.workers} workers; the cluster has {gpus}",
             instead,
         )
     if importlib.util.find_spec("deep_ep") is None:
@@ -203,7 +203,7 @@ def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) 
     """Raises ValueError for an invalid combination of optimizer settings."""
     if offload and not zero_stage:
         raise ValueError(
-            "offload: true requires zero_stage 1 or 2, because at 0 the weights themselves are the master weights"
+            "offload: true requires zero_stage 1 or 2, because at 0 the weights are the master weights"
         )
     if precision == "float64" and (zero_stage or moments == "fp8"):
         raise ValueError(

@@ -65,7 +65,7 @@ def test_of_ranks_that_all_wait_the_one_behind_is_named() -> None:
 
 @given(st.integers(2, 16), st.booleans(), st.randoms(use_true_random=False))
 def test_equal_ranks_are_never_reported_as_hung(world: int, recorded: bool, random: Any) -> None:
-    """Whichever reported first: with NCCL the recorder of gloo holds the few collectives before training, on every rank."""
+    """In any order: with NCCL, gloo's recorder holds the few collectives before training, on every rank."""
     ranks = list(range(world))
     random.shuffle(ranks)
     beats = {rank: Beat(41, 3, EXCHANGE if recorded else None) for rank in ranks}

@@ -94,5 +94,5 @@ def test_a_kill_at_any_instant_of_a_save_loses_nothing_that_was_saved(tmp_path: 
             known.append(next(expected))
         assert found == known[at]
         unfinished += bool(list((tmp_path / "run" / "checkpoints").glob(".step-*")))
-    assert checkpoint_files.whole(tmp_path / "run" / "checkpoints")[-1] >= last >= kills
+    assert checkpoint_files.complete_steps(tmp_path / "run" / "checkpoints")[-1] >= last >= kills
     assert unfinished > kills // 4, "too few of the kills were within a save"

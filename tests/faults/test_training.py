@@ -66,7 +66,7 @@ class Drill:
     def finish(self) -> dict[int, float]:
         """Waits for the end; the losses."""
         assert self._driver.wait(SECONDS) == 0, f"the driver failed: see {self.hosts.folder.parent}"
-        assert checkpoint_files.whole(self.folder / "run" / "checkpoints")[-1] == STEPS
+        assert checkpoint_files.complete_steps(self.folder / "run" / "checkpoints")[-1] == STEPS
         losses = self.losses()
         assert sorted(losses) == list(range(1, STEPS + 1))
         return losses
@@ -177,7 +177,7 @@ def test_before_a_machine_is_taken_away_a_checkpoint_is_written(
         drill.until_step(70)
         notice.give(occupied(hosts)[-1], seconds=15)
         drill.until(lambda: any("is to be taken away" in text for text in drill.notes()), "a last checkpoint")
-        saved = checkpoint_files.whole(tmp_path / "run" / "checkpoints")
+        saved = checkpoint_files.complete_steps(tmp_path / "run" / "checkpoints")
         assert len(saved) == 1
         last = max(drill.losses())
         assert saved == [last], "no step is lost"

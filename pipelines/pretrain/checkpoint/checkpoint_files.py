@@ -1,13 +1,13 @@
-"""Checkpoints as folders: which are whole, whether they are what was written, which may go.
+"""Checkpoint folders on disk: listing, commit, verification and retention.
 
-    step-00000400/          whole: it was renamed when every rank was done
+    step-00000400/          complete: renamed when every rank was done
         __0_0.distcp ...    the tensors, by rank
-        .metadata           what lies where; torch's
-        checksums.json      size and SHA-256 of every other file; the last to be written
-    .step-00000450/         in the making, or left by somebody who was killed
-    damaged-step-00000350/  not what its checksums say; set aside when it was to be read
+        .metadata           torch's index of the tensors
+        checksums.json      size and SHA-256 of every other file; written last
+    .step-00000450/         being written, or left by a killed process
+    damaged-step-00000350/  failed verification when it was read, and was set aside
 
-No torch and no ranks in here.
+This module uses neither torch nor ranks.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ CHECKSUMS = "checksums.json"
 
 
 class Checksums(BaseModel):
-    """`checksums.json`."""
+    """Contents of `checksums.json`."""
 
     model_config = ConfigDict(frozen=True)
 
     files: list[FileEntry]
 
 
-def whole(folder: Path) -> list[int]:
-    """The steps of all whole checkpoints, ascending."""
+def complete_steps(folder: Path) -> list[int]:
+    """The steps of all complete checkpoints, ascending."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
@@ -49,54 +49,54 @@ def unfinished_path(folder: Path, steps: int) -> Path:
 
 
 def prepare(folder: Path, steps: int) -> None:
-    """Makes room for a checkpoint; what others left unfinished goes."""
+    """Creates the folder of an unfinished checkpoint, and removes other unfinished ones."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     unfinished_path(folder, steps).mkdir(parents=True)
 
 
 def list_hashed_files(folder: Path, patterns: Iterable[str]) -> list[FileEntry]:
-    """The files of a folder that match, with their checksums."""
+    """The files of a folder that match a pattern, with their checksums."""
     found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return [FileEntry(path=path.name, size=path.stat().st_size, sha256=hash_file(path)) for path in found]
 
 
 def commit(folder: Path, steps: int, files: Sequence[FileEntry]) -> None:
-    """Makes the unfinished checkpoint a whole one: in one step, and so that a power cut does not undo it."""
+    """Makes the unfinished checkpoint a complete one, atomically and durably (it survives a power cut)."""
     listing = Checksums(files=list(files)).model_dump_json(indent=1) + "\n"
     write_text(unfinished_path(folder, steps) / CHECKSUMS, listing)
     publish(folder, steps)
 
 
 def publish(folder: Path, steps: int) -> None:
-    """Gives a checkpoint its name, all of whose files are there."""
+    """Renames an unfinished checkpoint, which has all its files, to its final name."""
     unfinished, final = unfinished_path(folder, steps), path_of(folder, steps)
     _sync(unfinished)
     unfinished.rename(final)
     _sync(folder)
 
 
-def damage(folder: Path, steps: int, share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with a whole checkpoint, or "". Of n readers, (k, n) looks at every n-th file from k on."""
+def find_damage(folder: Path, steps: int, share: tuple[int, int] = (0, 1)) -> str:
+    """Description of damage to a complete checkpoint, or "". share: (k, n) checks every n-th file, starting with k."""
     path = path_of(folder, steps)
     try:
         files = Checksums.model_validate_json((path / CHECKSUMS).read_text()).files
     except (OSError, ValidationError) as error:
-        return f"{CHECKSUMS} cannot be read: {type(error).__name__}"
+        return f"cannot read {CHECKSUMS}: {type(error).__name__}"
     for entry in files[share[0] :: share[1]]:
         try:
             size = (path / entry.path).stat().st_size
             if size != entry.size:
-                return f"{entry.path} has {size} bytes, {entry.size} were written"
+                return f"{entry.path} has {size} bytes instead of {entry.size}"
             if hash_file(path / entry.path) != entry.sha256:
-                return f"{entry.path} is not what was written (SHA-256)"
+                return f"the SHA-256 of {entry.path} does not match {CHECKSUMS}"
         except OSError as error:
-            return f"{entry.path} cannot be read: {error.strerror}"
+            return f"cannot read {entry.path}: {error.strerror}"
     return ""
 
 
 def set_aside(folder: Path, steps: int) -> None:
-    """Takes a damaged checkpoint out of the way; it is kept, for whoever wants to know."""
+    """Renames a damaged or discarded checkpoint, so that it is no longer used but can be inspected."""
     path = path_of(folder, steps)
     aside = folder / f"damaged-{path.name}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -104,11 +104,11 @@ def set_aside(folder: Path, steps: int) -> None:
 
 
 def outdated(folder: Path, keep: int, hours: float | None, now: float | None = None) -> list[int]:
-    """Whole checkpoints that retention does not want: all but the newest `keep`, and what is older than `hours`.
+    """Complete checkpoints that retention removes: all but the newest `keep`, and those older than `hours`.
 
-    Never the newest.
+    The newest is always kept.
     """
-    steps = whole(folder)
+    steps = complete_steps(folder)
     limit = None if hours is None else (time.time() if now is None else now) - hours * 3600
     old = steps[:-keep]
     if limit is not None:
@@ -117,7 +117,7 @@ def outdated(folder: Path, keep: int, hours: float | None, now: float | None = N
 
 
 def remove_checkpoint(folder: Path, steps: int) -> None:
-    """Removes a whole checkpoint; one that is half gone is not taken for whole."""
+    """Removes a complete checkpoint. It is renamed first, so that a partly removed one does not count as complete."""
     leaving = folder / f".leaving-{path_of(folder, steps).name}"
     with contextlib.suppress(FileNotFoundError):
         path_of(folder, steps).rename(leaving)

@@ -1,9 +1,9 @@
-"""Checkpoints by torch.distributed.checkpoint, in logical tensors: one key per parameter and one per expert.
+"""Checkpoints by torch.distributed.checkpoint, as logical tensors: one key per parameter, and one per expert.
 
-What a checkpoint holds does not depend on how many ranks wrote it: a rank asks for the keys it holds, whoever wrote
-them. Training stands still only while every rank copies what it owns; a thread writes the copy, over a process group of
-its own, hashes it, and one rank gives the folder its name when all are done (`checkpoint_files.py`). A save that fails
-is reported and training goes on: the checkpoint before it is still there.
+The keys of a checkpoint do not depend on the layout that wrote it; each rank loads the keys that it holds. Training
+pauses only while every rank copies its own part. A thread then writes and hashes the copy, with a process group of its
+own, and rank 0 renames the folder when all ranks are done (`checkpoint_files.py`). A failed save is reported; training
+continues, and the previous checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.platform.core.errors import InputError
 
-# The schedule position: steps taken, tokens seen. The data cursor is the step; nothing here draws random numbers
-# after initialisation, so there is no generator state to keep.
+# The position in training: steps and tokens. The step is also the data cursor. Training draws no random numbers after
+# initialisation, so there is no generator state to store.
 POSITION = "position"
-_TOGETHER = 1 << 28  # bytes that are read at once
+_READ_BYTES = 1 << 28  # read at once
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went: training stood still for `stalled` seconds, and it was on disk `seconds` after it began.
+    """The result of a save.
 
-    `error` says why it is not there, "" if it is. `bytes` are those of all ranks.
+    stalled: seconds that training paused. seconds: from the start of the save until it was on disk. bytes: of all
+    ranks. error: reason of a failure, "" on success.
     """
 
     steps: int
@@ -54,7 +55,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Restored:
-    """Where training goes on, and what is to be said about it."""
+    """The position that training resumes from, and warnings."""
 
     steps: int
     tokens: int
@@ -63,11 +64,11 @@ class Restored:
 
 
 class CheckpointFailed(Exception):
-    """A checkpoint was not written, or cannot be read. The message has the first rank's reason."""
+    """A checkpoint could not be written or read. The message is the error of the first rank that failed."""
 
 
 class Checkpoints:
-    """The checkpoints of one run under `folder`. All ranks call the same methods in the same order."""
+    """The checkpoints of one run under `folder`. All ranks must call the same methods in the same order."""
 
     def __init__(
         self,
@@ -81,39 +82,39 @@ class Checkpoints:
         self._mesh = mesh
         self._keep, self._hours = keep, keep_hours
         self._archive = archive
-        self._copies: dict[str, torch.Tensor] = {}
-        self._writing: _Writing | None = None
+        self._copies: dict[str, torch.Tensor] = {}  # host buffers by key, reused by the next save
+        self._writing: _PendingSave | None = None
         self._ended: list[Saved] = []
 
     def save(self, state: TrainingState, steps: int, tokens: int) -> None:
-        """Begins to write the checkpoint after `steps` steps, once the one before is written."""
+        """Starts to write the checkpoint after `steps` steps. Waits for the previous save first."""
         began = time.monotonic()
         self.wait()
-        copy = self._copy(state, steps, tokens)
+        copy = self._copy_owned(state, steps, tokens)
         stalled = time.monotonic() - began
-        self._writing = _Writing(lambda: self._write(copy, steps), steps, began, stalled)
+        self._writing = _PendingSave(lambda: self._write(copy, steps), steps, began, stalled)
 
     def wait(self) -> None:
-        """Until nothing is being written any more."""
+        """Waits for the pending save, if there is one."""
         if self._writing:
             self._ended.append(self._writing.result())
             self._writing = None
 
     def ended(self) -> list[Saved]:
-        """The saves that ended since the last call, in their order."""
+        """The saves that ended since the last call, in order."""
         if self._writing and self._writing.is_over:
             self.wait()
         ended, self._ended = self._ended, []
         return ended
 
     def discard_after(self, steps: int) -> None:
-        """Sets aside every checkpoint of more than `steps` steps: nobody goes on from these, nor from the archive's."""
-        later = self._together(lambda: [at for at in checkpoint_files.whole(self._folder) if at > steps])[0]
+        """Sets aside every checkpoint of more than `steps` steps, also in the archive, so that none is resumed from."""
+        later = self._on_all(lambda: [at for at in checkpoint_files.complete_steps(self._folder) if at > steps])[0]
         for at in later:
-            self._together(self._first_only(partial(checkpoint_files.set_aside, self._folder, at)))
+            self._on_all(self._rank_0_only(partial(checkpoint_files.set_aside, self._folder, at)))
         if self._archive:
             self._archive.wait()
-            self._together(partial(self._archive.forget_after, steps))
+            self._on_all(partial(self._archive.discard_after, steps))
 
     def archived(self, last: bool = False) -> list[Archived]:
         """The copies to the archive that ended since the last call; with `last`, waits for all of them."""
@@ -124,39 +125,39 @@ class Checkpoints:
         return self._archive.ended()
 
     def restore(self, state: TrainingState) -> Restored:
-        """Loads the newest checkpoint that is what was written; steps and tokens are 0 if there is none."""
-        said: list[str] = []
-        refused: set[int] = set()
-        while (found := self._newest(refused, said)) is not None:
-            newest, is_here = found
-            if not is_here:
+        """Loads the newest undamaged checkpoint. steps and tokens of the result are 0 if there is none."""
+        notes: list[str] = []
+        damaged: set[int] = set()  # in the archive
+        while (found := self._newest(damaged, notes)) is not None:
+            newest, on_disk = found
+            if not on_disk:
                 self._fetch(newest)
-            damage = self._damage(newest)
+            damage = self._find_damage(newest)
             if not damage:
                 steps, tokens = self._load(state, newest)
-                return Restored(steps, tokens, tuple(said), fetched=not is_here)
-            if not is_here:
-                refused.add(newest)
-            where = "" if is_here else ", as it is in the archive,"
-            said.append(f"the checkpoint at step {newest}{where} is damaged, the one before it is used: {damage}")
-            self._together(self._first_only(partial(checkpoint_files.set_aside, self._folder, newest)))
-        return Restored(0, 0, tuple(said))
+                return Restored(steps, tokens, tuple(notes), fetched=not on_disk)
+            if not on_disk:
+                damaged.add(newest)
+            where = "" if on_disk else " in the archive"
+            notes.append(f"the checkpoint at step {newest}{where} is damaged and is not used: {damage}")
+            self._on_all(self._rank_0_only(partial(checkpoint_files.set_aside, self._folder, newest)))
+        return Restored(0, 0, tuple(notes))
 
-    def _copy(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
-        """What this rank is to write, in memory of its own."""
+    def _copy_owned(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Copies of the tensors that this rank writes, by key."""
         copy: dict[str, torch.Tensor] = {}
         for fragment in state.fragments(owned=True):
             key = f"{fragment.kind}/{fragment.name}"
-            copy[key] = StoredPart(self._kept(key, fragment.tensor), fragment.offset, fragment.total)
+            copy[key] = StoredPart(self._host_copy(key, fragment.tensor), fragment.offset, fragment.total)
         if self._mesh.rank == 0:
-            copy |= {key: self._kept(key, tensor) for key, tensor in state.shared()}
+            copy |= {key: self._host_copy(key, tensor) for key, tensor in state.shared()}
             copy[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
         if any(tensor.device.type == "cuda" for tensor in state.model.parameters()):
             torch.cuda.synchronize()
         return copy
 
-    def _kept(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host; the memory is used again in the next save."""
+    def _host_copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, in a buffer that the next save reuses."""
         copy = self._copies.get(key)
         if copy is None:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
@@ -164,9 +165,9 @@ class Checkpoints:
         return copy.copy_(tensor, non_blocking=True)
 
     def _write(self, copy: dict[str, torch.Tensor], steps: int) -> int:
-        """Everything that happens beside training; the bytes that all ranks wrote."""
+        """The part of a save that runs beside training. Returns the bytes that all ranks wrote."""
         unfinished = checkpoint_files.unfinished_path(self._folder, steps)
-        self._together(self._first_only(lambda: checkpoint_files.prepare(self._folder, steps)))
+        self._on_all(self._rank_0_only(lambda: checkpoint_files.prepare(self._folder, steps)))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -175,9 +176,9 @@ class Checkpoints:
         except CheckpointException as error:
             raise CheckpointFailed(_first_reason(error)) from None
         mine = [f"__{self._mesh.rank}_*.distcp", *([".metadata"] if self._mesh.rank == 0 else [])]
-        by_rank = self._together(lambda: checkpoint_files.list_hashed_files(unfinished, mine))
+        by_rank = self._on_all(lambda: checkpoint_files.list_hashed_files(unfinished, mine))
         files = [entry for files in by_rank for entry in files]
-        self._together(self._first_only(lambda: self._finish(steps, files)))
+        self._on_all(self._rank_0_only(lambda: self._finish(steps, files)))
         if self._archive:
             self._archive.start()
         return sum(entry.size for entry in files)
@@ -185,54 +186,59 @@ class Checkpoints:
     def _finish(self, steps: int, files: list[Any]) -> None:
         checkpoint_files.commit(self._folder, steps, files)
         for old in checkpoint_files.outdated(self._folder, self._keep, self._hours):
-            if self._is_elsewhere(old):
+            if self._may_remove(old):
                 checkpoint_files.remove_checkpoint(self._folder, old)
 
-    def _is_elsewhere(self, steps: int) -> bool:
-        """Whether a checkpoint may leave the disk: always, unless there is an archive that does not have it."""
+    def _may_remove(self, steps: int) -> bool:
+        """Whether a checkpoint may be removed from the disk: it must be archived, if there is an archive."""
         try:
             return self._archive is None or self._archive.has(steps)
         except InputError:
             return False
 
-    def _newest(self, refused: Set[int], said: list[str]) -> tuple[int, bool] | None:
-        """The newest checkpoint as the first rank sees it, and whether it is on disk: else it is archived."""
+    def _newest(self, damaged: Set[int], notes: list[str]) -> tuple[int, bool] | None:
+        """(the newest checkpoint according to rank 0, whether it is on disk); None if there is none.
+
+        damaged: archived checkpoints to ignore. A checkpoint that is not on disk is in the archive.
+        """
 
         def look() -> tuple[int | None, int | None, str]:
-            here = max(checkpoint_files.whole(self._folder), default=None)
+            on_disk = max(checkpoint_files.complete_steps(self._folder), default=None)
             try:
-                return here, self._archive.newest(refused) if self._archive else None, ""
+                return on_disk, self._archive.newest(damaged) if self._archive else None, ""
             except InputError as error:
-                if here is None:
+                if on_disk is None:
                     raise
-                return here, None, str(error)
+                return on_disk, None, str(error)
 
-        here, archived, failure = self._together(look)[0]
+        on_disk, archived, failure = self._on_all(look)[0]
         if failure:
-            said.append(f"the archive cannot be asked, the newest checkpoint on disk is used: {failure}")
-        if archived is not None and (here is None or archived > here):
+            notes.append(f"the archive is unavailable; the newest checkpoint on disk is used: {failure}")
+        if archived is not None and (on_disk is None or archived > on_disk):
             return archived, False
-        return None if here is None else (here, True)
+        return None if on_disk is None else (on_disk, True)
 
     def _fetch(self, steps: int) -> None:
-        """Brings an archived checkpoint here; every rank a share of its files."""
+        """Downloads an archived checkpoint; every rank downloads a share of its files."""
         archive = self._archive
         assert archive is not None
-        self._together(self._first_only(lambda: checkpoint_files.prepare(self._folder, steps)))
-        self._together(lambda: archive.fetch(steps))
-        self._together(self._first_only(lambda: checkpoint_files.publish(self._folder, steps)))
+        self._on_all(self._rank_0_only(lambda: checkpoint_files.prepare(self._folder, steps)))
+        self._on_all(lambda: archive.fetch(steps))
+        self._on_all(self._rank_0_only(lambda: checkpoint_files.publish(self._folder, steps)))
 
-    def _damage(self, steps: int) -> str:
+    def _find_damage(self, steps: int) -> str:
         share = (self._mesh.rank, self._mesh.world)
-        return next(filter(None, self._together(lambda: checkpoint_files.damage(self._folder, steps, share))), "")
+        by_rank = self._on_all(lambda: checkpoint_files.find_damage(self._folder, steps, share))
+        return next(filter(None, by_rank), "")
 
     def _load(self, state: TrainingState, steps: int) -> tuple[int, int]:
-        wanted: dict[str, torch.Tensor] = dict(state.shared())
+        """Loads a checkpoint into `state`. Returns its steps and tokens."""
+        tensors: dict[str, torch.Tensor] = dict(state.shared())
         for fragment in state.fragments():
             part = StoredPart(fragment.tensor, fragment.offset, fragment.total)
-            wanted[f"{fragment.kind}/{fragment.name}"] = part
-        wanted[POSITION] = position = torch.zeros(2, dtype=torch.int64)
-        _load(wanted, checkpoint_files.path_of(self._folder, steps), self._mesh.io_group, self._alone)
+            tensors[f"{fragment.kind}/{fragment.name}"] = part
+        tensors[POSITION] = position = torch.zeros(2, dtype=torch.int64)
+        _load(tensors, checkpoint_files.path_of(self._folder, steps), self._mesh.io_group, self._alone)
         state.loaded(int(position[0]))
         return int(position[0]), int(position[1])
 
@@ -240,15 +246,15 @@ class Checkpoints:
     def _alone(self) -> bool:
         return self._mesh.io_group is None
 
-    def _first_only(self, action: Callable[[], None]) -> Callable[[], None]:
+    def _rank_0_only(self, action: Callable[[], None]) -> Callable[[], None]:
         return action if self._mesh.rank == 0 else lambda: None
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """What every rank's action gave. Raises CheckpointFailed on all ranks if it failed on any."""
+    def _on_all(self, action: Callable[[], T]) -> list[T]:
+        """Runs `action` on every rank. Returns the results by rank. Raises CheckpointFailed on all if any failed."""
         result, failure = None, ""
         try:
             result = action()
-        except Exception as error:  # the other ranks must hear of it, whatever it is
+        except Exception as error:  # of any kind: the other ranks must fail too
             failure = str(error) or type(error).__name__
         if self._alone:
             everyone: list[Any] = [(result, failure)]
@@ -260,8 +266,8 @@ class Checkpoints:
         return [result for result, _ in everyone]
 
 
-class _Writing:
-    """A save on its way, in a thread that does not keep the process alive."""
+class _PendingSave:
+    """A save that is being written, in a daemon thread."""
 
     def __init__(self, write: Callable[[], int], steps: int, began: float, stalled: float) -> None:
         self._write = write
@@ -283,34 +289,34 @@ class _Writing:
         written, reason = 0, ""
         try:
             written = self._write()
-        except Exception as error:  # whatever it is, training goes on and says it
+        except Exception as error:  # training continues after any error, and reports it
             reason = str(error) or type(error).__name__
         self._outcome = Saved(self._steps, self._stalled, time.monotonic() - self._began, written, reason)
 
 
 def read_weights(folder: Path, weights: str = "master") -> Iterator[tuple[str, torch.Tensor]]:
-    """(logical name, float32 tensor, flat) of every weight and router bias of a checkpoint, some 256 MB at a time.
+    """(logical name, flat float32 tensor) of every weight and router bias of a checkpoint, about 256 MB at a time.
 
-    `weights`: the kind, "master" or "ema". Raises CheckpointFailed if the checkpoint has none of these.
+    weights: "master" or "ema". Raises CheckpointFailed if the checkpoint has no such weights.
     """
     metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     if not any(key.startswith(f"{weights}/") for key in metadata):
         raise CheckpointFailed(f"{folder} has no {weights} weights")
-    together: dict[str, torch.Tensor] = {}
-    held = 0
+    chunk: dict[str, torch.Tensor] = {}
+    size = 0
     for key, entry in sorted(metadata.items()):
         if key.partition("/")[0] in (weights, "buffer"):
             properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
-            together[key] = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
-            held += together[key].nbytes
-        if held >= _TOGETHER:
-            yield from _read(together, folder)
-            together, held = {}, 0
-    yield from _read(together, folder)
+            chunk[key] = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
+            size += chunk[key].nbytes
+        if size >= _READ_BYTES:
+            yield from _read(chunk, folder)
+            chunk, size = {}, 0
+    yield from _read(chunk, folder)
 
 
 def _read(tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Fills the tensors, which are named by key; every load reads the checkpoint's whole index."""
+    """Fills the tensors, given by key. Many are loaded at once, because every load reads the whole index."""
     if tensors:
         _load(dict(tensors), folder, None, alone=True)
     for key, tensor in tensors.items():
@@ -318,16 +324,16 @@ def _read(tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[tuple[str,
 
 
 def _load(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None, alone: bool) -> None:
-    """Loads in place; in this process only, without the warning that says so, if `alone`."""
+    """Loads in place. alone: without other ranks, and without torch's warning about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             load(state, checkpoint_id=str(folder), process_group=group, no_dist=alone)
         except CheckpointException as error:  # a BaseException
-            raise CheckpointFailed(f"{folder} cannot be read: {_first_reason(error)}") from None
+            raise CheckpointFailed(f"cannot read {folder}: {_first_reason(error)}") from None
 
 
 def _first_reason(error: CheckpointException) -> str:
-    """The error of the first rank that had one, without the traceback of all."""
+    """The error of the first rank that failed, without tracebacks."""
     exception, _ = next(iter(error.failures.values()))
     return str(exception) or type(exception).__name__

@@ -1,7 +1,7 @@
-"""A part of a logical tensor, as torch.distributed.checkpoint takes it.
+"""A part of a logical tensor, for torch.distributed.checkpoint.
 
-torch knows shards of its own DTensors, which are cut by rows; an optimizer's partition is cut anywhere. A tensor that
-says itself which elements of the whole it holds is all that its planner asks for.
+torch stores shards of its DTensors, which are split by rows, but an optimizer's partition may start at any element. The
+planner accepts any tensor that reports which elements of the whole it holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 class StoredPart(torch.Tensor):
     """Elements [offset, offset + len(part)) of a flat tensor of `total` elements; `part` is live memory.
 
-    To torch it looks like the whole, without data.
+    To torch it is a tensor of the whole shape, without data.
     """
 
     part: torch.Tensor
@@ -29,7 +29,7 @@ class StoredPart(torch.Tensor):
         return made
 
     def __init__(self, part: torch.Tensor, offset: int, total: int) -> None:
-        """All is done in `__new__`."""
+        """Does nothing: `__new__` initialises the object."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -37,7 +37,7 @@ class StoredPart(torch.Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"{func} of a part of a tensor")
+        raise NotImplementedError(f"{func} is not supported for a part of a tensor")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredPart([{self.offset}, {self.offset + len(self.part)}) of {self.numel()})"

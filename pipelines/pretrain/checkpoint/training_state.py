@@ -1,4 +1,4 @@
-"""Everything of a training rank that a checkpoint holds."""
+"""The state of a training rank that a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moray.pipelines.pretrain.resilience.guard import Guard
 
 @dataclass
 class TrainingState:
-    """Model, optimizer, the average of the weights where one is kept, and what losses are judged by."""
+    """Model, optimizer, EMA of the weights if configured, and the guard's recent losses."""
 
     model: DeepseekV3
     optimizer: ShardedOptimizer
@@ -23,18 +23,18 @@ class TrainingState:
     guard: Guard
 
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:
-        """What is spread over ranks; `owned`: as far as this rank is to write it."""
+        """The state that is partitioned over ranks. owned: only the part that this rank writes."""
         yield from self.optimizer.fragments(owned)
         if self.ema:
             yield from self.ema.fragments()
 
     def shared(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is the same on all ranks, by key; live memory."""
+        """(key, tensor) of the state that is equal on all ranks; live memory."""
         for name, bias_E in self.model.logical_biases():
             yield f"buffer/{name}", bias_E
         yield "guard/losses", self.guard.losses
 
     def loaded(self, steps: int) -> None:
-        """Makes everything agree after a checkpoint of `steps` steps was loaded into the live memory."""
+        """Updates derived state after a checkpoint of `steps` steps was loaded into the live memory."""
         self.optimizer.refresh_weights()
         self.optimizer.set_steps(self.guard.taken(steps))

@@ -39,7 +39,7 @@ def test_a_given_expert_parallel_is_kept_or_refused() -> None:
     chosen = resolved(config(expert_parallel=4), machine(8))
     assert (chosen.workers, chosen.expert_parallel) == (8, 4)
     assert resolved(config(expert_parallel=4), machine(7)).workers == 4
-    with pytest.raises(InputError, match=r"pretrain\.expert_parallel: 4 ranks require a GPU each, and the cluster has 3"):
+    with pytest.raises(InputError, match=r"expert_parallel: 4 ranks require a GPU each, and the cluster has 3"):
         resolved(config(expert_parallel=4), machine(3))
     with pytest.raises(InputError, match=r"batches of 6 sequences cannot be divided among 4 ranks"):
         resolved(config(expert_parallel=4, batch_sequences=6), machine(8))
@@ -58,7 +58,7 @@ def test_batches_are_held_against_the_machines_where_workers_are_not_given() -> 
 
 
 def test_too_few_gpus_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"pretrain\.workers: 16 workers require a GPU each, and the cluster has 8 GPUs"):
+    with pytest.raises(InputError, match=r"\.workers: 16 workers require a GPU each, and the cluster has 8 GPUs"):
         resolved(config(workers=16), machine(8))
     with pytest.raises(InputError, match="no GPU"):
         resolved(config(device="gpu"), machine(0))

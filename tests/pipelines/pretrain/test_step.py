@@ -128,7 +128,7 @@ def test_deepep_without_gpus_or_not_installed(
     tmp_path: Path, tokens: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
-    assert error.message == "pretrain.dispatch: deepep requires a GPU for each of the 2 workers; the cluster has 0"
+    assert error.message == "pretrain.dispatch: deepep requires a GPU for each of 2 workers; the cluster has 0"
     monkeypatch.setattr(NeverStarted, "gpus", 2)
     error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
     assert error.message == "pretrain.dispatch: deepep requires the package deep_ep, which is not installed"

@@ -1,4 +1,4 @@
-"""Checkpoints in a real S3 server: all of them get there, a fresh machine goes on from them, an outage loses none."""
+"""The archive with a real S3 server: all checkpoints are copied, a fresh machine resumes, an outage loses none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bucket(s3: Any) -> str:
 
 
 def saved(worker: Worker, at: int) -> list[str]:
-    """Trains a step, saves, waits for the copies; the errors of these."""
+    """Trains a step, saves, waits for the copies. Returns their errors."""
     list(steps(worker, at - 1, at))
     worker.checkpoints.save(worker.state, at, worker.tokens_before(at))
     worker.checkpoints.wait()
@@ -33,10 +33,10 @@ def saved(worker: Worker, at: int) -> list[str]:
 
 
 def on_disk(folder: Path) -> list[int]:
-    return checkpoint_files.whole(folder / "checkpoints")
+    return checkpoint_files.complete_steps(folder / "checkpoints")
 
 
-def test_the_newest_are_here_and_all_are_in_the_archive(tmp_path: Path, bucket: str, s3: Any) -> None:
+def test_the_newest_are_on_disk_and_all_are_in_the_archive(tmp_path: Path, bucket: str, s3: Any) -> None:
     worker = lone_worker(str(tmp_path), archive=bucket, keep_checkpoints=1)
     states = {}
     for at in range(1, 4):
@@ -49,7 +49,7 @@ def test_the_newest_are_here_and_all_are_in_the_archive(tmp_path: Path, bucket: 
         assert (restored.steps, restored.fetched, restored.warnings) == (at, True, ())
         assert state_of(fresh) == states[at]
         listing = next(key for key in keys(s3) if key.endswith(f"step-{at:08d}/{CHECKSUMS}"))
-        s3.delete_object(Bucket=BUCKET, Key=listing)  # now it is not whole
+        s3.delete_object(Bucket=BUCKET, Key=listing)  # now it is incomplete
 
 
 def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, s3_url: str, s3: Any, ranks: RankPool) -> None:
@@ -63,7 +63,7 @@ def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, s3_url: str, s
     assert fresh.checkpoints.restore(fresh.state).steps == 3
 
 
-def test_an_archive_that_refuses_costs_nothing_but_disk(
+def test_an_unwritable_archive_costs_only_disk_space(
     tmp_path: Path, bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = [True]
@@ -78,7 +78,7 @@ def test_an_archive_that_refuses_costs_nothing_but_disk(
             errors = saved(worker, at)
             assert errors, "it is tried"
             assert all("access denied" in error for error in errors)
-        assert on_disk(tmp_path) == [1, 2], "what is nowhere else stays"
+        assert on_disk(tmp_path) == [1, 2], "checkpoints that are not archived are kept"
         refusing[0] = False
         saved(worker, 3)
         assert saved(worker, 4) == [""]
@@ -88,7 +88,7 @@ def test_an_archive_that_refuses_costs_nothing_but_disk(
     assert all(archive.has(at) for at in (1, 2, 3, 4))
 
 
-def test_what_is_damaged_in_the_archive_is_not_used(tmp_path: Path, bucket: str, s3: Any) -> None:
+def test_a_damaged_archived_checkpoint_is_not_used(tmp_path: Path, bucket: str, s3: Any) -> None:
     worker = lone_worker(str(tmp_path), archive=bucket)
     saved(worker, 1)
     expected = state_of(worker)
@@ -101,7 +101,7 @@ def test_what_is_damaged_in_the_archive_is_not_used(tmp_path: Path, bucket: str,
     fresh = lone_worker(str(tmp_path), archive=bucket)
     restored = fresh.checkpoints.restore(fresh.state)
     assert (restored.steps, restored.fetched) == (1, True)
-    assert "as it is in the archive, is damaged" in restored.warnings[0]
+    assert "in the archive is damaged" in restored.warnings[0]
     assert state_of(fresh) == expected
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_on_disk_is_fetched_again(tmp_path: Path, bucket: s
     assert state_of(fresh) == expected
 
 
-def test_an_archive_that_cannot_be_asked_is_an_error_only_where_nothing_is_on_disk(
+def test_an_unavailable_archive_is_an_error_only_if_nothing_is_on_disk(
     tmp_path: Path, bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(lone_worker(str(tmp_path), archive=bucket), 1)
@@ -126,7 +126,7 @@ def test_an_archive_that_cannot_be_asked_is_an_error_only_where_nothing_is_on_di
         worker = lone_worker(str(tmp_path), archive=bucket)
         restored = worker.checkpoints.restore(worker.state)
         assert restored.steps == 1
-        assert "the archive cannot be asked" in restored.warnings[0]
+        assert "the archive is unavailable" in restored.warnings[0]
         shutil.rmtree(tmp_path / "checkpoints")
         with pytest.raises(CheckpointFailed, match="access denied"):
             worker.checkpoints.restore(worker.state)
