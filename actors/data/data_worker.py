@@ -1,7 +1,7 @@
-"""Data-loading workers: Ray actors that own the token shards and hand packed batches to training ranks.
+"""Data workers: Ray actors that read token shards and serve packed batches to training ranks.
 
-A rank asks for its slots of a step; what it gets depends on nothing but (seed, mixture, step, slots), so any worker
-can answer any rank, and one that died is replaced by starting another.
+A rank requests its slots of a step. The result depends only on (seed, mixture, step, slots), so any worker can serve
+any rank, and a new worker can replace one that died.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moray.actors.data.token_set import Batch, open_token_sets
 
 
 class DataWorker:
-    """Serves batches from the token sets under a folder or an `s3://` address. Wrapped as a Ray actor below."""
+    """Serves batches from the token sets under a folder or an `s3://` address. Runs as a Ray actor."""
 
     def __init__(self, address: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
         self._sets = open_token_sets(address)
@@ -36,14 +36,16 @@ class DataWorker:
         return batch
 
 
-CALL_RETRIES = 20  # of one call: an actor that dies of it each time is not restarted for ever
+CALL_RETRIES = 20  # of one call, so that a call that kills the actor does not restart it indefinitely
 
 
 def start_data_workers(count: int, address: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> list[Any]:
-    """Starts `count` DataWorker actors. They take no CPU of the cluster's count, so that a small machine can
-    schedule them beside the training workers; one that dies is restarted, and its calls are retried."""
+    """Starts `count` DataWorker actors. Ray restarts an actor that died and retries its calls.
+
+    They reserve no CPU, so that a small machine can schedule them beside the training workers.
+    """
     import ray
 
-    # num_cpus must be given: an actor without it takes one CPU to be placed.
+    # Without num_cpus, Ray would reserve one CPU to place each actor.
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES)(DataWorker)
     return [actor.remote(address, dict(weights), seed, plan) for _ in range(count)]

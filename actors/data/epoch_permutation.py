@@ -1,8 +1,8 @@
-"""A pseudo-random order of n things that is computed, not stored: any place of it in constant time and memory.
+"""A pseudo-random permutation of range(n) that is computed, not stored: constant time and memory per element.
 
-A Feistel network is a permutation of all numbers of so many bits, whatever its round function; numbers that fall
-outside of [0, n) are sent through it again until they do not (Black & Rogaway 2002, "cycle walking"), which takes fewer
-than two passes on average.
+A Feistel network is a permutation of all numbers of a given bit length, for any round function. Numbers outside
+[0, n) are passed through it again until they are inside (Black & Rogaway 2002, "cycle walking"). This takes fewer than
+two passes on average.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ U64 = npt.NDArray[np.uint64]
 
 
 def permuted(places: npt.NDArray[np.int64], n: int, key: str) -> npt.NDArray[np.int64]:
-    """What stands at these places, each in [0, n), of the order of range(n) that `key` names."""
+    """The elements at `places`, each in [0, n), of the permutation of range(n) that `key` selects."""
     bits = max(1, (n - 1).bit_length())
     x = places.astype(np.uint64)
     outside = np.ones(len(x), np.bool_)
@@ -29,7 +29,7 @@ def permuted(places: npt.NDArray[np.int64], n: int, key: str) -> npt.NDArray[np.
 
 
 def _network(x: U64, bits: int, key: str) -> U64:
-    """A permutation of [0, 2^bits): the two halves, of unequal size where bits are odd, change in turn."""
+    """A permutation of [0, 2^bits). Rounds change the two halves alternately; they differ in size if `bits` is odd."""
     low = bits // 2
     left, right = x >> np.uint64(low), x & np.uint64((1 << low) - 1)
     left_mask, right_mask = np.uint64((1 << (bits - low)) - 1), np.uint64((1 << low) - 1)
@@ -42,7 +42,7 @@ def _network(x: U64, bits: int, key: str) -> U64:
 
 
 def _mixed(x: U64) -> U64:
-    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): every bit of x decides about every bit."""
+    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,14 +1,16 @@
-"""Which sequences make up a global batch: a pure function of (seed, mixture, step).
+"""The sequences of each global batch, as a pure function of (seed, mixture, step).
 
-No rank, no world size, no number of loaders enters, and any step is reached at once. A batch of B sequences has the
-whole part of its share, floor(w * B), of every source, and what is missing to B goes to some sources that have a
-fraction left, one to each, so that no batch is off by a whole sequence. Which sources those are follows from one number
-u of the step, by systematic sampling: the fractions lie one after another on a line, and a source gets one if a point
-u, u + 1, u + 2, ... falls into its fraction. u takes every multiple of 2^-32 once in 2^32 steps, evenly (steps of the
-golden ratio), so every source gets its fraction to 2^-32 in the long run and to a few sequences at any time; how often
-it had been lucky before a step is a sum of floors, which a Euclidean algorithm gives in 32 turns.
+The result does not depend on ranks, world size or number of loaders, and any step is computed directly. A batch of B
+sequences has floor(w * B) sequences of every source with weight w. The remaining sequences of the batch are assigned to
+sources with a fractional part, at most one to each, so that every batch is within one sequence of its shares.
 
-Within a source the k-th draw is the k-th entry of that epoch's order: every sequence exactly once an epoch.
+Systematic sampling selects these sources, from one number u per step: the fractions are laid out one after another on a
+line, and a source gets a sequence if one of the points u, u + 1, u + 2, ... falls into its fraction. u takes every
+multiple of 2^-32 once in 2^32 steps, evenly (multiples of the golden ratio). So the share of every source is exact to
+2^-32 in the long run and to a few sequences at any time. The number of extra sequences of a source before a step is a
+sum of floors, which a Euclidean algorithm computes in 32 iterations.
+
+Within a source the k-th draw is the k-th element of the epoch's permutation, so every sequence occurs once per epoch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy.typing as npt
 from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.epoch_permutation import permuted
 
-_ONE = 1 << 32  # of these units, a sequence has
+_ONE = 1 << 32  # units per sequence
 _STRIDE = 2_654_435_769  # odd, and nearest to the golden ratio times _ONE
 
 Int64 = npt.NDArray[np.int64]
@@ -35,18 +37,19 @@ class Mixture:
     """Maps a step to the (source, sequence number) of every slot of its batch."""
 
     def __init__(self, sequences: Mapping[str, int], weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
-        """`sequences`: how many each source has. `weights`: relative; a source left out weighs what it holds.
+        """sequences: number of sequences of each source. weights: relative weight of each source; a source that is not
+        named gets none. Without any weights, sources are weighted by their number of sequences.
 
-        Raises ValueError for an unknown source, a weight that is not positive, or a source without sequences.
+        Raises ValueError for an unknown source, an invalid weight, or a weighted source without sequences.
         """
         self.sources = sorted(sequences)
         for source, weight in weights.items():
             if source not in sequences:
-                raise ValueError(f"mixture names {source!r}; the sources are {', '.join(self.sources)}")
+                raise ValueError(f"mixture: unknown source {source!r}; the sources are {', '.join(self.sources)}")
             if not 0 <= weight < math.inf:
-                raise ValueError(f"mixture: the weight of {source!r} is {weight}, it must be finite and not negative")
+                raise ValueError(f"mixture: the weight of {source!r} must be finite and not negative, not {weight}")
         chosen = weights or {source: float(n) for source, n in sequences.items()}
-        shares = [Fraction(chosen.get(source, 0.0)) for source in self.sources]  # exact: they sum to 1
+        shares = [Fraction(chosen.get(source, 0.0)) for source in self.sources]  # exact, so that they sum to 1
         if sum(shares) <= 0:
             raise ValueError("mixture: at least one weight must be positive")
         for source, share in zip(self.sources, shares, strict=True):
@@ -56,7 +59,7 @@ class Mixture:
         self._shares = tuple(share / sum(shares) for share in shares)
         self._seed = seed
         self.plan = plan
-        self._before = [[0] * len(self.sources)]  # of each part of the plan
+        self._before = [[0] * len(self.sources)]  # sequences of each source before each part of the plan
         for size, steps in plan.parts(plan.starts[-1])[:-1]:
             self._before.append(_sums(self._before[-1], _quota(self._shares, size).drawn(steps)))
 
@@ -67,7 +70,7 @@ class Mixture:
         return [after - before for before, after in zip(quota.drawn(within), quota.drawn(within + 1), strict=True)]
 
     def drawn(self, step: int) -> list[int]:
-        """Sequences of each source in all batches before that of `step`."""
+        """Sequences of each source in all batches before `step`."""
         parts = self.plan.parts(step)
         size, within = parts[-1]
         return _sums(self._before[len(parts) - 1], _quota(self._shares, size).drawn(within))
@@ -76,7 +79,7 @@ class Mixture:
         """(indices into `sources`, sequence numbers) of slots [start, stop) of the global batch of `step`."""
         counts, size = np.array(self.counts(step)), self.plan.size(step)
         slots = np.arange(start, size if stop is None else stop)
-        # Sources are spread over the slots, so that ranks see alike mixtures.
+        # Shuffles the sources over the slots, so that ranks see similar mixtures.
         entries = permuted(slots, size, f"{self._seed}/step {step}")
         firsts = np.cumsum(counts) - counts
         source = np.searchsorted(np.cumsum(counts), entries, side="right")
@@ -95,22 +98,22 @@ class Mixture:
 
 
 class _Quota:
-    """How many of each source the first b batches of one size have, all together."""
+    """Number of sequences of each source in the first b batches of one size."""
 
     def __init__(self, shares: tuple[Fraction, ...], size: int) -> None:
-        # Rounded where one source ends and the next begins: so they sum up, and each is within a unit of its share.
+        # Rounds the borders between sources, so that units add up, and each is within one unit of its share.
         borders = [0, *(round(share * size * _ONE) for share in accumulate(shares))]
         units = [end - begin for begin, end in pairwise(borders)]
         self._whole = [unit // _ONE for unit in units]
         ends = [0]
         for unit in units:
             ends.append(ends[-1] + unit % _ONE)
-        self._ends = ends  # of the fractions, on the line; the last is a whole number
+        self._ends = ends  # ends of the fractions on the line; the last is a multiple of _ONE
 
     def drawn(self, batches: int) -> list[int]:
         points = [batches * (end // _ONE) + _below(end % _ONE, batches) for end in self._ends]
-        lucky = [after - before for before, after in pairwise(points)]
-        return [batches * whole + extra for whole, extra in zip(self._whole, lucky, strict=True)]
+        extras = [after - before for before, after in pairwise(points)]
+        return [batches * whole + extra for whole, extra in zip(self._whole, extras, strict=True)]
 
 
 _quota = lru_cache(maxsize=1024)(_Quota)
@@ -121,12 +124,12 @@ def _sums(first: list[int], second: list[int]) -> list[int]:
 
 
 def _below(limit: int, batches: int) -> int:
-    """For how many b < batches the point u(b) = b * _STRIDE mod _ONE lies below `limit`."""
+    """The number of b < batches with u(b) < limit, where u(b) = b * _STRIDE mod _ONE."""
     return batches - (_floor_sum(batches, _ONE, _STRIDE, _ONE - limit) - _floor_sum(batches, _ONE, _STRIDE, 0))
 
 
 def _floor_sum(n: int, m: int, a: int, b: int) -> int:
-    """The sum of floor((a * i + b) / m) over i in [0, n); a, b >= 0. Each turn is one of Euclid's for (a, m)."""
+    """The sum of floor((a * i + b) / m) over i in [0, n); a, b >= 0. Iterates like Euclid's algorithm for (a, m)."""
     total = 0
     while True:
         total += (n - 1) * n // 2 * (a // m) + n * (b // m)

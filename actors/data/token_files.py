@@ -1,7 +1,7 @@
-"""Where a token set's files lie: a folder, of which they are mapped, or an S3 bucket, read by ranges.
+"""Access to a token set's files: memory-mapped in a folder, or by ranged requests in an S3 bucket.
 
-A batch touches one sequence here and one there. On a disk that is a page each; over S3 it is a request each, many at
-once. Requests are repeated on 5xx answers, broken connections and silence (`platform/store/bucket.py`).
+A batch reads sequences at random positions. Each costs a page on disk, or a request to S3; many requests run at once.
+Requests are retried after 5xx responses, broken connections and timeouts (`platform/store/bucket.py`).
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-_TOGETHER = 32  # requests
-_SILENCE = 10.0  # seconds without a byte after which a request is made again
+_CONCURRENT_REQUESTS = 32
+_READ_TIMEOUT = 10.0  # seconds without data after which a request is retried
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class TokenFiles(Protocol):
-    """The files below one place."""
+    """The files of token sets under one root."""
 
     def sources(self) -> list[str]:
-        """The folders that hold an index, sorted."""
+        """The folders that contain an index, sorted."""
 
     def read(self, path: str) -> bytes:
-        """A whole file."""
+        """Contents of a file."""
 
     def size(self, path: str) -> int:
-        """In bytes."""
+        """Size of a file in bytes."""
 
     def rows(self, places: Sequence[tuple[str, int]], width: int) -> Bytes:
-        """[n, width]: of each file, the row of so many bytes with that number."""
+        """Rows of `width` bytes, uint8 [n, width]. places: (file, row number) of each."""
 
 
 class FolderFiles:
-    """Files of a folder."""
+    """Files under a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -65,13 +65,13 @@ class FolderFiles:
 
 
 class BucketFiles:
-    """Objects below `s3://bucket/prefix`. Every error is an InputError that names the object."""
+    """Objects under `s3://bucket/prefix`. Every failed request raises an InputError that names the object."""
 
     def __init__(self, url: str) -> None:
-        from moray.platform.store.bucket import Bucket  # it imports boto3, which takes a while
+        from moray.platform.store.bucket import Bucket  # imports boto3, which is slow
 
-        self._bucket = Bucket(url, read_seconds=_SILENCE)
-        self._threads = ThreadPoolExecutor(_TOGETHER, "tokens")
+        self._bucket = Bucket(url, read_seconds=_READ_TIMEOUT)
+        self._threads = ThreadPoolExecutor(_CONCURRENT_REQUESTS, "tokens")
         self._sizes: dict[str, int] = {}
 
     def __str__(self) -> str:
@@ -107,5 +107,5 @@ class BucketFiles:
 
 
 def files_at(address: str) -> TokenFiles:
-    """The files below a folder or an `s3://` address."""
+    """The files under a folder or an `s3://` address."""
     return BucketFiles(address) if address.startswith("s3://") else FolderFiles(Path(address))

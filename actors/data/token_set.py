@@ -1,13 +1,13 @@
 """The Tokens contract: packed sequences on disk, one token set per source.
 
-    <folder>/index.json            what is below; written last
+    <folder>/index.json            lists the shards; written last
     <folder>/tokens-00000.bin      uint16 or uint32, little endian: sequences of `sequence_length`, one after another
-    <folder>/starts-00000.parquet  where the documents lie: a row for each run of a document's tokens, in order
+    <folder>/starts-00000.parquet  positions of documents: one row per contiguous run of a document's tokens, in order
 
-A document is `bos`, its tokens, `eos`; pipelines/tokenize/sequence_packing.py cuts documents and packs sequences.
-Two rules hold for whatever packed them, so that a sequence needs nothing but its tokens to be read: a document's run
-ends with `eos` or with the sequence, so a new document begins after every `eos`; and what a sequence lacks is filled
-with `pad` at its end, which is a token that no document has. Nothing here mixes sources: that is the loader's.
+A document is `bos`, its tokens, `eos`; pipelines/tokenize/sequence_packing.py splits documents and packs sequences.
+Two rules make every sequence readable from its tokens alone. A document's run ends with `eos` or with the sequence, so
+a new document starts after every `eos`. The unused end of a sequence is filled with `pad`, a token that no document
+contains. Token sets of different sources are mixed by the data worker, not here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMA_VERSION = 3  # 3: documents in pieces, and padding at the end of any sequ
 
 @dataclass(frozen=True)
 class TokenVocabulary:
-    """What a reader of tokens must know of the tokenizer: its fingerprint, size and special ids."""
+    """The tokenizer's properties that a reader of tokens needs: fingerprint, size and special ids."""
 
     tokenizer: str
     size: int
@@ -41,9 +41,9 @@ class TokenVocabulary:
     pad: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError if two of the special ids are one: where documents end could not be told."""
+        """Raises ValueError if two of the special ids are equal, because document ends would then be ambiguous."""
         if len({self.bos, self.eos, self.pad}) < 3:
-            raise ValueError(f"bos {self.bos}, eos {self.eos} and pad {self.pad} must be three tokens")
+            raise ValueError(f"bos {self.bos}, eos {self.eos} and pad {self.pad} must be three different tokens")
 
     @property
     def dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -52,8 +52,7 @@ class TokenVocabulary:
 
 @dataclass(frozen=True)
 class Shard:
-    """One token shard. `tokens` counts without padding, `bytes` is the UTF-8 size of its documents, `largest` the
-    largest token id."""
+    """One token shard. tokens: without padding. bytes: UTF-8 size of its documents. largest: the largest token id."""
 
     number: int
     sequences: int
@@ -66,9 +65,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences: all arrays [n, sequence_length]; documents are numbered from 0 in each sequence.
+    """Packed sequences; all arrays [n, sequence_length].
 
-    `mask` is False where a token is padding.
+    documents: document numbers, from 0 in each sequence. mask: False for padding.
     """
 
     ids: npt.NDArray[np.int64]
@@ -77,8 +76,8 @@ class Batch:
 
 
 def write_token_shard(folder: Path, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:
-    """Writes one shard: sequences [n, sequence_length] in the vocabulary's dtype, and the rows of its `starts` file
-    (docs/formats.md), in the order of `start`."""
+    """Writes one shard. packed: [n, sequence_length] in the vocabulary's dtype. pieces: the rows of the `starts` file
+    (docs/formats.md), ordered by `start`."""
     data = packed.tobytes()
     sink = pa.BufferOutputStream()
     pq.write_table(pieces, sink, compression="zstd")
@@ -96,7 +95,7 @@ def write_token_shard(folder: Path, number: int, packed: npt.NDArray[np.unsigned
 
 
 def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, vocabulary: TokenVocabulary) -> None:
-    """Writes `index.json`, which makes the shards a token set."""
+    """Writes `index.json`, which completes a token set."""
     write_json(
         folder / "index.json",
         {
@@ -110,15 +109,15 @@ def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, voc
 
 
 class TokenSet:
-    """One source's token set. Sequences are numbered over all shards; of its files, only what is asked for is read."""
+    """One source's token set. Sequences are numbered over all shards. Only requested parts of the files are read."""
 
     def __init__(self, files: TokenFiles, source: str) -> None:
-        """Raises ValueError if the index and the files disagree in size, or if an id is beyond the vocabulary."""
+        """Raises ValueError if a file's size does not match the index, or if an id is outside the vocabulary."""
         index = json.loads(files.read(f"{source}/index.json"))
         if index["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
-                f"{files}/{source}: token set of schema {index['schema_version']}, this reads {SCHEMA_VERSION}; "
-                f"tokenize the documents again"
+                f"{files}/{source}: the token set has schema version {index['schema_version']}; only version "
+                f"{SCHEMA_VERSION} is supported"
             )
         self.source = source
         self.sequence_length: int = index["sequence_length"]
@@ -129,9 +128,9 @@ class TokenSet:
         for shard in self.shards:
             path, expected = self._tokens(shard), shard.sequences * self._width
             if (found := files.size(path)) != expected:
-                raise ValueError(f"{files}/{path}: {found} bytes, its index says {expected}")
+                raise ValueError(f"{files}/{path} has {found} bytes; its index requires {expected}")
             if shard.largest >= self.vocabulary.size:
-                raise ValueError(f"{files}/{path}: {self._beyond(shard.largest)}")
+                raise ValueError(f"{files}/{path}: {self._outside(shard.largest)}")
 
     @property
     def sequences(self) -> int:
@@ -146,22 +145,23 @@ class TokenSet:
         return sum(shard.bytes for shard in self.shards)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The sequences with these numbers, in this order. ValueError for an id that the index did not tell of."""
+        """The sequences with these numbers, in this order. Raises ValueError for an id outside the vocabulary, which
+        the index did not record."""
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         withins = [n - (int(self._ends[shard - 1]) if shard else 0) for n, shard in zip(numbers, shards, strict=True)]
         places = [(self._tokens(self.shards[shard]), n) for shard, n in zip(shards, withins, strict=True)]
         ids = self._files.rows(places, self._width).view(self.vocabulary.dtype).astype(np.int64)
         if (largest := ids.max(initial=0)) >= self.vocabulary.size:
             row = shards[int(ids.max(axis=1).argmax())]
-            raise ValueError(f"{self._files}/{self._tokens(self.shards[row])}: {self._beyond(largest)}")
+            raise ValueError(f"{self._files}/{self._tokens(self.shards[row])}: {self._outside(largest)}")
         mask = np.logical_or.accumulate(ids[:, ::-1] != self.vocabulary.pad, axis=1)[:, ::-1]
         ends = (ids == self.vocabulary.eos).astype(np.int32)
-        documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # how many have ended before
+        documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # number of documents that ended before
         return Batch(ids, documents, mask)
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, npt.NDArray[np.int64], int]]:
-        """(id, token ids with bos and eos, UTF-8 bytes) of every document of a shard, by where it begins; whole, even
-        if it lies in pieces."""
+        """(id, token ids with bos and eos, UTF-8 bytes) of every document of a shard, in the order of their first piece
+        on disk. The pieces of a split document are joined."""
         tokens, rows = self.stream(shard), self.pieces(shard)
         found: dict[str, list[tuple[int, int, int]]] = {}
         sizes: dict[str, int] = {}
@@ -184,8 +184,8 @@ class TokenSet:
         """All tokens of a shard, sequence after sequence, with padding."""
         return np.frombuffer(self._files.read(self._tokens(shard)), self.vocabulary.dtype).astype(np.int64)
 
-    def _beyond(self, largest: int) -> str:
-        return f"token id {largest} is beyond its vocabulary of {self.vocabulary.size}"
+    def _outside(self, largest: int) -> str:
+        return f"token id {largest} is outside the vocabulary of {self.vocabulary.size}"
 
     @property
     def _width(self) -> int:
@@ -199,12 +199,12 @@ class TokenSet:
 def open_token_sets(address: str) -> dict[str, TokenSet]:
     """The token sets under a folder or an `s3://` address, by source.
 
-    ValueError if there are none or their tokenizers differ.
+    Raises ValueError if there are none, or if their tokenizers or sequence lengths differ.
     """
     files = files_at(address)
     sets = {source: TokenSet(files, source) for source in files.sources()}
     if not sets:
-        raise ValueError(f"{address} holds no token set (*/index.json)")
+        raise ValueError(f"{address} contains no token set (*/index.json)")
     if len({(s.vocabulary, s.sequence_length) for s in sets.values()}) > 1:
         raise ValueError(f"{address}: token sets of different tokenizers or sequence lengths cannot be mixed")
     return sets

@@ -193,7 +193,7 @@ def check_moments(moments: str, beta2: float) -> None:
     """Raises ValueError for a beta2 at which FP8 second moments would not follow the gradients."""
     if moments == "fp8" and beta2 > MAX_BETA2:
         raise ValueError(
-            f"moments: fp8 requires beta2 of at most {MAX_BETA2}, not {beta2}, because FP8 rounding loses small changes "
+            f"moments: fp8 requires beta2 of at most {MAX_BETA2}, not {beta2}, since FP8 rounding loses small changes "
             "(at 0.99, after gradients shrink to a quarter, second moments stay 3.3 times too large, and 1 % of them "
             "11 times); lower beta2 (DeepSeek-V3: 0.95) or set moments: float32"
         )

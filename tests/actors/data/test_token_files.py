@@ -90,7 +90,7 @@ def test_every_other_answer_spoilt_changes_nothing(
 
 
 def test_a_read_that_hangs_is_made_again(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moray.actors.data.token_files._SILENCE", 0.3)
+    monkeypatch.setattr("moray.actors.data.token_files._READ_TIMEOUT", 0.3)
     released = threading.Event()
     hung: list[str] = []
 
@@ -108,14 +108,14 @@ def test_a_read_that_hangs_is_made_again(folder: Path, s3_url: str, monkeypatch:
 
 
 def test_an_object_that_is_missing_or_short_is_named(folder: Path, s3: Any) -> None:
-    with pytest.raises(ValueError, match="holds no token set"):
+    with pytest.raises(ValueError, match="contains no token set"):
         open_token_sets(f"s3://{BUCKET}/nothing")
     bad = f"s3://{BUCKET}/bad"
     s3.put_object(Bucket=BUCKET, Key="bad/a/index.json", Body=(folder / "a" / "index.json").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"bad/a/tokens-00000\.bin is missing"):
         open_token_sets(bad)
     s3.put_object(Bucket=BUCKET, Key="bad/a/tokens-00000.bin", Body=b"short")
-    with pytest.raises(ValueError, match="5 bytes, its index says"):
+    with pytest.raises(ValueError, match="has 5 bytes; its index requires"):
         open_token_sets(bad)
     sets = open_token_sets(ADDRESS)
     s3.delete_object(Bucket=BUCKET, Key=f"{ADDRESS.removeprefix(f's3://{BUCKET}/')}/a/tokens-00001.bin")

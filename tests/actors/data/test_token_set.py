@@ -105,7 +105,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 
 def test_special_ids_must_be_three() -> None:
-    with pytest.raises(ValueError, match="bos 0, eos 1 and pad 1 must be three tokens"):
+    with pytest.raises(ValueError, match="bos 0, eos 1 and pad 1 must be three different tokens"):
         TokenVocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=1)
 
 
@@ -114,16 +114,16 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
         write(tmp_path, [[[5, 1000]]])
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_foreign_shard_with_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, told: bool) -> None:
-    """When it is opened if its index says so, and when it is read if not."""
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_foreign_shard_with_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, recorded: bool) -> None:
+    """On opening if the index records the id, else on reading."""
     write(tmp_path / "a", [[[5] * 3], [[5, 998]]])
     index = json.loads((tmp_path / "a" / "index.json").read_text())
     assert [shard["largest"] for shard in index["shards"]] == [5, 998]
     index["vocabulary"]["size"] = 998
-    index["shards"][1]["largest"] = 998 if told else 997
+    index["shards"][1]["largest"] = 998 if recorded else 997
     (tmp_path / "a" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"a/tokens-00001\.bin: token id 998 is beyond its vocabulary of 998"):
+    with pytest.raises(ValueError, match=r"a/tokens-00001\.bin: token id 998 is outside the vocabulary of 998"):
         open_token_sets(str(tmp_path))["a"].batch([0, 1])
 
 
@@ -131,7 +131,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [[[5] * 30]])
     path = tmp_path / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="its index says"):
+    with pytest.raises(ValueError, match="its index requires"):
         token_set(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_token_set_of_another_schema_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [[[5]]])
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 9}))
-    with pytest.raises(ValueError, match="schema 9, this reads 3; tokenize the documents again"):
+    with pytest.raises(ValueError, match="schema version 9; only version 3 is supported"):
         token_set(tmp_path)
 
 

@@ -75,18 +75,18 @@ def test_tokens_beyond_their_vocabulary(tmp_path: Path, tokens: Artifact) -> Non
     vocabulary = dataclasses.asdict(VOCABULARY) | {"size": 99}
     change(tokens.folder / "train" / "a" / "index.json", vocabulary=vocabulary)
     error = error_of(tmp_path, {"tokens": tokens})
-    assert "a/tokens-00000.bin: token id 99 is beyond its vocabulary of 99" in error.message
+    assert "a/tokens-00000.bin: token id 99 is outside the vocabulary of 99" in error.message
     assert "tokenize again" in error.hint
 
 
 def test_tokens_that_are_cut_off_or_none(tmp_path: Path, tokens: Artifact) -> None:
     path = tokens.folder / "train" / "a" / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    assert "its index says" in error_of(tmp_path, {"tokens": tokens}).message
+    assert "its index requires" in error_of(tmp_path, {"tokens": tokens}).message
     path.unlink()
     assert "tokens-00000.bin" in error_of(tmp_path, {"tokens": tokens}).message
     (path.parent / "index.json").unlink()
-    assert "holds no token set" in error_of(tmp_path, {"tokens": tokens}).message
+    assert "contains no token set" in error_of(tmp_path, {"tokens": tokens}).message
 
 
 def model_of(folder: Path, **fields: Any) -> Artifact:
