@@ -147,9 +147,7 @@ class PretrainConfig(StepConfig):
     shared_memory: bool = operational(
         True, description="on CPUs, dispatch tokens between ranks of one host through shared memory"
     )
-    recompute: bool = operational(
-        False, description="save memory: recompute norms and up-projections in the backward"
-    )
+    recompute: bool = operational(False, description="save memory: recompute norms and up-projections in the backward")
     data_workers: int = operational(1, gt=0, description="Ray actors that read and assemble batches")
     prefetch: int = operational(2, gt=0, description="batches that are requested in advance")
     stream_tokens: bool = operational(
@@ -171,9 +169,7 @@ class PretrainConfig(StepConfig):
         description="after machines are lost, continue with at least this many workers, and return to `workers` when "
         "the cluster has capacity again",
     )
-    resize_seconds: float = operational(
-        60.0, ge=0, description="seconds between checks for capacity for more workers"
-    )
+    resize_seconds: float = operational(60.0, ge=0, description="seconds between checks for capacity for more workers")
     hang_seconds: float = operational(
         600.0,
         gt=0,

@@ -202,9 +202,7 @@ def check_moments(moments: str, beta2: float) -> None:
 def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) -> None:
     """Raises ValueError for an invalid combination of optimizer settings."""
     if offload and not zero_stage:
-        raise ValueError(
-            "offload: true requires zero_stage 1 or 2, because at 0 the weights are the master weights"
-        )
+        raise ValueError("offload: true requires zero_stage 1 or 2, because at 0 the weights are the master weights")
     if precision == "float64" and (zero_stage or moments == "fp8"):
         raise ValueError(
             "precision: float64 requires zero_stage 0 and moments: float32, because ZeRO's master weights are float32"

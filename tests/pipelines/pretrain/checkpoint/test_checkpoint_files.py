@@ -80,7 +80,7 @@ def flip(path: Path) -> None:
 
 HARM: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a flipped bit": ("the SHA-256 of __0_0.distcp does not match", lambda at: flip(at / "__0_0.distcp")),
-    "half a file": ("bytes,", lambda at: os.truncate(at / "__0_0.distcp", 100)),
+    "half a file": ("bytes instead of", lambda at: os.truncate(at / "__0_0.distcp", 100)),
     "a lost file": ("cannot read __0_0.distcp: No such file", lambda at: (at / "__0_0.distcp").unlink()),
     "a flipped bit in the index": ("the SHA-256 of .metadata does not match", lambda at: flip(at / ".metadata")),
     "no checksums": ("cannot read checksums.json", lambda at: (at / "checksums.json").unlink()),
