@@ -1,7 +1,7 @@
-"""export: a training checkpoint into the Hugging Face DeepSeek-V3 layout, with its tokenizer.
+"""export: converts a training checkpoint to the Hugging Face DeepSeek-V3 layout, and adds the tokenizer.
 
-Tensor by tensor, so memory does not grow with the model. transformers, vLLM and llama.cpp's converter read the folder
-(docs/models.md says what the last must be told), and all put the bos that training put there before a text.
+It converts one tensor at a time, so memory does not grow with the model. transformers, vLLM and llama.cpp's converter
+can read the folder (docs/models.md lists the converter's options). All of them put bos before a text, as in training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from moray.platform.plan.step import Step
 
 class ExportConfig(StepConfig):
     precision: Literal["float32", "bf16", "fp8"] = "float32"
-    weights: Literal["last", "ema"] = Field("last", description="the last step's, or their exponential moving average")
+    weights: Literal["last", "ema"] = Field(
+        "last", description="weights of the last step, or their exponential moving average (EMA)"
+    )
 
 
 class Export(Step[ExportConfig]):
@@ -40,7 +42,8 @@ class Export(Step[ExportConfig]):
         source, tokenizer = ctx.inputs["checkpoint"].folder, ctx.inputs["tokenizer"]
         if read_tokenizer_fingerprint(source) != tokenizer.fingerprint:
             raise InputError(
-                "the tokenizer is not the one the model was trained with", "give `tokenizer` the input of tokenize"
+                "export: the tokenizer is not the one that the model was trained with",
+                "use the same tokenizer as the step tokenize",
             )
         config = read_model_config(source)
         hugging_face.write_folder(ctx.folder, config, _tensors(ctx), ctx.config.precision)
@@ -56,7 +59,7 @@ class Export(Step[ExportConfig]):
 
 
 def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:
-    """Logical tensors in their shapes, with progress."""
+    """(name, tensor in its final shape) of every weight; reports progress."""
     from moray.models.tensors import checkpoint_shapes
     from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed, read_weights
 
@@ -68,7 +71,7 @@ def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:
             ctx.progress("writing", done + 1, len(shapes), "tensors")
             yield name, tensor.view(shapes[name])
     except CheckpointFailed as error:
-        hint = "train with pretrain.ema_half_life_tokens" if kind == "ema" else "remove the artifact and run again"
+        hint = "set pretrain.ema_half_life_tokens" if kind == "ema" else "remove the artifact and run again"
         raise InputError(f"export: {error}", hint) from error
 
 

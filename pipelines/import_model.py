@@ -1,8 +1,8 @@
 """import-model: an existing checkpoint in the Hugging Face DeepSeek-V3 layout, for serving or continued pretraining.
 
-Every tensor is read and held against the config before anything is kept. The weights stay as they are, bit for bit, FP8
-ones in FP8, unless `precision` asks for another form; either way a tensor at a time. What is read is what is checked is
-what is kept (`models/files.py`): weights in sub-folders keep their places, other weights beside them stay behind.
+Every tensor is read and checked against the config before anything is copied. Weights are copied bit for bit, FP8
+weights as FP8, unless `precision` requests a conversion, which runs one tensor at a time. Exactly the files that were
+checked are copied (`models/files.py`): weights in sub-folders keep their paths, and other weights are not copied.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from moray.models.files import model_files, read_object
-from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, named_token, processor_bos, says_bos, write_with_bos
+from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, adds_bos_token, named_token, processor_bos, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig, operational
@@ -21,7 +23,7 @@ from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 
-# What belongs to a model beside its weights and its config.
+# Files of a model besides weights and config.
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -38,13 +40,15 @@ _COPY_BYTES = 16_000_000
 
 
 class ImportConfig(StepConfig):
-    path: Path = operational(..., description="a folder in the Hugging Face layout")
-    precision: Literal["as-is", "float32", "bf16", "fp8"] = "as-is"
+    path: Path = operational(..., description="folder in the Hugging Face layout")
+    precision: Literal["as-is", "float32", "bf16", "fp8"] = Field(
+        "as-is", description="as-is: copy the weights unchanged; else convert them"
+    )
 
 
 class ImportModel(Step[ImportConfig]):
     name: ClassVar[str] = "import-model"
-    version: ClassVar[int] = 2  # 2: only files that were checked; both tokenizer files say the same of bos
+    version: ClassVar[int] = 2  # 2: copies only files that were checked; makes the two bos settings consistent
     Config = ImportConfig
     produces: ClassVar[str] = "model"
 
@@ -61,11 +65,12 @@ class ImportModel(Step[ImportConfig]):
         try:
             checked = CheckedFolder(folder)
             if ctx.config.precision == "as-is":
-                for _ in _watched(ctx, "checking", checked):
+                for _ in _with_progress(ctx, "checking", checked):
                     pass
                 _copy(ctx, folder, model_files(folder))
             else:
-                write_weights(ctx.folder, checked.config, _watched(ctx, "converting", checked), ctx.config.precision)
+                weights = _with_progress(ctx, "converting", checked)
+                write_weights(ctx.folder, checked.config, weights, ctx.config.precision)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(
                 str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
@@ -74,41 +79,44 @@ class ImportModel(Step[ImportConfig]):
         _agree_on_bos(ctx, read_object(folder / "config.json").get("bos_token_id"))
         size = parameter_count(checked.config)
         ctx.counts |= {"out:parameters": size.total + size.mtp, "active_parameters": size.active}
-        form = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
-        ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {form}"
+        precision = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
+        ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {precision}"
 
 
 def _agree_on_bos(ctx: StepContext[ImportConfig], stated: Any) -> None:
-    """Where one of the tokenizer's files asks for a bos before a text and the other says there is none, lets both do
-    so: some readers go by the one, some by the other. `stated`: config.json's bos_token_id, if it has one.
+    """Makes both tokenizer files put bos before a text if one of them does, because readers use one or the other.
 
-    What does not fit together is said and left as it is.
+    stated: bos_token_id of config.json, if it has one. Files that contradict each other are left unchanged, with a
+    warning.
     """
     if not all((ctx.folder / name).is_file() for name in (TOKENIZER, CONFIG)):
         return
     try:
         tokenizer = load_tokenizer(ctx.folder)
-        first, said = processor_bos(tokenizer, stated), says_bos(ctx.folder)
+        first, configured = processor_bos(tokenizer, stated), adds_bos_token(ctx.folder)
         index = named_token(ctx.folder, "bos", tokenizer) if first is None else first
-    except Exception as error:  # the library raises bare Exception for what it cannot read
-        ctx.note(f"the tokenizer cannot be served: {error}", level="warning")
+    except Exception as error:  # the library raises bare Exception
+        ctx.note(f"Moray cannot serve this tokenizer: {error}", level="warning")
         return
-    if said is not False if first is not None else not said:
+    if configured is not False if first is not None else not configured:
         return
     if index is None or stated not in (None, index):
-        named = f"{CONFIG} names {'no token of the vocabulary' if index is None else f'id {index}'} for bos"
-        ctx.note(f"{named}, config.json id {stated}: the tokenizer's files are left as they are", level="warning")
+        found = "no token of the vocabulary" if index is None else f"id {index}"
+        ctx.note(
+            f"bos differs: {CONFIG} has {found}, config.json id {stated}; the tokenizer's files are left unchanged",
+            level="warning",
+        )
         return
     write_with_bos(ctx.folder, ctx.folder, tokenizer.id_to_token(index), index)
     one, other = (CONFIG, TOKENIZER) if first is None else (TOKENIZER, CONFIG)
-    ctx.note(f"{one} puts a bos before a text, {other} did not: now both do")
+    ctx.note(f"changed {other} to put bos before a text, as {one} does")
 
 
 def _files(folder: Path, precision: str) -> list[str]:
-    """Config, index and weights, then what belongs to them. Raises InputError where that is no model."""
+    """Names of config, index and weights, then of companion files. Raises InputError if the folder has no model."""
     if not (folder / "config.json").is_file():
-        reason = "holds no config.json" if folder.is_dir() else "is no folder"
-        raise InputError(f"{folder} {reason}", "give a folder in the Hugging Face layout")
+        reason = "contains no config.json" if folder.is_dir() else "is not a folder"
+        raise InputError(f"import-model.path: {folder} {reason}", "set path to a folder in the Hugging Face layout")
     try:
         return [*model_files(folder), *_companions(folder, precision)]
     except (ValueError, FileNotFoundError) as error:
@@ -116,7 +124,7 @@ def _files(folder: Path, precision: str) -> list[str]:
 
 
 def _companions(folder: Path, precision: str) -> list[str]:
-    """The files beside config and weights that belong to the model; code where a file that is kept names some."""
+    """Files of the model besides config and weights. Includes Python code if a copied config refers to it."""
     configs = [CONFIG, *(["config.json"] if precision == "as-is" else [])]
     coded = any("auto_map" in read_object(folder / name) for name in configs if (folder / name).is_file())
     patterns = (*_COMPANIONS, "*.py") if coded else _COMPANIONS
@@ -124,7 +132,7 @@ def _companions(folder: Path, precision: str) -> list[str]:
     return sorted(path.name for path in found if any(path.match(pattern) for pattern in patterns))
 
 
-def _watched(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> Iterator[Any]:
+def _with_progress(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> Iterator[Any]:
     from moray.models.tensors import checkpoint_shapes
 
     total = len(checkpoint_shapes(checked.config))

@@ -1,4 +1,4 @@
-"""register: an evaluated model becomes the next version of its name, in MLflow and as the alias `NAME@newest`."""
+"""register: registers an evaluated model as the next version of its name in MLflow and as the alias `NAME@newest`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from moray.platform.store.search import find_artifact
 
 
 class RegisterConfig(StepConfig):
-    name: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="default: the recipe's name")
+    name: str | None = Field(
+        None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the model (default: the recipe's name)"
+    )
 
 
 class Register(Step[RegisterConfig]):
@@ -34,12 +36,13 @@ class Register(Step[RegisterConfig]):
         model, report = ctx.inputs["model"], EvalReport.read(ctx.inputs["evaluation"].folder)
         if report.model != model.reference:
             raise InputError(
-                f"the evaluation is of {report.model}, not of {model.reference}", "give both steps the same model"
+                f"register: the evaluation is of {report.model}, not of {model.reference}",
+                "use the same model as input of register and evaluate",
             )
         name = ctx.config.name or ctx.name
         store = ArtifactStore(ctx.home)
         lineage = list(ancestors(model, store))
-        figures = {
+        metrics = {
             "/".join([f"moray_{row.metric}", *(value for _, value in sorted(row.labels.items()))]): row.value
             for row in report.rows
         }
@@ -55,7 +58,7 @@ class Register(Step[RegisterConfig]):
             name,
             model.folder,
             list(_curves(ctx, lineage)),
-            figures,
+            metrics,
             params,
             {"moray.run": ctx.run.name, "moray.artifact": model.reference},
         )
@@ -76,7 +79,7 @@ class Register(Step[RegisterConfig]):
 
 
 def ancestors(artifact: Artifact, store: ArtifactStore) -> Iterator[Artifact]:
-    """`artifact` and everything it was made from, each once."""
+    """`artifact` and all artifacts that it was made from, each once."""
     seen: set[str] = set()
     waiting = [artifact]
     while waiting:
@@ -89,7 +92,7 @@ def ancestors(artifact: Artifact, store: ArtifactStore) -> Iterator[Artifact]:
 
 
 def _curves(ctx: StepContext[Any], lineage: list[Artifact]) -> Iterator[MetricEvent]:
-    """The training metrics of the run that made the checkpoint, which may be an earlier one."""
+    """The training metrics of the run that made the checkpoint, which may be an earlier run."""
     for artifact in lineage:
         if artifact.manifest.produces == "checkpoint":
             events = read_events(ctx.home.runs / artifact.manifest.run)

@@ -1,6 +1,6 @@
-"""Two models a language model must beat to have learned anything: token frequencies, and an order-2 byte model.
+"""Baselines that a trained language model must beat: a unigram token model and an order-2 byte model.
 
-Both are trained on the whole training part, which is at least what the model saw.
+Both are trained on the whole training part, so on at least the data that the model was trained on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class UnigramModel:
         self._counts += np.bincount(ids, minlength=len(self._counts))
 
     def bits(self, ids: npt.NDArray[np.int64]) -> float:
-        """Bits to code `ids`, one by one."""
+        """Bits to code `ids` independently of each other."""
         log = np.log(self._counts / self._counts.sum())
         return float(-log[ids].sum() / LN2)
 
 
 class ByteCounts:
-    """How often each byte follows each pair of bytes. A document starts after two zero bytes."""
+    """Counts of each byte after each pair of bytes. Each document is preceded by two zero bytes."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((1 << 16, 256), np.int32)
@@ -40,8 +40,8 @@ class ByteCounts:
 class ByteModel:
     """P(byte | two bytes before), Witten-Bell interpolated with orders 1 and 0 and the uniform distribution.
 
-    An order's weight against the next lower one is n / (n + distinct), with n the context's count and `distinct` the
-    number of different bytes seen after it (Witten and Bell, 1991, method C).
+    The weight of an order relative to the next lower one is n / (n + distinct), where n is the context's count and
+    `distinct` the number of different bytes after it (Witten and Bell, 1991, method C).
     """
 
     def __init__(self, counts: ByteCounts) -> None:
@@ -68,7 +68,7 @@ class _Order:
     def refine(
         self, row: npt.NDArray[np.int64], following: npt.NDArray[np.int64], lower: npt.NDArray[np.float64]
     ) -> npt.NDArray[np.float64]:
-        """Interpolates with the lower order's probabilities; a context never seen leaves them as they are."""
+        """Interpolates with the lower order's probabilities `lower`, which are unchanged for an unseen context."""
         distinct = self._distinct[row]
         mixed = self._counts[row, following] + distinct * lower
         total = self._total[row]
@@ -76,6 +76,6 @@ class _Order:
 
 
 def _contexts(text: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(the two bytes before, as a number; the byte) at every place of `text`."""
+    """(the two bytes before, as a number; the byte) at every position of `text`."""
     data = np.frombuffer(b"\0\0" + text, np.uint8).astype(np.int64)
     return data[:-2] * 256 + data[1:-1], data[2:]

@@ -1,4 +1,4 @@
-"""The EvalReport contract: what `evaluate` writes, and what gates, cards and people read."""
+"""The EvalReport contract: the evaluation results that `evaluate` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPORT = "report.json"
 
 
 class EvalRow(BaseModel):
-    """One figure. `labels` tells rows of one metric apart; `interval` is the 95 % bootstrap interval of `value`."""
+    """One result. labels: distinguish rows of one metric. interval: 95 % bootstrap confidence interval of `value`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,7 +25,7 @@ class EvalRow(BaseModel):
 
 
 class EvalReport(BaseModel):
-    """All figures of one evaluation of one model."""
+    """All results of one evaluation of one model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,7 +34,7 @@ class EvalReport(BaseModel):
     rows: tuple[EvalRow, ...]
 
     def value(self, metric: str, **labels: str) -> float:
-        """The one row with this metric and these labels. KeyError if there is none or more than one."""
+        """The value of the row with this metric and these labels. Raises KeyError unless there is exactly one."""
         found = [row for row in self.rows if row.metric == metric and row.labels == labels]
         if len(found) != 1:
             raise KeyError(f"{len(found)} rows for {metric} {labels}")

@@ -1,8 +1,8 @@
-"""evaluate: held-out bits per byte, by source, beside a unigram model over the same tokens and an order-2 byte model.
+"""evaluate: held-out bits per byte by source, compared with a unigram token model and an order-2 byte model.
 
-Every token of every held-out document is scored once, end-of-document included, in windows of the training length
-that do not overlap; the first token of a later window sees only its predecessor. Bits per byte makes models with
-different tokenizers comparable: all bits, over the documents' UTF-8 bytes.
+Every token of every held-out document is scored once, including the end of the document, in windows of the training
+length that do not overlap; the first scored token of a later window has only its predecessor as context. Bits per byte,
+the total bits over the documents' UTF-8 bytes, makes models with different tokenizers comparable.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ METRIC = "eval_bits_per_byte"
 
 
 class EvaluateConfig(StepConfig):
-    batch_windows: int = Field(8, gt=0, description="windows scored at once")
-    resamples: int = Field(200, gt=0, description="bootstrap resamples of documents, for the intervals")
-    seed: int = Field(1, ge=0)
+    batch_windows: int = Field(8, gt=0, description="windows per forward pass")
+    resamples: int = Field(200, gt=0, description="bootstrap resamples of documents, for confidence intervals")
+    seed: int = Field(1, ge=0, description="seed of the bootstrap")
 
 
 @dataclass
 class Scores:
-    """Bits and bytes of each held-out document of one source; `bits` by model, aligned with `bytes`."""
+    """Bytes of each held-out document of one source, and its bits by model."""
 
     bytes: list[int] = field(default_factory=list)
     bits: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in MODELS})
@@ -89,9 +89,9 @@ class Evaluate(Step[EvaluateConfig]):
         for source, token_set in heldout.items():
             if token_set.vocabulary.size > model.config.vocab_size:
                 raise InputError(
-                    f"the tokens have a vocabulary of {token_set.vocabulary.size}, the model of "
-                    f"{model.config.vocab_size}",
-                    "give evaluate the tokens that the model was trained on",
+                    f"evaluate: the tokens' vocabulary ({token_set.vocabulary.size}) is larger than the model's "
+                    f"({model.config.vocab_size})",
+                    "use tokens of the model's own tokenizer",
                 )
             for ids, size in heldout_documents(token_set):
                 windows = list(split_windows(ids, token_set.sequence_length))
@@ -167,13 +167,14 @@ def heldout_documents(token_set: TokenSet) -> Iterator[tuple[npt.NDArray[np.int6
 
 
 def split_windows(ids: npt.NDArray[np.int64], length: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Windows of at most `length` + 1 tokens that share their end tokens, so every token but the first is scored."""
+    """Windows of at most `length` + 1 tokens. Consecutive windows share a token, so that all tokens except the first of
+    the document are scored."""
     for start in range(0, len(ids) - 1, length):
         yield ids[start : start + length + 1]
 
 
 def window_bits(model: DeepseekV3, windows: list[npt.NDArray[np.int64]]) -> float:
-    """Bits of all tokens but the first of each window."""
+    """Bits of all tokens except the first of each window."""
     import torch
 
     longest = max(len(window) for window in windows)
@@ -191,7 +192,7 @@ def window_bits(model: DeepseekV3, windows: list[npt.NDArray[np.int64]]) -> floa
 def bootstrap(
     bits: npt.NDArray[np.float64], size: npt.NDArray[np.float64], resamples: int, seed: int
 ) -> tuple[float, float]:
-    """95 % interval of sum(bits) / sum(size) when documents are drawn anew."""
+    """95 % bootstrap interval of sum(bits) / sum(size), resampling documents."""
     draws = np.random.default_rng(seed).integers(0, len(bits), (resamples, len(bits)))
     low, high = np.percentile(bits[draws].sum(axis=1) / size[draws].sum(axis=1), (2.5, 97.5))
     return float(low), float(high)

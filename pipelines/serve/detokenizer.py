@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moray.pipelines.tokenizer.bos import processor_bos, read_if_there, says_bos
+from moray.pipelines.tokenizer.bos import adds_bos_token, processor_bos, read_object_or_empty
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer
 
 
@@ -84,10 +84,10 @@ class ServingVocabulary:
         """Reads `tokenizer.json` of a model folder, and `generation_config.json` if it names the ends of an answer."""
         ends = _ends(folder / "generation_config.json")
         tokenizer = load_tokenizer(folder)
-        if "bos_token_id" not in read_if_there(folder / "config.json"):  # a default is no word of the model's
+        if "bos_token_id" not in read_object_or_empty(folder / "config.json"):  # a default is no word of the model's
             first = processor_bos(tokenizer, None)
             bos = bos if first is None else first
-        return cls(tokenizer, bos, eos, ends, says_bos(folder))
+        return cls(tokenizer, bos, eos, ends, adds_bos_token(folder))
 
     def encode(self, text: str) -> list[int]:
         """Ids, without bos unless the text begins with its name, as evaluation harnesses write it. Other control tokens
@@ -172,7 +172,7 @@ def _most_shrinking(normalizer: Any) -> float:
 def _ends(path: Path) -> list[int] | None:
     """`eos_token_id` of a generation_config.json, an id or several, which transformers puts above the config's; None
     where it says nothing. Raises ValueError for anything else."""
-    ends = read_if_there(path).get("eos_token_id")
+    ends = read_object_or_empty(path).get("eos_token_id")
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
         raise ValueError(f"{path}: eos_token_id = {ends!r} must be an id, or a list of ids")

@@ -1,7 +1,7 @@
-"""Numba kernels of packing: best fit over a tree of free space, and copying of pieces.
+"""Packing loops, compiled by numba: best-fit over a tree of free space, and copying of pieces.
 
-Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830), 3: sequences are looked up by their
-free space, so placing a piece takes O(log length), whatever the number of sequences.
+Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830), section 3: sequences are looked up by
+their free space, so placing a piece takes O(log length), independent of the number of sequences.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ def place_pieces(source, begins, counts, target, starts):  # type: ignore[no-unt
 
 @numba.njit(nogil=True, cache=True)
 def best_fit(lengths: Int64, order: Int64, length: int, bins: Int64, at: Int64) -> Int64:
-    """Packs pieces in `order`. Writes the sequence of each piece to `bins` and its offset there to `at`.
+    """Places pieces in `order`. Writes the sequence of each piece to `bins` and its offset there to `at`.
 
-    Returns the unused tokens of each sequence.
+    Returns the free tokens of each sequence.
     """
     size = 1
     while size <= length:
         size *= 2
-    some = np.zeros(
-        2 * size, np.bool_
-    )  # some[size + f]: a sequence has f free tokens; inner nodes: either child is set
-    newest = np.full(length + 1, -1, np.int64)  # newest sequence with that many free tokens
-    before = np.empty(len(order), np.int64)  # the next newest with as many free tokens
+    # A binary tree: some[size + f] is whether a sequence has f free tokens; inner nodes are the OR of their children.
+    some = np.zeros(2 * size, np.bool_)
+    newest = np.full(length + 1, -1, np.int64)  # by free tokens: the sequence that reached them last
+    before = np.empty(len(order), np.int64)  # linked list: the previous sequence with the same free tokens
     free = np.empty(len(order), np.int64)
     count = 0
     for piece in order:
@@ -61,7 +60,7 @@ def best_fit(lengths: Int64, order: Int64, length: int, bins: Int64, at: Int64) 
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _least_free(some: Flags, size: int, need: int) -> int:
-    """The smallest number of free tokens that is at least `need` and that some sequence has, or -1."""
+    """The smallest number of free tokens of a sequence that is at least `need`; -1 if there is none."""
     node = size + need
     if some[node]:
         return need

@@ -1,7 +1,7 @@
-"""Fills the space that best fit leaves unused: empties the emptiest sequences, and cuts their pieces to fit the others.
+"""Reduces the padding that best fit leaves: dissolves the emptiest sequences and splits their pieces into the others.
 
-The unused end of a sequence is a hole. The largest holes are filled first, until at most a thousandth of all tokens is
-unused, or until a cut would fill too little.
+The unused end of a sequence is a hole; the largest holes are filled first. This continues until at most a thousandth of
+all tokens is unused, or until a split would fill too little.
 
 Shapes: P pieces, all shorter than a sequence, in S sequences; Q parts of pieces.
 """
@@ -17,17 +17,17 @@ import numpy as np
 
 from moray.pipelines.shared.arrays import Indices
 
-_TOKENS_PER_UNUSED = 1000  # one token in this many may be unused
-_SMALL_CUTS = 50  # one piece in this many may be cut to fill a hole of 2 tokens or more; further cuts require
-_LARGE_HOLE = 100  # that the hole is at least 1/100 of a sequence
+_TOKENS_PER_UNUSED = 1000  # one token in this many may stay unused
+_SMALL_CUTS = 50  # one piece in this many may be split to fill holes of 2 or more tokens; after that,
+_LARGE_HOLE = 100  # a hole must be at least 1 / this of a sequence
 
 
 @dataclass(frozen=True)
 class PackedBins:
-    """Pieces as best fit packed them, int64.
+    """Pieces as packed by best fit, int64.
 
-    tokens [P]: length of each piece. sequence, at [P]: its sequence, and its offset there. free [S]: unused tokens of
-    each sequence. length: tokens per sequence.
+    tokens [P]: length of each piece. sequence [P]: its sequence. at [P]: its offset there. free [S]: unused tokens of
+    each sequence. length: tokens in a sequence.
     """
 
     tokens: Indices
@@ -39,9 +39,9 @@ class PackedBins:
 
 @dataclass(frozen=True)
 class PieceParts:
-    """Whole pieces and parts of cut ones, int64 [Q].
+    """Whole pieces, and parts of split pieces, int64 [Q].
 
-    Tokens `skipped` .. `skipped + tokens` of `piece` are in `sequence`, starting at offset `at`.
+    Tokens [skipped, skipped + tokens) of `piece` are in `sequence` from offset `at`.
     """
 
     piece: Indices
@@ -52,7 +52,7 @@ class PieceParts:
 
 
 class MovedPart(NamedTuple):
-    """A moved part of a piece, with the fields of PieceParts."""
+    """A part of a piece that was moved, with the fields of PieceParts."""
 
     piece: int
     skipped: int
@@ -62,7 +62,7 @@ class MovedPart(NamedTuple):
 
 
 class Hole(NamedTuple):
-    """Unused tokens `at` .. `at + tokens` of a sequence."""
+    """Unused tokens [at, at + tokens) of a sequence."""
 
     sequence: int
     at: int
@@ -70,38 +70,35 @@ class Hole(NamedTuple):
 
 
 class Holes:
-    """The holes of the sequences in `order`, one after another."""
+    """The holes of the sequences in `order`, which goes from the largest hole to the smallest."""
 
     def __init__(self, bins: PackedBins, order: Iterator[int]) -> None:
         self._free, self._length, self._order = bins.free, bins.length, order
-        self._sequence, self._unused = -1, 0  # of the current hole; plain integers, for speed
+        self._sequence, self._unused = -1, 0  # the current hole; plain numbers, for speed
 
-    def take(self, wanted: int, least: int) -> Hole | None:
-        """Up to `wanted` tokens of the current hole. If fewer than `least` are left in it, takes the next hole.
+    def take(self, most: int, least: int) -> Hole | None:
+        """Takes up to `most` tokens of the current hole. If that has less than `least`, moves to the next hole.
 
-        None if the next hole is also smaller than `least`, because all later holes are no larger.
+        Returns None if the next hole has less than `least` too, because later ones are no larger.
         """
         if self._unused < least:
             following = next(self._order, -1)
             if following < 0 or self._free[following] < least:
                 return None
             self._sequence, self._unused = following, int(self._free[following])
-        taken = Hole(self._sequence, self._length - self._unused, min(self._unused, wanted))
+        taken = Hole(self._sequence, self._length - self._unused, min(self._unused, most))
         self._unused -= taken.tokens
         return taken
 
 
 def fill_holes(bins: PackedBins) -> tuple[PieceParts, int]:
-    """Moves pieces until sequences are full enough, or no hole is worth a cut.
-
-    Returns the positions of the pieces, and the number of sequences that are left.
-    """
+    """(the new positions of pieces and their parts, the number of sequences that remain)."""
     emptied, moved = _empty_sequences(bins)
     return _without_emptied(bins, emptied, moved), len(bins.free) - len(emptied)
 
 
 def _empty_sequences(bins: PackedBins) -> tuple[list[int], list[MovedPart]]:
-    """The emptied sequences, and the new positions of their pieces."""
+    """(the emptied sequences, the new positions of the parts of their pieces)."""
     emptied: list[int] = []
     moved: list[MovedPart] = []
     unused, count = int(bins.free.sum()), len(bins.free)
@@ -129,7 +126,7 @@ def _full_enough(unused: int, count: int, length: int) -> bool:
 
 
 def _move_pieces(pieces: Iterable[int], bins: PackedBins, holes: Holes, cuts: int) -> list[MovedPart] | None:
-    """The pieces of one sequence, cut to fill holes, or None if the holes run out. cuts: parts moved before."""
+    """The pieces of one sequence, split to fill holes; None if there are too few holes. cuts: parts moved so far."""
     few, large = len(bins.tokens) // _SMALL_CUTS, max(2, bins.length // _LARGE_HOLE)
     parts: list[MovedPart] = []
     for piece in pieces:
@@ -145,14 +142,14 @@ def _move_pieces(pieces: Iterable[int], bins: PackedBins, holes: Holes, cuts: in
 
 
 def _without_emptied(bins: PackedBins, emptied: Sequence[int], moved: Sequence[MovedPart]) -> PieceParts:
-    """Pieces that were not moved, then moved parts. Sequences are renumbered without the emptied ones."""
+    """The pieces that were not moved, then the moved parts. Sequences are renumbered without the emptied ones."""
     pieces = len(bins.tokens)
     whole = PieceParts(np.arange(pieces), np.zeros(pieces, np.int64), bins.tokens, bins.sequence, bins.at)
     if not emptied:
         return whole
-    left = np.ones(len(bins.free), np.bool_)
-    left[list(emptied)] = False
-    unmoved, number = left[bins.sequence], np.cumsum(left) - 1
+    kept = np.ones(len(bins.free), np.bool_)
+    kept[list(emptied)] = False
+    unmoved, number = kept[bins.sequence], np.cumsum(kept) - 1
     parts = MovedPart(*np.fromiter(chain.from_iterable(moved), np.int64).reshape(-1, len(MovedPart._fields)).T)
     return PieceParts(
         piece=np.concatenate([whole.piece[unmoved], parts.piece]),

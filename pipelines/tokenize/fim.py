@@ -1,7 +1,7 @@
-"""Fill-in-the-middle (FIM): documents are rearranged as prefix, suffix, middle, so that a model learns to infill text.
+"""Fill-in-the-middle (FIM): moves the middle of documents to the end, so that a model learns to infill.
 
-DeepSeek-V3 (4.1) rearranges a tenth of the documents. A document's id decides whether and where it is cut, so the
-result depends neither on the layout of the corpus nor on the number of workers.
+DeepSeek-V3 (4.1) does so with a tenth of the documents, in the order prefix, suffix, middle. The choice of documents
+and the split points depend only on the document id, not on the layout of the corpus or the number of workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEEPSEEK = ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\u
 
 @dataclass(frozen=True)
 class Marks:
-    """Ids of the tokens before the prefix, before the suffix and before the middle."""
+    """Ids of the FIM tokens: `begin` before the prefix, `hole` before the suffix, `end` before the middle."""
 
     begin: int
     hole: int
@@ -34,12 +34,12 @@ class Marks:
 
 
 def fim_marks(tokenizer: Any) -> Marks:
-    """The FIM tokens of a `tokenizers.Tokenizer` of Moray or DeepSeek. Raises InputError if it has none."""
+    """The FIM tokens of a `tokenizers.Tokenizer`, Moray's or DeepSeek's. Raises InputError if it has none."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     for names in (FIM, _DEEPSEEK):
         if all(name in ids for name in names):
             return Marks(*(ids[name] for name in names))
-    raise InputError("tokenize.fim_rate: the tokenizer has no FIM tokens", "set tokenizer.fim: true")
+    raise InputError("tokenize.fim_rate: the tokenizer has no FIM tokens", "set tokenizer.fim to true")
 
 
 def is_chosen(name: str, rate: float) -> bool:
@@ -48,18 +48,19 @@ def is_chosen(name: str, rate: float) -> bool:
 
 
 def cut(name: str, text: str) -> tuple[str, str, str]:
-    """(prefix, middle, suffix) of the document with this id, cut between characters; each may be empty."""
-    first, second = sorted(int(_uniform(draw, name) * (len(text) + 1)) for draw in ("first", "second"))
+    """(prefix, middle, suffix) of the document with this id, split between characters; each may be empty."""
+    first, second = sorted(int(_uniform(key, name) * (len(text) + 1)) for key in ("first", "second"))
     return text[:first], text[first:second], text[second:]
 
 
-def _uniform(draw: str, name: str) -> float:
-    """A number in [0, 1) that depends on the document's id."""
-    return xxhash.xxh3_64_intdigest(f"fim/{draw}/{name}".encode()) / 2**64
+def _uniform(key: str, name: str) -> float:
+    """A pseudo-random number in [0, 1) that depends on `key` and the document id."""
+    return xxhash.xxh3_64_intdigest(f"fim/{key}/{name}".encode()) / 2**64
 
 
 def rearranged(names: Sequence[str], texts: pa.Array, rate: float) -> tuple[pa.Array, Int64]:
-    """The texts, where a chosen document is three pieces (prefix, suffix, middle), and the pieces per document [N]."""
+    """(texts, number of texts of each document): a chosen document has three texts, its prefix, suffix and middle; any
+    other document has one."""
     chosen = {n: cut(name, texts[n].as_py()) for n, name in enumerate(names) if is_chosen(name, rate)}
     counts = np.ones(len(names), np.int64)
     if not chosen:
@@ -72,8 +73,10 @@ def rearranged(names: Sequence[str], texts: pa.Array, rate: float) -> tuple[pa.A
 
 
 def framed(encoded: Encoded, counts: Int64, bos: int, eos: int, marks: Marks | None) -> Encoded:
-    """The tokens of each document between bos and eos. A document of three pieces becomes begin, prefix, hole, suffix,
-    end, middle. counts [N]: number of pieces in `encoded` per document, 1 or 3."""
+    """Documents with bos and eos, and FIM tokens in those of three pieces: begin, prefix, hole, suffix, end, middle.
+
+    counts [N]: number of pieces of `encoded` of each document, 1 or 3.
+    """
     from moray.pipelines.tokenize.best_fit import place_pieces
 
     first = np.cumsum(counts) - counts

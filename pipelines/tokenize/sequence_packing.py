@@ -1,14 +1,14 @@
-"""Packs documents into sequences of fixed length: by best fit, which cuts few documents, or by concatenation.
+"""Packing of documents into sequences of one length: best fit, which splits few documents, or concatenation.
 
-Best fit (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv 2404.10830): a document longer than a
-sequence first fills whole sequences. Its rest, and every shorter document, are then placed, longest first, into the
-sequence with the least free space that still holds them. A tree over the amounts of free space finds that sequence, so
-n documents take O(n log length). The result depends only on the lengths and the order of the documents.
+Best fit (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv 2404.10830): a document that is longer
+than a sequence is split into full sequences and a remainder. Remainders and shorter documents are placed, the longest
+first, each into the sequence with the least free space that can hold it. A tree over free space finds that sequence, so
+n documents take O(n log length). The result depends only on the documents' lengths and order.
 
-Notable: sequences are about 99.9 % full, whatever the lengths are. If best fit leaves more space unused, the emptiest
-sequences are dissolved, and their pieces are cut to fill the others (fill_holes.py). More than one piece in fifty is
-cut only if a cut fills at least a hundredth of a sequence. A piece therefore ends with its document or with its
-sequence, and readers use this to find document boundaries (actors/data/token_set.py).
+Notable: sequences are about 99.9 % full for any distribution of lengths. If best fit leaves more padding, the emptiest
+sequences are dissolved, and their pieces are split to fill the padding of others (fill_holes.py). At most every
+fiftieth piece is split for less than a hundredth of a sequence. A piece always ends with its document or with its
+sequence, so readers can find document boundaries (actors/data/token_set.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PlacedPieces:
-    """Positions of the pieces of documents: arrays [P], in the order of `start`, and the number of sequences.
+    """Positions of pieces of documents in the sequences: arrays [P], ordered by `start`.
 
-    document: index of the document. begin: offset of the piece in the document. tokens: length of the piece. start:
-    offset in the concatenated sequences.
+    document: document number. begin: offset of the piece in its document. tokens: length. start: position in the
+    concatenated sequences. sequences: number of sequences.
     """
 
     document: Int64
@@ -43,7 +43,7 @@ class PlacedPieces:
     sequences: int
 
     def cut(self, length: int) -> int:
-        """Number of documents in more than one sequence."""
+        """Number of documents that are split over several sequences."""
         several = self.start // length != (self.start + self.tokens - 1) // length
         documents, pieces = np.unique(self.document, return_counts=True)
         return len(np.union1d(documents[pieces > 1], self.document[several]))
@@ -51,9 +51,9 @@ class PlacedPieces:
 
 @dataclass(frozen=True)
 class TokenDocuments:
-    """Tokens of N documents, including bos and eos: document n is tokens[bounds[n] : bounds[n + 1]].
+    """N documents as tokens, with bos and eos: document n is tokens[bounds[n] : bounds[n + 1]].
 
-    sizes: UTF-8 bytes of each document.
+    sizes: UTF-8 bytes of each.
     """
 
     names: Sequence[str]
@@ -63,7 +63,7 @@ class TokenDocuments:
 
 
 def plan_sequences(lengths: Int64, length: int, packing: Packing) -> PlacedPieces:
-    """Positions of documents with `lengths` tokens, none of them 0, in sequences of `length` tokens."""
+    """Assigns documents of `lengths` tokens, all positive, to sequences of `length` tokens."""
     if packing == "best-fit":
         return _best_fit_pieces(lengths, length)
     starts = np.cumsum(lengths) - lengths
@@ -72,7 +72,7 @@ def plan_sequences(lengths: Int64, length: int, packing: Packing) -> PlacedPiece
 
 
 def _best_fit_pieces(lengths: Int64, length: int) -> PlacedPieces:
-    """First the full sequences of long documents, in document order, then the sequences of best fit."""
+    """First the full sequences of long documents, document after document, then the sequences packed by best fit."""
     from moray.pipelines.tokenize.best_fit import best_fit
 
     full, rest = lengths // length, lengths % length

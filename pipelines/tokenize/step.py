@@ -1,12 +1,12 @@
-"""tokenize: converts documents to packed token sets, one per source, for the training and the held-out part.
+"""tokenize: encodes documents and packs them into token sets, one per source, for the training and the held-out part.
 
-Consecutive Documents shards of one source are packed together, in groups of about `group_bytes`. A group is one Ray
-Data task and becomes one token shard. Groups depend only on the shards' sizes, so the result does not depend on the
-number of workers. Held-out documents are concatenated, because they are read document by document.
+Consecutive Documents shards of one source are packed together, in groups of about `group_bytes`. A group is a Ray Data
+task and becomes one token shard. Groups depend only on the shards' sizes, so the result does not depend on the number
+of workers. The held-out part is concatenated, because it is read document by document.
 
-Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters: only this step inserts
-special ids. The encoding library is chosen once, on a sample of every source (`encoders.py`), and does not affect the
-ids. A rerun after a kill resumes with the groups that have no record yet.
+Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters; only this step inserts
+special ids. The encoder library is chosen once, with documents of every source (`encoders.py`); the ids do not depend
+on it. A rerun after a kill processes the groups that have no record yet.
 """
 
 from __future__ import annotations
@@ -37,30 +37,31 @@ from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 
-_SAMPLE_BYTES = 1_000_000  # of documents for comparing the encoders; the slower one takes half a second
+_SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree; takes the slower one half a second
 _SAMPLE_SOURCES = 50
 
 
 class TokenizeConfig(StepConfig):
     sequence_length: int = Field(256, ge=8, description="tokens in a packed sequence")
     fim_rate: float = Field(
-        0.0, ge=0, le=1, description="fraction of training documents that are rearranged for fill-in-the-middle"
+        0.0, ge=0, le=1, description="share of training documents rearranged for fill-in-the-middle (FIM)"
     )
     packing: Packing = Field(
-        "best-fit", description="of the training part: best-fit cuts few documents, concatenate packs them back to back"
+        "best-fit", description="packing of the training part: best-fit splits few documents; concatenate"
     )
     group_bytes: int = Field(
-        64_000_000, gt=0, description="bytes of text packed together; larger groups cut fewer documents"
+        64_000_000, gt=0, description="bytes of text that are packed together; larger groups split fewer documents"
     )
     encoder: Literal["auto", "fast", "reference"] = operational(
         "auto",
-        description="auto: gigatoken if it agrees with Hugging Face tokenizers; fast: gigatoken; reference: tokenizers",
+        description="auto: gigatoken if it agrees with Hugging Face tokenizers, else tokenizers; fast: gigatoken, or "
+        "an error; reference: tokenizers",
     )
 
 
 @dataclass(frozen=True)
 class GroupTask:
-    """Parameters shared by all groups."""
+    """Settings that are the same for all groups."""
 
     folder: Path
     tokenizer: Path
@@ -72,7 +73,7 @@ class GroupTask:
 
 class Tokenize(Step[TokenizeConfig]):
     name: ClassVar[str] = "tokenize"
-    version: ClassVar[int] = 3  # 3: best fit; text that spells a control token is encoded as text
+    version: ClassVar[int] = 3  # 3: best fit; text that spells a control token is plain characters
     Config = TokenizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents", "tokenizer": "tokenizer"}
     produces: ClassVar[str] = "tokens"
@@ -95,13 +96,13 @@ class Tokenize(Step[TokenizeConfig]):
         rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
         self._write_indexes(ctx, rows, vocabulary)
         forget_records(ctx.folder)
-        self._report(ctx, rows)
+        self._summarize(ctx, rows)
 
     def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
-        """The encoder of this run. Warns if it is the slow one."""
+        """The encoder of this run. Logs a warning if it is the slow one."""
         chosen, reason = choose_encoder(ctx.config.encoder, folder, *_sample(shards))
         if reason:
-            ctx.note(f"{reason}; encoding with Hugging Face tokenizers, tens of times slower", level="warning")
+            ctx.note(f"{reason}; encoding with Hugging Face tokenizers, which is tens of times slower", level="warning")
         return chosen
 
     def _write_indexes(self, ctx: StepContext[TokenizeConfig], rows: list[Row], vocabulary: TokenVocabulary) -> None:
@@ -113,7 +114,7 @@ class Tokenize(Step[TokenizeConfig]):
         for (part, source), shards in sets.items():
             write_index(ctx.folder / part / source, shards, ctx.config.sequence_length, vocabulary)
 
-    def _report(self, ctx: StepContext[TokenizeConfig], rows: list[Row]) -> None:
+    def _summarize(self, ctx: StepContext[TokenizeConfig], rows: list[Row]) -> None:
         totals = {part: sum(row["tokens"] for row in rows if row["part"] == part) for part in PARTS}
         train = [row for row in rows if row["part"] == "train"]
         sequences = sum(row["sequences"] for row in train)
@@ -131,25 +132,25 @@ class Tokenize(Step[TokenizeConfig]):
         sources = len({row["source"] for row in rows})
         ctx.outcome = (
             f"{sources} sources, {size / max(1, sum(totals.values())):.2f} bytes/token, "
-            f"sequences {fill:.2%} full, {cut:.1%} of documents in several"
+            f"sequences {fill:.2%} full, {cut:.1%} of documents split"
         )
 
 
 def _shards(ctx: StepContext[TokenizeConfig]) -> list[Row]:
-    """The non-empty Documents shards in order, with their part, source and uncompressed bytes."""
+    """The nonempty Documents shards in order, with part, source and uncompressed size."""
     folder = ctx.inputs["documents"].folder
     paths = [(part, path) for part in PARTS for path in shard_paths(folder / part)]
     found = []
     with ThreadPoolExecutor(8) as threads:
-        for done, row in enumerate(threads.map(_inspect, paths)):
-            ctx.progress("looking", done + 1, len(paths), "shards")
+        for done, row in enumerate(threads.map(_describe_shard, paths)):
+            ctx.progress("listing", done + 1, len(paths), "shards")
             if row["source"]:
                 found.append(row)
     return found
 
 
-def _inspect(shard: tuple[str, Path]) -> Row:
-    part, path = shard
+def _describe_shard(place: tuple[str, Path]) -> Row:
+    part, path = place
     sources = read_shard(path, ["source"])["source"].unique().to_pylist()
     if len(sources) > 1:
         raise InputError(f"{path} mixes sources: {', '.join(sorted(sources))}", "write one source per shard")
@@ -159,7 +160,7 @@ def _inspect(shard: tuple[str, Path]) -> Row:
 
 
 def _groups(shards: list[Row], group_bytes: int) -> list[Row]:
-    """Consecutive shards of one part and source, in groups that end when they reach `group_bytes`."""
+    """Groups of consecutive shards of one part and source. A group ends once it has at least `group_bytes`."""
     groups: list[Row] = []
     for shard in shards:
         key = {name: shard[name] for name in ("part", "source")}
@@ -173,7 +174,7 @@ def _groups(shards: list[Row], group_bytes: int) -> list[Row]:
 
 
 def _sample(shards: list[Row]) -> tuple[list[str], list[str]]:
-    """Ids and texts of some documents of every source, or of 50 sources if there are more."""
+    """Ids and texts of some documents of every source, of at most about fifty sources."""
     first = {shard["source"]: shard["path"] for shard in reversed(shards)}
     sources = sorted(first)[:: -(-len(first) // _SAMPLE_SOURCES) or 1]
     names: list[str] = []
@@ -209,7 +210,7 @@ def _write_group(group: Row, job: GroupTask) -> Row:
 
 
 def _encoded(paths: list[str], job: GroupTask, fim_rate: float) -> TokenDocuments:
-    """The documents of some shards as tokens. Their text is freed when this returns."""
+    """The documents of some shards as tokens. Their text is no longer in memory when this returns."""
     table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in paths]).combine_chunks()
     names = table["id"].to_pylist()
     column = table["text"].chunk(0).cast(pa.large_string())

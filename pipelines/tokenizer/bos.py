@@ -1,7 +1,7 @@
-"""What a model folder's tokenizer files say of the start of a text, and files that say the same to every reader.
+"""The bos settings of a model folder's tokenizer files: reading them, and making them consistent.
 
-A prompt begins as training's documents did, with a bos. Readers look for that in two places: transformers and vLLM let
-`post_processor` of tokenizer.json put it in front, llama.cpp asks `add_bos_token` of tokenizer_config.json.
+A prompt must start with bos, like the documents in training. There are two settings: transformers and vLLM use
+`post_processor` of tokenizer.json, and llama.cpp uses `add_bos_token` of tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def processor_bos(tokenizer: Any, bos: int | None) -> int | None:
-    """The bos that the post-processor of a `tokenizers.Tokenizer` puts before a text; None if it puts nothing there.
+    """The bos that the post-processor of a `tokenizers.Tokenizer` puts before a text; None if it adds nothing.
 
-    bos: the model's. Raises ValueError for a post-processor that puts other tokens there, or some behind the text,
-    after which it would not go on.
+    bos: the model's. Raises ValueError for a post-processor that adds other tokens before the text, or any after it,
+    because the model could not continue such a prompt.
     """
     plain, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     front = full[: len(full) - len(plain)]
     if front + plain != full or len(front) > 1 or (front and bos not in (None, front[0])):
-        raise ValueError(f"tokenizer.json: post_processor makes {full} of a text of {plain}; the model's bos is {bos}")
+        raise ValueError(
+            f"tokenizer.json: unsupported post_processor: it turns {plain} into {full}, and the model's bos is {bos}"
+        )
     return front[0] if front else None
 
 
-def says_bos(folder: Path) -> bool | None:
-    """`add_bos_token` of tokenizer_config.json; None where it says nothing. Raises ValueError for what is no JSON."""
-    said = read_if_there(folder / CONFIG).get("add_bos_token")
-    return said if isinstance(said, bool) else None
+def adds_bos_token(folder: Path) -> bool | None:
+    """`add_bos_token` of tokenizer_config.json; None if it is not set. Raises ValueError for invalid JSON."""
+    value = read_object_or_empty(folder / CONFIG).get("add_bos_token")
+    return value if isinstance(value, bool) else None
 
 
 def named_token(folder: Path, kind: str, tokenizer: Any) -> int | None:
-    """The id of `bos_token`, `eos_token` or `pad_token` of tokenizer_config.json; None if it names no token of the
-    vocabulary. Raises ValueError for what is no JSON."""
-    token = read_if_there(folder / CONFIG).get(f"{kind}_token")
+    """The id of `bos_token`, `eos_token` or `pad_token` of tokenizer_config.json; None if that is not set or not in the
+    vocabulary. Raises ValueError for invalid JSON."""
+    token = read_object_or_empty(folder / CONFIG).get(f"{kind}_token")
     name = token.get("content") if isinstance(token, dict) else token
     index: int | None = tokenizer.token_to_id(name) if isinstance(name, str) else None
     return index
 
 
 def write_with_bos(source: Path, target: Path, bos: str, bos_id: int) -> None:
-    """Writes the tokenizer files of `source` to `target` so that every reader puts `bos` before a text, and nothing
-    behind it."""
-    tokenizer = read_if_there(source / TOKENIZER)
+    """Writes the tokenizer files of `source` to `target`, changed so that every reader puts `bos` before a text and
+    nothing after it."""
+    tokenizer = read_object_or_empty(source / TOKENIZER)
     kept = [part for part in _parts(tokenizer.get("post_processor")) if part.get("type") == "ByteLevel"]
     first, one, two = {"SpecialToken": {"id": bos, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1)
     template = {
@@ -58,12 +60,12 @@ def write_with_bos(source: Path, target: Path, bos: str, bos_id: int) -> None:
     }
     processor = {"type": "Sequence", "processors": [*kept, template]} if kept else template
     _write(target / TOKENIZER, {**tokenizer, "post_processor": processor})
-    said = {"bos_token": bos, "add_bos_token": True, "add_eos_token": False}
-    _write(target / CONFIG, {**read_if_there(source / CONFIG), **said})
+    settings = {"bos_token": bos, "add_bos_token": True, "add_eos_token": False}
+    _write(target / CONFIG, {**read_object_or_empty(source / CONFIG), **settings})
 
 
-def read_if_there(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object; empty where there is none. Raises ValueError naming it."""
+def read_object_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file does not exist. Raises ValueError naming the file."""
     return read_object(path) if path.is_file() else {}
 
 
@@ -78,5 +80,5 @@ def _sequence(name: str, kind: int) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Not sorted: the order of a vocabulary is that of its ids."""
+    """Writes JSON without sorting keys, because a vocabulary is ordered by id."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
-"""Training of a byte-level BPE by Hugging Face `tokenizers`, in a process of its own.
+"""Training of a byte-level BPE with Hugging Face `tokenizers`, in a child process.
 
-The library prints how far it is, as JSON lines, and cannot be stopped: of a child, lines can be read, and it can be
-ended. Texts travel to it by its standard input, as an Arrow stream.
+The library reports progress only by printing JSON lines, and cannot be cancelled. A child process makes it possible to
+read these lines and to kill the training. Texts are sent to the child's standard input as an Arrow stream.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import pyarrow as pa
 
 from moray.platform.core.errors import StepFailed
 
-_LONGEST_WORD = 1000  # characters; the trainer takes the square of a word's length
-_BATCH = 256  # texts that travel together
+_LONGEST_WORD = 1000  # characters; the trainer's time is quadratic in the length of a word
+_BATCH = 256  # texts per Arrow batch
 _SCHEMA = pa.schema([pa.field("text", pa.large_string())])
 Progress = Callable[[str, int, int], None]
 
 
-def train_apart(
+def train_in_subprocess(
     texts: Iterable[str],
     pattern: Sequence[str],
     vocab_size: int,
@@ -35,9 +35,9 @@ def train_apart(
     path: Path,
     progress: Progress,
 ) -> None:
-    """Writes the trained tokenizer.json to `path`. `progress` is told (what is done, how far, of how much).
+    """Writes the trained tokenizer.json to `path`. Calls `progress` with (stage, done, total).
 
-    Raises StepFailed with what the child said if it fails; whatever `progress` or `texts` raise ends the child.
+    Raises StepFailed with the child's output if it fails. An exception in `progress` or `texts` kills the child.
     """
     settings = json.dumps([list(pattern), vocab_size, list(special), str(path)])
     child = subprocess.Popen(
@@ -46,9 +46,9 @@ def train_apart(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    said: deque[str] = deque(maxlen=20)
+    output: deque[str] = deque(maxlen=20)
     stages: dict[str, tuple[int, int]] = {}
-    listener = threading.Thread(target=_listen, args=(child.stdout, said, stages), daemon=True)
+    listener = threading.Thread(target=_listen, args=(child.stdout, output, stages), daemon=True)
     listener.start()
     try:
         _send(child, texts)
@@ -57,7 +57,7 @@ def train_apart(
             for stage, (done, total) in list(stages.items()):
                 progress(stage, done, total)
         if child.wait():
-            raise StepFailed(f"training the tokenizer ended with code {child.returncode}: {' | '.join(said)}")
+            raise StepFailed(f"tokenizer training failed with exit code {child.returncode}: {' | '.join(output)}")
     finally:
         child.kill()
         child.wait()
@@ -68,7 +68,7 @@ def train_apart(
 
 
 def _send(child: subprocess.Popen[bytes], texts: Iterable[str]) -> None:
-    """All texts; what is left of them stays unread if the child is gone."""
+    """Sends all texts, or fewer if the child dies."""
     assert child.stdin is not None
     iterator = iter(texts)
     try:
@@ -77,26 +77,26 @@ def _send(child: subprocess.Popen[bytes], texts: Iterable[str]) -> None:
                 stream.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=_SCHEMA))
         child.stdin.close()
     except BrokenPipeError:
-        child.wait()  # its code and its words say why
+        child.wait()  # the caller reports its exit code and output
 
 
-def _listen(lines: IO[bytes], said: deque[str], stages: dict[str, tuple[int, int]]) -> None:
-    """Keeps how far each stage is, and what is no JSON."""
+def _listen(lines: IO[bytes], output: deque[str], stages: dict[str, tuple[int, int]]) -> None:
+    """Records the progress of each stage in `stages`, and lines that are not JSON in `output`."""
     for line in lines:
         try:
             event = json.loads(line)
             stages[event["stage"].lower()] = (event["current"], event["total"])
         except (ValueError, TypeError, KeyError):
-            said.append(line.decode(errors="replace").strip())
+            output.append(line.decode(errors="replace").strip())
 
 
 def train_bpe(
     texts: Iterator[str], pattern: Sequence[str], vocab_size: int, special: Sequence[str], loud: bool = False
 ) -> Any:
-    """A trained `tokenizers.Tokenizer`, special tokens first. loud: prints how far it is.
+    """A trained `tokenizers.Tokenizer`, special tokens first. loud: print progress.
 
-    What the pattern does not split is a word of the trainer however long it is, such as 200 KB of line ends: while it
-    learns, and only then, such words are cut. Shorter ones are as they were, so what it learns from them is the same.
+    Text that the pattern does not split, such as 200 KB of line ends, would be one word for the trainer. Such words are
+    split during training only. Shorter words are unchanged, so the trainer learns the same from them.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,12 +1,12 @@
-"""Text to token ids: by gigatoken where it gives the very ids of Hugging Face `tokenizers`, else by that.
+"""Encoding of text to token ids: with gigatoken if it gives the same ids as Hugging Face `tokenizers`, else with that.
 
-`tokenizers` is what the ids mean; gigatoken is tens of times as fast and knows only the split patterns that are common.
-So it is held against the reference on documents and on texts made for it before a step uses it (`choose_encoder`), and
-even then what could differ goes to the reference: texts with a character that this Python's Unicode does not know,
-because each library brings tables of its own, and only such characters are in one and not in the other.
+`tokenizers` is the reference. gigatoken is tens of times as fast but supports only common split patterns. So before a
+step uses gigatoken, it is compared with the reference on documents and on test texts (`choose_encoder`). Texts with a
+character that this Python's Unicode does not define are always encoded by the reference, because each library has its
+own Unicode tables, and their versions differ only in such characters.
 
-Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters by both: the tokenizer is
-loaded without its added tokens, those of spaces alone excepted, which are words of some vocabularies.
+Both encode text that spells a control token (`<|eos|>` in a document) as plain characters: the tokenizer is loaded
+without its added tokens, except tokens of spaces only, which are words of some vocabularies.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Choice = Literal["fast", "reference"]
 Bytes = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
 
-_RENEW_BYTES = 1_000_000_000  # gigatoken keeps every word it has seen; after so much text it starts anew
+_RENEW_BYTES = 1_000_000_000  # gigatoken caches every word that it has encoded; recreated after this much text
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The ids of N texts, one after another: uint32 [T]; those of text n are ids[bounds[n] : bounds[n + 1]]."""
+    """Concatenated ids of N texts, uint32 [T]; the ids of text n are ids[bounds[n] : bounds[n + 1]]."""
 
     ids: npt.NDArray[np.uint32]
     bounds: Int64
@@ -47,7 +47,7 @@ class Encoder(Protocol):
 
 
 class ReferenceEncoder:
-    """Hugging Face `tokenizers`, on this thread and those that TOKENIZERS_PARALLELISM allows."""
+    """Hugging Face `tokenizers`, on this thread and others that TOKENIZERS_PARALLELISM allows."""
 
     def __init__(self, plain: str) -> None:
         from tokenizers import Tokenizer
@@ -64,10 +64,10 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """gigatoken, over Arrow's own memory, on this thread."""
+    """gigatoken, on this thread, without copying Arrow's memory."""
 
     def __init__(self, plain: str) -> None:
-        """Raises ImportError without gigatoken, ValueError for a tokenizer that it does not know."""
+        """Raises ImportError without gigatoken, ValueError for a tokenizer that it does not support."""
         self._plain = plain
         self._reference: ReferenceEncoder | None = None
         self._start()
@@ -96,14 +96,14 @@ class FastEncoder:
 
 
 def choose_encoder(
-    wanted: Literal["auto", "fast", "reference"], folder: Path, names: Sequence[str], texts: Sequence[str]
+    setting: Literal["auto", "fast", "reference"], folder: Path, names: Sequence[str], texts: Sequence[str]
 ) -> tuple[Choice, str]:
-    """Which encoder to use, and why it is not the fast one although that was wanted ('' otherwise).
+    """(the encoder to use, the reason if `auto` chooses the reference, else '').
 
-    names, texts: documents on which both must agree, as on the texts of `probes`. Raises InputError if the fast one is
-    demanded and cannot be had.
+    names, texts: documents on which both encoders must agree, as on the texts of `probes`. Raises InputError if
+    `setting` is "fast" and the fast encoder is unavailable.
     """
-    if wanted == "reference":
+    if setting == "reference":
         return "reference", ""
     plain, own = plain_json(folder), probes(folder)
     titles = [f"probe {n} (pipelines/tokenizer/encoders.py)" for n in range(len(own))]
@@ -112,31 +112,31 @@ def choose_encoder(
     except ImportError:
         reason = "gigatoken is not installed"
     except (ValueError, RuntimeError, TypeError, OSError) as error:
-        reason = f"gigatoken does not take this tokenizer: {error}"
+        reason = f"gigatoken does not support this tokenizer: {error}"
     if not reason:
         return "fast", ""
-    if wanted == "fast":
-        raise InputError(f"tokenize.encoder: fast: {reason}", "set encoder: auto, which takes Hugging Face tokenizers")
+    if setting == "fast":
+        raise InputError(f"tokenize.encoder: fast: {reason}", "set encoder to auto, to use Hugging Face tokenizers")
     return "reference", reason
 
 
 @functools.lru_cache(maxsize=4)
 def encoder(which: Choice, folder: Path) -> Encoder:
-    """The encoder of a tokenizer's folder; a process keeps it."""
+    """The encoder for a tokenizer's folder, cached per process."""
     plain = plain_json(folder)
     return FastEncoder(plain) if which == "fast" else ReferenceEncoder(plain)
 
 
 def plain_json(folder: Path) -> str:
-    """`tokenizer.json` of a folder as documents are encoded: whole, and with no token that text could feign."""
+    """`tokenizer.json` for encoding documents: without truncation, and without control tokens that text could match."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     kept = [token for token in content.get("added_tokens") or [] if token["content"].isspace()]
-    left_out = {"truncation": None, "padding": None, "post_processor": None}
-    return json.dumps({**content, "added_tokens": kept, **left_out})
+    removed = {"truncation": None, "padding": None, "post_processor": None}
+    return json.dumps({**content, "added_tokens": kept, **removed})
 
 
 def difference(fast: FastEncoder, reference: ReferenceEncoder, names: Sequence[str], texts: Sequence[str]) -> str:
-    """The first text, and the place in it, where the two encoders differ, in words; '' if they do not."""
+    """Description of the first difference between the two encoders, with text and position; '' if there is none."""
     column = pa.array(texts, pa.large_string())
     ours, theirs = fast.encode(column), reference.encode(column)
     for n, name in enumerate(names):
@@ -148,10 +148,10 @@ def difference(fast: FastEncoder, reference: ReferenceEncoder, names: Sequence[s
         place = int(np.append(one[:size] != other[:size], True).argmax())
         spans = reference.tokenizer.encode(texts[n], add_special_tokens=False).offsets
         at = spans[place][0] if place < len(spans) else len(texts[n])
-        found, meant = (ids[place : place + 3].tolist() for ids in (one, other))
+        found, expected = (ids[place : place + 3].tolist() for ids in (one, other))
         return (
-            f"gigatoken gives other ids for {name}, from character {at}, {texts[n][at : at + 20]!r}: "
-            f"{found}, not {meant}"
+            f"gigatoken gives different ids for {name} at character {at}, {texts[n][at : at + 20]!r}: "
+            f"{found} instead of {expected}"
         )
     return ""
 
@@ -166,18 +166,18 @@ _KINDS = (
 
 
 def probes(folder: Path) -> list[str]:
-    """Texts that bring every kind of character next to every other, long runs, and the tokenizer's control tokens."""
+    """Test texts: every kind of character next to every other, long runs, and the spellings of control tokens."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    feigned = "".join(f"a{token['content']} {token['content']}\n" for token in content.get("added_tokens") or [])
+    spelled = "".join(f"a{token['content']} {token['content']}\n" for token in content.get("added_tokens") or [])
     pairs = [
         "".join(f"{first}{second}{third}" for second in _KINDS for third in ("", " ", "x", "\n")) for first in _KINDS
     ]
     runs = "".join(f"{one * 70}{one * 1300} " for one in _KINDS)
-    return [feigned, runs, "", *pairs]
+    return [spelled, runs, "", *pairs]
 
 
 def _strings(offsets: Int64, data: Bytes) -> Any:
-    """An awkward array of strings over the same memory: what gigatoken reads without a copy."""
+    """An awkward array of strings over the same memory, which gigatoken reads without a copy."""
     from awkward import Array
     from awkward.contents import ListOffsetArray, NumpyArray
     from awkward.index import Index64
@@ -188,13 +188,13 @@ def _strings(offsets: Int64, data: Bytes) -> Any:
 
 @functools.cache
 def _unassigned() -> npt.NDArray[np.bool_]:
-    """[0x110000]: whether a code point is none of this Python's Unicode."""
+    """bool [0x110000]: whether a code point is unassigned in this Python's Unicode."""
     categories = (unicodedata.category(chr(code)) == "Cn" for code in range(0x110000))
     return np.fromiter(categories, np.bool_, 0x110000)
 
 
 def texts_with_unknown(offsets: Int64, data: Bytes) -> Int64:
-    """The numbers of the texts that have a character which this Python's Unicode does not know, ascending."""
+    """Numbers of the texts that contain a character that is unassigned in this Python's Unicode, ascending."""
     begin, end, step = int(offsets[0]), int(offsets[-1]), 1 << 24
     found = [places for at in range(begin, end, step) for places in _unknown(data, at, min(end, at + step))]
     if not found:
@@ -204,7 +204,7 @@ def texts_with_unknown(offsets: Int64, data: Bytes) -> Int64:
 
 
 def _unknown(data: Bytes, start: int, stop: int) -> Iterator[Int64]:
-    """Places of such characters whose first byte is in data[start:stop]; data is valid UTF-8."""
+    """Positions of unassigned characters whose first byte is in data[start:stop]; data is valid UTF-8."""
     part = data[start:stop]
     for low, high, width in ((0xC2, 0xE0, 2), (0xE0, 0xF0, 3), (0xF0, 0xF8, 4)):
         places = start + np.flatnonzero((part >= low) & (part < high))
@@ -215,7 +215,7 @@ def _unknown(data: Bytes, start: int, stop: int) -> Iterator[Int64]:
 
 
 def _replaced(encoded: Encoded, rows: Int64, by: Encoded) -> Encoded:
-    """`encoded` with the ids of some rows, ascending, taken from `by`, which has those only."""
+    """`encoded` with the ids of the texts `rows`, ascending, replaced by those of `by`, which has only these texts."""
     counts = np.diff(encoded.bounds)
     counts[rows] = np.diff(by.bounds)
     parts, at = [], 0

@@ -1,4 +1,4 @@
-"""model-tokenizer: the tokenizer that a model came with, so that text can be prepared for its continued pretraining."""
+"""model-tokenizer: the tokenizer of an imported model, to tokenize text for its continued pretraining."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ModelTokenizerConfig(StepConfig):
 
 class ModelTokenizer(Step[ModelTokenizerConfig]):
     name: ClassVar[str] = "model-tokenizer"
-    version: ClassVar[int] = 2  # 2: what stands for unknown text is no padding
+    version: ClassVar[int] = 2  # 2: the unknown token is not used for padding
     Config = ModelTokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"model": "model"}
     produces: ClassVar[str] = "tokenizer"
@@ -27,7 +27,9 @@ class ModelTokenizer(Step[ModelTokenizerConfig]):
         source = ctx.inputs["model"].folder
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (source / name).is_file():
-                raise InputError(f"{ctx.inputs['model'].reference} has no {name}", "import the model together with it")
+                raise InputError(
+                    f"{ctx.inputs['model'].reference} has no {name}", f"add {name} to the folder and import it again"
+                )
             shutil.copyfile(source / name, ctx.folder / name)
         special_ids(ctx.folder)
         size = load_tokenizer(ctx.folder).get_vocab_size()

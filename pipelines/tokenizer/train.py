@@ -1,7 +1,7 @@
 """tokenizer: trains a byte-level BPE (Hugging Face `tokenizers`) on the training documents.
 
-Byte-level: any text round-trips exactly and no token is unknown. The sample is chosen by a hash of the document id,
-so it does not depend on how the corpus is laid out.
+Byte-level: any text round-trips exactly and there is no unknown token. The sample is chosen by a hash of the document
+id, so it does not depend on the layout of the corpus.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from moray.pipelines.shared.documents import read_shard, shard_paths, text_bytes
 from moray.pipelines.tokenizer.bos import named_token
-from moray.pipelines.tokenizer.bpe import train_apart
+from moray.pipelines.tokenizer.bpe import train_in_subprocess
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
@@ -27,9 +27,9 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
 
-# DeepSeek-V3's split: digits in threes; runs of Chinese and Japanese; words with what stands before them, punctuation
-# with the line ends after it, line ends, spaces. Character by character as its tokenizer.json has it: by that, and by
-# nothing else, the fast encoder knows it.
+# DeepSeek-V3's split pattern: digits in threes; runs of Chinese and Japanese; words with the character before them,
+# punctuation with line ends after it, line ends, spaces. It must match its tokenizer.json character by character,
+# because the fast encoder recognises the pattern by its text.
 DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -39,11 +39,11 @@ DEEPSEEK_V3 = (
 
 
 class TokenizerConfig(StepConfig):
-    vocab_size: int = Field(4096, ge=300, description="tokens, special ones included")
-    fim: bool = Field(False, description="also tokens that mark a document whose middle comes last (tokenize.fim_rate)")
-    sample_bytes: int = Field(50_000_000, gt=0, description="train on about this much text")
+    vocab_size: int = Field(4096, ge=300, description="number of tokens, including special tokens and 256 bytes")
+    fim: bool = Field(False, description="add the fill-in-the-middle tokens that tokenize.fim_rate requires")
+    sample_bytes: int = Field(50_000_000, gt=0, description="approximate bytes of text to train on")
     pattern: tuple[str, ...] = Field(
-        DEEPSEEK_V3, description="regular expressions that split text before merging, one within what the last left"
+        DEEPSEEK_V3, description="regular expressions that split text before merging; each splits the previous pieces"
     )
 
     @property
@@ -64,13 +64,13 @@ class TokenizerConfig(StepConfig):
             try:
                 Regex(pattern)
             except Exception as error:  # the library raises bare Exception
-                raise ValueError(f"{pattern!r} is no regular expression of Oniguruma: {error}") from error
+                raise ValueError(f"{pattern!r} is not a valid Oniguruma regular expression: {error}") from error
         return value
 
 
 class Tokenizer(Step[TokenizerConfig]):
     name: ClassVar[str] = "tokenizer"
-    version: ClassVar[int] = 3  # 2: splits as DeepSeek-V3 does. 3: learns runs without a border in parts
+    version: ClassVar[int] = 3  # 2: DeepSeek-V3's split pattern. 3: long runs without a split are learnt in parts
     Config = TokenizerConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
     produces: ClassVar[str] = "tokenizer"
@@ -79,18 +79,22 @@ class Tokenizer(Step[TokenizerConfig]):
         paths = shard_paths(ctx.inputs["documents"].folder / "train")
         sample = Sample(paths, ctx.config.sample_bytes)
         if not sample.size:
-            raise InputError("tokenizer: the training documents hold no text", "look at what the steps before it kept")
+            raise InputError(
+                "tokenizer: the training documents contain no text", "check the counts of the steps before it"
+            )
         path = ctx.folder / "tokenizer.json"
 
         def progress(stage: str, done: int, total: int) -> None:
             ctx.progress(stage, done, total, "merges" if "merge" in stage else "words")
 
-        train_apart(sample.texts(ctx), ctx.config.pattern, ctx.config.vocab_size, ctx.config.special, path, progress)
+        train_in_subprocess(
+            sample.texts(ctx), ctx.config.pattern, ctx.config.vocab_size, ctx.config.special, path, progress
+        )
         tokenizer = load_tokenizer(ctx.folder)
         if tokenizer.get_vocab_size() < ctx.config.vocab_size:
             raise InputError(
-                f"the sample of {sample.bytes:,} bytes gives only {tokenizer.get_vocab_size()} tokens, "
-                f"vocab_size asks for {ctx.config.vocab_size}",
+                f"tokenizer.vocab_size: the sample of {sample.bytes:,} bytes gives only {tokenizer.get_vocab_size()} "
+                f"tokens instead of {ctx.config.vocab_size}",
                 "lower vocab_size or use more text",
             )
         write_json(ctx.folder / "tokenizer_config.json", hugging_face_config())
@@ -99,7 +103,8 @@ class Tokenizer(Step[TokenizerConfig]):
 
 
 class Sample:
-    """Documents whose id hashes below sample_bytes / all bytes. size: all bytes; the others count what was given."""
+    """A sample: the documents whose id hash is below sample_bytes / all bytes. size: bytes of all documents.
+    documents, bytes: size of the sample that `texts` has returned so far."""
 
     def __init__(self, paths: list[Path], sample_bytes: int) -> None:
         self._paths = paths
@@ -121,14 +126,14 @@ class Sample:
 
 
 def train_tokenizer(texts: Iterator[str], config: TokenizerConfig) -> Any:
-    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2; in this process."""
+    """A trained `tokenizers.Tokenizer` with bos, eos and pad as ids 0, 1, 2. Trains in this process."""
     from moray.pipelines.tokenizer import bpe
 
     return bpe.train_bpe(texts, config.pattern, config.vocab_size, config.special)
 
 
 def hugging_face_config() -> dict[str, Any]:
-    """`tokenizer_config.json`, so that transformers and the OpenAI-compatible servers load the folder."""
+    """Contents of `tokenizer_config.json`, so that transformers and OpenAI-compatible servers can load the folder."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -141,8 +146,7 @@ def hugging_face_config() -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a folder, without the truncation and padding that its file may ask for: like
-    transformers, which does neither unless asked to."""
+    """The `tokenizers.Tokenizer` of a folder, without the truncation and padding of its file, as in transformers."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
@@ -152,32 +156,34 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def id_count(tokenizer: Any) -> int:
-    """How many rows a model's embedding needs: one more than the highest id, which may leave gaps below it."""
+    """Number of rows that a model's embedding needs: the highest id plus one. There may be unused ids below it."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 class NoPad(InputError):
-    """A tokenizer that has no token which no document holds."""
+    """The tokenizer has no free token for padding, that is, none that documents never contain."""
 
 
 def special_ids(folder: Path) -> dict[str, int]:
-    """Ids of bos, eos and pad. Where none is named for padding, or one that documents hold (an end, what stands for
-    text that the vocabulary has not), a token that is called pad, or else the last control token. Raises InputError for
-    fewer than three tokens, NoPad if it is the pad that is missing."""
+    """Ids of bos, eos and pad.
+
+    If the configured pad is missing or can occur in documents (bos, eos, the unknown token), a token with "pad" in its
+    name is used, or else the last free control token. Raises NoPad if there is none, InputError without bos and eos.
+    """
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.get_vocab(with_added_tokens=True)
     try:
         bos, eos, pad = (named_token(folder, kind, tokenizer) for kind in ("bos", "eos", "pad"))
     except ValueError as error:
-        raise InputError(str(error), "it must be a tokenizer_config.json of Hugging Face") from error
+        raise InputError(str(error), "use a tokenizer_config.json of Hugging Face") from error
     if bos is None or eos is None:
         kind = "bos" if bos is None else "eos"
         raise InputError(
-            f"{folder}: tokenizer_config.json names no {kind}_token of its vocabulary", f"add {kind}_token"
+            f"{folder}: tokenizer_config.json has no {kind}_token that is in the vocabulary", f"add {kind}_token"
         )
     if bos == eos:
         raise InputError(
-            f"{folder}: bos_token and eos_token are one token, {bos}", "name two: documents lie between them"
+            f"{folder}: bos_token and eos_token are the same token, {bos}", "set them to two different tokens"
         )
     held = {bos, eos, _unknown(tokenizer, ids)}
     if pad is None or pad in held:
@@ -186,21 +192,22 @@ def special_ids(folder: Path) -> dict[str, int]:
         pad = min((i for i in free if "pad" in names[i].lower()), default=max(free, default=None))
     if pad is None:
         raise NoPad(
-            f"{folder}: no token is left to pad with: documents hold those that begin, end, and stand for unknown text",
-            "add a special token to tokenizer.json and name it as pad_token in tokenizer_config.json",
+            f"{folder}: no token is free for padding: documents contain bos, eos and the unknown token",
+            "add a special token to tokenizer.json and set it as pad_token in tokenizer_config.json",
         )
     return {"bos": bos, "eos": eos, "pad": pad}
 
 
 def _unknown(tokenizer: Any, ids: dict[str, int]) -> int | None:
-    """The token that stands in documents for text that the vocabulary has not; None where it has all bytes."""
+    """The unknown token, which replaces text outside the vocabulary; None if the vocabulary has all bytes."""
     if getattr(tokenizer.model, "byte_fallback", False) and all(f"<0x{i:02X}>" in ids for i in range(256)):
         return None
     return ids.get(getattr(tokenizer.model, "unk_token", None) or "")
 
 
 def add_pad(folder: Path) -> int | None:
-    """Adds a token to pad with to a folder's files if no other can be; its id. As `special_ids` raises else."""
+    """Adds a padding token to a folder's files if no token is free. Returns its id, or None. Raises as `special_ids`
+    for other errors."""
     try:
         special_ids(folder)
     except NoPad:

@@ -119,10 +119,10 @@ def test_a_spoilt_model_is_refused_by_tensor_and_nothing_is_kept(folder: Path, h
     assert not list(home.artifacts.glob("import-model/*/manifest.json"))
 
 
-def test_what_is_no_model_is_refused_before_anything_starts(folder: Path, tmp_path: Path, home: Home) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+def test_a_folder_without_a_model_is_refused_before_anything_starts(folder: Path, tmp_path: Path, home: Home) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
         api.import_model(tmp_path / "nowhere", home=home)
-    with pytest.raises(InputError, match=r"holds no config\.json"):
+    with pytest.raises(InputError, match=r"contains no config\.json"):
         api.import_model(tmp_path, home=home)
     with pytest.raises(InputError, match="name 'A B' must be of"):
         api.import_model(folder, "A B", home=home)
@@ -143,11 +143,11 @@ def test_a_tokenizer_names_its_special_tokens_in_either_form(flow_tokenizer: Pat
     path.write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
     assert special_ids(flow_tokenizer) == expected, "padding is never an end"
     path.write_text(json.dumps({**config, "eos_token": config["bos_token"]}))
-    with pytest.raises(InputError, match="bos_token and eos_token are one token, 0"):
+    with pytest.raises(InputError, match="bos_token and eos_token are the same token, 0"):
         special_ids(flow_tokenizer)
     config["eos_token"] = "<unheard of>"
     path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="names no eos_token of its vocabulary"):
+    with pytest.raises(InputError, match="has no eos_token that is in the vocabulary"):
         special_ids(flow_tokenizer)
 
 
@@ -223,7 +223,7 @@ def test_a_bos_that_the_config_does_not_confirm_leaves_the_files_alone(
     _, artifact = api.import_model(folder, home=home, listeners=[lambda e: notes.append(getattr(e, "text", ""))])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (artifact.folder / name).read_bytes() == (folder / name).read_bytes()
-    assert any("left as they are" in note for note in notes)
+    assert any("left unchanged" in note for note in notes)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"x"'])

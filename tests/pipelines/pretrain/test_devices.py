@@ -60,7 +60,7 @@ def test_batches_are_held_against_the_machines_where_workers_are_not_given() -> 
 def test_too_few_gpus_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"\.workers: 16 workers require a GPU each, and the cluster has 8 GPUs"):
         resolved(config(workers=16), machine(8))
-    with pytest.raises(InputError, match="no GPU"):
+    with pytest.raises(InputError, match="requires a GPU, and the cluster has none"):
         resolved(config(device="gpu"), machine(0))
     assert device_text(resolved(config(workers=16, device="cpu"), machine(8))) == "16 workers on CPUs"
     assert device_text(resolved(config(workers=8), machine(8))) == "8 workers with a GPU each"

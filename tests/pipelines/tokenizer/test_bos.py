@@ -11,7 +11,7 @@ import pytest
 
 from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.protocol import CompletionRequest
-from moray.pipelines.tokenizer.bos import processor_bos, says_bos, write_with_bos
+from moray.pipelines.tokenizer.bos import adds_bos_token, processor_bos, write_with_bos
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train_tokenizer
 
 TEXTS = ["In the beginning", " two  spaces\n\n", "naïve 你好 🙂", "", "\x00"]
@@ -64,7 +64,7 @@ def test_what_is_written_begins_with_bos_for_all_readers(
 @pytest.mark.parametrize("said", [None, False])
 def test_a_tokenizer_without_bos_is_served_without(tmp_path: Path, content: dict[str, Any], said: bool | None) -> None:
     write(tmp_path, content, add_bos_token=said)
-    assert says_bos(tmp_path) is said
+    assert adds_bos_token(tmp_path) is said
     assert served(tmp_path) == read(tmp_path)
     request = CompletionRequest(prompt=[5, 6]).requests(ServingVocabulary.load(tmp_path, 0, 1))[0]
     assert request.bare is (said is False), "ids get a bos unless the tokenizer says that it gives none"

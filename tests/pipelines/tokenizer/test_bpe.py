@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from moray.pipelines.tokenizer.bpe import train_apart, train_bpe
+from moray.pipelines.tokenizer.bpe import train_bpe, train_in_subprocess
 from moray.pipelines.tokenizer.train import DEEPSEEK_V3, TokenizerConfig
 from moray.platform.core.errors import StepFailed
 
@@ -27,7 +27,7 @@ def test_a_child_trains_the_same_tokenizer_and_tells_how_far_it_is(tmp_path: Pat
         assert done >= told.get(stage, (0, 0))[0]
         told[stage] = (done, total)
 
-    train_apart(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "tokenizer.json", progress)
+    train_in_subprocess(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "tokenizer.json", progress)
     here = train_bpe(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(here.to_str())
     assert told.keys() == {"tokenize words", "count pairs", "compute merges"}
@@ -35,10 +35,10 @@ def test_a_child_trains_the_same_tokenizer_and_tells_how_far_it_is(tmp_path: Pat
 
 
 def test_a_child_that_fails_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(StepFailed, match=r"training the tokenizer ended with code 1: .*No such file"):
-        train_apart(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "no" / "t.json", lambda *_: None)
-    with pytest.raises(StepFailed, match=r"training the tokenizer ended with code 1: .*pattern"):
-        train_apart(iter(TEXTS * 50), ["(?<=a|b"], 500, SPECIAL, tmp_path / "t.json", lambda *_: None)
+    with pytest.raises(StepFailed, match=r"tokenizer training failed with exit code 1: .*No such file"):
+        train_in_subprocess(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "no" / "t.json", lambda *_: None)
+    with pytest.raises(StepFailed, match=r"tokenizer training failed with exit code 1: .*pattern"):
+        train_in_subprocess(iter(TEXTS * 50), ["(?<=a|b"], 500, SPECIAL, tmp_path / "t.json", lambda *_: None)
 
 
 def test_who_asks_to_stop_ends_the_child(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_who_asks_to_stop_ends_the_child(tmp_path: Path) -> None:
         raise Stopped
 
     with pytest.raises(Stopped):
-        train_apart(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "tokenizer.json", progress)
+        train_in_subprocess(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL, tmp_path / "tokenizer.json", progress)
     assert not list(tmp_path.iterdir()) or (tmp_path / "tokenizer.json").stat().st_size
 
 
@@ -54,7 +54,7 @@ def test_a_pattern_is_one_or_several_and_must_compile() -> None:
     assert TokenizerConfig.model_validate({"pattern": r"\p{L}+"}).pattern == (r"\p{L}+",)
     assert TokenizerConfig.model_validate({"pattern": ["a", "b"]}).pattern == ("a", "b")
     assert TokenizerConfig().pattern == DEEPSEEK_V3
-    with pytest.raises(ValidationError, match=r"'\(' is no regular expression of Oniguruma"):
+    with pytest.raises(ValidationError, match=r"'\(' is not a valid Oniguruma regular expression"):
         TokenizerConfig.model_validate({"pattern": "("})
 
 

@@ -107,7 +107,7 @@ def test_a_split_that_gigatoken_does_not_know_is_said_and_falls_back(tmp_path: P
     made = make(tmp_path, pattern=r"\p{L}+|[^\p{L}]")
     which, reason = choose_encoder("auto", made, [], [])
     assert which == "reference"
-    assert r"gigatoken does not take this tokenizer: Unknown pre_tokenizer Split regexes" in reason
+    assert r"gigatoken does not support this tokenizer: Unknown pre_tokenizer Split regexes" in reason
     with pytest.raises(InputError, match=r"tokenize\.encoder: fast: gigatoken does not take"):
         choose_encoder("fast", made, [], [])
 
@@ -122,7 +122,7 @@ def test_the_first_difference_is_named_by_document_and_place(
     fast, reference = FastEncoder(plain_json(tmp_path)), ReferenceEncoder(plain_json(folder))
     word = "".join(dropped).replace("\u0120", " ")
     said = encoders.difference(fast, reference, ["document d1", "document d2"], ["q", f"qq{word}"])
-    assert said.startswith("gigatoken gives other ids for document d2, from character ")
+    assert said.startswith("gigatoken gives different ids for document d2 at character ")
     assert encoders.difference(fast, reference, ["document d1"], ["q"]) == ""
     renewed = FastEncoder(plain_json(folder))
     monkeypatch.setattr(encoders, "_RENEW_BYTES", 10)
