@@ -1,8 +1,8 @@
-"""The engine behind an asyncio front: one thread steps it, any number of coroutines wait for answers.
+"""asyncio interface of the engine: one thread runs its steps, and any number of coroutines wait for answers.
 
-Notable: everything that touches the engine happens in its thread; coroutines post commands to an inbox that is read
-between two steps, so nobody waits for a lock while the model runs. A step's gains reach an event loop in one call.
-A consumer that lags finds all that came meanwhile in one list, so slow clients get fewer, larger pieces.
+Notable: only the engine's thread touches the engine. Coroutines post commands to an inbox that the thread reads between
+steps, so no coroutine waits for a lock while the model runs. The results of a step reach an event loop in one call. A
+slow consumer receives all results since its last read in one list, so slow clients get fewer and larger chunks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Item: TypeAlias = "tuple[int, Delta | Exception]"
 
 
 class EngineStoppedError(RuntimeError):
-    """The engine ended, or was never started."""
+    """The engine has stopped or was never started."""
 
 
 class _Stream:
@@ -41,7 +41,7 @@ class _Stream:
             self.items.put_nowait(item)
 
     async def take(self) -> list[Item]:
-        """All that has come; waits for the first."""
+        """All items received so far; waits for the first one."""
         items = [await self.items.get()]
         while not self.items.empty():
             items.append(self.items.get_nowait())
@@ -49,10 +49,10 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Owns an engine and its thread. threads: how many threads torch may use for one operation.
+    """Owns an engine and its thread. threads: number of threads that torch may use for one operation.
 
-    One thread is the default because on a shared machine two that wait for each other are slower than one: beside a
-    busy neighbour on two cores, a tiny model's decode step took 4 ms with one thread and 300 with two.
+    The default is one thread, because on a shared machine two threads that wait for each other are slower: beside
+    another busy process on two cores, a tiny model's decode step took 4 ms with one thread and 300 ms with two.
     """
 
     def __init__(self, engine: Engine, threads: int = 1) -> None:
@@ -69,7 +69,7 @@ class AsyncEngine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the step it is in; answers under way end with EngineStoppedError."""
+        """Ends the thread after its current step. Unfinished answers end with EngineStoppedError."""
         with self._gate:
             self._closed = True
             self._inbox.put(None)
@@ -77,25 +77,25 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the engine accepts requests."""
         return self._thread.is_alive() and not self._closed
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """The answer as it grows. Leaving the iterator early cancels the request; its own failure is raised here."""
+        """Yields the answer's deltas. Leaving the iterator early cancels the request. Raises the request's error."""
         async with aclosing(self.generate_many([request])) as answers:
             async for items in answers:
                 for _, delta in items:
                     yield delta
 
     async def generate_many(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """The answers to several requests as they grow: lists of (index of the request, delta).
+        """Yields the deltas of several requests, in lists of (index of the request, delta).
 
-        Raises ValueError before anything runs if one of them never could; the failure of one ends the others.
+        Raises ValueError before anything runs if one of the requests is invalid. The failure of one ends the others.
         """
         for request in requests:
             self.engine.check(request)
         stream = _Stream()
-        with self._gate:  # nothing may enter the inbox behind the end
+        with self._gate:  # no command may follow the final None in the inbox
             if not self.alive:
                 raise EngineStoppedError("the engine is not running")
             self._inbox.put(lambda: self._admit(stream, requests))
@@ -119,11 +119,11 @@ class AsyncEngine:
                 command()
             try:
                 self._deliver(self.engine.step())
-            except Exception as error:  # a bug; those it hit are told, the next ones must still be answered
+            except Exception as error:  # a bug: fails the current requests, but later ones must still be answered
                 self._abort(error)
 
     def _commands(self) -> list[Callable[[], None] | None]:
-        """All commands there are; waits for one where there is nothing to run."""
+        """All posted commands. Waits for one if the engine is idle."""
         commands = [] if self.engine.busy else [self._inbox.get()]
         while not self._inbox.empty():
             commands.append(self._inbox.get())
@@ -141,14 +141,14 @@ class AsyncEngine:
             self._streams.pop(answer, None)
 
     def _abort(self, error: Exception) -> None:
-        """Ends everything that is under way with `error`."""
+        """Ends all unfinished requests with `error`."""
         answers = self.engine.sequences
         for answer in answers:
             self.engine.cancel(answer)
         self._deliver([Output(answer, error) for answer in answers])
 
     def _deliver(self, outputs: list[Output]) -> None:
-        """Brings a step's results to their streams, one call for each."""
+        """Sends a step's results to their streams, with one call per stream."""
         grouped: dict[_Stream, list[Item]] = defaultdict(list)
         for output in outputs:
             ended = isinstance(output.result, Exception) or output.result.finish_reason is not None
@@ -158,7 +158,7 @@ class AsyncEngine:
         for stream, items in grouped.items():
             try:
                 stream.loop.call_soon_threadsafe(stream.put, items)
-            except RuntimeError:  # its event loop has closed: nobody is there to read on
+            except RuntimeError:  # its event loop is closed, so there is no reader
                 self._cancel(stream)
 
 

@@ -1,7 +1,7 @@
-"""What `POST /v1/completions` answers: a `text_completion` object, whole or in server-sent events.
+"""Responses to `POST /v1/completions`: a `text_completion` object, or a stream of server-sent events.
 
-Notable: both shapes are built from the same deltas by the same few functions, so a streamed answer joins to the
-whole one: text, tokens, log probabilities and offsets.
+Notable: the same functions build both from the same deltas, so the events of a stream join to the unstreamed response:
+text, tokens, log probabilities and offsets.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from moray.pipelines.serve.detokenizer import ServingVocabulary, Token
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.sequence import Delta, Request
 
-_SLICE = 512  # elements of a list that are encoded in one call
+_SLICE = 512  # list elements per call of the JSON encoder
 DONE = b"data: [DONE]\n\n"
 
 
 class Completion:
-    """One API call's answer: its envelope, and the count of what it used. model: the name that is answered with."""
+    """The response to one API call, and its token usage. model: the model name in the response."""
 
     def __init__(self, engine: Engine, model: str, requests: Sequence[Request]) -> None:
         self._vocabulary = engine.vocabulary
@@ -42,21 +42,21 @@ class Completion:
         return {"text": delta.text, "index": index, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def chunk(self, index: int, delta: Delta, with_usage: bool) -> bytes:
-        """One event of a stream; with `with_usage` it has the `usage: null` that promises a last one."""
+        """One event of a stream. with_usage: includes `usage: null`, which announces a final usage event."""
         body = {**self._envelope, "choices": [self.choice(index, delta)]}
         return event({**body, "usage": None} if with_usage else body)
 
     def usage_chunk(self) -> bytes:
-        """The event before the end that says what was used."""
+        """The final event, with the usage."""
         return event({**self._envelope, "choices": [], "usage": self.usage()})
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
-        """The unstreamed answer: the deltas of each request, joined."""
+        """The unstreamed response, with the joined deltas of each request."""
         choices = [self.choice(index, _joined(deltas)) for index, deltas in enumerate(answers)]
         return {**self._envelope, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        """Tokens read (bos included) and generated (also an end of document that is not shown)."""
+        """Prompt tokens (with bos) and generated tokens (with an end-of-document token, which has no text)."""
         generated = sum(self._generated)
         return {
             "prompt_tokens": self._prompt_tokens,
@@ -66,7 +66,7 @@ class Completion:
 
 
 def completion_json(value: Any) -> bytes:
-    """UTF-8 JSON, long lists a slice at a time: one call for all would keep Python's lock for seconds."""
+    """UTF-8 JSON. Long lists are encoded in slices, because one call for all would hold the GIL for seconds."""
     return _json(value).encode()
 
 
@@ -99,7 +99,7 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
 
 
 def _logprobs(tokens: Sequence[Token], vocabulary: ServingVocabulary) -> dict[str, Any]:
-    """The API's four parallel lists. `top_logprobs` holds the chosen token too, as OpenAI's does."""
+    """The API's four parallel lists. `top_logprobs` includes the chosen token, as in OpenAI's API."""
     return {
         "tokens": [vocabulary.label(token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],

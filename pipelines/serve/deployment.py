@@ -1,8 +1,8 @@
-"""A model on Ray Serve: one replica that is engine and HTTP application in one (one hop from the proxy).
+"""Deployment of a model on Ray Serve: one replica that contains both engine and HTTP application.
 
-Notable: with a separate ingress, every token would cross one more process: measured with a mock engine at eight
-clients, 1,100 streamed chunks a second instead of 5,800. A Serve instance has one address and, here, one application;
-deploying the same model again changes nothing, another one takes its place.
+Notable: a separate ingress would add a process between proxy and engine. With a mock engine and eight clients, that
+reduced the rate from 5,800 to 1,100 streamed chunks per second. A Serve instance has one address and, here, one
+application. Deploying the same model again changes nothing; deploying another one replaces it.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 APPLICATION = "moray"
-MOST_REQUESTS = 256  # at once in a replica; the engine queues what it does not run yet
-START_SECONDS = 300.0  # for a replica to find room on the cluster and to load the model
+MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
+START_SECONDS = 300.0  # for placing a replica on the cluster and loading the model
 DRAIN_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model that answers at `url`."""
+    """A model that is served at `url`."""
 
     url: str
     name: str
 
     def stop(self) -> None:
-        """Lets requests under way finish (for up to DRAIN_SECONDS), then shuts Serve down and frees the port.
+        """Waits for running requests (up to DRAIN_SECONDS), then shuts Serve down and frees the port.
 
-        No error where it is down already.
+        Does nothing if Serve is already down.
         """
         serve = _import_serve()
-        # First the application alone: `_shut_down` takes the proxies too, and with them every open connection.
+        # The application first, because `_shut_down` also stops the proxies, which closes all connections.
         if APPLICATION in serve.status().applications:
             serve.delete(APPLICATION)
         _shut_down(serve, self.url)
 
 
 class ModelReplica:
-    """What runs in the replica's process: loads the model, then serves it until Ray stops it."""
+    """The replica's code: loads the model, then serves it until Ray stops the process."""
 
     def __init__(self, folder: str, name: str, threads: int) -> None:
         import torch
@@ -76,13 +76,12 @@ class ModelReplica:
 def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, cpus: float = 0.5) -> Deployment:
     """Serves the model in `folder` as `name` on the Ray cluster that this process is connected to.
 
-    Returns once requests are answered over HTTP. cpus: what the replica takes from the cluster's count; at most 1,
-    so that any machine has room for it. Raises InputError for a folder or an address that cannot be used, StepFailed
-    for a model that does not come up.
+    Returns once the model answers over HTTP. cpus: CPUs that the replica reserves; at most 1, so that any machine can
+    run it. Raises InputError for an unusable folder or address, StepFailed if the model does not start.
     """
     folder = folder.resolve()
     _check_folder(folder)
-    _check_room(cpus)
+    _check_cpus(cpus)
     serve = _import_serve()
     deployment = Deployment(f"http://{_reachable(host)}:{port}", name)
     status = serve.status()
@@ -97,15 +96,15 @@ def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, c
         _wait_until_running(serve, folder, unit)
         _wait_until_healthy(deployment.url)
     except BaseException as error:
-        if not status.proxies:  # Serve is here because of this call alone
-            # An InputError says that the port is another's, which nobody should wait for.
+        if not status.proxies:  # this call started Serve
+            # After an InputError, another process has the port, so do not wait for it to become free.
             _shut_down(serve, "" if isinstance(error, InputError) else deployment.url)
         raise
     return deployment
 
 
 def clear() -> None:
-    """Ends a Serve that somebody left on the cluster this process is connected to; nothing if there is none."""
+    """Shuts down a Serve instance that an earlier run left on the connected cluster, if there is one."""
     serve = _import_serve()
     if serve.status().proxies:
         _shut_down(serve, "")
@@ -114,32 +113,33 @@ def clear() -> None:
 def _check_folder(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} holds no {name}", "give a folder that the `export` step wrote")
+            raise InputError(f"{folder} contains no {name}", "use a folder that the `export` step wrote")
 
 
-def _check_room(cpus: float) -> None:
-    """Serve would wait for ever for a machine that is not there."""
+def _check_cpus(cpus: float) -> None:
+    """Raises InputError if no machine has that many CPUs, because Serve would wait indefinitely."""
     import ray
 
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     largest = max(node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"])
     if largest < cpus:
         raise InputError(
-            f"a replica needs {cpus:g} CPU, the cluster's largest machine has {largest:g}", "give the cluster more CPUs"
+            f"a replica requires {cpus:g} CPU, and the cluster's largest machine has {largest:g}",
+            "give the cluster more CPUs",
         )
 
 
 def _unit(folder: Path, name: str, cpus: float) -> str:
-    """A name for the replicas of this very model, by which Serve's status tells whether it is there already.
+    """A deployment name that identifies the model, so that Serve's status shows whether it is already deployed.
 
-    A folder that was written again is another model: its config is the last file to be written.
+    A rewritten folder counts as another model. The modification time is that of its config, which is written last.
     """
     identity = f"{folder}\n{(folder / 'config.json').stat().st_mtime_ns}\n{name}\n{cpus}"
     return f"model-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
 def _import_serve() -> Any:
-    """`ray.serve`, without the handler to stderr that its import installs: what it says goes where it went before."""
+    """`ray.serve`, without the stderr log handler that its import installs."""
     logger = logging.getLogger("ray.serve")
     handlers = list(logger.handlers)
     from ray import serve
@@ -157,7 +157,7 @@ def _start(serve: Any, folder: Path, name: str, unit: str, host: str, port: int,
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
-    except RayTaskError:  # of the proxy that listens
+    except RayTaskError:  # raised by the proxy, which listens on the port
         check_port(host, port)
         raise
     replica = serve.deployment(
@@ -168,37 +168,37 @@ def _start(serve: Any, folder: Path, name: str, unit: str, host: str, port: int,
         max_ongoing_requests=MOST_REQUESTS,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=1,  # a model that does not load once does not load twice
+        max_constructor_retry_count=1,  # loading a model would fail again
         logging_config=quiet,
     )
-    # One thread per whole CPU that the replica holds, as Ray itself sets OMP_NUM_THREADS.
+    # One thread per whole CPU that the replica reserves, as Ray sets OMP_NUM_THREADS.
     application = replica.bind(str(folder), name, max(1, int(cpus)))
     target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
 
 
 def _wait_until_running(serve: Any, folder: Path, unit: str) -> None:
-    """Serve itself would wait for ever, for room on the cluster, say."""
+    """Waits up to START_SECONDS; Serve itself would wait indefinitely, for instance for cluster capacity."""
     deadline = time.monotonic() + START_SECONDS
     while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
         replicas = application.deployments.get(unit)
         report = replicas.message if replicas else application.message
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StepFailed(f"the model in {folder} does not come up: {_reason(report)}", "see Ray's logs")
+            raise StepFailed(f"the model in {folder} failed to start: {_reason(report)}", "see Ray's logs")
         if time.monotonic() > deadline:
             raise StepFailed(
-                f"the model in {folder} is not up after {START_SECONDS:.0f} s: {report}",
-                "has the cluster CPUs to spare?",
+                f"the model in {folder} did not start within {START_SECONDS:.0f} s: {report}",
+                "check that the cluster has free CPUs",
             )
         time.sleep(0.05)
 
 
 def _shut_down(serve: Any, url: str) -> None:
-    """As `serve.shutdown()`, which would have Ray print a complaint; returns when the port is free again.
+    """Shuts Serve down like `serve.shutdown()`, but without an error message from Ray. Returns when the port is free.
 
-    That call waits in the controller for the controller's own end, and Ray reports on the driver's stdout that a call
-    it would have retried was lost. So: ask without waiting there, and watch from here. The proxy's process outlives
-    the controller by a moment.
+    `serve.shutdown()` waits inside the controller for the controller's own end, and Ray then prints on the driver's
+    stdout that a retriable call was lost. So this function requests the shutdown without waiting for the call, and
+    polls. The proxy's process ends shortly after the controller.
     """
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -206,7 +206,7 @@ def _shut_down(serve: Any, url: str) -> None:
     try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
-        return  # it is down
+        return  # already down
     deadline = time.monotonic() + DRAIN_SECONDS + 30
     try:
         ray.get(controller.graceful_shutdown.remote(wait=False))
@@ -214,17 +214,19 @@ def _shut_down(serve: Any, url: str) -> None:
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
             time.sleep(0.05)
     except (ValueError, ray.exceptions.RayActorError):
-        pass  # no such actor any more
+        pass  # the actor no longer exists
     address = urlsplit(url)
     while not is_free(address.port or 0, address.hostname or "") and time.monotonic() < deadline:
         time.sleep(0.05)
-    serve.shutdown()  # forgets the handle that this process keeps
+    serve.shutdown()  # clears this process's handle
 
 
 def _check_address(url: str) -> None:
-    """Serve is running already: its address cannot change, so it must be the one asked for."""
-    if _status(f"{url}/-/healthz") is None:  # 503 is well: no application yet
-        raise InputError(f"Ray Serve runs on this cluster already, but not at {url}", "stop it, or give its address")
+    """Raises InputError if the running Serve has another address than `url`, because it cannot be changed."""
+    if _status(f"{url}/-/healthz") is None:  # 503 is a valid response: no application yet
+        raise InputError(
+            f"Ray Serve already runs on this cluster, but not at {url}", "stop it, or deploy at its address"
+        )
 
 
 def _wait_until_healthy(url: str, seconds: float = 60.0) -> None:
@@ -236,8 +238,8 @@ def _wait_until_healthy(url: str, seconds: float = 60.0) -> None:
 
 
 def _status(url: str) -> int | None:
-    """The status that `url` is answered with; None where nothing answers."""
-    # No proxy: environments with http_proxy set would send loopback requests there.
+    """The HTTP status of `url`; None if there is no response."""
+    # No proxy, because with http_proxy set even loopback requests would be sent to it.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5) as response:
@@ -249,12 +251,12 @@ def _status(url: str) -> int | None:
 
 
 def _reachable(host: str) -> str:
-    """Where to reach what listens at `host`: the wildcard is no destination."""
+    """The address for clients of a server that listens at `host`; a wildcard address is not a destination."""
     return "127.0.0.1" if host in ("", "0.0.0.0") else host
 
 
 def _reason(report: str) -> str:
-    """The replica's own error out of Serve's report, which holds its traceback."""
+    """The replica's error from Serve's report, which contains its traceback."""
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ":" in line]
     return (named or lines or ["no reason given"])[-1]

@@ -1,8 +1,8 @@
-"""Between ids and text: the bytes behind each id, and a stream that shows text only when it is certain.
+"""Decoding of ids to text: the bytes of each id, and a stream that releases text only when it is final.
 
-Notable: in a byte-level BPE every id stands for a fixed run of bytes, so an answer is decoded by joining bytes, one
-incremental UTF-8 decoder per answer. Nothing is decoded twice, and a code point split over ids waits in the decoder
-until it is whole. Text that may be the start of a stop string waits too, together with the tokens it came from.
+Notable: in a byte-level BPE every id stands for a fixed sequence of bytes, so an answer is decoded by joining bytes,
+with one incremental UTF-8 decoder per answer. Nothing is decoded twice, and a code point that is split over ids stays
+in the decoder until it is complete. Text that may be the start of a stop string is held back with its tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from moray.pipelines.tokenizer.train import id_count, load_tokenizer
 
 @dataclass(frozen=True)
 class Token:
-    """An id, its log probability and the best alternatives (where asked for), and where its text starts.
+    """An id with its text offset and, if requested, its log probability and the best alternatives.
 
-    logprob is None also for the very first id, which nothing precedes. offset counts characters of the answer.
+    logprob: None also for the first id, which has no predecessor. offset: start of its text in characters of the answer.
     """
 
     id: int
@@ -35,7 +35,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Released:
-    """Text that may be shown, and the tokens that it came from."""
+    """Text that is final, and its tokens."""
 
     text: str = ""
     tokens: tuple[Token, ...] = ()
@@ -45,11 +45,11 @@ class Released:
 
 
 class ServingVocabulary:
-    """A byte-level tokenizer as serving sees it. Raises ValueError for a tokenizer of another kind.
+    """A byte-level tokenizer for serving. Raises ValueError for any other kind of tokenizer.
 
-    bos, eos: the model's, None where it has none. ends: the ids that end an answer, by default eos. adds_bos: whether
-    a text begins with bos, None if the tokenizer's files do not say; its post-processor, if it puts one there, decides.
-    Special tokens have no text. shrinks: by what factor a text may become shorter before it is split into tokens.
+    bos, eos: the model's ids, None if it has none. ends: ids that end an answer, by default eos. adds_bos: whether a
+    text gets a bos; None if the tokenizer's files do not set it. A bos in the post-processor takes precedence. shrinks:
+    the factor by which normalization can shorten a text. Special tokens have no text.
     """
 
     def __init__(
@@ -81,50 +81,53 @@ class ServingVocabulary:
 
     @classmethod
     def load(cls, folder: Path, bos: int | None, eos: int | None) -> ServingVocabulary:
-        """Reads `tokenizer.json` of a model folder, and `generation_config.json` if it names the ends of an answer."""
+        """Reads `tokenizer.json` of a model folder, and the end ids of `generation_config.json` if it has any."""
         ends = _ends(folder / "generation_config.json")
         tokenizer = load_tokenizer(folder)
-        if "bos_token_id" not in read_object_or_empty(folder / "config.json"):  # a default is no word of the model's
+        if "bos_token_id" not in read_object_or_empty(folder / "config.json"):  # then `bos` is only a default
             first = processor_bos(tokenizer, None)
             bos = bos if first is None else first
         return cls(tokenizer, bos, eos, ends, adds_bos_token(folder))
 
     def encode(self, text: str) -> list[int]:
-        """Ids, without bos unless the text begins with its name, as evaluation harnesses write it. Other control tokens
-        are plain characters. Raises ValueError for text that UTF-8 cannot express (lone surrogates)."""
+        """Ids of a text, without bos unless the text starts with the name of bos, as evaluation harnesses write it.
+
+        Names of other control tokens are plain characters. Raises ValueError for text with lone surrogates, which UTF-8
+        cannot encode.
+        """
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError("the text holds a lone surrogate, which is not a character") from None
+            raise ValueError("the text contains a lone surrogate, which is not a character") from None
         if self._names_bos(text):
             assert self.bos is not None
             return [self.bos, *self._plain(text[len(self.label(self.bos)) :])]
         return self._plain(text)
 
     def _names_bos(self, text: str) -> bool:
-        """Whether a text begins with the name of bos, where that is a control token and no word."""
+        """Whether a text starts with the name of bos, and bos is a control token and not a word."""
         added = self._added.get(self.bos)
         return added is not None and bool(added.special) and text.startswith(str(added.content))
 
     def _plain(self, text: str) -> list[int]:
-        # As a batch, because `encode` keeps Python's lock to its end.
+        # As a batch, because `encode` holds the GIL until it returns.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     @property
     def longest_piece(self) -> int:
-        """Bytes of the longest piece, at least 1."""
+        """Length of the longest piece in bytes, at least 1."""
         return max(1, max(map(len, self.pieces), default=1))
 
     def piece(self, index: int) -> bytes:
-        """The bytes of an id; none for special tokens and for ids that the tokenizer does not have."""
+        """The bytes of an id; empty for special tokens and for ids outside the tokenizer."""
         return self.pieces[index] if index < len(self.pieces) else b""
 
     def label(self, index: int) -> str:
-        """How logprobs name an id: its text, `bytes:\\x..` where that is no whole text, a special token's name.
+        """The name of an id in logprobs: its text, `bytes:\\x..` if that is not valid UTF-8, or a special token's name.
 
-        No two ids have one name: of those with the same text the lowest has it, the others are `token_id:N`, as is an
-        id without a token.
+        Names are unique: of several ids with the same text, the lowest has it, and the others are `token_id:N`, as are
+        ids without a token.
         """
         return self._labels[index] if index < len(self._labels) else f"token_id:{index}"
 
@@ -157,9 +160,10 @@ class ServingVocabulary:
 
 
 def _most_shrinking(normalizer: Any) -> float:
-    """By what factor a normalizer may make a text shorter, in bytes of UTF-8; infinite if that is not known.
+    """Upper bound of the factor by which a normalizer shortens a text in UTF-8 bytes; infinite if unknown.
 
-    Composition joins a letter and its marks: at most three characters become one, of at least as many bytes as one.
+    Unicode composition joins a letter with its marks: at most three characters become one, of at least as many bytes as
+    one of them.
     """
     if normalizer is None:
         return 1.0
@@ -170,8 +174,8 @@ def _most_shrinking(normalizer: Any) -> float:
 
 
 def _ends(path: Path) -> list[int] | None:
-    """`eos_token_id` of a generation_config.json, an id or several, which transformers puts above the config's; None
-    where it says nothing. Raises ValueError for anything else."""
+    """`eos_token_id` of a generation_config.json, one id or several, which in transformers overrides config.json; None
+    if it is not set. Raises ValueError for an invalid value."""
     ends = read_object_or_empty(path).get("eos_token_id")
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
@@ -180,9 +184,9 @@ def _ends(path: Path) -> list[int] | None:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary.
+    """The byte of each character of a byte-level vocabulary.
 
-    GPT-2's table: printable Latin-1 bytes stand for themselves, the other 68 for the characters from U+0100 on.
+    GPT-2's table: printable Latin-1 characters stand for their own byte, the characters from U+0100 for the other 68.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -191,7 +195,7 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 class TextStream:
-    """The text of one answer, released piece by piece; `stopped` once a stop string came."""
+    """The text of one answer, released piece by piece. stopped: whether a stop string was found."""
 
     def __init__(self, vocabulary: ServingVocabulary, stop: tuple[str, ...] = ()) -> None:
         self._vocabulary = vocabulary
@@ -203,32 +207,32 @@ class TextStream:
         self.stopped = False
 
     def echo(self, tokens: Iterable[Token]) -> Released:
-        """Takes the prompt: shown as it is, stop strings within it do not count."""
+        """Adds the prompt, which is released in full; stop strings in it are ignored."""
         for token in tokens:
-            self._take(token)
+            self._append(token)
         return self._release(len(self._held))
 
     def push(self, token: Token) -> Released:
-        """Takes one generated token; what is released ends before a stop string."""
-        self._take(token)
+        """Adds one generated token. Releases text up to a stop string."""
+        self._append(token)
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
         if not found:
-            return self._release(len(self._held) - self._risk())
+            return self._release(len(self._held) - self._possible_stop())
         self.stopped = True
         return self._release(min(found))
 
     def finish(self) -> Released:
-        """Everything held back; bytes that never became a code point are shown as U+FFFD."""
+        """Releases all remaining text. Bytes of an incomplete code point become U+FFFD."""
         self._held += self._decoder.decode(b"", final=True)
         last = self._release(len(self._held))
         return last + Released(tokens=tuple(self._waiting))
 
-    def _take(self, token: Token) -> None:
+    def _append(self, token: Token) -> None:
         self._waiting.append(replace(token, offset=self._released + len(self._held)))
         self._held += self._decoder.decode(self._vocabulary.piece(token.id))
 
-    def _risk(self) -> int:
-        """Length of the longest end of the held text that a stop string starts with."""
+    def _possible_stop(self) -> int:
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):

@@ -1,11 +1,10 @@
-"""The engine: many requests at once over one model and one latent cache, step by step.
+"""The inference engine: runs many requests concurrently on one model and one latent cache.
 
-`step()` runs what the scheduler planned (prompts, then one token of everyone who decodes) and returns what each
-answer gained. It is plain synchronous Python: `async_engine.py` drives it from a thread, tests and benchmarks call
-it directly.
+`step()` runs the scheduler's plan (prompts, then one token of each decoding sequence) and returns the delta of each
+answer. It is plain synchronous Python: `async_engine.py` calls it from a thread, tests and benchmarks call it directly.
 
-Notable: an error belongs to one request. A batch that fails is run again one by one, which is harmless (a latent
-written twice is the same latent), and only the sequence at fault ends with the error.
+Notable: an error ends only its own request. A failed batch is repeated one sequence at a time, which is safe because
+rewriting a latent gives the same latent, and only the failing sequence ends with the error.
 
 Shapes: B sequences, T ids of each in this step, N blocks of a table, V vocabulary.
 """
@@ -29,12 +28,12 @@ from moray.pipelines.serve.sequence import Delta, Request, Sequence
 
 
 class ContextLengthError(ValueError):
-    """Prompt and max_tokens together exceed what the model was made for."""
+    """Prompt and max_tokens together exceed the model's context length or the cache."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a step did to one sequence: it gained something, or it ended with an error."""
+    """The result of a step for one sequence: a delta, or the error that ended it."""
 
     sequence: Sequence
     result: Delta | Exception
@@ -48,10 +47,10 @@ class Engine:
         self.model = model
         self.config = model.config
         self.vocabulary = vocabulary
-        # A padded vocabulary has rows at the end that stand for no token.
+        # The last rows of a padded vocabulary are not tokens.
         named = max(len(vocabulary.pieces), max(vocabulary.ends, default=-1) + 1)
         self._tokens = min(named, model.config.vocab_size)
-        # Bytes of the longest text that a context may hold.
+        # Bytes of the longest text that fits into the context.
         self.longest_text = model.config.max_position_embeddings * vocabulary.longest_piece
         weight = model.lm_head.weight
         self._device = weight.device
@@ -65,17 +64,17 @@ class Engine:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Everyone who is waiting or running."""
+        """All sequences that are waiting or running."""
         return [*self._scheduler.running, *self._scheduler.waiting]
 
     def check(self, request: Request) -> None:
-        """Raises ValueError for a request that could never run; ContextLengthError for one that is too long."""
+        """Raises ValueError for an invalid request, ContextLengthError for one that is too long."""
         for index in (min(request.prompt), max(request.prompt)) if request.prompt else ():
             if not 0 <= index < self._tokens:
-                raise ValueError(f"prompt: id {index} is not one of the model's {self._tokens}")
+                raise ValueError(f"prompt: id {index} is outside the vocabulary of {self._tokens}")
         ids = self._ids(request)
         if not ids:
-            raise ValueError("prompt: is empty, and no bos is put before it")
+            raise ValueError("prompt: must not be empty, because this model uses no bos")
         limit = self.config.max_position_embeddings
         if len(ids) + request.max_tokens > limit:
             raise ContextLengthError(
@@ -85,35 +84,35 @@ class Engine:
         positions = len(ids) + max(request.max_tokens - 1, 0)
         if self.cache.blocks_for(positions) > self.cache.blocks:
             raise ContextLengthError(
-                f"the request needs {positions} places in the cache, which has {self.cache.blocks} blocks of "
+                f"the request requires {positions} positions in the cache, which has {self.cache.blocks} blocks of "
                 f"{self.cache.block_size}"
             )
 
     def prompt_tokens(self, request: Request) -> int:
-        """Ids that the model reads for this prompt, bos included."""
+        """Number of ids that the model reads for this prompt, with bos."""
         return len(self._ids(request))
 
     def submit(self, request: Request) -> Sequence:
-        """Queues a request; raises what `check` raises."""
+        """Queues a request. Raises the errors of `check`."""
         self.check(request)
         ids = self._ids(request)
         sequence = Sequence(
             request, ids, len(ids), TextStream(self.vocabulary, request.stop), _generator(request, self._device)
         )
         if request.echo:
-            # With scores, the others follow as they are read; an id that nothing precedes has none.
+            # The remaining prompt tokens are added when they are scored. An id without a predecessor has no score.
             unscored = max(0, 1 - (len(ids) - len(request.prompt))) if sequence.scores_prompt else len(request.prompt)
             sequence.prompt_tokens = [Token(index) for index in request.prompt[:unscored]]
         self._scheduler.add(sequence)
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence and frees its blocks; one that has ended already is no error."""
+        """Ends a sequence and frees its blocks. Does nothing if it has already ended."""
         self._scheduler.remove(sequence)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Runs one step; nothing to do is no error."""
+        """Runs one step. Returns an empty list if there is nothing to run."""
         plan = self._scheduler.plan()
         return [output for chunks in (plan.prefill, plan.decode) if chunks for output in self._advance(chunks)]
 
@@ -138,7 +137,7 @@ class Engine:
             if sequence.prefilling:
                 continue
             if sequence.generated == 0 and (delta := sequence.after_prefill()):
-                yield self._gain(sequence, delta)
+                yield self._output(sequence, delta)
             if sequence.finish_reason is None:
                 ready.append(row)
         if ready:
@@ -153,12 +152,12 @@ class Engine:
                 yield self._fail(sequence, error)
                 continue
             if delta:
-                yield self._gain(sequence, delta)
+                yield self._output(sequence, delta)
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
-        """FP32 logits of the chunks: [B, T, V] where a prompt is to be scored, else the last only, [B, 1, V].
+        """FP32 logits of the chunks: [B, T, V] if a prompt is to be scored, else only of the last ids, [B, 1, V].
 
-        Rows are padded on the left, so that the last column is everyone's last id.
+        Rows are padded on the left, so that the last column has the last id of each sequence.
         """
         width = max(chunk.tokens for chunk in chunks)
         depth = max(self.cache.blocks_for(chunk.end) for chunk in chunks)
@@ -179,7 +178,7 @@ class Engine:
         logits = logits[..., : self._tokens]
         return logits.float() if logits.dtype != torch.float64 else logits
 
-    def _gain(self, sequence: Sequence, delta: Delta) -> Output:
+    def _output(self, sequence: Sequence, delta: Delta) -> Output:
         if delta.finish_reason is not None:
             self._scheduler.remove(sequence)
         return Output(sequence, delta)
@@ -189,7 +188,7 @@ class Engine:
         return Output(sequence, error)
 
     def _ids(self, request: Request) -> list[int]:
-        """Documents start with bos in training, so prompts do; one that brings its own gets no second."""
+        """The prompt with bos, as training documents have; a prompt that starts with bos gets no second one."""
         bos, prompt = self.vocabulary.bos, request.prompt
         return list(prompt) if request.bare or bos is None or prompt[:1] == (bos,) else [bos, *prompt]
 
@@ -198,7 +197,7 @@ class Engine:
 
 
 def cache_blocks(config: ModelConfig, limits: EngineLimits, element_bytes: int) -> int:
-    """Blocks of the cache: for `max_running` sequences of full length, or what `cache_bytes` holds."""
+    """Number of cache blocks: enough for `max_running` sequences of full length, limited by `cache_bytes`."""
     width = config.kv_lora_rank + config.qk_rope_head_dim
     block_bytes = config.num_hidden_layers * limits.block_size * width * element_bytes
     most = limits.max_running * -(-config.max_position_embeddings // limits.block_size)
@@ -206,7 +205,7 @@ def cache_blocks(config: ModelConfig, limits: EngineLimits, element_bytes: int) 
 
 
 def _record(chunk: Chunk, logits_TV: Tensor) -> None:
-    """Marks a chunk as computed and, where asked for, scores the ids of the prompt that it predicts."""
+    """Marks a chunk as computed and, if requested, scores the prompt ids that it predicts."""
     sequence = chunk.sequence
     if sequence.scores_prompt and sequence.prefilling:
         following = sequence.ids[sequence.computed + 1 : chunk.end + 1]  # the last id of the prompt has no successor
@@ -223,7 +222,7 @@ def _draw(sequence: Sequence) -> Draw:
 
 
 def _generator(request: Request, device: torch.device) -> torch.Generator | None:
-    """The request's own randomness; on the CPU, so that a seed means the same on every device."""
+    """The request's random generator, on the CPU, so that a seed gives the same result on every device."""
     if request.temperature == 0:
         return None
     seed = secrets.randbits(63) if request.seed is None else request.seed

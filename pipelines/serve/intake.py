@@ -1,9 +1,10 @@
-"""From the body of a request to what the engine is asked: bounded in bytes, and away from the event loop.
+"""Conversion of HTTP request bodies to engine requests, with size limits and outside the event loop.
 
-Notable: an event loop serves everyone, so what grows with a body does not run there: parsing, validation, tokenising,
-and building the answer. A body is bounded by what a context can hold, before it is parsed; a text by the same, before
-it is tokenised. Tokenising releases Python's lock, and JSON is written in slices, so the loop has its turns. Reading
-JSON holds the lock, some 45 ms for a megabyte of ids; the bound of a body bounds that too.
+Notable: one event loop serves all clients, so work that grows with the size of a body runs in threads: parsing,
+validation, tokenization, and building the response. The size of a body is limited before it is parsed, and the size of
+a text before it is tokenized, by the length of a context. Tokenization releases the GIL and JSON is written in slices,
+so the event loop can run. Parsing JSON holds the GIL, about 45 ms for a megabyte of ids; the limit of the body bounds
+that too.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from moray.pipelines.serve.protocol import (
 )
 from moray.pipelines.serve.sequence import Request as EngineRequest
 
-_LEAST_BODY = 4 << 20  # bytes that any server takes
-_CONTEXTS = 16  # of ids that a body may hold
-_ID_BYTES = 8  # of JSON for an id
-_DRAINED = 16 << 20  # bytes of a body that are read and forgotten, so that its sender hears the answer
-_SMALL = 4096  # bytes of work that take less time than a thread takes to begin it
+_LEAST_BODY = 4 << 20  # smallest limit of a body in bytes
+_CONTEXTS = 16  # full contexts of ids that a body may contain
+_ID_BYTES = 8  # of JSON per id
+_DRAINED = 16 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
+_SMALL = 4096  # bytes; work of this size takes less time than starting it in a thread
 _THREADS = 2
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Call:
-    """One API call, checked: what the engine is asked, and how it is answered."""
+    """A validated API call: the engine's requests, and the form of the response."""
 
     requests: list[EngineRequest]
     completion: Completion
@@ -52,43 +53,43 @@ class Call:
 
 
 class Intake:
-    """Takes the calls to one engine's model, which is named `name`."""
+    """Reads the API calls for one engine's model, which is served as `name`."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
         self._name = name
-        # Two pools: who is told an answer does not wait for others' prompts.
+        # Two pools, so that responses do not wait for other clients' prompts.
         self._prompts = ThreadPoolExecutor(_THREADS, thread_name_prefix="prompts")
         self._answers = ThreadPoolExecutor(_THREADS, thread_name_prefix="answers")
         context = engine.config.max_position_embeddings
         self.body_bytes = max(_LEAST_BODY, _CONTEXTS * context * _ID_BYTES, engine.longest_text)
 
     async def call(self, http: Request) -> Call:
-        """Reads a request. Raises ApiError for what cannot be answered: 413 for a body beyond `body_bytes`."""
+        """Reads and validates a request. Raises ApiError; status 413 for a body of more than `body_bytes`."""
         body = await self._read(http)
         kind = http.headers.get("content-type", "")
-        return await unless_gone(http, _away(self._prompts, len(body), lambda: self.parse(body, kind)))
+        return await unless_gone(http, _in_thread(self._prompts, len(body), lambda: self.parse(body, kind)))
 
     async def answer(self, size: int, work: Callable[[], T]) -> T:
-        """The result of building an answer of `size` bytes or so."""
-        return await _away(self._answers, size, work)
+        """The result of `work`, which builds a response of about `size` bytes."""
+        return await _in_thread(self._answers, size, work)
 
     def parse(self, body: bytes, content_type: str = "application/json") -> Call:
-        """The call that a body asks for. Raises ApiError naming what is wrong with it."""
-        asked = _validated(_json(body, content_type))
-        check_model(asked.model, self._name)
+        """Parses and validates a body. Raises ApiError."""
+        parsed = _validated(_json(body, content_type))
+        check_model(parsed.model, self._name)
         longest, vocabulary = self._engine.longest_text, self._engine.vocabulary
-        for prompt in asked.prompt:
-            # Every id stands for a bounded number of bytes: so much text is too many ids, whatever it says.
+        for prompt in parsed.prompt:
+            # An id stands for a bounded number of bytes, so a text of this size has too many ids.
             if isinstance(prompt, str) and len(prompt) > longest * vocabulary.shrinks:
                 raise context_length_error(
                     f"this model's maximum context length is {self._engine.config.max_position_embeddings} tokens, "
                     f"and a prompt of {len(prompt):,} characters has more"
                 )
-        requests = asked.requests(vocabulary)
+        requests = parsed.requests(vocabulary)
         _check(self._engine, requests)
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return Call(requests, Completion(self._engine, self._name, requests), asked.stream, with_usage)
+        with_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+        return Call(requests, Completion(self._engine, self._name, requests), parsed.stream, with_usage)
 
     async def _read(self, http: Request) -> bytes:
         parts, size = [], 0
@@ -104,21 +105,19 @@ class Intake:
         except ClientDisconnect:
             raise ApiError(499, "the client closed the connection") from None
         if size > self.body_bytes:
-            raise ApiError(
-                413, f"the body has more than the {self.body_bytes:,} bytes that a request to this model can need"
-            )
+            raise ApiError(413, f"the body exceeds {self.body_bytes:,} bytes, the limit for requests to this model")
         return b"".join(parts)
 
 
-async def _away(pool: ThreadPoolExecutor, size: int, work: Callable[[], T]) -> T:
-    """The result of work on `size` bytes or so: done in a thread unless that is little."""
+async def _in_thread(pool: ThreadPoolExecutor, size: int, work: Callable[[], T]) -> T:
+    """The result of `work` on about `size` bytes. Small work runs directly, without a thread."""
     if size <= _SMALL:
         return work()
     return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 async def unless_gone(http: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects. The body must have been read."""
+    """The result of `work`. Cancels it if the client disconnects. The body must have been read."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(http))
     try:
@@ -141,12 +140,12 @@ def _json(body: bytes, content_type: str) -> Any:
     message["content-type"] = content_type
     subtype = message.get_content_subtype()
     if message.get_content_maintype() != "application" or not (subtype == "json" or subtype.endswith("+json")):
-        return None  # which is no object, as the error says
+        return None  # validation then reports that the body is not an object
     try:
         return json.loads(body)
     except RecursionError:
-        raise ApiError(400, "the body is not JSON that can be read: it is nested too deeply") from None
-    except ValueError as error:  # also bytes that are no UTF-8
+        raise ApiError(400, "the JSON of the body is nested too deeply") from None
+    except ValueError as error:  # also for invalid UTF-8
         raise ApiError(400, f"the body is not JSON: {getattr(error, 'msg', error)}") from None
 
 
@@ -158,7 +157,7 @@ def _validated(value: Any) -> CompletionRequest:
 
 
 def _check(engine: Engine, requests: list[EngineRequest]) -> None:
-    """Refuses what could never run, before a stream has begun."""
+    """Raises ApiError for an invalid request before a stream starts."""
     try:
         for request in requests:
             engine.check(request)

@@ -1,7 +1,7 @@
-"""The OpenAI-compatible HTTP application over one engine: health, models, completions.
+"""The OpenAI-compatible HTTP application of one engine: health, models, completions.
 
-Errors of every kind, also malformed JSON and unknown paths, are OpenAI error objects. A client that goes away
-cancels what it asked for, streamed or not.
+All errors, including malformed JSON and unknown paths, are OpenAI error objects. If a client disconnects, its requests
+are cancelled, streamed or not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moray.pipelines.serve.protocol import ApiError, CompletionRequest, check_mo
 from moray.pipelines.serve.sequence import Delta
 
 _log = logging.getLogger(__name__)
-# What /openapi.json says of a body that is read here and not by FastAPI.
+# Schema of the body in /openapi.json, because the body is parsed here and not by FastAPI.
 _SCHEMA = CompletionRequest.model_json_schema()
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
 
@@ -109,7 +109,7 @@ def _answer(error: ApiError) -> Response:
 
 
 def _unexpected(error: Exception) -> ApiError:
-    """Details go to the log, not to strangers."""
+    """The error for clients; its details are only logged."""
     if isinstance(error, EngineStoppedError):
         return ApiError(503, str(error))
     _log.error("a request failed", exc_info=error)
@@ -127,10 +127,10 @@ async def _whole(engine: AsyncEngine, intake: Intake, call: Call) -> bytes:
 
 
 async def _events(engine: AsyncEngine, intake: Intake, call: Call) -> AsyncIterator[bytes]:
-    """The stream; an error half-way is its last event, since the status has been sent."""
+    """The events of a stream. A late error becomes its last event, because the status is already sent."""
     completion, with_usage = call.completion, call.with_usage
     try:
-        async with aclosing(engine.generate_many(call.requests)) as answers:  # closed at once, not when collected
+        async with aclosing(engine.generate_many(call.requests)) as answers:  # closed now, not by garbage collection
             async for deltas in answers:
                 size = sum(_size(delta) for _, delta in deltas)
                 yield await intake.answer(size, partial(_chunks, completion, deltas, with_usage))
@@ -145,6 +145,6 @@ def _chunks(completion: Completion, deltas: Sequence[tuple[int, Delta]], with_us
 
 
 def _size(delta: Delta) -> int:
-    """Bytes of JSON, or nearly: a scored token has some two hundred."""
+    """Approximate bytes of JSON; a scored token takes about 200."""
     scored = bool(delta.tokens) and delta.tokens[-1].logprob is not None
     return len(delta.text) + (200 * len(delta.tokens) if scored else 0)

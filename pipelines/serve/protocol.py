@@ -1,8 +1,8 @@
-"""The wire: the body of `POST /v1/completions`, and errors as OpenAI's API writes them.
+"""The wire format: the body of `POST /v1/completions`, and error objects as in OpenAI's API.
 
-Notable: nothing is dropped in silence. A field that this server cannot honour, of OpenAI's API or of others'
-extensions, is refused by name unless it has the value that changes nothing; so is an unknown field. Fields that say
-nothing of the answer (`user`, `metadata`) are ignored. Types are strict, as OpenAI's are: "5" is not a number. `null`
+Notable: no field is silently dropped. Unknown fields are refused by name. So are known fields that this server does not
+support, of OpenAI's API and of other servers' extensions, unless they have their neutral value. Fields that do not
+affect the answer (`user`, `metadata`) are ignored. Types are strict, as in OpenAI's API: "5" is not a number. `null`
 means the default.
 """
 
@@ -20,12 +20,12 @@ from moray.pipelines.serve.sequence import SEEDS, Request
 
 MOST_PROMPTS = 128
 MOST_STOPS = 4
-LONGEST_STOP = 1024  # characters; an answer is searched for it at every token
+LONGEST_STOP = 1024  # characters, because every token searches the answer for it
 MOST_LOGPROBS = 5
-ALIAS = "default"  # names whichever model is served
+ALIAS = "default"  # alias of the served model
 
-# Fields that are not supported, of OpenAI's API and then of vLLM's and SGLang's extensions, and the values with which
-# they change nothing. Prompts get a bos and answers show no special tokens, which is what `True` says of the two.
+# Unsupported fields, of OpenAI's API and then of vLLM's and SGLang's extensions, with their neutral values. `True` is
+# neutral for add_special_tokens and skip_special_tokens, because prompts get a bos and special tokens have no text.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -50,7 +50,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
 }
 
-# Fields of others that say nothing of the answer.
+# Ignored fields of OpenAI's API and other servers; they do not affect the answer.
 _IGNORED = frozenset(
     (
         "cache_salt", "metadata", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
@@ -63,7 +63,7 @@ Prompt = str | tuple[int, ...]
 
 
 class ApiError(Exception):
-    """An answer that is an error: status 4xx for the client's mistakes, 5xx for ours."""
+    """An error response: status 4xx for client errors, 5xx for server errors."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -78,12 +78,12 @@ class ApiError(Exception):
 
 
 class StreamOptions(BaseModel):
-    """`stream_options`: whether a last chunk brings the usage."""
+    """`stream_options`. include_usage: whether a final chunk reports the usage."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # padding of a chunk's size, which this server never adds
+    include_obfuscation: bool = False  # random padding of chunks, which this server never adds
 
 
 class CompletionRequest(BaseModel):
@@ -102,7 +102,9 @@ class CompletionRequest(BaseModel):
     echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = Field(False, description="goes on after the end of the document; an extension, for benchmarks")
+    ignore_eos: bool = Field(
+        False, description="continue generating after an end-of-document token; an extension for benchmarks"
+    )
     n: Any = None
     best_of: Any = None
     suffix: Any = None
@@ -142,7 +144,7 @@ class CompletionRequest(BaseModel):
                 "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
             )
         if len(found) > MOST_PROMPTS:
-            raise PydanticCustomError("prompt", f"may hold up to {MOST_PROMPTS} prompts; send several requests")
+            raise PydanticCustomError("prompt", f"may have up to {MOST_PROMPTS} prompts; send several requests")
         return found
 
     @field_validator("stop", mode="before")
@@ -152,7 +154,7 @@ class CompletionRequest(BaseModel):
         if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
             raise PydanticCustomError("stop", "must be a string or a list of strings, none of them empty")
         if len(stops) > MOST_STOPS:
-            raise PydanticCustomError("stop", f"may hold up to {MOST_STOPS} strings")
+            raise PydanticCustomError("stop", f"may have up to {MOST_STOPS} strings")
         if any(len(stop) > LONGEST_STOP for stop in stops):
             raise PydanticCustomError("stop", f"strings may have up to {LONGEST_STOP} characters")
         return tuple(stops)
@@ -169,7 +171,7 @@ class CompletionRequest(BaseModel):
     def _unsupported(cls, value: Any, info: ValidationInfo) -> Any:
         neutral = _NEUTRAL[str(info.field_name)]
         if value not in neutral:
-            raise PydanticCustomError("unsupported", f"is not supported: leave it out or set it to {neutral[0]!r}")
+            raise PydanticCustomError("unsupported", f"is not supported: remove it or set it to {neutral[0]!r}")
         return value
 
     @model_validator(mode="after")
@@ -181,9 +183,10 @@ class CompletionRequest(BaseModel):
         return self
 
     def requests(self, vocabulary: ServingVocabulary) -> list[Request]:
-        """One request to the engine per prompt. Raises ApiError for text that cannot be encoded.
+        """One engine request per prompt. Raises ApiError for text that cannot be encoded.
 
-        A text gets a bos if the model's tokenizer gives it one; ids get one unless the tokenizer says it gives none.
+        A text prompt gets a bos if the model's tokenizer adds one. A prompt of ids gets a bos unless the tokenizer's
+        files disable it.
         """
         return [
             Request(
@@ -203,7 +206,7 @@ class CompletionRequest(BaseModel):
 
 
 def validation_error(errors: list[Any]) -> ApiError:
-    """What pydantic and FastAPI found wrong with a body, as one error: the first."""
+    """The first validation error of pydantic or FastAPI as an ApiError."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
@@ -214,7 +217,7 @@ def validation_error(errors: list[Any]) -> ApiError:
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "extra_forbidden":
         fields = [*CompletionRequest.model_fields, *_IGNORED]
-        message = "is not supported: leave it out" + _did_you_mean(location[-1], fields)
+        message = "is not supported: remove it" + _did_you_mean(location[-1], fields)
     return ApiError(400, f"{'.'.join(location) or param}: {message}", param)
 
 
@@ -225,7 +228,8 @@ def context_length_error(message: str) -> ApiError:
 def check_model(model: str, name: str) -> None:
     """Raises ApiError for a model that is not the one served as `name`."""
     if model not in (name, ALIAS):
-        raise ApiError(404, f"the model {model!r} does not exist; this server has {name!r}", "model", "model_not_found")
+        message = f"the model {model!r} does not exist; this server serves {name!r}"
+        raise ApiError(404, message, "model", "model_not_found")
 
 
 def _did_you_mean(name: str, fields: list[str]) -> str:

@@ -1,9 +1,9 @@
-"""From logits to ids: greedy, temperature and nucleus (top-p, Holtzman et al. 2019) sampling for a whole batch.
+"""Sampling of ids from logits for a whole batch: greedy, temperature and nucleus (top-p, Holtzman et al. 2019).
 
-Notable: a draw takes one uniform number from the sequence's own generator and looks it up in the cumulative
-distribution, so an answer depends on its request and seed alone, never on what else is in the batch. Rows with top_p
-below 1 are sorted; the others need not be: 8 rows of 4,096 take 0.2 ms unsorted, 2.7 ms sorted, and a tiny model's
-whole decode step 3.8 ms.
+Notable: each draw takes one uniform number from the sequence's own generator and looks it up in the cumulative
+distribution, so an answer depends only on its request and seed, not on the rest of the batch. Only rows with top_p
+below 1 are sorted: 8 rows of 4,096 take 0.2 ms unsorted and 2.7 ms sorted, and a tiny model's whole decode step takes
+3.8 ms.
 
 Shapes: B sequences, V vocabulary, K reported alternatives.
 """
@@ -21,7 +21,7 @@ from moray.pipelines.serve.detokenizer import Token
 
 @dataclass(frozen=True)
 class Draw:
-    """How to pick one row's token. generator is used where temperature > 0; logprobs as in `Request`."""
+    """Sampling parameters of one row. generator: used if temperature > 0. logprobs: as in `Request`."""
 
     temperature: float
     top_p: float
@@ -30,7 +30,7 @@ class Draw:
 
 
 def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Token]:
-    """One token per row of FP32 or FP64 logits. Reported log probabilities are the model's own, at temperature 1."""
+    """One token per row of FP32 or FP64 logits. Log probabilities are the model's, at temperature 1."""
     ids = logits_BV.argmax(-1).tolist()
     for sort in (False, True):
         rows = [row for row, draw in enumerate(draws) if draw.temperature > 0 and (draw.top_p < 1) == sort]
@@ -50,7 +50,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Token]:
 
 
 def score_tokens(logits_BV: Tensor, ids: Sequence[int], alternatives: Sequence[int]) -> list[Token]:
-    """The given ids as tokens with their log probabilities and, row by row, that many best alternatives."""
+    """The given ids as tokens with log probabilities. alternatives: number of best alternatives of each row."""
     logprobs_BV = logits_BV.log_softmax(-1)
     chosen_B = logprobs_BV.gather(1, torch.tensor(ids, device=logits_BV.device).unsqueeze(1)).squeeze(1).tolist()
     most = min(max(alternatives), logits_BV.shape[-1])
@@ -61,21 +61,21 @@ def score_tokens(logits_BV: Tensor, ids: Sequence[int], alternatives: Sequence[i
 
 
 def _draw(logits_BV: Tensor, draws: Sequence[Draw], sort: bool) -> list[int]:
-    """Inverse transform sampling in FP64: an FP32 sum over a vocabulary of 129,280 loses the rare ids."""
+    """Inverse transform sampling in FP64, because an FP32 sum over a vocabulary of 129,280 loses rare ids."""
     logits_BV = logits_BV.double()
     temperatures_B1 = _column([draw.temperature for draw in draws], logits_BV)
-    # The largest becomes 0 before the division: a temperature of 1e-9 must not overflow.
+    # Subtracts the maximum before the division, so that a temperature of 1e-9 does not overflow.
     probs_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperatures_B1).softmax(-1)
     order_BV: Tensor | None = None
     if sort:
         probs_BV, order_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
         before_BV = probs_BV.cumsum(-1) - probs_BV
-        before_BV[:, 0] = -1.0  # the most likely id always stays, also at top_p 0
+        before_BV[:, 0] = -1.0  # always keeps the most likely id, also at top_p 0
         probs_BV = probs_BV.masked_fill(before_BV >= _column([draw.top_p for draw in draws], logits_BV), 0.0)
     cumulative_BV = probs_BV.cumsum(-1)
     uniforms_B1 = _column([_uniform(draw.generator) for draw in draws], logits_BV)
-    # `right`: the first place whose sum is above the threshold, so an id of probability 0 is never hit. The top sum
-    # equals the last place's, which rounding could pass: clamp to the last id that has a share.
+    # `right` finds the first position whose sum exceeds the threshold, so an id of probability 0 is never drawn. Rounding
+    # could exceed the total, so positions are clamped to the last id with a positive probability.
     places_B1 = torch.searchsorted(cumulative_BV, uniforms_B1 * cumulative_BV[:, -1:], right=True)
     last_B1 = logits_BV.shape[-1] - 1 - (probs_BV > 0).flip(-1).int().argmax(-1, keepdim=True)
     places_B1 = torch.minimum(places_B1, last_B1)

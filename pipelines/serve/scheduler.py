@@ -1,11 +1,11 @@
-"""Which sequences run in the next step: continuous batching (Yu et al., Orca, 2022) under a budget of tokens.
+"""Scheduling of sequences: continuous batching (Yu et al., Orca, 2022) with a token budget per step.
 
-Sequences that decode come first, one token each; what is left of the budget goes to prompts, in order of arrival,
-a long one in chunks. A waiting sequence is admitted when the cache has blocks for all that it may come to need
-(prompt + max_tokens), so a running one is never put off. Only the first in line is looked at: a large request cannot
-be passed over for ever by small ones.
+Each decoding sequence gets one token first. The rest of the budget is used for prompts in order of arrival; long
+prompts are split into chunks. A waiting sequence is admitted when the cache has free blocks for its maximum length
+(prompt + max_tokens), so a running sequence is never preempted. Only the first waiting sequence is considered, so small
+requests cannot starve a large one.
 
-Notable: pure bookkeeping, no tensors. The blocks come from whatever hands them out (`LatentCache`).
+Notable: pure bookkeeping without tensors. A BlockPool (`LatentCache`) allocates the blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moray.pipelines.serve.sequence import Sequence
 
 
 class BlockPool(Protocol):
-    """What the scheduler needs of a cache."""
+    """Interface of the cache for the scheduler."""
 
     @property
     def blocks(self) -> int: ...
@@ -31,9 +31,9 @@ class BlockPool(Protocol):
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """step_tokens: ids that one step may run, padding included. max_running: sequences decoded together.
+    """step_tokens: maximum ids per step, with padding. max_running: maximum sequences that decode together.
 
-    cache_bytes: most memory for the latent cache; it is smaller where max_running sequences of full length need less.
+    cache_bytes: maximum memory of the latent cache; less if max_running sequences of full length need less.
     """
 
     step_tokens: int = 512
@@ -46,8 +46,8 @@ class EngineLimits:
             raise ValueError(f"max_running = {self.max_running} must be at least 1")
         if self.step_tokens <= self.max_running:
             raise ValueError(
-                f"step_tokens = {self.step_tokens} must exceed max_running = {self.max_running}: "
-                "prompts get what decoding leaves"
+                f"step_tokens = {self.step_tokens} must exceed max_running = {self.max_running}, because prompts use "
+                "the tokens that decoding leaves"
             )
 
 
@@ -72,7 +72,7 @@ class Plan:
 
 
 class Scheduler:
-    """The queue of the waiting and the list of the running; gives out and takes back their blocks."""
+    """Queue of waiting sequences and list of running ones. Allocates and frees their blocks."""
 
     def __init__(self, cache: BlockPool, limits: EngineLimits) -> None:
         self._cache = cache
@@ -88,7 +88,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its blocks; one that is not here is no error."""
+        """Removes a waiting or running sequence and frees its blocks. Does nothing for other sequences."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._cache.free(sequence.blocks)
@@ -97,7 +97,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def plan(self) -> Plan:
-        """Decides the next step and admits whom it can. Every plan of a busy scheduler runs at least one token."""
+        """Plans the next step and admits waiting sequences. A busy scheduler's plan runs at least one token."""
         decode = tuple(Chunk(sequence, 1) for sequence in self.running if not sequence.prefilling)
         prefill: list[Chunk] = []
         budget = self._limits.step_tokens - len(decode)
@@ -114,11 +114,12 @@ class Scheduler:
         return Plan(tuple(prefill), decode)
 
     def _chunk(self, sequence: Sequence, prefill: list[Chunk], widest: int, budget: int) -> Chunk | None:
-        """As much of a prompt as fits beside `prefill`, all rows padded to the widest; None if that is nothing."""
-        room = budget // (len(prefill) + 1)
-        if room < max(widest, 1):
+        """The largest chunk of a prompt that fits beside `prefill`, with all rows padded to the widest; None if none
+        fits."""
+        available = budget // (len(prefill) + 1)
+        if available < max(widest, 1):
             return None
-        return Chunk(sequence, min(sequence.pending, room))
+        return Chunk(sequence, min(sequence.pending, available))
 
     def _admissible(self) -> bool:
         if not self.waiting or len(self.running) >= self._limits.max_running:

@@ -1,7 +1,7 @@
-"""A request and the sequence that answers it: what is asked, how far it has come, and what it has said.
+"""Requests, and the sequences that answer them.
 
-Notable: a sequence is a list of ids (bos, prompt, generated) and one number, `computed`: how many of them have their
-latents in the cache. Prefill, a chunk of a long prefill and decode are then one thing: run the ids from `computed` on.
+Notable: a sequence is a list of ids (bos, prompt, generated) and the number `computed` of ids whose latents are in the
+cache. Prefill, a chunk of a long prefill, and decode are then the same operation: run the ids from `computed`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SEEDS = range(-(1 << 63), 1 << 63)
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it. A value out of range raises ValueError naming the field.
+    """One prompt and its generation parameters. Raises ValueError naming the field for a value out of range.
 
-    prompt: ids without bos, which is put in front of them unless `bare`. max_tokens: most ids to generate; 0 only reads
-    the prompt. temperature: 0 is greedy. seed: None draws a new one. logprobs: None for none, else how many of the best
-    alternatives to report beside each token's own. echo: the answer starts with the prompt.
+    prompt: ids without bos, which is prepended unless `bare`. max_tokens: maximum ids to generate; 0 only reads the
+    prompt. temperature: 0 is greedy. seed: None draws a random one. logprobs: None for none, else the number of best
+    alternatives to report in addition to each token's own. echo: whether the answer starts with the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -43,11 +43,11 @@ class Request:
         if self.max_tokens < 0:
             raise ValueError(f"max_tokens = {self.max_tokens} must not be negative")
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature} must be a number from 0 on")
+            raise ValueError(f"temperature = {self.temperature} must be a finite number of at least 0")
         if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p = {self.top_p} must lie between 0 and 1")
+            raise ValueError(f"top_p = {self.top_p} must be between 0 and 1")
         if "" in self.stop:
-            raise ValueError("stop holds an empty string, which would stop at once")
+            raise ValueError("stop must not contain an empty string")
         if self.seed is not None and self.seed not in SEEDS:
             raise ValueError(f"seed = {self.seed} must fit into 64 bits")
         if self.logprobs is not None and self.logprobs < 0:
@@ -56,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to an answer. `generated` counts the ids generated so far, also those not yet shown."""
+    """The part of an answer that one step added. generated: ids generated so far, including those not yet released."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -66,7 +66,7 @@ class Delta:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way. `ids` starts with bos; `blocks` are the cache's, taken when it is admitted."""
+    """A request being answered. ids: bos, prompt and generated ids. blocks: cache blocks, allocated on admission."""
 
     request: Request
     ids: list[int]
@@ -80,7 +80,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Ids whose latents are not in the cache: the rest of the prompt, or the one id to decode from."""
+        """Number of ids whose latents are not in the cache: the rest of the prompt, or the last generated id."""
         return len(self.ids) - self.computed
 
     @property
@@ -93,7 +93,7 @@ class Sequence:
 
     @property
     def reserved_positions(self) -> int:
-        """Positions that it may come to need: the last id generated is never run."""
+        """Maximum positions that the sequence can need; the last generated id is never run."""
         return self.prompt_length + max(self.request.max_tokens - 1, 0)
 
     @property
@@ -101,26 +101,26 @@ class Sequence:
         return self.request.echo and self.request.logprobs is not None
 
     def after_prefill(self) -> Delta | None:
-        """What there is to say once the prompt is read: the echo, and the end if nothing is to be generated."""
-        said = self.text.echo(self.prompt_tokens) if self.request.echo else Released()
+        """The delta after the prompt was read: the echo, and the end if max_tokens is 0; None if it is empty."""
+        released = self.text.echo(self.prompt_tokens) if self.request.echo else Released()
         if self.request.max_tokens == 0:
             self.finish_reason = "length"
-            said += self.text.finish()
-        return self._delta(said)
+            released += self.text.finish()
+        return self._delta(released)
 
     def accept(self, token: Token, ends: Container[int]) -> Delta | None:
-        """Takes the next token; returns what can be shown now, None if nothing. ends: ids that end an answer."""
+        """Appends the next token. Returns the delta, None if it is empty. ends: ids that end an answer."""
         self.ids.append(token.id)
-        said = self.text.push(token)
+        released = self.text.push(token)
         if self.text.stopped or (token.id in ends and not self.request.ignore_eos):
             self.finish_reason = "stop"
         elif self.generated >= self.request.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and not self.text.stopped:
-            said += self.text.finish()
-        return self._delta(said)
+            released += self.text.finish()
+        return self._delta(released)
 
-    def _delta(self, said: Released) -> Delta | None:
-        if not said.text and not said.tokens and self.finish_reason is None:
+    def _delta(self, released: Released) -> Delta | None:
+        if not released.text and not released.tokens and self.finish_reason is None:
             return None
-        return Delta(said.text, said.tokens, self.generated, self.finish_reason)
+        return Delta(released.text, released.tokens, self.generated, self.finish_reason)

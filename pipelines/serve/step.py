@@ -1,8 +1,8 @@
-"""smoke-serve: serves the registered model on Ray Serve, asks it a few things over HTTP, and keeps the answers.
+"""smoke-serve: serves the registered model on Ray Serve, sends it a few prompts over HTTP, and records the answers.
 
-The questions go through the public `openai` client, several at once and one as a stream; then each is asked alone.
-With greedy sampling both should say the same, and the transcript says whether they did: FP32 sums in another order
-may tip the balance between two near-equal tokens, which is worth knowing but no failure.
+Prompts are sent with the public `openai` client, first several at once with one of them streamed, then each alone. With
+greedy sampling the answers should be equal, and the transcript records whether they are. A difference is not a failure,
+because FP32 sums in another order can change the choice between two almost equally likely tokens.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ HOST = "127.0.0.1"
 
 class SmokeServeConfig(StepConfig):
     prompts: tuple[str, ...] = Field(
-        ("In the beginning", "def main(", "The license", "import numpy as"), min_length=1, description="what to ask"
+        ("In the beginning", "def main(", "The license", "import numpy as"), min_length=1, description="prompts to send"
     )
-    max_tokens: int = Field(48, ge=1, description="tokens of an answer, at most")
-    temperature: float = Field(0.0, ge=0.0, le=2.0, description="0: always the likeliest token")
-    seed: int = Field(1, ge=0, description="of the sampling, where temperature is above 0")
-    concurrent: int = operational(4, ge=1, description="requests at once")
+    max_tokens: int = Field(48, ge=1, description="maximum tokens of an answer")
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="sampling temperature; 0: greedy")
+    seed: int = Field(1, ge=0, description="sampling seed, used if temperature is above 0")
+    concurrent: int = operational(4, ge=1, description="maximum concurrent requests")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer as it came over HTTP. seconds: the whole request; first_token_seconds only where streamed."""
+    """One answer received over HTTP. seconds: of the whole request. first_token_seconds: only for a stream."""
 
     prompt: str
     text: str
@@ -53,7 +53,7 @@ class Reply:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of decoding: the tokens after the first, over the time after the first."""
+        """Decoding rate: tokens after the first, over the time after the first."""
         if self.first_token_seconds is None or self.completion_tokens < 2:
             return None
         return (self.completion_tokens - 1) / max(self.seconds - self.first_token_seconds, 1e-9)
@@ -75,21 +75,21 @@ class SmokeServe(Step[SmokeServeConfig]):
         folder = store.fetch(find_artifact(store, registration["model"])).folder
         ctx.cluster.ensure()
         with ctx.cluster.exclusive("serve", ctx.cancel):
-            clear()  # what a killed run may have left on a cluster that outlives its runs
+            clear()  # a killed run may have left Serve on a cluster that outlives its runs
             ctx.progress("deploying", 0, 1, "replicas")
             deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
             try:
                 ctx.progress("deploying", 1, 1, "replicas")
                 client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)
                 client.check_model_listed()
-                together, alone = _ask_all(ctx, client)
+                together, alone = _send_all(ctx, client)
             finally:
                 deployment.stop()
         _write(ctx, deployment.name, together, alone)
 
 
 class SmokeClient:
-    """The questions of this step, asked with the `openai` package."""
+    """Sends this step's prompts with the `openai` package."""
 
     def __init__(self, url: str, model: str, config: SmokeServeConfig) -> None:
         import openai
@@ -101,9 +101,9 @@ class SmokeClient:
     def check_model_listed(self) -> None:
         served = [model.id for model in self._openai.models.list()]
         if self._model not in served:
-            raise StepFailed(f"/v1/models lists {served}, not {self._model!r}")
+            raise StepFailed(f"/v1/models lists {served} instead of {self._model!r}")
 
-    def ask(self, prompt: str) -> Reply:
+    def complete(self, prompt: str) -> Reply:
         began = time.monotonic()
         answer = self._openai.completions.create(
             model=self._model,
@@ -114,11 +114,11 @@ class SmokeClient:
         )
         seconds = time.monotonic() - began
         if answer.usage is None:
-            raise StepFailed("an answer came without its usage")
+            raise StepFailed("a response has no usage")
         choice, usage = answer.choices[0], answer.usage
         return Reply(prompt, choice.text, choice.finish_reason, usage.prompt_tokens, usage.completion_tokens, seconds)
 
-    def ask_streamed(self, prompt: str) -> Reply:
+    def complete_streamed(self, prompt: str) -> Reply:
         began = time.monotonic()
         stream = self._openai.completions.create(
             model=self._model,
@@ -140,25 +140,25 @@ class SmokeClient:
                 reason = choice.finish_reason or reason
         seconds = time.monotonic() - began
         if usage is None:
-            raise StepFailed("a stream ended without its usage")
+            raise StepFailed("a stream ended without usage")
         return Reply(prompt, "".join(parts), reason, usage.prompt_tokens, usage.completion_tokens, seconds, True, first)
 
 
-def _ask_all(ctx: StepContext[SmokeServeConfig], client: SmokeClient) -> tuple[list[Reply], list[Reply]]:
-    """Every prompt, `concurrent` at once with the first streamed; then every prompt alone."""
+def _send_all(ctx: StepContext[SmokeServeConfig], client: SmokeClient) -> tuple[list[Reply], list[Reply]]:
+    """Sends every prompt, `concurrent` at a time with the first streamed, then every prompt alone."""
     prompts = ctx.config.prompts
     with ThreadPoolExecutor(ctx.config.concurrent) as pool:
-        streamed = pool.submit(client.ask_streamed, prompts[0])
-        waiting = [streamed, *(pool.submit(client.ask, prompt) for prompt in prompts[1:])]
+        streamed = pool.submit(client.complete_streamed, prompts[0])
+        waiting = [streamed, *(pool.submit(client.complete, prompt) for prompt in prompts[1:])]
         together = []
         for done, future in enumerate(waiting):
-            ctx.progress("asking", done, 2 * len(prompts), "requests")
+            ctx.progress("requesting", done, 2 * len(prompts), "requests")
             together.append(future.result())
     alone = []
     for done, prompt in enumerate(prompts):
-        ctx.progress("asking", len(prompts) + done, 2 * len(prompts), "requests")
-        alone.append(client.ask(prompt))
-    ctx.progress("asking", 2 * len(prompts), 2 * len(prompts), "requests")
+        ctx.progress("requesting", len(prompts) + done, 2 * len(prompts), "requests")
+        alone.append(client.complete(prompt))
+    ctx.progress("requesting", 2 * len(prompts), 2 * len(prompts), "requests")
     return together, alone
 
 
@@ -188,10 +188,10 @@ def _write(ctx: StepContext[SmokeServeConfig], name: str, together: list[Reply],
 
 
 def closing_text(name: str, replies: list[Reply]) -> str:
-    """What a person sees at the end of a run: the first question and its answer."""
+    """The text that is printed at the end of a run: the first prompt and its answer."""
     first = replies[0]
     answer = "\n".join(f"  | {line}" for line in (first.prompt + first.text).splitlines())
-    return f"asked over HTTP: {name} goes on from {first.prompt!r}\n{answer}\n"
+    return f"over HTTP, {name} continues {first.prompt!r}:\n{answer}\n"
 
 
 step = SmokeServe()

@@ -130,7 +130,7 @@ def _config(source: Path, config: LoadTokenizerConfig, tokenizer: Any) -> dict[s
         elif kind != "pad" and not content.get(f"{kind}_token"):
             raise InputError(
                 f"load-tokenizer.{kind}: {source} does not define it",
-                f"set it to a token, such as {', '.join(added[:8])}",
+                f"set it to one of {', '.join(added[:8])}",
             )
     return content
 

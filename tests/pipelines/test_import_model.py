@@ -211,7 +211,7 @@ def test_tokenizer_files_that_disagree_on_bos_are_made_to_agree(folder: Path, ho
     notes: list[str] = []
     _, artifact = api.import_model(folder, home=home, listeners=[lambda e: notes.append(getattr(e, "text", ""))])
     assert processor_bos(load_tokenizer(artifact.folder), 0) == 0
-    assert any("tokenizer_config.json puts a bos before a text" in note for note in notes)
+    assert any("to put bos before a text, as tokenizer_config.json does" in note for note in notes)
 
 
 @pytest.mark.parametrize("said", [{"bos_token": "<|nobody|>"}, {"bos_token": "<|pad|>"}, {"bos_token": None}])

@@ -25,7 +25,7 @@ def folder(model, tokenizer, tmp_path) -> Path:
 
 
 def test_a_folder_that_is_no_model_is_refused_before_ray_is_asked(tmp_path):
-    with pytest.raises(InputError, match=r"holds no config\.json"):
+    with pytest.raises(InputError, match=r"contains no config\.json"):
         deploy(tmp_path, "none", port=1)
 
 
@@ -51,7 +51,7 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
         assert card["id"] == "tiny"
         assert deploy(folder, "tiny", "127.0.0.1", port) == deployment
         assert get(f"{deployment.url}/v1/models")["data"][0] == card  # `created` too: the replica is the same
-        with pytest.raises(InputError, match="runs on this cluster already"):
+        with pytest.raises(InputError, match="already runs on this cluster"):
             deploy(folder, "tiny", "127.0.0.1", free_port())
         import openai  # takes two seconds, which tests of other files would wait for
 

@@ -170,7 +170,7 @@ def test_a_request_that_can_never_fit_is_refused(vocabulary, make_engine):
         make_engine().submit(Request((5,), max_tokens=255))
     with pytest.raises(ContextLengthError, match="cache, which has 2 blocks of 8"):
         make_engine(blocks=2).submit(Request((5,), max_tokens=16))
-    with pytest.raises(ValueError, match="id 340 is not one of the model's 340"):
+    with pytest.raises(ValueError, match="id 340 is outside the vocabulary of 340"):
         make_engine().submit(Request((340,)))
 
 

@@ -35,7 +35,7 @@ def test_decoding_speed_leaves_the_first_token_out():
 
 def test_the_closing_text_shows_question_and_answer():
     text = closing_text("tiny", [Reply("In the", " beginning\nwas", "length", 2, 3, 0.1)])
-    assert text == "asked over HTTP: tiny goes on from 'In the'\n  | In the beginning\n  | was\n"
+    assert text == "over HTTP, tiny continues 'In the':\n  | In the beginning\n  | was\n"
 
 
 def commit(store: ArtifactStore, step_name: str, produces: str, fingerprint: str):
@@ -72,6 +72,6 @@ def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokeniz
     assert context.counts["out:tokens"] == sum(
         reply["completion_tokens"] for reply in transcript["concurrent"] + transcript["alone"]
     )
-    assert (tmp_path / "out" / "closing.txt").read_text().startswith("asked over HTTP: tiny goes on from")
+    assert (tmp_path / "out" / "closing.txt").read_text().startswith("over HTTP, tiny continues")
     assert "first token after" in context.outcome
     assert capfd.readouterr() == ("", "")

@@ -81,7 +81,7 @@ def test_a_post_processor_that_no_completion_can_follow_is_refused(tmp_path: Pat
     assert processor_bos(load_tokenizer(tmp_path), None) == 0
     changed["post_processor"]["single"].reverse()
     write(tmp_path, changed)
-    with pytest.raises(ValueError, match="post_processor makes"):
+    with pytest.raises(ValueError, match="unsupported post_processor"):
         ServingVocabulary.load(tmp_path, 0, 1)
 
 

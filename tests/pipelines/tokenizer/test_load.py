@@ -76,7 +76,7 @@ def test_tokens_that_no_file_names_come_from_the_recipe(tmp_path: Path, folder: 
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match=r"load-tokenizer\.bos: .* does not define it") as found:
         load(tmp_path, path=folder)
-    assert found.value.hint == "give one of the tokens: <|bos|>, <|eos|>, <|pad|>"
+    assert found.value.hint == "set it to one of <|bos|>, <|eos|>, <|pad|>"
     with pytest.raises(InputError, match=r"load-tokenizer\.eos: '<\|oes\|>' is not in the vocabulary") as found:
         load(tmp_path, path=folder, bos="<|bos|>", eos="<|oes|>")
     assert found.value.hint == "did you mean '<|eos|>'?"
@@ -125,7 +125,7 @@ def test_what_a_tokenizer_does_to_text_is_said(tmp_path: Path, folder: Path) -> 
     change(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
     lossy, slow = notes(load(tmp_path, path=folder))
     assert lossy.startswith("this tokenizer is not lossless: it decodes ' Two words")
-    assert "becomes ' two words" in lossy
+    assert "to ' two words" in lossy
     assert slow.startswith("Hugging Face tokenizers, which is slower, will encode text: gigatoken does not support")
 
 
