@@ -24,7 +24,7 @@ from moray.pipelines.tokenizer.train import id_count, load_tokenizer
 class Token:
     """An id with its text offset and, if requested, its log probability and the best alternatives.
 
-    logprob: None also for the first id, which has no predecessor. offset: start of its text in characters of the answer.
+    logprob: None also for the first id, which has no predecessor. offset: of its text, in characters of the answer.
     """
 
     id: int

@@ -74,8 +74,8 @@ def _draw(logits_BV: Tensor, draws: Sequence[Draw], sort: bool) -> list[int]:
         probs_BV = probs_BV.masked_fill(before_BV >= _column([draw.top_p for draw in draws], logits_BV), 0.0)
     cumulative_BV = probs_BV.cumsum(-1)
     uniforms_B1 = _column([_uniform(draw.generator) for draw in draws], logits_BV)
-    # `right` finds the first position whose sum exceeds the threshold, so an id of probability 0 is never drawn. Rounding
-    # could exceed the total, so positions are clamped to the last id with a positive probability.
+    # `right` finds the first position with a sum above the threshold, so an id of probability 0 is never drawn.
+    # Rounding could exceed the total, so positions are clamped to the last id with a positive probability.
     places_B1 = torch.searchsorted(cumulative_BV, uniforms_B1 * cumulative_BV[:, -1:], right=True)
     last_B1 = logits_BV.shape[-1] - 1 - (probs_BV > 0).flip(-1).int().argmax(-1, keepdim=True)
     places_B1 = torch.minimum(places_B1, last_B1)

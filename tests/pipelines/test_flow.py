@@ -1,4 +1,4 @@
-"""The whole flow on real text and a real Ray, contract by contract: each test reads what another room wrote."""
+"""The whole flow on real text and a real Ray, contract by contract: each test reads the output of another room."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_manifests_describe_the_files_that_are_there(flow: Flow) -> None:
         assert not [path for path in artifact.folder.rglob(".*") if path.name != ".metadata"], "leftovers"
 
 
-def test_documents_carry_ids_by_source_and_key_and_count_what_is_left_out(flow: Flow) -> None:
+def test_documents_have_ids_by_source_and_key_and_exclusions_are_counted(flow: Flow) -> None:
     corpus = flow.artifact("corpus").folder
     ids = dict(zip(column(corpus, "id"), column(corpus, "source"), strict=True))
     assert ids[document_id("code", "json/decoder.py")] == "code"
@@ -209,7 +209,7 @@ def strike_a_training_worker(flow_home: Path, number: signal.Signals, struck: li
 def test_a_worker_killed_or_stopped_costs_no_bit_of_the_result(
     flow: Flow, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """After the first checkpoint: the weights are those of the undisturbed run. Who hangs, is named and ended."""
+    """After the first checkpoint: the weights are those of the undisturbed run. A hung rank is named and killed."""
     from moray.platform.core.home import Home
 
     home = Home(tmp_path / "home")

@@ -1,4 +1,4 @@
-"""Models from elsewhere: brought in whole, bit for bit, or refused by tensor."""
+"""Imported models: copied bit for bit, or refused with the tensor's name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TENSOR = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model with its companions and something that does not belong to it."""
+    """A model with its companion files and an unrelated file."""
     model = DeepseekV3(SMALL)
     model.init_weights(4)
     folder = tmp_path / "Some Model"
@@ -68,8 +68,8 @@ def test_a_model_comes_in_bit_for_bit_and_only_once(folder: Path, home: Home) ->
     assert (again, same.reference) == ("other@newest", artifact.reference)
 
 
-def test_what_is_checked_is_what_is_kept(folder: Path, home: Home) -> None:
-    """Files in sub-folders keep their places; weights that nobody read stay behind; code comes with what names it."""
+def test_only_checked_files_are_copied(folder: Path, home: Home) -> None:
+    """Files in sub-folders keep their paths, other weights are not copied, code is copied if a config uses it."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     (folder / "parts").mkdir()
@@ -101,7 +101,7 @@ def test_weights_outside_of_the_folder_are_refused(folder: Path, home: Home) -> 
     assert not list(home.aliases.glob("*"))
 
 
-def test_a_model_is_converted_on_the_way(folder: Path, home: Home) -> None:
+def test_a_model_can_be_converted(folder: Path, home: Home) -> None:
     _, artifact = api.import_model(folder, precision="fp8", home=home)
     model = moray.models.load(artifact.folder)
     assert model.shards()[0].w_up_EFD.dtype == torch.float8_e4m3fn
@@ -109,7 +109,7 @@ def test_a_model_is_converted_on_the_way(folder: Path, home: Home) -> None:
     assert artifact.manifest.outcome.endswith("fp8")
 
 
-def test_a_spoilt_model_is_refused_by_tensor_and_nothing_is_kept(folder: Path, home: Home) -> None:
+def test_a_corrupt_model_is_refused_by_tensor_and_nothing_is_kept(folder: Path, home: Home) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[TENSOR][0, 0] = float("nan")
     save_file(tensors, folder / "model.safetensors")
@@ -175,7 +175,7 @@ CONTINUED = """
 """
 
 
-def test_training_goes_on_from_an_imported_model(flow: Flow) -> None:
+def test_training_continues_from_an_imported_model(flow: Flow) -> None:
     def recipe(more: str = ""):
         model = flow.artifact("export").folder
         text = recipe_text(flow.folder, "split") + CONTINUED.format(model=model, more=more)
@@ -206,7 +206,7 @@ def tokenizer_files(folder: Path, **said: object) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**hugging_face_config(), **said}))
 
 
-def test_tokenizer_files_that_disagree_on_bos_are_made_to_agree(folder: Path, home: Home) -> None:
+def test_inconsistent_bos_settings_are_made_consistent(folder: Path, home: Home) -> None:
     tokenizer_files(folder, add_bos_token=True)
     notes: list[str] = []
     _, artifact = api.import_model(folder, home=home, listeners=[lambda e: notes.append(getattr(e, "text", ""))])
@@ -227,7 +227,7 @@ def test_a_bos_that_the_config_does_not_confirm_leaves_the_files_alone(
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"x"'])
-def test_a_config_that_is_none_is_an_error_and_no_traceback(folder: Path, home: Home, content: str) -> None:
+def test_an_invalid_config_is_an_error_without_a_traceback(folder: Path, home: Home, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config\.json"):
         api.import_model(folder, home=home)

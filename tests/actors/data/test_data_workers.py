@@ -1,4 +1,4 @@
-"""Data workers as Ray actors: any of them answers for any step, and one that dies is missed by nobody."""
+"""Data workers as Ray actors: any of them can serve any step, and one that dies is replaced."""
 
 from __future__ import annotations
 

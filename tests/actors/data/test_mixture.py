@@ -1,4 +1,4 @@
-"""The loader's order: a pure function of the step, in which every sequence comes once an epoch and shares are exact."""
+"""The mixture: a pure function of the step, with every sequence once per epoch and exact shares."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ plans = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=1, 
 
 
 @given(st.integers(1, 3000), st.text(max_size=5))
-def test_a_permutation_has_everything_once(n: int, key: str) -> None:
+def test_a_permutation_has_every_element_once(n: int, key: str) -> None:
     assert np.array_equal(np.sort(permuted(np.arange(n), n, key)), np.arange(n))
 
 
-def test_permutations_look_like_chance() -> None:
-    """Of 4,000 keys, each of the 24 orders of four things comes about as often: chi-squared, one in a million."""
+def test_permutations_look_random() -> None:
+    """Over 4,000 keys, the 24 orders of four elements are equally frequent: chi-squared, p = 1e-6."""
     counts: dict[tuple[int, ...], int] = {}
     for key in range(4000):
         order = tuple(permuted(np.arange(4), 4, str(key)).tolist())
@@ -40,7 +40,7 @@ def test_permutations_look_like_chance() -> None:
     assert abs(np.corrcoef(far, np.arange(10**6))[0, 1]) < 0.006
 
 
-def test_a_place_in_a_huge_order_is_computed_alone() -> None:
+def test_an_element_of_a_huge_permutation_is_computed_alone() -> None:
     n = 10**15 + 37
     places = np.array([0, 1, 2, n - 1, n // 2])
     found = permuted(places, n, "epoch 3")
@@ -56,14 +56,16 @@ def test_a_plan_adds_up(plan: BatchPlan, step: int) -> None:
 
 
 @pytest.mark.parametrize(("starts", "numbers"), [((), ()), ((1,), (4,)), ((0, 5, 5), (1, 2, 3)), ((0,), (0,))])
-def test_a_plan_that_is_none_is_refused(starts: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+def test_an_invalid_plan_is_refused(starts: tuple[int, ...], numbers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="plan"):
         BatchPlan(starts, numbers)
 
 
 @settings(max_examples=examples(60))
 @given(sizes, st.integers(0, 9), plans, st.integers(0, 60))
-def test_a_batch_does_not_depend_on_who_asks(sizes: dict[str, int], seed: int, plan: BatchPlan, step: int) -> None:
+def test_a_batch_does_not_depend_on_the_requested_slots(
+    sizes: dict[str, int], seed: int, plan: BatchPlan, step: int
+) -> None:
     whole = np.array(Mixture(sizes, {}, seed, plan).batch(step))
     assert whole.shape == (2, plan.size(step))
     for ranks in (1, 2, 3, 4, 8):
@@ -74,8 +76,8 @@ def test_a_batch_does_not_depend_on_who_asks(sizes: dict[str, int], seed: int, p
 
 @settings(max_examples=examples(40))
 @given(sizes, st.integers(0, 9), plans)
-def test_every_sequence_comes_once_an_epoch(sizes: dict[str, int], seed: int, plan: BatchPlan) -> None:
-    """Also where batches, ramps of them and epochs do not divide."""
+def test_every_sequence_occurs_once_per_epoch(sizes: dict[str, int], seed: int, plan: BatchPlan) -> None:
+    """Also if batch sizes and ramps do not divide the epoch."""
     mixture = Mixture(sizes, {}, seed, plan)
     seen = [np.zeros(sizes[source], int) for source in mixture.sources]
     for step in range(80):
@@ -89,7 +91,7 @@ def test_every_sequence_comes_once_an_epoch(sizes: dict[str, int], seed: int, pl
 
 @settings(max_examples=examples(100))
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 10**9), st.integers(1, 300))
-def test_any_batch_holds_each_sources_share_to_one_sequence(weights: list[float], step: int, size: int) -> None:
+def test_any_batch_has_each_sources_share_to_one_sequence(weights: list[float], step: int, size: int) -> None:
     names = "abcdef"[: len(weights)]
     shares = np.array(weights) / sum(weights)
     mixture = Mixture(dict.fromkeys(names, 10), dict(zip(names, weights, strict=True)), 1, BatchPlan.constant(size))
@@ -107,7 +109,7 @@ def test_epochs_are_shuffled_differently() -> None:
     assert np.array_equal(np.sort(first), np.sort(second))
 
 
-def test_a_further_source_leaves_the_others_orders_as_they_are() -> None:
+def test_another_source_does_not_change_the_order_of_the_others() -> None:
     alone = Mixture({"b": 30}, {}, 1, BatchPlan.constant(30))
     both = Mixture({"a": 30, "b": 30}, {}, 1, BatchPlan.constant(60))
     sources, numbers = both.batch(0)

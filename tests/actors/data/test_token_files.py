@@ -1,4 +1,4 @@
-"""Tokens in a real S3 server, read by ranges: what a folder gives, whatever the server does on the way."""
+"""Tokens read by ranges from a real S3 server equal those of a folder, also with server faults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_same_batches(folder: Path, address: str = ADDRESS) -> None:
         np.testing.assert_array_equal(found.mask, expected.mask)
 
 
-def test_a_bucket_gives_what_a_folder_gives(folder: Path) -> None:
+def test_a_bucket_equals_a_folder(folder: Path) -> None:
     assert_same_batches(folder)
     here, there = open_token_sets(str(folder)), open_token_sets(ADDRESS)
     for source, tokens in here.items():
@@ -54,7 +54,7 @@ def test_a_bucket_gives_what_a_folder_gives(folder: Path) -> None:
             assert there[source].pieces(shard).equals(tokens.pieces(shard))
 
 
-def test_no_more_is_read_than_is_asked_for(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_ranges_are_read(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def watch(request: Request) -> str:
@@ -70,14 +70,14 @@ def test_no_more_is_read_than_is_asked_for(folder: Path, s3_url: str, monkeypatc
 
 
 @pytest.mark.parametrize("fault", ["half", "drop", (503, "<Error><Code>SlowDown</Code></Error>")], ids=str)
-def test_every_other_answer_spoilt_changes_nothing(
+def test_retries_survive_faults_in_every_other_response(
     fault: str | tuple[int, str], folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, int] = {}
     lock = threading.Lock()
 
     def spoil(request: Request) -> str | tuple[int, str]:
-        """The first time that a range is asked for."""
+        """A fault for the first request of a range."""
         what = request.path + request.headers.get("Range", "")
         with lock:
             seen[what] = seen.get(what, 0) + 1
@@ -89,7 +89,7 @@ def test_every_other_answer_spoilt_changes_nothing(
     assert max(seen.values()) > 1
 
 
-def test_a_read_that_hangs_is_made_again(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_hangs_is_retried(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moray.actors.data.token_files._READ_TIMEOUT", 0.3)
     released = threading.Event()
     hung: list[str] = []

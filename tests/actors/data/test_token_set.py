@@ -1,4 +1,4 @@
-"""The Tokens contract: what is packed comes back."""
+"""The Tokens contract: packed documents are read back unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH = 16
 
 
 def documents_of(docs: list[list[int]], number: int = 0, vocabulary: TokenVocabulary = VOCABULARY) -> TokenDocuments:
-    """Documents d0.0, d0.1, ... of these ids between bos and eos; two bytes an id."""
+    """Documents d0.0, d0.1, ... of these ids, with bos and eos; two bytes per id."""
     tokens = [[vocabulary.bos, *ids, vocabulary.eos] for ids in docs]
     return TokenDocuments(
         [f"d{number}.{i}" for i in range(len(docs))],
@@ -58,7 +58,7 @@ documents = st.lists(st.lists(st.integers(3, 999), max_size=40), max_size=6)
 @pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
 @settings(max_examples=examples(40))
 @given(shards=st.lists(documents, min_size=1, max_size=3))
-def test_what_is_packed_comes_back(
+def test_packed_documents_are_read_back(
     packing: Packing, tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[int]]]
 ) -> None:
     tokens = write(tmp_path_factory.mktemp("tokens"), shards, packing=packing)
@@ -78,7 +78,7 @@ def test_what_is_packed_comes_back(
 def test_tokens_have_one_number_exactly_if_they_are_of_one_document(
     packing: Packing, tmp_path_factory: pytest.TempPathFactory, docs: list[list[int]]
 ) -> None:
-    """In each sequence, whatever pieces it is made of: attention and the loss stay within these numbers."""
+    """In each sequence, for any pieces, because attention and loss do not cross these numbers."""
     tokens = write(tmp_path_factory.mktemp("tokens"), [docs], packing=packing)
     batch = tokens.batch(range(tokens.sequences))
     owners = np.full(batch.ids.size, -1)
@@ -109,13 +109,13 @@ def test_special_ids_must_be_three() -> None:
         TokenVocabulary(tokenizer="t", size=1000, bos=0, eos=1, pad=1)
 
 
-def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"d0\.0: token ids 0\.\.1000 outside 0\.\.999"):
         write(tmp_path, [[[5, 1000]]])
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_foreign_shard_with_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, recorded: bool) -> None:
+def test_a_shard_with_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, recorded: bool) -> None:
     """On opening if the index records the id, else on reading."""
     write(tmp_path / "a", [[[5] * 3], [[5, 998]]])
     index = json.loads((tmp_path / "a" / "index.json").read_text())
@@ -150,7 +150,7 @@ def test_a_token_set_of_another_schema_is_refused(tmp_path: Path) -> None:
         token_set(tmp_path)
 
 
-def test_a_data_worker_hands_out_the_mixtures_sequences(tmp_path: Path) -> None:
+def test_a_data_worker_serves_the_mixtures_sequences(tmp_path: Path) -> None:
     sets = {name: write(tmp_path / name, [[[i + 3] * 100 for i in range(5)]]) for name in "ab"}
     plan = BatchPlan.constant(8)
     worker = DataWorker(str(tmp_path), {}, seed=3, plan=plan)

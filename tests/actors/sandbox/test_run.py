@@ -128,7 +128,7 @@ def test_a_listener_outside_is_out_of_reach() -> None:
 
 
 @needs_namespaces
-def test_what_programs_usually_need_works() -> None:
+def test_common_operations_of_programs_work() -> None:
     code = """
     import asyncio, collections, ctypes, decimal, hashlib, json, random, re
     import sqlite3, subprocess, sys, tempfile, threading

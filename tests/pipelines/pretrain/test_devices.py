@@ -46,7 +46,7 @@ def test_a_given_expert_parallel_is_kept_or_refused() -> None:
 
 
 def test_batches_are_held_against_the_machines_where_workers_are_not_given() -> None:
-    """Three sequences suit one GPU and three, though not the two workers that CPUs get."""
+    """Batches of three sequences fit one or three GPUs, but not the default of two workers on CPUs."""
     odd = config(batch_sequences=3)
     step.check(odd, {})
     assert step.placement(odd, machine(1)) == "1 worker on a GPU"
@@ -70,8 +70,8 @@ def test_too_few_gpus_are_refused_by_name() -> None:
 
 
 @given(st.integers(1, 512), st.integers(1, 4096))
-def test_all_workers_find_room(cpus: int, workers: int) -> None:
-    """In Ray's own arithmetic, ten-thousandths: rounded up, 2 CPUs had no room for 3 workers of 0.667."""
+def test_all_workers_can_be_placed(cpus: int, workers: int) -> None:
+    """In Ray's own arithmetic of 1/10,000: rounded up, 3 workers of 0.667 did not fit into 2 CPUs."""
     share = cpu_share(config(workers=workers), cpus)
     assert 0 < round(share * 10_000) <= 10_000
     assert round(share * 10_000) * workers <= cpus * 10_000 or cpus >= workers

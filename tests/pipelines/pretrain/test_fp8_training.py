@@ -1,4 +1,4 @@
-"""Training in every precision, in one process: it goes on from a checkpoint to the bit."""
+"""Training in every precision, in one process, resumes from a checkpoint to the bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _losses(worker: Worker, first: int, last: int) -> list[float]:
 
 
 @pytest.mark.parametrize("form", ["float32", "bf16", "fp8"])
-def test_it_learns_and_goes_on_from_a_checkpoint_to_the_bit(tmp_path: Path, form: str) -> None:
+def test_it_learns_and_resumes_from_a_checkpoint_to_the_bit(tmp_path: Path, form: str) -> None:
     torch.set_num_threads(1)
     moments = "fp8" if form == "fp8" else "float32"
     worker = _worker(tmp_path, precision=form, moments=moments)

@@ -1,4 +1,4 @@
-"""What is computed does not depend on who computes it: EP, EDP, ZeRO. Real gloo process groups, up to four ranks."""
+"""Results do not depend on the layout: EP, EDP, ZeRO. Real gloo process groups, up to four ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain(ranks: RankPool) -> list[Trace]:
 
 
 def gradients(traces: list[Trace], step: int) -> Arrays:
-    """Every parameter's gradient, whoever has it."""
+    """Every parameter's gradient, from all ranks."""
     return {name: grad for trace in traces for name, grad in trace.gradients[step].items()}
 
 
@@ -177,13 +177,13 @@ def test_recompute_changes_nothing_and_counts_nothing_twice(ranks: RankPool) -> 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_gradient_that_is_not_finite_stops_the_step(ranks: RankPool, stage: int) -> None:
-    """DeepSpeed would leave the step out and go on without a word."""
+    """DeepSpeed would silently skip the step."""
     for said, unchanged in ranks.run(2, failing_step, {"expert_parallel": 2, "zero_stage": stage}):
         assert "the gradient norm" in said
         assert unchanged
 
 
 def test_zero_refuses_float64(ranks: RankPool) -> None:
-    """DeepSpeed would make float32 masters of it."""
+    """DeepSpeed would silently use float32 masters."""
     said = ranks.run(1, refused, {"precision": "float64", "zero_stage": 1})
     assert "ZeRO requires float32 weights" in said[0]

@@ -1,4 +1,4 @@
-"""Training on a machine that has nothing but a shared root: tokens are read there, checkpoints go there too."""
+"""Training on a machine with only a shared root: tokens are read from it, and checkpoints are copied to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be trained is one error before any worker, and Ray itself, starts."""
+"""Invalid training jobs are one error before Ray and workers start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VOCABULARY = TokenVocabulary(tokenizer="t", size=100, bos=0, eos=1, pad=2)
 
 
 class NeverStarted:
-    """A cluster that nothing may start."""
+    """A cluster that must not be started."""
 
     logs = Path()
     gpus = 0
@@ -97,7 +97,7 @@ def model_of(folder: Path, **fields: Any) -> Artifact:
 
 
 def test_a_checkpoint_of_another_model(tmp_path: Path, tokens: Artifact) -> None:
-    """Of a smaller vocabulary, of another shape than the recipe has, and one whose tensors are not its config's."""
+    """With a smaller vocabulary, with another shape than the recipe, and with tensors that do not match its config."""
     small = {"tokens": tokens, "model": model_of(tmp_path / "small", vocab_size=50)}
     assert "vocabulary (100) is larger than the input model's (50)" in error_of(tmp_path, small).message
     other = {"tokens": tokens, "model": model_of(tmp_path / "other")}
@@ -115,7 +115,9 @@ def test_a_checkpoint_of_another_model(tmp_path: Path, tokens: Artifact) -> None
         ({"schedule": {"warmup_tokens": 10_000}}, "warmup_tokens"),
     ],
 )
-def test_what_only_the_tokens_tell(tmp_path: Path, tokens: Artifact, settings: dict[str, Any], message: str) -> None:
+def test_errors_that_only_the_tokens_reveal(
+    tmp_path: Path, tokens: Artifact, settings: dict[str, Any], message: str
+) -> None:
     if "model" in settings:
         inputs = {"tokens": tokens, "model": model_of(tmp_path / "odd", n_routed_experts=7, n_group=1, topk_group=1)}
         settings = {key: value for key, value in settings.items() if key != "model"}
@@ -135,7 +137,7 @@ def test_deepep_without_gpus_or_not_installed(
 
 
 @pytest.mark.parametrize(("beta2", "refused"), [(0.95, False), (0.97, False), (0.98, True), (0.999, True)])
-def test_fp8_moments_want_a_beta2_that_they_can_follow(beta2: float, refused: bool) -> None:
+def test_fp8_moments_require_a_small_beta2(beta2: float, refused: bool) -> None:
     config = PretrainConfig.model_validate({"steps": 2, "moments": "fp8", "beta2": beta2})
     if refused:
         with pytest.raises(RecipeError, match=f"moments: fp8 requires beta2 of at most 0.97, not {beta2}"):
@@ -152,7 +154,7 @@ def test_fp8_moments_want_a_beta2_that_they_can_follow(beta2: float, refused: bo
         ({"precision": "fp8", "model": {"hidden_size": 136}}, r"requires hidden_size \(136\) to be a multiple of 16"),
     ],
 )
-def test_rows_that_deepep_does_not_carry(settings: dict[str, Any], says: str) -> None:
+def test_hidden_states_that_deepep_does_not_support(settings: dict[str, Any], says: str) -> None:
     config = PretrainConfig.model_validate({"steps": 2, "dispatch": "deepep", **settings})
     with pytest.raises(RecipeError, match=says):
         step.check(config, {"tokens": "tokens"})

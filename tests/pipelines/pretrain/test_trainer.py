@@ -1,4 +1,4 @@
-"""What Ray Train is asked for."""
+"""The private methods of Ray Train that the trainer overrides."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from moray.platform.core.cluster import Topology
 pytestmark = pytest.mark.heavy  # it takes no cluster, but seconds to import Ray
 
 
-def test_of_ray_trains_own_actors_those_that_serve_no_run_are_not_started(tmp_path: Path) -> None:
-    """A version of Ray that asks for them by other names, or in another way, fails here."""
+def test_ray_trains_unused_actors_are_not_started(tmp_path: Path) -> None:
+    """Fails for a version of Ray that starts them in another way."""
     config = PretrainConfig(steps=1, batch_sequences=2)
     job = TrainingJob(
         config, preset("tiny"), 16, str(tmp_path / "run"), str(tmp_path / "events"), "pretrain", threads=1
@@ -29,7 +29,7 @@ def test_of_ray_trains_own_actors_those_that_serve_no_run_are_not_started(tmp_pa
     assert "_create_default_callbacks" in inspect.getsource(type(trainer).fit)
 
 
-def test_ray_trains_own_handler_of_ctrl_c_is_asked_for_by_the_name_that_is_overridden() -> None:
+def test_ray_train_installs_its_ctrl_c_handler_by_the_overridden_method() -> None:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     source = inspect.getsource(DataParallelTrainer)

@@ -1,4 +1,4 @@
-"""The rules of what cannot be trained, one by one. What they say before a run is in test_step.py."""
+"""The single validation rules. test_step.py tests their errors before a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moray.pipelines.pretrain.validate import check_backend, check_layout, check
     ("layout", "message"),
     [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts"), ((2, 2, 8, (16, 15)), "batch_sequences")],
 )
-def test_an_impossible_layout_is_refused(layout: Any, message: str) -> None:
+def test_an_invalid_layout_is_refused(layout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(*layout)
 
@@ -27,13 +27,13 @@ def test_an_impossible_layout_is_refused(layout: Any, message: str) -> None:
         ((0, False, "float64", "fp8"), "precision: float64 requires zero_stage 0 and moments: float32"),
     ],
 )
-def test_optimizers_that_cannot_be_are_refused(settings: tuple[int, bool, str, str], says: str) -> None:
+def test_invalid_optimizer_settings_are_refused(settings: tuple[int, bool, str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         check_backend(*settings)
     check_backend(1, True, "bf16", "fp8")
 
 
-def test_a_schedule_that_takes_more_tokens_than_there_are_is_refused() -> None:
+def test_a_schedule_with_more_tokens_than_the_run_is_refused() -> None:
     plateaus = ({"tokens": 100, "rate": 0.1}, {"tokens": 50, "rate": 0.03})
     fields = {"warmup_tokens": 100, "decay_tokens": 400, "plateaus": plateaus}
     schedule = TrainingSchedule.model_validate(fields)

@@ -1,4 +1,4 @@
-"""Jobs of the rank pool: training a toy model in some layout, and what came of it."""
+"""Jobs of the rank pool: training a toy model in some layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, tr
 from moray.pipelines.pretrain.worker import Worker, build
 
 Arrays = dict[str, npt.NDArray[Any]]
-reduction._LEAST = 1  # or all of a toy's gradients would be summed up after the backward
+reduction._MIN_ELEMENTS = 1  # else all of a toy's gradients would be reduced after the backward
 
 SEQUENCES, LENGTH, VOCABULARY = 8, 16, 64
 # Matrices of experts are whole blocks of 128; dense ones are not, and the vectors are short.
@@ -46,7 +46,7 @@ MODEL = dataclasses.replace(
 
 @dataclass
 class Trace:
-    """A rank's view of some steps: metrics of each, gradients after each reduction, and what it holds at the end."""
+    """A rank's results of some steps: metrics, gradients after each reduction, and the state at the end."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -67,7 +67,7 @@ def logical(states: list[Arrays]) -> Arrays:
 
 
 def toy_worker(folder: str, **settings: Any) -> Worker:
-    """This rank's worker. The process group is there."""
+    """This rank's worker. The process group must exist."""
     fields = {
         "steps": 20,
         "batch_sequences": SEQUENCES,
@@ -152,7 +152,7 @@ def failing_step(settings: dict[str, Any]) -> tuple[str, bool]:
 
 
 def skipping(settings: dict[str, Any]) -> bool:
-    """Whether a batch that was dropped, its tokens routed as its ranks chose, leaves no trace in the step after it."""
+    """Whether a dropped batch, routed by given choices, has no effect on the next step."""
     disturbed, other = (toy_worker("unused", **settings) for _ in range(2))
     batch = part_of(disturbed, 0)
     routes = [
@@ -170,7 +170,7 @@ def skipping(settings: dict[str, Any]) -> bool:
 
 
 def refused(settings: dict[str, Any]) -> str:
-    """The ValueError of a worker that cannot be."""
+    """The ValueError of invalid settings."""
     try:
         toy_worker("unused", **settings)
     except ValueError as error:
@@ -179,7 +179,7 @@ def refused(settings: dict[str, Any]) -> str:
 
 
 def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
-    """Trains so many steps, saves, trains three more. `state` and `biases` are those that were saved."""
+    """Trains `count` steps, saves, trains three more. `state` and `biases` are the saved ones."""
     worker = toy_worker(folder, **settings)
     trace = Trace()
     list(steps(worker, 0, count))
@@ -194,7 +194,7 @@ def save_after(folder: str, count: int, settings: dict[str, Any]) -> Trace:
 
 @dataclass
 class Read:
-    """What came out of a checkpoint; `weights` are the model's, not the optimizer's."""
+    """The loaded state; `weights` are the model's, not the optimizer's."""
 
     position: tuple[int, int]
     state: Arrays
@@ -223,7 +223,7 @@ def resume(folder: str, count: int, settings: dict[str, Any]) -> list[float]:
 
 
 def collectives(settings: dict[str, Any]) -> list[Collective]:
-    """What this rank issues in two steps and a save."""
+    """The collectives that this rank issues in two steps and a save."""
     worker = toy_worker(settings.pop("folder"), **settings)
     with CollectiveTrace() as trace:
         list(steps(worker, 0, 2))
@@ -244,7 +244,7 @@ def archived(environment: dict[str, str], folder: str, settings: dict[str, Any])
 
 
 def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> Worker:
-    """A worker in a process that is no rank of anything."""
+    """A worker in a process without other ranks."""
     fields = {"steps": 20, "batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1, "moments": "fp8"}
     config = PretrainConfig.model_validate(fields | settings)
     model = dataclasses.replace(MODEL, vocab_size=vocabulary)

@@ -32,7 +32,7 @@ async def answer(front: AsyncEngine, asked: Request) -> str:
     return "".join([delta.text async for delta in front.generate(asked)])
 
 
-def test_answers_come_to_whoever_asked(make_engine, vocabulary):
+def test_answers_reach_their_requests(make_engine, vocabulary):
     async def scenario():
         async with started(make_engine()) as front:
             asked = [request(vocabulary, text) for text in ("In the", "def main(", "x")]
@@ -94,7 +94,7 @@ def test_the_thread_outlives_a_step_that_fails(make_engine, vocabulary, monkeypa
     asyncio.run(scenario())
 
 
-def test_a_request_that_cannot_run_is_refused_to_its_caller(make_engine):
+def test_an_invalid_request_raises_in_its_caller(make_engine):
     async def scenario():
         async with started(make_engine()) as front:
             with pytest.raises(ValueError, match="maximum context length"):
@@ -104,7 +104,7 @@ def test_a_request_that_cannot_run_is_refused_to_its_caller(make_engine):
     asyncio.run(scenario())
 
 
-def test_stopping_ends_what_is_under_way_and_refuses_what_comes(make_engine, vocabulary):
+def test_stopping_ends_running_requests_and_refuses_new_ones(make_engine, vocabulary):
     async def scenario():
         front = AsyncEngine(make_engine())
         with pytest.raises(EngineStoppedError):

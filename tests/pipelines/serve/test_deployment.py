@@ -24,7 +24,7 @@ def folder(model, tokenizer, tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_folder_that_is_no_model_is_refused_before_ray_is_asked(tmp_path):
+def test_a_folder_without_a_model_is_refused_before_ray_is_used(tmp_path):
     with pytest.raises(InputError, match=r"contains no config\.json"):
         deploy(tmp_path, "none", port=1)
 
@@ -34,7 +34,7 @@ def get(url: str) -> dict:
         return json.load(response)
 
 
-def test_a_port_that_somebody_takes_in_the_meantime_is_one_clear_error(ray_cluster, folder, capfd):
+def test_a_port_taken_in_the_meantime_is_one_clear_error(ray_cluster, folder, capfd):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", free_port()))
         listener.listen()
@@ -69,7 +69,7 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
 
 
 @pytest.mark.ray  # of its own
-def test_ctrl_c_is_how_serve_ends_and_no_error(folder, tmp_path):
+def test_ctrl_c_ends_serve_without_an_error(folder, tmp_path):
     command = [
         sys.executable,
         "-c",
@@ -91,7 +91,7 @@ def test_ctrl_c_is_how_serve_ends_and_no_error(folder, tmp_path):
     assert "error" not in said
 
 
-def test_a_model_that_does_not_load_is_an_error_that_says_why(ray_cluster, folder, capfd):
+def test_a_model_that_does_not_load_is_an_error_with_the_reason(ray_cluster, folder, capfd):
     (folder / "model.safetensors").write_bytes(b"not weights")
     port = free_port()
     with pytest.raises(StepFailed, match=r"model\.safetensors is not a safetensors file"):

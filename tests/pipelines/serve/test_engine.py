@@ -9,7 +9,7 @@ PROMPTS = ["In the beginning", "def main(", "こんにちは", "x", "Grüße aus
 
 
 def greedy_ids(model, ids: list[int], count: int) -> list[int]:
-    """The reference: the whole text through the model again for every token."""
+    """The reference: runs the model on the whole text for every token."""
     ids = list(ids)
     start = len(ids)
     for _ in range(count):
@@ -19,7 +19,7 @@ def greedy_ids(model, ids: list[int], count: int) -> list[int]:
 
 
 def run(engine: Engine, requests: list[Request]) -> list[list[Delta]]:
-    """Everyone's deltas, all requests submitted at once."""
+    """The deltas of all requests, submitted at once."""
     sequences = [engine.submit(request) for request in requests]
     deltas: dict = {sequence: [] for sequence in sequences}
     while engine.busy:
@@ -137,7 +137,7 @@ def test_echo_alone_reads_the_prompt_and_generates_nothing(vocabulary, make_engi
     assert all(token.logprob is not None for delta in deltas for token in delta.tokens)
 
 
-def test_a_prompt_that_brings_its_bos_gets_no_second(vocabulary, make_engine):
+def test_a_prompt_with_bos_gets_no_second(vocabulary, make_engine):
     plain = greedy(vocabulary, "In the", 8)
     with_bos = Request((0, *plain.prompt), 8, temperature=0.0, ignore_eos=True, logprobs=0, echo=True)
     first, second = run(make_engine(), [plain, with_bos])

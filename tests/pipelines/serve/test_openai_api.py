@@ -107,7 +107,7 @@ def test_a_stream_joins_to_the_whole(client):
             assert [value for part in parts for value in part["logprobs"][name]] == values
 
 
-def test_a_stream_tells_its_usage_only_when_asked(client):
+def test_a_stream_reports_usage_only_on_request(client):
     *chunks, last, done = events(ask(client, stream=True, stream_options={"include_usage": True}))
     assert done == "[DONE]"
     assert all(chunk["usage"] is None for chunk in chunks)
@@ -207,8 +207,8 @@ def test_a_body_of_another_kind_or_too_deep(client):
     assert response.status_code == 400
 
 
-def test_a_body_larger_than_a_context_can_need(client):
-    """With its length said before, and in chunks that say nothing."""
+def test_a_body_larger_than_the_limit(client):
+    """With a Content-Length, and in chunks without one."""
     body = json.dumps({**BODY, "prompt": "a" * (6 << 20)}).encode()
     pieces = (body[at : at + 65536] for at in range(0, len(body), 65536))
     for content in (body, pieces):
@@ -225,8 +225,8 @@ def test_a_text_longer_than_any_context_is_refused_before_it_is_tokenised(client
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_what_grows_with_a_request_is_not_done_on_the_event_loop(client, vocabulary, monkeypatch):
-    """Tokenising and building an answer wait here until the server has answered somebody else."""
+def test_work_that_grows_with_a_request_does_not_block_the_event_loop(client, vocabulary, monkeypatch):
+    """Tokenizing and building a response wait here until the server has answered another client."""
     started, answered = threading.Event(), threading.Event()
     encode, whole = vocabulary.encode, Completion.whole
 

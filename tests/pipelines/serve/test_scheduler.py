@@ -1,4 +1,4 @@
-"""The scheduler against random traffic: whatever comes, its promises hold in every step."""
+"""The scheduler with random traffic: its invariants hold in every step."""
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +43,7 @@ def sequence(vocabulary, prompt: int, max_tokens: int) -> Sequence:
 
 
 def advance(scheduler: Scheduler, chunks) -> None:
-    """What the engine does with a plan, without a model."""
+    """Executes a plan like the engine, without a model."""
     for chunk in chunks:
         chunk.sequence.computed = chunk.end
         if not chunk.sequence.prefilling:
@@ -57,7 +57,7 @@ traffic = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20), st.booleans
 
 @given(traffic, st.integers(1, 5), st.integers(1, 40), st.integers(10, 30))
 @settings(max_examples=examples(150), deadline=None)
-def test_promises_hold_under_any_traffic(vocabulary, requests, max_running, extra, blocks):
+def test_invariants_hold_under_any_traffic(vocabulary, requests, max_running, extra, blocks):
     limits = EngineLimits(step_tokens=max_running + extra, max_running=max_running, block_size=8)
     pool = Pool(blocks, 8)
     scheduler = Scheduler(pool, limits)

@@ -11,7 +11,7 @@ from tests.step_contexts import context_for, manifest_of
 
 
 def test_planning_needs_nothing_heavy():
-    """In a process of its own: this one has imported everything."""
+    """In a new process, because this one has imported everything."""
     code = (
         "import sys, moray.pipelines.serve.step\n"
         "print([name for name in ('torch', 'ray', 'fastapi', 'openai', 'tokenizers') if name in sys.modules])"
@@ -33,7 +33,7 @@ def test_decoding_speed_leaves_the_first_token_out():
     assert Reply("p", "t", "length", 2, 11, seconds=3.0).tokens_per_second is None
 
 
-def test_the_closing_text_shows_question_and_answer():
+def test_the_closing_text_shows_prompt_and_answer():
     text = closing_text("tiny", [Reply("In the", " beginning\nwas", "length", 2, 3, 0.1)])
     assert text == "over HTTP, tiny continues 'In the':\n  | In the beginning\n  | was\n"
 
@@ -42,7 +42,7 @@ def commit(store: ArtifactStore, step_name: str, produces: str, fingerprint: str
     return store.commit(manifest_of(step_name, fingerprint, produces))
 
 
-def test_a_registered_model_is_asked_over_http(ray_cluster, home, model, tokenizer, tmp_path, capfd):
+def test_a_registered_model_answers_over_http(ray_cluster, home, model, tokenizer, tmp_path, capfd):
     from moray.models import checkpoint
 
     store = ArtifactStore(home)

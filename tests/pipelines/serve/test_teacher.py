@@ -1,4 +1,4 @@
-"""Our own server as the teacher of `synthesize`: its answers count, and what it refuses is that one item's trouble."""
+"""Moray's own server as the teacher of `synthesize`: a refused prompt rejects only its item."""
 
 from __future__ import annotations
 

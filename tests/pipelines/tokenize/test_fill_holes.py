@@ -25,7 +25,7 @@ def test_the_emptiest_sequence_fills_the_others() -> None:
     ]
 
 
-def test_full_sequences_stay_as_they_are() -> None:
+def test_full_sequences_are_unchanged() -> None:
     parts, count = fill_holes(bins([10, 9, 10], 10))
     assert count == 3
     assert parts.sequence.tolist() == [0, 1, 2]

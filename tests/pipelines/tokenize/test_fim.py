@@ -47,7 +47,7 @@ def test_a_cut_document_is_the_same_text(name: str, text: str) -> None:
 
 
 def test_the_share_is_the_rate() -> None:
-    """Within four standard deviations; benchmarks/encoding.py holds it to half a hundredth of the rate on 4,000,000."""
+    """Within four standard deviations; benchmarks/encoding.py checks it to 0.5 % of the rate on 4,000,000 ids."""
     chosen = sum(is_chosen(f"d{i}", 0.1) for i in range(20_000))
     assert chosen == pytest.approx(2000, abs=4 * (20_000 * 0.1 * 0.9) ** 0.5)
 
@@ -69,8 +69,8 @@ def test_prefix_suffix_middle_between_their_marks(tokenizer: Any, encoder: Encod
         assert (prefix, middle, suffix) == cut(name, text)
 
 
-def test_some_documents_are_rearranged_and_the_others_stay(tokenizer: Any, encoder: Encoder) -> None:
-    """Whatever stands beside it in the shard, a document is the same."""
+def test_some_documents_are_rearranged_and_the_others_unchanged(tokenizer: Any, encoder: Encoder) -> None:
+    """A document's tokens do not depend on the rest of its shard."""
     names, texts = [f"d{i}" for i in range(200)], [f"text number {i} of many" for i in range(200)]
     whole = documents(tokenizer, encoder, names, texts, 0.1)
     assert [FIM[0] in tokenizer.decode(ids, skip_special_tokens=False) for ids in whole] == [
@@ -86,7 +86,7 @@ def test_a_text_that_spells_a_mark_is_text(tokenizer: Any, encoder: Encoder) -> 
     assert not {marks.begin, marks.hole, marks.end} & set(ids)
 
 
-def test_marks_are_special_tokens_and_need_to_be_there(tokenizer: Any) -> None:
+def test_marks_are_special_tokens_and_required(tokenizer: Any) -> None:
     ids = tokenizer.get_vocab(with_added_tokens=True)
     assert fim_marks(tokenizer) == Marks(*(ids[name] for name in FIM))
     with pytest.raises(InputError, match=r"no FIM tokens"):

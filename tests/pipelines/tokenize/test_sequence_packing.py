@@ -1,4 +1,4 @@
-"""Packing: nothing is lost or cut without need, best fit is the one of the definition, sequences are full."""
+"""Packing: no token is lost, few documents are split, best fit follows its definition, sequences are full."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_token_has_one_place(packing: Packing, found: np.ndarray) -> None:
 
 
 def definition(pieces: list[int], length: int) -> list[list[int]]:
-    """Best fit, word by word: each piece into the fullest sequence that takes it, the newest of these."""
+    """Best fit by its definition: each piece into the fullest sequence that can hold it, the newest of these."""
     sequences: list[list[int]] = []
     for piece in pieces:
         fits = [n for n, own in enumerate(sequences) if sum(own) + piece <= length]
@@ -53,8 +53,8 @@ def definition(pieces: list[int], length: int) -> list[list[int]]:
 
 
 @given(st.lists(st.integers(1, LENGTH), max_size=80))
-def test_best_fit_is_the_one_of_the_definition(found: list[int]) -> None:
-    """The contents of the sequences; which of two equally full ones is taken makes no difference to their fill."""
+def test_best_fit_follows_its_definition(found: list[int]) -> None:
+    """Compares fill only, because either of two equally full sequences may be chosen."""
     pieces = np.array(sorted(found, reverse=True), np.int64)
     sequence, at = np.empty_like(pieces), np.empty_like(pieces)
     left = best_fit(pieces, np.arange(len(pieces)), LENGTH, sequence, at)
@@ -77,7 +77,7 @@ def test_a_document_that_fits_is_cut_only_to_fill_unused_space(found: np.ndarray
 
 
 @pytest.mark.parametrize("tokens", [33, 40, 63, 65, 100])
-def test_sequences_are_full_whatever_the_lengths_are(tokens: int) -> None:
+def test_sequences_are_full_for_any_lengths(tokens: int) -> None:
     """Best fit alone leaves up to half of every sequence empty here."""
     found = np.full(3000, tokens, np.int64)
     pieces = plan_sequences(found, LENGTH, "best-fit")

@@ -1,4 +1,4 @@
-"""The step: whichever library encodes, however the documents are laid out in shards, whenever it was stopped."""
+"""The step: its result does not depend on the encoder, the layout of shards, or interruptions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_step(
     stop_after: int | None = None,
     **settings: Any,
 ) -> StepContext[Any]:
-    """The step, its tasks one after another in this process."""
+    """The step, with its tasks run sequentially in this process."""
     if not (folder / "documents").exists():
         write_documents(folder / "documents", texts, shards)
     in_process(monkeypatch, tokenize, stop_after)
@@ -107,7 +107,7 @@ def documents(folder: Path) -> dict[str, list[int]]:
     }
 
 
-def test_which_library_encodes_makes_no_difference(
+def test_the_encoder_makes_no_difference(
     tmp_path: Path, texts: Texts, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = run_step(tmp_path / "fast", texts, tokenizer, monkeypatch, encoder="fast")
@@ -128,9 +128,7 @@ def test_which_library_encodes_makes_no_difference(
     assert 0.8 < len(whole) / 300 < 1, "all but those whose middle comes last"
 
 
-def test_a_tokenizer_that_the_fast_library_does_not_take_is_said_loudly(
-    tmp_path: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsupported_tokenizer_is_a_warning(tmp_path: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TokenizerConfig.model_validate({"vocab_size": 320, "fim": True, "pattern": r"\s+|\S+"})
     train_tokenizer(iter(texts["a"]), config).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
@@ -142,7 +140,7 @@ def test_a_tokenizer_that_the_fast_library_does_not_take_is_said_loudly(
         run_step(tmp_path / "demanded", texts, tmp_path, monkeypatch, encoder="fast")
 
 
-def test_documents_are_the_same_however_they_lie_in_shards(
+def test_documents_do_not_depend_on_the_layout_of_shards(
     tmp_path: Path, texts: Texts, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = run_step(tmp_path / "1", texts, tokenizer, monkeypatch, shards=1)
@@ -157,7 +155,7 @@ def test_documents_are_the_same_however_they_lie_in_shards(
 
 
 @pytest.mark.parametrize("stop_after", [1, 23])
-def test_a_run_that_was_interrupted_goes_on(
+def test_an_interrupted_run_resumes(
     tmp_path: Path, texts: Texts, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     whole = run_step(tmp_path / "whole", texts, tokenizer, monkeypatch, shards=7, group_bytes=1)

@@ -46,7 +46,7 @@ def read(folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("processor", [None, BYTES, {"type": "Sequence", "processors": [BYTES]}])
-def test_what_is_written_begins_with_bos_for_all_readers(
+def test_written_files_start_texts_with_bos_for_all_readers(
     tmp_path: Path, content: dict[str, Any], processor: dict[str, Any] | None
 ) -> None:
     source = write(tmp_path / "source", {**content, "post_processor": processor}, add_eos_token=True)
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_bos_is_served_without(tmp_path: Path, content: dict
     assert request.bare is (said is False), "ids get a bos unless the tokenizer says that it gives none"
 
 
-def test_a_post_processor_that_no_completion_can_follow_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+def test_an_unsupported_post_processor_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
     source = write(tmp_path / "source", content)
     write_with_bos(source, tmp_path, "<|bos|>", 0)
     changed = json.loads((tmp_path / "tokenizer.json").read_text())

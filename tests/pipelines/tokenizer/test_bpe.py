@@ -1,4 +1,4 @@
-"""Training in a process of its own gives what training here gives, tells how far it is, and can be ended."""
+"""Training in a child process gives the same tokenizer, reports progress, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPECIAL = ["<|bos|>", "<|eos|>"]
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop."""
+    """The run was cancelled."""
 
 
-def test_a_child_trains_the_same_tokenizer_and_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_a_child_trains_the_same_tokenizer_and_reports_progress(tmp_path: Path) -> None:
     told: dict[str, tuple[int, int]] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -41,7 +41,7 @@ def test_a_child_that_fails_is_quoted(tmp_path: Path) -> None:
         train_in_subprocess(iter(TEXTS * 50), ["(?<=a|b"], 500, SPECIAL, tmp_path / "t.json", lambda *_: None)
 
 
-def test_who_asks_to_stop_ends_the_child(tmp_path: Path) -> None:
+def test_cancelling_ends_the_child(tmp_path: Path) -> None:
     def progress(stage: str, done: int, total: int) -> None:
         raise Stopped
 
@@ -59,15 +59,15 @@ def test_a_pattern_is_one_or_several_and_must_compile() -> None:
 
 
 @pytest.mark.parametrize("piece", ["\n", " ", "a", ".", "\u0e01", "_"])
-def test_a_run_without_a_border_takes_linear_time(piece: str) -> None:
-    """A megabyte of it in one word would take the trainer half an hour; cut, it takes a second."""
+def test_a_run_without_a_split_takes_linear_time(piece: str) -> None:
+    """As one word, a megabyte would take the trainer half an hour; in parts, it takes a second."""
     trained = train_bpe(iter([*TEXTS, piece * 1_000_000]), DEEPSEEK_V3, 500, SPECIAL)
     assert trained.get_vocab_size() == 500
     assert trained.decode(trained.encode(piece * 5000).ids, skip_special_tokens=False) == piece * 5000
 
 
 def test_cutting_long_runs_changes_nothing_else() -> None:
-    """What splits text while it is encoded is what the recipe says, and a run of up to a thousand is learnt whole."""
+    """Encoding splits text only by the recipe's pattern, and runs of up to a thousand characters are learnt whole."""
     here = json.loads(train_bpe(iter(TEXTS), DEEPSEEK_V3, 500, SPECIAL).to_str())
     splits = here["pre_tokenizer"]["pretokenizers"]
     assert [one["pattern"]["Regex"] for one in splits[:-1]] == list(DEEPSEEK_V3)

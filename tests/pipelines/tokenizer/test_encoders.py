@@ -1,4 +1,4 @@
-"""Both encoders give the same ids, or the fast one is not taken; control tokens in text are text."""
+"""Both encoders give the same ids, or the fast one is not used; control tokens in text are text."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_fast_encoder_is_taken_and_control_tokens_in_text_are_text(folder: P
     assert any(EOS in probe for probe in probes(folder))
 
 
-def test_characters_that_python_does_not_know_go_to_the_reference(folder: Path) -> None:
+def test_characters_unknown_to_python_are_encoded_by_the_reference(folder: Path) -> None:
     fast, reference = FastEncoder(plain_json(folder)), ReferenceEncoder(plain_json(folder))
     assert unicodedata.category(NEW_MARK) == "Cn"
     column = pa.array(["before", f"a{NEW_MARK}b", "", f"{NEW_MARK}", "after"], pa.large_string())
@@ -103,7 +103,7 @@ def test_unknown_characters_are_found(found: list[str]) -> None:
     assert encoders.texts_with_unknown(*text_buffers(pa.array(found, pa.large_string()))).tolist() == expected
 
 
-def test_a_split_that_gigatoken_does_not_know_is_said_and_falls_back(tmp_path: Path) -> None:
+def test_an_unsupported_split_falls_back_with_a_reason(tmp_path: Path) -> None:
     made = make(tmp_path, pattern=r"\p{L}+|[^\p{L}]")
     which, reason = choose_encoder("auto", made, [], [])
     assert which == "reference"

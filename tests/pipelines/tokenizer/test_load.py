@@ -1,4 +1,4 @@
-"""Tokenizers from elsewhere: taken as they are, or refused with a word on what is wrong."""
+"""Existing tokenizers: copied unchanged, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def notes(context: StepContext[Any]) -> list[str]:
     return [event.text for event in read_events(context.run) if isinstance(event, NoteEvent)]
 
 
-def test_a_folder_or_its_file_is_taken_as_it_is(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_or_its_file_is_copied_unchanged(tmp_path: Path, folder: Path) -> None:
     for path in (folder, folder / "tokenizer.json"):
         context = load(tmp_path, path=path)
         assert (context.folder / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
@@ -72,7 +72,7 @@ def test_a_folder_or_its_file_is_taken_as_it_is(tmp_path: Path, folder: Path) ->
         assert [file.key for file in files] == ["tokenizer.json", "tokenizer_config.json"]
 
 
-def test_tokens_that_no_file_names_come_from_the_recipe(tmp_path: Path, folder: Path) -> None:
+def test_the_recipe_can_set_tokens_that_no_file_defines(tmp_path: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match=r"load-tokenizer\.bos: .* does not define it") as found:
         load(tmp_path, path=folder)
@@ -84,7 +84,7 @@ def test_tokens_that_no_file_names_come_from_the_recipe(tmp_path: Path, folder: 
     assert special_ids(context.folder) == {"bos": 1, "eos": 0, "pad": 2}
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_invalid_tokenizers_are_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="is not a folder"):
         load(tmp_path, path=tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"contains no tokenizer\.json"):
@@ -114,14 +114,14 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
             load(tmp_path, path=folder)
 
 
-def test_a_tokenizer_that_draws_lots_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_tokenizer_with_dropout_is_refused(tmp_path: Path, folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     change(folder / "tokenizer.json", model={**model, "dropout": 0.1})
     with pytest.raises(InputError, match=r"BPE dropout is not supported \(dropout 0\.1\)"):
         load(tmp_path, path=folder)
 
 
-def test_what_a_tokenizer_does_to_text_is_said(tmp_path: Path, folder: Path) -> None:
+def test_a_lossy_or_slow_tokenizer_is_a_warning(tmp_path: Path, folder: Path) -> None:
     change(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
     lossy, slow = notes(load(tmp_path, path=folder))
     assert lossy.startswith("this tokenizer is not lossless: it decodes ' Two words")
@@ -129,8 +129,8 @@ def test_what_a_tokenizer_does_to_text_is_said(tmp_path: Path, folder: Path) -> 
     assert slow.startswith("Hugging Face tokenizers, which is slower, will encode text: gigatoken does not support")
 
 
-def test_truncation_and_padding_act_nowhere(tmp_path: Path, folder: Path) -> None:
-    """Nor in the trial, which else warned of text that does not come back, nor where coverage counts."""
+def test_truncation_and_padding_are_ignored(tmp_path: Path, folder: Path) -> None:
+    """Also in the check of lossless decoding and in coverage's token counts."""
     from moray.pipelines.coverage.measure import _tokens
 
     text = "some words " * 400
@@ -154,8 +154,8 @@ def test_truncation_and_padding_act_nowhere(tmp_path: Path, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("byte_fallback", [False, True])
-def test_what_stands_for_unknown_text_is_no_padding(tmp_path: Path, folder: Path, byte_fallback: bool) -> None:
-    """Where a vocabulary has every byte, nothing is unknown, and its token is free."""
+def test_the_unknown_token_is_not_used_for_padding(tmp_path: Path, folder: Path, byte_fallback: bool) -> None:
+    """If a vocabulary has every byte, the unknown token is free for padding."""
     special = ["<unk>", "<s>", "</s>"]
     model = models.BPE(unk_token="<unk>", byte_fallback=byte_fallback)
     made = HuggingFaceTokenizer(model)

@@ -1,4 +1,4 @@
-"""A checkpoint is the same thing whoever wrote it and whoever reads it. Real gloo process groups."""
+"""Checkpoints do not depend on the layout that writes or reads them. Real gloo process groups."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def assert_equal(found: Arrays, expected: Arrays) -> None:
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
 
 
-def test_what_any_topology_saved_any_other_loads_to_the_bit(saved: Saved) -> None:
-    """One rank's experts were kept (verl #2086), moments were dropped on load (AReaL #1468), and nobody was told."""
+def test_any_topology_loads_the_checkpoint_of_any_other_to_the_bit(saved: Saved) -> None:
+    """Elsewhere, only one rank's experts were saved (verl #2086), or moments were lost on load (AReaL #1468)."""
     states = [logical([trace.state for trace in traces]) for traces in saved.traces]
     for ep, edp, settings in saved.topologies:
         by_rank: list[list[Read]] = saved.ranks.run(ep * edp, restore, saved.folders, saved.settings(ep, settings))
@@ -84,14 +84,14 @@ def test_router_biases_are_saved(saved: Saved) -> None:
     assert all(bias_E.any() for bias_E in saved.traces[0][0].biases.values())
 
 
-def test_training_goes_on_as_if_nothing_had_happened(saved: Saved) -> None:
+def test_training_resumes_with_identical_losses(saved: Saved) -> None:
     for number, (ep, edp, settings) in enumerate(saved.topologies):
         losses = saved.ranks.run(ep * edp, resume, saved.folders[number], COUNT, saved.settings(ep, settings))
         uninterrupted: list[Trace] = saved.traces[number]
         assert losses == [trace.losses for trace in uninterrupted], saved.topologies[number]
 
 
-def test_another_topology_goes_on_with_the_same_losses(saved: Saved) -> None:
+def test_another_topology_resumes_with_the_same_losses(saved: Saved) -> None:
     alone = saved.traces[0][0].losses
     for ep, edp, settings in saved.topologies[1:]:
         losses = saved.ranks.run(ep * edp, resume, saved.folders[0], COUNT, saved.settings(ep, settings))

@@ -1,4 +1,4 @@
-"""The average of the weights, against float64. That it is saved and loaded to the bit is in test_checkpoint.py."""
+"""The EMA of the weights, compared with float64. test_checkpoints.py tests that it is saved and loaded to the bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.pipelines.pretrain.training_ranks import LENGTH, SEQUENCES, held, lon
 HALF_LIFE = 3 * SEQUENCES * LENGTH
 
 
-def test_half_of_the_average_is_forgotten_in_a_half_life_of_tokens(tmp_path: Path) -> None:
+def test_the_average_decays_by_half_in_a_half_life_of_tokens(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path), ema_half_life_tokens=HALF_LIFE)
     masters = [key for key in held(worker) if key.startswith("master/")]
     expected: dict[str, npt.NDArray[np.float64]] = {key: held(worker)[key].astype(np.float64) for key in masters}
@@ -41,7 +41,7 @@ def test_the_average_is_read_back_under_the_models_names(tmp_path: Path) -> None
     assert any(not last[name].equal(average[name]) for name in last)
 
 
-def test_a_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_average_is_an_error(tmp_path: Path) -> None:
     worker = lone_worker(str(tmp_path))
     worker.checkpoints.save(worker.state, 0, 0)
     worker.checkpoints.wait()

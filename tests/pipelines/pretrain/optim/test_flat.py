@@ -1,4 +1,4 @@
-"""Where an optimizer's state lies: every element of every logical tensor once, blocks cut by nothing."""
+"""The flat layout of optimizer state: every element of every logical tensor once, and no block is split."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_sizes_that_are_accepted_for_fp8_moments_put_every_tensor_at_a_block(hid
         assert fits
 
 
-def test_a_block_is_what_the_kernels_say_it_is() -> None:
+def test_the_block_size_is_that_of_the_kernels() -> None:
     assert BLOCK == quantize.BLOCK
 
 
@@ -83,7 +83,7 @@ def test_norms_do_not_decay_and_experts_are_apart() -> None:
     assert all(".mlp.experts." in t.name for t in groups["experts"].logical)
 
 
-def test_weights_stay_what_they_were_and_gradients_go_where_the_optimizer_looks() -> None:
+def test_flattening_keeps_weights_and_makes_gradients_views() -> None:
     model = DeepseekV3(SMALL)
     model.init_weights(3)
     before = {name: view.clone() for name, view, _ in model.logical_parameters()}

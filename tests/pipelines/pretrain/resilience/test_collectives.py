@@ -1,4 +1,4 @@
-"""The checker of collectives' order, and the order of ours."""
+"""The checker of the order of collectives, and the order of training's collectives."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def traces(schedule: list[Collective]) -> list[list[Collective]]:
 
 
 @given(schedules)
-def test_one_order_of_all_is_an_order(schedule: list[Collective]) -> None:
+def test_a_common_order_is_accepted(schedule: list[Collective]) -> None:
     check_order(traces(schedule))
 
 
 @given(schedules, st.data())
 def test_a_rank_that_swaps_two_is_found(schedule: list[Collective], data: st.DataObject) -> None:
-    """Two different collectives that share a second rank, which has them the other way round."""
+    """Two different collectives with a second rank in common, which issues them in reverse order."""
     issued = traces(schedule)
     swaps = [
         (rank, at)
@@ -45,7 +45,7 @@ def test_a_rank_that_swaps_two_is_found(schedule: list[Collective], data: st.Dat
             check_order(issued)
 
 
-def test_a_circle_of_three_groups_is_found() -> None:
+def test_a_cycle_of_three_groups_is_found() -> None:
     """No two ranks disagree on two collectives, and yet each waits for the next."""
     a, b, c = (Collective("allreduce", ranks, 1) for ranks in ((0, 1), (1, 2), (0, 2)))
     with pytest.raises(ValueError, match="no consistent order"):

@@ -1,4 +1,4 @@
-"""What torch's flight recorders say of the collectives, gloo's and NCCL's."""
+"""Positions in collectives from torch's flight recorders, gloo's and NCCL's."""
 
 from __future__ import annotations
 
