@@ -176,7 +176,7 @@ def test_before_a_machine_is_taken_away_a_checkpoint_is_written(
         drill = Drill(hosts, tmp_path, checkpoint_every=1000)
         drill.until_step(70)
         notice.give(occupied(hosts)[-1], seconds=15)
-        drill.until(lambda: any("is to be taken away" in text for text in drill.notes()), "a last checkpoint")
+        drill.until(lambda: any("will be preempted" in text for text in drill.notes()), "a last checkpoint")
         saved = checkpoint_files.complete_steps(tmp_path / "run" / "checkpoints")
         assert len(saved) == 1
         last = max(drill.losses())
