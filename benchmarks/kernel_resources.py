@@ -23,10 +23,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, COMPILER], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, COMPILER], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     rows: list[dict[str, Any]] = [
-        {"kernel": one["specimen"], "registers": one["registers"], "shared_KiB": one["shared"] / 1024} for one in compiled
+        {"kernel": one["specimen"], "registers": one["registers"], "shared_KiB": one["shared"] / 1024}
+        for one in compiled
     ]
     bars = [
         Bar("registers spilled to memory, bytes, most", max(one["stack"] for one in compiled), 0, "lower"),
