@@ -45,7 +45,11 @@ class PageError(Exception):
 
 @cache
 def result(name: str) -> dict[str, Any]:
+    """The JSON of a result. `name` may omit the device: kernels_gpu for kernels_gpu-DEVICE.json, if there is only one."""
     path = RESULTS / f"{name}.json"
+    devices = sorted(RESULTS.glob(f"{name}-*.json"))
+    if not path.is_file() and len(devices) == 1:
+        (path,) = devices
     if not path.is_file():
         raise PageError(f"no result {name}: {path} does not exist")
     found: dict[str, Any] = json.loads(path.read_text())

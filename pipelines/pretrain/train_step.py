@@ -70,7 +70,7 @@ def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, flo
     """
     measured = measure(worker, batch, tokens)
     if not measured.is_finite:
-        raise FloatingPointError(f"the loss is {measured.loss}, the gradient's norm {measured.norm}")
+        raise FloatingPointError(f"the loss is {measured.loss}, the gradient norm {measured.norm}")
     return take(worker, batch, tokens, measured)
 
 

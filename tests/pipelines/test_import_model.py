@@ -124,7 +124,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_starts(folder: Path
         api.import_model(tmp_path / "nowhere", home=home)
     with pytest.raises(InputError, match=r"contains no config\.json"):
         api.import_model(tmp_path, home=home)
-    with pytest.raises(InputError, match="name 'A B' must be of"):
+    with pytest.raises(InputError, match="model name 'A B' may contain only"):
         api.import_model(folder, "A B", home=home)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(InputError, match="model_type = 'llama'"):
