@@ -1,8 +1,7 @@
-"""How much memory a conversion takes: a synthetic BF16 checkpoint of V3's widths to FP8 and back, under a hard limit.
+"""Conversion of a checkpoint in bounded memory: a synthetic BF16 checkpoint of V3's widths to FP8 and back.
 
-The converting process may hold (RLIMIT_DATA: all private memory, libraries included) the largest tensor and one shard,
-no more; it would die of the first byte above. Usage: python benchmarks/checkpoint_stream.py [GIGABYTES] [FOLDER]
-"""
+RLIMIT_DATA limits the private memory of the converting process, libraries included, to the largest tensor and one
+shard; an allocation above that fails. Usage: python benchmarks/checkpoint_stream.py [GIGABYTES] [FOLDER]"""
 
 from __future__ import annotations
 

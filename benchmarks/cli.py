@@ -1,4 +1,4 @@
-"""How long the command line takes to answer: `moray --help` and `moray plan quickstart`, beside a bare Python.
+"""Startup time of the command line: `moray --help` and `moray plan quickstart`, beside a bare Python.
 
 Wall time of the whole process, median of nine, the commands taking turns. Usage: python benchmarks/cli.py
 """

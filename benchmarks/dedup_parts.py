@@ -1,7 +1,7 @@
 """dedup-parts on real texts, in CPU-seconds: each phase's task over shards, in one process, Parquet to Parquet.
 
-The texts are the built corpus (`make bench-corpus`), or those of this environment where it is not there. Reading,
-hashing and writing are included; Ray is not, so the figures are of one core.
+The texts are the built corpus (`make bench-corpus`), or, without it, those of this environment. Reading,
+hashing and writing are included, Ray is not, so the measurements are of one core.
 
 Usage: python benchmarks/dedup_parts.py [ROUNDS=3]
 """

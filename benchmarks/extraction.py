@@ -1,9 +1,9 @@
 """Main text of web pages: Moray's reader against trafilatura, in quality and CPU-seconds, one thread each.
 
 The pages are Python's documentation, which `make bench-corpus` fetched: HTML with menus, side bars and footers around
-the text, and the reStructuredText that each was made from, which is the truth. Both are given the same bytes; quality
-is the agreement of words (as multisets), averaged over pages. The peer is in an environment of its own: `make
-bench-peers`.
+the text, with the reStructuredText that each was generated from as the reference. Both get the same bytes. Quality is
+the agreement of words (as multisets), averaged over pages; it is of one site and one generator, Sphinx. The peer is in
+an environment of its own: `make bench-peers`.
 
 Usage: python benchmarks/extraction.py [ROUNDS=3]
 """

@@ -1,8 +1,9 @@
-"""How far AdamW's second moments in FP8 lie from those in FP32, by beta2.
+"""The error of AdamW's second moments in FP8 against FP32, by beta2.
 
-Rounding to the nearest FP8 number loses a change of less than half a step, and a moment changes by 1 - beta2 of its
-distance a step: the closer beta2 is to 1, the more moments stand still. Gradients are drawn, each parameter's with a
-size of its own; after a while those of every other parameter become a quarter, which moments have to follow.
+Rounding to the nearest FP8 number loses a change of less than half a unit in the last place, and each step changes a
+moment by 1 - beta2 of its distance from the squared gradient. So the closer beta2 is to 1, the more moments stop
+changing. Gradients are random, with a scale per parameter. Halfway, the gradients of every other parameter are divided
+by four, and their moments have to follow.
 
 Usage: python benchmarks/fp8_moments.py [parameters=65536] [horizons=8]
 """
@@ -22,9 +23,9 @@ BETAS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 
 
 def followed(beta2: float, count: int, horizons: int) -> dict[str, Any]:
-    """Quantiles of FP8's moment over FP32's, of the parameters whose gradients became smaller and of the others.
+    """Quantiles of the FP8 moment over the FP32 moment, for parameters whose gradients shrank and for the others.
 
-    As many steps before the change and after it as `horizons` times what beta2 averages over, 1 / (1 - beta2).
+    Before and after the change there are `horizons` averaging times of beta2, 1 / (1 - beta2) steps each.
     """
     generator = torch.Generator().manual_seed(1)
     sizes_N = 10.0 ** (2 * torch.rand(count, generator=generator) - 5)
@@ -49,7 +50,7 @@ def followed(beta2: float, count: int, horizons: int) -> dict[str, Any]:
 def main(parameters: str = "65536", horizons: str = "8") -> int:
     rows = [followed(beta2, int(parameters), int(horizons)) for beta2 in BETAS]
     allowed = max(row["error"] for row in rows if row["beta2"] <= MAX_BETA2)
-    bar = Bar(f"typical error up to beta2 = {MAX_BETA2}, which is the most that is allowed", allowed, 0.1, "lower")
+    bar = Bar(f"median error up to beta2 = {MAX_BETA2}, the largest that Moray accepts", allowed, 0.1, "lower")
     return report("fp8_moments", rows, [bar])
 
 

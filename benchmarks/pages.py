@@ -45,7 +45,7 @@ class PageError(Exception):
 
 @cache
 def result(name: str) -> dict[str, Any]:
-    """The JSON of a result. `name` may omit the device: kernels_gpu for kernels_gpu-DEVICE.json, if there is only one."""
+    """The JSON of a result. `name` may omit the device if there is only one: kernels_gpu for kernels_gpu-DEVICE."""
     path = RESULTS / f"{name}.json"
     devices = sorted(RESULTS.glob(f"{name}-*.json"))
     if not path.is_file() and len(devices) == 1:

@@ -1,7 +1,9 @@
-"""What routers in INT8 save and what they change: bytes, agreement of the chosen experts, held-out bits per byte.
+"""INT8 routers: size, agreement of the chosen experts, and held-out bits per byte.
 
-Agreement is measured on the same rows, layer by layer: the share of a token's experts that both routers choose. Usage:
-python benchmarks/router_int8.py [MODEL]   (an alias or artifact of a model trained here; default quickstart@newest)
+Agreement is measured on the same hidden states, layer by layer: the share of a token's experts that both routers
+choose.
+
+Usage: python benchmarks/router_int8.py [MODEL=quickstart@newest]    an alias or an artifact of a model trained here
 """
 
 from __future__ import annotations
