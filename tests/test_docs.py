@@ -138,7 +138,7 @@ def test_the_shell_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     run_page(page, environment, ROOT)
 
 
-def test_what_is_not_run_stands_somewhere_and_has_a_reason() -> None:
+def test_blocks_that_are_not_run_exist_and_have_a_reason() -> None:
     lines = {without_comment(line) for page in PAGES for block in bash_blocks(page) for line in block.splitlines()}
     assert set(NOT_RUN) <= lines
     assert all(NOT_RUN.values())

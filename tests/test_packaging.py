@@ -108,12 +108,12 @@ def folders(package: Path) -> set[str]:
     return {path.relative_to(package).parts[0] for path in package.rglob("*.py") if path.parent != package}
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     without = [path.relative_to(ROOT) for path in sources() if not ast.get_docstring(parsed(path))]
     assert without == []
 
 
-def test_a_public_name_has_one_home() -> None:
+def test_a_public_name_is_defined_once() -> None:
     """A search for a public class or function finds one definition. `main` is the entry point of scripts."""
     homes: dict[str, list[str]] = {}
     for path in sources():

@@ -105,7 +105,9 @@ def report(name: str, rows: list[dict[str, Any]], bars: list[Bar], measures: Ite
     for row in rows:
         print(
             "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+                if not isinstance(value, list)
             )
         )
     for bar in bars:

@@ -62,7 +62,7 @@ def debian_package(cache: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
-def test_a_corpus_is_built_once_and_again_when_a_shard_is_gone(builder: ModuleType, tmp_path: Path) -> None:
+def test_a_corpus_is_rebuilt_only_if_a_shard_is_missing(builder: ModuleType, tmp_path: Path) -> None:
     debian_package(tmp_path / "cache/debian")
     source = builder.Source("man", "debian", "man", "GPL", r"/man/.*\.gz$", sys.modules["texts"].man_page, "de")
     out = tmp_path / "out"

@@ -195,7 +195,7 @@ def test_training_that_can_never_start_is_an_error_too(flow: Flow) -> None:
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
 
 
-def test_a_replica_without_room_says_so(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_a_replica_that_cannot_be_placed_is_reported(ray_cluster: Cluster, tmp_path: Path) -> None:
     """Other work holds both CPUs while a model is to be served; when that ends, the deployment goes on."""
     import ray
 

@@ -15,7 +15,7 @@ from tests.control_plane import ControlPlane, wait_for
 
 @pytest.mark.plane
 @pytest.mark.parametrize("victim", NAMES)
-def test_a_killed_service_costs_no_job(plane: ControlPlane, victim: str) -> None:
+def test_a_killed_service_loses_no_job(plane: ControlPlane, victim: str) -> None:
     keys = [f"{victim}-{i}" for i in range(3)]
     jobs = [plane.submit(plane.recipe(key, ray=i == 0), name=key) for i, key in enumerate(keys)]
     for key in keys[:2]:
@@ -120,7 +120,7 @@ def test_a_clock_that_jumps_neither_repeats_a_tick_nor_loses_one(plane: ControlP
 
 
 @pytest.mark.plane
-def test_down_keeps_logs_and_events_and_up_goes_on_with_the_queue(tmp_path: Path) -> None:
+def test_down_keeps_logs_and_events_and_up_resumes_the_queue(tmp_path: Path) -> None:
     plane = ControlPlane(tmp_path)
     plane.up()
     job = plane.submit(plane.recipe("kept"))

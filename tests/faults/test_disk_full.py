@@ -64,7 +64,7 @@ def test_an_event_that_does_not_fit_is_taken_back_whole(disk: Path) -> None:
     assert [event.sequence for event in events] == [0, 1]
 
 
-def test_a_full_disk_does_not_hide_what_a_step_died_of(disk: Path) -> None:
+def test_a_full_disk_does_not_hide_the_error_of_a_step(disk: Path) -> None:
     def burst(ctx: StepContext[object]) -> None:  # type: ignore[type-var]
         fill(disk)
         raise ZeroDivisionError("by nought")

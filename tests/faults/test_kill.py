@@ -131,7 +131,7 @@ def kill_in(step: str, undisturbed: Undisturbed, home: Home, *rerun: str) -> Non
 
 
 @pytest.mark.evidence
-def test_a_run_killed_while_it_trains_goes_on_to_the_same_weights(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_run_killed_in_training_resumes_to_the_same_weights(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The rerun has one CPU, which must be enough for two training workers and change no bit."""
     kill_in("pretrain", undisturbed, Home(tmp_path / "home"), "--cpus", "1")
 

@@ -122,7 +122,7 @@ def kill_raylet(hosts: Hosts, host: int) -> None:
 
 
 @pytest.mark.parametrize("strike", [kill_worker, kill_raylet, Hosts.cut_power], ids=["worker", "raylet", "host"])
-def test_what_dies_is_replaced_and_losses_are_the_same(
+def test_dead_processes_are_replaced_and_losses_are_identical(
     short: Path,
     tmp_path: Path,
     undisturbed: dict[int, float],

@@ -105,7 +105,7 @@ def test_extreme_values(power_of_two):
         assert roundtrip(1.0, bad).isnan().all()
 
 
-def test_a_power_of_two_scale_stays_where_the_quotient_is_one_exactly():
+def test_a_power_of_two_scale_is_kept_if_the_quotient_is_exactly_one():
     _, scales = quantize(torch.full((1, 4), E4M3_MAX * 0.25), (1, 128), power_of_two=True)
     assert scales.item() == 0.25
 

@@ -103,7 +103,7 @@ def test_triton_and_the_reference_are_near_fp64(rows, width, exponent, dtype, se
 
 
 @pytest.mark.parametrize("width", [33, 8200])
-def test_programs_of_several_tiles_and_rows_that_are_not_held_whole(width, monkeypatch):
+def test_ctas_with_several_tiles_and_rows_larger_than_a_tile(width, monkeypatch):
     monkeypatch.setattr(module, "_PROGRAMS", 2)
     monkeypatch.setattr(module, "_TILE", 2048)
     x, dy = draw((9 if width > 8192 else 300, width)), draw((9 if width > 8192 else 300, width), seed=1)

@@ -47,7 +47,7 @@ def test_dot_products_depend_on_the_distance_only(shift):
     torch.testing.assert_close(near, far, rtol=1e-11, atol=1e-11)
 
 
-def test_position_zero_changes_nothing_and_dtype_stays():
+def test_position_zero_changes_nothing_and_dtype_is_kept():
     x = torch.randn(1, 1, 2, 4).bfloat16()
     y = _rotate(x, torch.zeros(1, 1, dtype=torch.int64))
     assert y.dtype == torch.bfloat16

@@ -38,7 +38,7 @@ def test_a_packed_row_loses_nothing_more_when_its_columns_are_quantised():
     assert torch.equal(transposed[near], read[near])
 
 
-def test_a_number_costs_little_more_than_a_byte():
+def test_a_number_takes_little_more_than_a_byte():
     assert packed_width(7168) / 7168 == 1 + 1 / 128
 
 

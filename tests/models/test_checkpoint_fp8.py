@@ -55,7 +55,7 @@ def test_the_layout_is_the_official_one(folder):
     assert "self_attn.kv_a_proj_with_mqa.weight" in quantized
 
 
-def test_fp8_stays_fp8_bit_for_bit(folder):
+def test_fp8_weights_are_copied_bit_for_bit(folder):
     model = load(folder / "fp8")
     assert model.shards()[0].w_up_EFD.dtype == torch.float8_e4m3fn
     save(model, folder / "again", "fp8")

@@ -37,7 +37,7 @@ def _held(model, ids):
     return held
 
 
-def test_less_is_held_for_the_backward(make_model):
+def test_recompute_saves_fewer_tensors_for_the_backward(make_model):
     sizes = {"hidden_size": 128, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
     model = make_model(torch.float32, num_attention_heads=8, **sizes).train()
     ids = torch.randint(0, 50, (4, 64))

@@ -206,7 +206,7 @@ def strike_a_training_worker(flow_home: Path, number: signal.Signals, struck: li
 
 @pytest.mark.evidence
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_killed_or_stopped_costs_no_bit_of_the_result(
+def test_a_killed_or_stopped_worker_changes_no_bit_of_the_result(
     flow: Flow, tmp_path: Path, number: signal.Signals
 ) -> None:
     """After the first checkpoint: the weights are those of the undisturbed run. A hung rank is named and killed."""

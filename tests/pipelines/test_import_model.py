@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_model_comes_in_bit_for_bit_and_only_once(folder: Path, home: Home) -> None:
+def test_a_model_is_imported_bit_for_bit_and_only_once(folder: Path, home: Home) -> None:
     alias, artifact = api.import_model(folder, home=home)
     assert alias == "some-model@newest"
     assert api.model_folder(alias, home) == artifact.folder

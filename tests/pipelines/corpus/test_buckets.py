@@ -63,7 +63,9 @@ def documents(out: Path, **fields: Any) -> list[dict[str, Any]]:
         ("text", "*.txt", 1),
     ],
 )
-def test_a_bucket_gives_what_a_folder_gives(s3: Any, tmp_path: Path, reader: str, include: str, count: int) -> None:
+def test_a_bucket_and_a_folder_give_the_same_documents(
+    s3: Any, tmp_path: Path, reader: str, include: str, count: int
+) -> None:
     fill(tmp_path / "data")
     upload(s3, tmp_path / "data", "some/where")
     fields = {"reader": reader, "include": (include,), "exclude": ("skip.*",)}
@@ -104,7 +106,7 @@ def test_an_outage_is_no_bad_file(s3: Any, tmp_path: Path, reader: str, name: st
         write_corpus_shard(shard, str(tmp_path / "out"), 1000)
 
 
-def test_what_is_not_there_is_one_error(s3: Any) -> None:
+def test_a_missing_bucket_or_object_is_one_error(s3: Any) -> None:
     def error(**fields: Any) -> RecipeError:
         with pytest.raises(RecipeError) as caught:
             Corpus().check(CorpusConfig(sources=(Source(name="s", **fields),)), {})

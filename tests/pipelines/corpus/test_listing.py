@@ -105,7 +105,7 @@ def test_an_odd_name_of_a_file_of_rows_is_read_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes the user")
-def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
     """A folder that cannot be listed is an error, which `exclude` answers; what cannot be opened is counted."""
     for name in ("open/a.txt", "open/secret.txt", "closed/b.txt", "noenter/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -141,7 +141,7 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
      ("/a.txt", "relative to it"), ("../a.txt", "relative to it"), ("~/a", "relative to it"),
      ("docs/", "did you mean 'docs/**/*'?"), ("docs/**", "did you mean 'docs/**/*'?"), (" ", "an empty pattern")],
 )  # fmt: skip
-def test_a_pattern_that_cannot_be_meant_is_refused_with_what_was_meant(pattern: str, hint: str) -> None:
+def test_an_invalid_pattern_is_refused_with_a_suggestion(pattern: str, hint: str) -> None:
     assert hint in pattern_error(pattern)
     for field in ("include", "exclude"):
         with pytest.raises(ValidationError, match="Value error") as found:

@@ -69,7 +69,7 @@ def test_json_lines_keep_going_after_a_bad_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path, suffix: str) -> None:
+def test_compressed_files_are_read_by_content(tmp_path: Path, suffix: str) -> None:
     rows = b'{"text": "one"}\n{"text": "two"}\n'
     # Two members in one file, as parallel compressors write them.
     (tmp_path / f"f.jsonl{suffix}").write_bytes(compressed(rows, suffix) + compressed(rows, suffix))
@@ -159,7 +159,7 @@ def test_a_parquet_file_that_cannot_be_used_counts_once(tmp_path: Path) -> None:
         assert read("parquet", path) == [("", None, "malformed")]
 
 
-def test_a_row_of_bad_utf8_costs_only_itself(tmp_path: Path) -> None:
+def test_a_row_of_invalid_utf8_affects_no_other_row(tmp_path: Path) -> None:
     bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"], pa.binary()).buffers())
     pq.write_table(pa.table({"text": bad}), tmp_path / "f.parquet")
     assert read("parquet", tmp_path / "f.parquet") == [("#0", "fine"), ("#1", None, "not_utf8")]
@@ -242,7 +242,7 @@ ODD: dict[str, tuple[pa.Array, str | None]] = {
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("reader", ["parquet", "huggingface"])
-def test_a_value_beside_the_text_costs_no_row(tmp_path: Path, kind: str, reader: str) -> None:
+def test_an_invalid_value_in_another_column_costs_no_row(tmp_path: Path, kind: str, reader: str) -> None:
     column, wanted = ODD[kind]
     table = pa.table({"text": ["one", "two", "three"], "odd": column})
     path = tmp_path / ("f.parquet" if reader == "parquet" else "f.arrow")
@@ -287,7 +287,7 @@ def test_a_value_that_has_no_form_is_counted(tmp_path: Path) -> None:
     "odd", ["[" * 600 + "]" * 600, "9" * 5000, '"\\ud800"', '{"a": {"b": [NaN, 1e999]}}', '"\xff"', "{}"]
 )
 @pytest.mark.parametrize("column", ["odd", "id"])
-def test_a_value_of_a_json_line_costs_no_line_after_it(tmp_path: Path, odd: str, column: str) -> None:
+def test_an_invalid_value_in_a_json_line_affects_no_later_line(tmp_path: Path, odd: str, column: str) -> None:
     rows = ['{"text": "one"}', f'{{"text": "two", "{column}": {odd}}}', '{"text": "three"}']
     (tmp_path / "f.jsonl").write_bytes("\n".join(rows).encode("latin-1"))
     pieces = list(READERS["jsonl"](File(str(tmp_path / "f.jsonl")), 1000, Columns(meta=("odd",))))
@@ -299,7 +299,7 @@ def test_a_value_of_a_json_line_costs_no_line_after_it(tmp_path: Path, odd: str,
         assert "two" in texts
 
 
-def test_a_row_group_that_is_damaged_costs_itself(tmp_path: Path) -> None:
+def test_a_damaged_row_group_affects_no_other(tmp_path: Path) -> None:
     path = tmp_path / "f.parquet"
     texts = [f"row {i} " * 9 for i in range(90)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=30, compression="none", use_dictionary=False)
@@ -313,7 +313,7 @@ def test_a_row_group_that_is_damaged_costs_itself(tmp_path: Path) -> None:
     assert reject.detail.startswith("from row 30 on: ")
 
 
-def test_ids_and_the_numbers_of_rows_are_told_apart(tmp_path: Path) -> None:
+def test_ids_and_row_numbers_are_distinguished(tmp_path: Path) -> None:
     rows = ['{"text": "a", "id": 1}', '{"text": "b"}', '{"text": "c", "id": "2"}', '{"text": "d", "id": 3}',
             '{"text": "e"}', '{"text": "f", "id": 4}', '{"text": "g", "id": 4}']  # fmt: skip
     (tmp_path / "f.jsonl").write_text("\n".join(rows))
@@ -347,7 +347,7 @@ def test_an_error_of_ours_names_the_file_and_the_row(tmp_path: Path, monkeypatch
         write_corpus_shard(shard, str(tmp_path / "out"), 1000)
 
 
-def test_the_first_thing_left_out_is_said_where_nothing_is_left(tmp_path: Path) -> None:
+def test_an_empty_corpus_reports_the_first_reject(tmp_path: Path) -> None:
     for content, words in (
         (b'[\n{"text": "a"}\n]', "the file is a JSON array"),
         (b'{"txt": 1}', "no field 'text'"),

@@ -58,7 +58,7 @@ PACKED = {
     st.booleans(),
     st.sampled_from(sorted(PACKED)),
 )
-def test_a_wrong_length_or_a_missing_blank_line_costs_no_other_record(
+def test_a_wrong_length_or_a_missing_blank_line_affects_no_other_record(
     wrong: dict[int, int], blank: bool, name: str
 ) -> None:
     items = [longer(item, wrong.get(i, 0)) for i, item in enumerate(GOOD)]
@@ -70,7 +70,7 @@ def test_a_wrong_length_or_a_missing_blank_line_costs_no_other_record(
 
 @settings(max_examples=examples(60), deadline=None)
 @given(st.dictionaries(st.integers(0, COUNT - 2), st.sampled_from(["flip", "head", "sum", "cut"]), max_size=4))
-def test_a_damaged_member_of_gzip_costs_its_record(how: dict[int, str]) -> None:
+def test_a_damaged_gzip_member_affects_only_its_record(how: dict[int, str]) -> None:
     members = [bytearray(gzip.compress(item)) for item in GOOD]
     for i, kind in how.items():
         if kind == "cut":
@@ -82,7 +82,7 @@ def test_a_damaged_member_of_gzip_costs_its_record(how: dict[int, str]) -> None:
     assert len(keys(found, Reject)) == len(how)
 
 
-def test_what_lies_between_records_is_counted_where_it_lies() -> None:
+def test_data_between_records_is_counted_at_its_offset() -> None:
     found = read(b"\r\n" + GOOD[0] + b"no record\nat all\n" * 9000 + GOOD[1] + b"-- the end --")
     assert keys(found) == ["#urn:uuid:0", "#urn:uuid:1"]
     details = [piece.detail for piece in found if isinstance(piece, Reject)]

@@ -84,7 +84,7 @@ def test_columns_become_text_licence_and_metadata(tmp_path: Path, kind: str) -> 
     assert [(row["key"], row["reason"]) for row in rejects] == [(f"{name}#2", "empty")]
 
 
-def test_rejects_are_written_down_with_what_is_wrong(tmp_path: Path) -> None:
+def test_rejects_are_recorded_with_reason_and_detail(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     lines = [
@@ -134,7 +134,7 @@ def test_wrong_columns_name_those_that_are_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_bad_utf8_in_a_name_or_an_address_costs_nothing(tmp_path: Path, suffix: str) -> None:
+def test_invalid_utf8_in_a_name_or_an_address_is_accepted(tmp_path: Path, suffix: str) -> None:
     bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"], pa.binary()).buffers())
     table = pa.table({"text": ["one", "two"], "name": bad})
     (tmp_path / "data").mkdir()
@@ -210,7 +210,7 @@ PARTS = st.sampled_from(["a", "*", "?", "*.py", "a*", "**", "[ab]*", "[!a]*", ".
 @given(
     st.sets(st.lists(NAMES, min_size=1, max_size=4).map("/".join), max_size=8), st.lists(PARTS, min_size=1, max_size=4)
 )
-def test_patterns_mean_for_a_bucket_what_they_mean_for_a_folder(keys: set[str], parts: list[str]) -> None:
+def test_patterns_match_keys_of_a_bucket_as_paths_of_a_folder(keys: set[str], parts: list[str]) -> None:
     pattern = "/".join(parts)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -251,7 +251,7 @@ def test_the_page_on_sources_is_true() -> None:
         assert f"| `{reader}` |" in page, reader
 
 
-def test_a_source_that_is_not_there_says_what_makes_it(tmp_path: Path) -> None:
+def test_a_missing_source_names_the_command_that_creates_it(tmp_path: Path) -> None:
     source = Source(name="s", path=tmp_path / "gone", made_by="make it")
     with pytest.raises(RecipeError, match=r"sources\.0: source 's': .*gone does not exist") as caught:
         Corpus().check(CorpusConfig(sources=(source,)), {})

@@ -39,9 +39,7 @@ def unpacked(data: bytes, kind: str) -> tuple[bytes, str]:
     st.lists(st.tuples(st.binary(max_size=300), st.integers(1, 3000)), min_size=1, max_size=5),
     st.sampled_from([b"", b"\0", b"\0" * 512, b"\0" * 200_000, b"\r\n-- end of transfer --\r\n", b"\0\0x", b"\x1f"]),
 )
-def test_members_follow_each_other_and_what_lies_behind_them_costs_nothing(
-    kind: str, parts: list[tuple[bytes, int]], tail: bytes
-) -> None:
+def test_consecutive_members_and_trailing_data_are_read(kind: str, parts: list[tuple[bytes, int]], tail: bytes) -> None:
     content = [part * times for part, times in parts]
     found, trailing = unpacked(b"".join(map(COMPRESS[kind], content)) + tail, kind)
     assert found == b"".join(content)
@@ -49,7 +47,7 @@ def test_members_follow_each_other_and_what_lies_behind_them_costs_nothing(
 
 
 @pytest.mark.parametrize("kind", sorted(COMPRESS))
-def test_what_came_before_damage_is_there(kind: str) -> None:
+def test_data_before_the_damage_is_kept(kind: str) -> None:
     import random
 
     content = random.Random(0).randbytes(300_000)

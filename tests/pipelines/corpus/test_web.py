@@ -155,7 +155,7 @@ def test_every_charset_that_is_named_is_read(charset: str, said_by: str) -> None
 
 
 @pytest.mark.parametrize("charset", ["utf-8", "windows-1251", "shift_jis", "gb18030"])
-def test_a_charset_that_nobody_names_is_found_by_its_look(charset: str) -> None:
+def test_an_undeclared_charset_is_detected(charset: str) -> None:
     html = PAGE.format(name=f"{TEXTS[charset]}. " * 20)
     piece = read_page(html.encode(charset), 100_000, "", "no-such-charset")
     assert isinstance(piece, Document)
@@ -205,7 +205,7 @@ def test_a_page_gives_the_same_text_here_and_apart() -> None:
     assert extractor_process.main_text(html) == extractor_process.extract(html)
 
 
-def test_a_child_that_is_gone_costs_one_page_and_is_replaced() -> None:
+def test_a_dead_child_process_loses_one_page_and_is_replaced() -> None:
     extractor = extractor_process.Extractor()
     assert "words" in extractor.main_text("<p>words")
     child = extractor._running()

@@ -50,7 +50,7 @@ def removed_from_scratch(folder: Path, runs: list[list[Text]], monkeypatch: pyte
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_chain_of_runs_removes_what_one_run_over_all_texts_removes(
+def test_a_chain_of_runs_removes_the_same_as_one_run_over_all_texts(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "LARGEST", 3)  # so that large buckets are among the cases
@@ -91,7 +91,7 @@ def parts_of(hashes: np.ndarray, ranges: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ranges", [1, 4, 64])
-def test_an_index_finds_what_was_written(ranges: int, tmp_path: Path) -> None:
+def test_an_index_finds_the_written_entries(ranges: int, tmp_path: Path) -> None:
     generator = np.random.default_rng(ranges)
     keys = generator.integers(0, 1 << dedup_index.KEY_BITS, 300, dtype=np.uint64)
     keys[200:] = keys[:100]  # keys of two

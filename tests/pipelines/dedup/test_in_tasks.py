@@ -31,7 +31,7 @@ steps:
 """
 
 
-def test_what_few_documents_need_not_is_the_same_in_tasks(
+def test_small_inputs_give_the_same_result_in_tasks(
     tmp_path: Path, ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small phases run in the process of the run; here each is a task, too."""

@@ -131,7 +131,7 @@ def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     st.sampled_from(["{}", "1 Jan {} 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 {}", "{}-01-01T00:00:00", "2024-{}-01"]),
     st.one_of(st.text(max_size=12), st.integers().map(str), st.integers(-(10**20), 10**20).map("{:+d}".format)),
 )
-def test_a_date_that_nobody_can_hold_is_none(form: str, odd: str) -> None:
+def test_an_unrepresentable_date_is_none(form: str, odd: str) -> None:
     found = urls._seconds(form.format(odd))
     assert found is None or isinstance(found, float)
 

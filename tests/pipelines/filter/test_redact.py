@@ -58,7 +58,7 @@ def test_pii_is_redacted_and_counted(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_what_only_looks_like_pii_is_kept(text: str) -> None:
+def test_text_that_only_resembles_pii_is_kept(text: str) -> None:
     assert redact(text, KINDS, ("US", "DE"))[0] == text
 
 

@@ -45,7 +45,7 @@ def test_a_given_expert_parallel_is_kept_or_refused() -> None:
         resolved(config(expert_parallel=4, batch_sequences=6), machine(8))
 
 
-def test_batches_are_held_against_the_machines_where_workers_are_not_given() -> None:
+def test_default_workers_are_checked_against_the_batch_size() -> None:
     """Batches of three sequences fit one or three GPUs, but not the default of two workers on CPUs."""
     odd = config(batch_sequences=3)
     step.check(odd, {})

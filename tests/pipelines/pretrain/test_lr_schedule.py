@@ -18,7 +18,7 @@ from moray.platform.api import RECIPES
 from moray.platform.plan.recipe import load_recipe
 
 
-def test_the_rate_warms_up_stays_and_decays() -> None:
+def test_the_rate_warms_up_is_constant_and_decays() -> None:
     schedule = TrainingSchedule(peak=1.0, final=0.1, warmup_tokens=100, decay_tokens=400)
     rates = [learning_rate(schedule, tokens, 1000) for tokens in (0, 50, 100, 600, 800, 1000)]
     assert rates == pytest.approx([1 / 101, 51 / 101, 1.0, 1.0, 0.55, 0.1])

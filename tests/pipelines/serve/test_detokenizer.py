@@ -40,7 +40,7 @@ def test_any_ids_decode_as_the_tokenizer_decodes_them(vocabulary, tokenizer, ids
     assert "".join(push_all(stream, ids)) + stream.finish().text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_a_split_code_point_is_held_back_until_it_is_whole(vocabulary):
+def test_a_split_code_point_is_held_back_until_it_is_complete(vocabulary):
     stream = TextStream(vocabulary)
     assert push_all(stream, byte_ids(vocabulary, "🙂!")) == ["", "", "", "🙂", "!"]
 

@@ -89,7 +89,7 @@ def test_invariants_hold_under_any_traffic(vocabulary, requests, max_running, ex
     assert started == [one for one in order if one in started]  # first come, first served
 
 
-def test_a_long_prompt_goes_in_chunks_beside_the_decoding(vocabulary):
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode(vocabulary):
     scheduler = Scheduler(Pool(100, 8), EngineLimits(step_tokens=10, max_running=4, block_size=8))
     short, long = sequence(vocabulary, 3, 9), sequence(vocabulary, 25, 2)
     scheduler.add(short)

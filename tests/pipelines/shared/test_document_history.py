@@ -78,7 +78,7 @@ def test_an_unknown_document_is_an_error(dedup_run: DedupRun) -> None:
 
 
 @given(st.text())
-def test_what_is_shown_moves_no_cursor(text: str) -> None:
+def test_shown_text_moves_no_cursor(text: str) -> None:
     """Escape sequences in ids, addresses and texts are spelled out; all else is as it was."""
     shown = visible(f"\x1b[31m{text}\x9b2J\u202e")
     assert shown.startswith("\\x1b[31m")

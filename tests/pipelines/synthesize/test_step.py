@@ -232,7 +232,7 @@ def test_a_dead_engine_loses_nothing_and_is_asked_again(tmp_path: Path, server: 
     assert len(server.asked) == before + 4
 
 
-def test_an_engine_that_stays_dead_is_given_up(tmp_path: Path, server: TeacherServer) -> None:
+def test_a_teacher_that_stays_unreachable_ends_the_step(tmp_path: Path, server: TeacherServer) -> None:
     server.down = True
     documents = rephrasings(tmp_path / "in", TEXTS * 5)
     _, row = make(config(server.url, FAQ, attempts=1), work(tmp_path / "run"), 40, documents=documents)
@@ -343,7 +343,7 @@ def test_answers_are_checked_where_they_do_no_harm(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @needs_sandbox
-def test_an_answer_that_cannot_be_computed_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_be_computed_fails_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is per check: the checks before and after it get their results from the same run of the checker."""
     began = []
     ran = check_answers.run_program
@@ -382,7 +382,7 @@ def test_a_check_ends_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) 
         assert text.startswith(detail)
 
 
-def test_a_majority_counts_what_is_equal() -> None:
+def test_a_majority_counts_equal_answers() -> None:
     assert majority(4, [(1, 2), (1, 3), (2, 3)]) == (1, 3)
     assert majority(3, []) == (0, 1)
 

@@ -90,7 +90,7 @@ def test_items_in_scripts_without_spaces_are_looked_for(first: int, last: int) -
     assert set(index.sizes.tolist()) == {39}
 
 
-def test_what_is_found_is_shown_as_it_is_written() -> None:
+def test_matches_are_shown_as_written() -> None:
     sentence = "L’été dernier, les élèves étudiaient précisément où naît la rivière près du château"
     words = sentence.split()
     index = build_index([EvalText("e", "0", "f", sentence)], Grams(size=8))

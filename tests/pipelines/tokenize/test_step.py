@@ -168,7 +168,7 @@ def test_an_interrupted_run_resumes(
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not done again"
 
 
-def test_best_fit_is_for_training_and_held_out_documents_stay_whole(
+def test_best_fit_is_for_training_and_held_out_documents_are_not_split(
     tmp_path: Path, texts: Texts, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = run_step(tmp_path / "fit", texts, tokenizer, monkeypatch)

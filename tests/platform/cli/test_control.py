@@ -118,7 +118,7 @@ ODD_NAMES = ["my home", "no#1", "a%20b", "what?", "hc-é", "it's", "a$b\\c", 'q"
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_home_may_lie_anywhere(tmp_path: Path, name: str) -> None:
+def test_a_home_may_be_anywhere(tmp_path: Path, name: str) -> None:
     """A database at an address that was not quoted was another file, and nothing was found in the right one."""
     home = Home(tmp_path / name)
     home.root.mkdir()
@@ -160,7 +160,7 @@ def test_no_name_of_a_job_is_another_address(name: str) -> None:
         job_commands._quoted(name)
 
 
-def test_folders_of_modules_are_those_of_the_one_who_starts(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_folders_are_those_of_the_starting_process(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Services work in another folder: a path that is relative to this one would be another there."""
     monkeypatch.setenv("PYTHONPATH", f"plug{os.pathsep}/opt/more")
     assert {str(Path("plug").absolute()), "/opt/more"} <= set(ray_environment(home)["PYTHONPATH"].split(os.pathsep))

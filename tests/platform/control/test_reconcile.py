@@ -247,9 +247,7 @@ def test_a_driver_that_never_starts_is_given_up_though_the_controller_is_killed_
     assert "did not start" in first.detail
 
 
-def test_what_goes_wrong_with_one_job_keeps_no_other_from_moving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_one_job_does_not_block_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     controller, world, database = make(Home(tmp_path), 1, 2, monkeypatch)
     controller = Controller(Home(tmp_path), database, world, "nowhere", TOPOLOGY, 2, said.append)
@@ -276,7 +274,7 @@ def test_losses_have_a_budget_of_their_own(tmp_path: Path, monkeypatch: pytest.M
     assert "lost 6 times" in ended.reason
 
 
-def test_nobody_is_given_up_while_the_cluster_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_attempt_is_lost_while_the_cluster_is_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     controller, world, _ = make(Home(tmp_path), 1, 1, monkeypatch)
     job = controller.jobs.submit(submission(tmp_path / "text"))[0]
     controller.round()
@@ -313,7 +311,7 @@ def test_an_exclusive_job_waits_for_the_earlier_ones_of_its_schedule(tmp_path: P
     assert [job.id for job in choose_jobs(jobs.open(), 9, 1e12)] == [second.id]
 
 
-def test_an_ended_job_stays_as_it_ended(tmp_path: Path) -> None:
+def test_an_ended_job_keeps_its_state(tmp_path: Path) -> None:
     jobs = Jobs(Database(tmp_path / "moray.db"))
     job = jobs.submit(submission(tmp_path / "text"))[0]
     attempt = jobs.new_attempt(job.id)
@@ -324,7 +322,7 @@ def test_an_ended_job_stays_as_it_ended(tmp_path: Path) -> None:
             change()
 
 
-def test_a_driver_that_was_told_to_stop_by_somebody_else_is_lost(tmp_path: Path) -> None:
+def test_a_driver_stopped_from_outside_is_lost(tmp_path: Path) -> None:
     jobs = Jobs(Database(tmp_path / "moray.db"))
     job = jobs.submit(submission(tmp_path / "text"))[0]
     attempt = jobs.new_attempt(job.id)

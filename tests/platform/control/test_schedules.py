@@ -231,7 +231,7 @@ def test_removing_keeps_jobs_and_ticks_and_frees_the_name(world: World) -> None:
     assert len(world.schedules.get("steady").ticks) == 1
 
 
-def test_a_recipe_that_became_invalid_skips_its_ticks_and_stops_nobody(world: World, tmp_path: Path) -> None:
+def test_a_recipe_that_became_invalid_skips_its_ticks_and_affects_no_other(world: World, tmp_path: Path) -> None:
     world.add("broken")
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "texts", other / "texts")
@@ -249,7 +249,7 @@ def test_a_recipe_that_became_invalid_skips_its_ticks_and_stops_nobody(world: Wo
     assert_sound(world)
 
 
-def test_a_schedule_whose_zone_has_left_is_paused_and_can_be_removed(world: World) -> None:
+def test_a_schedule_with_a_removed_time_zone_is_paused_and_can_be_removed(world: World) -> None:
     world.add("a", cron="0 * * * *")
     world.add("b")
     with world.database.write() as connection:
@@ -318,7 +318,7 @@ def test_the_shape_is_the_documented_one(world: World) -> None:
         ({"folder": "nowhere"}, InputError, "not an absolute path"),
     ],
 )
-def test_what_cannot_be_added_changes_nothing(
+def test_an_invalid_schedule_changes_nothing(
     world: World, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     world.add("taken")

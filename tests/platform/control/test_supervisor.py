@@ -80,7 +80,7 @@ def test_a_state_that_cannot_be_written_is_written_later(home: Home, monkeypatch
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"one": 1}'])
-def test_what_lives_is_adopted_whatever_the_state_file_says(home: Home, content: str | None) -> None:
+def test_running_services_are_adopted_for_any_content_of_the_state_file(home: Home, content: str | None) -> None:
     first = Supervisor(home, [service("one")], lambda text: None)
     assert first.acquire()
     first._check(first._services[0])
@@ -97,7 +97,7 @@ def test_what_lives_is_adopted_whatever_the_state_file_says(home: Home, content:
     assert supervisors(home) == []
 
 
-def test_what_hangs_is_started_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_service_is_restarted(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process is alive but does not answer."""
     monkeypatch.setattr(module, "_PROBE_SECONDS", 0.02)
 

@@ -331,7 +331,7 @@ def test_macros(macro: str, text: str) -> None:
         ("@daily", None, "", "unknown time zone", "Europe/London"),
     ],
 )
-def test_what_is_wrong_is_named(cron: str | None, every: str | None, tz: str, message: str, hint: str) -> None:
+def test_invalid_triggers_are_named(cron: str | None, every: str | None, tz: str, message: str, hint: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_trigger(cron, every, tz, 1.7e9)
     whole = f"{caught.value.message} {caught.value.hint}"
@@ -413,7 +413,7 @@ class TestDowntime:
         assert paused == [TickDecision(HOUR, 10 * HOUR, 10, run=False, reason="paused")]
         assert settle(replace(state, held=""), 10 * HOUR + 5)[1] == []
 
-    def test_a_clock_that_goes_back_repeats_nothing(self) -> None:
+    def test_a_clock_set_back_repeats_nothing(self) -> None:
         state, made = settle(state_of(HOURLY, 0), HOUR)
         assert [d.run for d in made] == [True]
         assert settle(state, HOUR - 1)[1] == []

@@ -65,7 +65,7 @@ def left(home: Home) -> set[str]:
     return {artifact.reference for artifact in local_artifacts(ArtifactStore(home))}
 
 
-def test_runs_are_listed_newest_first_with_what_they_did(moray: Shell) -> None:
+def test_runs_are_listed_newest_first_with_their_steps(moray: Shell) -> None:
     letters(moray.home, "a", "b")
     letters(moray.home, "a", "B")
     failed_run(moray.home)
@@ -95,7 +95,7 @@ def test_a_run_shows_its_steps_and_their_cost(moray: Shell) -> None:
     assert references[1] in moray("runs", "show", first.run)[0]
 
 
-def test_a_failed_step_costs_too_and_says_why(moray: Shell) -> None:
+def test_a_failed_step_has_a_cost_and_a_reason(moray: Shell) -> None:
     failed_run(moray.home)
     (row,) = list_runs(moray.home)
     found = find_run(moray.home, row.run)

@@ -83,7 +83,7 @@ def test_a_second_run_reuses_and_a_change_reruns_from_there(home: Home) -> None:
     assert (third.steps["s2"].artifact.folder / "out").read_text() == "aBc"
 
 
-def test_the_plan_says_what_changed_and_writes_nothing(home: Home) -> None:
+def test_the_plan_names_changes_and_writes_nothing(home: Home) -> None:
     run(home, recipe("a", "b"))
     before = sorted(home.root.rglob("*"))
     decisions = plan_steps(recipe("a", "B"), ArtifactStore(home))

@@ -201,7 +201,7 @@ def test_one_idempotency_key_is_one_job(plane: Plane) -> None:
         ("GET", "/mlflow/", 503),
     ],
 )
-def test_what_is_not_there_is_said_plainly(plane: Plane, method: str, path: str, status: int) -> None:
+def test_unknown_things_are_not_found(plane: Plane, method: str, path: str, status: int) -> None:
     before = plane.everything()
     answer = plane.http.request(method, path)
     assert answer.status_code == status, answer.text

@@ -120,7 +120,7 @@ def events(stream: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(value)
 
 
-def test_a_stream_tells_its_state_at_once_and_what_changed(server: PageServer, http: Client) -> None:
+def test_a_stream_sends_the_state_at_once_and_then_changes(server: PageServer, http: Client) -> None:
     job = server.submit("first")
     with http.get("/api/stream", stream=True) as one, http.get("/api/stream", stream=True) as other:
         seen, too = events(one), events(other)
@@ -447,7 +447,7 @@ def test_schedules_are_shown_paused_and_resumed(server: PageServer, page: Page) 
     expect(nightly.get_by_role("button", name="Pause")).to_be_visible()
 
 
-def test_what_users_write_stays_text(server: PageServer, page: Page) -> None:
+def test_text_of_users_is_never_markup(server: PageServer, page: Page) -> None:
     job = server.submit(EVIL)
     log = server.start(job)
     log.append(step("corpus", "started", why=EVIL))

@@ -90,7 +90,7 @@ def test_an_attempt_without_a_folder_or_with_an_empty_segment_is_pending(control
         control.views.view(control.job, "no such attempt")
 
 
-def test_steps_carry_what_their_events_say(control: Control) -> None:
+def test_steps_have_the_values_of_their_events(control: Control) -> None:
     log = control.start()
     say(
         log,
@@ -151,7 +151,7 @@ def test_unknown_and_torn_lines_are_counted_and_the_rest_is_shown(control: Contr
     assert (view["unreadable"], view["steps"][0]["state"]) == (2, "started")
 
 
-def test_a_poll_reads_only_what_is_new_and_agrees_with_a_fresh_reading(control: Control) -> None:
+def test_a_poll_reads_only_new_events_and_equals_a_full_read(control: Control) -> None:
     log = control.start()
     say(log, RunEvent(state="started", recipe="small"), step("again", "started"), loss(1, 8.0))
     control.views.view(control.job)
@@ -234,7 +234,7 @@ def test_expert_load_is_a_row_of_layers_for_each_step(control: Control) -> None:
     assert view["curves"] == {}
 
 
-def test_a_long_run_stays_small_and_keeps_its_ends_and_extremes(control: Control) -> None:
+def test_curves_of_a_long_run_are_thinned_and_keep_ends_and_extremes(control: Control) -> None:
     log = control.start()
     lines = []
     for at in range(1, 20_001):
@@ -255,7 +255,7 @@ def test_a_long_run_stays_small_and_keeps_its_ends_and_extremes(control: Control
     assert view["expert_load"]["steps"][-1] == 20_000
 
 
-def test_what_is_not_a_number_is_null_on_the_page(control: Control) -> None:
+def test_non_finite_values_are_null_on_the_page(control: Control) -> None:
     log = control.start()
     say(
         log, loss(1, 8.0), loss(2, float("nan")), loss(3, float("inf")), step("again", "failed", counts={"x": math.nan})

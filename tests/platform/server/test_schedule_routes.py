@@ -177,7 +177,7 @@ def test_a_name_is_taken_once(server: Server, client: Client) -> None:
     assert server.dump() == before
 
 
-def test_without_the_token_nothing_is_told(server: Server, client: Client) -> None:
+def test_requests_without_the_token_are_refused(server: Server, client: Client) -> None:
     stranger = Client(client.url, "wrong")
     for method, path in (
         ("GET", "/api/schedules"),
@@ -253,9 +253,7 @@ def test_every_command_prints_json(server: Server, client: Client, capsys: pytes
     assert json.loads(schedule(capsys, "rm", "steady", "--json")) == {"removed": "steady"}
 
 
-def test_show_tells_what_became_of_the_ticks(
-    server: Server, client: Client, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_lists_the_outcome_of_ticks(server: Server, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     schedule(capsys, "add", "steady", "tiny.yaml", "--every", "1h")
     later = time.time() + 10.5 * 3600
     server.controller.schedules.tick(later)

@@ -40,7 +40,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "SECONDS", 0.001)
 
 
-def test_only_what_changed_is_told_and_the_time_is_no_change() -> None:
+def test_only_changes_are_sent_and_the_time_is_no_change() -> None:
     async def run() -> None:
         server = Server()
         heard = server.listen()
@@ -53,7 +53,7 @@ def test_only_what_changed_is_told_and_the_time_is_no_change() -> None:
     asyncio.run(run())
 
 
-def test_clients_share_the_looks_and_a_late_one_is_told_at_once() -> None:
+def test_clients_share_polls_and_a_late_one_gets_the_state_at_once() -> None:
     async def run() -> None:
         server = Server()
         first, second = server.listen(), server.listen()
@@ -102,7 +102,7 @@ def test_streams_end_with_the_server() -> None:
     asyncio.run(run())
 
 
-def test_nobody_looks_when_nobody_listens() -> None:
+def test_without_listeners_there_are_no_polls() -> None:
     async def run() -> None:
         server = Server()
         heard = server.listen()

@@ -429,7 +429,7 @@ def test_a_run_can_be_read_on_another_machine(
     assert [(step["step"], step["state"]) for step in shown["steps"]] == [("s0", "succeeded"), ("s1", "failed")]
 
 
-def test_a_run_whose_folder_cannot_be_copied_says_so_and_ends_as_it_would(
+def test_a_run_whose_folder_cannot_be_uploaded_reports_it_and_ends_normally(
     machines: Callable[[str], Home], through: Callable[[Fault], Any]
 ) -> None:
     def no_runs(request: Request) -> Any:

@@ -63,7 +63,7 @@ def test_two_ranks_copy_their_shares(tmp_path: Path, bucket: str, s3_url: str, s
     assert fresh.checkpoints.restore(fresh.state).steps == 3
 
 
-def test_an_unwritable_archive_costs_only_disk_space(
+def test_an_unwritable_archive_only_uses_disk_space(
     tmp_path: Path, bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = [True]

@@ -237,7 +237,7 @@ def test_a_run_that_is_bad_from_the_start_restarts_and_then_gives_up(tmp_path: P
 
 
 @pytest.mark.evidence
-def test_a_resumed_run_knows_what_to_skip(tmp_path: Path) -> None:
+def test_a_resumed_run_skips_the_recorded_batches(tmp_path: Path) -> None:
     source = Source(lambda step, batch: outlier(batch) if step == 60 else batch)
     _, _, worker = trained(tmp_path, source)
     expected = held(worker)
@@ -305,7 +305,7 @@ def test_without_sigmas_only_non_finite_losses_count() -> None:
     assert guard.decide(65, math.inf, 1.0) == "skip"
 
 
-def test_the_record_lies_beside_the_checkpoints(tmp_path: Path) -> None:
+def test_the_record_is_next_to_the_checkpoints(tmp_path: Path) -> None:
     assert read_record(tmp_path) == GuardRecord()
     guard = Guard(Spikes(), GuardRecord())
     guard.decide(3, math.nan, 1.0)
