@@ -122,11 +122,15 @@ def ours(source: str, out: str) -> dict[str, Any]:
 
 
 def four_times(source: Path, out: Path) -> None:
-    """The corpus, and three copies of it in other letters."""
-    for path in sorted(source.glob("documents-*.parquet")):
+    """The corpus, and three copies of it in other letters. One table per copy, for all files: duplicates are in several."""
+    paths = sorted(source.glob("documents-*.parquet"))
+    letters: set[str] = set()
+    for path in paths:
+        letters.update(*(text.as_py() for text in pq.read_table(path, columns=["text"])["text"]))
+    tables = other_letters(letters)
+    for path in paths:
         documents = pq.read_table(path)
         texts = documents["text"].to_pylist()
-        tables = other_letters({letter for text in texts for letter in text})
         pq.write_table(documents, out / f"{path.stem}-0.parquet", compression="zstd")
         for number, table in enumerate(tables, 1):
             for name, values in (
@@ -205,7 +209,12 @@ def main(corpus: str = str(CORPUS), rounds: str = "3") -> int:
         Bar(
             "datatrove over moray, 4 times the data", middle["datatrove, 4x"]["wall_s"] / large["wall_s"], 3.0, "higher"
         ),
-        Bar("removed documents, 4 times the data, over 4", large["removed"] / ours_["removed"] / 4, 1.01, "lower"),
+        Bar(
+            "removed documents at 4 times the data, deviation from 4",
+            abs(large["removed"] / ours_["removed"] / 4 - 1),
+            0.02,
+            "lower",
+        ),
         Bar("memory of the largest worker, MB", max(large["worker_MB"], ours_["worker_MB"]), 1000.0, "lower"),
         Bar("memory of the largest worker, growth at 4 times", large["worker_MB"] / ours_["worker_MB"], 1.15, "lower"),
         Bar("object store in use, MB", max(large["store_MB"], ours_["store_MB"]), 0.5, "lower"),
