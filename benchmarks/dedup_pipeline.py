@@ -122,7 +122,7 @@ def ours(source: str, out: str) -> dict[str, Any]:
 
 
 def four_times(source: Path, out: Path) -> None:
-    """The corpus, and three copies of it in other letters. One table per copy, for all files: duplicates are in several."""
+    """The corpus, and three copies in other letters. One table per copy serves all files: duplicates span files."""
     paths = sorted(source.glob("documents-*.parquet"))
     letters: set[str] = set()
     for path in paths:
