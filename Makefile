@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link is outside the checkout, because Ray packs the checkout with its links.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check evidence bench-corpus bench-peers bench-data teacher compat format install clean
+.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check evidence bench-corpus bench-peers bench-data pages teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -73,7 +73,11 @@ DATA_BENCHMARKS := dedup_quality dedup_engine dedup_pipeline dedup_parts encodin
 bench-data: $(VENV)/.installed-dev
 	failed=; for name in $(DATA_BENCHMARKS); do \
 	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
-	$(BIN)/python benchmarks/pages.py; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
+	$(MAKE) --no-print-directory pages; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
+
+# Writes the measured numbers of README and docs from benchmarks/results/.
+pages: $(VENV)/.installed-dev
+	cd benchmarks && $(CURDIR)/$(BIN)/python -m harness.pages
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -86,8 +90,8 @@ check: $(VENV)/.installed-dev
 	cd $(LINK) && MYPYPATH=$(LINK):$(CURDIR)/benchmarks $(CURDIR)/$(BIN)/mypy \
 	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(LINK)/benchmarks-cache \
 	    $(addprefix --disable-error-code ,arg-type assignment index misc no-untyped-call return-value unused-ignore var-annotated) \
-	    $(wildcard $(CURDIR)/benchmarks/*.py)
-	$(BIN)/python benchmarks/pages.py --check
+	    $(wildcard $(CURDIR)/benchmarks/*.py) $(CURDIR)/benchmarks/harness/pages.py
+	cd benchmarks && $(CURDIR)/$(BIN)/python -m harness.pages --check
 
 # Another torch or Python, in a separate environment outside the checkout, removed at the end. Pins that depend on the
 # torch version are dropped; a CUDA build of torch takes 5 GB. The interpreter of Triton 3.6 does not support numpy 2.4.

@@ -6,8 +6,9 @@ characters: whether the item of every planted text is named, how many documents 
 MB per CPU-second, one thread, from Arrow's memory to verified matches.
 
 Two hard cases. Items of 5 to 12 words, shorter than an n-gram: recall by length, and clean documents flagged. Items
-with a passage that anyone may quote (hard_negatives.py) and a question of their own: documents with the whole item are
-leaks, those with the passage alone are none; precision and recall by family, as set by default and otherwise.
+with a passage that anyone may quote (harness/hard_negatives.py) and a question of their own: documents with the whole
+item are leaks, documents with only the passage are not; precision and recall by family, with the default settings and
+others.
 
 Usage: python benchmarks/decontamination.py [DOCUMENTS=10000] [EXCERPTS=1000] [MEGABYTES=60] [ROUNDS=3]
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from hard_negatives import FAMILIES
+from harness.hard_negatives import FAMILIES
 from harness.result import Bar, report
 from harness.texts import texts_of
 

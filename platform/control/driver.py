@@ -29,9 +29,11 @@ def main(attempt: str) -> int:
     home = Home.from_environment()
     run = home.runs / attempt
     lease = lease_of(run)
-    if read_outcome(run) is not None or not lease.acquire():
+    if not lease.acquire():
         return _ALREADY
     try:
+        if read_outcome(run) is not None:  # checked under the lease: the controller may just have declared it lost
+            return _ALREADY
         with _printing_to(run / "logs" / "driver.txt"):
             outcome, code = _run(home, run)
             record_outcome(run, outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ RESULT: dict[str, Any] = {
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import pages as module
+    import harness.pages as module
 
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     module.result.cache_clear()
@@ -48,9 +49,31 @@ def code_state(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_committed_pages_are_current() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "pages.py"), "--check"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "harness.pages", "--check"],
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+RATE = re.compile(
+    r"\d[\d.,]*\s(?:times as (?:fast|long)|(?:M|G|T)B/s|[KMG]B per CPU-second|tokens/s|TFLOPS|\w+ per CPU-second)\b"
+)
+# Specifications, figures that others published, and counts that `tests/models/test_flops.py` checks.
+NOT_MEASURED = {"3.35 TB/s", "1,979 TFLOPS", "989 TFLOPS", "386.1 TFLOPS", "432 TFLOPS"}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_rates_and_ratios_are_generated(page: Path) -> None:
+    """A measured rate stands between the markers of `make pages`."""
+    text = re.sub(
+        r"```.*?```|<!-- table\n.*?<!-- /table -->|<!-- result .*?<!-- / -->", "", page.read_text(), flags=re.S
+    )
+    assert [found[0] for found in RATE.finditer(text) if " ".join(found[0].split()) not in NOT_MEASURED] == []
 
 
 def test_a_number_in_a_sentence(pages: ModuleType) -> None:
@@ -83,6 +106,8 @@ def test_bars_show_outcome_and_age(pages: ModuleType) -> None:
         ("speed: rows[*].seconds; .1f", "is not one value of speed.json"),
         ("absent: rows; .1f", "no result absent"),
         ("speed rows", "is not NAME: EXPRESSION; FORMAT"),
+        ("speed: max(rows[].engine[]; .1f", "of speed.json"),
+        ("speed: rows[0].engine; .1f", "Unknown format code"),
     ],
 )
 def test_a_number_without_a_result_is_an_error(pages: ModuleType, reference: str, message: str) -> None:

@@ -17,7 +17,7 @@ or it has a table whose template is a comment; numbers stand in braces, in the s
 `{bars: NAME ...}` is a row for each bar of these results, `{results: NAME ...}` a row for each result (all without
 names), `{screen: NAME}` the terminal output that a result holds.
 
-Usage: python benchmarks/pages.py [--check]
+Usage, in benchmarks/: python -m harness.pages [--check]
 """
 
 from __future__ import annotations
@@ -62,12 +62,18 @@ def value_of(reference: str) -> str:
     if not match:
         raise PageError(f"`{reference}` is not NAME: EXPRESSION; FORMAT")
     name, expression, factor, form = match.groups()
-    found = jmespath.search(" ".join(expression.split()), result(name))
+    try:
+        found = jmespath.search(" ".join(expression.split()), result(name))
+    except jmespath.exceptions.JMESPathError as error:
+        raise PageError(f"`{expression}`, of {name}.json: {error}") from error
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
     if found is None or isinstance(found, list | dict):
         raise PageError(f"`{expression}` is not one value of {name}.json but {json.dumps(found)[:80]}")
-    return format(found * float(factor) if factor else found, form)
+    try:
+        return format(found * float(factor) if factor else found, form)
+    except (TypeError, ValueError) as error:
+        raise PageError(f"`{reference}`: {error}") from error
 
 
 def bars_of(names: str) -> str:
@@ -96,8 +102,8 @@ def results_of(names: str) -> str:
         commit = (measured.get("commit") or "not recorded")[:12] + (" + changes" if measured.get("dirty") else "")
         mark = "" if is_current(found.get("code")) else f" {OLDER}"
         held = sum(bar["outcome"] == "holds" for bar in found["bars"])
-        date = (measured.get("at") or "not recorded")[:10]
-        cores, processor = found["machine"]["cores"], found["machine"]["gpu"] or found["machine"]["processor"]
+        date = measured["at"][:10] if measured.get("at") else "not recorded"
+        cores, processor = found["machine"]["cores"], found["machine"].get("gpu") or found["machine"]["processor"]
         bars, command = f"{held} of {len(found['bars'])}", found["command"]
         lines.append(f"| `{name}`{mark} | {bars} | {commit} | {date} | {cores} cores, {processor} | `{command}` |")
     return "\n".join(lines)
@@ -140,7 +146,7 @@ def main(*arguments: str) -> int:
                 path.write_text(new)
     if stale and "--check" in arguments:
         print(f"error: numbers are not those of benchmarks/results: {', '.join(stale)}", file=sys.stderr)
-        print("hint: python benchmarks/pages.py", file=sys.stderr)
+        print("hint: make pages", file=sys.stderr)
         return 1
     return 0
 
