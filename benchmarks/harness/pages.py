@@ -34,6 +34,7 @@ import jmespath
 from harness.code_state import ROOT, is_current
 
 RESULTS = ROOT / "benchmarks" / "results"
+HTML_BLOCK = re.compile(r"^\s*<!-- result", re.M)  # Markdown ends a paragraph before a line that begins with a comment
 NUMBER = re.compile(r"(<!-- result (.*?) -->)(.*?)(<!-- / -->)", re.S)
 TABLE = re.compile(r"(<!-- table\n(.*?)\n-->\n)(.*?)(\n?<!-- /table -->)", re.S)
 OLDER = "†"  # the code has changed since, or the result does not record it
@@ -123,6 +124,9 @@ def in_braces(match: re.Match[str]) -> str:
 
 def rendered(text: str) -> str:
     """The page with every generated number as its result has it now."""
+    if found := HTML_BLOCK.search(text):
+        line = text.count("\n", 0, found.end()) + 1
+        raise PageError(f"line {line} begins with a marker, which would end the paragraph; put a word before it")
     text = TABLE.sub(lambda m: m[1] + re.sub(r"\{(.*?)\}", in_braces, m[2]) + "\n" + m[4].lstrip("\n"), text)
     return NUMBER.sub(lambda m: m[1] + value_of(m[2]) + m[4], text)
 

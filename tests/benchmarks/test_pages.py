@@ -115,6 +115,11 @@ def test_a_number_without_a_result_is_an_error(pages: ModuleType, reference: str
         pages.value_of(reference)
 
 
+def test_a_marker_at_the_start_of_a_line_is_an_error(pages: ModuleType) -> None:
+    with pytest.raises(pages.PageError, match="line 2 begins with a marker"):
+        pages.rendered("takes\n  <!-- result speed: rows[0].seconds; .1f -->1.2<!-- / --> s")
+
+
 def test_only_code_changes_the_hash(code_state: ModuleType, tmp_path: Path) -> None:
     def hashed(source: str) -> str:
         (tmp_path / "a.py").write_text(source)
