@@ -1,13 +1,15 @@
-"""Rows to the ranks of their experts: permuted, quantised and transferred in one pass, against separate operations.
+"""Token dispatch to expert ranks: one fused permute, quantize and send pass, compared with separate operations.
 
-Both start with the same BF16 rows and the same routing (DeepSeek-V3's, over the ranks' share of its experts), and both
-end when the same bytes lie with their receivers. By separate operations these are packed in FP8 (`kernels/wire.py`),
-copied in the order of their receivers, and sent by `all_to_all_single`; fused, a row is quantised once and written
-straight into the receivers' memory (`kernels/push.py`), which a small collective announces. A row carries the ids and
-weights of its experts. The bar compares both over the same transport; gloo's sockets have rows of their own.
+Both variants start from the same BF16 hidden states and the same routing (DeepSeek-V3's, over the ranks' share of its
+experts). Both end when the same bytes are in the receivers' memory. The separate variant packs hidden states in FP8
+(`kernels/wire.py`), permutes them by receiver and sends them with `all_to_all_single`. The fused variant quantizes each
+hidden state once and writes it straight into the receivers' memory (`kernels/push.py`), and a small collective signals
+completion. Each hidden state carries the ids and weights of its experts. The bar compares both variants over the same
+transport. Gloo's sockets have separate result rows.
 
-On CPUs: two ranks with a core each, gloo against shared memory. On GPUs with NVLink, where the kernel is Triton's and
-memory is torch's symmetric memory, against NCCL: torchrun --nproc-per-node GPUS benchmarks/all_to_all.py --gpu
+On CPUs, two ranks with one core each compare gloo with shared memory. On GPUs with NVLink, the kernel is written in
+Triton, the memory is torch's symmetric memory, and the peer is NCCL:
+torchrun --nproc-per-node GPUS benchmarks/all_to_all.py --gpu
 
 Usage: python benchmarks/all_to_all.py [TOKENS=4096] [ROUNDS=15]
 """
@@ -36,12 +38,12 @@ from moray.models.expert_parallel.send_plan import SendPlan
 from moray.models.expert_parallel.shared_memory import connect
 from moray.models.presets import preset
 
-Way = Callable[[], Tensor]  # all that a transfer takes; the bytes that arrived
+Way = Callable[[], Tensor]  # runs one complete transfer and returns the received bytes
 PORT = 29556
 
 
 class Payload:
-    """This rank's rows, where they go, and how many copies go and come."""
+    """This rank's hidden states, their destination ranks, and the counts of sent and received hidden states."""
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         config, rank, self.ranks = preset("v3"), dist.get_rank(), dist.get_world_size()
@@ -109,7 +111,7 @@ def gpu_ways(payload: Payload) -> dict[str, Way]:
 
 
 def seconds(way: Way, device: torch.device) -> tuple[float, Tensor]:
-    """Of the slowest rank."""
+    """Seconds of the slowest rank, and the received bytes of this rank."""
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()

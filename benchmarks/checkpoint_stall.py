@@ -1,8 +1,9 @@
-"""The cost of checkpoints: two ranks over gloo train the tiny model, with saves and without.
+"""The cost of checkpoints: two ranks over gloo train the tiny model, with and without saves.
 
-Blocks of steps with a save at their beginning alternate with blocks without one, so that both meet the same machine.
-The stall is the time that training stands still for the copy, and for the save before it where that is not done yet;
-the whole cost, what a block with a save takes longer, has the writing thread's share of the cores in it too.
+Blocks of steps that begin with a save alternate with blocks without one, so that both run under the same machine
+conditions. The stall is the time that training is blocked by the copy, and by the previous save if that is still being
+written. The total cost is the extra time of a block with a save. It also includes the CPU time that the writer thread
+takes from training.
 
 Usage: python benchmarks/checkpoint_stall.py [every=50] [blocks=4] [zero_stage=1]
 """
@@ -41,7 +42,7 @@ def worker_of(folder: str, zero_stage: int) -> Worker:
 
 
 def block(worker: Worker, first: int, every: int, save: bool) -> float:
-    """Seconds of so many steps, and of a save at their beginning."""
+    """Seconds of `every` steps, including a save at their beginning if `save` is set."""
     generator = np.random.default_rng(worker.mesh.rank)
     shape = (SEQUENCES // WORLD, LENGTH)
     dist.barrier()
@@ -60,7 +61,7 @@ def run_rank(rank: int, folder: str, every: int, blocks: int, zero_stage: int, r
     store = dist.FileStore(f"{folder}/store", WORLD)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     worker = worker_of(folder, zero_stage)
-    block(worker, 0, 10, save=True)  # warms up, and makes the memory for copies
+    block(worker, 0, 10, save=True)  # warms up and allocates the memory for copies
     worker.checkpoints.wait()
     worker.checkpoints.ended()
     times: dict[bool, list[float]] = {True: [], False: []}

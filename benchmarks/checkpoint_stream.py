@@ -1,7 +1,9 @@
 """Conversion of a checkpoint in bounded memory: a synthetic BF16 checkpoint of V3's widths to FP8 and back.
 
-RLIMIT_DATA limits the private memory of the converting process, libraries included, to the largest tensor and one
-shard; an allocation above that fails. Usage: python benchmarks/checkpoint_stream.py [GIGABYTES] [FOLDER]"""
+RLIMIT_DATA limits the private memory of the converting process, libraries included, to the size of the largest tensor
+plus one shard. Any allocation above that limit fails. Usage: python benchmarks/checkpoint_stream.py [GIGABYTES]
+[FOLDER]
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from moray.models.tensors import parameter_shapes, stored_tensors
 
 
 def config_of(gigabytes: float) -> ModelConfig:
-    """V3's widths, one dense layer and one with as many experts as the size asks for."""
+    """V3's widths, one dense layer, and one MoE layer with enough experts to reach the size."""
     sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
     config = dataclasses.replace(PRESETS["v3"], **sizes)
     for groups_of in range(2, 33):
@@ -37,7 +39,7 @@ def config_of(gigabytes: float) -> ModelConfig:
 
 
 def synthesize(folder: Path, config: ModelConfig) -> None:
-    """Random weights, each tensor a repetition of a few million numbers: it is the size that counts."""
+    """Writes random weights. Each tensor repeats a few million numbers, because only its size matters here."""
     pool = torch.randn(1 << 22) * 0.006
     layout = stored_tensors(config, "bf16")
     with FolderWriter(folder, layout) as writer:
@@ -49,7 +51,7 @@ def synthesize(folder: Path, config: ModelConfig) -> None:
 
 
 def limited(source: Path, target: Path, precision: str, limit: int, answer: Any) -> None:
-    """Converts under the limit; answers with the seconds."""
+    """Converts under the memory limit and puts the seconds into `answer`."""
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(2)
     began = time.perf_counter()

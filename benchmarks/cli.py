@@ -1,6 +1,7 @@
-"""Startup time of the command line: `moray --help` and `moray plan quickstart`, beside a bare Python.
+"""Startup time of the command line: `moray --help` and `moray plan quickstart`, compared with a bare Python.
 
-Wall time of the whole process, median of nine, the commands taking turns. Usage: python benchmarks/cli.py
+Measures the wall time of the whole process. Each value is the median of nine runs, and the commands alternate.
+Usage: python benchmarks/cli.py
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Decontamination against HumanEval: what is planted is found, what is not there is not, and how fast.
+"""Decontamination against HumanEval: recall of planted texts, false positives on clean documents, and speed.
 
-Real documents of this environment, which has HumanEval only compressed. Into some, at random places, each of the 164
-items is planted (its prompt and its solution), and excerpts of 13 to 40 words of their texts. By words and by
-characters: whether the item of every planted text is named, how many documents of 10,000 without any are flagged, and
-MB per CPU-second, one thread, from Arrow's memory to verified matches.
+The documents are real texts of this environment, which contains HumanEval only in compressed form. The benchmark plants
+each of the 164 items (its prompt and its solution), and excerpts of 13 to 40 words of the items' texts, at random
+places in some documents. It runs by words and by characters. It measures the share of planted texts whose item is
+reported, the number of flagged documents among 10,000 clean ones, and MB per CPU-second on one thread, from Arrow
+memory to verified matches.
 
-Two hard cases. Items of 5 to 12 words, shorter than an n-gram: recall by length, and clean documents flagged. Items
-with a passage that anyone may quote (harness/hard_negatives.py) and a question of their own: documents with the whole
-item are leaks, documents with only the passage are not; precision and recall by family, with the default settings and
-others.
+Two hard cases follow. The first has items of 5 to 12 words, shorter than an n-gram: it measures recall by length and
+flagged clean documents. The second has items that combine a commonly quoted passage (harness/hard_negatives.py) with a
+question of their own. Documents with the whole item are leaks, and documents with only the passage are not. It measures
+precision and recall by family, with the default settings and with others.
 
 Usage: python benchmarks/decontamination.py [DOCUMENTS=10000] [EXCERPTS=1000] [MEGABYTES=60] [ROUNDS=3]
 """
@@ -74,7 +75,7 @@ def quality(index: EvalIndex, clean: list[str], excerpts: int) -> dict[str, Any]
 
 
 def whole_items() -> list[Planted]:
-    """Prompt and solution of each item, as a model is asked to write it."""
+    """Prompt and solution of each item, joined as a complete program."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for piece in read_pieces(HUMAN_EVAL):
         texts[piece.item][piece.field] = piece.text
@@ -82,7 +83,7 @@ def whole_items() -> list[Planted]:
 
 
 def excerpt(index: EvalIndex, generator: random.Random) -> Planted:
-    """13 to 40 words, and 50 characters, of some text of an item; not of numbers alone."""
+    """A random excerpt of an item's text: 13 to 40 words, at least 50 characters, and not only numbers."""
     while True:
         piece = generator.randrange(len(index.texts))
         words = units_of(index.texts[piece], characters=False)
@@ -97,7 +98,7 @@ def excerpt(index: EvalIndex, generator: random.Random) -> Planted:
 
 
 def found(index: EvalIndex, planted: list[Planted], texts: list[str], generator: random.Random) -> int:
-    """Of how many planted texts the item is named by a match within it; each is alone in a document."""
+    """Number of planted texts whose item is reported by a match. Each text is planted alone in one document."""
     documents, places = [], []
     for one in planted:
         host = generator.choice(texts)
@@ -111,7 +112,7 @@ def found(index: EvalIndex, planted: list[Planted], texts: list[str], generator:
 
 
 def short_items(clean: list[str], each: int = 100) -> list[dict[str, Any]]:
-    """Items that are 5 to 12 words of HumanEval's prompts, each planted in a document of its own."""
+    """Result rows for items of 5 to 12 words from HumanEval's prompts, each planted in a separate document."""
     generator, rows = random.Random(11), []
     prompts = [units_of(piece.text, characters=False) for piece in read_pieces(HUMAN_EVAL) if piece.field == "prompt"]
     for length in range(5, 13):
@@ -138,8 +139,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def hard_negatives(clean: list[str], quoted: int = 20) -> list[dict[str, Any]]:
-    """Of each passage one item, with a question that is a sentence of an own; it leaks into one document, and `quoted`
-    documents have the passage alone."""
+    """Result rows for items that combine a quoted passage with a question of their own.
+
+    Each item leaks into one document. `quoted` further documents contain only its passage.
+    """
     generator, rows = random.Random(13), []
     for family, passages in FAMILIES.items():
         questions = [question(number) for number in range(len(passages))]
@@ -168,7 +171,7 @@ def hard_negatives(clean: list[str], quoted: int = 20) -> list[dict[str, Any]]:
 
 
 def question(number: int) -> str:
-    """Some 20 words that no document has."""
+    """A question of more than 20 words that appears in no document."""
     names = ("Maren", "Ilja", "Tove", "Okon", "Sunniva")
     things = ("lantern", "harbour", "orchard", "almanac", "foundry")
     return (

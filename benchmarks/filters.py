@@ -1,12 +1,12 @@
-"""Gopher's, C4's and FineWeb's rules: whether Moray decides as datatrove does, and how much faster, in CPU-seconds.
+"""Gopher's, C4's and FineWeb's rules: agreement of Moray's decisions with datatrove's, and speed in CPU-seconds.
 
-Both are given the same words (those between white space) and the same ends of sentences, one thread each, the median of
-the rounds. datatrove starts from Python strings, which is what it takes, Moray from Arrow's memory, which is what
-Parquet is read into. Decisions are compared family by family, with the rule that a document is dropped for and the text
-that C4 leaves of it; time is that of the four families one after another, in FineWeb's order. Then what else filter
-does: languages by the first 1,000 characters and by all of a text, and masks. The texts are those of a folder of
-Parquet files (column `text`), by default of the built corpus (`make bench-corpus`), or of this environment where it is
-not built. The peers are in an environment of their own: `make bench-peers`.
+Both engines get the same words (split at white space) and the same sentence ends, and run on one thread. Times are the
+median of the rounds. datatrove starts from Python strings, its input type. Moray starts from Arrow memory, the format
+that Parquet is read into. Decisions are compared by family, including the rule that removes a document and the text
+that C4 leaves of it. The time covers the four families in FineWeb's order. The benchmark then measures the other parts
+of `filter`: language identification from the first 1,000 characters and from the whole text, and PII redaction. The
+texts come from a folder of Parquet files (column `text`). The default is the built corpus (`make bench-corpus`) or, if
+it is not built, the texts of this environment. The peers run in a separate environment: `make bench-peers`.
 
 Usage: python benchmarks/filters.py [MEGABYTES=20] [ROUNDS=3] [FOLDER]
 """
@@ -36,7 +36,7 @@ from moray.pipelines.text.language import identify
 
 HERE = Path(__file__).resolve().parent
 ORDER: tuple[Family, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
-NAMES = {  # datatrove's reasons, as Moray's fields
+NAMES = {  # datatrove's reasons -> Moray's fields
     "gopher_short_doc": "min_words", "gopher_long_doc": "max_words", "empty": "empty",
     "gopher_below_avg_threshold": "min_mean_word_length", "gopher_above_avg_threshold": "max_mean_word_length",
     "gopher_too_many_hashes": "max_hashes", "gopher_too_many_ellipsis": "max_ellipses",
@@ -53,16 +53,16 @@ NAMES = {  # datatrove's reasons, as Moray's fields
 
 
 def ours(path: str) -> dict[str, Any]:
-    """The CPU-seconds of all four families."""
+    """CPU-seconds of all four families."""
     column, config = pq.read_table(path)["text"], FilterConfig(rules=ORDER)
-    apply_rules(column.slice(0, 50), config)  # compiled
+    apply_rules(column.slice(0, 50), config)  # compiles
     began = time.process_time()
     apply_rules(column, config)
     return {"cpu_s": time.process_time() - began}
 
 
 def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float]:
-    """By family: the share of documents of which both decide the same, for the same reason."""
+    """Share of documents with the same decision for the same reason, by family and for all four together."""
     column = pa.chunked_array([pa.array(texts, pa.large_string())])
     shares = {}
     for family in ORDER:
@@ -82,7 +82,7 @@ def agreement(texts: list[str], theirs: dict[str, list[Any]]) -> dict[str, float
 
 
 def seconds(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and its CPU-seconds, the median of three times."""
+    """The result of `work`, and its CPU-seconds as the median of three runs."""
     took = []
     for _ in range(3):
         began = time.process_time()
@@ -92,7 +92,7 @@ def seconds(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def others(texts: list[str]) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Languages and masks: rows and bars."""
+    """Result rows and bars for language identification and PII redaction."""
     identify(texts[:10])
     by_first, first_s = seconds(lambda: identify(texts))
     by_all, all_s = seconds(lambda: identify(texts, max(map(len, texts))))

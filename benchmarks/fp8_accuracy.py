@@ -1,15 +1,15 @@
-"""The error of a product over K = 4096 with ~14 bits of accumulation, with and without promotion every 128 elements
-(DeepSeek-V3 §3.3.2); and the error of a weight gradient by the format that the layer's input is stored in.
+"""The error of FP8 products: accumulation with ~14 bits, and the storage format of a layer's input.
 
-Hopper's FP8 tensor cores add the 32 products of an instruction and the accumulator so: all are aligned to the largest
-exponent, what lies more than 13 bits below it is cut off, the sum is exact. This script does the same in float64, once
-with one accumulator over all of K and once with partial sums over 128 elements that are added up in FP32, and compares
-both with the exact product of the same E4M3 numbers.
+The first table measures a product over K = 4096 with and without promotion every 128 elements (DeepSeek-V3 §3.3.2).
+Hopper's FP8 tensor cores sum the 32 products of an instruction and the accumulator as follows. They align all addends
+to the largest exponent, cut off bits more than 13 below it, and sum the rest exactly. This script does the same in
+float64, once with one accumulator over all of K and once with partial sums over 128 elements that are added in FP32. It
+compares both with the exact product of the same E4M3 numbers.
 
-The second table multiplies a gradient in FP8 by an input that the forward stored as E4M3 rows and the backward
-transposes, as E5M6 rows, or as E4M3 quantised along the tokens, and compares with the gradient from the input in
-float64. An input stored in BF16, as attention's backward has it anyway, is quantised along the tokens in the backward:
-the result is the third one by construction, so it has no row of its own.
+The second table multiplies a gradient in FP8 by a stored input and compares the result with the weight gradient from
+the input in float64. The forward pass stores the input as E4M3 rows that the backward pass transposes, as E5M6 rows, or
+as E4M3 quantized along the tokens. An input stored in BF16, which attention's backward needs anyway, is quantized along
+the tokens in the backward pass. Its result equals the third one by construction, so it has no row in the table.
 
 Usage: python benchmarks/fp8_accuracy.py
 """
@@ -26,13 +26,13 @@ from torch import Tensor
 from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, dequantize, quantize
 
 ROWS, COLUMNS, K = 64, 64, 4096
-INSTRUCTION = 32  # elements of K that one instruction sums
+INSTRUCTION = 32  # elements of K summed by one instruction
 PROMOTION = 128
 FRACTION_BITS = 13
 
 
 def cut(addends: Tensor) -> Tensor:
-    """The last axis summed as the tensor cores do: aligned to the largest exponent, cut towards zero."""
+    """Sums the last axis as the tensor cores do: aligned to the largest exponent, truncated toward zero."""
     _, exponents = torch.frexp(addends)
     largest = torch.where(addends != 0, exponents, -1000).amax(-1, keepdim=True)
     grid = torch.ldexp(torch.ones_like(addends[..., :1]), largest - 1 - FRACTION_BITS)
@@ -40,7 +40,7 @@ def cut(addends: Tensor) -> Tensor:
 
 
 def tensor_core(a_MK: Tensor, b_NK: Tensor, promotion: int | None) -> Tensor:
-    """a @ b^T with an accumulator of few bits; with `promotion`, emptied into an FP32 sum every so many elements."""
+    """a @ b^T with a low-precision accumulator, which is added to an FP32 sum every `promotion` elements if set."""
     accumulator = torch.zeros(len(a_MK), len(b_NK), dtype=torch.float64)
     total = torch.zeros(len(a_MK), len(b_NK), dtype=torch.float32)
     for begin in range(0, a_MK.shape[1], INSTRUCTION):
@@ -54,23 +54,23 @@ def tensor_core(a_MK: Tensor, b_NK: Tensor, promotion: int | None) -> Tensor:
 
 
 def e4m3(x: Tensor) -> Tensor:
-    """One scale for all of x would do here; the numbers are what matters."""
+    """x scaled and rounded to E4M3, in float64. One scale for all of x is enough here, and it is dropped."""
     return quantize(x.reshape(1, -1), (1, x.numel()))[0].view_as(x).double()
 
 
 def round_trip(x: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """x quantised to E4M3 and dequantised."""
+    """x quantized to E4M3 and dequantized."""
     return dequantize(*quantize(x, tiles, power_of_two=True), tiles)
 
 
 def e5m6(x: Tensor) -> Tensor:
-    """x rounded to six bits of mantissa (to nearest, ties to even), in FP32."""
+    """x rounded to a six-bit mantissa (to nearest, ties to even), in FP32."""
     bits = x.float().contiguous().view(torch.int32)
     return ((bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF).view(torch.float32)
 
 
 def kept_inputs(generator: torch.Generator) -> list[dict[str, Any]]:
-    """The error of a weight's gradient by the format of the stored input. Magnitudes differ by row, as in attention."""
+    """Weight-gradient error by the format of the stored input. Magnitudes differ between rows, as in attention."""
     tokens, width = 4096, 512
     sizes = torch.exp(2 * torch.randn(tokens, 1, generator=generator))
     x_TK = (torch.randn(tokens, width, generator=generator) * sizes).bfloat16().float()

@@ -1,10 +1,10 @@
-"""FP8 against BF16: the same model, seed and data, step by step.
+"""FP8 training compared with BF16: the same model, seed and data, step by step.
 
-Trains one small model on the tokens of a pretrained model's lineage (by default the quickstart's) four times, in one
-process:
+Trains one small model four times, in one process, on the tokens of a pretrained model's lineage (by default the
+quickstart's):
 
     bf16               activations and GEMMs in BF16, moments in FP32: the baseline
-    bf16, perturbed    the same from weights multiplied by 1 + 1e-7: the noise floor
+    bf16, perturbed    the same, from weights multiplied by 1 + 1e-7: the noise floor
     fp8                linear layers and AdamW's moments in FP8, the rest in BF16
     naive moments      a negative control: fp8, but moments in E4M3 with one scale per tensor
 
@@ -44,7 +44,7 @@ from moray.platform.store.search import find_artifact
 TAIL = 100
 NAIVE = "naive moments"
 BATCH = 4
-# Dense layers with a sum over 2048 elements, and little vocabulary beside the layers.
+# Dense layers sum over 2048 elements, and the vocabulary is small compared with the layers.
 SIZES = {
     "hidden_size": 256, "intermediate_size": 2048, "moe_intermediate_size": 128, "num_hidden_layers": 4,
     "first_k_dense_replace": 2,
@@ -52,7 +52,7 @@ SIZES = {
 
 
 def fp8_share(config: ModelConfig, length: int) -> float:
-    """Of the operations of all matrix products: those of linear maps in FP8."""
+    """FP8 linear layers' share of the operations of all matrix products."""
     flops = token_flops(config, length)
     idle = config.n_routed_experts - config.num_experts_per_tok
     shapes = {name: shape for name, shape in parameter_shapes(config).items() if is_quantized(name)}
@@ -100,7 +100,7 @@ def naive_adamw(
     epsilon: float,
     weight_decay: float,
 ) -> None:
-    """AdamW's step, after which each moment is divided by its largest number and stored as it is."""
+    """AdamW's step, but each moment is stored in E4M3 with one scale per tensor, from its largest value."""
     m = restore(first).lerp_(grad, 1 - beta1)
     v = restore(second).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     divisor = (v / (1 - beta2**step)).sqrt_().add_(epsilon)

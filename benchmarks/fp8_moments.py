@@ -1,9 +1,9 @@
 """The error of AdamW's second moments in FP8 against FP32, by beta2.
 
-Rounding to the nearest FP8 number loses a change of less than half a unit in the last place, and each step changes a
-moment by 1 - beta2 of its distance from the squared gradient. So the closer beta2 is to 1, the more moments stop
-changing. Gradients are random, with a scale per parameter. Halfway, the gradients of every other parameter are divided
-by four, and their moments have to follow.
+Rounding to the nearest FP8 number loses any change smaller than half a unit in the last place. Each step moves a moment
+by 1 - beta2 of its distance from the squared gradient. So the closer beta2 is to 1, the more moments stop changing.
+Gradients are random, with a scale per parameter. Halfway through the run, the gradients of every other parameter are
+divided by four, and the moments must follow.
 
 Usage: python benchmarks/fp8_moments.py [parameters=65536] [horizons=8]
 """
@@ -23,9 +23,10 @@ BETAS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 
 
 def followed(beta2: float, count: int, horizons: int) -> dict[str, Any]:
-    """Quantiles of the FP8 moment over the FP32 moment, for parameters whose gradients shrank and for the others.
+    """Quantiles of the ratio of FP8 to FP32 moments, for parameters whose gradients shrank and for the others.
 
-    Before and after the change there are `horizons` averaging times of beta2, 1 / (1 - beta2) steps each.
+    The run has `horizons` averaging times of beta2 before the change and `horizons` after it. An averaging time is
+    1 / (1 - beta2) steps.
     """
     generator = torch.Generator().manual_seed(1)
     sizes_N = 10.0 ** (2 * torch.rand(count, generator=generator) - 5)

@@ -1,8 +1,8 @@
-"""Every Triton kernel on the GPU that is there: time, share of the measured ceiling, ratio to its peers.
+"""Every Triton kernel on the available GPU: time, share of the measured ceiling, ratio to its peers.
 
 Ceilings are measured first: a copy of 1 GB, and square products in BF16 and FP8. Each case is checked against its
-reference on fresh random data before it is timed; one that is wrong is not timed. A time is the median of launches with
-a cold L2 cache.
+reference on fresh random data before it is timed. A case that fails its check is not timed. A time is the median of
+launches with a cold L2 cache.
 
 Usage: PYTHONPATH=. python benchmarks/kernels_gpu.py [NAME PART]
        TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/kernels_gpu.py --small    the checks alone, without a GPU
@@ -25,7 +25,7 @@ ROUNDS, WARM_UP = 20, 3
 
 
 def has_gpu(instead: str) -> bool:
-    """Whether there is a GPU; says what can be done without one."""
+    """Whether a GPU is available; prints an error with the hint `instead` if not."""
     if not torch.cuda.is_available():
         print("error: no GPU here, so nothing was measured", file=sys.stderr)
         print(f"hint: {instead}", file=sys.stderr)
@@ -33,7 +33,7 @@ def has_gpu(instead: str) -> bool:
 
 
 class Clock:
-    """Times launches by the device's own events, each after the L2 cache was written over."""
+    """Times launches with CUDA events, each after the L2 cache is overwritten."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -54,7 +54,7 @@ class Clock:
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
-    """Copy bandwidth in TB/s, and what cuBLAS reaches on a large square product, in TFLOPS."""
+    """Copy bandwidth in TB/s, and the speed of cuBLAS on a large square product in TFLOPS."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = clock.milliseconds(lambda: target.copy_(source))
@@ -69,7 +69,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
 def measure(case: Case, clock: Clock, top: dict[str, float]) -> tuple[dict[str, Any], list[Bar]]:
     try:
         case.check()
-    except Exception as error:  # of whatever kind: the other kernels are measured all the same
+    except Exception as error:  # of any kind, so that the other kernels are still measured
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {"kernel": case.name, "wrong": why}, [Bar(f"{case.name}: wrong", 1, 0, "lower")]
     ours = clock.milliseconds(case.run)
@@ -84,14 +84,14 @@ def measure(case: Case, clock: Clock, top: dict[str, float]) -> tuple[dict[str, 
     for name, peer in case.peers.items():
         try:
             found[f"over {name}"] = clock.milliseconds(peer) / ours
-        except (RuntimeError, NotImplementedError) as error:  # a peer may refuse a size: a single row, say
+        except (RuntimeError, NotImplementedError) as error:  # a peer may not support a size, such as a single row
             row[f"over {name}"] = f"refused: {str(error).splitlines()[0][:80]}"
     row |= found
     return row, [Bar(f"{case.name}: {unit}", found[unit], goal, "higher") for unit, goal in case.goals if unit in found]
 
 
 def check_small() -> int:
-    """Every case's check at small sizes, in the interpreter."""
+    """Runs every case's check at small sizes, in Triton's interpreter."""
     os.environ["MORAY_KERNELS"] = "triton"
     torch.manual_seed(0)
     for group in GROUPS:

@@ -1,14 +1,14 @@
-"""How much of a training step is spent in communication that nothing hides: the overlapped schedule against the other.
+"""Exposed communication as a share of a training step: the overlapped schedule compared with the sequential one.
 
-Two ranks, EP 2, in two network namespaces of one machine, joined by a link of a set rate: CPU, gloo, emulated link. The
-rate is bisected until the sequential schedule spends 31 % (give or take 2) of its step waiting for the other rank; that
-share is a choice of this benchmark, high enough to leave something to hide. Then steps of both schedules alternate. If
-the sequential steps spend another share than those of the search, because the machine has become faster or slower, the
-rate is corrected and both are measured again. Both train the same model on the same batches with the product's own
-training step, so their losses must be equal. Exposed communication is the time that a rank waits for tokens, for counts
-and for the reduction of gradients, and also the time that the other rank is merely late.
+Two ranks, EP 2, run in two network namespaces of one machine, joined by a rate-limited link: CPU, gloo, emulated link.
+The rate is bisected until the sequential schedule spends 31 % (give or take 2) of its step waiting for the other rank.
+That share is a choice of this benchmark, high enough to leave something to hide. Then steps of both schedules
+alternate. If the sequential steps no longer have the share found by the search, because the machine has become faster
+or slower, the rate is corrected and both schedules are measured again. Both train the same model on the same batches
+with the product's own training step, so their losses must be equal. Exposed communication is the time that a rank waits
+for tokens, for counts and for the reduction of gradients. It includes time in which the other rank is merely late.
 
-The whole is repeated, because runs differ by a factor of two; the bars are of the worst run.
+The whole measurement is repeated, because runs differ by a factor of two. The bars apply to the worst run.
 
 Usage: python benchmarks/overlap.py [ROUNDS=15] [RUNS=3]
 """
@@ -33,11 +33,11 @@ GOAL, TOLERANCE, ATTEMPTS = 0.31, 0.02, 4
 BATCH, LENGTH, VOCABULARY = 32, 256, 512
 PORT = 29555
 Metrics = dict[str, float]
-MEASURES = ("moray.pipelines.pretrain.train_step", "moray.pipelines.pretrain.worker")  # loaded by the ranks alone
+MEASURES = ("moray.pipelines.pretrain.train_step", "moray.pipelines.pretrain.worker")  # loaded only by the ranks
 
 
 def rank_main(rank: int) -> None:
-    """One rank: takes a step for every schedule that it is sent, and says how it went."""
+    """Runs one rank: takes a step for every schedule read from stdin, and prints its metrics."""
     import torch
     import torch.distributed as dist
 
@@ -101,7 +101,7 @@ def _worker(folder: str, overlap: bool) -> Any:
 
 
 def _batch(step: int, rank: int) -> Any:
-    """Rows that count up by some number, half of the global batch."""
+    """One rank's half of the global batch: sequences of evenly spaced ids with a random start and stride."""
     import numpy as np
 
     from moray.actors.data.token_set import Batch
@@ -133,7 +133,7 @@ def _step(worker: Any, batch: Any) -> Metrics:
 
 
 class Ranks:
-    """The two processes."""
+    """The two rank processes and the losses of their steps."""
 
     def __init__(self, link: ShapedLink) -> None:
         command = [sys.executable, __file__, "--rank"]
@@ -141,7 +141,7 @@ class Ranks:
         self._processes = [link.start(rank, [*command, str(rank)], stderr=subprocess.DEVNULL) for rank in (0, 1)]
 
     def step(self, schedule: str) -> Metrics:
-        """A step of both; what rank 0 says of it."""
+        """Takes a step on both ranks; returns the metrics of rank 0."""
         for process in self._processes:
             assert process.stdin
             process.stdin.write(schedule + "\n")
@@ -152,7 +152,7 @@ class Ranks:
         return metrics
 
     def share(self, schedule: str, steps: int) -> float:
-        """Of some steps, the median share that is exposed communication."""
+        """Median share of exposed communication over `steps` steps."""
         return statistics.median(_share(self.step(schedule)) for _ in range(steps))
 
     def stop(self) -> None:
@@ -166,7 +166,7 @@ def _share(metrics: Metrics) -> float:
 
 
 def find_rate(link: ShapedLink, ranks: Ranks) -> float:
-    """Mbit/s at which the sequential schedule's share is the goal, within half of the tolerance."""
+    """The rate in Mbit/s at which the sequential schedule's share equals the goal, within half of the tolerance."""
     slow, fast = 50.0, 12800.0
     for _ in range(12):
         rate = (slow * fast) ** 0.5
@@ -180,7 +180,7 @@ def find_rate(link: ShapedLink, ranks: Ranks) -> float:
 
 
 def alternate(ranks: Ranks, rounds: int) -> dict[str, list[Metrics]]:
-    """So many steps of each schedule, in turn."""
+    """Metrics of `rounds` steps of each schedule. The schedules alternate."""
     done: dict[str, list[Metrics]] = {schedule: [] for schedule in SCHEDULES}
     for _ in range(rounds):
         for schedule, steps in done.items():
@@ -189,12 +189,12 @@ def alternate(ranks: Ranks, rounds: int) -> dict[str, list[Metrics]]:
 
 
 def corrected(rate: float, share: float) -> float:
-    """The rate at which the share would be the goal, if what is exposed is as long as the link is slow."""
+    """The rate at which the share would equal the goal if exposed time were inversely proportional to the rate."""
     return rate * share / (1 - share) * (1 - GOAL) / GOAL
 
 
 def one_run(rounds: int) -> tuple[list[dict[str, Any]], float, float]:
-    """A row for each schedule, the largest relative difference of their losses, and the step's speed-up."""
+    """A result row per schedule, the largest relative difference of their losses, and the step's speed-up."""
     with ShapedLink() as link:
         link.set_rate(10000)
         ranks = Ranks(link)
@@ -230,7 +230,7 @@ def one_run(rounds: int) -> tuple[list[dict[str, Any]], float, float]:
             }
         )
     sequential, overlapped = rows
-    losses = zip(*ranks.losses.values(), strict=False)  # the search for the rate took more steps of one
+    losses = zip(*ranks.losses.values(), strict=False)  # the rate search took additional sequential steps
     difference = max(abs(one / other - 1) for one, other in losses)
     return rows, difference, sequential["step_s"] / overlapped["step_s"]
 

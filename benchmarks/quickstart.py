@@ -1,6 +1,6 @@
-"""The quickstart: `moray run quickstart` with an empty home, as README.md shows it.
+"""The quickstart: `moray run quickstart` with an empty home, as shown in README.md.
 
-The output after the last step is kept as it is printed, without the folders of the artifacts.
+The output after the last step is stored as printed, without the list of artifact folders.
 
 Usage: python benchmarks/quickstart.py
 """

@@ -1,17 +1,17 @@
 """The overhead of Ray Train on a training step: the same worker function under Ray Train and under torchrun.
 
-Both train the quickstart's model shape on the same tokens with the product's own loop (`pipelines/pretrain/loop.py`),
-a worker on every core but one, and on every core; one thread each. Under Ray there are also Ray's own processes, the
-data-loading worker, an actor that batches come from through the object store, and the watch over hanging ranks; under
-torchrun each rank reads its batches itself. The two take turns of some seconds (`turns.py`). A step takes the time from
-one loss in the event log to the next; a turn of Ray Train counts with the mean of its steps over that of the turn of
-torchrun beside it. Every step's loss must be the same in both, to the bit. The bar is undecided where the mean lies
-within two standard errors of its goal.
+Both train the quickstart's model shape on the same tokens with the product's own loop (`pipelines/pretrain/loop.py`).
+One configuration has a worker on every core but one, the other a worker on every core. Each worker has one thread.
+Under Ray there are also Ray's own processes, the data-loading worker, an actor that delivers batches through the object
+store, and the watch for hung ranks. Under torchrun each rank reads its batches itself. The two take turns of some
+seconds (`turns.py`). A step time is the time from one loss in the event log to the next. Each turn of Ray Train gives
+one ratio: its mean step time over that of the adjacent turn of torchrun. Every step's loss must be the same in both, to
+the bit. The bar is undecided if the mean lies within two standard errors of its goal.
 
-How many cores the workers kept busy, and how many all other processes did, tells where the time went: where every core
-has a worker, what the others take is missing, and workers that wait for each other all miss it.
+The cores kept busy by the workers and by all other processes explain the overhead. With a worker on every core, other
+processes take CPU time from a worker, and all workers lose it because they wait for each other.
 
-Where there are GPUs, a worker on each of them comes last, with a larger model.
+On a machine with GPUs, a worker on each GPU with a larger model comes last.
 
 Usage: python benchmarks/ray_overhead.py [TURNS=30] [SECONDS=5] [WORKERS | gpus ...]
 """
@@ -52,7 +52,7 @@ def gpu_model() -> ModelConfig:
 
 
 def make_job(folder: Path, workers: int, gpu: bool) -> TrainingJob:
-    """Longer than anybody waits: it is ended when the turns are over."""
+    """A job with more steps than the turns can take. It is killed after the last turn."""
     model, length, precision = (gpu_model(), 2048, "bf16") if gpu else (preset("tiny"), LENGTH, "float32")
     config = PretrainConfig(
         steps=10**6,
@@ -66,8 +66,8 @@ def make_job(folder: Path, workers: int, gpu: bool) -> TrainingJob:
 
 
 def side_main(way: str, path: str) -> None:
-    """One of the two, in a process of its own, until it is ended."""
-    job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # our own file
+    """Runs one of the two in this process until it is killed."""
+    job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # trusted, written by `start`
     if way == "torchrun":
         workers = str(job.config.workers)
         torch.distributed.run.main(["--standalone", "--nproc-per-node", workers, __file__, "--rank", path])
@@ -77,7 +77,7 @@ def side_main(way: str, path: str) -> None:
 
 
 def rank_main(path: str) -> None:
-    job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # our own file
+    job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # trusted, written by `start`
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -86,7 +86,7 @@ def rank_main(path: str) -> None:
 
 
 def start(way: str, folder: Path, tokens: Path, workers: int, gpu: bool) -> Contestant:
-    """Runs it for as long as it takes to warm up."""
+    """Starts a contestant and runs it until its warm-up steps are done."""
     folder.mkdir()
     job = make_job(folder, workers, gpu)
     (folder / "job").write_bytes(pickle.dumps((job, str(tokens), gpu)))
@@ -100,7 +100,7 @@ def start(way: str, folder: Path, tokens: Path, workers: int, gpu: bool) -> Cont
 
 
 def compare(root: Path, workers: int, gpu: bool, turns: int, seconds: float) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Turns of both with so many workers."""
+    """Result rows and bars from alternating turns of both with `workers` workers."""
     where = f"{workers} {'workers' if workers > 1 else 'worker'} on {'GPUs' if gpu else f'{CORES} cores'}"
     folders = {way: root / f"{way}-{workers}-{gpu}" for way in WAYS}
     sides: dict[str, Contestant] = {}
@@ -138,7 +138,7 @@ def compare(root: Path, workers: int, gpu: bool, turns: int, seconds: float) -> 
 
 
 def standard_error(values: list[float]) -> float:
-    """Of their mean."""
+    """Standard error of the mean of `values`."""
     return statistics.stdev(values) / len(values) ** 0.5
 
 

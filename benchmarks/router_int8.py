@@ -1,6 +1,6 @@
 """INT8 routers: size, agreement of the chosen experts, and held-out bits per byte.
 
-Agreement is measured on the same hidden states, layer by layer: the share of a token's experts that both routers
+Agreement is measured on the same hidden states, layer by layer. It is the share of a token's experts that both routers
 choose.
 
 Usage: python benchmarks/router_int8.py [MODEL=quickstart@newest]    an alias or an artifact of a model trained here
@@ -31,7 +31,7 @@ WINDOWS = 16
 
 
 class Agreement:
-    """Compares each router with its INT8 copy on the rows that the model sends it."""
+    """Compares each router with its INT8 copy on the hidden states that the model passes to it."""
 
     def __init__(self, model: DeepseekV3) -> None:
         self.both: list[float] = []
@@ -46,7 +46,7 @@ class Agreement:
 
 
 def windows(tokens: Any) -> Iterator[tuple[list[Any], int]]:
-    """Batches of held-out windows, and the bytes of the documents they come from."""
+    """Batches of held-out windows, with the bytes of each document counted in its first batch."""
     for token_set in open_token_sets(str(tokens / "heldout")).values():
         for ids, size in heldout_documents(token_set):
             cut = list(split_windows(ids, token_set.sequence_length))

@@ -1,10 +1,10 @@
-"""A training step of the toy model on CPU cores: Moray against transformers' DeepseekV3, in FP32 and in BF16.
+"""A training step of the toy model on CPU cores: Moray compared with transformers' DeepseekV3, in FP32 and in BF16.
 
-Both start from the same weights and see the same tokens; both take AdamW's fused step on FP32 weights. In BF16,
-transformers runs under autocast, Moray with `precision: bf16`. transformers runs each of its implementations of
-experts, with the default allocator and with the setting that Moray's workers use (`kernels/util/host_memory.py`: freed
-memory is kept), and the fastest of these counts. Each is in a process of its own, as a trainer is. Their steps are
-interleaved; a value is the median of the rounds.
+Both start from the same weights, see the same tokens and take AdamW's fused step on FP32 weights. In BF16, transformers
+runs under autocast and Moray with `precision: bf16`. transformers runs each of its implementations of experts, with the
+default allocator and with the setting of Moray's workers (`kernels/util/host_memory.py`: freed memory is kept). The
+fastest of these counts. Each contestant runs in a separate process, as a trainer does. Their steps are interleaved, and
+a value is the median of the rounds.
 
 Usage: python benchmarks/train_step_cpu.py [ROUNDS]
 """
@@ -41,7 +41,7 @@ CONFIG = dataclasses.replace(preset("tiny"), vocab_size=8192)
 
 
 def tokens(step: int) -> Tensor:
-    """Ids with structure, so that routers do not see noise: [BATCH, LENGTH + 1]."""
+    """Token ids [BATCH, LENGTH + 1] with structure, so that routers do not see noise."""
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(0, CONFIG.vocab_size, (BATCH, 1), generator=generator)
     stride = torch.randint(1, 9, (BATCH, 1), generator=generator)
@@ -90,7 +90,7 @@ def theirs(folder: Path, dtype: torch.dtype, experts: str) -> Callable[[int], fl
 
 
 def contestant(link: Connection, who: str, folder: Path, dtype: torch.dtype) -> None:
-    """A process that takes a step for every number it is sent, and says how long it took and what the loss was."""
+    """Process that takes a step for every number received, and sends back its seconds and loss. None ends it."""
     torch.set_num_threads(THREADS)
     if who == "moray" or who.endswith(KEPT):
         keep_freed_memory()
@@ -102,7 +102,7 @@ def contestant(link: Connection, who: str, folder: Path, dtype: torch.dtype) -> 
 
 
 def race(folder: Path, dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Tokens per second and the last loss of each contestant."""
+    """Tokens per second and last loss, by contestant."""
     spawn = multiprocessing.get_context("spawn")
     links, processes = {}, []
     for who in CONTESTANTS:

@@ -1,13 +1,13 @@
-"""A training step on one GPU: Moray, by each of its precisions and optimizers, against transformers' DeepseekV3.
+"""A training step on one GPU: Moray, in each precision and optimizer, compared with transformers' DeepseekV3.
 
-Right first: a tiny model trains for some steps by the Triton kernels and by their references, in each precision, and
-their losses are compared; one run is also cut in two, with a checkpoint between. Then a model of `small`'s widths
-takes the steps of a job, each contestant in a process of its own, one after another, from random weights on the same
-tokens. transformers runs in BF16 under autocast, with grouped experts, PyTorch's attention and fused AdamW on FP32
-weights. All clip the gradient. A figure is the median step.
+The correctness checks come first. A tiny model trains for some steps with the Triton kernels and with their references,
+in each precision, and the losses are compared. One run is also resumed from a checkpoint halfway. Then a model of
+`small`'s widths takes the steps of a job from random weights, on the same tokens for each contestant. Each contestant
+runs in a separate process, and only one trains at a time. transformers runs in BF16 under autocast, with grouped
+experts, PyTorch's attention and fused AdamW on FP32 weights. All contestants clip the gradient. Step times are medians.
 
 Usage: PYTHONPATH=. python benchmarks/train_step_gpu.py
-Needs what a training worker needs, transformers for the peer, and DeepSpeed for ZeRO; not Ray.
+Needs the packages of a training worker, transformers for the peer, and DeepSpeed for ZeRO; not Ray.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "fp8": {"precision": "fp8", "moments": "fp8"},
 }
-GENTLE = {"peak": 3e-4}  # a rate at which training is no chaos, so that what is summed in another order stays close
-ALLOWED = {"float32": 1e-4, "bf16": 5e-3, "fp8": 1e-2}  # how far a loss may be from the references'
+GENTLE = {"peak": 3e-4}  # low enough for stable training, so that the order of summation changes losses little
+ALLOWED = {"float32": 1e-4, "bf16": 5e-3, "fp8": 1e-2}  # largest relative difference of a loss from the reference
 WAYS: dict[str, dict[str, Any]] = {
     "moray bf16": {"precision": "bf16"},
     "moray fp8, FP8 moments": {"precision": "fp8", "moments": "fp8"},
@@ -76,7 +76,7 @@ def make_job(folder: Path, model: ModelConfig, length: int, steps: int, settings
 
 
 class Run:
-    """Training in a process of its own."""
+    """Training in a separate process."""
 
     def __init__(self, folder: Path, job: TrainingJob, tokens: Path, kernels: str = "triton") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class Run:
         )
 
     def end(self) -> str | None:
-        """Waits; the last line of what went wrong, if something did."""
+        """Waits for the process; returns None if it succeeded, else the last line of its log."""
         if self._process.wait() == 0:
             return None
         text = self._log.read_text()
@@ -107,14 +107,14 @@ def alone() -> torch.device:
 
 
 def rank_main(path: str) -> None:
-    job, tokens = pickle.loads(Path(path).read_bytes())  # our own file
+    job, tokens = pickle.loads(Path(path).read_bytes())  # trusted, written by `Run`
     train_here(job, tokens, alone())
 
 
 def contestant(link: Connection, who: str, job: TrainingJob, tokens: str) -> None:
-    """A process that builds its model, says so, and takes its steps when it is told to: (seconds of each, bytes held).
+    """Process that builds its model, sends "ready", waits for a message, and takes its steps.
 
-    A reason instead of these, if it fails.
+    It then sends (seconds per step, peak bytes allocated), or the reason as a string if it fails.
     """
     try:
         device = alone()
@@ -125,7 +125,7 @@ def contestant(link: Connection, who: str, job: TrainingJob, tokens: str) -> Non
         link.recv()
         times = [_seconds(step, number, batch) for number, batch in enumerate(batches)]
         link.send((times[WARM_UP:], torch.cuda.max_memory_allocated(device)))
-    except Exception as error:  # of whatever kind: the others run all the same
+    except Exception as error:  # of any kind, so that the other contestants still run
         traceback.print_exc()
         link.send(f"{type(error).__name__}: {error}"[:300])
 
@@ -172,7 +172,7 @@ def peer(job: TrainingJob, device: torch.device) -> Callable[[int, Batch], None]
 
 
 def agreement(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Kernels against references, and a run in two parts against a whole one; all at the same time."""
+    """Compares kernels with references, and a resumed run with an uninterrupted one. The runs are concurrent."""
     tokens = root / "tokens-tiny"
     write_tokens(tokens / "numbers", TINY_LENGTH)
     model = dataclasses.replace(preset("tiny"), hidden_size=256, moe_intermediate_size=128, intermediate_size=512)
@@ -215,12 +215,12 @@ def agreement(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
 
 
 def _differing(found: list[float], expected: list[float]) -> int:
-    """Steps whose losses are not the same, or are missing."""
+    """Number of steps whose losses differ or are missing."""
     return sum(a != b for a, b in itertools.zip_longest(found, expected))
 
 
 def pace(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Each contestant's step. All build their models at the same time; only one at a time trains."""
+    """Measures each contestant's step. All build their models concurrently, but only one trains at a time."""
     tokens = root / "tokens"
     write_tokens(tokens / "numbers", LENGTH, documents=2000)
     model, spawn = wide_model(), multiprocessing.get_context("spawn")
@@ -240,7 +240,7 @@ def pace(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
         if built[who] == "ready":
             link.send("go")
             built[who] = _hear(link)
-        processes[who].join()  # and its memory is free
+        processes[who].join()  # frees its memory for the next
         if isinstance(built[who], str):
             rows.append({"who": who, "failed": built[who]})
             continue
@@ -255,7 +255,7 @@ def pace(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
 
 
 def _hear(link: Connection) -> Any:
-    """What a contestant says, or that it is gone."""
+    """The next message of a contestant, or an error text if its process has ended."""
     try:
         return link.recv()
     except EOFError:

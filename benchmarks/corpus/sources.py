@@ -1,8 +1,8 @@
-"""What the benchmark corpus is made of: packages of Debian 12 and of Python, and which of their files are text.
+"""The sources of the benchmark corpus: packages of Debian 12 and of Python, and the text files selected from each.
 
-Chosen for what a filter and a dedup meet in the wild: versions of one documentation (near duplicates by the
-thousand), three translations of one book (graded ones), plays in raw and clean form, manual pages in seven languages,
-short sayings, code. Licences differ from source to source, so the whole is for tests and benchmarks only.
+The sources cover the cases that filters and dedup meet in practice: several versions of one documentation (thousands of
+near duplicates), three translations of one book (graded similarity), plays in raw and clean form, manual pages in seven
+languages, short sayings, and code. Licenses differ between sources, so the corpus is for tests and benchmarks only.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from texts import Texts, chapters, fortunes, man_page, pieces, problems, program
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one package whose paths match `files`, and how each is read."""
+    """The files of one package whose paths match `files`, and the reader that turns each into documents."""
 
     name: str
     origin: Literal["debian", "python"]
     package: str
-    license: str  # as the package states it, of the whole; single files may say more
+    license: str  # of the package as a whole, as it states; single files may have further terms
     files: str  # a regular expression over paths in the package
     texts: Callable[[bytes], Texts]
-    language: str = "en"  # "": several
+    language: str = "en"  # empty for several languages
 
     def wants(self, path: str) -> bool:
         return re.search(self.files, path) is not None

@@ -1,4 +1,7 @@
-"""From a file of a package to documents: (key within the file, text) pairs. Nothing here knows where a file lies."""
+"""Readers that turn a file of a package into documents: pairs of (key within the file, text).
+
+The readers take bytes and do not depend on the location of a file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _ROFF_ESCAPE = re.compile(r"\\f[BIRP]|\\f\(..|\\[&/,|^]|\\\(..|\\s[-+]?\d")
 
 
 def whole(data: bytes) -> Texts:
-    """One document; a compressed file by what it holds."""
+    """The whole file as one document, decompressed if need be."""
     yield "", decoded(data)
 
 
@@ -30,13 +33,13 @@ def man_page(data: bytes) -> Texts:
 
 
 def fortunes(data: bytes) -> Texts:
-    """Sayings, parted by lines that hold a percent sign."""
+    """Sayings, separated by lines that start with a percent sign."""
     for number, text in enumerate(re.split(r"^%.*\n", decoded(data), flags=re.M)):
         yield f"#{number}", text
 
 
 def chapters(data: bytes) -> Texts:
-    """A translation of the pythonbible packages: one document a chapter."""
+    """A translation of the pythonbible packages, one document per chapter."""
     for chapter, text in bible_chapters(data).items():
         yield f"#{chapter}", text
 
@@ -49,7 +52,7 @@ def pieces(data: bytes) -> Texts:
 
 
 def programs(data: bytes) -> Texts:
-    """Records of tasks and the programs that solve them: one JSON list, or an object a line."""
+    """Tasks and the programs that solve them, from one JSON list or one JSON object per line."""
     text = decoded(data)
     rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line]
     for number, row in enumerate(rows):
@@ -57,14 +60,14 @@ def programs(data: bytes) -> Texts:
 
 
 def problems(data: bytes) -> Texts:
-    """HumanEval: a problem and its solution."""
+    """HumanEval, one document per problem with its solution."""
     for line in decoded(data).splitlines():
         row = json.loads(line)
         yield f"#{row['task_id']}", row["prompt"] + row["canonical_solution"]
 
 
 def decoded(data: bytes) -> str:
-    """Text of a file that may be compressed by gzip, as UTF-8 or else Latin-1."""
+    """Text of a file that may be compressed by gzip, decoded as UTF-8 or, if that fails, as Latin-1."""
     if data.startswith(b"\x1f\x8b"):
         data = gzip.decompress(data)
     try:

@@ -1,7 +1,8 @@
-"""The code that a benchmark measured, as a hash that comments, docstrings and layout do not change.
+"""The code that a benchmark measured, as a hash that ignores comments, docstrings and layout.
 
-A result keeps the list of files and their hash. The tables of the documentation compute the hash again and mark a
-result whose code has changed since."""
+A result stores the list of files and their hash. The documentation's tables compute the hash again and mark a result
+whose code has changed since.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ ROOMS = ("kernels", "models", "actors", "pipelines")
 def measured_code(modules: Iterable[str] = ()) -> dict[str, Any]:
     """The `code` entry of a result: `files`, relative to the checkout, and `hash`.
 
-    The files are the script, every loaded module of the rooms that compute, and `modules` with their imports: modules
-    that only a child process loads, or that are in another room.
+    The files are the script, every loaded module of the packages in ROOMS, and `modules` with their imports. `modules`
+    names modules that only a child process loads or that are in another package.
     """
     loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     named = {_relative(Path(name)) for name in loaded if name}
@@ -35,7 +36,7 @@ def measured_code(modules: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def is_current(code: dict[str, Any] | None) -> bool:
-    """Whether the code is as it was measured; False for a result that does not record it."""
+    """Whether the code is unchanged since the measurement; False for a result that does not record its code."""
     return code is not None and hash_code(code["files"]) == code["hash"]
 
 
@@ -51,7 +52,7 @@ def hash_code(files: Iterable[str], root: Path = ROOT) -> str:
 
 
 def _syntax(node: Any) -> Iterator[str]:
-    """Node types and values in order. Empty fields are skipped: newer Pythons have more of them."""
+    """Node types and values in order. Skips empty fields, because newer Python versions have more of them."""
     if isinstance(node, list):
         for item in node:
             yield from _syntax(item)
@@ -75,6 +76,6 @@ def _without_docstring(body: list[Any]) -> list[Any]:
 
 
 def _relative(path: Path) -> str | None:
-    """The path below the checkout; None outside of it."""
+    """The path relative to the checkout; None for a path outside of it."""
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None

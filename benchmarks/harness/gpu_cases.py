@@ -1,7 +1,7 @@
-"""What `kernels_gpu.py` measures: every kernel at DeepSeek-V3's sizes, its oracle, its traffic or work, and its peers.
+"""The cases of `kernels_gpu.py`: every kernel at DeepSeek-V3's sizes, its oracle, its traffic or work, and its peers.
 
-A case is made on fresh random data. Its check runs before its clock, and compares with the PyTorch reference; `small`
-sizes let the checks run in Triton's interpreter, on a machine without a GPU.
+A case is built on fresh random data. Its check runs before it is timed and compares the kernel with the PyTorch
+reference. `small` sizes let the checks run in Triton's interpreter, on a machine without a GPU.
 
 Shapes: T tokens, R = T * K padded rows of E local experts, D hidden size, F expert hidden size, V vocabulary.
 """
@@ -58,8 +58,11 @@ SMALL = Sizes((1, 130), 384, 256, 128, 2, 3, 16, 300, 48, 3000, 40, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """moved: bytes read and written at the least. work: floating-point operations. goal: what is promised on an H100,
-    a bar's (unit, number), where unit is TB/s, TFLOPS, "of copy", or "over NAME" for a peer's time over ours."""
+    """One kernel at one size.
+
+    moved: minimum bytes read and written. work: floating-point operations. goals: targets on an H100, as the
+    (unit, number) of a bar, where unit is TB/s, TFLOPS, "of copy", or "over NAME" for a peer's time divided by ours.
+    """
 
     name: str
     run: Callable[[], Any]
@@ -71,18 +74,18 @@ class Case:
 
 
 def near(found: Tensor, expected: Tensor, part: float) -> None:
-    """Within `part` of the largest expected number."""
+    """Asserts that `found` is within `part` of the largest expected magnitude."""
     found, expected = found.float(), expected.float()
     torch.testing.assert_close(found, expected, rtol=0, atol=part * max(expected.abs().max().item(), 1e-30))
 
 
 def fp8_near(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], block: tuple[int, int] = ROWS) -> None:
-    """Within one E4M3 number of the largest: what the last bits of a sigmoid may do."""
+    """Asserts equality up to one E4M3 step at the largest value, because a sigmoid may differ in its last bits."""
     near(quantize.dequantize(*found, block), quantize.dequantize(*expected, block), 2.0**-3)
 
 
 def with_gradients(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """The output and the gradients of what wants one, for the same gradient of the output each time."""
+    """A function that returns the output and the inputs' gradients, for the same output gradient on every call."""
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     wanted = [x for x in leaves if x.requires_grad]
     out = run(*leaves)
@@ -102,7 +105,7 @@ def all_near(found: Callable[[], tuple[Tensor, ...]], expected: Callable[[], tup
 
 
 def offsets_of(size: Sizes, skewed: bool, device: str) -> Tensor:
-    """Tiles of 128 rows dealt to the experts: evenly, or half of them to the first and none to the last."""
+    """Row offsets of the experts, in tiles of 128 rows: even, or with half to the first expert and none to the last."""
     tiles, experts = size.rows // 128, size.experts
     share = torch.full((experts,), tiles // experts)
     if skewed:
@@ -218,7 +221,7 @@ def grouped_products(size: Sizes, device: str) -> Iterator[Case]:
         run = partial(fp8_gemm.fp8_gemm_k_grouped_triton, *a, *b, offsets)
 
         def check_k(run: Callable[[], Tensor] = run, a: Any = a, b: Any = b, at: Tensor = offsets) -> None:
-            # 14 bits within a product of 128
+            # a product over 128 elements accumulates with 14 bits
             near(run(), fp8_gemm.fp8_gemm_k_grouped_reference(a[0], a[1], b[0], b[1], at), 2.0**-9)
 
         peers = {"_grouped_mm": partial(torch._grouped_mm, a_wide.t(), b_wide, offs=offsets[1:])}
@@ -255,7 +258,7 @@ def layers(size: Sizes, device: str) -> Iterator[Case]:
         return torch.cat(parts)
 
     def check() -> None:
-        """FP8 against FP32, as a whole: the numbers of three products in a row have 4 % of noise each."""
+        """Compares with FP32 by norm: after three FP8 products in a row, each number has 4 % of noise."""
         for a, b in zip(run(), with_gradients(plain, x.float(), factors, *weights)(), strict=True):
             assert (a.float() - b).norm() < 0.1 * b.norm()
 
@@ -335,7 +338,7 @@ def routers(size: Sizes, device: str) -> Iterator[Case]:
     def check() -> None:
         found, expected = (form(logits, bias, **options) for form in (router.route_triton, router.route_reference))
         assert torch.equal(found[2].cpu(), torch.bincount(found[0].flatten().cpu(), minlength=size.routed))
-        assert (found[0] == expected[0]).float().mean() > 0.999  # two sigmoids may differ in their last bit
+        assert (found[0] == expected[0]).float().mean() > 0.999  # the sigmoids may differ in the last bit
         near(found[1].sum(1), expected[1].sum(1), 1e-5)
 
     yield Case(
@@ -429,7 +432,7 @@ def rowwise(size: Sizes, device: str) -> Iterator[Case]:
 
 def optimizers(size: Sizes, device: str) -> Iterator[Case]:
     count = size.parameters
-    # As small as weights are: of larger ones, FP32 holds a step of 1e-3 to less than it is compared to.
+    # Small like real weights. On larger ones, FP32 rounds a step of 1e-3 by more than the check's tolerance.
     master, gradient = (torch.randn(count, device=device) * scale for scale in (2e-2, 1e-3))
     numbers = {"step": 7, "rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
 

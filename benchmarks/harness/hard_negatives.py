@@ -1,7 +1,7 @@
-"""Texts that evals hold and that are no leak: anyone may quote them. For benchmarks/decontamination.py.
+"""Commonly quoted texts that appear in evals without being leaks. For benchmarks/decontamination.py.
 
-Each family has passages that stand in items of evals and, for their own sake, in documents: speeches and poems in the
-public domain, instructions to those who sit an exam, formulas in words, and clauses of licences.
+Each family has passages that appear in eval items and also, independently, in documents: speeches and poems in the
+public domain, instructions for exam candidates, formulas in words, and clauses of licenses.
 """
 
 from __future__ import annotations

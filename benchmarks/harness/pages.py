@@ -1,10 +1,10 @@
-"""The measured numbers of README.md and docs/, generated from `benchmarks/results/`.
+"""Fills the measured numbers of README.md and docs/ from `benchmarks/results/`.
 
-A page names a number by a result and a JMESPath expression in it, with a format of Python and, if need be, a factor:
+A page refers to a number by a result, a JMESPath expression in it, a Python format and, optionally, a factor:
 
     takes <!-- result dedup_pipeline: rows[0].wall_s; .0f -->12<!-- / --> s
 
-or it has a table whose template is a comment; numbers stand in braces, in the same notation:
+A table has its template in a comment. Numbers are written in braces, in the same notation:
 
     <!-- table
     | engine | MB/s |
@@ -14,8 +14,8 @@ or it has a table whose template is a comment; numbers stand in braces, in the s
     ...
     <!-- /table -->
 
-`{bars: NAME ...}` is a row for each bar of these results, `{results: NAME ...}` a row for each result (all without
-names), `{screen: NAME}` the terminal output that a result holds.
+`{bars: NAME ...}` is a row for each bar of these results. `{results: NAME ...}` is a row for each result, or for all
+results if no names are given. `{screen: NAME}` is the terminal output stored in a result.
 
 Usage, in benchmarks/: python -m harness.pages [--check]
 """
@@ -37,11 +37,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 HTML_BLOCK = re.compile(r"^\s*<!-- result", re.M)  # Markdown ends a paragraph before a line that begins with a comment
 NUMBER = re.compile(r"(<!-- result (.*?) -->)(.*?)(<!-- / -->)", re.S)
 TABLE = re.compile(r"(<!-- table\n(.*?)\n-->\n)(.*?)(\n?<!-- /table -->)", re.S)
-OLDER = "†"  # the code has changed since, or the result does not record it
+OLDER = "†"  # the code has changed since the measurement, or the result does not record it
 
 
 class PageError(Exception):
-    """A number of a page that no result has."""
+    """A page refers to a number that is in no result, or has an invalid reference."""
 
 
 @cache
@@ -78,7 +78,7 @@ def value_of(reference: str) -> str:
 
 
 def bars_of(names: str) -> str:
-    """A row for each bar, those that do not hold in bold: benchmark, measure, value, goal."""
+    """A table row for each bar: benchmark, measure, value, goal. Values of bars that do not hold are bold."""
     lines = []
     for name in names.split():
         found = result(name)
@@ -95,7 +95,7 @@ def bars_of(names: str) -> str:
 
 
 def results_of(names: str) -> str:
-    """A row for each result: benchmark, outcome of its bars, commit, date, machine, command."""
+    """A table row for each result: benchmark, outcome of its bars, commit, date, machine, command."""
     lines = []
     for name in names.split() or sorted(path.stem for path in RESULTS.glob("*.json")):
         found = result(name)
@@ -123,7 +123,7 @@ def in_braces(match: re.Match[str]) -> str:
 
 
 def rendered(text: str) -> str:
-    """The page with every generated number as its result has it now."""
+    """The page with every generated number updated from its result. Raises PageError."""
     if found := HTML_BLOCK.search(text):
         line = text.count("\n", 0, found.end()) + 1
         raise PageError(f"line {line} begins with a marker, which would end the paragraph; put a word before it")

@@ -1,4 +1,4 @@
-"""Training without Ray, for benchmarks: tokens to train on, the product's own loop in this process, and its steps."""
+"""Training without Ray, for benchmarks: synthetic tokens, the product's training loop in this process, step times."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from moray.pipelines.pretrain.worker import build
 from moray.pipelines.tokenize.sequence_packing import TokenDocuments, pack_documents, plan_sequences
 from moray.platform.core.events import EventLog, MetricEvent, read_events
 
-VOCABULARY, DOCUMENT = 4096, 600  # ids, and how many a document has
+VOCABULARY, DOCUMENT = 4096, 600  # number of ids, and tokens per document
 
 
 def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
-    """Documents that count up, packed to sequences of `length`."""
+    """Writes documents of evenly spaced ids (a random start and stride each), packed to sequences of `length`."""
     vocabulary = TokenVocabulary(tokenizer="none", size=VOCABULARY, bos=0, eos=1, pad=2)
     generator = np.random.default_rng(1)
     texts = [
@@ -47,7 +47,7 @@ def write_tokens(folder: Path, length: int, documents: int = 1000) -> None:
 
 
 class Reader:
-    """Batches read in this process (`loop.BatchSource`)."""
+    """A `loop.BatchSource` that reads batches in this process."""
 
     def __init__(self, job: TrainingJob, tokens: str) -> None:
         self._reader = DataWorker(tokens, {}, job.config.seed, batch_plan(job.config, job.sequence_length))
@@ -60,7 +60,7 @@ class Reader:
 
 
 def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:
-    """What `loop.train` does on one rank, without Ray; torch.distributed has been initialised."""
+    """Trains like `loop.train` on one rank, without Ray. torch.distributed must be initialized."""
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     mesh = Mesh.create(job.config.expert_parallel, device)
@@ -70,14 +70,14 @@ def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:
 
 
 def losses_of(folder: Path) -> list[float]:
-    """Of every step, by the event log of the run in `folder`."""
+    """Training losses of every step, from the event log of the run in `folder`."""
     return [event.value for event in _losses(folder)]
 
 
 def step_seconds(folder: Path, began: float, ended: float) -> float:
-    """The mean time from one loss to the next, of those between two times in seconds since the epoch.
+    """Mean seconds from one loss to the next, for losses logged between two times in seconds since the epoch.
 
-    Raises ValueError where there are fewer than two.
+    Raises ValueError if there are fewer than two losses.
     """
     times = [event.time for event in _losses(folder) if began < event.time < ended]
     if len(times) < 2:

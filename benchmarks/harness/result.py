@@ -1,4 +1,4 @@
-"""The result of a benchmark: rows for people, `results/NAME.json` for machines, and the outcome of its bars."""
+"""The result of a benchmark: printed rows, `results/NAME.json` for programs, and the outcome of its bars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.code_state import ROOT, measured_code
 from moray.cluster.numba_cache import numba_cache
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-# Set before numba is imported, which would otherwise run functions compiled before their callees changed.
+# Set before the import of numba, which would otherwise reuse functions compiled before their callees changed.
 os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(Path(__file__).parents[2] / ".numba"))
 
 Outcome = Literal["holds", "fails", "undecided"]
@@ -29,7 +29,7 @@ Outcome = Literal["holds", "fails", "undecided"]
 class Bar:
     """A goal: `value` should be at least (`higher`) or at most (`lower`) `goal`.
 
-    With a `standard_error` of the value, a distance of less than two of them decides nothing.
+    If the value has a `standard_error` and lies within two of them of the goal, the outcome is undecided.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Bar:
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed: benchmarks of kernels need no Ray."""
+    """The installed version, or None. Kernel benchmarks run without Ray."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, GPU, cores and operating system, with the versions of Python and the main packages."""
+    """Processor, GPU, cores, operating system, and the versions of Python and the main packages."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = {name: version for name in ("ray", "torch", "triton", "numpy") if (version := _version(name))}
@@ -72,9 +72,9 @@ def machine() -> dict[str, Any]:
 
 
 def revision() -> dict[str, Any]:
-    """`commit` and `dirty` of the checkout, both None where it is no git checkout, and `at`, in UTC.
+    """`commit` and `dirty` of the checkout, both None outside a git checkout, and `at`, in UTC.
 
-    Changed results do not make a checkout dirty: the benchmarks write them.
+    Changed results and docs do not make a checkout dirty, because benchmarks and `make pages` write them.
     """
     at = datetime.now(UTC).isoformat(timespec="seconds")
     commit = _git("rev-parse", "HEAD")
@@ -100,7 +100,7 @@ def command() -> str:
 def report(name: str, rows: list[dict[str, Any]], bars: list[Bar], measures: Iterable[str] = ()) -> int:
     """Prints rows and bars and writes the JSON; returns 0 if every bar holds, else 1.
 
-    `measures` names modules that only child processes load; see `measured_code`.
+    `measures` names modules that only child processes load (see `measured_code`).
     """
     for row in rows:
         print(

@@ -1,4 +1,4 @@
-"""Two hosts in one machine: network namespaces, joined by a link whose rate is set. Linux, root, `ip` and `tc`."""
+"""Two hosts in one machine: network namespaces joined by a rate-limited link. Requires Linux, root, `ip` and `tc`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERFACE = "eth0"
 
 
 class ShapedLink:
-    """A context. What runs on a host reaches the other at its address, at so many Mbit/s either way."""
+    """Context manager for two hosts. Each reaches the other at its address, at the set rate in both directions."""
 
     def __init__(self) -> None:
         if os.geteuid() or not all(map(shutil.which, ("ip", "tc"))):
@@ -35,14 +35,14 @@ class ShapedLink:
             _run("ip", "netns", "del", name)
 
     def set_rate(self, mbit: float) -> None:
-        """The bucket holds what a link of this rate carries in 5 ms, or one large packet."""
+        """Sets the rate. The token bucket holds 5 ms of traffic at this rate, but at least one large packet."""
         bucket = max(int(mbit * 1e6 / 8 * 0.005), 70_000)
         for name in self._names:
             rate = ("rate", f"{int(mbit * 1000)}kbit", "burst", str(bucket), "latency", "2s")
             _run("tc", "-n", name, "qdisc", "replace", "dev", INTERFACE, "root", "tbf", *rate)
 
     def start(self, host: int, command: list[str], **options: Any) -> subprocess.Popen[str]:
-        """A process on a host, with pipes."""
+        """Starts a process on a host, with pipes for stdin and stdout."""
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             ["ip", "netns", "exec", self._names[host], *command],

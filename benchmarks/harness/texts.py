@@ -1,5 +1,7 @@
-"""Texts to measure with: the built corpus (`make bench-corpus`), or, where it is not there, what every machine has: the
-Python files, readmes and licences of this environment, each text once."""
+"""Texts for benchmarks: the built corpus (`make bench-corpus`) or, if it is not built, the texts of this environment.
+
+The texts of the environment are its Python files, readmes and licenses, each text once.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ BUILT = Path(__file__).resolve().parents[1] / "corpus" / ".cache" / "documents"
 
 
 def texts(megabytes: float) -> list[str]:
-    """About so many megabytes of the built corpus, or of the environment."""
+    """About `megabytes` of text from the built corpus, or from the environment."""
     return texts_in(BUILT, megabytes) if BUILT.is_dir() else texts_of(megabytes)
 
 
 def texts_in(folder: Path, megabytes: float) -> list[str]:
-    """Of the folder's Parquet files about so many megabytes: every n-th document, by its hash, copies and all."""
+    """About `megabytes` of text from the folder's Parquet files: every n-th document by hash, including copies."""
     columns = [pq.read_table(path, columns=["text"])["text"] for path in sorted(folder.rglob("*.parquet"))]
     every = max(1, round(sum(column.nbytes for column in columns) / (megabytes * 1e6)))
     found = (text for column in columns for text in column.to_pylist())
@@ -27,7 +29,7 @@ def texts_in(folder: Path, megabytes: float) -> list[str]:
 
 
 def texts_of(megabytes: float) -> list[str]:
-    """Of the environment's packages, then of the standard library, each text once."""
+    """About `megabytes` of text from the environment's packages, then the standard library, each text once."""
     found: dict[str, str] = {}
     size = 0
     for root in ("purelib", "stdlib"):

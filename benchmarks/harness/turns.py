@@ -1,7 +1,7 @@
-"""Commands that take turns on a machine: one goes on for some seconds, with all it has started; the others stand still.
+"""Commands that take turns on a machine: one runs with its child processes while the others are stopped.
 
-For comparing long runs that differ by percents, on a machine that is by tens of percents faster or slower from one
-minute to the next: what they do within a few seconds of each other, they do on the same machine.
+For comparing long runs that differ by a few percent on a machine whose speed varies by tens of percent from one minute
+to the next. Turns only seconds apart run under the same machine conditions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Turn:
-    """`began`, `ended`: seconds since the epoch; `cores`: CPU time over time of every process, the busiest first."""
+    """`began`, `ended`: seconds since the epoch. `cores`: CPU time over wall time per process, in descending order."""
 
     began: float
     ended: float
@@ -27,7 +27,7 @@ class Turn:
 
 
 class Contestant:
-    """A command and all that it starts. It starts at once, and stands still after `until` and every `turn`."""
+    """A command and its child processes. It starts at once, and is stopped after `until` and after every `turn`."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self._log = log
@@ -36,7 +36,7 @@ class Contestant:
         self.turns: list[Turn] = []
 
     def until(self, ready: Callable[[], bool], seconds: float = 180) -> None:
-        """Lets it go on until it is ready. Raises RuntimeError, with what it printed, if it is not after so long."""
+        """Runs it until it is ready. Raises RuntimeError with the end of its log if it exits or exceeds `seconds`."""
         last = time.monotonic() + seconds
         while not ready():
             if self._root.poll() is not None or time.monotonic() > last:
@@ -58,7 +58,7 @@ class Contestant:
         self._root.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        """To all of its processes, also to those that start meanwhile."""
+        """Sends a signal to all of its processes, including any that start in the meantime."""
         told: set[psutil.Process] = set()
         while new := set(self._processes()) - told:
             for process in new:
@@ -67,7 +67,7 @@ class Contestant:
             told |= new
 
     def _used(self) -> dict[int, float]:
-        """Seconds of CPU time so far, by process."""
+        """CPU-seconds used so far, by process id."""
         found = {}
         for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):

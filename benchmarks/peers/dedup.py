@@ -1,7 +1,7 @@
-"""Other fuzzy dedups on one job: texts in memory to which documents share a band, and their clusters.
+"""Peers of fuzzy dedup on one job: from texts in memory to pairs of documents that share a band, and their clusters.
 
-5-grams of words, 14 bands of 8 minima, one thread; each by its library's fastest documented way for a list of texts.
-Runs in the peers' environment (`make bench-peers`); prints one JSON line.
+Each peer uses 5-grams of words, 14 bands of 8 rows, one thread, and its library's fastest documented way to process a
+list of texts. Runs in the peers' environment (`make bench-peers`) and prints one JSON line.
 
 Usage: python dedup.py NAME TEXTS.parquet
 """
@@ -48,7 +48,7 @@ def shingles(text: str) -> set[str]:
 
 
 def join_equal_bands(clusters: Clusters, digests: Any) -> None:
-    """digests: integers [documents, BANDS * ROWS]."""
+    """Joins documents that share a band. digests: integers [documents, BANDS * ROWS]."""
     for band in range(BANDS):
         seen: dict[bytes, int] = {}
         part = digests[:, band * ROWS : (band + 1) * ROWS]
@@ -56,7 +56,7 @@ def join_equal_bands(clusters: Clusters, digests: Any) -> None:
 
 
 def datasketch_lsh(texts: list[str]) -> int:
-    """By its own index, with the defaults of its MinHash."""
+    """Number of documents removed with datasketch's own LSH index and the defaults of its MinHash."""
     from datasketch import MinHash, MinHashLSH
 
     made = MinHash.bulk(([one.encode() for one in shingles(text)] for text in texts), num_perm=BANDS * ROWS)
@@ -69,7 +69,7 @@ def datasketch_lsh(texts: list[str]) -> int:
 
 
 def datasketch(texts: list[str]) -> int:
-    """By the fastest of its schemes and a fast hash; a dictionary joins the documents of a band, not its index."""
+    """Number of documents removed with its fastest scheme and a fast hash. A dictionary per band replaces its index."""
     import numpy as np
     import xxhash
     from datasketch import MinHash
@@ -112,7 +112,7 @@ def daft(texts: list[str]) -> int:
 
 
 def datatrove(texts: list[str]) -> int:
-    """Its pipeline reads and writes files, whose time is in the figure; words are those between spaces."""
+    """Number of documents removed by datatrove. The time includes its file I/O. Words are split at white space."""
     import pyarrow as pa
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup.minhash import (
@@ -157,7 +157,7 @@ PEERS: dict[str, Callable[[list[str]], int]] = {
 }  # fmt: skip
 
 
-OF_SETS = {datasketch, datasketch_lsh, rensa}  # start from the sets that `shingles` makes
+OF_SETS = {datasketch, datasketch_lsh, rensa}  # peers that start from the sets made by `shingles`
 
 
 def main(name: str, path: str) -> None:

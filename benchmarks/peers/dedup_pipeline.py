@@ -1,4 +1,4 @@
-"""datatrove's fuzzy dedup, Parquet to Parquet, with its local executor and two workers; words between spaces.
+"""datatrove's fuzzy dedup, Parquet to Parquet, with its local executor, two workers and words split at white space.
 
 Usage: python dedup_pipeline.py FOLDER OUT; prints one JSON line.
 """
@@ -26,7 +26,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
 SIZE, BANDS, ROWS = 5, 14, 8
-TASKS = 8  # files are spread over them; two work at a time
+TASKS = 8  # files are distributed over the tasks, and two tasks run at a time
 
 
 class Spaces(WordTokenizer):

@@ -1,4 +1,4 @@
-"""trafilatura on one job: pages in memory to main texts. Runs in the peers' environment; prints CPU-seconds.
+"""trafilatura on one job, from pages in memory to main texts. Runs in the peers' environment; prints CPU-seconds.
 
 Usage: python extraction.py PAGES.parquet TEXTS.parquet
 """

@@ -1,8 +1,8 @@
-"""datatrove's filters on texts in memory: what each decides of each document, and the CPU-seconds of all four.
+"""datatrove's filters on texts in memory: the decision of each filter for each document, and the total CPU-seconds.
 
-Words are what lies between white space, sentences end as docs/filter.md says, so that both sides are given the same. A
-document passes the four in FineWeb's order, up to the first that drops it; texts and decisions stay in memory, so no
-reader and no writer is in the figure. Runs in the peers' environment (`make bench-peers`).
+Words are split at white space and sentences end as described in docs/filter.md, so that both engines get the same
+input. A document passes the four filters in FineWeb's order, up to the first that removes it. Texts and decisions stay
+in memory, so the time includes no reader and no writer. Runs in the peers' environment (`make bench-peers`).
 
 Usage: python filters.py TEXTS.parquet OUT.json
 """
@@ -55,13 +55,13 @@ def filters() -> dict[str, Any]:
 
 
 def decide(one: Any, document: Document) -> str | None:
-    """The reason that a filter drops the document for, or None."""
+    """The reason for which a filter removes the document, or None."""
     kept = one.filter(document)
     return None if kept is True else kept[1]
 
 
 def run(texts: list[str]) -> list[str | None]:
-    """What each document is dropped for by the four, one after another."""
+    """The reason for which the four filters in sequence remove each document, or None."""
     chain, found = filters(), []
     for i, text in enumerate(texts):
         document = Document(text, str(i))
@@ -71,7 +71,7 @@ def run(texts: list[str]) -> list[str | None]:
 
 
 def alone(texts: list[str]) -> dict[str, list[Any]]:
-    """By filter: of each document the reason, or None; and the texts that C4 leaves."""
+    """The reason or None for each document, by filter applied alone, and the texts that C4 leaves."""
     found: dict[str, list[Any]] = {}
     for name, one in filters().items():
         documents = [Document(text, str(i)) for i, text in enumerate(texts)]
