@@ -190,18 +190,11 @@ def forbid_calls() -> None:
     named = [number for name, number in numbers.items() if name not in ("socket", "clone")]
     for number in (*named, *_FORBIDDEN_EVERYWHERE):
         program += [(_EQUAL, 0, 1, number), _return(refuse)]
-    program += [
-        (_EQUAL, 0, 1, _CLONE3),
-        _return(absent),
-    ]  # a filter cannot read its flags in memory; libraries fall back to clone
+    # A filter cannot read clone3's flags, which are in memory; libraries fall back to clone.
+    program += [(_EQUAL, 0, 1, _CLONE3), _return(absent)]
     program += [(_EQUAL, 0, 4, numbers["socket"]), _load(16), (_EQUAL, 0, 1, _UNIX), _return(allow), _return(kill)]
-    program += [
-        (_EQUAL, 0, 4, numbers["clone"]),
-        _load(16),
-        (_ANY_BIT, 1, 0, _ANY_SPACE),
-        _return(allow),
-        _return(refuse),
-    ]
+    program += [(_EQUAL, 0, 4, numbers["clone"]), _load(16), (_ANY_BIT, 1, 0, _ANY_SPACE)]
+    program += [_return(allow), _return(refuse)]
     program += [_return(allow)]
     filters = b"".join(struct.pack("HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(filters)
@@ -237,9 +230,8 @@ def become_program(request: dict[str, Any], user: int | None, report: int) -> No
         os.dup2(report, REPORT_FD)
         os.closerange(REPORT_FD + 1, 4096)
         processes = request["limits"]["processes"] + (0 if user else 3)  # two processes and one thread of this script
-        limit_resources(
-            request["limits"], processes if request["isolate"] else None
-        )  # otherwise all processes of the user count
+        # Without isolation, the limit would count all processes of the user.
+        limit_resources(request["limits"], processes if request["isolate"] else None)
         if user is not None:
             os.setgroups([])
             os.setresgid(user, user, user)

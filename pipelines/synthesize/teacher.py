@@ -42,9 +42,8 @@ class TeacherClient:
         self._teacher, self._budget, self._tracker, self._cache = teacher, budget, tracker, cache
         self._threads = max(threads, 1)
         key = teacher.api_key.reveal() if teacher.api_key else "none"
-        self._client = OpenAI(
-            base_url=teacher.url, api_key=key, max_retries=teacher.retries, timeout=teacher.timeout
-        )  # retries with exponential back-off: connection errors, 408, 409, 429 and 5xx
+        # The client retries connection errors, 408, 409, 429 and 5xx with exponential back-off.
+        self._client = OpenAI(base_url=teacher.url, api_key=key, max_retries=teacher.retries, timeout=teacher.timeout)
 
     @property
     def model(self) -> str:

@@ -245,9 +245,8 @@ def test_a_resumed_run_skips_the_recorded_batches(tmp_path: Path) -> None:
     again = lone_worker(str(tmp_path / "run"), **SETTINGS)
     assert again.checkpoints.restore(again.state).steps == STEPS - 40
     assert again.state.guard.taken(STEPS - 40) == STEPS - 41, "Adam's bias correction counts steps that were taken"
-    run_training(
-        lone_worker(str(tmp_path / "run"), **SETTINGS), Source(), None
-    )  # without the outlier: it is skipped all the same
+    # The source has no outlier, but its batch is skipped all the same.
+    run_training(lone_worker(str(tmp_path / "run"), **SETTINGS), Source(), None)
     final_ = lone_worker(str(tmp_path / "run"), **SETTINGS)
     assert final_.checkpoints.restore(final_.state).steps == STEPS
     assert all(np.array_equal(held(final_)[key], expected[key]) for key in expected)
