@@ -7,7 +7,6 @@ A document is always on the same side of the split, whatever else the corpus hol
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
@@ -15,11 +14,12 @@ import xxhash
 from pydantic import Field
 
 from moray.pipelines.shared.documents import read_shard, write_shard
-from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards
+from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path, shard_path
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import AnyPath
 
 PARTS = ("train", "heldout")
 
@@ -41,9 +41,12 @@ class Split(Step[SplitConfig]):
     produces: ClassVar[str] = "split-documents"
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: SplitConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[SplitConfig]) -> None:
-        shards = input_shards(ctx.inputs["documents"].folder)
-        apply = partial(_split_shard, folder=str(ctx.folder), config=ctx.config)
+        shards = input_shards(ctx.inputs["documents"].location)
+        apply = partial(_split_shard, folder=ctx.output, config=ctx.config)
         rows = map_shards(ctx, "splitting", shards, apply, "bytes", file_bytes)
         counts = {part: sum(row[part] for row in rows) for part in PARTS}
         if not all(counts.values()):
@@ -52,14 +55,13 @@ class Split(Step[SplitConfig]):
         ctx.outcome = f"{counts['heldout']:,} held out"
 
 
-def _split_shard(shard: Row, folder: str, config: SplitConfig) -> Row:
+def _split_shard(shard: Row, folder: AnyPath, config: SplitConfig) -> Row:
     """Splits one shard. Runs in a Ray worker."""
-    path = Path(shard["path"])
-    table = read_shard(path)
+    table = read_shard(shard_path(shard))
     heldout = [is_heldout(i.as_py(), config) for i in table["id"]]
     sides = {"train": table.filter(pa.array([not h for h in heldout])), "heldout": table.filter(pa.array(heldout))}
     for part, side in sides.items():
-        write_shard(Path(folder) / part / path.name, side)
+        write_shard(output_path(folder / part, shard), side)
     return {"shard": shard["shard"], **{part: side.num_rows for part, side in sides.items()}}
 
 

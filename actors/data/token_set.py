@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moray.actors.data.token_files import TokenFiles, files_at
-from moray.platform.core.atomic import write_bytes, write_json
+from moray.platform.core.atomic import write_json
+from moray.platform.store.paths import AnyPath, write_file
 
 SCHEMA_VERSION = 3  # 3: documents in pieces, and padding at the end of any sequence
 
@@ -75,14 +76,14 @@ class Batch:
     mask: npt.NDArray[np.bool_]
 
 
-def write_token_shard(folder: Path, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:
+def write_token_shard(folder: AnyPath, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:
     """Writes one shard. packed: [n, sequence_length] in the vocabulary's dtype. pieces: the rows of the `starts` file
     (docs/formats.md), ordered by `start`."""
     data = packed.tobytes()
     sink = pa.BufferOutputStream()
     pq.write_table(pieces, sink, compression="zstd")
-    write_bytes(folder / f"starts-{number:05d}.parquet", sink.getvalue().to_pybytes())
-    write_bytes(folder / f"tokens-{number:05d}.bin", data)
+    write_file(folder / f"starts-{number:05d}.parquet", sink.getvalue().to_pybytes())
+    write_file(folder / f"tokens-{number:05d}.bin", data)
     return Shard(
         number,
         sequences=len(packed),

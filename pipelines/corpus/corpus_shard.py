@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,28 +23,30 @@ from moray.pipelines.corpus.source_file import File, bytes_read
 from moray.pipelines.shared.documents import SCHEMA, document_id, parquet_writer, shard_name
 from moray.pipelines.shared.shards import Row
 from moray.platform.core.errors import InputError
+from moray.platform.store.paths import AnyPath, in_threads, list_files, open_ranges
 
 REJECTS = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")])
 _BATCH_BYTES = 32_000_000  # of text that a task buffers before writing
 _BATCH_ROWS = 100_000
 _COUNTS = b"moray.counts"
+_PROGRESS_FILES = 256  # read once a second
 
 
 def rejects_name(number: int) -> str:
     return f"rejected-{number:05d}.parquet"
 
 
-def write_corpus_shard(shard: Row, folder: str, max_bytes: int) -> Row:
+def write_corpus_shard(shard: Row, folder: AnyPath, max_bytes: int) -> Row:
     """Reads one shard's files and writes its Parquet files, unless they exist. Runs in a Ray worker."""
-    rejected = Path(folder) / rejects_name(shard["shard"])
+    rejected = folder / rejects_name(shard["shard"])
     if not rejected.exists():
         with (
             parquet_writer(rejected, REJECTS) as rejects,
-            parquet_writer(Path(folder) / shard_name(shard["shard"]), SCHEMA) as documents,
+            parquet_writer(folder / shard_name(shard["shard"]), SCHEMA) as documents,
         ):
             batch, progress = (
                 _Batch(shard, documents, rejects),
-                _Progress(Path(folder) / _progress_name(shard["shard"])),
+                _Progress(folder / _progress_name(shard["shard"])),
             )
             for key, file in _files(shard):
                 _read_file(batch, key, file, max_bytes, progress)
@@ -53,7 +54,8 @@ def write_corpus_shard(shard: Row, folder: str, max_bytes: int) -> Row:
             batch.write()
             progress.end()
             rejects.add_key_value_metadata({_COUNTS.decode(): json.dumps(batch.counts)})
-    counts = json.loads(pq.read_metadata(rejected).metadata[_COUNTS])
+    with open_ranges(rejected) as written:
+        counts = json.loads(pq.read_metadata(written).metadata[_COUNTS])
     return {"shard": shard["shard"], **counts}
 
 
@@ -67,25 +69,29 @@ def _progress_name(number: int) -> str:
     return f".reading-{number:05d}"
 
 
-def bytes_in_progress(folder: Path) -> int:
-    """Bytes that unfinished tasks have read so far."""
-    total = 0
-    for path in folder.glob(".reading-*"):
-        with contextlib.suppress(OSError, ValueError):  # the task may finish meanwhile
-            total += int(path.read_text())
-    return total
+def bytes_in_progress(folder: AnyPath) -> int:
+    """Bytes that unfinished tasks have read so far. On a very large cluster, those of some of the tasks."""
+    names = list(list_files(folder, ".reading-*"))[:_PROGRESS_FILES]
+    return sum(in_threads(lambda name: _bytes_read(folder / name), names))
 
 
-def remove_progress_files(folder: Path) -> None:
+def _bytes_read(path: AnyPath) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # the task has just finished
+        return 0
+
+
+def remove_progress_files(folder: AnyPath) -> None:
     """Removes the progress files of killed tasks, which are no part of the result."""
-    for path in folder.glob(".reading-*"):
-        path.unlink(missing_ok=True)
+    for name in list_files(folder, ".reading-*"):
+        (folder / name).unlink(missing_ok=True)
 
 
 class _Progress:
     """Writes to a small file, once a second, how many bytes of a shard are read. A single file may take an hour."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self._path = path
         self._last = time.monotonic()
         self.before = 0  # bytes of the finished files
@@ -93,7 +99,7 @@ class _Progress:
     def update(self) -> None:
         if time.monotonic() - self._last > 1:
             self._last = time.monotonic()
-            with contextlib.suppress(OSError):  # missing progress does no harm
+            with contextlib.suppress(OSError, InputError):  # missing progress does no harm
                 self._path.write_text(str(self.before + bytes_read()))
 
     def end(self) -> None:

@@ -23,9 +23,10 @@ from moray.pipelines.corpus.listing import (
 )
 from moray.pipelines.corpus.readers import ROW_READERS
 from moray.pipelines.corpus.rows import Columns
-from moray.pipelines.corpus.source_file import File, bucket_at
+from moray.pipelines.corpus.source_file import File
 from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig, operational
+from moray.platform.store.paths import bucket_at
 
 Split = Literal["train", "validation", "test"]
 

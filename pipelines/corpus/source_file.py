@@ -9,21 +9,18 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from moray.pipelines.corpus.pieces import MALFORMED, UNREADABLE, Reject
 from moray.pipelines.corpus.unpack import Damaged, DecompressedFile, compression_of
-
-if TYPE_CHECKING:
-    from moray.platform.store.bucket import Bucket
+from moray.platform.store.object_reader import ObjectReader
+from moray.platform.store.paths import bucket_at
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER = 1 << 16
-_BLOCK = 4 << 20  # bytes of an object per request
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,12 @@ class File:
         return pa.PythonFile(self._raw(), mode="r")  # Arrow's own files accept only UTF-8 names
 
     def _raw(self) -> Any:
-        _opened[:] = [ObjectReader(self) if self.is_object else io.FileIO(self.location)]
+        _opened[:] = [self._object() if self.is_object else io.FileIO(self.location)]
         return _opened[0]
+
+    def _object(self) -> ObjectReader:
+        key = self.location.removeprefix(f"{self.root}/")
+        return ObjectReader(bucket_at(self.root), key, self.size, self.etag)
 
     def stream(self, resume: bool = False) -> io.BufferedReader:
         """The bytes, decompressed if the magic bytes or the name indicate compression.
@@ -108,49 +109,3 @@ def read_lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
         while (rest := file.readline(_BUFFER)) and not rest.endswith(b"\n"):
             pass
         yield None
-
-
-class ObjectReader(io.RawIOBase):
-    """One version of an object as a seekable file. Buffers one block."""
-
-    def __init__(self, file: File) -> None:
-        self._bucket, self._key = bucket_at(file.root), file.location.removeprefix(f"{file.root}/")
-        self._size, self._etag = file.size, file.etag
-        self._at, self._begin, self._block = 0, 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills the whole buffer unless the object ends, because Arrow treats a short read as the end of the file."""
-        target = memoryview(buffer).cast("B")
-        done = 0
-        while done < len(target) and self._at < self._size:
-            if not self._begin <= self._at < self._begin + len(self._block):
-                end = min(self._size, self._at + max(_BLOCK, len(target) - done))
-                self._block = self._bucket.read_range(self._key, self._at, end, self._etag)
-                self._begin = self._at
-            start = self._at - self._begin
-            part = self._block[start : start + len(target) - done]
-            target[done : done + len(part)] = part
-            done += len(part)
-            self._at += len(part)
-        return done
-
-
-@lru_cache(maxsize=64)
-def bucket_at(url: str) -> Bucket:
-    """A bucket or a folder in one. Cached, because its client holds connections."""
-    from moray.platform.store.bucket import Bucket
-
-    return Bucket(url)

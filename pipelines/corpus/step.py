@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from moray.pipelines.corpus.corpus_shard import (
@@ -28,12 +27,14 @@ from moray.pipelines.corpus.corpus_shard import (
 from moray.pipelines.corpus.listing import Listing
 from moray.pipelines.corpus.source import Source
 from moray.pipelines.corpus.source_file import File
+from moray.pipelines.shared.documents import read_shard
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
+from moray.platform.store.paths import AnyPath
 
 
 class CorpusConfig(StepConfig):
@@ -80,8 +81,8 @@ class Corpus(Step[CorpusConfig]):
             if summary := listing.summary(expected=False):
                 ctx.note(f"source {source.name!r}: skipped: {summary}", level="warning")
         shards = corpus_shards(ctx.config, [listing for _, listing in listings])
-        write = partial(write_corpus_shard, folder=str(ctx.folder), max_bytes=ctx.config.max_document_bytes)
-        remove_progress_files(ctx.folder)  # of a killed run
+        write = partial(write_corpus_shard, folder=ctx.output, max_bytes=ctx.config.max_document_bytes)
+        remove_progress_files(ctx.output)  # of a killed run
         rows = map_shards(
             ctx,
             "reading",
@@ -89,9 +90,9 @@ class Corpus(Step[CorpusConfig]):
             write,
             "bytes",
             lambda row: sum(row["sizes"]),
-            partly=partial(bytes_in_progress, ctx.folder),
+            partly=partial(bytes_in_progress, ctx.output),
         )
-        remove_progress_files(ctx.folder)
+        remove_progress_files(ctx.output)
         dropped: Counter[str] = Counter()
         for row in rows:
             dropped.update({key.removeprefix("dropped:"): n for key, n in row.items() if key.startswith("dropped:")})
@@ -99,7 +100,7 @@ class Corpus(Step[CorpusConfig]):
         documents = sum(row["documents"] for row in rows)
         if not documents:
             rejected = f": rejected {reasons}" if reasons else ""
-            raise InputError(f"the corpus has no usable documents{rejected}", _first_reject(ctx.folder, shards))
+            raise InputError(f"the corpus has no usable documents{rejected}", _first_reject(ctx.output, shards))
         skipped = sum((listing.skipped for _, listing in listings), Counter[str]())
         ctx.counts |= {
             "in:files": sum(len(shard["files"]) for shard in shards),
@@ -111,11 +112,11 @@ class Corpus(Step[CorpusConfig]):
         ctx.outcome = f"{ctx.counts['bytes'] / 1e6:.1f} MB" + (f"; rejected {reasons}" if reasons else "")
 
 
-def _first_reject(folder: Path, shards: list[Row]) -> str:
+def _first_reject(folder: AnyPath, shards: list[Row]) -> str:
     """The first reject with its reason, and the files that list the others."""
     for shard in shards:
         path = folder / rejects_name(shard["shard"])
-        for row in pq.read_table(path).slice(0, 1).to_pylist():
+        for row in read_shard(path).slice(0, 1).to_pylist():
             reason = f"{row['reason']}: {row['detail']}" if row["detail"] else row["reason"]
             return f"first: {row['source']}/{row['key']}: {reason}; all are in {path.parent}/rejected-*.parquet"
     return "every file is empty"

@@ -1,16 +1,16 @@
 """The stages of a documents artifact, from its manifest and those of its ancestors.
 
 A recipe names only the last stage as input, because its fingerprint covers the others. Retention keeps an artifact as
-long as artifacts made from it exist. Artifacts that exist only in a shared root are fetched.
+long as artifacts made from it exist. Artifacts that exist only in the store are read there or fetched.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moray.platform.core.errors import InputError
-from moray.platform.core.home import Home
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 
 _KIND = "documents"
@@ -24,12 +24,12 @@ class Stage:
     artifact: Artifact
 
 
-def stages_of(artifact: Artifact, home: Home) -> list[Stage]:
-    """The artifact and its ancestors by the input `documents`, oldest first.
+def stages_of(artifact: Artifact, store: ArtifactStore, find: Callable[[str], Artifact]) -> list[Stage]:
+    """The artifact and its ancestors by the input `documents`, oldest first. find: see `StepContext.artifact`.
 
     Raises InputError if an ancestor has been removed.
     """
-    store, chain = ArtifactStore(home), [artifact]
+    chain = [artifact]
     while (reference := chain[-1].manifest.inputs.get(_KIND)) is not None:
         step, _, fingerprint = reference.partition("/")
         parent = store.get(step, fingerprint)
@@ -39,7 +39,7 @@ def stages_of(artifact: Artifact, home: Home) -> list[Stage]:
             )
         if parent.manifest.produces != _KIND:
             break
-        chain.append(store.fetch(parent))
+        chain.append(find(reference))
     seen: Counter[str] = Counter()
     stages = []
     for one in reversed(chain):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.coverage.domains import domain_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, output_path, shard_path
 from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.language import identify
 from moray.pipelines.tokenizer.train import load_tokenizer
+from moray.platform.store.paths import AnyPath, local_file
 
 BYTES_PER_TOKEN = 4
 UNKNOWN = "unknown"
@@ -30,29 +30,30 @@ _COLUMNS = ("source", "language", "domain", "quality")
 _BATCH = 256
 
 
-def measure_shard(shard: Row, folder: str, before: str, tokenizer: str) -> Row:
+def measure_shard(shard: Row, folder: AnyPath, before: AnyPath | None, tokenizer: AnyPath | None) -> Row:
     """Writes the rows of one shard to `folder`. Runs in a Ray worker.
 
-    before: the folder with the rows of the previous stage, or ''. tokenizer: a folder, or ''. Returns, as JSON,
+    before: the folder with the rows of the previous stage, if any. tokenizer: its folder, if any. Returns, as JSON,
     `cells`: [source, language, domain, quality, documents, bytes, tokens], and `dropped`: [reason, documents, tokens]
     of the documents of the previous stage's shard that this stage removed.
     """
-    path = Path(shard["path"])
-    known = Path(before) / path.name
+    path = shard_path(shard)
 
     def measure() -> Row:
-        old = read_shard(known) if before and known.exists() else None
+        known = None if before is None else output_path(before, shard)
+        old = read_shard(known) if known and known.exists() else None
         rows = _rows(path, old, tokenizer)
-        write_parquet(Path(folder) / path.name, rows)
+        write_parquet(output_path(folder, shard), rows)
         dropped = [] if old is None else _dropped(old, path)
         return {"shard": shard["shard"], "cells": json.dumps(_cells(rows)), "dropped": json.dumps(dropped)}
 
     return recorded(folder, path.stem, measure)
 
 
-def _rows(path: Path, old: pa.Table | None, tokenizer: str) -> pa.Table:
-    names = set(pq.read_schema(path).names)
-    table = read_shard(path, ["id", "text", "source", *({"language", "quality_band"} & names)])
+def _rows(path: AnyPath, old: pa.Table | None, tokenizer: AnyPath | None) -> pa.Table:
+    with local_file(path) as local:
+        names = set(pq.read_schema(local).names)
+        table = read_shard(local, ["id", "text", "source", *({"language", "quality_band"} & names)])
     size = pc.cast(pc.binary_length(table["text"]), pa.int64()).to_numpy()
     places = np.full(table.num_rows, -1)
     if old is not None and table.num_rows:
@@ -87,7 +88,7 @@ def _rows(path: Path, old: pa.Table | None, tokenizer: str) -> pa.Table:
     )
 
 
-def _read(texts: list[str], languages: list[str] | None, tokenizer: str) -> dict[str, list[Any]]:
+def _read(texts: list[str], languages: list[str] | None, tokenizer: AnyPath | None) -> dict[str, list[Any]]:
     """The language, domain and tokens of each text. languages: from an earlier step, or None to identify them."""
     codes = [code or "" for code in languages] if languages is not None else identify(texts)[0]
     return {
@@ -97,11 +98,11 @@ def _read(texts: list[str], languages: list[str] | None, tokenizer: str) -> dict
     }
 
 
-def _tokens(texts: list[str], tokenizer: str) -> list[float]:
+def _tokens(texts: list[str], tokenizer: AnyPath | None) -> list[float]:
     """The tokens of each text, by the tokenizer in a folder; without one, estimated as four bytes per token."""
-    if not tokenizer:
+    if tokenizer is None:
         return [len(text.encode()) / BYTES_PER_TOKEN for text in texts]
-    model = load_tokenizer(Path(tokenizer))
+    model = load_tokenizer(tokenizer)
     model.encode_special_tokens = True  # text that spells a special token is encoded as text
     counts: list[float] = []
     for begin in range(0, len(texts), _BATCH):
@@ -116,7 +117,7 @@ def _cells(rows: pa.Table) -> list[list[Any]]:
     return [[row[name] for name in names] for row in sums.to_pylist()]
 
 
-def _dropped(old: pa.Table, path: Path) -> list[list[Any]]:
+def _dropped(old: pa.Table, path: AnyPath) -> list[list[Any]]:
     """[reason, documents, tokens] of the removed documents, by the reasons that this stage recorded."""
     files = [path.with_name(path.name.replace("documents-", "removed-")), path.with_name("removed.parquet")]
     reasons: dict[str, str] = {}

@@ -7,7 +7,6 @@ It follows the manifests from the last stage back to the corpus (document_stages
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,6 +21,8 @@ from moray.platform.core.atomic import write_json, write_text
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.paths import AnyPath, remove_folder
 
 _MEASURES = ".measures"
 
@@ -41,13 +42,17 @@ class Coverage(Step[CoverageConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: CoverageConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[CoverageConfig]) -> None:
-        stages = stages_of(ctx.inputs["documents"], ctx.home)
+        stages = stages_of(ctx.inputs["documents"], ArtifactStore(ctx.home), ctx.artifact)
         tokenizer = ctx.inputs.get("tokenizer")
-        folder = str(tokenizer.folder) if tokenizer else ""
-        before, cells, dropped = "", [], []
+        folder = tokenizer.location if tokenizer else None
+        before: AnyPath | None = None
+        cells, dropped = [], []
         for number, stage in enumerate(stages):
-            target = str(ctx.folder / _MEASURES / str(number))
+            target = ctx.output / _MEASURES / str(number)
             own, removed = self._measure(ctx, stage, target, before, folder)
             cells.append(own)
             dropped.append(removed if number else _excluded(stage))
@@ -61,7 +66,7 @@ class Coverage(Step[CoverageConfig]):
         }
         write_json(ctx.folder / "report.json", report)
         write_text(ctx.folder / "report.html", coverage_page(report))
-        shutil.rmtree(ctx.folder / _MEASURES)
+        remove_folder(ctx.output / _MEASURES)
         thin = [one["domain"] for one in report["thin"]]
         write_text(ctx.folder / "closing.txt", f"coverage: file://{ctx.folder / 'report.html'}\n")
         last = report["stages"][-1]
@@ -74,9 +79,14 @@ class Coverage(Step[CoverageConfig]):
         ctx.outcome = f"{last['tokens'] / 1e6:.1f} M tokens; low coverage: {', '.join(thin) or 'none'}"
 
     def _measure(
-        self, ctx: StepContext[CoverageConfig], stage: Stage, folder: str, before: str, tokenizer: str
+        self,
+        ctx: StepContext[CoverageConfig],
+        stage: Stage,
+        folder: AnyPath,
+        before: AnyPath | None,
+        tokenizer: AnyPath | None,
     ) -> tuple[Cells, Dropped]:
-        shards = input_shards(stage.artifact.folder)
+        shards = input_shards(stage.artifact.location)
         apply = partial(measure_shard, folder=folder, before=before, tokenizer=tokenizer)
         rows = map_shards(ctx, f"reading {stage.label}", shards, apply, "bytes", file_bytes)
         cells = [cell for row in rows for cell in json.loads(row["cells"])]

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from moray.pipelines.decontaminate.text_units import Units, is_telling, units_of
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
+from moray.platform.store.paths import AnyPath
 
 LETTERS_A_WORD = 3  # letters (without marks) that count as one word in Thai, Khmer and other scripts without spaces
 
@@ -121,7 +121,7 @@ class EvalIndex:
             self._read[piece] = units_of(self.texts[piece], self.characters)
         return self._read[piece]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Writes the index to files that `load_index` reads."""
         names = [self.items[item] for item in self.item_of]
         pieces = {
@@ -138,7 +138,7 @@ class EvalIndex:
 
 
 @lru_cache(maxsize=2)
-def load_index(folder: Path, characters: bool) -> EvalIndex:
+def load_index(folder: AnyPath, characters: bool) -> EvalIndex:
     """Reads an index that `save` wrote. Cached, because a worker searches several shards."""
     pieces, grams = read_shard(folder / "pieces.parquet"), read_shard(folder / "grams.parquet")
     names = list(zip(pieces["eval"].to_pylist(), pieces["item"].to_pylist(), strict=True))

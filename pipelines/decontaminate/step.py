@@ -22,15 +22,16 @@ from pydantic import Field, model_validator
 from moray.pipelines.decontaminate.contamination import MATCHES, ContaminationResult, find_contamination, per_eval
 from moray.pipelines.decontaminate.eval_index import EvalIndex, Grams, build_index, load_index
 from moray.pipelines.decontaminate.evals import EvalSet, read_pieces
-from moray.pipelines.shared.documents import read_shard, write_parquet, write_shard
-from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
+from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
+from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path, shard_path, shard_stem
 from moray.pipelines.shared.task_records import forget_records, recorded
-from moray.platform.core.atomic import whole_file, write_json
+from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
+from moray.platform.store.paths import AnyPath, in_threads, local_file, new_file, remove_folder
 
 _SIZES = {"words": 13, "characters": 50}
 _SHORTEST = {"words": 8, "characters": 30}
@@ -81,6 +82,9 @@ class Decontaminate(Step[DecontaminateConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: DecontaminateConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def check(self, config: DecontaminateConfig, inputs: Mapping[str, str]) -> None:
         names = Counter(one.name for one in config.evals)
         if repeated := [name for name, n in names.items() if n > 1]:
@@ -100,23 +104,24 @@ class Decontaminate(Step[DecontaminateConfig]):
 
     def run(self, ctx: StepContext[DecontaminateConfig]) -> None:
         index = _index(ctx.config)
-        index.save(ctx.folder / _EVALS)
-        shards = input_shards(ctx.inputs["documents"].folder)
-        search = partial(_search_shard, folder=str(ctx.folder), characters=index.characters)
+        index.save(ctx.output / _EVALS)
+        shards = input_shards(ctx.inputs["documents"].location)
+        search = partial(_search_shard, folder=ctx.output, characters=index.characters)
         rows = map_shards(ctx, "searching", shards, search, "bytes", file_bytes)
-        matches = pa.concat_tables([read_shard(output_path(ctx.folder / _MATCHES, shard)) for shard in shards])
+        paths = [output_path(ctx.output / _MATCHES, shard) for shard in shards]
+        matches = pa.concat_tables(in_threads(read_shard, paths))
         found = find_contamination(matches, index, ctx.config.max_overlap, ctx.config.ignore_common)
         total = sum(row["documents"] for row in rows)
         dropping = ctx.config.action == "drop"
         if dropping and len(found.removed) == total:
             raise InputError("decontaminate drops every document", "raise `max_overlap`, or use other documents")
         write_parquet(ctx.folder / "contamination.parquet", found.hits)
-        write_parquet(ctx.folder / _MATCHES / "removed.parquet", found.removed.slice(0, None if dropping else 0))
-        keep = partial(_keep_shard, folder=str(ctx.folder))
+        write_parquet(ctx.output / _MATCHES / "removed.parquet", found.removed.slice(0, None if dropping else 0))
+        keep = partial(_keep_shard, folder=ctx.output)
         kept = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         for folder in (_EVALS, _MATCHES):
-            shutil.rmtree(ctx.folder / folder)
-        forget_records(ctx.folder)
+            remove_folder(ctx.output / folder)
+        forget_records(ctx.output)
         ctx.counts |= {
             "in:documents": total,
             "out:documents": sum(row["kept"] for row in kept),
@@ -169,14 +174,13 @@ def _index(config: DecontaminateConfig) -> EvalIndex:
     return index
 
 
-def _search_shard(shard: Row, folder: str, characters: bool) -> Row:
+def _search_shard(shard: Row, folder: AnyPath, characters: bool) -> Row:
     """Writes the matches of one shard. Runs in a Ray worker."""
-    path = Path(shard["path"])
-    return recorded(folder, f"searched-{path.stem}", lambda: _search(shard, path, Path(folder), characters))
+    return recorded(folder, f"searched-{shard_stem(shard)}", lambda: _search(shard, folder, characters))
 
 
-def _search(shard: Row, path: Path, folder: Path, characters: bool) -> Row:
-    table = read_shard(path, ["id", "source", "text"])
+def _search(shard: Row, folder: AnyPath, characters: bool) -> Row:
+    table = read_shard(shard_path(shard), ["id", "source", "text"])
     found = load_index(folder / _EVALS, characters).find(table["text"])
     at = pa.array([match.row for match in found], pa.int64())
     columns = [
@@ -186,33 +190,36 @@ def _search(shard: Row, path: Path, folder: Path, characters: bool) -> Row:
         pa.array([match.place for match in found], pa.int64()),
         pa.array([match.excerpt for match in found], pa.large_string()),
     ]
-    write_parquet(folder / _MATCHES / path.name, pa.table(columns, schema=MATCHES))
+    write_parquet(output_path(folder / _MATCHES, shard), pa.table(columns, schema=MATCHES))
     return {"shard": shard["shard"], "documents": table.num_rows}
 
 
-def _keep_shard(shard: Row, folder: str) -> Row:
+def _keep_shard(shard: Row, folder: AnyPath) -> Row:
     """Writes one shard without the removed documents, and the rows of these. Runs in a Ray worker."""
-    path = Path(shard["path"])
-    return recorded(folder, f"written-{path.stem}", lambda: _keep(shard, path, Path(folder)))
+    return recorded(folder, f"written-{shard_stem(shard)}", lambda: _keep(shard, folder))
 
 
-def _keep(shard: Row, path: Path, folder: Path) -> Row:
-    target = folder / path.name
+def _keep(shard: Row, folder: AnyPath) -> Row:
+    target = output_path(folder, shard)
     removed = read_shard(folder / _MATCHES / "removed.parquet")
-    own = removed.filter(pc.is_in(removed["id"], value_set=read_shard(path, ["id"])["id"].combine_chunks()))
-    write_parquet(target.with_name(path.name.replace("documents-", "removed-")), own)
-    _copy(path, target, own["id"])
-    texts = read_shard(target, ["text"])["text"]
-    return {"shard": shard["shard"], "kept": len(texts), "bytes": pc.sum(pc.binary_length(texts)).as_py() or 0}
+    with local_file(shard_path(shard)) as path:
+        ids = read_shard(path, ["id"])["id"].combine_chunks()
+        own = removed.filter(pc.is_in(removed["id"], value_set=ids))
+        write_parquet(target.with_name(target.name.replace("documents-", "removed-")), own)
+        texts = _copy(path, target, own["id"])
+    return {"shard": shard["shard"], "kept": len(texts), "bytes": text_bytes(texts)}
 
 
-def _copy(path: Path, target: Path, without: pa.ChunkedArray) -> None:
+def _copy(path: Path, target: AnyPath, without: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Writes a shard without some documents, given by id. Returns the texts that are left."""
     if len(without):
         table = read_shard(path)
-        write_shard(target, table.filter(pc.invert(pc.is_in(table["id"], value_set=without.combine_chunks()))))
-        return
-    with whole_file(target) as temporary:
+        table = table.filter(pc.invert(pc.is_in(table["id"], value_set=without.combine_chunks())))
+        write_shard(target, table)
+        return table["text"]
+    with new_file(target) as temporary:
         shutil.copyfile(path, temporary)
+    return read_shard(path, ["text"])["text"]
 
 
 step = Decontaminate()

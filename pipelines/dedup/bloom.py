@@ -11,23 +11,23 @@ Files `index/bloom-NAME-RRRRR.npy` are memory-mapped: a probe touches one page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from moray.pipelines.dedup.dedup_index import FOLDER, Earlier, range_bounds
-from moray.pipelines.shared.arrays import save_array
+from moray.pipelines.shared.arrays import mapped, save_array
 from moray.pipelines.text.utf8 import mixed
 from moray.pipelines.text.words import Hashes
+from moray.platform.store.paths import AnyPath
 
 BITS, PROBES = 25, 17
 _63, _6 = np.uint64(63), np.uint64(6)
 _ONE, _OFFSET = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 
 
-def write_bloom(folder: Path, name: str, part: int, values: Hashes) -> None:
+def write_bloom(folder: AnyPath, name: str, part: int, values: Hashes) -> None:
     """Writes a filter of these values of one range, atomically."""
     words = np.zeros(max(1, -(-len(values) * BITS // 64)), np.uint64)
     _insert(words, values)
@@ -41,13 +41,13 @@ def seen(earlier: Sequence[Earlier], name: str, values: Hashes, bits: int) -> np
     for one in earlier:
         for part, (begin, end) in enumerate(range_bounds(ascending, bits, one.generation.ranges)):
             if end > begin:
-                _lookup(np.load(_path(one.folder, name, part), mmap_mode="r"), ascending[begin:end], hits[begin:end])
+                _lookup(mapped(_path(one.folder, name, part)), ascending[begin:end], hits[begin:end])
     found = np.empty(len(values), np.bool_)
     found[order] = hits
     return found
 
 
-def _path(folder: Path, name: str, part: int) -> Path:
+def _path(folder: AnyPath, name: str, part: int) -> AnyPath:
     return folder / FOLDER / f"bloom-{name}-{part:05d}.npy"
 
 

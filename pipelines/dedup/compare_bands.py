@@ -7,7 +7,6 @@ forests are merged in a tree until few edges are left, so the last merge fits in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from moray.pipelines.dedup.exact import IndexForm
 from moray.pipelines.dedup.graph import bucket_pairs, buckets, forest
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import Sketches, columns_of
-from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
+from moray.pipelines.shared.arrays import Indices, Keys, load_array, mapped, save_array
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.shingles import KEY_BITS
@@ -44,10 +43,10 @@ def _compare(part: Row, files: PhaseFiles, sketches: Sketches, offset: int, inde
     seen, old = numbers[:0], (keys[:0], numbers[:0])
     if index.form == "bloom":
         seen = numbers[bloom.seen(index.earlier, key_column(part["band"]), keys, KEY_BITS)]
-        bloom.write_bloom(Path(index.folder), key_column(part["band"]), part["range"], keys)
+        bloom.write_bloom(index.folder, key_column(part["band"]), part["range"], keys)
     elif index.form == "exact":
         old = dedup_index.find_earlier_keys(index.earlier, part["band"], keys)
-        dedup_index.write_band(Path(index.folder), part["band"], part["range"], keys, numbers)
+        dedup_index.write_band(index.folder, part["band"], part["range"], keys, numbers)
     found = bucket_pairs(keys, numbers, *old)
     pairs = np.sort(found.pairs, axis=1)
     save_array(files.write("pairs", number), pairs)
@@ -87,5 +86,5 @@ def merge_forests(part: Row, files: PhaseFiles) -> Row:
 def read_forests(files: PhaseFiles, level: int, numbers: Sequence[int]) -> Indices:
     """The edges [E, 2] of all forests with these numbers of one level."""
     none = np.zeros((0, 2), np.int64)
-    found: Indices = np.concatenate([none, *(np.load(files.read("forest", level, number)) for number in numbers)])
+    found: Indices = np.concatenate([none, *(load_array(files.read("forest", level, number)) for number in numbers)])
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,12 @@ from moray.pipelines.dedup.graph import once
 from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.priority_order import DocumentColumns, described, documents_in, read_documents
 from moray.pipelines.dedup.sketches import DOCUMENT, Rows, Sketches, columns_of, rows_of
-from moray.pipelines.shared.arrays import Indices, Keys, mapped, save_array
+from moray.pipelines.shared.arrays import Indices, Keys, load_array, mapped, save_array
 from moray.pipelines.shared.grouped_file import arrow_writer, read_group, write_groups
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, shard_path
 from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.minhash import Shingling
+from moray.platform.store.paths import AnyPath, local_file
 
 DECIDED = pa.schema(
     [
@@ -87,7 +87,7 @@ def read_candidates(
         own = shard["age"] == 0
         text = None
         if shingling or not own:
-            text = read_documents(Path(shard["path"])).take(pa.array(numbers - shard["first"]))
+            text = read_documents(shard_path(shard)).take(pa.array(numbers - shard["first"]))
         if own or text is None:
             rows = sketches.documents(numbers)
         else:
@@ -105,7 +105,7 @@ def group_pairs(part: Row, files: PhaseFiles) -> Row:
     """Writes the pairs of the files with these `numbers`, sorted by group, and the group of each pair."""
     path = files.write("pair_groups", part["shard"])
     if not path.exists():
-        pairs = np.concatenate([np.load(files.read("pairs", number)) for number in part["numbers"]])
+        pairs = np.concatenate([load_array(files.read("pairs", number)) for number in part["numbers"]])
         at = np.searchsorted(mapped(files.read("numbers")), pairs[:, 0])
         group = mapped(files.read("groups"))[at]
         order = np.argsort(group, kind="stable")
@@ -142,12 +142,13 @@ def _decide(row: Row, files: PhaseFiles, rules: GroupRules) -> Row:
     return {"shard": row["shard"], "pairs": len(pairs), "alike": int(found.similar)}
 
 
-def read_decided(path: Path) -> pa.Table:
+def read_decided(path: AnyPath) -> pa.Table:
     """Maps a table of decisions into memory."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    with local_file(path) as local:
+        return pa.ipc.open_file(pa.memory_map(str(local))).read_all()
 
 
-def write_decided(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
+def write_decided(path: AnyPath, tables: Sequence[pa.Table]) -> pa.Table:
     """Writes all tables to one file, sorted by number, and maps it."""
     table = pa.concat_tables([DECIDED.empty_table(), *tables])
     table = table.sort_by("number").combine_chunks()

@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.text.shingles import KEY_BITS
-from moray.platform.core.atomic import whole_file, write_json
+from moray.platform.core.atomic import write_json
+from moray.platform.store.paths import AnyPath, local_file, new_file
 
 FOLDER = "index"
 _RANGE_ENTRIES = 4_000_000  # approximate maximum per file; a lookup holds one file in memory
@@ -57,7 +58,7 @@ class Generation:
         write_json(folder / FOLDER / "index.json", asdict(self))
 
     @staticmethod
-    def read(folder: Path) -> Generation:
+    def read(folder: AnyPath) -> Generation:
         stored = json.loads((folder / FOLDER / "index.json").read_text())
         return Generation(**stored | {"shards": tuple(stored["shards"]), "rows": tuple(stored["rows"])})
 
@@ -72,11 +73,11 @@ class Earlier:
     """A generation of an earlier run. folder: the artifact with its index; texts: the artifact of its documents."""
 
     generation: Generation
-    folder: Path
-    texts: Path
+    folder: AnyPath
+    texts: AnyPath
 
 
-def write_band(folder: Path, band: int, part: int, keys: Keys, numbers: Indices) -> None:
+def write_band(folder: AnyPath, band: int, part: int, keys: Keys, numbers: Indices) -> None:
     """Writes the keys of one range of a band with the numbers of their documents. Order within a key is kept."""
     order = np.argsort(keys, kind="stable")
     _write(_range(_band_folder(folder, band), part), {"key": keys[order], "document": numbers[order]})
@@ -95,7 +96,7 @@ def find_earlier_keys(earlier: Sequence[Earlier], band: int, keys: Keys) -> tupl
     return np.concatenate(found_keys), np.concatenate(found_numbers)
 
 
-def write_hashes(folder: Path, part: int, hashes: Hashes, numbers: Indices) -> None:
+def write_hashes(folder: AnyPath, part: int, hashes: Hashes, numbers: Indices) -> None:
     """Writes the distinct hashes of one range and the numbers of their documents."""
     high, low = halves(hashes)
     order = np.lexsort((low, high))
@@ -140,7 +141,7 @@ class Representatives:
     @staticmethod
     def read(earlier: Sequence[Earlier]) -> Representatives:
         none = pa.table({"document": np.zeros(0, np.int64), "representative": np.zeros(0, np.int64)})
-        tables = [pq.read_table(one.folder / FOLDER / "representatives.parquet") for one in earlier]
+        tables = [_read(one.folder / FOLDER / "representatives.parquet") for one in earlier]
         table = pa.concat_tables([none, *tables]).sort_by("document")
         return Representatives(table["document"].to_numpy(), table["representative"].to_numpy())
 
@@ -156,7 +157,7 @@ class Representatives:
         return found
 
 
-def _band_folder(folder: Path, band: int) -> Path:
+def _band_folder(folder: AnyPath, band: int) -> AnyPath:
     return folder / FOLDER / f"band-{band:02d}"
 
 
@@ -169,15 +170,15 @@ def halves(hashes: Hashes) -> tuple[Keys, npt.NDArray[np.uint32]]:
     )
 
 
-def _range(folder: Path, part: int) -> Path:
+def _range(folder: AnyPath, part: int) -> AnyPath:
     return folder / f"range-{part:05d}.parquet"
 
 
-def _read_ranges(folder: Path, ranges: int, bits: int, keys: Keys) -> Iterator[tuple[Keys, pa.Table]]:
+def _read_ranges(folder: AnyPath, ranges: int, bits: int, keys: Keys) -> Iterator[tuple[Keys, pa.Table]]:
     """Reads each range that contains any of the ascending `keys`; yields those keys and the file."""
     for part, (begin, end) in enumerate(range_bounds(keys, bits, ranges)):
         if end > begin:
-            yield keys[begin:end], pq.read_table(_range(folder, part))
+            yield keys[begin:end], _read(_range(folder, part))
 
 
 def range_bounds(keys: Keys, bits: int, ranges: int) -> list[tuple[int, int]]:
@@ -194,12 +195,17 @@ def _signed(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return values.view(f"i{values.dtype.itemsize}")
 
 
-def _write(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+def _read(path: AnyPath) -> pa.Table:
+    with local_file(path) as local:
+        return pq.read_table(local)
+
+
+def _write(path: AnyPath, columns: Mapping[str, npt.NDArray[Any]]) -> None:
     """Writes a Parquet file atomically."""
     table = pa.table({name: _signed(values) for name, values in columns.items()})
     packed = [name for name in table.column_names if name != "rest"]
     encodings = {name: "DELTA_BINARY_PACKED" if name in packed else "PLAIN" for name in table.column_names}
-    with whole_file(path) as temporary:
+    with new_file(path) as temporary:
         pq.write_table(
             table,
             temporary,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,12 +13,11 @@ from moray.pipelines.dedup import dedup_index
 from moray.pipelines.dedup.dedup_index import Representatives
 from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.shared.arrays import Indices
-from moray.pipelines.shared.documents import shard_paths
+from moray.pipelines.shared.documents import shard_sizes
 from moray.pipelines.shared.shards import Row
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER
-from moray.platform.store.artifacts import ArtifactStore
-from moray.platform.store.search import find_artifact
+from moray.platform.store.paths import AnyPath, in_threads, open_ranges
 
 if TYPE_CHECKING:
     from moray.pipelines.dedup.config import DedupConfig
@@ -29,12 +27,12 @@ if TYPE_CHECKING:
 class NumberedShards:
     """Document shards of all generations, in order. firsts: the number of each shard's first document."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[AnyPath, ...]
     firsts: Indices
     generations: Indices
 
     @staticmethod
-    def of(generations: Sequence[tuple[Sequence[Path], Sequence[int]]]) -> NumberedShards:
+    def of(generations: Sequence[tuple[Sequence[AnyPath], Sequence[int]]]) -> NumberedShards:
         """Builds it from (files, documents per file) of each generation."""
         rows = [count for _, counts in generations for count in counts]
         return NumberedShards(
@@ -67,10 +65,12 @@ class NumberedShards:
 
 @dataclass(frozen=True)
 class DedupInput:
-    """paths, rows: shards of this run's documents, and documents per shard. shards: those of all runs."""
+    """paths, sizes, rows: shards of this run's documents, their sizes in bytes, and documents per shard. shards: those
+    of all runs."""
 
     reference: str
-    paths: tuple[Path, ...]
+    paths: tuple[AnyPath, ...]
+    sizes: tuple[int, ...]
     rows: tuple[int, ...]
     earlier: list[dedup_index.Earlier]
     shards: NumberedShards
@@ -78,14 +78,17 @@ class DedupInput:
 
     @staticmethod
     def of(ctx: StepContext[DedupConfig]) -> DedupInput:
-        paths = tuple(shard_paths(ctx.inputs["documents"].folder))
-        rows = tuple(pq.read_metadata(path).num_rows for path in paths)
+        folder = ctx.inputs["documents"].location
+        sizes = shard_sizes(folder)
+        paths = tuple(folder / name for name in sizes)
+        rows = tuple(in_threads(_row_count, paths))
         earlier = _earlier(ctx)
         generations = [([one.texts / name for name in one.generation.shards], one.generation.rows) for one in earlier]
         known = [] if ctx.config.index_form == "bloom" else earlier
         return DedupInput(
             ctx.inputs["documents"].reference,
             paths,
+            tuple(sizes.values()),
             rows,
             earlier,
             NumberedShards.of([*generations, (paths, rows)]),
@@ -110,8 +113,8 @@ class DedupInput:
         """The number of the first document of each of this run's shards."""
         return tuple(self.shards.firsts[len(self.shards.firsts) - len(self.paths) :].tolist())
 
-    def sketches(self, folder: Path) -> Sketches:
-        return Sketches(str(folder), tuple(path.stem for path in self.paths), self.own_firsts, self.ranges)
+    def sketches(self, folder: AnyPath) -> Sketches:
+        return Sketches(folder, tuple(path.stem for path in self.paths), self.own_firsts, self.ranges)
 
     def generation(self) -> dedup_index.Generation:
         names = tuple(path.name for path in self.paths)
@@ -119,13 +122,17 @@ class DedupInput:
 
 
 def _earlier(ctx: StepContext[DedupConfig]) -> list[dedup_index.Earlier]:
-    """The generations of earlier runs, oldest first. Fetches their files to this machine."""
-    store, found = ArtifactStore(ctx.home), []
-    link = ctx.inputs.get(EARLIER)
+    """The generations of earlier runs, oldest first."""
+    found, link = [], ctx.inputs.get(EARLIER)
     while link is not None:
-        generation = dedup_index.Generation.read(link.folder)
-        texts = store.fetch(find_artifact(store, generation.documents))
-        found.append(dedup_index.Earlier(generation, link.folder, texts.folder))
+        generation = dedup_index.Generation.read(link.location)
+        texts = ctx.artifact(generation.documents)
+        found.append(dedup_index.Earlier(generation, link.location, texts.location))
         previous = link.manifest.inputs.get(EARLIER)
-        link = store.fetch(find_artifact(store, previous)) if previous else None
+        link = ctx.artifact(previous) if previous else None
     return found[::-1]
+
+
+def _row_count(path: AnyPath) -> int:
+    with open_ranges(path) as file:
+        return int(pq.read_metadata(file).num_rows)

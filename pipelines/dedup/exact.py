@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from moray.pipelines.dedup.phase_files import PhaseFiles
 from moray.pipelines.dedup.sketches import HASH_BITS, Rows, Sketches, columns_of
 from moray.pipelines.shared.arrays import Indices, save_array
 from moray.pipelines.shared.shards import Row
+from moray.platform.store.paths import AnyPath
 
 ORIGINAL = np.dtype([("number", "<i8"), ("id", "S32")])  # id: "" for a document of an earlier run
 HASHES = "hashes"
@@ -27,7 +27,7 @@ class IndexForm:
     """The index of earlier runs, and the form in which this run writes its own: `exact`, `bloom`, or '' for none."""
 
     form: str
-    folder: str
+    folder: AnyPath
     earlier: Sequence[Earlier]
 
 
@@ -51,11 +51,11 @@ def find_copies(part: Row, files: PhaseFiles, sketches: Sketches, index: IndexFo
         if index.form == "bloom":
             high, _ = dedup_index.halves(documents.hashes[firsts])
             seen = bloom.seen(index.earlier, HASHES, high, HASH_BITS)
-            bloom.write_bloom(Path(index.folder), HASHES, number, high[~seen])
+            bloom.write_bloom(index.folder, HASHES, number, high[~seen])
         elif index.form:
             old = dedup_index.find_hashes(index.earlier, documents.hashes[firsts])
             new = firsts[old == _NEW]
-            dedup_index.write_hashes(Path(index.folder), number, documents.hashes[new], numbers[new])
+            dedup_index.write_hashes(index.folder, number, documents.hashes[new], numbers[new])
         save_array(files.write("seen_hashes", number), numbers[firsts[seen]])
         copies, originals = _copies(numbers, documents.ids, firsts[group], old[group])
         save_array(files.write("originals", number), originals)

@@ -21,8 +21,9 @@ record, in the same folder (`shared/task_records.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from moray.platform.store.paths import AnyPath
 
 FileKind = Literal[
     "sketches",
@@ -68,21 +69,21 @@ _NAMES: dict[FileKind, str] = {
 class PhaseFiles:
     """The work files of one phase, below `folder`. Raises ValueError for a kind that the phase does not declare."""
 
-    folder: str
+    folder: AnyPath
     reads: frozenset[FileKind]
     writes: frozenset[FileKind]
 
-    def read(self, kind: FileKind, *numbers: int) -> Path:
+    def read(self, kind: FileKind, *numbers: int) -> AnyPath:
         """A file of an earlier phase, or of this one."""
         if kind not in self.reads | self.writes:
             raise ValueError(f"this phase does not read {kind}")
         return self._path(kind, numbers)
 
-    def write(self, kind: FileKind, *numbers: int) -> Path:
+    def write(self, kind: FileKind, *numbers: int) -> AnyPath:
         """A file that this phase writes. A rerun reuses it if it is complete."""
         if kind not in self.writes:
             raise ValueError(f"this phase does not write {kind}")
         return self._path(kind, numbers)
 
-    def _path(self, kind: FileKind, numbers: tuple[int, ...]) -> Path:
-        return Path(self.folder, _NAMES[kind].format(*numbers))
+    def _path(self, kind: FileKind, numbers: tuple[int, ...]) -> AnyPath:
+        return self.folder / _NAMES[kind].format(*numbers)

@@ -10,11 +10,9 @@ about 100 bytes per document in a pair. Small phases run in this process, becaus
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +36,11 @@ from moray.pipelines.dedup.phase_files import FileKind, PhaseFiles
 from moray.pipelines.dedup.sign import sign_shard
 from moray.pipelines.dedup.sketches import Sketches
 from moray.pipelines.dedup.write import REMOVED, count_clusters, write_kept
-from moray.pipelines.shared.arrays import Indices, save_array
+from moray.pipelines.shared.arrays import Indices, load_array, mapped, save_array
 from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.shards import Row, file_bytes, map_shards
+from moray.pipelines.shared.shards import Row, file_bytes, map_shards, shard_path
 from moray.platform.plan.context import StepContext
+from moray.platform.store.paths import AnyPath, file_size, in_threads, remove_folder
 
 _FOLDER = ".work"
 _GROUP_CHARACTERS = 50_000_000  # per group: at most about 400 MB of shingles
@@ -107,13 +106,13 @@ class DedupRun:
     written: list[Row] = field(init=False)
 
     @property
-    def folder(self) -> Path:
-        return self.ctx.folder / _FOLDER
+    def folder(self) -> AnyPath:
+        return self.ctx.output / _FOLDER
 
     @property
     def index(self) -> IndexForm:
         return IndexForm(
-            self.ctx.config.index_form if self.ctx.config.index else "", str(self.ctx.folder), self.input.earlier
+            self.ctx.config.index_form if self.ctx.config.index else "", self.ctx.output, self.input.earlier
         )
 
     @property
@@ -126,7 +125,7 @@ class DedupRun:
     def shards(self) -> list[Row]:
         firsts = self.input.own_firsts
         return [
-            {"shard": i, "path": str(path), "size": path.stat().st_size, "first": firsts[i]}
+            {"shard": i, "path": str(path), "size": self.input.sizes[i], "first": firsts[i]}
             for i, path in enumerate(self.input.paths)
         ]
 
@@ -149,7 +148,13 @@ class Phase:
 def sign(run: DedupRun, files: PhaseFiles) -> None:
     """Writes the sketches of every document: identity, hash and band keys."""
     config = run.ctx.config
-    task = partial(sign_shard, folder=str(files.write("sketches")), shingling=config.shingling, prefer=config.prefer)
+    task = partial(
+        sign_shard,
+        folder=files.write("sketches"),
+        shingling=config.shingling,
+        prefer=config.prefer,
+        ranges=run.input.ranges,
+    )
     map_shards(run.ctx, "signing", run.shards(), task, "bytes", file_bytes)
 
 
@@ -162,9 +167,9 @@ def match_exact(run: DedupRun, files: PhaseFiles) -> None:
     members = np.ones(documents.count, np.bool_)
     earlier, seen = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for part in range(documents.ranges):
-        members[np.load(files.read("copies", part)) - documents.offset] = False
-        seen.append(np.load(files.read("seen_hashes", part)))
-        originals = np.unique(np.load(files.read("originals", part), mmap_mode="r")["number"])
+        members[load_array(files.read("copies", part)) - documents.offset] = False
+        seen.append(load_array(files.read("seen_hashes", part)))
+        originals = np.unique(mapped(files.read("originals", part))["number"])
         earlier.append(originals[originals < documents.offset])
     members[np.concatenate(seen) - documents.offset] = False
     save_array(files.write("members"), members)
@@ -179,7 +184,7 @@ def match_bands(run: DedupRun, files: PhaseFiles) -> None:
         {"shard": band * ranges + part, "band": band, "range": part} for band in range(bands) for part in range(ranges)
     ]
     rows = map_shards(run.ctx, "comparing", parts, task, "ranges", lambda row: 1, here=run.few)
-    seen = [np.load(files.read("seen_keys", row["shard"])) for row in rows if row["seen"]]
+    seen = [load_array(files.read("seen_keys", row["shard"])) for row in rows if row["seen"]]
     run.pairs = CandidatePairs(
         [row["pairs"] for row in rows],
         [row["edges"] for row in rows],
@@ -238,7 +243,7 @@ def read_grouped(run: DedupRun, files: PhaseFiles) -> None:
         prefer=config.prefer,
     )
     rows = run.input.shards.rows_of(run.clusters.numbers)
-    few = sum(Path(row["path"]).stat().st_size for row in rows) <= _FEW_BYTES
+    few = sum(in_threads(lambda row: file_size(shard_path(row)), rows)) <= _FEW_BYTES
     map_shards(run.ctx, "reading again", rows, task, "documents", lambda row: row["end"] - row["begin"], here=few)
     run.candidate_files = len(rows)
 
@@ -273,7 +278,7 @@ def decide(run: DedupRun, files: PhaseFiles) -> None:
         lambda row: 1,
         here=few,
     )
-    tables = [read_decided(files.read("group_decisions", group)) for group in range(groups.count)]
+    tables = in_threads(lambda group: read_decided(files.read("group_decisions", group)), range(groups.count))
     table = write_decided(files.write("decisions"), tables)
     run.decisions = Decisions(table, sum(row["pairs"] for row in rows), sum(row["alike"] for row in rows))
 
@@ -298,7 +303,7 @@ def finish_index(run: DedupRun, files: PhaseFiles) -> None:
 
 def write_shards(run: DedupRun, files: PhaseFiles) -> None:
     """Writes every shard without the removed documents, and the removed documents. Counts the clusters."""
-    task = partial(write_kept, files=files, folder=str(run.ctx.folder), ranges=run.input.ranges)
+    task = partial(write_kept, files=files, folder=run.ctx.output, ranges=run.input.ranges)
     run.written = map_shards(run.ctx, "writing", run.shards(), task, "bytes", file_bytes)
     removed = (run.decisions.table["number"].to_numpy() >= run.input.offset) | run.superseded()
     run.ctx.counts["clusters"] = count_clusters(run.decisions.table, removed, files, run.input.ranges)
@@ -331,10 +336,9 @@ PHASES = (
 def run_phases(ctx: StepContext[DedupConfig]) -> DedupRun:
     """Runs the phases in order. Files that an interrupted run has completed are reused."""
     run = DedupRun(ctx, DedupInput.of(ctx))
-    run.folder.mkdir(exist_ok=True)
     for phase in PHASES:
-        phase.run(run, PhaseFiles(str(run.folder), phase.reads, phase.writes))
-    shutil.rmtree(run.folder)
+        phase.run(run, PhaseFiles(run.folder, phase.reads, phase.writes))
+    remove_folder(run.folder)
     return run
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import QUALITY, content_hash, read_shard
+from moray.platform.store.paths import AnyPath, local_file
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ def sources_by(prefer: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.in
     return np.array([rank.get(name, len(rank)) for name in names], np.int64)
 
 
-def read_documents(path: Path, *columns: str) -> pa.Table:
+def read_documents(path: AnyPath, *columns: str) -> pa.Table:
     """Reads the columns that `described` uses, and `columns`; the quality only if an earlier step has written one."""
-    known = set(pq.read_schema(path).names) & {QUALITY}
-    return read_shard(path, ["id", "text", "source", *columns, *known])
+    with local_file(path) as local:
+        known = set(pq.read_schema(local).names) & {QUALITY}
+        return read_shard(local, ["id", "text", "source", *columns, *known])
 
 
 def described(table: pa.Table) -> dict[str, pa.ChunkedArray]:

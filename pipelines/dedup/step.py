@@ -17,6 +17,7 @@ from moray.pipelines.shared.documents import shard_paths
 from moray.platform.core.differences import differences
 from moray.platform.core.errors import RecipeError
 from moray.platform.plan.context import StepContext
+from moray.platform.plan.fingerprint import EARLIER
 from moray.platform.plan.step import Step
 from moray.platform.store.manifest import Manifest
 
@@ -30,6 +31,9 @@ class Dedup(Step[DedupConfig]):
     produces: ClassVar[str] = "documents"
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
+
+    def reads_in_place(self, config: DedupConfig) -> frozenset[str]:
+        return frozenset({"documents", EARLIER})
 
     def chain(self, config: DedupConfig) -> str:
         return config.index
@@ -53,7 +57,7 @@ class Dedup(Step[DedupConfig]):
             f"{sketch.bands} bands of {sketch.rows} rows: two documents become candidates with probability {curve} "
             "similarity"
         )
-        warn_of_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].folder))
+        warn_of_unknown_sources(ctx, shard_paths(ctx.inputs["documents"].location))
         run = run_phases(ctx)
         rows = run.written
         reasons = [reason for reason in REASONS if reason != "seen" or ctx.config.index_form == "bloom"]

@@ -8,11 +8,9 @@ unreadable one, are kept.
 
 from __future__ import annotations
 
-import shutil
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -24,12 +22,13 @@ from moray.pipelines.dedup.priority_order import PriorityOrder, described, read_
 from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
 from moray.pipelines.shared.arrays import Indices
 from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path
+from moray.pipelines.shared.shards import Row, file_bytes, map_shards, output_path, shard_path
 from moray.pipelines.shared.task_records import forget_records
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import AnyPath, remove_folder
 
 _URLS = ".urls"
 _PORTS = {"http": 80, "https": 443}
@@ -55,18 +54,21 @@ class DedupUrls(Step[DedupUrlsConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: DedupUrlsConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[DedupUrlsConfig]) -> None:
         shards = preferring_shards(ctx)
-        read = partial(read_urls, folder=str(ctx.folder / _URLS), config=ctx.config)
+        read = partial(read_urls, folder=ctx.output / _URLS, config=ctx.config)
         map_shards(ctx, "reading", shards, read, "bytes", file_bytes)
-        tables = read_outputs(ctx.folder / _URLS, shards)
-        _check_fields(tables, ctx.config, Path(shards[0]["path"]))
+        tables = read_outputs(ctx.output / _URLS, shards)
+        _check_fields(tables, ctx.config, shard_path(shards[0]))
         removed = repeated_urls(tables, ctx.config)
-        write_parquet(ctx.folder / "removed.parquet", removed)
-        keep = partial(keep_shard, folder=str(ctx.folder))
+        write_parquet(ctx.output / "removed.parquet", removed)
+        keep = partial(keep_shard, folder=ctx.output)
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
-        shutil.rmtree(ctx.folder / _URLS)
-        forget_records(ctx.folder)
+        remove_folder(ctx.output / _URLS)
+        forget_records(ctx.output)
         urls = pa.concat_tables(tables)["url"]
         unreadable = sum(url == "" for url in urls.to_pylist())
         ctx.counts |= {
@@ -80,11 +82,11 @@ class DedupUrls(Step[DedupUrlsConfig]):
         ctx.outcome = f"removed {len(removed)} of {len(urls) - urls.null_count - unreadable} documents with a URL"
 
 
-def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
+def read_urls(shard: Row, folder: AnyPath, config: DedupUrlsConfig) -> Row:
     """Writes a row for each document of a shard, with its URL: null if it has none, '' if it is unreadable."""
     path = output_path(folder, shard)
     if not path.exists():
-        table = read_documents(Path(shard["path"]), "meta")
+        table = read_documents(shard_path(shard), "meta")
         metas = [dict(meta.as_py() or []) for meta in table["meta"]]
         urls = [canonical_url(meta[config.key], config.ignore) if meta.get(config.key) else None for meta in metas]
         dates = [_seconds(meta.get(config.newest)) if config.newest else None for meta in metas]
@@ -93,7 +95,7 @@ def read_urls(shard: Row, folder: str, config: DedupUrlsConfig) -> Row:
     return {"shard": shard["shard"]}
 
 
-def _check_fields(tables: list[pa.Table], config: DedupUrlsConfig, path: Path) -> None:
+def _check_fields(tables: list[pa.Table], config: DedupUrlsConfig, path: AnyPath) -> None:
     """Raises InputError if no document has a `meta` key that the recipe names: the step would do nothing."""
     for field, column in (("key", "url"), ("newest", "date")):
         name = getattr(config, field)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from moray.pipelines.dedup.decide import NO_REPRESENTATIVE, read_decided
 from moray.pipelines.dedup.phase_files import PhaseFiles
-from moray.pipelines.shared.arrays import Indices
+from moray.pipelines.shared.arrays import Indices, load_array, mapped
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, shard_path, shard_stem
 from moray.pipelines.shared.task_records import recorded
+from moray.platform.store.paths import AnyPath
 
 REASONS = ("exact", "near", "seen")
 REMOVED = ["id", "reason", "representative", "partner", "similarity"]
 
 
-def write_kept(shard: Row, files: PhaseFiles, folder: str, ranges: int) -> Row:
+def write_kept(shard: Row, files: PhaseFiles, folder: AnyPath, ranges: int) -> Row:
     """Writes documents-NNNNN.parquet and removed-NNNNN.parquet. Returns the number of documents, by reason."""
-    return recorded(files.folder, Path(shard["path"]).stem, lambda: _write(shard, files, Path(folder), ranges))
+    return recorded(files.folder, shard_stem(shard), lambda: _write(shard, files, folder, ranges))
 
 
-def _write(shard: Row, files: PhaseFiles, folder: Path, ranges: int) -> Row:
-    source = Path(shard["path"])
+def _write(shard: Row, files: PhaseFiles, folder: AnyPath, ranges: int) -> Row:
+    source = shard_path(shard)
     documents = read_shard(source)
     numbers, removed = _removed(shard, documents, files, ranges)
     write_parquet(folder / source.name.replace("documents-", "removed-"), removed)
@@ -45,10 +44,10 @@ def _removed(shard: Row, documents: pa.Table, files: PhaseFiles, ranges: int) ->
     near = decided.slice(begin, end - begin)
     found, rows = [near["number"].to_numpy()], [near.select(REMOVED)]
     for part in range(ranges):
-        numbers = np.load(files.read("copies", part), mmap_mode="r")
+        numbers = mapped(files.read("copies", part))
         begin, end = np.searchsorted(numbers, [shard["first"], shard["first"] + len(documents)]).tolist()
         if end > begin:
-            originals = np.load(files.read("originals", part), mmap_mode="r")[begin:end]
+            originals = mapped(files.read("originals", part))[begin:end]
             found.append(numbers[begin:end])
             ids = documents["id"].take(pa.array(numbers[begin:end] - shard["first"]))
             rows.append(_copies(ids, originals["number"], originals["id"], decided))
@@ -85,7 +84,7 @@ def count_clusters(decided: pa.Table, removed: Indices, files: PhaseFiles, range
     number, kept = decided["number"].to_numpy(), decided["kept"].to_numpy()
     representatives, exact_only = [kept[removed]], 0
     for part in range(ranges):  # all copies of an original are in one range
-        originals = np.unique(np.load(files.read("originals", part))["number"])
+        originals = np.unique(load_array(files.read("originals", part))["number"])
         is_decided = np.isin(originals, number)
         representatives.append(kept[np.searchsorted(number, originals[is_decided])])
         exact_only += int((~np.isin(originals[~is_decided], kept)).sum())

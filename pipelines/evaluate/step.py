@@ -53,9 +53,12 @@ class Evaluate(Step[EvaluateConfig]):
     inputs: ClassVar[dict[str, str]] = {"model": "model", "tokens": "tokens", "documents": "split-documents"}
     produces: ClassVar[str] = "evaluation"
 
+    def reads_in_place(self, config: EvaluateConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[EvaluateConfig]) -> None:
         try:
-            train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].folder}/{part}") for part in PARTS)
+            train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].address}/{part}") for part in PARTS)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(f"evaluate: {error}", "tokenize again (step tokenize)") from error
         scores = {source: Scores() for source in heldout}
@@ -124,7 +127,7 @@ class Evaluate(Step[EvaluateConfig]):
     def _score_bytes(
         self, ctx: StepContext[EvaluateConfig], heldout: dict[str, TokenSet], scores: dict[str, Scores]
     ) -> None:
-        folder, counts = ctx.inputs["documents"].folder, ByteCounts()
+        folder, counts = ctx.inputs["documents"].location, ByteCounts()
         paths = shard_paths(folder / "train")
         for done, path in enumerate(paths):
             for text in read_shard(path, ["text"])["text"]:

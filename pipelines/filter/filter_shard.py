@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from moray.pipelines.filter.redact import redact
 from moray.pipelines.filter.rules import apply_rules
 from moray.pipelines.quality.quality_model import QualityModel, load_quality_model
 from moray.pipelines.shared.documents import write_batches, write_parquet
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, output_path, shard_path, shard_stem
 from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.language import CHARACTERS, identify
+from moray.platform.store.paths import AnyPath, local_file
 
 _BATCH = 512  # documents; starting a kernel takes microseconds
 REMOVED = pa.schema(
@@ -35,30 +35,31 @@ _LANGUAGE = (pa.field("language", pa.string()), pa.field("language_score", pa.fl
 _QUALITY = (pa.field("quality", pa.float32()), pa.field("quality_band", pa.string()))
 
 
-def filter_shard(shard: Row, folder: str, config: FilterConfig, model: str) -> Row:
+def filter_shard(shard: Row, folder: AnyPath, config: FilterConfig, model: AnyPath | None) -> Row:
     """Writes the kept documents, and the removed ones with their reasons. Returns counts. Runs in a Ray worker.
 
-    model: the folder of a quality model, or ''.
+    model: the folder of a quality model, if any.
     """
-    path = Path(shard["path"])
-    return recorded(folder, path.stem, lambda: {"shard": shard["shard"], **_filter(path, Path(folder), config, model)})
+    target = output_path(folder, shard)
+    apply = lambda: {"shard": shard["shard"], **_filter(shard_path(shard), target, config, model)}  # noqa: E731
+    return recorded(folder, shard_stem(shard), apply)
 
 
-def _filter(path: Path, folder: Path, config: FilterConfig, model: str) -> Counter[str]:
+def _filter(path: AnyPath, target: AnyPath, config: FilterConfig, model: AnyPath | None) -> Counter[str]:
     shard_filter = _ShardFilter(config, model)
-    file = pq.ParquetFile(path)
-    schema = shard_filter.schema(file.schema_arrow)
-    tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH))
-    write_batches(folder / path.name, schema, shard_filter.kept(schema, tables))
-    write_parquet(folder / path.name.replace("documents-", "removed-"), shard_filter.removed())
+    with local_file(path) as local, pq.ParquetFile(local) as file:
+        schema = shard_filter.schema(file.schema_arrow)
+        tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH))
+        write_batches(target, schema, shard_filter.kept(schema, tables))
+    write_parquet(target.with_name(target.name.replace("documents-", "removed-")), shard_filter.removed())
     return shard_filter.counts
 
 
 class _ShardFilter:
     """Filters the tables of a shard, and collects the removed documents and the counts."""
 
-    def __init__(self, config: FilterConfig, model: str) -> None:
-        self.config, self._model = config, load_quality_model(Path(model)) if model else None
+    def __init__(self, config: FilterConfig, model: AnyPath | None) -> None:
+        self.config, self._model = config, load_quality_model(model) if model else None
         names = ["documents", "bytes", "kept", "kept_bytes", "edited"]
         names += [f"dropped:{reason}" for reason in config.reasons()] + [f"masked:{kind}" for kind in config.mask]
         self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))  # every shard has the same keys

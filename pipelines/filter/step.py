@@ -30,6 +30,9 @@ class Filter(Step[FilterConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: FilterConfig) -> frozenset[str]:
+        return frozenset({"documents", "quality"})
+
     def check(self, config: FilterConfig, inputs: Mapping[str, str]) -> None:
         if wrong := config.out_of_order():
             raise RecipeError(f"{wrong}, which drops every document", "lower the minimum or raise the maximum")
@@ -51,9 +54,9 @@ class Filter(Step[FilterConfig]):
                     raise RecipeError(f"phone_regions: unknown region {region!r}", nearest(region, SUPPORTED_REGIONS))
 
     def run(self, ctx: StepContext[FilterConfig]) -> None:
-        shards = input_shards(ctx.inputs["documents"].folder)
-        model = str(ctx.inputs["quality"].folder) if "quality" in ctx.inputs else ""
-        apply = partial(filter_shard, folder=str(ctx.folder), config=ctx.config, model=model)
+        shards = input_shards(ctx.inputs["documents"].location)
+        model = ctx.inputs["quality"].location if "quality" in ctx.inputs else None
+        apply = partial(filter_shard, folder=ctx.output, config=ctx.config, model=model)
         rows = map_shards(ctx, "filtering", shards, apply, "bytes", file_bytes, pace)
         totals: Counter[str] = Counter()
         for row in rows:
@@ -61,7 +64,7 @@ class Filter(Step[FilterConfig]):
         dropped = {reason: totals[f"dropped:{reason}"] for reason in ctx.config.reasons()}
         if not totals["kept"]:
             raise InputError("filter drops every document", f"by rule: { ({r: n for r, n in dropped.items() if n}) }")
-        forget_records(ctx.folder)
+        forget_records(ctx.output)
         ctx.counts |= {
             "in:documents": totals["documents"],
             "out:documents": totals["kept"],

@@ -23,6 +23,7 @@ from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
+from moray.platform.store.paths import AnyPath, local_folder
 
 FORMAT = 2  # 2: new word hash
 _SHAPE, _WEIGHTS = "model.json", "weights.npy"
@@ -84,11 +85,12 @@ class QualityModel:
 
 
 @lru_cache(maxsize=2)  # shared by the batches of a task and the tasks of a worker
-def load_quality_model(folder: Path) -> QualityModel:
+def load_quality_model(folder: AnyPath) -> QualityModel:
     """Loads a model. Raises InputError if the folder has no model of this format."""
     try:
-        shape = json.loads((folder / _SHAPE).read_text())
-        weights = np.load(folder / _WEIGHTS, allow_pickle=False)
+        with local_folder(folder) as local:
+            shape = json.loads((local / _SHAPE).read_text())
+            weights = np.load(local / _WEIGHTS, allow_pickle=False)
         if shape["format"] != FORMAT or weights.shape != (shape["buckets"],):
             raise ValueError(f"format {shape['format']}, {weights.shape} weights")
         features = Features(shape["words"], shape["buckets"], shape["characters"])

@@ -7,7 +7,6 @@ and the model depend only on document ids and the seed, not on shards or workers
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,14 @@ import xxhash
 from pydantic import Field, model_validator
 
 from moray.pipelines.quality.quality_model import Features, QualityModel
-from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path
+from moray.pipelines.shared.documents import read_shard, write_parquet
+from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path, shard_path
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
+from moray.platform.store.paths import AnyPath, local_file, remove_folder
 
 _EXAMPLES = ".examples"
 _SCHEMA = pa.schema([("id", pa.string()), ("order", pa.uint64()), ("good", pa.bool_()), ("text", pa.large_string())])
@@ -72,6 +72,9 @@ class QualityModelStep(Step[QualityModelConfig]):
     produces: ClassVar[str] = "quality-model"
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: QualityModelConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def check(self, config: QualityModelConfig, inputs: Mapping[str, str]) -> None:
         if config.labels is None and "documents" not in inputs:
             raise RecipeError("quality-model has no examples", "add the input `documents`, or set labels")
@@ -106,15 +109,15 @@ class QualityModelStep(Step[QualityModelConfig]):
         ctx.progress("training", 1, 1, "models")
         counted = {name: int(ctx.counts[name]) for name in ("positive", "negative")}
         model.save(ctx.folder, auc=auc, heldout=int(held.sum()), **counted)
-        shutil.rmtree(ctx.folder / _EXAMPLES, ignore_errors=True)
+        remove_folder(ctx.output / _EXAMPLES)
         ctx.counts |= {"in:documents": len(good), "heldout": int(held.sum()), "auc": auc}
         ctx.outcome = f"AUC {auc:.4f} on {int(held.sum())} held-out documents"
 
     def _of_sources(self, ctx: StepContext[QualityModelConfig]) -> pa.Table:
-        shards = input_shards(ctx.inputs["documents"].folder)
-        apply = partial(_examples_of_shard, folder=str(ctx.folder / _EXAMPLES), config=ctx.config)
+        shards = input_shards(ctx.inputs["documents"].location)
+        apply = partial(_examples_of_shard, folder=ctx.output / _EXAMPLES, config=ctx.config)
         map_shards(ctx, "sampling", shards, apply, "bytes", file_bytes)
-        return _sample((pq.read_table(output_path(ctx.folder / _EXAMPLES, shard)) for shard in shards), ctx.config)
+        return _sample((read_shard(output_path(ctx.output / _EXAMPLES, shard)) for shard in shards), ctx.config)
 
 
 def _train(texts: pa.ChunkedArray, good: Any, held: Any, config: QualityModelConfig) -> tuple[QualityModel, float]:
@@ -159,11 +162,11 @@ def _sample(tables: Iterable[pa.Table], config: QualityModelConfig) -> pa.Table:
     return joined.sort_by([("order", "ascending"), ("id", "ascending")])
 
 
-def _examples_of_shard(shard: Row, folder: str, config: QualityModelConfig) -> Row:
+def _examples_of_shard(shard: Row, folder: AnyPath, config: QualityModelConfig) -> Row:
     """Writes the examples of a shard that can be part of the sample. Runs in a Ray worker."""
-    file = pq.ParquetFile(shard["path"])
-    tables = (_examples(pa.Table.from_batches([batch]), config) for batch in file.iter_batches(512))
-    write_parquet(output_path(folder, shard), _sample(tables, config))
+    with local_file(shard_path(shard)) as local, pq.ParquetFile(local) as file:
+        tables = (_examples(pa.Table.from_batches([batch]), config) for batch in file.iter_batches(512))
+        write_parquet(output_path(folder, shard), _sample(tables, config))
     return {"shard": shard["shard"]}
 
 

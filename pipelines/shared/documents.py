@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from moray.platform.core.atomic import whole_file
+from moray.platform.store.paths import AnyPath, list_files, local_file, new_file
 
 QUALITY = "quality"  # an optional column: dedup keeps the duplicate with the higher quality
 SCHEMA = pa.schema(
@@ -49,19 +48,26 @@ def shard_name(number: int) -> str:
     return f"documents-{number:05d}.parquet"
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a Documents folder, in order. Raises ValueError if there are none."""
-    paths = sorted(folder.glob("documents-*.parquet"))
-    if not paths:
+def shard_sizes(folder: AnyPath) -> dict[str, int]:
+    """Names of the shards of a Documents folder, in order, and their sizes in bytes. Raises ValueError if there are
+    none."""
+    found = list_files(folder, "documents-*.parquet")
+    if not found:
         raise ValueError(f"{folder} holds no documents-*.parquet")
-    return paths
+    return found
 
 
-def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    return pq.read_table(path, columns=list(columns) if columns else None)
+def shard_paths(folder: AnyPath) -> list[AnyPath]:
+    """The shards of a Documents folder, in order. Raises ValueError if there are none."""
+    return [folder / name for name in shard_sizes(folder)]
 
 
-def write_shard(path: Path, table: pa.Table) -> None:
+def read_shard(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
+    with local_file(path) as local:
+        return pq.read_table(local, columns=list(columns) if columns else None)
+
+
+def write_shard(path: AnyPath, table: pa.Table) -> None:
     """Writes one shard atomically. Raises ValueError if a contract column is missing or of another type."""
     for field in SCHEMA:
         index = table.schema.get_field_index(field.name)
@@ -70,12 +76,12 @@ def write_shard(path: Path, table: pa.Table) -> None:
     write_parquet(path, table)
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def write_parquet(path: AnyPath, table: pa.Table) -> None:
     """Writes any table as zstd Parquet, atomically."""
     write_batches(path, table.schema, [table])
 
 
-def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], plain: bool = False) -> None:
+def write_batches(path: AnyPath, schema: pa.Schema, tables: Iterable[pa.Table], plain: bool = False) -> None:
     """As `write_parquet`, for tables that need not fit in memory together."""
     with parquet_writer(path, schema, plain) as writer:
         for table in tables:
@@ -83,12 +89,12 @@ def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], pla
 
 
 @contextlib.contextmanager
-def parquet_writer(path: Path, schema: pa.Schema, plain: bool = False) -> Iterator[pq.ParquetWriter]:
+def parquet_writer(path: AnyPath, schema: pa.Schema, plain: bool = False) -> Iterator[pq.ParquetWriter]:
     """A writer of zstd Parquet. The file gets its name when the block ends without an error. plain: without compression
     and dictionary encoding, for hashes, which neither makes smaller."""
     compression = "none" if plain else "zstd"
     with (
-        whole_file(path) as temporary,
+        new_file(path) as temporary,
         pq.ParquetWriter(temporary, schema, compression=compression, use_dictionary=not plain) as writer,
     ):
         yield writer

@@ -1,8 +1,9 @@
 """Runs a function over shards as Ray Data tasks. All text steps use the cluster this way.
 
-Ray transports only a shard's description to the task and its statistics back. Text is read from disk and written to
-disk inside the task, so the object store never holds text. A shard is the unit of work and of resume (`task_records.py`
-records finished shards), and the result does not depend on the number of workers.
+Ray transports only a shard's description to the task and its statistics back. Text is read and written inside the task,
+as files on disk or in the store (`platform/store/paths.py`), so Ray's object store never holds text. A shard is the
+unit of work and of resume (`task_records.py` records finished shards), and the result does not depend on the number of
+workers.
 
 A task processes several shards, because Ray Data's driver spends about 30 ms per task. The output block size is limited
 to one byte, so that every block holds one row and a shard's row is available as soon as the shard is done.
@@ -17,12 +18,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
-from moray.pipelines.shared.documents import shard_paths
+from moray.pipelines.shared.documents import shard_sizes
 from moray.platform.core.errors import StepFailed
 from moray.platform.plan.context import StepContext
+from moray.platform.store.paths import AnyPath, any_path
 
 Row = dict[str, Any]
 _ERROR, _TRACEBACK = "error", "traceback"
@@ -34,18 +36,28 @@ _RETRIES = 5  # of a task whose worker or node is lost; Ray Data retries indefin
 _TASKS_PER_CPU = 8  # enough to balance slow tasks
 
 
-def input_shards(folder: Path) -> list[Row]:
+def input_shards(folder: AnyPath) -> list[Row]:
     """Describes each shard of a Documents folder for `map_shards`: its number, path, and file size in bytes.
 
     Raises ValueError if there are none.
     """
-    paths = shard_paths(folder)
-    return [{"shard": i, "path": str(path), "size": path.stat().st_size} for i, path in enumerate(paths)]
+    sizes = shard_sizes(folder).items()
+    return [{"shard": i, "path": str(folder / name), "size": size} for i, (name, size) in enumerate(sizes)]
 
 
-def output_path(folder: Path | str, shard: Row) -> Path:
+def shard_path(shard: Row) -> AnyPath:
+    """Path of the shard's file, for a task on any host."""
+    return any_path(shard["path"])
+
+
+def shard_stem(shard: Row) -> str:
+    """The name of the shard's file without its suffix."""
+    return PurePath(shard["path"]).stem
+
+
+def output_path(folder: AnyPath, shard: Row) -> AnyPath:
     """Path of a task's output for a shard, which has the shard's own name."""
-    return Path(folder) / Path(shard["path"]).name
+    return folder / PurePath(shard["path"]).name
 
 
 def file_bytes(shard: Row) -> float:

@@ -7,27 +7,25 @@ exists, the files are complete. A task without statistics needs no record: it ch
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from moray.pipelines.shared.shards import Row
-from moray.platform.core.atomic import write_text
+from moray.platform.store.paths import AnyPath, remove_folder, write_file
 
 _RECORDS = ".records"
 
 
-def recorded(folder: Path | str, task: str, make: Callable[[], Row]) -> Row:
+def recorded(folder: AnyPath, task: str, make: Callable[[], Row]) -> Row:
     """The row of a task from its record in `folder`. Without a record, runs `make()`, which writes the task's files."""
-    path = Path(folder) / _RECORDS / f"{task}.json"
-    if path.exists():
+    path = folder / _RECORDS / f"{task}.json"
+    try:
         found: Row = json.loads(path.read_text())
-        return found
-    row = make()
-    write_text(path, json.dumps(row))
-    return row
+    except FileNotFoundError:
+        found = make()
+        write_file(path, json.dumps(found).encode())
+    return found
 
 
-def forget_records(folder: Path) -> None:
+def forget_records(folder: AnyPath) -> None:
     """Removes all records after the last task, because they are no part of the result."""
-    shutil.rmtree(folder / _RECORDS, ignore_errors=True)
+    remove_folder(folder / _RECORDS)

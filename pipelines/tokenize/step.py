@@ -36,6 +36,7 @@ from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import AnyPath, any_path, local_file, open_ranges
 
 _SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree; takes the slower one half a second
 _SAMPLE_SOURCES = 50
@@ -63,8 +64,8 @@ class TokenizeConfig(StepConfig):
 class GroupTask:
     """Settings that are the same for all groups."""
 
-    folder: Path
-    tokenizer: Path
+    folder: AnyPath
+    tokenizer: AnyPath
     encoder: Choice
     vocabulary: TokenVocabulary
     marks: Marks | None
@@ -80,6 +81,9 @@ class Tokenize(Step[TokenizeConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: TokenizeConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[TokenizeConfig]) -> None:
         folder = ctx.inputs["tokenizer"].folder
         vocabulary = TokenVocabulary(
@@ -90,12 +94,12 @@ class Tokenize(Step[TokenizeConfig]):
         marks = fim_marks(load_tokenizer(folder)) if ctx.config.fim_rate else None
         shards = _shards(ctx)
         chosen = self._encoder(ctx, folder, shards)
-        job = GroupTask(ctx.folder, folder, chosen, vocabulary, marks, ctx.config)
+        job = GroupTask(ctx.output, ctx.inputs["tokenizer"].location, chosen, vocabulary, marks, ctx.config)
         groups = _groups(shards, ctx.config.group_bytes)
         apply = partial(_tokenize_group, job=job)
         rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
         self._write_indexes(ctx, rows, vocabulary)
-        forget_records(ctx.folder)
+        forget_records(ctx.output)
         self._summarize(ctx, rows)
 
     def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
@@ -138,10 +142,10 @@ class Tokenize(Step[TokenizeConfig]):
 
 def _shards(ctx: StepContext[TokenizeConfig]) -> list[Row]:
     """The nonempty Documents shards in order, with part, source and uncompressed size."""
-    folder = ctx.inputs["documents"].folder
+    folder = ctx.inputs["documents"].location
     paths = [(part, path) for part in PARTS for path in shard_paths(folder / part)]
     found = []
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(32) as threads:
         for done, row in enumerate(threads.map(_describe_shard, paths)):
             ctx.progress("listing", done + 1, len(paths), "shards")
             if row["source"]:
@@ -149,12 +153,13 @@ def _shards(ctx: StepContext[TokenizeConfig]) -> list[Row]:
     return found
 
 
-def _describe_shard(place: tuple[str, Path]) -> Row:
+def _describe_shard(place: tuple[str, AnyPath]) -> Row:
     part, path = place
-    sources = read_shard(path, ["source"])["source"].unique().to_pylist()
+    with open_ranges(path) as file, pq.ParquetFile(file) as shard:
+        metadata = shard.metadata
+        sources = shard.read(["source"])["source"].unique().to_pylist()
     if len(sources) > 1:
         raise InputError(f"{path} mixes sources: {', '.join(sorted(sources))}", "write one source per shard")
-    metadata = pq.read_metadata(path)
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return {"part": part, "path": str(path), "source": sources[0] if sources else "", "size": size}
 
@@ -180,7 +185,8 @@ def _sample(shards: list[Row]) -> tuple[list[str], list[str]]:
     names: list[str] = []
     texts: list[str] = []
     for source in sources:
-        batch = next(pq.ParquetFile(first[source]).iter_batches(256, columns=["id", "text"]))
+        with local_file(any_path(first[source])) as local, pq.ParquetFile(local) as file:
+            batch = next(file.iter_batches(256, columns=["id", "text"]))
         left = _SAMPLE_BYTES // len(sources)  # characters
         for name, text in zip(*(batch[column].to_pylist() for column in ("id", "text")), strict=True):
             if left > 0:
@@ -211,7 +217,7 @@ def _write_group(group: Row, job: GroupTask) -> Row:
 
 def _encoded(paths: list[str], job: GroupTask, fim_rate: float) -> TokenDocuments:
     """The documents of some shards as tokens. Their text is no longer in memory when this returns."""
-    table = pa.concat_tables([read_shard(Path(path), ["id", "text"]) for path in paths]).combine_chunks()
+    table = pa.concat_tables([read_shard(any_path(path), ["id", "text"]) for path in paths]).combine_chunks()
     names = table["id"].to_pylist()
     column = table["text"].chunk(0).cast(pa.large_string())
     sizes = np.diff(text_buffers(column)[0])

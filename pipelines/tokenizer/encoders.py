@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from moray.pipelines.text.arrow import text_buffers
 from moray.platform.core.errors import InputError
+from moray.platform.store.paths import AnyPath, local_file
 
 Choice = Literal["fast", "reference"]
 Bytes = npt.NDArray[np.uint8]
@@ -121,15 +122,16 @@ def choose_encoder(
 
 
 @functools.lru_cache(maxsize=4)
-def encoder(which: Choice, folder: Path) -> Encoder:
+def encoder(which: Choice, folder: AnyPath) -> Encoder:
     """The encoder for a tokenizer's folder, cached per process."""
     plain = plain_json(folder)
     return FastEncoder(plain) if which == "fast" else ReferenceEncoder(plain)
 
 
-def plain_json(folder: Path) -> str:
+def plain_json(folder: AnyPath) -> str:
     """`tokenizer.json` for encoding documents: without truncation, and without control tokens that text could match."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    with local_file(folder / "tokenizer.json") as local:
+        content = json.loads(local.read_text(encoding="utf-8"))
     kept = [token for token in content.get("added_tokens") or [] if token["content"].isspace()]
     removed = {"truncation": None, "padding": None, "post_processor": None}
     return json.dumps({**content, "added_tokens": kept, **removed})

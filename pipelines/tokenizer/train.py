@@ -22,6 +22,7 @@ from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import AnyPath, in_threads, local_file
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -75,8 +76,11 @@ class Tokenizer(Step[TokenizerConfig]):
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents"}
     produces: ClassVar[str] = "tokenizer"
 
+    def reads_in_place(self, config: TokenizerConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[TokenizerConfig]) -> None:
-        paths = shard_paths(ctx.inputs["documents"].folder / "train")
+        paths = shard_paths(ctx.inputs["documents"].location / "train")
         sample = Sample(paths, ctx.config.sample_bytes)
         if not sample.size:
             raise InputError(
@@ -106,9 +110,9 @@ class Sample:
     """A sample: the documents whose id hash is below sample_bytes / all bytes. size: bytes of all documents.
     documents, bytes: size of the sample that `texts` has returned so far."""
 
-    def __init__(self, paths: list[Path], sample_bytes: int) -> None:
+    def __init__(self, paths: list[AnyPath], sample_bytes: int) -> None:
         self._paths = paths
-        self.size = sum(text_bytes(read_shard(path, ["text"])["text"]) for path in paths)
+        self.size = sum(in_threads(lambda path: text_bytes(read_shard(path, ["text"])["text"]), paths))
         self._share = min(1.0, sample_bytes / max(1, self.size))
         self.documents = 0
         self.bytes = 0
@@ -145,11 +149,12 @@ def hugging_face_config() -> dict[str, Any]:
     }
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: AnyPath) -> Any:
     """The `tokenizers.Tokenizer` of a folder, without the truncation and padding of its file, as in transformers."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-    tokenizer = HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
+    with local_file(folder / "tokenizer.json") as local:
+        tokenizer = HuggingFaceTokenizer.from_file(str(local))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

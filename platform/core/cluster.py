@@ -29,6 +29,7 @@ class Cluster(ABC):
 
     logs: Path | None = None  # where Ray's own logs are kept after it has stopped
     fixed: ClassVar[bool] = False  # no machine will join, so a request that fits no machine now never will
+    shares_files: ClassVar[bool] = True  # all tasks see the files of this process's host
     on_pending: Callable[[str], None] | None = None  # called with a message when Ray cannot place a request
     on_unsatisfiable: Callable[[str], None] | None = None  # the same for a request a fixed cluster can never place
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from moray.platform.core.errors import InputError
+from moray.platform.core.units import parse_size
+
+_CACHE_BYTES = 100 * 10**9
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ class Home:
     def cache(self) -> Path:
         """Compiled kernels and other caches; safe to delete at any time."""
         return self.root / "cache"
+
+    @property
+    def cache_bytes(self) -> int:
+        """Limit of the cache of objects from the store, in bytes: `$MORAY_CACHE_BYTES`, by default 100 GB or half of
+        the disk. Raises InputError if it is not a size."""
+        if text := os.environ.get("MORAY_CACHE_BYTES"):
+            try:
+                return parse_size(text)
+            except InputError as error:
+                raise InputError(f"MORAY_CACHE_BYTES: {error.message}", error.hint) from error
+        return min(_CACHE_BYTES, shutil.disk_usage(self.root).total // 2)
 
     @property
     def mlflow_db(self) -> Path:

@@ -14,12 +14,18 @@ from moray.platform.core.errors import Cancelled
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
 from moray.platform.core.home import Home
 from moray.platform.plan.config import ConfigT
-from moray.platform.store.artifacts import Artifact
+from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.paths import AnyPath, StorePath
+from moray.platform.store.search import find_artifact
 
 
 @dataclass
 class StepContext(Generic[ConfigT]):
-    """The context of a running step. `counts` and `outcome` are written to the manifest and the closing table."""
+    """The context of a running step. `counts` and `outcome` are written to the manifest and the closing table.
+
+    folder: a folder of this process's host. Its files become part of the artifact. stored: if tasks run on hosts that
+    do not see that folder, the artifact's folder in the store.
+    """
 
     step: str
     config: ConfigT
@@ -34,7 +40,19 @@ class StepContext(Generic[ConfigT]):
     counts: dict[str, float] = field(default_factory=dict)
     outcome: str = ""
     cancel: Callable[[], bool] = lambda: False
+    stored: StorePath | None = None
     _last: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def output(self) -> AnyPath:
+        """The artifact's folder, for tasks on any host. On one machine it is `folder`."""
+        return self.stored or self.folder
+
+    def artifact(self, reference: str) -> Artifact:
+        """Another artifact, whose `location` tasks on any host can read. Raises InputError if it does not exist."""
+        store = ArtifactStore(self.home)
+        found = find_artifact(store, reference)
+        return store.locate(found, everywhere=True) if self.stored else store.fetch(found)
 
     def emit(self, event: Event) -> None:
         self.events.append(event)

@@ -30,8 +30,6 @@ from moray.platform.plan.fingerprint import Address, addresses
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.run.step_run import ActiveRun, RunResult, StepResult, StepRun, free_disk_hint, mid_run
 from moray.platform.store.artifacts import Artifact, ArtifactStore
-from moray.platform.store.lease import Lease
-from moray.platform.store.lease import holder as lease_holder
 from moray.platform.store.search import newest_artifact
 
 
@@ -87,6 +85,11 @@ class Runner:
         name: the name of the run and its folder; by default the time, the recipe and a random suffix.
         """
         self.store.check()
+        if self.store.remote is None and not self.cluster.shares_files:
+            raise InputError(
+                "the hosts of this cluster do not share a disk, and there is no store for the files of the run",
+                "set MORAY_ARTIFACTS=s3://bucket/prefix, or to a folder that all hosts see",
+            )
         name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
         folder = self.home.runs / name
         write_text(folder / "recipe.yaml", recipe.source)
@@ -136,9 +139,9 @@ class Runner:
         planned, address = decision.planned, decision.address
         step, fingerprint = planned.step, address.fingerprint
         found = self.store.get(step.name, fingerprint)
-        lease = Lease(self.store.lease_path(step.name, fingerprint))
+        lease = self.store.lease(step.name, fingerprint, everywhere=not self.cluster.shares_files)
         if found is None and not lease.acquire():
-            holder = lease_holder(lease.path)
+            holder = lease.holder()
             why = f"process {holder.get('pid')} on {holder.get('host')} is running this step"
             run.events.append(StepEvent(step=planned.key, state="waiting", fingerprint=fingerprint, why=why))
             done = lambda: self.store.get(step.name, fingerprint) is not None  # noqa: E731

@@ -6,9 +6,9 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from moray.platform.plan.context import StepContext
 from moray.platform.plan.fingerprint import EARLIER, Address
 from moray.platform.plan.recipe import PlannedStep
 from moray.platform.store.artifacts import Artifact, ArtifactStore
-from moray.platform.store.manifest import Manifest, code_revision, environment, hash_folder
+from moray.platform.store.manifest import FileEntry, Manifest, code_revision, environment, hash_folder
+from moray.platform.store.paths import entries_below, remove_folder
 from moray.platform.store.search import find_artifact
 from moray.platform.store.verify import check_sizes
 
@@ -84,6 +85,9 @@ class StepRun:
             fingerprint=address.fingerprint,
             name=run.result.recipe,
             cancel=run.cancelled.is_set,
+            stored=None
+            if run.cluster.shares_files or run.store.remote is None
+            else run.store.remote.output(planned.step.name, address.fingerprint),
         )
         self._topology = run.cluster.topology()
         self._started, self._began = time.time(), time.monotonic()
@@ -94,6 +98,8 @@ class StepRun:
         try:
             with self._watching_cluster(), _explained(self._context):
                 self._context.inputs = self._inputs()
+                if self._context.stored and not self._step.resumable:
+                    remove_folder(self._context.stored)
                 if self._step.needs_ray:
                     self._topology = self._run.cluster.ensure()
                 self._step.run(self._context)
@@ -127,34 +133,37 @@ class StepRun:
     def _inputs(self) -> dict[str, Artifact]:
         """Artifacts of the input steps by input name, plus the previous link of a chain, ready to be read."""
         in_place = self._step.reads_in_place(self._planned.config)
-        inputs = {name: self._fetch(at, name in in_place) for name, at in self._planned.inputs.items()}
+        rows = self._run.result.steps
+        inputs = {name: self._fetch(rows[key].artifact, name in in_place) for name, key in self._planned.inputs.items()}
         if EARLIER in self._address.inputs:
             link = find_artifact(self._run.store, f"{self._step.name}/{self._address.inputs[EARLIER]}")
-            inputs[EARLIER] = self._run.store.fetch(link, self._transferred)
-            self._check(inputs[EARLIER])
+            inputs[EARLIER] = self._fetch(link, EARLIER in in_place)
         return inputs
 
-    def _fetch(self, key: str, in_place: bool) -> Artifact:
-        """Returns an input step's artifact with its files on this machine, or, if read in place, with their address."""
-        row, store = self._run.result.steps[key], self._run.store
+    def _fetch(self, artifact: Artifact, in_place: bool) -> Artifact:
+        """Returns an input with its files on this host, or, if read in place, with their address. If tasks run on
+        other hosts, it has an address that these can read."""
+        store, everywhere = self._run.store, not self._run.cluster.shares_files
         with mid_run():
+            url = store.locate(artifact, everywhere=True).url if everywhere else ""
             if in_place:
-                found = store.locate(row.artifact)
+                found = replace(artifact, url=url) if url else store.locate(artifact)
             else:
-                found = row.artifact = store.fetch(row.artifact, self._transferred)
+                found = replace(store.fetch(artifact, self._transferred), url=url)
             self._check(found)
         return found
 
     def _check(self, artifact: Artifact) -> None:
         """Raises InputError if local input files no longer match their manifest."""
-        if not artifact.url:
+        if artifact.is_local:
             remote, step = self._run.store.remote, artifact.manifest.step
             shared = lambda: remote is not None and remote.get_or_none(step, artifact.fingerprint) is not None  # noqa: E731
             check_sizes(artifact.folder, artifact.manifest, shared)
 
     def _commit(self) -> Artifact:
         context, step, seconds = self._context, self._step, time.monotonic() - self._began
-        files = hash_folder(context.folder)
+        local = hash_folder(context.folder)
+        files = _joined(local, entries_below(context.stored)) if context.stored else local
         manifest = Manifest(
             step=step.name,
             step_version=step.version,
@@ -176,6 +185,8 @@ class StepRun:
             gpu_seconds=seconds * self._topology.gpus,
         )
         with mid_run():
+            if context.stored:
+                return self._run.store.complete(manifest, local, self._transferred)
             return self._run.store.commit(manifest, self._transferred)
 
     def _transferred(self, phase: str, done: float, total: float) -> None:
@@ -197,6 +208,12 @@ class StepRun:
         )
         append(event)
         return seconds
+
+
+def _joined(local: Sequence[FileEntry], stored: Sequence[FileEntry]) -> list[FileEntry]:
+    """All files of an artifact, sorted by path. A local file replaces one that an earlier attempt uploaded."""
+    found = {entry.path: entry for entry in (*stored, *local)}
+    return [found[path] for path in sorted(found)]
 
 
 def free_disk_hint(home: Home) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,13 @@ from moray.platform.core.home import Home
 from moray.platform.core.units import size
 from moray.platform.store.aliases import Aliases
 from moray.platform.store.lease import Lease
-from moray.platform.store.manifest import MANIFEST, DamagedError, Manifest, read_manifest
+from moray.platform.store.manifest import MANIFEST, DamagedError, FileEntry, Manifest, read_manifest
+from moray.platform.store.paths import AnyPath, any_path
 from moray.platform.store.pins import Pins
 
 if TYPE_CHECKING:
     from moray.platform.store.remote import RemoteArtifacts, SharedManifest
+    from moray.platform.store.store_lease import StoreLease
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Artifact:
     def address(self) -> str:
         """The location of its files: the local folder, or an `s3://` address."""
         return self.url or str(self.folder)
+
+    @property
+    def location(self) -> AnyPath:
+        """The folder of its files, for tasks on any host."""
+        return any_path(self.address)
 
     @property
     def fingerprint(self) -> str:
@@ -89,6 +96,13 @@ class ArtifactStore:
 
     def lease_path(self, step: str, fingerprint: str) -> Path:
         return self.root / step / f".{fingerprint}.lease"
+
+    def lease(self, step: str, fingerprint: str, everywhere: bool = False) -> Lease | StoreLease:
+        """The lease of a process that makes the artifact. everywhere: with tasks on several hosts."""
+        if everywhere:
+            assert self.remote is not None
+            return self.remote.lease(step, fingerprint)
+        return Lease(self.lease_path(step, fingerprint))
 
     def check(self) -> None:
         """Raises InputError if there is a shared root that is not writable."""
@@ -159,6 +173,14 @@ class ArtifactStore:
             manifest = shared.local()
         return self._seal(manifest)
 
+    def complete(self, manifest: Manifest, local: Sequence[FileEntry], progress: Progress = _no_progress) -> Artifact:
+        """As `commit`, for an artifact whose tasks wrote to the store. local: its files in this host's folder."""
+        assert self.remote is not None
+        folder = self.folder(manifest.step, manifest.fingerprint)
+        shared = self.remote.complete(folder, local, manifest, partial(progress, "uploading"))
+        self.discard(folder)  # it holds a part of the files
+        return self._located(shared)
+
     def publish(self, artifact: Artifact, progress: Progress = _no_progress) -> Artifact:
         """Uploads an artifact that exists only locally to the shared root. If another machine was first, its artifact
         replaces the local one.
@@ -194,16 +216,25 @@ class ArtifactStore:
             raise InputError(f"artifact {artifact.reference} no longer exists", "run its recipe again")
         return found
 
-    def locate(self, artifact: Artifact) -> Artifact:
-        """Returns the artifact with the address of its files: local, or else in the shared root. Raises InputError."""
+    def locate(self, artifact: Artifact, everywhere: bool = False) -> Artifact:
+        """Returns the artifact with the address of its files: local, or else in the shared root. Raises InputError.
+
+        everywhere: an address that other hosts can read.
+        """
         step, fingerprint = artifact.manifest.step, artifact.fingerprint
         if (found := self.local_or_none(step, fingerprint)) is not None:
-            return found
+            if not everywhere:
+                return found
+            self.publish(found)
         shared = self.remote.get(step, fingerprint) if self.remote else None
         if self.remote is None or shared is None:
             self.local(step, fingerprint)  # raises if it is damaged
             raise InputError(f"artifact {artifact.reference} no longer exists", "run its recipe again")
-        return Artifact(self.folder(step, fingerprint), shared.local(), self.remote.address(shared))
+        return self._located(shared)
+
+    def _located(self, shared: SharedManifest) -> Artifact:
+        assert self.remote is not None
+        return Artifact(self.folder(shared.step, shared.fingerprint), shared.local(), self.remote.address(shared))
 
     def _pull(self, shared: SharedManifest, progress: Progress) -> Artifact:
         """Downloads an artifact (the lease is held) to a temporary folder, verifies and renames it; manifest last."""

@@ -61,6 +61,7 @@ _ROOT_ERRORS = {
     "PermanentRedirect": _REGION, "AuthorizationHeaderMalformed": _REGION,
 }  # fmt: skip
 _ROOT = "moray-root.json"
+_SHA256 = "sha256"  # in an object's metadata
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,15 @@ class Bucket:
         self._name = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._read_seconds = read_seconds
+        self._opening = threading.Lock()
+
+    @property
+    def _client(self) -> Any:
+        with self._opening:  # one thread opens it, the others wait
+            return self._checked_client
 
     @cached_property
-    def _client(self) -> Any:
+    def _checked_client(self) -> Any:
         with self._translated_errors():
             quick = self._new_client(2, 5)
             self._check_listing(quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
@@ -125,6 +132,23 @@ class Bucket:
                 if _code(error) in ("NoSuchKey", "404"):
                     return None
                 raise
+
+    def head(self, key: str) -> Stored | None:
+        """Returns the description of an object, or None if it does not exist."""
+        with self._translated_errors(key):
+            try:
+                found = self._client.head_object(Bucket=self._name, Key=self._prefix + key)
+            except ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
+        return Stored(key, found["ContentLength"], found["LastModified"].timestamp(), found.get("ETag", ""))
+
+    def sha256(self, key: str) -> str:
+        """Returns the SHA-256 that an upload stored with an object; "" if it has none."""
+        with self._translated_errors(key):
+            found = self._client.head_object(Bucket=self._name, Key=self._prefix + key)
+        return str(found.get("Metadata", {}).get(_SHA256, ""))
 
     def read_range(self, key: str, begin: int, end: int, etag: str = "") -> bytes:
         """Returns bytes [begin, end) of an object. With an ETag, raises InputError for any other version."""
@@ -201,12 +225,21 @@ class Bucket:
                             Bucket=self._name, Key=upload["Key"], UploadId=upload["UploadId"]
                         )
 
+    def upload_file(self, path: Path, key: str, sha256: str) -> None:
+        """Uploads one file, large ones in parts, and stores its SHA-256 with it."""
+        entry = FileEntry(path=key, size=path.stat().st_size, sha256=sha256)
+
+        def start(manager: TransferManager, entry: FileEntry, watcher: _Watcher) -> Any:
+            return manager.upload(str(path), self._name, self._prefix + key, _arguments(entry), [watcher])
+
+        self._transfer(start, [entry], key.rpartition("/")[0], lambda done, total: None)
+
     def upload(self, folder: Path, files: Sequence[FileEntry], prefix: str, progress: Progress) -> None:
         """Uploads files of a folder to objects below `prefix`. The server checks each SHA-256."""
 
         def start(manager: TransferManager, entry: FileEntry, watcher: _Watcher) -> Any:
             key = f"{self._prefix}{prefix}/{entry.path}"
-            return manager.upload(str(folder / entry.path), self._name, key, _checksum(entry), [watcher])
+            return manager.upload(str(folder / entry.path), self._name, key, _arguments(entry), [watcher])
 
         self._transfer(start, files, prefix, progress)
 
@@ -328,12 +361,13 @@ class _Watcher(BaseSubscriber):
         self.done.set()
 
 
-def _checksum(entry: FileEntry) -> dict[str, str]:
-    """The checksum arguments of an upload. S3 checks a whole object's SHA-256 only for single-part uploads; with
-    several parts, each part has its own checksum."""
+def _arguments(entry: FileEntry) -> dict[str, Any]:
+    """The arguments of an upload: the SHA-256 as metadata, and as a checksum. S3 checks a whole object's SHA-256 only
+    for single-part uploads; with several parts, each part has its own checksum."""
+    metadata = {"Metadata": {_SHA256: entry.sha256}}
     if entry.size >= _PART:
-        return {"ChecksumAlgorithm": "SHA256"}
-    return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(entry.sha256)).decode()}
+        return {"ChecksumAlgorithm": "SHA256", **metadata}
+    return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(entry.sha256)).decode(), **metadata}
 
 
 def _code(error: ClientError) -> str:

@@ -52,6 +52,13 @@ class Lease:
             time.sleep(poll)
         return False
 
+    def holder(self) -> dict[str, Any]:
+        """Returns the holder's host and pid, for messages; empty if there is none."""
+        try:
+            return _read(self.path)
+        except FileNotFoundError:
+            return {}
+
     def release(self) -> None:
         if self._thread is None:
             return
@@ -82,14 +89,6 @@ def is_stale(path: Path) -> bool:
 def is_alive(pid: int) -> bool:
     """Whether a process with this pid is alive on this host."""
     return started(pid) is not None
-
-
-def holder(path: Path) -> dict[str, Any]:
-    """Returns the lease's holder, for messages; empty if there is none."""
-    try:
-        return _read(path)
-    except FileNotFoundError:
-        return {}
 
 
 def _read(path: Path) -> dict[str, Any]:

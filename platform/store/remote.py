@@ -1,6 +1,8 @@
 """Artifacts in a shared root, `s3://bucket/prefix`: the source of truth for several machines.
 
-    <step>/<fingerprint>/<writer>/<path>      the files, in a folder that is unique to one writer
+    <step>/<fingerprint>/<writer>/<path>      the files, in a folder that is unique to one writer; `w-tasks` is that
+                                              of tasks on several hosts, for the holder of the lease
+    <step>/<fingerprint>/leases/              the lease, while the step runs on several hosts
     <step>/<fingerprint>/manifest.json        created last, and only if none exists
     aliases/NAME@VERSION                      one line, step/fingerprint
     runs/<run>/                               a run's recipe, events and logs, once it has ended
@@ -12,6 +14,7 @@ folder, and files that no manifest names are leftovers.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +29,12 @@ from moray.platform.store.manifest import (
     hash_folder,
     read_manifest,
 )
+from moray.platform.store.paths import StorePath
+from moray.platform.store.store_lease import StoreLease
 
 _WRITER = "w-"
+_SHARED_WRITER = f"{_WRITER}tasks"
+_LEASES = "leases"
 _ALIASES, _RUNS = "aliases", "runs"
 # Hints for a manifest that cannot be read, or that is an HTML page.
 _DELETE = "delete that object: a machine with a local copy uploads it again, or the next run makes it again"
@@ -71,6 +78,24 @@ class RemoteArtifacts:
             self.damaged[error.reference] = error
             return None
 
+    def output(self, step: str, fingerprint: str) -> StorePath:
+        """The folder to which the tasks of a step write, for the holder of the lease. Reruns continue it."""
+        return StorePath(self.url, f"{step}/{fingerprint}/{_SHARED_WRITER}")
+
+    def lease(self, step: str, fingerprint: str) -> StoreLease:
+        return StoreLease(StorePath(self.url, f"{step}/{fingerprint}/{_LEASES}"))
+
+    def complete(
+        self, folder: Path, local: Sequence[FileEntry], manifest: Manifest, progress: Progress
+    ) -> SharedManifest:
+        """Commits an artifact whose tasks wrote to `output`. Uploads the files `local` of this host's folder, and
+        writes the manifest, which names all files. Returns the final manifest: this writer's or another's."""
+        if found := self.get(manifest.step, manifest.fingerprint):
+            return found
+        mine = SharedManifest(**manifest.model_dump(), objects=_SHARED_WRITER)
+        self._bucket.upload(folder, local, f"{manifest.step}/{manifest.fingerprint}/{mine.objects}", progress)
+        return self._publish(mine)
+
     def push(self, folder: Path, manifest: Manifest, progress: Progress) -> SharedManifest:
         """Uploads an artifact unless it exists. Returns the final manifest: this writer's or another's."""
         place = f"{manifest.step}/{manifest.fingerprint}"
@@ -78,11 +103,16 @@ class RemoteArtifacts:
             return found
         mine = SharedManifest(**manifest.model_dump(), objects=f"{_WRITER}{secrets.token_hex(8)}")
         self._bucket.upload(folder, mine.files, f"{place}/{mine.objects}", progress)
+        return self._publish(mine)
+
+    def _publish(self, mine: SharedManifest) -> SharedManifest:
+        """Creates the manifest of uploaded files, unless another writer was first. Returns the final manifest."""
+        place = f"{mine.step}/{mine.fingerprint}"
         self._check_sizes(mine)
         text = mine.model_dump_json(indent=2).encode() + b"\n"
         if self._bucket.create(f"{place}/{MANIFEST}", text):
             return mine
-        winner = self.get(manifest.step, manifest.fingerprint)
+        winner = self.get(mine.step, mine.fingerprint)
         if winner is None:
             raise InputError(f"{self.url}/{place} was removed while it was being written", "run again")
         if winner.objects != mine.objects:  # if equal, the response to our own request was lost

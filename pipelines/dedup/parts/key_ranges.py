@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from moray.pipelines.shared.arrays import Indices, Keys
 from moray.pipelines.shared.grouped_file import read_columns, write_groups
+from moray.platform.store.paths import AnyPath, in_threads
 
 Columns = dict[str, npt.NDArray[Any]]
 _RANGE_ROWS = 2_000_000  # approximate rows per range
@@ -27,14 +27,14 @@ def range_of(keys: Keys, ranges: int) -> Indices:
     return (keys & np.uint64(ranges - 1)).astype(np.int64)
 
 
-def write_parts(path: Path, columns: Columns, parts: Indices) -> None:
+def write_parts(path: AnyPath, columns: Columns, parts: Indices) -> None:
     """Writes rows grouped by part, in their order. parts: the part of each row."""
     write_groups(path, pa.table(columns), parts)
 
 
-def read_parts(paths: Sequence[Path], part: int) -> Columns:
+def read_parts(paths: Sequence[AnyPath], part: int) -> Columns:
     """The rows of one part from all files; the column `file` is the index of each row's file in `paths`."""
-    found = [read_columns(path, part) for path in paths]
+    found = in_threads(lambda path: read_columns(path, part), paths)
     sizes = [len(next(iter(columns.values()))) for columns in found]
     joined: Columns = {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
     return {**joined, "file": np.repeat(np.arange(len(paths)), sizes)}

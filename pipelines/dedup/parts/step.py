@@ -11,9 +11,7 @@ fingerprints); one scan decides; tasks rewrite the shards. Tasks exchange keys t
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -40,6 +38,7 @@ from moray.platform.core.errors import InputError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import in_threads, remove_folder
 
 _WORK_FOLDERS = (".described", ".fingerprints", ".shared", ".keys", ".repeated", ".cuts", ".decisions")
 _FINGERPRINTS_PER_BYTE = 1 / 60  # of text: a word takes six bytes or more, and a sixteenth of words have a fingerprint
@@ -73,8 +72,11 @@ class DedupParts(Step[DedupPartsConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: DedupPartsConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def run(self, ctx: StepContext[DedupPartsConfig]) -> None:
-        shards, folders = preferring_shards(ctx), Folders(ctx.folder)
+        shards, folders = preferring_shards(ctx), Folders(ctx.output)
         ranges = self._keys(ctx, shards, folders)
         every: list[Row] = [{"shard": number} for number in range(ranges)]
         match = partial(match_pieces, folders=folders, shards=shards)
@@ -88,8 +90,8 @@ class DedupParts(Step[DedupPartsConfig]):
                 "dedup-parts removes every document", f"by reason: {reasons}; raise max_loss or lower min_words"
             )
         for name in _WORK_FOLDERS:
-            shutil.rmtree(ctx.folder / name, ignore_errors=True)
-        forget_records(ctx.folder)
+            remove_folder(ctx.output / name)
+        forget_records(ctx.output)
         ctx.counts |= {
             "in:documents": kept + sum(reasons.values()),
             "out:documents": kept,
@@ -103,7 +105,7 @@ class DedupParts(Step[DedupPartsConfig]):
 
     def _keys(self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders) -> int:
         """Writes the keys of all pieces. Returns the number of ranges of keys."""
-        config, size = ctx.config, sum(text_size(Path(shard["path"])) for shard in shards)
+        config, size = ctx.config, sum(in_threads(text_size, shards))
         if config.unit != "substring":
             ranges = exchange_ranges(size * _PARTS_PER_BYTE)
             part = partial(
@@ -125,7 +127,7 @@ class DedupParts(Step[DedupPartsConfig]):
     def _decide(
         self, ctx: StepContext[DedupPartsConfig], shards: list[Row], folders: Folders, ranges: int
     ) -> ScanDecisions:
-        order = PriorityOrder.of(read_outputs(ctx.folder / ".described", shards), ctx.config.prefer)
+        order = PriorityOrder.of(read_outputs(ctx.output / ".described", shards), ctx.config.prefer)
         scan, config = read_scan_input(folders, ranges, order), ctx.config
         found = scan_pieces(scan.pieces, scan.length_D, scan.words_D, config.copies, config.max_loss, config.min_words)
         write_scan_output(shards, folders, order, scan, found)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,11 @@ from moray.pipelines.dedup.parts.text_parts import cut_spans, normalized, parts_
 from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.shared.documents import read_shard, text_bytes, write_parquet, write_shard
 from moray.pipelines.shared.grouped_file import read_columns
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, output_path, shard_path, shard_stem
 from moray.pipelines.shared.task_records import recorded
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.text.characters import tables
+from moray.platform.store.paths import AnyPath, open_ranges
 
 SPOT = ("row", "begin", "end", "first_word", "end_word")  # columns with the position of a piece
 
@@ -37,20 +37,21 @@ SPOT = ("row", "begin", "end", "first_word", "end_word")  # columns with the pos
 class Folders:
     """Paths of the work files, one folder per kind."""
 
-    root: Path
+    root: AnyPath
 
-    def of(self, kind: str, shard: Row) -> Path:
+    def of(self, kind: str, shard: Row) -> AnyPath:
         """The file of a shard."""
-        return self.root / f".{kind}" / Path(shard["path"]).name
+        return output_path(self.root / f".{kind}", shard)
 
-    def range(self, kind: str, number: int) -> Path:
+    def range(self, kind: str, number: int) -> AnyPath:
         """The file of a range of keys."""
         return self.root / f".{kind}" / f"range-{number:05d}.arrow"
 
 
-def text_size(path: Path) -> int:
+def text_size(shard: Row) -> int:
     """Approximate bytes of the texts of a shard, from its Parquet metadata."""
-    metadata = pq.read_metadata(path)
+    with open_ranges(shard_path(shard)) as file:
+        metadata = pq.read_metadata(file)
     column = metadata.schema.names.index("text")
     return sum(metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups))
 
@@ -61,7 +62,7 @@ def part_shard(shard: Row, folders: Folders, unit: str, min_characters: int, ran
 
     path = folders.of("described", shard)
     if not path.exists():
-        table = read_documents(Path(shard["path"]))
+        table = read_documents(shard_path(shard))
         hashes, spots, parts = [], [], []
         for row, text in enumerate(table["text"].to_pylist()):
             for begin, end in parts_of(text, unit):
@@ -88,7 +89,7 @@ def fingerprint_shard(shard: Row, folders: Folders, tokens: int, ranges: int) ->
 
     path = folders.of("described", shard)
     if not path.exists():
-        table = read_documents(Path(shard["path"]))
+        table = read_documents(shard_path(shard))
         offsets, data = text_buffers(table["text"])
         capacity = int(offsets[-1] - offsets[0])
         words = np.zeros(len(table), np.int64)
@@ -125,12 +126,12 @@ def window_shard(shard: Row, folders: Folders, tokens: int, shared: int, ranges:
         found = [read_columns(folders.range("shared", number), shard["shard"]) for number in range(shared)]
         rows, places = (np.concatenate([one[name] for one in found]) for name in ("row", "place"))
         order = np.lexsort((places, rows))
-        keys, columns = _windows(Path(shard["path"]), rows[order], places[order], tokens)
+        keys, columns = _windows(shard_path(shard), rows[order], places[order], tokens)
         write_parts(path, columns, range_of(keys, ranges))
     return {"shard": shard["shard"]}
 
 
-def _windows(path: Path, rows: Any, places: Any, tokens: int) -> tuple[Any, Columns]:
+def _windows(path: AnyPath, rows: Any, places: Any, tokens: int) -> tuple[Any, Columns]:
     from moray.pipelines.dedup.parts.windows import gram_size, windows
 
     distinct, at = np.unique(rows, return_inverse=True)
@@ -157,14 +158,14 @@ def match_pieces(one: Row, folders: Folders, shards: Sequence[Row]) -> Row:
 
 def cut_shard(shard: Row, folders: Folders) -> Row:
     """Writes the kept documents of one shard, and the lists of edited and removed documents."""
-    return recorded(folders.root, Path(shard["path"]).stem, lambda: _cut(shard, folders))
+    return recorded(folders.root, shard_stem(shard), lambda: _cut(shard, folders))
 
 
 def _cut(shard: Row, folders: Folders) -> Row:
-    target = folders.root / Path(shard["path"]).name
+    target = output_path(folders.root, shard)
     edited, removed = (target.with_name(target.name.replace("documents-", kind)) for kind in ("edited-", "removed-"))
     decisions = read_shard(folders.of("decisions", shard))
-    table = read_shard(Path(shard["path"]))
+    table = read_shard(shard_path(shard))
     table = table.append_column("row", pa.array(np.arange(len(table))))
     dropped = decisions.filter(pc.not_equal(decisions["reason"], ""))
     changed = decisions.filter(pc.equal(decisions["reason"], ""))

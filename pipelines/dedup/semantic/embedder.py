@@ -18,8 +18,9 @@ import pyarrow as pa
 
 from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.shared.documents import write_parquet
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, output_path, shard_path
 from moray.platform.core.errors import InputError
+from moray.platform.store.paths import AnyPath
 
 LIBRARY = "sentence_transformers"
 HINT = "pip install 'moray[semantic]'"
@@ -49,18 +50,23 @@ def embedding_model_folder(model: Path | None, package: str) -> Path:
     return found[0].parent
 
 
-def embed_shard(shard: Row, folder: str, described_folder: str, model: str, batch: int) -> Row:
+def embed_shard(shard: Row, folder: AnyPath, described_folder: AnyPath, model: str, batch: int) -> Row:
     """Writes the unit vectors of a shard's documents, in float16, and document descriptions."""
-    name = Path(shard["path"]).name
-    target = Path(folder) / name.replace("documents-", "embeddings-")
+    target = embeddings_path(folder, shard)
     if not target.exists():
-        table = read_documents(Path(shard["path"]))
-        write_parquet(Path(described_folder) / name, pa.table(described(table)))
+        table = read_documents(shard_path(shard))
+        write_parquet(output_path(described_folder, shard), pa.table(described(table)))
         vectors = _embed(table["text"].to_pylist(), model, batch)
         flat = pa.array(vectors.astype(np.float16).ravel())
         column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
         write_parquet(target, pa.table({"id": table["id"], "embedding": column}))
     return {"shard": shard["shard"]}
+
+
+def embeddings_path(folder: AnyPath, shard: Row) -> AnyPath:
+    """The file with the vectors of a shard's documents."""
+    path = output_path(folder, shard)
+    return path.with_name(path.name.replace("documents-", "embeddings-"))
 
 
 def _embed(texts: list[str], model: str, batch: int) -> Vectors:

@@ -8,7 +8,6 @@ and pairs are computed in one process.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,12 @@ from pydantic import Field
 from moray.pipelines.dedup.find import Found, find
 from moray.pipelines.dedup.priority_order import PriorityOrder
 from moray.pipelines.dedup.removal import keep_shard, preferring_shards, read_outputs
-from moray.pipelines.dedup.semantic.embedder import embed_shard, embedding_model_folder, vectors_of
+from moray.pipelines.dedup.semantic.embedder import (
+    embed_shard,
+    embedding_model_folder,
+    embeddings_path,
+    vectors_of,
+)
 from moray.pipelines.dedup.semantic.pairs import clusters_of, similar_pairs
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, map_shards
@@ -32,6 +36,7 @@ from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
+from moray.platform.store.paths import in_threads, remove_folder
 
 _DESCRIBED = ".described"
 
@@ -55,6 +60,9 @@ class DedupSemantic(Step[DedupSemanticConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: DedupSemanticConfig) -> frozenset[str]:
+        return frozenset({"documents"})
+
     def check(self, config: DedupSemanticConfig, inputs: Mapping[str, str]) -> None:
         try:
             embedding_model_folder(config.model, config.package)
@@ -74,18 +82,18 @@ class DedupSemantic(Step[DedupSemanticConfig]):
         shards, config = preferring_shards(ctx), ctx.config
         embed = partial(
             embed_shard,
-            folder=str(ctx.folder),
-            described_folder=str(ctx.folder / _DESCRIBED),
+            folder=ctx.output,
+            described_folder=ctx.output / _DESCRIBED,
             batch=config.batch,
             model=str(embedding_model_folder(config.model, config.package)),
         )
         map_shards(ctx, "embedding", shards, embed, "bytes", file_bytes)
         found = self._find(ctx, shards)
-        write_parquet(ctx.folder / "removed.parquet", found.removed)
-        keep = partial(keep_shard, folder=str(ctx.folder))
+        write_parquet(ctx.output / "removed.parquet", found.removed)
+        keep = partial(keep_shard, folder=ctx.output)
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
-        shutil.rmtree(ctx.folder / _DESCRIBED)
-        forget_records(ctx.folder)
+        remove_folder(ctx.output / _DESCRIBED)
+        forget_records(ctx.output)
         reasons = found.removed["reason"].to_pylist()
         ctx.counts |= {
             "in:documents": len(found.labels),
@@ -100,9 +108,8 @@ class DedupSemantic(Step[DedupSemanticConfig]):
 
     def _find(self, ctx: StepContext[DedupSemanticConfig], shards: list[Row]) -> Found:
         """Finds the duplicates; the table of removed documents is sorted by id."""
-        order = PriorityOrder.of(read_outputs(ctx.folder / _DESCRIBED, shards), ctx.config.prefer)
-        names = [Path(shard["path"]).name.replace("documents-", "embeddings-") for shard in shards]
-        tables = [read_shard(ctx.folder / name) for name in names]
+        order = PriorityOrder.of(read_outputs(ctx.output / _DESCRIBED, shards), ctx.config.prefer)
+        tables = in_threads(lambda shard: read_shard(embeddings_path(ctx.output, shard)), shards)
         vectors = np.concatenate([vectors_of(table) for table in tables if len(table)])[order.order]
         labels = clusters_of(vectors, ctx.config.clusters, ctx.config.seed)
         ctx.note(f"documents are compared within {int(labels.max()) + 1} clusters")

@@ -14,10 +14,10 @@ import pytest
 
 from moray.pipelines.corpus.corpus_shard import write_corpus_shard
 from moray.pipelines.corpus.source import Source
-from moray.pipelines.corpus.source_file import bucket_at
 from moray.pipelines.corpus.step import Corpus, CorpusConfig, corpus_shards
 from moray.pipelines.shared.documents import read_shard, shard_name
 from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.store.paths import bucket_at
 from tests.pipelines.corpus.archives import PAGE, response, zipped
 from tests.s3 import BUCKET
 
@@ -50,7 +50,7 @@ def upload(s3: Any, folder: Path, prefix: str) -> None:
 def documents(out: Path, **fields: Any) -> list[dict[str, Any]]:
     shards = corpus_shards(CorpusConfig(sources=(Source(name="s", **fields),)))
     for shard in shards:
-        write_corpus_shard(shard, str(out), 100_000)
+        write_corpus_shard(shard, out, 100_000)
     return [row for shard in shards for row in read_shard(out / shard_name(shard["shard"])).to_pylist()]
 
 
@@ -83,12 +83,12 @@ def test_an_object_is_known_by_its_etag_and_read_in_that_version_only(s3: Any, t
     (shard,) = corpus_shards(config)
     s3.put_object(Bucket=BUCKET, Key="d/a.txt", Body=b"other")
     with pytest.raises(InputError, match="was replaced while it was being read"):
-        write_corpus_shard(shard, str(tmp_path), 1000)
+        write_corpus_shard(shard, tmp_path, 1000)
     assert not list(tmp_path.iterdir())
     assert Corpus().external(config) != [known]
     s3.delete_object(Bucket=BUCKET, Key="d/a.txt")
     with pytest.raises(InputError, match=r"d/a\.txt"):
-        write_corpus_shard(shard, str(tmp_path), 1000)
+        write_corpus_shard(shard, tmp_path, 1000)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_an_outage_is_no_bad_file(s3: Any, tmp_path: Path, reader: str, name: st
     )
     s3.delete_object(Bucket=BUCKET, Key=f"d/{name}")
     with pytest.raises(InputError, match="is missing"):
-        write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+        write_corpus_shard(shard, tmp_path / "out", 1000)
 
 
 def test_a_missing_bucket_or_object_is_one_error(s3: Any) -> None:

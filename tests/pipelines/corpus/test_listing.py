@@ -90,7 +90,7 @@ def test_a_name_that_is_no_utf8_is_read_under_a_name_that_is(tmp_path: Path) -> 
         "d\\xe9/x.txt",
     }
     (shard,) = corpus_shards(config)
-    counts = write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+    counts = write_corpus_shard(shard, tmp_path / "out", 1000)
     assert counts["documents"] == 5
     assert len(read_shard(tmp_path / "out" / shard_name(0))) == 5
 
@@ -99,7 +99,7 @@ def test_an_odd_name_of_a_file_of_rows_is_read_too(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl.gz")).write_bytes(b'{"text": "one"}')
     config = CorpusConfig(sources=(Source(name="s", path=tmp_path, reader="jsonl"),))
     (shard,) = corpus_shards(config)
-    write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+    write_corpus_shard(shard, tmp_path / "out", 1000)
     (reject,) = read_shard(tmp_path / "out" / rejects_name(0)).to_pylist()
     assert (reject["key"], reject["reason"]) == ("caf\\xe9.jsonl.gz", "malformed")
 

@@ -178,7 +178,7 @@ def test_a_shard_is_written_in_batches_and_counted(tmp_path: Path, monkeypatch: 
     (tmp_path / "f.jsonl").write_text("\n".join(json.dumps({"t": "word" * (i % 3)}) for i in range(9)))
     source = Source(name="s", path=tmp_path, reader="jsonl", text_column="t", license="MIT")
     (shard,) = corpus_shards(CorpusConfig(sources=(source,)))
-    row = write_corpus_shard(shard, str(tmp_path), 1000)
+    row = write_corpus_shard(shard, tmp_path, 1000)
     assert (row["documents"], row["bytes"], row["dropped:empty"]) == (6, 36, 3)
     table = read_shard(tmp_path / "documents-00000.parquet")
     assert table["id"].to_pylist() == [document_id("s", f"f.jsonl#{i}") for i in (1, 2, 4, 5, 7, 8)]
@@ -211,7 +211,7 @@ def test_documents_that_repeat_an_id_are_left_out_and_counted(tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     source = Source(name="s", path=tmp_path, reader="jsonl")
     (shard,) = corpus_shards(CorpusConfig(sources=(source,)))
-    counts = write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+    counts = write_corpus_shard(shard, tmp_path / "out", 1000)
     assert (counts["documents"], counts["dropped:repeated_id"]) == (2, 1)
     assert read_shard(tmp_path / "out" / shard_name(0))["text"].to_pylist() == ["one", "three"]
 
@@ -319,7 +319,7 @@ def test_ids_and_row_numbers_are_distinguished(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_text("\n".join(rows))
     config = CorpusConfig(sources=(Source(name="s", path=tmp_path / "f.jsonl", reader="jsonl"),))
     (shard,) = corpus_shards(config)
-    counts = write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+    counts = write_corpus_shard(shard, tmp_path / "out", 1000)
     found = read_shard(tmp_path / "out" / shard_name(0))
     assert counts["dropped:repeated_id"] == 1
     assert [dict(meta)["path"] for meta in found["meta"].to_pylist()] == [
@@ -344,7 +344,7 @@ def test_an_error_of_ours_names_the_file_and_the_row(tmp_path: Path, monkeypatch
     (tmp_path / "a.jsonl").write_text("{}")
     (shard,) = corpus_shards(CorpusConfig(sources=(Source(name="s", path=tmp_path, reader="jsonl"),)))
     with pytest.raises(RuntimeError, match=r"s/a\.jsonl, after document '#7': OverflowError: signed integer"):
-        write_corpus_shard(shard, str(tmp_path / "out"), 1000)
+        write_corpus_shard(shard, tmp_path / "out", 1000)
 
 
 def test_an_empty_corpus_reports_the_first_reject(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_an_empty_corpus_reports_the_first_reject(tmp_path: Path) -> None:
         config = CorpusConfig(sources=(Source(name="s", path=tmp_path / "a.jsonl", reader="jsonl"),))
         shards = corpus_shards(config)
         out = tmp_path / words[:9]
-        write_corpus_shard(shards[0], str(out), 1000)
+        write_corpus_shard(shards[0], out, 1000)
         hint = corpus_step._first_reject(out, shards)
         assert hint.startswith(f"first: s/a.jsonl#0: malformed: {words}")
         assert hint.endswith(f"all are in {out}/rejected-*.parquet")

@@ -48,7 +48,7 @@ def corpus(folder: Path, out: Path, **fields: Any) -> tuple[list[dict[str, Any]]
     config = CorpusConfig(sources=(Source(name="s", **place, **fields),))
     documents, rejects, counts = [], [], {}
     for shard in corpus_shards(config):
-        counts = write_corpus_shard(shard, str(out), config.max_document_bytes)
+        counts = write_corpus_shard(shard, out, config.max_document_bytes)
         documents += read_shard(out / shard_name(shard["shard"])).to_pylist()
         rejects += read_shard(out / rejects_name(shard["shard"])).to_pylist()
     return documents, rejects, counts
@@ -166,11 +166,11 @@ def test_a_shard_that_is_there_is_taken_as_it_is_and_half_a_one_is_made_anew(tmp
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.txt").write_text("text")
     (shard,) = corpus_shards(CorpusConfig(sources=(Source(name="s", path=tmp_path / "data"),)))
-    first = write_corpus_shard(shard, str(tmp_path), 1000)
+    first = write_corpus_shard(shard, tmp_path, 1000)
     (tmp_path / "data/a.txt").unlink()
-    assert write_corpus_shard(shard, str(tmp_path), 1000) == first
+    assert write_corpus_shard(shard, tmp_path, 1000) == first
     (tmp_path / rejects_name(0)).unlink()
-    assert write_corpus_shard(shard, str(tmp_path), 1000)["dropped:unreadable"] == 1
+    assert write_corpus_shard(shard, tmp_path, 1000)["dropped:unreadable"] == 1
 
 
 def test_a_folder_that_datasets_saved_is_read_by_split(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.run.runner import Runner
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.search import find_artifact
 from tests.step_contexts import context_for, manifest_of
 
 MEDICINE = "The patient had a fever; the physician confirmed the diagnosis and chose a lower dose of insulin therapy. "
@@ -199,11 +201,12 @@ def test_stages_and_tables_are_counted_from_the_last_artifact_alone(
 
 
 def test_a_removed_stage_is_an_error(home: Home) -> None:
-    last = three_stages(home)
-    assert [stage.label for stage in stages_of(last, home)] == ["corpus", "filter", "dedup"]
-    (ArtifactStore(home).folder("filter", "filter-f") / "manifest.json").unlink()
+    last, store = three_stages(home), ArtifactStore(home)
+    find = partial(find_artifact, store)
+    assert [stage.label for stage in stages_of(last, store, find)] == ["corpus", "filter", "dedup"]
+    (store.folder("filter", "filter-f") / "manifest.json").unlink()
     with pytest.raises(InputError, match="filter/filter-f, an input of dedup/dedup-f, has been removed"):
-        stages_of(last, home)
+        stages_of(last, store, find)
 
 
 class _Page(HTMLParser):

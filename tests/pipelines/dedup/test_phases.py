@@ -20,7 +20,7 @@ def test_every_kind_of_file_is_written_before_it_is_read() -> None:
 
 
 def test_a_file_that_the_phase_does_not_declare_is_refused(tmp_path: Path) -> None:
-    files = PhaseFiles(str(tmp_path), frozenset({"pairs"}), frozenset({"numbers"}))
+    files = PhaseFiles(tmp_path, frozenset({"pairs"}), frozenset({"numbers"}))
     assert files.read("pairs", 3) == tmp_path / "pairs-000003.npy"
     assert files.write("numbers") == files.read("numbers") == tmp_path / "numbers.npy"
     with pytest.raises(ValueError, match="this phase does not write pairs"):

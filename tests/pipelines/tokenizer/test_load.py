@@ -150,7 +150,7 @@ def test_truncation_and_padding_are_ignored(tmp_path: Path, folder: Path) -> Non
     context = load(tmp_path, path=folder)
     assert notes(context) == []
     assert len(load_tokenizer(context.folder).encode(text).ids) == whole
-    assert _tokens([text, "some"], str(context.folder))[0] == whole
+    assert _tokens([text, "some"], context.folder)[0] == whole
 
 
 @pytest.mark.parametrize("byte_fallback", [False, True])

@@ -1,0 +1,117 @@
+"""A lease in the store, for processes on different hosts: one holds it, others wait. It needs no common clock.
+
+    <place>/lease-00000001.json    the holder; its heartbeat replaces the object, so that its ETag changes
+
+The holder is the object with the highest number. A process that has seen the same ETag for STALE_SECONDS of its own
+monotonic clock takes the lease over: it creates the object with the next number, which succeeds for one process only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from moray.platform.core.errors import InputError
+from moray.platform.store.paths import StorePath
+
+HEARTBEAT_SECONDS = 3.0
+STALE_SECONDS = 30.0
+_PREFIX = "lease-"
+
+
+class StoreLease:
+    """A lease, held from a successful `acquire` to `release`; a thread updates its heartbeat. Errors of the store are
+    InputErrors, except in the heartbeat: an outage that is shorter than STALE_SECONDS does no harm."""
+
+    def __init__(self, place: StorePath) -> None:
+        self._bucket, self._place = place.bucket, place.key
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._number = 0
+        self._watch = LeaseWatch(place)
+
+    def acquire(self) -> bool:
+        """Returns True if this process now holds the lease. False if another process does, or may do."""
+        number = self._watch.number()
+        if number and not self._watch.is_stale():
+            return False
+        token = secrets.token_hex(8)
+        self._number = number + 1
+        if not self._bucket.create(self._key(), _body(token)) and self._token() != token:
+            return False
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._beat, args=[token], name="lease heartbeat", daemon=True)
+        self._thread.start()
+        return True
+
+    def wait(self, done: Callable[[], bool], cancelled: Callable[[], bool], poll: float = 1.0) -> bool:
+        """Waits until `done()`, or until the lease can be acquired. Returns True if this process now holds it."""
+        while not done() and not cancelled():
+            if self.acquire():
+                return True
+            time.sleep(poll)
+        return False
+
+    def release(self) -> None:
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+        with contextlib.suppress(InputError):  # it becomes stale
+            objects = self._bucket.objects(f"{self._place}/{_PREFIX}")
+            self._bucket.delete(sorted(item.key for item in objects if item.key <= self._key()))
+
+    def holder(self) -> dict[str, Any]:
+        """Returns the holder's host and pid, for messages; empty if there is none."""
+        self._number = self._watch.number()
+        return self._read()
+
+    def _beat(self, token: str) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(InputError, OSError):  # the next beat tries again
+                self._bucket.put(self._key(), _body(token))
+
+    def _token(self) -> str:
+        return str(self._read().get("token", ""))
+
+    def _read(self) -> dict[str, Any]:
+        found = json.loads(self._bucket.get(self._key()) or b"{}")
+        return found if isinstance(found, dict) else {}
+
+    def _key(self) -> str:
+        return f"{self._place}/{_PREFIX}{self._number:08d}.json"
+
+
+class LeaseWatch:
+    """Observes a lease from outside. Its judgement needs observations over STALE_SECONDS."""
+
+    def __init__(self, place: StorePath) -> None:
+        self._bucket, self._place = place.bucket, place.key
+        self._seen = ("", "")  # key and ETag of the newest object
+        self._since = time.monotonic()
+
+    def number(self) -> int:
+        """Observes the lease. Returns its number; 0 if nobody holds it."""
+        newest = max(self._bucket.objects(f"{self._place}/{_PREFIX}"), key=lambda item: item.key, default=None)
+        seen = (newest.key, newest.etag) if newest else ("", "")
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return int(seen[0].rpartition(_PREFIX)[2].removesuffix(".json")) if seen[0] else 0
+
+    def is_stale(self) -> bool:
+        """Whether the holder showed no sign of life in the observations of the last STALE_SECONDS."""
+        return time.monotonic() - self._since > STALE_SECONDS
+
+
+def _body(token: str) -> bytes:
+    """A holder with a value that differs at every beat, so that the ETag does too."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "beat": secrets.token_hex(4)}
+    return json.dumps(holder).encode()
