@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from moray.platform.core.events import EventLog, NoteEvent
+from moray.platform.core.events import NoteEvent
 from moray.platform.core.processes import Process
+from moray.platform.store.paths import any_path
+from moray.platform.store.segments import event_log
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,8 @@ class RankWatch:
                 _kill(place)
 
     def _warn(self, text: str) -> None:
-        log = EventLog(Path(self._events), "watch")
-        log.append(NoteEvent(step=self._step, level="warning", text=text))
-        log.close()
+        with event_log(any_path(self._events), "watch") as log:
+            log.append(NoteEvent(step=self._step, level="warning", text=text))
 
 
 def _kill(place: ProcessPlace) -> None:

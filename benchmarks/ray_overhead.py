@@ -73,7 +73,7 @@ def side_main(way: str, path: str) -> None:
         torch.distributed.run.main(["--standalone", "--nproc-per-node", workers, __file__, "--rank", path])
         return
     topology = EmbeddedCluster(Home.from_environment()).ensure()
-    fit(job, tokens, Path(path).parent / "train", topology if gpu else dataclasses.replace(topology, gpus=0))
+    fit(job, tokens, str(Path(path).parent / "train"), topology if gpu else dataclasses.replace(topology, gpus=0))
 
 
 def rank_main(path: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from moray.pipelines.evaluate.eval_report import EvalReport
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
-from moray.platform.core.events import MetricEvent, read_events
+from moray.platform.core.events import MetricEvent
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
@@ -95,7 +95,7 @@ def _curves(ctx: StepContext[Any], lineage: list[Artifact]) -> Iterator[MetricEv
     """The training metrics of the run that made the checkpoint, which may be an earlier run."""
     for artifact in lineage:
         if artifact.manifest.produces == "checkpoint":
-            events = read_events(ctx.home.runs / artifact.manifest.run)
+            events = ctx.events_of(artifact.manifest.run)
             yield from (e for e in events if isinstance(e, MetricEvent) and e.name.startswith("train_"))
 
 

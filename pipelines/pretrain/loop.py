@@ -6,11 +6,11 @@ only the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,8 @@ from moray.pipelines.pretrain.resilience.routing_replay import Anticipation
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, build
 from moray.platform.core.events import EventLog
+from moray.platform.store.paths import any_path
+from moray.platform.store.segments import event_log
 
 
 class BatchSource(Protocol):
@@ -80,12 +82,11 @@ def train_steps(settings: dict[str, Any]) -> None:
     start.reached("groups")
     worker = build(job, mesh, device)
     start.reached("model")
-    events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
     team = mesh.from_first(lambda: secrets.token_hex(4))
-    with Pulse(settings["watch"], team, world, mesh.rank, job.config.hang_seconds, lambda: _beat(worker)):
+    pulse = Pulse(settings["watch"], team, world, mesh.rank, job.config.hang_seconds, lambda: _beat(worker))
+    log = event_log(any_path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else contextlib.nullcontext()
+    with pulse, log as events:
         run_training(worker, Loaders(settings["loaders"]), events, start, PreemptionNotice())
-    if events:
-        events.close()
 
 
 def _beat(worker: Worker) -> Beat:
@@ -223,7 +224,7 @@ class Loop:
 
     def _write_record(self) -> None:
         if self._worker.mesh.rank == 0:
-            self._worker.state.guard.write(Path(self._worker.job.folder))
+            self._worker.state.guard.write(any_path(self._worker.job.folder))
 
     def _request(self, step: int) -> Any:
         return self._source.request(step, *self._worker.slots(step))

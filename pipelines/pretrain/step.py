@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,9 +24,10 @@ from moray.pipelines.pretrain.validate import check_continued, check_job, check_
 from moray.platform.core.atomic import write_json
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, StepFailed
-from moray.platform.core.events import MetricEvent, read_events
+from moray.platform.core.events import Event, MetricEvent
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import list_folders, remove_folder
 
 _TRAINING = "training.json"
 
@@ -52,6 +52,11 @@ class Pretrain(Step[PretrainConfig]):
         return device_text(check_machines(config, topology))
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
+        if ctx.stored and ctx.config.archive:
+            raise InputError(
+                f"pretrain.archive: on a cluster without a shared disk, checkpoints are written to {ctx.stored}",
+                "remove `archive` from the recipe; keep_checkpoints sets how many are kept",
+            )
         tokens = f"{ctx.inputs['tokens'].address}/train"
         sets = _open(tokens)
         first = next(iter(sets.values()))
@@ -63,17 +68,17 @@ class Pretrain(Step[PretrainConfig]):
             config=settings,
             model=config,
             sequence_length=first.sequence_length,
-            folder=str(ctx.folder),
-            events=str(ctx.run / "events"),
+            folder=str(ctx.output),
+            events=str(ctx.events_folder),
             step=ctx.step,
-            initial=str(ctx.inputs["model"].folder) if "model" in ctx.inputs else None,
+            initial=ctx.inputs["model"].address if "model" in ctx.inputs else None,
             threads=max(1, topology.cpus // settings.workers),
         )
         size = parameter_count(config)
         parameters = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
         ctx.note(f"{device_text(settings)}; {parameters}")
         try:
-            fit(job, tokens, ctx.run / "train", topology)
+            fit(job, tokens, str(ctx.events_folder.parent / "train"), topology)
         except StepFailed as error:
             raise StepFailed(error.message, f"after Ray has stopped, read its logs in {ctx.cluster.logs}") from error
         write_json(ctx.folder / _TRAINING, {"tokenizer": first.vocabulary.tokenizer})
@@ -81,12 +86,12 @@ class Pretrain(Step[PretrainConfig]):
 
     def _finish(self, ctx: StepContext[PretrainConfig], config: ModelConfig, job: TrainingJob, available: int) -> None:
         """Keeps only the final checkpoint, writes the model's config and the loss curve, and sets the outcome."""
-        final = ctx.folder / "checkpoints" / f"step-{job.config.steps:08d}"
-        for other in (ctx.folder / "checkpoints").iterdir():
-            if other != final:
-                shutil.rmtree(other)
+        final = f"step-{job.config.steps:08d}"
+        for name in list_folders(ctx.output / "checkpoints"):
+            if name != final:
+                remove_folder(ctx.output / "checkpoints" / name)
         write_json(ctx.folder / "model.json", dataclasses.asdict(config))
-        curve = loss_curve(ctx.run, ctx.step)
+        curve = loss_curve(ctx.events_of(ctx.run.name), ctx.step)
         write_json(ctx.folder / "curve.json", curve)
         trained = batch_plan(job.config, job.sequence_length).before(job.config.steps) * job.sequence_length
         tail = [value for _, value in curve[-10:]]
@@ -122,11 +127,11 @@ def _input_model(ctx: StepContext[PretrainConfig], vocab_size: int) -> ModelConf
     return config
 
 
-def loss_curve(run: Path, step: str) -> list[tuple[int, float]]:
+def loss_curve(events: Iterable[Event], step: str) -> list[tuple[int, float]]:
     """(step, loss) pairs of this run, by step; of a step repeated after a failure, the last loss."""
     losses = {
         event.at: event.value
-        for event in read_events(run)
+        for event in events
         if isinstance(event, MetricEvent) and event.name == "train_loss" and event.step == step
     }
     return sorted(losses.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from moray.pipelines.pretrain.config import TrainingJob
@@ -19,7 +18,7 @@ _ABORT_SECONDS = 10.0
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
-def fit(job: TrainingJob, tokens: str, storage: Path, topology: Topology) -> None:
+def fit(job: TrainingJob, tokens: str, storage: str, topology: Topology) -> None:
     """Runs the workers under Ray Train until the last step. Raises StepFailed with the failed worker's error."""
     import ray.train
 
@@ -47,7 +46,7 @@ def fit(job: TrainingJob, tokens: str, storage: Path, topology: Topology) -> Non
             ray.kill(helper)
 
 
-def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topology: Topology) -> Any:
+def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: str, topology: Topology) -> Any:
     """A TorchTrainer that runs `loop.train_steps` with these settings. `job.config` is resolved for its devices."""
     import ray
     import ray.train.torch
@@ -88,7 +87,7 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: Path, topo
         ),
         run_config=ray.train.RunConfig(
             name=job.step,
-            storage_path=str(storage),
+            storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )

@@ -27,6 +27,7 @@ from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.ema import Ema
 from moray.pipelines.pretrain.optim.optimizer import ShardedOptimizer, sharded_optimizer
 from moray.pipelines.pretrain.resilience.guard import Guard, read_record
+from moray.platform.store.paths import any_path, local_folder
 
 
 @dataclass
@@ -89,7 +90,7 @@ def overlaps(job: TrainingJob, mesh: Mesh) -> bool:
 
 def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     """The rank's model, optimizer and checkpoints. Initial weights do not depend on the layout."""
-    config, folder = job.config, Path(job.folder)
+    config, folder = job.config, any_path(job.folder)
     # Not with ZeRO 2, which reduces gradients during the backward.
     deferred = DeferredGradients() if overlaps(job, mesh) and config.zero_stage < 2 else None
     model = _model(job, mesh, device, deferred)
@@ -98,7 +99,7 @@ def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     guard = Guard(config.spikes, mesh.from_first(lambda: read_record(folder)))
     state = TrainingState(model, optimizer, ema, guard)
     archive = None
-    if config.archive:
+    if config.archive and isinstance(folder, Path):
         archive = Archive(config.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
     keep = (config.keep_checkpoints, config.keep_checkpoint_hours)
     return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), deferred)
@@ -123,7 +124,8 @@ def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: Deferre
     if job.initial is None:
         model.init_weights(job.config.seed)
     else:
-        load_weights(model, CheckedFolder(job.initial))
+        with local_folder(any_path(job.initial)) as initial:
+            load_weights(model, CheckedFolder(initial))
     if job.config.precision == "float64":
         model.double()
     model.train()

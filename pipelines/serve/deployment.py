@@ -21,11 +21,14 @@ from urllib.parse import urlsplit
 
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, is_free
+from moray.platform.store.paths import AnyPath, any_path, local_folder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 APPLICATION = "moray"
+ANY_HOST = "0.0.0.0"  # every address of a machine
+_HEAD = "node:__internal_head__"  # a resource of Ray's head
 MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
 START_SECONDS = 300.0  # for placing a replica on the cluster and loading the model
 DRAIN_SECONDS = 20.0
@@ -62,8 +65,9 @@ class ModelReplica:
         from moray.pipelines.serve.engine import Engine
 
         torch.set_num_threads(threads)
-        model = checkpoint.load(folder, mtp=False)
-        vocabulary = ServingVocabulary.load(Path(folder), model.config.bos_token_id, model.config.eos_token_id)
+        with local_folder(any_path(folder)) as local:
+            model = checkpoint.load(local, mtp=False)
+            vocabulary = ServingVocabulary.load(local, model.config.bos_token_id, model.config.eos_token_id)
         self._name = name
         self._engine = AsyncEngine(Engine(model, vocabulary), threads)
 
@@ -73,13 +77,14 @@ class ModelReplica:
         return build_serving_app(self._engine, self._name)
 
 
-def deploy(folder: Path, name: str, host: str = "127.0.0.1", port: int = 8000, cpus: float = 0.5) -> Deployment:
+def deploy(folder: AnyPath, name: str, host: str = "127.0.0.1", port: int = 8000, cpus: float = 0.5) -> Deployment:
     """Serves the model in `folder` as `name` on the Ray cluster that this process is connected to.
 
     Returns once the model answers over HTTP. cpus: CPUs that the replica reserves; at most 1, so that any machine can
     run it. Raises InputError for an unusable folder or address, StepFailed if the model does not start.
     """
-    folder = folder.resolve()
+    if isinstance(folder, Path):
+        folder = folder.resolve()
     _check_folder(folder)
     _check_cpus(cpus)
     serve = _import_serve()
@@ -110,7 +115,7 @@ def clear() -> None:
         _shut_down(serve, "")
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: AnyPath) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} contains no {name}", "use a folder that the `export` step wrote")
@@ -129,12 +134,14 @@ def _check_cpus(cpus: float) -> None:
         )
 
 
-def _unit(folder: Path, name: str, cpus: float) -> str:
+def _unit(folder: AnyPath, name: str, cpus: float) -> str:
     """A deployment name that identifies the model, so that Serve's status shows whether it is already deployed.
 
-    A rewritten folder counts as another model. The modification time is that of its config, which is written last.
+    A rewritten folder counts as another model. The modification time is that of its config, which is written last. A
+    folder in the store never changes.
     """
-    identity = f"{folder}\n{(folder / 'config.json').stat().st_mtime_ns}\n{name}\n{cpus}"
+    version = (folder / "config.json").stat().st_mtime_ns if isinstance(folder, Path) else ""
+    identity = f"{folder}\n{version}\n{name}\n{cpus}"
     return f"model-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
@@ -149,7 +156,7 @@ def _import_serve() -> Any:
     return serve
 
 
-def _start(serve: Any, folder: Path, name: str, unit: str, host: str, port: int, cpus: float) -> None:
+def _start(serve: Any, folder: AnyPath, name: str, unit: str, host: str, port: int, cpus: float) -> None:
     from ray.exceptions import RayTaskError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -177,7 +184,7 @@ def _start(serve: Any, folder: Path, name: str, unit: str, host: str, port: int,
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def _wait_until_running(serve: Any, folder: Path, unit: str) -> None:
+def _wait_until_running(serve: Any, folder: AnyPath, unit: str) -> None:
     """Waits up to START_SECONDS; Serve itself would wait indefinitely, for instance for cluster capacity."""
     deadline = time.monotonic() + START_SECONDS
     while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
@@ -251,8 +258,14 @@ def _status(url: str) -> int | None:
 
 
 def _reachable(host: str) -> str:
-    """The address for clients of a server that listens at `host`; a wildcard address is not a destination."""
-    return "127.0.0.1" if host in ("", "0.0.0.0") else host
+    """The address for clients of a proxy that listens at `host` on the head; a wildcard address is no destination."""
+    if host not in ("", ANY_HOST):
+        return host
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    heads = [node for node in ray.nodes() if _HEAD in node["Resources"] and node["NodeID"] != own]  # type: ignore[no-untyped-call]
+    return str(heads[0]["NodeManagerAddress"]) if heads else "127.0.0.1"
 
 
 def _reason(report: str) -> str:

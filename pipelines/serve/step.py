@@ -22,8 +22,6 @@ from moray.platform.core.ports import free_port
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
-from moray.platform.store.artifacts import ArtifactStore
-from moray.platform.store.search import find_artifact
 
 HOST = "127.0.0.1"
 
@@ -68,16 +66,16 @@ class SmokeServe(Step[SmokeServeConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[SmokeServeConfig]) -> None:
-        from moray.pipelines.serve.deployment import clear, deploy
+        from moray.pipelines.serve.deployment import ANY_HOST, clear, deploy
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
-        store = ArtifactStore(ctx.home)
-        folder = store.fetch(find_artifact(store, registration["model"])).folder
+        folder = ctx.artifact(registration["model"]).location
+        host = HOST if ctx.cluster.shares_files else ANY_HOST  # the driver and Serve's proxy may be on two hosts
         ctx.cluster.ensure()
         with ctx.cluster.exclusive("serve", ctx.cancel):
             clear()  # a killed run may have left Serve on a cluster that outlives its runs
             ctx.progress("deploying", 0, 1, "replicas")
-            deployment = deploy(folder, registration["name"], HOST, free_port(HOST))
+            deployment = deploy(folder, registration["name"], host, free_port(host))
             try:
                 ctx.progress("deploying", 1, 1, "replicas")
                 client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)

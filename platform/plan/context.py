@@ -11,12 +11,13 @@ from typing import Generic
 from moray.platform.core.atomic import is_full, write_text
 from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import Cancelled
-from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent
+from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, read_events
 from moray.platform.core.home import Home
 from moray.platform.plan.config import ConfigT
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.paths import AnyPath, StorePath
 from moray.platform.store.search import find_artifact
+from moray.platform.store.segments import SegmentReader
 
 
 @dataclass
@@ -47,6 +48,18 @@ class StepContext(Generic[ConfigT]):
     def output(self) -> AnyPath:
         """The artifact's folder, for tasks on any host. On one machine it is `folder`."""
         return self.stored or self.folder
+
+    @property
+    def events_folder(self) -> AnyPath:
+        """The folder for the events of this run's processes on any host."""
+        return StorePath(self.stored.root, f"runs/{self.run.name}/events") if self.stored else self.run / "events"
+
+    def events_of(self, run: str) -> list[Event]:
+        """The events of a run, ordered by time: this one's so far, or those of an earlier one."""
+        folder = self.home.runs / run
+        if self.stored:
+            SegmentReader(StorePath(self.stored.root, f"runs/{run}"), folder).poll()
+        return read_events(folder)
 
     def artifact(self, reference: str) -> Artifact:
         """Another artifact, whose `location` tasks on any host can read. Raises InputError if it does not exist."""

@@ -8,6 +8,7 @@ running step holds a lease; a concurrent run of the same work waits for it and r
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -30,7 +31,11 @@ from moray.platform.plan.fingerprint import Address, addresses
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.run.step_run import ActiveRun, RunResult, StepResult, StepRun, free_disk_hint, mid_run
 from moray.platform.store.artifacts import Artifact, ArtifactStore
+from moray.platform.store.paths import write_file
 from moray.platform.store.search import newest_artifact
+from moray.platform.store.segments import SegmentReader, SegmentWriter
+
+_POLL_SECONDS, _STORE_POLL_SECONDS = 0.25, 2.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Runner:
         events.append(RunEvent(state="started", recipe=recipe.name, detail=name))
         state, detail = "failed", ""
         try:
-            with until_interrupted(run.cancelled.set), _follow(folder / "events", events), redacting(redact):
+            with until_interrupted(run.cancelled.set), self._followed(run), redacting(redact):
                 for decision in plan_steps(recipe, self.store, self.cluster.topology()):
                     result.steps[decision.planned.key] = self._step(decision, run)
             write_json(folder / "result.json", {key: row.artifact.reference for key, row in result.steps.items()})
@@ -122,18 +127,33 @@ class Runner:
             self.cluster.stop()
             result.seconds = time.monotonic() - began
             events.append(RunEvent(state=state, recipe=recipe.name, detail=detail))
-            self._keep_run(folder, events)
+            self._keep_run(run)
             events.close()
         return result
 
-    def _keep_run(self, folder: Path, events: EventLog) -> None:
+    @contextmanager
+    def _followed(self, run: ActiveRun) -> Iterator[None]:
+        """Forwards events of the run's other processes to the listeners; in the store, if these are on other hosts."""
+        if self.cluster.shares_files or self.store.remote is None:
+            with _follow(run.result.folder / "events", run.events):
+                yield
+            return
+        stored = self.store.remote.run(run.result.run)
+        write_file(stored / "recipe.yaml", (run.result.folder / "recipe.yaml").read_bytes())
+        run.segments = SegmentWriter(run.result.folder, stored)
+        with _follow(run.result.folder / "events", run.events, SegmentReader(stored, run.result.folder)):
+            yield
+
+    def _keep_run(self, run: ActiveRun) -> None:
         """Copies the run's folder to the shared root, so that it stays readable without this machine."""
         try:
-            if self.store.remote is not None:
-                self.store.remote.push_run(folder)
+            if run.segments is not None:
+                run.segments.close()
+            elif self.store.remote is not None:
+                self.store.remote.push_run(run.result.folder)
         except (InputError, OSError) as error:  # must not hide how the run ended
             text = f"the run's folder was not copied to the shared root: {error}"
-            events.append(NoteEvent(step="", level="warning", text=text))
+            run.events.append(NoteEvent(step="", level="warning", text=text))
 
     def _step(self, decision: Decision, run: ActiveRun) -> StepResult:
         planned, address = decision.planned, decision.address
@@ -183,15 +203,18 @@ class Runner:
 
 
 @contextmanager
-def _follow(folder: Path, events: EventLog) -> Iterator[None]:
-    """Forwards new events of other writers (training workers) to this process's listeners."""
+def _follow(folder: Path, events: EventLog, segments: SegmentReader | None = None) -> Iterator[None]:
+    """Forwards new events of other writers (training workers) to this process's listeners. segments: brings them."""
     tail = EventTail(folder, skip_writer=events.writer)
     done = threading.Event()
 
     def pump() -> None:
         last = False
         while not last:
-            last = done.wait(0.25)
+            last = done.wait(_STORE_POLL_SECONDS if segments else _POLL_SECONDS)
+            with contextlib.suppress(InputError):  # the store is away: the next round brings more
+                if segments:
+                    segments.poll()
             for event in tail.poll():
                 for listener in events.listeners:
                     listener(event)

@@ -25,6 +25,7 @@ from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.manifest import FileEntry, Manifest, code_revision, environment, hash_folder
 from moray.platform.store.paths import entries_below, remove_folder
 from moray.platform.store.search import find_artifact
+from moray.platform.store.segments import SegmentWriter
 from moray.platform.store.verify import check_sizes
 
 # Error texts of the operating system and SQLite.
@@ -64,6 +65,7 @@ class ActiveRun:
     events: EventLog
     result: RunResult
     cancelled: threading.Event
+    segments: SegmentWriter | None = None  # uploads events and logs, if the run's hosts share no disk
     unsatisfiable: str = ""  # the resource request of the current step that can never be placed
 
 

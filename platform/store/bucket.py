@@ -200,9 +200,10 @@ class Bucket:
                 for failure in response.get("Errors", []):
                     raise InputError(f"{self.url}: could not delete {failure['Key']}: {failure.get('Message', '')}")
 
-    def objects(self, prefix: str = "") -> Iterator[Stored]:
-        """Yields every object whose key starts with `prefix`, in key order."""
-        for page in self._pages(Prefix=self._prefix + prefix):
+    def objects(self, prefix: str = "", after: str = "") -> Iterator[Stored]:
+        """Yields every object whose key starts with `prefix`, and comes after the key `after`, in key order."""
+        start = {"StartAfter": self._prefix + after} if after else {}
+        for page in self._pages(Prefix=self._prefix + prefix, **start):
             for item in page.get("Contents", []):
                 key = item["Key"][len(self._prefix) :]
                 yield Stored(key, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))

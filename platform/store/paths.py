@@ -84,9 +84,12 @@ class StorePath:
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
-    def write_text(self, text: str) -> None:
+    def write_bytes(self, data: bytes) -> None:
         """Writes a small object, without its SHA-256."""
-        self.bucket.put(self.key, text.encode())
+        self.bucket.put(self.key, data)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Deletes the object. A missing one is no error, whatever `missing_ok` is: S3 does not tell."""
@@ -212,6 +215,13 @@ def list_files(folder: AnyPath, pattern: str = "*") -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def list_folders(folder: AnyPath) -> list[str]:
+    """Names of the folders directly in a folder, sorted."""
+    if isinstance(folder, Path):
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(folder.bucket.folders(f"{folder.key}/"))
+
+
 def in_threads(function: Callable[[T], S], items: Iterable[T]) -> list[S]:
     """Applies a function that waits for files, for example `read_shard`, to many items at a time. Keeps the order."""
     with ThreadPoolExecutor(_REQUESTS) as threads:
@@ -230,9 +240,9 @@ def remove_folder(folder: AnyPath) -> None:
         folder.bucket.delete([item.key for item in folder.bucket.objects(f"{folder.key}/")])
 
 
-def entries_below(folder: StorePath) -> list[FileEntry]:
-    """Path, size and SHA-256 of every object below a folder, sorted by path. An object that was written without its
-    SHA-256 is read."""
+def entries_below(folder: StorePath, beginning: str = "") -> list[FileEntry]:
+    """Path, size and SHA-256 of the objects below a folder whose paths start with `beginning`, sorted by path. An
+    object that was written without its SHA-256 is read."""
 
     def entry(item: Stored) -> FileEntry:
         sha256 = folder.bucket.sha256(item.key)
@@ -242,7 +252,7 @@ def entries_below(folder: StorePath) -> list[FileEntry]:
         return FileEntry(path=item.key.removeprefix(f"{folder.key}/"), size=item.size, sha256=sha256)
 
     with ThreadPoolExecutor(_REQUESTS) as threads:
-        return sorted(threads.map(entry, folder.bucket.objects(f"{folder.key}/")), key=lambda one: one.path)
+        return sorted(threads.map(entry, folder.bucket.objects(f"{folder.key}/{beginning}")), key=lambda one: one.path)
 
 
 @lru_cache(maxsize=64)

@@ -30,6 +30,7 @@ from moray.platform.store.manifest import (
     read_manifest,
 )
 from moray.platform.store.paths import StorePath
+from moray.platform.store.segments import PARTS, SegmentReader
 from moray.platform.store.store_lease import StoreLease
 
 _WRITER = "w-"
@@ -190,6 +191,10 @@ class RemoteArtifacts:
     def drop_alias(self, name: str) -> None:
         self._bucket.delete([f"{_ALIASES}/{name}"])
 
+    def run(self, name: str) -> StorePath:
+        """The folder of a run whose files are in the store from its start."""
+        return StorePath(self.url, f"{_RUNS}/{name}")
+
     def push_run(self, folder: Path) -> str:
         """Uploads a run's folder; returns its URL."""
         self._bucket.upload(folder, hash_folder(folder), f"{_RUNS}/{folder.name}", lambda done, total: None)
@@ -202,7 +207,9 @@ class RemoteArtifacts:
         """Downloads a run's objects to `folder`."""
         place = f"{_RUNS}/{run}/"
         files = [FileEntry(path=i.key.removeprefix(place), size=i.size, sha256="") for i in self._bucket.objects(place)]
-        self._bucket.download(place.rstrip("/"), files, folder, lambda done, total: None)
+        whole = [entry for entry in files if f"{PARTS}/" not in entry.path]
+        self._bucket.download(place.rstrip("/"), whole, folder, lambda done, total: None)
+        SegmentReader(self.run(run), folder).poll()
 
     def _check_sizes(self, manifest: SharedManifest) -> None:
         """Checks, before the manifest is written, that all files are uploaded with their full size."""

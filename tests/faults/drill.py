@@ -30,7 +30,7 @@ def main(folder: Path, settings: str) -> None:
     model = dataclasses.replace(MODEL, vocab_size=vocabulary.size, max_position_embeddings=LENGTH)
     job = TrainingJob(config, model, LENGTH, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
     cpus = int(ray.cluster_resources()["CPU"])
-    fit(job, str(tokens), folder / "train", Topology(cpus=cpus, gpus=0, memory_bytes=0))
+    fit(job, str(tokens), str(folder / "train"), Topology(cpus=cpus, gpus=0, memory_bytes=0))
 
 
 if __name__ == "__main__":

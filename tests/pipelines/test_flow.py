@@ -107,7 +107,7 @@ def test_training_learns_and_its_events_reach_the_runner(flow: Flow) -> None:
     assert len(losses) == 12
     assert losses[0] == pytest.approx(np.log(512), abs=0.3), "an untrained model knows nothing"
     assert losses[-1] < losses[0] - 0.5
-    assert [v for _, v in loss_curve(flow.result.folder, "pretrain")] == losses
+    assert [v for _, v in loss_curve(read_events(flow.result.folder), "pretrain")] == losses
     loads = [e for e in flow.events if isinstance(e, MetricEvent) and e.name == "train_expert_load"]
     assert {e.labels["layer"] for e in loads} == {"1", "2", "3"}, "the first of three is dense, a fourth predicts ahead"
     assert all(e.value >= 1 for e in loads), "the fullest expert has at least the mean"

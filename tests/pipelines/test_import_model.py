@@ -24,6 +24,7 @@ from moray.pipelines.tokenizer.train import (
 )
 from moray.platform import api
 from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.events import read_events
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.run.runner import Runner
@@ -190,8 +191,8 @@ def test_training_continues_from_an_imported_model(flow: Flow) -> None:
         ", model: {max_position_embeddings: 4096, rope_scaling: {factor: 2, original_max_position_embeddings: 2048}}"
     )
     done = Runner(flow.home, flow.cluster, []).run(recipe(scaling))
-    before = loss_curve(flow.result.folder, "pretrain")
-    after = loss_curve(done.folder, "pretrain")
+    before = loss_curve(read_events(flow.result.folder), "pretrain")
+    after = loss_curve(read_events(done.folder), "pretrain")
     assert after[0][1] < before[0][1] - 0.5  # not from the start
     exported = done.steps["export"].artifact.folder
     hf = json.loads((exported / "config.json").read_text())

@@ -20,16 +20,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.checkpoint.archive import Archive, Archived
+from moray.pipelines.pretrain.checkpoint.checkpoint_folder import checkpoint_folder
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.platform.core.errors import InputError
+from moray.platform.store.paths import AnyPath
 
 # The position in training: steps and tokens. The step is also the data cursor. Training draws no random numbers after
 # initialisation, so there is no generator state to store.
@@ -72,13 +74,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         mesh: Mesh,
         keep: int = 2,
         keep_hours: float | None = None,
         archive: Archive | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder = checkpoint_folder(folder)
+        self._disk = folder if isinstance(folder, Path) else None
         self._mesh = mesh
         self._keep, self._hours = keep, keep_hours
         self._archive = archive
@@ -109,9 +112,9 @@ class Checkpoints:
 
     def discard_after(self, steps: int) -> None:
         """Sets aside every checkpoint of more than `steps` steps, also in the archive, so that none is resumed from."""
-        later = self._on_all(lambda: [at for at in checkpoint_files.complete_steps(self._folder) if at > steps])[0]
+        later = self._on_all(lambda: [at for at in self._folder.complete_steps() if at > steps])[0]
         for at in later:
-            self._on_all(self._rank_0_only(partial(checkpoint_files.set_aside, self._folder, at)))
+            self._on_all(self._rank_0_only(partial(self._folder.set_aside, at)))
         if self._archive:
             self._archive.wait()
             self._on_all(partial(self._archive.discard_after, steps))
@@ -140,7 +143,7 @@ class Checkpoints:
                 damaged.add(newest)
             where = "" if on_disk else " in the archive"
             notes.append(f"the checkpoint at step {newest}{where} is damaged and is not used: {damage}")
-            self._on_all(self._rank_0_only(partial(checkpoint_files.set_aside, self._folder, newest)))
+            self._on_all(self._rank_0_only(partial(self._folder.set_aside, newest)))
         return Restored(0, 0, tuple(notes))
 
     def _copy_owned(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -166,17 +169,15 @@ class Checkpoints:
 
     def _write(self, copy: dict[str, torch.Tensor], steps: int) -> int:
         """The part of a save that runs beside training. Returns the bytes that all ranks wrote."""
-        unfinished = checkpoint_files.unfinished_path(self._folder, steps)
-        self._on_all(self._rank_0_only(lambda: checkpoint_files.prepare(self._folder, steps)))
+        self._on_all(self._rank_0_only(lambda: self._folder.prepare(steps)))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                writer = FileSystemWriter(unfinished)
+                writer = self._folder.writer(steps)
                 save(copy, storage_writer=writer, process_group=self._mesh.io_group, no_dist=self._alone)
         except CheckpointException as error:
             raise CheckpointFailed(_first_reason(error)) from None
-        mine = [f"__{self._mesh.rank}_*.distcp", *([".metadata"] if self._mesh.rank == 0 else [])]
-        by_rank = self._on_all(lambda: checkpoint_files.list_hashed_files(unfinished, mine))
+        by_rank = self._on_all(lambda: self._folder.written(steps, self._mesh.rank))
         files = [entry for files in by_rank for entry in files]
         self._on_all(self._rank_0_only(lambda: self._finish(steps, files)))
         if self._archive:
@@ -184,10 +185,10 @@ class Checkpoints:
         return sum(entry.size for entry in files)
 
     def _finish(self, steps: int, files: list[Any]) -> None:
-        checkpoint_files.commit(self._folder, steps, files)
-        for old in checkpoint_files.outdated(self._folder, self._keep, self._hours):
+        self._folder.commit(steps, files)
+        for old in self._folder.outdated(self._keep, self._hours):
             if self._may_remove(old):
-                checkpoint_files.remove_checkpoint(self._folder, old)
+                self._folder.remove(old)
 
     def _may_remove(self, steps: int) -> bool:
         """Whether a checkpoint may be removed from the disk: it must be archived, if there is an archive."""
@@ -203,7 +204,7 @@ class Checkpoints:
         """
 
         def look() -> tuple[int | None, int | None, str]:
-            on_disk = max(checkpoint_files.complete_steps(self._folder), default=None)
+            on_disk = max(self._folder.complete_steps(), default=None)
             try:
                 return on_disk, self._archive.newest(damaged) if self._archive else None, ""
             except InputError as error:
@@ -220,15 +221,16 @@ class Checkpoints:
 
     def _fetch(self, steps: int) -> None:
         """Downloads an archived checkpoint; every rank downloads a share of its files."""
-        archive = self._archive
+        archive, disk = self._archive, self._disk
         assert archive is not None
-        self._on_all(self._rank_0_only(lambda: checkpoint_files.prepare(self._folder, steps)))
+        assert disk is not None
+        self._on_all(self._rank_0_only(lambda: checkpoint_files.prepare(disk, steps)))
         self._on_all(lambda: archive.fetch(steps))
-        self._on_all(self._rank_0_only(lambda: checkpoint_files.publish(self._folder, steps)))
+        self._on_all(self._rank_0_only(lambda: checkpoint_files.publish(disk, steps)))
 
     def _find_damage(self, steps: int) -> str:
         share = (self._mesh.rank, self._mesh.world)
-        by_rank = self._on_all(lambda: checkpoint_files.find_damage(self._folder, steps, share))
+        by_rank = self._on_all(lambda: self._folder.find_damage(steps, share))
         return next(filter(None, by_rank), "")
 
     def _load(self, state: TrainingState, steps: int) -> tuple[int, int]:
@@ -238,7 +240,7 @@ class Checkpoints:
             part = StoredPart(fragment.tensor, fragment.offset, fragment.total)
             tensors[f"{fragment.kind}/{fragment.name}"] = part
         tensors[POSITION] = position = torch.zeros(2, dtype=torch.int64)
-        _load(tensors, checkpoint_files.path_of(self._folder, steps), self._mesh.io_group, self._alone)
+        _load(tensors, self._folder.reader(steps), self._mesh.io_group, self._alone)
         state.loaded(int(position[0]))
         return int(position[0]), int(position[1])
 
@@ -318,19 +320,19 @@ def read_weights(folder: Path, weights: str = "master") -> Iterator[tuple[str, t
 def _read(tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Fills the tensors, given by key. Many are loaded at once, because every load reads the whole index."""
     if tensors:
-        _load(dict(tensors), folder, None, alone=True)
+        _load(dict(tensors), FileSystemReader(folder), None, alone=True)
     for key, tensor in tensors.items():
         yield key.partition("/")[2], tensor
 
 
-def _load(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None, alone: bool) -> None:
+def _load(state: dict[str, Any], reader: FileSystemReader, group: dist.ProcessGroup | None, alone: bool) -> None:
     """Loads in place. alone: without other ranks, and without torch's warning about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            load(state, checkpoint_id=str(folder), process_group=group, no_dist=alone)
+            load(state, storage_reader=reader, process_group=group, no_dist=alone)
         except CheckpointException as error:  # a BaseException
-            raise CheckpointFailed(f"cannot read {folder}: {_first_reason(error)}") from None
+            raise CheckpointFailed(f"cannot read {reader.path}: {_first_reason(error)}") from None
 
 
 def _first_reason(error: CheckpointException) -> str:

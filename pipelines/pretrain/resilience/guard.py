@@ -18,14 +18,13 @@ tenth of their distance to one nat, because the losses of a memorised text harml
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from moray.pipelines.pretrain.config import Spikes
-from moray.platform.core.atomic import write_text
+from moray.platform.store.paths import AnyPath, write_file
 
 RECORD = "troubles.json"
 _MIN_LOSSES = 16  # recent losses that are required to detect a spike
@@ -59,10 +58,12 @@ class GuardRecord(BaseModel):
     anticipated: tuple[int, int] = (0, 0)
 
 
-def read_record(folder: Path) -> GuardRecord:
+def read_record(folder: AnyPath) -> GuardRecord:
     """The record in the folder of a run; empty if there is none."""
-    path = folder / RECORD
-    return GuardRecord.model_validate_json(path.read_text()) if path.exists() else GuardRecord()
+    try:
+        return GuardRecord.model_validate_json((folder / RECORD).read_text())
+    except FileNotFoundError:
+        return GuardRecord()
 
 
 class Guard:
@@ -77,8 +78,8 @@ class Guard:
         self.losses = torch.full((config.window,), math.nan, dtype=torch.float64)
         self._bad: list[int] = []  # the current run of consecutive bad steps
 
-    def write(self, folder: Path) -> None:
-        write_text(folder / RECORD, self.history.model_dump_json(indent=1) + "\n")
+    def write(self, folder: AnyPath) -> None:
+        write_file(folder / RECORD, f"{self.history.model_dump_json(indent=1)}\n".encode())
 
     def decide(self, step: int, loss: float, norm: float) -> GuardDecision:
         """Decides about a step with this loss and gradient norm. Adds a skipped batch to `history`."""

@@ -21,7 +21,7 @@ def test_ray_trains_unused_actors_are_not_started(tmp_path: Path) -> None:
     job = TrainingJob(
         config, preset("tiny"), 16, str(tmp_path / "run"), str(tmp_path / "events"), "pretrain", threads=1
     )
-    trainer = make_trainer(job, {}, tmp_path / "train", Topology(2, 0, 1 << 30))
+    trainer = make_trainer(job, {}, str(tmp_path / "train"), Topology(2, 0, 1 << 30))
     before = {type(one).__name__ for one in super(type(trainer), trainer)._create_default_callbacks()}
     after = {type(one).__name__ for one in trainer._create_default_callbacks()}
     assert before - after == set(UNUSED)
