@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pydantic import ValidationError
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
@@ -196,7 +196,7 @@ class StoreFileSystem(FileSystemBase):
                 yield stream
             return
         with new_file(path) as temporary, temporary.open(mode) as file:
-            yield file
+            yield cast(io.IOBase, file)
 
     def concat_path(self, path: Any, suffix: str) -> Any:
         return path / suffix
