@@ -2,18 +2,20 @@
 
 The maximum cost of a request is reserved before it is sent, and replaced by the actual cost when the answer arrives.
 Both are lines in a file, so that requests in flight when a run was killed still count in the next run, at their maximum
-cost.
+cost. An object in the store cannot be appended to, so an upper bound of the sums is written there, before they exceed
+it. A run that resumes counts the bound as spent.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from moray.pipelines.synthesize.config import Budget
+from moray.platform.store.paths import AnyPath, StorePath, any_path
 
+_BOUND = 1.01  # times the sums
 DEAD_AFTER = 8  # consecutive requests that the engine failed, after all retries of each
 _CALL_RETRIES = 20
 
@@ -46,7 +48,8 @@ class LocalBudgetTracker:
     """The implementation, which runs in an actor."""
 
     def __init__(self, path: str, budget: Budget) -> None:
-        self._path, self._budget = Path(path), budget
+        self._path, self._budget = any_path(path), budget
+        self._bound = (0, 0)  # sums of tokens that the store has
         self._amounts: dict[str, tuple[int, int]] = {}
         self._prompts = self._answers = self._failures = 0
         if self._path.exists():
@@ -55,6 +58,7 @@ class LocalBudgetTracker:
             self._path.write_bytes(whole)
             for line in whole.splitlines():
                 self._set(*json.loads(line))
+        self._bound = (self._prompts, self._answers)
 
     def reserve(self, key: str, prompt_tokens: int, answer_tokens: int) -> str:
         if self._failures >= DEAD_AFTER:
@@ -88,9 +92,18 @@ class LocalBudgetTracker:
 
     def _write(self, key: str, prompt_tokens: int, answer_tokens: int) -> None:
         self._set(key, prompt_tokens, answer_tokens)
+        if isinstance(self._path, StorePath):
+            self._raise_bound(self._path)
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(json.dumps([key, prompt_tokens, answer_tokens]).encode() + b"\n")
+
+    def _raise_bound(self, path: StorePath) -> None:
+        """Writes a new bound if the sums exceed it. It is a little higher than they are, so that few writes suffice."""
+        if self._prompts > self._bound[0] or self._answers > self._bound[1]:
+            self._bound = (int(self._prompts * _BOUND), int(self._answers * _BOUND))
+            path.write_bytes(json.dumps(["earlier requests", *self._bound]).encode() + b"\n")
 
 
 def dollars(budget: Budget, prompt_tokens: int, answer_tokens: int) -> float:
@@ -123,7 +136,7 @@ def _get(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def start_budget_tracker(path: Path, budget: Budget) -> RemoteBudgetTracker:
+def start_budget_tracker(path: AnyPath, budget: Budget) -> RemoteBudgetTracker:
     """Starts the tracker on the driver's node, which holds its file. If it dies, it is restarted and reads the file."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from moray.pipelines.shared.documents import content_hash, read_shard, write_parquet
-from moray.pipelines.shared.shards import Row
+from moray.pipelines.shared.shards import Row, shard_path
 from moray.pipelines.synthesize.items import FinishedItem, Log
 from moray.pipelines.text.minhash import Shingling
+from moray.platform.store.paths import AnyPath, any_path
 
 _SHINGLING = Shingling()
 
@@ -28,9 +28,9 @@ def accepted(log: Log) -> list[FinishedItem]:
     return sorted(made, key=lambda one: int(one.key.rpartition("/")[2]))
 
 
-def sketch_shard(shard: Row, folder: str) -> Row:
+def sketch_shard(shard: Row, folder: AnyPath) -> Row:
     """Writes key, hash, text and band keys of a shard's accepted items. Runs in a Ray worker."""
-    made = accepted(Log(Path(shard["log"])))
+    made = accepted(Log(any_path(shard["log"])))
     texts = pa.chunked_array([pa.array([one.text for one in made], pa.large_string())])
     keys, shingles = _SHINGLING.keys(texts)
     sketch = pa.table(
@@ -42,22 +42,22 @@ def sketch_shard(shard: Row, folder: str) -> Row:
             "keys": pa.FixedSizeListArray.from_arrays(pa.array(keys.ravel(), pa.uint64()), _SHINGLING.bands),
         }
     )
-    write_parquet(sketch_path(Path(folder), shard["shard"]), sketch)
+    write_parquet(sketch_path(folder, shard["shard"]), sketch)
     return {"shard": shard["shard"]}
 
 
-def sketch_path(folder: Path, shard: int) -> Path:
+def sketch_path(folder: AnyPath, shard: int) -> AnyPath:
     return folder / f"sketch-{shard:05d}.parquet"
 
 
-def compare_shard(shard: Row, sketches: list[str], similarity: float) -> Row:
+def compare_shard(shard: Row, sketches: list[AnyPath], similarity: float) -> Row:
     """Finds items that a corpus shard also has. Runs in a Ray worker.
 
     Returns `copies`, a JSON list of [item key, document id, similarity].
     """
-    corpus = read_shard(Path(shard["path"]), ["id", "text"])
+    corpus = read_shard(shard_path(shard), ["id", "text"])
     columns = ["key", "hash", "shingles", "keys"]
-    made = pa.concat_tables([read_shard(Path(path), columns) for path in sketches])
+    made = pa.concat_tables([read_shard(path, columns) for path in sketches])
     if not made.num_rows:
         return {"shard": shard["shard"], "copies": "[]"}
     ids = corpus["id"].to_pylist()
@@ -66,7 +66,7 @@ def compare_shard(shard: Row, sketches: list[str], similarity: float) -> Row:
     copies = [[keys[at], hashes[own], 1.0] for at, own in enumerate(made["hash"].to_pylist()) if own in hashes]
     if similarity:
         pairs = _candidates(corpus["text"], made)
-        texts = pa.concat_tables([read_shard(Path(path), ["text"]) for path in sketches])["text"]
+        texts = pa.concat_tables([read_shard(path, ["text"]) for path in sketches])["text"]
         copies += [
             [keys[at], ids[row], score]
             for (at, row), score in zip(pairs, _similarities(pairs, texts, corpus["text"]), strict=True)
@@ -104,7 +104,7 @@ def _one(texts: pa.ChunkedArray, at: int) -> pa.Array:
     return pa.array([texts[at].as_py()], pa.large_string())
 
 
-def repeated_documents(sketches: Iterable[Path]) -> dict[str, str]:
+def repeated_documents(sketches: Iterable[AnyPath]) -> dict[str, str]:
     """Maps each item whose bytes equal an earlier item to the key of that item. Sketches are in the recipe's order."""
     first: dict[str, str] = {}
     again = {}

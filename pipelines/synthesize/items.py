@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from moray.platform.store.paths import AnyPath, StorePath
+
+_STORE_SECONDS = 10.0  # between two writes of a log in the store
 
 
 @dataclass
@@ -83,24 +87,45 @@ def _made(
 
 
 class Log:
-    """The finished items of one shard, in an append-only file. A torn last line is ignored."""
+    """The finished items of one shard, in an append-only file. A torn last line is ignored.
 
-    def __init__(self, path: Path) -> None:
+    An object in the store cannot be appended to. There, the log is rewritten every few seconds, and by `close`.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
+        self._added: list[bytes] = []  # lines that are not in the store yet
+        self._written = time.monotonic()
 
     def read(self) -> dict[str, FinishedItem]:
-        if not self.path.exists():
-            return {}
-        data = self.path.read_bytes()
+        data = self._stored()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             self.path.write_bytes(whole)
-        return {made.key: made for made in _parse(whole)}
+        return {made.key: made for made in _parse(whole + b"".join(self._added))}
 
     def add(self, made: FinishedItem) -> None:
+        line = json.dumps(asdict(made), ensure_ascii=True).encode() + b"\n"
+        if isinstance(self.path, StorePath):
+            self._added.append(line)
+            if time.monotonic() - self._written > _STORE_SECONDS:
+                self.close()
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.write(json.dumps(asdict(made), ensure_ascii=True).encode() + b"\n")
+            file.write(line)
+
+    def close(self) -> None:
+        """Writes what is not written yet."""
+        if self._added:
+            self.path.write_bytes(self._stored() + b"".join(self._added))
+        self._added, self._written = [], time.monotonic()
+
+    def _stored(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
 
 
 def _parse(data: bytes) -> Iterator[FinishedItem]:

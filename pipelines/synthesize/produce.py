@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from moray.pipelines.shared.shards import Row
 from moray.pipelines.synthesize.config import SynthesizeConfig
@@ -19,7 +18,7 @@ from moray.pipelines.synthesize.generators.open_generator import open_generator
 from moray.pipelines.synthesize.items import FinishedItem, Item, Log, item_seed
 from moray.pipelines.synthesize.rejection_sampling import RejectionSampling
 from moray.pipelines.synthesize.teacher import TeacherClient
-from moray.platform.core.atomic import write_text
+from moray.platform.store.paths import AnyPath, write_file
 
 Connect = Callable[[], TeacherClient]
 
@@ -28,12 +27,12 @@ Connect = Callable[[], TeacherClient]
 class WorkDir:
     """The folder with the intermediate files of a run."""
 
-    folder: Path
+    folder: AnyPath
 
     def log(self, shard: int) -> Log:
         return Log(self.folder / f"made-{shard:05d}.jsonl")
 
-    def unanswered(self, shard: int) -> Path:
+    def unanswered(self, shard: int) -> AnyPath:
         return self.folder / f"unanswered-{shard:05d}.jsonl"
 
 
@@ -55,7 +54,9 @@ def produce(shard: Row, config: SynthesizeConfig, work: WorkDir, connect: Connec
         if connect is None:  # config.py refuses such a recipe
             raise ValueError(f"generator {generator.name!r} needs a teacher")
         unanswered = RejectionSampling(maker, connect(), config, log).run(items)
-    write_text(work.unanswered(shard["shard"]), "".join(json.dumps(vars(one)) + "\n" for one in unanswered))
+    log.close()
+    lines = "".join(json.dumps(vars(one)) + "\n" for one in unanswered)
+    write_file(work.unanswered(shard["shard"]), lines.encode())
     reasons = Counter(made.reason for made in log.read().values())
     return {
         "shard": shard["shard"],

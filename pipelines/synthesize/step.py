@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -40,6 +39,7 @@ from moray.pipelines.synthesize.teacher import TeacherClient
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import AnyPath, StorePath, any_path, remove_folder
 
 _WORK = ".work"
 
@@ -54,6 +54,9 @@ class Synthesize(Step[SynthesizeConfig]):
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
 
+    def reads_in_place(self, config: SynthesizeConfig) -> frozenset[str]:
+        return frozenset({"documents", "corpus"})
+
     def check(self, config: SynthesizeConfig, inputs: Mapping[str, str]) -> None:
         context = GeneratorContext(config.sandbox.limits(), config.unsafe_sandbox)
         for generator in config.generators:
@@ -62,20 +65,18 @@ class Synthesize(Step[SynthesizeConfig]):
     def run(self, ctx: StepContext[SynthesizeConfig]) -> None:
         self._check_sandbox(ctx)
         shards = self._shards(ctx)
-        spent_file = ctx.folder / _WORK / "spent.jsonl"
+        spent_file = ctx.output / _WORK / "spent.jsonl"
         tracker = start_budget_tracker(spent_file, ctx.config.budget) if ctx.config.teacher else None
         made = self._make(ctx, shards, tracker)
         spent = tracker.spent() if tracker else Spent()
         if ctx.config.teacher:
             self._note_unanswered(ctx, made, ctx.config.teacher)
         found = self._copies(ctx, shards)
-        write_copies(ctx.folder / _WORK, found)
-        write = partial(write_items, folder=str(ctx.folder), config=ctx.config)
+        write_copies(ctx.output / _WORK, found)
+        write = partial(write_items, folder=ctx.output, config=ctx.config)
         rows = map_shards(ctx, "writing", shards, write, "items", lambda row: row["end"] - row["begin"])
         self._report(ctx, rows, spent, sum(row["before"] for row in made))
-        for path in sorted((ctx.folder / _WORK).iterdir()):
-            path.unlink()
-        (ctx.folder / _WORK).rmdir()
+        remove_folder(ctx.output / _WORK)
 
     def _check_sandbox(self, ctx: StepContext[SynthesizeConfig]) -> None:
         if not any(generator.runs_code for generator in ctx.config.generators):
@@ -99,11 +100,11 @@ class Synthesize(Step[SynthesizeConfig]):
             drawn: list[SourceDocument] = []
             items = generator.items
             if generator.reads_documents:
-                drawn = draw_documents(ctx.inputs["documents"].folder, items, ctx.config.seed)
+                drawn = draw_documents(ctx.inputs["documents"].location, items, ctx.config.seed)
                 items = len(drawn)
             for begin in range(0, items, ctx.config.shard_items):
                 end = min(begin + ctx.config.shard_items, items)
-                log = ctx.folder / _WORK / f"made-{len(shards):05d}.jsonl"
+                log = ctx.output / _WORK / f"made-{len(shards):05d}.jsonl"
                 shards.append(
                     {
                         "shard": len(shards),
@@ -122,7 +123,7 @@ class Synthesize(Step[SynthesizeConfig]):
         connect, teacher = None, ctx.config.teacher
         if teacher and tracker:
             threads = -(-teacher.concurrency // max(min(ctx.cluster.topology().cpus, len(shards)), 1))
-            cache = ctx.home.cache / "teacher"
+            cache = StorePath(ctx.stored.root, "teacher") if ctx.stored else ctx.home.cache / "teacher"
             connect = partial(TeacherClient, teacher, ctx.config.budget, tracker, cache, threads)
 
         def detail(totals: Counter[str], seconds: float) -> str:
@@ -130,7 +131,7 @@ class Synthesize(Step[SynthesizeConfig]):
             money = f", {tracker.spent().dollars:.4f} dollars" if tracker else ""
             return f"{accepted / max(accepted + rejected, 1):.0%} accepted{money}"
 
-        make = partial(produce, config=ctx.config, work=WorkDir(ctx.folder / _WORK), connect=connect)
+        make = partial(produce, config=ctx.config, work=WorkDir(ctx.output / _WORK), connect=connect)
         return map_shards(ctx, "making", shards, make, "items", lambda row: row["end"] - row["begin"], detail)
 
     def _note_unanswered(self, ctx: StepContext[SynthesizeConfig], made: list[Row], teacher: Teacher) -> None:
@@ -149,19 +150,15 @@ class Synthesize(Step[SynthesizeConfig]):
 
     def _copies(self, ctx: StepContext[SynthesizeConfig], shards: list[Row]) -> dict[str, list[Any]]:
         """Item key -> [reason, key or id of the original, similarity]."""
-        work = ctx.folder / _WORK
-        map_shards(
-            ctx, "sketching", shards, partial(item_copies.sketch_shard, folder=str(work)), "shards", lambda row: 1
-        )
+        work = ctx.output / _WORK
+        map_shards(ctx, "sketching", shards, partial(item_copies.sketch_shard, folder=work), "shards", lambda row: 1)
         sketches = [item_copies.sketch_path(work, shard["shard"]) for shard in shards]
         found: dict[str, list[Any]] = {
             key: ["repeated", of, 1.0] for key, of in item_copies.repeated_documents(sketches).items()
         }
         if "corpus" in ctx.inputs:
-            corpus = input_shards(ctx.inputs["corpus"].folder)
-            compare = partial(
-                item_copies.compare_shard, sketches=[str(path) for path in sketches], similarity=ctx.config.similarity
-            )
+            corpus = input_shards(ctx.inputs["corpus"].location)
+            compare = partial(item_copies.compare_shard, sketches=sketches, similarity=ctx.config.similarity)
             rows = map_shards(ctx, "comparing", corpus, compare, "bytes", lambda row: row["size"])
             for key, of, score in sorted(entry for row in rows for entry in json.loads(row["copies"])):
                 if key not in found or (found[key][0] == "corpus" and found[key][2] < score):
@@ -190,7 +187,7 @@ class Synthesize(Step[SynthesizeConfig]):
         ctx.outcome = f"{accepted} documents, {rate:.0%} of the items accepted, {spent.dollars:.4f} dollars"
 
 
-def write_copies(work: Path, found: Mapping[str, list[Any]]) -> None:
+def write_copies(work: AnyPath, found: Mapping[str, list[Any]]) -> None:
     keys = sorted(found)
     columns: list[tuple[str, pa.DataType]] = [
         ("reason", pa.string()),
@@ -202,10 +199,10 @@ def write_copies(work: Path, found: Mapping[str, list[Any]]) -> None:
     write_parquet(work / "copies.parquet", pa.table(table))
 
 
-def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
+def write_items(shard: Row, folder: AnyPath, config: SynthesizeConfig) -> Row:
     """Writes a shard's documents and rejected items. Runs in a Ray worker."""
     generator = config.generators[shard["generator"]]
-    work, log = Path(folder) / _WORK, Log(Path(shard["log"]))
+    work, log = folder / _WORK, Log(any_path(shard["log"]))
     table = read_shard(work / "copies.parquet")
     copies = dict(zip(table["key"].to_pylist(), table.select(["reason", "of"]).to_pylist(), strict=True))
     accepted = item_copies.accepted(log)
@@ -220,11 +217,11 @@ def write_items(shard: Row, folder: str, config: SynthesizeConfig) -> Row:
     bad += [FinishedItem(**json.loads(line)) for line in lines]
     name = shard_name(shard["shard"])
     written = documents(kept, generator.name, generator.license)
-    write_shard(Path(folder) / name, written)
+    write_shard(folder / name, written)
     rejected = documents(bad, generator.name, generator.license)
     for column in ("reason", "detail"):
         rejected = rejected.append_column(column, pa.array([getattr(one, column) for one in bad], pa.string()))
-    write_parquet(Path(folder) / name.replace("documents-", "rejected-"), rejected)
+    write_parquet(folder / name.replace("documents-", "rejected-"), rejected)
     return {
         "shard": shard["shard"],
         "accepted": len(kept),

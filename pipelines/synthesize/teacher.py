@@ -1,24 +1,24 @@
 """Client of an OpenAI-compatible endpoint, with a disk cache, a budget, retries and concurrent requests.
 
-Answers are cached on disk under a hash of model, prompt, parameters and seed. A failure is returned as an `Answer`, so
-that it affects only its own item: `engine` (the engine failed, after all retries), `prompt` (the engine refused this
-prompt), `budget`. An error that affects every request (a wrong key, an unknown model) raises InputError.
+Answers are cached on disk or in the store, under a hash of model, prompt, parameters and seed. A failure is returned as
+an `Answer`, so that it affects only its own item: `engine` (the engine failed, after all retries), `prompt` (the engine
+refused this prompt), `budget`. An error that affects every request (a wrong key, an unknown model) raises InputError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moray.pipelines.synthesize.budget_tracker import BudgetTracker, dollars
 from moray.pipelines.synthesize.config import Budget, Teacher
-from moray.platform.core.atomic import write_bytes
 from moray.platform.core.errors import InputError
+from moray.platform.store.paths import AnyPath, write_file
 
 _PER_MESSAGE = 64  # tokens that a chat template adds, at most
 
@@ -36,7 +36,7 @@ class Answer:
 class TeacherClient:
     """One task's connection to the teacher. threads: maximum number of requests in flight."""
 
-    def __init__(self, teacher: Teacher, budget: Budget, tracker: BudgetTracker, cache: Path, threads: int) -> None:
+    def __init__(self, teacher: Teacher, budget: Budget, tracker: BudgetTracker, cache: AnyPath, threads: int) -> None:
         from openai import OpenAI
 
         self._teacher, self._budget, self._tracker, self._cache = teacher, budget, tracker, cache
@@ -57,7 +57,7 @@ class TeacherClient:
     def _one(self, prompt: str, seed: int) -> Answer:
         key = self._key(prompt, seed)
         path = self._cache / key[:2] / f"{key}.json"
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             return self._read(json.loads(path.read_bytes()))
         bound = len(prompt.encode()) + _PER_MESSAGE  # a token has at least one byte
         if refusal := self._tracker.reserve(key, bound, self._teacher.max_tokens):
@@ -76,7 +76,7 @@ class TeacherClient:
         )
         self._tracker.settle(key, *used)
         record = {"text": text, "prompt_tokens": used[0], "answer_tokens": used[1]}
-        write_bytes(path, json.dumps(record).encode())
+        write_file(path, json.dumps(record).encode())
         return self._read(record)
 
     def _read(self, record: dict[str, Any]) -> Answer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.synthesize.config import Rephrase
@@ -18,6 +17,7 @@ from moray.pipelines.synthesize.generators.generator import (
 )
 from moray.pipelines.synthesize.items import Item
 from moray.platform.core.errors import RecipeError
+from moray.platform.store.paths import AnyPath, any_path, in_threads
 
 _STYLES = {
     "faq": "Turn the text below into questions that a reader might ask, each with a full answer from the text.",
@@ -41,7 +41,7 @@ class RephraseGenerator(TeacherGenerator):
 
     def prompt(self, item: Item) -> str:
         path, row = self._documents[item.number]
-        drawn = read_shard(Path(path), ["id", "text"]).slice(row, 1)
+        drawn = read_shard(any_path(path), ["id", "text"]).slice(row, 1)
         style = self._config.styles[item.number % len(self._config.styles)]
         item.meta |= {"style": style, "document": drawn["id"][0].as_py()}
         item.facts["text"] = drawn["text"][0].as_py()
@@ -67,13 +67,15 @@ class RephraseGenerator(TeacherGenerator):
         return "a copy of the text" if text in item.facts["text"] else ""
 
 
-def draw_documents(folder: Path, wanted: int, seed: int) -> list[SourceDocument]:
+def draw_documents(folder: AnyPath, wanted: int, seed: int) -> list[SourceDocument]:
     """The documents to rephrase: those with the smallest hashes of their ids, independent of the sharding."""
     import xxhash
 
+    paths = shard_paths(folder)
+    ids = in_threads(lambda path: read_shard(path, ["id"])["id"].to_pylist(), paths)
     found = [
         (xxhash.xxh3_128_hexdigest(f"{seed}\0{name}".encode()), str(path), row)
-        for path in shard_paths(folder)
-        for row, name in enumerate(read_shard(path, ["id"])["id"].to_pylist())
+        for path, names in zip(paths, ids, strict=True)
+        for row, name in enumerate(names)
     ]
     return [(path, row) for _, path, row in sorted(found)[:wanted]]

@@ -79,7 +79,7 @@ def make(
 def write(made: SynthesizeConfig, where: WorkDir, items: int) -> Path:
     folder = where.folder.parent
     write_copies(where.folder, {})
-    write_items(shard(items, log=str(where.log(0).path)), str(folder), made)
+    write_items(shard(items, log=str(where.log(0).path)), folder, made)
     return folder
 
 
@@ -406,14 +406,14 @@ def test_copies_of_the_corpus_and_of_each_other_are_found(tmp_path: Path) -> Non
     log = Log(tmp_path / "made-00000.jsonl")
     for number, text in enumerate(texts):
         log.add(FinishedItem(f"g/{number}", text, "", "", {}))
-    item_copies.sketch_shard({"shard": 0, "log": str(log.path)}, str(tmp_path))
+    item_copies.sketch_shard({"shard": 0, "log": str(log.path)}, tmp_path)
     sketch = item_copies.sketch_path(tmp_path, 0)
     assert item_copies.repeated_documents([sketch]) == {"g/3": "g/0"}
     rephrasings(tmp_path / "corpus", [words, "not like any of them at all"])
     row = {"shard": 0, "path": str(tmp_path / "corpus" / "documents-00000.parquet")}
-    found = json.loads(item_copies.compare_shard(row, [str(sketch)], 0.7)["copies"])
+    found = json.loads(item_copies.compare_shard(row, [sketch], 0.7)["copies"])
     assert {key for key, _, _ in found} == {"g/0", "g/1", "g/3"}
-    exact = json.loads(item_copies.compare_shard(row, [str(sketch)], 0.0)["copies"])
+    exact = json.loads(item_copies.compare_shard(row, [sketch], 0.0)["copies"])
     assert {key for key, _, _ in exact} == {"g/0", "g/3"}
 
 
