@@ -19,13 +19,20 @@ from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.errors import Cancelled
 from moray.platform.core.home import Home
 from moray.platform.store.lease import Lease
+from moray.platform.store.paths import StorePath
+from moray.platform.store.store_lease import StoreLease
 
 
 class AttachedCluster(Cluster):
     """Connects this process to the cluster at `address`. Copies Ray's log files of this job to `logs`."""
 
-    def __init__(self, home: Home, address: str, logs: Path, topology: Topology) -> None:
+    def __init__(
+        self, home: Home, address: str, logs: Path, topology: Topology, stored: StorePath | None = None
+    ) -> None:
+        """stored: where processes on different hosts find each other's leases, if they share no disk."""
         self._home = home
+        self._stored = stored
+        self.shares_files = stored is None
         self._address = address
         self._topology = topology
         self._job = ""
@@ -66,7 +73,7 @@ class AttachedCluster(Cluster):
 
     @contextlib.contextmanager
     def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
-        lease = Lease(self._home.up / f"{name}.lease")
+        lease = StoreLease(self._stored / name) if self._stored else Lease(self._home.up / f"{name}.lease")
         while not lease.acquire():
             if cancelled():
                 raise Cancelled

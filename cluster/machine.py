@@ -79,6 +79,14 @@ def ray_environment(home: Home) -> dict[str, str]:
     }
 
 
+def set_up_worker() -> None:
+    """Runs at the start of every worker of a job on an existing cluster, whose hosts were not set up by Moray."""
+    home = Home.from_environment()
+    for name, value in ray_environment(home).items():
+        if name != "PYTHONPATH":
+            os.environ.setdefault(name, value)
+
+
 @contextlib.contextmanager
 def signal_handlers_kept() -> Iterator[None]:
     """Restores the handlers of SIGINT and SIGTERM on exit; Ray installs a SIGTERM handler that exits at once."""

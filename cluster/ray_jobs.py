@@ -1,10 +1,11 @@
-"""Runs attempts as Ray jobs. The submission id is the attempt's id, and the driver never runs on the head."""
+"""Runs attempts as Ray jobs, through Ray's REST API. The submission id is the attempt's id."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
@@ -22,58 +23,88 @@ _STATES: Mapping[str, ExecutorState] = {
 
 
 class RayJobs(ClusterBackend):
-    """Client of a local cluster: uses Ray's REST API for jobs, and cluster/usage_log.py for resource usage."""
+    """Client of the Jobs API at `address`, Ray's dashboard. trust_env: use the proxies of the environment."""
 
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
+    def __init__(self, address: str, trust_env: bool) -> None:
+        self._address, self._trust_env = address, trust_env
         self._http: Any = None
 
+    @abstractmethod
+    def token(self) -> str:
+        """The token for Ray's token authentication; "" for none."""
+
+    @abstractmethod
+    def job(self, attempt: str, environment: Mapping[str, str]) -> dict[str, Any]:
+        """The body of the request that submits an attempt, without its submission id."""
+
     def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
-        body = {
-            "entrypoint": shlex.join([sys.executable, "-P", "-m", "moray.platform.control.driver", attempt]),
-            "submission_id": attempt,
-            "runtime_env": {"env_vars": dict(environment)},
-            "entrypoint_resources": {DRIVER: 1},
-        }
-        response = self._request("POST", "", body)
+        response = self.request("POST", "/api/jobs/", {**self.job(attempt, environment), "submission_id": attempt})
         if not response.ok and "already exists" not in response.text:
             raise BackendUnreachableError(f"Ray rejected the job: {_last_line(response.text)}")
 
     def observe(self) -> Mapping[str, Observed]:
-        response = self._request("GET", "")
+        response = self.request("GET", "/api/jobs/")
         if not response.ok:
             raise BackendUnreachableError(f"Ray cannot list its jobs: {_last_line(response.text)}")
         found = [job for job in response.json() if job["submission_id"]]
         return {job["submission_id"]: Observed(_STATES[job["status"]], _first_line(job["message"])) for job in found}
 
     def stop(self, attempt: str) -> None:
-        self._request("POST", f"{attempt}/stop")  # 404: unknown, or just ended
+        self.request("POST", f"/api/jobs/{attempt}/stop")  # 404: unknown, or just ended
 
     def forget(self, attempt: str) -> None:
-        self._request("DELETE", attempt)
+        self.request("DELETE", f"/api/jobs/{attempt}")
 
-    def usage(self) -> Usage:
-        return read_usage(self._cluster.home)
-
-    def _request(self, method: str, path: str, body: Any = None) -> Any:
-        """Sends one request to the Jobs API."""
+    def request(self, method: str, path: str, body: Any = None, data: bytes | None = None) -> Any:
+        """Sends one request to the dashboard; returns the response. Raises BackendUnreachableError."""
         import requests
 
         try:
-            return self._session().request(
-                method, f"{self._cluster.dashboard}/api/jobs/{path}", json=body, timeout=_TIMEOUT_SECONDS
+            response = self._session().request(
+                method, self._address + path, json=body, data=data, timeout=_TIMEOUT_SECONDS
             )
         except requests.RequestException as error:
             raise BackendUnreachableError(f"Ray's dashboard does not respond: {type(error).__name__}") from error
+        if response.status_code in (401, 403):
+            raise BackendUnreachableError(f"Ray's dashboard refuses the token (HTTP {response.status_code})")
+        return response
 
     def _session(self) -> Any:
         import requests
 
         if self._http is None:
             self._http = requests.Session()
-            self._http.trust_env = False  # loopback needs no proxy
-            self._http.headers["Authorization"] = f"Bearer {self._cluster.token.read_text().strip()}"
+            self._http.trust_env = self._trust_env
+            if token := self.token():
+                self._http.headers["Authorization"] = f"Bearer {token}"
         return self._http
+
+
+class LocalJobs(RayJobs):
+    """Jobs of the cluster of `moray up`. Only its worker node has the resource that a driver requests, so that no
+    driver runs on the head."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        super().__init__(cluster.dashboard, trust_env=False)  # loopback needs no proxy
+        self._cluster = cluster
+
+    def token(self) -> str:
+        return self._cluster.token.read_text().strip()
+
+    def job(self, attempt: str, environment: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            "entrypoint": driver_command([sys.executable], attempt),
+            "runtime_env": {"env_vars": dict(environment)},
+            "entrypoint_resources": {DRIVER: 1},
+        }
+
+    def usage(self) -> Usage:
+        return read_usage(self._cluster.home)
+
+
+def driver_command(python: Sequence[str], *arguments: str) -> str:
+    """The command line of a driver. Nothing is imported from its current folder."""
+    return shlex.join([*python, "-P", "-m", "moray.platform.control.driver", *arguments])
 
 
 def _first_line(message: str | None) -> str:

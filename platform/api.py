@@ -15,13 +15,14 @@ from typing import Any
 
 import yaml
 
-from moray.platform.core.cluster import Cluster
-from moray.platform.core.errors import InputError, nearest
+from moray.platform.control.profiles import load_profile
+from moray.platform.core.cluster import BackendUnreachableError, Cluster, Usage
+from moray.platform.core.errors import InputError, StepFailed, nearest
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.core.ports import check_port, free_port
 from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
-from moray.platform.run.doctor import require_resources
+from moray.platform.run.doctor import Finding, require_resources
 from moray.platform.run.mlflow_tracking import NEWEST
 from moray.platform.run.runner import Decision, Runner, plan_steps
 from moray.platform.run.step_run import RunResult
@@ -149,6 +150,25 @@ def model_folder(model: str, home: Home) -> Path:
 def model_name(model: str, folder: Path) -> str:
     """The name a model is served under: the alias without its version, or the folder's name."""
     return model.partition("@")[0] if "@" in model else folder.name
+
+
+def check_cluster(name: str, home: Home | None = None) -> Iterator[Finding]:
+    """Yields what may keep jobs from running on the cluster of a profile. Runs one short job on it. Raises InputError
+    for an unknown cluster or a wrong profile."""
+    from moray.cluster.check import check_cluster as check
+
+    return check(load_profile(home or Home.from_environment(), name))
+
+
+def cluster_hosts(name: str, home: Home | None = None) -> tuple[str, Usage]:
+    """The address of a profile's cluster, and its hosts. Raises InputError, StepFailed if it does not respond."""
+    from moray.cluster.managed import find_cluster
+
+    found = find_cluster(home or Home.from_environment(), name)
+    try:
+        return found.where, found.backend.usage()
+    except BackendUnreachableError as error:
+        raise StepFailed(f"{found.where}: {error}", f"moray cluster check {name}") from error
 
 
 def embedded_cluster(home: Home, cpus: int | None = None) -> Cluster:

@@ -13,9 +13,11 @@ from pathlib import Path
 import uvicorn
 
 from moray.platform.control.auth import ensure_token
+from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import Job, Submission
+from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.schedules import NewSchedule
 from moray.platform.core.cluster import ClusterBackend, Observed, Topology, Usage
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
@@ -146,9 +148,10 @@ def page_server(root: Path, port: int = 0) -> Iterator[PageServer]:
     """An empty MORAY_HOME under `root` and its server, on a free port."""
     home = Home(root)
     (root / "one.txt").write_text("a document")
-    controller = Controller(home, Database(home.database), IdleCluster(), "", Topology(2, 0, 1 << 34), 2)
+    idle = ManagedCluster(LOCAL, IdleCluster(), 2, lambda: Topology(2, 0, 1 << 34))
+    controller = Controller(home, Database(home.database), idle)
     token = ensure_token(home)
-    app = build_controller_app(home, controller, Overview(home, controller, IdleCluster()), token)
+    app = build_controller_app(home, controller, Overview(home, controller), token)
     listening = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import Overrides
-from moray.platform.control.choices import Priority
+from moray.platform.cli.parameters import ClusterName, Overrides
+from moray.platform.control.choices import LOCAL, Priority
 from moray.platform.core.errors import InputError
 from moray.platform.run.console import Json, err, out, print_json, print_table
 
@@ -32,20 +32,23 @@ def submit(
     name: Annotated[str, Parameter(help="name of the job (default: the recipe's)")] = "",
     priority: Priority = "interactive",
     retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
+    cluster: ClusterName = LOCAL,
     follow: Annotated[
         bool, Parameter(name=["--follow", "-f"], negative=(), help="print the log until the job ends")
     ] = False,
     key: Annotated[str, Parameter(help="idempotency key: submitting twice with the same key queues one job")] = "",
     json_: Json = False,
 ) -> int:
-    """Queue a run of a recipe on the control plane's cluster.
+    """Queue a run of a recipe on a cluster of the control plane.
 
     RECIPE is a file, or the name of a recipe that ships with Moray. Relative paths in it are relative to the current
     folder.
     """
     from moray.platform.client import Client, new_key, read_submission
 
-    body = read_submission(recipe, set_ or []) | {"name": name, "priority": priority, "retries": retries}
+    body = read_submission(recipe, set_ or []) | {
+        "name": name, "priority": priority, "retries": retries, "cluster": cluster,
+    }  # fmt: skip
     client = Client.from_environment()
     job = client.post("/api/jobs", body, key=key or new_key())
     if json_:
@@ -72,7 +75,7 @@ def list_jobs(
     if not jobs:
         err().print("no jobs yet; try: moray submit quickstart" if not state else "no jobs in this state")
         return 0
-    columns = ("job", "name", "state", "priority", "submitted", "time>", "attempts>", "reason")
+    columns = ("job", "name", "state", "priority", "cluster", "submitted", "time>", "attempts>", "reason")
     print_table(columns, [_row(job) for job in jobs])
     return 0
 
@@ -93,7 +96,7 @@ def status(job: str | None = None, /, *, json_: Json = False) -> int:
     if json_:
         print_json(found)
         return 0
-    out().print(f"{found['id']}  {found['state']}  {found['priority']}", markup=False)
+    out().print(f"{found['id']}  {found['state']}  {found['priority']}  {found['cluster']}", markup=False)
     if found["reason"]:
         out().print(found["reason"], markup=False)
     rows = [
@@ -190,7 +193,8 @@ def _row(job: dict[str, Any]) -> tuple[str, ...]:
     took = _took(job["started"], job["ended"])
     reason = job["reason"] if job["state"] in ("failed", "queued", "cancelled") else ""
     attempts = str(len(job["attempts"]))
-    return job["id"], job["name"], job["state"], job["priority"], _when(job["created"]), took, attempts, reason
+    first = (job["id"], job["name"], job["state"], job["priority"], job["cluster"])
+    return *first, _when(job["created"]), took, attempts, reason
 
 
 def _when(moment: float | None) -> str:

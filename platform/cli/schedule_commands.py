@@ -12,8 +12,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import Overrides
-from moray.platform.control.choices import Catchup, Overlap, Priority
+from moray.platform.cli.parameters import ClusterName, Overrides
+from moray.platform.control.choices import LOCAL, Catchup, Overlap, Priority
 from moray.platform.run.console import Json, out, print_json, print_table
 
 app = App(name="schedule", help="Run recipes on a schedule: cron or a fixed interval.", help_format="plaintext")
@@ -44,6 +44,10 @@ def add(
     retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
     overlap: OverlapChoice = "skip",
     catchup: CatchupChoice = "none",
+    cluster: ClusterName = LOCAL,
+    deadline: Annotated[
+        str | None, Parameter(help="cancel a job that has not started this long after its tick: 2h")
+    ] = None,
     json_: Json = False,
 ) -> int:
     """Add a schedule NAME that submits RECIPE at every tick. Later edits of the recipe file have no effect."""
@@ -51,7 +55,7 @@ def add(
 
     body = read_submission(recipe, set_ or []) | {
         "name": name, "cron": cron, "every": every, "tz": tz or local_zone(), "priority": priority, "retries": retries,
-        "overlap": overlap, "catchup": catchup,
+        "overlap": overlap, "catchup": catchup, "cluster": cluster, "deadline": deadline,
     }  # fmt: skip
     added = Client.from_environment().post("/api/schedules", body)
     if json_:

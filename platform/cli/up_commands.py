@@ -1,12 +1,13 @@
-"""`moray up` and `moray down`, and their equivalents `moray cluster up|down local`."""
+"""`moray up` and `moray down`, and the overview of `moray status`."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from moray.platform.control.choices import LOCAL
 from moray.platform.run.console import Json, err, out, print_json, print_table
 
 if TYPE_CHECKING:
@@ -22,14 +23,11 @@ Foreground = Annotated[
 ]
 Systemd = Annotated[bool, Parameter(name="--systemd", negative=(), help="print a systemd user unit and exit")]
 
-_cluster = App(name="cluster", help="Start and stop the clusters that jobs run on.", help_format="plaintext")
-
 
 def register_up(app: App) -> None:
     """Adds the commands to the `moray` command."""
     app.command(up)
     app.command(down_command, name="down")
-    app.command(_cluster)
 
 
 def up(
@@ -85,27 +83,6 @@ def down_command(*, json_: Json = False) -> int:
     return 0
 
 
-@_cluster.command(name="up")
-def cluster_up(
-    kind: Literal["local"],
-    /,
-    *,
-    port: Port = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    slots: Slots = None,
-    json_: Json = False,
-) -> int:
-    """Start a cluster. `local` is the same as `moray up`."""
-    return up(port=port, cpus=cpus, gpus=gpus, slots=slots, json_=json_)
-
-
-@_cluster.command(name="down")
-def cluster_down(kind: Literal["local"], /, *, json_: Json = False) -> int:
-    """Stop a cluster. `local` is the same as `moray down`."""
-    return down_command(json_=json_)
-
-
 def show_overview(found: dict[str, Any], json_: bool) -> int:
     """Prints `moray status`: services, cluster, running and queued jobs."""
     from moray.platform.core.units import size
@@ -126,9 +103,13 @@ def show_overview(found: dict[str, Any], json_: bool) -> int:
     state = f"{nodes}, {used}, {memory}" if c["alive"] else "unreachable"
     out().print(f"\ncluster  {state}{'; ' + c['detail'] if c['detail'] else ''}", markup=False)
     queued, running = found["queued"], found["running"]
-    out().print(f"jobs     {len(running)} of {found['slots']} running, {len(queued)} queued", markup=False)
+    for one in found["clusters"]:
+        if one["name"] != LOCAL:
+            state = one["error"] or f"{one['running']} of {one['slots']} jobs running, {one['queued']} queued"
+            out().print(f"cluster  {one['name']} at {one['where'] or '?'}: {state}", markup=False)
+    out().print(f"jobs     {len(running)} running ({found['slots']} slots here), {len(queued)} queued", markup=False)
     for job in (*running, *queued[:10]):
-        out().print(f"  {job['id']}  {job['state']}  {job['priority']}", markup=False)
+        out().print(f"  {job['id']}  {job['state']}  {job['priority']}  {job['cluster']}", markup=False)
     return 0
 
 

@@ -96,6 +96,12 @@ _MIGRATIONS: Sequence[str] = (
     );
     CREATE INDEX transitions_by_id ON transitions (kind, id);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN cluster TEXT NOT NULL DEFAULT 'local';
+    ALTER TABLE jobs ADD COLUMN expires REAL;             -- a job that has not started by then is cancelled
+    ALTER TABLE schedules ADD COLUMN cluster TEXT NOT NULL DEFAULT 'local';
+    ALTER TABLE schedules ADD COLUMN deadline REAL;       -- seconds after its tick by which a job must have started
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moray.platform.control.choices import Priority
+from moray.platform.control.choices import LOCAL, Priority
 from moray.platform.control.database import Database
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.core.working_folder import in_folder
@@ -30,6 +30,7 @@ AttemptState = Literal["created", "submitted", "running", "succeeded", "failed",
 ENDED = ("succeeded", "failed", "cancelled")
 ATTEMPT_ENDED = (*ENDED, "lost")
 _MOST_RETRIES = 100
+_VARIABLES = 500  # of one SQL statement
 _SHORTEST_PART = 3  # letters or digits of an id or a name
 CHECK_SECONDS = 30.0  # timeout for checking a recipe: its files may be on a hung file system
 
@@ -45,7 +46,8 @@ class ConflictError(MorayError):
 class Submission(BaseModel):
     """A request to run a recipe.
 
-    source: the recipe's text. path: the file it was read from. folder: base of relative paths in the recipe.
+    source: the recipe's text. path: the file it was read from. folder: base of relative paths in the recipe. cluster:
+    the name of the cluster that runs it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -57,6 +59,7 @@ class Submission(BaseModel):
     name: str = Field("", max_length=200)
     priority: Priority = "interactive"
     retries: int = Field(0, ge=0, le=_MOST_RETRIES)
+    cluster: str = Field(LOCAL, max_length=63)
 
     def recipe(self) -> Recipe:
         """Parses and checks the recipe as `moray run` does in `folder`. Raises RecipeError, InputError for `folder`."""
@@ -107,6 +110,8 @@ class Job:
     schedule: str | None
     exclusive: bool
     tick: float | None
+    cluster: str = LOCAL
+    expires: float | None = None
     attempts: tuple[Attempt, ...] = field(default=())
 
     def attempt(self, number: int | None) -> Attempt | None:
@@ -131,6 +136,7 @@ class Job:
             "set": list(self.overrides),
             "priority": self.priority,
             "retries": self.retries,
+            "cluster": self.cluster,
             "state": self.state,
             "reason": self.reason,
             "created": self.created,
@@ -159,11 +165,13 @@ class Jobs:
         schedule: str | None = None,
         tick: float | None = None,
         exclusive: bool = False,
+        expires: float | None = None,
     ) -> tuple[Job, bool]:
         """Queues a job. Returns (job, True), or (earlier job, False) if `key` was used before for the same submission.
 
-        exclusive: the job waits until all earlier jobs of `schedule` have ended. Raises RecipeError, InputError, and
-        ConflictError if `key` was used for a different submission.
+        exclusive: the job waits until all earlier jobs of `schedule` have ended. expires: the job is cancelled if it
+        has not started by then, seconds since the epoch. Raises RecipeError, InputError, and ConflictError if `key`
+        was used for a different submission.
         """
         recipe = new.recipe()
         with self._database.write() as connection:
@@ -178,6 +186,7 @@ class Jobs:
                 "overrides": json.dumps(new.overrides), "priority": new.priority, "retries": new.retries,
                 "state": "queued", "created": now, "idempotency_key": key, "schedule": schedule,
                 "exclusive": int(exclusive), "tick": tick,
+                "cluster": new.cluster, "expires": expires,
             }  # fmt: skip
             placeholders = ", ".join(f":{name}" for name in row)
             connection.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({placeholders})", row)
@@ -224,6 +233,26 @@ class Jobs:
     def open(self) -> Sequence[Job]:
         """All jobs that have not ended, oldest first."""
         return self.list([s for s in get_args(JobState) if s not in ENDED], limit=1_000_000)[::-1]
+
+    def known_attempts(self, names: Iterable[str]) -> dict[str, AttemptState]:
+        """Those of these attempts that exist here, with their states."""
+        wanted, found = sorted(names), dict[str, AttemptState]()
+        for begin in range(0, len(wanted), _VARIABLES):
+            part = wanted[begin : begin + _VARIABLES]
+            query = f"SELECT id, state FROM attempts WHERE id IN ({', '.join('?' * len(part))})"
+            found |= {row["id"]: row["state"] for row in self._database.read().execute(query, part)}
+        return found
+
+    def expire(self, now: float) -> Sequence[Job]:
+        """Cancels the jobs that have not started by their deadline; returns them."""
+        query = "SELECT id FROM jobs WHERE state = 'queued' AND started IS NULL AND expires < ?"
+        late = [row["id"] for row in self._database.read().execute(query, (now,))]
+        for name in late:
+            with self._database.write() as connection:
+                job = self._get(connection, name)
+                if job.state == "queued" and not job.attempts:
+                    self.move(name, "cancelled", f"missed: it did not start on cluster {job.cluster!r} by its deadline")
+        return [self.get(name) for name in late]
 
     def counts_since(self, since: float) -> dict[str, int]:
         """Number of jobs per final state that ended at or after `since`."""
@@ -307,7 +336,7 @@ def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
 
 def _same(job: Job, new: Submission, key: str) -> Job:
     """Returns the job submitted earlier with `key`. Raises ConflictError if that submission differs from `new`."""
-    before = (job.source, job.folder, list(job.overrides), job.priority, job.retries)
-    if before != (new.source, new.folder, new.overrides, new.priority, new.retries):
+    before = (job.source, job.folder, list(job.overrides), job.priority, job.retries, job.cluster)
+    if before != (new.source, new.folder, new.overrides, new.priority, new.retries, new.cluster):
         raise ConflictError(f"key {key!r} was already used for a different submission, job {job.id}", "use another key")
     return job

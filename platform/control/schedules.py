@@ -40,7 +40,10 @@ _STEPS = 4  # decisions per schedule in one call of `tick`: a batch of missed ti
 
 
 class NewSchedule(Submission):
-    """A request for a schedule: a submission repeated at every tick. Its jobs have the schedule's `name`."""
+    """A request for a schedule: a submission repeated at every tick. Its jobs have the schedule's `name`.
+
+    deadline: a duration such as 2h. A job that has not started that long after its tick is cancelled, as missed.
+    """
 
     name: str
     priority: Priority = "batch"  # no user waits for it at a terminal
@@ -49,6 +52,7 @@ class NewSchedule(Submission):
     tz: str = Field("UTC", max_length=100)
     overlap: Overlap = "skip"
     catchup: Catchup = "none"
+    deadline: str | None = Field(None, max_length=100)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Schedule:
     tz: str
     overlap: Overlap
     catchup: Catchup
+    deadline: float | None  # seconds
     paused: bool
     created: float
     cursor: float
@@ -106,7 +111,8 @@ class Schedules:
             "folder": new.folder, "overrides": json.dumps(new.overrides), "priority": new.priority,
             "retries": new.retries, "cron": " ".join(new.cron.split()) if new.cron is not None else None,
             "every": parse_every(new.every) if new.every is not None else None, "tz": new.tz,
-            "overlap": new.overlap, "catchup": new.catchup, "created": now, "cursor": now,
+            "overlap": new.overlap, "catchup": new.catchup, "created": now, "cursor": now, "cluster": new.cluster,
+            "deadline": parse_every(new.deadline) if new.deadline is not None else None,
         }  # fmt: skip
         placeholders = ", ".join(f":{name}" for name in row)
         with self._database.write() as connection:
@@ -143,6 +149,8 @@ class Schedules:
             "catchup": schedule.catchup,
             "priority": submission.priority,
             "retries": submission.retries,
+            "cluster": submission.cluster,
+            "deadline": format_every(int(schedule.deadline)) if schedule.deadline is not None else None,
             "paused": schedule.paused,
             "created": schedule.created,
             "next": schedule.next(self.clock()),
@@ -223,7 +231,12 @@ class Schedules:
         key = f"schedule:{schedule.name}:{schedule.created}:{decision.tick}"
         try:
             job, _ = self._jobs.submit(
-                schedule.submission, key=key, schedule=schedule.name, tick=decision.tick, exclusive=decision.exclusive
+                schedule.submission,
+                key=key,
+                schedule=schedule.name,
+                tick=decision.tick,
+                exclusive=decision.exclusive,
+                expires=None if schedule.deadline is None else decision.tick + schedule.deadline,
             )
         except MorayError as error:  # the recipe became invalid just now; nothing has been written yet
             return None, error.message
@@ -340,6 +353,7 @@ def _load(connection: sqlite3.Connection, row: sqlite3.Row, ticks: int = 0) -> S
         name=row["name"],
         priority=row["priority"],
         retries=row["retries"],
+        cluster=row["cluster"],
     )
     return Schedule(
         name=row["name"],
@@ -349,6 +363,7 @@ def _load(connection: sqlite3.Connection, row: sqlite3.Row, ticks: int = 0) -> S
         tz=row["tz"],
         overlap=row["overlap"],
         catchup=row["catchup"],
+        deadline=row["deadline"],
         paused=bool(row["paused"]),
         created=row["created"],
         cursor=row["cursor"],

@@ -29,7 +29,7 @@ class Cluster(ABC):
 
     logs: Path | None = None  # where Ray's own logs are kept after it has stopped
     fixed: ClassVar[bool] = False  # no machine will join, so a request that fits no machine now never will
-    shares_files: ClassVar[bool] = True  # all tasks see the files of this process's host
+    shares_files: bool = True  # all tasks see the files of this process's host
     on_pending: Callable[[str], None] | None = None  # called with a message when Ray cannot place a request
     on_unsatisfiable: Callable[[str], None] | None = None  # the same for a request a fixed cluster can never place
 
@@ -76,10 +76,23 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Host:
+    """One node of a cluster."""
+
+    address: str
+    alive: bool
+    head: bool = False
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_bytes: float = 0.0
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Usage:
     """Resources of the cluster and their use, over all living nodes.
 
-    nodes: living nodes. dead_nodes: nodes that died, which count for nothing else here.
+    nodes: living nodes. dead_nodes: nodes that died, which count for nothing else here. hosts: all nodes, if known.
     """
 
     cpus: float
@@ -89,6 +102,8 @@ class Usage:
     nodes: int
     waiting: tuple[str, ...] = ()  # pending demands, in words
     dead_nodes: int = 0
+    hosts: tuple[Host, ...] = ()
+    memory_bytes: float = 0.0
 
 
 class ClusterBackend(ABC):

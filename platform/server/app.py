@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,14 +20,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from moray.cluster.local import LocalCluster
-from moray.cluster.ray_jobs import RayJobs
+from moray.cluster.managed import find_cluster, local_cluster
 from moray.platform.control.auth import TokenRequired, ensure_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ConflictError, NotFoundError
 from moray.platform.control.options import HOST, UpOptions
 from moray.platform.control.services import mlflow_socket
-from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.core.home import Home
 from moray.platform.server import job_routes, mlflow_proxy, page_routes, schedule_routes
@@ -64,7 +64,7 @@ def build_controller_app(
 
     app.get("/api/overview")(overview_with_progress)
     app.include_router(job_routes.job_router(home, controller))
-    app.include_router(schedule_routes.schedule_router(controller.schedules, controller.wake))
+    app.include_router(schedule_routes.schedule_router(controller.schedules, controller.cluster, controller.wake))
     app.include_router(page_routes.page_router(token, overview, controller.jobs, views, stopping))
     app.include_router(mlflow_proxy.mlflow_router(mlflow_socket(home)))
     _install_errors(app)
@@ -113,16 +113,13 @@ def main() -> int:
         raise InputError(f"another controller is running for {home.root}", "moray status") from None
     cluster = LocalCluster(home, options.cluster)
     os.environ.update(cluster.environment())
-    backend = RayJobs(cluster)
-    topology = Topology(options.cluster.cpus, options.cluster.gpus, options.cluster.memory_bytes)
-    controller = Controller(
-        home, Database(home.database), backend, cluster.address, topology, options.cluster.slots, _log
-    )
+    local = local_cluster(home, options.cluster)
+    controller = Controller(home, Database(home.database), local, partial(find_cluster, home), _log)
     servers: list[uvicorn.Server] = []
     app = build_controller_app(
         home,
         controller,
-        Overview(home, controller, backend),
+        Overview(home, controller),
         ensure_token(home),
         lambda: any(server.should_exit for server in servers),
     )

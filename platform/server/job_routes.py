@@ -33,6 +33,7 @@ def job_router(home: Home, controller: Controller) -> APIRouter:
         response: Response,
         idempotency_key: Annotated[str | None, Header(max_length=_LONGEST_KEY)] = None,
     ) -> dict[str, Any]:
+        controller.cluster(submission.cluster)
         job, new = jobs.submit(submission, key=idempotency_key)
         response.status_code = 201 if new else 200
         controller.wake()

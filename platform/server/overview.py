@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import psutil
 
+from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
-from moray.platform.control.jobs import ENDED
+from moray.platform.control.jobs import ENDED, Job
 from moray.platform.control.queue import IN_FLIGHT, in_order
 from moray.platform.control.supervisor import read_state
-from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, Usage
+from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
 
 _RECENT = 20
@@ -25,10 +27,9 @@ _NO_USAGE = Usage(cpus=0.0, cpus_used=0.0, gpus=0.0, gpus_used=0.0, nodes=0)
 class Overview:
     """Callable that returns the overview documented in docs/http-api.md. Cluster usage is cached for two seconds."""
 
-    def __init__(self, home: Home, controller: Controller, backend: ClusterBackend) -> None:
+    def __init__(self, home: Home, controller: Controller) -> None:
         self._home = home
         self._controller = controller
-        self._backend = backend
         self._lock = threading.Lock()
         self._queried = 0.0
         self._cluster: dict[str, Any] = {}
@@ -49,6 +50,7 @@ class Overview:
             "counts": jobs.counts_since(now - _DAY),
             "services": self._services(),
             "cluster": self._usage(),
+            "clusters": self._clusters(unfinished),
             "schedules": [self._controller.schedules.as_json(s) for s in self._controller.schedules.list()],
         }
 
@@ -59,6 +61,21 @@ class Overview:
             {name: value for name, value in asdict(known[key]).items() if name != "started"}
             for key in order
             if key in known
+        ]
+
+    def _clusters(self, unfinished: Sequence[Job]) -> list[dict[str, Any]]:
+        """The clusters that have been used since the start, and those that jobs wait for."""
+        found = self._controller.clusters()
+        return [
+            {
+                "name": name,
+                "where": found[name].cluster.where if name in found else "",
+                "slots": found[name].cluster.slots if name in found else 0,
+                "running": sum(job.cluster == name and job.state in IN_FLIGHT for job in unfinished),
+                "queued": sum(job.cluster == name and job.state == "queued" for job in unfinished),
+                "error": found[name].error if name in found else self._controller.problem(name),
+            }
+            for name in [*found, *sorted({job.cluster for job in unfinished} - set(found))]
         ]
 
     def _usage(self) -> dict[str, Any]:
@@ -72,7 +89,7 @@ class Overview:
         memory = psutil.virtual_memory()
         local = {"memory_bytes": memory.total, "memory_used_bytes": memory.total - memory.available}
         try:
-            usage = self._backend.usage()
+            usage = self._controller.cluster(LOCAL).cluster.backend.usage()
         except BackendUnreachableError as error:
             return {"alive": False, **asdict(_NO_USAGE), **local, "detail": str(error)}
         detail = f"pending demand: {', '.join(usage.waiting)}" if usage.waiting else ""

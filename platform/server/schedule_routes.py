@@ -11,8 +11,9 @@ from moray.platform.control.schedules import NewSchedule, Schedules
 from moray.platform.control.ticks import local_text
 
 
-def schedule_router(schedules: Schedules, wake: Callable[[], None]) -> APIRouter:
-    """Routes under `/api/schedules`. `wake` starts a round of the controller when the next tick may have changed."""
+def schedule_router(schedules: Schedules, check: Callable[[str], object], wake: Callable[[], None]) -> APIRouter:
+    """Routes under `/api/schedules`. `check` raises InputError for an unknown cluster. `wake` starts a round of the
+    controller when the next tick may have changed."""
     router = APIRouter(prefix="/api/schedules")
 
     @router.get("")
@@ -21,6 +22,7 @@ def schedule_router(schedules: Schedules, wake: Callable[[], None]) -> APIRouter
 
     @router.post("", status_code=201)
     def add(new: NewSchedule) -> dict[str, Any]:
+        check(new.cluster)
         added = schedules.add(new)
         wake()
         return schedules.as_json(added)

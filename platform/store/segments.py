@@ -53,16 +53,24 @@ class SegmentWriter:
 
     def _upload(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            name = f"{path.relative_to(self._folder).as_posix()}{PARTS}"
+            if path not in self._uploaded:
+                self._uploaded[path] = self._stored_size(name)
             while True:
-                begin = file.seek(self._uploaded.get(path, 0))
+                begin = file.seek(self._uploaded[path])
                 data = file.read(_LARGEST)
                 if path.suffix == ".jsonl":  # an event that is being written is not complete yet
                     data = data[: data.rfind(b"\n") + 1]
                 if not data:
                     return
-                name = f"{path.relative_to(self._folder).as_posix()}{PARTS}"
                 (self._target / name / f"{begin:0{_DIGITS}d}").write_bytes(data)
                 self._uploaded[path] = begin + len(data)
+
+    def _stored_size(self, name: str) -> int:
+        """The end of the last segment of a file, of which another process may have uploaded a part."""
+        prefix = f"{(self._target / name).key}/"
+        ends = (int(item.key.removeprefix(prefix)) + item.size for item in self._target.bucket.objects(prefix))
+        return max(ends, default=0)
 
     def _repeat(self) -> None:
         while not self._end.wait(UPLOAD_SECONDS):

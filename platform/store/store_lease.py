@@ -2,7 +2,7 @@
 
     <place>/lease-00000001.json    the holder; its heartbeat replaces the object, so that its ETag changes
 
-The holder is the object with the highest number. A process that has seen the same ETag for STALE_SECONDS of its own
+The holder is the object with the highest number. A process that has observed the same ETag for STALE_SECONDS of its own
 monotonic clock takes the lease over: it creates the object with the next number, which succeeds for one process only.
 """
 
@@ -23,6 +23,7 @@ from moray.platform.store.paths import StorePath
 
 HEARTBEAT_SECONDS = 3.0
 STALE_SECONDS = 30.0
+_LONGEST_GAP = 5.0  # between two observations; after a longer one, the store or this process was away
 _PREFIX = "lease-"
 
 
@@ -91,24 +92,26 @@ class StoreLease:
 
 
 class LeaseWatch:
-    """Observes a lease from outside. Its judgement needs observations over STALE_SECONDS."""
+    """Observes a lease from outside. Its judgement needs observations over STALE_SECONDS. The time of an outage, in
+    which neither heartbeats nor observations succeed, does not count."""
 
     def __init__(self, place: StorePath) -> None:
         self._bucket, self._place = place.bucket, place.key
         self._seen = ("", "")  # key and ETag of the newest object
-        self._since = time.monotonic()
+        self._last = time.monotonic()  # of the last observation
+        self._unchanged = 0.0  # observed seconds without a heartbeat
 
     def number(self) -> int:
         """Observes the lease. Returns its number; 0 if nobody holds it."""
         newest = max(self._bucket.objects(f"{self._place}/{_PREFIX}"), key=lambda item: item.key, default=None)
-        seen = (newest.key, newest.etag) if newest else ("", "")
-        if seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
+        seen, now = (newest.key, newest.etag) if newest else ("", ""), time.monotonic()
+        self._unchanged = self._unchanged + min(now - self._last, _LONGEST_GAP) if seen == self._seen else 0.0
+        self._seen, self._last = seen, now
         return int(seen[0].rpartition(_PREFIX)[2].removesuffix(".json")) if seen[0] else 0
 
     def is_stale(self) -> bool:
-        """Whether the holder showed no sign of life in the observations of the last STALE_SECONDS."""
-        return time.monotonic() - self._since > STALE_SECONDS
+        """Whether the holder showed no sign of life in STALE_SECONDS of observation."""
+        return self._unchanged > STALE_SECONDS
 
 
 def _body(token: str) -> bytes:

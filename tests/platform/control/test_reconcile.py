@@ -17,11 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.platform.control import attempt as attempt_module
+from moray.platform.control import cluster_rounds
 from moray.platform.control import controller as controller_module
-from moray.platform.control.attempt import Outcome, read_outcome, record_outcome
+from moray.platform.control.attempt import LocalFiles, Outcome
+from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
+from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.queue import IN_FLIGHT, choose_jobs
 from moray.platform.control.reconcile import LOSSES, START_SECONDS, AttemptObservation, decide_attempt, decide_job
 from moray.platform.core.cluster import (
@@ -102,13 +106,13 @@ class World(ClusterBackend):
         run = self.home.runs / name
         if driver.state == "pending" and self.chance.random() < 0.7:
             driver.state = "running"
-            driver.alive = read_outcome(run) is None  # a driver that was given up does nothing
+            driver.alive = LocalFiles(run).read_outcome() is None  # a driver that was given up does nothing
         elif driver.alive and driver.told:
-            record_outcome(run, Outcome(state="cancelled"))
+            LocalFiles(run).record_outcome(Outcome(state="cancelled"))
             driver.alive, driver.state = False, "stopped"
         elif driver.alive and self.chance.random() < 0.2:
-            record_outcome(
-                run, Outcome(state="succeeded" if self.chance.random() < 0.8 else "failed", detail="as it goes")
+            LocalFiles(run).record_outcome(
+                Outcome(state="succeeded" if self.chance.random() < 0.8 else "failed", detail="as it goes")
             )
             driver.alive, driver.state = False, "succeeded"
         elif driver.told and driver.state in ("pending", "running") and not driver.alive:
@@ -130,17 +134,22 @@ class World(ClusterBackend):
                 del self.drivers[name]  # the cluster was made anew
 
 
+def managed(world: World, slots: int) -> ManagedCluster:
+    return ManagedCluster(LOCAL, world, slots, lambda: TOPOLOGY)
+
+
 def make(home: Home, seed: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Controller, World, Database]:
     world = World(home, random.Random(seed))
     clock = SimpleNamespace(time=lambda: world.now, monotonic=lambda: world.now)
-    monkeypatch.setattr(controller_module, "time", clock)
+    for module in (controller_module, cluster_rounds):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(
-        controller_module,
+        attempt_module,
         "is_stale",
         lambda path: not ((driver := world.drivers.get(path.parent.name)) and driver.alive),
     )
     database = Database(home.database, durable=False)
-    return Controller(home, database, world, "nowhere", TOPOLOGY, slots, no_errors), world, database
+    return Controller(home, database, managed(world, slots), log=no_errors), world, database
 
 
 def no_errors(text: str) -> None:
@@ -170,7 +179,7 @@ def test_every_job_ends_once_whatever_happens(
             if world.chance.random() < 0.02:
                 stop(controller.jobs, world.chance.choice(names))
             if world.chance.random() < 0.03:  # the controller is killed and loses its memory
-                controller = Controller(home, database, world, "nowhere", TOPOLOGY, slots, no_errors)
+                controller = Controller(home, database, managed(world, slots), log=no_errors)
             controller.round()
             assert sum(job.state in IN_FLIGHT for job in controller.jobs.open()) <= slots
         world.away = False
@@ -210,7 +219,9 @@ def test_a_stopped_job_never_succeeds_later(tmp_path: Path, monkeypatch: pytest.
         world.now += 1
         controller.round()
     assert controller.jobs.get(job.id).state == "cancelled"
-    assert not record_outcome(tmp_path / "runs" / name, Outcome(state="succeeded")), "the controller had the last word"
+    assert not LocalFiles(tmp_path / "runs" / name).record_outcome(Outcome(state="succeeded")), (
+        "the controller had the last word"
+    )
 
 
 def test_a_zombie_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +251,7 @@ def test_a_driver_that_never_starts_is_given_up_though_the_controller_is_killed_
     for second in range(int(START_SECONDS) + 30):
         world.now += 1
         if second % 20 == 0:
-            controller = Controller(Home(tmp_path), database, world, "nowhere", TOPOLOGY, 1, lambda _: None)
+            controller = Controller(Home(tmp_path), database, managed(world, 1), log=lambda _: None)
         controller.round()
     first = controller.jobs.get(job.id).attempts[0]
     assert first.state == "lost"
@@ -250,11 +261,11 @@ def test_a_driver_that_never_starts_is_given_up_though_the_controller_is_killed_
 def test_an_error_of_one_job_does_not_block_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     controller, world, database = make(Home(tmp_path), 1, 2, monkeypatch)
-    controller = Controller(Home(tmp_path), database, world, "nowhere", TOPOLOGY, 2, said.append)
+    controller = Controller(Home(tmp_path), database, managed(world, 2), log=said.append)
     broken, sound = (controller.jobs.submit(submission(tmp_path / "text"))[0].id for _ in range(2))
     controller.round()
     (tmp_path / "runs" / f"{broken}.1" / "outcome.json").write_text("not JSON")
-    record_outcome(tmp_path / "runs" / f"{sound}.1", Outcome(state="succeeded"))
+    LocalFiles(tmp_path / "runs" / f"{sound}.1").record_outcome(Outcome(state="succeeded"))
     controller.round()
     assert controller.jobs.get(sound).state == "succeeded"
     assert any(line.startswith(f"{broken}: ") for line in said), said

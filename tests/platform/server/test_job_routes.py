@@ -17,11 +17,10 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
-from moray.cluster.ray_jobs import RayJobs
+from moray.cluster.managed import local_cluster
 from moray.platform.control.auth import OPEN, ensure_token, read_token
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import SCHEMA_VERSION, Database
-from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 from moray.platform.server.app import build_controller_app
@@ -59,10 +58,9 @@ def plane(home: Home, tmp_path: Path) -> Iterator[Plane]:
     home.up.mkdir()
     local = LocalCluster(home, cluster)
     local.token.write_text("ray")
-    backend = RayJobs(local)
     database = Database(home.database, durable=False)
-    controller = Controller(home, database, backend, local.address, Topology(1, 0, 1 << 30), 1, lambda _: None)
-    app = build_controller_app(home, controller, Overview(home, controller, backend), ensure_token(home))
+    controller = Controller(home, database, local_cluster(home, cluster), log=lambda _: None)
+    app = build_controller_app(home, controller, Overview(home, controller), ensure_token(home))
     with TestClient(app, base_url="http://127.0.0.1:8400") as http:
         http.headers["Authorization"] = f"Bearer {read_token(home)}"
         yield Plane(home, app, http, controller, database, text)

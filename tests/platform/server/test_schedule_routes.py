@@ -16,8 +16,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import uvicorn
 
-from moray.cluster.local import LocalCluster
-from moray.cluster.ray_jobs import RayJobs
+from moray.cluster.managed import local_cluster
 from moray.platform.cli import schedule_commands
 from moray.platform.client import Client
 from moray.platform.control.auth import ensure_token
@@ -25,7 +24,6 @@ from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.options import decide_options
 from moray.platform.control.ticks import local_text
-from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
 from moray.platform.server.app import build_controller_app
@@ -60,9 +58,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
     options = decide_options(home, port=port)
-    cluster = LocalCluster(home, options.cluster)
     database = Database(home.database)
-    controller = Controller(home, database, RayJobs(cluster), cluster.address, Topology(1, 0, 1 << 30), 1)
+    controller = Controller(home, database, local_cluster(home, options.cluster))
     app = build_controller_app(home, controller, dict, ensure_token(home))
     running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     listening = socket.create_server(("127.0.0.1", port))  # before anybody asks

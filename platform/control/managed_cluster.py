@@ -1,0 +1,39 @@
+"""A cluster as the controller knows it, and how it finds one by name. Implemented in the `cluster` package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moray.platform.control.attempt import AttemptFiles, LocalFiles, StoredFiles
+from moray.platform.core.cluster import ClusterBackend, Topology
+from moray.platform.core.home import Home
+from moray.platform.store.paths import any_path
+
+
+@dataclass(frozen=True)
+class ManagedCluster:
+    """A cluster that runs jobs.
+
+    slots: jobs at the same time. store: where its runs are, if its hosts do not see this machine's files. topology:
+    its resources; raises BackendUnreachableError. address: of Ray, for drivers. environment: of drivers. where: its
+    address, for messages.
+    """
+
+    name: str
+    backend: ClusterBackend
+    slots: int
+    topology: Callable[[], Topology]
+    store: str = ""
+    address: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    where: str = ""
+
+    def files(self, home: Home, attempt: str) -> AttemptFiles:
+        """The files of an attempt on this cluster."""
+        run = home.runs / attempt
+        if not self.store:
+            return LocalFiles(run)
+        stored = any_path(f"{self.store}/runs/{attempt}")
+        return LocalFiles(stored) if isinstance(stored, Path) else StoredFiles(stored, run)
