@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
 import shlex
@@ -18,7 +17,7 @@ from moray.platform.control.profiles import Profile
 from moray.platform.core.cluster import BackendUnreachableError, Host
 from moray.platform.core.errors import MorayError
 from moray.platform.run.doctor import Finding
-from moray.platform.store.paths import any_path, remove_folder, write_file
+from moray.platform.store.paths import any_path, remove_folder, set_store_variables, write_file
 
 _JOB_SECONDS = 240.0
 _SKEW_SECONDS = 5.0
@@ -29,7 +28,7 @@ _RECONNECT_SECONDS = 60.0  # Ray's default: workers give up after a head has bee
 def check_cluster(profile: Profile) -> Iterator[Finding]:
     """Yields the findings in the order in which problems should be fixed. Runs one short job on the cluster."""
     jobs = ExistingJobs(profile)
-    os.environ.update(profile.variables())
+    set_store_variables(profile.store, profile.variables())
     try:
         version = _version(jobs)
     except BackendUnreachableError as error:

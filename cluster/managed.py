@@ -12,6 +12,7 @@ from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.profiles import load_profile
 from moray.platform.core.cluster import Topology
 from moray.platform.core.home import Home
+from moray.platform.store.paths import set_store_variables
 
 
 def local_cluster(home: Home, options: LocalOptions) -> ManagedCluster:
@@ -32,6 +33,7 @@ def local_cluster(home: Home, options: LocalOptions) -> ManagedCluster:
 def find_cluster(home: Home, name: str) -> ManagedCluster:
     """The cluster of a profile. Raises InputError if there is none, or if its profile is wrong."""
     profile = load_profile(home, name)
+    set_store_variables(profile.store, profile.variables())
     jobs = ExistingJobs(profile)
     return ManagedCluster(
         name, jobs, profile.slots, partial(_topology, jobs), store=profile.store, where=profile.address

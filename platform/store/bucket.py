@@ -12,7 +12,7 @@ import base64
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,8 +77,9 @@ class Stored:
 class Bucket:
     """Objects below `s3://bucket/prefix`; keys are relative to the prefix. Every error is an InputError."""
 
-    def __init__(self, url: str, read_seconds: float = 60.0) -> None:
-        """`read_seconds`: read timeout of a response, after which the request is repeated."""
+    def __init__(self, url: str, read_seconds: float = 60.0, variables: Mapping[str, str] | None = None) -> None:
+        """read_seconds: read timeout of a response, after which the request is repeated. variables: AWS_... variables,
+        instead of those of this process."""
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
             raise InputError(f"{url!r} is not an artifact root", "set MORAY_ARTIFACTS=s3://bucket/prefix")
@@ -86,6 +87,7 @@ class Bucket:
         self._name = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._read_seconds = read_seconds
+        self._variables = variables
         self._opening = threading.Lock()
 
     @property
@@ -107,13 +109,21 @@ class Bucket:
             read_timeout=self._read_seconds,
             max_pool_connections=_CONNECTIONS,
         )
-        return self._session.client("s3", config=config)
+        endpoint = self._variables.get("AWS_ENDPOINT_URL") if self._variables else None
+        return self._session.client("s3", config=config, endpoint_url=endpoint)
 
     @cached_property
     def _session(self) -> boto3.session.Session:
         """A session of this bucket, because boto3's default session keeps old credentials. It loads botocore's service
         descriptions, which takes 0.1 s, once for all of its clients."""
-        return boto3.session.Session()
+        given = self._variables or {}
+        return boto3.session.Session(
+            aws_access_key_id=given.get("AWS_ACCESS_KEY_ID"),
+            aws_secret_access_key=given.get("AWS_SECRET_ACCESS_KEY"),
+            aws_session_token=given.get("AWS_SESSION_TOKEN"),
+            region_name=given.get("AWS_REGION") or given.get("AWS_DEFAULT_REGION"),
+            profile_name=given.get("AWS_PROFILE"),
+        )
 
     def check_writable(self) -> None:
         """Raises InputError if objects cannot be created, or if the server ignores conditional writes."""

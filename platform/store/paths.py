@@ -14,7 +14,7 @@ import fnmatch
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,12 +113,13 @@ S = TypeVar("S")
 
 
 def any_path(text: str) -> AnyPath:
-    """The path with this text, as `str(path)` wrote it. An `s3://` address outside `MORAY_ARTIFACTS` is its own root's
-    child: its root is the folder that contains it."""
+    """The path with this text, as `str(path)` wrote it. The root of an `s3://` address is `MORAY_ARTIFACTS` or another
+    known store, or else the folder that contains it."""
     if not text.startswith("s3://"):
         return Path(text)
     shared = os.environ.get("MORAY_ARTIFACTS", "").rstrip("/")
-    root = shared if shared and text.startswith(f"{shared}/") else text.rpartition("/")[0]
+    roots = [root for root in (shared, *_variables) if root and text.startswith(f"{root}/")]
+    root = max(roots, key=len, default=text.rpartition("/")[0])
     return StorePath(root, text.removeprefix(f"{root}/"))
 
 
@@ -260,7 +261,17 @@ def bucket_at(url: str) -> Bucket:
     """A bucket, or a folder in one. Cached, because its client holds connections."""
     from moray.platform.store.bucket import Bucket  # imports boto3, which is slow
 
-    return Bucket(url)
+    return Bucket(url, variables=_variables.get(url))
+
+
+_variables: dict[str, Mapping[str, str]] = {}  # by the URL of a store
+
+
+def set_store_variables(url: str, variables: Mapping[str, str]) -> None:
+    """Sets the AWS_... variables with which this process uses a store. Without them, those of the process apply."""
+    if any(name.startswith("AWS_") for name in variables) and _variables.get(url) != variables:
+        _variables[url] = dict(variables)
+        bucket_at.cache_clear()
 
 
 def cache() -> FileCache:
