@@ -25,7 +25,7 @@ _SHOWN = 3  # hosts in a line
 _RECONNECT_SECONDS = 60.0  # Ray's default: workers give up after a head has been away for so long
 
 
-def check_cluster(profile: Profile) -> Iterator[Finding]:
+def examine_cluster(profile: Profile) -> Iterator[Finding]:
     """Yields the findings in the order in which problems should be fixed. Runs one short job on the cluster."""
     jobs = ExistingJobs(profile)
     set_store_variables(profile.store, profile.variables())

@@ -65,7 +65,7 @@ def describe_host(name: str, store: str) -> dict[str, Any]:
 
     context = ray.get_runtime_context()
     return {
-        "host": ray.util.get_node_ip_address(),
+        "host": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         "node": context.get_node_id(),
         "python": platform.python_version(),
         "moray": moray.__version__,  # type: ignore[attr-defined]

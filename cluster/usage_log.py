@@ -18,7 +18,7 @@ from typing import Any
 
 from moray.cluster.pending import demand_words, is_dead, machines_in, waiting_in
 from moray.platform.core.atomic import write_json
-from moray.platform.core.cluster import BackendUnreachableError, Usage
+from moray.platform.core.cluster import BackendUnreachableError, Host, Usage
 from moray.platform.core.home import Home
 
 POLL_SECONDS = 2.0
@@ -39,7 +39,8 @@ def read_usage(home: Home) -> Usage:
         raise BackendUnreachableError("no usage data from the cluster yet") from None
     if age > _FRESH_SECONDS:
         raise BackendUnreachableError(f"Ray's head has not responded for {age:.0f} s")
-    return Usage(**written | {"waiting": tuple(written["waiting"])})
+    hosts = tuple(Host(**host) for host in written.pop("hosts", ()))
+    return Usage(**written | {"waiting": tuple(written["waiting"]), "hosts": hosts})
 
 
 def usage_in(state: Any) -> Usage:

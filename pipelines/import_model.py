@@ -18,7 +18,7 @@ from moray.models.files import model_files, read_object
 from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, adds_bos_token, named_token, processor_bos, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer
 from moray.platform.core.errors import InputError
-from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational, user_path
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
@@ -53,7 +53,7 @@ class ImportModel(Step[ImportConfig]):
     produces: ClassVar[str] = "model"
 
     def external(self, config: ImportConfig) -> list[ExternalFile]:
-        folder = config.path.expanduser()
+        folder = user_path(config.path)
         paths = [(name, folder / name) for name in _files(folder, config.precision)]
         return [ExternalFile("model", name, path.stat().st_size, hash_file(path)) for name, path in paths]
 
@@ -61,7 +61,7 @@ class ImportModel(Step[ImportConfig]):
         from moray.models.checkpoint import CheckedFolder, write_weights
         from moray.models.presets import parameter_count
 
-        folder = ctx.config.path.expanduser()
+        folder = user_path(ctx.config.path)
         try:
             checked = CheckedFolder(folder)
             if ctx.config.precision == "as-is":

@@ -155,9 +155,9 @@ def model_name(model: str, folder: Path) -> str:
 def check_cluster(name: str, home: Home | None = None) -> Iterator[Finding]:
     """Yields what may keep jobs from running on the cluster of a profile. Runs one short job on it. Raises InputError
     for an unknown cluster or a wrong profile."""
-    from moray.cluster.check import check_cluster as check
+    from moray.cluster.check import examine_cluster
 
-    return check(load_profile(home or Home.from_environment(), name))
+    return examine_cluster(load_profile(home or Home.from_environment(), name))
 
 
 def cluster_hosts(name: str, home: Home | None = None) -> tuple[str, Usage]:

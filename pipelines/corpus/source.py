@@ -25,8 +25,9 @@ from moray.pipelines.corpus.readers import ROW_READERS
 from moray.pipelines.corpus.rows import Columns
 from moray.pipelines.corpus.source_file import File
 from moray.platform.core.errors import InputError
-from moray.platform.plan.config import StepConfig, operational
-from moray.platform.store.paths import bucket_at
+from moray.platform.plan.config import ON_HOSTS, StepConfig, operational, user_path
+from moray.platform.store.paths import StorePath, bucket_at
+from moray.platform.store.submitted import SubmittedFile, read_tree
 
 Split = Literal["train", "validation", "test"]
 
@@ -63,6 +64,7 @@ class Source(StepConfig):
     exclude: tuple[str, ...] = Field((), description="patterns of paths to skip")
     license: str = Field("", description="license of the documents")
     max_files: int | None = Field(None, gt=0, description="read only the first N files, ordered by path")
+    submitted: str = operational("", description="set by `moray submit`: the files of `path` or `package` in the store")
     made_by: str = operational("", description="the command that creates the files, shown if they are missing")
 
     @field_validator("include", "exclude")
@@ -87,6 +89,11 @@ class Source(StepConfig):
     def columns(self) -> Columns:
         return Columns(self.text_column, self.id_column, self.url_column, self.license_column, self.meta_columns)
 
+    @property
+    def is_on_hosts(self) -> bool:
+        """Whether only the cluster's hosts have the files."""
+        return self.path is not None and str(self.path).startswith(ON_HOSTS) and not user_path(self.path).exists()
+
     def location(self) -> str:
         """The location of the files, for messages."""
         return self.url or str(self.root())
@@ -94,7 +101,7 @@ class Source(StepConfig):
     def root(self) -> Path:
         """The folder or file on this machine. Raises InputError if it does not exist."""
         if self.path is not None:
-            root = self.path.expanduser()
+            root = user_path(self.path)
             if not root.exists():
                 hint = f"run `{self.made_by}` to create it" if self.made_by else "correct the path in the recipe"
                 raise InputError(f"source {self.name!r}: {root.absolute()} does not exist", hint)
@@ -112,6 +119,8 @@ class Source(StepConfig):
 
     def listing(self) -> Listing:
         """The files, and the skipped ones. Raises InputError."""
+        if self.submitted:  # the submitter has applied the rules below
+            return Listing([(file.key, _submitted(file)) for file in read_tree(self.submitted)])
         found = self._objects() if self.url is not None else self._paths()
         if self.reader == "huggingface":
             files, found.files = found.files, []
@@ -155,6 +164,12 @@ class Source(StepConfig):
             else:
                 found.files.append((key, file))
         return found
+
+
+def _submitted(file: SubmittedFile) -> File:
+    if isinstance(file.place, StorePath):
+        return File(str(file.place), file.size, root=file.place.root, sha256=file.sha256)
+    return File(str(file.place), file.size, sha256=file.sha256)
 
 
 def _listed(url: str, beginning: str = "") -> Iterator[tuple[str, File]]:

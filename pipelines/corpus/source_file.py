@@ -25,12 +25,14 @@ _BUFFER = 1 << 16
 
 @dataclass(frozen=True)
 class File:
-    """Path and size in bytes of a file. For an object: its URL, ETag, and the `root` URL it was listed under."""
+    """Path and size in bytes of a file. For an object: its URL, ETag, and the `root` URL it was listed under. sha256:
+    if it is known already."""
 
     location: str
     size: int = 0
     etag: str = ""
     root: str = ""
+    sha256: str = ""
 
     @property
     def is_object(self) -> bool:

@@ -32,7 +32,7 @@ from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
-from moray.platform.plan.step import ExternalFile, Step
+from moray.platform.plan.step import ExternalFile, Step, Upload
 from moray.platform.store.manifest import hash_file
 from moray.platform.store.paths import AnyPath
 
@@ -56,6 +56,8 @@ class Corpus(Step[CorpusConfig]):
         if repeated := [name for name, n in names.items() if n > 1]:
             raise RecipeError(f"sources: duplicate name {repeated[0]!r}", "give each source a unique name")
         for i, source in enumerate(config.sources):
+            if source.is_on_hosts:
+                continue
             try:
                 listing = source.listing()
             except InputError as error:
@@ -74,6 +76,15 @@ class Corpus(Step[CorpusConfig]):
             for source in config.sources
             for key, file in source.files()
         ]
+
+    def submitted(self, config: CorpusConfig, upload: Upload) -> dict[str, str]:
+        """Uploads the listed files of each local source. Tasks read them in the store."""
+        found = {}
+        for number, source in enumerate(config.sources):
+            if source.url is None and not source.submitted and not source.is_on_hosts:
+                files = {key: Path(file.location) for key, file in source.files()}
+                found[f"sources.{number}.submitted"] = upload(files)
+        return found
 
     def run(self, ctx: StepContext[CorpusConfig]) -> None:
         listings = [(source, source.listing()) for source in ctx.config.sources]
@@ -155,7 +166,9 @@ def _description(source: Source) -> Row:
 
 
 def _digest(file: File) -> str:
-    """The ETag of an object, as reported by its server, or the SHA-256 of a local file."""
+    """The ETag of an object, as reported by its server, or the SHA-256 of a local or submitted file."""
+    if file.sha256:
+        return file.sha256
     if file.is_object:
         return f"etag:{file.etag}"
     try:

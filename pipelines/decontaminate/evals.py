@@ -22,7 +22,7 @@ from moray.pipelines.corpus.globs import pattern_error
 from moray.pipelines.corpus.listing import list_folder
 from moray.pipelines.corpus.source_file import File, trailing_data
 from moray.platform.core.errors import InputError, nearest
-from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational, user_path
 
 _IDS = ("task_id", "id", "question_id", "qid")
 # File types that may hold items but are not supported, and names of such files that hold none.
@@ -60,7 +60,7 @@ class EvalSet(StepConfig):
     def root(self) -> Path:
         """The local folder or file. Raises InputError if it does not exist."""
         if self.path is not None:
-            root = self.path.expanduser()
+            root = user_path(self.path)
             if not root.exists():
                 raise InputError(f"eval {self.name!r}: {root} does not exist", "correct the path in the recipe")
             return root.absolute()

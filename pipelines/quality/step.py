@@ -23,7 +23,7 @@ from moray.pipelines.quality.quality_model import Features, QualityModel
 from moray.pipelines.shared.documents import read_shard, write_parquet
 from moray.pipelines.shared.shards import Row, file_bytes, input_shards, map_shards, output_path, shard_path
 from moray.platform.core.errors import InputError, RecipeError
-from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational, user_path
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
@@ -80,18 +80,18 @@ class QualityModelStep(Step[QualityModelConfig]):
             raise RecipeError("quality-model has no examples", "add the input `documents`, or set labels")
         if config.labels is not None and "documents" in inputs:
             raise RecipeError("conflicting: both labels and the input `documents` are set", "remove one of them")
-        if config.labels is not None and not config.labels.expanduser().is_file():
+        if config.labels is not None and not user_path(config.labels).is_file():
             raise RecipeError(f"labels: {config.labels} does not exist", "correct the path in the recipe")
 
     def external(self, config: QualityModelConfig) -> list[ExternalFile]:
         if config.labels is None:
             return []
-        path = config.labels.expanduser()
+        path = user_path(config.labels)
         return [ExternalFile("labels", path.name, path.stat().st_size, hash_file(path))] if path.is_file() else []
 
     def run(self, ctx: StepContext[QualityModelConfig]) -> None:
         if ctx.config.labels is not None:
-            examples = _sample([_labelled(ctx.config.labels.expanduser(), ctx.config.seed)], ctx.config)
+            examples = _sample([_labelled(user_path(ctx.config.labels), ctx.config.seed)], ctx.config)
         else:
             examples = self._of_sources(ctx)
         good = examples["good"].to_numpy()

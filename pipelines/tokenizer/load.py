@@ -19,7 +19,7 @@ from moray.pipelines.tokenizer.encoders import choose_encoder
 from moray.pipelines.tokenizer.train import PAD, add_pad, load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError, nearest
-from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational, user_path
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
@@ -74,7 +74,7 @@ class LoadTokenizer(Step[LoadTokenizerConfig]):
 def _folder(config: LoadTokenizerConfig) -> Path:
     """The folder that contains tokenizer.json. Raises InputError if there is none or more than one."""
     if config.path is not None:
-        path = config.path.expanduser()
+        path = user_path(config.path)
         folder = path.parent if path.name == "tokenizer.json" else path
         if not (folder / "tokenizer.json").is_file():
             reason = "contains no tokenizer.json" if folder.is_dir() else "is not a folder"

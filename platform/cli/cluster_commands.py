@@ -44,8 +44,8 @@ def list_clusters(*, json_: Json = False) -> int:
     return 0
 
 
-@app.command
-def add(
+@app.command(name="add")
+def add_cluster(
     name: str,
     /,
     *,
@@ -74,8 +74,8 @@ def add(
     return 0
 
 
-@app.command
-def check(name: str, /, *, json_: Json = False) -> int:
+@app.command(name="check")
+def check_command(name: str, /, *, json_: Json = False) -> int:
     """Check that jobs can run on a cluster, with one short job. Exit with 1 if something will not work."""
     from moray.platform.api import check_cluster
     from moray.platform.run.doctor import report_lines
@@ -91,8 +91,8 @@ def check(name: str, /, *, json_: Json = False) -> int:
     return 1 if any(finding.state == "fail" for finding in found) else 0
 
 
-@app.command
-def status(name: str, /, *, json_: Json = False) -> int:
+@app.command(name="status")
+def cluster_status(name: str, /, *, json_: Json = False) -> int:
     """Show the hosts of a cluster."""
     if name == LOCAL:
         from moray.platform.cli.up_commands import show_overview

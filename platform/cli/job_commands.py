@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import ClusterName, Overrides
+from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, transfer_progress
 from moray.platform.control.choices import LOCAL, Priority
 from moray.platform.core.errors import InputError
 from moray.platform.run.console import Json, err, out, print_json, print_table
@@ -33,6 +33,7 @@ def submit(
     priority: Priority = "interactive",
     retries: Annotated[int, Parameter(help="number of retries after a failed run")] = 0,
     cluster: ClusterName = LOCAL,
+    yes: UploadAnyway = False,
     follow: Annotated[
         bool, Parameter(name=["--follow", "-f"], negative=(), help="print the log until the job ends")
     ] = False,
@@ -42,14 +43,14 @@ def submit(
     """Queue a run of a recipe on a cluster of the control plane.
 
     RECIPE is a file, or the name of a recipe that ships with Moray. Relative paths in it are relative to the current
-    folder.
+    folder. For another cluster than the local one, the files that it names are uploaded to the cluster's store.
     """
     from moray.platform.client import Client, new_key, read_submission
 
-    body = read_submission(recipe, set_ or []) | {
-        "name": name, "priority": priority, "retries": retries, "cluster": cluster,
-    }  # fmt: skip
     client = Client.from_environment()
+    with transfer_progress() as progress:
+        body = read_submission(recipe, set_ or [], cluster, yes, progress)
+    body |= {"name": name, "priority": priority, "retries": retries}
     job = client.post("/api/jobs", body, key=key or new_key())
     if json_:
         print_json(job)

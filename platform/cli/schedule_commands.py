@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import ClusterName, Overrides
+from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, transfer_progress
 from moray.platform.control.choices import LOCAL, Catchup, Overlap, Priority
 from moray.platform.run.console import Json, out, print_json, print_table
 
@@ -48,14 +48,20 @@ def add(
     deadline: Annotated[
         str | None, Parameter(help="cancel a job that has not started this long after its tick: 2h")
     ] = None,
+    yes: UploadAnyway = False,
     json_: Json = False,
 ) -> int:
-    """Add a schedule NAME that submits RECIPE at every tick. Later edits of the recipe file have no effect."""
+    """Add a schedule NAME that submits RECIPE at every tick. Later edits of the recipe file have no effect.
+
+    For another cluster than the local one, the files that it names are uploaded now, and later changes have no effect.
+    """
     from moray.platform.client import Client, read_submission
 
-    body = read_submission(recipe, set_ or []) | {
+    with transfer_progress() as progress:
+        body = read_submission(recipe, set_ or [], cluster, yes, progress)
+    body |= {
         "name": name, "cron": cron, "every": every, "tz": tz or local_zone(), "priority": priority, "retries": retries,
-        "overlap": overlap, "catchup": catchup, "cluster": cluster, "deadline": deadline,
+        "overlap": overlap, "catchup": catchup, "deadline": deadline,
     }  # fmt: skip
     added = Client.from_environment().post("/api/schedules", body)
     if json_:

@@ -169,7 +169,7 @@ class ClusterRounds:
                 source=job.source,
                 path=job.path,
                 folder=job.folder,
-                overrides=job.overrides,
+                overrides=(*job.overrides, *job.stored),
                 address=self.cluster.address,
                 cpus=topology.cpus,
                 gpus=topology.gpus,

@@ -98,6 +98,8 @@ _MIGRATIONS: Sequence[str] = (
     """,
     """
     ALTER TABLE jobs ADD COLUMN cluster TEXT NOT NULL DEFAULT 'local';
+    ALTER TABLE jobs ADD COLUMN stored TEXT NOT NULL DEFAULT '[]';  -- further overrides: the submitter's files
+    ALTER TABLE schedules ADD COLUMN stored TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE jobs ADD COLUMN expires REAL;             -- a job that has not started by then is cancelled
     ALTER TABLE schedules ADD COLUMN cluster TEXT NOT NULL DEFAULT 'local';
     ALTER TABLE schedules ADD COLUMN deadline REAL;       -- seconds after its tick by which a job must have started

@@ -47,7 +47,7 @@ class Submission(BaseModel):
     """A request to run a recipe.
 
     source: the recipe's text. path: the file it was read from. folder: base of relative paths in the recipe. cluster:
-    the name of the cluster that runs it.
+    the name of the cluster that runs it. stored: overrides that name the submitter's files in the cluster's store.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -60,6 +60,7 @@ class Submission(BaseModel):
     priority: Priority = "interactive"
     retries: int = Field(0, ge=0, le=_MOST_RETRIES)
     cluster: str = Field(LOCAL, max_length=63)
+    stored: list[str] = Field(default_factory=list)
 
     def recipe(self) -> Recipe:
         """Parses and checks the recipe as `moray run` does in `folder`. Raises RecipeError, InputError for `folder`."""
@@ -111,6 +112,7 @@ class Job:
     exclusive: bool
     tick: float | None
     cluster: str = LOCAL
+    stored: tuple[str, ...] = ()
     expires: float | None = None
     attempts: tuple[Attempt, ...] = field(default=())
 
@@ -186,7 +188,7 @@ class Jobs:
                 "overrides": json.dumps(new.overrides), "priority": new.priority, "retries": new.retries,
                 "state": "queued", "created": now, "idempotency_key": key, "schedule": schedule,
                 "exclusive": int(exclusive), "tick": tick,
-                "cluster": new.cluster, "expires": expires,
+                "cluster": new.cluster, "stored": json.dumps(new.stored), "expires": expires,
             }  # fmt: skip
             placeholders = ", ".join(f":{name}" for name in row)
             connection.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({placeholders})", row)
@@ -327,6 +329,7 @@ def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
     values = {name: row[name] for name in row.keys() if name != "idempotency_key"}  # noqa: SIM118
     values |= {
         "overrides": tuple(json.loads(row["overrides"])),
+        "stored": tuple(json.loads(row["stored"])),
         "stop_requested": bool(row["stop_requested"]),
         "exclusive": bool(row["exclusive"]),
         "attempts": tuple(Attempt(**dict(attempt)) for attempt in attempts),
@@ -336,7 +339,7 @@ def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
 
 def _same(job: Job, new: Submission, key: str) -> Job:
     """Returns the job submitted earlier with `key`. Raises ConflictError if that submission differs from `new`."""
-    before = (job.source, job.folder, list(job.overrides), job.priority, job.retries, job.cluster)
-    if before != (new.source, new.folder, new.overrides, new.priority, new.retries, new.cluster):
+    before = (job.source, job.folder, list(job.overrides), job.priority, job.retries, job.cluster, list(job.stored))
+    if before != (new.source, new.folder, new.overrides, new.priority, new.retries, new.cluster, new.stored):
         raise ConflictError(f"key {key!r} was already used for a different submission, job {job.id}", "use another key")
     return job

@@ -112,6 +112,7 @@ class Schedules:
             "retries": new.retries, "cron": " ".join(new.cron.split()) if new.cron is not None else None,
             "every": parse_every(new.every) if new.every is not None else None, "tz": new.tz,
             "overlap": new.overlap, "catchup": new.catchup, "created": now, "cursor": now, "cluster": new.cluster,
+            "stored": json.dumps(new.stored),
             "deadline": parse_every(new.deadline) if new.deadline is not None else None,
         }  # fmt: skip
         placeholders = ", ".join(f":{name}" for name in row)
@@ -354,6 +355,7 @@ def _load(connection: sqlite3.Connection, row: sqlite3.Row, ticks: int = 0) -> S
         priority=row["priority"],
         retries=row["retries"],
         cluster=row["cluster"],
+        stored=json.loads(row["stored"]),
     )
     return Schedule(
         name=row["name"],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from moray.platform.core.errors import MorayError
 
-REFERENCE = re.compile(r"\$\{((?:env|file):[^}]*)\}")
+REFERENCE = re.compile(r"\$\{((?:env|file|store):[^}]*)\}")
+# Brings a tree of files to this host and returns its path; set by the package that knows the store.
+bring_stored: Callable[[str], Path] | None = None
 # Shorter values would match inside unrelated words of a message, so they cannot be redacted.
 SHORTEST = 6
 _LONGEST_FILE = 64 * 1024
@@ -77,13 +79,18 @@ class Secret:
 
 
 def resolve(reference: str) -> str:
-    """Returns the value of `env:NAME` or `file:PATH` (the file's text without its final newline)."""
+    """Returns the value of `env:NAME` or `file:PATH` (the file's text without its final newline), or the path to which
+    the files of `store:ADDRESS` are brought."""
     kind, _, name = reference.partition(":")
     shown = f"${{{reference}}}"
     if kind == "env":
         if name not in os.environ:
             raise _mistake(f"{shown}: environment variable {name} is not set", f"export {name}=...")
         return os.environ[name]
+    if kind == "store":
+        if bring_stored is None:
+            raise _mistake(f"{shown}: no store is known", "run the recipe with `moray submit`")
+        return str(bring_stored(name))
     path = Path(name).expanduser()
     try:
         with path.open("rb") as file:

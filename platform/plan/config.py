@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import (
@@ -21,6 +22,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from moray.platform.core.references import references_in, refuse, substitute
+
+ON_HOSTS = "host:"  # begins a path that all hosts have
 
 
 class StepConfig(BaseModel):
@@ -69,6 +72,28 @@ def operational(default: Any, **rules: Any) -> Any:
 
 def is_operational(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
+
+
+def local_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Yields (field, path) for every path of this machine in a config, at any depth. `host:` paths are those of the
+    cluster's hosts."""
+    if isinstance(config, Path):
+        if not str(config).startswith(ON_HOSTS):
+            yield prefix.removesuffix("."), config.expanduser().absolute()
+    elif isinstance(config, BaseModel):
+        for name, field in type(config).model_fields.items():
+            yield from local_paths(getattr(config, name), f"{prefix}{field.alias or name}.")
+    elif isinstance(config, list | tuple):
+        for number, item in enumerate(config):
+            yield from local_paths(item, f"{prefix}{number}.")
+    elif isinstance(config, Mapping):
+        for name, item in config.items():
+            yield from local_paths(item, f"{prefix}{name}.")
+
+
+def user_path(path: Path) -> Path:
+    """A path of a recipe as a path on this host: without `host:`, which says that all hosts have it."""
+    return Path(str(path).removeprefix(ON_HOSTS)).expanduser()
 
 
 ConfigT = TypeVar("ConfigT", bound=StepConfig)

@@ -12,18 +12,21 @@ import importlib
 import importlib.metadata
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import RecipeError, nearest
-from moray.platform.plan.config import ConfigT, StepConfig
+from moray.platform.plan.config import ConfigT, StepConfig, local_paths
 from moray.platform.plan.context import StepContext
+from moray.platform.store.submitted import files_below
 
 if TYPE_CHECKING:
     from moray.platform.store.manifest import Manifest
+
+Upload = Callable[[Mapping[str, Path]], str]  # uploads files by key; returns the address of their tree
 
 BUILTIN = Path(__file__).with_name("builtin.toml")
 
@@ -63,6 +66,16 @@ class Step(ABC, Generic[ConfigT]):
     def external(self, config: ConfigT) -> list[ExternalFile]:
         """Returns the files outside Moray that affect the result, sorted; their contents enter the fingerprint."""
         return []
+
+    def submitted(self, config: ConfigT, upload: Upload) -> dict[str, str]:
+        """Uploads the files of this machine that the step reads, for hosts that do not have them. Returns the changed
+        config fields, such as {"sources.0.path": ...}. By default, every path of the config becomes a reference.
+        """
+        found = {}
+        for name, path in local_paths(config):
+            if path.exists():
+                found[name] = f"${{store:{upload(files_below(path))}}}"
+        return found
 
     def reads_in_place(self, config: ConfigT) -> frozenset[str]:
         """Returns the inputs that `run` reads in place, by `address`; the others are first copied to this machine."""

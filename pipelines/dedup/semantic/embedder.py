@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from moray.pipelines.dedup.priority_order import described, read_documents
 from moray.pipelines.shared.documents import write_parquet
 from moray.pipelines.shared.shards import Row, output_path, shard_path
 from moray.platform.core.errors import InputError
-from moray.platform.store.paths import AnyPath
+from moray.platform.plan.config import user_path
+from moray.platform.store.paths import AnyPath, any_path, local_folder, new_file
 
 LIBRARY = "sentence_transformers"
 HINT = "pip install 'moray[semantic]'"
@@ -35,7 +37,7 @@ def embedding_model_folder(model: Path | None, package: str) -> Path:
     if importlib.util.find_spec(LIBRARY) is None:
         raise InputError(f"dedup-semantic requires the package {LIBRARY}", HINT)
     if model is not None:
-        root = model.expanduser()
+        root = user_path(model)
         if not (root / "config.json").exists():
             raise InputError(
                 f"{root} contains no model (no config.json)", "set dedup-semantic.model to a sentence transformer"
@@ -48,6 +50,17 @@ def embedding_model_folder(model: Path | None, package: str) -> Path:
     if not found:
         raise InputError(f"package {package!r} contains no sentence transformer (no modules.json)", HINT)
     return found[0].parent
+
+
+def model_for_tasks(folder: Path, output: AnyPath) -> str:
+    """The address of the model for tasks on any host. In the store, the model is copied to `output`."""
+    if isinstance(output, Path):
+        return str(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with new_file(output / path.relative_to(folder)) as temporary:
+                shutil.copyfile(path, temporary)
+    return str(output)
 
 
 def embed_shard(shard: Row, folder: AnyPath, described_folder: AnyPath, model: str, batch: int) -> Row:
@@ -84,7 +97,8 @@ def _loaded(model: str) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(model, local_files_only=True)
+    with local_folder(any_path(model)) as local:
+        return SentenceTransformer(str(local), local_files_only=True)
 
 
 def vectors_of(table: pa.Table) -> Vectors:

@@ -25,6 +25,7 @@ from moray.pipelines.dedup.semantic.embedder import (
     embed_shard,
     embedding_model_folder,
     embeddings_path,
+    model_for_tasks,
     vectors_of,
 )
 from moray.pipelines.dedup.semantic.pairs import clusters_of, similar_pairs
@@ -38,7 +39,7 @@ from moray.platform.plan.step import ExternalFile, Step
 from moray.platform.store.manifest import hash_file
 from moray.platform.store.paths import in_threads, remove_folder
 
-_DESCRIBED = ".described"
+_DESCRIBED, _MODEL = ".described", ".model"
 
 
 class DedupSemanticConfig(StepConfig):
@@ -85,7 +86,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
             folder=ctx.output,
             described_folder=ctx.output / _DESCRIBED,
             batch=config.batch,
-            model=str(embedding_model_folder(config.model, config.package)),
+            model=model_for_tasks(embedding_model_folder(config.model, config.package), ctx.output / _MODEL),
         )
         map_shards(ctx, "embedding", shards, embed, "bytes", file_bytes)
         found = self._find(ctx, shards)
@@ -93,6 +94,7 @@ class DedupSemantic(Step[DedupSemanticConfig]):
         keep = partial(keep_shard, folder=ctx.output)
         rows = map_shards(ctx, "writing", shards, keep, "bytes", file_bytes)
         remove_folder(ctx.output / _DESCRIBED)
+        remove_folder(ctx.output / _MODEL)
         forget_records(ctx.output)
         reasons = found.removed["reason"].to_pylist()
         ctx.counts |= {

@@ -70,7 +70,7 @@ class CheckpointFolder(Protocol):
         """Removes a complete checkpoint, so that a partly removed one does not count as complete."""
 
 
-def checkpoint_folder(folder: AnyPath) -> CheckpointFolder:
+def open_checkpoints(folder: AnyPath) -> CheckpointFolder:
     """The checkpoints in a folder."""
     return DiskFolder(folder) if isinstance(folder, Path) else StoreFolder(folder)
 

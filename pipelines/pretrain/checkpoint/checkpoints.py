@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.checkpoint.archive import Archive, Archived
-from moray.pipelines.pretrain.checkpoint.checkpoint_folder import checkpoint_folder
+from moray.pipelines.pretrain.checkpoint.checkpoint_folder import open_checkpoints
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.mesh import Mesh
@@ -80,7 +80,7 @@ class Checkpoints:
         keep_hours: float | None = None,
         archive: Archive | None = None,
     ) -> None:
-        self._folder = checkpoint_folder(folder)
+        self._folder = open_checkpoints(folder)
         self._disk = folder if isinstance(folder, Path) else None
         self._mesh = mesh
         self._keep, self._hours = keep, keep_hours
