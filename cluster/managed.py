@@ -9,7 +9,7 @@ from moray.cluster.local import LocalCluster, LocalOptions
 from moray.cluster.ray_jobs import LocalJobs
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.managed_cluster import ManagedCluster
-from moray.platform.control.profiles import load_profile
+from moray.platform.control.profiles import Profile, load_profile
 from moray.platform.core.cluster import Topology
 from moray.platform.core.home import Home
 from moray.platform.store.paths import set_store_variables
@@ -32,7 +32,11 @@ def local_cluster(home: Home, options: LocalOptions) -> ManagedCluster:
 
 def find_cluster(home: Home, name: str) -> ManagedCluster:
     """The cluster of a profile. Raises InputError if there is none, or if its profile is wrong."""
-    profile = load_profile(home, name)
+    return open_cluster(load_profile(home, name), name)
+
+
+def open_cluster(profile: Profile, name: str = "existing") -> ManagedCluster:
+    """The cluster that a profile describes. Connects to nothing yet."""
     set_store_variables(profile.store, profile.variables())
     jobs = ExistingJobs(profile)
     return ManagedCluster(

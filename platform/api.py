@@ -15,7 +15,9 @@ from typing import Any
 
 import yaml
 
-from moray.platform.control.profiles import load_profile
+from moray.platform.control.jobs import Job, Submission
+from moray.platform.control.profiles import Profile, load_profile
+from moray.platform.control.remote_run import run_on_cluster
 from moray.platform.core.cluster import BackendUnreachableError, Cluster, Usage
 from moray.platform.core.errors import InputError, StepFailed, nearest
 from moray.platform.core.events import Event
@@ -150,6 +152,31 @@ def model_folder(model: str, home: Home) -> Path:
 def model_name(model: str, folder: Path) -> str:
     """The name a model is served under: the alias without its version, or the folder's name."""
     return model.partition("@")[0] if "@" in model else folder.name
+
+
+def run_on(
+    profile: Profile,
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    show: Callable[[str], None],
+    warn: Callable[[str], None],
+    progress: Callable[[str, float, float], None] | None = None,
+    yes: bool = False,
+    home: Home | None = None,
+) -> Job:
+    """Runs a recipe on an existing Ray cluster, and returns the ended job. Needs no control plane.
+
+    show: gets new text of the driver's log. warn: gets reasons to wait. progress: of the upload of the recipe's files.
+    yes: upload them even if they are larger than 1 GB.
+    """
+    from moray.cluster.managed import open_cluster
+    from moray.platform.client import read_submission
+
+    home = home or Home.from_environment()
+    body = read_submission(str(recipe), overrides, profile, yes, progress)
+    cluster = open_cluster(profile)
+    return run_on_cluster(home, cluster, Submission.model_validate({**body, "cluster": cluster.name}), show, warn)
 
 
 def check_cluster(name: str, home: Home | None = None) -> Iterator[Finding]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moray.platform.control.auth import read_token
-from moray.platform.control.choices import LOCAL
 from moray.platform.core.errors import InputError, MorayError, StepFailed
 from moray.platform.core.home import Home
 from moray.platform.store.paths import StorePath
 
 if TYPE_CHECKING:
+    from moray.platform.control.profiles import Profile
     from moray.platform.plan.recipe import Recipe
 
 _RETRY_SECONDS = 60.0  # while the controller restarts: twice the supervisor's longest back-off
@@ -102,11 +102,15 @@ def new_key() -> str:
 
 
 def read_submission(
-    recipe: str, overrides: Sequence[str], cluster: str = LOCAL, yes: bool = False, progress: Progress | None = None
+    recipe: str,
+    overrides: Sequence[str],
+    profile: Profile | None = None,
+    yes: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Reads and checks a recipe as `moray run` does; returns the body of a submission.
 
-    For a cluster other than the local one, uploads the files of this machine that the recipe names to the cluster's
+    profile: of a cluster other than the local one. The files of this machine that the recipe names are uploaded to its
     store. yes: also if they are larger than 1 GB. progress: called with the phase, bytes done and total bytes.
     """
     from moray.platform.api import open_recipe
@@ -114,21 +118,18 @@ def read_submission(
     opened = open_recipe(recipe, overrides)
     folder = str(Path.cwd())
     body = {"recipe": opened.source, "path": str(opened.path), "folder": folder, "set": list(overrides)}
-    if cluster == LOCAL:
+    if profile is None:
         return body
-    stored = upload_files(opened, cluster, yes, progress or (lambda phase, done, total: None))
-    return body | {"cluster": cluster, "stored": stored}
+    return body | {"stored": upload_files(opened, profile, yes, progress or (lambda phase, done, total: None))}
 
 
-def upload_files(recipe: Recipe, cluster: str, yes: bool, progress: Progress) -> list[str]:
+def upload_files(recipe: Recipe, profile: Profile, yes: bool, progress: Progress) -> list[str]:
     """Uploads the files of this machine that a recipe reads to the store of a cluster. Returns the overrides that name
     them there. Raises InputError, also if they are larger than 1 GB without `yes`."""
-    from moray.platform.control.profiles import load_profile
     from moray.platform.core.units import size
     from moray.platform.store.paths import any_path, set_store_variables
     from moray.platform.store.submitted import total_size, upload_tree
 
-    profile = load_profile(Home.from_environment(), cluster)
     set_store_variables(profile.store, profile.variables())
     trees: list[Mapping[str, Path]] = []
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, transfer_progress
+from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, profile_of, transfer_progress
 from moray.platform.control.choices import LOCAL, Priority
 from moray.platform.core.errors import InputError
 from moray.platform.run.console import Json, err, out, print_json, print_table
@@ -49,8 +49,8 @@ def submit(
 
     client = Client.from_environment()
     with transfer_progress() as progress:
-        body = read_submission(recipe, set_ or [], cluster, yes, progress)
-    body |= {"name": name, "priority": priority, "retries": retries}
+        body = read_submission(recipe, set_ or [], profile_of(cluster), yes, progress)
+    body |= {"name": name, "priority": priority, "retries": retries, "cluster": cluster}
     job = client.post("/api/jobs", body, key=key or new_key())
     if json_:
         print_json(job)

@@ -28,8 +28,8 @@ from moray.platform.cli import (
     schedule_commands,
     up_commands,
 )
-from moray.platform.cli.parameters import Overrides
-from moray.platform.core.errors import MorayError, nearest
+from moray.platform.cli.parameters import Overrides, UploadAnyway, transfer_progress
+from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.run.console import Json, err, lenient_streams, out, print_json, print_table
 
 app = App(
@@ -51,11 +51,25 @@ Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (de
 
 
 @app.command(name="run")
-def run_command(recipe: str, /, *, set_: Overrides = None, cpus: Cpus = None, json_: Json = False) -> int:
+def run_command(
+    recipe: str,
+    /,
+    *,
+    set_: Overrides = None,
+    cpus: Cpus = None,
+    cluster: Annotated[str, Parameter(help="name of an existing cluster to run on, instead of an embedded one")] = "",
+    address: Annotated[str, Parameter(help="or the address of its dashboard, http://HOST:8265; needs --store")] = "",
+    store: Annotated[str, Parameter(help="with --address: s3://bucket/prefix, or a folder that all hosts see")] = "",
+    yes: UploadAnyway = False,
+    json_: Json = False,
+) -> int:
     """Run a recipe on an embedded Ray cluster, reusing steps whose artifacts exist.
 
-    RECIPE is a file, or the name of a recipe that ships with Moray.
+    RECIPE is a file, or the name of a recipe that ships with Moray. With --cluster or --address, it runs on an existing
+    Ray cluster, and this command shows its log.
     """
+    if cluster or address or store:
+        return _run_elsewhere(recipe, set_ or [], cluster, address, store, yes, json_)
     from moray.platform.api import run as run_recipe
     from moray.platform.run.terminal import Terminal, closing_table
 
@@ -76,6 +90,33 @@ def run_command(recipe: str, /, *, set_: Overrides = None, cpus: Cpus = None, js
     out().print(f"  {'run':<12} {result.folder}", markup=False)
     _suggest(result, recipe)
     return 0
+
+
+def _run_elsewhere(
+    recipe: str, overrides: list[str], cluster: str, address: str, store: str, yes: bool, json_: bool
+) -> int:
+    """Runs a recipe on an existing cluster. Returns the exit code of the job."""
+    from moray.platform.api import run_on
+    from moray.platform.control.profiles import load_profile, new_profile
+    from moray.platform.core.home import Home
+
+    if bool(cluster) == bool(address) or (bool(address) != bool(store)):
+        raise InputError("give --cluster NAME, or both --address and --store", "moray cluster list")
+    profile = load_profile(Home.from_environment(), cluster) if cluster else new_profile(address, store)
+    with transfer_progress() as progress:
+        job = run_on(
+            profile,
+            recipe,
+            overrides,
+            show=lambda text: out().print(text, end="", markup=False, highlight=False) if not json_ else None,
+            warn=lambda text: err().print(text, markup=False),
+            progress=progress,
+            yes=yes,
+        )
+    if json_:
+        print_json(job.as_json())
+    err().print(f"{job.id}  {job.state}  {job.reason}".rstrip(), markup=False)
+    return {"succeeded": 0, "cancelled": 130}.get(job.state, 1)
 
 
 @app.command(name="plan")

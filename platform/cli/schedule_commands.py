@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, transfer_progress
+from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, profile_of, transfer_progress
 from moray.platform.control.choices import LOCAL, Catchup, Overlap, Priority
 from moray.platform.run.console import Json, out, print_json, print_table
 
@@ -58,10 +58,10 @@ def add(
     from moray.platform.client import Client, read_submission
 
     with transfer_progress() as progress:
-        body = read_submission(recipe, set_ or [], cluster, yes, progress)
+        body = read_submission(recipe, set_ or [], profile_of(cluster), yes, progress)
     body |= {
         "name": name, "cron": cron, "every": every, "tz": tz or local_zone(), "priority": priority, "retries": retries,
-        "overlap": overlap, "catchup": catchup, "deadline": deadline,
+        "overlap": overlap, "catchup": catchup, "deadline": deadline, "cluster": cluster,
     }  # fmt: skip
     added = Client.from_environment().post("/api/schedules", body)
     if json_:

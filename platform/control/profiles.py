@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,11 @@ def parse_profile(text: str, path: Path) -> Profile:
     except ValueError as error:  # a reference in `environment`
         hint = getattr(error, "context", None) or {}
         raise InputError(f"{path}: environment: {error}", str(hint.get("hint", "correct the reference"))) from error
+
+
+def new_profile(address: str, store: str) -> Profile:
+    """A profile of a cluster without a file. Raises InputError."""
+    return parse_profile(json.dumps({"kind": "existing", "address": address, "store": store}), Path("--address"))
 
 
 def add_profile(home: Home, name: str, fields: Mapping[str, Any], replace: bool = False) -> Path:
