@@ -58,7 +58,7 @@ class Evaluate(Step[EvaluateConfig]):
 
     def run(self, ctx: StepContext[EvaluateConfig]) -> None:
         try:
-            train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].address}/{part}") for part in PARTS)
+            train, heldout = (open_token_sets(f"{ctx.inputs['tokens'].folder}/{part}") for part in PARTS)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(f"evaluate: {error}", "tokenize again (step tokenize)") from error
         scores = {source: Scores() for source in heldout}

@@ -27,6 +27,7 @@ from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.events import Event, MetricEvent
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.artifacts import Artifact
 from moray.platform.store.paths import list_folders, remove_folder
 
 _TRAINING = "training.json"
@@ -46,7 +47,7 @@ class Pretrain(Step[PretrainConfig]):
         check_recipe(config, continues="model" in inputs)
 
     def reads_in_place(self, config: PretrainConfig) -> frozenset[str]:
-        return frozenset({"tokens"} if config.stream_tokens else ())
+        return frozenset({"tokens"})
 
     def placement(self, config: PretrainConfig, topology: Topology) -> str:
         return device_text(check_machines(config, topology))
@@ -57,7 +58,7 @@ class Pretrain(Step[PretrainConfig]):
                 f"pretrain.archive: on a cluster without a shared disk, checkpoints are written to {ctx.stored}",
                 "remove `archive` from the recipe; keep_checkpoints sets how many are kept",
             )
-        tokens = f"{ctx.inputs['tokens'].address}/train"
+        tokens = f"{_tokens(ctx).address}/train"
         sets = _open(tokens)
         first = next(iter(sets.values()))
         config = _model(ctx, first.vocabulary)
@@ -100,6 +101,12 @@ class Pretrain(Step[PretrainConfig]):
             ctx.counts["final_loss"] = sum(tail) / len(tail)
             ctx.outcome = f"loss {curve[0][1]:.3f} -> {ctx.counts['final_loss']:.3f} nats/token, "
         ctx.outcome += f"{trained / available:.2f} epochs"
+
+
+def _tokens(ctx: StepContext[PretrainConfig]) -> Artifact:
+    """The tokens, with their files on this machine unless they are streamed or read by other hosts."""
+    found = ctx.inputs["tokens"]
+    return found if ctx.config.stream_tokens or ctx.stored else ctx.artifact(found.reference)
 
 
 def _open(tokens: str) -> dict[str, TokenSet]:

@@ -7,9 +7,11 @@ application. Deploying the same model again changes nothing; deploying another o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -223,9 +225,18 @@ def _shut_down(serve: Any, url: str) -> None:
     except (ValueError, ray.exceptions.RayActorError):
         pass  # the actor no longer exists
     address = urlsplit(url)
-    while not is_free(address.port or 0, address.hostname or "") and time.monotonic() < deadline:
+    while _is_taken(address.hostname or "", address.port or 0) and time.monotonic() < deadline:
         time.sleep(0.05)
     serve.shutdown()  # clears this process's handle
+
+
+def _is_taken(host: str, port: int) -> bool:
+    """Whether something listens at an address, of this machine or of another host."""
+    if host in ("127.0.0.1", "localhost", "::1", ""):
+        return not is_free(port, host)
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False
 
 
 def _check_address(url: str) -> None:

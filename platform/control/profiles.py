@@ -62,6 +62,14 @@ class Profile(BaseModel):
             raise ValueError("must be s3://bucket/prefix, or the absolute path of a folder that all hosts see")
         return value.rstrip("/")
 
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _numbers_as_text(cls, value: Any) -> Any:
+        """YAML reads `OMP_NUM_THREADS: 1` as a number."""
+        if not isinstance(value, dict):
+            return value
+        return {name: str(one) if type(one) in (int, float) else one for name, one in value.items()}
+
     @model_validator(mode="after")
     def _no_reserved_variables(self) -> Profile:
         if "MORAY_ARTIFACTS" in self.environment:

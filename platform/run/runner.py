@@ -159,7 +159,7 @@ class Runner:
         planned, address = decision.planned, decision.address
         step, fingerprint = planned.step, address.fingerprint
         found = self.store.get(step.name, fingerprint)
-        lease = self.store.lease(step.name, fingerprint, everywhere=not self.cluster.shares_files)
+        lease = self.store.lease(step.name, fingerprint, not self.cluster.shares_files, run.result.run)
         if found is None and not lease.acquire():
             holder = lease.holder()
             why = f"process {holder.get('pid')} on {holder.get('host')} is running this step"

@@ -97,11 +97,11 @@ class ArtifactStore:
     def lease_path(self, step: str, fingerprint: str) -> Path:
         return self.root / step / f".{fingerprint}.lease"
 
-    def lease(self, step: str, fingerprint: str, everywhere: bool = False) -> Lease | StoreLease:
-        """The lease of a process that makes the artifact. everywhere: with tasks on several hosts."""
+    def lease(self, step: str, fingerprint: str, everywhere: bool = False, run: str = "") -> Lease | StoreLease:
+        """The lease of a process that makes the artifact. everywhere: with tasks on several hosts. run: its run."""
         if everywhere:
             assert self.remote is not None
-            return self.remote.lease(step, fingerprint)
+            return self.remote.lease(step, fingerprint, run)
         return Lease(self.lease_path(step, fingerprint))
 
     def check(self) -> None:

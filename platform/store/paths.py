@@ -261,7 +261,12 @@ def bucket_at(url: str) -> Bucket:
     """A bucket, or a folder in one. Cached, because its client holds connections."""
     from moray.platform.store.bucket import Bucket  # imports boto3, which is slow
 
-    return Bucket(url, variables=_variables.get(url))
+    return Bucket(url, variables=store_variables(url))
+
+
+def store_variables(url: str) -> Mapping[str, str] | None:
+    """The AWS_... variables with which this process uses a store; None for those of the process."""
+    return _variables.get(url)
 
 
 _variables: dict[str, Mapping[str, str]] = {}  # by the URL of a store

@@ -29,7 +29,7 @@ from moray.platform.store.manifest import (
     hash_folder,
     read_manifest,
 )
-from moray.platform.store.paths import StorePath
+from moray.platform.store.paths import StorePath, store_variables
 from moray.platform.store.segments import PARTS, SegmentReader
 from moray.platform.store.store_lease import StoreLease
 
@@ -56,7 +56,7 @@ class RemoteArtifacts:
     """The artifacts below one URL. Every error is an InputError that names the object or the root."""
 
     def __init__(self, url: str) -> None:
-        self._bucket = Bucket(url)
+        self._bucket = Bucket(url, variables=store_variables(url.rstrip("/")))
         self.url = self._bucket.url
         self.damaged: dict[str, DamagedError] = {}  # damaged artifacts found by listings so far, by reference
 
@@ -83,8 +83,8 @@ class RemoteArtifacts:
         """The folder to which the tasks of a step write, for the holder of the lease. Reruns continue it."""
         return StorePath(self.url, f"{step}/{fingerprint}/{_SHARED_WRITER}")
 
-    def lease(self, step: str, fingerprint: str) -> StoreLease:
-        return StoreLease(StorePath(self.url, f"{step}/{fingerprint}/{_LEASES}"))
+    def lease(self, step: str, fingerprint: str, run: str) -> StoreLease:
+        return StoreLease(StorePath(self.url, f"{step}/{fingerprint}/{_LEASES}"), run)
 
     def complete(
         self, folder: Path, local: Sequence[FileEntry], manifest: Manifest, progress: Progress
@@ -143,7 +143,8 @@ class RemoteArtifacts:
         return f"{self.url}/{manifest.step}/{manifest.fingerprint}/{manifest.objects}"
 
     def steps(self) -> list[str]:
-        return [name for name in self._bucket.folders() if name not in (_ALIASES, _RUNS)]
+        """The steps that have artifacts. Other folders have fixed names or begin with a dot."""
+        return [name for name in self._bucket.folders() if name not in (_ALIASES, _RUNS) and name[0] != "."]
 
     def of_step(self, step: str, prefix: str = "") -> list[SharedManifest]:
         """Returns the artifacts of a step whose fingerprints start with `prefix`, without damaged ones."""

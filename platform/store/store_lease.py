@@ -22,7 +22,7 @@ from moray.platform.core.errors import InputError
 from moray.platform.store.paths import StorePath
 
 HEARTBEAT_SECONDS = 3.0
-STALE_SECONDS = 30.0
+STALE_SECONDS = 20.0
 _LONGEST_GAP = 5.0  # between two observations; after a longer one, the store or this process was away
 _PREFIX = "lease-"
 
@@ -31,8 +31,10 @@ class StoreLease:
     """A lease, held from a successful `acquire` to `release`; a thread updates its heartbeat. Errors of the store are
     InputErrors, except in the heartbeat: an outage that is shorter than STALE_SECONDS does no harm."""
 
-    def __init__(self, place: StorePath) -> None:
-        self._bucket, self._place = place.bucket, place.key
+    def __init__(self, place: StorePath, run: str = "") -> None:
+        """run: the attempt `JOB.NUMBER` that this process is. It takes over the lease of an earlier attempt of its job
+        at once, because an attempt is only started when the earlier ones have ended."""
+        self._bucket, self._place, self._run = place.bucket, place.key, run
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._number = 0
@@ -41,11 +43,11 @@ class StoreLease:
     def acquire(self) -> bool:
         """Returns True if this process now holds the lease. False if another process does, or may do."""
         number = self._watch.number()
-        if number and not self._watch.is_stale():
+        if number and not self._watch.is_stale() and not self._is_of_earlier_attempt(number):
             return False
         token = secrets.token_hex(8)
         self._number = number + 1
-        if not self._bucket.create(self._key(), _body(token)) and self._token() != token:
+        if not self._bucket.create(self._key(), self._body(token)) and self._token() != token:
             return False
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, args=[token], name="lease heartbeat", daemon=True)
@@ -78,7 +80,19 @@ class StoreLease:
     def _beat(self, token: str) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(InputError, OSError):  # the next beat tries again
-                self._bucket.put(self._key(), _body(token))
+                self._bucket.put(self._key(), self._body(token))
+
+    def _is_of_earlier_attempt(self, number: int) -> bool:
+        self._number = number
+        other = str(self._read().get("run", ""))
+        job, dot, own = self._run.rpartition(".")
+        other_job, _, earlier = other.rpartition(".")
+        return bool(dot) and job == other_job and earlier.isdigit() and own.isdigit() and int(earlier) < int(own)
+
+    def _body(self, token: str) -> bytes:
+        """The holder, with a value that differs at every beat, so that the ETag does too."""
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "run": self._run, "token": token}
+        return json.dumps({**holder, "beat": secrets.token_hex(4)}).encode()
 
     def _token(self) -> str:
         return str(self._read().get("token", ""))
@@ -112,9 +126,3 @@ class LeaseWatch:
     def is_stale(self) -> bool:
         """Whether the holder showed no sign of life in STALE_SECONDS of observation."""
         return self._unchanged > STALE_SECONDS
-
-
-def _body(token: str) -> bytes:
-    """A holder with a value that differs at every beat, so that the ETag does too."""
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "beat": secrets.token_hex(4)}
-    return json.dumps(holder).encode()

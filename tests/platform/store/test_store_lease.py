@@ -70,7 +70,7 @@ def test_a_dead_holder_is_replaced_by_exactly_one(clock: Clock) -> None:
     assert not any(one.acquire() for one in others)  # they begin to observe it
     clock.now = 1000.0  # an outage, or a suspended machine: nobody could have seen a heartbeat
     assert not any(one.acquire() for one in others)
-    for _ in range(6):
+    for _ in range(3):
         clock.now += 4
         assert not any(one.acquire() for one in others)
     clock.now += 4
@@ -86,7 +86,7 @@ def test_a_holder_that_beats_is_never_replaced(clock: Clock) -> None:
     assert holder.acquire()
     for _ in range(20):
         clock.now += 4
-        holder._bucket.put(holder._key(), store_lease._body("same"))  # a beat
+        holder._bucket.put(holder._key(), holder._body("same"))  # a beat
         assert not other.acquire()
     holder.release()
 
@@ -132,4 +132,15 @@ def test_a_watch_judges_by_what_it_saw_itself(clock: Clock) -> None:
         clock.now += 4
         watch.number()
         judged.append(watch.is_stale())
-    assert judged == [False] * 7 + [True] * 2
+    assert judged == [False] * 5 + [True] * 4
+
+
+def test_a_retry_does_not_wait_for_the_attempt_that_it_replaces() -> None:
+    dead, retry = StoreLease(PLACE, "a-job.1"), StoreLease(PLACE, "a-job.2")
+    assert dead.acquire()
+    die(dead)
+    assert not StoreLease(PLACE, "b-job.2").acquire()
+    assert not StoreLease(PLACE, "a-job").acquire()
+    assert retry.acquire()
+    assert not StoreLease(PLACE, "a-job.1").acquire()
+    retry.release()

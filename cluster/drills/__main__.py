@@ -1,0 +1,77 @@
+"""`python -m moray.cluster.drills RECIPE [--fault STEP=KIND] ...`: a recipe on a cluster of separate hosts, as root.
+
+Kinds of faults: `node` (of the driver or of tasks, drawn by --seed), `head`, `store`. Prints what happens as it
+happens, with the seconds since the start, and last whether every artifact is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import moray
+from moray.cluster.drills.hosts import reason_against
+from moray.cluster.drills.ray_cluster import ray_drill
+from moray.cluster.drills.scenarios import (
+    Fault,
+    drawn_faults,
+    leftovers,
+    lose_head,
+    lose_store,
+    run_recipe,
+    stored_manifests,
+)
+
+_BEGAN = time.monotonic()
+
+
+def main() -> int:
+    """Runs one drill; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m moray.cluster.drills", description=__doc__)
+    parser.add_argument("recipe", help="file of a recipe; its folder is copied to the laptop")
+    parser.add_argument("--fault", action="append", default=[], metavar="STEP=KIND")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--rate", default="", help="of each link, as tc writes it: 1gbit")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if reason := reason_against():
+        print(f"error: no drill on this machine: {reason}", file=sys.stderr)
+        return 2
+    recipe = Path(given.recipe).resolve()
+    folder = Path(tempfile.mkdtemp(prefix="moray-drill-"))
+    try:
+        with ray_drill(folder, given.nodes, Path(moray.__path__[0]), given.rate) as drill:
+            _say(f"{given.nodes} nodes, a head, a store and a laptop are up")
+            shutil.copytree(recipe.parent, drill.laptop.home / "work")
+            code = run_recipe(drill, f"/mnt/work/{recipe.name}", _faults(given.fault, given.seed), _say)
+            for step, manifest in stored_manifests(drill).items():
+                _say(f"{step}/{manifest.fingerprint[:8]}: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+            found = leftovers(drill)
+            _say("no other files" if not found else f"files that no manifest names: {found}")
+            return code
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _faults(given: list[str], seed: int) -> list[Fault]:
+    found = []
+    for text in given:
+        step, _, kind = text.partition("=")
+        if kind == "node":
+            found += drawn_faults([step], seed)
+        else:
+            found.append(Fault(step, 1.0, {"head": lose_head, "store": partial(lose_store, seconds=60.0)}[kind]))
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"{time.monotonic() - _BEGAN:7.1f} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

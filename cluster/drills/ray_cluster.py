@@ -1,0 +1,175 @@
+"""A Ray cluster for drills: a head, nodes, an S3 server and a laptop, each on a host of its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from moray.cluster.drills.hosts import DrillHost, DrillNetwork
+
+TOKEN = "0123456789abcdef" * 4
+BUCKET = "drill"
+KEYS = {"AWS_ACCESS_KEY_ID": "drill", "AWS_SECRET_ACCESS_KEY": "drill-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+_RAY_PORT, _DASHBOARD_PORT, _S3_PORT = 6379, 8265, 9000
+_START_SECONDS = 90.0
+_PYTHON = sys.executable
+_RAY = str(Path(_PYTHON).with_name("ray"))
+_VARIABLES = {
+    "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    # A host that lost its power says nothing: this is how soon Ray holds it to be gone.
+    "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3", "GLOO_SOCKET_IFNAME": "eth0",
+}  # fmt: skip
+
+
+@dataclass
+class RayDrill:
+    """The hosts of a cluster. The laptop sees the checkout; the others get Moray's code with each job."""
+
+    network: DrillNetwork
+    checkout: Path
+    store: DrillHost
+    head: DrillHost
+    laptop: DrillHost
+    nodes: list[DrillHost] = field(default_factory=list)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{self.store.address}:{_S3_PORT}"
+
+    @property
+    def root(self) -> str:
+        """The address of the store."""
+        return f"s3://{BUCKET}/runs-and-artifacts"
+
+    def start_store(self) -> None:
+        """Starts the S3 server, whose log lists every request with its client."""
+        self.store.start([_PYTHON, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(_S3_PORT)], {})
+        _until(lambda: _answers(self.endpoint), "the S3 server does not answer", self.store)
+        import boto3.session
+
+        names = (KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"])
+        session = boto3.session.Session(*names, region_name=KEYS["AWS_DEFAULT_REGION"])
+        session.client("s3", endpoint_url=self.endpoint).create_bucket(Bucket=BUCKET)
+
+    def start_head(self) -> None:
+        """Starts Ray's head, with its state on its disk. It has no CPU."""
+        command = [
+            _RAY, "start", "--head", "--block", f"--node-ip-address={self.head.address}", f"--port={_RAY_PORT}",
+            "--num-cpus=0", "--dashboard-host=0.0.0.0", f"--dashboard-port={_DASHBOARD_PORT}", "--disable-usage-stats",
+            "--object-store-memory=80000000",
+        ]  # fmt: skip
+        durable = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/mnt/gcs"}
+        self.head.start(command, {**_VARIABLES, **durable})
+        url = f"http://{self.head.address}:{_DASHBOARD_PORT}/api/version"
+        _until(lambda: _answers(url), "Ray's head does not answer", self.head)
+
+    def start_node(self, host: DrillHost) -> None:
+        """Starts a Ray node with one CPU."""
+        command = [
+            _RAY, "start", "--block", f"--address={self.head.address}:{_RAY_PORT}",
+            f"--node-ip-address={host.address}", "--num-cpus=1", "--object-store-memory=100000000",
+        ]  # fmt: skip
+        before = host.log.stat().st_size
+        host.start(command, _VARIABLES)
+
+        def joined() -> bool:
+            with host.log.open("rb") as log:
+                log.seek(before)
+                return b"Ray runtime started" in log.read()
+
+        _until(joined, "the node does not join", host)
+
+    def profile(self) -> str:
+        """The profile of this cluster."""
+        variables = "".join(f"  {name}: {value}\n" for name, value in self.variables().items())
+        return (
+            f"kind: existing\naddress: http://{self.head.address}:{_DASHBOARD_PORT}\nstore: {self.root}\n"
+            f"token: ${{env:RAY_TOKEN}}\npython: {_PYTHON}\nenvironment:\n{variables}"
+        )
+
+    def variables(self) -> dict[str, str]:
+        """What drivers and tasks need to reach the store."""
+        return {**KEYS, "AWS_ENDPOINT_URL": self.endpoint, "OMP_NUM_THREADS": "1", "MORAY_HOME": "/mnt/moray"}
+
+    def moray(self, *arguments: str) -> list[str]:
+        """The command line that runs `moray` on the laptop."""
+        variables = {"PYTHONPATH": str(self.checkout), "RAY_TOKEN": TOKEN, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        return self.laptop.command([_PYTHON, "-P", "-m", "moray", *arguments], variables)
+
+    def reboot(self, host: DrillHost) -> None:
+        """Powers a node on again and lets it join."""
+        self.network.power_on(host)
+        self.start_node(host)
+
+    def runs_driver(self, host: DrillHost) -> bool:
+        """Whether the driver of a job is on this host."""
+        return any("moray.platform.control.driver" in " ".join(process) for process in _commands(host))
+
+
+@contextmanager
+def ray_drill(folder: Path, nodes: int, checkout: Path, rate: str = "") -> Iterator[RayDrill]:
+    """A running cluster with this many nodes. `folder` gets the hosts' disks; it is emptied first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with DrillNetwork(folder, rate) as network:
+        store, head, laptop = network.add(checkout), network.add(checkout), network.add()
+        drill = RayDrill(network, checkout, store, head, laptop)
+        drill.start_store()
+        drill.start_head()
+        for _ in range(nodes):
+            host = network.add(checkout)
+            drill.nodes.append(host)
+            drill.start_node(host)
+        profiles = laptop.home / "moray" / "clusters"
+        profiles.mkdir(parents=True)
+        (profiles / "drill.yaml").write_text(drill.profile())
+        yield drill
+
+
+def fetches(drill: RayDrill) -> dict[tuple[str, str], int]:
+    """How often each host downloaded each object as a whole: (address, key) -> number of GET requests."""
+    found: dict[tuple[str, str], int] = {}
+    for line in drill.store.log.read_text(errors="replace").splitlines():
+        address, _, rest = line.partition(" - - ")
+        if '"GET /' in rest and " 200 " in rest:
+            key = rest.partition('"GET /')[2].partition(" ")[0].partition("?")
+            if not key[1]:
+                found[address, key[0]] = found.get((address, key[0]), 0) + 1
+    return found
+
+
+def _commands(host: DrillHost) -> Iterator[Sequence[str]]:
+    """The command lines of a host's processes."""
+    for process in psutil.Process(host.pid).parents()[0].children(recursive=True) if host.is_on else ():
+        with suppress(psutil.Error):
+            yield process.cmdline()
+    listed = subprocess.run(["ip", "netns", "pids", host.namespace], check=False, capture_output=True, text=True)
+    for pid in listed.stdout.split():
+        with suppress(psutil.Error):
+            yield psutil.Process(int(pid)).cmdline()
+
+
+def _answers(url: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+    with suppress(OSError), urllib.request.urlopen(request, timeout=2) as response:
+        return bool(response.status == 200)
+    return False
+
+
+def _until(condition: Callable[[], bool], problem: str, host: DrillHost) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{problem}: {host.log.read_text(errors='replace')[-3000:]}")
+        time.sleep(0.1)
