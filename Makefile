@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link is outside the checkout, because Ray packs the checkout with its links.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check evidence bench-corpus bench-peers bench-data pages teacher compat format install clean
+.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data pages teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -42,6 +42,10 @@ quicktest: $(VENV)/.installed-dev
 # Install packages first: their readmes are part of the corpus, and installing more later would invalidate its artifacts.
 docs: $(VENV)/.installed-dev quickstart
 	$(BIN)/python -m pytest -q -m docs --durations=0
+
+# A recipe on hosts of namespaces that share nothing, as root: make drill RECIPE=FILE FAULTS="--fault dedup=node".
+drill: $(VENV)/.installed
+	$(BIN)/python -m moray.cluster.drills $(RECIPE) $(FAULTS)
 
 evidence: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m evidence --durations=0

@@ -11,14 +11,16 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import moray
 from moray.cluster.drills.hosts import reason_against
-from moray.cluster.drills.ray_cluster import ray_drill
+from moray.cluster.drills.ray_cluster import RayDrill, ray_drill
 from moray.cluster.drills.scenarios import (
     Fault,
+    Say,
     drawn_faults,
     leftovers,
     lose_head,
@@ -59,13 +61,11 @@ def main() -> int:
 
 
 def _faults(given: list[str], seed: int) -> list[Fault]:
-    found = []
+    kinds: dict[str, Callable[[RayDrill, Say], None]] = {"head": lose_head, "store": partial(lose_store, seconds=60.0)}
+    found: list[Fault] = []
     for text in given:
         step, _, kind = text.partition("=")
-        if kind == "node":
-            found += drawn_faults([step], seed)
-        else:
-            found.append(Fault(step, 1.0, {"head": lose_head, "store": partial(lose_store, seconds=60.0)}[kind]))
+        found += drawn_faults([step], seed) if kind == "node" else [Fault(step, 1.0, kinds[kind])]
     return found
 
 
