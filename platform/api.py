@@ -18,6 +18,7 @@ import yaml
 from moray.platform.control.jobs import Job, Submission
 from moray.platform.control.profiles import Profile, load_profile
 from moray.platform.control.remote_run import run_on_cluster
+from moray.platform.control.upload import upload_files
 from moray.platform.core.cluster import BackendUnreachableError, Cluster, Usage
 from moray.platform.core.errors import InputError, StepFailed, nearest
 from moray.platform.core.events import Event
@@ -171,12 +172,17 @@ def run_on(
     yes: upload them even if they are larger than 1 GB.
     """
     from moray.cluster.managed import open_cluster
-    from moray.platform.client import read_submission
 
-    home = home or Home.from_environment()
-    body = read_submission(str(recipe), overrides, profile, yes, progress)
-    cluster = open_cluster(profile)
-    return run_on_cluster(home, cluster, Submission.model_validate({**body, "cluster": cluster.name}), show, warn)
+    opened, cluster = open_recipe(recipe, overrides), open_cluster(profile)
+    submission = Submission(
+        source=opened.source,
+        path=str(opened.path),
+        folder=str(Path.cwd()),
+        overrides=list(overrides),
+        cluster=cluster.name,
+        stored=upload_files(opened, profile, yes, progress),
+    )
+    return run_on_cluster(home or Home.from_environment(), cluster, submission, show, warn)
 
 
 def check_cluster(name: str, home: Home | None = None) -> Iterator[Finding]:

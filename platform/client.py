@@ -9,23 +9,20 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moray.platform.control.auth import read_token
 from moray.platform.core.errors import InputError, MorayError, StepFailed
 from moray.platform.core.home import Home
-from moray.platform.store.paths import StorePath
 
 if TYPE_CHECKING:
     from moray.platform.control.profiles import Profile
-    from moray.platform.plan.recipe import Recipe
+    from moray.platform.store.submitted import Progress
 
 _RETRY_SECONDS = 60.0  # while the controller restarts: twice the supervisor's longest back-off
 _TIMEOUT_SECONDS = 60.0  # of one request
-MOST_BYTES = 10**9  # of files that are uploaded without a confirmation
-Progress = Callable[[str, float, float], None]  # phase, bytes done, total bytes
 
 
 class UnreachableError(StepFailed):
@@ -114,37 +111,14 @@ def read_submission(
     store. yes: also if they are larger than 1 GB. progress: called with the phase, bytes done and total bytes.
     """
     from moray.platform.api import open_recipe
+    from moray.platform.control.upload import upload_files
 
     opened = open_recipe(recipe, overrides)
     folder = str(Path.cwd())
     body = {"recipe": opened.source, "path": str(opened.path), "folder": folder, "set": list(overrides)}
     if profile is None:
         return body
-    return body | {"stored": upload_files(opened, profile, yes, progress or (lambda phase, done, total: None))}
-
-
-def upload_files(recipe: Recipe, profile: Profile, yes: bool, progress: Progress) -> list[str]:
-    """Uploads the files of this machine that a recipe reads to the store of a cluster. Returns the overrides that name
-    them there. Raises InputError, also if they are larger than 1 GB without `yes`."""
-    from moray.platform.core.units import size
-    from moray.platform.store.paths import any_path, set_store_variables
-    from moray.platform.store.submitted import total_size, upload_tree
-
-    set_store_variables(profile.store, profile.variables())
-    trees: list[Mapping[str, Path]] = []
-
-    def measure(files: Mapping[str, Path]) -> str:
-        trees.append(files)
-        return ""
-
-    for planned in recipe.steps:
-        planned.step.submitted(planned.config, measure)
-    if (total := total_size(trees)) > MOST_BYTES and not yes:
-        raise InputError(f"the recipe reads {size(total)} of this machine's files", "add --yes to upload them")
-    store = any_path(profile.store) if profile.store.startswith("/") else StorePath(profile.store, "")
-    upload = lambda files: str(upload_tree(store, files, progress))  # noqa: E731
-    found = {p.key: p.step.submitted(p.config, upload) for p in recipe.steps}
-    return [f"{key}.{name}={json.dumps(value)}" for key, fields in found.items() for name, value in fields.items()]
+    return body | {"stored": upload_files(opened, profile, yes, progress)}
 
 
 def _as_moray_error(error: urllib.error.HTTPError) -> MorayError:

@@ -22,11 +22,11 @@ from moray.cluster.drills.scenarios import (
     Fault,
     Say,
     drawn_faults,
-    leftovers,
     lose_head,
     lose_store,
     run_recipe,
     stored_manifests,
+    unnamed_files,
 )
 
 _BEGAN = time.monotonic()
@@ -53,7 +53,7 @@ def main() -> int:
             code = run_recipe(drill, f"/mnt/work/{recipe.name}", _faults(given.fault, given.seed), _say)
             for step, manifest in stored_manifests(drill).items():
                 _say(f"{step}/{manifest.fingerprint[:8]}: {len(manifest.files)} files, {manifest.bytes:,} bytes")
-            found = leftovers(drill)
+            found = unnamed_files(drill)
             _say("no other files" if not found else f"files that no manifest names: {found}")
             return code
     finally:

@@ -114,7 +114,7 @@ def differing_files(one: Manifest, other: Manifest) -> list[str]:
     return sorted(path for path in files.keys() | others.keys() if files.get(path) != others.get(path))
 
 
-def leftovers(drill: RayDrill) -> list[str]:
+def unnamed_files(drill: RayDrill) -> list[str]:
     """Keys below the steps of the store that no manifest names, without leases."""
     from moray.platform.store.remote import RemoteArtifacts
 

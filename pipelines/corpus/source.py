@@ -91,8 +91,12 @@ class Source(StepConfig):
 
     @property
     def is_on_hosts(self) -> bool:
-        """Whether only the cluster's hosts have the files."""
-        return self.path is not None and str(self.path).startswith(ON_HOSTS) and not user_path(self.path).exists()
+        """Whether the files are those of the cluster's hosts, which this machine may not have."""
+        return self.path is not None and str(self.path).startswith(ON_HOSTS)
+
+    def has_files(self) -> bool:
+        """Whether the location exists on this machine."""
+        return self.path is None or user_path(self.path).exists()
 
     def location(self) -> str:
         """The location of the files, for messages."""

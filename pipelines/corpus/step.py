@@ -56,8 +56,8 @@ class Corpus(Step[CorpusConfig]):
         if repeated := [name for name, n in names.items() if n > 1]:
             raise RecipeError(f"sources: duplicate name {repeated[0]!r}", "give each source a unique name")
         for i, source in enumerate(config.sources):
-            if source.is_on_hosts:
-                continue
+            if source.is_on_hosts and not source.has_files():
+                continue  # the driver's host checks them
             try:
                 listing = source.listing()
             except InputError as error:
