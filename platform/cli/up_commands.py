@@ -107,7 +107,9 @@ def show_overview(found: dict[str, Any], json_: bool) -> int:
         if one["name"] != LOCAL:
             state = one["error"] or f"{one['running']} of {one['slots']} jobs running, {one['queued']} queued"
             out().print(f"cluster  {one['name']} at {one['where'] or '?'}: {state}", markup=False)
-    out().print(f"jobs     {len(running)} running ({found['slots']} slots here), {len(queued)} queued", markup=False)
+    out().print(
+        f"jobs     {found['active']} running ({found['slots']} slots here), {found['waiting']} queued", markup=False
+    )
     for job in (*running, *queued[:10]):
         out().print(f"  {job['id']}  {job['state']}  {job['priority']}  {job['cluster']}", markup=False)
     return 0

@@ -15,7 +15,7 @@ from moray.platform.control.attempt import AttemptFiles, AttemptOrder, Outcome
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import ATTEMPT_ENDED, Attempt, Job, Jobs
 from moray.platform.control.managed_cluster import ManagedCluster
-from moray.platform.control.queue import IN_FLIGHT, choose_jobs
+from moray.platform.control.queue import choose_jobs
 from moray.platform.control.reconcile import (
     STOP_SECONDS,
     AttemptAction,
@@ -58,15 +58,13 @@ class ClusterRounds:
     def round(self) -> None:
         """Runs one round. An error in one job does not hold up the others."""
         observed = self._observe()
-        mine = self._open()
-        attempts = {job.id: job.latest for job in mine if job.state in IN_FLIGHT and job.latest}
-        in_threads(self._bring, list(attempts.values()))
+        mine = self._jobs.in_flight(self.cluster.name)
+        in_threads(self._bring, [job.latest for job in mine if job.latest])
         for job in mine:
-            if job.state in IN_FLIGHT:
-                self.guarded(job.id, partial(self._reconcile, job, observed))
+            self.guarded(job.id, partial(self._reconcile, job, observed))
         if observed is not None:
             self._clean_up(observed)
-            for job in choose_jobs(self._open(), self.cluster.slots, time.time()):
+            for job in self._startable():
                 attempt = self._jobs.new_attempt(job.id)
                 self._log(f"{attempt.id}: started")
                 self.guarded(job.id, partial(self._reconcile, self._jobs.get(job.id), observed))
@@ -80,8 +78,11 @@ class ClusterRounds:
         except Exception as error:
             self._log(f"{name}: {type(error).__name__}: {error}")
 
-    def _open(self) -> Sequence[Job]:
-        return [job for job in self._jobs.open() if job.cluster == self.cluster.name]
+    def _startable(self) -> Sequence[Job]:
+        """The queued jobs that start now. The queue is only read if there is a free slot: it may be long."""
+        if len(self._jobs.in_flight(self.cluster.name)) >= self.cluster.slots:
+            return []
+        return choose_jobs(self._jobs.open(self.cluster.name), self.cluster.slots, time.time())
 
     def _observe(self) -> Mapping[str, Observed] | None:
         """The attempts that the cluster lists; None while it is unreachable."""

@@ -122,8 +122,7 @@ class Controller:
     def _why_queued(self, job: Job, rounds: ClusterRounds | None) -> list[str]:
         if rounds is None:
             return [f"waiting for cluster {job.cluster!r}: {self.problem(job.cluster)}"]
-        others = [other for other in self.jobs.open() if other.cluster == job.cluster]
-        return why_waiting(job, others, rounds.cluster.slots, time.time())
+        return why_waiting(job, self.jobs.open(job.cluster), rounds.cluster.slots, time.time())
 
     def _tick(self) -> None:
         """Decides the ticks of schedules, and finds the clusters of queued jobs."""
@@ -133,7 +132,7 @@ class Controller:
                 self._log(f"{job.id}: {job.reason}")
         except Exception as error:
             self._log(f"schedules: {type(error).__name__}: {error}")
-        for name in {job.cluster for job in self.jobs.open()} - set(self.clusters()):
+        for name in {cluster for cluster, _ in self.jobs.open_counts()} - set(self.clusters()):
             try:
                 self.cluster(name)
                 self._problems.pop(name, None)

@@ -28,7 +28,9 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 JobState = Literal["queued", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
 AttemptState = Literal["created", "submitted", "running", "succeeded", "failed", "cancelled", "lost"]
 ENDED = ("succeeded", "failed", "cancelled")
+IN_FLIGHT = ("starting", "running", "stopping")
 ATTEMPT_ENDED = (*ENDED, "lost")
+_ALL = 1_000_000
 _MOST_RETRIES = 100
 _VARIABLES = 500  # of one SQL statement
 _SHORTEST_PART = 3  # letters or digits of an id or a name
@@ -218,7 +220,9 @@ class Jobs:
         recent = [row["id"] for row in connection.execute("SELECT id FROM jobs ORDER BY created DESC LIMIT 100")]
         raise NotFoundError(f"no job {name!r}", nearest(name, recent) if recent else "no job has been submitted yet")
 
-    def list(self, states: Iterable[str] = (), limit: int = 100, schedule: str | None = None) -> list[Job]:
+    def list(
+        self, states: Iterable[str] = (), limit: int = 100, schedule: str | None = None, cluster: str | None = None
+    ) -> Sequence[Job]:
         """Returns jobs, newest first."""
         where, values = ["1"], list[Any]()
         chosen = list(states)
@@ -228,13 +232,30 @@ class Jobs:
         if schedule is not None:
             where.append("schedule = ?")
             values.append(schedule)
+        if cluster is not None:
+            where.append("cluster = ?")
+            values.append(cluster)
         query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC, id DESC LIMIT ?"
-        connection = self._database.read()
-        return [_job(connection, row) for row in connection.execute(query, (*values, limit)).fetchall()]
+        return self._select(query, *values, limit)
 
-    def open(self) -> Sequence[Job]:
-        """All jobs that have not ended, oldest first."""
-        return self.list([s for s in get_args(JobState) if s not in ENDED], limit=1_000_000)[::-1]
+    def open(self, cluster: str | None = None) -> Sequence[Job]:
+        """All jobs that have not ended, of one cluster or of all, oldest first."""
+        return self.list([s for s in get_args(JobState) if s not in ENDED], limit=_ALL, cluster=cluster)[::-1]
+
+    def in_flight(self, cluster: str) -> Sequence[Job]:
+        """The jobs of a cluster that have an open attempt."""
+        return self.list(IN_FLIGHT, limit=_ALL, cluster=cluster)
+
+    def queue(self, limit: int) -> Sequence[Job]:
+        """The first queued jobs, in the order in which they start."""
+        ranks = " ".join(f"WHEN '{name}' THEN {rank}" for rank, name in enumerate(PRIORITIES))
+        order = f"CASE priority {ranks} END, created, id"
+        return self._select(f"SELECT * FROM jobs WHERE state = 'queued' ORDER BY {order} LIMIT ?", limit)
+
+    def open_counts(self) -> dict[tuple[str, str], int]:
+        """Number of jobs that have not ended, by (cluster, state)."""
+        query = f"SELECT cluster, state, count(*) AS n FROM jobs WHERE state NOT IN {ENDED} GROUP BY cluster, state"
+        return {(row["cluster"], row["state"]): int(row["n"]) for row in self._database.read().execute(query)}
 
     def known_attempts(self, names: Iterable[str]) -> dict[str, AttemptState]:
         """Those of these attempts that exist here, with their states."""
@@ -319,20 +340,33 @@ class Jobs:
                 raise ConflictError(f"attempt {attempt} has ended and cannot change to {state}")
             self._database.record("attempt", attempt, state, detail)
 
+    def _select(self, query: str, *values: Any) -> Sequence[Job]:
+        """The jobs of a query over `jobs`, with their attempts, which one further query per 500 jobs reads."""
+        connection = self._database.read()
+        rows = connection.execute(query, values).fetchall()
+        attempts: dict[str, list[Attempt]] = {row["id"]: [] for row in rows}
+        names = list(attempts)
+        for begin in range(0, len(names), _VARIABLES):
+            part = names[begin : begin + _VARIABLES]
+            found = f"SELECT * FROM attempts WHERE job IN ({', '.join('?' * len(part))}) ORDER BY number"
+            for row in connection.execute(found, part):
+                attempts[row["job"]].append(Attempt(**dict(row)))
+        return [_job(row, attempts[row["id"]]) for row in rows]
+
     def _get(self, connection: sqlite3.Connection, job: str) -> Job:
         row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone()
-        return _job(connection, row)
+        attempts = connection.execute("SELECT * FROM attempts WHERE job = ? ORDER BY number", (job,)).fetchall()
+        return _job(row, [Attempt(**dict(attempt)) for attempt in attempts])
 
 
-def _job(connection: sqlite3.Connection, row: sqlite3.Row) -> Job:
-    attempts = connection.execute("SELECT * FROM attempts WHERE job = ? ORDER BY number", (row["id"],)).fetchall()
+def _job(row: sqlite3.Row, attempts: Iterable[Attempt]) -> Job:
     values = {name: row[name] for name in row.keys() if name != "idempotency_key"}  # noqa: SIM118
     values |= {
         "overrides": tuple(json.loads(row["overrides"])),
         "stored": tuple(json.loads(row["stored"])),
         "stop_requested": bool(row["stop_requested"]),
         "exclusive": bool(row["exclusive"]),
-        "attempts": tuple(Attempt(**dict(attempt)) for attempt in attempts),
+        "attempts": tuple(attempts),
     }
     return Job(**values)
 

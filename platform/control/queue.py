@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moray.platform.control.jobs import PRIORITIES, Job
-
-IN_FLIGHT = ("starting", "running", "stopping")
+from moray.platform.control.jobs import IN_FLIGHT, PRIORITIES, Job
 
 
 def in_order(jobs: Sequence[Job]) -> list[Job]:

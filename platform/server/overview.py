@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,13 +12,13 @@ import psutil
 
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
-from moray.platform.control.jobs import ENDED, Job
-from moray.platform.control.queue import IN_FLIGHT, in_order
+from moray.platform.control.jobs import ENDED, IN_FLIGHT
 from moray.platform.control.supervisor import read_state
 from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
 
 _RECENT = 20
+_SHOWN = 30  # jobs and schedules of each kind: every page gets them all
 _DAY = 86400.0
 _USAGE_SECONDS = 2.0
 _NO_USAGE = Usage(cpus=0.0, cpus_used=0.0, gpus=0.0, gpus_used=0.0, nodes=0)
@@ -37,21 +37,22 @@ class Overview:
     def __call__(self) -> dict[str, Any]:
         import moray
 
-        jobs = self._controller.jobs
-        unfinished = jobs.open()
-        now = time.time()
+        jobs, now = self._controller.jobs, time.time()
+        counts = jobs.open_counts()
         return {
             "version": moray.__version__,  # type: ignore[attr-defined]
             "now": now,
             "slots": self._controller.slots,
-            "queued": [job.as_json() for job in in_order(unfinished)],
-            "running": [job.as_json() for job in unfinished if job.state in IN_FLIGHT],
+            "waiting": sum(n for (_, state), n in counts.items() if state == "queued"),
+            "active": sum(n for (_, state), n in counts.items() if state in IN_FLIGHT),
+            "queued": [job.as_json() for job in jobs.queue(_SHOWN)],
+            "running": [job.as_json() for job in jobs.list(IN_FLIGHT, limit=_SHOWN)],
             "recent": [job.as_json() for job in jobs.list(ENDED, limit=_RECENT)],
             "counts": jobs.counts_since(now - _DAY),
             "services": self._services(),
             "cluster": self._usage(),
-            "clusters": self._clusters(unfinished),
-            "schedules": [self._controller.schedules.as_json(s) for s in self._controller.schedules.list()],
+            "clusters": self._clusters(counts),
+            "schedules": self._schedules(),
         }
 
     def _services(self) -> list[dict[str, Any]]:
@@ -63,7 +64,12 @@ class Overview:
             if key in known
         ]
 
-    def _clusters(self, unfinished: Sequence[Job]) -> list[dict[str, Any]]:
+    def _schedules(self) -> list[dict[str, Any]]:
+        """The schedules that tick next."""
+        found = [self._controller.schedules.as_json(one) for one in self._controller.schedules.list()]
+        return sorted(found, key=lambda one: (one["next"] is None, one["next"], one["name"]))[:_SHOWN]
+
+    def _clusters(self, counts: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
         """The clusters that have been used since the start, and those that jobs wait for."""
         found = self._controller.clusters()
         return [
@@ -71,11 +77,11 @@ class Overview:
                 "name": name,
                 "where": found[name].cluster.where if name in found else "",
                 "slots": found[name].cluster.slots if name in found else 0,
-                "running": sum(job.cluster == name and job.state in IN_FLIGHT for job in unfinished),
-                "queued": sum(job.cluster == name and job.state == "queued" for job in unfinished),
+                "running": sum(counts.get((name, state), 0) for state in IN_FLIGHT),
+                "queued": counts.get((name, "queued"), 0),
                 "error": found[name].error if name in found else self._controller.problem(name),
             }
-            for name in [*found, *sorted({job.cluster for job in unfinished} - set(found))]
+            for name in [*found, *sorted({cluster for cluster, _ in counts} - set(found))]
         ]
 
     def _usage(self) -> dict[str, Any]:

@@ -47,6 +47,15 @@ def test_usage_survives_the_file_with_and_without_dead_nodes(home: Home) -> None
 def test_status_shows_dead_nodes_apart(dead: int, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     usage = Usage(cpus=2.0, cpus_used=1.0, gpus=0.0, gpus_used=0.0, nodes=2, dead_nodes=dead)
     cluster = {"alive": True, **asdict(usage), "memory_bytes": 8 << 30, "memory_used_bytes": 1 << 30, "detail": ""}
-    overview = {"services": [], "cluster": cluster, "queued": [], "running": [], "slots": 1, "clusters": []}
+    overview = {
+        "services": [],
+        "cluster": cluster,
+        "queued": [],
+        "running": [],
+        "slots": 1,
+        "clusters": [],
+        "active": 0,
+        "waiting": 0,
+    }
     assert show_overview(json.loads(json.dumps(overview)), json_=False) == 0
     assert shown in capsys.readouterr().out

@@ -10,7 +10,7 @@ export function overview(place) {
   patch(place, h("h1", {}, "Overview"), h("p", { class: "empty" }, "Waiting for the controller…"));
   return follow("/api/stream", "overview", (state) => {
     setClock(state.now);
-    document.title = state.running.length ? `${state.running.length} running · Moray` : "Moray";
+    document.title = state.active ? `${state.active} running · Moray` : "Moray";
     patch(
       place,
       heading(state),
@@ -33,8 +33,8 @@ function heading(state) {
     h(
       "p",
       { class: "sum" },
-      h("span", {}, h("b", {}, state.running.length), " running"),
-      h("span", {}, h("b", {}, state.queued.length), " queued"),
+      h("span", {}, h("b", {}, state.active), " running"),
+      h("span", {}, h("b", {}, state.waiting), " queued"),
       shown.length ? h("span", { class: "sum-label" }, "last 24 h") : null,
       shown.map((name) => h("span", {}, icon(name), h("b", {}, state.counts[name]), ` ${name}`)),
     ),
@@ -59,13 +59,14 @@ function work(state) {
       ),
     );
   }
+  const local = state.clusters.find((one) => one.name === "local") ?? { running: 0 };
   const slots =
     state.slots === undefined
       ? null
       : h(
           "span",
           { class: "dim" },
-          `${state.running.length} of ${count(state.slots)} ${state.slots === 1 ? "slot" : "slots"}`,
+          `${local.running} of ${count(state.slots)} ${state.slots === 1 ? "slot" : "slots"} of this machine`,
         );
   return [
     card(
@@ -78,7 +79,11 @@ function work(state) {
     state.queued.length
       ? card(
           "Queue",
-          h("span", { class: "dim" }, "next job on top"),
+          h(
+            "span",
+            { class: "dim" },
+            state.waiting > state.queued.length ? `first ${state.queued.length} of ${state.waiting}` : "next job on top",
+          ),
           h("ol", { class: "rows" }, state.queued.map(queued)),
         )
       : null,
@@ -91,6 +96,8 @@ function work(state) {
 }
 
 const link = (job) => h("a", { class: "name", href: `/jobs/${encodeURIComponent(job.id)}` }, job.name);
+const placed = (job) =>
+  job.cluster && job.cluster !== "local" ? h("span", { class: "tag", title: "Cluster" }, job.cluster) : null;
 const from = (job) =>
   job.schedule
     ? h(
@@ -124,6 +131,7 @@ function running(job) {
         { class: "line" },
         link(job),
         priority(job.priority),
+        placed(job),
         from(job),
         h("span", { class: "end dim" }, clock("elapsed", job.started || job.created)),
       ),
@@ -166,6 +174,7 @@ function queued(job, place) {
         { class: "line" },
         link(job),
         priority(job.priority),
+        placed(job),
         from(job),
         h("span", { class: "end dim" }, h("span", {}, "queued for ", clock("elapsed", job.created))),
       ),
@@ -196,7 +205,7 @@ function recent(job) {
 }
 
 function rail(state) {
-  return [cluster(state.cluster), services(state.services || []), ticks(state.schedules || [])];
+  return [cluster(state.cluster), clusters(state.clusters), services(state.services || []), ticks(state.schedules || [])];
 }
 
 function cluster(found) {
@@ -236,6 +245,38 @@ function cluster(found) {
         ),
     ),
     found.detail ? h("p", { class: "dim" }, found.detail) : null,
+  );
+}
+
+/** The clusters other than this machine, with why one does not respond. */
+function clusters(all) {
+  const found = all.filter((one) => one.name !== "local");
+  if (!found.length) return null;
+  return card(
+    "Other clusters",
+    null,
+    h(
+      "ul",
+      { class: "rows small" },
+      found.map((one) =>
+        h(
+          "li",
+          { class: "row", "data-key": one.name },
+          h(
+            "div",
+            { class: "row-main" },
+            h(
+              "div",
+              { class: "line" },
+              h("span", { class: "name" }, one.name),
+              h("span", { class: "end dim" }, `${one.running} of ${count(one.slots)} jobs, ${one.queued} queued`),
+            ),
+            h("div", { class: "line dim" }, one.where),
+            one.error ? h("div", { class: "line" }, h("span", { class: "warn" }, one.error)) : null,
+          ),
+        ),
+      ),
+    ),
   );
 }
 

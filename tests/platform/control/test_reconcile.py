@@ -24,9 +24,9 @@ from moray.platform.control.attempt import LocalFiles, Outcome
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
-from moray.platform.control.jobs import ENDED, ConflictError, Jobs, Submission
+from moray.platform.control.jobs import ENDED, IN_FLIGHT, ConflictError, Jobs, Submission
 from moray.platform.control.managed_cluster import ManagedCluster
-from moray.platform.control.queue import IN_FLIGHT, choose_jobs
+from moray.platform.control.queue import choose_jobs
 from moray.platform.control.reconcile import LOSSES, START_SECONDS, AttemptObservation, decide_attempt, decide_job
 from moray.platform.core.cluster import (
     BackendUnreachableError,

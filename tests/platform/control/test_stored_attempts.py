@@ -1,0 +1,201 @@
+"""Attempts whose files are in a store, clusters that are away, and a queue of ten thousand jobs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moray.platform.control.attempt import AttemptOrder, Outcome, StoredFiles
+from moray.platform.control.choices import LOCAL
+from moray.platform.control.controller import Controller
+from moray.platform.control.database import Database
+from moray.platform.control.jobs import Submission
+from moray.platform.control.managed_cluster import ManagedCluster
+from moray.platform.control.queue import choose_jobs
+from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, Observed, Topology, Usage
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
+from moray.platform.server.overview import Overview
+from moray.platform.store.paths import StorePath, bucket_at
+from tests.s3 import BUCKET
+
+ORDER = AttemptOrder(
+    source="name: x", path="r.yaml", folder="/", overrides=(), address="", cpus=1, gpus=0, memory_bytes=1, ordered=0.0,
+    boot="", cluster="lab",
+)  # fmt: skip
+
+
+class Cluster(ClusterBackend):
+    """A cluster that remembers what it was told. It may be away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.submitted: list[str] = []
+        self.jobs: dict[str, Observed] = {}
+        self.forgotten: list[str] = []
+
+    def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
+        self._reach()
+        self.submitted.append(attempt)
+        self.jobs[attempt] = Observed("running")
+
+    def observe(self) -> Mapping[str, Observed]:
+        self._reach()
+        return dict(self.jobs)
+
+    def stop(self, attempt: str) -> None:
+        self._reach()
+
+    def forget(self, attempt: str) -> None:
+        self.forgotten.append(attempt)
+
+    def usage(self) -> Usage:
+        self._reach()
+        return Usage(1, 0, 0, 0, 1)
+
+    def _reach(self) -> None:
+        if self.away:
+            raise BackendUnreachableError("the dashboard does not respond")
+
+
+@pytest.fixture
+def plane(home: Home, tmp_path: Path) -> Iterator[tuple[Controller, Cluster, Database]]:
+    """A controller with a local cluster, and one called lab that exists only from its first use."""
+    lab = Cluster()
+
+    def find(name: str) -> ManagedCluster:
+        if name != "lab":
+            raise InputError(f"unknown cluster {name!r}", "moray cluster list")
+        return ManagedCluster("lab", lab, 2, lambda: Topology(1, 0, 1), where="http://lab:8265")
+
+    database = Database(home.database, durable=False)
+    local = ManagedCluster(LOCAL, Cluster(), 1, lambda: Topology(1, 0, 1))
+    yield Controller(home, database, local, find, lambda text: None), lab, database
+    database.close()
+
+
+def submission(tmp_path: Path, cluster: str) -> Submission:
+    (tmp_path / "text").mkdir(exist_ok=True)
+    (tmp_path / "text" / "a.txt").write_text("a few words")
+    recipe = f"name: tiny\nsteps: {{corpus: {{with: {{sources: [{{name: a, path: {tmp_path}/text}}]}}}}}}"
+    return Submission(source=recipe, folder=str(tmp_path), cluster=cluster)
+
+
+def test_each_cluster_has_its_own_slots_and_an_absent_one_holds_up_no_other(
+    plane: tuple[Controller, Cluster, Database], tmp_path: Path
+) -> None:
+    controller, lab, _ = plane
+    lab.away = True
+    there = [controller.jobs.submit(submission(tmp_path, "lab"))[0].id for _ in range(3)]
+    here = controller.jobs.submit(submission(tmp_path, LOCAL))[0].id
+    controller.round()
+    assert controller.jobs.get(here).state == "starting"
+    assert [controller.jobs.get(name).state for name in there] == ["queued"] * 3
+    assert any("the dashboard does not respond" in line for line in controller.why(controller.jobs.get(there[0])))
+    lab.away = False
+    controller.round()
+    assert [controller.jobs.get(name).state for name in there] == ["starting", "starting", "queued"]
+    assert lab.submitted == [f"{name}.1" for name in there[:2]]
+
+
+def test_a_job_of_an_unknown_cluster_waits_with_the_reason(
+    plane: tuple[Controller, Cluster, Database], tmp_path: Path
+) -> None:
+    controller, _, _ = plane
+    with pytest.raises(InputError, match="unknown cluster 'gone'"):
+        controller.cluster("gone")
+    job = controller.jobs.submit(submission(tmp_path, "gone"))[0]  # its profile was removed after the submission
+    controller.round()
+    assert controller.why(controller.jobs.get(job.id)) == ["waiting for cluster 'gone': unknown cluster 'gone'"]
+
+
+def test_a_job_that_misses_its_deadline_is_cancelled_once(
+    plane: tuple[Controller, Cluster, Database], tmp_path: Path
+) -> None:
+    controller, lab, _ = plane
+    lab.away = True
+    late = controller.jobs.submit(submission(tmp_path, "lab"), expires=time.time() - 1)[0]
+    timely = controller.jobs.submit(submission(tmp_path, "lab"), expires=time.time() + 3600)[0]
+    controller.round()
+    found = controller.jobs.get(late.id)
+    assert (found.state, found.reason) == ("cancelled", "missed: it did not start on cluster 'lab' by its deadline")
+    assert controller.jobs.get(timely.id).state == "queued"
+    lab.away = False
+    controller.round()
+    controller.round()
+    assert controller.jobs.get(timely.id).state == "starting"
+
+
+def test_jobs_of_others_on_a_shared_cluster_are_left_alone(
+    plane: tuple[Controller, Cluster, Database], tmp_path: Path
+) -> None:
+    controller, lab, _ = plane
+    lab.jobs = {"raysubmit_theirs": Observed("running"), "another-controller.1": Observed("succeeded")}
+    controller.jobs.submit(submission(tmp_path, "lab"))
+    controller.round()
+    controller.round()
+    assert not lab.forgotten
+
+
+def test_ten_thousand_jobs_are_decided_quickly_and_shown_briefly(
+    plane: tuple[Controller, Cluster, Database], home: Home, tmp_path: Path
+) -> None:
+    controller, _, database = plane
+    job = controller.jobs.submit(submission(tmp_path, LOCAL))[0]
+    with database.write() as connection:
+        columns = [row["name"] for row in connection.execute("PRAGMA table_info(jobs)")]
+        copied = ", ".join(f"'j' || n || '-' || {name}" if name in ("id", "name") else name for name in columns)
+        connection.execute(
+            f"WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 9999) "
+            f"INSERT INTO jobs ({', '.join(columns)}) SELECT {copied} FROM jobs, numbers WHERE id = ?",
+            (job.id,),
+        )
+    jobs = controller.jobs.open()
+    assert len(jobs) == 10_000
+    assert [one.id for one in choose_jobs(jobs, 1, time.time())] == [controller.jobs.queue(1)[0].id]
+    shown = Overview(home, controller)()
+    assert (shown["waiting"], shown["active"], len(shown["queued"])) == (10_000, 0, 30)
+    assert len(json.dumps(shown)) < 50_000
+
+
+@pytest.fixture
+def stored(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoredFiles]:
+    monkeypatch.setenv("MORAY_HOME", str(tmp_path / "host"))
+    bucket_at.cache_clear()
+    yield StoredFiles(StorePath(f"s3://{BUCKET}/root", "runs/job.1"), tmp_path / "controller" / "job.1")
+    bucket_at.cache_clear()
+
+
+def other_host(tmp_path: Path) -> StoredFiles:
+    """The same attempt, as its driver sees it."""
+    return StoredFiles(StorePath(f"s3://{BUCKET}/root", "runs/job.1"), tmp_path / "driver" / "job.1")
+
+
+def test_order_lease_and_outcome_of_a_stored_attempt(stored: StoredFiles, tmp_path: Path) -> None:
+    driver = other_host(tmp_path)
+    assert driver.read_order() is None
+    assert not stored.is_alive()
+    stored.write_order(ORDER)
+    assert driver.read_order() == ORDER
+    lease = driver.lease()
+    assert lease.acquire()
+    assert stored.is_alive()
+    assert not other_host(tmp_path).lease().acquire()
+    assert stored.read_outcome() is None
+    assert driver.record_outcome(Outcome(state="succeeded"))
+    lease.release()
+    assert not stored.is_alive()
+    assert stored.read_outcome() == Outcome(state="succeeded")
+    assert not stored.record_outcome(Outcome(state="cancelled", detail="lost"))
+    assert (tmp_path / "controller" / "job.1" / "outcome.json").exists()
+
+
+def test_an_attempt_that_was_given_up_cannot_succeed_later(stored: StoredFiles, tmp_path: Path) -> None:
+    assert stored.record_outcome(Outcome(state="cancelled", detail="lost"))
+    assert not other_host(tmp_path).record_outcome(Outcome(state="succeeded"))
+    assert other_host(tmp_path).read_outcome() == Outcome(state="cancelled", detail="lost")
