@@ -73,7 +73,7 @@ class AttachedCluster(Cluster):
 
     @contextlib.contextmanager
     def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
-        lease = StoreLease(self._stored / name) if self._stored else Lease(self._home.up / f"{name}.lease")
+        lease = StoreLease(self._stored / name) if self._stored else Lease(self._local_leases / f"{name}.lease")
         while not lease.acquire():
             if cancelled():
                 raise Cancelled
@@ -82,6 +82,11 @@ class AttachedCluster(Cluster):
             yield
         finally:
             lease.release()
+
+    @property
+    def _local_leases(self) -> Path:
+        folder = self._home.shared_folder
+        return folder / "leases" if folder else self._home.up
 
     def _keep_logs(self) -> None:
         """Copies the output of this job's workers; their file names contain the job's id."""

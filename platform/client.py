@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moray.platform.control.auth import read_token
+from moray.platform.control.choices import LOCAL
 from moray.platform.core.errors import InputError, MorayError, StepFailed
 from moray.platform.core.home import Home
 
 if TYPE_CHECKING:
-    from moray.platform.control.profiles import Profile
     from moray.platform.store.submitted import Progress
 
 _RETRY_SECONDS = 60.0  # while the controller restarts: twice the supervisor's longest back-off
@@ -98,27 +98,31 @@ def new_key() -> str:
     return secrets.token_hex(16)
 
 
-def read_submission(
-    recipe: str,
-    overrides: Sequence[str],
-    profile: Profile | None = None,
-    yes: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Reads and checks a recipe as `moray run` does; returns the body of a submission.
-
-    profile: of a cluster other than the local one. The files of this machine that the recipe names are uploaded to its
-    store. yes: also if they are larger than 1 GB. progress: called with the phase, bytes done and total bytes.
-    """
+def read_submission(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads and checks a recipe as `moray run` does; returns the body of a submission."""
     from moray.platform.api import open_recipe
-    from moray.platform.control.upload import upload_files
 
     opened = open_recipe(recipe, overrides)
     folder = str(Path.cwd())
-    body = {"recipe": opened.source, "path": str(opened.path), "folder": folder, "set": list(overrides)}
-    if profile is None:
-        return body
-    return body | {"stored": upload_files(opened, profile, yes, progress)}
+    return {"recipe": opened.source, "path": str(opened.path), "folder": folder, "set": list(overrides)}
+
+
+def stored_files(
+    recipe: str, overrides: Sequence[str], cluster: str, yes: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The part of a submission's body that names its cluster, and the submitter's files in the cluster's store.
+
+    For a cluster other than the local one, uploads the files of this machine that the recipe names. yes: also if they
+    are larger than 1 GB. progress: called with the phase, bytes done and total bytes. Raises InputError.
+    """
+    if cluster == LOCAL:
+        return {"cluster": cluster}
+    from moray.platform.api import open_recipe
+    from moray.platform.control.profiles import load_profile
+    from moray.platform.control.upload import upload_files
+
+    profile = load_profile(Home.from_environment(), cluster)
+    return {"cluster": cluster, "stored": upload_files(open_recipe(recipe, overrides), profile, yes, progress)}
 
 
 def _as_moray_error(error: urllib.error.HTTPError) -> MorayError:

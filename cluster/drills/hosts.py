@@ -25,6 +25,7 @@ _GATEWAY = f"{NETWORK}.254"
 _HOME = "/mnt"  # the mount point of a host's own disk
 _INIT = """
 set -e
+hostname "$NAME"
 mount -t tmpfs -o size=3g tmpfs /dev/shm
 if [ -n "$HIDE" ]; then
     mount --bind "$HIDE/.venv" "$DISK/image"
@@ -33,6 +34,10 @@ if [ -n "$HIDE" ]; then
     mount --bind "$DISK/image" "$HIDE/.venv"
 fi
 mount --bind "$DISK/home" /mnt
+if [ -n "$SHARED" ]; then
+    mkdir -p /mnt/shared
+    mount --bind "$SHARED" /mnt/shared
+fi
 mount --bind "$DISK/tmp" /tmp
 exec sleep infinity
 """
@@ -55,11 +60,13 @@ def reason_against() -> str:
 
 @dataclass
 class DrillHost:
-    """One host. number: its place on the network, from 1. hides: the checkout that it does not see, if any."""
+    """One host. number: its place on the network, from 1. hides: the checkout that it does not see, if any. shared: a
+    folder that it sees at /mnt/shared, if any."""
 
     number: int
     disk: Path
     hides: Path | None
+    shared: Path | None = None
     pid: int = 0
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -89,7 +96,7 @@ class DrillHost:
         """The command line that runs a command on this host."""
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
         given = {**kept, "HOME": _HOME, "MORAY_HOME": f"{_HOME}/moray", "TMPDIR": "/tmp", **variables}
-        enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--net", f"--wdns={folder}", "--"]
+        enter = ["nsenter", f"--target={self.pid}", "--mount", "--uts", "--pid", "--net", f"--wdns={folder}", "--"]
         return [*enter, "env", "-i", *(f"{name}={value}" for name, value in given.items()), *command]
 
     def start(self, command: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -126,10 +133,10 @@ class DrillNetwork:
             self.cut_power(host)
         _ip("link", "del", self._bridge)
 
-    def add(self, hides: Path | None = None) -> DrillHost:
+    def add(self, hides: Path | None = None, shared: Path | None = None) -> DrillHost:
         """Makes a host with an empty disk, and powers it on."""
         number = len(self.hosts) + 1
-        host = DrillHost(number, self._folder / f"host-{number}", hides)
+        host = DrillHost(number, self._folder / f"host-{number}", hides, shared)
         for name in ("home", "tmp", "image"):
             (host.disk / name).mkdir(parents=True)
         (host.disk / "tmp").chmod(0o1777)
@@ -148,8 +155,26 @@ class DrillNetwork:
             _ip("-n", name, "link", "set", device, "up")
         if self._rate:
             self._shape(name)
-        enter = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        environment = {**os.environ, "DISK": str(host.disk), "HIDE": str(host.hides or "")}
+        enter = [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "unshare",
+            "--mount",
+            "--uts",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
+        folders = {
+            "NAME": f"host-{host.number}",
+            "DISK": str(host.disk),
+            "HIDE": str(host.hides or ""),
+            "SHARED": str(host.shared or ""),
+        }
+        environment = {**os.environ, **folders}
         with host.log.open("ab") as log:
             unshare = subprocess.Popen(
                 [*enter, "bash", "-c", _INIT], env=environment, stdout=log, stderr=log, start_new_session=True

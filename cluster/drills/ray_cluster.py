@@ -42,6 +42,7 @@ class RayDrill:
     head: DrillHost
     laptop: DrillHost
     nodes: list[DrillHost] = field(default_factory=list)
+    shared: Path | None = None  # a folder that all hosts see, as the store instead of the S3 server
 
     @property
     def endpoint(self) -> str:
@@ -50,7 +51,7 @@ class RayDrill:
     @property
     def root(self) -> str:
         """The address of the store."""
-        return f"s3://{BUCKET}/runs-and-artifacts"
+        return "/mnt/shared" if self.shared else f"s3://{BUCKET}/runs-and-artifacts"
 
     def start_store(self) -> None:
         """Starts the S3 server, whose log lists every request with its client."""
@@ -118,20 +119,25 @@ class RayDrill:
 
 
 @contextmanager
-def ray_drill(folder: Path, nodes: int, checkout: Path, rate: str = "") -> Iterator[RayDrill]:
+def ray_drill(
+    folder: Path, nodes: int, checkout: Path, rate: str = "", with_shared_folder: bool = False
+) -> Iterator[RayDrill]:
     """A running cluster with this many nodes. `folder` gets the hosts' disks; it is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with DrillNetwork(folder, rate) as network:
-        store, head, laptop = network.add(checkout), network.add(checkout), network.add()
-        drill = RayDrill(network, checkout, store, head, laptop)
+        shared = folder / "shared" if with_shared_folder else None
+        if shared:
+            shared.mkdir()
+        store, head = network.add(checkout), network.add(checkout, shared)
+        drill = RayDrill(network, checkout, store, head, network.add(shared=shared), shared=shared)
         drill.start_store()
         drill.start_head()
         for _ in range(nodes):
-            host = network.add(checkout)
+            host = network.add(checkout, shared)
             drill.nodes.append(host)
             drill.start_node(host)
-        profiles = laptop.home / "moray" / "clusters"
+        profiles = drill.laptop.home / "moray" / "clusters"
         profiles.mkdir(parents=True)
         (profiles / "drill.yaml").write_text(drill.profile())
         yield drill

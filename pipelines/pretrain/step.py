@@ -106,7 +106,7 @@ class Pretrain(Step[PretrainConfig]):
 def _tokens(ctx: StepContext[PretrainConfig]) -> Artifact:
     """The tokens, with their files on this machine unless they are streamed or read by other hosts."""
     found = ctx.inputs["tokens"]
-    return found if ctx.config.stream_tokens or ctx.stored else ctx.artifact(found.reference)
+    return found if ctx.config.stream_tokens or ctx.stored or not found.url else ctx.artifact(found.reference)
 
 
 def _open(tokens: str) -> dict[str, TokenSet]:

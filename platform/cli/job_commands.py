@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, profile_of, transfer_progress
+from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, transfer_progress
 from moray.platform.control.choices import LOCAL, Priority
 from moray.platform.core.errors import InputError
 from moray.platform.run.console import Json, err, out, print_json, print_table
@@ -45,12 +45,12 @@ def submit(
     RECIPE is a file, or the name of a recipe that ships with Moray. Relative paths in it are relative to the current
     folder. For another cluster than the local one, the files that it names are uploaded to the cluster's store.
     """
-    from moray.platform.client import Client, new_key, read_submission
+    from moray.platform.client import Client, new_key, read_submission, stored_files
 
+    body = read_submission(recipe, set_ or []) | {"name": name, "priority": priority, "retries": retries}
     client = Client.from_environment()
     with transfer_progress() as progress:
-        body = read_submission(recipe, set_ or [], profile_of(cluster), yes, progress)
-    body |= {"name": name, "priority": priority, "retries": retries, "cluster": cluster}
+        body |= stored_files(recipe, set_ or [], cluster, yes, progress)
     job = client.post("/api/jobs", body, key=key or new_key())
     if json_:
         print_json(job)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
-
-from moray.platform.control.choices import LOCAL
-
-if TYPE_CHECKING:
-    from moray.platform.control.profiles import Profile
 
 UploadAnyway = Annotated[
     bool, Parameter(name="--yes", negative=(), help="upload the recipe's files even if they are larger than 1 GB")
@@ -21,14 +16,6 @@ Overrides = Annotated[
     list[str] | None,
     Parameter(name="--set", negative=(), help="override a recipe field: STEP.FIELD=VALUE; may be repeated"),
 ]
-
-
-def profile_of(cluster: str) -> Profile | None:
-    """The profile of a cluster; None for the local one. Raises InputError."""
-    from moray.platform.control.profiles import load_profile
-    from moray.platform.core.home import Home
-
-    return None if cluster == LOCAL else load_profile(Home.from_environment(), cluster)
 
 
 @contextlib.contextmanager

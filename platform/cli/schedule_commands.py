@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cyclopts import App, Parameter
 
-from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, profile_of, transfer_progress
+from moray.platform.cli.parameters import ClusterName, Overrides, UploadAnyway, transfer_progress
 from moray.platform.control.choices import LOCAL, Catchup, Overlap, Priority
 from moray.platform.run.console import Json, out, print_json, print_table
 
@@ -55,15 +55,16 @@ def add(
 
     For another cluster than the local one, the files that it names are uploaded now, and later changes have no effect.
     """
-    from moray.platform.client import Client, read_submission
+    from moray.platform.client import Client, read_submission, stored_files
 
-    with transfer_progress() as progress:
-        body = read_submission(recipe, set_ or [], profile_of(cluster), yes, progress)
-    body |= {
+    body = read_submission(recipe, set_ or []) | {
         "name": name, "cron": cron, "every": every, "tz": tz or local_zone(), "priority": priority, "retries": retries,
-        "overlap": overlap, "catchup": catchup, "deadline": deadline, "cluster": cluster,
+        "overlap": overlap, "catchup": catchup, "deadline": deadline,
     }  # fmt: skip
-    added = Client.from_environment().post("/api/schedules", body)
+    client = Client.from_environment()
+    with transfer_progress() as progress:
+        body |= stored_files(recipe, set_ or [], cluster, yes, progress)
+    added = client.post("/api/schedules", body)
     if json_:
         print_json(added)
         return 0

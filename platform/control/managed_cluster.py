@@ -36,4 +36,9 @@ class ManagedCluster:
         if not self.store:
             return LocalFiles(run)
         stored = any_path(f"{self.store}/runs/{attempt}")
-        return LocalFiles(stored) if isinstance(stored, Path) else StoredFiles(stored, run)
+        if not isinstance(stored, Path):
+            return StoredFiles(stored, run)
+        if not run.exists():
+            run.parent.mkdir(parents=True, exist_ok=True)
+            run.symlink_to(stored)
+        return LocalFiles(stored)

@@ -18,7 +18,7 @@ class Home:
     """The paths under one MORAY_HOME. Folders are created when something is written to them."""
 
     root: Path
-    shared: str = ""  # s3://bucket/prefix: the artifact root shared by several machines; "" for none
+    shared: str = ""  # what several machines share: s3://bucket/prefix, or a folder; "" for nothing
 
     @classmethod
     def from_environment(cls) -> Home:
@@ -33,12 +33,17 @@ class Home:
         return cls(root, os.environ.get("MORAY_ARTIFACTS", ""))
 
     @property
+    def shared_folder(self) -> Path | None:
+        """The folder that several machines share, if `shared` is one. Artifacts, aliases and runs are in it."""
+        return Path(self.shared) if self.shared.startswith("/") else None
+
+    @property
     def artifacts(self) -> Path:
-        return self.root / "artifacts"
+        return (self.shared_folder or self.root) / "artifacts"
 
     @property
     def aliases(self) -> Path:
-        return self.root / "aliases"
+        return (self.shared_folder or self.root) / "aliases"
 
     @property
     def pins(self) -> Path:
@@ -47,7 +52,7 @@ class Home:
 
     @property
     def runs(self) -> Path:
-        return self.root / "runs"
+        return (self.shared_folder or self.root) / "runs"
 
     @property
     def logs(self) -> Path:

@@ -28,6 +28,14 @@ def boot() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
+def pid_namespace() -> str:
+    """Identifies the set of pids that this process sees: containers of one machine have different ones."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def started(pid: int) -> str | None:
     """Start time of a live process in clock ticks since boot; None if it has ended or is a zombie."""
     try:

@@ -274,7 +274,7 @@ class ArtifactStore:
 
 
 def _shared_root(url: str) -> RemoteArtifacts | None:
-    if not url:
+    if not url or url.startswith("/"):  # artifacts in a shared folder are read and written in place
         return None
     from moray.platform.store.remote import RemoteArtifacts
 

@@ -1,8 +1,8 @@
 """A lease on a fingerprint: one process makes the artifact; other processes wait and reuse it.
 
 The lease is a small JSON file whose modification time is its heartbeat. It is stale when its process has ended (same
-host) or its heartbeat has stopped (other hosts). A stale lease is taken over under a file lock, so only one process
-can take it.
+host) or its heartbeat has stopped (other hosts, by the clock of the file system). A stale lease is taken over under a
+file lock, so only one process can take it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.core.atomic import write_text
-from moray.platform.core.processes import boot, started
+from moray.platform.core.processes import boot, pid_namespace, started
 
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0
@@ -76,14 +76,28 @@ class Lease:
 def is_stale(path: Path) -> bool:
     """Whether the holder has ended. An unreadable lease is judged by its age alone."""
     try:
-        age = time.time() - path.stat().st_mtime
+        modified = path.stat().st_mtime
         holder = _read(path)
     except FileNotFoundError:
         return True
-    same_host = holder.get("host") == socket.gethostname() and holder.get("boot") == boot()
+    here = _self()
+    same_host = all(holder.get(name, here[name]) == here[name] for name in ("host", "boot", "pids"))
     if same_host and isinstance(pid := holder.get("pid"), int):
         return bool(started(pid) != holder.get("process_started"))
-    return age > STALE_SECONDS
+    return _file_time(path.parent) - modified > STALE_SECONDS
+
+
+def _file_time(folder: Path) -> float:
+    """The time by the clock that stamps the files of a folder. On a file server, it is not this machine's."""
+    path = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
+    try:
+        path.touch()
+        return path.stat().st_mtime
+    except OSError:  # a read-only file system
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def is_alive(pid: int) -> bool:
@@ -102,7 +116,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _self() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": boot(), "pid": pid, "process_started": started(pid)}
+    return {
+        "host": socket.gethostname(),
+        "boot": boot(),
+        "pids": pid_namespace(),
+        "pid": pid,
+        "process_started": started(pid),
+    }
 
 
 @contextlib.contextmanager

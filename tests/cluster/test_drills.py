@@ -20,7 +20,8 @@ from moray.cluster.drills.scenarios import (
     stored_manifests,
     unnamed_files,
 )
-from moray.platform.store.artifacts import Artifact
+from moray.platform.core.home import Home
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 from tests.checkout import ROOT
 from tests.conftest import Flow
 from tests.small_run import STEPS, recipe_text, write_text
@@ -112,3 +113,17 @@ def test_the_store_away_for_a_minute(tmp_path: Path, flow: Flow) -> None:
         away = [Fault("dedup", 0.5, lambda drill, say: lose_store(drill, say, 60.0))]
         assert run_recipe(drill, prepare(drill, "dedup"), away) == 0
         prove(drill, flow.artifact, STEPS[: STEPS.index("dedup") + 1])
+
+
+@pytest.mark.evidence
+def test_a_folder_that_all_hosts_see_is_a_store(tmp_path: Path, flow: Flow) -> None:
+    steps = STEPS[: STEPS.index("pretrain") + 1]
+    with ray_drill(tmp_path / "drill", 2, ROOT, with_shared_folder=True) as drill:
+        assert run_recipe(drill, prepare(drill, steps[-1]), list(drawn_faults(["dedup"], 5))) == 0
+        assert drill.shared
+        home = Home(drill.shared.parent, str(drill.shared))
+        for step in steps:
+            made = ArtifactStore(home).get(step, flow.artifact(step).fingerprint)
+            assert made
+            differing = {Path(path).name for path in differing_files(made.manifest, flow.artifact(step).manifest)}
+            assert differing <= _VARYING.get(step, set()), step
