@@ -17,7 +17,7 @@ from moray.platform.control.profiles import Profile
 from moray.platform.core.cluster import BackendUnreachableError, Host
 from moray.platform.core.errors import MorayError
 from moray.platform.run.doctor import Finding
-from moray.platform.store.paths import any_path, remove_folder, set_store_variables, write_file
+from moray.platform.store.paths import check_store, remove_folder, set_store_variables
 
 _JOB_SECONDS = 240.0
 _SKEW_SECONDS = 5.0
@@ -39,7 +39,7 @@ def examine_cluster(profile: Profile) -> Iterator[Finding]:
     yield Finding("dashboard", "ok", profile.address)
     yield _ray_version(version)
     try:
-        write_file(any_path(f"{profile.store}/.probes/submitter"), b"probe")
+        check_store(profile.store)
         yield Finding("store, from here", "ok", profile.store)
     except (MorayError, OSError) as error:
         yield Finding("store, from here", "fail", str(error), getattr(error, "hint", "") or "correct `store`")

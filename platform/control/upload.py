@@ -10,7 +10,7 @@ from moray.platform.control.profiles import Profile
 from moray.platform.core.errors import InputError
 from moray.platform.core.units import size
 from moray.platform.plan.recipe import Recipe
-from moray.platform.store.paths import StorePath, any_path, set_store_variables
+from moray.platform.store.paths import StorePath, any_path, check_store, set_store_variables
 from moray.platform.store.submitted import Progress, total_size, upload_tree
 
 MOST_BYTES = 10**9  # of files that are uploaded without a confirmation
@@ -21,6 +21,7 @@ def upload_files(recipe: Recipe, profile: Profile, yes: bool = False, progress: 
     them there. Raises InputError, also if they are larger than 1 GB without `yes`."""
     shown = progress or (lambda phase, done, total: None)
     set_store_variables(profile.store, profile.variables())
+    check_store(profile.store)
     trees: list[Mapping[str, Path]] = []
 
     def measure(files: Mapping[str, Path]) -> str:

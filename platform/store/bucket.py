@@ -40,6 +40,7 @@ from moray.platform.store.manifest import FileEntry
 Progress = Callable[[float, float], None]  # bytes done, total bytes
 
 _ATTEMPTS = 8
+_ATTEMPTS_KNOWN = 15  # of a bucket that was in use: with waits of up to 20 s, more than a minute in all
 _CONNECTIONS = 32
 _PART = 16 << 20  # bytes; larger files are transferred in parts
 _QUIET_SECONDS = 2.0  # transfers shorter than this report no progress
@@ -77,9 +78,16 @@ class Stored:
 class Bucket:
     """Objects below `s3://bucket/prefix`; keys are relative to the prefix. Every error is an InputError."""
 
-    def __init__(self, url: str, read_seconds: float = 60.0, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        read_seconds: float = 60.0,
+        variables: Mapping[str, str] | None = None,
+        is_known: bool = False,
+    ) -> None:
         """read_seconds: read timeout of a response, after which the request is repeated. variables: AWS_... variables,
-        instead of those of this process."""
+        instead of those of this process. is_known: another process has used the bucket, so that an error is an outage,
+        and requests are repeated for longer than a minute."""
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
             raise InputError(f"{url!r} is not an artifact root", "set MORAY_ARTIFACTS=s3://bucket/prefix")
@@ -87,7 +95,7 @@ class Bucket:
         self._name = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._read_seconds = read_seconds
-        self._variables = variables
+        self._variables, self._is_known = variables, is_known
         self._opening = threading.Lock()
 
     @property
@@ -98,6 +106,8 @@ class Bucket:
     @cached_property
     def _checked_client(self) -> Any:
         with self._translated_errors():
+            if self._is_known:
+                return self._new_client(_ATTEMPTS_KNOWN, 10)
             quick = self._new_client(2, 5)
             self._check_listing(quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
             return self._new_client(_ATTEMPTS, 10)

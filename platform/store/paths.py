@@ -97,7 +97,7 @@ class StorePath:
 
     @property
     def bucket(self) -> Bucket:
-        return bucket_at(self.root)
+        return bucket_at(self.root, is_known=True)
 
     def described(self) -> Stored:
         """Size and ETag of the object. Raises InputError if it is missing."""
@@ -257,11 +257,22 @@ def entries_below(folder: StorePath, beginning: str = "") -> list[FileEntry]:
 
 
 @lru_cache(maxsize=64)
-def bucket_at(url: str) -> Bucket:
-    """A bucket, or a folder in one. Cached, because its client holds connections."""
+def bucket_at(url: str, is_known: bool = False) -> Bucket:
+    """A bucket, or a folder in one. Cached, because its client holds connections. is_known: see `Bucket`."""
     from moray.platform.store.bucket import Bucket  # imports boto3, which is slow
 
-    return Bucket(url, variables=store_variables(url))
+    return Bucket(url, variables=store_variables(url), is_known=is_known)
+
+
+def check_store(url: str) -> None:
+    """Raises InputError, within seconds, if a store cannot be written: `s3://bucket/prefix`, or a folder."""
+    if url.startswith("/"):
+        if not os.access(url, os.W_OK):
+            raise InputError(f"the store {url} is not a writable folder", "create it, or correct the path")
+        return
+    from moray.platform.store.bucket import Bucket
+
+    Bucket(url, variables=store_variables(url)).check_writable()
 
 
 def store_variables(url: str) -> Mapping[str, str] | None:
