@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,18 +28,18 @@ _INIT = """
 set -e
 hostname "$NAME"
 mount -t tmpfs -o size=3g tmpfs /dev/shm
-if [ -n "$HIDE" ]; then
-    mount --bind "$HIDE/.venv" "$DISK/image"
-    mount -t tmpfs -o size=1m tmpfs "$HIDE"
-    mkdir "$HIDE/.venv"
-    mount --bind "$DISK/image" "$HIDE/.venv"
-fi
 mount --bind "$DISK/home" /mnt
 if [ -n "$SHARED" ]; then
     mkdir -p /mnt/shared
     mount --bind "$SHARED" /mnt/shared
 fi
+# What the host sees of the machine, also if the machine has it below /tmp or below the checkout, which are hidden next.
+mkdir -p /mnt/.image
+mount --bind "$IMAGE" /mnt/.image
+case "$HIDE/" in /|/tmp/*) ;; *) mount -t tmpfs -o size=1m tmpfs "$HIDE" ;; esac
 mount --bind "$DISK/tmp" /tmp
+mkdir -p "$IMAGE"
+mount --bind /mnt/.image "$IMAGE"
 exec sleep infinity
 """
 
@@ -51,7 +52,7 @@ def reason_against() -> str:
         if shutil.which(tool) is None:
             return f"there is no `{tool}`"
     try:
-        with tempfile.TemporaryDirectory() as folder, DrillNetwork(Path(folder)) as network:
+        with tempfile.TemporaryDirectory() as folder, DrillNetwork(Path(folder), Path(sys.prefix)) as network:
             network.add()
     except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
         return f"hosts cannot be made here: {' '.join(str(error).split())[:200]}"
@@ -114,11 +115,12 @@ class DrillHost:
 
 
 class DrillNetwork:
-    """A bridge with hosts. `rate`: of each link, as tc writes it, such as 1gbit; "" for unshaped links."""
+    """A bridge with hosts. `checkout`: of Moray, with its Python environment. `rate`: of each link, as tc writes it,
+    such as 1gbit; "" for unshaped links."""
 
-    def __init__(self, folder: Path, rate: str = "") -> None:
+    def __init__(self, folder: Path, checkout: Path, rate: str = "") -> None:
         self.hosts: list[DrillHost] = []
-        self._folder, self._rate = folder, rate
+        self._folder, self._checkout, self._rate = folder, checkout, rate
         self._bridge = f"mry{os.getpid()}b"
 
     def __enter__(self) -> DrillNetwork:
@@ -137,7 +139,7 @@ class DrillNetwork:
         """Makes a host with an empty disk, and powers it on."""
         number = len(self.hosts) + 1
         host = DrillHost(number, self._folder / f"host-{number}", hides, shared)
-        for name in ("home", "tmp", "image"):
+        for name in ("home", "tmp"):
             (host.disk / name).mkdir(parents=True)
         (host.disk / "tmp").chmod(0o1777)
         self.hosts.append(host)
@@ -173,6 +175,7 @@ class DrillNetwork:
             "DISK": str(host.disk),
             "HIDE": str(host.hides or ""),
             "SHARED": str(host.shared or ""),
+            "IMAGE": sys.prefix if host.hides else str(self._checkout),
         }
         environment = {**os.environ, **folders}
         with host.log.open("ab") as log:

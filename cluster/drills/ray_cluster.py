@@ -125,7 +125,7 @@ def ray_drill(
     """A running cluster with this many nodes. `folder` gets the hosts' disks; it is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with DrillNetwork(folder, rate) as network:
+    with DrillNetwork(folder, checkout, rate) as network:
         shared = folder / "shared" if with_shared_folder else None
         if shared:
             shared.mkdir()
