@@ -26,8 +26,7 @@ from tests.checkout import ROOT
 from tests.conftest import Flow
 from tests.small_run import STEPS, recipe_text, write_text
 
-REASON = reason_against()
-pytestmark = [pytest.mark.ray, pytest.mark.skipif(bool(REASON), reason=REASON or "there is none")]
+pytestmark = pytest.mark.ray
 
 # Files that hold times, random ids or addresses.
 _VARYING = {
@@ -35,6 +34,12 @@ _VARYING = {
     "register": {"registration.json"},
     "smoke-serve": {"transcript.json"},
 }
+
+
+@pytest.fixture(autouse=True)
+def hosts_are_possible() -> None:
+    if reason := reason_against():
+        pytest.skip(reason)
 
 
 def prepare(drill: RayDrill, until: str) -> str:
