@@ -44,7 +44,7 @@ docs: $(VENV)/.installed-dev quickstart
 	$(BIN)/python -m pytest -q -m docs --durations=0
 
 # A recipe on hosts of namespaces that share nothing, as root: make drill RECIPE=FILE FAULTS="--fault dedup=node".
-drill: $(VENV)/.installed
+drill: $(VENV)/.installed-dev
 	$(BIN)/python -m moray.cluster.drills $(RECIPE) $(FAULTS)
 
 evidence: $(VENV)/.installed-dev

@@ -112,7 +112,7 @@ class Sample:
 
     def __init__(self, paths: list[AnyPath], sample_bytes: int) -> None:
         self._paths = paths
-        self.size = sum(in_threads(lambda path: text_bytes(read_shard(path, ["text"])["text"]), paths))
+        self.size = sum(in_threads(lambda path: text_bytes(read_shard(path, ["text"])["text"]), paths, most=4))
         self._share = min(1.0, sample_bytes / max(1, self.size))
         self.documents = 0
         self.bytes = 0

@@ -223,9 +223,9 @@ def list_folders(folder: AnyPath) -> list[str]:
     return sorted(folder.bucket.folders(f"{folder.key}/"))
 
 
-def in_threads(function: Callable[[T], S], items: Iterable[T]) -> list[S]:
-    """Applies a function that waits for files, for example `read_shard`, to many items at a time. Keeps the order."""
-    with ThreadPoolExecutor(_REQUESTS) as threads:
+def in_threads(function: Callable[[T], S], items: Iterable[T], most: int = _REQUESTS) -> list[S]:
+    """Applies a function that waits for files, for example `read_shard`, to `most` items at a time. Keeps the order."""
+    with ThreadPoolExecutor(most) as threads:
         return list(threads.map(function, items))
 
 
