@@ -14,6 +14,7 @@ from functools import partial
 from moray.cluster.drills.ray_cluster import KEYS, RayDrill
 from moray.platform.store.manifest import Manifest
 from moray.platform.store.paths import StorePath, bucket_at, set_store_variables
+from moray.platform.store.remote import RemoteArtifacts
 
 _STARTED = re.compile(r"^> (\S+)")
 _LATEST = 2.0  # seconds after the begin of a step at which a fault may happen
@@ -95,10 +96,7 @@ def _later(fault: Fault, drill: RayDrill, say: Say) -> None:
 
 def stored_manifests(drill: RayDrill) -> dict[str, Manifest]:
     """The newest manifest of each step in the store."""
-    set_store_variables(drill.root, {**KEYS, "AWS_ENDPOINT_URL": drill.endpoint})
-    from moray.platform.store.remote import RemoteArtifacts
-
-    store = RemoteArtifacts(drill.root)
+    store = _artifacts(drill)
     found: dict[str, Manifest] = {}
     for step in store.steps():
         for manifest in store.of_step(step):
@@ -115,11 +113,8 @@ def differing_files(one: Manifest, other: Manifest) -> list[str]:
 
 
 def unnamed_files(drill: RayDrill) -> list[str]:
-    """Keys below the steps of the store that no manifest names, without leases."""
-    from moray.platform.store.remote import RemoteArtifacts
-
-    set_store_variables(drill.root, {**KEYS, "AWS_ENDPOINT_URL": drill.endpoint})
-    store = RemoteArtifacts(drill.root)
+    """Keys in the folders of the store's artifacts that no manifest names."""
+    store = _artifacts(drill)
     found = []
     for step in store.steps():
         for manifest in store.of_step(step):
@@ -127,3 +122,8 @@ def unnamed_files(drill: RayDrill) -> list[str]:
             named = {f"{place.key}/{entry.path}" for entry in manifest.files}
             found += [item.key for item in place.bucket.objects(f"{place.key}/") if item.key not in named]
     return found
+
+
+def _artifacts(drill: RayDrill) -> RemoteArtifacts:
+    set_store_variables(drill.root, {**KEYS, "AWS_ENDPOINT_URL": drill.endpoint})
+    return RemoteArtifacts(drill.root)
