@@ -10,7 +10,14 @@ from typing import Any
 
 from moray.cluster.local import DRIVER, LocalCluster
 from moray.cluster.usage_log import read_usage
-from moray.platform.core.cluster import BackendUnreachableError, ClusterBackend, ExecutorState, Observed, Usage
+from moray.platform.core.cluster import (
+    BackendRefusedError,
+    BackendUnreachableError,
+    ClusterBackend,
+    ExecutorState,
+    Observed,
+    Usage,
+)
 
 _TIMEOUT_SECONDS = 20.0
 _STATES: Mapping[str, ExecutorState] = {
@@ -46,8 +53,7 @@ class RayJobs(ClusterBackend):
         response = self.request("GET", "/api/jobs/")
         if not response.ok:
             raise BackendUnreachableError(f"Ray cannot list its jobs: {_last_line(response.text)}")
-        found = [job for job in response.json() if job["submission_id"]]
-        return {job["submission_id"]: Observed(_STATES[job["status"]], _first_line(job["message"])) for job in found}
+        return {job["submission_id"]: _observed(job) for job in response.json() if job["submission_id"]}
 
     def stop(self, attempt: str) -> None:
         self.request("POST", f"/api/jobs/{attempt}/stop")  # 404: unknown, or just ended
@@ -66,7 +72,7 @@ class RayJobs(ClusterBackend):
         except requests.RequestException as error:
             raise BackendUnreachableError(f"Ray's dashboard does not respond: {type(error).__name__}") from error
         if response.status_code in (401, 403):
-            raise BackendUnreachableError(f"Ray's dashboard refuses the token (HTTP {response.status_code})")
+            raise BackendRefusedError(f"Ray's dashboard refuses the token (HTTP {response.status_code})")
         return response
 
     def _session(self) -> Any:
@@ -105,6 +111,11 @@ class LocalJobs(RayJobs):
 def driver_command(python: Sequence[str], *arguments: str) -> str:
     """The command line of a driver. Nothing is imported from its current folder."""
     return shlex.join([*python, "-P", "-m", "moray.platform.control.driver", *arguments])
+
+
+def _observed(job: Mapping[str, Any]) -> Observed:
+    host = (job.get("driver_info") or {}).get("node_ip_address") or ""
+    return Observed(_STATES[job["status"]], _first_line(job["message"]), host)
 
 
 def _first_line(message: str | None) -> str:

@@ -23,11 +23,14 @@ from moray.platform.control.reconcile import (
     decide_attempt,
     decide_job,
 )
-from moray.platform.core.cluster import BackendUnreachableError, Observed
-from moray.platform.core.errors import InputError
+from moray.platform.core.cluster import BackendUnreachableError, Observed, Usage
+from moray.platform.core.errors import InputError, RefusedError
 from moray.platform.core.home import Home
 from moray.platform.core.processes import boot
 from moray.platform.store.paths import in_threads
+
+_REFUSED_SECONDS = 30.0  # that a store may refuse requests before an ended attempt fails
+_USAGE_SECONDS = 5.0  # between requests for the use of a cluster
 
 
 @dataclass
@@ -36,6 +39,7 @@ class _Liveness:
 
     files: AttemptFiles
     last_alive: float  # when the driver was last seen alive, or else when the attempt was ordered
+    refused: float | None = None  # since when the store refuses requests
     was_alive: bool = False
     stop_sent: float | None = None
 
@@ -43,7 +47,9 @@ class _Liveness:
 class ClusterRounds:
     """Advances the jobs of one cluster. `log` receives one line of text per event.
 
-    error: why the cluster or its store does not respond; empty while they do.
+    error: why the cluster or its store does not respond; empty while they do. usage: of a cluster other than the local
+    one, as of the last minute; None if it is unknown. drivers: the host of each driver that the cluster lists, by
+    attempt.
     """
 
     def __init__(
@@ -51,6 +57,9 @@ class ClusterRounds:
     ) -> None:
         self.cluster = cluster
         self.error = ""
+        self.usage: Usage | None = None
+        self.drivers: Mapping[str, str] = {}
+        self._usage_due = 0.0
         self._home, self._database, self._jobs, self._log = home, database, jobs, log
         self._liveness: dict[str, _Liveness] = {}
         self._zombies: dict[str, float] = {}  # attempt id -> monotonic time of the last stop request
@@ -88,10 +97,14 @@ class ClusterRounds:
         """The attempts that the cluster lists; None while it is unreachable."""
         try:
             found = self.cluster.backend.observe()
+            if self.cluster.store and time.monotonic() >= self._usage_due:
+                self.usage = self.cluster.backend.usage()
+                self._usage_due = time.monotonic() + _USAGE_SECONDS
         except BackendUnreachableError as error:
-            self.error = str(error)
+            self.error, self.usage, self.drivers = str(error), None, {}
             return None
         self.error = ""
+        self.drivers = {name: one.host for name, one in found.items() if one.host and one.state == "running"}
         return found
 
     def _record(self, attempt: Attempt) -> _Liveness:
@@ -108,11 +121,29 @@ class ClusterRounds:
         attempt = job.latest
         if attempt is None or attempt.state in ATTEMPT_ENDED:
             raise RuntimeError(f"job {job.id} is {job.state} without an open attempt")
-        seen = self._observe_attempt(attempt, observed)
-        # While the cluster is unreachable, no silent attempt is declared lost: the cluster may come back with it.
-        if observed is None and seen.outcome is None and not seen.alive:
+        try:
+            seen = self._observe_attempt(attempt, observed)
+            # While the cluster is unreachable, no silent attempt is declared lost: the cluster may come back with it.
+            if observed is None and seen.outcome is None and not seen.alive:
+                return
+            self._apply(job, attempt, decide_attempt(job, attempt, seen))
+        except RefusedError as error:
+            self._refused(job, attempt, (observed or {}).get(attempt.id), error)
             return
-        self._apply(job, attempt, decide_attempt(job, attempt, seen))
+        if attempt.id in self._liveness:
+            self._liveness[attempt.id].refused = None
+
+    def _refused(self, job: Job, attempt: Attempt, observed: Observed | None, error: RefusedError) -> None:
+        """Ends the attempt of a driver that has ended, if its outcome can neither be read nor recorded for long. An
+        outage is different: then the attempt waits for the store."""
+        record, now = self._record(attempt), time.monotonic()
+        record.refused = now if record.refused is None else record.refused
+        if observed is None or observed.state in ("pending", "running") or now - record.refused < _REFUSED_SECONDS:
+            raise error
+        with self._database.write():
+            self._jobs.move_attempt(attempt.id, "failed", error.message)
+            self._jobs.move(job.id, "failed", error.message)
+        del self._liveness[attempt.id]
 
     def _observe_attempt(self, attempt: Attempt, observed: Mapping[str, Observed] | None) -> AttemptObservation:
         record, now = self._record(attempt), time.monotonic()

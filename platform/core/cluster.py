@@ -67,23 +67,31 @@ class BackendUnreachableError(Exception):
     """The cluster does not respond, so its state is unknown. This may be temporary."""
 
 
+class BackendRefusedError(BackendUnreachableError):
+    """What responds refuses this client, or is not a cluster. A person has to change something."""
+
+
 @dataclass(frozen=True)
 class Observed:
-    """The state of an attempt as the cluster reports it. A driver reported as running may be dead."""
+    """The state of an attempt as the cluster reports it. A driver reported as running may be dead. host: the address
+    of the driver's node, once it has started."""
 
     state: ExecutorState
     detail: str = ""
+    host: str = ""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One node of a cluster."""
+    """One node of a cluster: its resources, and those that tasks and actors have reserved."""
 
     address: str
     alive: bool
     head: bool = False
     cpus: float = 0.0
+    cpus_used: float = 0.0
     gpus: float = 0.0
+    gpus_used: float = 0.0
     memory_bytes: float = 0.0
     id: str = ""
 

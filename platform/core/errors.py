@@ -35,6 +35,10 @@ class InputError(MorayError):
     """A file, folder, artifact or value given by the user that is missing or unusable."""
 
 
+class RefusedError(InputError):
+    """The store answers, but refuses a request for a reason that repeating it does not change: no right, no room."""
+
+
 class StepFailed(MorayError):
     """A step failed after it started. Completed work is kept; a rerun resumes from it."""
 

@@ -34,7 +34,7 @@ from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
-from moray.platform.core.errors import InputError
+from moray.platform.core.errors import InputError, RefusedError
 from moray.platform.store.manifest import FileEntry
 
 Progress = Callable[[float, float], None]  # bytes done, total bytes
@@ -47,6 +47,7 @@ _QUIET_SECONDS = 2.0  # transfers shorter than this report no progress
 _BATCH = 1000  # the most objects that one request deletes
 _BROKEN_BODY = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 _ENDPOINT = "check AWS_ENDPOINT_URL, and that no proxy with a login page is in between"
+_BUCKET = ("the bucket does not exist", "create it, or correct the address")
 # Errors of the whole root, not of one object: code -> (problem, fix).
 _CREDENTIALS = ("invalid credentials", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN")
 _CLOCK = ("the clock of this machine differs from the server's", "set the clock")
@@ -59,8 +60,9 @@ _ROOT_ERRORS = {
     "InvalidAccessKeyId": _CREDENTIALS, "SignatureDoesNotMatch": _CREDENTIALS, "ExpiredToken": _CREDENTIALS,
     "InvalidToken": _CREDENTIALS, "RequestTimeTooSkewed": _CLOCK, "RequestExpired": _CLOCK,
     "AccountProblem": _ACCOUNT, "AllAccessDisabled": _ACCOUNT, "NotSignedUp": _ACCOUNT,
-    "PermanentRedirect": _REGION, "AuthorizationHeaderMalformed": _REGION,
+    "PermanentRedirect": _REGION, "AuthorizationHeaderMalformed": _REGION, "NoSuchBucket": _BUCKET,
 }  # fmt: skip
+_FULL = ("XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage")
 _ROOT = "moray-root.json"
 _SHA256 = "sha256"  # in an object's metadata
 
@@ -334,14 +336,16 @@ class Bucket:
 
     def _client_error(self, error: ClientError, key: str) -> InputError:
         code, where = _code(error) or f"HTTP {_status(error)}", f"{self.url}/{key}" if key else self.url
-        if code == "NoSuchBucket":
-            return InputError(f"{self.url}: bucket {self._name!r} does not exist", "create it, or correct the address")
         if code in _ROOT_ERRORS:
             problem, hint = _ROOT_ERRORS[code]
-            return InputError(f"{self.url}: {problem} ({code})", hint)
+            return RefusedError(f"{self.url}: {problem} ({code})", hint)
         if code == "AccessDenied" or _status(error) == 403:
             hint = "these credentials need s3:ListBucket, GetObject, PutObject and DeleteObject below that prefix"
-            return InputError(f"{where}: access denied", hint)
+            return RefusedError(f"{where}: access denied", hint)
+        if code in _FULL or _status(error) == 507:
+            return RefusedError(
+                f"{where}: the store is full ({code})", "free some space or raise its quota, then run again"
+            )
         if code in ("NoSuchKey", "404"):
             return InputError(f"{where} is missing" + ("" if key else " (HTTP 404)"), "" if key else _ENDPOINT)
         if _status(error) == 412:

@@ -115,4 +115,4 @@ def test_a_missing_bucket_or_object_is_one_error(s3: Any) -> None:
     s3.put_object(Bucket=BUCKET, Key="d/a.txt", Body=b"x")
     assert "no file matches ['**/*'] in s3://" in error(url=f"s3://{BUCKET}/nothing").message
     assert error(url=f"s3://{BUCKET}/d", include=("*.gz",)).hint == "correct `include` or `url`"
-    assert "bucket 'no-such-bucket' does not exist" in error(url="s3://no-such-bucket/x").message
+    assert "s3://no-such-bucket/x: the bucket does not exist" in error(url="s3://no-such-bucket/x").message

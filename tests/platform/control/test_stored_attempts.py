@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moray.platform.control import cluster_rounds, reconcile
 from moray.platform.control.attempt import AttemptOrder, Outcome, StoredFiles
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
@@ -22,7 +23,7 @@ from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 from moray.platform.server.overview import Overview
 from moray.platform.store.paths import StorePath, bucket_at
-from tests.s3 import BUCKET
+from tests.s3 import BUCKET, Request, faulty_proxy
 
 ORDER = AttemptOrder(
     source="name: x", path="r.yaml", folder="/", overrides=(), address="", cpus=1, gpus=0, memory_bytes=1, ordered=0.0,
@@ -35,6 +36,7 @@ class Cluster(ClusterBackend):
 
     def __init__(self) -> None:
         self.away = False
+        self.store = ""
         self.submitted: list[str] = []
         self.jobs: dict[str, Observed] = {}
         self.forgotten: list[str] = []
@@ -71,7 +73,7 @@ def plane(home: Home, tmp_path: Path) -> Iterator[tuple[Controller, Cluster, Dat
     def find(name: str) -> ManagedCluster:
         if name != "lab":
             raise InputError(f"unknown cluster {name!r}", "moray cluster list")
-        return ManagedCluster("lab", lab, 2, lambda: Topology(1, 0, 1), where="http://lab:8265")
+        return ManagedCluster("lab", lab, 2, lambda: Topology(1, 0, 1), where="http://lab:8265", store=lab.store)
 
     database = Database(home.database, durable=False)
     local = ManagedCluster(LOCAL, Cluster(), 1, lambda: Topology(1, 0, 1))
@@ -129,6 +131,35 @@ def test_a_job_that_misses_its_deadline_is_cancelled_once(
     controller.round()
     controller.round()
     assert controller.jobs.get(timely.id).state == "starting"
+
+
+def test_an_ended_driver_whose_store_refuses_writes_fails_with_the_reason(
+    plane: tuple[Controller, Cluster, Database], tmp_path: Path, s3: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, lab, _ = plane
+    refuses: list[bool] = []
+
+    def fault(request: Request) -> str | tuple[int, str]:
+        return (507, "<Error><Code>XMinioStorageFull</Code></Error>") if refuses and request.method == "PUT" else "pass"
+
+    with faulty_proxy(s3_url, fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        bucket_at.cache_clear()
+        lab.store = f"s3://{BUCKET}/full"
+        job = controller.jobs.submit(submission(tmp_path, "lab"))[0]
+        controller.round()
+        refuses.append(True)
+        lab.jobs[f"{job.id}.1"] = Observed("failed", "exit code 1")
+        monkeypatch.setattr(reconcile, "SILENT_SECONDS", 0.0)
+        controller.round()
+        assert controller.jobs.get(job.id).state == "starting"
+        assert "the store is full" in controller.clusters()["lab"].error
+        monkeypatch.setattr(cluster_rounds, "_REFUSED_SECONDS", 0.0)
+        controller.round()
+    found = controller.jobs.get(job.id)
+    assert (found.state, [attempt.state for attempt in found.attempts]) == ("failed", ["failed"])
+    assert f"s3://{BUCKET}/full/runs/{job.id}.1/outcome.json: the store is full" in found.reason
+    bucket_at.cache_clear()
 
 
 def test_jobs_of_others_on_a_shared_cluster_are_left_alone(

@@ -322,7 +322,7 @@ def test_errors_of_the_root_are_reported_before_anything_starts(
     home: Home, s3: Any, monkeypatch: pytest.MonkeyPatch, through: Callable[[Fault], Any]
 ) -> None:
     shared = f"s3://{BUCKET}/root"
-    assert "bucket 'nobodys' does not exist" in refused(Home(home.root, "s3://nobodys/root")).message
+    assert "s3://nobodys/root: the bucket does not exist" in refused(Home(home.root, "s3://nobodys/root")).message
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
         patch.delenv("AWS_SECRET_ACCESS_KEY")
