@@ -30,7 +30,7 @@ def examine_cluster(profile: Profile) -> Iterator[Finding]:
     jobs = ExistingJobs(profile)
     set_store_variables(profile.store, profile.variables())
     try:
-        version = _version(jobs)
+        version = jobs.version()
     except BackendUnreachableError as error:
         yield Finding(
             "dashboard", "fail", f"{profile.address}: {error}", "correct `address` or `token`; start Ray's head"
@@ -47,14 +47,6 @@ def examine_cluster(profile: Profile) -> Iterator[Finding]:
     hosts = jobs.hosts()
     yield _hosts(hosts)
     yield from _probe(profile, jobs, hosts)
-
-
-def _version(jobs: ExistingJobs) -> str:
-    response = jobs.request("GET", "/api/version")
-    try:
-        return str(response.json()["ray_version"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise BackendUnreachableError(f"another program answers there (HTTP {response.status_code})") from error
 
 
 def _ray_version(version: str) -> Finding:

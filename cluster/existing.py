@@ -6,14 +6,17 @@ runs are in the store of the profile.
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from moray.cluster.code_package import code_package
+from moray.cluster.pending import demand_words
 from moray.cluster.ray_jobs import RayJobs, driver_command
 from moray.platform.control.profiles import Profile
-from moray.platform.core.cluster import BackendUnreachableError, Host, Usage
+from moray.platform.core.cluster import BackendRefusedError, BackendUnreachableError, Host, Usage
+from moray.platform.core.errors import InputError
 
 WORKER_SETUP = "moray.cluster.machine.set_up_worker"
 _NODE_LABEL = "ray.io/node-id"
@@ -32,6 +35,27 @@ class ExistingJobs(RayJobs):
     def token(self) -> str:
         return self._profile.token.reveal() if self._profile.token else ""
 
+    def check(self) -> None:
+        """Raises InputError if jobs cannot run there until a person changes something, and BackendUnreachableError if
+        nothing responds."""
+        try:
+            found, own = self.version(), importlib.metadata.version("ray")
+        except BackendRefusedError as error:
+            raise InputError(
+                f"{self._profile.address}: {error}", "correct `address` or `token` of the profile"
+            ) from error
+        if found != own:
+            fix = f"install ray=={own} on the cluster's hosts, or ray=={found} here"
+            raise InputError(f"{self._profile.address}: Ray {found} on the cluster, {own} here", fix)
+
+    def version(self) -> str:
+        """The cluster's version of Ray."""
+        response = self.request("GET", "/api/version")
+        try:
+            return str(response.json()["ray_version"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise BackendRefusedError(f"another program answers there (HTTP {response.status_code})") from error
+
     def job(self, attempt: str, environment: Mapping[str, str]) -> dict[str, Any]:
         python = shlex.split(self._profile.python)
         return {
@@ -49,28 +73,48 @@ class ExistingJobs(RayJobs):
         return found
 
     def hosts(self) -> tuple[Host, ...]:
-        """The nodes that the cluster knows, the head first. Raises BackendUnreachableError."""
-        response = self.request("GET", "/api/v0/nodes?detail=true&limit=10000")
-        try:
-            rows = response.json()["data"]["result"]["result"]
-            found = [_host(row) for row in rows]
-        except (ValueError, LookupError, TypeError) as error:
-            raise BackendUnreachableError("the response is not that of Ray's dashboard") from error
-        return tuple(sorted(found, key=lambda host: (not host.head, not host.alive, host.address)))
+        """The nodes that the cluster knows, the head first, without their use. Raises BackendUnreachableError."""
+        return self._hosts({})
 
     def usage(self) -> Usage:
-        hosts = self.hosts()
+        load = self._load()
+        hosts = self._hosts(load.get("usageByNode") or {})
         alive = [host for host in hosts if host.alive]
         return Usage(
             cpus=sum(host.cpus for host in alive),
-            cpus_used=0.0,
+            cpus_used=sum(host.cpus_used for host in alive),
             gpus=sum(host.gpus for host in alive),
-            gpus_used=0.0,
+            gpus_used=sum(host.gpus_used for host in alive),
             nodes=len(alive),
+            waiting=tuple(f"{count} x {demand_words(wanted)}" for wanted, count in load.get("resourceDemand") or ()),
             dead_nodes=len(hosts) - len(alive),
             hosts=hosts,
             memory_bytes=sum(host.memory_bytes for host in alive),
         )
+
+    def _hosts(self, used: Mapping[str, Any]) -> tuple[Host, ...]:
+        """used: by node id and resource, [used, total]."""
+        rows = self._read("/api/v0/nodes?detail=true&limit=10000", "result", "result")
+        if rows is None:
+            raise BackendUnreachableError("the response is not that of Ray's dashboard")
+        found = [_host(row, used.get(str(row["node_id"])) or {}) for row in rows]
+        # Ray also lists what died: a host that came back is not dead.
+        hosts = {host.address: host for host in sorted(found, key=lambda host: host.alive)}
+        return tuple(sorted(hosts.values(), key=lambda host: (not host.head, not host.alive, host.address)))
+
+    def _load(self) -> Mapping[str, Any]:
+        """The reserved resources and the pending demands, which Ray's autoscaler reports. Empty without one."""
+        return self._read("/api/cluster_status", "clusterStatus", "loadMetricsReport") or {}
+
+    def _read(self, path: str, *keys: str) -> Any:
+        """A part of the data of a response; None if it does not have it."""
+        try:
+            found = self.request("GET", path).json()["data"]
+            for key in keys:
+                found = found[key]
+        except (ValueError, LookupError, TypeError):
+            return None
+        return found
 
     def _off_the_head(self) -> dict[str, Any]:
         """The part of a request that places the driver: not on the head, unless it is the only node."""
@@ -90,14 +134,20 @@ class ExistingJobs(RayJobs):
         return package.uri
 
 
-def _host(row: Mapping[str, Any]) -> Host:
+def _host(row: Mapping[str, Any], used: Mapping[str, Any]) -> Host:
     resources = row.get("resources_total") or {}
+
+    def reserved(name: str) -> float:
+        return float((used.get(name) or (0.0,))[0])
+
     return Host(
         address=str(row["node_ip"]),
         alive=row["state"] == "ALIVE",
         head=bool(row["is_head_node"]),
         cpus=float(resources.get("CPU", 0.0)),
+        cpus_used=reserved("CPU"),
         gpus=float(resources.get("GPU", 0.0)),
+        gpus_used=reserved("GPU"),
         memory_bytes=float(resources.get("memory", 0.0)),
         id=str(row["node_id"]),
     )

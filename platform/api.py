@@ -174,6 +174,8 @@ def run_on(
     from moray.cluster.managed import open_cluster
 
     opened, cluster = open_recipe(recipe, overrides), open_cluster(profile)
+    if reason := why_absent(profile):
+        raise InputError(f"{profile.address}: {reason}", "start Ray's head, or correct `address`")
     submission = Submission(
         source=opened.source,
         path=str(opened.path),
@@ -183,6 +185,18 @@ def run_on(
         stored=upload_files(opened, profile, yes, progress),
     )
     return run_on_cluster(home or Home.from_environment(), cluster, submission, show, warn)
+
+
+def why_absent(profile: Profile) -> str:
+    """Why the cluster of a profile does not respond; "" if it does. Raises InputError if it responds but cannot run
+    jobs until a person changes something: it refuses the token, it is not Ray, or it has another version of Ray."""
+    from moray.cluster.existing import ExistingJobs
+
+    try:
+        ExistingJobs(profile).check()
+    except BackendUnreachableError as error:
+        return str(error)
+    return ""
 
 
 def check_cluster(name: str, home: Home | None = None) -> Iterator[Finding]:

@@ -117,11 +117,12 @@ def stored_files(
     """
     if cluster == LOCAL:
         return {"cluster": cluster}
-    from moray.platform.api import open_recipe
+    from moray.platform.api import open_recipe, why_absent
     from moray.platform.control.profiles import load_profile
     from moray.platform.control.upload import upload_files
 
     profile = load_profile(Home.from_environment(), cluster)
+    why_absent(profile)  # the job waits for a cluster that does not respond
     return {"cluster": cluster, "stored": upload_files(open_recipe(recipe, overrides), profile, yes, progress)}
 
 

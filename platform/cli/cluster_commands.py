@@ -109,11 +109,11 @@ def cluster_status(name: str, /, *, json_: Json = False) -> int:
     rows = [
         (
             host.address + (" (head)" if host.head else ""), "alive" if host.alive else "dead",
-            f"{host.cpus:g}", f"{host.gpus:g}", size(host.memory_bytes),
+            f"{host.cpus_used:g} of {host.cpus:g}", f"{host.gpus_used:g} of {host.gpus:g}", size(host.memory_bytes),
         )
         for host in usage.hosts
     ]  # fmt: skip
-    print_table(("host", "state", "CPU>", "GPU>", "memory>"), rows)
+    print_table(("host", "state", "CPU in use>", "GPU in use>", "memory>"), rows)
     return 0
 
 

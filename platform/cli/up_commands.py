@@ -107,12 +107,31 @@ def show_overview(found: dict[str, Any], json_: bool) -> int:
         if one["name"] != LOCAL:
             state = one["error"] or f"{one['running']} of {one['slots']} jobs running, {one['queued']} queued"
             out().print(f"cluster  {one['name']} at {one['where'] or '?'}: {state}", markup=False)
+            _show_hosts(one.get("usage"))
     out().print(
         f"jobs     {found['active']} running ({found['slots']} slots here), {found['waiting']} queued", markup=False
     )
     for job in (*running, *queued[:10]):
         out().print(f"  {job['id']}  {job['state']}  {job['priority']}  {job['cluster']}", markup=False)
     return 0
+
+
+def _show_hosts(usage: dict[str, Any] | None) -> None:
+    """Prints the hosts of a cluster other than the local one: what is in use, and whose drivers run where."""
+    if usage is None:
+        return
+    for host in usage["hosts"]:
+        state = f"{host['cpus_used']:g} of {host['cpus']:g} CPU" + (
+            f", {host['gpus_used']:g} of {host['gpus']:g} GPU" if host["gpus"] else ""
+        )
+        drivers = f"; driver of {', '.join(host['drivers'])}" if host["drivers"] else ""
+        name = f"{host['address']}{' (head)' if host['head'] else ''}"
+        out().print(f"  {name}  {state if host['alive'] else 'dead'}{drivers}", markup=False)
+    more = usage["nodes"] + usage["dead_nodes"] - len(usage["hosts"])
+    if more > 0:
+        out().print(f"  and {more} more hosts", markup=False)
+    if usage["waiting"]:
+        out().print(f"  pending demand: {', '.join(usage['waiting'])}", markup=False)
 
 
 def _already_up(home: Home, requested: dict[str, int | None], json_: bool) -> int:

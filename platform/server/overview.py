@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from moray.platform.control.choices import LOCAL
+from moray.platform.control.cluster_rounds import ClusterRounds
 from moray.platform.control.controller import Controller
 from moray.platform.control.jobs import ENDED, IN_FLIGHT
 from moray.platform.control.supervisor import read_state
@@ -21,6 +22,7 @@ _RECENT = 20
 _SHOWN = 30  # jobs and schedules of each kind: every page gets them all
 _DAY = 86400.0
 _USAGE_SECONDS = 2.0
+_SHOWN_HOSTS = 20
 _NO_USAGE = Usage(cpus=0.0, cpus_used=0.0, gpus=0.0, gpus_used=0.0, nodes=0)
 
 
@@ -80,6 +82,7 @@ class Overview:
                 "running": sum(counts.get((name, state), 0) for state in IN_FLIGHT),
                 "queued": counts.get((name, "queued"), 0),
                 "error": found[name].error if name in found else self._controller.problem(name),
+                **(_use(found[name]) if name in found else {}),
             }
             for name in [*found, *sorted({cluster for cluster, _ in counts} - set(found))]
         ]
@@ -100,3 +103,17 @@ class Overview:
             return {"alive": False, **asdict(_NO_USAGE), **local, "detail": str(error)}
         detail = f"pending demand: {', '.join(usage.waiting)}" if usage.waiting else ""
         return {"alive": True, **asdict(usage), **local, "detail": detail}
+
+
+def _use(cluster: ClusterRounds) -> dict[str, Any]:
+    """Resources and hosts of a cluster other than the local one: dead hosts and those with drivers first."""
+    usage = cluster.usage
+    if usage is None:
+        return {}
+    drivers: dict[str, list[str]] = {}
+    for attempt, host in sorted(cluster.drivers.items()):
+        drivers.setdefault(host, []).append(attempt)
+    hosts = sorted(usage.hosts, key=lambda host: (host.alive, host.address not in drivers))
+    shown = [asdict(host) | {"drivers": drivers.get(host.address, [])[:_SHOWN_HOSTS]} for host in hosts[:_SHOWN_HOSTS]]
+    totals = {name: value for name, value in asdict(usage).items() if name not in ("hosts", "waiting")}
+    return {"usage": totals | {"waiting": list(usage.waiting[:_SHOWN_HOSTS]), "hosts": shown}}

@@ -216,39 +216,47 @@ function cluster(found) {
       empty(found?.detail || "The cluster is unreachable.", "moray status"),
     );
   }
-  const rows = [
-    ["CPU", found.cpus_used, found.cpus, count],
-    ["GPU", found.gpus_used, found.gpus, count],
-    ["Memory", found.memory_used_bytes, found.memory_bytes, bytes],
-  ];
   return card(
     "Cluster",
-    h(
-      "span",
-      { class: "dim" },
-      `${found.nodes} ${found.nodes === 1 ? "node" : "nodes"}`,
-      found.dead_nodes ? h("span", { class: "warn" }, `, ${found.dead_nodes} dead`) : null,
-    ),
-    h(
-      "dl",
-      { class: "meters" },
-      rows
-        .filter((row) => row[2])
-        .map(([name, used, all, form]) =>
-          h(
-            "div",
-            {},
-            h("dt", {}, name),
-            h("dd", {}, `${form(used)} of ${form(all)}`),
-            bar(used / all, `${name} in use`),
-          ),
-        ),
-    ),
+    h("span", { class: "dim" }, ...nodes(found)),
+    meters(found),
     found.detail ? h("p", { class: "dim" }, found.detail) : null,
   );
 }
 
-/** The clusters other than this machine, with why one does not respond. */
+/** How many nodes live, and how many are dead. */
+function nodes(use) {
+  return [
+    `${use.nodes} ${use.nodes === 1 ? "node" : "nodes"}`,
+    use.dead_nodes ? h("span", { class: "warn" }, `, ${use.dead_nodes} dead`) : null,
+  ];
+}
+
+/** How much of each resource is in use. Of the other clusters, the memory in use is not known. */
+function meters(use) {
+  const rows = [
+    ["CPU", use.cpus_used, use.cpus, count],
+    ["GPU", use.gpus_used, use.gpus, count],
+    ["Memory", use.memory_used_bytes, use.memory_bytes, bytes],
+  ];
+  return h(
+    "dl",
+    { class: "meters" },
+    rows
+      .filter(([, used, all]) => all && used !== undefined)
+      .map(([name, used, all, form]) =>
+        h(
+          "div",
+          {},
+          h("dt", {}, name),
+          h("dd", {}, `${form(used)} of ${form(all)}`),
+          bar(used / all, `${name} in use`),
+        ),
+      ),
+  );
+}
+
+/** The clusters other than this machine: their hosts, what runs there, and why one does not respond. */
 function clusters(all) {
   const found = all.filter((one) => one.name !== "local");
   if (!found.length) return null;
@@ -271,13 +279,35 @@ function clusters(all) {
               h("span", { class: "name" }, one.name),
               h("span", { class: "end dim" }, `${one.running} of ${count(one.slots)} jobs, ${one.queued} queued`),
             ),
-            h("div", { class: "line dim" }, one.where),
+            h("div", { class: "line dim" }, one.where, one.usage ? h("span", { class: "end" }, ...nodes(one.usage)) : null),
             one.error ? h("div", { class: "line" }, h("span", { class: "warn" }, one.error)) : null,
+            one.usage ? [meters(one.usage), hosts(one.usage)] : null,
           ),
         ),
       ),
     ),
   );
+}
+
+/** The hosts of a cluster, the dead ones and those with drivers first, and the demands that wait for room. */
+function hosts(use) {
+  const more = use.nodes + use.dead_nodes - use.hosts.length;
+  return [
+    ...use.hosts.map((one) =>
+      h(
+        "div",
+        { class: "line", "data-key": one.id },
+        h("span", { class: one.alive ? "" : "bad" }, one.address),
+        one.head ? h("span", { class: "tag" }, "head") : null,
+        one.drivers.map((attempt) =>
+          h("a", { href: `/jobs/${encodeURIComponent(attempt.slice(0, attempt.lastIndexOf(".")))}`, class: "tag", title: `The driver of ${attempt} runs here` }, "driver"),
+        ),
+        h("span", { class: "end dim" }, one.alive ? `${count(one.cpus_used)} of ${count(one.cpus)} CPU` : "dead"),
+      ),
+    ),
+    more > 0 ? h("div", { class: "line dim" }, `and ${count(more)} more`) : null,
+    use.waiting.length ? h("p", { class: "dim" }, `pending demand: ${use.waiting.join(", ")}`) : null,
+  ];
 }
 
 function services(found) {
