@@ -78,8 +78,8 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def faulty_proxy(server: str, fault: Fault) -> Iterator[str]:
-    """The URL of a proxy before `server` that asks `fault` about each request."""
+def faulty_proxy(server: str, fault: Fault, listen: str = "127.0.0.1") -> Iterator[str]:
+    """The URL of a proxy before `server`, at the address `listen`, that asks `fault` about each request."""
     host = server.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
@@ -126,11 +126,11 @@ def faulty_proxy(server: str, fault: Fault) -> Iterator[str]:
 
     for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
         setattr(Handler, f"do_{method}", Handler.relay)
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    proxy = ThreadingHTTPServer((listen, 0), Handler)
     thread = threading.Thread(target=proxy.serve_forever, args=(0.01,), name="faulty proxy", daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{proxy.server_address[1]}"
+        yield f"http://{listen}:{proxy.server_address[1]}"
     finally:
         proxy.shutdown()
         thread.join()

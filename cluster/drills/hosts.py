@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,10 @@ from pathlib import Path
 
 import psutil
 
+from moray.cluster.drills import namespaces
+
 NETWORK = "10.231.78"
-_GATEWAY = f"{NETWORK}.254"
+GATEWAY = f"{NETWORK}.254"  # the machine's address, as the hosts see it
 _HOME = "/mnt"  # the mount point of a host's own disk
 _INIT = """
 set -e
@@ -77,7 +78,7 @@ class DrillHost:
 
     @property
     def namespace(self) -> str:
-        return f"mry{os.getpid()}d{self.number}"
+        return namespaces.name_of("d", self.number)
 
     @property
     def log(self) -> Path:
@@ -92,6 +93,10 @@ class DrillHost:
     @property
     def is_on(self) -> bool:
         return self.pid != 0
+
+    def pids(self) -> list[int]:
+        """The processes on this host, as the machine numbers them. Empty if it is off."""
+        return namespaces.pids(self.namespace)
 
     def command(self, command: Sequence[str], variables: Mapping[str, str], folder: str = _HOME) -> list[str]:
         """The command line that runs a command on this host."""
@@ -121,19 +126,17 @@ class DrillNetwork:
     def __init__(self, folder: Path, checkout: Path, rate: str = "") -> None:
         self.hosts: list[DrillHost] = []
         self._folder, self._checkout, self._rate = folder, checkout, rate
-        self._bridge = f"mry{os.getpid()}b"
+        self._bridge = namespaces.name_of("b")
 
     def __enter__(self) -> DrillNetwork:
-        _sweep()
-        _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("addr", "add", f"{_GATEWAY}/24", "dev", self._bridge)
-        _ip("link", "set", self._bridge, "up")
+        namespaces.sweep()
+        namespaces.add_bridge(self._bridge, f"{GATEWAY}/24")
         return self
 
     def __exit__(self, *_: object) -> None:
         for host in self.hosts:
             self.cut_power(host)
-        _ip("link", "del", self._bridge)
+        namespaces.ip("link", "del", self._bridge)
 
     def add(self, hides: Path | None = None, shared: Path | None = None) -> DrillHost:
         """Makes a host with an empty disk, and powers it on."""
@@ -149,27 +152,13 @@ class DrillNetwork:
     def power_on(self, host: DrillHost) -> None:
         """Boots a host. Its disk has what it had before; /dev/shm is empty."""
         name = host.namespace
-        _ip("netns", "add", name)
-        _ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth0", "netns", name)
-        _ip("link", "set", f"{name}v", "master", self._bridge, "up")
-        _ip("-n", name, "addr", "add", f"{host.address}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            _ip("-n", name, "link", "set", device, "up")
+        namespaces.add_host(name, self._bridge, host.address)
         if self._rate:
             self._shape(name)
         enter = [
-            "ip",
-            "netns",
-            "exec",
-            name,
-            "unshare",
-            "--mount",
-            "--uts",
-            "--pid",
-            "--fork",
-            "--kill-child",
+            "ip", "netns", "exec", name, "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child",
             "--mount-proc",
-        ]
+        ]  # fmt: skip
         folders = {
             "NAME": f"host-{host.number}",
             "DISK": str(host.disk),
@@ -189,18 +178,17 @@ class DrillNetwork:
         """First the network, so that nobody hears of it, then every process."""
         if not host.is_on:
             return
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _ip("link", "del", f"{host.namespace}v")
+        namespaces.unplug(host.namespace)
         with contextlib.suppress(ProcessLookupError):
             os.kill(host.pid, 9)
         for process in host.processes:
             process.wait()
         host.pid, host.processes = 0, []
-        _ip("netns", "del", host.namespace)
+        namespaces.ip("netns", "del", host.namespace)
 
     def _shape(self, name: str) -> None:
         shape = ["root", "tbf", "rate", self._rate, "burst", "256kb", "latency", "50ms"]
-        subprocess.run(["tc", "qdisc", "add", "dev", f"{name}v", *shape], check=True, capture_output=True)
+        subprocess.run(["tc", "qdisc", "add", "dev", namespaces.link_of(name), *shape], check=True, capture_output=True)
         subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape], check=True, capture_output=True)
 
 
@@ -214,26 +202,3 @@ def _init_of(unshare: subprocess.Popen[bytes], host: DrillHost) -> int:
                     return child.pid
         time.sleep(0.01)
     raise RuntimeError(f"host {host.number} did not start: {host.log.read_text(errors='replace')[-2000:]}")
-
-
-def _sweep() -> None:
-    """Removes what drills left that were killed."""
-    for found in _listed("netns", "list", r"(mry(\d+)d\d+)"):
-        listed = subprocess.run(["ip", "netns", "pids", found], check=True, capture_output=True, text=True)
-        for pid in listed.stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), 9)
-        _ip("netns", "del", found)
-    for found in _listed("-o", "link", r"(mry(\d+)(?:b|d\d+v))[:@]"):
-        subprocess.run(["ip", "link", "del", found], check=False, capture_output=True)
-
-
-def _listed(*arguments: str) -> list[str]:
-    """The names that the last argument, a pattern, finds in the output of `ip`, of processes that have ended."""
-    *command, pattern = arguments
-    text = subprocess.run(["ip", *command], check=True, capture_output=True, text=True).stdout
-    return [name for name, pid in re.findall(pattern, text) if not psutil.pid_exists(int(pid))]
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import shutil
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +45,11 @@ class RayDrill:
     laptop: DrillHost
     nodes: list[DrillHost] = field(default_factory=list)
     shared: Path | None = None  # a folder that all hosts see, as the store instead of the S3 server
+    proxy: str = ""  # the URL of a proxy before the S3 server, which the laptop and the nodes use
 
     @property
     def endpoint(self) -> str:
+        """The URL of the S3 server."""
         return f"http://{self.store.address}:{_S3_PORT}"
 
     @property
@@ -101,7 +105,12 @@ class RayDrill:
 
     def variables(self) -> dict[str, str]:
         """What drivers and tasks need to reach the store."""
-        return {**KEYS, "AWS_ENDPOINT_URL": self.endpoint, "OMP_NUM_THREADS": "1", "MORAY_HOME": "/mnt/moray"}
+        return {
+            **KEYS,
+            "AWS_ENDPOINT_URL": self.proxy or self.endpoint,
+            "OMP_NUM_THREADS": "1",
+            "MORAY_HOME": "/mnt/moray",
+        }
 
     def moray(self, *arguments: str) -> list[str]:
         """The command line that runs `moray` on the laptop."""
@@ -113,16 +122,36 @@ class RayDrill:
         self.network.power_on(host)
         self.start_node(host)
 
+    def start_nodes(self, hosts: Sequence[DrillHost]) -> None:
+        """Starts Ray nodes at the same time."""
+        with ThreadPoolExecutor(len(hosts)) as threads:
+            list(threads.map(self.start_node, hosts))
+
+    def write_profile(self) -> None:
+        """Writes the cluster's profile, `drill`, on the laptop."""
+        profiles = self.laptop.home / "moray" / "clusters"
+        profiles.mkdir(parents=True, exist_ok=True)
+        (profiles / "drill.yaml").write_text(self.profile())
+
+    def forget_state(self) -> None:
+        """Deletes the state of Ray's head, which must be off."""
+        shutil.rmtree(self.head.home / "gcs")
+
+    def controllers(self) -> list[int]:
+        """The processes of the laptop's controller."""
+        return [pid for pid in self.laptop.pids() if "moray.platform.server.app" in " ".join(_command(pid))]
+
     def runs_driver(self, host: DrillHost) -> bool:
         """Whether the driver of a job is on this host."""
-        return any("moray.platform.control.driver" in " ".join(process) for process in _commands(host))
+        return any("moray.platform.control.driver" in " ".join(_command(pid)) for pid in host.pids())
 
 
 @contextmanager
 def ray_drill(
     folder: Path, nodes: int, checkout: Path, rate: str = "", with_shared_folder: bool = False
 ) -> Iterator[RayDrill]:
-    """A running cluster with this many nodes. `folder` gets the hosts' disks; it is emptied first."""
+    """A running cluster with this many nodes. `folder` gets the hosts' disks; it is emptied first. rate: of each link,
+    as tc writes it. with_shared_folder: the store is a folder that all hosts see."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with DrillNetwork(folder, checkout, rate) as network:
@@ -131,15 +160,11 @@ def ray_drill(
             shared.mkdir()
         store, head = network.add(checkout), network.add(checkout, shared)
         drill = RayDrill(network, checkout, store, head, network.add(shared=shared), shared=shared)
-        drill.start_store()
-        drill.start_head()
-        for _ in range(nodes):
-            host = network.add(checkout, shared)
-            drill.nodes.append(host)
-            drill.start_node(host)
-        profiles = drill.laptop.home / "moray" / "clusters"
-        profiles.mkdir(parents=True)
-        (profiles / "drill.yaml").write_text(drill.profile())
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(lambda start: start(), [drill.start_store, drill.start_head]))
+        drill.nodes += [network.add(checkout, shared) for _ in range(nodes)]
+        drill.start_nodes(drill.nodes)
+        drill.write_profile()
         yield drill
 
 
@@ -155,15 +180,24 @@ def fetches(drill: RayDrill) -> dict[tuple[str, str], int]:
     return found
 
 
-def _commands(host: DrillHost) -> Iterator[Sequence[str]]:
-    """The command lines of a host's processes."""
-    for process in psutil.Process(host.pid).parents()[0].children(recursive=True) if host.is_on else ():
-        with suppress(psutil.Error):
-            yield process.cmdline()
-    listed = subprocess.run(["ip", "netns", "pids", host.namespace], check=False, capture_output=True, text=True)
-    for pid in listed.stdout.split():
-        with suppress(psutil.Error):
-            yield psutil.Process(int(pid)).cmdline()
+def object_store_contains(pids: Sequence[int], texts: Sequence[bytes]) -> list[bytes]:
+    """Which of these texts are in the memory of Ray's object store, also in objects that were freed. pids: processes
+    of the host, the raylet among them."""
+    found: set[bytes] = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):
+                if os.readlink(link).startswith("/dev/shm/plasma"):
+                    with link.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+                        found |= {text for text in texts if memory.find(text) >= 0}
+    return sorted(found)
+
+
+def _command(pid: int) -> list[str]:
+    """The command line of a process; empty if it has ended."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).cmdline()
+    return []
 
 
 def _answers(url: str) -> bool:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from moray.cluster.drills import namespaces
 from moray.platform.core.ports import free_port
 
 NETWORK = "10.231.77"
@@ -32,10 +31,10 @@ def reason_against() -> str:
         return "only root makes network namespaces"
     if shutil.which("ip") is None:
         return "there is no `ip` (package iproute2)"
-    probe = f"mry{os.getpid()}p"
+    probe = namespaces.name_of("p")
     if subprocess.run(["ip", "netns", "add", probe], check=False, capture_output=True).returncode:
         return "this machine lets nobody make network namespaces"
-    _ip("netns", "del", probe)
+    namespaces.ip("netns", "del", probe)
     return ""
 
 
@@ -53,13 +52,7 @@ class Hosts:
 
     def start(self, host: int) -> None:
         """Plugs a host in and starts its Ray node."""
-        name = _name(host)
-        _ip("netns", "add", name)
-        _ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth0", "netns", name)
-        _ip("link", "set", f"{name}v", "master", _bridge(), "up")
-        _ip("-n", name, "addr", "add", f"{_address(host)}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            _ip("-n", name, "link", "set", device, "up")
+        namespaces.add_host(_name(host), _bridge(), _address(host))
         command = [_RAY, "start", "--block", "--node-ip-address", _address(host), "--disable-usage-stats"]
         if host == 0:
             command += ["--head", "--port", str(self.port), "--num-cpus", "0", "--include-dashboard", "false"]
@@ -95,8 +88,7 @@ class Hosts:
             )
 
     def pids(self, host: int) -> list[int]:
-        found = subprocess.run(["ip", "netns", "pids", _name(host)], check=True, capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return namespaces.pids(_name(host))
 
     def raylet(self, host: int) -> int:
         """The pid of a host's raylet."""
@@ -108,14 +100,11 @@ class Hosts:
 
     def cut_power(self, host: int) -> None:
         """First the network, so that nobody hears of it, then every process."""
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _ip("link", "del", f"{_name(host)}v")
-        for pid in self.pids(host):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        namespaces.unplug(_name(host))
+        namespaces.kill_all(_name(host))
         for process in self.processes.pop(host, []):
             process.wait()
-        _ip("netns", "del", _name(host))
+        namespaces.ip("netns", "del", _name(host))
 
     def wait_for(self, hosts: int, seconds: float = 60.0) -> None:
         """Until so many hosts with a CPU are there."""
@@ -133,9 +122,8 @@ class Hosts:
 @contextlib.contextmanager
 def hosts_of(folder: Path, count: int) -> Iterator[Hosts]:
     """A cluster of a head and `count` hosts with one CPU each. `folder` is for Ray; its path must be short."""
-    _sweep()
-    _ip("link", "add", _bridge(), "type", "bridge")
-    _ip("link", "set", _bridge(), "up")
+    namespaces.sweep()
+    namespaces.add_bridge(_bridge())
     hosts = Hosts(folder, free_port())
     try:
         hosts.start(0)
@@ -146,40 +134,16 @@ def hosts_of(folder: Path, count: int) -> Iterator[Hosts]:
     finally:
         for host in sorted(hosts.processes, reverse=True):
             hosts.cut_power(host)
-        _ip("link", "del", _bridge())
-
-
-def _sweep() -> None:
-    """Removes what test runs left that were killed."""
-    for found in _listed("netns", "list", r"(mry(\d+)[hp]\d*)"):
-        listed = subprocess.run(["ip", "netns", "pids", found], check=True, capture_output=True, text=True)
-        for pid in listed.stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        _ip("netns", "del", found)
-    for found in _listed("-o", "link", r"(mry(\d+)(?:b|h\d+v))[:@]"):
-        # Not checked: it may just have gone with the namespace that its other end was in.
-        subprocess.run(["ip", "link", "del", found], check=False, capture_output=True)
-
-
-def _listed(*arguments: str) -> list[str]:
-    """The names that the last argument, a pattern, finds in what `ip` says, of test runs that are no more."""
-    *command, pattern = arguments
-    said = subprocess.run(["ip", *command], check=True, capture_output=True, text=True).stdout
-    return [name for name, pid in re.findall(pattern, said) if not psutil.pid_exists(int(pid))]
+        namespaces.ip("link", "del", _bridge())
 
 
 def _name(host: int) -> str:
-    return f"mry{os.getpid()}h{host}"
+    return namespaces.name_of("h", host)
 
 
 def _bridge() -> str:
-    return f"mry{os.getpid()}b"
+    return namespaces.name_of("b")
 
 
 def _address(host: int) -> str:
     return f"{NETWORK}.{host + 1}"
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
