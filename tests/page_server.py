@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -19,7 +20,7 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import Job, Submission
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.schedules import NewSchedule
-from moray.platform.core.cluster import ClusterBackend, Observed, Topology, Usage
+from moray.platform.core.cluster import ClusterBackend, Host, Observed, Topology, Usage
 from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
 from moray.platform.core.home import Home
 from moray.platform.server.app import build_controller_app
@@ -58,6 +59,22 @@ class IdleCluster(ClusterBackend):
 
     def usage(self) -> Usage:
         return Usage(cpus=2.0, cpus_used=1.0, gpus=0.0, gpus_used=0.0, nodes=2, dead_nodes=1)
+
+
+class LabCluster(IdleCluster):
+    """A cluster of a head and 30 hosts, one of them dead, where the driver of one attempt runs."""
+
+    def __init__(self) -> None:
+        self.attempt = "another-job.1"
+
+    def observe(self) -> Mapping[str, Observed]:
+        return {self.attempt: Observed("running", host="10.0.0.7")}
+
+    def usage(self) -> Usage:
+        nodes = [Host(f"10.0.0.{n}", n != 9, cpus=8.0, cpus_used=5.0, id=f"node-{n}") for n in range(2, 32)]
+        hosts = (Host("10.0.0.1", True, head=True, id="node-1"), *nodes)
+        waiting = ("3 x 1 CPU and 4 GB memory",)
+        return Usage(232.0, 145.0, 0.0, 0.0, nodes=30, waiting=waiting, dead_nodes=1, hosts=hosts)
 
 
 @dataclass
@@ -149,7 +166,9 @@ def page_server(root: Path, port: int = 0) -> Iterator[PageServer]:
     home = Home(root)
     (root / "one.txt").write_text("a document")
     idle = ManagedCluster(LOCAL, IdleCluster(), 2, lambda: Topology(2, 0, 1 << 34))
-    controller = Controller(home, Database(home.database), idle)
+    lab = partial(ManagedCluster, backend=LabCluster(), slots=4, topology=idle.topology, where="http://ray-head:8265")
+    find = lambda name: lab(name, store=str(root / "store"))  # noqa: E731
+    controller = Controller(home, Database(home.database), idle, find)
     token = ensure_token(home)
     app = build_controller_app(home, controller, Overview(home, controller), token)
     listening = socket.create_server(("127.0.0.1", port))

@@ -22,7 +22,7 @@ _RECENT = 20
 _SHOWN = 30  # jobs and schedules of each kind: every page gets them all
 _DAY = 86400.0
 _USAGE_SECONDS = 2.0
-_SHOWN_HOSTS = 20
+_SHOWN_HOSTS = 10
 _NO_USAGE = Usage(cpus=0.0, cpus_used=0.0, gpus=0.0, gpus_used=0.0, nodes=0)
 
 

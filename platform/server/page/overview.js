@@ -279,7 +279,12 @@ function clusters(all) {
               h("span", { class: "name" }, one.name),
               h("span", { class: "end dim" }, `${one.running} of ${count(one.slots)} jobs, ${one.queued} queued`),
             ),
-            h("div", { class: "line dim" }, one.where, one.usage ? h("span", { class: "end" }, ...nodes(one.usage)) : null),
+            h(
+              "div",
+              { class: "line dim" },
+              one.where,
+              one.usage ? h("span", { class: "end" }, h("span", {}, ...nodes(one.usage))) : null,
+            ),
             one.error ? h("div", { class: "line" }, h("span", { class: "warn" }, one.error)) : null,
             one.usage ? [meters(one.usage), hosts(one.usage)] : null,
           ),

@@ -273,6 +273,23 @@ def test_the_overview_shows_every_job_and_changes_by_itself(server: PageServer, 
     expect(page).to_have_title("1 running · Moray")
 
 
+def test_the_overview_shows_the_hosts_of_other_clusters(server: PageServer, page: Page) -> None:
+    lab = server.controller.cluster("lab")
+    lab.round()
+    lab.drivers = {"20261101-120000-prose-1a2b3c.1": "10.0.0.7"}
+    card = page.get_by_role("region", name="Other clusters")
+    expect(card).to_contain_text("30 nodes, 1 dead")
+    expect(card).to_contain_text("145 of 232")
+    expect(card).to_contain_text("10.0.0.9dead")
+    expect(card.get_by_role("link", name="driver")).to_have_attribute("href", "/jobs/20261101-120000-prose-1a2b3c")
+    expect(card).to_contain_text("and 21 more")
+    expect(card).to_contain_text("pending demand: 3 x 1 CPU and 4 GB memory")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/clusters.png", full_page=True)
+    lab.error, lab.usage = "Ray's dashboard does not respond: ConnectionError", None
+    expect(card).to_contain_text("does not respond")
+
+
 def test_a_run_is_followed_as_it_writes_its_events(server: PageServer, page: Page) -> None:
     job = server.submit()
     page.goto(f"{server.url}/jobs/{job.id}")
