@@ -24,6 +24,7 @@ from moray.platform.core.errors import InputError, StepFailed, nearest
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.core.ports import check_port, free_port
+from moray.platform.core.serve_options import ServeOptions
 from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
 from moray.platform.run.doctor import Finding, require_resources
 from moray.platform.run.mlflow_tracking import NEWEST
@@ -107,12 +108,18 @@ def import_model(
 
 @contextmanager
 def serving(
-    model: str, *, host: str = "127.0.0.1", port: int = 8000, cpus: int | None = None, home: Home | None = None
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cpus: int | None = None,
+    options: ServeOptions | None = None,
+    home: Home | None = None,
 ) -> Iterator[str]:
     """Serves a model over HTTP for the duration of the block; yields the URL once the server accepts requests.
 
-    `port` 0 picks a free port. On exit, open requests are finished, then the embedded Ray is stopped. Resource
-    requests that Ray cannot place are logged as warnings.
+    `port` 0 picks a free port. `cpus`: of the embedded Ray. On exit, open requests are finished, then the embedded Ray
+    is stopped. Resource requests that Ray cannot place are logged as warnings.
     """
     from moray.pipelines.serve.deployment import deploy
 
@@ -124,8 +131,8 @@ def serving(
     port = port or free_port(host)
     check_port(host, port)
     try:
-        cluster.ensure()
-        deployment = deploy(folder, name=model_name(model, folder), host=host, port=port)
+        gpus = cluster.ensure().gpus
+        deployment = deploy(folder, model_name(model, folder), host, port, options, gpus)
         try:
             yield deployment.url
         finally:

@@ -1,4 +1,4 @@
-"""Deployment of a model on Ray Serve: one replica that contains both engine and HTTP application.
+"""Deployment of a model on Ray Serve: each replica contains both engine and HTTP application.
 
 Notable: a separate ingress would add a process between proxy and engine. With a mock engine and eight clients, that
 reduced the rate from 5,800 to 1,100 streamed chunks per second. A Serve instance has one address and, here, one
@@ -15,6 +15,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, is_free
+from moray.platform.core.serve_options import ServeOptions
 from moray.platform.store.paths import AnyPath, any_path, local_folder
 
 if TYPE_CHECKING:
@@ -58,20 +60,14 @@ class Deployment:
 class ModelReplica:
     """The replica's code: loads the model, then serves it until Ray stops the process."""
 
-    def __init__(self, folder: str, name: str, threads: int) -> None:
-        import torch
-
-        from moray.models import checkpoint
+    def __init__(self, folder: str, name: str, options: ServeOptions) -> None:
         from moray.pipelines.serve.async_engine import AsyncEngine
-        from moray.pipelines.serve.detokenizer import ServingVocabulary
-        from moray.pipelines.serve.engine import Engine
+        from moray.pipelines.serve.loading import load_engine
 
-        torch.set_num_threads(threads)
         with local_folder(any_path(folder)) as local:
-            model = checkpoint.load(local, mtp=False)
-            vocabulary = ServingVocabulary.load(local, model.config.bos_token_id, model.config.eos_token_id)
+            engine = load_engine(local, options)
         self._name = name
-        self._engine = AsyncEngine(Engine(model, vocabulary), threads)
+        self._engine = AsyncEngine(engine, options.threads)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from moray.pipelines.serve.openai_api import build_serving_app
@@ -79,27 +75,36 @@ class ModelReplica:
         return build_serving_app(self._engine, self._name)
 
 
-def deploy(folder: AnyPath, name: str, host: str = "127.0.0.1", port: int = 8000, cpus: float = 0.5) -> Deployment:
+def deploy(
+    folder: AnyPath,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    options: ServeOptions | None = None,
+    gpus: int = 0,
+) -> Deployment:
     """Serves the model in `folder` as `name` on the Ray cluster that this process is connected to.
 
-    Returns once the model answers over HTTP. cpus: CPUs that the replica reserves; at most 1, so that any machine can
-    run it. Raises InputError for an unusable folder or address, StepFailed if the model does not start.
+    Returns once the model answers over HTTP. gpus: of the cluster, so that a replica gets one. Raises InputError for an
+    unusable folder, address or option, StepFailed if the model does not start.
     """
+    options = options or ServeOptions()
     if isinstance(folder, Path):
         folder = folder.resolve()
     _check_folder(folder)
-    _check_cpus(cpus)
+    resources = _resources(options, gpus)
+    _check_resources(resources, options.replicas)
     serve = _import_serve()
     deployment = Deployment(f"http://{_reachable(host)}:{port}", name)
     status = serve.status()
     if status.proxies:
         _check_address(deployment.url)
-    unit = _unit(folder, name, cpus)
+    unit = _unit(folder, name, options)
     application = status.applications.get(APPLICATION)
     if application is not None and application.status == "RUNNING" and unit in application.deployments:
         return deployment
     try:
-        _start(serve, folder, name, unit, host, port, cpus)
+        _start(serve, _Target(folder, name, unit, options, resources), host, port)
         _wait_until_running(serve, folder, unit)
         _wait_until_healthy(deployment.url)
     except BaseException as error:
@@ -123,27 +128,42 @@ def _check_folder(folder: AnyPath) -> None:
             raise InputError(f"{folder} contains no {name}", "use a folder that the `export` step wrote")
 
 
-def _check_cpus(cpus: float) -> None:
-    """Raises InputError if no machine has that many CPUs, because Serve would wait indefinitely."""
+def _resources(options: ServeOptions, gpus: int) -> dict[str, float]:
+    """What a replica reserves, in the words of Ray's actor options. Raises InputError for a GPU that does not exist."""
+    if options.device == "cuda" and not gpus:
+        raise InputError("--device cuda: the cluster has no GPU", "use --device cpu")
+    on_gpu = gpus and options.device != "cpu"
+    return {"num_cpus": options.reserved_cpus, **({"num_gpus": 1.0} if on_gpu else {})}
+
+
+def _check_resources(resources: Mapping[str, float], replicas: int) -> None:
+    """Raises InputError if the replicas cannot be placed, because Serve would wait indefinitely."""
     import ray
 
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    largest = max(node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"])
-    if largest < cpus:
-        raise InputError(
-            f"a replica requires {cpus:g} CPU, and the cluster's largest machine has {largest:g}",
-            "give the cluster more CPUs",
-        )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    for option, wanted in resources.items():
+        resource = option.removeprefix("num_").removesuffix("s").upper()
+        has = [node.get(resource, 0.0) for node in nodes]
+        if max(has) < wanted:
+            raise InputError(
+                f"a replica requires {wanted:g} {resource}, and the cluster's largest machine has {max(has):g}",
+                f"give the cluster more {resource}s",
+            )
+        if sum(has) < wanted * replicas:
+            raise InputError(
+                f"{replicas} replicas require {wanted * replicas:g} {resource}, and the cluster has {sum(has):g}",
+                f"use fewer replicas, or give the cluster more {resource}s",
+            )
 
 
-def _unit(folder: AnyPath, name: str, cpus: float) -> str:
+def _unit(folder: AnyPath, name: str, options: ServeOptions) -> str:
     """A deployment name that identifies the model, so that Serve's status shows whether it is already deployed.
 
     A rewritten folder counts as another model. The modification time is that of its config, which is written last. A
     folder in the store never changes.
     """
     version = (folder / "config.json").stat().st_mtime_ns if isinstance(folder, Path) else ""
-    identity = f"{folder}\n{version}\n{name}\n{cpus}"
+    identity = f"{folder}\n{version}\n{name}\n{options}"
     return f"model-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
@@ -158,7 +178,18 @@ def _import_serve() -> Any:
     return serve
 
 
-def _start(serve: Any, folder: AnyPath, name: str, unit: str, host: str, port: int, cpus: float) -> None:
+@dataclass(frozen=True)
+class _Target:
+    """What Serve is to run. unit: the name of the Serve deployment. resources: that a replica reserves."""
+
+    folder: AnyPath
+    name: str
+    unit: str
+    options: ServeOptions
+    resources: Mapping[str, float]
+
+
+def _start(serve: Any, target: _Target, host: str, port: int) -> None:
     from ray.exceptions import RayTaskError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -171,19 +202,18 @@ def _start(serve: Any, folder: AnyPath, name: str, unit: str, host: str, port: i
         raise
     replica = serve.deployment(
         serve.ingress()(ModelReplica),
-        name=unit,
-        num_replicas=1,
-        ray_actor_options={"num_cpus": cpus},
+        name=target.unit,
+        num_replicas=target.options.replicas,
+        ray_actor_options=dict(target.resources),
         max_ongoing_requests=MOST_REQUESTS,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=1,  # loading a model would fail again
         logging_config=quiet,
     )
-    # One thread per whole CPU that the replica reserves, as Ray sets OMP_NUM_THREADS.
-    application = replica.bind(str(folder), name, max(1, int(cpus)))
-    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+    application = replica.bind(str(target.folder), target.name, target.options)
+    wanted = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    serve.run_many([wanted], wait_for_applications_running=False)
 
 
 def _wait_until_running(serve: Any, folder: AnyPath, unit: str) -> None:

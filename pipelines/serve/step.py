@@ -75,7 +75,8 @@ class SmokeServe(Step[SmokeServeConfig]):
         with ctx.cluster.exclusive("serve", ctx.cancel):
             clear()  # a killed run may have left Serve on a cluster that outlives its runs
             ctx.progress("deploying", 0, 1, "replicas")
-            deployment = deploy(folder, registration["name"], host, free_port(host))
+            gpus = ctx.cluster.topology().gpus
+            deployment = deploy(folder, registration["name"], host, free_port(host), gpus=gpus)
             try:
                 ctx.progress("deploying", 1, 1, "replicas")
                 client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)

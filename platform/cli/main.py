@@ -156,8 +156,19 @@ def serve(
     host: Annotated[str, Parameter(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, Parameter(help="port to listen on")] = 8000,
     cpus: Cpus = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="auto: a GPU if there is one")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Parameter(help="of weights and cache; auto: bfloat16 on a GPU, float32 on a CPU. FP8 weights stay FP8"),
+    ] = "auto",
+    cache_bytes: Annotated[
+        str, Parameter(help="memory of the cache, such as 8GB (default: as needed, up to half of what is free)")
+    ] = "",
+    max_running: Annotated[int, Parameter(help="sequences that decode at the same time, in each replica")] = 64,
+    threads: Annotated[int, Parameter(help="CPU threads of each replica")] = 1,
+    replicas: Annotated[int, Parameter(help="copies of the model that share the requests")] = 1,
 ) -> int:
-    """Serve a model over an OpenAI-compatible HTTP API until Ctrl-C.
+    """Serve a model over an OpenAI-compatible HTTP API until Ctrl-C, which finishes open requests first.
 
     MODEL is an alias (`quickstart@newest`), an artifact (`export/FINGERPRINT`), or a folder in the Hugging Face
     DeepSeek-V3 layout.
@@ -166,9 +177,13 @@ def serve(
 
     from moray.platform.api import serving
     from moray.platform.core.interrupts import until_interrupted
+    from moray.platform.core.serve_options import ServeOptions
+    from moray.platform.core.units import parse_size
 
+    size = parse_size(cache_bytes) if cache_bytes else 0
+    options = ServeOptions(device, dtype, size, max_running, threads, replicas)
     try:
-        with until_interrupted(), serving(model, host=host, port=port, cpus=cpus) as url:
+        with until_interrupted(), serving(model, host=host, port=port, cpus=cpus, options=options) as url:
             _announce(url, model)
             threading.Event().wait()
     except KeyboardInterrupt:  # the normal way to stop

@@ -200,11 +200,12 @@ def test_a_replica_that_cannot_be_placed_is_reported(ray_cluster: Cluster, tmp_p
     import ray
 
     from moray.pipelines.serve.deployment import deploy
+    from moray.platform.core.serve_options import ServeOptions
 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="a replica requires 64 CPU, and the cluster's largest machine has 2"):
-        deploy(tmp_path, "m", cpus=64)
+        deploy(tmp_path, "m", options=ServeOptions(cpus=64))
     hog = ray.remote(num_cpus=2)(type("Hog", (), {"ready": lambda self: True})).remote()
     assert ray.get(hog.ready.remote())
     ended: list[BaseException] = []
