@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
     temporary = Path(name)
     try:
         temporary.write_bytes(data)
-        _sync(temporary)
+        sync(temporary)
         os.link(temporary, path)
     except FileExistsError:
         return False
@@ -70,6 +70,7 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Writes a file's data to the disk, so that a rename after it cannot outlive them in a power failure."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -178,7 +178,7 @@ class ArtifactStore:
         assert self.remote is not None
         folder = self.folder(manifest.step, manifest.fingerprint)
         shared = self.remote.complete(folder, local, manifest, partial(progress, "uploading"))
-        self.discard(folder)  # it holds a part of the files
+        shutil.rmtree(folder, ignore_errors=True)  # it holds a part of the files
         return self._located(shared)
 
     def publish(self, artifact: Artifact, progress: Progress = _no_progress) -> Artifact:

@@ -1,22 +1,23 @@
 """A prefix in an S3 bucket: small objects, uploads and downloads of files, and readable errors.
 
-This module handles retries. botocore's standard mode repeats requests on 5xx responses and broken connections; this
-module repeats reads whose body breaks off. The first use of a bucket checks with short timeouts that it exists, so that
-a wrong address fails in seconds and before any work. Import it only if a shared root is set, because boto3 loads
-slowly.
+This module repeats requests for a minute and a half while the server does not respond, breaks off, or reports an error
+of its own. botocore's retries are not enough: their number is limited per client, whatever the time. The first use of a
+bucket checks that it exists, without patience, so that a wrong address fails in seconds and before any work. Import the
+module only if a shared root is set, because boto3 loads slowly.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3.session
@@ -24,28 +25,33 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionError,
+    HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
 )
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
-from moray.platform.core.errors import InputError, RefusedError
+from moray.platform.core.errors import InputError, RefusedError, UnreachableError
 from moray.platform.store.manifest import FileEntry
 
+T = TypeVar("T")
 Progress = Callable[[float, float], None]  # bytes done, total bytes
 
-_ATTEMPTS = 8
-_ATTEMPTS_KNOWN = 15  # of a bucket that was in use: with waits of up to 20 s, more than a minute in all
+PATIENCE = 90.0  # seconds for which a request is repeated
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.1, 5.0  # seconds between attempts
+_CONFLICTS = 8  # attempts of a conditional write that conflicts with another one
+_ATTEMPTS = 3  # by botocore, at once
+_TRANSFERS = 8  # at a time
 _CONNECTIONS = 32
 _PART = 16 << 20  # bytes; larger files are transferred in parts
 _QUIET_SECONDS = 2.0  # transfers shorter than this report no progress
 _BATCH = 1000  # the most objects that one request deletes
-_BROKEN_BODY = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+_TRANSIENT = (HTTPClientError, ConnectionError, IncompleteReadError, RetriesExceededError)
+_THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout")
 _ENDPOINT = "check AWS_ENDPOINT_URL, and that no proxy with a login page is in between"
 _BUCKET = ("the bucket does not exist", "create it, or correct the address")
 # Errors of the whole root, not of one object: code -> (problem, fix).
@@ -86,10 +92,11 @@ class Bucket:
         read_seconds: float = 60.0,
         variables: Mapping[str, str] | None = None,
         is_known: bool = False,
+        patience: float | None = None,
     ) -> None:
         """read_seconds: read timeout of a response, after which the request is repeated. variables: AWS_... variables,
-        instead of those of this process. is_known: another process has used the bucket, so that an error is an outage,
-        and requests are repeated for longer than a minute."""
+        instead of those of this process. is_known: another process has used the bucket, so the first use is not
+        checked. patience: seconds for which a request is repeated, by default PATIENCE."""
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
             raise InputError(f"{url!r} is not an artifact root", "set MORAY_ARTIFACTS=s3://bucket/prefix")
@@ -98,6 +105,7 @@ class Bucket:
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._read_seconds = read_seconds
         self._variables, self._is_known = variables, is_known
+        self._patience = PATIENCE if patience is None else patience
         self._opening = threading.Lock()
 
     @property
@@ -108,16 +116,15 @@ class Bucket:
     @cached_property
     def _checked_client(self) -> Any:
         with self._translated_errors():
-            if self._is_known:
-                return self._new_client(_ATTEMPTS_KNOWN, 10)
-            quick = self._new_client(2, 5)
-            self._check_listing(quick.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
-            return self._new_client(_ATTEMPTS, 10)
+            client = self._new_client()
+            if not self._is_known:
+                self._check_listing(client.list_objects_v2(Bucket=self._name, Prefix=self._prefix, MaxKeys=1))
+            return client
 
-    def _new_client(self, attempts: int, connect_seconds: float) -> Any:
+    def _new_client(self) -> Any:
         config = Config(
-            retries={"mode": "standard", "max_attempts": attempts},
-            connect_timeout=connect_seconds,
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS if self._patience else 1},
+            connect_timeout=5,
             read_timeout=self._read_seconds,
             max_pool_connections=_CONNECTIONS,
         )
@@ -159,7 +166,7 @@ class Bucket:
         """Returns the description of an object, or None if it does not exist."""
         with self._translated_errors(key):
             try:
-                found = self._client.head_object(Bucket=self._name, Key=self._prefix + key)
+                found = self._call("head_object", Key=self._prefix + key)
             except ClientError as error:
                 if _status(error) == 404:
                     return None
@@ -169,7 +176,7 @@ class Bucket:
     def sha256(self, key: str) -> str:
         """Returns the SHA-256 that an upload stored with an object; "" if it has none."""
         with self._translated_errors(key):
-            found = self._client.head_object(Bucket=self._name, Key=self._prefix + key)
+            found = self._call("head_object", Key=self._prefix + key)
         return str(found.get("Metadata", {}).get(_SHA256, ""))
 
     def read_range(self, key: str, begin: int, end: int, etag: str = "") -> bytes:
@@ -182,18 +189,33 @@ class Bucket:
         return data
 
     def _body(self, key: str, **request: str) -> bytes:
-        for attempt in range(_ATTEMPTS):
-            response = self._client.get_object(Bucket=self._name, Key=self._prefix + key, **request)
+        get = self._client.get_object
+
+        def read() -> bytes:  # a body that breaks off is read again from its beginning
+            return bytes(get(Bucket=self._name, Key=self._prefix + key, **request)["Body"].read())
+
+        return self._repeated(read)
+
+    def _call(self, operation: str, **request: Any) -> Any:
+        """The response to a request of the S3 API for this bucket."""
+        method = getattr(self._client, operation)
+        return self._repeated(lambda: method(Bucket=self._name, **request))
+
+    def _repeated(self, act: Callable[[], T]) -> T:
+        """Calls `act` again while the server does not respond or reports an error of its own."""
+        deadline, wait = time.monotonic() + self._patience, _SHORTEST_WAIT
+        while True:
             try:
-                return bytes(response["Body"].read())
-            except _BROKEN_BODY:
-                if attempt == _ATTEMPTS - 1:
+                return act()
+            except (BotoCoreError, ClientError) as error:
+                if not _is_transient(error) or time.monotonic() + wait > deadline:
                     raise
-        raise AssertionError
+            time.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, _LONGEST_WAIT)
 
     def put(self, key: str, data: bytes) -> None:
         with self._translated_errors(key):
-            self._client.put_object(Bucket=self._name, Key=self._prefix + key, Body=data)
+            self._call("put_object", Key=self._prefix + key, Body=data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes a small object; returns False if it already exists.
@@ -201,14 +223,14 @@ class Bucket:
         The existing object may be from this writer: if a response is lost, the repeated request finds the first write.
         """
         with self._translated_errors(key):
-            for attempt in range(_ATTEMPTS):
+            for attempt in range(_CONFLICTS):
                 try:
-                    self._client.put_object(Bucket=self._name, Key=self._prefix + key, Body=data, IfNoneMatch="*")
+                    self._call("put_object", Key=self._prefix + key, Body=data, IfNoneMatch="*")
                     return True
                 except ClientError as error:
                     if _status(error) == 412:
                         return False
-                    if _status(error) != 409 or attempt == _ATTEMPTS - 1:  # 409: a concurrent write; retry
+                    if _status(error) != 409 or attempt == _CONFLICTS - 1:  # 409: a concurrent write; retry
                         raise
         raise AssertionError
 
@@ -218,7 +240,7 @@ class Bucket:
         with self._translated_errors():
             for start in range(0, len(every), _BATCH):
                 batch = [{"Key": self._prefix + key} for key in every[start : start + _BATCH]]
-                response = self._client.delete_objects(Bucket=self._name, Delete={"Objects": batch, "Quiet": True})
+                response = self._call("delete_objects", Delete={"Objects": batch, "Quiet": True})
                 for failure in response.get("Errors", []):
                     raise InputError(f"{self.url}: could not delete {failure['Key']}: {failure.get('Message', '')}")
 
@@ -284,31 +306,67 @@ class Bucket:
         prefix: str,
         progress: Progress,
     ) -> None:
-        """Transfers files in parallel, large ones in parts. An exception cancels the remaining transfers."""
+        """Transfers files in parallel, large ones in parts. Those that fail for a passing reason are transferred again.
+        Any other error cancels the remaining transfers."""
         began, total, counter = time.monotonic(), sum(entry.size for entry in files), _Counter()
+
+        def show(watcher: _Watcher) -> None:
+            while not watcher.done.wait(0.2):
+                if time.monotonic() - began > _QUIET_SECONDS:
+                    progress(min(counter.bytes, total), total)
+
+        pending, deadline, wait = list(files), time.monotonic() + self._patience, _SHORTEST_WAIT
+        while failed := self._transfer_once(start, pending, prefix, counter, show):
+            if len(failed) < len(pending):
+                deadline, wait = time.monotonic() + self._patience, _SHORTEST_WAIT
+            if time.monotonic() + wait > deadline:
+                raise self._unreachable(failed[-1][1])
+            pending = [entry for entry, _ in failed]
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+        if time.monotonic() - began > _QUIET_SECONDS:
+            progress(total, total)
+
+    def _transfer_once(
+        self,
+        start: Callable[[TransferManager, FileEntry, _Watcher], Any],
+        files: Sequence[FileEntry],
+        prefix: str,
+        counter: _Counter,
+        show: Callable[[_Watcher], None],
+    ) -> list[tuple[FileEntry, Exception]]:
+        """Transfers files; returns those that failed for a passing reason. show: called until a transfer has ended."""
         config = TransferConfig(
             multipart_threshold=_PART,
             multipart_chunksize=_PART,
-            max_request_concurrency=_ATTEMPTS,
+            max_request_concurrency=_TRANSFERS,
             num_download_attempts=_ATTEMPTS,
         )
+        failed: list[tuple[FileEntry, Exception]] = []
         with TransferManager(self._client, config) as manager:
             watchers = [_Watcher(counter) for _ in files]
             futures = [start(manager, entry, watcher) for entry, watcher in zip(files, watchers, strict=True)]
             for entry, watcher, future in zip(files, watchers, futures, strict=True):
-                while not watcher.done.wait(0.2):
-                    if time.monotonic() - began > _QUIET_SECONDS:
-                        progress(min(counter.bytes, total), total)
+                show(watcher)
                 with self._translated_errors(f"{prefix}/{entry.path}"):
-                    future.result()
-        if time.monotonic() - began > _QUIET_SECONDS:
-            progress(total, total)
+                    try:
+                        future.result()
+                    except (BotoCoreError, ClientError, RetriesExceededError) as error:
+                        if not _is_transient(error):
+                            raise
+                        failed.append((entry, error))
+        return failed
 
     def _pages(self, **request: str) -> Iterator[Any]:
-        with self._translated_errors():
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name, **request):
+        more: dict[str, str] = {}
+        while True:
+            with self._translated_errors():
+                page = self._call("list_objects_v2", **request, **more)
                 self._check_listing(page)
-                yield page
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _check_listing(self, response: Any) -> None:
         """Raises InputError unless a listing names its bucket. botocore parses a login page, or an empty body, as an
@@ -338,7 +396,7 @@ class Bucket:
         code, where = _code(error) or f"HTTP {_status(error)}", f"{self.url}/{key}" if key else self.url
         if code in _ROOT_ERRORS:
             problem, hint = _ROOT_ERRORS[code]
-            return RefusedError(f"{self.url}: {problem} ({code})", hint)
+            return (RefusedError if code == "NoSuchBucket" else InputError)(f"{self.url}: {problem} ({code})", hint)
         if code == "AccessDenied" or _status(error) == 403:
             hint = "these credentials need s3:ListBucket, GetObject, PutObject and DeleteObject below that prefix"
             return RefusedError(f"{where}: access denied", hint)
@@ -352,12 +410,13 @@ class Bucket:
             return InputError(f"{where} was replaced while it was being read", "run again")
         message = error.response.get("Error", {}).get("Message", "")
         problem = f"{code}: {message}" if message else code
-        return InputError(f"{where}: {problem}", "reported by the server or a proxy; run again when it works")
+        kind = UnreachableError if _is_transient(error) else InputError
+        return kind(f"{where}: {problem}", "reported by the server or a proxy; run again when it works")
 
     def _unreachable(self, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:300]
         hint = "check that it is running and that AWS_ENDPOINT_URL is right"
-        return InputError(f"{self.url}: the server does not respond: {reason}", hint)
+        return UnreachableError(f"{self.url}: the server does not respond: {reason}", hint)
 
 
 class _Counter:
@@ -393,6 +452,14 @@ def _arguments(entry: FileEntry) -> dict[str, Any]:
     if entry.size >= _PART:
         return {"ChecksumAlgorithm": "SHA256", **metadata}
     return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(entry.sha256)).decode(), **metadata}
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether a repeated request may succeed: there was no whole response, or the server reports its own failure."""
+    if not isinstance(error, ClientError):
+        return isinstance(error, _TRANSIENT)
+    code, status = _code(error), _status(error)
+    return code in _THROTTLED or status == 429 or (status >= 500 and status != 507 and code not in _FULL)
 
 
 def _code(error: ClientError) -> str:

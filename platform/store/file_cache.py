@@ -12,19 +12,22 @@ If the cache is larger than its limit, the least recently used copies without a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from moray.platform.core.atomic import is_full
+from moray.platform.core.atomic import is_full, sync
 from moray.platform.core.errors import InputError
+from moray.platform.core.processes import boot, pid_namespace
 from moray.platform.core.units import size as size_text
 from moray.platform.store.lease import is_alive
 
@@ -94,6 +97,7 @@ class FileCache:
                         f"not enough disk space in {self.root} for {bucket.url}/{key} ({size_text(size)})",
                         "free some, or set MORAY_HOME to a larger disk; MORAY_CACHE_BYTES limits the cache",
                     ) from error
+                sync(temporary)  # a copy is not verified again: after a power failure, it must be whole or absent
                 temporary.rename(path)
 
     def _make_room(self, size: int) -> None:
@@ -127,10 +131,30 @@ class FileCache:
         if not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)
         for old in folder.iterdir():
-            pid = old.name.partition("-")[0]
-            if pid.isdigit() and not is_alive(int(pid)):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        return folder / f"{os.getpid()}-{secrets.token_hex(8)}"
+            if not _is_abandoned(old.name):
+                continue
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)  # another process may remove it at the same time
+            else:
+                old.unlink(missing_ok=True)
+        return folder / "-".join([*_here(), str(os.getpid()), secrets.token_hex(8)])
+
+
+def _here() -> tuple[str, str, str]:
+    """Short names of this host, its boot, and the process ids that this process sees. Hosts and containers may share
+    the cache's folder."""
+    named = (socket.gethostname(), boot(), pid_namespace())
+    host, start, pids = (hashlib.sha256(str(one).encode()).hexdigest()[:8] for one in named)
+    return host, start, pids
+
+
+def _is_abandoned(name: str) -> bool:
+    """Whether the process of this host that made a temporary file has ended."""
+    host, start, pids, pid, *_ = [*name.split("-"), "", "", ""]
+    own = _here()
+    if host != own[0] or not pid.isdigit():
+        return False
+    return start != own[1] or (pids == own[2] and not is_alive(int(pid)))
 
 
 def _hold(path: Path, lock: int) -> BinaryIO | None:
@@ -162,7 +186,10 @@ def _fetch(bucket: Bucket, key: str, etag: str, size: int, target: Path) -> None
     with target.open("r+b") as file, ThreadPoolExecutor(_CONNECTIONS) as threads:
 
         def part(begin: int) -> None:
-            os.pwrite(file.fileno(), bucket.read_range(key, begin, min(begin + _PART, size), etag), begin)
+            data = bucket.read_range(key, begin, min(begin + _PART, size), etag)
+            # On a disk that is nearly full, a write may be short without an error.
+            if os.pwrite(file.fileno(), data, begin) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
         list(threads.map(part, range(0, size, _PART)))
 

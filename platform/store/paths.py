@@ -123,6 +123,11 @@ def any_path(text: str) -> AnyPath:
     return StorePath(root, text.removeprefix(f"{root}/"))
 
 
+def store_root(address: str) -> AnyPath:
+    """The root of a store: a folder, or `s3://bucket/prefix`."""
+    return StorePath(address, "") if address.startswith("s3://") else Path(address)
+
+
 @contextmanager
 def local_file(path: AnyPath) -> Iterator[Path]:
     """Yields the path of the file on this host, for the block. Maps and open files stay valid after it.

@@ -26,6 +26,7 @@ PARTS = ".parts"
 _GROWING = ("events/*.jsonl", "logs/**/*")
 _LARGEST = 16 << 20  # bytes of a segment
 _DIGITS = 12
+_brought: set[Path] = set()  # files that this process has brought from the store, which are not to be uploaded again
 
 
 class SegmentWriter:
@@ -42,8 +43,8 @@ class SegmentWriter:
     def flush(self) -> None:
         """Uploads what the files have gained. Raises InputError."""
         with self._lock:
-            paths = sorted(path for pattern in _GROWING for path in self._folder.glob(pattern) if path.is_file())
-            in_threads(self._upload, paths)
+            paths = {path for pattern in _GROWING for path in self._folder.glob(pattern) if path.is_file()}
+            in_threads(self._upload, sorted(paths - _brought))
 
     def close(self) -> None:
         """Uploads the rest and ends the thread. Raises InputError."""
@@ -83,6 +84,7 @@ class SegmentReader:
 
     def __init__(self, source: StorePath, folder: Path) -> None:
         self._source, self._folder = source, folder
+        self._last: dict[str, str] = {}  # the key of the last segment of each file, after which new ones come
 
     def poll(self) -> None:
         """Appends all new segments. Raises InputError."""
@@ -97,17 +99,20 @@ class SegmentReader:
     def _append(self, name: str) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        _brought.add(path)
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another thread or process may bring the same run
             file.seek(0, os.SEEK_END)
             prefix = f"{self._source.key}/{name}{PARTS}/"
             # A segment that begins before the end of the copy may reach beyond it, if the reader was killed.
-            after = prefix + f"{max(0, file.tell() - _LARGEST - 1):0{_DIGITS}d}"
-            for item in self._source.bucket.objects(prefix, after=after if file.tell() > _LARGEST else ""):
+            early = prefix + f"{file.tell() - _LARGEST - 1:0{_DIGITS}d}" if file.tell() > _LARGEST else ""
+            for item in self._source.bucket.objects(prefix, after=self._last.get(name, early)):
                 begin = int(item.key.removeprefix(prefix))
                 if begin <= file.tell() < begin + item.size:
                     file.write((self._source.bucket.get(item.key) or b"")[file.tell() - begin :])
                     file.flush()
+                if begin + item.size <= file.tell():
+                    self._last[name] = item.key
 
 
 @contextlib.contextmanager

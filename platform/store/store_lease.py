@@ -19,10 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 from moray.platform.core.errors import InputError
-from moray.platform.store.paths import StorePath
+from moray.platform.store.paths import StorePath, store_variables
 
 HEARTBEAT_SECONDS = 3.0
 STALE_SECONDS = 20.0
+_BEAT_TIMEOUT = 5.0  # seconds
 _LONGEST_GAP = 5.0  # between two observations; after a longer one, the store or this process was away
 _PREFIX = "lease-"
 
@@ -35,6 +36,7 @@ class StoreLease:
         """run: the attempt `JOB.NUMBER` that this process is. It takes over the lease of an earlier attempt of its job
         at once, because an attempt is only started when the earlier ones have ended."""
         self._bucket, self._place, self._run = place.bucket, place.key, run
+        self._root = place.root
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._number = 0
@@ -78,9 +80,13 @@ class StoreLease:
         return self._read()
 
     def _beat(self, token: str) -> None:
+        from moray.platform.store.bucket import Bucket
+
+        # A connection of its own, on which no beat waits longer than until the next ones.
+        bucket = Bucket(self._root, _BEAT_TIMEOUT, store_variables(self._root), is_known=True, patience=0.0)
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(InputError, OSError):  # the next beat tries again
-                self._bucket.put(self._key(), self._body(token))
+                bucket.put(self._key(), self._body(token))
 
     def _is_of_earlier_attempt(self, number: int) -> bool:
         self._number = number

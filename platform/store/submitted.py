@@ -18,9 +18,10 @@ from pathlib import Path, PurePosixPath
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 from moray.platform.store.manifest import hash_file
-from moray.platform.store.paths import AnyPath, StorePath, any_path, in_threads, local_file, new_file, write_file
+from moray.platform.store.paths import AnyPath, any_path, in_threads, local_file, new_file, write_file
 
 SOURCES = ".sources"
+_UPLOADS = 8  # at a time
 Progress = Callable[[str, float, float], None]  # phase, bytes done, total bytes
 
 
@@ -52,12 +53,14 @@ def upload_tree(store: AnyPath, files: Mapping[str, Path], progress: Progress) -
         for (key, path), sha256 in zip(files.items(), hashes.values(), strict=True)
     }
     known = in_threads(lambda place: place.exists(), places.values())
-    done = 0.0
-    for (key, place), is_known in zip(places.items(), known, strict=True):
-        if not is_known:
-            _upload(files[key], place)
-        done += sizes[key]
-        progress("uploading", done, total)
+    missing = [key for key, is_known in zip(places, known, strict=True) if not is_known]
+    done = total - float(sum(sizes[key] for key in missing))
+    with ThreadPoolExecutor(_UPLOADS) as threads:
+        for key, _ in zip(
+            missing, threads.map(lambda key: _upload(files[key], places[key], hashes[key]), missing), strict=True
+        ):
+            done += sizes[key]
+            progress("uploading", done, total)
     rows = [[key, sizes[key], hashes[key], files[key].name] for key in files]
     text = json.dumps(rows).encode()
     tree = store / SOURCES / "trees" / f"{hashlib.sha256(text).hexdigest()[:32]}.json"
@@ -121,12 +124,21 @@ def _hash(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror}", "grant read access, or exclude it") from error
 
 
-def _upload(source: Path, place: AnyPath) -> None:
-    if isinstance(place, StorePath):
-        place.bucket.upload_file(source, place.key, hash_file(source))
+def _upload(source: Path, place: AnyPath, sha256: str) -> None:
+    """Uploads a file to the place of its contents. Raises InputError if it has changed since it was hashed."""
+    changed = InputError(f"{source} changed while it was uploaded", "submit again when nothing writes to it")
+    if isinstance(place, Path):
+        with new_file(place) as temporary:
+            shutil.copyfile(source, temporary)
+            if hash_file(temporary) != sha256:
+                raise changed
         return
-    with new_file(place) as temporary:
-        shutil.copyfile(source, temporary)
+    if hash_file(source) != sha256:
+        raise changed
+    place.bucket.upload_file(source, place.key, sha256)
+    if hash_file(source) != sha256:  # of a large object, the server checks only the parts
+        place.unlink()
+        raise changed
 
 
 def _link(source: Path, target: Path) -> None:

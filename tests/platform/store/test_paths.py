@@ -20,9 +20,9 @@ import pytest
 from moray.pipelines.shared.arrays import array_part, load_array, mapped, save_array
 from moray.pipelines.shared.grouped_file import read_group, write_groups
 from moray.pipelines.shared.task_records import forget_records, recorded
-from moray.platform.core.errors import InputError
+from moray.platform.core.errors import InputError, UnreachableError
 from moray.platform.core.home import Home
-from moray.platform.store import file_cache
+from moray.platform.store import bucket, file_cache
 from moray.platform.store.file_cache import FileCache
 from moray.platform.store.manifest import FileEntry, hash_file
 from moray.platform.store.paths import (
@@ -43,6 +43,7 @@ from moray.platform.store.paths import (
     remove_folder,
     write_file,
 )
+from tests.checkout import ROOT
 from tests.s3 import BUCKET, Fault, Request, faulty_proxy, keys
 
 pytestmark = pytest.mark.s3  # a real S3 server
@@ -276,13 +277,69 @@ def test_an_object_that_is_replaced_during_its_download_is_an_error(
     assert not list(cache().root.glob("??/*"))
 
 
-def test_leftovers_of_killed_processes_are_removed(s3: Any, host: Path) -> None:
-    left = host / "cache" / "files" / ".tmp" / "4194999-dead"
-    left.mkdir(parents=True)
-    (left / "part").write_bytes(b"half a download")
-    with FileCache(host / "cache" / "files", 1000).temporary() as temporary:
+KILLED = """
+import os, sys
+from pathlib import Path
+from moray.platform.store.file_cache import FileCache
+with FileCache(Path(sys.argv[1]), 1000).folder() as folder:
+    (folder / "part").write_bytes(b"half a download")
+    os._exit(1)
+"""
+
+
+def test_leftovers_of_killed_processes_are_removed_and_those_of_other_hosts_stay(host: Path) -> None:
+    root = host / "cache" / "files"
+    subprocess.run([sys.executable, "-c", KILLED, str(root)], check=False, cwd=ROOT)
+    (left,) = (root / ".tmp").iterdir()
+    theirs = left.with_name(left.name.replace(left.name[:8], "0" * 8))
+    theirs.mkdir()
+    with FileCache(root, 1000).temporary() as temporary:
         assert temporary.exists()
     assert not left.exists()
+    assert theirs.exists()
+
+
+def test_a_write_that_is_short_on_a_full_disk_leaves_no_copy(
+    s3: Any, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux writes what fits and returns its length; only the next write would fail."""
+    path = StorePath(STORE, "large")
+    write_file(path, b"x" * 1000)
+    monkeypatch.setattr(os, "pwrite", lambda file, data, begin: 300)
+    with pytest.raises(InputError, match="not enough disk space"), local_file(path):
+        pass
+    assert not list(cache().root.glob("??/*"))
+
+
+def test_requests_are_repeated_for_longer_than_botocore_would(
+    s3_url: str, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore gives up after some 35 failures of a client, however long it has been told to try."""
+    write_file(StorePath(STORE, "kept"), b"data")
+    left = [150]
+
+    def refuse(request: Request) -> str:
+        left[0] -= 1
+        return "drop" if left[0] >= 0 else "pass"
+
+    with faulty_proxy(s3_url, refuse) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setattr(bucket, "_LONGEST_WAIT", 0.2)
+        bucket_at.cache_clear()
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda _: StorePath(STORE, "kept").read_bytes(), range(8)))
+    assert found == [b"data"] * 8
+    bucket_at.cache_clear()
+
+
+def test_an_outage_is_longer_than_the_patience(s3_url: str, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with faulty_proxy(s3_url, lambda request: "drop") as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+        bucket_at.cache_clear()
+        with pytest.raises(UnreachableError, match="the server does not respond"):
+            StorePath(STORE, "any").read_bytes()
+    bucket_at.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["ten", "-5", "10XB"])

@@ -87,3 +87,17 @@ def test_a_submitted_source_is_the_same_source(tmp_path: Path, text: Path) -> No
     assert corpus.external(there) == corpus.external(here)
     keys = [[shard["keys"] for shard in corpus_shards(config)] for config in (here, there)]
     assert keys[0] == keys[1] == [["a.txt", "deep/b.txt"], ["c.jsonl"]]
+
+
+def test_a_file_that_changes_during_the_upload_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its new contents must not get the name of the old ones: everybody else would read them."""
+    source = tmp_path / "a.txt"
+    source.write_text("before")
+
+    def progress(phase: str, done: float, total: float) -> None:
+        if phase == "hashing":
+            source.write_text("later!")
+
+    with pytest.raises(InputError, match=r"a\.txt changed while it was uploaded"):
+        upload_tree(tmp_path / "store", {"a.txt": source}, progress)
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file() and path.suffix == ".txt"]
