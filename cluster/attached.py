@@ -73,7 +73,12 @@ class AttachedCluster(Cluster):
 
     @contextlib.contextmanager
     def exclusive(self, name: str, cancelled: Callable[[], bool]) -> Iterator[None]:
-        lease = StoreLease(self._stored / name) if self._stored else Lease(self._local_leases / f"{name}.lease")
+        cluster = self._cluster_id()
+        lease = (
+            StoreLease(self._stored / cluster / name)
+            if self._stored
+            else Lease(self._local_leases / f"{name}-{cluster}.lease")
+        )
         while not lease.acquire():
             if cancelled():
                 raise Cancelled
@@ -82,6 +87,12 @@ class AttachedCluster(Cluster):
             yield
         finally:
             lease.release()
+
+    def _cluster_id(self) -> str:
+        """The cluster's address, which is the same for all of its drivers, whatever their users call it."""
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address).replace(":", "-")
 
     @property
     def _local_leases(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -44,7 +45,11 @@ def examine_cluster(profile: Profile) -> Iterator[Finding]:
     except (MorayError, OSError) as error:
         yield Finding("store, from here", "fail", str(error), getattr(error, "hint", "") or "correct `store`")
         return
-    hosts = jobs.hosts()
+    try:
+        hosts = jobs.hosts()
+    except BackendUnreachableError as error:
+        yield Finding("hosts", "fail", str(error), "see Ray's dashboard")
+        return
     yield _hosts(hosts)
     yield from _probe(profile, jobs, hosts)
 
@@ -102,8 +107,10 @@ def _run(jobs: ExistingJobs, name: str, entrypoint: str, store: str) -> list[dic
     except BackendUnreachableError as error:
         raise MorayError(str(error), "see Ray's dashboard") from error
     finally:
-        remove_folder(path.parent)
-        jobs.stop(name)
+        with contextlib.suppress(MorayError, BackendUnreachableError):
+            remove_folder(path.parent)
+            jobs.stop(name)
+            jobs.forget(name)
 
 
 def _answers(found: Sequence[dict[str, Any]]) -> Iterator[Finding]:

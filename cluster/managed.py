@@ -40,7 +40,13 @@ def open_cluster(profile: Profile, name: str = "existing") -> ManagedCluster:
     set_store_variables(profile.store, profile.variables())
     jobs = ExistingJobs(profile)
     return ManagedCluster(
-        name, jobs, profile.slots, partial(_topology, jobs), store=profile.store, where=profile.address
+        name,
+        jobs,
+        profile.slots,
+        partial(_topology, jobs),
+        store=profile.store,
+        version=profile.digest(),
+        where=profile.address,
     )
 
 

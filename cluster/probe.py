@@ -19,7 +19,7 @@ import psutil
 
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
-from moray.platform.store.paths import AnyPath, any_path, write_file
+from moray.platform.store.paths import AnyPath, check_store, store_root, write_file
 
 PACKAGES = ("ray", "torch", "pyarrow", "numpy", "pydantic", "tokenizers", "numba", "boto3")
 PROBES = ".probes"
@@ -33,7 +33,8 @@ def main(name: str, store: str) -> None:
 
     ray.init(log_to_driver=False)
     here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]  # type: ignore[no-untyped-call]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    others = [node["NodeID"] for node in nodes if node["NodeID"] != here]
     remote: Any = ray.remote
     asked = [
         remote(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(
@@ -41,20 +42,25 @@ def main(name: str, store: str) -> None:
         ).remote(name, store)
         for node in others
     ]
+    own = describe_host(name, store)
+    if own["store"]:  # the result cannot be written either: the job's log says why
+        sys.exit(f"{own['host']} cannot use the store: {own['store']}")
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
     done, late = ray.wait(asked, num_returns=len(asked), timeout=60) if asked else ([], [])
-    found = [describe_host(name, store), *(_result(one) for one in done)]
-    found += [{"host": "?", "error": "a task on this node did not start within 60 s"} for _ in late]
+    hosts = {task: addresses[node] for task, node in zip(asked, others, strict=True)}
+    found = [own, *(_result(task, hosts[task]) for task in done)]
+    found += [{"host": hosts[task], "error": "a task on this node did not end within 60 s"} for task in late]
     write_file(result_path(store, name), json.dumps(found).encode())
 
 
-def _result(reference: Any) -> dict[str, Any]:
+def _result(reference: Any, host: str) -> dict[str, Any]:
     import ray
 
     try:
         found: dict[str, Any] = ray.get(reference)
         return found
     except ray.exceptions.RayError as error:
-        return {"host": "?", "error": " ".join(str(error).split())[:300]}
+        return {"host": host, "error": " ".join(str(error).split())[:300]}
 
 
 def describe_host(name: str, store: str) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def describe_host(name: str, store: str) -> dict[str, Any]:
         "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
         "home": _home(),
         "gcs_storage": _gcs_storage(),
-        **_use_store(f"{store}/{PROBES}/{name}/{context.get_node_id()}"),
+        **_use_store(store, f"{PROBES}/{name}/{context.get_node_id()}"),
         "reconnect_seconds": os.environ.get(_RECONNECT, ""),
     }
 
@@ -95,10 +101,11 @@ def _home() -> str:
     return ""
 
 
-def _use_store(address: str) -> dict[str, Any]:
+def _use_store(store: str, name: str) -> dict[str, Any]:
     """`store`: "" if the store can be written and read, else the problem. `skew`: this clock minus the store's."""
-    path = any_path(address)
+    path = store_root(store) / name
     try:
+        check_store(store)  # fails within seconds
         write_file(path, b"probe")
         now = time.time()
         written = path.stat().st_mtime if isinstance(path, Path) else path.described().modified
@@ -120,7 +127,7 @@ def _gcs_storage() -> str:
 
 def result_path(store: str, name: str) -> AnyPath:
     """The file with the result of a probe."""
-    return any_path(f"{store}/{PROBES}/{name}/result.json")
+    return store_root(store) / PROBES / name / "result.json"
 
 
 if __name__ == "__main__":

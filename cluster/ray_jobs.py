@@ -53,7 +53,10 @@ class RayJobs(ClusterBackend):
         response = self.request("GET", "/api/jobs/")
         if not response.ok:
             raise BackendUnreachableError(f"Ray cannot list its jobs: {_last_line(response.text)}")
-        return {job["submission_id"]: _observed(job) for job in response.json() if job["submission_id"]}
+        try:
+            return {job["submission_id"]: _observed(job) for job in response.json() if job["submission_id"]}
+        except (ValueError, LookupError, TypeError) as error:
+            raise BackendUnreachableError("the response is not that of Ray's dashboard") from error
 
     def stop(self, attempt: str) -> None:
         self.request("POST", f"/api/jobs/{attempt}/stop")  # 404: unknown, or just ended

@@ -7,6 +7,7 @@ the store (`StoredFiles`). They outlive the cluster.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -152,7 +153,8 @@ class StoredFiles:
             found = Outcome.model_validate_json((self._stored / _OUTCOME).read_bytes())
         except FileNotFoundError:
             return None
-        self._local.record_outcome(found)
+        with contextlib.suppress(OSError):  # only a copy: this machine's disk may be full
+            self._local.record_outcome(found)
         return found
 
     def record_outcome(self, outcome: Outcome) -> bool:

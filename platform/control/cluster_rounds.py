@@ -30,6 +30,7 @@ from moray.platform.core.processes import boot
 from moray.platform.store.paths import in_threads
 
 _REFUSED_SECONDS = 30.0  # that a store may refuse requests before an ended attempt fails
+_RENEWAL_SECONDS = 10.0  # between readings of a profile
 _USAGE_SECONDS = 5.0  # between requests for the use of a cluster
 
 
@@ -48,7 +49,7 @@ class ClusterRounds:
     """Advances the jobs of one cluster. `log` receives one line of text per event.
 
     error: why the cluster or its store does not respond; empty while they do. usage: of a cluster other than the local
-    one, as of the last minute; None if it is unknown. drivers: the host of each driver that the cluster lists, by
+    one, a few seconds old; None if it is unknown. drivers: the host of each driver that the cluster lists, by
     attempt.
     """
 
@@ -60,9 +61,20 @@ class ClusterRounds:
         self.usage: Usage | None = None
         self.drivers: Mapping[str, str] = {}
         self._usage_due = 0.0
+        self._renewal_due = time.monotonic() + _RENEWAL_SECONDS
         self._home, self._database, self._jobs, self._log = home, database, jobs, log
         self._liveness: dict[str, _Liveness] = {}
         self._zombies: dict[str, float] = {}  # attempt id -> monotonic time of the last stop request
+
+    def renew(self, find: Callable[[str], ManagedCluster]) -> None:
+        """Reads the profile of the cluster again, which may have another address or other credentials now."""
+        if time.monotonic() < self._renewal_due:
+            return
+        self._renewal_due = time.monotonic() + _RENEWAL_SECONDS
+        found = find(self.cluster.name)
+        if found.version != self.cluster.version:
+            self.cluster = found
+            self._liveness.clear()
 
     def round(self) -> None:
         """Runs one round. An error in one job does not hold up the others."""
@@ -85,7 +97,8 @@ class ClusterRounds:
         except InputError as error:  # of the store
             self.error = error.message
         except Exception as error:
-            self._log(f"{name}: {type(error).__name__}: {error}")
+            self.error = f"{name}: {type(error).__name__}: {error}"
+            self._log(self.error)
 
     def _startable(self) -> Sequence[Job]:
         """The queued jobs that start now. The queue is only read if there is a free slot: it may be long."""
@@ -115,7 +128,10 @@ class ClusterRounds:
         return self._liveness[attempt.id]
 
     def _bring(self, attempt: Attempt) -> None:
-        self.guarded(attempt.id, self._record(attempt).files.bring)
+        def bring() -> None:
+            self._record(attempt).files.bring()
+
+        self.guarded(attempt.id, bring)
 
     def _reconcile(self, job: Job, observed: Mapping[str, Observed] | None) -> None:
         attempt = job.latest
@@ -223,7 +239,7 @@ class ClusterRounds:
         files = self._liveness[attempt.id].files
         if files.read_outcome() is None and not files.record_outcome(Outcome(state="cancelled", detail=action.detail)):
             return  # the driver has just recorded an outcome; the next round reads it
-        files.bring()  # the last events and lines of the log
+        self.guarded(attempt.id, files.bring)  # the last events and lines of the log
         then = decide_job(job, action.state, action.detail, action.retryable)
         with self._database.write():
             self._jobs.move_attempt(attempt.id, action.state, action.detail)

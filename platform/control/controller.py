@@ -50,6 +50,7 @@ class Controller:
         self._problems: dict[str, str] = {}  # why the profile of a cluster cannot be read, by name
         self._wakes: dict[str, threading.Event] = {}
         self._stop = threading.Event()
+        self._own = local.name
         self._add(local)
 
     @property
@@ -138,6 +139,8 @@ class Controller:
                 self._problems.pop(name, None)
             except MorayError as error:
                 self._problems[name] = error.message
+            except Exception as error:
+                self._problems[name] = f"{type(error).__name__}: {error}"
 
     def _add(self, cluster: ManagedCluster) -> ClusterRounds:
         with self._lock:
@@ -157,6 +160,8 @@ class Controller:
         rounds, wake = self._rounds[name], self._wakes[name]
         seconds = _REMOTE_SECONDS if rounds.cluster.store else ROUND_SECONDS
         while not self._stop.is_set():
+            if name != self._own:
+                rounds.guarded("profile", lambda: rounds.renew(self._find))
             rounds.guarded("round", rounds.round)
             wake.wait(seconds)
             wake.clear()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moray.platform.control.attempt import AttemptFiles, AttemptOrder, LocalFiles, Outcome, StoredFiles
 from moray.platform.core.cluster import Topology
-from moray.platform.core.errors import Cancelled, InputError, MorayError
+from moray.platform.core.errors import Cancelled, InputError, MorayError, UnreachableError
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import Recipe, parse_recipe
 from moray.platform.run.console import PlainConsole
@@ -41,7 +41,7 @@ def main(attempt: str, store: str = "") -> int:
         if files.read_outcome() is not None:  # checked under the lease: the controller may just have declared it lost
             return _ALREADY
         with _printing_to(run / "logs" / "driver.txt"):
-            outcome, code = _run(home, run, files, stored)
+            outcome, code = _run(home, run, files, store)
         with _uploaded(run, stored):
             files.record_outcome(outcome)
         return code
@@ -49,38 +49,37 @@ def main(attempt: str, store: str = "") -> int:
         lease.release()
 
 
-def _run(home: Home, run: Path, files: AttemptFiles, stored: StorePath | None) -> tuple[Outcome, int]:
+def _run(home: Home, run: Path, files: AttemptFiles, store: str) -> tuple[Outcome, int]:
     """Runs the recipe; returns its outcome and the exit code. User errors (exit 2) are not retried."""
     console = PlainConsole(force_terminal=False, width=160)
     try:
         order = files.read_order()
         if order is None:
             raise InputError(f"attempt {run.name} has no order", "submit the job again")
-        os.chdir(run if stored else order.folder)
+        os.chdir(run if store else order.folder)  # with a store, the submitter's folder is one of another machine
         recipe = parse_recipe(order.source, Path(order.path), order.overrides)
-        _execute(home, run, order, recipe, console, stored)
+        _execute(home, run, order, recipe, console, store)
     except (Cancelled, KeyboardInterrupt):
         return Outcome(state="cancelled", detail="stopped by a signal"), 130
     except MorayError as error:
         console.print(f"error: {error.message}", markup=False, soft_wrap=True)
         console.print(f"hint: {error.hint}" if error.hint else "", markup=False, soft_wrap=True)
         detail = error.message + (f" ({error.hint})" if error.hint else "")
-        return Outcome(state="failed", detail=detail, again=error.exit_code != 2), error.exit_code
+        again = error.exit_code != 2 or isinstance(error, UnreachableError)
+        return Outcome(state="failed", detail=detail, again=again), error.exit_code
     except Exception as error:
         traceback.print_exc()
         return Outcome(state="failed", detail=f"{type(error).__name__}: {error}"), 1
     return Outcome(state="succeeded"), 0
 
 
-def _execute(
-    home: Home, run: Path, order: AttemptOrder, recipe: Recipe, console: PlainConsole, stored: StorePath | None
-) -> None:
+def _execute(home: Home, run: Path, order: AttemptOrder, recipe: Recipe, console: PlainConsole, store: str) -> None:
     from moray.cluster.attached import AttachedCluster
     from moray.platform.run.runner import Runner
     from moray.platform.run.terminal import Terminal, closing_table
 
     topology = Topology(order.cpus, order.gpus, order.memory_bytes)
-    leases = StorePath(stored.root, f".leases/{order.cluster}") if stored else None
+    leases = StorePath(store, ".leases") if store.startswith("s3://") else None
     address = order.address or os.environ.get("RAY_ADDRESS", "auto")
     cluster = AttachedCluster(home, address, run / "logs" / "ray", topology, leases)
     with Terminal(console) as terminal:

@@ -17,8 +17,8 @@ class ManagedCluster:
     """A cluster that runs jobs.
 
     slots: jobs at the same time. store: where its runs are, if its hosts do not see this machine's files. topology:
-    its resources; raises BackendUnreachableError. address: of Ray, for drivers. environment: of drivers. where: its
-    address, for messages.
+    its resources; raises BackendUnreachableError. version: differs if the profile or its references do. address: of
+    Ray, for drivers. environment: of drivers. where: its address, for messages.
     """
 
     name: str
@@ -26,6 +26,7 @@ class ManagedCluster:
     slots: int
     topology: Callable[[], Topology]
     store: str = ""
+    version: str = ""
     address: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     where: str = ""
@@ -38,7 +39,9 @@ class ManagedCluster:
         stored = any_path(f"{self.store}/runs/{attempt}")
         if not isinstance(stored, Path):
             return StoredFiles(stored, run)
-        if not run.exists():
+        stored.mkdir(parents=True, exist_ok=True)
+        # If the runs of this machine are in the store already, they need no link.
+        if not run.is_symlink() and not run.exists():
             run.parent.mkdir(parents=True, exist_ok=True)
             run.symlink_to(stored)
         return LocalFiles(stored)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,12 @@ class Profile(BaseModel):
         """The environment for drivers and tasks, with the values of references. Raises pydantic's errors."""
         return {**substitute(self.environment), "MORAY_ARTIFACTS": self.store}
 
+    def digest(self) -> str:
+        """Changes with the profile, and with the values of its references."""
+        token = self.token.reveal() if self.token else ""
+        values = [self.model_dump_json(), token, *sorted(f"{name}={one}" for name, one in self.variables().items())]
+        return hashlib.sha256("\n".join(values).encode()).hexdigest()
+
 
 def folder_of(home: Home) -> Path:
     """The folder of the user's own profiles."""
@@ -109,7 +116,11 @@ def profile_path(home: Home, name: str) -> Path:
 def load_profile(home: Home, name: str) -> Profile:
     """Reads a profile. Raises InputError with file, line, field and the nearest valid one."""
     path = profile_path(home, name)
-    return parse_profile(path.read_text(), path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}", "make it a readable file in UTF-8") from error
+    return parse_profile(text, path)
 
 
 def parse_profile(text: str, path: Path) -> Profile:

@@ -10,7 +10,7 @@ from moray.platform.control.profiles import Profile
 from moray.platform.core.errors import InputError
 from moray.platform.core.units import size
 from moray.platform.plan.recipe import Recipe
-from moray.platform.store.paths import StorePath, any_path, check_store, set_store_variables
+from moray.platform.store.paths import check_store, set_store_variables, store_root
 from moray.platform.store.submitted import Progress, total_size, upload_tree
 
 MOST_BYTES = 10**9  # of files that are uploaded without a confirmation
@@ -32,7 +32,7 @@ def upload_files(recipe: Recipe, profile: Profile, yes: bool = False, progress: 
         planned.step.submitted(planned.config, measure)
     if (total := total_size(trees)) > MOST_BYTES and not yes:
         raise InputError(f"the recipe reads {size(total)} of this machine's files", "add --yes to upload them")
-    store = any_path(profile.store) if profile.store.startswith("/") else StorePath(profile.store, "")
+    store = store_root(profile.store)
     upload = lambda files: str(upload_tree(store, files, shown))  # noqa: E731
     found = {p.key: p.step.submitted(p.config, upload) for p in recipe.steps}
     return [f"{key}.{name}={json.dumps(value)}" for key, fields in found.items() for name, value in fields.items()]
