@@ -22,8 +22,10 @@ from moray.platform.core.ports import free_port
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.paths import AnyPath
 
 HOST = "127.0.0.1"
+_ATTEMPTS = 3  # to serve, of which each but the last may lose a host
 
 
 class SmokeServeConfig(StepConfig):
@@ -66,25 +68,48 @@ class SmokeServe(Step[SmokeServeConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[SmokeServeConfig]) -> None:
-        from moray.pipelines.serve.deployment import ANY_HOST, clear, deploy
+        from moray.pipelines.serve.deployment import ANY_HOST
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
         folder = ctx.artifact(registration["model"]).location
         host = HOST if ctx.cluster.shares_files else ANY_HOST  # the driver and Serve's proxy may be on two hosts
         ctx.cluster.ensure()
         with ctx.cluster.exclusive("serve", ctx.cancel):
-            clear()  # a killed run may have left Serve on a cluster that outlives its runs
-            ctx.progress("deploying", 0, 1, "replicas")
-            gpus = ctx.cluster.topology().gpus
-            deployment = deploy(folder, registration["name"], host, free_port(host), gpus=gpus)
-            try:
-                ctx.progress("deploying", 1, 1, "replicas")
-                client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)
-                client.check_model_listed()
-                together, alone = _send_all(ctx, client)
-            finally:
-                deployment.stop()
-        _write(ctx, deployment.name, together, alone)
+            for left in reversed(range(_ATTEMPTS)):
+                try:
+                    replies = _serve_once(ctx, folder, registration["name"], host)
+                    break
+                except _lost() as error:  # Serve does not survive Ray's head, nor an answer its replica
+                    if not left:
+                        raise StepFailed(f"serving failed {_ATTEMPTS} times: {error}", "see Ray's logs") from error
+                    ctx.note(f"serving starts again: {type(error).__name__}", "warning")
+        _write(ctx, registration["name"], *replies)
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """Errors of a host, of Ray's head or of a connection that was lost."""
+    import openai
+    from ray.exceptions import RayError
+
+    return RayError, openai.APIConnectionError, openai.InternalServerError
+
+
+def _serve_once(
+    ctx: StepContext[SmokeServeConfig], folder: AnyPath, name: str, host: str
+) -> tuple[list[Reply], list[Reply]]:
+    """Serves the model and sends it every prompt. Returns the replies to concurrent and to single requests."""
+    from moray.pipelines.serve.deployment import clear, deploy
+
+    clear()  # a killed run may have left Serve on a cluster that outlives its runs
+    ctx.progress("deploying", 0, 1, "replicas")
+    deployment = deploy(folder, name, host, free_port(host), gpus=ctx.cluster.topology().gpus)
+    try:
+        ctx.progress("deploying", 1, 1, "replicas")
+        client = SmokeClient(f"{deployment.url}/v1", name, ctx.config)
+        client.check_model_listed()
+        return _send_all(ctx, client)
+    finally:
+        deployment.stop()
 
 
 class SmokeClient:
