@@ -12,7 +12,7 @@ import pytest
 
 from moray.cluster.drills.hosts import GATEWAY
 from moray.cluster.drills.ray_cluster import RayDrill, ray_drill
-from moray.cluster.drills.scenarios import Fault, lose_store, run_recipe, stored_manifests
+from moray.cluster.drills.scenarios import Fault, Say, lose_store, run_recipe, stored_manifests
 from tests import s3
 from tests.checkout import ROOT
 from tests.cluster.drill_checks import need_hosts, of_flow, prepare, prove
@@ -83,6 +83,21 @@ def test_a_store_that_refuses_from_one_moment_on(
         assert set(stored_manifests(drill)) == {"corpus"}
         refuses.clear()
         assert run_recipe(drill, recipe) == 0
+        prove(drill, of_flow(flow, "dedup"))
+
+
+def test_a_store_that_refuses_connections_for_a_while(tmp_path: Path, flow: Flow) -> None:
+    """Requests fail at once, so that a limited number of attempts would be used up in seconds."""
+    until = [0.0]
+
+    def fault(request: s3.Request) -> Verdict:
+        return "drop" if time.monotonic() < until[0] else "pass"
+
+    def begin(drill: RayDrill, say: Say) -> None:
+        until[0] = time.monotonic() + 45
+
+    with drill_with_proxy(tmp_path / "drill", fault) as drill:
+        assert run_recipe(drill, prepare(drill, "dedup"), [Fault("dedup", 0.5, begin)]) == 0
         prove(drill, of_flow(flow, "dedup"))
 
 
