@@ -162,6 +162,51 @@ def test_an_ended_driver_whose_store_refuses_writes_fails_with_the_reason(
     bucket_at.cache_clear()
 
 
+def test_a_profile_that_changed_is_used_by_a_running_controller(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token or key that expires must not end the jobs of a control plane that runs for weeks."""
+    found = [ManagedCluster("lab", Cluster(), 2, lambda: Topology(1, 0, 1), version="old")]
+    database = Database(home.database, durable=False)
+    local = ManagedCluster(LOCAL, Cluster(), 1, lambda: Topology(1, 0, 1))
+    controller = Controller(home, database, local, lambda name: found[0], lambda text: None)
+    rounds = controller.cluster("lab")
+    monkeypatch.setattr(cluster_rounds, "_RENEWAL_SECONDS", 0.0)
+    rounds.renew(lambda name: found[0])
+    assert rounds.cluster.version == "old"
+    rounds._renewal_due = 0.0
+    found[0] = ManagedCluster("lab", Cluster(), 5, lambda: Topology(1, 0, 1), version="new")
+    rounds.renew(lambda name: found[0])
+    assert (rounds.cluster.version, rounds.cluster.slots) == ("new", 5)
+    database.close()
+
+
+def test_an_unexpected_error_of_a_profile_does_not_end_the_controller(home: Home, tmp_path: Path) -> None:
+    def find(name: str) -> ManagedCluster:
+        raise PermissionError(13, "no access")
+
+    database = Database(home.database, durable=False)
+    local = ManagedCluster(LOCAL, Cluster(), 1, lambda: Topology(1, 0, 1))
+    controller = Controller(home, database, local, find, lambda text: None)
+    job = controller.jobs.submit(submission(tmp_path, "lab"))[0]
+    controller.round()
+    assert "no access" in controller.why(controller.jobs.get(job.id))[0]
+    database.close()
+
+
+@pytest.mark.parametrize("is_home", [False, True])
+def test_runs_of_a_folder_store_are_linked_once(home: Home, tmp_path: Path, is_home: bool) -> None:
+    """Also after a controller that was killed before the order was written, and if the runs are in the store anyway."""
+    home = Home(home.root, str(tmp_path / "store")) if is_home else home
+    store = home.runs.parent if is_home else tmp_path / "store"
+    cluster = ManagedCluster("lab", Cluster(), 1, lambda: Topology(1, 0, 1), store=str(store))
+    for _ in range(2):
+        cluster.files(home, "job.1")
+    cluster.files(home, "job.1").write_order(ORDER)
+    assert cluster.files(home, "job.1").read_order() == ORDER
+    assert (home.runs / "job.1" / "attempt.json").exists()
+
+
 def test_jobs_of_others_on_a_shared_cluster_are_left_alone(
     plane: tuple[Controller, Cluster, Database], tmp_path: Path
 ) -> None:
