@@ -22,7 +22,7 @@ from harness.code_state import ROOT
 from harness.result import Bar, report
 
 from moray.cluster.drills.hosts import DrillHost, reason_against
-from moray.cluster.drills.ray_cluster import RayDrill, ray_drill
+from moray.cluster.drills.ray_cluster import WORK, RayDrill, ray_drill
 from moray.cluster.drills.scenarios import Fault, Say, run_recipe
 
 RATES = {"no limit": "", "1 Gbit/s": "1gbit"}
@@ -86,8 +86,8 @@ def one_run(link: str, steps: int) -> tuple[dict[str, Any], dict[int, float]]:
         before.append(sent(drill.nodes))
 
     with tempfile.TemporaryDirectory() as folder, ray_drill(Path(folder), 4, ROOT, RATES[link]) as drill:
-        (drill.laptop.home / "links.yaml").write_text(RECIPE.format(steps=steps, batch=BATCH, length=LENGTH))
-        code = run_recipe(drill, "/mnt/links.yaml", [Fault("pretrain", 0.0, count)], _say)
+        (drill.work / "links.yaml").write_text(RECIPE.format(steps=steps, batch=BATCH, length=LENGTH))
+        code = run_recipe(drill, f"{WORK}/links.yaml", [Fault("pretrain", 0.0, count)], _say)
         if code:
             raise SystemExit(f"the run on links with {link} ended with exit code {code}")
         moved = sent(drill.nodes) - before[0]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import moray
 from moray.cluster.drills.hosts import reason_against
-from moray.cluster.drills.ray_cluster import RayDrill, ray_drill
+from moray.cluster.drills.ray_cluster import WORK, RayDrill, ray_drill
 from moray.cluster.drills.scenarios import (
     Fault,
     Say,
@@ -49,8 +49,8 @@ def main() -> int:
     try:
         with ray_drill(folder, given.nodes, Path(moray.__path__[0]), given.rate) as drill:
             _say(f"{given.nodes} nodes, a head, a store and a laptop are up")
-            shutil.copytree(recipe.parent, drill.laptop.home / "work")
-            code = run_recipe(drill, f"/mnt/work/{recipe.name}", _faults(given.fault, given.seed), _say)
+            shutil.copytree(recipe.parent, drill.work, dirs_exist_ok=True)
+            code = run_recipe(drill, f"{WORK}/{recipe.name}", _faults(given.fault, given.seed), _say)
             for step, manifest in stored_manifests(drill).items():
                 _say(f"{step}/{manifest.fingerprint[:8]}: {len(manifest.files)} files, {manifest.bytes:,} bytes")
             found = unnamed_files(drill)

@@ -20,6 +20,7 @@ from moray.cluster.drills.hosts import DrillHost, DrillNetwork
 
 TOKEN = "0123456789abcdef" * 4
 BUCKET = "drill"
+WORK = "/mnt/work"  # the current folder of the laptop
 KEYS = {"AWS_ACCESS_KEY_ID": "drill", "AWS_SECRET_ACCESS_KEY": "drill-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 _RAY_PORT, _DASHBOARD_PORT, _S3_PORT = 6379, 8265, 9000
 _START_SECONDS = 90.0
@@ -46,6 +47,11 @@ class RayDrill:
     nodes: list[DrillHost] = field(default_factory=list)
     shared: Path | None = None  # a folder that all hosts see, as the store instead of the S3 server
     proxy: str = ""  # the URL of a proxy before the S3 server, which the laptop and the nodes use
+
+    @property
+    def work(self) -> Path:
+        """The laptop's folder WORK, as the machine sees it."""
+        return self.laptop.home / "work"
 
     @property
     def endpoint(self) -> str:
@@ -113,9 +119,9 @@ class RayDrill:
         }
 
     def moray(self, *arguments: str) -> list[str]:
-        """The command line that runs `moray` on the laptop."""
+        """The command line that runs `moray` on the laptop, in a folder that the other hosts do not have."""
         variables = {"PYTHONPATH": str(self.checkout), "RAY_TOKEN": TOKEN, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
-        return self.laptop.command([_PYTHON, "-P", "-m", "moray", *arguments], variables)
+        return self.laptop.command([_PYTHON, "-P", "-m", "moray", *arguments], variables, WORK)
 
     def reboot(self, host: DrillHost) -> None:
         """Powers a node on again and lets it join."""
@@ -164,6 +170,7 @@ def ray_drill(
             list(threads.map(lambda start: start(), [drill.start_store, drill.start_head]))
         drill.nodes += [network.add(checkout, shared) for _ in range(nodes)]
         drill.start_nodes(drill.nodes)
+        drill.work.mkdir()
         drill.write_profile()
         yield drill
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moray.cluster.drills.hosts import reason_against
-from moray.cluster.drills.ray_cluster import RayDrill, fetches, object_store_contains
+from moray.cluster.drills.ray_cluster import WORK, RayDrill, fetches, object_store_contains
 from moray.cluster.drills.scenarios import differing_files, stored_manifests, unnamed_files
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
@@ -36,18 +36,14 @@ def need_hosts() -> None:
 
 def prepare(drill: RayDrill, until: str) -> str:
     """Puts the small recipe and its text on the laptop; returns the recipe's path there."""
-    work = drill.laptop.home / "work"
-    work.mkdir()
-    write_text(work)
-    return write_recipe(drill, recipe_text(Path("/mnt/work"), until))
+    write_text(drill.work)
+    return write_recipe(drill, recipe_text(Path(WORK), until))
 
 
 def write_recipe(drill: RayDrill, text: str) -> str:
     """Puts a recipe on the laptop; returns its path there."""
-    work = drill.laptop.home / "work"
-    work.mkdir(exist_ok=True)
-    (work / "recipe.yaml").write_text(text)
-    return "/mnt/work/recipe.yaml"
+    (drill.work / "recipe.yaml").write_text(text)
+    return f"{WORK}/recipe.yaml"
 
 
 def until(step: str) -> list[str]:
@@ -98,7 +94,7 @@ def check_fetches(drill: RayDrill) -> None:
 
 def check_object_store(drill: RayDrill) -> None:
     """No text of the small recipe's code is, or was, in the object store of a node."""
-    folder = drill.laptop.home / "work" / "code"
+    folder = drill.work / "code"
     texts = [path.read_bytes()[200:264] for path in sorted(folder.rglob("*.py")) if path.stat().st_size > 1000]
     assert len(texts) > 30
     assert [object_store_contains(host.pids(), texts) for host in drill.nodes] == [[] for _ in drill.nodes]

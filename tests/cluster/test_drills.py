@@ -37,9 +37,9 @@ def test_lost_hosts_change_nothing_in_the_result(tmp_path: Path, flow: Flow) -> 
 
 def run_shared_path(drill: RayDrill) -> subprocess.CompletedProcess[str]:
     """Runs a recipe that names a path of the laptop as one that all hosts have, which must fail."""
-    text = (drill.laptop.home / "work" / "recipe.yaml").read_text()
+    text = (drill.work / "recipe.yaml").read_text()
     shared = text.replace('path: "/mnt/work/lines"', 'path: "host:/mnt/work/lines"')
-    (drill.laptop.home / "work" / "shared.yaml").write_text(shared)
+    (drill.work / "shared.yaml").write_text(shared)
     command = drill.moray("run", "/mnt/work/shared.yaml", "--cluster", "drill")
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moray.cluster.drills.ray_cluster import ray_drill
+from moray.cluster.drills.ray_cluster import WORK, ray_drill
 from moray.cluster.drills.scenarios import drawn_faults, run_recipe
 from moray.platform.api import RECIPES
 from moray.platform.core.home import Home
@@ -54,7 +54,7 @@ def test_training_on_four_hosts(tmp_path: Path) -> None:
     one = run_on_one_machine(tmp_path / "one", recipe_text(text, "export").replace("steps: 12", _FOUR_RANKS), cpus=4)
     with ray_drill(tmp_path / "drill", 4, ROOT, rate="1gbit") as drill:
         prepare(drill, "export")
-        recipe = recipe_text(Path("/mnt/work"), "export").replace("steps: 12", _FOUR_RANKS)
+        recipe = recipe_text(Path(WORK), "export").replace("steps: 12", _FOUR_RANKS)
         assert run_recipe(drill, write_recipe(drill, recipe)) == 0
         prove(drill, one)
         check_fetches(drill)
@@ -71,7 +71,7 @@ def test_text_of_recipes_that_ship(tmp_path: Path, name: str, until: str) -> Non
     one = run_on_one_machine(tmp_path / "one", text)
     with ray_drill(tmp_path / "drill", 2, ROOT, rate="1gbit") as drill:
         if name == "corpus-demo":
-            shutil.copytree(ROOT / _DOCUMENTS, drill.laptop.home / _DOCUMENTS)
+            shutil.copytree(ROOT / _DOCUMENTS, drill.work / _DOCUMENTS)
         assert run_recipe(drill, write_recipe(drill, text)) == 0
         prove(drill, one)
         check_fetches(drill)
