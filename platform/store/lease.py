@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,24 +26,12 @@ HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0
 
 
-class Lease:
-    """A lease, held from a successful `acquire` to `release`; a thread updates its heartbeat."""
+class Waitable(ABC):
+    """A lease for which a process can wait."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
+    @abstractmethod
     def acquire(self) -> bool:
-        """Returns True if this process now holds the lease, False if another live process does."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_suffix(".lock")):
-            if self.path.exists() and not is_stale(self.path):
-                return False
-            write_text(self.path, json.dumps(_self()))
-        self._thread = threading.Thread(target=self._beat, name="lease heartbeat", daemon=True)
-        self._thread.start()
-        return True
+        """Returns True if this process now holds the lease, False if another live process does, or may do."""
 
     def wait(self, done: Callable[[], bool], cancelled: Callable[[], bool], poll: float = 0.5) -> bool:
         """Waits until `done()`, or until the lease can be acquired. Returns True if this process now holds it."""
@@ -51,6 +40,25 @@ class Lease:
                 return True
             time.sleep(poll)
         return False
+
+
+class Lease(Waitable):
+    """A lease, held from a successful `acquire` to `release`; a thread updates its heartbeat."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> bool:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.with_suffix(".lock")):
+            if self.path.exists() and not is_stale(self.path):
+                return False
+            write_text(self.path, json.dumps(_self()))
+        self._thread = threading.Thread(target=self._beat, name="lease heartbeat", daemon=True)
+        self._thread.start()
+        return True
 
     def holder(self) -> dict[str, Any]:
         """Returns the holder's host and pid, for messages; empty if there is none."""

@@ -15,10 +15,10 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from moray.platform.core.errors import InputError
+from moray.platform.store.lease import Waitable
 from moray.platform.store.paths import StorePath, store_variables
 
 HEARTBEAT_SECONDS = 3.0
@@ -28,7 +28,7 @@ _LONGEST_GAP = 5.0  # between two observations; after a longer one, the store or
 _PREFIX = "lease-"
 
 
-class StoreLease:
+class StoreLease(Waitable):
     """A lease, held from a successful `acquire` to `release`; a thread updates its heartbeat. Errors of the store are
     InputErrors, except in the heartbeat: an outage that is shorter than STALE_SECONDS does no harm."""
 
@@ -43,7 +43,6 @@ class StoreLease:
         self._watch = LeaseWatch(place)
 
     def acquire(self) -> bool:
-        """Returns True if this process now holds the lease. False if another process does, or may do."""
         number = self._watch.number()
         if number and not self._watch.is_stale() and not self._is_of_earlier_attempt(number):
             return False
@@ -55,14 +54,6 @@ class StoreLease:
         self._thread = threading.Thread(target=self._beat, args=[token], name="lease heartbeat", daemon=True)
         self._thread.start()
         return True
-
-    def wait(self, done: Callable[[], bool], cancelled: Callable[[], bool], poll: float = 1.0) -> bool:
-        """Waits until `done()`, or until the lease can be acquired. Returns True if this process now holds it."""
-        while not done() and not cancelled():
-            if self.acquire():
-                return True
-            time.sleep(poll)
-        return False
 
     def release(self) -> None:
         if self._thread is None:
