@@ -60,10 +60,14 @@ def test_training_on_four_hosts(tmp_path: Path) -> None:
         check_fetches(drill)
 
 
-@pytest.mark.parametrize(("name", "until"), [("quickstart", "tokenize"), ("corpus-demo", "coverage")])
+@pytest.mark.parametrize(
+    ("name", "until"), [("quickstart", "tokenize"), ("synthesize-demo", "synthesize"), ("corpus-demo", "coverage")]
+)
 def test_text_of_recipes_that_ship(tmp_path: Path, name: str, until: str) -> None:
     if name == "corpus-demo" and not (ROOT / _DOCUMENTS).is_dir():
         pytest.skip("corpus-demo needs `make bench-corpus`")
+    if name == "synthesize-demo":
+        pytest.importorskip("reasoning_gym")
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     steps = list(recipe["steps"])
     recipe["steps"] = {step: recipe["steps"][step] for step in steps[: steps.index(until) + 1]}
