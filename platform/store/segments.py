@@ -99,7 +99,8 @@ class SegmentReader:
     def _append(self, name: str) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _brought.add(path)
+        if not path.exists():
+            _brought.add(path)
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another thread or process may bring the same run
             file.seek(0, os.SEEK_END)

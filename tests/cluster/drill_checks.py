@@ -16,6 +16,7 @@ from moray.cluster.drills.scenarios import differing_files, stored_manifests, un
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import Manifest
+from moray.platform.store.search import local_artifacts
 from tests.checkout import ROOT
 from tests.conftest import Flow
 from tests.small_run import STEPS, recipe_text, write_text
@@ -66,8 +67,7 @@ def run_on_one_machine(folder: Path, recipe: str, cpus: int = 2) -> dict[str, Ma
     variables.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    store = ArtifactStore(home)
-    return {step: store.of_step(step)[0].manifest for step in store.steps()}
+    return {artifact.manifest.step: artifact.manifest for artifact in local_artifacts(ArtifactStore(home))}
 
 
 def prove(drill: RayDrill, expected: Mapping[str, Manifest]) -> None:

@@ -117,3 +117,22 @@ def test_a_long_log_is_not_listed_from_its_beginning(tmp_path: Path, s3: Any, mo
         SegmentReader(RUN, tmp_path / "mirror").poll()
         assert (tmp_path / "mirror" / "logs" / "driver.txt").read_bytes() == log.read_bytes()
     assert len(keys(s3, "root/runs/r.1/logs")) == 12
+
+
+def test_a_driver_uploads_its_own_files_and_not_those_it_brings(tmp_path: Path, s3: Any) -> None:
+    """Both are in its run folder, where it follows the events of workers on other hosts."""
+    run = tmp_path / "run"
+    writer, reader = stopped(run), SegmentReader(RUN, run)
+    append(run / "logs" / "driver.txt", b"one\n")
+    writer.flush()
+    with event_log(RUN / "events", "train-0") as log:
+        log.append(NoteEvent(step="pretrain", level="info", text="from a worker"))
+    reader.poll()
+    stored = {key: s3.head_object(Bucket=BUCKET, Key=key)["LastModified"] for key in keys(s3, "root/runs/r.1/events")}
+    append(run / "logs" / "driver.txt", b"two\n")
+    (worker,) = (run / "events").iterdir()
+    append(worker, b'{"half": 1}\n')  # must not be uploaded from here
+    writer.flush()
+    SegmentReader(RUN, tmp_path / "mirror").poll()
+    assert (tmp_path / "mirror" / "logs" / "driver.txt").read_bytes() == b"one\ntwo\n"
+    assert stored.keys() == set(keys(s3, "root/runs/r.1/events"))
