@@ -29,7 +29,9 @@ def test_lost_hosts_change_nothing_in_the_result(tmp_path: Path, flow: Flow) -> 
         # The control run uses the time in which Ray finds out that a host is lost.
         faults = [*drawn_faults(["corpus"], 0), *drawn_faults(["filter"], 2)]
         faults.append(Fault("filter", 4.0, lambda drill, say: control.append(run_shared_path(drill))))
-        assert run_recipe(drill, recipe, faults) == 0
+        shown: list[str] = []
+        assert run_recipe(drill, recipe, faults, shown.append) == 0
+        assert any(line.startswith("+ filter") for line in shown), shown  # the log is whole
         prove(drill, of_flow(flow, steps[-1]))
         assert control[0].returncode == 1
         assert "/mnt/work/lines does not exist" in control[0].stdout
