@@ -68,7 +68,7 @@ class Coverage(Step[CoverageConfig]):
         write_text(ctx.folder / "report.html", coverage_page(report))
         remove_folder(ctx.output / _MEASURES)
         thin = [one["domain"] for one in report["thin"]]
-        write_text(ctx.folder / "closing.txt", f"coverage: file://{ctx.folder / 'report.html'}\n")
+        write_text(ctx.folder / "closing.txt", "coverage: file://${artifact}/report.html\n")
         last = report["stages"][-1]
         ctx.counts |= {
             "in:stages": len(stages),

@@ -213,7 +213,8 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
 
 
 def _print_closings(result: Any) -> None:
-    """Prints the steps' `closing.txt` files, downloading artifacts made by another machine."""
+    """Prints the `closing.txt` files of the steps, downloading artifacts made elsewhere. In such a file, `${artifact}`
+    stands for the artifact's folder on this machine."""
     from moray.platform.core.home import Home
     from moray.platform.store.artifacts import ArtifactStore
 
@@ -221,7 +222,8 @@ def _print_closings(result: Any) -> None:
     for row in result.steps.values():
         if any(file.path == "closing.txt" for file in row.artifact.manifest.files):
             folder = store.fetch(row.artifact).folder
-            out().print("\n" + (folder / "closing.txt").read_text().rstrip(), markup=False)
+            text = (folder / "closing.txt").read_text().rstrip()
+            out().print("\n" + text.replace("${artifact}", str(folder)), markup=False)
 
 
 def _announce(url: str, model: str) -> None:
