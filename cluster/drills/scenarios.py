@@ -19,7 +19,7 @@ from moray.cluster.drills.ray_cluster import KEYS, RayDrill
 from moray.platform.control.jobs import ENDED
 from moray.platform.store.manifest import Manifest
 from moray.platform.store.paths import StorePath, bucket_at, set_store_variables
-from moray.platform.store.remote import RemoteArtifacts
+from moray.platform.store.remote import RemoteArtifacts, SharedManifest
 
 _STARTED = re.compile(r"^> (\S+)")
 _OFF_SECONDS = 120.0  # the longest that the laptop's commands may fail
@@ -190,10 +190,10 @@ class _Faults:
         fault.act(self._drill, self._say)
 
 
-def stored_manifests(drill: RayDrill) -> dict[str, Manifest]:
+def stored_manifests(drill: RayDrill) -> dict[str, SharedManifest]:
     """The newest manifest of each step in the store."""
     store = _artifacts(drill)
-    found: dict[str, Manifest] = {}
+    found: dict[str, SharedManifest] = {}
     for step in store.steps():
         for manifest in store.of_step(step):
             if step not in found or manifest.started > found[step].started:
