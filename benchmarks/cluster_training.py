@@ -70,7 +70,7 @@ def sent(hosts: list[DrillHost]) -> int:
 def metrics(drill: RayDrill, name: str) -> dict[int, float]:
     """The values of a metric of the drill's only run, by training step."""
     found = {}
-    for path in (drill.laptop.home / "moray" / "runs").glob("*/events.jsonl"):
+    for path in (drill.laptop.home / "moray" / "runs").glob("*/events/*.jsonl"):
         for line in path.read_text().splitlines():
             event = json.loads(line)
             if event["kind"] == "metric" and event["name"] == name:
