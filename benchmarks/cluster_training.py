@@ -52,8 +52,8 @@ steps:
 """
 MEASURES = ("moray.pipelines.pretrain.train_step", "moray.pipelines.pretrain.worker", "moray.actors.data.token_files")
 METRICS = {
-    "train_data_wait": "waiting for batches",
-    "train_exposed_communication": "exposed communication",
+    "train_data_wait": "data_wait",
+    "train_exposed_communication": "exposed",
 }
 
 
@@ -111,10 +111,10 @@ def main(steps: str = "40") -> int:
         return 2
     (free, losses), (limited, limited_losses) = (one_run(link, int(steps)) for link in RATES)
     differ = sum(losses[at] != limited_losses[at] for at in losses)
-    more = limited["exposed communication"] - free["exposed communication"]
+    more = limited["exposed"] - free["exposed"]
     bars = [
         Bar("steps whose losses differ", float(differ), 0.0, "lower"),
-        Bar("share of a step waiting for batches, at 1 Gbit/s", limited["waiting for batches"], 0.02, "lower"),
+        Bar("share of a step waiting for batches, at 1 Gbit/s", limited["data_wait"], 0.02, "lower"),
         Bar("share of a step of exposed communication, at 1 Gbit/s more than without a limit", more, 0.09, "lower"),
         Bar("step time at 1 Gbit/s over that without a limit", limited["step_s"] / free["step_s"], 1.1, "lower"),
     ]

@@ -24,7 +24,7 @@ from moray.platform.control.reconcile import (
     decide_job,
 )
 from moray.platform.core.cluster import BackendUnreachableError, Observed, Usage
-from moray.platform.core.errors import InputError, RefusedError
+from moray.platform.core.errors import InputError, StoreRefusedError
 from moray.platform.core.home import Home
 from moray.platform.core.processes import boot
 from moray.platform.store.paths import in_threads
@@ -143,13 +143,13 @@ class ClusterRounds:
             if observed is None and seen.outcome is None and not seen.alive:
                 return
             self._apply(job, attempt, decide_attempt(job, attempt, seen))
-        except RefusedError as error:
+        except StoreRefusedError as error:
             self._refused(job, attempt, (observed or {}).get(attempt.id), error)
             return
         if attempt.id in self._liveness:
             self._liveness[attempt.id].refused = None
 
-    def _refused(self, job: Job, attempt: Attempt, observed: Observed | None, error: RefusedError) -> None:
+    def _refused(self, job: Job, attempt: Attempt, observed: Observed | None, error: StoreRefusedError) -> None:
         """Ends the attempt of a driver that has ended, if its outcome can neither be read nor recorded for long. An
         outage is different: then the attempt waits for the store."""
         record, now = self._record(attempt), time.monotonic()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moray.platform.control.attempt import AttemptFiles, AttemptOrder, LocalFiles, Outcome, StoredFiles
 from moray.platform.core.cluster import Topology
-from moray.platform.core.errors import Cancelled, InputError, MorayError, UnreachableError
+from moray.platform.core.errors import Cancelled, InputError, MorayError, StoreUnreachableError
 from moray.platform.core.home import Home
 from moray.platform.plan.recipe import Recipe, parse_recipe
 from moray.platform.run.console import PlainConsole
@@ -65,7 +65,7 @@ def _run(home: Home, run: Path, files: AttemptFiles, store: str) -> tuple[Outcom
         console.print(f"error: {error.message}", markup=False, soft_wrap=True)
         console.print(f"hint: {error.hint}" if error.hint else "", markup=False, soft_wrap=True)
         detail = error.message + (f" ({error.hint})" if error.hint else "")
-        again = error.exit_code != 2 or isinstance(error, UnreachableError)
+        again = error.exit_code != 2 or isinstance(error, StoreUnreachableError)
         return Outcome(state="failed", detail=detail, again=again), error.exit_code
     except Exception as error:
         traceback.print_exc()

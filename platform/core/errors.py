@@ -35,11 +35,11 @@ class InputError(MorayError):
     """A file, folder, artifact or value given by the user that is missing or unusable."""
 
 
-class UnreachableError(InputError):
+class StoreUnreachableError(InputError):
     """The store does not respond, or reports a failure of its own. It may work again."""
 
 
-class RefusedError(InputError):
+class StoreRefusedError(InputError):
     """The store answers, but refuses a request for a reason that repeating it does not change: no right, no room."""
 
 

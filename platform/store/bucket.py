@@ -35,7 +35,7 @@ from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
-from moray.platform.core.errors import InputError, RefusedError, UnreachableError
+from moray.platform.core.errors import InputError, StoreRefusedError, StoreUnreachableError
 from moray.platform.store.manifest import FileEntry
 
 T = TypeVar("T")
@@ -396,12 +396,14 @@ class Bucket:
         code, where = _code(error) or f"HTTP {_status(error)}", f"{self.url}/{key}" if key else self.url
         if code in _ROOT_ERRORS:
             problem, hint = _ROOT_ERRORS[code]
-            return (RefusedError if code == "NoSuchBucket" else InputError)(f"{self.url}: {problem} ({code})", hint)
+            return (StoreRefusedError if code == "NoSuchBucket" else InputError)(
+                f"{self.url}: {problem} ({code})", hint
+            )
         if code == "AccessDenied" or _status(error) == 403:
             hint = "these credentials need s3:ListBucket, GetObject, PutObject and DeleteObject below that prefix"
-            return RefusedError(f"{where}: access denied", hint)
+            return StoreRefusedError(f"{where}: access denied", hint)
         if code in _FULL or _status(error) == 507:
-            return RefusedError(
+            return StoreRefusedError(
                 f"{where}: the store is full ({code})", "free some space or raise its quota, then run again"
             )
         if code in ("NoSuchKey", "404"):
@@ -410,13 +412,13 @@ class Bucket:
             return InputError(f"{where} was replaced while it was being read", "run again")
         message = error.response.get("Error", {}).get("Message", "")
         problem = f"{code}: {message}" if message else code
-        kind = UnreachableError if _is_transient(error) else InputError
+        kind = StoreUnreachableError if _is_transient(error) else InputError
         return kind(f"{where}: {problem}", "reported by the server or a proxy; run again when it works")
 
     def _unreachable(self, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:300]
         hint = "check that it is running and that AWS_ENDPOINT_URL is right"
-        return UnreachableError(f"{self.url}: the server does not respond: {reason}", hint)
+        return StoreUnreachableError(f"{self.url}: the server does not respond: {reason}", hint)
 
 
 class _Counter:

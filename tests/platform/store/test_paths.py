@@ -20,7 +20,7 @@ import pytest
 from moray.pipelines.shared.arrays import array_part, load_array, mapped, save_array
 from moray.pipelines.shared.grouped_file import read_group, write_groups
 from moray.pipelines.shared.task_records import forget_records, recorded
-from moray.platform.core.errors import InputError, UnreachableError
+from moray.platform.core.errors import InputError, StoreUnreachableError
 from moray.platform.core.home import Home
 from moray.platform.store import bucket, file_cache
 from moray.platform.store.file_cache import FileCache
@@ -337,7 +337,7 @@ def test_an_outage_is_longer_than_the_patience(s3_url: str, s3: Any, monkeypatch
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setattr(bucket, "PATIENCE", 0.5)
         bucket_at.cache_clear()
-        with pytest.raises(UnreachableError, match="the server does not respond"):
+        with pytest.raises(StoreUnreachableError, match="the server does not respond"):
             StorePath(STORE, "any").read_bytes()
     bucket_at.cache_clear()
 
