@@ -15,7 +15,7 @@ from typing import Any, Literal
 from moray.cluster.existing import ExistingJobs
 from moray.cluster.probe import PACKAGES, result_path
 from moray.platform.control.profiles import Profile
-from moray.platform.core.cluster import BackendUnreachableError, Host
+from moray.platform.core.cluster import BackendRefusedError, BackendUnreachableError, Host
 from moray.platform.core.errors import MorayError
 from moray.platform.run.doctor import Finding
 from moray.platform.store.paths import check_store, remove_folder, set_store_variables
@@ -33,9 +33,7 @@ def examine_cluster(profile: Profile) -> Iterator[Finding]:
     try:
         version = jobs.version()
     except BackendUnreachableError as error:
-        yield Finding(
-            "dashboard", "fail", f"{profile.address}: {error}", "correct `address` or `token`; start Ray's head"
-        )
+        yield Finding("dashboard", "fail", f"{profile.address}: {error}", _fix(error))
         return
     yield Finding("dashboard", "ok", profile.address)
     yield _ray_version(version)
@@ -52,6 +50,12 @@ def examine_cluster(profile: Profile) -> Iterator[Finding]:
         return
     yield _hosts(hosts)
     yield from _probe(profile, jobs, hosts)
+
+
+def _fix(error: BackendUnreachableError) -> str:
+    if isinstance(error, BackendRefusedError):
+        return "correct `address` of the profile, or `token`, such as ${file:~/.ray/auth_token}"
+    return "start Ray's head, or correct `address`"
 
 
 def _ray_version(version: str) -> Finding:
@@ -103,7 +107,12 @@ def _run(jobs: ExistingJobs, name: str, entrypoint: str, store: str) -> list[dic
         except FileNotFoundError:
             log = jobs.request("GET", f"/api/jobs/{name}/logs").json().get("logs", "")
             last = (str(log).strip().splitlines() or [state.detail if state else "no log"])[-1]
-            raise MorayError(f"the job did not answer: {last[:300]}", "see the job in Ray's dashboard") from None
+            fix = "see the job in Ray's dashboard"
+            if "ModuleNotFoundError" in last:
+                fix = "set `python` of the profile to one that has the packages of constraints.txt"
+            elif "store" in last:
+                fix = "add AWS_... variables, AWS_ENDPOINT_URL among them, to `environment` of the profile"
+            raise MorayError(f"the job failed: {last[:300]}", fix) from None
     except BackendUnreachableError as error:
         raise MorayError(str(error), "see Ray's dashboard") from error
     finally:

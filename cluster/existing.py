@@ -42,7 +42,8 @@ class ExistingJobs(RayJobs):
             found, own = self.version(), importlib.metadata.version("ray")
         except BackendRefusedError as error:
             raise InputError(
-                f"{self._profile.address}: {error}", "correct `address` or `token` of the profile"
+                f"{self._profile.address}: {error}",
+                "correct `address` of the profile, or `token`, such as ${file:~/.ray/auth_token}",
             ) from error
         if found != own:
             fix = f"install ray=={own} on the cluster's hosts, or ray=={found} here"

@@ -75,7 +75,8 @@ class RayJobs(ClusterBackend):
         except requests.RequestException as error:
             raise BackendUnreachableError(f"Ray's dashboard does not respond: {type(error).__name__}") from error
         if response.status_code in (401, 403):
-            raise BackendRefusedError(f"Ray's dashboard refuses the token (HTTP {response.status_code})")
+            problem = "refuses the token" if self.token() else "requires a token"
+            raise BackendRefusedError(f"Ray's dashboard {problem} (HTTP {response.status_code})")
         return response
 
     def _session(self) -> Any:
@@ -118,12 +119,16 @@ def driver_command(python: Sequence[str], *arguments: str) -> str:
 
 def _observed(job: Mapping[str, Any]) -> Observed:
     host = (job.get("driver_info") or {}).get("node_ip_address") or ""
-    return Observed(_STATES[job["status"]], _first_line(job["message"]), host)
+    return Observed(_STATES[job["status"]], _reason(job["message"]), host)
 
 
-def _first_line(message: str | None) -> str:
-    """The first line of Ray's message on a job; the rest is ids of actors and nodes, or the end of the log."""
-    return (message or "").strip().partition("\n")[0][:300]
+def _reason(message: str | None) -> str:
+    """The first line of Ray's message on a job; the rest is ids of actors and nodes. If the message contains the end of
+    the log, the last line of it too, which is that of a traceback."""
+    first, _, rest = (message or "").strip().partition("\n")
+    what, is_log, _ = first.partition(", last available logs")
+    last = (rest.strip().splitlines() or [""])[-1] if is_log else ""
+    return f"{what}: {last}"[:300] if last else what[:300]
 
 
 def _last_line(text: str) -> str:

@@ -48,12 +48,16 @@ def run_on_cluster(
 
 def _follow(controller: Controller, name: str, log: _Log, warn: Callable[[str], None]) -> Job:
     """Shows the log of the latest attempt until the job has ended. The first Ctrl-C stops the job."""
-    said, stopping = "", False
+    said, stopping, lost = "", False, 0
     while True:
         try:
             with until_interrupted():
                 job = controller.jobs.get(name)
                 log.show(job)
+                for attempt in job.attempts[lost:]:
+                    if attempt.state in ("lost", "failed") and job.state not in ENDED:
+                        warn(f"attempt {attempt.number} {attempt.state}: {attempt.detail}; trying again")
+                        lost = attempt.number
                 if job.state in ENDED:
                     return job
                 reason = next((line for line in controller.why(job) if "unreachable" in line or "waiting" in line), "")
