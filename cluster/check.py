@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from moray.cluster.existing import ExistingJobs
-from moray.cluster.probe import PACKAGES, result_path
+from moray.cluster.probe import PACKAGES, STORE_PROBLEM, result_path
 from moray.platform.control.profiles import Profile
 from moray.platform.core.cluster import BackendRefusedError, BackendUnreachableError, Host
 from moray.platform.core.errors import MorayError
@@ -110,7 +110,7 @@ def _run(jobs: ExistingJobs, name: str, entrypoint: str, store: str) -> list[dic
             fix = "see the job in Ray's dashboard"
             if "ModuleNotFoundError" in last:
                 fix = "set `python` of the profile to one that has the packages of constraints.txt"
-            elif "store" in last:
+            elif STORE_PROBLEM in last:
                 fix = "add AWS_... variables, AWS_ENDPOINT_URL among them, to `environment` of the profile"
             raise MorayError(f"the job failed: {last[:300]}", fix) from None
     except BackendUnreachableError as error:

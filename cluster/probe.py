@@ -23,6 +23,7 @@ from moray.platform.store.paths import AnyPath, check_store, store_root, write_f
 
 PACKAGES = ("ray", "torch", "pyarrow", "numpy", "pydantic", "tokenizers", "numba", "boto3")
 PROBES = ".probes"
+STORE_PROBLEM = "cannot use the store"  # in the job's log, if the driver's host cannot write the result
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
@@ -44,7 +45,7 @@ def main(name: str, store: str) -> None:
     ]
     own = describe_host(name, store)
     if own["store"]:  # the result cannot be written either: the job's log says why
-        sys.exit(f"{own['host']} cannot use the store: {own['store']}")
+        sys.exit(f"{own['host']} {STORE_PROBLEM}: {own['store']}")
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
     done, late = ray.wait(asked, num_returns=len(asked), timeout=60) if asked else ([], [])
     hosts = {task: addresses[node] for task, node in zip(asked, others, strict=True)}

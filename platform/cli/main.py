@@ -227,7 +227,7 @@ def _print_closings(result: Any) -> None:
 
 
 def _announce(url: str, model: str) -> None:
-    out().print(f"serving {model} at {url}/v1   (on CPUs; Ctrl-C stops it)", markup=False)
+    out().print(f"serving {model} at {url}/v1   (Ctrl-C stops it)", markup=False)
     err().print(
         f"try: curl {url}/v1/completions -H 'Content-Type: application/json' "
         f"""-d '{{"model": "default", "prompt": "In the beginning", "max_tokens": 40}}'""",
