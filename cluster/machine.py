@@ -18,6 +18,11 @@ from moray.platform.core.processes import module_folders
 
 # Unix socket paths are limited to 107 bytes; Ray appends about 75 bytes to its folder.
 LONGEST_FOLDER = 30
+# Of Ray Serve's controller and proxies: the gateway, and a proxy that died is noticed within a second.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moray.pipelines.serve.gateway.middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
 
 
 def quiet_logging(log: Path) -> None:
@@ -76,6 +81,7 @@ def ray_environment(home: Home) -> dict[str, str]:
         "NUMBA_CACHE_DIR": str(numba_cache(home.cache / "numba")),
         "TRITON_CACHE_DIR": str(home.cache / "triton"),
         "HF_HUB_OFFLINE": "1",
+        **SERVE_ENVIRONMENT,
     }
 
 

@@ -1,8 +1,8 @@
-"""Deployment of a model on Ray Serve: each replica contains both engine and HTTP application.
+"""Serves a model on the Ray cluster that this process is connected to, until it is stopped.
 
-Notable: a separate ingress would add a process between proxy and engine. With a mock engine and eight clients, that
-reduced the rate from 5,800 to 1,100 streamed chunks per second. A Serve instance has one address and, here, one
-application. Deploying the same model again changes nothing; deploying another one replaces it.
+Used by `moray serve` and `smoke-serve`. Deployments that outlive their process are ordered through Ray's REST API
+(`cluster/serve_api.py`), with the same application. A Serve instance has one address and any number of applications;
+deploying the same model again changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import logging
 import socket
 import time
 import urllib.error
@@ -19,60 +18,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
+from moray.pipelines.serve.application import (
+    UNIT,
+    ServedModel,
+    application_name,
+    build_application,
+    import_serve,
+    route_name,
+)
+from moray.pipelines.serve.gateway import VERSION
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, is_free
 from moray.platform.core.serve_options import ServeOptions
-from moray.platform.store.paths import AnyPath, any_path, local_folder
+from moray.platform.store.paths import AnyPath
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-APPLICATION = "moray"
 ANY_HOST = "0.0.0.0"  # every address of a machine
 _HEAD = "node:__internal_head__"  # a resource of Ray's head
-MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
 START_SECONDS = 300.0  # for placing a replica on the cluster and loading the model
 DRAIN_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model that is served at `url`."""
+    """A model that is served at `url` with the id `name`."""
 
     url: str
     name: str
 
     def stop(self) -> None:
-        """Waits for running requests (up to DRAIN_SECONDS), then shuts Serve down and frees the port.
-
-        Does nothing if Serve is already down.
-        """
-        serve = _import_serve()
+        """Waits for running requests, up to DRAIN_SECONDS. Then shuts Serve down and frees the port, unless other
+        models are served. Does nothing if Serve is already down."""
+        serve = import_serve()
         # The application first, because `_shut_down` also stops the proxies, which closes all connections.
-        if APPLICATION in serve.status().applications:
-            serve.delete(APPLICATION)
-        _shut_down(serve, self.url)
-
-
-class ModelReplica:
-    """The replica's code: loads the model, then serves it until Ray stops the process."""
-
-    def __init__(self, folder: str, name: str, options: ServeOptions) -> None:
-        from moray.pipelines.serve.async_engine import AsyncEngine
-        from moray.pipelines.serve.loading import load_engine
-
-        with local_folder(any_path(folder)) as local:
-            engine = load_engine(local, options)
-        self._name = name
-        self._engine = AsyncEngine(engine, options.threads)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        from moray.pipelines.serve.openai_api import build_serving_app
-
-        return build_serving_app(self._engine, self._name)
+        if application_name(self.name) in serve.status().applications:
+            serve.delete(application_name(self.name))
+        if not serve.status().applications:
+            _shut_down(serve, self.url)
 
 
 def deploy(
@@ -83,7 +67,7 @@ def deploy(
     options: ServeOptions | None = None,
     gpus: int = 0,
 ) -> Deployment:
-    """Serves the model in `folder` as `name` on the Ray cluster that this process is connected to.
+    """Serves the model in `folder` as `name`, in lower case and without spaces.
 
     Returns once the model answers over HTTP. gpus: of the cluster, so that a replica gets one. Raises InputError for an
     unusable folder, address or option, StepFailed if the model does not start.
@@ -92,48 +76,60 @@ def deploy(
     if isinstance(folder, Path):
         folder = folder.resolve()
     _check_folder(folder)
-    resources = _resources(options, gpus)
+    resources = options.resources(gpus)
     _check_resources(resources, options.replicas)
-    serve = _import_serve()
-    deployment = Deployment(f"http://{_reachable(host)}:{port}", name)
+    serve = import_serve()
+    deployment = Deployment(f"http://{_reachable(host)}:{port}", route_name(name))
     status = serve.status()
     if status.proxies:
         _check_address(deployment.url)
-    unit = _unit(folder, name, options)
-    application = status.applications.get(APPLICATION)
-    if application is not None and application.status == "RUNNING" and unit in application.deployments:
+    model = ServedModel(
+        folder=str(folder),
+        name=deployment.name,
+        version=_identity(folder, options),
+        options=options,
+        resources=resources,
+        drain_seconds=DRAIN_SECONDS,
+    )
+    if application_name(model.name) in status.applications and _version(deployment) == model.version:
         return deployment
     try:
-        _start(serve, _Target(folder, name, unit, options, resources), host, port)
-        _wait_until_running(serve, folder, unit)
-        _wait_until_healthy(deployment.url)
+        _start(serve, model, host, port)
+        _wait_until_running(serve, model)
+        _wait_until_healthy(f"{deployment.url}/{deployment.name}")
     except BaseException as error:
         if not status.proxies:  # this call started Serve
             # After an InputError, another process has the port, so do not wait for it to become free.
             _shut_down(serve, "" if isinstance(error, InputError) else deployment.url)
+        elif application_name(model.name) not in status.applications:
+            serve.delete(application_name(model.name))
         raise
     return deployment
 
 
-def clear() -> None:
-    """Shuts down a Serve instance that an earlier run left on the connected cluster, if there is one."""
-    serve = _import_serve()
-    if serve.status().proxies:
+def clear(prefix: str) -> str:
+    """Removes the models that an earlier run left on the connected cluster, whose names begin with `prefix`. Returns
+    the address of Serve if other models are still served, else shuts Serve down and returns ""."""
+    serve = import_serve()
+    status = serve.status()
+    if not status.proxies:
+        return ""
+    left = [name for name in status.applications if name.startswith(application_name(prefix))]
+    for name in left:
+        serve.delete(name)
+    if len(left) == len(status.applications):
         _shut_down(serve, "")
+        return ""
+    import ray
+
+    options = ray.get(_controller().get_http_config.remote())
+    return f"http://{_reachable(options.host)}:{options.port}"
 
 
 def _check_folder(folder: AnyPath) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} contains no {name}", "use a folder that the `export` step wrote")
-
-
-def _resources(options: ServeOptions, gpus: int) -> dict[str, float]:
-    """What a replica reserves, in the words of Ray's actor options. Raises InputError for a GPU that does not exist."""
-    if options.device == "cuda" and not gpus:
-        raise InputError("--device cuda: the cluster has no GPU", "use --device cpu")
-    on_gpu = gpus and options.device != "cpu"
-    return {"num_cpus": options.reserved_cpus, **({"num_gpus": 1.0} if on_gpu else {})}
 
 
 def _check_resources(resources: Mapping[str, float], replicas: int) -> None:
@@ -156,40 +152,17 @@ def _check_resources(resources: Mapping[str, float], replicas: int) -> None:
             )
 
 
-def _unit(folder: AnyPath, name: str, options: ServeOptions) -> str:
-    """A deployment name that identifies the model, so that Serve's status shows whether it is already deployed.
+def _identity(folder: AnyPath, options: ServeOptions) -> str:
+    """Identifies what is served, so that Serve keeps its replicas if the same is deployed again.
 
     A rewritten folder counts as another model. The modification time is that of its config, which is written last. A
     folder in the store never changes.
     """
     version = (folder / "config.json").stat().st_mtime_ns if isinstance(folder, Path) else ""
-    identity = f"{folder}\n{version}\n{name}\n{options}"
-    return f"model-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return hashlib.sha256(f"{folder}\n{version}\n{options}".encode()).hexdigest()[:12]
 
 
-def _import_serve() -> Any:
-    """`ray.serve`, without the stderr log handler that its import installs."""
-    logger = logging.getLogger("ray.serve")
-    handlers = list(logger.handlers)
-    from ray import serve
-
-    kept = [handler for handler in handlers if type(handler) is not logging.StreamHandler]
-    logger.handlers[:] = kept or [logging.NullHandler()]
-    return serve
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What Serve is to run. unit: the name of the Serve deployment. resources: that a replica reserves."""
-
-    folder: AnyPath
-    name: str
-    unit: str
-    options: ServeOptions
-    resources: Mapping[str, float]
-
-
-def _start(serve: Any, target: _Target, host: str, port: int) -> None:
+def _start(serve: Any, model: ServedModel, host: str, port: int) -> None:
     from ray.exceptions import RayTaskError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -200,33 +173,21 @@ def _start(serve: Any, target: _Target, host: str, port: int) -> None:
     except RayTaskError:  # raised by the proxy, which listens on the port
         check_port(host, port)
         raise
-    replica = serve.deployment(
-        serve.ingress()(ModelReplica),
-        name=target.unit,
-        num_replicas=target.options.replicas,
-        ray_actor_options=dict(target.resources),
-        max_ongoing_requests=MOST_REQUESTS,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=1,  # loading a model would fail again
-        logging_config=quiet,
-    )
-    application = replica.bind(str(target.folder), target.name, target.options)
-    wanted = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    wanted = serve.RunTarget(build_application(model), name=application_name(model.name), route_prefix=f"/{model.name}")
     serve.run_many([wanted], wait_for_applications_running=False)
 
 
-def _wait_until_running(serve: Any, folder: AnyPath, unit: str) -> None:
+def _wait_until_running(serve: Any, model: ServedModel) -> None:
     """Waits up to START_SECONDS; Serve itself would wait indefinitely, for instance for cluster capacity."""
     deadline = time.monotonic() + START_SECONDS
-    while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
-        replicas = application.deployments.get(unit)
+    while (application := serve.status().applications[application_name(model.name)]).status != "RUNNING":
+        replicas = application.deployments.get(UNIT)
         report = replicas.message if replicas else application.message
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StepFailed(f"the model in {folder} failed to start: {_reason(report)}", "see Ray's logs")
+            raise StepFailed(f"the model in {model.folder} failed to start: {_reason(report)}", "see Ray's logs")
         if time.monotonic() > deadline:
             raise StepFailed(
-                f"the model in {folder} did not start within {START_SECONDS:.0f} s: {report}",
+                f"the model in {model.folder} did not start within {START_SECONDS:.0f} s: {report}",
                 "check that the cluster has free CPUs",
             )
         time.sleep(0.05)
@@ -240,17 +201,16 @@ def _shut_down(serve: Any, url: str) -> None:
     polls. The proxy's process ends shortly after the controller.
     """
     import ray
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     try:
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        controller = _controller()
     except ValueError:
         return  # already down
     deadline = time.monotonic() + DRAIN_SECONDS + 30
     try:
         ray.get(controller.graceful_shutdown.remote(wait=False))
         while time.monotonic() < deadline:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            _controller()
             time.sleep(0.05)
     except (ValueError, ray.exceptions.RayActorError):
         pass  # the actor no longer exists
@@ -258,6 +218,14 @@ def _shut_down(serve: Any, url: str) -> None:
     while _is_taken(address.hostname or "", address.port or 0) and time.monotonic() < deadline:
         time.sleep(0.05)
     serve.shutdown()  # clears this process's handle
+
+
+def _controller() -> Any:
+    """Serve's controller actor. Raises ValueError if Serve does not run."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
 def _is_taken(host: str, port: int) -> bool:
@@ -285,17 +253,27 @@ def _wait_until_healthy(url: str, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def _version(deployment: Deployment) -> str | None:
+    """The version that answers; None if none does."""
+    return _get(f"{deployment.url}/{deployment.name}/health")[1].get(VERSION.decode())
+
+
 def _status(url: str) -> int | None:
     """The HTTP status of `url`; None if there is no response."""
+    return _get(url)[0]
+
+
+def _get(url: str) -> tuple[int | None, Mapping[str, str]]:
+    """Status and headers of the response; None without one."""
     # No proxy, because with http_proxy set even loopback requests would be sent to it.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5) as response:
-            return int(response.status)
+            return int(response.status), response.headers
     except urllib.error.HTTPError as error:
-        return error.code
+        return error.code, error.headers
     except (OSError, http.client.HTTPException):
-        return None
+        return None, {}
 
 
 def _reachable(host: str) -> str:

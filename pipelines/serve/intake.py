@@ -21,15 +21,10 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.completion import Completion
 from moray.pipelines.serve.engine import ContextLengthError, Engine
-from moray.pipelines.serve.protocol import (
-    ApiError,
-    CompletionRequest,
-    check_model,
-    context_length_error,
-    validation_error,
-)
+from moray.pipelines.serve.protocol import CompletionRequest, check_model, context_length_error, validation_error
 from moray.pipelines.serve.sequence import Request as EngineRequest
 
 _LEAST_BODY = 4 << 20  # smallest limit of a body in bytes

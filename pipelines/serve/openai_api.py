@@ -17,11 +17,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
 from moray.pipelines.serve.completion import DONE, Completion, completion_json, event
+from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
-from moray.pipelines.serve.protocol import ApiError, CompletionRequest, check_model
+from moray.pipelines.serve.protocol import CompletionRequest, check_model
 from moray.pipelines.serve.sequence import Delta
 
 _log = logging.getLogger(__name__)
@@ -30,8 +33,12 @@ _SCHEMA = CompletionRequest.model_json_schema()
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
 
 
-def build_serving_app(engine: AsyncEngine, name: str) -> FastAPI:
-    """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine."""
+def build_serving_app(engine: AsyncEngine, name: str, version: str = "") -> FastAPI:
+    """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine.
+
+    Responses name the version of the deployment in a header, except those of a replica that is stopping: without the
+    header, the gateway asks another replica.
+    """
 
     intake = Intake(engine.engine, name)
 
@@ -42,6 +49,7 @@ def build_serving_app(engine: AsyncEngine, name: str) -> FastAPI:
         await asyncio.to_thread(engine.stop)
 
     app = FastAPI(title="Moray", lifespan=lifespan)
+    app.add_middleware(_Versioned, engine=engine, version=version)
     _add_error_handlers(app)
     _add_models(app, engine, name)
 
@@ -63,6 +71,22 @@ def build_serving_app(engine: AsyncEngine, name: str) -> FastAPI:
         )
 
     return app
+
+
+class _Versioned:
+    """ASGI middleware that adds the version to responses while the engine runs."""
+
+    def __init__(self, app: ASGIApp, engine: AsyncEngine, version: str) -> None:
+        self._app, self._engine = app, engine
+        self._header = (VERSION, version.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def versioned(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._engine.alive:
+                message = {**message, "headers": [*message.get("headers", ()), self._header]}
+            await send(message)
+
+        await self._app(scope, receive, versioned)
 
 
 def _add_models(app: FastAPI, engine: AsyncEngine, name: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from moray.pipelines.serve.api_error import ALIAS, ApiError
 from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.sequence import SEEDS, Request
 
@@ -22,7 +23,6 @@ MOST_PROMPTS = 128
 MOST_STOPS = 4
 LONGEST_STOP = 1024  # characters, because every token searches the answer for it
 MOST_LOGPROBS = 5
-ALIAS = "default"  # alias of the served model
 
 # Unsupported fields, of OpenAI's API and then of vLLM's and SGLang's extensions, with their neutral values. `True` is
 # neutral for add_special_tokens and skip_special_tokens, because prompts get a bos and special tokens have no text.
@@ -60,21 +60,6 @@ _IGNORED = frozenset(
 
 
 Prompt = str | tuple[int, ...]
-
-
-class ApiError(Exception):
-    """An error response: status 4xx for client errors, 5xx for server errors."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(BaseModel):

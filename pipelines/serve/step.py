@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -25,6 +26,7 @@ from moray.platform.plan.step import Step
 from moray.platform.store.paths import AnyPath
 
 HOST = "127.0.0.1"
+PREFIX = "smoke-"  # of the name under which the model is served, beside deployments of the same model
 _ATTEMPTS = 3  # to serve, of which each but the last may lose a host
 
 
@@ -100,12 +102,13 @@ def _serve_once(
     """Serves the model and sends it every prompt. Returns the replies to concurrent and to single requests."""
     from moray.pipelines.serve.deployment import clear, deploy
 
-    clear()  # a killed run may have left Serve on a cluster that outlives its runs
+    address = urlsplit(clear(PREFIX))  # a killed run may have left its model on a cluster that outlives its runs
     ctx.progress("deploying", 0, 1, "replicas")
-    deployment = deploy(folder, name, host, free_port(host), gpus=ctx.cluster.topology().gpus)
+    at, port = (address.hostname, address.port) if address.hostname and address.port else (host, free_port(host))
+    deployment = deploy(folder, PREFIX + name, at, port, gpus=ctx.cluster.topology().gpus)
     try:
         ctx.progress("deploying", 1, 1, "replicas")
-        client = SmokeClient(f"{deployment.url}/v1", name, ctx.config)
+        client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)
         client.check_model_listed()
         return _send_all(ctx, client)
     finally:

@@ -1,4 +1,5 @@
-"""How a model is served: device, data type, memory and replicas. The same for `moray serve` and `smoke-serve`."""
+"""How a model is served: device, data type, memory and replicas. The same for `moray serve`, `smoke-serve` and
+deployments."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from moray.platform.core.errors import InputError
 
 _STEP_TOKENS = 512
 _PROMPT_TOKENS = 256  # of a step, at least, beside one token of each running sequence
+MOST_REPLICAS = 1000
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,11 @@ class ServeOptions:
 
     device: `auto` is a GPU if the replica has one. dtype: of the weights and of the cache; `auto` is bfloat16 on a GPU
     and float32 on a CPU. FP8 weights stay FP8. cache_bytes: memory of the latent cache; 0 takes what is needed, up to
-    half of what is free. max_running: sequences that decode at the same time. threads: of torch. cpus: that a replica
-    reserves; by default half a CPU, or one for each of several threads. Raises InputError.
+    half of what is free. max_running: sequences that decode at the same time. threads: of torch.
+
+    replicas: at least. most_replicas: with autoscaling; 0 for a fixed number. cpus, gpus, memory_bytes: that a replica
+    reserves; by default half a CPU, or one for each of several threads, and one GPU if the cluster has any and the
+    device is not `cpu` (`gpus` -1). Raises InputError.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -28,12 +33,24 @@ class ServeOptions:
     threads: int = 1
     replicas: int = 1
     cpus: float = 0.0
+    most_replicas: int = 0
+    gpus: int = -1
+    memory_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_running", "threads", "replicas"):
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} is {getattr(self, name)}", f"use {flag} 1 or more")
+        if self.most_replicas and not self.replicas <= self.most_replicas <= MOST_REPLICAS:
+            given = f"--replicas {self.replicas}..{self.most_replicas}"
+            raise InputError(f"{given}: the second number is the most", f"use up to {MOST_REPLICAS}, not fewer first")
+        if self.replicas > MOST_REPLICAS:
+            raise InputError(f"--replicas {self.replicas}: too many", f"use up to {MOST_REPLICAS}")
+        if not 0 <= self.cpus < float("inf") or self.memory_bytes < 0 or self.cache_bytes < 0:
+            raise InputError("CPUs and memory of a replica cannot be negative", "leave them out for the default")
+        if self.gpus not in (-1, 0, 1):
+            raise InputError(f"--gpus {self.gpus}: a replica uses at most one GPU", "use --gpus 0 or 1")
 
     @property
     def reserved_cpus(self) -> float:
@@ -43,3 +60,18 @@ class ServeOptions:
     def step_tokens(self) -> int:
         """The most ids of a step: one of each running sequence, and those of prompts."""
         return max(_STEP_TOKENS, self.max_running + _PROMPT_TOKENS)
+
+    def resources(self, cluster_gpus: int) -> dict[str, float]:
+        """What a replica reserves, in the words of Ray's actor options. Raises InputError if it asks for a GPU and the
+        cluster has none."""
+        wants = self.gpus == 1 or self.device == "cuda"
+        if wants and not cluster_gpus:
+            flag = "--device cuda" if self.device == "cuda" else "--gpus 1"
+            raise InputError(f"{flag}: the cluster has no GPU", "use --device cpu")
+        on_gpu = cluster_gpus > 0 and self.gpus != 0 and self.device != "cpu"
+        reserved = {"num_cpus": self.reserved_cpus}
+        if on_gpu:
+            reserved["num_gpus"] = 1.0
+        if self.memory_bytes:
+            reserved["memory"] = float(self.memory_bytes)
+        return reserved
