@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import tempfile
 import urllib.error
 import urllib.request
@@ -28,7 +29,9 @@ from moray.platform.core.atomic import create_bytes
 from moray.platform.core.cluster import BackendUnreachableError
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
+from moray.platform.core.processes import marked
 
+WORKER = "ray-worker"  # service
 DRIVER = "moray_driver"  # custom resource; each job's driver takes one unit
 _HEAD_STORE = 80_000_000  # bytes of shared memory; no Moray code runs on the head
 _HEAD_MEMORY = 100_000_000
@@ -66,6 +69,11 @@ class LocalCluster:
     def dashboard(self) -> str:
         return f"http://127.0.0.1:{self.options.dashboard_port}"
 
+    @property
+    def _state(self) -> Path:
+        """The database of Ray's head."""
+        return self.home.up / "gcs"
+
     def environment(self) -> Mapping[str, str]:
         """Returns the environment for processes that connect to this cluster."""
         return {
@@ -83,7 +91,7 @@ class LocalCluster:
         environment = {
             **self.environment(),
             "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": str(self.home.up / "gcs"),
+            "RAY_gcs_storage_path": str(self._state),
             "RAY_JOB_START_TIMEOUT_SECONDS": "300",  # after Moray's own timeout, Ray drops unstarted jobs
             "RAY_JOB_STOP_WAIT_TIME_S": "30",  # time for a stopped driver to finish its writes
         }
@@ -95,11 +103,11 @@ class LocalCluster:
                 self._head(),
                 environment,
                 self._head_responds,
-                prepare=self._forget_address,
+                prepare=self._prepare_head,
                 answers=self._head_responds,
             ),
             Service(
-                "ray-worker",
+                WORKER,
                 self._worker(),
                 environment,
                 self._worker_is_alive,
@@ -148,9 +156,15 @@ class LocalCluster:
             f"--temp-dir={self.folder}",
         ]
 
-    def _forget_address(self) -> None:
-        """Deletes Ray's address file: with it and a live worker, `ray start --head` assumes a running cluster."""
+    def _prepare_head(self) -> None:
+        """Deletes Ray's address file: with it and a live worker, `ray start --head` assumes a running cluster.
+
+        Without a worker, no driver or actor of the old cluster is left, so its state is deleted too. Ray would read
+        from it that actors which ended with their node are alive, and wait for them forever.
+        """
         (self.folder / "ray_current_cluster").unlink(missing_ok=True)
+        if not marked(self.home.root, WORKER):
+            shutil.rmtree(self._state, ignore_errors=True)
 
     def _head_responds(self) -> bool:
         return self._get("/api/version") is not None

@@ -7,6 +7,7 @@ from functools import partial
 from moray.cluster.existing import ExistingJobs
 from moray.cluster.local import LocalCluster, LocalOptions
 from moray.cluster.ray_jobs import LocalJobs
+from moray.cluster.serve_api import ServeApi
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.profiles import Profile, load_profile
@@ -19,14 +20,16 @@ def local_cluster(home: Home, options: LocalOptions) -> ManagedCluster:
     """The cluster of `moray up`. Its drivers see this machine's files."""
     cluster = LocalCluster(home, options)
     topology = Topology(options.cpus, options.gpus, options.memory_bytes)
+    jobs = LocalJobs(cluster)
     return ManagedCluster(
         LOCAL,
-        LocalJobs(cluster),
+        jobs,
         options.slots,
         lambda: topology,
         address=cluster.address,
         environment={"MORAY_HOME": str(home.root)},
         where="this machine",
+        serving=ServeApi(jobs, "127.0.0.1"),
     )
 
 
@@ -47,6 +50,7 @@ def open_cluster(profile: Profile, name: str = "existing") -> ManagedCluster:
         store=profile.store,
         version=profile.digest(),
         where=profile.address,
+        serving=ServeApi(jobs, "0.0.0.0"),
     )
 
 

@@ -11,10 +11,8 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from moray.pipelines.serve.gateway import OURS
-from moray.platform.core.serve_options import ServeOptions
+from moray.platform.core.serving import ServedModel
 from moray.platform.store.paths import any_path, local_folder
 
 if TYPE_CHECKING:
@@ -22,26 +20,6 @@ if TYPE_CHECKING:
 
 UNIT = "model"  # the only Serve deployment of an application
 MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
-BUILDER = "moray.pipelines.serve.application:build"
-
-
-class ServedModel(BaseModel):
-    """The arguments of an application, as JSON.
-
-    folder: of the model, local or in a store. name: of the deployment, its route and the model's id. version: of the
-    deployment. resources: that a replica reserves, as Ray's actor options. drain_seconds: time for open requests when
-    a replica stops. starts: failed starts of a replica after which the version counts as failed.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    folder: str
-    name: str
-    version: str = ""
-    options: ServeOptions = ServeOptions()
-    resources: dict[str, float] = Field(default_factory=dict)
-    drain_seconds: float = 20.0
-    starts: int = 1
 
 
 class ModelReplica:

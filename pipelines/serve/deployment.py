@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 
 from moray.pipelines.serve.application import (
     UNIT,
-    ServedModel,
     application_name,
     build_application,
     import_serve,
@@ -33,6 +32,7 @@ from moray.pipelines.serve.gateway import VERSION
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, is_free
 from moray.platform.core.serve_options import ServeOptions
+from moray.platform.core.serving import ServedModel
 from moray.platform.store.paths import AnyPath
 
 ANY_HOST = "0.0.0.0"  # every address of a machine
@@ -269,9 +269,9 @@ def _get(url: str) -> tuple[int | None, Mapping[str, str]]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5) as response:
-            return int(response.status), response.headers
+            return int(response.status), dict(response.headers)
     except urllib.error.HTTPError as error:
-        return error.code, error.headers
+        return error.code, dict(error.headers)
     except (OSError, http.client.HTTPException):
         return None, {}
 

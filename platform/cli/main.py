@@ -21,6 +21,7 @@ from rich.console import Console
 from moray.platform.cli import (
     artifact_commands,
     cluster_commands,
+    deployment_commands,
     explain_command,
     job_commands,
     model_commands,
@@ -41,6 +42,7 @@ app = App(
 up_commands.register_up(app)
 job_commands.register_jobs(app)
 explain_command.register_explain(app)
+deployment_commands.register_deploy(app)
 app.command(schedule_commands.app)
 app.command(cluster_commands.app)
 app.command(run_commands.app)

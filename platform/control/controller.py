@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.cluster_rounds import ClusterRounds
 from moray.platform.control.database import Database
+from moray.platform.control.deployment_rounds import DeploymentRounds
+from moray.platform.control.deployments import Deployments
 from moray.platform.control.jobs import ENDED, Job, Jobs
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.queue import why_waiting
@@ -41,14 +43,16 @@ class Controller:
     ) -> None:
         self.jobs = Jobs(database)
         self.schedules = Schedules(database, self.jobs)
+        self.deployments = Deployments(database)
         self._home, self._database, self._log = home, database, log
         self._find = find or _no_cluster
         self._rounds: dict[str, ClusterRounds] = {}
+        self._serving: dict[str, DeploymentRounds] = {}
         self._lock = threading.Lock()
         self._running = False
-        self._threads: dict[str, threading.Thread] = {}
+        self._threads: list[threading.Thread] = []
         self._problems: dict[str, str] = {}  # why the profile of a cluster cannot be read, by name
-        self._wakes: dict[str, threading.Event] = {}
+        self._wakes: list[threading.Event] = []
         self._stop = threading.Event()
         self._own = local.name
         self._add(local)
@@ -78,7 +82,7 @@ class Controller:
     def wake(self) -> None:
         """Starts the next round of every cluster now."""
         with self._lock:
-            for event in self._wakes.values():
+            for event in self._wakes:
                 event.set()
 
     def stop(self) -> None:
@@ -94,15 +98,21 @@ class Controller:
         while not self._stop.wait(ROUND_SECONDS):
             self._tick()
         with self._lock:
-            threads = list(self._threads.values())
+            threads = list(self._threads)
         for thread in threads:
             thread.join(10)
 
     def round(self) -> None:
         """Runs one round of everything in this thread, one cluster after the other."""
         self._tick()
-        for rounds in self.clusters().values():
+        for name, rounds in self.clusters().items():
             rounds.guarded("round", rounds.round)
+            rounds.guarded("deployments", self._serving[name].round)
+
+    def serving(self, name: str) -> DeploymentRounds | None:
+        """The rounds of a cluster's deployments; None if the cluster has not been used."""
+        with self._lock:
+            return self._serving.get(name)
 
     def why(self, job: Job) -> list[str]:
         """Reasons for a job's current state, as text for `moray why` and the page."""
@@ -133,7 +143,8 @@ class Controller:
                 self._log(f"{job.id}: {job.reason}")
         except Exception as error:
             self._log(f"schedules: {type(error).__name__}: {error}")
-        for name in {cluster for cluster, _ in self.jobs.open_counts()} - set(self.clusters()):
+        used = {cluster for cluster, _ in self.jobs.open_counts()} | self.deployments.clusters()
+        for name in used - set(self.clusters()):
             try:
                 self.cluster(name)
                 self._problems.pop(name, None)
@@ -146,25 +157,41 @@ class Controller:
         with self._lock:
             if cluster.name not in self._rounds:
                 self._rounds[cluster.name] = ClusterRounds(self._home, self._database, self.jobs, cluster, self._log)
-                self._wakes[cluster.name] = threading.Event()
+                self._serving[cluster.name] = DeploymentRounds(self._home, self.deployments, cluster, self._log)
                 if self._running:
                     self._start(cluster.name)
             return self._rounds[cluster.name]
 
     def _start(self, name: str) -> None:
-        thread = threading.Thread(target=self._repeat, args=[name], name=f"cluster {name}", daemon=True)
-        self._threads[name] = thread
-        thread.start()
+        """Starts the two threads of a cluster. Starting Serve takes seconds, for which jobs do not wait."""
+        for act in (self._advance_jobs, self._advance_deployments):
+            wake = threading.Event()
+            thread = threading.Thread(target=self._repeat, args=[name, act, wake], name=f"{name}", daemon=True)
+            self._threads.append(thread)
+            self._wakes.append(wake)
+            thread.start()
 
-    def _repeat(self, name: str) -> None:
-        rounds, wake = self._rounds[name], self._wakes[name]
-        seconds = _REMOTE_SECONDS if rounds.cluster.store else ROUND_SECONDS
+    def _repeat(self, name: str, act: Callable[[str], None], wake: threading.Event) -> None:
+        seconds = _REMOTE_SECONDS if self._rounds[name].cluster.store else ROUND_SECONDS
         while not self._stop.is_set():
-            if name != self._own:
-                rounds.guarded("profile", lambda: rounds.renew(self._find))
-            rounds.guarded("round", rounds.round)
+            act(name)
             wake.wait(seconds)
             wake.clear()
+
+    def _advance_jobs(self, name: str) -> None:
+        rounds = self._rounds[name]
+        if name != self._own:
+            rounds.guarded("profile", lambda: rounds.renew(self._find))
+        rounds.guarded("round", rounds.round)
+
+    def _advance_deployments(self, name: str) -> None:
+        serving = self._serving[name]
+        serving.set_cluster(self._rounds[name].cluster)
+        try:
+            serving.round()
+        except Exception as error:
+            serving.error = f"deployments of {name}: {type(error).__name__}: {error}"
+            self._log(serving.error)
 
 
 def _no_cluster(name: str) -> ManagedCluster:

@@ -104,6 +104,45 @@ _MIGRATIONS: Sequence[str] = (
     ALTER TABLE schedules ADD COLUMN cluster TEXT NOT NULL DEFAULT 'local';
     ALTER TABLE schedules ADD COLUMN deadline REAL;       -- seconds after its tick by which a job must have started
     """,
+    """
+    CREATE TABLE deployments (
+        name TEXT PRIMARY KEY,
+        cluster TEXT NOT NULL,
+        model TEXT NOT NULL,                -- as given: an alias, which is followed, or an artifact, or a folder
+        port INTEGER NOT NULL,
+        replicas INTEGER NOT NULL,
+        most_replicas INTEGER NOT NULL,     -- 0: a fixed number of replicas
+        wanted TEXT NOT NULL CHECK (wanted IN ('running', 'stopped')),
+        state TEXT NOT NULL CHECK (state IN
+            ('pending', 'starting', 'running', 'rolling', 'failed', 'stopping', 'stopped')),
+        reason TEXT NOT NULL DEFAULT '',
+        created REAL NOT NULL,
+        changed REAL NOT NULL
+    );
+    CREATE TABLE versions (
+        deployment TEXT NOT NULL REFERENCES deployments (name) ON DELETE CASCADE,
+        number INTEGER NOT NULL,
+        reference TEXT NOT NULL,            -- step/fingerprint of its artifact, or the path of its folder
+        arguments TEXT NOT NULL,            -- of its application: a ServedModel, as JSON
+        state TEXT NOT NULL CHECK (state IN ('starting', 'live', 'replaced', 'failed')),
+        reason TEXT NOT NULL DEFAULT '',
+        created REAL NOT NULL,
+        since REAL NOT NULL,                -- when it got this state
+        UNIQUE (deployment, number)
+    );
+    CREATE TABLE transitions_3 (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        time REAL NOT NULL,
+        kind TEXT NOT NULL,                 -- job, attempt, schedule, tick, deployment or version
+        id TEXT NOT NULL,
+        state TEXT NOT NULL,
+        why TEXT NOT NULL DEFAULT ''
+    );
+    INSERT INTO transitions_3 SELECT * FROM transitions;
+    DROP TABLE transitions;
+    ALTER TABLE transitions_3 RENAME TO transitions;
+    CREATE INDEX transitions_by_id ON transitions (kind, id);
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 

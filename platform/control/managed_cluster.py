@@ -9,6 +9,7 @@ from pathlib import Path
 from moray.platform.control.attempt import AttemptFiles, LocalFiles, StoredFiles
 from moray.platform.core.cluster import ClusterBackend, Topology
 from moray.platform.core.home import Home
+from moray.platform.core.serving import ServingBackend
 from moray.platform.store.paths import any_path
 
 
@@ -18,7 +19,8 @@ class ManagedCluster:
 
     slots: jobs at the same time. store: where its runs are, if its hosts do not see this machine's files. topology:
     its resources; raises BackendUnreachableError. version: differs if the profile or its references do. address: of
-    Ray, for drivers. environment: of drivers. where: its address, for messages.
+    Ray, for drivers. environment: of drivers. where: its address, for messages. serving: its
+    Ray Serve, for deployments.
     """
 
     name: str
@@ -30,6 +32,7 @@ class ManagedCluster:
     address: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     where: str = ""
+    serving: ServingBackend | None = None
 
     def files(self, home: Home, attempt: str) -> AttemptFiles:
         """The files of an attempt on this cluster."""

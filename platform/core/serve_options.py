@@ -4,7 +4,9 @@ deployments."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from moray.platform.core.errors import InputError
 
@@ -25,6 +27,8 @@ class ServeOptions:
     reserves; by default half a CPU, or one for each of several threads, and one GPU if the cluster has any and the
     device is not `cpu` (`gpus` -1). Raises InputError.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a misspelled name in JSON is an error
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

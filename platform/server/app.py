@@ -29,7 +29,7 @@ from moray.platform.control.options import HOST, UpOptions
 from moray.platform.control.services import mlflow_socket
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.core.home import Home
-from moray.platform.server import job_routes, mlflow_proxy, page_routes, schedule_routes
+from moray.platform.server import deployment_routes, job_routes, mlflow_proxy, page_routes, schedule_routes
 from moray.platform.server.overview import Overview
 from moray.platform.server.run_state import RunViews
 from moray.platform.server.security_headers import PageGuard
@@ -65,6 +65,7 @@ def build_controller_app(
     app.get("/api/overview")(overview_with_progress)
     app.include_router(job_routes.job_router(home, controller))
     app.include_router(schedule_routes.schedule_router(controller.schedules, controller.cluster, controller.wake))
+    app.include_router(deployment_routes.deployment_router(home, controller))
     app.include_router(page_routes.page_router(token, overview, controller.jobs, views, stopping))
     app.include_router(mlflow_proxy.mlflow_router(mlflow_socket(home)))
     _install_errors(app)

@@ -1,0 +1,140 @@
+"""Deployments on Ray Serve, through the REST API of Ray's dashboard.
+
+Serve's controller keeps what it was told in Ray's state, so deployments survive its death and that of Ray's head. It
+replaces a version replica by replica: the new one starts before the old one stops (`application.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from moray.cluster.machine import SERVE_ENVIRONMENT
+from moray.cluster.ray_jobs import RayJobs
+from moray.platform.core.cluster import BackendUnreachableError
+from moray.platform.core.serving import DeploymentSeen, ReplicaSeen, ServeOrder, ServingBackend, ServingSeen
+
+_PATH = "/api/serve/applications/"
+_PREFIX = "moray-"  # of the names of Moray's applications (pipelines/serve/gateway.py)
+_UNIT = "model"  # the Serve deployment in each application
+_BUILDER = "moray.pipelines.serve.application:build"
+_UPSCALE_SECONDS, _DOWNSCALE_SECONDS = 5.0, 120.0
+_QUIET = {"encoding": "TEXT", "log_level": "WARNING", "enable_access_log": False}
+
+State = Literal["starting", "running", "degraded", "failed", "removing"]
+_STATES: Mapping[str, State] = {
+    "NOT_STARTED": "starting",
+    "DEPLOYING": "starting",
+    "RUNNING": "running",
+    "UNHEALTHY": "degraded",
+    "DEPLOY_FAILED": "failed",
+    "DELETING": "removing",
+}
+
+
+class ServeApi(ServingBackend):
+    """The Serve instance behind a dashboard. host: where its proxies listen."""
+
+    def __init__(self, jobs: RayJobs, host: str) -> None:
+        self._jobs = jobs
+        self.host = host
+
+    def observe(self) -> ServingSeen:
+        details = self._details()
+        options = details.get("http_options")
+        if not details.get("controller_info", {}).get("actor_id") or options is None:
+            return ServingSeen()
+        applications = details["applications"]
+        return ServingSeen(
+            host=options["host"],
+            port=options["port"],
+            proxies=tuple(one["node_ip"] for one in details["proxies"].values() if one["status"] == "HEALTHY"),
+            deployments={
+                name.removeprefix(_PREFIX): _seen(one) for name, one in applications.items() if name.startswith(_PREFIX)
+            },
+            others=sum(not name.startswith(_PREFIX) for name in applications),
+        )
+
+    def apply(self, port: int, orders: Sequence[ServeOrder]) -> None:
+        kept = [
+            one["deployed_app_config"]
+            for name, one in self._details()["applications"].items()
+            if not name.startswith(_PREFIX) and one["source"] == "declarative"
+        ]
+        body = {
+            "proxy_location": "EveryNode",
+            "http_options": {"host": self.host, "port": port},
+            "controller_options": {"runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+            "logging_config": _QUIET,
+            "applications": [*kept, *map(_application, orders)],
+        }
+        self._checked(self._jobs.request("PUT", _PATH, body))
+
+    def shut_down(self) -> None:
+        self._checked(self._jobs.request("DELETE", _PATH))
+
+    def _details(self) -> dict[str, Any]:
+        response = self._checked(self._jobs.request("GET", _PATH))
+        try:
+            found: dict[str, Any] = response.json()
+            found["applications"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise BackendUnreachableError("the response is not that of Ray's dashboard") from error
+        return found
+
+    def _checked(self, response: Any) -> Any:
+        if not response.ok:
+            lines = response.text.strip().splitlines() or [f"HTTP {response.status_code}"]
+            raise BackendUnreachableError(f"Ray Serve: {lines[-1][:300]}")
+        return response
+
+
+def _application(order: ServeOrder) -> dict[str, Any]:
+    return {
+        "name": f"{_PREFIX}{order.name}",
+        "route_prefix": f"/{order.name}",
+        "import_path": _BUILDER,
+        "args": dict(order.arguments),
+        "deployments": [{"name": _UNIT, **_scale(order)}],
+    }
+
+
+def _scale(order: ServeOrder) -> dict[str, Any]:
+    if order.most_replicas <= order.replicas:
+        return {"num_replicas": order.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": order.replicas,
+            "max_replicas": order.most_replicas,
+            "upscale_delay_s": _UPSCALE_SECONDS,
+            "downscale_delay_s": _DOWNSCALE_SECONDS,
+        }
+    }
+
+
+def _seen(application: Mapping[str, Any]) -> DeploymentSeen:
+    units = list((application.get("deployments") or {}).values())
+    replicas = [
+        ReplicaSeen(one["replica_id"], one["state"].lower(), one.get("node_ip") or "")
+        for unit in units
+        for one in unit["replicas"]
+    ]
+    messages = [unit["message"] for unit in units if unit.get("message")]
+    return DeploymentSeen(
+        state=_STATES.get(application["status"], "starting"),
+        message=(messages or [application.get("message") or ""])[0],
+        order=_order(application),
+        replicas=tuple(replicas),
+    )
+
+
+def _order(application: Mapping[str, Any]) -> ServeOrder | None:
+    """The order that `_application` wrote."""
+    config = application.get("deployed_app_config")
+    if application["source"] != "declarative" or config is None:
+        return None
+    unit = (config.get("deployments") or [{}])[0]
+    scale = unit.get("autoscaling_config") or {}
+    least = scale.get("min_replicas", unit.get("num_replicas") or 1)
+    most = scale.get("max_replicas", least)
+    return ServeOrder(config["name"].removeprefix(_PREFIX), config.get("args") or {}, least, most)

@@ -1,0 +1,223 @@
+"""The rounds of a cluster's deployments: observe Serve, decide by pure functions, record the decisions, act on them.
+
+Every round starts from the database and from Serve's report, so a deployment is served again after anything that ends
+it: a replica, a proxy, Serve's controller, Ray's head, a cluster that was recreated empty.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moray.platform.control.deployment_rules import (
+    Answers,
+    DeploymentAction,
+    DeploymentSight,
+    decide_deployment,
+)
+from moray.platform.control.deployments import Deployment, Deployments, Version
+from moray.platform.control.managed_cluster import ManagedCluster
+from moray.platform.control.room import room_reason
+from moray.platform.control.served_models import ServedModels
+from moray.platform.core.cluster import BackendUnreachableError
+from moray.platform.core.errors import MorayError
+from moray.platform.core.home import Home
+from moray.platform.core.ports import is_free
+from moray.platform.core.serving import DeploymentSeen, ServeOrder, ServingBackend, ServingSeen
+
+_ALIAS_SECONDS = 10.0  # between readings of aliases in a remote store
+_ROOM_SECONDS = 5.0  # that a replica may wait for its place before the reason is looked up
+_SHORTEST_RETRY, _LONGEST_RETRY = 30.0, 600.0  # between starts of a live version that fails to start
+
+
+@dataclass
+class _Memory:
+    """What is known about a deployment between rounds, rebuilt after a restart. Times are monotonic seconds."""
+
+    target: str = ""
+    target_due: float = 0.0
+    unplaced_since: float | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+
+
+class DeploymentRounds:
+    """Carries out the deployments of one cluster. `log` receives one line of text per event.
+
+    answers: the requests that a version has answered since it became live. seen: Serve's latest report; None while the
+    cluster does not respond. error: why it does not.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        deployments: Deployments,
+        cluster: ManagedCluster,
+        log: Callable[[str], None],
+        answers: Callable[[Deployment], Answers] = lambda deployment: Answers(),
+    ) -> None:
+        self.cluster = cluster
+        self.seen: ServingSeen | None = None
+        self.error = ""
+        self._home, self._deployments, self._log, self._answers = home, deployments, log, answers
+        self._memory: dict[str, _Memory] = {}
+        self._models = ServedModels(home, cluster)
+
+    def set_cluster(self, cluster: ManagedCluster) -> None:
+        """Uses another address or other credentials from now on."""
+        if cluster is not self.cluster:
+            self.cluster, self._models = cluster, ServedModels(self._home, cluster)
+
+    @property
+    def _serve(self) -> ServingBackend:
+        if self.cluster.serving is None:
+            raise BackendUnreachableError("this cluster cannot serve models")
+        return self.cluster.serving
+
+    def round(self) -> None:
+        """Runs one round. An error in one deployment does not hold up the others."""
+        mine = [one for one in self._deployments.all(self.cluster.name) if one.state != "stopped"]
+        if not mine:
+            self.seen, self.error = None, ""
+            return
+        try:
+            self.seen = self._serve.observe()
+            self.error = ""
+            self._carry_out(mine, self.seen)
+        except BackendUnreachableError as error:
+            self.seen, self.error = None, str(error)
+            for one in mine:
+                if one.wanted == "running":
+                    self._deployments.move(one.name, one.state, f"the cluster does not respond: {error}")
+
+    def _carry_out(self, mine: Sequence[Deployment], seen: ServingSeen) -> None:
+        port = next((one.port for one in mine if one.wanted == "running"), 0)
+        blocked = self._blocked(port, seen) if port else ""
+        orders = [order for one in mine if (order := self._advance(one, seen, blocked))]
+        told = [one.order for one in seen.deployments.values() if one.order and one.state != "removing"]
+        by_name = sorted(orders, key=lambda order: order.name)
+        if by_name != sorted(told, key=lambda order: order.name) and not (blocked and by_name):
+            self._log(f"cluster {self.cluster.name}: serves {', '.join(one.name for one in orders) or 'nothing'}")
+            self._serve.apply(port or seen.port, by_name)
+        self._end(mine, seen)
+
+    def _advance(self, deployment: Deployment, seen: ServingSeen, blocked: str) -> ServeOrder | None:
+        """Records the decision on one deployment. Returns what Serve is to run for it."""
+        name = deployment.name
+        memory = self._memory.setdefault(name, _Memory())
+        try:
+            sight = self._look(deployment, seen.deployments.get(name), blocked, memory)
+            action = decide_deployment(deployment, sight)
+            self._record(deployment, action, memory)
+        except MorayError as error:  # of the store
+            self._deployments.move(name, deployment.state, error.message)
+            return (seen.deployments.get(name) or DeploymentSeen("starting")).order
+        after = self._deployments.get(name)
+        if action.add:
+            return (seen.deployments.get(name) or DeploymentSeen("starting")).order
+        if not action.order or after.desired is None:
+            return None
+        return _order(after, after.desired)
+
+    def _look(
+        self, deployment: Deployment, seen: DeploymentSeen | None, blocked: str, memory: _Memory
+    ) -> DeploymentSight:
+        version, now = deployment.desired, time.monotonic()
+        ordered = bool(
+            version and seen and seen.order and seen.order.arguments == _arguments(version) and seen.state != "removing"
+        )
+        return DeploymentSight(
+            seen=seen,
+            ordered=ordered,
+            target=self._target(deployment, memory),
+            blocked=blocked,
+            gone=self._models.gone(version.model.folder) if version and not ordered else "",
+            room=self._room(version, seen, memory) if version and seen else "",
+            retry_in=memory.retry_at - now,
+            waited=time.time() - version.since if version else 0.0,
+            answers=self._answers(deployment),
+        )
+
+    def _record(self, deployment: Deployment, action: DeploymentAction, memory: _Memory) -> None:
+        name = deployment.name
+        if action.add:
+            found = self._models.find(deployment.model)
+            known = deployment.versions[-1].model
+            self._deployments.add_version(name, found.reference, known.model_copy(update={"folder": found.folder}))
+            self._log(f"{name}: {deployment.model} is now {found.reference}")
+        for move in action.moves:
+            self._deployments.move_version(name, move.number, move.state, move.reason)
+            self._log(f"{name}: version {move.number} is {move.state} {move.reason}".rstrip())
+        if action.back_to:
+            self._deployments.return_to(deployment, action.back_to, action.reason)
+            self._log(f"{name}: back to version {action.back_to.number}: {action.reason}")
+        if action.state == "failed" and deployment.live and deployment.state != "failed":
+            pause = min(_LONGEST_RETRY, _SHORTEST_RETRY * 2**memory.failures)
+            memory.failures, memory.retry_at = memory.failures + 1, time.monotonic() + pause
+        if action.state not in (deployment.state, "stopped"):
+            self._log(f"{name}: {action.state} {action.reason}".rstrip())
+        live = self._deployments.get(name).live
+        if action.state == "running" and live:
+            memory.failures = 0
+            self._models.mark(name, live.reference)
+        if action.state != "stopped":  # `_end` moves the last one when Serve is down
+            self._deployments.move(name, action.state, action.reason)
+
+    def _end(self, mine: Sequence[Deployment], seen: ServingSeen) -> None:
+        """Ends the deployments that Serve no longer lists; with the last one, Serve too."""
+        ended = [one for one in mine if one.wanted == "stopped" and one.name not in seen.deployments]
+        if not ended:
+            return
+        if len(ended) == len(mine) and seen.port and not seen.deployments and not seen.others:
+            self._serve.shut_down()
+        for one in ended:
+            self._deployments.move(one.name, "stopped", one.reason)
+            self._models.unmark(one.name)
+            self._memory.pop(one.name, None)
+            self._log(f"{one.name}: stopped")
+
+    def _blocked(self, port: int, seen: ServingSeen) -> str:
+        """Why Serve cannot be told to serve at `port` now."""
+        if not seen.port:
+            if self.cluster.store or is_free(port, self._serve.host):
+                return ""
+            return f"port {port} of this machine is in use by another program; free it, or stop and deploy with --port"
+        if seen.port == port:
+            return ""
+        runs = [name for name, one in seen.deployments.items() if one.order is None]
+        if runs:
+            return f"a run serves its model with Ray Serve at port {seen.port}; waiting for it to end"
+        if seen.others:
+            return f"Ray Serve runs on this cluster already, at port {seen.port}; deploy with --port {seen.port}"
+        self._serve.shut_down()
+        return f"Ray Serve restarts at port {port}"
+
+    def _target(self, deployment: Deployment, memory: _Memory) -> str:
+        if not deployment.follows:
+            return ""
+        now = time.monotonic()
+        if now >= memory.target_due:
+            memory.target = self._models.target(deployment.model)
+            memory.target_due = now + (_ALIAS_SECONDS if self.cluster.store else 0.0)
+        return memory.target
+
+    def _room(self, version: Version, seen: DeploymentSeen, memory: _Memory) -> str:
+        """Why a replica has no place yet, once it has waited for some seconds."""
+        if all(one.host for one in seen.replicas if one.state == "starting"):
+            memory.unplaced_since = None
+            return ""
+        now = time.monotonic()
+        memory.unplaced_since = memory.unplaced_since or now
+        if now - memory.unplaced_since < _ROOM_SECONDS:
+            return ""
+        return room_reason(version.model.resources, self.cluster.backend.usage())
+
+
+def _order(deployment: Deployment, version: Version) -> ServeOrder:
+    most = max(deployment.most_replicas, deployment.replicas)
+    return ServeOrder(deployment.name, _arguments(version), deployment.replicas, most)
+
+
+def _arguments(version: Version) -> dict[str, object]:
+    return dict(version.model.model_dump(mode="json"))

@@ -1,0 +1,100 @@
+"""Interface to the Ray Serve instance of a cluster, for the controller. Implemented in `cluster/serve_api.py`.
+
+A backend makes no decisions. `apply` is idempotent and names everything that is to be served, so a round that is
+repeated changes nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moray.platform.core.serve_options import ServeOptions
+
+
+class ServedModel(BaseModel):
+    """The arguments of the application that serves a model, as JSON.
+
+    folder: of the model, local or in a store. name: of the deployment, its route and the model's id. version: of the
+    deployment. resources: that a replica reserves, as Ray's actor options. drain_seconds: time for open requests when
+    a replica stops. starts: failed starts of a replica after which the version counts as failed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str
+    name: str
+    version: str = ""
+    options: ServeOptions = ServeOptions()
+    resources: dict[str, float] = Field(default_factory=dict)
+    drain_seconds: float = 20.0
+    starts: int = 1
+
+
+@dataclass(frozen=True)
+class ServeOrder:
+    """A deployment that Serve is to run: the arguments of its application, as JSON, and its number of replicas."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    replicas: int
+    most_replicas: int
+
+
+@dataclass(frozen=True)
+class ReplicaSeen:
+    """A replica as Serve reports it. host: its address; "" until it is placed."""
+
+    id: str
+    state: str
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class DeploymentSeen:
+    """A deployment as Serve reports it.
+
+    state: `starting` also while another version rolls out; `failed` if no replica of the ordered version starts.
+    order: what Serve was told; None for what a run serves itself.
+    """
+
+    state: Literal["starting", "running", "degraded", "failed", "removing"]
+    message: str = ""
+    order: ServeOrder | None = None
+    replicas: tuple[ReplicaSeen, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServingSeen:
+    """The Serve instance of a cluster.
+
+    port: 0 if Serve does not run. proxies: hosts with a healthy proxy. others: applications that are not Moray's.
+    """
+
+    host: str = ""
+    port: int = 0
+    proxies: tuple[str, ...] = ()
+    deployments: Mapping[str, DeploymentSeen] = field(default_factory=dict)
+    others: int = 0
+
+
+class ServingBackend(ABC):
+    """The Serve instance of one cluster. Every method may raise BackendUnreachableError."""
+
+    host: str  # where proxies listen
+
+    @abstractmethod
+    def observe(self) -> ServingSeen:
+        """What Serve runs."""
+
+    @abstractmethod
+    def apply(self, port: int, orders: Sequence[ServeOrder]) -> None:
+        """Makes Serve run exactly these deployments, and starts it if it does not run. Leaves others alone."""
+
+    @abstractmethod
+    def shut_down(self) -> None:
+        """Stops Serve with everything that it runs."""
