@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moray.cluster.machine import SERVE_ENVIRONMENT
 from moray.cluster.ray_jobs import RayJobs
 from moray.platform.core.cluster import BackendUnreachableError
-from moray.platform.core.serving import DeploymentSeen, ReplicaSeen, ServeOrder, ServingBackend, ServingSeen
+from moray.platform.core.serving import DeploymentSeen, ReplicaSeen, ServeOrder, ServingBackend, ServingSeen, reason_in
 
 _PATH = "/api/serve/applications/"
 _PREFIX = "moray-"  # of the names of Moray's applications (pipelines/serve/gateway.py)
@@ -120,9 +120,10 @@ def _seen(application: Mapping[str, Any]) -> DeploymentSeen:
         for one in unit["replicas"]
     ]
     messages = [unit["message"] for unit in units if unit.get("message")]
+    message = (messages or [application.get("message") or ""])[0]
     return DeploymentSeen(
         state=_STATES.get(application["status"], "starting"),
-        message=(messages or [application.get("message") or ""])[0],
+        message=reason_in(message) if message else "",
         order=_order(application),
         replicas=tuple(replicas),
     )

@@ -32,7 +32,7 @@ from moray.pipelines.serve.gateway import VERSION
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, is_free
 from moray.platform.core.serve_options import ServeOptions
-from moray.platform.core.serving import ServedModel
+from moray.platform.core.serving import ServedModel, reason_in
 from moray.platform.store.paths import AnyPath
 
 ANY_HOST = "0.0.0.0"  # every address of a machine
@@ -184,7 +184,7 @@ def _wait_until_running(serve: Any, model: ServedModel) -> None:
         replicas = application.deployments.get(UNIT)
         report = replicas.message if replicas else application.message
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StepFailed(f"the model in {model.folder} failed to start: {_reason(report)}", "see Ray's logs")
+            raise StepFailed(f"the model in {model.folder} failed to start: {reason_in(report)}", "see Ray's logs")
         if time.monotonic() > deadline:
             raise StepFailed(
                 f"the model in {model.folder} did not start within {START_SECONDS:.0f} s: {report}",
@@ -285,10 +285,3 @@ def _reachable(host: str) -> str:
     own = ray.get_runtime_context().get_node_id()
     heads = [node for node in ray.nodes() if _HEAD in node["Resources"] and node["NodeID"] != own]  # type: ignore[no-untyped-call]
     return str(heads[0]["NodeManagerAddress"]) if heads else "127.0.0.1"
-
-
-def _reason(report: str) -> str:
-    """The replica's error from Serve's report, which contains its traceback."""
-    lines = [line.strip() for line in report.splitlines() if line.strip()]
-    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ":" in line]
-    return (named or lines or ["no reason given"])[-1]

@@ -207,10 +207,11 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _followed(client: Any, found: dict[str, Any], quiet: bool) -> dict[str, Any]:
-    """Waits until the deployment runs its desired version. Raises StepFailed with the reason if it does not."""
+    """Waits until the version that starts is live. Raises StepFailed with the reason if it fails."""
     console, began, said = err(), time.monotonic(), ""
+    number = max((one["version"] for one in found["versions"] if one["state"] == "starting"), default=found["live"])
     with console.status("", spinner="dots") if not quiet else _silent() as shown:
-        while found["state"] not in ("running", "failed", "stopped") or _has_starting(found):
+        while found["state"] not in ("running", "failed", "stopped") or _state_of(found, number) == "starting":
             text = f"{found['name']}: {found['state']} {found['reason']}".rstrip()
             if shown is not None:
                 shown.update(f"{text}  {time.monotonic() - began:.0f} s")
@@ -219,16 +220,15 @@ def _followed(client: Any, found: dict[str, Any], quiet: bool) -> dict[str, Any]
             said = text
             time.sleep(_POLL_SECONDS)
             found = client.get(_path(found["name"]))
-    last = found["versions"][-1]
-    if found["state"] != "running" or last["state"] == "failed":
+    if found["state"] != "running" or _state_of(found, number) != "live":
         raise StepFailed(
             f"{found['name']} is {found['state']}: {found['reason']}", "moray deployments status " + found["name"]
         )
     return found
 
 
-def _has_starting(found: dict[str, Any]) -> bool:
-    return any(one["state"] == "starting" for one in found["versions"])
+def _state_of(found: dict[str, Any], number: int | None) -> str:
+    return next((str(one["state"]) for one in found["versions"] if one["version"] == number), "")
 
 
 def _silent() -> Any:

@@ -145,7 +145,7 @@ def _starting(
     ready = sum(one.state == "running" for one in seen.replicas)
     if version.state == "starting" and not sight.room and sight.waited > START_SECONDS:
         return _give_up(deployment, version, f"not ready after {START_SECONDS / 60:.0f} minutes: {seen.message}")
-    reason = sight.room or _first_line(seen.message)
+    reason = sight.room or seen.message
     if version.state == "live" and ready:
         return DeploymentAction("running", reason or f"{ready} replicas are ready, others start", order=True)
     return DeploymentAction(_on_the_way(deployment, version), reason, order=True)
@@ -169,7 +169,3 @@ def _earlier_failure(deployment: Deployment, version: Version) -> str:
     if last.number <= version.number or last.state != "failed":
         return ""
     return f"version {last.number} failed: {last.reason}"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]

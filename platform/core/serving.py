@@ -82,6 +82,13 @@ class ServingSeen:
     others: int = 0
 
 
+def reason_in(report: str) -> str:
+    """One line of Serve's report on replicas: the error that a traceback in it ends with, or else its first line."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ":" in line]
+    return (errors[-1] if errors else (lines or ["no reason given"])[0])[:500]
+
+
 class ServingBackend(ABC):
     """The Serve instance of one cluster. Every method may raise BackendUnreachableError."""
 
