@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -79,6 +79,16 @@ class AsyncEngine:
     def alive(self) -> bool:
         """Whether the engine accepts requests."""
         return self._thread.is_alive() and not self._closed
+
+    def state(self) -> dict[str, Any]:
+        """What the engine does now, for reports. Called from any thread; the numbers may be a step apart."""
+        engine = self.engine
+        return {
+            "running": len(engine.running),
+            "waiting": len(engine.waiting),
+            "cache": round(1 - engine.cache.blocks_free / max(1, engine.cache.blocks), 4),
+            "expert_load": engine.expert_load(),
+        }
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Yields the answer's deltas. Leaving the iterator early cancels the request. Raises the request's error."""

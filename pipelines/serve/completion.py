@@ -26,7 +26,7 @@ class Completion:
     def __init__(self, engine: Engine, model: str, requests: Sequence[Request]) -> None:
         self._vocabulary = engine.vocabulary
         self._scored = bool(requests) and requests[0].logprobs is not None
-        self._prompt_tokens = sum(engine.prompt_tokens(request) for request in requests)
+        self.prompt_tokens = sum(engine.prompt_tokens(request) for request in requests)
         self._generated = [0] * len(requests)
         self._envelope = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -59,9 +59,9 @@ class Completion:
         """Prompt tokens (with bos) and generated tokens (with an end-of-document token, which has no text)."""
         generated = sum(self._generated)
         return {
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
-            "total_tokens": self._prompt_tokens + generated,
+            "total_tokens": self.prompt_tokens + generated,
         }
 
 

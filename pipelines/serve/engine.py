@@ -12,7 +12,7 @@ Shapes: B sequences, T ids of each in this step, N blocks of a table, V vocabula
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,19 @@ class Engine:
     @property
     def busy(self) -> bool:
         return self._scheduler.busy
+
+    @property
+    def running(self) -> list[Sequence]:
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> Collection[Sequence]:
+        return self._scheduler.waiting
+
+    def expert_load(self) -> tuple[float, ...]:
+        """By MoE layer: rows of the most loaded expert over the mean, since the start; 0 before the first row."""
+        loads = [shard.load_E.tolist() for shard in self.model.shards()]
+        return tuple(round(max(load) * len(load) / sum(load), 3) if sum(load) else 0.0 for load in loads)
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -25,7 +25,9 @@ from moray.pipelines.serve.completion import DONE, Completion, completion_json, 
 from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
 from moray.pipelines.serve.protocol import CompletionRequest, check_model
+from moray.pipelines.serve.report import RequestTally, ServingReport
 from moray.pipelines.serve.sequence import Delta
+from moray.platform.core.serving import ServedModel
 
 _log = logging.getLogger(__name__)
 # Schema of the body in /openapi.json, because the body is parsed here and not by FastAPI.
@@ -33,20 +35,25 @@ _SCHEMA = CompletionRequest.model_json_schema()
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
 
 
-def build_serving_app(engine: AsyncEngine, name: str, version: str = "") -> FastAPI:
-    """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine.
+def build_serving_app(
+    engine: AsyncEngine, name: str, version: str = "", report: ServingReport | None = None
+) -> FastAPI:
+    """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine and its report.
 
     Responses name the version of the deployment in a header, except those of a replica that is stopping: without the
     header, the gateway asks another replica.
     """
 
     intake = Intake(engine.engine, name)
+    report = report or ServingReport(ServedModel(folder="", name=name), engine, "")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        report.start()
         yield
         await asyncio.to_thread(engine.stop)
+        await asyncio.to_thread(report.close)
 
     app = FastAPI(title="Moray", lifespan=lifespan)
     app.add_middleware(_Versioned, engine=engine, version=version)
@@ -61,11 +68,16 @@ def build_serving_app(engine: AsyncEngine, name: str, version: str = "") -> Fast
 
     @app.post("/v1/completions", openapi_extra=_BODY)
     async def completions(http: Request) -> Response:
-        call = await intake.call(http)
+        try:
+            call = await intake.call(http)
+        except ApiError:
+            report.refuse()
+            raise
+        tally = report.request(call.completion.prompt_tokens)
         if not call.stream:
-            return Response(await unless_gone(http, _whole(engine, intake, call)), media_type="application/json")
+            return Response(await unless_gone(http, _whole(engine, intake, call, tally)), media_type="application/json")
         return StreamingResponse(
-            _events(engine, intake, call),
+            _events(engine, intake, call, tally),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -140,24 +152,29 @@ def _unexpected(error: Exception) -> ApiError:
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 
 
-async def _whole(engine: AsyncEngine, intake: Intake, call: Call) -> bytes:
+async def _whole(engine: AsyncEngine, intake: Intake, call: Call, tally: RequestTally) -> bytes:
     answers: list[list[Delta]] = [[] for _ in call.requests]
     size = 0
-    async for deltas in engine.generate_many(call.requests):
-        for index, delta in deltas:
-            answers[index].append(delta)
-            size += _size(delta)
-    return await intake.answer(size, lambda: completion_json(call.completion.whole(answers)))
+    with tally:
+        async for deltas in engine.generate_many(call.requests):
+            tally.add(deltas)
+            for index, delta in deltas:
+                answers[index].append(delta)
+                size += _size(delta)
+        return await intake.answer(size, lambda: completion_json(call.completion.whole(answers)))
 
 
-async def _events(engine: AsyncEngine, intake: Intake, call: Call) -> AsyncIterator[bytes]:
+async def _events(engine: AsyncEngine, intake: Intake, call: Call, tally: RequestTally) -> AsyncIterator[bytes]:
     """The events of a stream. A late error becomes its last event, because the status is already sent."""
     completion, with_usage = call.completion, call.with_usage
     try:
-        async with aclosing(engine.generate_many(call.requests)) as answers:  # closed now, not by garbage collection
-            async for deltas in answers:
-                size = sum(_size(delta) for _, delta in deltas)
-                yield await intake.answer(size, partial(_chunks, completion, deltas, with_usage))
+        # Closed now, not by garbage collection.
+        async with aclosing(engine.generate_many(call.requests)) as answers:
+            with tally:
+                async for deltas in answers:
+                    tally.add(deltas)
+                    size = sum(_size(delta) for _, delta in deltas)
+                    yield await intake.answer(size, partial(_chunks, completion, deltas, with_usage))
     except Exception as error:
         yield event(_unexpected(error).body())
         return

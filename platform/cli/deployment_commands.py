@@ -113,6 +113,7 @@ def status(name: Name, /, *, json_: Json = False) -> int:
         "model": found["model"],
         "version": _version(found),
         "replicas": _replicas(found),
+        "requests": _requests(found["served"]),
         "hosts": ", ".join(sorted({one["host"] for one in found["replicas_seen"] if one["host"]})) or "-",
         "cluster": found["cluster"],
         "url": ", ".join(found["urls"]) or "-",
@@ -256,6 +257,17 @@ def _version(found: dict[str, Any]) -> str:
 def _replicas(found: dict[str, Any]) -> str:
     wanted = f"{found['replicas']}..{found['most_replicas']}" if found["most_replicas"] else str(found["replicas"])
     return f"{found['ready']} of {wanted}"
+
+
+def _requests(served: dict[str, Any] | None) -> str:
+    """What has been served and what is served now, in words."""
+    if not served:
+        return "-"
+    parts = [f"{served['requests']:,} ({served['failed']:,} failed)", f"{served['completion_tokens']:,} tokens"]
+    if served["first_token"]:
+        parts.append(f"first token after {served['first_token'][0] * 1e3:.0f} ms")
+    parts.append(f"now {served['running']} running, {served['tokens_per_second']:.0f} tokens/s")
+    return ", ".join(parts)
 
 
 def _moment(moment: float) -> str:

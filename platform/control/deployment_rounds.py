@@ -10,16 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moray.platform.control.deployment_rules import (
-    Answers,
-    DeploymentAction,
-    DeploymentSight,
-    decide_deployment,
-)
+from moray.platform.control.deployment_rules import Answers, DeploymentAction, DeploymentSight, decide_deployment
 from moray.platform.control.deployments import Deployment, Deployments, Version
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.room import room_reason
 from moray.platform.control.served_models import ServedModels
+from moray.platform.control.serving_reports import ServingReports
 from moray.platform.core.cluster import BackendUnreachableError
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
@@ -45,7 +41,7 @@ class _Memory:
 class DeploymentRounds:
     """Carries out the deployments of one cluster. `log` receives one line of text per event.
 
-    answers: the requests that a version has answered since it became live. seen: Serve's latest report; None while the
+    reports: what the replicas report. seen: Serve's latest report; None while the
     cluster does not respond. error: why it does not.
     """
 
@@ -55,12 +51,12 @@ class DeploymentRounds:
         deployments: Deployments,
         cluster: ManagedCluster,
         log: Callable[[str], None],
-        answers: Callable[[Deployment], Answers] = lambda deployment: Answers(),
     ) -> None:
         self.cluster = cluster
         self.seen: ServingSeen | None = None
         self.error = ""
-        self._home, self._deployments, self._log, self._answers = home, deployments, log, answers
+        self.reports = ServingReports(home, cluster.store)
+        self._home, self._deployments, self._log = home, deployments, log
         self._memory: dict[str, _Memory] = {}
         self._models = ServedModels(home, cluster)
 
@@ -68,6 +64,7 @@ class DeploymentRounds:
         """Uses another address or other credentials from now on."""
         if cluster is not self.cluster:
             self.cluster, self._models = cluster, ServedModels(self._home, cluster)
+            self.reports = ServingReports(self._home, cluster.store)
 
     @property
     def _serve(self) -> ServingBackend:
@@ -124,6 +121,7 @@ class DeploymentRounds:
         self, deployment: Deployment, seen: DeploymentSeen | None, blocked: str, memory: _Memory
     ) -> DeploymentSight:
         version, now = deployment.desired, time.monotonic()
+        self.reports.bring(deployment.name)
         ordered = bool(
             version and seen and seen.order and seen.order.arguments == _arguments(version) and seen.state != "removing"
         )
@@ -136,7 +134,7 @@ class DeploymentRounds:
             room=self._room(version, seen, memory) if version and seen else "",
             retry_in=memory.retry_at - now,
             waited=time.time() - version.since if version else 0.0,
-            answers=self._answers(deployment),
+            answers=self.reports.answers(deployment.name, version.number) if version else Answers(),
         )
 
     def _record(self, deployment: Deployment, action: DeploymentAction, memory: _Memory) -> None:
@@ -144,7 +142,9 @@ class DeploymentRounds:
         if action.add:
             found = self._models.find(deployment.model)
             known = deployment.versions[-1].model
-            self._deployments.add_version(name, found.reference, known.model_copy(update={"folder": found.folder}))
+            self._deployments.add_version(
+                name, found.reference, known.model_copy(update={"folder": found.folder, "reference": found.reference})
+            )
             self._log(f"{name}: {deployment.model} is now {found.reference}")
         for move in action.moves:
             self._deployments.move_version(name, move.number, move.state, move.reason)

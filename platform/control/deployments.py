@@ -137,17 +137,18 @@ class Deployments:
         self._database = database
         self._clock = clock
 
-    def deploy(self, new: NewDeployment, reference: str, folder: str, gpus: int) -> Deployment:
+    def deploy(self, new: NewDeployment, reference: str, folder: str, gpus: int, events: str = "") -> Deployment:
         """Records that a model is to be served. Deploying the same again changes nothing but the number of replicas.
 
-        reference, folder: of the model that `new.model` names now. gpus: of the cluster. Raises InputError for a
+        reference, folder: of the model that `new.model` names now. gpus: of the cluster. events: the folder below which
+        replicas report. Raises InputError for a
         name or options that cannot be, ConflictError for a name on another cluster or another port.
         """
         name = checked_name(new.name or _default_name(new.model))
         options = new.options
         model = ServedModel(
-            folder=folder, name=name, options=options, resources=options.resources(gpus), drain_seconds=DRAIN_SECONDS,
-            starts=STARTS,
+            folder=folder, name=name, reference=reference, options=options, resources=options.resources(gpus),
+            drain_seconds=DRAIN_SECONDS, starts=STARTS, events=f"{events}/{name}" if events else "",
         )  # fmt: skip
         with self._database.write() as connection:
             self._check_place(connection, name, new)

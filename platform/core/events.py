@@ -97,7 +97,41 @@ class NoteEvent(_Event):
     text: str
 
 
-Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent
+class ServingEvent(_Event):
+    """What a replica of a deployment has done since it started, and what it does now. Each replica writes a segment
+    below `deployments/NAME/events/`; counts are cumulative, so its last event has them all.
+
+    version: of the deployment. reference: of the model's artifact. requests: accepted ones that have ended: answered,
+    `failed` by the server's fault, or `cancelled` by their clients. refused: invalid ones. seconds: since the start of
+    the replica, for which it held `cpus` and `gpus`. running, waiting: sequences now. cache: share of the cache in use.
+    first_token: seconds from a request to its first token, median and 95th percentile of the last minute, if there was
+    one. tokens_per_second: since the event before. expert_load: by MoE layer, the load of the most loaded expert over
+    the mean.
+    """
+
+    kind: Literal["serving"] = "serving"
+    deployment: str
+    version: str
+    reference: str
+    replica: str
+    requests: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    cpus: float = 0.0
+    gpus: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    cache: float = 0.0
+    first_token: tuple[float, float] | None = None
+    tokens_per_second: float = 0.0
+    expert_load: tuple[float, ...] = ()
+
+
+Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent | ServingEvent
 _FREE_TEXT = ("detail", "why", "outcome", "text")  # fields with text from a step or an error
 _BLOCK = 1 << 20  # bytes of a segment read at a time
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

@@ -20,8 +20,9 @@ class ServedModel(BaseModel):
     """The arguments of the application that serves a model, as JSON.
 
     folder: of the model, local or in a store. name: of the deployment, its route and the model's id. version: of the
-    deployment. resources: that a replica reserves, as Ray's actor options. drain_seconds: time for open requests when
-    a replica stops. starts: failed starts of a replica after which the version counts as failed.
+    deployment. reference: of the model's artifact. events: the folder where replicas report; "" for none. resources:
+    that a replica reserves, as Ray's actor options. drain_seconds: time for open requests when a replica stops. starts:
+    failed starts of a replica after which the version counts as failed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +30,8 @@ class ServedModel(BaseModel):
     folder: str
     name: str
     version: str = ""
+    reference: str = ""
+    events: str = ""
     options: ServeOptions = ServeOptions()
     resources: dict[str, float] = Field(default_factory=dict)
     drain_seconds: float = 20.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -13,6 +14,7 @@ from moray.platform.control.deployments import Deployment, NewDeployment
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.room import check_fit
 from moray.platform.control.served_models import ServedModels
+from moray.platform.control.serving_reports import summary
 from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
 
@@ -44,7 +46,10 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
             check_fit(new.options.resources(gpus), new.options.replicas, usage)
         known = {one.name for one in deployments.all()}
         named = new.model_copy(update={"model": found.model})
-        deployed = deployments.deploy(named, found.reference, found.folder, gpus)
+        serving = controller.serving(new.cluster)
+        deployed = deployments.deploy(
+            named, found.reference, found.folder, gpus, serving.reports.base if serving else ""
+        )
         response.status_code = 200 if deployed.name in known else 201
         controller.wake()
         return _as_json(deployed, controller)
@@ -96,6 +101,7 @@ def _as_json(deployment: Deployment, controller: Controller) -> dict[str, Any]:
         **deployment.as_json(),
         "replicas_seen": replicas,
         "ready": sum(replica["state"] == "running" for replica in replicas),
+        "served": summary(serving.reports.events(deployment.name), time.time()) if serving else None,
         "urls": _urls(deployment, seen.host if seen else "", seen.proxies if seen else ()),
     }
 

@@ -1,0 +1,171 @@
+"""Counts a replica's requests and reports them, with what the engine does now, as events (`ServingEvent`)."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from moray.pipelines.serve.api_error import ApiError
+from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
+from moray.pipelines.serve.sequence import Delta
+from moray.platform.core.events import EventLog, ServingEvent
+from moray.platform.core.serving import ServedModel
+from moray.platform.store.paths import any_path
+from moray.platform.store.segments import event_log
+
+REPORT_SECONDS = 2.0
+_IDLE_SECONDS = 60.0  # between reports of a replica that has nothing to do
+_RECENT_SECONDS = 60.0  # for the times to the first token
+_MOST_RECENT = 1000
+
+
+@dataclass
+class _Counts:
+    requests: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class RequestTally:
+    """One accepted request: a context manager around its answer, to which the answer's deltas are added."""
+
+    def __init__(self, report: ServingReport, prompt_tokens: int) -> None:
+        self._report, self._prompt_tokens = report, prompt_tokens
+        self._began = time.monotonic()
+        self._generated: dict[int, int] = {}
+
+    def add(self, deltas: Iterable[tuple[int, Delta]]) -> None:
+        """Counts new tokens, by index of the prompt."""
+        first = not self._generated
+        tokens = 0
+        for index, delta in deltas:
+            tokens += max(0, delta.generated - self._generated.get(index, 0))
+            self._generated[index] = max(delta.generated, self._generated.get(index, 0))
+        self._report.add_tokens(tokens, time.monotonic() - self._began if first and self._generated else None)
+
+    def __enter__(self) -> RequestTally:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, EngineStoppedError):
+            return  # another replica answers
+        gone = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or (
+            isinstance(error, ApiError) and error.status == 499
+        )
+        self._report.end(self._prompt_tokens, failed=error is not None and not gone, cancelled=gone)
+
+
+class ServingReport:
+    """The counts of one replica. `start` begins to write them to `model.events`, if that is set."""
+
+    def __init__(self, model: ServedModel, engine: AsyncEngine, replica: str) -> None:
+        self._model, self._engine, self._replica = model, engine, replica
+        self._lock = threading.Lock()
+        self._counts = _Counts()
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_MOST_RECENT)
+        self._began = time.monotonic()
+        self._last: ServingEvent | None = None
+        self._last_time = self._began
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="report", daemon=True)
+
+    def start(self) -> None:
+        if self._model.events:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Writes the last counts."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def request(self, prompt_tokens: int) -> RequestTally:
+        """Begins to count a request."""
+        return RequestTally(self, prompt_tokens)
+
+    def refuse(self) -> None:
+        """Counts an invalid request."""
+        with self._lock:
+            self._counts.refused += 1
+
+    def add_tokens(self, tokens: int, first: float | None) -> None:
+        """first: seconds to the first token, if these are the first ones of a request."""
+        with self._lock:
+            self._counts.completion_tokens += tokens
+            if first is not None:
+                self._first_tokens.append((time.monotonic(), first))
+
+    def end(self, prompt_tokens: int, failed: bool, cancelled: bool) -> None:
+        """Counts the end of a request."""
+        with self._lock:
+            self._counts.requests += 1
+            self._counts.prompt_tokens += prompt_tokens
+            self._counts.failed += failed
+            self._counts.cancelled += cancelled
+
+    def event(self) -> ServingEvent:
+        """The counts until now, and the state of the engine."""
+        now = time.monotonic()
+        with self._lock:
+            counts = dict(vars(self._counts))
+            recent = [seconds for at, seconds in self._first_tokens if now - at <= _RECENT_SECONDS]
+        before = self._last.completion_tokens if self._last else 0
+        rate = (counts["completion_tokens"] - before) / max(now - self._last_time, 1e-3)
+        return ServingEvent(
+            deployment=self._model.name,
+            version=self._model.version,
+            reference=self._model.reference,
+            replica=self._replica,
+            seconds=round(now - self._began, 3),
+            cpus=self._model.resources.get("num_cpus", 0.0),
+            gpus=self._model.resources.get("num_gpus", 0.0),
+            first_token=_percentiles(recent),
+            tokens_per_second=round(rate, 3),
+            **counts,
+            **self._engine.state(),
+        )
+
+    def _write(self) -> None:
+        with event_log(any_path(self._model.events) / "events", f"replica-{self._replica}") as log:
+            while not self._end.wait(REPORT_SECONDS):
+                self._report(log)
+            self._report(log, last=True)
+
+    def _report(self, log: EventLog, last: bool = False) -> None:
+        event = self.event()
+        if not last and self._is_old(event):
+            return
+        log.append(event)
+        self._last, self._last_time = event, time.monotonic()
+
+    def _is_old(self, event: ServingEvent) -> bool:
+        """Whether the event says nothing new, and the last one is recent."""
+        changes = {"seconds"}
+        same = self._last is not None and event.model_dump(exclude=changes) == self._last.model_dump(exclude=changes)
+        return same and time.monotonic() - self._last_time < _IDLE_SECONDS
+
+
+def _percentiles(values: list[float]) -> tuple[float, float] | None:
+    """Median and 95th percentile."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return round(statistics.median(ordered), 4), round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 4)
+
+
+def replica_id() -> str:
+    """The id of the Serve replica in this process."""
+    from ray import serve
+
+    context: Any = serve.get_replica_context()
+    return str(context.replica_id.unique_id)
