@@ -26,6 +26,7 @@ from moray.platform.core.serving import ServedModel
 
 PORT = 8000
 DRAIN_SECONDS = 600.0  # for open requests when a replica stops
+_SHOWN = 30  # latest versions in JSON; a nightly recipe makes hundreds
 STARTS = 3  # failed starts of replicas before a version counts as failed
 DeploymentState = Literal["pending", "starting", "running", "rolling", "failed", "stopping", "stopped"]
 VersionState = Literal["starting", "live", "replaced", "failed"]
@@ -121,7 +122,7 @@ class Deployment:
     def as_json(self) -> dict[str, Any]:
         found = {name: getattr(self, name) for name in _COLUMNS}
         found["live"] = self.live.number if self.live else None
-        found["versions"] = [one.as_json() for one in self.versions]
+        found["versions"] = [one.as_json() for one in self.versions[-_SHOWN:]]
         return found
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import time
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+import aiohttp
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from moray.platform.control.controller import Controller
-from moray.platform.control.deployments import Deployment, NewDeployment
+from moray.platform.control.deployments import NewDeployment
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.room import check_fit
 from moray.platform.control.served_models import ServedModels
-from moray.platform.control.serving_reports import summary
 from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
+from moray.platform.server.deployment_view import deployment_json
 
 
 class Rollback(BaseModel):
@@ -34,7 +37,7 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
 
     @router.get("")
     def list_() -> list[dict[str, Any]]:
-        return [_as_json(one, controller) for one in deployments.all()]
+        return [deployment_json(one, controller) for one in deployments.all()]
 
     @router.post("", status_code=201)
     def deploy(new: NewDeployment, response: Response) -> dict[str, Any]:
@@ -52,11 +55,11 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
         )
         response.status_code = 200 if deployed.name in known else 201
         controller.wake()
-        return _as_json(deployed, controller)
+        return deployment_json(deployed, controller)
 
     @router.get("/{name}")
     def show(name: str) -> dict[str, Any]:
-        return _as_json(deployments.get(name), controller)
+        return deployment_json(deployments.get(name), controller)
 
     @router.get("/{name}/history")
     def history(name: str) -> list[dict[str, Any]]:
@@ -66,19 +69,46 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
     def stop(name: str) -> dict[str, Any]:
         stopped = deployments.stop(name)
         controller.wake()
-        return _as_json(stopped, controller)
+        return deployment_json(stopped, controller)
 
     @router.post("/{name}/rollback")
     def rollback(name: str, request: Annotated[Rollback | None, "the version"] = None) -> dict[str, Any]:
         changed = deployments.rollback(name, request.to if request else None)
         controller.wake()
-        return _as_json(changed, controller)
+        return deployment_json(changed, controller)
 
     @router.delete("/{name}", status_code=204)
     def remove(name: str) -> None:
         deployments.remove(name)
 
+    @router.post("/{name}/completions")
+    async def completions(name: str, request: Request) -> Response:
+        """Forwards to the deployment's own /v1/completions, so that the page can try a model."""
+        found = await run_in_threadpool(lambda: deployment_json(deployments.get(name), controller))
+        if not found["urls"]:
+            return JSONResponse({"error": f"deployment {name!r} is {found['state']}", "hint": found["reason"]}, 503)
+        return await _forwarded(f"{found['urls'][0]}/completions", await request.body())
+
     return router
+
+
+async def _forwarded(url: str, body: bytes) -> Response:
+    """The response to a POST of JSON, streamed."""
+    session = aiohttp.ClientSession()
+    try:
+        answer = await session.post(url, data=body, headers={"Content-Type": "application/json"})
+    except (aiohttp.ClientError, OSError) as error:
+        await session.close()
+        return JSONResponse({"error": f"{url} does not answer: {type(error).__name__}", "hint": "try again"}, 503)
+
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            async for part in answer.content.iter_any():
+                yield part
+        finally:
+            await session.close()
+
+    return StreamingResponse(parts(), answer.status, media_type=answer.headers.get("Content-Type"))
 
 
 def _resources(cluster: ManagedCluster) -> Usage | None:
@@ -89,24 +119,3 @@ def _resources(cluster: ManagedCluster) -> Usage | None:
     with contextlib.suppress(BackendUnreachableError):
         return cluster.backend.usage()
     return None
-
-
-def _as_json(deployment: Deployment, controller: Controller) -> dict[str, Any]:
-    """A deployment with what its cluster reports: replicas, and the addresses of its hosts that answer."""
-    serving = controller.serving(deployment.cluster)
-    seen = serving.seen if serving else None
-    one = seen.deployments.get(deployment.name) if seen else None
-    replicas = [{"id": r.id, "state": r.state, "host": r.host} for r in one.replicas] if one else []
-    return {
-        **deployment.as_json(),
-        "replicas_seen": replicas,
-        "ready": sum(replica["state"] == "running" for replica in replicas),
-        "served": summary(serving.reports.events(deployment.name), time.time()) if serving else None,
-        "urls": _urls(deployment, seen.host if seen else "", seen.proxies if seen else ()),
-    }
-
-
-def _urls(deployment: Deployment, host: str, proxies: tuple[str, ...]) -> list[str]:
-    """The base addresses for clients, where proxies answer."""
-    hosts = list(dict.fromkeys(proxies)) if host in ("0.0.0.0", "") else [host]
-    return [f"http://{one}:{deployment.port}/v1" for one in hosts]

@@ -17,6 +17,7 @@ from moray.platform.control.jobs import ENDED, IN_FLIGHT
 from moray.platform.control.supervisor import read_state
 from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
+from moray.platform.server.deployment_view import deployment_json
 
 _RECENT = 20
 _SHOWN = 30  # jobs and schedules of each kind: every page gets them all
@@ -55,6 +56,7 @@ class Overview:
             "cluster": self._usage(),
             "clusters": self._clusters(counts),
             "schedules": self._schedules(),
+            "deployments": self._deployments(),
         }
 
     def _services(self) -> list[dict[str, Any]]:
@@ -70,6 +72,11 @@ class Overview:
         """The schedules that tick next."""
         found = [self._controller.schedules.as_json(one) for one in self._controller.schedules.list()]
         return sorted(found, key=lambda one: (one["next"] is None, one["next"], one["name"]))[:_SHOWN]
+
+    def _deployments(self) -> list[dict[str, Any]]:
+        """All deployments, stopped ones last."""
+        found = [deployment_json(one, self._controller) for one in self._controller.deployments.all()]
+        return sorted(found, key=lambda one: (one["state"] == "stopped", one["name"]))[:_SHOWN]
 
     def _clusters(self, counts: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
         """The clusters that have been used since the start, and those that jobs wait for."""

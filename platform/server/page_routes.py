@@ -105,7 +105,7 @@ def _add_files(router: APIRouter) -> None:
     def shell(request: Request) -> Response:
         return files["index.html"].answer(request)
 
-    for path in ("/", "/jobs/{name}", "/schedules"):
+    for path in ("/", "/jobs/{name}", "/schedules", "/deployments", "/deployments/{name}"):
         router.add_api_route(path, shell, methods=["GET"], include_in_schema=False)
 
     @router.get("/static/{name}", include_in_schema=False)

@@ -254,15 +254,26 @@ def test_the_examples_in_the_documentation_have_the_fields_of_the_answers(plane:
     plane.controller.jobs.new_attempt(job["id"])
     every = {"name": "often", "every": "1h", "tz": "UTC"}
     assert plane.http.post("/api/schedules", json=plane.body(**every)).status_code == 201
-    answers = [
-        plane.http.get(path).json()
-        for path in (f"/api/jobs/{job['id']}", "/api/overview", f"/api/jobs/{job['id']}/run", "/api/schedules/often")
-    ]
+    (plane.home.root / "model").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (plane.home.root / "model" / name).write_text("{}")
+    deployed = plane.http.post("/api/deployments", json={"model": str(plane.home.root / "model")})
+    assert deployed.status_code == 201
+    paths = (
+        f"/api/jobs/{job['id']}",
+        "/api/overview",
+        f"/api/jobs/{job['id']}/run",
+        "/api/schedules/often",
+        "/api/deployments/model",
+    )
+    answers = [plane.http.get(path).json() for path in paths]
     for example, answer in zip(shown, answers, strict=True):
         assert example.keys() == answer.keys(), example.keys() ^ answer.keys()
     assert shown[0]["attempts"][0].keys() == answers[0]["attempts"][0].keys()
     assert shown[1]["cluster"].keys() == answers[1]["cluster"].keys()
     assert shown[2]["steps"][0].keys() == answers[2]["steps"][0].keys()
+    assert shown[4]["versions"][0].keys() == answers[4]["versions"][0].keys()
+    assert shown[4]["served"].keys() == answers[4]["served"].keys()
 
 
 def test_a_database_of_a_newer_moray_is_refused(tmp_path: Path) -> None:
