@@ -55,7 +55,11 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         try:
-            names = await self._deployments()
+            routes = await self._routes()
+            if _is_others(path, routes):
+                await self._app(scope, receive, send)
+                return
+            names = _names(routes)
             if scope["method"] == "GET" and path == "/health":
                 await _answer(send, 200, {"status": "ok", "models": names})
                 return
@@ -73,17 +77,13 @@ class Gateway:
         except ApiError as error:
             await _answer(send, error.status, error.body())
 
-    async def _deployments(self) -> list[str]:
-        """The names of all deployments, by the proxy's own route table. Raises ApiError while it has none."""
+    async def _routes(self) -> Mapping[str, str]:
+        """The proxy's own route table: names of applications by path. Raises ApiError while it has none."""
         response = _Collected()
         await self._app(_get("/-/routes"), _Replayed(b"", _never), response)
         if response.status != 200:  # this proxy has just started
             raise ApiError(503, "the server is starting")
-        routes: Mapping[str, str] = json.loads(response.body)
-        names = sorted(route[1:] for route, application in routes.items() if application == f"{OURS}{route[1:]}")
-        if not names:
-            raise ApiError(503, "no model is deployed yet")
-        return names
+        return dict(json.loads(response.body))
 
     async def _cards(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The models, as their replicas describe them. A model that does not answer in time is listed by its name."""
@@ -185,6 +185,20 @@ class _Named(BaseModel):
     """The part of a request's body that the gateway reads."""
 
     model: str | None = None
+
+
+def _names(routes: Mapping[str, str]) -> list[str]:
+    """The names of all deployments. Raises ApiError if there are none."""
+    names = sorted(route[1:] for route, application in routes.items() if application == f"{OURS}{route[1:]}")
+    if not names:
+        raise ApiError(503, "no model is deployed yet")
+    return names
+
+
+def _is_others(path: str, routes: Mapping[str, str]) -> bool:
+    """Whether a path belongs to an application that is not Moray's."""
+    application = routes.get(f"/{_first(path)}")
+    return application is not None and not application.startswith(OURS)
 
 
 def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:

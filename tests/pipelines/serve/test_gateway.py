@@ -1,0 +1,220 @@
+"""The gateway around an application that behaves as Serve's proxy does, over real HTTP."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import openai
+import pytest
+import requests
+import uvicorn
+
+from moray.pipelines.serve.gateway import MOST_BODY, VERSION, Gateway
+from tests.checkout import ROOT
+
+JSON = (b"content-type", b"application/json")
+SSE = (b"content-type", b"text/event-stream")
+
+
+class Proxy:
+    """Serve's proxy with the deployments `names`. The next entry of `script` answers a request, or else an echo."""
+
+    def __init__(self) -> None:
+        self.names = ["one", "two"]
+        self.script: list[str] = []
+        self.calls: list[tuple[str, bytes]] = []
+        self.gone = Counter()
+
+    async def __call__(self, scope, receive, send) -> None:
+        path = scope["path"]
+        if path == "/-/routes":
+            body = json.dumps({f"/{name}": f"moray-{name}" for name in self.names} | {"/chat": "somebody's"})
+            await self.answer(send, 200, body.encode(), JSON)
+            return
+        message = await receive()
+        self.calls.append((path, message.get("body", b"")))
+        act = self.script.pop(0) if self.script else "echo"
+        await getattr(self, act)(path, receive, send)
+
+    async def answer(self, send, status, body, *headers, more=False) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def echo(self, path, receive, send) -> None:
+        if "/v1/models/" in path:
+            await self.answer(send, 200, json.dumps({"id": path.split("/")[1]}).encode(), JSON, (VERSION, b"1"))
+            return
+        await self.answer(send, 200, json.dumps({"path": path}).encode(), JSON, (VERSION, b"1"))
+
+    async def died(self, path, receive, send) -> None:
+        """Serve sends nothing if an actor died before the response began."""
+
+    async def unavailable(self, path, receive, send) -> None:
+        await self.answer(send, 503, b"no replicas", (b"content-type", b"text/plain"))
+
+    async def not_found(self, path, receive, send) -> None:
+        await self.answer(send, 404, b"", (b"content-type", b"text/plain"))
+
+    async def own_error(self, path, receive, send) -> None:
+        await self.answer(send, 500, b'{"error": {}}', JSON, (VERSION, b"1"))
+
+    async def stream(self, path, receive, send) -> None:
+        await self.answer(send, 200, b"data: 1\n\n", SSE, (VERSION, b"1"), more=True)
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def cut_stream(self, path, receive, send) -> None:
+        await self.answer(send, 200, b'data: {"choices": []}\n\n', SSE, (VERSION, b"1"), more=True)
+
+    async def started_only(self, path, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [SSE, (VERSION, b"1")]})
+
+    async def cut_whole(self, path, receive, send) -> None:
+        await self.answer(send, 200, b'{"half', JSON, (VERSION, b"1"), (b"content-length", b"99"), more=True)
+
+    async def hangs(self, path, receive, send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.gone[path] += 1
+
+
+@pytest.fixture
+def proxy() -> Proxy:
+    return Proxy()
+
+
+@pytest.fixture
+def url(proxy: Proxy) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(Gateway(proxy), log_level="critical", lifespan="off"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+def ask(url: str, path: str = "/v1/completions", **body: object) -> requests.Response:
+    return requests.post(url + path, json=body, timeout=40)
+
+
+def test_a_request_goes_to_the_deployment_of_its_model(proxy: Proxy, url: str) -> None:
+    assert ask(url, model="two").json() == {"path": "/two/v1/completions"}
+    assert ask(url, "/one/v1/completions", model="two").json() == {"path": "/one/v1/completions"}
+    assert requests.get(f"{url}/v1/models/one").json() == {"id": "one"}
+    assert requests.get(f"{url}/two/docs").json() == {"path": "/two/docs"}
+    assert proxy.calls[0] == ("/two/v1/completions", b'{"model": "two"}')
+
+
+def test_applications_of_others_are_left_alone(proxy: Proxy, url: str) -> None:
+    proxy.script = ["unavailable"]
+    response = ask(url, "/chat/x", model="one")
+    assert (response.status_code, response.text) == (503, "no replicas")
+    assert [path for path, _ in proxy.calls] == ["/chat/x"]
+
+
+def test_the_only_deployment_needs_no_name(proxy: Proxy, url: str) -> None:
+    proxy.names = ["one"]
+    for body in ({"model": "default"}, {}, {"model": None}):
+        assert ask(url, **body).json() == {"path": "/one/v1/completions"}
+    assert requests.get(f"{url}/docs").json() == {"path": "/one/docs"}
+    assert requests.post(f"{url}/v1/completions", data=b"{not json").json() == {"path": "/one/v1/completions"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("/v1/completions", {"model": "tow"}, 404, "the model 'tow' does not exist; deployed: one, two"),
+        ("/v1/completions", {"model": "x" * 9999}, 404, "does not exist"),
+        ("/v1/completions", {"prompt": "no model"}, 400, "model: name one of one, two"),
+        ("/v1/completions", {"model": 7}, 400, "model: name one of"),
+        ("/somewhere", {}, 404, "/somewhere does not exist; deployed models: one, two"),
+    ],
+)
+def test_a_request_for_no_deployment_is_one_error(url: str, path: str, body: dict, status: int, said: str) -> None:
+    response = ask(url, path, **body)
+    assert response.status_code == status
+    assert said in response.json()["error"]["message"]
+    assert len(response.content) < 1000
+
+
+def test_models_are_listed_as_their_replicas_describe_them(proxy: Proxy, url: str) -> None:
+    assert requests.get(f"{url}/health").json() == {"status": "ok", "models": ["one", "two"]}
+    assert [card["id"] for card in requests.get(f"{url}/v1/models").json()["data"]] == ["one", "two"]
+    proxy.script = ["hangs", "unavailable"]  # listed by their names
+    assert [card["id"] for card in requests.get(f"{url}/v1/models").json()["data"]] == ["one", "two"]
+
+
+def test_nothing_deployed_is_a_503_that_says_when_to_come_back(proxy: Proxy, url: str) -> None:
+    proxy.names = []
+    response = ask(url, model="one")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+@pytest.mark.parametrize("lost", ["died", "unavailable", "not_found", "started_only"])
+def test_a_replica_that_dies_before_the_first_byte_is_replaced_by_another(proxy: Proxy, url: str, lost: str) -> None:
+    proxy.script = [lost, lost, "stream"]
+    response = ask(url, model="one", prompt="the same")
+    assert response.text == "data: 1\n\ndata: [DONE]\n\n"
+    assert [body for _, body in proxy.calls] == [b'{"model": "one", "prompt": "the same"}'] * 3
+
+
+def test_an_error_of_the_model_is_not_asked_again(proxy: Proxy, url: str) -> None:
+    proxy.script = ["own_error"]
+    assert ask(url, model="one").status_code == 500
+    assert len(proxy.calls) == 1
+
+
+def test_no_replica_in_time_is_a_503(proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moray.pipelines.serve.gateway._RETRY_SECONDS", 0.5)
+    proxy.script = ["died"] * 20
+    response = ask(url, model="one")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["type"] == "server_error"
+
+
+def test_a_stream_that_is_cut_ends_with_an_error_event(proxy: Proxy, url: str) -> None:
+    proxy.script = ["cut_stream"]
+    last = ask(url, model="one").text.strip().splitlines()[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+    proxy.script = ["cut_stream"]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIError, match="the replica stopped"):
+        list(client.completions.create(model="one", prompt="", stream=True))
+
+
+def test_half_an_answer_is_not_a_whole_one(proxy: Proxy, url: str) -> None:
+    proxy.script = ["cut_whole"]
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        ask(url, model="one")
+
+
+def test_a_client_that_leaves_is_noticed(proxy: Proxy, url: str) -> None:
+    proxy.script = ["hangs"]
+    with pytest.raises(requests.exceptions.ReadTimeout):
+        requests.post(f"{url}/v1/completions", json={"model": "one"}, timeout=0.3)
+    ask(url, model="two")
+    while not proxy.gone:
+        assert ask(url, model="two").status_code == 200
+    assert proxy.gone == {"/one/v1/completions": 1}
+
+
+def test_a_body_without_end_is_refused(url: str) -> None:
+    part = b"x" * (1 << 20)
+    response = requests.post(f"{url}/v1/completions", data=(part for _ in range((MOST_BODY >> 20) + 2)), timeout=60)
+    assert response.status_code == 413
+
+
+def test_a_proxy_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, moray.pipelines.serve.gateway\n"
+        "print([name for name in ('torch', 'ray', 'fastapi', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
