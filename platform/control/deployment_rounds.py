@@ -133,7 +133,7 @@ class DeploymentRounds:
             gone=self._models.gone(version.model.folder) if version and not ordered else "",
             room=self._room(version, seen, memory) if version and seen else "",
             retry_in=memory.retry_at - now,
-            waited=time.time() - version.since if version else 0.0,
+            waited=self._deployments.clock() - version.since if version else 0.0,
             answers=self.reports.answers(deployment.name, version.number) if version else Answers(),
         )
 
@@ -152,7 +152,7 @@ class DeploymentRounds:
         if action.back_to:
             self._deployments.return_to(deployment, action.back_to, action.reason)
             self._log(f"{name}: back to version {action.back_to.number}: {action.reason}")
-        if action.state == "failed" and deployment.live and deployment.state != "failed":
+        if action.pause and memory.retry_at <= time.monotonic():
             pause = min(_LONGEST_RETRY, _SHORTEST_RETRY * 2**memory.failures)
             memory.failures, memory.retry_at = memory.failures + 1, time.monotonic() + pause
         if action.state not in (deployment.state, "stopped"):

@@ -61,7 +61,8 @@ class VersionMove:
 class DeploymentAction:
     """What to do for a deployment: set its state, move versions, add the version of `target`, order the desired one.
 
-    back_to: the version that serves again because the current one failed for `reason`.
+    back_to: the version that serves again because the current one failed for `reason`. pause: the live version did not
+    start; it is tried again after a pause.
     """
 
     state: DeploymentState
@@ -70,6 +71,7 @@ class DeploymentAction:
     moves: tuple[VersionMove, ...] = ()
     add: bool = False
     back_to: Version | None = None
+    pause: bool = False
 
 
 def decide_deployment(deployment: Deployment, sight: DeploymentSight) -> DeploymentAction:
@@ -123,7 +125,8 @@ def _failed(deployment: Deployment, version: Version, seen: DeploymentSeen) -> D
     if version.state == "starting":
         return _give_up(deployment, version, seen.message or "its replicas did not start")
     move = VersionMove(version.number, "live", seen.message)
-    return DeploymentAction("failed", seen.message, moves=(move,) if version.reason != seen.message else ())
+    moves = (move,) if version.reason != seen.message else ()
+    return DeploymentAction("failed", seen.message, moves=moves, pause=True)
 
 
 def _running(deployment: Deployment, version: Version, sight: DeploymentSight) -> DeploymentAction:

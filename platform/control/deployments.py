@@ -136,7 +136,7 @@ class Deployments:
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database = database
-        self._clock = clock
+        self.clock = clock
 
     def deploy(self, new: NewDeployment, reference: str, folder: str, gpus: int, events: str = "") -> Deployment:
         """Records that a model is to be served. Deploying the same again changes nothing but the number of replicas.
@@ -154,7 +154,7 @@ class Deployments:
         with self._database.write() as connection:
             self._check_place(connection, name, new)
             port = new.port or self._port(connection, new.cluster)
-            now = self._clock()
+            now = self.clock()
             connection.execute(
                 "INSERT INTO deployments (name, cluster, model, port, replicas, most_replicas, wanted, state, created, "
                 "changed) VALUES (?, ?, ?, ?, ?, ?, 'running', 'pending', ?, ?) ON CONFLICT (name) DO UPDATE SET "
@@ -176,7 +176,7 @@ class Deployments:
             number = 1 + max((one.number for one in known.versions), default=0)
             if known.starting:
                 self.move_version(name, known.starting.number, "failed", f"replaced by version {number} at its start")
-            now = self._clock()
+            now = self.clock()
             numbered = model.model_copy(update={"version": str(number)})
             connection.execute(
                 "INSERT INTO versions (deployment, number, reference, arguments, state, created, since) "
@@ -255,7 +255,7 @@ class Deployments:
                 return
             connection.execute(
                 "UPDATE deployments SET state = ?, reason = ?, changed = ? WHERE name = ?",
-                (state, reason, self._clock() if state != known.state else known.changed, name),
+                (state, reason, self.clock() if state != known.state else known.changed, name),
             )
             if state != known.state:
                 self._database.record("deployment", name, state, reason)
@@ -265,7 +265,7 @@ class Deployments:
         with self._database.write() as connection:
             connection.execute(
                 "UPDATE versions SET state = ?, reason = ?, since = ? WHERE deployment = ? AND number = ?",
-                (state, reason, self._clock(), name, number),
+                (state, reason, self.clock(), name, number),
             )
             self._database.record("version", f"{name}.{number}", state, reason)
 
