@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moray.cluster.code_package import code_package
 from moray.cluster.pending import demand_words
-from moray.cluster.ray_jobs import RayJobs, driver_command
+from moray.cluster.ray_jobs import RayJobs, driver_command, module_command
 from moray.platform.control.profiles import Profile
 from moray.platform.core.cluster import BackendRefusedError, BackendUnreachableError, Host, Usage
 from moray.platform.core.errors import InputError
@@ -64,6 +64,12 @@ class ExistingJobs(RayJobs):
             "runtime_env": self.runtime_env(environment),
             **self._off_the_head(),
         }
+
+    def submit_command(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Runs a module of Moray with its arguments as a job."""
+        python = shlex.split(self._profile.python)
+        job = {"entrypoint": module_command(python, *command), "runtime_env": self.runtime_env(environment)}
+        self.post_job(name, {**job, **self._off_the_head()})
 
     def runtime_env(self, environment: Mapping[str, str]) -> dict[str, Any]:
         """The runtime environment of drivers and tasks. Uploads Moray's code if the cluster does not have it."""

@@ -7,7 +7,7 @@ from functools import partial
 from moray.cluster.existing import ExistingJobs
 from moray.cluster.local import LocalCluster, LocalOptions
 from moray.cluster.ray_jobs import LocalJobs
-from moray.cluster.serve_api import ServeApi
+from moray.cluster.serve_api import ExistingServe, ServeApi
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.profiles import Profile, load_profile
@@ -50,7 +50,7 @@ def open_cluster(profile: Profile, name: str = "existing") -> ManagedCluster:
         store=profile.store,
         version=profile.digest(),
         where=profile.address,
-        serving=ServeApi(jobs, "0.0.0.0"),
+        serving=ExistingServe(jobs),
     )
 
 

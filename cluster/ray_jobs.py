@@ -45,7 +45,11 @@ class RayJobs(ClusterBackend):
         """The body of the request that submits an attempt, without its submission id."""
 
     def submit(self, attempt: str, environment: Mapping[str, str]) -> None:
-        response = self.request("POST", "/api/jobs/", {**self.job(attempt, environment), "submission_id": attempt})
+        self.post_job(attempt, self.job(attempt, environment))
+
+    def post_job(self, name: str, job: Mapping[str, Any]) -> None:
+        """Submits a job under an id; no-op if it was submitted before."""
+        response = self.request("POST", "/api/jobs/", {**job, "submission_id": name})
         if not response.ok and "already exists" not in response.text:
             raise BackendUnreachableError(f"Ray rejected the job: {_last_line(response.text)}")
 
@@ -113,8 +117,13 @@ class LocalJobs(RayJobs):
 
 
 def driver_command(python: Sequence[str], *arguments: str) -> str:
-    """The command line of a driver. Nothing is imported from its current folder."""
-    return shlex.join([*python, "-P", "-m", "moray.platform.control.driver", *arguments])
+    """The command line of a driver."""
+    return module_command(python, "moray.platform.control.driver", *arguments)
+
+
+def module_command(python: Sequence[str], *arguments: str) -> str:
+    """The command line of a module with its arguments. Nothing is imported from its current folder."""
+    return shlex.join([*python, "-P", "-m", *arguments])
 
 
 def _observed(job: Mapping[str, Any]) -> Observed:

@@ -6,9 +6,11 @@ replaces a version replica by replica: the new one starts before the old one sto
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from moray.cluster.existing import ExistingJobs
 from moray.cluster.machine import SERVE_ENVIRONMENT
 from moray.cluster.ray_jobs import RayJobs
 from moray.platform.core.cluster import BackendUnreachableError
@@ -18,6 +20,7 @@ _PATH = "/api/serve/applications/"
 _PREFIX = "moray-"  # of the names of Moray's applications (pipelines/serve/gateway.py)
 _UNIT = "model"  # the Serve deployment in each application
 _BUILDER = "moray.pipelines.serve.application:build"
+_START = "moray.pipelines.serve.start"
 _UPSCALE_SECONDS, _DOWNSCALE_SECONDS = 5.0, 120.0
 _QUIET = {"encoding": "TEXT", "log_level": "WARNING", "enable_access_log": False}
 
@@ -39,12 +42,19 @@ class ServeApi(ServingBackend):
         self._jobs = jobs
         self.host = host
 
+    def runtime_env(self) -> dict[str, Any]:
+        """The runtime environment of replicas."""
+        return {}
+
+    def start(self, port: int) -> bool:
+        """Starts Serve if telling it what to run does not. Returns whether it can be told now."""
+        return True
+
     def observe(self) -> ServingSeen:
         details = self._details()
-        options = details.get("http_options")
-        if not details.get("controller_info", {}).get("actor_id") or options is None:
+        if not _runs(details):
             return ServingSeen()
-        applications = details["applications"]
+        options, applications = details["http_options"], details["applications"]
         return ServingSeen(
             host=options["host"],
             port=options["port"],
@@ -56,17 +66,21 @@ class ServeApi(ServingBackend):
         )
 
     def apply(self, port: int, orders: Sequence[ServeOrder]) -> None:
+        details = self._details()
+        if not _runs(details) and not self.start(port):
+            return
         kept = [
             one["deployed_app_config"]
-            for name, one in self._details()["applications"].items()
+            for name, one in details["applications"].items()
             if not name.startswith(_PREFIX) and one["source"] == "declarative"
         ]
+        environment = self.runtime_env()
         body = {
             "proxy_location": "EveryNode",
             "http_options": {"host": self.host, "port": port},
             "controller_options": {"runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
             "logging_config": _QUIET,
-            "applications": [*kept, *map(_application, orders)],
+            "applications": [*kept, *(_application(order, environment) for order in orders)],
         }
         self._checked(self._jobs.request("PUT", _PATH, body))
 
@@ -89,12 +103,46 @@ class ServeApi(ServingBackend):
         return response
 
 
-def _application(order: ServeOrder) -> dict[str, Any]:
+class ExistingServe(ServeApi):
+    """The Serve instance of the cluster of a profile. A short job starts it, so that its proxies have Moray's code,
+    which may not be installed on the cluster's hosts."""
+
+    def __init__(self, jobs: ExistingJobs) -> None:
+        super().__init__(jobs, "0.0.0.0")
+        self._existing = jobs
+        self._starting = ""  # the job
+
+    def runtime_env(self) -> dict[str, Any]:
+        return self._existing.runtime_env({})
+
+    def start(self, port: int) -> bool:
+        if not self._starting:
+            name = f"moray-serve-{secrets.token_hex(4)}"
+            self._existing.submit_command(name, [_START, self.host, str(port)], SERVE_ENVIRONMENT)
+            self._starting = name
+            return False
+        state = self._existing.observe().get(self._starting)
+        if state is not None and state.state in ("pending", "running"):
+            return False
+        ended, self._starting = self._starting, ""
+        if state is not None:
+            self._existing.forget(ended)
+            if state.state != "succeeded":
+                raise BackendUnreachableError(f"Ray Serve did not start: {state.detail or state.state}")
+        return False  # the next report shows it
+
+
+def _runs(details: Mapping[str, Any]) -> bool:
+    return bool((details.get("controller_info") or {}).get("actor_id")) and details.get("http_options") is not None
+
+
+def _application(order: ServeOrder, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": f"{_PREFIX}{order.name}",
         "route_prefix": f"/{order.name}",
         "import_path": _BUILDER,
         "args": dict(order.arguments),
+        "runtime_env": dict(runtime_env),
         "deployments": [{"name": _UNIT, **_scale(order)}],
     }
 
