@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.manifest import hash_folder
 from tests.step_contexts import manifest_of
 
 
@@ -40,7 +41,9 @@ def add_model(store: ArtifactStore, fingerprint: str, seed: int = 3, alias: str 
     folder = store.prepare("export", fingerprint, keep_leftovers=False)
     checkpoint.save(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    reference = store.commit(manifest_of("export", fingerprint, "model")).reference
+    files = hash_folder(folder)
+    manifest = manifest_of("export", fingerprint, "model", files=files, bytes=sum(file.size for file in files))
+    reference = store.commit(manifest).reference
     if alias:
         store.aliases.set(alias, "newest", reference)
     return reference
