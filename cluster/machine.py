@@ -18,10 +18,12 @@ from moray.platform.core.processes import module_folders
 
 # Unix socket paths are limited to 107 bytes; Ray appends about 75 bytes to its folder.
 LONGEST_FOLDER = 30
-# Of Ray Serve's controller and proxies: the gateway, and a proxy that died is noticed within a second.
+# Of Ray Serve's processes: the gateway in the proxies; a proxy that died is noticed within a second; replicas report
+# their tokens in flight every two seconds.
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moray.pipelines.serve.gateway.middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
 }
 
 

@@ -21,7 +21,8 @@ _PREFIX = "moray-"  # of the names of Moray's applications (pipelines/serve/gate
 _UNIT = "model"  # the Serve deployment in each application
 _BUILDER = "moray.pipelines.serve.application:build"
 _START = "moray.pipelines.serve.start"
-_UPSCALE_SECONDS, _DOWNSCALE_SECONDS = 5.0, 120.0
+_POLICY = "moray.pipelines.serve.scaling:TokensPolicy"
+_UPSCALE_SECONDS, _DOWNSCALE_SECONDS, _LOOK_BACK_SECONDS = 5.0, 120.0, 10.0
 _QUIET = {"encoding": "TEXT", "log_level": "WARNING", "enable_access_log": False}
 
 State = Literal["starting", "running", "degraded", "failed", "removing"]
@@ -113,7 +114,7 @@ class ExistingServe(ServeApi):
         self._starting = ""  # the job
 
     def runtime_env(self) -> dict[str, Any]:
-        return self._existing.runtime_env({})
+        return self._existing.runtime_env(SERVE_ENVIRONMENT)
 
     def start(self, port: int) -> bool:
         if not self._starting:
@@ -156,6 +157,8 @@ def _scale(order: ServeOrder) -> dict[str, Any]:
             "max_replicas": order.most_replicas,
             "upscale_delay_s": _UPSCALE_SECONDS,
             "downscale_delay_s": _DOWNSCALE_SECONDS,
+            "look_back_period_s": _LOOK_BACK_SECONDS,
+            "policy": {"policy_function": _POLICY, "policy_kwargs": {"target": order.target_tokens}},
         }
     }
 
@@ -186,4 +189,5 @@ def _order(application: Mapping[str, Any]) -> ServeOrder | None:
     scale = unit.get("autoscaling_config") or {}
     least = scale.get("min_replicas", unit.get("num_replicas") or 1)
     most = scale.get("max_replicas", least)
-    return ServeOrder(config["name"].removeprefix(_PREFIX), config.get("args") or {}, least, most)
+    target = ((scale.get("policy") or {}).get("policy_kwargs") or {}).get("target", 0)
+    return ServeOrder(config["name"].removeprefix(_PREFIX), config.get("args") or {}, least, most, target)

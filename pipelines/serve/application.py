@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from moray.pipelines.serve.gateway import OURS
+from moray.pipelines.serve.scaling import TOKENS
 from moray.platform.core.serving import ServedModel
 from moray.platform.store.paths import any_path, local_folder
 
@@ -35,6 +36,10 @@ class ModelReplica:
             engine = load_engine(local, self._model.options)
         self._engine = AsyncEngine(engine, self._model.options.threads)
         self._report = ServingReport(self._model, self._engine, replica_id())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scaling.py` decides by; Ray Serve calls it."""
+        return {TOKENS: float(self._engine.tokens_in_flight)}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from moray.pipelines.serve.openai_api import build_serving_app

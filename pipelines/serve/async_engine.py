@@ -80,6 +80,11 @@ class AsyncEngine:
         """Whether the engine accepts requests."""
         return self._thread.is_alive() and not self._closed
 
+    @property
+    def tokens_in_flight(self) -> int:
+        """Ids that all open requests still read or write. Called from any thread."""
+        return sum(one.tokens_left for one in self.engine.sequences)
+
     def state(self) -> dict[str, Any]:
         """What the engine does now, for reports. Called from any thread; the numbers may be a step apart."""
         engine = self.engine

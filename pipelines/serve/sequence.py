@@ -97,6 +97,11 @@ class Sequence:
         return self.prompt_length + max(self.request.max_tokens - 1, 0)
 
     @property
+    def tokens_left(self) -> int:
+        """Ids that the sequence still reads or writes, at most."""
+        return max(0, self.prompt_length - self.computed) + max(0, self.request.max_tokens - self.generated)
+
+    @property
     def scores_prompt(self) -> bool:
         return self.request.echo and self.request.logprobs is not None
 

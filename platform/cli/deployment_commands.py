@@ -47,6 +47,9 @@ def deploy(
     cache_bytes: Annotated[str, Parameter(help="memory of a replica's cache, such as 8GB")] = "",
     max_running: Annotated[int, Parameter(help="sequences that decode at the same time, in each replica")] = 64,
     threads: Annotated[int, Parameter(help="CPU threads of each replica")] = 1,
+    target_tokens: Annotated[
+        int, Parameter(help="with MIN..MAX: tokens that the requests of a replica still read or write")
+    ] = 2048,
     wait: Annotated[bool, Parameter(help="wait until the model answers")] = True,
     json_: Json = False,
 ) -> int:
@@ -62,6 +65,7 @@ def deploy(
         "device": device, "dtype": dtype, "cache_bytes": parse_size(cache_bytes) if cache_bytes else 0,
         "max_running": max_running, "threads": threads, "replicas": least, "most_replicas": most, "cpus": cpus,
         "gpus": -1 if gpus is None else gpus, "memory_bytes": parse_size(memory) if memory else 0,
+        "target_tokens": target_tokens,
     }  # fmt: skip
     path = Path(model).expanduser()
     body = {

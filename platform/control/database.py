@@ -112,6 +112,7 @@ _MIGRATIONS: Sequence[str] = (
         port INTEGER NOT NULL,
         replicas INTEGER NOT NULL,
         most_replicas INTEGER NOT NULL,     -- 0: a fixed number of replicas
+        target_tokens INTEGER NOT NULL,     -- tokens in flight for each replica, if the number is not fixed
         wanted TEXT NOT NULL CHECK (wanted IN ('running', 'stopped')),
         state TEXT NOT NULL CHECK (state IN
             ('pending', 'starting', 'running', 'rolling', 'failed', 'stopping', 'stopped')),

@@ -216,7 +216,8 @@ class DeploymentRounds:
 
 def _order(deployment: Deployment, version: Version) -> ServeOrder:
     most = max(deployment.most_replicas, deployment.replicas)
-    return ServeOrder(deployment.name, _arguments(version), deployment.replicas, most)
+    target = deployment.target_tokens if most > deployment.replicas else 0
+    return ServeOrder(deployment.name, _arguments(version), deployment.replicas, most, target)
 
 
 def _arguments(version: Version) -> dict[str, object]:

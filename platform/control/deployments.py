@@ -84,6 +84,7 @@ class Deployment:
     port: int
     replicas: int
     most_replicas: int
+    target_tokens: int
     wanted: Literal["running", "stopped"]
     state: DeploymentState
     reason: str
@@ -127,7 +128,8 @@ class Deployment:
 
 
 _COLUMNS = (
-    "name", "cluster", "model", "port", "replicas", "most_replicas", "wanted", "state", "reason", "created", "changed",
+    "name", "cluster", "model", "port", "replicas", "most_replicas", "target_tokens", "wanted", "state", "reason",
+    "created", "changed",
 )  # fmt: skip
 
 
@@ -156,11 +158,21 @@ class Deployments:
             port = new.port or self._port(connection, new.cluster)
             now = self.clock()
             connection.execute(
-                "INSERT INTO deployments (name, cluster, model, port, replicas, most_replicas, wanted, state, created, "
-                "changed) VALUES (?, ?, ?, ?, ?, ?, 'running', 'pending', ?, ?) ON CONFLICT (name) DO UPDATE SET "
-                "model = excluded.model, port = excluded.port, replicas = excluded.replicas, "
-                "most_replicas = excluded.most_replicas, wanted = 'running'",
-                (name, new.cluster, new.model, port, options.replicas, options.most_replicas, now, now),
+                "INSERT INTO deployments (name, cluster, model, port, replicas, most_replicas, target_tokens, wanted, "
+                "state, created, changed) VALUES (?, ?, ?, ?, ?, ?, ?, 'running', 'pending', ?, ?) ON CONFLICT (name) "
+                "DO UPDATE SET model = excluded.model, port = excluded.port, replicas = excluded.replicas, "
+                "most_replicas = excluded.most_replicas, target_tokens = excluded.target_tokens, wanted = 'running'",
+                (
+                    name,
+                    new.cluster,
+                    new.model,
+                    port,
+                    options.replicas,
+                    options.most_replicas,
+                    options.target_tokens,
+                    now,
+                    now,
+                ),
             )
             before = self._get(connection, name)
             if before.wanted == "running" and before.state in ("stopping", "stopped"):
@@ -359,6 +371,6 @@ def _same(version: Version | None, reference: str, model: ServedModel) -> bool:
 
 def _identity(model: ServedModel) -> str:
     fields = model.model_dump(mode="json")
-    for name in ("replicas", "most_replicas"):
+    for name in ("replicas", "most_replicas", "target_tokens"):
         del fields["options"][name]
     return json.dumps({name: value for name, value in fields.items() if name != "version"}, sort_keys=True)

@@ -23,9 +23,10 @@ class ServeOptions:
     and float32 on a CPU. FP8 weights stay FP8. cache_bytes: memory of the latent cache; 0 takes what is needed, up to
     half of what is free. max_running: sequences that decode at the same time. threads: of torch.
 
-    replicas: at least. most_replicas: with autoscaling; 0 for a fixed number. cpus, gpus, memory_bytes: that a replica
-    reserves; by default half a CPU, or one for each of several threads, and one GPU if the cluster has any and the
-    device is not `cpu` (`gpus` -1). Raises InputError.
+    replicas: at least. most_replicas: with autoscaling; 0 for a fixed number. target_tokens: with autoscaling, the
+    tokens that the open requests of a replica still read or write; with more, a replica is added. cpus, gpus,
+    memory_bytes: that a replica reserves; by default half a CPU, or one for each of several threads, and one GPU if the
+    cluster has any and the device is not `cpu` (`gpus` -1). Raises InputError.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a misspelled name in JSON is an error
@@ -40,9 +41,10 @@ class ServeOptions:
     most_replicas: int = 0
     gpus: int = -1
     memory_bytes: int = 0
+    target_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "threads", "replicas"):
+        for name in ("max_running", "threads", "replicas", "target_tokens"):
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} is {getattr(self, name)}", f"use {flag} 1 or more")

@@ -40,12 +40,16 @@ class ServedModel(BaseModel):
 
 @dataclass(frozen=True)
 class ServeOrder:
-    """A deployment that Serve is to run: the arguments of its application, as JSON, and its number of replicas."""
+    """A deployment that Serve is to run: the arguments of its application, as JSON, and its number of replicas.
+
+    target_tokens: tokens in flight for each replica, by which their number changes (`ServeOptions`).
+    """
 
     name: str
     arguments: Mapping[str, Any]
     replicas: int
     most_replicas: int
+    target_tokens: int = 0
 
 
 @dataclass(frozen=True)
