@@ -78,12 +78,17 @@ class Gateway:
             await _answer(send, error.status, error.body())
 
     async def _routes(self) -> Mapping[str, str]:
-        """The proxy's own route table: names of applications by path. Raises ApiError while it has none."""
-        response = _Collected()
-        await self._app(_get("/-/routes"), _Replayed(b"", _never), response)
-        if response.status != 200:  # this proxy has just started
-            raise ApiError(503, "the server is starting")
-        return dict(json.loads(response.body))
+        """The proxy's own route table: names of applications by path. Waits for it after the start of the proxy. Raises
+        ApiError if it does not come."""
+        deadline = time.monotonic() + _RETRY_SECONDS
+        while True:
+            response = _Collected()
+            await self._app(_get("/-/routes"), _Replayed(b"", _never), response)
+            if response.status == 200:
+                return dict(json.loads(response.body))
+            if time.monotonic() > deadline:
+                raise ApiError(503, "the server is starting")
+            await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _cards(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The models, as their replicas describe them. A model that does not answer in time is listed by its name."""

@@ -26,12 +26,17 @@ class Proxy:
 
     def __init__(self) -> None:
         self.names = ["one", "two"]
+        self.starting = 0  # requests for routes that are answered by 503
         self.script: list[str] = []
         self.calls: list[tuple[str, bytes]] = []
         self.gone = Counter()
 
     async def __call__(self, scope, receive, send) -> None:
         path = scope["path"]
+        if path == "/-/routes" and self.starting:
+            self.starting -= 1
+            await self.answer(send, 503, b"no route table yet")
+            return
         if path == "/-/routes":
             body = json.dumps({f"/{name}": f"moray-{name}" for name in self.names} | {"/chat": "somebody's"})
             await self.answer(send, 200, body.encode(), JSON)
@@ -149,6 +154,16 @@ def test_models_are_listed_as_their_replicas_describe_them(proxy: Proxy, url: st
     assert [card["id"] for card in requests.get(f"{url}/v1/models").json()["data"]] == ["one", "two"]
     proxy.script = ["hangs", "unavailable"]  # listed by their names
     assert [card["id"] for card in requests.get(f"{url}/v1/models").json()["data"]] == ["one", "two"]
+
+
+def test_a_proxy_that_has_just_started_waits_for_its_routes(
+    proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.starting = 3
+    assert ask(url, model="one").json() == {"path": "/one/v1/completions"}
+    monkeypatch.setattr("moray.pipelines.serve.gateway._RETRY_SECONDS", 0.3)
+    proxy.starting = 10**6
+    assert ask(url, model="one").status_code == 503
 
 
 def test_nothing_deployed_is_a_503_that_says_when_to_come_back(proxy: Proxy, url: str) -> None:
