@@ -19,7 +19,7 @@ from moray.platform.core.serving import DeploymentSeen, ReplicaSeen, ServeOrder,
 _PATH = "/api/serve/applications/"
 _PREFIX = "moray-"  # of the names of Moray's applications (pipelines/serve/gateway.py)
 _UNIT = "model"  # the Serve deployment in each application
-_BUILDER = "moray.pipelines.serve.application:build"
+_BUILDER = "moray.pipelines.serve.application:build_by_name"
 _START = "moray.pipelines.serve.start"
 _POLICY = "moray.pipelines.serve.scaling:TokensPolicy"
 _UPSCALE_SECONDS, _DOWNSCALE_SECONDS, _LOOK_BACK_SECONDS = 5.0, 120.0, 10.0

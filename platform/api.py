@@ -121,7 +121,7 @@ def serving(
     `port` 0 picks a free port. `cpus`: of the embedded Ray. On exit, open requests are finished, then the embedded Ray
     is stopped. Resource requests that Ray cannot place are logged as warnings.
     """
-    from moray.pipelines.serve.deployment import deploy
+    from moray.pipelines.serve.session import open_session
 
     home = home or Home.from_environment()
     folder = model_folder(model, home)
@@ -132,11 +132,11 @@ def serving(
     check_port(host, port)
     try:
         gpus = cluster.ensure().gpus
-        deployment = deploy(folder, model_name(model, folder), host, port, options, gpus)
+        session = open_session(folder, model_name(model, folder), host, port, options, gpus)
         try:
-            yield deployment.url
+            yield session.url
         finally:
-            deployment.stop()
+            session.stop()
     finally:
         cluster.stop()
 

@@ -57,7 +57,7 @@ def route_name(model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", model.lower()).strip("-._") or "model"
 
 
-def build(arguments: dict[str, Any]) -> Any:
+def build_by_name(arguments: dict[str, Any]) -> Any:
     """Builds the Serve application from the fields of a `ServedModel`. Ray Serve calls it by its import path."""
     return build_application(ServedModel.model_validate(arguments))
 

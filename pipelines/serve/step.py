@@ -13,13 +13,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from moray.platform.core.atomic import write_json, write_text
 from moray.platform.core.errors import StepFailed
-from moray.platform.core.ports import free_port
 from moray.platform.plan.config import StepConfig, operational
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
@@ -70,7 +68,7 @@ class SmokeServe(Step[SmokeServeConfig]):
     needs_ray: ClassVar[bool] = True
 
     def run(self, ctx: StepContext[SmokeServeConfig]) -> None:
-        from moray.pipelines.serve.deployment import ANY_HOST
+        from moray.pipelines.serve.session import ANY_HOST
 
         registration = json.loads((ctx.inputs["model"].folder / "registration.json").read_text())
         folder = ctx.artifact(registration["model"]).location
@@ -100,19 +98,18 @@ def _serve_once(
     ctx: StepContext[SmokeServeConfig], folder: AnyPath, name: str, host: str
 ) -> tuple[list[Reply], list[Reply]]:
     """Serves the model and sends it every prompt. Returns the replies to concurrent and to single requests."""
-    from moray.pipelines.serve.deployment import clear, deploy
+    from moray.pipelines.serve.session import clear_sessions, open_session
 
-    address = urlsplit(clear(PREFIX))  # a killed run may have left its model on a cluster that outlives its runs
+    clear_sessions(PREFIX)  # a killed run may have left its model on a cluster that outlives its runs
     ctx.progress("deploying", 0, 1, "replicas")
-    at, port = (address.hostname, address.port) if address.hostname and address.port else (host, free_port(host))
-    deployment = deploy(folder, PREFIX + name, at, port, gpus=ctx.cluster.topology().gpus)
+    session = open_session(folder, PREFIX + name, host, gpus=ctx.cluster.topology().gpus)
     try:
         ctx.progress("deploying", 1, 1, "replicas")
-        client = SmokeClient(f"{deployment.url}/v1", deployment.name, ctx.config)
+        client = SmokeClient(f"{session.url}/v1", session.name, ctx.config)
         client.check_model_listed()
         return _send_all(ctx, client)
     finally:
-        deployment.stop()
+        session.stop()
 
 
 class SmokeClient:

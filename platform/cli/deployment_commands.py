@@ -103,8 +103,8 @@ def list_deployments(*, json_: Json = False) -> int:
     return 0
 
 
-@app.command
-def status(name: Name, /, *, json_: Json = False) -> int:
+@app.command(name="status")
+def deployment_status(name: Name, /, *, json_: Json = False) -> int:
     """Show a deployment: its state and the reason for it, versions, replicas, addresses."""
     from moray.platform.client import Client
 
@@ -134,8 +134,8 @@ def status(name: Name, /, *, json_: Json = False) -> int:
     return 0
 
 
-@app.command
-def history(name: Name, /, *, json_: Json = False) -> int:
+@app.command(name="history")
+def deployment_history(name: Name, /, *, json_: Json = False) -> int:
     """Show what happened to a deployment and its versions."""
     from moray.platform.client import Client
 
@@ -148,8 +148,8 @@ def history(name: Name, /, *, json_: Json = False) -> int:
     return 0
 
 
-@app.command
-def stop(name: Name, /, *, wait: bool = True, json_: Json = False) -> int:
+@app.command(name="stop")
+def stop_deployment(name: Name, /, *, wait: bool = True, json_: Json = False) -> int:
     """Stop a deployment. Open requests are finished first."""
     from moray.platform.client import Client
 

@@ -199,20 +199,20 @@ def test_a_replica_that_cannot_be_placed_is_reported(ray_cluster: Cluster, tmp_p
     """Other work holds both CPUs while a model is to be served; when that ends, the deployment goes on."""
     import ray
 
-    from moray.pipelines.serve.deployment import deploy
+    from moray.pipelines.serve.session import open_session
     from moray.platform.core.serve_options import ServeOptions
 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="a replica requires 64 CPU, and the cluster's largest machine has 2"):
-        deploy(tmp_path, "m", options=ServeOptions(cpus=64))
+        open_session(tmp_path, "m", options=ServeOptions(cpus=64))
     hog = ray.remote(num_cpus=2)(type("Hog", (), {"ready": lambda self: True})).remote()
     assert ray.get(hog.ready.remote())
     ended: list[BaseException] = []
 
     def serve() -> None:
         try:
-            deploy(tmp_path, "m", port=free_port())
+            open_session(tmp_path, "m", port=free_port())
         except StepFailed as error:  # a model of two empty files, once there is room to look at it
             ended.append(error)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.pipelines.serve.deployment import deploy
+from moray.pipelines.serve.session import open_session
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, free_port
 
@@ -26,7 +26,7 @@ def folder(model, tokenizer, tmp_path) -> Path:
 
 def test_a_folder_without_a_model_is_refused_before_ray_is_used(tmp_path):
     with pytest.raises(InputError, match=r"contains no config\.json"):
-        deploy(tmp_path, "none", port=1)
+        open_session(tmp_path, "none", port=1)
 
 
 def get(url: str) -> dict:
@@ -39,31 +39,31 @@ def test_a_port_taken_in_the_meantime_is_one_clear_error(ray_cluster, folder, ca
         listener.bind(("127.0.0.1", free_port()))
         listener.listen()
         with pytest.raises(InputError, match="is in use"):
-            deploy(folder, "tiny", "127.0.0.1", listener.getsockname()[1])
+            open_session(folder, "tiny", "127.0.0.1", listener.getsockname()[1])
     assert capfd.readouterr() == ("", "")
 
 
 def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
     port = free_port()
-    deployment = deploy(folder, "tiny", "127.0.0.1", port)
+    session = open_session(folder, "tiny", "127.0.0.1", port)
     try:
-        card = get(f"{deployment.url}/v1/models")["data"][0]
+        card = get(f"{session.url}/v1/models")["data"][0]
         assert card["id"] == "tiny"
-        assert deploy(folder, "tiny", "127.0.0.1", port) == deployment
-        assert get(f"{deployment.url}/v1/models")["data"][0] == card  # `created` too: the replica is the same
+        assert open_session(folder, "tiny", "127.0.0.1", port) == session
+        assert get(f"{session.url}/v1/models")["data"][0] == card  # `created` too: the replica is the same
         with pytest.raises(InputError, match="already runs on this cluster"):
-            deploy(folder, "tiny", "127.0.0.1", free_port())
+            open_session(folder, "tiny", "127.0.0.1", free_port())
         import openai  # takes two seconds, which tests of other files would wait for
 
-        client = openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{session.url}/v1", api_key="none", max_retries=0)
         stream = iter(client.completions.create(model="tiny", prompt="In", max_tokens=200, temperature=0, stream=True))
         next(stream)
         with ThreadPoolExecutor(1) as pool:
-            stopping = pool.submit(deployment.stop)
+            stopping = pool.submit(session.stop)
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
             stopping.result()
     finally:
-        deployment.stop()  # again: no error
+        session.stop()  # again: no error
     check_port("127.0.0.1", port)
     assert capfd.readouterr() == ("", "")
 
@@ -95,6 +95,6 @@ def test_a_model_that_does_not_load_is_an_error_with_the_reason(ray_cluster, fol
     (folder / "model.safetensors").write_bytes(b"not weights")
     port = free_port()
     with pytest.raises(StepFailed, match=r"model\.safetensors is not a safetensors file"):
-        deploy(folder, "broken", "127.0.0.1", port)
+        open_session(folder, "broken", "127.0.0.1", port)
     check_port("127.0.0.1", port)  # nothing is left
     assert capfd.readouterr() == ("", "")

@@ -30,7 +30,7 @@ from moray.pipelines.serve.application import (
 )
 from moray.pipelines.serve.gateway import VERSION
 from moray.platform.core.errors import InputError, StepFailed
-from moray.platform.core.ports import check_port, is_free
+from moray.platform.core.ports import check_port, free_port, is_free
 from moray.platform.core.serve_options import ServeOptions
 from moray.platform.core.serving import ServedModel, reason_in
 from moray.platform.store.paths import AnyPath
@@ -42,7 +42,7 @@ DRAIN_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Deployment:
+class ServingSession:
     """A model that is served at `url` with the id `name`."""
 
     url: str
@@ -59,18 +59,19 @@ class Deployment:
             _shut_down(serve, self.url)
 
 
-def deploy(
+def open_session(
     folder: AnyPath,
     name: str,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: int | None = None,
     options: ServeOptions | None = None,
     gpus: int = 0,
-) -> Deployment:
+) -> ServingSession:
     """Serves the model in `folder` as `name`, in lower case and without spaces.
 
-    Returns once the model answers over HTTP. gpus: of the cluster, so that a replica gets one. Raises InputError for an
-    unusable folder, address or option, StepFailed if the model does not start.
+    Returns once the model answers over HTTP. port: None takes that of a Serve instance that runs already, or else a
+    free one. gpus: of the cluster, so that a replica gets one. Raises InputError for an unusable folder, address or
+    option, StepFailed if the model does not start.
     """
     options = options or ServeOptions()
     if isinstance(folder, Path):
@@ -79,51 +80,50 @@ def deploy(
     resources = options.resources(gpus)
     _check_resources(resources, options.replicas)
     serve = import_serve()
-    deployment = Deployment(f"http://{_reachable(host)}:{port}", route_name(name))
     status = serve.status()
+    if status.proxies and port is None:
+        host, port = _address()
+    session = ServingSession(f"http://{_reachable(host)}:{port or free_port(host)}", route_name(name))
     if status.proxies:
-        _check_address(deployment.url)
+        _check_address(session.url)
     model = ServedModel(
         folder=str(folder),
-        name=deployment.name,
+        name=session.name,
         version=_identity(folder, options),
         options=options,
         resources=resources,
         drain_seconds=DRAIN_SECONDS,
     )
-    if application_name(model.name) in status.applications and _version(deployment) == model.version:
-        return deployment
+    if application_name(model.name) in status.applications and _version(session) == model.version:
+        return session
     try:
-        _start(serve, model, host, port)
+        _start(serve, model, host, urlsplit(session.url).port or 0)
+        if port is None:  # another process may have started Serve at the same moment
+            session = ServingSession("http://{}:{}".format(*_reachable_address()), session.name)
         _wait_until_running(serve, model)
-        _wait_until_healthy(f"{deployment.url}/{deployment.name}")
+        _wait_until_healthy(f"{session.url}/{session.name}")
     except BaseException as error:
-        if not status.proxies:  # this call started Serve
-            # After an InputError, another process has the port, so do not wait for it to become free.
-            _shut_down(serve, "" if isinstance(error, InputError) else deployment.url)
-        elif application_name(model.name) not in status.applications:
+        if application_name(model.name) not in status.applications:
             serve.delete(application_name(model.name))
+        if not status.proxies and not serve.status().applications:  # this call started Serve
+            # After an InputError, another process has the port, so do not wait for it to become free.
+            _shut_down(serve, "" if isinstance(error, InputError) else session.url)
         raise
-    return deployment
+    return session
 
 
-def clear(prefix: str) -> str:
-    """Removes the models that an earlier run left on the connected cluster, whose names begin with `prefix`. Returns
-    the address of Serve if other models are still served, else shuts Serve down and returns ""."""
+def clear_sessions(prefix: str) -> None:
+    """Removes the models that an earlier run left on the connected cluster, whose names begin with `prefix`. Shuts
+    Serve down if it serves no others."""
     serve = import_serve()
     status = serve.status()
     if not status.proxies:
-        return ""
+        return
     left = [name for name in status.applications if name.startswith(application_name(prefix))]
     for name in left:
         serve.delete(name)
     if len(left) == len(status.applications):
         _shut_down(serve, "")
-        return ""
-    import ray
-
-    options = ray.get(_controller().get_http_config.remote())
-    return f"http://{_reachable(options.host)}:{options.port}"
 
 
 def _check_folder(folder: AnyPath) -> None:
@@ -228,6 +228,19 @@ def _controller() -> Any:
     return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
+def _address() -> tuple[str, int]:
+    """Where the proxies of the running Serve instance listen."""
+    import ray
+
+    options = ray.get(_controller().get_http_config.remote())
+    return str(options.host), int(options.port)
+
+
+def _reachable_address() -> tuple[str, int]:
+    host, port = _address()
+    return _reachable(host), port
+
+
 def _is_taken(host: str, port: int) -> bool:
     """Whether something listens at an address, of this machine or of another host."""
     if host in ("127.0.0.1", "localhost", "::1", ""):
@@ -253,9 +266,9 @@ def _wait_until_healthy(url: str, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def _version(deployment: Deployment) -> str | None:
+def _version(session: ServingSession) -> str | None:
     """The version that answers; None if none does."""
-    return _get(f"{deployment.url}/{deployment.name}/health")[1].get(VERSION.decode())
+    return _get(f"{session.url}/{session.name}/health")[1].get(VERSION.decode())
 
 
 def _status(url: str) -> int | None:
