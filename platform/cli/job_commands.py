@@ -143,18 +143,35 @@ def stop(job: str, /, *, json_: Json = False) -> int:
     return 0
 
 
-def why(job: str, /, *, json_: Json = False) -> int:
-    """Explain the current state of a job."""
+def why(name: str, /, *, json_: Json = False) -> int:
+    """Explain the current state of a job, or of the deployment with this name, or of both."""
     from moray.platform.client import Client
 
-    found = Client.from_environment().get(f"/api/jobs/{_quoted(job)}/why")
+    client, found = Client.from_environment(), {}
+    for kind in ("jobs", "deployments"):
+        try:
+            found[kind] = client.get(f"/api/{kind}/{_quoted(name)}/why")
+        except InputError:
+            if kind == "deployments" and not found:
+                return _why_neither(client, name)
     if json_:
-        print_json(found)
+        both = found.get("jobs", {}) | ({"deployment": found["deployments"]} if len(found) == 2 else {})
+        print_json(both or found["deployments"])
         return 0
-    out().print(f"{found['id']}  {found['state']}", markup=False)
-    for line in found["lines"]:
-        out().print(f"  {line}", markup=False)
+    for kind, one in found.items():
+        out().print(f"{'deployment ' if kind == 'deployments' else ''}{one['id']}  {one['state']}", markup=False)
+        for line in one["lines"]:
+            out().print(f"  {line}", markup=False, soft_wrap=True)
     return 0
+
+
+def _why_neither(client: Any, name: str) -> int:
+    """Raises the error for a name that is neither a job's nor a deployment's."""
+    try:
+        client.get(f"/api/jobs/{_quoted(name)}/why")
+    except InputError as error:
+        raise InputError(f"{error.message}, and no deployment of this name", error.hint) from error
+    return 0  # it has just been submitted
 
 
 def _follow(client: Any, job: str, attempt: int | None) -> int:

@@ -13,10 +13,11 @@ from moray.platform.control.choices import LOCAL
 from moray.platform.control.cluster_rounds import ClusterRounds
 from moray.platform.control.database import Database
 from moray.platform.control.deployment_rounds import DeploymentRounds
-from moray.platform.control.deployments import Deployments
+from moray.platform.control.deployments import Deployment, Deployments
 from moray.platform.control.jobs import ENDED, Job, Jobs
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.queue import why_waiting
+from moray.platform.control.room import reservation
 from moray.platform.control.schedules import Schedules
 from moray.platform.core.errors import InputError, MorayError
 from moray.platform.core.home import Home
@@ -127,8 +128,25 @@ class Controller:
                 lines.append("stop requested; waiting for the driver to end")
         if rounds and rounds.error and job.state not in ENDED:
             lines.append(f"the cluster is unreachable: {rounds.error}")
+        if job.state not in ENDED:
+            lines += self._reserved(job.cluster)
         past = [a for a in job.attempts if a.state in ("failed", "lost") and a is not job.latest]
         return lines + [f"attempt {a.number} {a.state}: {a.detail}" for a in past]
+
+    def why_deployment(self, deployment: Deployment) -> list[str]:
+        """Reasons for a deployment's current state, and what else holds resources of its cluster."""
+        lines = [f"{deployment.state}: {deployment.reason}" if deployment.reason else f"it is {deployment.state}"]
+        if deployment.wanted == "running":
+            jobs = [job.id for job in self.jobs.in_flight(deployment.cluster)]
+            lines += self._reserved(deployment.cluster)
+            lines += [f"jobs that run on cluster {deployment.cluster!r}: {', '.join(jobs)}"] if jobs else []
+        return lines
+
+    def _reserved(self, cluster: str) -> list[str]:
+        """What the deployments of a cluster reserve, in one line, if there are any."""
+        found = [one for one in self.deployments.all(cluster) if one.wanted == "running" and one.desired]
+        shares = [f"{one.name} {reservation(one)}" for one in found]
+        return [f"deployments on cluster {cluster!r} reserve: {'; '.join(shares)}"] if shares else []
 
     def _why_queued(self, job: Job, rounds: ClusterRounds | None) -> list[str]:
         if rounds is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moray.platform.control.deployments import Deployment
 from moray.platform.core.cluster import Usage
 from moray.platform.core.errors import InputError
 from moray.platform.core.units import size
@@ -41,6 +42,14 @@ def room_reason(resources: Mapping[str, float], usage: Usage) -> str:
     if resources.get("num_gpus"):
         used.append(f"{usage.gpus_used:g} of {usage.gpus:g} GPUs are reserved")
     return f"no room for a replica, which needs {needs}: {', '.join(used)}"
+
+
+def reservation(deployment: Deployment) -> str:
+    """What the replicas of a deployment reserve: `2 replicas x 0.5 CPU`."""
+    version = deployment.desired
+    each = version.model.resources if version else {}
+    many = f"{deployment.replicas} replica" + ("s" if deployment.replicas != 1 else "")
+    return f"{many} x {', '.join(_amount(option, wanted) for option, wanted in each.items())}"
 
 
 def _largest(option: str, usage: Usage) -> float:

@@ -65,6 +65,11 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
     def history(name: str) -> list[dict[str, Any]]:
         return deployments.history(name)
 
+    @router.get("/{name}/why")
+    def why(name: str) -> dict[str, Any]:
+        found = deployments.get(name)
+        return {"id": found.name, "state": found.state, "lines": controller.why_deployment(found)}
+
     @router.post("/{name}/stop")
     def stop(name: str) -> dict[str, Any]:
         stopped = deployments.stop(name)

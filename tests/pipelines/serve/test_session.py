@@ -53,6 +53,11 @@ def test_deploy_twice_drain_and_stop(ray_cluster, folder, capfd):
         assert get(f"{session.url}/v1/models")["data"][0] == card  # `created` too: the replica is the same
         with pytest.raises(InputError, match="already runs on this cluster"):
             open_session(folder, "tiny", "127.0.0.1", free_port())
+        beside = open_session(folder, "Second one")  # joins the instance that runs
+        assert beside.url == session.url
+        assert [card["id"] for card in get(f"{beside.url}/v1/models")["data"]] == ["second-one", "tiny"]
+        beside.stop()
+        assert [card["id"] for card in get(f"{session.url}/v1/models")["data"]] == ["tiny"]
         import openai  # takes two seconds, which tests of other files would wait for
 
         client = openai.OpenAI(base_url=f"{session.url}/v1", api_key="none", max_retries=0)
