@@ -1,12 +1,14 @@
-// A curve over training steps, drawn as SVG. All charts of a view share one cursor, which shows the values of one step.
+// Curves over training steps or time, drawn as SVG. All charts of a view share one cursor, which shows the values of
+// one step or moment.
 
+import { nice, STEPS } from "./axes.js";
 import { h, patch, svg } from "./dom.js";
-import { count, figure, scaleOf, tickTexts } from "./format.js";
+import { figure, scaleOf, tickTexts } from "./format.js";
 
 const PAD = { top: 8, bottom: 22, right: 12, gap: 8 }; // gap: between a tick label and the plot
 
-/** The charts of one view. */
-export function charts() {
+/** The charts of one view. `axis`: what they are drawn over. */
+export function charts(axis = STEPS) {
   const all = new Set();
   let cursor = null;
   const point = (at) => {
@@ -14,16 +16,17 @@ export function charts() {
     for (const chart of all) chart.draw();
   };
   return {
-    /** Adds a chart and returns {node, update(points), end()}. `unit`: as in platform/core/metrics.py. */
-    add(title, unit, help, height) {
-      const chart = one(title, unit, help, height, () => cursor, point);
+    /** Adds a chart and returns {node, update(points), end()}. `unit`: as in platform/core/metrics.py. `names`: of its
+     * curves, if it has several. A point is [at, value, value of the second curve...]; a value may be null. */
+    add(title, unit, help, height, names = [""]) {
+      const chart = one({ title, unit, help, height, names, axis }, () => cursor, point);
       all.add(chart);
       return { ...chart, end: () => (chart.end(), all.delete(chart)) };
     },
   };
 }
 
-function one(title, unit, help, height, cursor, point) {
+function one({ title, unit, help, height, names, axis }, cursor, point) {
   let points = [],
     width = 0,
     scale = scaleOf(unit, []);
@@ -37,23 +40,26 @@ function one(title, unit, help, height, cursor, point) {
     frame,
   );
 
-  const reading = (v) => `${figure(v)}${scale.unit ? ` ${scale.unit}` : ""}`;
+  const reading = (v) => (v === null ? axis.missing : `${figure(v)}${scale.unit ? ` ${scale.unit}` : ""}`);
+  const readings = (values) => names.map((name, i) => `${name} ${reading(values[i])}`.trim()).join(", ");
+  const known = () => points.flatMap(([, ...values]) => values).filter((v) => v !== null);
 
   /** Ticks and the maps from values to pixels. The margins fit the widest tick labels. */
   const axes = () => {
-    const values = points.map(([, v]) => v).filter((v) => v !== null);
-    let [low, high] = [Math.min(...values), Math.max(...values)];
+    const values = known();
+    let [low, high] = [Math.min(...values, ...(axis.zero ? [0] : [])), Math.max(...values)];
+    if (low === high && axis.zero) high = low + 1;
     if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
-    const marks = nice(low, high, 4);
+    const whole = values.every(Number.isInteger); // of three sequences, no half is marked
+    const marks = nice(low, high, 4).filter((mark) => !whole || Number.isInteger(mark));
     [low, high] = [Math.min(low, marks[0]), Math.max(high, marks[marks.length - 1])];
     const [first, last] = [points[0][0], points[points.length - 1][0]];
-    const steps = nice(first, last, width < 420 ? 5 : 6).filter(
-      (mark) => mark >= first && mark <= last && Number.isInteger(mark),
-    );
+    const steps = axis.marks(first, last, width < 420 ? 5 : 6);
     const yTicks = tickTexts(marks, scale.suffix),
-      xTicks = tickTexts(steps);
-    const left = Math.ceil(widest(plot, yTicks)) + PAD.gap + 2,
-      right = Math.max(PAD.right, Math.ceil(widest(plot, xTicks) / 2) + 2);
+      xTicks = axis.texts(steps);
+    const half = Math.ceil(widest(plot, xTicks) / 2) + 2;
+    const left = Math.max(Math.ceil(widest(plot, yTicks)) + PAD.gap + 2, half),
+      right = Math.max(PAD.right, half);
     const x = (at) => left + ((at - first) / (last - first || 1)) * (width - left - right);
     const y = (v) => height - PAD.bottom - ((v - low) / (high - low)) * (height - PAD.top - PAD.bottom);
     return { x, y, marks, yTicks, steps, xTicks, first, last, left, right };
@@ -64,19 +70,16 @@ function one(title, unit, help, height, cursor, point) {
 
   const draw = () => {
     if (!points.length || !width || !frame.isConnected) return;
-    if (points.every(([, v]) => v === null)) {
+    if (!known().length) {
       patch(plot);
-      patch(value, h("span", { class: "dim" }, "not a number"));
+      patch(value, h("span", { class: "dim" }, axis.missing));
       return;
     }
     const { x, y, marks, yTicks, steps, xTicks, left, right } = axes();
-    const drawn = points.filter(([, v]) => v !== null);
-    const line = drawn.map(([at, v], i) => `${i ? "L" : "M"}${x(at).toFixed(1)} ${y(v).toFixed(1)}`).join("");
     const floor = height - PAD.bottom;
-    const area = drawn.length
-      ? `${line}L${x(drawn[drawn.length - 1][0]).toFixed(1)} ${floor}L${x(drawn[0][0]).toFixed(1)} ${floor}Z`
-      : "";
+    const curves = names.map((_, i) => stretches(points, i).map((part) => part.map(([at, v]) => [x(at), y(v)])));
     const shown = cursor() === null ? points[points.length - 1] : nearest(cursor());
+    const values = shown.slice(1);
     plot.setAttribute("width", width);
     patch(
       plot,
@@ -87,17 +90,27 @@ function one(title, unit, help, height, cursor, point) {
       steps.map((mark, i) =>
         svg("text", { class: "mark", x: x(mark), y: height - 6, "text-anchor": "middle" }, xTicks[i]),
       ),
-      svg("path", { class: "area", d: area }),
-      svg("path", { class: "curve", d: line }),
+      svg("path", { class: "area", d: curves[0].map((part) => area(part, floor)).join("") }),
+      curves.map((parts, i) => svg("path", { class: `curve nr${i}`, d: parts.map(line).join("") })),
       cursor() !== null
         ? svg("line", { class: "cursor", x1: x(shown[0]), x2: x(shown[0]), y1: PAD.top, y2: floor })
         : null,
-      shown[1] !== null ? svg("circle", { class: "dot", cx: x(shown[0]), cy: y(shown[1]), r: 3.5 }) : null,
+      values.map((v, i) =>
+        v === null ? null : svg("circle", { class: `dot nr${i}`, cx: x(shown[0]), cy: y(v), r: 3.5 }),
+      ),
     );
-    patch(value, h("b", {}, reading(shown[1])), h("span", { class: "dim" }, ` at step ${count(shown[0])}`));
+    patch(
+      value,
+      names.map((name, i) => [
+        name ? h("span", { class: `key nr${i}` }, `${name} `) : null,
+        h("b", {}, reading(values[i])),
+        name ? "  " : null,
+      ]),
+      h("span", { class: "dim" }, `${names[0] ? "" : " "}at ${axis.name(shown[0])}`),
+    );
     frame.setAttribute(
       "aria-label",
-      `${title}: ${reading(shown[1])} at step ${shown[0]}. Arrow keys move the cursor.`,
+      `${title}: ${readings(values)} at ${axis.name(shown[0])}. Arrow keys move the cursor.`,
     );
   };
 
@@ -129,13 +142,30 @@ function one(title, unit, help, height, cursor, point) {
     update(fresh) {
       scale = scaleOf(
         unit,
-        fresh.map(([, v]) => v),
+        fresh.flatMap(([, ...values]) => values),
       );
-      points = fresh.map(([at, v]) => [at, v === null ? v : v * scale.by]);
+      points = fresh.map(([at, ...values]) => [at, ...values.map((v) => (v === null ? v : v * scale.by))]);
       draw();
     },
   };
 }
+
+/** The stretches of one curve between its missing values. */
+function stretches(points, curve) {
+  const found = [[]];
+  for (const [at, ...values] of points)
+    if (values[curve] === null) found.push([]);
+    else found.at(-1).push([at, values[curve]]);
+  return found.filter((part) => part.length);
+}
+
+// A stretch of one point is drawn as a dot, by its round end.
+const line = (part) => part.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("") + "h0";
+
+const area = (part, floor) =>
+  `M${part[0][0].toFixed(1)} ${floor}` +
+  part.map(([x, y]) => `L${x.toFixed(1)} ${y.toFixed(1)}`).join("") +
+  `L${part.at(-1)[0].toFixed(1)} ${floor}Z`;
 
 const widths = new Map(); // tick label -> pixels
 
@@ -151,15 +181,4 @@ function widest(plot, texts) {
     ruler.remove();
   }
   return Math.max(0, ...texts.map((text) => widths.get(text)));
-}
-
-/** About `most` round numbers between `low` and `high`. */
-export function nice(low, high, most) {
-  const rough = (high - low) / most || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= 0.8 * rough) || 10);
-  const marks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
-    marks.push(Number((i * step).toPrecision(12)));
-  return marks.length ? marks : [low];
 }

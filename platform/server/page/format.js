@@ -70,6 +70,13 @@ export function stamp(at, zone) {
   }
 }
 
+const clocks = [{}, { second: "2-digit" }].map(
+  (form) => new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", hourCycle: "h23", ...form }),
+);
+
+/** The time of day in the browser's zone. */
+export const timeOfDay = (at, seconds) => clocks[seconds ? 1 : 0].format(new Date(at * 1000));
+
 export const ownZone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
 
 export function count(value) {
@@ -107,11 +114,12 @@ export function bytes(value) {
 
 /** The scale in which all values of one metric are shown: {by: factor, unit, suffix: of axis ticks}.
  *
- * `unit` is a metric's unit in platform/core/metrics.py. Shares become percent, bytes KiB to TiB. */
+ * `unit` is a metric's unit in platform/core/metrics.py. Shares become percent, bytes KiB to TiB, short times ms. */
 export function scaleOf(unit, values) {
+  const largest = Math.max(0, ...values.map((value) => Math.abs(value ?? 0)));
   if (unit === "share") return { by: 100, unit: "%", suffix: " %" };
+  if (unit === "s" && largest > 0 && largest < 1) return { by: 1000, unit: "ms", suffix: " ms" };
   if (unit === "bytes") {
-    const largest = Math.max(...values.map((value) => Math.abs(value ?? 0)));
     const [size, name] = BYTES.find(([size]) => largest >= size) || [1, "B"];
     return { by: 1 / size, unit: name, suffix: ` ${name}` };
   }
@@ -131,3 +139,8 @@ export function tickTexts(marks, suffix = "") {
 }
 
 export const percent = (share) => `${Math.floor(100 * Math.min(1, Math.max(0, share)))} %`;
+
+/** A short time in milliseconds, a longer one in seconds. */
+export function latency(seconds) {
+  return seconds < 0.9995 ? `${figure(Math.round(1e4 * seconds) / 10)} ms` : duration(seconds);
+}

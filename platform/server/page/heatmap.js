@@ -1,8 +1,8 @@
-// Expert load during training: one row per MoE layer, one column per step. Drawn on a canvas, because a large model has
-// sixty layers.
+// Expert load: one row per MoE layer, one column per training step or moment. Drawn on a canvas, because a large model
+// has sixty layers.
 
+import { STEPS } from "./axes.js";
 import { h, patch } from "./dom.js";
-import { count } from "./format.js";
 
 // cividis: perceptually uniform, also for colour-blind readers (Nuñez et al. 2018)
 const STOPS = [
@@ -14,7 +14,8 @@ const STOPS = [
   [254, 232, 56],
 ];
 
-export function heatmap(place) {
+/** `along`: what the columns are, as for a chart. */
+export function heatmap(place, along = STEPS) {
   const canvas = h("canvas", { tabindex: 0, role: "img" });
   const value = h("span", { class: "chart-value" }),
     legend = h("div", { class: "legend" });
@@ -73,7 +74,7 @@ export function heatmap(place) {
   const showValue = () => {
     const [c, r] = at || [load.steps.length - 1, worst(load.values[load.steps.length - 1])];
     const found = load.values[c][r];
-    const where = `layer ${load.layers[r]}, step ${count(load.steps[c])}`;
+    const where = `layer ${load.layers[r]}, ${along.name(load.steps[c])}`;
     patch(value, h("b", {}, found === null ? "-" : `${found.toFixed(2)} ×`), h("span", { class: "dim" }, ` ${where}`));
     canvas.setAttribute(
       "aria-label",
@@ -119,8 +120,8 @@ export function heatmap(place) {
       );
       patch(
         axis,
-        h("span", {}, `step ${count(load.steps[0])}`),
-        h("span", {}, count(load.steps[load.steps.length - 1])),
+        h("span", {}, along.name(load.steps[0])),
+        h("span", {}, along.texts([load.steps.at(-1)])[0]),
       );
       patch(
         legend,
