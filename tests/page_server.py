@@ -1,4 +1,5 @@
-"""A controller's HTTP side over real data: jobs in several states with their events, schedules with ticks."""
+"""A controller's HTTP side over real data: jobs in several states with their events, schedules with ticks, and
+deployments with what their replicas report."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -17,12 +19,24 @@ from moray.platform.control.auth import ensure_token
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
+from moray.platform.control.deployments import NewDeployment
 from moray.platform.control.jobs import Job, Submission
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.schedules import NewSchedule
 from moray.platform.core.cluster import ClusterBackend, Host, Observed, Topology, Usage
-from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
+from moray.platform.core.events import (
+    Event,
+    EventLog,
+    MetricEvent,
+    NoteEvent,
+    ProgressEvent,
+    RunEvent,
+    ServingEvent,
+    StepEvent,
+)
 from moray.platform.core.home import Home
+from moray.platform.core.serve_options import ServeOptions
+from moray.platform.core.serving import DeploymentSeen, ReplicaSeen, ServingSeen
 from moray.platform.server.app import build_controller_app
 from moray.platform.server.overview import Overview
 
@@ -196,3 +210,78 @@ def add_schedules(server: PageServer) -> None:
         schedules.tick(hour - ago * 3600)
     schedules.clock = time.time
     schedules.pause("often")
+
+
+def add_deployment(
+    server: PageServer, name: str, model: str = "", reference: str = "export/11c5a112", **fields: Any
+) -> None:
+    """A deployment that waits for its first round; or, of a known name, another version that starts."""
+    new = NewDeployment(model=model or f"{name}@newest", name=name, **fields)
+    folder = str(server.home.root / "artifacts" / reference)
+    server.controller.deployments.deploy(new, reference, folder, 0, str(server.home.root / "deployments"))
+
+
+def make_live(server: PageServer, name: str, number: int = 1) -> None:
+    """A version becomes live and replaces the one before."""
+    deployments = server.controller.deployments
+    before = deployments.get(name).live
+    deployments.move_version(name, number, "live")
+    if before:
+        deployments.move_version(name, before.number, "replaced")
+    deployments.move(name, "running")
+
+
+def replica_log(server: PageServer, name: str, replica: str = "x") -> EventLog:
+    """The segment that a replica would write."""
+    return EventLog(server.home.root / "deployments" / name / "events", f"replica-{replica}")
+
+
+def report(log: EventLog, name: str, requests: int, version: int = 1, **fields: Any) -> None:
+    """What a replica with three MoE layers reports after some requests."""
+    values = {
+        "requests": requests, "prompt_tokens": 5 * requests, "completion_tokens": 48 * requests, "running": 6,
+        "waiting": 2, "first_token": (0.024, 0.0383), "tokens_per_second": 490.0 + requests % 9,
+        "expert_load": (2.3, 1.4, 1.0 + requests / 1000), **fields,
+    }  # fmt: skip
+    log.append(ServingEvent(deployment=name, version=str(version), reference="export/11c5a112", replica="x", **values))
+
+
+def see_replicas(server: PageServer, port: int = 8000, **replicas: tuple[ReplicaSeen, ...]) -> None:
+    """What Ray Serve would report, by deployment."""
+    serving = server.controller.serving(LOCAL)
+    assert serving is not None
+    found = {name: DeploymentSeen("running", replicas=seen) for name, seen in replicas.items()}
+    serving.seen = ServingSeen("127.0.0.1", port, ("127.0.0.1",), found)
+
+
+def several_deployments(server: PageServer, port: int = 8000) -> EventLog:
+    """One that runs its second version and has four states beside it; returns the log of its replica."""
+    add_deployment(server, "quickstart", port=port, options=ServeOptions(replicas=1, most_replicas=3))
+    make_live(server, "quickstart")
+    over = {"running": 0, "waiting": 0, "first_token": None, "tokens_per_second": 0.0, "expert_load": ()}
+    report(replica_log(server, "quickstart", "old"), "quickstart", 1200, failed=3, **over)
+    add_deployment(server, "quickstart", reference="export/7d20ee41", options=ServeOptions(replicas=1, most_replicas=3))
+    make_live(server, "quickstart", 2)
+    deployments = server.controller.deployments
+    add_deployment(server, "prose")
+    deployments.move("prose", "starting", "a replica needs 8 CPU, which no host has: the largest host has 2 CPU")
+    add_deployment(server, "letters")
+    deployments.move_version("letters", 1, "failed", "FileNotFoundError: config.json is missing")
+    deployments.move("letters", "failed", "FileNotFoundError: config.json is missing")
+    add_deployment(server, "verse")
+    make_live(server, "verse")
+    add_deployment(server, "verse", reference="export/9a8b7c6d")
+    deployments.move("verse", "rolling", "1 of 2 replicas run version 2")
+    add_deployment(server, "earlier")
+    make_live(server, "earlier")
+    deployments.stop("earlier")
+    deployments.move("earlier", "stopped", "stopped by a user")
+    see_replicas(
+        server,
+        port,
+        quickstart=(ReplicaSeen("dwedabhs", "running", "10.0.0.5"), ReplicaSeen("k2ff0zq1", "starting")),
+        verse=(ReplicaSeen("abc123", "running", "10.0.0.6"),),
+    )
+    log = replica_log(server, "quickstart")
+    report(log, "quickstart", 115, version=2)
+    return log

@@ -1,5 +1,7 @@
 // Selects the view for the current address, and handles what all views share: links, theme, log-out.
 
+import { deployment } from "./deployment.js";
+import { deployments } from "./deployments.js";
 import { h, patch } from "./dom.js";
 import { call } from "./live.js";
 import { overview } from "./overview.js";
@@ -9,19 +11,26 @@ import { schedules } from "./schedules.js";
 const main = document.getElementById("main");
 let leave = () => {};
 
-/** Opens the view for the current address. A view renders into an element and returns a function that ends it. */
+// Address, name of the view, the view. A view renders into an element and returns a function that ends it.
+const VIEWS = [
+  [/^\/jobs\/([^/]+)$/, "run", run],
+  [/^\/deployments\/([^/]+)$/, "deployment", deployment],
+  [/^\/deployments$/, "deployments", deployments],
+  [/^\/schedules$/, "schedules", schedules],
+  [/^/, "overview", overview],
+];
+
+/** Opens the view for the current address. */
 function open() {
   leave();
   patch(main);
-  const path = location.pathname;
-  const job = path.match(/^\/jobs\/([^/]+)$/);
-  const page = path === "/schedules" ? "schedules" : job ? "run" : "overview";
+  const [address, page, view] = VIEWS.find(([address]) => address.test(location.pathname));
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.page === page) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   const place = main.appendChild(h("div", { class: `view ${page}` }));
-  leave = job ? run(place, decodeURIComponent(job[1])) : page === "schedules" ? schedules(place) : overview(place);
+  leave = view(place, decodeURIComponent(location.pathname.match(address)[1] ?? ""));
 }
 
 addEventListener("popstate", open);
@@ -29,7 +38,7 @@ document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href]");
   const plain = event.button === 0 && !event.metaKey && !event.ctrlKey && !event.shiftKey && !event.altKey;
   if (!link || !plain || link.origin !== location.origin || link.getAttribute("href").startsWith("#")) return;
-  if (!/^\/($|schedules$|jobs\/)/.test(link.pathname)) return;
+  if (!/^\/($|schedules$|deployments($|\/)|jobs\/)/.test(link.pathname)) return;
   event.preventDefault();
   if (link.href !== location.href) history.pushState(null, "", link.href);
   open();

@@ -1,5 +1,6 @@
-// The overview: running, queued and recent jobs, the cluster, the services and the next ticks.
+// The overview: running, queued and recent jobs, the cluster, the deployments, the services and the next ticks.
 
+import { deploymentsCard } from "./deployments.js";
 import { h, patch } from "./dom.js";
 import { bytes, clock, count, duration, percent, setClock, stamp } from "./format.js";
 import { follow } from "./live.js";
@@ -205,7 +206,13 @@ function recent(job) {
 }
 
 function rail(state) {
-  return [cluster(state.cluster), clusters(state.clusters), services(state.services || []), ticks(state.schedules || [])];
+  return [
+    cluster(state.cluster),
+    clusters(state.clusters),
+    deploymentsCard(state.deployments || []),
+    services(state.services || []),
+    ticks(state.schedules || []),
+  ];
 }
 
 function cluster(found) {

@@ -50,6 +50,10 @@ const LOOKS = {
   run: "succeeded",
   stopped: "cancelled",
   restarting: "lost",
+  rolling: "running",
+  updating: "running",
+  live: "up",
+  replaced: "queued",
 };
 
 export const look = (state) => (SHAPES[state] ? state : LOOKS[state] || "pending");
@@ -60,10 +64,15 @@ export function icon(state, shown = look(state)) {
   return svg("svg", { class: `icon ${shown}`, viewBox: "0 0 16 16", role: "img", "aria-label": state }, shape);
 }
 
-/** The icon of a service. A running service is the normal case, so it is only a dot. */
-export const serviceIcon = (state) => icon(state, state === "running" ? "up" : look(state));
+/** How a service looks. A running service is the normal case, so it is only a dot. */
+const serviceLook = (state) => (state === "running" ? "up" : look(state));
 
-export const chip = (state) => h("span", { class: `chip ${look(state)}` }, icon(state), h("span", {}, state));
+export const serviceIcon = (state) => icon(state, serviceLook(state));
+
+export const chip = (state, shown = look(state)) =>
+  h("span", { class: `chip ${shown}` }, icon(state, shown), h("span", {}, state));
+
+export const serviceChip = (state) => chip(state, serviceLook(state));
 
 export const priority = (name) => h("span", { class: `tag ${name}` }, name);
 
@@ -96,11 +105,12 @@ export const empty = (text, command) =>
 export const problem = (text) => h("p", { class: "problem", role: "alert" }, text);
 
 /** Asks for confirmation; resolves to true or false. */
-export function confirm(title, text, yes) {
+export function confirm(title, text, yes, no) {
   const dialog = document.getElementById("confirm");
   dialog.querySelector("h2").textContent = title;
   dialog.querySelector("p").textContent = text;
   dialog.querySelector("[value=yes]").textContent = yes;
+  dialog.querySelector("[value=no]").textContent = no;
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) =>

@@ -62,6 +62,7 @@ export function run(place, id) {
         `Stop ${state.job.name}?`,
         "This stops the running step. Finished steps are kept, and a new run reuses them.",
         "Stop the job",
+        "Keep the job",
       ))
     )
       return;

@@ -17,10 +17,24 @@ import pytest
 import requests
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
+from moray.platform.control import serving_reports
 from moray.platform.control.jobs import Job
 from moray.platform.core.events import MetricEvent, RunEvent
+from moray.platform.core.serving import ReplicaSeen
 from tests.checkout import ROOT
-from tests.page_server import PageServer, add_schedules, log_of, page_server, step, training, up_to_pretrain
+from tests.page_server import (
+    PageServer,
+    add_deployment,
+    add_schedules,
+    log_of,
+    page_server,
+    report,
+    see_replicas,
+    several_deployments,
+    step,
+    training,
+    up_to_pretrain,
+)
 
 PAGE = ROOT / "platform" / "server" / "page"
 EVIL = "<img src=x onerror=document.title='owned'>"
@@ -70,7 +84,7 @@ def test_only_the_login_is_open(server: PageServer) -> None:
     with Client(server.url) as stranger:
         assert stranger.get("/login").status_code == 200
         assert stranger.get("/", headers={"Accept": "text/html"}).headers["location"] == "/login"
-        for path in ("/static/app.js", "/api/stream", "/api/overview", "/jobs/x", "/schedules"):
+        for path in ("/static/app.js", "/api/stream", "/api/overview", "/jobs/x", "/schedules", "/deployments"):
             assert stranger.get(path).status_code == 401, path
         wrong = stranger.post("/login", json={"token": "x"})
         assert (wrong.status_code, wrong.json()["error"]) == (401, "wrong token")
@@ -465,6 +479,161 @@ def test_schedules_are_shown_paused_and_resumed(server: PageServer, page: Page) 
     expect(nightly.get_by_role("button", name="Pause")).to_be_visible()
 
 
+@pytest.fixture
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a replica did a while ago counts as what it does now, however slow the browser is."""
+    monkeypatch.setattr(serving_reports, "_NOW_SECONDS", 3600.0)
+
+
+def test_no_deployments_says_how_to_start_one(server: PageServer, page: Page) -> None:
+    expect(page.get_by_role("region", name="Deployments")).to_have_count(0)
+    page.get_by_role("link", name="Deployments").click()
+    expect(page).to_have_url(f"{server.url}/deployments")
+    expect(page.get_by_role("link", name="Deployments")).to_have_attribute("aria-current", "page")
+    expect(page.get_by_text("moray deploy quickstart")).to_be_visible()
+    add_deployment(server, "quickstart")
+    expect(page.get_by_role("row", name="quickstart")).to_contain_text("pending")
+
+
+@pytest.mark.usefixtures("lasting")
+def test_deployments_are_listed_with_the_reasons_for_their_states(server: PageServer, page: Page) -> None:
+    several_deployments(server)
+    card = page.get_by_role("region", name="Deployments")
+    expect(card.get_by_role("listitem")).to_have_count(4)  # the stopped one is not there
+    expect(card).to_contain_text("FileNotFoundError: config.json is missing")
+    expect(card).to_contain_text("497 tokens/s")
+    page.get_by_role("link", name="Deployments").click()
+    rows = page.get_by_role("row")
+    expect(rows).to_have_count(6)
+    first = page.get_by_role("row", name="quickstart")
+    for text in ("quickstart@newest", "running", "1 of 1..3", "local", "1,315", "497", "24 ms"):
+        expect(first).to_contain_text(text)
+    expect(first.get_by_role("cell").nth(2)).to_have_text("2")
+    expect(page.get_by_role("row", name="prose")).to_contain_text("a replica needs 8 CPU")
+    expect(page.get_by_role("row", name="letters")).to_contain_text("failed")
+    expect(page.get_by_role("row", name="verse")).to_contain_text("1 of 2 replicas run version 2")
+    expect(rows.last).to_contain_text("stopped by a user")
+    first.get_by_role("link").click()
+    expect(page).to_have_url(f"{server.url}/deployments/quickstart")
+    expect(page.get_by_role("heading", name="quickstart")).to_be_visible()
+
+
+POINTS = "[data-curve='%s'] path.curve.nr%d"
+
+
+@pytest.mark.usefixtures("lasting")
+def test_the_curves_of_a_deployment_grow_as_replicas_report(server: PageServer, page: Page) -> None:
+    log = several_deployments(server)
+    page.goto(f"{server.url}/deployments/quickstart")
+    curves = {name: page.locator(f"[data-curve='{name}']") for name in ("Requests", "Throughput", "Sequences")}
+    expect(curves["Throughput"]).to_contain_text(re.compile(r"497 tokens/s at \d\d:\d\d:\d\d"))
+    expect(curves["Sequences"]).to_contain_text("running 6 waiting 2")
+    latency = page.locator("[data-curve='First token']")
+    expect(latency).to_contain_text("p50 24 ms p95 38.3 ms")
+    expect(page.locator(".heat-card canvas")).to_have_attribute(
+        "aria-label", re.compile("2.30 times the mean, layer 1")
+    )
+    for ended in (125, 140):
+        before = page.locator(POINTS % ("Throughput", 0)).get_attribute("d") or ""
+        report(log, "quickstart", ended, version=2, first_token=(0.9, 1.25), running=1)
+        expect(page.locator(POINTS % ("Throughput", 0))).not_to_have_attribute("d", before)
+    expect(curves["Requests"]).to_contain_text(re.compile(r"[1-9.]+ requests/s"))
+    expect(curves["Sequences"]).to_contain_text("running 1 waiting 2")
+    expect(latency).to_contain_text("p50 0.9 s p95 1.25 s")
+    latency.get_by_role("img").focus()
+    page.keyboard.press("Home")
+    expect(latency).to_contain_text("p50 0.024 s")
+    expect(curves["Sequences"]).to_contain_text("running 6 waiting 2")  # all charts share the cursor
+    assert page.evaluate(CLIPPED) == []
+
+
+def test_a_deployment_shows_its_address_replicas_and_versions(
+    server: PageServer, page: Page, context: BrowserContext
+) -> None:
+    several_deployments(server)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
+    page.goto(f"{server.url}/deployments/quickstart")
+    address = page.get_by_role("region", name="Address")
+    expect(address).to_contain_text("http://127.0.0.1:8000/v1")
+    address.get_by_role("button", name="Copy").click()
+    expect(address.get_by_role("button", name="Copied")).to_be_visible()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("curl http://127.0.0.1:8000/v1/completions")
+    assert '"model":"quickstart"' in copied
+    replicas = page.get_by_role("region", name="Replicas")
+    expect(replicas).to_contain_text("1 of 1..3 ready")
+    expect(replicas.get_by_role("listitem").first).to_contain_text("10.0.0.5")
+    expect(replicas.get_by_role("listitem").last).to_contain_text("not placed yet")
+    versions = page.get_by_role("region", name="Versions").get_by_role("listitem")
+    expect(versions.first).to_contain_text("Version 2 live")
+    expect(versions.first).to_contain_text("export/7d20ee41")
+    expect(versions.first).to_contain_text("115 requests, none failed")
+    expect(versions.last).to_contain_text("Version 1 replaced")
+    expect(versions.last).to_contain_text("1,200 requests, 3 failed")
+    history = page.get_by_role("region", name="History").get_by_role("listitem")
+    expect(history.first).to_contain_text("Version 1 replaced")
+    add_deployment(server, "quickstart", reference="export/00aa11bb")
+    expect(versions.first).to_contain_text("Version 3 starting")
+    expect(history.first).to_contain_text("Version 3 starting")
+    page.goto(f"{server.url}/deployments/letters")
+    expect(page.locator(".problem")).to_have_text("FileNotFoundError: config.json is missing")
+
+
+def test_stopping_a_deployment_asks_first(server: PageServer, page: Page) -> None:
+    several_deployments(server)
+    page.goto(f"{server.url}/deployments/quickstart")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_role("button", name="Keep it running").click()
+    assert server.controller.deployments.get("quickstart").wanted == "running"
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_role("button", name="Stop the deployment").click()
+    expect(page.get_by_role("button", name="Stopping…")).to_be_disabled()
+    expect(page.locator(".deployment-head")).to_contain_text("stopped by a user")
+    assert server.controller.deployments.get("quickstart").wanted == "stopped"
+    server.controller.deployments.move("quickstart", "stopped", "stopped by a user")
+    expect(page.get_by_text("moray deploy quickstart@newest --name quickstart")).to_be_visible()
+
+
+def test_rolling_a_deployment_back_asks_first(server: PageServer, page: Page) -> None:
+    several_deployments(server)
+    page.goto(f"{server.url}/deployments/letters")
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Roll back")).to_have_count(0)  # it has no other version
+    page.goto(f"{server.url}/deployments/quickstart")
+    page.get_by_role("button", name="Roll back").click()
+    page.get_by_role("button", name="Keep it as it is").click()
+    assert server.controller.deployments.get("quickstart").starting is None
+    page.get_by_role("button", name="Roll back").click()
+    page.get_by_role("button", name="Back to version 1").click()
+    versions = page.get_by_role("region", name="Versions").get_by_role("listitem")
+    expect(versions.first).to_contain_text("rolled back by a user")
+    expect(versions.last).to_contain_text("Version 1 starting")
+    expect(page.get_by_role("button", name="Roll back")).to_have_count(0)
+
+
+def test_a_deployment_that_does_not_exist(server: PageServer, context: BrowserContext) -> None:
+    page = context.new_page()
+    log_in(page, server)
+    page.goto(f"{server.url}/deployments/nothing")
+    expect(page.get_by_role("alert")).to_contain_text("unknown deployment 'nothing'")
+
+
+def test_text_of_deployments_is_never_markup(server: PageServer, page: Page) -> None:
+    add_deployment(server, "mine", model=EVIL, reference=EVIL)
+    server.controller.deployments.move_version("mine", 1, "failed", EVIL)
+    server.controller.deployments.move("mine", "failed", EVIL)
+    see_replicas(server, mine=(ReplicaSeen("one", "starting", EVIL),))
+    expect(page.get_by_role("region", name="Deployments")).to_contain_text(EVIL)
+    page.get_by_role("link", name="Deployments").click()
+    expect(page.get_by_role("row", name="mine")).to_contain_text(EVIL)
+    page.get_by_role("link", name="mine").click()
+    for part in ("Replicas", "Versions", "History"):
+        expect(page.get_by_role("region", name=part)).to_contain_text(EVIL)
+    expect(page.locator(".deployment-head .problem")).to_have_text(EVIL)
+    assert page.locator("main img").count() == 0
+    assert page.title() != "owned"
+
+
 def test_text_of_users_is_never_markup(server: PageServer, page: Page) -> None:
     job = server.submit(EVIL)
     log = server.start(job)
@@ -507,10 +676,18 @@ def test_a_phone_needs_no_sideways_scroll(server: PageServer, page: Page) -> Non
     job = several_jobs(server)
     add_schedules(server)
     server.submit("x" * 180)
+    several_deployments(server)
+    add_deployment(server, "y" * 63, model="z" * 200, reference="r" * 200)
+    server.controller.deployments.move("y" * 63, "failed", "w" * 400)
     page.set_viewport_size({"width": 390, "height": 844})
-    for path, shown in (("/", ".rows"), (f"/jobs/{job.id}", ".plot path"), ("/schedules", "table")):
+    pages = {
+        "/": ".rows", f"/jobs/{job.id}": ".plot path", "/schedules": "table", "/deployments": "table",
+        "/deployments/quickstart": ".plot path", f"/deployments/{'y' * 63}": ".plot",
+    }  # fmt: skip
+    for path, shown in pages.items():
         page.goto(server.url + path)
-        page.locator(shown).first.wait_for()
+        page.locator(shown).first.wait_for(state="attached")
+        expect(page.locator("#live")).to_have_attribute("data-state", "live")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
     page.goto(f"{server.url}/jobs/{job.id}")
     corpus, dedup = (page.get_by_role("button", name=f"{key}: reused").bounding_box() for key in ("corpus", "dedup"))
@@ -534,6 +711,20 @@ def test_all_of_it_can_be_reached_by_keys(server: PageServer, page: Page) -> Non
     training(log_of(server, job), 50, 60, 200)
     expect(page.locator("[data-curve=train_loss]")).to_contain_text("at step 60")
     assert page.evaluate("document.activeElement.title") == "dedup", "an update takes no focus away"
+
+
+@pytest.mark.usefixtures("lasting")
+def test_a_deployment_can_be_reached_by_keys(server: PageServer, page: Page) -> None:
+    log = several_deployments(server)
+    expect(page.get_by_role("region", name="Deployments")).to_be_visible()
+    reach(page, lambda: page.evaluate("document.activeElement.textContent") == "quickstart")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(f"{server.url}/deployments/quickstart")
+    expect(page.get_by_role("button", name="Copy")).to_be_visible()
+    reach(page, lambda: page.evaluate("document.activeElement.textContent") == "Copy")
+    report(log, "quickstart", 130, version=2, running=3)
+    expect(page.locator("[data-curve=Sequences]")).to_contain_text("running 3")
+    assert page.evaluate("document.activeElement.textContent") == "Copy", "an update takes no focus away"
 
 
 def reach(page: Page, there: Callable[[], bool]) -> None:
