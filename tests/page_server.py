@@ -1,15 +1,17 @@
-"""A controller's HTTP side over real data: jobs in several states with their events, schedules with ticks, and
-deployments with what their replicas report."""
+"""A controller's HTTP side over real data: jobs in several states with their events, schedules with ticks, deployments
+with what their replicas report, and a tiny server in the place of a model."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +287,71 @@ def several_deployments(server: PageServer, port: int = 8000) -> EventLog:
     log = replica_log(server, "quickstart")
     report(log, "quickstart", 115, version=2)
     return log
+
+
+class _Model(BaseHTTPRequestHandler):
+    """Answers a prompt with its words, one per event; "fail" with an error, and "wait" after `Model.release`."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        assert isinstance(server, Model)
+        server.bodies.append(body)
+        if body["prompt"] == "fail":
+            self._start(400, "application/json")
+            self.wfile.write(json.dumps({"error": {"message": "prompt: is too sad", "type": "x"}}).encode())
+            return
+        self._start(200, "text/event-stream")
+        for word in body["prompt"].split(" "):
+            if word == "wait":
+                server.release.wait(30)
+            if word == "break":
+                return self._event({"error": {"message": "the replica stopped during this response"}})
+            self._event({"choices": [{"text": f"{word} ", "index": 0, "finish_reason": None}], "usage": None})
+        self._event({"choices": [{"text": "", "index": 0, "finish_reason": "length"}], "usage": None})
+        self._event({"choices": [], "usage": {"completion_tokens": len(body["prompt"].split(" "))}})
+        self._write("data: [DONE]\n\n")
+
+    def _start(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+
+    def _event(self, data: Mapping[str, Any]) -> None:
+        self._write(f"data: {json.dumps(data)}\n\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(ConnectionError):  # a client that has stopped
+            self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Prints nothing."""
+
+
+class Model(ThreadingHTTPServer):
+    """A server of /v1/completions. bodies: of its requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Model)
+        self.bodies: list[dict[str, Any]] = []
+        self.release = threading.Event()
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+
+@contextlib.contextmanager
+def model_server() -> Iterator[Model]:
+    server = Model()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,9 +1,10 @@
-// One deployment: its state, what it does now, its replicas, versions and history.
+// One deployment: its state, what it does now, a box to try it, its replicas, versions and history.
 
 import { h, patch } from "./dom.js";
 import { clock, setClock } from "./format.js";
 import { call, follow } from "./live.js";
 import { confirm, empty, problem, serviceChip } from "./parts.js";
+import { promptBox } from "./prompt.js";
 import { servingCharts } from "./serving.js";
 import { addressCard, historyCard, replicasCard, versionsCard } from "./versions.js";
 
@@ -11,11 +12,13 @@ export function deployment(place, name) {
   const base = `/api/deployments/${encodeURIComponent(name)}`;
   const head = place.appendChild(h("div", { class: "deployment-head" })),
     rail = h("div", { class: "stack rail" }),
-    work = h("div", {});
+    work = h("div", {}),
+    box = h("section", { class: "card", "aria-label": "Try it" });
   const body = place.appendChild(
-    h("div", { class: "columns", hidden: true }, h("div", { class: "stack" }, work), rail),
+    h("div", { class: "columns", hidden: true }, h("div", { class: "stack" }, work, box), rail),
   );
-  const curves = servingCharts(work);
+  const curves = servingCharts(work),
+    endBox = promptBox(box, name);
   const view = { error: "", copied: false, history: [], changes: "" };
   let state = null,
     over = false;
@@ -25,7 +28,7 @@ export function deployment(place, name) {
     if (over) return;
     document.title = `${name} · ${state.state} · Moray`;
     body.hidden = false;
-    work.hidden = state.state === "stopped";
+    box.hidden = work.hidden = state.state === "stopped";
     patch(head, heading(state, view, stop, rollBack));
     patch(
       rail,
@@ -99,6 +102,7 @@ export function deployment(place, name) {
   const end = () => {
     over = true;
     endStream();
+    endBox();
     curves.end();
   };
   return end;

@@ -53,9 +53,16 @@ function show(state, text) {
 
 /** Sends a request and returns its JSON. Throws an Error with the controller's message; a 401 opens the login form. */
 export async function call(method, url) {
+  const answer = await ask(method, url);
+  return answer.status === 204 ? null : answer.json().catch(() => null);
+}
+
+/** Sends a request and returns the Response. Throws like `call`. `body`: sent as JSON. `signal`: ends the request. */
+export async function ask(method, url, body, signal) {
+  const headers = { Accept: "application/json", ...(body ? { "Content-Type": "application/json" } : {}) };
   let answer;
   try {
-    answer = await fetch(url, { method, headers: { Accept: "application/json" } });
+    answer = await fetch(url, { method, headers, signal, body: body && JSON.stringify(body) });
   } catch {
     throw new Error("The controller does not answer.");
   }
@@ -63,8 +70,10 @@ export async function call(method, url) {
     sessionStorage.setItem("moray-next", location.pathname);
     location.assign("/login");
   }
-  const body = answer.status === 204 ? null : await answer.json().catch(() => null);
   if (!answer.ok)
-    throw new Error([body?.error || `The controller returned ${answer.status}`, body?.hint].filter(Boolean).join("; "));
-  return body;
+    throw new Error(said(await answer.json().catch(() => null)) || `The controller returned ${answer.status}`);
+  return answer;
 }
+
+/** The words of an error, of the controller or of a model's API. */
+export const said = (body) => [body?.error?.message ?? body?.error, body?.hint].filter(Boolean).join("; ");

@@ -23,10 +23,12 @@ from moray.platform.core.events import MetricEvent, RunEvent
 from moray.platform.core.serving import ReplicaSeen
 from tests.checkout import ROOT
 from tests.page_server import (
+    Model,
     PageServer,
     add_deployment,
     add_schedules,
     log_of,
+    model_server,
     page_server,
     report,
     see_replicas,
@@ -592,6 +594,7 @@ def test_stopping_a_deployment_asks_first(server: PageServer, page: Page) -> Non
     assert server.controller.deployments.get("quickstart").wanted == "stopped"
     server.controller.deployments.move("quickstart", "stopped", "stopped by a user")
     expect(page.get_by_text("moray deploy quickstart@newest --name quickstart")).to_be_visible()
+    expect(page.get_by_role("button", name="Send")).to_be_hidden()
 
 
 def test_rolling_a_deployment_back_asks_first(server: PageServer, page: Page) -> None:
@@ -609,6 +612,64 @@ def test_rolling_a_deployment_back_asks_first(server: PageServer, page: Page) ->
     expect(versions.first).to_contain_text("rolled back by a user")
     expect(versions.last).to_contain_text("Version 1 starting")
     expect(page.get_by_role("button", name="Roll back")).to_have_count(0)
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    with model_server() as running:
+        yield running
+
+
+def test_a_deployed_model_can_be_tried(server: PageServer, page: Page, model: Model) -> None:
+    several_deployments(server, model.port)
+    page.goto(f"{server.url}/deployments/quickstart")
+    box = page.get_by_role("region", name="Try it")
+    box.get_by_label("Prompt").fill("one <b>two</b> wait three")
+    box.get_by_label("Max tokens").fill("7")
+    box.get_by_label("Temperature").fill("0.5")
+    box.get_by_role("button", name="Send").click()
+    answer = box.get_by_role("log")
+    expect(answer).to_have_text("one <b>two</b>")  # while the rest is generated
+    expect(box.get_by_role("button", name="Stop")).to_be_visible()
+    model.release.set()
+    expect(answer).to_have_text("one <b>two</b> wait three")
+    expect(box.get_by_role("status")).to_contain_text(
+        re.compile(r"first token after [\d.]+ m?s · 4 tokens · [\d,.]+ tokens/s · reached max tokens")
+    )
+    expect(box.get_by_role("button", name="Send")).to_be_visible()
+    sent = {"model": "quickstart", "prompt": "one <b>two</b> wait three", "max_tokens": 7, "temperature": 0.5}
+    assert model.bodies[0].items() >= (sent | {"stream": True}).items()
+
+
+def test_a_trial_can_be_stopped(server: PageServer, page: Page, model: Model) -> None:
+    several_deployments(server, model.port)
+    page.goto(f"{server.url}/deployments/quickstart")
+    box = page.get_by_role("region", name="Try it")
+    box.get_by_label("Prompt").fill("one wait two")
+    page.keyboard.press("Control+Enter")
+    expect(box.get_by_role("log")).to_have_text("one")
+    box.get_by_role("button", name="Stop").click()
+    expect(box.get_by_role("status")).to_contain_text("stopped")
+    expect(box.get_by_role("alert")).to_have_count(0)
+    expect(box.get_by_role("button", name="Send")).to_be_visible()
+
+
+def test_a_trial_that_fails_says_why(server: PageServer, context: BrowserContext, model: Model) -> None:
+    several_deployments(server, model.port)
+    page = context.new_page()  # its console reports the failed requests
+    log_in(page, server)
+    page.goto(f"{server.url}/deployments/quickstart")
+    box = page.get_by_role("region", name="Try it")
+    for prompt, words in (("fail", "prompt: is too sad"), ("a break", "the replica stopped during this response")):
+        box.get_by_label("Prompt").fill(prompt)
+        box.get_by_role("button", name="Send").click()
+        expect(box.get_by_role("alert")).to_have_text(words)
+        expect(box.get_by_role("button", name="Send")).to_be_visible()
+    page.goto(f"{server.url}/deployments/letters")
+    page.get_by_role("button", name="Send").click()
+    expect(box.get_by_role("alert")).to_have_text(
+        "deployment 'letters' is failed; FileNotFoundError: config.json is missing"
+    )
 
 
 def test_a_deployment_that_does_not_exist(server: PageServer, context: BrowserContext) -> None:
