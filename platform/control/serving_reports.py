@@ -105,9 +105,10 @@ _TOTALS = ("requests", "failed", "cancelled", "refused", "prompt_tokens", "compl
 
 def _by_version(events: Iterable[ServingEvent]) -> list[dict[str, Any]]:
     """Totals of each version."""
-    totals: dict[str, dict[str, Any]] = {}
+    totals: dict[int, dict[str, Any]] = {}
     for event in events:
-        row = totals.setdefault(event.version, {"version": event.version, "reference": event.reference})
+        number = int(event.version or 0)
+        row = totals.setdefault(number, {"version": number, "reference": event.reference})
         for name in _TOTALS:
             row[name] = row.get(name, 0) + getattr(event, name)
-    return sorted(totals.values(), key=lambda row: int(row["version"] or 0))
+    return [totals[number] for number in sorted(totals)]

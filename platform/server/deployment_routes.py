@@ -99,7 +99,8 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
 
 async def _forwarded(url: str, body: bytes) -> Response:
     """The response to a POST of JSON, streamed."""
-    session = aiohttp.ClientSession()
+    # A long answer takes longer than any fixed time; a server that says nothing for minutes is gone.
+    session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=300))
     try:
         answer = await session.post(url, data=body, headers={"Content-Type": "application/json"})
     except (aiohttp.ClientError, OSError) as error:

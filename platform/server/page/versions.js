@@ -68,7 +68,7 @@ export function versionsCard(one) {
           icon(each.state),
           [h("span", {}, h("b", {}, `Version ${each.version}`), ` ${each.state}`), end(clock("ago", each.since))],
           h("code", { class: "dim" }, each.reference),
-          answered(served.get(String(each.version))),
+          answered(served.get(each.version)),
           each.reason ? h("span", { class: each.state === "failed" ? "bad" : "dim" }, each.reason) : null,
         ),
       ),
