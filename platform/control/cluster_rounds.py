@@ -24,7 +24,7 @@ from moray.platform.control.reconcile import (
     decide_job,
 )
 from moray.platform.core.cluster import BackendUnreachableError, Observed, Usage
-from moray.platform.core.errors import InputError, StoreRefusedError
+from moray.platform.core.errors import InputError, MorayError, StoreRefusedError, StoreUnreachableError
 from moray.platform.core.home import Home
 from moray.platform.core.processes import boot
 from moray.platform.store.paths import in_threads
@@ -46,7 +46,8 @@ class _Liveness:
 
 
 class ClusterRounds:
-    """Advances the jobs of one cluster. `log` receives one line of text per event.
+    """Advances the jobs of one cluster. `log` receives one line of text per event. `succeeded` is called before the
+    success of an attempt is recorded, more than once if the controller is killed in between.
 
     error: why the cluster or its store does not respond; empty while they do. usage: of a cluster other than the local
     one, a few seconds old; None if it is unknown. drivers: the host of each driver that the cluster lists, by
@@ -54,7 +55,13 @@ class ClusterRounds:
     """
 
     def __init__(
-        self, home: Home, database: Database, jobs: Jobs, cluster: ManagedCluster, log: Callable[[str], None]
+        self,
+        home: Home,
+        database: Database,
+        jobs: Jobs,
+        cluster: ManagedCluster,
+        log: Callable[[str], None],
+        succeeded: Callable[[Attempt], None] = lambda attempt: None,
     ) -> None:
         self.cluster = cluster
         self.error = ""
@@ -63,6 +70,7 @@ class ClusterRounds:
         self._usage_due = 0.0
         self._renewal_due = time.monotonic() + _RENEWAL_SECONDS
         self._home, self._database, self._jobs, self._log = home, database, jobs, log
+        self._succeeded = succeeded
         self._liveness: dict[str, _Liveness] = {}
         self._zombies: dict[str, float] = {}  # attempt id -> monotonic time of the last stop request
 
@@ -240,12 +248,23 @@ class ClusterRounds:
         if files.read_outcome() is None and not files.record_outcome(Outcome(state="cancelled", detail=action.detail)):
             return  # the driver has just recorded an outcome; the next round reads it
         self.guarded(attempt.id, files.bring)  # the last events and lines of the log
+        if action.state == "succeeded":
+            self._after_success(attempt)
         then = decide_job(job, action.state, action.detail, action.retryable)
         with self._database.write():
             self._jobs.move_attempt(attempt.id, action.state, action.detail)
             self._jobs.move(job.id, then.state, then.reason, time.time() + then.delay if then.delay else 0.0)
         del self._liveness[attempt.id]
         self._log(f"{attempt.id}: {action.state} {action.detail}")
+
+    def _after_success(self, attempt: Attempt) -> None:
+        """Calls `succeeded`. Raises StoreUnreachableError, after which the next round ends the attempt."""
+        try:
+            self._succeeded(attempt)
+        except StoreUnreachableError:
+            raise
+        except MorayError as error:
+            self._log(f"{attempt.id}: {error.message}")
 
     def _on_cluster(self, act: Callable[[], None]) -> bool:
         """Calls `act`, an action on the cluster; False if the cluster is unreachable. A later round tries again."""

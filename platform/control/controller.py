@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
+from moray.platform.control.approvals import deploy_approved
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.cluster_rounds import ClusterRounds
 from moray.platform.control.database import Database
 from moray.platform.control.deployment_rounds import DeploymentRounds
 from moray.platform.control.deployments import Deployment, Deployments
-from moray.platform.control.jobs import ENDED, Job, Jobs
+from moray.platform.control.jobs import ENDED, Attempt, Job, Jobs
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.queue import why_waiting
 from moray.platform.control.room import reservation
@@ -174,11 +176,20 @@ class Controller:
     def _add(self, cluster: ManagedCluster) -> ClusterRounds:
         with self._lock:
             if cluster.name not in self._rounds:
-                self._rounds[cluster.name] = ClusterRounds(self._home, self._database, self.jobs, cluster, self._log)
-                self._serving[cluster.name] = DeploymentRounds(self._home, self.deployments, cluster, self._log)
+                serving = DeploymentRounds(self._home, self.deployments, cluster, self._log)
+                self._serving[cluster.name] = serving
+                self._rounds[cluster.name] = ClusterRounds(
+                    self._home, self._database, self.jobs, cluster, self._log, partial(self._approve, serving)
+                )
                 if self._running:
                     self._start(cluster.name)
             return self._rounds[cluster.name]
+
+    def _approve(self, serving: DeploymentRounds, attempt: Attempt) -> None:
+        """Creates the deployments of the models that an attempt has approved."""
+        run = self._home.runs / attempt.id
+        for name in deploy_approved(self._home, serving.cluster, self.deployments, run, serving.reports.base):
+            self._log(f"{attempt.id}: deploys {name}")
 
     def _start(self, name: str) -> None:
         """Starts the two threads of a cluster. Starting Serve takes seconds, for which jobs do not wait."""
