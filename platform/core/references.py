@@ -1,4 +1,5 @@
-"""`${env:NAME}` and `${file:PATH}` in a recipe: values that are used but never written to disk.
+"""`${env:NAME}` and `${file:PATH}` in a recipe: values that are used but never written to disk. `${model:ALIAS|ALIAS}`
+stands for the folder of the first of these aliases that exists.
 
 Two kinds of fields accept references. A field of type `Secret` holds exactly one reference; the step calls `reveal()`.
 A field marked `operational` receives the value (`path: ${env:DATA}/text`). Manifests, plans, errors and result files
@@ -23,9 +24,11 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from moray.platform.core.errors import MorayError
 
-REFERENCE = re.compile(r"\$\{((?:env|file|store):[^}]*)\}")
-# Brings a tree of files to this host and returns its path; set by the package that knows the store.
+REFERENCE = re.compile(r"\$\{((?:env|file|store|model):[^}]*)\}")
+# Bring a tree of files, or the artifact of the first known alias, to this host and return its path; set by the package
+# that knows the store.
 bring_stored: Callable[[str], Path] | None = None
+bring_alias: Callable[[str], Path] | None = None
 # Shorter values would match inside unrelated words of a message, so they cannot be redacted.
 SHORTEST = 6
 _LONGEST_FILE = 64 * 1024
@@ -80,7 +83,7 @@ class Secret:
 
 def resolve(reference: str) -> str:
     """Returns the value of `env:NAME` or `file:PATH` (the file's text without its final newline), or the path to which
-    the files of `store:ADDRESS` are brought."""
+    the files of `store:ADDRESS` or `model:ALIAS|ALIAS` are brought."""
     kind, _, name = reference.partition(":")
     shown = f"${{{reference}}}"
     if kind == "env":
@@ -91,6 +94,8 @@ def resolve(reference: str) -> str:
         if bring_stored is None:
             raise _mistake(f"{shown}: no store is known", "run the recipe with `moray submit`")
         return str(bring_stored(name))
+    if kind == "model":
+        return _of_alias(name, shown)
     path = Path(name).expanduser()
     try:
         with path.open("rb") as file:
@@ -104,6 +109,15 @@ def resolve(reference: str) -> str:
         raise _mistake(f"{shown}: {error.strerror}", "the file must contain only the value") from error
     except UnicodeDecodeError as error:
         raise _mistake(f"{shown}: the file is not UTF-8 text", "the file must contain only the value") from error
+
+
+def _of_alias(names: str, shown: str) -> str:
+    if bring_alias is None:
+        raise _mistake(f"{shown}: no store is known", "run the recipe with `moray run` or `moray submit`")
+    try:
+        return str(bring_alias(names))
+    except MorayError as error:
+        raise _mistake(f"{shown}: {error.message}", error.hint) from error
 
 
 def _mistake(message: str, hint: str) -> PydanticCustomError:

@@ -27,9 +27,11 @@ from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.core.references import REFERENCE, Redactor, redacting, references_in
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.step import Step, resolve_step
+from moray.platform.store.search import bring_alias
 from moray.platform.store.submitted import bring_tree
 
 references.bring_stored = bring_tree
+references.bring_alias = bring_alias
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
 _ANY_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moray.platform.core.errors import InputError, nearest
+from moray.platform.core.home import Home
 from moray.platform.store.artifacts import REMOVED, Artifact, ArtifactStore
 from moray.platform.store.manifest import MANIFEST
 
@@ -77,6 +78,18 @@ def find_artifact(store: ArtifactStore, reference: str) -> Artifact:
             raise damaged
     known = [*aliases, *(f"{step}/..." for step in local_steps(store))]
     raise InputError(f"unknown artifact {reference!r}", nearest(reference, known))
+
+
+def bring_alias(names: str) -> Path:
+    """The folder, on this machine, of the artifact that the first known alias of `NAME@VERSION|NAME@VERSION` names.
+    Raises InputError."""
+    store = ArtifactStore(Home.from_environment())
+    known = store.aliases.all()
+    for name in names.split("|"):
+        if name in known:
+            return store.fetch(find_artifact(store, name)).folder
+    last = names.rpartition("|")[2]
+    raise InputError(f"unknown alias {last!r}", nearest(last, known) or f"moray run {last.partition('@')[0]}")
 
 
 def _step_and_prefix(target: str) -> tuple[str, str]:
