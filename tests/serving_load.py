@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ def add_model(store: ArtifactStore, fingerprint: str, seed: int = 3, alias: str 
     from moray.models import checkpoint
     from moray.models.model import DeepseekV3
     from moray.models.presets import PRESETS
+    from moray.pipelines.tokenizer.train import BOS, EOS, PAD
 
     tokenizer = _tokenizer()
     config = replace(
@@ -41,8 +43,13 @@ def add_model(store: ArtifactStore, fingerprint: str, seed: int = 3, alias: str 
     folder = store.prepare("export", fingerprint, keep_leftovers=False)
     checkpoint.save(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
     files = hash_folder(folder)
-    manifest = manifest_of("export", fingerprint, "model", files=files, bytes=sum(file.size for file in files))
+    address = {"step": "export", "version": 1, "config": {}, "inputs": {}, "external": {}}
+    manifest = manifest_of(
+        "export", fingerprint, "model", files=files, bytes=sum(file.size for file in files), address=address
+    )
     reference = store.commit(manifest).reference
     if alias:
         store.aliases.set(alias, "newest", reference)
