@@ -30,12 +30,13 @@ from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.run.step_run import RunResult
-from moray.platform.store.artifacts import Artifact
+from moray.platform.store.artifacts import Artifact, ArtifactStore
 from tests.control_plane import ControlPlane
 from tests.examples import examples
 from tests.ranks import RankPool
 from tests.s3 import KEYS, empty_bucket, s3_server
 from tests.small_run import run_small, write_text
+from tests.step_contexts import manifest_of
 
 os.environ["NUMBA_CACHE_DIR"] = str(numba_cache(ROOT / ".numba"))
 
@@ -161,10 +162,18 @@ def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def built_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for what `make bench-corpus` builds below the current folder; a recipe reads no more than names."""
+    """Stands in for what `make bench-corpus` and the quickstart build; a recipe reads no more than names."""
     built = tmp_path / "benchmarks/corpus/.cache/documents"
     built.mkdir(parents=True)
     for source in yaml.safe_load((RECIPES / "corpus-demo.yaml").read_text())["steps"]["corpus"]["with"]["sources"]:
         empty = pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())})
         pq.write_table(empty, built / source["include"][0].replace("0*", "000").replace("*", "000"))
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "incoming" / "new.txt").write_text("a document")
+    monkeypatch.setenv("MORAY_HOME", str(tmp_path / "home"))
+    store = ArtifactStore(Home(tmp_path / "home"))
+    folder = store.prepare("export", "aa", keep_leftovers=False)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    store.aliases.set("quickstart", "newest", store.commit(manifest_of("export", "aa", "model")).reference)
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tests.serving_load import Load, add_model
 SMALL = (
     "pretrain.steps=12", "pretrain.workers=1", "pretrain.expert_parallel=1", "pretrain.schedule.peak=0.003",
     "pretrain.schedule.warmup_tokens=0", "evaluate.resamples=10", "tokenize.sequence_length=64",
-    "benchmark.sources=[{name: python, path: '${python:stdlib}', include: ['[p-z]*.py'], license: PSF-2.0}]",
-    "benchmark-tokens.sequence_length=64", "benchmark-split.heldout=0.1", "split.heldout=0.3",
+    "benchmark.sources=[{name: python, path: '${python:stdlib}', include: ['[p-r]*.py'], license: PSF-2.0}]",
+    "benchmark-tokens.sequence_length=64", "benchmark-split.heldout=0.15", "split.heldout=0.3",
 )  # fmt: skip
 
 
@@ -38,10 +39,17 @@ def artifact_of(plane: ControlPlane, job: dict[str, Any], key: str) -> Artifact:
     return found
 
 
-@pytest.mark.evidence
-def test_three_nights(tmp_path: Path) -> None:
-    plane, port = ControlPlane(tmp_path), free_port()
+@pytest.fixture
+def own_plane(tmp_path: Path) -> Iterator[ControlPlane]:
+    plane = ControlPlane(tmp_path)
     plane.up()
+    yield plane
+    plane.down()
+
+
+@pytest.mark.evidence
+def test_three_nights(own_plane: ControlPlane, tmp_path: Path) -> None:
+    plane, port = own_plane, free_port()
     store = ArtifactStore(plane.home)
     add_model(store, "aa", seed=3, alias="quickstart")
     incoming = tmp_path / "incoming"
@@ -83,7 +91,6 @@ def test_three_nights(tmp_path: Path) -> None:
     with Load(f"http://127.0.0.1:{port}/v1", "nightly") as load:
         load.wait_for_more()
     assert not load.errors
-    plane.down()
 
 
 def _tick(plane: ControlPlane, number: int) -> dict[str, Any] | None:
