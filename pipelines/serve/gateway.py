@@ -33,7 +33,7 @@ MOST_BODY = 64 << 20  # bytes; a deployment's own limit, from the context of its
 _RETRY_SECONDS = 20.0  # for which a request is sent again, from its arrival
 _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
-_CARD_SECONDS = 2.0  # for the answers of replicas to /v1/models
+_CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
 _GONE = 499  # Serve's status for a client that has closed its connection
 _DRAINED = 64 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
 
@@ -60,10 +60,12 @@ class Gateway:
                 await self._app(scope, receive, send)
                 return
             names = _names(routes)
-            if scope["method"] == "GET" and path == "/health":
+            if scope["method"] in ("GET", "HEAD") and path == "/health":
                 await _answer(send, 200, {"status": "ok", "models": names})
                 return
-            if scope["method"] == "GET" and path == "/v1/models":
+            if path == "/v1/models" and scope["method"] not in ("GET", "HEAD"):
+                raise ApiError(405, f"{scope['method']} {path}: only GET is possible", code="method_not_allowed")
+            if path == "/v1/models":
                 await _answer(send, 200, {"object": "list", "data": await self._cards(names)})
                 return
             body = await _read(receive)
@@ -210,7 +212,7 @@ def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
     """The name of the deployment that a request is for. Raises ApiError."""
     if (first := _first(path)) in names:
         return first
-    given = _model(path, body)
+    given = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else _model(path, body, len(names) > 1)
     if given in names:
         return given
     if len(names) == 1 and (given in ("", ALIAS) or not path.startswith("/v1/")):
@@ -223,13 +225,16 @@ def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
     raise ApiError(404, f"the model {given!r:.200} does not exist; deployed: {known}", "model", "model_not_found")
 
 
-def _model(path: str, body: bytes) -> str:
-    """The model that a request names, in its path or its body; "" for none."""
-    if path.startswith("/v1/models/"):
-        return path.removeprefix("/v1/models/")
+def _model(path: str, body: bytes, several: bool) -> str:
+    """The model that a request names, in its path or its body; "" for none. Raises ApiError for an invalid body if
+    there are several deployments."""
+    if not path.startswith("/v1/") or not body:
+        return ""
     try:
         return _Named.model_validate_json(body).model or ""
-    except ValidationError:  # its deployment reports what is wrong, if there is one
+    except ValidationError:  # the only deployment reports what is wrong
+        if several:
+            raise ApiError(400, "the body must be a JSON object, and `model` a string", "model") from None
         return ""
 
 
@@ -261,6 +266,8 @@ async def _answer(send: Send, status: int, body: Mapping[str, Any]) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     if status == 503:
         headers.append((b"retry-after", b"1"))
+    if status == 413:  # the client may still send
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data, "more_body": False})
 

@@ -67,9 +67,8 @@ def deploy(
         "gpus": -1 if gpus is None else gpus, "memory_bytes": parse_size(memory) if memory else 0,
         "target_tokens": target_tokens,
     }  # fmt: skip
-    path = Path(model).expanduser()
     body = {
-        "model": str(path.absolute()) if path.is_dir() else model, "name": name, "cluster": cluster, "port": port,
+        "model": _folder(model) or model, "name": name, "cluster": cluster, "port": port,
         "options": options,
     }  # fmt: skip
     client = Client.from_environment()
@@ -190,7 +189,7 @@ def rollback(
 
 @app.command(name="rm")
 def remove(name: Name, /, *, json_: Json = False) -> int:
-    """Remove a stopped deployment and its history."""
+    """Remove a stopped deployment from the list. The counts of its requests are kept."""
     from moray.platform.client import Client
 
     Client.from_environment().delete(_path(name))
@@ -201,9 +200,20 @@ def remove(name: Name, /, *, json_: Json = False) -> int:
     return 0
 
 
+def _folder(model: str) -> str:
+    """The absolute path of a folder of this machine; "" if MODEL is none. Raises InputError."""
+    if not model.strip():
+        raise InputError("MODEL is empty", "give an alias, such as quickstart, an artifact or a folder")
+    try:
+        path = Path(model).expanduser()
+        return str(path.absolute()) if path.is_dir() else ""
+    except (OSError, ValueError, RuntimeError):  # too long, or no such home
+        return ""
+
+
 def _range(text: str) -> tuple[int, int]:
     """Parses N or MIN..MAX; the second number is 0 without one."""
-    match = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?", text.strip())
     if match is None:
         raise InputError(f"--replicas {text!r:.80} is not a number or a range", "for example --replicas 2, or 1..4")
     if match.group(2) == "0":
@@ -244,8 +254,11 @@ def _silent() -> Any:
 
 def _announce(found: dict[str, Any]) -> None:
     url = (found["urls"] or [f"http://127.0.0.1:{found['port']}/v1"])[0]
-    reason = f": {found['reason']}" if found["reason"] else ""
-    out().print(f"{found['name']}: {found['state']}{reason}, version {_version(found)} at {url}", markup=False)
+    starting = [one["version"] for one in found["versions"] if one["state"] == "starting"]
+    version = f"version {starting[-1]} starts" if starting else f"version {_version(found)} at {url}"
+    out().print(f"{found['name']}: {found['state']}, {version}", markup=False)
+    if found["reason"]:
+        out().print(f"  {found['reason']}", markup=False, soft_wrap=True)
     err().print(
         f"try: curl {url}/completions -H 'Content-Type: application/json' "
         f"""-d '{{"model": "{found["name"]}", "prompt": "In the beginning", "max_tokens": 40}}'""",
@@ -279,4 +292,6 @@ def _moment(moment: float) -> str:
 
 
 def _path(name: str) -> str:
+    if not name.strip():
+        raise InputError("the name of the deployment is empty", "moray deployments list")
     return f"/api/deployments/{quote(name, safe='')}"

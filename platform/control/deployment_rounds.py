@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moray.platform.control.deployment_rules import Answers, DeploymentAction, DeploymentSight, decide_deployment
 from moray.platform.control.deployments import Deployment, Deployments, Version
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.room import room_reason
-from moray.platform.control.served_models import ServedModels
+from moray.platform.control.served_models import FoundModel, ServedModels
 from moray.platform.control.serving_reports import ServingReports
 from moray.platform.core.cluster import BackendUnreachableError
 from moray.platform.core.errors import MorayError
@@ -103,44 +103,63 @@ class DeploymentRounds:
         """Records the decision on one deployment. Returns what Serve is to run for it."""
         name = deployment.name
         memory = self._memory.setdefault(name, _Memory())
+        told = seen.deployments.get(name)
+        before = told.order if told else None
         try:
-            sight = self._look(deployment, seen.deployments.get(name), blocked, memory)
-            action = decide_deployment(deployment, sight)
-            self._record(deployment, action, memory)
+            sight = self._look(deployment, told, blocked, memory)
+            action, found = decide_deployment(deployment, sight), None
+            if action.add:
+                action, found = self._find_target(deployment, sight)
         except MorayError as error:  # of the store
             self._deployments.move(name, deployment.state, error.message)
-            return (seen.deployments.get(name) or DeploymentSeen("starting")).order
+            return before
+        with self._deployments.unless_changed(deployment) as unchanged:
+            if not unchanged:  # a user was faster: the next round decides again
+                return before
+            self._record(deployment, action, found, memory)
         after = self._deployments.get(name)
-        if action.add:
-            return (seen.deployments.get(name) or DeploymentSeen("starting")).order
-        if not action.order or after.desired is None:
-            return None
-        return _order(after, after.desired)
+        if found:
+            return before
+        version = after.live if action.live else after.desired if action.order else None
+        return _order(after, version) if version else None
+
+    def _find_target(
+        self, deployment: Deployment, sight: DeploymentSight
+    ) -> tuple[DeploymentAction, FoundModel | None]:
+        """The model that the alias names now. If it cannot be served, the desired version goes on, with the reason."""
+        try:
+            found = self._models.find(deployment.model)
+        except MorayError as error:
+            action = decide_deployment(deployment, replace(sight, target=""))
+            return replace(action, reason=action.reason or f"{deployment.model}: {error.message}"), None
+        return decide_deployment(deployment, sight), found
 
     def _look(
         self, deployment: Deployment, seen: DeploymentSeen | None, blocked: str, memory: _Memory
     ) -> DeploymentSight:
         version, now = deployment.desired, time.monotonic()
         self.reports.bring(deployment.name)
-        ordered = bool(
-            version and seen and seen.order and seen.order.arguments == _arguments(version) and seen.state != "removing"
-        )
+        live = deployment.live
+        ordered, live_ordered = _is_told(seen, version), _is_told(seen, live)
         return DeploymentSight(
             seen=seen,
             ordered=ordered,
             target=self._target(deployment, memory),
             blocked=blocked,
             gone=self._models.gone(version.model.folder) if version and not ordered else "",
+            live_ordered=live_ordered,
+            live_gone=self._models.gone(live.model.folder) if live and not live_ordered and not ordered else "",
             room=self._room(version, seen, memory) if version and seen else "",
             retry_in=memory.retry_at - now,
             waited=self._deployments.clock() - version.since if version else 0.0,
-            answers=self.reports.answers(deployment.name, version.number) if version else Answers(),
+            answers=self.reports.answers(deployment, version.number) if version else Answers(),
         )
 
-    def _record(self, deployment: Deployment, action: DeploymentAction, memory: _Memory) -> None:
+    def _record(
+        self, deployment: Deployment, action: DeploymentAction, found: FoundModel | None, memory: _Memory
+    ) -> None:
         name = deployment.name
-        if action.add:
-            found = self._models.find(deployment.model)
+        if found:
             known = deployment.versions[-1].model
             self._deployments.add_version(
                 name, found.reference, known.model_copy(update={"folder": found.folder, "reference": found.reference})
@@ -172,7 +191,7 @@ class DeploymentRounds:
         if len(ended) == len(mine) and seen.port and not seen.deployments and not seen.others:
             self._serve.shut_down()
         for one in ended:
-            self._deployments.move(one.name, "stopped", one.reason)
+            self._deployments.move(one.name, "stopped", "stopped by a user")
             self._models.unmark(one.name)
             self._memory.pop(one.name, None)
             self._log(f"{one.name}: stopped")
@@ -190,8 +209,17 @@ class DeploymentRounds:
             return f"a run serves its model with Ray Serve at port {seen.port}; waiting for it to end"
         if seen.others:
             return f"Ray Serve runs on this cluster already, at port {seen.port}; deploy with --port {seen.port}"
-        self._serve.shut_down()
-        return f"Ray Serve restarts at port {port}"
+        return self._move(port, seen)
+
+    def _move(self, port: int, seen: ServingSeen) -> str:
+        """Stops Serve, which cannot change its port, to start it at another one. Returns what is going on."""
+        if not self.cluster.store and not is_free(port, self._serve.host):
+            return f"port {port} of this machine is in use; serving goes on at port {seen.port}"
+        if seen.deployments:  # their open requests are finished first
+            self._serve.apply(seen.port, [])
+        else:
+            self._serve.shut_down()
+        return f"Ray Serve moves to port {port}"
 
     def _target(self, deployment: Deployment, memory: _Memory) -> str:
         if not deployment.follows:
@@ -212,6 +240,13 @@ class DeploymentRounds:
         if now - memory.unplaced_since < _ROOM_SECONDS:
             return ""
         return room_reason(version.model.resources, self.cluster.backend.usage())
+
+
+def _is_told(seen: DeploymentSeen | None, version: Version | None) -> bool:
+    """Whether Serve was told to run this version."""
+    if seen is None or seen.order is None or version is None or seen.state == "removing":
+        return False
+    return dict(seen.order.arguments) == _arguments(version)
 
 
 def _order(deployment: Deployment, version: Version) -> ServeOrder:

@@ -30,18 +30,21 @@ class Answers:
 class DeploymentSight:
     """Everything known about a deployment at one moment.
 
-    seen: Serve's report; None if Serve does not list it. ordered: Serve was told to run the desired version. target:
-    what the alias names now; "" if it names nothing, or if there is none to follow. blocked: why Serve cannot be told
-    now. gone: why the model of the desired version cannot be read. room: why a replica waits for resources. retry_in:
+    seen: Serve's report; None if Serve does not list it. ordered, live_ordered: Serve was told to run the desired
+    version, or the live one. target: what the alias names now; "" if it names nothing that can be served, or if there
+    is none to follow. blocked: why Serve cannot be told now. gone, live_gone: why the model of the desired version, or
+    of the live one, cannot be read. room: why a replica waits for resources. retry_in:
     seconds until a live version that failed to start is tried again. waited: seconds since the desired version got
     its state. answers: of the live version, since it became live.
     """
 
     seen: DeploymentSeen | None
     ordered: bool
+    live_ordered: bool = False
     target: str = ""
     blocked: str = ""
     gone: str = ""
+    live_gone: str = ""
     room: str = ""
     retry_in: float = 0.0
     waited: float = 0.0
@@ -59,8 +62,9 @@ class VersionMove:
 
 @dataclass(frozen=True)
 class DeploymentAction:
-    """What to do for a deployment: set its state, move versions, add the version of `target`, order the desired one.
+    """What to do for a deployment: set its state, move versions, add the version of `target`, order a version.
 
+    order: the desired version is to run; live: instead of it, the live one.
     back_to: the version that serves again because the current one failed for `reason`. pause: the live version did not
     start; it is tried again after a pause.
     """
@@ -68,6 +72,7 @@ class DeploymentAction:
     state: DeploymentState
     reason: str = ""
     order: bool = False
+    live: bool = False
     moves: tuple[VersionMove, ...] = ()
     add: bool = False
     back_to: Version | None = None
@@ -77,12 +82,16 @@ class DeploymentAction:
 def decide_deployment(deployment: Deployment, sight: DeploymentSight) -> DeploymentAction:
     """Returns the actions for one deployment."""
     if deployment.wanted == "stopped":
-        return DeploymentAction("stopped" if sight.seen is None else "stopping", deployment.reason)
+        return DeploymentAction("stopped" if sight.seen is None else "stopping", "stopped by a user")
     if _is_new(deployment, sight.target):
         return DeploymentAction(deployment.state, deployment.reason, order=sight.ordered, add=True)
     version = deployment.desired
     if version is None:
         return DeploymentAction("failed", deployment.versions[-1].reason)
+    if _live_first(deployment, version, sight):
+        return DeploymentAction(
+            "starting", sight.blocked or f"version {version.number} follows", live=not sight.blocked
+        )
     if sight.seen is None or not sight.ordered:
         return _unordered(deployment, version, sight)
     return _ordered(deployment, version, sight, sight.seen)
@@ -95,6 +104,19 @@ def _is_new(deployment: Deployment, target: str) -> bool:
     return not any(one.reference == target and one.state == "failed" for one in deployment.versions)
 
 
+def _live_first(deployment: Deployment, version: Version, sight: DeploymentSight) -> bool:
+    """Whether the live version has to run again before another one replaces it: Serve has forgotten both."""
+    if version.state != "starting" or deployment.live is None or sight.ordered or sight.live_gone:
+        return False
+    if sight.seen is None:
+        return True
+    return sight.live_ordered and sight.seen.state in ("starting", "degraded") and not _answers(sight)
+
+
+def _answers(sight: DeploymentSight) -> bool:
+    return sight.seen is not None and any(one.state == "running" for one in sight.seen.replicas)
+
+
 def _unordered(deployment: Deployment, version: Version, sight: DeploymentSight) -> DeploymentAction:
     """Serve does not run the desired version yet, or no longer."""
     if sight.gone and version.state == "starting":
@@ -105,9 +127,9 @@ def _unordered(deployment: Deployment, version: Version, sight: DeploymentSight)
         reason = f"version {version.number} did not start; next try in {sight.retry_in:.0f} s: {version.reason}"
         return DeploymentAction("failed", reason)
     if sight.blocked:
-        state: DeploymentState = "rolling" if sight.seen and sight.seen.state == "running" else "pending"
+        state: DeploymentState = "rolling" if _answers(sight) else "pending"
         return DeploymentAction(state, sight.blocked)
-    return DeploymentAction(_on_the_way(deployment, version), _earlier_failure(deployment, version), order=True)
+    return DeploymentAction(_on_the_way(sight), _earlier_failure(deployment, version), order=True)
 
 
 def _ordered(
@@ -139,7 +161,8 @@ def _running(deployment: Deployment, version: Version, sight: DeploymentSight) -
     if failing and on_probation and (previous := deployment.previous):
         reason = f"{sight.answers.failed} of {sight.answers.requests} answers failed"
         return DeploymentAction("rolling", reason, order=True, back_to=previous)
-    return DeploymentAction("running", _earlier_failure(deployment, version), order=True)
+    reason = sight.blocked or _earlier_failure(deployment, version)
+    return DeploymentAction("running", reason, order=True)
 
 
 def _starting(
@@ -151,7 +174,7 @@ def _starting(
     reason = sight.room or seen.message
     if version.state == "live" and ready:
         return DeploymentAction("running", reason or f"{ready} replicas are ready, others start", order=True)
-    return DeploymentAction(_on_the_way(deployment, version), reason, order=True)
+    return DeploymentAction(_on_the_way(sight), reason, order=True)
 
 
 def _give_up(deployment: Deployment, version: Version, reason: str) -> DeploymentAction:
@@ -162,8 +185,8 @@ def _give_up(deployment: Deployment, version: Version, reason: str) -> Deploymen
     return DeploymentAction("rolling", f"version {version.number} failed: {reason}", order=True, moves=(move,))
 
 
-def _on_the_way(deployment: Deployment, version: Version) -> DeploymentState:
-    return "rolling" if version.state == "starting" and deployment.live else "starting"
+def _on_the_way(sight: DeploymentSight) -> DeploymentState:
+    return "rolling" if _answers(sight) else "starting"
 
 
 def _earlier_failure(deployment: Deployment, version: Version) -> str:

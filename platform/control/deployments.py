@@ -11,7 +11,8 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from moray.platform.core.serve_options import ServeOptions
 from moray.platform.core.serving import ServedModel
 
 PORT = 8000
-DRAIN_SECONDS = 600.0  # for open requests when a replica stops
+DRAIN_SECONDS = 120.0  # for open requests when a replica stops; Serve waits as long for one that was never placed
 _SHOWN = 30  # latest versions in JSON; a nightly recipe makes hundreds
 STARTS = 3  # failed starts of replicas before a version counts as failed
 DeploymentState = Literal["pending", "starting", "running", "rolling", "failed", "stopping", "stopped"]
@@ -45,10 +46,10 @@ class NewDeployment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(min_length=1, max_length=1000)
+    model: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]+$")
     name: str = Field("", max_length=63)
     cluster: str = Field(LOCAL, max_length=63)
-    port: int | None = Field(None, ge=1, le=65535)
+    port: int | None = Field(None, ge=1, le=65535, strict=True)
     options: ServeOptions = ServeOptions()
 
 
@@ -109,8 +110,10 @@ class Deployment:
 
     @property
     def previous(self) -> Version | None:
-        """The version that was live before, for a rollback: of those replaced, the one with the highest number below
-        that of the current one."""
+        """The version for a rollback: during a rollover the live one, else the one before. That is, of those replaced,
+        the one with the highest number below that of the current one."""
+        if self.starting and self.live:
+            return self.live
         current = self.desired
         below = [v for v in self.versions if v.state == "replaced" and (not current or v.number < current.number)]
         return below[-1] if below else None
@@ -229,9 +232,9 @@ class Deployments:
         with self._database.write() as connection:
             known = self._get(connection, name)
             if known.state != "stopped":
-                raise ConflictError(
-                    f"deployment {name!r} is {known.state}", f"stop it first: moray deployments stop {name}"
-                )
+                stopping = known.wanted == "stopped"
+                hint = "wait until it has stopped" if stopping else f"stop it first: moray deployments stop {name}"
+                raise ConflictError(f"deployment {name!r} is {known.state}", hint)
             connection.execute("DELETE FROM deployments WHERE name = ?", (name,))
             self._database.record("deployment", name, "removed")
 
@@ -257,7 +260,8 @@ class Deployments:
             for one in deployment.versions:
                 if one.state in ("live", "starting") and one.number != target.number:
                     self.move_version(deployment.name, one.number, "failed", reason)
-            self.move_version(deployment.name, target.number, "starting")
+            if target.state != "live":
+                self.move_version(deployment.name, target.number, "starting")
 
     def move(self, name: str, state: DeploymentState, reason: str = "") -> None:
         """Changes the state of a deployment. No-op if it has this state for this reason already."""
@@ -282,11 +286,12 @@ class Deployments:
             self._database.record("version", f"{name}.{number}", state, reason)
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        """What happened to a deployment and its versions, in order."""
+        """What happened to a deployment and its versions, in order. An earlier deployment of this name is another."""
         self.get(name)
         query = (
-            "SELECT time, kind, id, state, why FROM transitions WHERE kind = 'deployment' AND id = ? "
-            "OR kind = 'version' AND id GLOB ? ORDER BY sequence"
+            "SELECT time, kind, id, state, why FROM transitions WHERE sequence > coalesce((SELECT max(sequence) FROM "
+            "transitions WHERE kind = 'deployment' AND id = ?1 AND state = 'removed'), 0) AND "
+            "(kind = 'deployment' AND id = ?1 OR kind = 'version' AND id GLOB ?2) ORDER BY sequence"
         )
         rows = self._database.read().execute(query, (name, f"{name}.[0-9]*")).fetchall()
         return [
@@ -298,6 +303,15 @@ class Deployments:
             }
             for row in rows
         ]
+
+    @contextmanager
+    def unless_changed(self, deployment: Deployment) -> Iterator[bool]:
+        """A transaction around decisions on a deployment; yields whether it still is as it was when they were made."""
+        with self._database.write() as connection:
+            try:
+                yield self._get(connection, deployment.name) == deployment
+            except NotFoundError:
+                return
 
     def _check_place(self, connection: sqlite3.Connection, name: str, new: NewDeployment) -> None:
         """Raises ConflictError if the name is on another cluster, or if other deployments have another port."""
@@ -351,13 +365,17 @@ def checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         hint = "use --name: a lower-case letter, then up to 62 lower-case letters, digits, - and _"
         raise InputError(f"invalid deployment name {name!r:.80}", hint)
-    if name in _RESERVED or name.startswith(_SMOKE):
+    if name in _RESERVED:
         raise InputError(f"{name!r} cannot be the name of a deployment: it is a path of the server", "use --name")
+    if name.startswith(_SMOKE):
+        raise InputError(f"{name!r} cannot be the name of a deployment: runs use names with {_SMOKE!r}", "use --name")
     return name
 
 
 def _default_name(model: str) -> str:
-    """The name of an alias, or of a folder or step."""
+    """The name of an alias, or of a folder. Raises InputError for an artifact."""
+    if "@" not in model and not model.startswith("/"):
+        raise InputError(f"a deployment of {model} needs a name", "give it with --name")
     path = model.partition("@")[0] if "@" in model else model.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^a-z0-9_-]+", "-", path.lower()).strip("-_")
 

@@ -36,7 +36,13 @@ def check_fit(resources: Mapping[str, float], replicas: int, usage: Usage) -> No
 
 
 def room_reason(resources: Mapping[str, float], usage: Usage) -> str:
-    """Why a replica is not placed."""
+    """Why a replica is not placed; "" if there is room for it."""
+    cpus, gpus = resources.get("num_cpus", 0.0), resources.get("num_gpus", 0.0)
+    hosts = [host for host in usage.hosts if host.alive]
+    free = [(host.cpus - host.cpus_used, host.gpus - host.gpus_used) for host in hosts]
+    free = free or [(usage.cpus - usage.cpus_used, usage.gpus - usage.gpus_used)]
+    if any(cpus <= of_cpus and gpus <= of_gpus for of_cpus, of_gpus in free) and "memory" not in resources:
+        return ""
     needs = ", ".join(_amount(option, wanted) for option, wanted in resources.items())
     used = [f"{usage.cpus_used:g} of {usage.cpus:g} CPUs are reserved"]
     if resources.get("num_gpus"):

@@ -49,7 +49,7 @@ class ServedModels:
             produced = artifact.manifest.produces
             raise InputError(f"{model!r} is an artifact of kind {produced!r}, not a model", "name an `export` artifact")
         located = self._store.locate(artifact, everywhere=self._remote)
-        return FoundModel(name, artifact.reference, located.address)
+        return FoundModel(name if "@" in name else artifact.reference, artifact.reference, located.address)
 
     def target(self, alias: str) -> str:
         """The reference that an alias names; "" if it names none. Raises InputError if the store does not answer."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.control.deployment_rules import Answers
+from moray.platform.control.deployments import Deployment
 from moray.platform.core.events import ServingEvent, parse_event
 from moray.platform.core.home import Home
 from moray.platform.store.paths import StorePath, any_path
@@ -18,6 +19,7 @@ from moray.platform.store.segments import SegmentReader
 FOLDER = "deployments"
 _TAIL = 64 << 10  # bytes of a segment's end that contain its last event
 _NOW_SECONDS = 10.0  # age of an event whose rates still count
+_CLOCKS_SECONDS = 1.0  # by which the clocks of two hosts may differ
 _BRING_SECONDS = 5.0  # between readings of a store
 
 
@@ -51,14 +53,16 @@ class ServingReports:
             reader.poll()
             self._due[name] = time.monotonic() + _BRING_SECONDS
 
-    def events(self, name: str) -> list[ServingEvent]:
-        """The last event of every replica that a deployment has had."""
-        found = [self._last(path) for path in sorted((self._local(name) / "events").glob("*.jsonl"))]
-        return [event for event in found if event is not None]
+    def events(self, deployment: Deployment) -> list[ServingEvent]:
+        """The last event of every replica that a deployment has had, without those of an earlier one of its name."""
+        folder = self._local(deployment.name) / "events"
+        found = [self._last(path) for path in sorted(folder.glob("*.jsonl"))]
+        begin = deployment.created - _CLOCKS_SECONDS
+        return [event for event in found if event is not None and event.time - event.seconds >= begin]
 
-    def answers(self, name: str, version: int) -> Answers:
+    def answers(self, deployment: Deployment, version: int) -> Answers:
         """The requests that a version has answered."""
-        mine = [event for event in self.events(name) if event.version == str(version)]
+        mine = [event for event in self.events(deployment) if event.version == str(version)]
         return Answers(sum(event.requests for event in mine), sum(event.failed for event in mine))
 
     def _local(self, name: str) -> Path:

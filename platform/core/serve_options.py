@@ -4,15 +4,19 @@ deployments."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Strict
 
 from moray.platform.core.errors import InputError
 
 _STEP_TOKENS = 512
 _PROMPT_TOKENS = 256  # of a step, at least, beside one token of each running sequence
 MOST_REPLICAS = 1000
+Int = Annotated[int, Strict()]  # in JSON: not true, not "1"
+_LIMITS = {"max_running": 100_000, "threads": 10_000, "replicas": MOST_REPLICAS, "target_tokens": 10**12}
+_LEAST_CPUS, _MOST_CPUS = 0.01, 10_000.0
+_MOST_BYTES = 10**18
 
 
 @dataclass(frozen=True)
@@ -33,28 +37,28 @@ class ServeOptions:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    cache_bytes: int = 0
-    max_running: int = 64
-    threads: int = 1
-    replicas: int = 1
-    cpus: float = 0.0
-    most_replicas: int = 0
-    gpus: int = -1
-    memory_bytes: int = 0
-    target_tokens: int = 2048
+    cache_bytes: Int = 0
+    max_running: Int = 64
+    threads: Int = 1
+    replicas: Int = 1
+    cpus: Annotated[float, Strict()] = 0.0
+    most_replicas: Int = 0
+    gpus: Int = -1
+    memory_bytes: Int = 0
+    target_tokens: Int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "threads", "replicas", "target_tokens"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} is {getattr(self, name)}", f"use {flag} 1 or more")
+        for name, most in _LIMITS.items():
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if not 1 <= value <= most:
+                raise InputError(f"{flag} is {value}", f"use {flag} 1 to {most}")
         if self.most_replicas and not self.replicas <= self.most_replicas <= MOST_REPLICAS:
             given = f"--replicas {self.replicas}..{self.most_replicas}"
-            raise InputError(f"{given}: the second number is the most", f"use up to {MOST_REPLICAS}, not fewer first")
-        if self.replicas > MOST_REPLICAS:
-            raise InputError(f"--replicas {self.replicas}: too many", f"use up to {MOST_REPLICAS}")
-        if not 0 <= self.cpus < float("inf") or self.memory_bytes < 0 or self.cache_bytes < 0:
-            raise InputError("CPUs and memory of a replica cannot be negative", "leave them out for the default")
+            raise InputError(given, f"MIN..MAX: the second number is at least the first, and at most {MOST_REPLICAS}")
+        if self.cpus and not _LEAST_CPUS <= self.cpus <= _MOST_CPUS:
+            raise InputError(f"--cpus {self.cpus:g}", f"use {_LEAST_CPUS:g} to {_MOST_CPUS:g}, or leave it out")
+        if not 0 <= self.memory_bytes <= _MOST_BYTES or not 0 <= self.cache_bytes <= _MOST_BYTES:
+            raise InputError("memory of a replica must be 0 to 1 EB", "leave it out for the default")
         if self.gpus not in (-1, 0, 1):
             raise InputError(f"--gpus {self.gpus}: a replica uses at most one GPU", "use --gpus 0 or 1")
 
@@ -72,8 +76,8 @@ class ServeOptions:
         cluster has none."""
         wants = self.gpus == 1 or self.device == "cuda"
         if wants and not cluster_gpus:
-            flag = "--device cuda" if self.device == "cuda" else "--gpus 1"
-            raise InputError(f"{flag}: the cluster has no GPU", "use --device cpu")
+            flag, fix = ("--device cuda", "use --device cpu") if self.device == "cuda" else ("--gpus 1", "leave it out")
+            raise InputError(f"{flag}: the cluster has no GPU", fix)
         on_gpu = cluster_gpus > 0 and self.gpus != 0 and self.device != "cpu"
         reserved = {"num_cpus": self.reserved_cpus}
         if on_gpu:

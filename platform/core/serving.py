@@ -6,6 +6,7 @@ repeated changes nothing.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ def reason_in(report: str) -> str:
     """One line of Serve's report on replicas: the error that a traceback in it ends with, or else its first line."""
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ":" in line]
-    return (errors[-1] if errors else (lines or ["no reason given"])[0])[:500]
+    found = errors[-1] if errors else (lines or ["no reason given"])[0]
+    return re.sub(r"^moray\.[\w.]+: ", "", found)[:500]  # a user's mistake: its class says nothing
 
 
 class ServingBackend(ABC):

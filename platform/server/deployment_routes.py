@@ -19,6 +19,7 @@ from moray.platform.control.room import check_fit
 from moray.platform.control.served_models import ServedModels
 from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
+from moray.platform.core.ports import check_port
 from moray.platform.server.deployment_view import deployment_json
 
 
@@ -48,6 +49,7 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
         if usage:
             check_fit(new.options.resources(gpus), new.options.replicas, usage)
         known = {one.name for one in deployments.all()}
+        _check_port(new, cluster, controller)
         named = new.model_copy(update={"model": found.model})
         serving = controller.serving(new.cluster)
         deployed = deployments.deploy(
@@ -92,7 +94,7 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
         found = await run_in_threadpool(lambda: deployment_json(deployments.get(name), controller))
         if not found["urls"]:
             return JSONResponse({"error": f"deployment {name!r} is {found['state']}", "hint": found["reason"]}, 503)
-        return await _forwarded(f"{found['urls'][0]}/completions", await request.body())
+        return await _forwarded(f"{found['urls'][0].removesuffix('/v1')}/{name}/v1/completions", await request.body())
 
     return router
 
@@ -115,6 +117,14 @@ async def _forwarded(url: str, body: bytes) -> Response:
             await session.close()
 
     return StreamingResponse(parts(), answer.status, media_type=answer.headers.get("Content-Type"))
+
+
+def _check_port(new: NewDeployment, cluster: ManagedCluster, controller: Controller) -> None:
+    """Raises InputError if Serve of this machine would have to move to a port that is in use."""
+    serving = controller.serving(new.cluster)
+    current = serving.seen.port if serving and serving.seen else 0
+    if new.port and new.port != current and cluster.serving and not cluster.store:
+        check_port(cluster.serving.host, new.port)
 
 
 def _resources(cluster: ManagedCluster) -> Usage | None:

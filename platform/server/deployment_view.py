@@ -20,8 +20,8 @@ def deployment_json(deployment: Deployment, controller: Controller) -> dict[str,
         **deployment.as_json(),
         "replicas_seen": replicas,
         "ready": sum(replica["state"] == "running" for replica in replicas),
-        "served": summary(serving.reports.events(deployment.name), time.time()) if serving else None,
-        "urls": _urls(deployment.port, seen.host, seen.proxies) if seen and one else [],
+        "served": summary(serving.reports.events(deployment), time.time()) if serving else None,
+        "urls": _urls(seen.port, seen.host, seen.proxies) if seen and one else [],
     }
 
 

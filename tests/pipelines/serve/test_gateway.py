@@ -138,7 +138,8 @@ def test_the_only_deployment_needs_no_name(proxy: Proxy, url: str) -> None:
         ("/v1/completions", {"model": "tow"}, 404, "the model 'tow' does not exist; deployed: one, two"),
         ("/v1/completions", {"model": "x" * 9999}, 404, "does not exist"),
         ("/v1/completions", {"prompt": "no model"}, 400, "model: name one of one, two"),
-        ("/v1/completions", {"model": 7}, 400, "model: name one of"),
+        ("/v1/completions", {"model": 7}, 400, "the body must be a JSON object, and `model` a string"),
+        ("/v1/models", {}, 405, "only GET is possible"),
         ("/somewhere", {}, 404, "/somewhere does not exist; deployed models: one, two"),
     ],
 )

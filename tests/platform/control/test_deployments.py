@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,11 +43,13 @@ PORT = free_port()
 
 @dataclass
 class Application:
-    """An application in the simulated Serve. progress: rounds since it was told."""
+    """An application in the simulated Serve. progress: rounds since it was told. old: a replica of an earlier order
+    still answers."""
 
     order: ServeOrder | None
     progress: int = 0
     failed: bool = False
+    old: bool = False
 
 
 @dataclass
@@ -77,7 +81,7 @@ class World(ServingBackend):
         self.applications = runs | {
             order.name: before[order.name]
             if order.name in before and before[order.name].order == order
-            else Application(order, progress=2 if self._only_replicas(before.get(order.name), order) else 0)
+            else self._told(before.get(order.name), order)
             for order in orders
         }
 
@@ -97,11 +101,18 @@ class World(ServingBackend):
     def _seen(self, one: Application) -> DeploymentSeen:
         ready = one.progress > 1 and not one.failed and self.placed
         state = "failed" if one.failed else "running" if ready else "starting"
-        replica = ReplicaSeen("r", "running" if ready else "starting", "127.0.0.1" if self.placed else "")
-        return DeploymentSeen(state, "ValueError: not a model" if one.failed else "", one.order, (replica,))
+        replicas = [ReplicaSeen("r", "running" if ready else "starting", "127.0.0.1" if self.placed else "")]
+        if ready:
+            one.old = False
+        replicas += [ReplicaSeen("old", "running", "127.0.0.1")] if one.old else []
+        return DeploymentSeen(state, "ValueError: not a model" if one.failed else "", one.order, tuple(replicas))
 
-    def _only_replicas(self, before: Application | None, order: ServeOrder) -> bool:
-        return bool(before and before.order and before.order.arguments == order.arguments)
+    def _told(self, before: Application | None, order: ServeOrder) -> Application:
+        if before is None or before.order is None:
+            return Application(order)
+        if before.order.arguments == order.arguments:  # another number of replicas
+            return Application(order, progress=2)
+        return Application(order, old=before.old or (before.progress > 1 and not before.failed))
 
     def _reach(self) -> None:
         if self.away:
@@ -235,6 +246,80 @@ def test_an_alias_is_followed(plane: Plane) -> None:
     plane.run(12)
     assert plane.get().live.reference == "export/bb"
     assert plane.get().state == "running"
+
+
+def test_a_rollover_is_taken_back(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.alias("bb")
+    plane.run(2)
+    plane.deployments.rollback("prose")  # to the version that answers, not to one before it
+    assert states(plane.get()) == ["live", "failed"]
+    plane.run()
+    assert (plane.get().state, plane.get().live.reference) == ("running", "export/aa")
+
+
+def test_after_a_restart_in_a_rollover_the_live_version_answers_first(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.world.broken = {str(plane.folder("bb"))}
+    plane.alias("bb")
+    plane.run(2)
+    plane.world.port, plane.world.applications = 0, {}
+    plane.restart()
+    plane.run(1)
+    assert plane.world.applications["prose"].order.arguments["folder"] == str(plane.folder("aa"))
+    assert plane.get().state == "starting"
+    plane.run(20)
+    assert (plane.get().state, states(plane.get())) == ("running", ["live", "failed"])
+
+
+def test_an_alias_of_something_else_stops_nothing(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    folder = plane.store.prepare("tokens", "tt", keep_leftovers=False)
+    (folder / "x").write_text("")
+    plane.store.commit(manifest_of("tokens", "tt", "tokens"))
+    plane.store.aliases.set("prose", "newest", "tokens/tt")
+    plane.world.port, plane.world.applications = 0, {}
+    plane.restart()
+    plane.run()
+    assert (plane.get().state, states(plane.get())) == ("running", ["live"])
+    assert "not a model" in plane.get().reason
+
+
+def test_a_new_deployment_of_a_name_has_no_history_and_no_requests(plane: Plane) -> None:
+    plane.clock.now = time.time() - 100.0
+    plane.deploy()
+    plane.run()
+    plane.report(1, requests=10, failed=10)
+    assert plane.rounds.reports.answers(plane.get(), 1).requests == 10
+    plane.deployments.stop("prose")
+    plane.run()
+    plane.deployments.remove("prose")
+    plane.clock.now = time.time() + 10.0
+    plane.deploy()
+    plane.run()
+    assert plane.rounds.reports.answers(plane.get(), 1).requests == 0
+    assert [row["state"] for row in plane.deployments.history("prose")] == ["starting", "starting", "live", "running"]
+
+
+def test_a_user_is_not_overruled_by_a_round(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decision that was made before the user acted is dropped."""
+    plane.deploy()
+    plane.run(3)
+    decide = deployment_rounds.decide_deployment
+
+    def slow(*arguments):
+        plane.deployments.stop("prose")
+        return decide(*arguments)
+
+    monkeypatch.setattr(deployment_rounds, "decide_deployment", slow)
+    plane.run(1)
+    assert plane.get().state == "stopping"
+    monkeypatch.undo()
+    plane.run()
+    assert (plane.get().state, plane.get().reason) == ("stopped", "stopped by a user")
 
 
 def test_a_version_that_does_not_start_is_rolled_back(plane: Plane) -> None:
@@ -454,7 +539,11 @@ def test_another_port_restarts_serve(plane: Plane) -> None:
     plane.deploy()
     plane.run()
     port = free_port()
-    plane.deploy(port=port)
+    with socket.create_server(("127.0.0.1", port)):
+        plane.deploy(port=port)
+        plane.run()
+        assert (plane.get().state, plane.world.port) == ("running", PORT)  # it answers where it did
+        assert f"port {port} of this machine is in use" in plane.get().reason
     plane.run()
     assert (plane.get().state, plane.world.port, states(plane.get())) == ("running", port, ["live"])
 
