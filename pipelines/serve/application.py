@@ -19,6 +19,7 @@ from moray.platform.store.paths import any_path, local_folder
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+_HEALTH_SECONDS = 1.0  # until Serve notices that a replica has died
 UNIT = "model"  # the only Serve deployment of an application
 MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
 
@@ -76,6 +77,7 @@ def build_application(model: ServedModel) -> Any:
         max_ongoing_requests=MOST_REQUESTS,
         graceful_shutdown_timeout_s=model.drain_seconds,
         graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=_HEALTH_SECONDS,
         max_constructor_retry_count=model.starts,
         max_surge_percent=1,  # rounded up: a new version starts one replica, then stops an old one, and so on
         logging_config=quiet,
