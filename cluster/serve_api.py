@@ -14,11 +14,18 @@ from moray.cluster.existing import ExistingJobs
 from moray.cluster.machine import SERVE_ENVIRONMENT
 from moray.cluster.ray_jobs import RayJobs
 from moray.platform.core.cluster import BackendUnreachableError
-from moray.platform.core.serving import DeploymentSeen, ReplicaSeen, ServeOrder, ServingBackend, ServingSeen, reason_in
+from moray.platform.core.serving import (
+    PREFIX,
+    UNIT,
+    DeploymentSeen,
+    ReplicaSeen,
+    ServeOrder,
+    ServingBackend,
+    ServingSeen,
+    reason_in,
+)
 
 _PATH = "/api/serve/applications/"
-_PREFIX = "moray-"  # of the names of Moray's applications (pipelines/serve/gateway.py)
-_UNIT = "model"  # the Serve deployment in each application
 _BUILDER = "moray.pipelines.serve.application:build_by_name"
 _START = "moray.pipelines.serve.start"
 _POLICY = "moray.pipelines.serve.scaling:TokensPolicy"
@@ -61,9 +68,9 @@ class ServeApi(ServingBackend):
             port=options["port"],
             proxies=tuple(one["node_ip"] for one in details["proxies"].values() if one["status"] == "HEALTHY"),
             deployments={
-                name.removeprefix(_PREFIX): _seen(one) for name, one in applications.items() if name.startswith(_PREFIX)
+                name.removeprefix(PREFIX): _seen(one) for name, one in applications.items() if name.startswith(PREFIX)
             },
-            others=sum(not name.startswith(_PREFIX) for name in applications),
+            others=sum(not name.startswith(PREFIX) for name in applications),
         )
 
     def apply(self, port: int, orders: Sequence[ServeOrder]) -> None:
@@ -73,7 +80,7 @@ class ServeApi(ServingBackend):
         kept = [
             one["deployed_app_config"]
             for name, one in details["applications"].items()
-            if not name.startswith(_PREFIX) and one["source"] == "declarative"
+            if not name.startswith(PREFIX) and one["source"] == "declarative"
         ]
         environment = self.runtime_env()
         body = {
@@ -139,12 +146,12 @@ def _runs(details: Mapping[str, Any]) -> bool:
 
 def _application(order: ServeOrder, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "name": f"{_PREFIX}{order.name}",
+        "name": f"{PREFIX}{order.name}",
         "route_prefix": f"/{order.name}",
         "import_path": _BUILDER,
         "args": dict(order.arguments),
         "runtime_env": dict(runtime_env),
-        "deployments": [{"name": _UNIT, **_scale(order)}],
+        "deployments": [{"name": UNIT, **_scale(order)}],
     }
 
 
@@ -190,4 +197,4 @@ def _order(application: Mapping[str, Any]) -> ServeOrder | None:
     least = scale.get("min_replicas", unit.get("num_replicas") or 1)
     most = scale.get("max_replicas", least)
     target = ((scale.get("policy") or {}).get("policy_kwargs") or {}).get("target", 0)
-    return ServeOrder(config["name"].removeprefix(_PREFIX), config.get("args") or {}, least, most, target)
+    return ServeOrder(config["name"].removeprefix(PREFIX), config.get("args") or {}, least, most, target)

@@ -22,10 +22,10 @@ from moray.platform.core.atomic import write_json
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
+from moray.platform.store.aliases import APPROVED, DEPLOYED
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.search import artifacts_of, shared_artifacts
 
-APPROVED, DEPLOYED = "approved", "deployed"
 _RULE = re.compile(r"(?P<metric>\w+) (?:(?P<how>not worse|better) than deployed|< (?P<most>\d+(?:\.\d+)?))")
 _PREFIX = "eval_"
 _LABELS = {"source": "all", "model": "model"}  # of the row that a rule reads

@@ -14,7 +14,8 @@ from moray.platform.core.events import MetricEvent
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
-from moray.platform.run.mlflow_tracking import NEWEST, register_model
+from moray.platform.run.mlflow_tracking import register_model
+from moray.platform.store.aliases import NEWEST
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.search import find_artifact
 

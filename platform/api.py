@@ -27,9 +27,9 @@ from moray.platform.core.ports import check_port, free_port
 from moray.platform.core.serve_options import ServeOptions
 from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
 from moray.platform.run.doctor import Finding, require_resources
-from moray.platform.run.mlflow_tracking import NEWEST
 from moray.platform.run.runner import Decision, Runner, plan_steps
 from moray.platform.run.step_run import RunResult
+from moray.platform.store.aliases import NEWEST
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.search import find_artifact
 

@@ -11,16 +11,14 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from moray.pipelines.serve.gateway import OURS
 from moray.pipelines.serve.scaling import TOKENS
-from moray.platform.core.serving import ServedModel
+from moray.platform.core.serving import PREFIX, UNIT, ServedModel
 from moray.platform.store.paths import any_path, local_folder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _HEALTH_SECONDS = 1.0  # until Serve notices that a replica has died
-UNIT = "model"  # the only Serve deployment of an application
 MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
 
 
@@ -50,7 +48,7 @@ class ModelReplica:
 
 def application_name(name: str) -> str:
     """The name of the Serve application of a deployment."""
-    return f"{OURS}{name}"
+    return f"{PREFIX}{name}"
 
 
 def route_name(model: str) -> str:

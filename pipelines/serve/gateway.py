@@ -26,8 +26,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
+from moray.platform.core.serving import PREFIX
 
-OURS = "moray-"  # begins the names of Moray's applications
 VERSION = b"x-moray-version"  # header: the version of the deployment that answered
 MOST_BODY = 64 << 20  # bytes; a deployment's own limit, from the context of its model, is lower
 _RETRY_SECONDS = 20.0  # for which a request is sent again, from its arrival
@@ -196,7 +196,7 @@ class _Named(BaseModel):
 
 def _names(routes: Mapping[str, str]) -> list[str]:
     """The names of all deployments. Raises ApiError if there are none."""
-    names = sorted(route[1:] for route, application in routes.items() if application == f"{OURS}{route[1:]}")
+    names = sorted(route[1:] for route, application in routes.items() if application == f"{PREFIX}{route[1:]}")
     if not names:
         raise ApiError(503, "no model is deployed yet")
     return names
@@ -205,7 +205,7 @@ def _names(routes: Mapping[str, str]) -> list[str]:
 def _is_others(path: str, routes: Mapping[str, str]) -> bool:
     """Whether a path belongs to an application that is not Moray's."""
     application = routes.get(f"/{_first(path)}")
-    return application is not None and not application.startswith(OURS)
+    return application is not None and not application.startswith(PREFIX)
 
 
 def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:

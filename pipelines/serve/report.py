@@ -6,9 +6,8 @@ import asyncio
 import statistics
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -24,16 +23,6 @@ REPORT_SECONDS = 2.0
 _IDLE_SECONDS = 60.0  # between reports of a replica that has nothing to do
 _RECENT_SECONDS = 60.0  # for the times to the first token
 _MOST_RECENT = 1000
-
-
-@dataclass
-class _Counts:
-    requests: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 class RequestTally:
@@ -71,7 +60,7 @@ class ServingReport:
     def __init__(self, model: ServedModel, engine: AsyncEngine, replica: str) -> None:
         self._model, self._engine, self._replica = model, engine, replica
         self._lock = threading.Lock()
-        self._counts = _Counts()
+        self._counts: Counter[str] = Counter()  # by field of ServingEvent
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_MOST_RECENT)
         self._began = time.monotonic()
         self._last: ServingEvent | None = None
@@ -96,31 +85,29 @@ class ServingReport:
     def refuse(self) -> None:
         """Counts an invalid request."""
         with self._lock:
-            self._counts.refused += 1
+            self._counts["refused"] += 1
 
     def add_tokens(self, tokens: int, first: float | None) -> None:
         """first: seconds to the first token, if these are the first ones of a request."""
         with self._lock:
-            self._counts.completion_tokens += tokens
+            self._counts["completion_tokens"] += tokens
             if first is not None:
                 self._first_tokens.append((time.monotonic(), first))
 
     def end(self, prompt_tokens: int, failed: bool, cancelled: bool) -> None:
         """Counts the end of a request."""
         with self._lock:
-            self._counts.requests += 1
-            self._counts.prompt_tokens += prompt_tokens
-            self._counts.failed += failed
-            self._counts.cancelled += cancelled
+            ended = {"requests": 1, "prompt_tokens": prompt_tokens, "failed": failed, "cancelled": cancelled}
+            self._counts.update({name: int(count) for name, count in ended.items()})
 
     def event(self) -> ServingEvent:
         """The counts until now, and the state of the engine."""
         now = time.monotonic()
         with self._lock:
-            counts = dict(vars(self._counts))
+            counts = dict(self._counts)
             recent = [seconds for at, seconds in self._first_tokens if now - at <= _RECENT_SECONDS]
         before = self._last.completion_tokens if self._last else 0
-        rate = (counts["completion_tokens"] - before) / max(now - self._last_time, 1e-3)
+        rate = (counts.get("completion_tokens", 0) - before) / max(now - self._last_time, 1e-3)
         return ServingEvent(
             deployment=self._model.name,
             version=self._model.version,

@@ -21,18 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from moray.pipelines.serve.application import (
-    UNIT,
-    application_name,
-    build_application,
-    import_serve,
-    route_name,
-)
+from moray.pipelines.serve.application import application_name, build_application, import_serve, route_name
 from moray.pipelines.serve.gateway import VERSION
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, free_port, is_free
 from moray.platform.core.serve_options import ServeOptions
-from moray.platform.core.serving import ServedModel, reason_in
+from moray.platform.core.serving import UNIT, ServedModel, reason_in
 from moray.platform.store.paths import AnyPath
 
 ANY_HOST = "0.0.0.0"  # every address of a machine

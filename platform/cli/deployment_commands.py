@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -18,7 +19,6 @@ from moray.platform.run.console import Json, err, out, print_json, print_table
 
 app = App(name="deployments", help="Models that a cluster keeps serving.", help_format="plaintext")
 _POLL_SECONDS = 0.3
-_SHOWN = 8  # characters of a fingerprint
 
 Name = Annotated[str, Parameter(help="name of a deployment")]
 
@@ -72,14 +72,7 @@ def deploy(
         "options": options,
     }  # fmt: skip
     client = Client.from_environment()
-    found = client.post("/api/deployments", body)
-    if wait:
-        found = _followed(client, found, quiet=json_)
-    if json_:
-        print_json(found)
-    else:
-        _announce(found)
-    return 0
+    return _shown(client, client.post("/api/deployments", body), wait, json_)
 
 
 @app.command(name="list")
@@ -177,14 +170,7 @@ def rollback(
     from moray.platform.client import Client
 
     client = Client.from_environment()
-    found = client.post(f"{_path(name)}/rollback", {"to": to})
-    if wait:
-        found = _followed(client, found, quiet=json_)
-    if json_:
-        print_json(found)
-    else:
-        _announce(found)
-    return 0
+    return _shown(client, client.post(f"{_path(name)}/rollback", {"to": to}), wait, json_)
 
 
 @app.command(name="rm")
@@ -221,11 +207,22 @@ def _range(text: str) -> tuple[int, int]:
     return int(match.group(1)), int(match.group(2) or 0)
 
 
+def _shown(client: Any, found: dict[str, Any], wait: bool, json_: bool) -> int:
+    """Prints a deployment that has a new version, once that is live unless `wait` is off."""
+    if wait:
+        found = _followed(client, found, quiet=json_)
+    if json_:
+        print_json(found)
+    else:
+        _announce(found)
+    return 0
+
+
 def _followed(client: Any, found: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """Waits until the version that starts is live. Raises StepFailed with the reason if it fails."""
     console, began, said = err(), time.monotonic(), ""
     number = max((one["version"] for one in found["versions"] if one["state"] == "starting"), default=found["live"])
-    with console.status("", spinner="dots") if not quiet else _silent() as shown:
+    with console.status("", spinner="dots") if not quiet else contextlib.nullcontext() as shown:
         while found["state"] not in ("running", "failed", "stopped") or _state_of(found, number) == "starting":
             text = f"{found['name']}: {found['state']} {found['reason']}".rstrip()
             if shown is not None:
@@ -244,12 +241,6 @@ def _followed(client: Any, found: dict[str, Any], quiet: bool) -> dict[str, Any]
 
 def _state_of(found: dict[str, Any], number: int | None) -> str:
     return next((str(one["state"]) for one in found["versions"] if one["version"] == number), "")
-
-
-def _silent() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _announce(found: dict[str, Any]) -> None:

@@ -41,8 +41,8 @@ class _Memory:
 class DeploymentRounds:
     """Carries out the deployments of one cluster. `log` receives one line of text per event.
 
-    reports: what the replicas report. seen: Serve's latest report; None while the
-    cluster does not respond. error: why it does not.
+    reports: what the replicas report. seen: Serve's latest report; None while the cluster does not respond. error: why
+    it does not.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class DeploymentRounds:
             if not unchanged:  # a user was faster: the next round decides again
                 return before
             self._record(deployment, action, found, memory)
-        after = self._deployments.get(name)
+            after = self._deployments.get(name)
         if found:
             return before
         version = after.live if action.live else after.desired if action.order else None

@@ -2,7 +2,7 @@
 
 A new version becomes live when all of its replicas run. It has failed if its replicas do not start, if it does not
 become ready in time, or, soon after it became live, if its answers fail; then the version before serves again, and the
-alias is followed again when it names yet another model. docs/states.md shows the states.
+alias is followed again when it names yet another model. docs/deployments.md has the states.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class DeploymentSight:
     seen: Serve's report; None if Serve does not list it. ordered, live_ordered: Serve was told to run the desired
     version, or the live one. target: what the alias names now; "" if it names nothing that can be served, or if there
     is none to follow. blocked: why Serve cannot be told now. gone, live_gone: why the model of the desired version, or
-    of the live one, cannot be read. room: why a replica waits for resources. retry_in:
-    seconds until a live version that failed to start is tried again. waited: seconds since the desired version got
-    its state. answers: of the live version, since it became live.
+    of the live one, cannot be read. room: why a replica waits for resources. retry_in: seconds until a live version
+    that failed to start is tried again. waited: seconds since the desired version got its state. answers: of the
+    desired version.
     """
 
     seen: DeploymentSeen | None
@@ -64,9 +64,8 @@ class VersionMove:
 class DeploymentAction:
     """What to do for a deployment: set its state, move versions, add the version of `target`, order a version.
 
-    order: the desired version is to run; live: instead of it, the live one.
-    back_to: the version that serves again because the current one failed for `reason`. pause: the live version did not
-    start; it is tried again after a pause.
+    order: the desired version is to run. live: instead of it, the live one. back_to: the version that serves again
+    because the current one failed for `reason`. pause: the live version did not start; it is tried again after a pause.
     """
 
     state: DeploymentState

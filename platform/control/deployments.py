@@ -2,7 +2,7 @@
 
 A deployment is a name under which a cluster serves a model for as long as the record says so. A version is a model with
 options: a deployment gets a new one when its alias names another model, or when it is deployed with other options.
-docs/states.md shows the states. Every change is one transaction that also adds a row to `transitions`.
+docs/deployments.md has the states. Every change is one transaction that also adds a row to `transitions`.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class Deployments:
         """Records that a model is to be served. Deploying the same again changes nothing but the number of replicas.
 
         reference, folder: of the model that `new.model` names now. gpus: of the cluster. events: the folder below which
-        replicas report. Raises InputError for a
-        name or options that cannot be, ConflictError for a name on another cluster or another port.
+        replicas report. Raises InputError for a name or options that cannot be, ConflictError for a name on another
+        cluster or another port.
         """
         name = checked_name(new.name or _default_name(new.model))
         options = new.options
@@ -308,10 +308,8 @@ class Deployments:
     def unless_changed(self, deployment: Deployment) -> Iterator[bool]:
         """A transaction around decisions on a deployment; yields whether it still is as it was when they were made."""
         with self._database.write() as connection:
-            try:
-                yield self._get(connection, deployment.name) == deployment
-            except NotFoundError:
-                return
+            row = connection.execute("SELECT * FROM deployments WHERE name = ?", (deployment.name,)).fetchone()
+            yield row is not None and self._whole(connection, row) == deployment
 
     def _check_place(self, connection: sqlite3.Connection, name: str, new: NewDeployment) -> None:
         """Raises ConflictError if the name is on another cluster, or if other deployments have another port."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.core.errors import InputError, MorayError
 from moray.platform.core.home import Home
+from moray.platform.store.aliases import DEPLOYED, NEWEST
 from moray.platform.store.artifacts import ArtifactStore
 from moray.platform.store.manifest import REFERENCE
 from moray.platform.store.paths import any_path
 from moray.platform.store.search import find_artifact
 
-NEWEST, DEPLOYED = "newest", "deployed"
 _FILES = ("config.json", "tokenizer.json")
 
 

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moray.platform.core.serve_options import ServeOptions
 
+PREFIX = "moray-"  # of the names of Moray's applications in Ray Serve
+UNIT = "model"  # the only Serve deployment of an application
+
 
 class ServedModel(BaseModel):
     """The arguments of the application that serves a model, as JSON.

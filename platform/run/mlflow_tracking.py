@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 from moray.platform.core.events import MetricEvent
 from moray.platform.core.home import Home
+from moray.platform.store.aliases import NEWEST
 
 EXPERIMENT = "moray"
-NEWEST = "newest"
 _BATCH = 1000  # MLflow's limit of metrics per request
 
 

@@ -12,6 +12,9 @@ from moray.platform.store.manifest import REFERENCE
 if TYPE_CHECKING:
     from moray.platform.store.remote import RemoteArtifacts
 
+# Versions of a model: registered last; approved by the step `deploy`; live in the deployment of this name.
+NEWEST, APPROVED, DEPLOYED = "newest", "approved", "deployed"
+
 
 class Aliases:
     """The aliases in one folder, and those of the shared root if there is one."""

@@ -322,6 +322,22 @@ def test_a_user_is_not_overruled_by_a_round(plane: Plane, monkeypatch: pytest.Mo
     assert (plane.get().state, plane.get().reason) == ("stopped", "stopped by a user")
 
 
+def test_a_deployment_that_is_removed_during_a_round_is_left_out(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane.deploy()
+    plane.run()
+    decide = deployment_rounds.decide_deployment
+
+    def slow(*arguments):
+        plane.deployments.stop("prose")
+        plane.deployments.move("prose", "stopped")
+        plane.deployments.remove("prose")
+        return decide(*arguments)
+
+    monkeypatch.setattr(deployment_rounds, "decide_deployment", slow)
+    plane.rounds.round()
+    assert not plane.deployments.all()
+
+
 def test_a_version_that_does_not_start_is_rolled_back(plane: Plane) -> None:
     plane.deploy()
     plane.run()
