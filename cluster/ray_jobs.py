@@ -87,10 +87,11 @@ class RayJobs(ClusterBackend):
         import requests
 
         if self._http is None:
-            self._http = requests.Session()
-            self._http.trust_env = self._trust_env
+            session = requests.Session()
+            session.trust_env = self._trust_env
             if token := self.token():
-                self._http.headers["Authorization"] = f"Bearer {token}"
+                session.headers["Authorization"] = f"Bearer {token}"
+            self._http = session  # complete, because other threads use it at once
         return self._http
 
 

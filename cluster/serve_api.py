@@ -80,7 +80,7 @@ class ServeApi(ServingBackend):
         kept = [
             one["deployed_app_config"]
             for name, one in details["applications"].items()
-            if not name.startswith(PREFIX) and one["source"] == "declarative"
+            if not name.startswith(PREFIX) and one["source"] == "declarative" and one["status"] != "DELETING"
         ]
         environment = self.runtime_env()
         body = {

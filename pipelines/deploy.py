@@ -12,19 +12,21 @@ ends, if there is none. A rule compares with the model that is deployed now, on 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moray.pipelines.evaluate.eval_report import EvalReport, EvalRow
 from moray.platform.core.atomic import write_json
+from moray.platform.core.errors import InputError
+from moray.platform.core.serve_options import ServeOptions
+from moray.platform.core.serving import checked_deployment_name
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 from moray.platform.store.aliases import APPROVED, DEPLOYED
-from moray.platform.store.artifacts import Artifact, ArtifactStore
-from moray.platform.store.search import artifacts_of, shared_artifacts
+from moray.platform.store.artifacts import ArtifactStore
+from moray.platform.store.search import step_artifacts
 
 _RULE = re.compile(r"(?P<metric>\w+) (?:(?P<how>not worse|better) than deployed|< (?P<most>\d+(?:\.\d+)?))")
 _PREFIX = "eval_"
@@ -42,6 +44,15 @@ class DeployConfig(StepConfig):
     )
     replicas: int = Field(1, ge=1, le=1000, description="least number of replicas of a new deployment")
     most_replicas: int = Field(0, ge=0, le=1000, description="largest number of replicas; 0: a fixed number")
+
+    @model_validator(mode="after")
+    def _is_deployment(self) -> Self:
+        try:
+            ServeOptions(replicas=self.replicas, most_replicas=self.most_replicas)
+            checked_deployment_name(self.name or "name")
+        except InputError as error:
+            raise ValueError(f"{error.message} ({error.hint})") from error
+        return self
 
     @field_validator("when")
     @classmethod
@@ -105,13 +116,10 @@ def deployed_reports(ctx: StepContext[Any], store: ArtifactStore, name: str) -> 
     if reference is None:
         return None
     fingerprint = reference.rpartition("/")[2]
-    found = [one for one in _evaluations(store) if one.manifest.inputs.get("model", "").endswith(fingerprint)]
+    found = [
+        one for one in step_artifacts(store, "evaluate") if one.manifest.inputs.get("model", "").endswith(fingerprint)
+    ]
     return [EvalReport.read(ctx.artifact(one.reference).folder) for one in found]
-
-
-def _evaluations(store: ArtifactStore) -> Iterator[Artifact]:
-    yield from artifacts_of(store, "evaluate")
-    yield from (one for one in shared_artifacts(store) if one.manifest.step == "evaluate")
 
 
 def _row(report: EvalReport, metric: str) -> EvalRow | None:

@@ -29,8 +29,9 @@ from moray.pipelines.serve.api_error import ALIAS, ApiError
 from moray.platform.core.serving import PREFIX
 
 VERSION = b"x-moray-version"  # header: the version of the deployment that answered
-MOST_BODY = 64 << 20  # bytes; a deployment's own limit, from the context of its model, is lower
+MOST_BODY = 16 << 20  # bytes; a deployment's own limit, from the context of its model, is lower
 _RETRY_SECONDS = 20.0  # for which a request is sent again, from its arrival
+_MOST_DEATHS = 5  # of replicas during one request
 _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
@@ -108,13 +109,17 @@ class Gateway:
         ]
 
     async def _forward(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Sends a request until a replica responds. Raises ApiError if none does in time."""
-        deadline, pause = time.monotonic() + _RETRY_SECONDS, _PAUSE_SECONDS
+        """Sends a request until a replica responds. Raises ApiError if none does in time, or if so many died of it that
+        the request may be the reason."""
+        deadline, pause, deaths = time.monotonic() + _RETRY_SECONDS, _PAUSE_SECONDS, 0
         while True:
             attempt = _Attempt(send)
             await self._app(scope, _Replayed(body, receive), attempt)
             if await attempt.finish():
                 return
+            deaths += not attempt.started
+            if deaths >= _MOST_DEATHS:
+                raise ApiError(503, f"{deaths} replicas stopped during this request", code="replica_lost")
             if time.monotonic() + pause > deadline:
                 raise ApiError(503, "no replica of this model responds")
             await asyncio.sleep(pause)
@@ -142,12 +147,14 @@ class _Attempt:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._start: Message | None = None
+        self.started = False
         self._streams = self._forwarded = self._complete = self._failed = False
 
     async def __call__(self, message: Message) -> None:
         if self._failed:
             return
         if message["type"] == "http.response.start":
+            self.started = True
             headers = dict(message.get("headers", ()))
             self._failed = VERSION not in headers and message["status"] != _GONE
             self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
@@ -203,15 +210,22 @@ def _names(routes: Mapping[str, str]) -> list[str]:
 
 
 def _is_others(path: str, routes: Mapping[str, str]) -> bool:
-    """Whether a path belongs to an application that is not Moray's."""
-    application = routes.get(f"/{_first(path)}")
-    return application is not None and not application.startswith(PREFIX)
+    """Whether a path belongs to an application that is not Moray's: by the longest prefix, as in Serve. The paths of
+    models are not those of an application at `/`, if any model is deployed."""
+    prefixes = [one for one in routes if path == one or path.startswith(one.rstrip("/") + "/")]
+    longest = max(prefixes, key=len, default="")
+    if not longest or routes[longest].startswith(PREFIX):
+        return False
+    models = any(application.startswith(PREFIX) for application in routes.values())
+    return not (longest == "/" and models and (path == "/health" or path.startswith("/v1/")))
 
 
 def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
     """The name of the deployment that a request is for. Raises ApiError."""
     if (first := _first(path)) in names:
         return first
+    if len(names) == 1 and path == "/v1/completions":
+        return names[0]  # which checks the name itself, so a body of megabytes is not parsed here
     given = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else _model(path, body, len(names) > 1)
     if given in names:
         return given

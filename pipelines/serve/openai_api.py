@@ -57,7 +57,7 @@ def build_serving_app(
 
     app = FastAPI(title="Moray", lifespan=lifespan)
     app.add_middleware(_Versioned, engine=engine, version=version)
-    _add_error_handlers(app)
+    _add_error_handlers(app, engine, version)
     _add_models(app, engine, name)
 
     @app.get("/health")
@@ -120,7 +120,7 @@ def _add_models(app: FastAPI, engine: AsyncEngine, name: str) -> None:
         return card
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None:
     @app.exception_handler(ApiError)
     async def ours(request: Request, error: ApiError) -> Response:
         return _answer(error)
@@ -137,7 +137,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        return _answer(_unexpected(error))
+        response = _answer(_unexpected(error))  # outside of all middleware
+        if engine.alive:  # not to be sent to another replica, where it would fail too
+            response.headers[VERSION.decode()] = version
+        return response
 
 
 def _answer(error: ApiError) -> Response:

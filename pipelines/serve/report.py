@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import statistics
 import threading
 import time
@@ -19,7 +20,9 @@ from moray.platform.core.serving import ServedModel
 from moray.platform.store.paths import any_path
 from moray.platform.store.segments import event_log
 
+_log = logging.getLogger(__name__)
 REPORT_SECONDS = 2.0
+_RETRY_SECONDS = 30.0  # after an error of the disk or the store
 _IDLE_SECONDS = 60.0  # between reports of a replica that has nothing to do
 _RECENT_SECONDS = 60.0  # for the times to the first token
 _MOST_RECENT = 1000
@@ -123,6 +126,15 @@ class ServingReport:
         )
 
     def _write(self) -> None:
+        """Reports until the end. Counts are cumulative, so what a full disk or a store refuses now is said later."""
+        while not self._end.is_set():
+            try:
+                self._write_events()
+            except Exception as error:
+                _log.warning("the requests are not reported: %s: %s", type(error).__name__, error)
+                self._end.wait(_RETRY_SECONDS)
+
+    def _write_events(self) -> None:
         with event_log(any_path(self._model.events) / "events", f"replica-{self._replica}") as log:
             while not self._end.wait(REPORT_SECONDS):
                 self._report(log)

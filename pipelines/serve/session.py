@@ -30,6 +30,7 @@ from moray.platform.core.serving import UNIT, ServedModel, reason_in
 from moray.platform.store.paths import AnyPath
 
 ANY_HOST = "0.0.0.0"  # every address of a machine
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # Ray's name of each actor option
 _HEAD = "node:__internal_head__"  # a resource of Ray's head
 START_SECONDS = 300.0  # for placing a replica on the cluster and loading the model
 DRAIN_SECONDS = 20.0
@@ -132,17 +133,17 @@ def _check_resources(resources: Mapping[str, float], replicas: int) -> None:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     for option, wanted in resources.items():
-        resource = option.removeprefix("num_").removesuffix("s").upper()
+        resource = _RESOURCES[option]
         has = [node.get(resource, 0.0) for node in nodes]
         if max(has) < wanted:
             raise InputError(
                 f"a replica requires {wanted:g} {resource}, and the cluster's largest machine has {max(has):g}",
-                f"give the cluster more {resource}s",
+                f"ask for less, or give the cluster more {resource}",
             )
         if sum(has) < wanted * replicas:
             raise InputError(
                 f"{replicas} replicas require {wanted * replicas:g} {resource}, and the cluster has {sum(has):g}",
-                f"use fewer replicas, or give the cluster more {resource}s",
+                f"use fewer replicas, or give the cluster more {resource}",
             )
 
 

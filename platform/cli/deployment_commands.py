@@ -174,11 +174,17 @@ def rollback(
 
 
 @app.command(name="rm")
-def remove(name: Name, /, *, json_: Json = False) -> int:
+def remove(
+    name: Name,
+    /,
+    *,
+    force: Annotated[bool, Parameter(help="also if it has not stopped and its cluster does not respond")] = False,
+    json_: Json = False,
+) -> int:
     """Remove a stopped deployment from the list. The counts of its requests are kept."""
     from moray.platform.client import Client
 
-    Client.from_environment().delete(_path(name))
+    Client.from_environment().delete(f"{_path(name)}?force=true" if force else _path(name))
     if json_:
         print_json({"removed": name})
     else:

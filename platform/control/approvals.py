@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moray.platform.control.deploying import make_deployment
+from moray.platform.control.deployment_rounds import DeploymentRounds
 from moray.platform.control.deployments import Deployments, NewDeployment
-from moray.platform.control.managed_cluster import ManagedCluster
-from moray.platform.control.served_models import ServedModels
 from moray.platform.core.events import EventTail, StepEvent
 from moray.platform.core.home import Home
 from moray.platform.core.serve_options import ServeOptions
@@ -22,19 +22,17 @@ from moray.platform.store.artifacts import ArtifactStore
 _STEP = "deploy"
 
 
-def deploy_approved(
-    home: Home, cluster: ManagedCluster, deployments: Deployments, run: Path, events: str
-) -> Iterator[str]:
-    """Adds the deployments of the models that a run has approved; yields the name of each. Idempotent. events: the
-    folder below which replicas report. Raises InputError."""
+def deploy_approved(home: Home, deployments: Deployments, serving: DeploymentRounds, run: Path) -> Iterator[str]:
+    """Adds the deployments of the models that a run has approved; yields the name of each. Idempotent. Raises as
+    `make_deployment`."""
     known = {one.name for one in deployments.all()}
+    cluster = serving.cluster
     for approval in _approvals(ArtifactStore(Home(home.root, cluster.store) if cluster.store else home), run):
         if not approval["approved"] or approval["name"] in known:
             continue
-        found = ServedModels(home, cluster).find(approval["alias"])
         options = ServeOptions(**approval["options"])
         new = NewDeployment(model=approval["alias"], name=approval["name"], cluster=cluster.name, options=options)
-        deployments.deploy(new, found.reference, found.folder, cluster.topology().gpus, events)
+        make_deployment(home, deployments, serving, new)
         yield approval["name"]
 
 

@@ -24,7 +24,13 @@ from moray.platform.control.reconcile import (
     decide_job,
 )
 from moray.platform.core.cluster import BackendUnreachableError, Observed, Usage
-from moray.platform.core.errors import InputError, MorayError, StoreRefusedError, StoreUnreachableError
+from moray.platform.core.errors import (
+    InputError,
+    MorayError,
+    StoreRefusedError,
+    StoreUnreachableError,
+    UnavailableError,
+)
 from moray.platform.core.home import Home
 from moray.platform.core.processes import boot
 from moray.platform.store.paths import in_threads
@@ -258,13 +264,16 @@ class ClusterRounds:
         self._log(f"{attempt.id}: {action.state} {action.detail}")
 
     def _after_success(self, attempt: Attempt) -> None:
-        """Calls `succeeded`. Raises StoreUnreachableError, after which the next round ends the attempt."""
+        """Calls `succeeded`. Raises StoreUnreachableError and UnavailableError, after which the next round ends the
+        attempt."""
         try:
             self._succeeded(attempt)
-        except StoreUnreachableError:
+        except (StoreUnreachableError, UnavailableError):
             raise
         except MorayError as error:
             self._log(f"{attempt.id}: {error.message}")
+        except Exception as error:  # a file of the run that cannot be read does not keep the job from ending
+            self._log(f"{attempt.id}: {type(error).__name__}: {error}")
 
     def _on_cluster(self, act: Callable[[], None]) -> bool:
         """Calls `act`, an action on the cluster; False if the cluster is unreachable. A later round tries again."""

@@ -16,7 +16,7 @@ from moray.platform.control.cluster_rounds import ClusterRounds
 from moray.platform.control.database import Database
 from moray.platform.control.deployment_rounds import DeploymentRounds
 from moray.platform.control.deployments import Deployment, Deployments
-from moray.platform.control.jobs import ENDED, Attempt, Job, Jobs
+from moray.platform.control.jobs import ENDED, Attempt, ConflictError, Job, Jobs
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.queue import why_waiting
 from moray.platform.control.room import reservation
@@ -112,10 +112,31 @@ class Controller:
             rounds.guarded("round", rounds.round)
             rounds.guarded("deployments", self._serving[name].round)
 
-    def serving(self, name: str) -> DeploymentRounds | None:
+    def serving(self, name: str) -> DeploymentRounds:
+        """The rounds of a cluster's deployments. Raises InputError as `cluster`."""
+        self.cluster(name)
+        with self._lock:
+            return self._serving[name]
+
+    def serving_or_none(self, name: str) -> DeploymentRounds | None:
         """The rounds of a cluster's deployments; None if the cluster has not been used."""
         with self._lock:
             return self._serving.get(name)
+
+    def is_lost(self, name: str) -> bool:
+        """Whether a cluster's deployments cannot be reached: it does not respond, or its profile is gone."""
+        try:
+            return bool(self.serving(name).error)
+        except MorayError:
+            return True
+
+    def check_rollback(self, name: str, to: int | None) -> None:
+        """Raises ConflictError if the version that a rollback leads to cannot be read."""
+        deployment = self.deployments.get(name)
+        number = to or (deployment.previous.number if deployment.previous else 0)
+        for version in deployment.versions:
+            if version.number == number and (gone := self.serving(deployment.cluster).gone(version)):
+                raise ConflictError(f"version {number} of {name!r} cannot be served: {gone}", "name another with --to")
 
     def why(self, job: Job) -> list[str]:
         """Reasons for a job's current state, as text for `moray why` and the page."""
@@ -187,8 +208,7 @@ class Controller:
 
     def _approve(self, serving: DeploymentRounds, attempt: Attempt) -> None:
         """Creates the deployments of the models that an attempt has approved."""
-        run = self._home.runs / attempt.id
-        for name in deploy_approved(self._home, serving.cluster, self.deployments, run, serving.reports.base):
+        for name in deploy_approved(self._home, self.deployments, serving, self._home.runs / attempt.id):
             self._log(f"{attempt.id}: deploys {name}")
 
     def _start(self, name: str) -> None:
@@ -215,8 +235,8 @@ class Controller:
 
     def _advance_deployments(self, name: str) -> None:
         serving = self._serving[name]
-        serving.set_cluster(self._rounds[name].cluster)
         try:
+            serving.set_cluster(self._rounds[name].cluster)
             serving.round()
         except Exception as error:
             serving.error = f"deployments of {name}: {type(error).__name__}: {error}"

@@ -23,19 +23,29 @@ from moray.platform.core.ports import is_free
 from moray.platform.core.serving import DeploymentSeen, ServeOrder, ServingBackend, ServingSeen
 
 _ALIAS_SECONDS = 10.0  # between readings of aliases in a remote store
+_MARK_SECONDS = 60.0  # between checks of the alias NAME@deployed
 _ROOM_SECONDS = 5.0  # that a replica may wait for its place before the reason is looked up
 _SHORTEST_RETRY, _LONGEST_RETRY = 30.0, 600.0  # between starts of a live version that fails to start
+_MOST_DOUBLINGS = 10  # of that time
 
 
 @dataclass
 class _Memory:
-    """What is known about a deployment between rounds, rebuilt after a restart. Times are monotonic seconds."""
+    """What is known about a deployment between rounds, rebuilt after a restart. Times are monotonic seconds.
 
+    target: of `alias`. placed_since: when all replicas of the desired version, `version`, had their places.
+    """
+
+    alias: str = ""
     target: str = ""
     target_due: float = 0.0
     unplaced_since: float | None = None
+    version: int = 0
+    placed_since: float | None = None
     failures: int = 0
     retry_at: float = 0.0
+    marked: str = ""
+    mark_due: float = 0.0
 
 
 class DeploymentRounds:
@@ -72,9 +82,13 @@ class DeploymentRounds:
             raise BackendUnreachableError("this cluster cannot serve models")
         return self.cluster.serving
 
+    def gone(self, version: Version) -> str:
+        """Why the model of a version cannot be read; "" if it can."""
+        return self._models.gone(version.model.folder)
+
     def round(self) -> None:
         """Runs one round. An error in one deployment does not hold up the others."""
-        mine = [one for one in self._deployments.all(self.cluster.name) if one.state != "stopped"]
+        mine = self._deployments.all(self.cluster.name, only_open=True)
         if not mine:
             self.seen, self.error = None, ""
             return
@@ -85,13 +99,13 @@ class DeploymentRounds:
         except BackendUnreachableError as error:
             self.seen, self.error = None, str(error)
             for one in mine:
-                if one.wanted == "running":
-                    self._deployments.move(one.name, one.state, f"the cluster does not respond: {error}")
+                self._deployments.explain(one.name, f"the cluster does not respond: {error}")
 
     def _carry_out(self, mine: Sequence[Deployment], seen: ServingSeen) -> None:
-        port = next((one.port for one in mine if one.wanted == "running"), 0)
+        running = [one for one in mine if one.wanted == "running"]
+        port = running[0].port if running else 0
         blocked = self._blocked(port, seen) if port else ""
-        orders = [order for one in mine if (order := self._advance(one, seen, blocked))]
+        orders = [order for one in running if (order := self._guarded(one, seen, blocked))]
         told = [one.order for one in seen.deployments.values() if one.order and one.state != "removing"]
         by_name = sorted(orders, key=lambda order: order.name)
         if by_name != sorted(told, key=lambda order: order.name) and not (blocked and by_name):
@@ -99,40 +113,62 @@ class DeploymentRounds:
             self._serve.apply(port or seen.port, by_name)
         self._end(mine, seen)
 
-    def _advance(self, deployment: Deployment, seen: ServingSeen, blocked: str) -> ServeOrder | None:
-        """Records the decision on one deployment. Returns what Serve is to run for it."""
-        name = deployment.name
-        memory = self._memory.setdefault(name, _Memory())
-        told = seen.deployments.get(name)
+    def _guarded(self, deployment: Deployment, seen: ServingSeen, blocked: str) -> ServeOrder | None:
+        """Advances one deployment. Returns what Serve is to run for it: the same as before, if an error keeps that from
+        being known, or if a user was faster."""
+        told = seen.deployments.get(deployment.name)
         before = told.order if told else None
         try:
-            sight = self._look(deployment, told, blocked, memory)
-            action, found = decide_deployment(deployment, sight), None
-            if action.add:
-                action, found = self._find_target(deployment, sight)
+            return self._advance(deployment, told, blocked, before)
         except MorayError as error:  # of the store
-            self._deployments.move(name, deployment.state, error.message)
-            return before
+            self._deployments.explain(deployment.name, error.message)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if reason != deployment.reason:
+                self._log(f"{deployment.name}: {reason}")
+            self._deployments.explain(deployment.name, reason)
+        return before
+
+    def _advance(
+        self, deployment: Deployment, told: DeploymentSeen | None, blocked: str, before: ServeOrder | None
+    ) -> ServeOrder | None:
+        """Records the decision on one deployment. Returns what Serve is to run for it."""
+        memory = self._memory.setdefault(deployment.name, _Memory())
+        sight = self._look(deployment, told, blocked, memory)
+        action, found = decide_deployment(deployment, sight), None
+        if action.add:
+            action, found = self._find_target(deployment, sight)
         with self._deployments.unless_changed(deployment) as unchanged:
-            if not unchanged:  # a user was faster: the next round decides again
+            if not unchanged:  # the next round decides again
                 return before
             self._record(deployment, action, found, memory)
-            after = self._deployments.get(name)
+            after = self._deployments.get(deployment.name)
         if found:
             return before
+        if action.state == "running" and after.live:
+            self._mark(after.name, after.live.reference, memory)
         version = after.live if action.live else after.desired if action.order else None
         return _order(after, version) if version else None
 
     def _find_target(
         self, deployment: Deployment, sight: DeploymentSight
     ) -> tuple[DeploymentAction, FoundModel | None]:
-        """The model that the alias names now. If it cannot be served, the desired version goes on, with the reason."""
+        """The model that the alias names now, if it is to become a version. If it cannot be served, the desired version
+        goes on, with the reason."""
         try:
             found = self._models.find(deployment.model)
         except MorayError as error:
             action = decide_deployment(deployment, replace(sight, target=""))
             return replace(action, reason=action.reason or f"{deployment.model}: {error.message}"), None
-        return decide_deployment(deployment, sight), found
+        action = decide_deployment(deployment, replace(sight, target=found.reference))  # the alias may have moved
+        return action, found if action.add else None
+
+    def _mark(self, name: str, reference: str, memory: _Memory) -> None:
+        """Sets NAME@deployed when another model is live, and now and then in case somebody has changed it."""
+        now = time.monotonic()
+        if memory.marked != reference or now >= memory.mark_due:
+            self._models.mark(name, reference)
+            memory.marked, memory.mark_due = reference, now + _MARK_SECONDS
 
     def _look(
         self, deployment: Deployment, seen: DeploymentSeen | None, blocked: str, memory: _Memory
@@ -151,8 +187,9 @@ class DeploymentRounds:
             live_gone=self._models.gone(live.model.folder) if live and not live_ordered and not ordered else "",
             room=self._room(version, seen, memory) if version and seen else "",
             retry_in=memory.retry_at - now,
-            waited=self._deployments.clock() - version.since if version else 0.0,
-            answers=self.reports.answers(deployment, version.number) if version else Answers(),
+            starts_for=_starts_for(version, seen if ordered else None, memory, now),
+            lives_for=self._deployments.clock() - version.since if version else 0.0,
+            answers=self.reports.answers(deployment, version) if version else Answers(),
         )
 
     def _record(
@@ -160,7 +197,7 @@ class DeploymentRounds:
     ) -> None:
         name = deployment.name
         if found:
-            known = deployment.versions[-1].model
+            known = (deployment.desired or deployment.versions[-1]).model
             self._deployments.add_version(
                 name, found.reference, known.model_copy(update={"folder": found.folder, "reference": found.reference})
             )
@@ -172,14 +209,12 @@ class DeploymentRounds:
             self._deployments.return_to(deployment, action.back_to, action.reason)
             self._log(f"{name}: back to version {action.back_to.number}: {action.reason}")
         if action.pause and memory.retry_at <= time.monotonic():
-            pause = min(_LONGEST_RETRY, _SHORTEST_RETRY * 2**memory.failures)
+            pause = min(_LONGEST_RETRY, _SHORTEST_RETRY * 2 ** min(memory.failures, _MOST_DOUBLINGS))
             memory.failures, memory.retry_at = memory.failures + 1, time.monotonic() + pause
         if action.state not in (deployment.state, "stopped"):
             self._log(f"{name}: {action.state} {action.reason}".rstrip())
-        live = self._deployments.get(name).live
-        if action.state == "running" and live:
+        if action.state == "running":
             memory.failures = 0
-            self._models.mark(name, live.reference)
         if action.state != "stopped":  # `_end` moves the last one when Serve is down
             self._deployments.move(name, action.state, action.reason)
 
@@ -188,13 +223,18 @@ class DeploymentRounds:
         ended = [one for one in mine if one.wanted == "stopped" and one.name not in seen.deployments]
         if not ended:
             return
-        if len(ended) == len(mine) and seen.port and not seen.deployments and not seen.others:
+        wanted = any(one.wanted == "running" for one in self._deployments.all(self.cluster.name))
+        if len(ended) == len(mine) and not wanted and seen.port and not seen.deployments and not seen.others:
             self._serve.shut_down()
         for one in ended:
-            self._deployments.move(one.name, "stopped", "stopped by a user")
-            self._models.unmark(one.name)
-            self._memory.pop(one.name, None)
-            self._log(f"{one.name}: stopped")
+            try:
+                self._models.unmark(one.name)  # first, so that it is tried again if the store is away
+            except MorayError as error:
+                self._log(f"{one.name}: {error.message}")
+                continue
+            if self._deployments.end(one.name):
+                self._memory.pop(one.name, None)
+                self._log(f"{one.name}: stopped")
 
     def _blocked(self, port: int, seen: ServingSeen) -> str:
         """Why Serve cannot be told to serve at `port` now."""
@@ -225,14 +265,14 @@ class DeploymentRounds:
         if not deployment.follows:
             return ""
         now = time.monotonic()
-        if now >= memory.target_due:
-            memory.target = self._models.target(deployment.model)
-            memory.target_due = now + (_ALIAS_SECONDS if self.cluster.store else 0.0)
+        if now >= memory.target_due or memory.alias != deployment.model:
+            memory.alias, memory.target = deployment.model, self._models.target(deployment.model)
+            memory.target_due = now + (_ALIAS_SECONDS if self._models.remote else 0.0)
         return memory.target
 
     def _room(self, version: Version, seen: DeploymentSeen, memory: _Memory) -> str:
         """Why a replica has no place yet, once it has waited for some seconds."""
-        if all(one.host for one in seen.replicas if one.state == "starting"):
+        if _is_placed(seen):
             memory.unplaced_since = None
             return ""
         now = time.monotonic()
@@ -240,6 +280,20 @@ class DeploymentRounds:
         if now - memory.unplaced_since < _ROOM_SECONDS:
             return ""
         return room_reason(version.model.resources, self.cluster.backend.usage())
+
+
+def _is_placed(seen: DeploymentSeen) -> bool:
+    return all(one.host for one in seen.replicas if one.state == "starting")
+
+
+def _starts_for(version: Version | None, seen: DeploymentSeen | None, memory: _Memory, now: float) -> float:
+    """Seconds for which all replicas of the desired version have had their places. seen: if Serve runs the version."""
+    if version is None or seen is None or not _is_placed(seen):
+        memory.placed_since = None
+        return 0.0
+    if memory.placed_since is None or memory.version != version.number:
+        memory.placed_since, memory.version = now, version.number
+    return now - memory.placed_since
 
 
 def _is_told(seen: DeploymentSeen | None, version: Version | None) -> bool:

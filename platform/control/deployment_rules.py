@@ -34,8 +34,9 @@ class DeploymentSight:
     version, or the live one. target: what the alias names now; "" if it names nothing that can be served, or if there
     is none to follow. blocked: why Serve cannot be told now. gone, live_gone: why the model of the desired version, or
     of the live one, cannot be read. room: why a replica waits for resources. retry_in: seconds until a live version
-    that failed to start is tried again. waited: seconds since the desired version got its state. answers: of the
-    desired version.
+    that failed to start is tried again. starts_for: seconds for which replicas of the desired version have had their
+    places without being ready. lives_for: seconds since the desired version became live. answers: of the desired
+    version since then.
     """
 
     seen: DeploymentSeen | None
@@ -47,7 +48,8 @@ class DeploymentSight:
     live_gone: str = ""
     room: str = ""
     retry_in: float = 0.0
-    waited: float = 0.0
+    starts_for: float = 0.0
+    lives_for: float = 0.0
     answers: Answers = Answers()
 
 
@@ -97,10 +99,12 @@ def decide_deployment(deployment: Deployment, sight: DeploymentSight) -> Deploym
 
 
 def _is_new(deployment: Deployment, target: str) -> bool:
-    """Whether the alias names a model that is neither the desired version nor one that failed."""
+    """Whether the alias names a model that is neither the desired version nor one that failed under this alias. (Once
+    it has named another model, one that failed is tried again.)"""
     if not target or (deployment.desired and deployment.desired.reference == target):
         return False
-    return not any(one.reference == target and one.state == "failed" for one in deployment.versions)
+    last = deployment.versions[-1]
+    return last.reference != target or not (last.state == "failed" or deployment.goes_back)
 
 
 def _live_first(deployment: Deployment, version: Version, sight: DeploymentSight) -> bool:
@@ -153,10 +157,13 @@ def _failed(deployment: Deployment, version: Version, seen: DeploymentSeen) -> D
 def _running(deployment: Deployment, version: Version, sight: DeploymentSight) -> DeploymentAction:
     if version.state == "starting":
         moves = [VersionMove(version.number, "live")]
-        moves += [VersionMove(one.number, "replaced") for one in deployment.versions if one.state == "live"]
+        for one in deployment.versions:
+            if one.state == "live":
+                failed = one.number > version.number  # a rollback
+                moves.append(VersionMove(one.number, *(("failed", one.reason) if failed else ("replaced", ""))))
         return DeploymentAction("running", order=True, moves=tuple(moves))
     failing = sight.answers.failed > _MOST_FAILED * sight.answers.requests
-    on_probation = sight.waited <= PROBATION_SECONDS and sight.answers.requests >= _LEAST_ANSWERS
+    on_probation = sight.lives_for <= PROBATION_SECONDS and sight.answers.requests >= _LEAST_ANSWERS
     if failing and on_probation and (previous := deployment.previous):
         reason = f"{sight.answers.failed} of {sight.answers.requests} answers failed"
         return DeploymentAction("rolling", reason, order=True, back_to=previous)
@@ -168,7 +175,7 @@ def _starting(
     deployment: Deployment, version: Version, sight: DeploymentSight, seen: DeploymentSeen
 ) -> DeploymentAction:
     ready = sum(one.state == "running" for one in seen.replicas)
-    if version.state == "starting" and not sight.room and sight.waited > START_SECONDS:
+    if version.state == "starting" and sight.starts_for > START_SECONDS:
         return _give_up(deployment, version, f"not ready after {START_SECONDS / 60:.0f} minutes: {seen.message}")
     reason = sight.room or seen.message
     if version.state == "live" and ready:
@@ -178,10 +185,12 @@ def _starting(
 
 def _give_up(deployment: Deployment, version: Version, reason: str) -> DeploymentAction:
     """A version that did not become live has failed. The live one, if any, serves on."""
-    move = VersionMove(version.number, "failed", reason)
+    moves = [VersionMove(version.number, "failed", reason)]
     if deployment.live is None:
-        return DeploymentAction("failed", reason, moves=(move,))
-    return DeploymentAction("rolling", f"version {version.number} failed: {reason}", order=True, moves=(move,))
+        return DeploymentAction("failed", reason, moves=tuple(moves))
+    if deployment.goes_back:  # the version before it is tried next, or the live one stays
+        moves.append(VersionMove(deployment.live.number, "live"))
+    return DeploymentAction("rolling", f"version {version.number} failed: {reason}", order=True, moves=tuple(moves))
 
 
 def _on_the_way(sight: DeploymentSight) -> DeploymentState:
@@ -189,8 +198,7 @@ def _on_the_way(sight: DeploymentSight) -> DeploymentState:
 
 
 def _earlier_failure(deployment: Deployment, version: Version) -> str:
-    """The failure of a version that was newer than the one that serves."""
-    last = deployment.versions[-1]
-    if last.number <= version.number or last.state != "failed":
-        return ""
-    return f"version {last.number} failed: {last.reason}"
+    """The failure of another version since this one became live."""
+    failed = [one for one in deployment.versions if one.state == "failed" and one.since >= version.since]
+    last = max(failed, key=lambda one: (one.since, one.number), default=None)
+    return f"version {last.number} failed: {last.reason}" if last and version.state == "live" else ""

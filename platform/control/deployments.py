@@ -23,7 +23,7 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import ConflictError, NotFoundError
 from moray.platform.core.errors import InputError, nearest
 from moray.platform.core.serve_options import ServeOptions
-from moray.platform.core.serving import ServedModel
+from moray.platform.core.serving import ServedModel, checked_deployment_name
 
 PORT = 8000
 DRAIN_SECONDS = 120.0  # for open requests when a replica stops; Serve waits as long for one that was never placed
@@ -31,9 +31,7 @@ _SHOWN = 30  # latest versions in JSON; a nightly recipe makes hundreds
 STARTS = 3  # failed starts of replicas before a version counts as failed
 DeploymentState = Literal["pending", "starting", "running", "rolling", "failed", "stopping", "stopped"]
 VersionState = Literal["starting", "live", "replaced", "failed"]
-_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_RESERVED = ("v1", "health", "docs", "redoc", "static")  # paths of the server
-_SMOKE = "smoke-"  # names of the models that smoke-serve serves
+_OPEN = "(wanted = 'running' OR state != 'stopped')"  # of a deployment that a cluster has something to do for
 
 
 class NewDeployment(BaseModel):
@@ -110,13 +108,19 @@ class Deployment:
 
     @property
     def previous(self) -> Version | None:
-        """The version for a rollback: during a rollover the live one, else the one before. That is, of those replaced,
-        the one with the highest number below that of the current one."""
+        """The version for a rollback: during a rollover the live one, else the one before. That is, of those that were
+        live, the one with the highest number below that of the current one."""
         if self.starting and self.live:
             return self.live
         current = self.desired
-        below = [v for v in self.versions if v.state == "replaced" and (not current or v.number < current.number)]
+        was_live = [v for v in self.versions if v.state == "replaced" and not v.reason]
+        below = [v for v in was_live if not current or v.number < current.number]
         return below[-1] if below else None
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a rollback is under way: the version that is to become live is older than the live one."""
+        return bool(self.starting and self.live and self.starting.number < self.live.number)
 
     @property
     def follows(self) -> bool:
@@ -150,7 +154,7 @@ class Deployments:
         replicas report. Raises InputError for a name or options that cannot be, ConflictError for a name on another
         cluster or another port.
         """
-        name = checked_name(new.name or _default_name(new.model))
+        name = checked_deployment_name(new.name or _default_name(new.model))
         options = new.options
         model = ServedModel(
             folder=folder, name=name, reference=reference, options=options, resources=options.resources(gpus),
@@ -190,7 +194,7 @@ class Deployments:
             known = self._get(connection, name)
             number = 1 + max((one.number for one in known.versions), default=0)
             if known.starting:
-                self.move_version(name, known.starting.number, "failed", f"replaced by version {number} at its start")
+                self.move_version(name, known.starting.number, "replaced", f"by version {number}, at its start")
             now = self.clock()
             numbered = model.model_copy(update={"version": str(number)})
             connection.execute(
@@ -200,16 +204,15 @@ class Deployments:
             )
             self._database.record("version", f"{name}.{number}", "starting", reference)
 
-    def all(self, cluster: str | None = None) -> Sequence[Deployment]:
-        """All deployments, or those of a cluster, by name."""
+    def all(self, cluster: str | None = None, only_open: bool = False) -> Sequence[Deployment]:
+        """All deployments, or those of a cluster, by name. only_open: without those that have stopped."""
         connection = self._database.read()
-        where, values = ("WHERE cluster = ?", (cluster,)) if cluster else ("", ())
-        rows = connection.execute(f"SELECT * FROM deployments {where} ORDER BY name", values).fetchall()
-        return [self._whole(connection, row) for row in rows]
+        query = f"SELECT * FROM deployments WHERE ?1 IN ('', cluster) AND {_OPEN if only_open else 1} ORDER BY name"
+        return [self._whole(connection, row) for row in connection.execute(query, (cluster or "",)).fetchall()]
 
     def clusters(self) -> set[str]:
         """The clusters that have something to do for a deployment."""
-        rows = self._database.read().execute("SELECT DISTINCT cluster FROM deployments WHERE state != 'stopped'")
+        rows = self._database.read().execute(f"SELECT DISTINCT cluster FROM deployments WHERE {_OPEN}")
         return {row["cluster"] for row in rows.fetchall()}
 
     def get(self, name: str) -> Deployment:
@@ -223,15 +226,25 @@ class Deployments:
             if known.wanted == "running":
                 connection.execute("UPDATE deployments SET wanted = 'stopped' WHERE name = ?", (name,))
                 if known.starting:
-                    self.move_version(name, known.starting.number, "failed", "stopped by a user at its start")
+                    self.move_version(name, known.starting.number, "replaced", "stopped by a user, at its start")
                 self.move(name, "stopping", "stopped by a user")
             return self._get(connection, name)
 
-    def remove(self, name: str) -> None:
-        """Deletes the record of a stopped deployment. Raises ConflictError if it is not stopped."""
+    def end(self, name: str) -> bool:
+        """Records that a deployment has stopped. Returns False if a user has deployed or removed it meanwhile."""
+        with self._database.write() as connection:
+            query = "SELECT 1 FROM deployments WHERE name = ? AND wanted = 'stopped'"
+            if connection.execute(query, (name,)).fetchone() is None:
+                return False
+            self.move(name, "stopped", "stopped by a user")
+            return True
+
+    def remove(self, name: str, lost: bool = False) -> None:
+        """Deletes the record of a stopped deployment; of any deployment if its cluster is `lost`. Raises ConflictError
+        if it is not stopped."""
         with self._database.write() as connection:
             known = self._get(connection, name)
-            if known.state != "stopped":
+            if known.state != "stopped" and not lost:
                 stopping = known.wanted == "stopped"
                 hint = "wait until it has stopped" if stopping else f"stop it first: moray deployments stop {name}"
                 raise ConflictError(f"deployment {name!r} is {known.state}", hint)
@@ -255,13 +268,18 @@ class Deployments:
             return self._get(connection, name)
 
     def return_to(self, deployment: Deployment, target: Version, reason: str) -> None:
-        """Marks the versions that are live or starting as failed, and an earlier one as starting."""
+        """Makes an earlier version the one that is to become live. The live version serves on until then, with the
+        reason why it will have failed. If the target is the live one, a version that starts has failed instead."""
         with self._database.write():
-            for one in deployment.versions:
-                if one.state in ("live", "starting") and one.number != target.number:
-                    self.move_version(deployment.name, one.number, "failed", reason)
-            if target.state != "live":
-                self.move_version(deployment.name, target.number, "starting")
+            if starting := deployment.starting:
+                ended: VersionState = "replaced" if deployment.goes_back else "failed"
+                self.move_version(deployment.name, starting.number, ended, "" if deployment.goes_back else reason)
+            if target.state == "live":
+                self.move_version(deployment.name, target.number, "live")
+                return
+            if deployment.live:
+                self.move_version(deployment.name, deployment.live.number, "live", reason)
+            self.move_version(deployment.name, target.number, "starting")
 
     def move(self, name: str, state: DeploymentState, reason: str = "") -> None:
         """Changes the state of a deployment. No-op if it has this state for this reason already."""
@@ -276,11 +294,18 @@ class Deployments:
             if state != known.state:
                 self._database.record("deployment", name, state, reason)
 
+    def explain(self, name: str, reason: str) -> None:
+        """Sets the reason for the state of a deployment that is to run."""
+        with self._database.write() as connection:
+            query = "UPDATE deployments SET reason = ? WHERE name = ? AND wanted = 'running'"
+            connection.execute(query, (reason, name))
+
     def move_version(self, name: str, number: int, state: VersionState, reason: str = "") -> None:
-        """Changes the state of a version."""
+        """Changes the state of a version, or the reason for its state."""
         with self._database.write() as connection:
             connection.execute(
-                "UPDATE versions SET state = ?, reason = ?, since = ? WHERE deployment = ? AND number = ?",
+                "UPDATE versions SET since = CASE state WHEN ?1 THEN since ELSE ?3 END, state = ?1, reason = ?2 "
+                "WHERE deployment = ?4 AND number = ?5",
                 (state, reason, self.clock(), name, number),
             )
             self._database.record("version", f"{name}.{number}", state, reason)
@@ -356,18 +381,6 @@ class Deployments:
             for one in connection.execute(query, (row["name"],)).fetchall()
         )
         return Deployment(**dict(row), versions=versions)
-
-
-def checked_name(name: str) -> str:
-    """A name for a deployment. Raises InputError."""
-    if not _NAME.fullmatch(name):
-        hint = "use --name: a lower-case letter, then up to 62 lower-case letters, digits, - and _"
-        raise InputError(f"invalid deployment name {name!r:.80}", hint)
-    if name in _RESERVED:
-        raise InputError(f"{name!r} cannot be the name of a deployment: it is a path of the server", "use --name")
-    if name.startswith(_SMOKE):
-        raise InputError(f"{name!r} cannot be the name of a deployment: runs use names with {_SMOKE!r}", "use --name")
-    return name
 
 
 def _default_name(model: str) -> str:

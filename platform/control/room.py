@@ -41,12 +41,15 @@ def room_reason(resources: Mapping[str, float], usage: Usage) -> str:
     hosts = [host for host in usage.hosts if host.alive]
     free = [(host.cpus - host.cpus_used, host.gpus - host.gpus_used) for host in hosts]
     free = free or [(usage.cpus - usage.cpus_used, usage.gpus - usage.gpus_used)]
-    if any(cpus <= of_cpus and gpus <= of_gpus for of_cpus, of_gpus in free) and "memory" not in resources:
+    fits = any(cpus <= of_cpus and gpus <= of_gpus for of_cpus, of_gpus in free)
+    if fits and "memory" not in resources:
         return ""
     needs = ", ".join(_amount(option, wanted) for option, wanted in resources.items())
     used = [f"{usage.cpus_used:g} of {usage.cpus:g} CPUs are reserved"]
     if resources.get("num_gpus"):
         used.append(f"{usage.gpus_used:g} of {usage.gpus:g} GPUs are reserved")
+    if fits:  # Ray does not report reserved memory by host
+        used.append("no host with free CPUs and GPUs has the memory")
     return f"no room for a replica, which needs {needs}: {', '.join(used)}"
 
 

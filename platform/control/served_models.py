@@ -35,13 +35,14 @@ class ServedModels:
 
     def __init__(self, home: Home, cluster: ManagedCluster) -> None:
         self._remote = bool(cluster.store)
+        self.remote = self._remote or bool(home.shared)  # whether aliases are in a store
         self._store = ArtifactStore(Home(home.root, cluster.store) if self._remote else home)
 
     def find(self, model: str) -> FoundModel:
         """The model behind an alias (`NAME` stands for `NAME@newest`), an artifact or an absolute path of a folder.
         Raises InputError."""
-        if model.startswith("/") and Path(model).is_dir() and not (Path(model) / "manifest.json").exists():
-            return self._folder(Path(model))
+        if model.startswith("/") and (folder := _readable_folder(model)):
+            return self._folder(folder)
         aliases = self._store.aliases.all()
         name = f"{model}@{NEWEST}" if f"{model}@{NEWEST}" in aliases else model
         artifact = find_artifact(self._store, name)
@@ -82,3 +83,14 @@ class ServedModels:
         if missing := [name for name in _FILES if not (path / name).is_file()]:
             raise InputError(f"{path} contains no {missing[0]}", "give a folder in the Hugging Face layout")
         return FoundModel(str(path), str(path), str(path))
+
+
+def _readable_folder(path: str) -> Path | None:
+    """The folder at a path, unless it is an artifact. Raises InputError for a path that cannot be read."""
+    try:
+        folder = Path(path)
+        return folder if folder.is_dir() and not (folder / "manifest.json").exists() else None
+    except OSError as error:
+        raise InputError(
+            f"{path:.100} cannot be read: {error.strerror}", "give a folder in the Hugging Face layout"
+        ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.platform.control.deployment_rules import Answers
-from moray.platform.control.deployments import Deployment
+from moray.platform.control.deployments import Deployment, Version
 from moray.platform.core.events import ServingEvent, parse_event
 from moray.platform.core.home import Home
 from moray.platform.store.paths import StorePath, any_path
@@ -56,13 +56,16 @@ class ServingReports:
     def events(self, deployment: Deployment) -> list[ServingEvent]:
         """The last event of every replica that a deployment has had, without those of an earlier one of its name."""
         folder = self._local(deployment.name) / "events"
-        found = [self._last(path) for path in sorted(folder.glob("*.jsonl"))]
+        found = [event for path in sorted(folder.glob("*.jsonl")) if (event := self._last(path))]
         begin = deployment.created - _CLOCKS_SECONDS
-        return [event for event in found if event is not None and event.time - event.seconds >= begin]
+        last = {event.replica: event for event in sorted(found, key=lambda event: event.time)}  # one may have two files
+        return [event for event in last.values() if event.time - event.seconds >= begin]
 
-    def answers(self, deployment: Deployment, version: int) -> Answers:
-        """The requests that a version has answered."""
-        mine = [event for event in self.events(deployment) if event.version == str(version)]
+    def answers(self, deployment: Deployment, version: Version) -> Answers:
+        """The requests that a version has answered since it became live, by those of its replicas that have reported
+        since then. (Replicas of an earlier life of the version have ended before.)"""
+        begin = version.since - _CLOCKS_SECONDS
+        mine = [e for e in self.events(deployment) if e.version == str(version.number) and e.time >= begin]
         return Answers(sum(event.requests for event in mine), sum(event.failed for event in mine))
 
     def _local(self, name: str) -> Path:
@@ -70,15 +73,19 @@ class ServingReports:
         return place if isinstance(place, Path) else self._home.root / FOLDER / name
 
     def _last(self, path: Path) -> ServingEvent | None:
-        """The last complete event of a segment."""
+        """The last complete event of a segment; the one before, if that cannot be read."""
         known = self._segments.setdefault(path, _Segment())
-        size = path.stat().st_size
-        if size != known.size:
-            with path.open("rb") as file:
-                file.seek(max(0, size - _TAIL), os.SEEK_SET)
-                lines = file.read().rpartition(b"\n")[0].splitlines()
-            event = parse_event(lines[-1]) if lines else None
-            known.size, known.event = size, event if isinstance(event, ServingEvent) else known.event
+        try:
+            size = path.stat().st_size
+            if size != known.size:
+                with path.open("rb") as file:
+                    file.seek(max(0, size - _TAIL), os.SEEK_SET)
+                    lines = file.read().rpartition(b"\n")[0].splitlines()
+                known.size = size
+                event = parse_event(lines[-1]) if lines else None
+                known.event = event if isinstance(event, ServingEvent) else known.event
+        except (OSError, ValueError):  # removed, or written by another version of Moray
+            pass
         return known.event
 
 

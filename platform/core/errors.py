@@ -43,6 +43,12 @@ class StoreRefusedError(InputError):
     """The store answers, but refuses a request for a reason that repeating it does not change: no right, no room."""
 
 
+class UnavailableError(MorayError):
+    """Something that a request needs does not respond. It may again."""
+
+    exit_code = 1
+
+
 class StepFailed(MorayError):
     """A step failed after it started. Completed work is kept; a rerun resumes from it."""
 

@@ -14,10 +14,26 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moray.platform.core.errors import InputError
 from moray.platform.core.serve_options import ServeOptions
 
 PREFIX = "moray-"  # of the names of Moray's applications in Ray Serve
 UNIT = "model"  # the only Serve deployment of an application
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_RESERVED = ("v1", "health", "docs", "redoc", "static")  # paths of the server
+_SMOKE = "smoke-"  # names of the models that smoke-serve serves
+
+
+def checked_deployment_name(name: str) -> str:
+    """`name`, if a deployment can have it. Raises InputError."""
+    if not _NAME.fullmatch(name):
+        hint = "use --name: a lower-case letter, then up to 62 lower-case letters, digits, - and _"
+        raise InputError(f"invalid deployment name {name!r:.80}", hint)
+    if name in _RESERVED:
+        raise InputError(f"{name!r} cannot be the name of a deployment: it is a path of the server", "use --name")
+    if name.startswith(_SMOKE):
+        raise InputError(f"{name!r} cannot be the name of a deployment: runs use names with {_SMOKE!r}", "use --name")
+    return name
 
 
 class ServedModel(BaseModel):

@@ -27,7 +27,7 @@ from moray.platform.control.database import Database
 from moray.platform.control.jobs import ConflictError, NotFoundError
 from moray.platform.control.options import HOST, UpOptions
 from moray.platform.control.services import mlflow_socket
-from moray.platform.core.errors import InputError, MorayError, nearest
+from moray.platform.core.errors import InputError, MorayError, StoreUnreachableError, UnavailableError, nearest
 from moray.platform.core.home import Home
 from moray.platform.server import deployment_routes, job_routes, mlflow_proxy, page_routes, schedule_routes
 from moray.platform.server.overview import Overview
@@ -79,7 +79,9 @@ def _install_errors(app: FastAPI) -> None:
 
     @app.exception_handler(MorayError)
     def moray_error(request: Request, error: MorayError) -> JSONResponse:
-        status = {NotFoundError: 404, ConflictError: 409}.get(type(error), 422)
+        status = {NotFoundError: 404, ConflictError: 409, UnavailableError: 503, StoreUnreachableError: 503}.get(
+            type(error), 422
+        )
         return JSONResponse({"error": error.message, "hint": error.hint}, status)
 
     @app.exception_handler(RequestValidationError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -13,13 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from moray.platform.control.controller import Controller
+from moray.platform.control.deploying import make_deployment
 from moray.platform.control.deployments import NewDeployment
-from moray.platform.control.managed_cluster import ManagedCluster
-from moray.platform.control.room import check_fit
-from moray.platform.control.served_models import ServedModels
-from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.home import Home
-from moray.platform.core.ports import check_port
 from moray.platform.server.deployment_view import deployment_json
 
 
@@ -42,20 +37,8 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
 
     @router.post("", status_code=201)
     def deploy(new: NewDeployment, response: Response) -> dict[str, Any]:
-        cluster = controller.cluster(new.cluster).cluster
-        found = ServedModels(home, cluster).find(new.model)
-        usage = _resources(cluster)
-        gpus = int(usage.gpus) if usage else 0
-        if usage:
-            check_fit(new.options.resources(gpus), new.options.replicas, usage)
-        known = {one.name for one in deployments.all()}
-        _check_port(new, cluster, controller)
-        named = new.model_copy(update={"model": found.model})
-        serving = controller.serving(new.cluster)
-        deployed = deployments.deploy(
-            named, found.reference, found.folder, gpus, serving.reports.base if serving else ""
-        )
-        response.status_code = 200 if deployed.name in known else 201
+        deployed, is_new = make_deployment(home, deployments, controller.serving(new.cluster), new)
+        response.status_code = 201 if is_new else 200
         controller.wake()
         return deployment_json(deployed, controller)
 
@@ -80,13 +63,14 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
 
     @router.post("/{name}/rollback")
     def rollback(name: str, request: Annotated[Rollback | None, "the version"] = None) -> dict[str, Any]:
+        controller.check_rollback(name, request.to if request else None)
         changed = deployments.rollback(name, request.to if request else None)
         controller.wake()
         return deployment_json(changed, controller)
 
     @router.delete("/{name}", status_code=204)
-    def remove(name: str) -> None:
-        deployments.remove(name)
+    def remove(name: str, force: bool = False) -> None:
+        deployments.remove(name, lost=force and controller.is_lost(deployments.get(name).cluster))
 
     @router.post("/{name}/completions")
     async def completions(name: str, request: Request) -> Response:
@@ -117,21 +101,3 @@ async def _forwarded(url: str, body: bytes) -> Response:
             await session.close()
 
     return StreamingResponse(parts(), answer.status, media_type=answer.headers.get("Content-Type"))
-
-
-def _check_port(new: NewDeployment, cluster: ManagedCluster, controller: Controller) -> None:
-    """Raises InputError if Serve of this machine would have to move to a port that is in use."""
-    serving = controller.serving(new.cluster)
-    current = serving.seen.port if serving and serving.seen else 0
-    if new.port and new.port != current and cluster.serving and not cluster.store:
-        check_port(cluster.serving.host, new.port)
-
-
-def _resources(cluster: ManagedCluster) -> Usage | None:
-    """The resources of a cluster; None while it does not respond: then its deployments wait for it."""
-    if not cluster.store:  # its workers may still be starting
-        has = cluster.topology()
-        return Usage(has.cpus, 0.0, has.gpus, 0.0, 1, memory_bytes=has.memory_bytes)
-    with contextlib.suppress(BackendUnreachableError):
-        return cluster.backend.usage()
-    return None

@@ -12,7 +12,7 @@ from moray.platform.control.serving_reports import summary
 
 def deployment_json(deployment: Deployment, controller: Controller) -> dict[str, Any]:
     """A deployment with what its cluster reports: replicas, and the addresses of its hosts that answer."""
-    serving = controller.serving(deployment.cluster)
+    serving = controller.serving_or_none(deployment.cluster)
     seen = serving.seen if serving else None
     one = seen.deployments.get(deployment.name) if seen else None
     replicas = [{"id": r.id, "state": r.state, "host": r.host} for r in one.replicas] if one else []

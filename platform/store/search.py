@@ -34,6 +34,11 @@ def shared_artifacts(store: ArtifactStore) -> Iterator[Artifact]:
         yield from _newest_first(_shared_of(store, step))
 
 
+def step_artifacts(store: ArtifactStore, step: str) -> list[Artifact]:
+    """Returns the finished artifacts of a step, local ones first, then those of the shared root; newest first."""
+    return [*artifacts_of(store, step), *_newest_first(_shared_of(store, step))]
+
+
 def newest_artifact(store: ArtifactStore, step: str) -> Artifact | None:
     """Returns the newest artifact of a step: the newest local one, or else the newest one in the shared root."""
     return next(iter(artifacts_of(store, step) or _newest_first(_shared_of(store, step))), None)
@@ -94,11 +99,14 @@ def bring_alias(names: str) -> Path:
 
 def _step_and_prefix(target: str) -> tuple[str, str]:
     """Splits `step/fingerprint` or a folder into the step and a prefix of the fingerprint."""
-    folder = Path(target).expanduser()
-    if folder.is_absolute() or (folder / MANIFEST).is_file():
-        step, fingerprint = folder.resolve().parts[-2:]
-    else:
-        step, _, fingerprint = target.partition("/")
+    try:
+        folder = Path(target).expanduser()
+        if folder.is_absolute() or (folder / MANIFEST).is_file():
+            step, fingerprint = folder.resolve().parts[-2:]
+            return step, fingerprint
+    except (OSError, RuntimeError, ValueError):  # too long, or of a user who does not exist
+        pass
+    step, _, fingerprint = target.partition("/")
     return step, fingerprint
 
 

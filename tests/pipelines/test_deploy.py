@@ -12,6 +12,7 @@ from moray.pipelines.evaluate.eval_report import EvalReport, EvalRow
 from moray.platform.control.approvals import deploy_approved
 from moray.platform.control.choices import LOCAL
 from moray.platform.control.database import Database
+from moray.platform.control.deployment_rounds import DeploymentRounds
 from moray.platform.control.deployments import Deployments
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.core.cluster import Topology
@@ -58,6 +59,16 @@ def test_a_rule_that_is_none_is_refused(rule: str) -> None:
         DeployConfig(when=rule)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"name": "health"}, "path of the server"), ({"name": "smoke-x"}, "runs use names"),
+     ({"replicas": 3, "most_replicas": 2}, "at least the first")],
+)  # fmt: skip
+def test_a_deployment_that_cannot_be_is_refused_before_the_run(wrong: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DeployConfig(**wrong)
+
+
 def evaluated(store: ArtifactStore, fingerprint: str, value: float) -> tuple[Artifact, Artifact]:
     """A model and its evaluation."""
     folder = store.prepare("export", fingerprint, keep_leftovers=False)
@@ -98,7 +109,8 @@ def test_the_control_plane_deploys_what_a_run_has_approved(home: Home, tmp_path:
     for fingerprint in ("f1", "f2", "unknown"):
         log.append(StepEvent(step="ship", state="succeeded", fingerprint=fingerprint))
     cluster = ManagedCluster(LOCAL, None, 1, lambda: Topology(2, 0, 1))  # type: ignore[arg-type]
-    deploy = lambda: list(deploy_approved(home, cluster, deployments, tmp_path / "run", "/events"))  # noqa: E731
+    serving = DeploymentRounds(home, deployments, cluster, print)
+    deploy = lambda: list(deploy_approved(home, deployments, serving, tmp_path / "run"))  # noqa: E731
     assert deploy() == ["prose"]
     (made,) = deployments.all()
     assert (made.model, made.replicas, made.starting.reference) == ("prose@approved", 2, "export/aa")

@@ -26,6 +26,7 @@ class Proxy:
 
     def __init__(self) -> None:
         self.names = ["one", "two"]
+        self.others = {"/chat": "somebody's"}
         self.starting = 0  # requests for routes that are answered by 503
         self.script: list[str] = []
         self.calls: list[tuple[str, bytes]] = []
@@ -38,7 +39,7 @@ class Proxy:
             await self.answer(send, 503, b"no route table yet")
             return
         if path == "/-/routes":
-            body = json.dumps({f"/{name}": f"moray-{name}" for name in self.names} | {"/chat": "somebody's"})
+            body = json.dumps({f"/{name}": f"moray-{name}" for name in self.names} | self.others)
             await self.answer(send, 200, body.encode(), JSON)
             return
         message = await receive()
@@ -203,6 +204,24 @@ def test_a_stream_that_is_cut_ends_with_an_error_event(proxy: Proxy, url: str) -
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIError, match="the replica stopped"):
         list(client.completions.create(model="one", prompt="", stream=True))
+
+
+def test_a_request_that_kills_replicas_does_not_kill_them_all(proxy: Proxy, url: str) -> None:
+    proxy.script = ["died"] * 20
+    response = ask(url, model="one")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_lost")
+    assert len(proxy.calls) == 5
+
+
+def test_other_applications_keep_their_paths(proxy: Proxy, url: str) -> None:
+    """Paths belong to the longest prefix, as in Serve."""
+    proxy.others = {"/": "site", "/chat/v2": "theirs"}
+    for path in ("/predict", "/chat/v2/x", "/chat", "/docs"):
+        assert ask(url, path).json()["path"] == path
+    assert ask(url, model="one").json()["path"] == "/one/v1/completions"
+    assert requests.get(f"{url}/health", timeout=10).json()["models"] == ["one", "two"]
+    proxy.names = []
+    assert ask(url, model="one").json()["path"] == "/v1/completions"
 
 
 def test_half_an_answer_is_not_a_whole_one(proxy: Proxy, url: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.completion import Completion, completion_json
+from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.openai_api import build_serving_app
 
 BODY = {"model": "tiny", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -288,6 +289,7 @@ def test_a_failure_of_the_model_is_one_error_and_the_next_request_is_answered(cl
         streamed = events(ask(client, stream=True))
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
+    assert VERSION.decode() in response.headers  # so the gateway does not send it to the other replicas
     assert "secret" not in response.text
     assert [set(event) for event in streamed] == [{"error"}]
     assert ask(client).status_code == 200
@@ -297,6 +299,7 @@ def test_a_stopped_engine_is_not_healthy(make_engine):
     engine = AsyncEngine(make_engine())
     with TestClient(build_serving_app(engine, "tiny"), raise_server_exceptions=False) as client:
         engine.stop()
-        assert client.get("/health").status_code == 503
+        stopped = client.get("/health")
+        assert (stopped.status_code, VERSION.decode() in stopped.headers) == (503, False)
         assert ask(client).status_code == 503
         engine.stop = lambda: None  # it has ended; the lifespan need not

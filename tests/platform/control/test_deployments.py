@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import shutil
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.served_models import ServedModels
 from moray.platform.core.cluster import BackendUnreachableError, Topology, Usage
 from moray.platform.core.errors import InputError
-from moray.platform.core.events import EventLog, ServingEvent
+from moray.platform.core.events import ServingEvent
 from moray.platform.core.home import Home
 from moray.platform.core.ports import free_port
 from moray.platform.core.serve_options import ServeOptions
@@ -166,14 +166,17 @@ class Plane:
     def get(self, name: str = "prose") -> Deployment:
         return self.deployments.get(name)
 
-    def report(self, version: int, requests: int, failed: int, name: str = "prose") -> None:
-        log = EventLog(self.home.root / "deployments" / name / "events", f"replica-{version}")
-        log.append(
-            ServingEvent(
-                deployment=name, version=str(version), reference="", replica="r", requests=requests, failed=failed
-            )
-        )
-        log.close()
+    def report(self, version: int, requests: int, failed: int, name: str = "prose", replica: str = "") -> None:
+        """What a replica says now, by the simulated clock."""
+        folder = self.home.root / "deployments" / name / "events"
+        replica = replica or secrets.token_hex(4)
+        event = ServingEvent(
+            deployment=name, version=str(version), reference="", replica=replica, requests=requests, failed=failed,
+            time=self.clock.now,
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"replica-{replica}.jsonl").open("a") as file:
+            file.write(event.model_dump_json() + "\n")
 
 
 @pytest.fixture
@@ -289,18 +292,18 @@ def test_an_alias_of_something_else_stops_nothing(plane: Plane) -> None:
 
 
 def test_a_new_deployment_of_a_name_has_no_history_and_no_requests(plane: Plane) -> None:
-    plane.clock.now = time.time() - 100.0
     plane.deploy()
     plane.run()
     plane.report(1, requests=10, failed=10)
-    assert plane.rounds.reports.answers(plane.get(), 1).requests == 10
+    assert plane.rounds.reports.answers(plane.get(), plane.get().live).requests == 10
     plane.deployments.stop("prose")
     plane.run()
     plane.deployments.remove("prose")
-    plane.clock.now = time.time() + 10.0
+    plane.clock.now += 10.0
     plane.deploy()
     plane.run()
-    assert plane.rounds.reports.answers(plane.get(), 1).requests == 0
+    assert not plane.rounds.reports.events(plane.get())
+    assert plane.rounds.reports.answers(plane.get(), plane.get().live).requests == 0
     assert [row["state"] for row in plane.deployments.history("prose")] == ["starting", "starting", "live", "running"]
 
 
@@ -381,6 +384,245 @@ def test_a_version_whose_answers_fail_is_rolled_back(plane: Plane) -> None:
     found = plane.get()
     assert (found.state, states(found), found.live.reference) == ("running", ["live", "failed"], "export/aa")
     assert found.reason == "version 2 failed: 7 of 14 answers failed"
+
+
+def test_an_earlier_version_takes_over_only_when_it_is_ready(plane: Plane) -> None:
+    """A rollback is a rollover: until the earlier version is ready, the live one answers."""
+    plane.deploy()
+    plane.run()
+    plane.alias("bb")
+    plane.run()
+    plane.deployments.rollback("prose")
+    assert states(plane.get()) == ["starting", "live"]
+    plane.run(2)
+    assert (plane.get().state, plane.get().live.reference) == ("rolling", "export/bb")
+    plane.run()
+    assert (plane.get().state, states(plane.get())) == ("running", ["live", "failed"])
+    plane.run(20)  # the alias still names the version that was rolled back
+    assert states(plane.get()) == ["live", "failed"]
+
+
+@pytest.mark.parametrize("problem", ["gone", "broken"])
+def test_a_rollback_to_a_version_that_does_not_start_takes_nothing_away(plane: Plane, problem: str) -> None:
+    plane.deploy()
+    plane.run()
+    plane.alias("bb")
+    plane.run()
+    if problem == "gone":
+        shutil.rmtree(plane.folder("aa"))
+    else:
+        plane.world.broken = {str(plane.folder("aa"))}
+    plane.report(2, requests=10, failed=10)
+    plane.run(30)
+    assert (plane.get().state, states(plane.get())) == ("running", ["failed", "live"])
+    assert plane.world.applications["prose"].order.arguments["folder"] == str(plane.folder("bb"))
+    assert "version 1 failed" in plane.get().reason
+
+
+def test_a_rollback_is_taken_back(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.alias("bb")
+    plane.run()
+    plane.deployments.rollback("prose")
+    plane.run(2)
+    plane.deployments.rollback("prose")
+    plane.run()
+    assert (plane.get().state, states(plane.get())) == ("running", ["replaced", "live"])
+    assert plane.get().reason == ""
+
+
+def test_a_version_that_has_waited_for_room_gets_its_time_to_start(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(deployment_rounds, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    plane.world.placed = False
+    plane.deploy()
+    plane.run(3)
+    now[0] += 7200.0  # two hours without room, and the wall clock has jumped by a day
+    plane.clock.now += 86400.0
+    plane.run(1)
+    plane.world.live = lambda: None  # placed, but slow
+    plane.world.placed = True
+    plane.world.applications["prose"].progress = 0
+    plane.run(3)
+    assert plane.get().state == "starting"
+    now[0] += 1801.0
+    plane.run(2)
+    assert plane.get().state == "failed"
+    assert "not ready after 30 minutes" in plane.get().reason
+
+
+def test_a_stop_and_a_deploy_during_a_round_are_not_lost(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane.deploy()
+    plane.run()
+    plane.deployments.stop("prose")
+    unmark = plane.rounds._models.unmark
+    monkeypatch.setattr(plane.rounds._models, "unmark", lambda name: (unmark(name), plane.deploy()))
+    plane.run(3)
+    monkeypatch.undo()
+    plane.run()
+    assert (plane.get().wanted, plane.get().state) == ("running", "running")
+    assert plane.deployments.clusters() == {LOCAL}
+
+
+def test_a_stop_while_the_cluster_is_away_stays_a_stop(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane.deploy()
+    plane.run()
+
+    def away() -> None:
+        plane.deployments.stop("prose")
+        raise BackendUnreachableError("away")
+
+    monkeypatch.setattr(plane.world, "observe", away)
+    plane.rounds.round()
+    monkeypatch.undo()
+    assert (plane.get().wanted, plane.get().state) == ("stopped", "stopping")
+    plane.run()
+    assert plane.get().state == "stopped"
+
+
+def test_an_error_of_one_deployment_does_not_hold_up_the_others(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane.deploy()
+    plane.alias("bb", "verse")
+    plane.deploy("verse")
+    decide = deployment_rounds.decide_deployment
+
+    def broken(deployment: Deployment, sight: object) -> object:
+        if deployment.name == "prose":
+            raise OverflowError("too large")
+        return decide(deployment, sight)
+
+    monkeypatch.setattr(deployment_rounds, "decide_deployment", broken)
+    plane.run()
+    assert plane.get("verse").state == "running"
+    assert plane.get("prose").reason == "OverflowError: too large"
+    assert sum("too large" in line for line in plane.logged) == 1  # not once a second
+    monkeypatch.undo()
+    plane.run()
+    assert (plane.get().state, plane.get().reason) == ("running", "")
+
+
+def test_a_thousand_failed_starts_are_a_long_pause(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.rounds._memory["prose"].failures = 1024
+    plane.world.broken = {str(plane.folder("aa"))}
+    plane.world.port, plane.world.applications = 0, {}
+    plane.run()
+    assert plane.get().state == "failed"
+    assert "OverflowError" not in plane.get().reason
+
+
+def test_an_unreadable_report_is_left_out(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.report(1, requests=3, failed=0, replica="r")
+    assert plane.rounds.reports.answers(plane.get(), plane.get().live).requests == 3
+    folder = plane.home.root / "deployments" / "prose" / "events"
+    with (folder / "replica-r.jsonl").open("a") as file:
+        file.write("{not json}\n")
+    (folder / "other.jsonl").write_text('{"kind": "of a later version"}\n')
+    plane.run(2)
+    assert plane.rounds.reports.answers(plane.get(), plane.get().live).requests == 3
+    assert (plane.get().state, plane.get().reason) == ("running", "")
+
+
+def test_failures_of_an_earlier_life_do_not_count(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.report(1, requests=10, failed=9, replica="old")
+    plane.clock.now += 3600.0
+    for name in ("bb", "cc"):
+        plane.alias(name)
+        plane.run()
+        plane.clock.now += 3600.0
+    plane.deployments.rollback("prose", to=1)
+    plane.run(20)
+    assert (plane.get().live.number, plane.get().state) == (1, "running")
+
+
+def test_a_new_version_has_the_options_of_the_one_that_serves(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.deploy(max_running=1)
+    plane.run()
+    plane.deployments.rollback("prose")
+    plane.run()
+    plane.alias("bb")
+    plane.run()
+    assert (plane.get().live.reference, plane.get().live.model.options.max_running) == ("export/bb", 64)
+
+
+def test_a_model_that_was_replaced_at_its_start_is_followed_again(plane: Plane) -> None:
+    plane.deploy()
+    plane.run(1)
+    plane.deploy(max_running=1)  # before the first version is ready
+    plane.run()
+    assert states(plane.get()) == ["replaced", "live"]
+    for name in ("bb", "aa"):
+        plane.alias(name)
+        plane.run()
+    assert plane.get().live.reference == "export/aa"
+    assert plane.get().previous.reference == "export/bb"  # never one that was not live
+
+
+def test_a_failed_model_is_tried_again_after_its_alias_has_named_another(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    plane.world.broken = {str(plane.folder("bb"))}
+    plane.alias("bb")
+    plane.run(20)
+    plane.world.broken = set()
+    plane.run()
+    assert plane.get().live.reference == "export/aa"  # not by itself
+    for name in ("cc", "bb"):
+        plane.alias(name)
+        plane.run()
+    assert plane.get().live.reference == "export/bb"
+
+
+def test_an_alias_that_was_read_before_a_deploy_makes_no_version(plane: Plane) -> None:
+    """On a cluster with a store, aliases are read every ten seconds."""
+    plane.deploy()
+    plane.run()
+    plane.rounds._models.remote = True
+    plane.run(2)
+    plane.alias("bb")
+    plane.deploy()
+    plane.run()
+    assert states(plane.get()) == ["replaced", "live"]
+
+
+def test_an_absent_store_does_not_keep_a_deployment_from_stopping(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane.deploy()
+    plane.run()
+    plane.deployments.stop("prose")
+
+    def away(*_: object) -> None:
+        raise InputError("the store does not respond", "")
+
+    monkeypatch.setattr(plane.rounds._models, "target", away)
+    monkeypatch.setattr(plane.rounds._models, "unmark", away)
+    plane.run()
+    assert plane.world.port == 0  # nothing serves
+    assert plane.get().state == "stopping"
+    monkeypatch.undo()
+    plane.run(1)
+    assert plane.get().state == "stopped"
+    assert "prose@deployed" not in plane.store.aliases.all()
+
+
+def test_a_deployment_of_a_lost_cluster_can_be_removed(plane: Plane) -> None:
+    plane.deploy()
+    plane.run()
+    with pytest.raises(ConflictError, match="is running"):
+        plane.deployments.remove("prose")
+    plane.deployments.remove("prose", lost=True)
+    assert not plane.deployments.all()
 
 
 def test_failures_long_after_a_rollover_are_not_the_versions(plane: Plane) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from moray.platform.control.choices import LOCAL
 from moray.platform.control.controller import Controller
 from moray.platform.control.database import Database
 from moray.platform.control.managed_cluster import ManagedCluster
-from moray.platform.core.cluster import Topology
+from moray.platform.core.cluster import BackendUnreachableError, Topology
 from moray.platform.core.home import Home
 from moray.platform.core.serving import DeploymentSeen, ServingSeen
 from moray.platform.server.app import build_controller_app
@@ -103,6 +105,39 @@ def test_bad_requests_change_nothing(http: TestClient, fields: dict[str, Any], s
     assert answer.status_code == 422, answer.text
     assert said in answer.json()["error"] + answer.json()["hint"]
     assert http.get("/api/deployments").json() == []
+
+
+def test_a_deployment_of_a_cluster_that_does_not_respond(
+    http: TestClient, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a replica gets a GPU is not known, so it has to be said."""
+
+    def away() -> Topology:
+        raise BackendUnreachableError("no route to host")
+
+    cluster = dataclasses.replace(controller.serving(LOCAL).cluster, topology=away)
+    controller.serving(LOCAL).set_cluster(cluster)
+    assert (deploy(http).status_code, http.get("/api/deployments").json()) == (503, [])
+    for gpus in (0, 1):
+        made = deploy(http, name=f"prose-{gpus}", options={"gpus": gpus}).json()
+        assert made["versions"][0]["resources"].get("num_gpus", 0) == gpus
+    assert http.delete("/api/deployments/prose-0?force=true").status_code == 409  # it has not been tried yet
+    controller.serving(LOCAL).error = "no route to host"
+    assert http.delete("/api/deployments/prose-0").status_code == 409
+    assert http.delete("/api/deployments/prose-0?force=true").status_code == 204
+
+
+def test_a_rollback_to_a_model_that_is_gone_is_refused(http: TestClient, tmp_path: Path) -> None:
+    deploy(http)
+    deploy(http, options={"max_running": 1})
+    shutil.rmtree(Path(http.get("/api/deployments/prose").json()["versions"][0]["folder"]))
+    refused = http.post("/api/deployments/prose/rollback", json={"to": 1})
+    assert (refused.status_code, "is gone" in refused.json()["error"]) == (409, True)
+
+
+@pytest.mark.parametrize("model", ["/" + "a" * 300, "~nobody/x", "/root/\x7f"])
+def test_a_path_that_cannot_be_read_is_bad_input(http: TestClient, model: str) -> None:
+    assert deploy(http, model=model, name="x").status_code == 422
 
 
 def test_unknown_names_and_methods(http: TestClient) -> None:
