@@ -6,10 +6,11 @@ writes rows to their padded positions directly.
 Shapes: R packed rows, P padded rows, E experts, D row width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moray.kernels.combine import combine_padded
 from moray.kernels.permute import TILE, PaddedOrder, padded_capacity, permute_padded
 
 
@@ -35,7 +36,20 @@ def pad_groups(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> tuple[Te
     return permute_padded(rows_RD, order, capacity), weights_P, order
 
 
+class _UnpadGroups(torch.autograd.Function):
+    """The inverse of `permute_padded` for one slot. Saves no rows for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_PD: Tensor, order: PaddedOrder) -> Tensor:
+        ctx.order, ctx.capacity = order, len(rows_PD)
+        return rows_PD.index_select(0, order.positions_TK.squeeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return permute_padded(grads[0], ctx.order, ctx.capacity), None
+
+
 def unpad_groups(rows_PD: Tensor, order: PaddedOrder) -> Tensor:
     """The packed rows of `order`. Differentiable."""
-    ones_R1 = torch.ones(order.positions_TK.shape, device=rows_PD.device)
-    return combine_padded(rows_PD, ones_R1, order)
+    rows_RD: Tensor = _UnpadGroups.apply(rows_PD, order)  # type: ignore[no-untyped-call]
+    return rows_RD

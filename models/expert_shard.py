@@ -57,7 +57,7 @@ class ExpertShard(ExactModule):
     def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
         """The experts' outputs, times the router's weights, for rows sorted by local expert, `counts_E` rows each."""
         with torch.no_grad():
-            self.load_E += counts_E.to(self.load_E.device)
+            self.load_E += counts_E.to(self.load_E.device, non_blocking=True)  # the counts may be on the host
         stacks = ExpertStacks(self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
         scales = ExpertStacks(*(getattr(self, scale_name(name)) for name in PROJECTIONS)) if self.is_fp8 else None
         return self.compute(rows_RD, weights_R, counts_E, stacks, scales)

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from moray.kernels.util.place import place
+
 Quantized = TypeVar("Quantized")
 
 _changes = 0  # changes of weights in this process that torch does not count
@@ -25,7 +27,7 @@ class QuantizationCache(Generic[Quantized]):
         self._kept: tuple[object, Quantized] | None = None
 
     def get(self, *weights: Tensor) -> Quantized:
-        now = (_changes, *((weight.data_ptr(), weight._version) for weight in weights))
+        now = (_changes, *((place(weight), weight._version) for weight in weights))
         if self._kept is None or self._kept[0] != now:
             self._kept = None  # frees the old result first
             self._kept = (now, self._make(*weights))

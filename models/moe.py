@@ -11,11 +11,11 @@ hidden size.
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moray.kernels.quantize import quantize_rows_int8
 from moray.kernels.router import route, sequence_balance, weigh
+from moray.kernels.wide_linear import wide_linear
 from moray.models.compute import SwiGLUCompute, UnfusedSwiGLU
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, DispatchHandle, Routing, RoutingContext
@@ -61,7 +61,7 @@ class Router(ExactModule):
         weight_ED = self.weight.to(compute_dtype)
         if self.weight_scale_E1 is not None:
             weight_ED = weight_ED * self.weight_scale_E1
-        logits_TE = F.linear(rows_TD.to(compute_dtype), weight_ED)
+        logits_TE = wide_linear(rows_TD, weight_ED)
         ids_RK, weights_RK, counts_E = self._route(logits_TE, context)
         balance = None
         if self.training and torch.is_grad_enabled():

@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from moray.kernels.util.place import place
+
 Outputs = TypeVar("Outputs", bound=Tensor | tuple[Tensor, ...])
 _hooks = torch.autograd.graph.saved_tensors_hooks
 
@@ -27,7 +29,7 @@ class _Region(Generic[Outputs]):
     def __init__(self, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> None:
         self._function = function
         self._inputs = inputs
-        self._kept = {tensor.data_ptr() for tensor in inputs}
+        self._kept = {place(tensor) for tensor in inputs}
         self._recomputed: list[Tensor] | None = None
         self.saved = 0
         self.placeholders = 0
@@ -37,7 +39,7 @@ class _Region(Generic[Outputs]):
 
         def pack(tensor: Tensor) -> "Tensor | _Placeholder":
             self.saved += 1
-            keep = tensor.is_leaf or tensor.data_ptr() in self._kept
+            keep = tensor.is_leaf or place(tensor) in self._kept
             return tensor if keep else _Placeholder(self, self.saved - 1, tensor)
 
         with _hooks(pack, _restore):
@@ -95,7 +97,7 @@ class Recompute:
         self._on = on and torch.is_grad_enabled()
         self._outputs: dict[
             int, tuple[_Region[Any], int, Tensor]
-        ] = {}  # by address; holding the tensor reserves its address
+        ] = {}  # by storage, which lives as long as the tensor here
         self._entered: Any = None
 
     def run(self, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
@@ -106,8 +108,7 @@ class Recompute:
         region = _Region(function, inputs)
         outputs = region.forward()
         for index, output in enumerate(_each(outputs)):
-            if output.numel():  # an empty tensor has no address
-                self._outputs[output.untyped_storage().data_ptr()] = (region, region.saved + index, output)
+            self._outputs[place(output)[0]] = (region, region.saved + index, output)
         return outputs
 
     def __enter__(self) -> "Recompute":
@@ -127,5 +128,5 @@ class Recompute:
         self._outputs.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Placeholder:
-        known = self._outputs.get(tensor.untyped_storage().data_ptr())
+        known = self._outputs.get(place(tensor)[0])
         return tensor if known is None else _Placeholder(known[0], known[1], tensor)
