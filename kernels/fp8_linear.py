@@ -20,6 +20,7 @@ copy. DeepSeek-V3 saves this input in E5M6; `benchmarks/fp8_accuracy.py` compare
 Shapes: T rows, K inputs, N outputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,45 +71,70 @@ def fp8_weight(weight: Tensor) -> Fp8Weight:
     return Fp8Weight(*quantize(weight.detach(), WEIGHT_BLOCKS, power_of_two=True))
 
 
-class _Fp8Linear(torch.autograd.Function):
+class _Fp8Linears(torch.autograd.Function):
+    """Several linear layers of one input, which is quantized and saved once."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x_TK: Tensor,
-        weight_NK: Tensor,
-        quantized: Fp8Weight,
+        quantized: Sequence[Fp8Weight],
         shared_input: bool,
         deferred: DeferredGradients | None,
-    ) -> Tensor:
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
         if shared_input:
             rowwise = quantize(x_TK, ROW_TILES, power_of_two=True)
             ctx.save_for_backward(x_TK)
         else:
             rowwise, transposed = quantize_both(x_TK, power_of_two=True)
             ctx.save_for_backward(*transposed)
-        ctx.quantized, ctx.weight, ctx.deferred = quantized, weight_NK, deferred
-        return quantized.product(rowwise, x_TK.dtype)
+        ctx.quantized, ctx.weights, ctx.deferred = quantized, weights, deferred
+        return tuple(each.product(rowwise, x_TK.dtype) for each in quantized)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (dy_TN,) = grads
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         held = ctx.saved_tensors
-        rowwise, transposed = quantize_both(dy_TN, power_of_two=True)
-        dx_TK, dw_NK = None, None
+        dx_TK, gradients = None, []
+        for dy_TN, quantized, weight in zip(grads, ctx.quantized, ctx.weights, strict=True):
+            rowwise, transposed = quantize_both(dy_TN, power_of_two=True)
+            if ctx.needs_input_grad[0]:
+                dx = quantized.input_gradient(rowwise, dy_TN.dtype)
+                dx_TK = dx if dx_TK is None else dx_TK + dx
+            gradients.append(_gradient_of(weight, transposed, held, ctx.deferred) if weight.requires_grad else None)
+        return dx_TK, None, None, None, *gradients
 
-        def weight_gradient() -> Tensor:
-            x = held if len(held) == 2 else quantize_both(held[0], power_of_two=True)[1]
-            return fp8_gemm(*transposed, *x, b_block=ROW_TILES, dtype=torch.float32)
 
-        if ctx.needs_input_grad[0]:
-            dx_TK = ctx.quantized.input_gradient(rowwise, dy_TN.dtype)
-        if ctx.needs_input_grad[1]:
-            if ctx.deferred is None:
-                dw_NK = weight_gradient()
-            else:
-                weight = ctx.weight
-                ctx.deferred.add(lambda: add_gradient(weight, weight_gradient()))
-        return dx_TK, dw_NK, None, None, None
+def _gradient_of(
+    weight: Tensor, dy: Quantized, held: Sequence[Tensor], deferred: DeferredGradients | None
+) -> Tensor | None:
+    """The gradient of a weight, or None if it is deferred. held: the saved input, quantized or not."""
+
+    def gradient() -> Tensor:
+        x = held if len(held) == 2 else quantize_both(held[0], power_of_two=True)[1]
+        return fp8_gemm(*dy, *x, b_block=ROW_TILES, dtype=torch.float32)
+
+    if deferred is None:
+        return gradient()
+    deferred.add(lambda: add_gradient(weight, gradient()))
+    return None
+
+
+def fp8_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    quantized: Sequence[Fp8Weight],
+    shared_input: bool = False,
+    deferred: DeferredGradients | None = None,
+) -> tuple[Tensor, ...]:
+    """Returns x @ weight^T in FP8 for each weight [N, K], in x's dtype (FP32 or BF16, any leading axes). Differentiable
+    in `x` and the weights; `quantized` are the quantizations of the weights. The gradients of weights are FP32;
+    `deferred` computes them, if given. `shared_input`: another operation saves x anyway."""
+    shape = x.shape
+    outs: tuple[Tensor, ...] = _Fp8Linears.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, shape[-1]), quantized, shared_input, deferred, *weights
+    )
+    return tuple(out.view(*shape[:-1], out.shape[-1]) for out in outs)
 
 
 def fp8_linear(
@@ -118,11 +144,5 @@ def fp8_linear(
     shared_input: bool = False,
     deferred: DeferredGradients | None = None,
 ) -> Tensor:
-    """Returns x @ weight^T in FP8, in x's dtype (FP32 or BF16, any leading axes). Differentiable in `x` and
-    `weight_NK`; `quantized` is the quantization of the weight. The weight's gradient is FP32; `deferred` computes it,
-    if given. `shared_input`: another operation saves x anyway."""
-    shape = x.shape
-    out: Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, shape[-1]), weight_NK, quantized, shared_input, deferred
-    )
-    return out.view(*shape[:-1], weight_NK.shape[0])
+    """`fp8_linears` of one weight."""
+    return fp8_linears(x, [weight_NK], [quantized], shared_input, deferred)[0]

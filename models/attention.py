@@ -24,7 +24,7 @@ from moray.kernels.rope import rope
 from moray.kernels.util.document_bounds import DocumentBounds
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
-from moray.models.linear import Linear, RMSNorm
+from moray.models.linear import Linear, RMSNorm, linear_outputs
 from moray.models.recompute import Recompute
 
 _LATENT_EPS = 1e-6
@@ -72,8 +72,9 @@ class LatentAttention(nn.Module):
 
     def _down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs of queries, and of keys and values. They are small if queries have a latent of their own."""
-        q_low = self.q_proj(x_BTD) if self.config.q_lora_rank is None else self.q_a_proj(x_BTD)
-        return q_low, self.kv_a_proj_with_mqa(x_BTD)
+        queries = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+        q_low, kv_low = linear_outputs(x_BTD, queries, self.kv_a_proj_with_mqa)
+        return q_low, kv_low
 
     def _up(self, rotary: RotaryTable, q_low: Tensor, kv_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of all heads, [B, T, H, A] each, and values. For the reference, values are padded to A."""

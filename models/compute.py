@@ -18,6 +18,7 @@ Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E ex
 expert hidden size, N outputs, K inputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from moray.kernels.experts import experts, experts_deferred, experts_fp8
 from moray.kernels.fp8_experts import Fp8Experts, fp8_expert_weights, fp8_experts, fp8_mlp
-from moray.kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_weight
+from moray.kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_linears, fp8_weight
 from moray.kernels.padding import pad_groups, unpad_groups
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.util.deferred import DeferredGradients, deferred_linear
@@ -63,6 +64,13 @@ class Fp8TrainedLinear:
 
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
         return fp8_linear(x, weight_NK, self.quantization.get(weight_NK), self.shared_input, self.deferred)
+
+    @staticmethod
+    def several(x: Tensor, layers: Sequence[tuple["Fp8TrainedLinear", Tensor]]) -> tuple[Tensor, ...]:
+        """The outputs of several layers of one input, each a strategy and its weight, which quantize it once."""
+        weights = [weight_NK for _, weight_NK in layers]
+        quantized = [strategy.quantization.get(weight_NK) for strategy, weight_NK in layers]
+        return fp8_linears(x, weights, quantized, deferred=layers[0][0].deferred)
 
 
 class Fp8StoredLinear:

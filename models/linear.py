@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
-from moray.models.compute import Fp8StoredLinear, HighPrecisionLinear, LinearCompute
+from moray.models.compute import Fp8StoredLinear, Fp8TrainedLinear, HighPrecisionLinear, LinearCompute
 from moray.models.tensors import scale_shape
 
 
@@ -75,6 +75,14 @@ class Linear(ExactModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, self.weight, self.weight_scale_inv)
+
+
+def linear_outputs(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """The outputs of several layers of one input. In FP8 training they quantize and save it once."""
+    trained = [(layer.compute, layer.weight) for layer in layers if isinstance(layer.compute, Fp8TrainedLinear)]
+    if len(trained) == len(layers):
+        return Fp8TrainedLinear.several(x, trained)
+    return tuple(layer(x) for layer in layers)
 
 
 class Embedding(nn.Module):

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.kernels.fp8_linear import fp8_linear, fp8_weight
+from moray.kernels.fp8_linear import fp8_linear, fp8_linears, fp8_weight
 from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
+from moray.kernels.util.deferred import DeferredGradients
 from tests.examples import examples
 from tests.kernels.compare import draw
 
@@ -80,3 +81,26 @@ def test_only_eight_bits_of_an_input_are_kept_for_the_backward():
     shared = fp8_linear(x, weight, fp8_weight(weight), shared_input=True)
     (kept,) = shared.grad_fn.next_functions[0][0].saved_tensors
     assert kept.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("deferring", [False, True])
+def test_layers_of_one_input_share_its_quantization_and_change_no_bit(deferring):
+    x = draw((200, 256), dtype=torch.bfloat16)
+    weights = [draw((128, 256), seed=seed) for seed in (1, 2)]
+    gradients = [draw((200, 128), dtype=torch.bfloat16, seed=seed) for seed in (3, 4)]
+    found = []
+    for together in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
+        deferred = DeferredGradients() if deferring else None
+        quantized = [fp8_weight(weight) for weight in weights]
+        if together:
+            outs = fp8_linears(leaves[0], leaves[1:], quantized, deferred=deferred)
+            assert len(outs[0].grad_fn.next_functions[0][0].saved_tensors) == 2  # one FP8 copy, and its scales
+        else:
+            each = zip(leaves[1:], quantized, strict=True)
+            outs = [fp8_linear(leaves[0], leaf, form, deferred=deferred) for leaf, form in each]
+        torch.autograd.backward(outs, gradients)
+        if deferred is not None:
+            deferred.finish()
+        found.append((*outs, *(leaf.grad for leaf in leaves)))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
