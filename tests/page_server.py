@@ -219,8 +219,11 @@ def add_deployment(
 ) -> None:
     """A deployment that waits for its first round; or, of a known name, another version that starts."""
     new = NewDeployment(model=model or f"{name}@newest", name=name, **fields)
-    folder = str(server.home.root / "artifacts" / reference)
-    server.controller.deployments.deploy(new, reference, folder, 0, str(server.home.root / "deployments"))
+    folder = server.home.root / "artifacts" / reference
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "tokenizer.json"):
+        (folder / file).write_text("{}")
+    server.controller.deployments.deploy(new, reference, str(folder), 0, str(server.home.root / "deployments"))
 
 
 def make_live(server: PageServer, name: str, number: int = 1) -> None:
@@ -245,7 +248,9 @@ def report(log: EventLog, name: str, requests: int, version: int = 1, **fields: 
         "waiting": 2, "first_token": (0.024, 0.0383), "tokens_per_second": 490.0 + requests % 9,
         "expert_load": (2.3, 1.4, 1.0 + requests / 1000), **fields,
     }  # fmt: skip
-    log.append(ServingEvent(deployment=name, version=str(version), reference="export/11c5a112", replica="x", **values))
+    log.append(
+        ServingEvent(deployment=name, version=str(version), reference="export/11c5a112", replica=log.writer, **values)
+    )
 
 
 def see_replicas(server: PageServer, port: int = 8000, **replicas: tuple[ReplicaSeen, ...]) -> None:

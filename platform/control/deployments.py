@@ -130,6 +130,7 @@ class Deployment:
     def as_json(self) -> dict[str, Any]:
         found = {name: getattr(self, name) for name in _COLUMNS}
         found["live"] = self.live.number if self.live else None
+        found["previous"] = self.previous.number if self.previous else None
         found["versions"] = [one.as_json() for one in self.versions[-_SHOWN:]]
         return found
 

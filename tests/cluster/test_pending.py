@@ -100,13 +100,15 @@ class OnRay(Write):
 
 
 @contextmanager
-def watching() -> Iterator[tuple[list[str], threading.Event]]:
+def watching(wanted: str) -> Iterator[tuple[list[str], threading.Event]]:
+    """Notes about requests for `wanted`. (The cluster may still list a request of an earlier test.)"""
     notes: list[str] = []
     heard = threading.Event()
 
     def note(text: str, unsatisfiable: bool) -> None:
-        notes.append(text)
-        heard.set()
+        if wanted in text:
+            notes.append(text)
+            heard.set()
 
     watcher = PendingWatcher(note, patience=1.0)
     watcher.start()
@@ -217,7 +219,7 @@ def test_a_replica_that_cannot_be_placed_is_reported(ray_cluster: Cluster, tmp_p
             ended.append(error)
 
     thread = threading.Thread(target=serve)
-    with watching() as (notes, heard):
+    with watching("0.5 CPU") as (notes, heard):
         thread.start()
         assert heard.wait(60)
         ray.kill(hog)

@@ -53,8 +53,8 @@ export function deployment(place, name) {
     if (await confirm(`Stop ${name}?`, text, "Stop the deployment", "Keep it running")) await act("stop");
   };
   const rollBack = async () => {
-    const [from, to] = [desired(state)?.version, previous(state).version];
-    const text = `Version ${to} serves again.${from ? ` Version ${from} counts as failed.` : ""}`;
+    const [from, to] = [desired(state)?.version, state.previous];
+    const text = `Version ${to} serves again.${from > to ? ` Version ${from} counts as failed.` : ""}`;
     if (await confirm(`Roll ${name} back?`, text, `Back to version ${to}`, "Keep it as it is")) await act("rollback");
   };
   const copy = async (command) => {
@@ -112,12 +112,6 @@ export function deployment(place, name) {
 const desired = (one) => latest(one, "starting") ?? latest(one, "live");
 const latest = (one, state) => one.versions.findLast((each) => each.state === state);
 
-/** The version that a rollback returns to, as in platform/control/deployments.py. */
-function previous(one) {
-  const current = desired(one)?.version ?? Infinity;
-  return one.versions.findLast((each) => each.state === "replaced" && each.version < current);
-}
-
 function heading(one, view, stop, rollBack) {
   const live = latest(one, "live");
   const elsewhere = one.cluster === "local" ? "" : ` --cluster ${one.cluster}`;
@@ -149,7 +143,7 @@ function heading(one, view, stop, rollBack) {
 function acts(one, stop, rollBack) {
   const ends = one.wanted === "stopped";
   return [
-    previous(one) && !ends ? h("button", { class: "button", type: "button", onclick: rollBack }, "Roll back") : null,
+    one.previous && !ends ? h("button", { class: "button", type: "button", onclick: rollBack }, "Roll back") : null,
     h(
       "button",
       { class: "button danger", type: "button", onclick: stop, disabled: ends },

@@ -611,7 +611,10 @@ def test_rolling_a_deployment_back_asks_first(server: PageServer, page: Page) ->
     versions = page.get_by_role("region", name="Versions").get_by_role("listitem")
     expect(versions.first).to_contain_text("rolled back by a user")
     expect(versions.last).to_contain_text("Version 1 starting")
-    expect(page.get_by_role("button", name="Roll back")).to_have_count(0)
+    page.get_by_role("button", name="Roll back").click()  # version 2 still answers: it can be taken back
+    page.get_by_role("button", name="Back to version 2").click()
+    expect(versions.last).to_contain_text("Version 1 replaced")
+    expect(versions.first).not_to_contain_text("rolled back by a user")
 
 
 @pytest.fixture
