@@ -211,12 +211,11 @@ class DeploymentRounds:
         if action.pause and memory.retry_at <= time.monotonic():
             pause = min(_LONGEST_RETRY, _SHORTEST_RETRY * 2 ** min(memory.failures, _MOST_DOUBLINGS))
             memory.failures, memory.retry_at = memory.failures + 1, time.monotonic() + pause
-        if action.state not in (deployment.state, "stopped"):
+        if action.state != deployment.state:
             self._log(f"{name}: {action.state} {action.reason}".rstrip())
         if action.state == "running":
             memory.failures = 0
-        if action.state != "stopped":  # `_end` moves the last one when Serve is down
-            self._deployments.move(name, action.state, action.reason)
+        self._deployments.move(name, action.state, action.reason)
 
     def _end(self, mine: Sequence[Deployment], seen: ServingSeen) -> None:
         """Ends the deployments that Serve no longer lists; with the last one, Serve too."""

@@ -81,9 +81,7 @@ class DeploymentAction:
 
 
 def decide_deployment(deployment: Deployment, sight: DeploymentSight) -> DeploymentAction:
-    """Returns the actions for one deployment."""
-    if deployment.wanted == "stopped":
-        return DeploymentAction("stopped" if sight.seen is None else "stopping", "stopped by a user")
+    """Returns the actions for one deployment that is to run."""
     if _is_new(deployment, sight.target):
         return DeploymentAction(deployment.state, deployment.reason, order=sight.ordered, add=True)
     version = deployment.desired
