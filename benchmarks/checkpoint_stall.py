@@ -34,8 +34,8 @@ WORLD, SEQUENCES, LENGTH = 2, 16, 256
 
 
 def worker_of(folder: str, zero_stage: int) -> Worker:
-    fields = {"steps": 10**6, "batch_sequences": SEQUENCES, "zero_stage": zero_stage, "keep_checkpoints": 2}
-    config = PretrainConfig.model_validate(fields)
+    sections = {"parallel": {"zero_stage": zero_stage}, "checkpoint": {"keep": 2}}
+    config = PretrainConfig.model_validate({"steps": 10**6, "batch_sequences": SEQUENCES, **sections})
     job = TrainingJob(config, preset("tiny"), LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
     return build(job, Mesh.create(WORLD, device), device)

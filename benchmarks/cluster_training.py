@@ -44,10 +44,8 @@ steps:
     with:
       steps: {steps}
       batch_sequences: {batch}
-      micro_batch_sequences: 4
-      workers: 4
-      expert_parallel: 2
-      checkpoint_every: 10
+      parallel: {{micro_batch_sequences: 4, workers: 4, expert_parallel: 2}}
+      checkpoint: {{every: 10}}
       model: {{preset: tiny}}
 """
 MEASURES = ("moray.pipelines.pretrain.train_step", "moray.pipelines.pretrain.worker", "moray.actors.data.token_files")

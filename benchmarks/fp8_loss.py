@@ -63,7 +63,7 @@ def fp8_share(config: ModelConfig, length: int) -> float:
 
 def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
     moments = "fp8" if form == "fp8" else "float32"
-    fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "moments": moments, "seed": 3}
+    fields = {"steps": steps, "batch_sequences": BATCH, "precision": form, "optimizer": {"moments": moments}, "seed": 3}
     fields["schedule"] = {"peak": 1e-3, "final": 1e-4, "warmup_tokens": 20 * BATCH * length}
     job = TrainingJob(PretrainConfig.model_validate(fields), model, length, "unused", "unused", "pretrain", threads=2)
     return build(job, Mesh.alone(), torch.device("cpu"))

@@ -65,7 +65,7 @@ def _worker(folder: str, overlap: bool) -> Any:
 
     from moray.kernels.util.host_memory import keep_freed_memory
     from moray.models.presets import preset
-    from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
+    from moray.pipelines.pretrain.config import Parallel, PretrainConfig, TrainingJob
     from moray.pipelines.pretrain.mesh import Mesh
     from moray.pipelines.pretrain.worker import build
 
@@ -89,11 +89,8 @@ def _worker(folder: str, overlap: bool) -> Any:
     config = PretrainConfig(
         steps=1000,
         batch_sequences=BATCH,
-        workers=2,
-        expert_parallel=2,
         precision="bf16",
-        overlap=overlap,
-        micro_batch_sequences=BATCH // 4,
+        parallel=Parallel(workers=2, expert_parallel=2, overlap=overlap, micro_batch_sequences=BATCH // 4),
     )
     job = TrainingJob(config, model, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")

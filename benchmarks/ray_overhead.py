@@ -37,7 +37,7 @@ from harness.turns import Contestant
 from moray.cluster.embedded import EmbeddedCluster
 from moray.models.config import ModelConfig
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
+from moray.pipelines.pretrain.config import Checkpoint, Parallel, PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.core.home import Home
 
@@ -57,10 +57,9 @@ def make_job(folder: Path, workers: int, gpu: bool) -> TrainingJob:
     config = PretrainConfig(
         steps=10**6,
         batch_sequences=SEQUENCES * workers,
-        workers=workers,
-        expert_parallel=workers,
         precision=precision,
-        checkpoint_every=10**7,
+        parallel=Parallel(workers=workers, expert_parallel=workers),
+        checkpoint=Checkpoint(every=10**7),
     )
     return TrainingJob(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
 
@@ -69,7 +68,7 @@ def side_main(way: str, path: str) -> None:
     """Runs one of the two in this process until it is killed."""
     job, tokens, gpu = pickle.loads(Path(path).read_bytes())  # trusted, written by `start`
     if way == "torchrun":
-        workers = str(job.config.workers)
+        workers = str(job.config.parallel.workers)
         torch.distributed.run.main(["--standalone", "--nproc-per-node", workers, __file__, "--rank", path])
         return
     topology = EmbeddedCluster(Home.from_environment()).ensure()

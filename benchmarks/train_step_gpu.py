@@ -51,15 +51,19 @@ LENGTH, SEQUENCES, STEPS, WARM_UP = 4096, 8, 16, 6
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
     "bf16": {"precision": "bf16"},
-    "fp8": {"precision": "fp8", "moments": "fp8"},
+    "fp8": {"precision": "fp8", "optimizer": {"moments": "fp8"}},
 }
 GENTLE = {"peak": 3e-4}  # low enough for stable training, so that the order of summation changes losses little
 ALLOWED = {"float32": 1e-4, "bf16": 5e-3, "fp8": 1e-2}  # largest relative difference of a loss from the reference
 WAYS: dict[str, dict[str, Any]] = {
     "moray bf16": {"precision": "bf16"},
-    "moray fp8, FP8 moments": {"precision": "fp8", "moments": "fp8"},
-    "moray bf16, ZeRO 1": {"precision": "bf16", "zero_stage": 1},
-    "moray bf16, ZeRO 2, offloaded": {"precision": "bf16", "zero_stage": 2, "offload": True},
+    "moray fp8, FP8 moments": {"precision": "fp8", "optimizer": {"moments": "fp8"}},
+    "moray bf16, ZeRO 1": {"precision": "bf16", "parallel": {"zero_stage": 1}},
+    "moray bf16, ZeRO 2, offloaded": {
+        "precision": "bf16",
+        "parallel": {"zero_stage": 2},
+        "optimizer": {"offload": True},
+    },
 }
 PEER = "transformers bf16"
 
@@ -70,8 +74,9 @@ def wide_model() -> ModelConfig:
 
 
 def make_job(folder: Path, model: ModelConfig, length: int, steps: int, settings: dict[str, Any]) -> TrainingJob:
-    shared: dict[str, Any] = {"batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1}
-    config = PretrainConfig(steps=steps, **shared, **settings)
+    parallel = {"workers": 1, "expert_parallel": 1, **settings.get("parallel", {})}
+    fields = {"steps": steps, "batch_sequences": SEQUENCES, **settings, "parallel": parallel}
+    config = PretrainConfig.model_validate(fields)
     return TrainingJob(config, model, length, str(folder / "run"), str(folder / "events"), "pretrain", threads=4)
 
 
@@ -163,7 +168,7 @@ def peer(job: TrainingJob, device: torch.device) -> Callable[[int, Batch], None]
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids, shift_labels=targets.contiguous()).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
@@ -179,7 +184,7 @@ def agreement(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
     model = dataclasses.replace(model, num_nextn_predict_layers=1)
 
     def start(name: str, kernels: str = "triton", **settings: Any) -> Run:
-        settings |= {"ema_half_life_tokens": 10000, "checkpoint_every": TINY_STEPS // 2, "schedule": GENTLE}
+        settings |= {"ema_half_life_tokens": 10000, "checkpoint": {"every": TINY_STEPS // 2}, "schedule": GENTLE}
         return Run(root / name, make_job(root / name, model, TINY_LENGTH, TINY_STEPS, settings), tokens, kernels)
 
     running = {
@@ -188,7 +193,7 @@ def agreement(root: Path) -> tuple[list[dict[str, Any]], list[Bar]]:
         for kernels in ("triton", "reference")
     }
     for stage in (1, 2):
-        running[f"ZeRO {stage}"] = start(f"ZeRO {stage}", zero_stage=stage)
+        running[f"ZeRO {stage}"] = start(f"ZeRO {stage}", parallel={"zero_stage": stage})
     running["fp8 again"] = start("fp8 again", **PRECISIONS["fp8"])
     failed = {name: why for name, process in running.items() if (why := process.end())}
     rows: list[dict[str, Any]] = [{"run": name, "failed": why} for name, why in failed.items()]

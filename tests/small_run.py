@@ -32,7 +32,7 @@ steps:
     with:
       steps: 12
       batch_sequences: 8
-      checkpoint_every: 4
+      checkpoint: {{every: 4}}
       schedule: {{peak: 3.0e-3}}
       model: {{preset: tiny, hidden_size: 64, intermediate_size: 128, moe_intermediate_size: 32, num_hidden_layers: 3,
               num_nextn_predict_layers: 1,

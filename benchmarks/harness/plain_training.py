@@ -63,7 +63,7 @@ def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:
     """Trains like `loop.train` on one rank, without Ray. torch.distributed must be initialized."""
     torch.set_num_threads(job.threads)
     keep_freed_memory()
-    mesh = Mesh.create(job.config.expert_parallel, device)
+    mesh = Mesh.create(job.config.parallel.expert_parallel, device)
     events = EventLog(Path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else None
     run_training(build(job, mesh, device), Reader(job, tokens), events)
     dist.destroy_process_group()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, create_model
 
 from moray.models.config import ModelConfig
 from moray.models.presets import PRESETS
-from moray.platform.plan.config import StepConfig, operational
+from moray.platform.plan.config import StepConfig, operational, section
 
 # One optional override per field of ModelConfig, so that a recipe may change any of a preset's sizes by its name.
 # The vocabulary is the tokenizer's, not the recipe's.
@@ -81,39 +82,25 @@ class Spikes(StepConfig):
     anticipate_lag: int = Field(4, gt=0, description="age in steps of the weights that anticipatory routing uses")
 
 
-class PretrainConfig(StepConfig):
-    """`with:` of the pretrain step. The lower block sets how to run and does not enter the fingerprint."""
+class Optimizer(StepConfig):
+    """AdamW."""
 
-    model: ModelSection = ModelSection()
-    steps: int = Field(gt=0, description="optimizer steps")
-    batch_sequences: int = Field(16, gt=0, description="sequences in a global batch")
-    batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of training")
-    mixture: dict[str, float] = Field(
-        default_factory=dict, description="sampling weight of each source; empty: proportional to its size"
-    )
-    schedule: TrainingSchedule = TrainingSchedule()
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
-    balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
-    document_mask: bool = Field(
-        True, description="attention does not cross document boundaries, and positions restart with each document"
-    )
-    precision: Literal["float64", "float32", "bf16", "fp8"] = Field(
-        "float32",
-        description="dtype of activations and matrix products; fp8: linear layers in FP8, everything else in BF16. "
-        "Weights are float32, except with float64, which is for numerical checks",
-    )
     moments: Literal["float32", "fp8"] = Field(
         "float32", description="dtype of AdamW's moments: 8 bytes per parameter in float32, 2.1 in FP8"
     )
-    spikes: Spikes = Spikes()
-    ema_half_life_tokens: int | None = Field(
-        None, gt=0, description="half-life of an exponential moving average (EMA) of the weights, kept on the CPU"
+    offload: bool = operational(
+        False,
+        description="keep master weights and moments, and run AdamW, on the CPU; requires parallel.zero_stage 1 or 2",
     )
-    seed: int = Field(1, ge=0)
+
+
+class Parallel(StepConfig):
+    """The ranks, what each of them holds, and how it computes its share."""
 
     device: Literal["auto", "cpu", "gpu"] = operational(
         "auto",
@@ -136,9 +123,6 @@ class PretrainConfig(StepConfig):
         description="0: no partitioning; 1: partition master weights and moments over the ranks that hold the same "
         "weights; 2: gradients too",
     )
-    offload: bool = operational(
-        False, description="keep master weights and moments, and run AdamW, on the CPU; requires zero_stage 1 or 2"
-    )
     dispatch: Literal["collectives", "deepep"] = operational(
         "collectives",
         description="transport of expert-parallel dispatch and combine: torch.distributed, or DeepEP's kernels "
@@ -148,14 +132,14 @@ class PretrainConfig(StepConfig):
         True, description="on CPUs, dispatch tokens between ranks of one host through shared memory"
     )
     recompute: bool = operational(False, description="save memory: recompute norms and up-projections in the backward")
-    data_workers: int = operational(1, gt=0, description="Ray actors that read and assemble batches")
-    prefetch: int = operational(2, gt=0, description="batches that are requested in advance")
-    stream_tokens: bool = operational(
-        False, description="read tokens from the shared root by ranged requests, without copying them to this machine"
-    )
-    checkpoint_every: int = operational(50, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = operational(2, gt=0, description="number of newest checkpoints to keep on disk")
-    keep_checkpoint_hours: float | None = operational(
+
+
+class Checkpoint(StepConfig):
+    """Checkpoints on disk and in the archive."""
+
+    every: int = operational(50, gt=0, description="steps between checkpoints")
+    keep: int = operational(2, gt=0, description="number of newest checkpoints to keep on disk")
+    keep_hours: float | None = operational(
         None, gt=0, description="also remove checkpoints older than this; the newest is always kept"
     )
     archive: str | None = operational(
@@ -163,11 +147,17 @@ class PretrainConfig(StepConfig):
         pattern="^s3://[^/]",
         description="s3://bucket/prefix to which every checkpoint is copied",
     )
+
+
+class Resilience(StepConfig):
+    """Reactions to bad batches, hangs and lost machines."""
+
+    spikes: Spikes = Spikes()
     min_workers: int | None = operational(
         None,
         gt=0,
-        description="after machines are lost, continue with at least this many workers, and return to `workers` when "
-        "the cluster has capacity again",
+        description="after machines are lost, continue with at least this many workers, and return to "
+        "`parallel.workers` when the cluster has capacity again",
     )
     resize_seconds: float = operational(60.0, ge=0, description="seconds between checks for capacity for more workers")
     hang_seconds: float = operational(
@@ -176,6 +166,56 @@ class PretrainConfig(StepConfig):
         description="kill a rank that makes no progress for this long; training then resumes from a checkpoint",
     )
     max_failures: int = operational(3, ge=0, description="restarts after failures before the run fails")
+
+
+class PretrainConfig(StepConfig):
+    """`with:` of the pretrain step."""
+
+    moved: ClassVar[Mapping[str, str]] = {
+        **{name: f"optimizer.{name}" for name in Optimizer.model_fields},
+        **{name: f"parallel.{name}" for name in Parallel.model_fields},
+        **{name: f"resilience.{name}" for name in Resilience.model_fields},
+        "checkpoint_every": "checkpoint.every",
+        "keep_checkpoints": "checkpoint.keep",
+        "keep_checkpoint_hours": "checkpoint.keep_hours",
+        "archive": "checkpoint.archive",
+    }
+
+    model: ModelSection = ModelSection()
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_sequences: int = Field(16, gt=0, description="sequences in a global batch")
+    batch_ramp: BatchRamp | None = Field(None, description="smaller batches at the start of training")
+    mixture: dict[str, float] = Field(
+        default_factory=dict, description="sampling weight of each source; empty: proportional to its size"
+    )
+    schedule: TrainingSchedule = TrainingSchedule()
+    balance_factor: float = Field(1e-4, ge=0, description="factor of the sequence-wise balance loss (alpha)")
+    document_mask: bool = Field(
+        True, description="attention does not cross document boundaries, and positions restart with each document"
+    )
+    precision: Literal["float64", "float32", "bf16", "fp8"] = Field(
+        "float32",
+        description="dtype of activations and matrix products; fp8: linear layers in FP8, everything else in BF16. "
+        "Weights are float32, except with float64, which is for numerical checks",
+    )
+    ema_half_life_tokens: int | None = Field(
+        None, gt=0, description="half-life of an exponential moving average (EMA) of the weights, kept on the CPU"
+    )
+    seed: int = Field(1, ge=0)
+
+    optimizer: Optimizer = section(Optimizer)
+    parallel: Parallel = section(Parallel)
+    checkpoint: Checkpoint = section(Checkpoint)
+    resilience: Resilience = section(Resilience)
+    data_workers: int = operational(1, gt=0, description="Ray actors that read and assemble batches")
+    prefetch: int = operational(2, gt=0, description="batches that are requested in advance")
+    stream_tokens: bool = operational(
+        False, description="read tokens from the shared root by ranged requests, without copying them to this machine"
+    )
+
+    def with_parallel(self, **changes: Any) -> PretrainConfig:
+        """A copy with other values of the section `parallel`."""
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update=changes)})
 
 
 @dataclasses.dataclass(frozen=True)

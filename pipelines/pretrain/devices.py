@@ -15,30 +15,32 @@ from moray.platform.core.errors import InputError
 
 
 def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
-    """`config` with `device` set to "cpu" or "gpu". If `workers` is not given, it becomes one per GPU, and
+    """`config` with `parallel.device` set to "cpu" or "gpu". If `workers` is not given, it becomes one per GPU, and
     `expert_parallel` is reduced to fit unless it is given. Raises InputError if the cluster has too few GPUs."""
-    if config.device == "cpu" or (config.device == "auto" and not topology.gpus):
-        return config.model_copy(update={"device": "cpu"})
+    parallel, least = config.parallel, config.resilience.min_workers
+    if parallel.device == "cpu" or (parallel.device == "auto" and not topology.gpus):
+        return config.with_parallel(device="cpu")
     if not topology.gpus:
         raise InputError(
-            "pretrain.device: gpu requires a GPU, and the cluster has none", "set pretrain.device to cpu or auto"
+            "pretrain.parallel.device: gpu requires a GPU, and the cluster has none",
+            "set pretrain.parallel.device to cpu or auto",
         )
-    if "workers" not in config.model_fields_set and topology.gpus >= (config.min_workers or 1):
-        return config.model_copy(update={"device": "gpu", **_layout(config, topology.gpus)})
-    field = "min_workers" if config.min_workers else "workers"
-    if topology.gpus < (least := config.min_workers or config.workers):
+    if "workers" not in parallel.model_fields_set and topology.gpus >= (least or 1):
+        return config.with_parallel(device="gpu", **_layout(config, topology.gpus))
+    field = "resilience.min_workers" if least else "parallel.workers"
+    if topology.gpus < (needed := least or parallel.workers):
         raise InputError(
-            f"pretrain.{field}: {least} workers require a GPU each, and the cluster has {_gpus(topology.gpus)}",
-            f"set pretrain.{field} to {topology.gpus} or less, or pretrain.device to cpu",
+            f"pretrain.{field}: {needed} workers require a GPU each, and the cluster has {_gpus(topology.gpus)}",
+            f"set pretrain.{field} to {topology.gpus} or less, or pretrain.parallel.device to cpu",
         )
-    return config.model_copy(update={"device": "gpu"})
+    return config.with_parallel(device="gpu")
 
 
 def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
     """The largest number of workers, up to one per GPU, that divides all batches, with an `expert_parallel` that
     divides it."""
-    given = "expert_parallel" in config.model_fields_set
-    step = config.expert_parallel if given else 1
+    wanted, given = config.parallel.expert_parallel, "expert_parallel" in config.parallel.model_fields_set
+    step = wanted if given else 1
     sizes = batch_plan(config, sequence_length=1).sizes
     fitting = (n for n in range(gpus - gpus % step, 0, -step) if not any(size % n for size in sizes))
     workers = next(fitting, 0)
@@ -46,30 +48,30 @@ def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
         raise InputError(
             f"pretrain.batch_sequences: batches of {' and '.join(map(str, sorted(set(sizes))))} sequences cannot be "
             f"divided among {step} ranks",
-            f"set batch sizes to multiples of {step}, or pretrain.expert_parallel to a divisor of them",
+            f"set batch sizes to multiples of {step}, or pretrain.parallel.expert_parallel to a divisor of them",
         )
     if not workers:
         raise InputError(
-            f"pretrain.expert_parallel: {step} ranks require a GPU each, and the cluster has {_gpus(gpus)}",
-            f"set pretrain.expert_parallel to {gpus} or less, or pretrain.device to cpu",
+            f"pretrain.parallel.expert_parallel: {step} ranks require a GPU each, and the cluster has {_gpus(gpus)}",
+            f"set pretrain.parallel.expert_parallel to {gpus} or less, or pretrain.parallel.device to cpu",
         )
-    return {"workers": workers, "expert_parallel": step if given else math.gcd(workers, config.expert_parallel)}
+    return {"workers": workers, "expert_parallel": step if given else math.gcd(workers, wanted)}
 
 
 def device_text(config: PretrainConfig) -> str:
     """The devices of a resolved config, such as "2 workers on CPUs" or "8 workers with a GPU each"."""
-    least = f"{config.min_workers} to " if config.min_workers else ""
-    noun = "worker" if config.workers == 1 else "workers"
-    device = "on CPUs" if config.device == "cpu" else "on a GPU" if config.workers == 1 else "with a GPU each"
-    return f"{least}{config.workers} {noun} {device}"
+    workers, least = config.parallel.workers, config.resilience.min_workers
+    noun = "worker" if workers == 1 else "workers"
+    device = "on CPUs" if config.parallel.device == "cpu" else "on a GPU" if workers == 1 else "with a GPU each"
+    return f"{f'{least} to ' if least else ''}{workers} {noun} {device}"
 
 
-def cpu_share(config: PretrainConfig, cpus: int) -> float:
+def cpu_share(workers: int, cpus: int) -> float:
     """CPUs to request from Ray per worker: one, or an equal share if there are fewer CPUs than workers.
 
     Rounded down to Ray's unit of 1/10,000, because Ray could not place the last worker if the shares were rounded up.
     """
-    return 1.0 if cpus >= config.workers else math.floor(cpus * 10_000 / config.workers) / 10_000
+    return 1.0 if cpus >= workers else math.floor(cpus * 10_000 / workers) / 10_000
 
 
 def _gpus(count: int) -> str:

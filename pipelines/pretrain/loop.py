@@ -75,7 +75,8 @@ def train_steps(settings: dict[str, Any]) -> None:
     keep_freed_memory()
     device = ray.train.torch.get_device()
     started = dist.get_world_size()
-    world, ep = usable_layout(started, job.config.expert_parallel, batch_plan(job.config, job.sequence_length).sizes)
+    sizes = batch_plan(job.config, job.sequence_length).sizes
+    world, ep = usable_layout(started, job.config.parallel.expert_parallel, sizes)
     if world < started and not Mesh.shrink(world, device):
         return
     mesh = Mesh.create(ep, device)
@@ -83,7 +84,8 @@ def train_steps(settings: dict[str, Any]) -> None:
     worker = build(job, mesh, device)
     start.reached("model")
     team = mesh.from_first(lambda: secrets.token_hex(4))
-    pulse = Pulse(settings["watch"], team, world, mesh.rank, job.config.hang_seconds, lambda: _beat(worker))
+    seconds = job.config.resilience.hang_seconds
+    pulse = Pulse(settings["watch"], team, world, mesh.rank, seconds, lambda: _beat(worker))
     log = event_log(any_path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else contextlib.nullcontext()
     with pulse, log as events:
         run_training(worker, Loaders(settings["loaders"]), events, start, PreemptionNotice())
@@ -153,7 +155,7 @@ class Loop:
             done = step + 1
             if self._preempted:
                 self._save_before_preemption(done)
-            elif done == steps or done % worker.job.config.checkpoint_every == 0:
+            elif done == steps or done % worker.job.config.checkpoint.every == 0:
                 self._save(done)
             ended = checkpoints.ended()
             self._save_seconds = ended[-1].seconds if ended else self._save_seconds

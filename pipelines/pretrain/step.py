@@ -53,10 +53,11 @@ class Pretrain(Step[PretrainConfig]):
         return device_text(check_machines(config, topology))
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
-        if ctx.stored and ctx.config.archive:
+        if ctx.stored and ctx.config.checkpoint.archive:
             raise InputError(
-                f"pretrain.archive: on a cluster without a shared disk, checkpoints are written to {ctx.stored}",
-                "remove `archive` from the recipe; keep_checkpoints sets how many are kept",
+                "pretrain.checkpoint.archive: on a cluster without a shared disk, checkpoints are written to "
+                f"{ctx.stored}",
+                "remove `archive` from the recipe; checkpoint.keep sets how many are kept",
             )
         tokens = f"{_tokens(ctx).address}/train"
         sets = _open(tokens)
@@ -73,7 +74,7 @@ class Pretrain(Step[PretrainConfig]):
             events=str(ctx.events_folder),
             step=ctx.step,
             initial=ctx.inputs["model"].address if "model" in ctx.inputs else None,
-            threads=max(1, topology.cpus // settings.workers),
+            threads=max(1, topology.cpus // settings.parallel.workers),
         )
         size = parameter_count(config)
         parameters = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"

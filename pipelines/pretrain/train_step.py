@@ -94,7 +94,7 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
     _sum_over_ranks(worker, totals)
     main, prediction, balance, count, flags = totals.tolist()
     worker.optimizer.reduce(totals[3].clamp(min=1).to(torch.float32))
-    norm = worker.optimizer.clip(config.clip).item()
+    norm = worker.optimizer.clip(config.optimizer.clip).item()
     layers = max(1, len(worker.job.model.moe_layers))
     tokens = max(1.0, count)
     return Measured(main / tokens, prediction / tokens, balance / (tokens * layers), norm, int(flags), int(count))
@@ -151,7 +151,7 @@ def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tup
 
 def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
     """The parts of this rank's batch, on its device."""
-    size = worker.job.config.micro_batch_sequences or len(batch.ids)
+    size = worker.job.config.parallel.micro_batch_sequences or len(batch.ids)
     for start in range(0, len(batch.ids), size):
         part = slice(start, start + size)
         ids = torch.from_numpy(batch.ids[part]).to(worker.device)

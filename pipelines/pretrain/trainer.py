@@ -29,7 +29,7 @@ def fit(job: TrainingJob, tokens: str, storage: str, topology: Topology) -> None
     plan = batch_plan(config, job.sequence_length)
     helpers = start_data_workers(config.data_workers, tokens, config.mixture, config.seed, plan)
     settings = {"job": job, "loaders": list(helpers)}
-    settings["watch"] = start_watch(config.hang_seconds, job.events, job.step)
+    settings["watch"] = start_watch(config.resilience.hang_seconds, job.events, job.step)
     helpers.append(settings["watch"])
     trainer = make_trainer(job, settings, storage, topology)
     try:
@@ -72,23 +72,24 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: str, topol
                     ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
                 ray.kill(controller)  # it does not answer calls while it waits for cluster capacity
 
-    config, gpu = job.config, job.config.device == "gpu"
-    cpus = cpu_share(config, topology.cpus)
+    config, gpu = job.config, job.config.parallel.device == "gpu"
+    workers, least = config.parallel.workers, config.resilience.min_workers
+    cpus = cpu_share(workers, topology.cpus)
     scaling: Any = ray.train.ScalingConfig
     return Trainer(
         train_steps,
         train_loop_config=settings,
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=scaling(
-            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
+            num_workers=(least, workers) if least else workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
-            elastic_resize_monitor_interval_s=config.resize_seconds,
+            elastic_resize_monitor_interval_s=config.resilience.resize_seconds,
         ),
         run_config=ray.train.RunConfig(
             name=job.step,
             storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=config.resilience.max_failures),
         ),
     )
 

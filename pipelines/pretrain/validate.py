@@ -24,7 +24,7 @@ from moray.models.config import ModelConfig
 from moray.models.presets import PRESETS
 from moray.models.tensors import checkpoint_shapes
 from moray.models.yarn import Yarn, unknown_fields
-from moray.pipelines.pretrain.config import PretrainConfig, TrainingSchedule, model_config
+from moray.pipelines.pretrain.config import Optimizer, PretrainConfig, TrainingSchedule, model_config
 from moray.pipelines.pretrain.devices import resolved
 from moray.pipelines.pretrain.layout import BLOCK
 from moray.pipelines.pretrain.lr_schedule import batch_plan, decay_tokens
@@ -48,8 +48,8 @@ def check_recipe(config: PretrainConfig, continues: bool) -> None:
         else:
             model = model_config(config.model, vocab_size=1 << 16)  # the real vocabulary is the tokenizer's
             _check_model(config, model)
-        check_moments(config.moments, config.beta2)
-        check_backend(config.zero_stage, config.offload, config.precision, config.moments)
+        check_moments(config.optimizer)
+        check_backend(config)
         _check_workers(config, model)
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -67,35 +67,40 @@ def _check_model_section(section: Any, continues: bool) -> None:
 def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
     """If `workers` is not given, it depends on the machines, and `check_machines` checks the batches."""
     sizes = batch_plan(config, sequence_length=1).sizes
-    given = "workers" in config.model_fields_set
-    world = config.workers if given else config.expert_parallel
+    parallel, least = config.parallel, config.resilience.min_workers
+    given = "workers" in parallel.model_fields_set
+    world = parallel.workers if given else parallel.expert_parallel
     experts = model.n_routed_experts if model else None
-    check_layout(world, config.expert_parallel, experts, sizes if given else ())
-    if config.min_workers and config.min_workers > config.workers:
-        raise ValueError(f"min_workers ({config.min_workers}) must not exceed workers ({config.workers})")
+    check_layout(world, parallel.expert_parallel, experts, sizes if given else ())
+    if least and least > parallel.workers:
+        raise ValueError(f"resilience.min_workers ({least}) must not exceed parallel.workers ({parallel.workers})")
 
 
 def check_machines(config: PretrainConfig, topology: Topology) -> PretrainConfig:
     """`config` resolved for these machines (see `devices.resolved`). Raises InputError."""
     chosen = resolved(config, topology)
-    with rule_errors("set pretrain.workers and pretrain.expert_parallel"):
-        check_layout(chosen.workers, chosen.expert_parallel, None, batch_plan(chosen, sequence_length=1).sizes)
-    if chosen.dispatch == "deepep":
+    with rule_errors("set pretrain.parallel.workers and pretrain.parallel.expert_parallel"):
+        sizes = batch_plan(chosen, sequence_length=1).sizes
+        check_layout(chosen.parallel.workers, chosen.parallel.expert_parallel, None, sizes)
+    if chosen.parallel.dispatch == "deepep":
         _check_deepep(chosen, topology.gpus)
     return chosen
 
 
 def _check_deepep(config: PretrainConfig, gpus: int) -> None:
     """Raises InputError if DeepEP is unavailable. `config` is resolved."""
-    instead = "set pretrain.dispatch to collectives"
-    if config.device == "cpu":
+    instead = "set pretrain.parallel.dispatch to collectives"
+    if config.parallel.device == "cpu":
         raise InputError(
-            f"pretrain.dispatch: deepep requires a GPU for each of {config.workers} workers; the cluster has {gpus}",
+            f"pretrain.parallel.dispatch: deepep requires a GPU for each of {config.parallel.workers} workers; the "
+            f"cluster has {gpus}",
             instead,
         )
     if importlib.util.find_spec("deep_ep") is None:
         hint = f"install it on the machines of the cluster (https://github.com/deepseek-ai/DeepEP), or {instead}"
-        raise InputError("pretrain.dispatch: deepep requires the package deep_ep, which is not installed", hint)
+        raise InputError(
+            "pretrain.parallel.dispatch: deepep requires the package deep_ep, which is not installed", hint
+        )
 
 
 def check_continued(
@@ -107,7 +112,7 @@ def check_continued(
     """
     with rule_errors("correct `model` or the layout in the recipe"):
         settings = resolved(config, topology)
-        check_layout(settings.workers, settings.expert_parallel, model.n_routed_experts)
+        check_layout(settings.parallel.workers, settings.parallel.expert_parallel, model.n_routed_experts)
         _check_model(config, model)
     if checkpoint_shapes(model) != checkpoint_shapes(stored):
         raise InputError(
@@ -136,10 +141,10 @@ def check_job(config: PretrainConfig, model: ModelConfig, tokens: Mapping[str, T
         plan = batch_plan(config, length)
         check_schedule(config.schedule, plan.before(config.steps) * length)
         Mixture({source: token_set.sequences for source, token_set in tokens.items()}, config.mixture, 0, plan)
-    if config.archive:
+    if config.checkpoint.archive:
         from moray.pipelines.pretrain.checkpoint.archive import check_archive  # imports boto3
 
-        check_archive(config.archive)
+        check_archive(config.checkpoint.archive)
     check_machines(config, topology)
 
 
@@ -163,20 +168,20 @@ def check_context(section: Any) -> None:
 
 
 def _check_model(config: PretrainConfig, model: ModelConfig) -> None:
-    check_dispatch(config.dispatch, config.precision, model.hidden_size)
-    if config.moments == "fp8":
+    check_dispatch(config.parallel.dispatch, config.precision, model.hidden_size)
+    if config.optimizer.moments == "fp8":
         check_blocks(model)
 
 
 def check_layout(world: int, ep: int, experts: int | None = None, batches: Sequence[int] = ()) -> None:
     """Raises ValueError for an invalid layout: EP must divide world and experts, and world must divide all batches."""
     if world % ep:
-        raise ValueError(f"workers ({world}) must be a multiple of expert_parallel ({ep})")
+        raise ValueError(f"parallel.workers ({world}) must be a multiple of parallel.expert_parallel ({ep})")
     if experts is not None and experts % ep:
-        raise ValueError(f"n_routed_experts ({experts}) must be a multiple of expert_parallel ({ep})")
+        raise ValueError(f"n_routed_experts ({experts}) must be a multiple of parallel.expert_parallel ({ep})")
     for size in batches:
         if size % world:
-            raise ValueError(f"batch_sequences ({size}) must be a multiple of workers ({world})")
+            raise ValueError(f"batch_sequences ({size}) must be a multiple of parallel.workers ({world})")
 
 
 def check_blocks(config: ModelConfig) -> None:
@@ -184,28 +189,33 @@ def check_blocks(config: ModelConfig) -> None:
     inner, hidden = config.moe_intermediate_size, config.hidden_size
     if config.moe_layers and inner * hidden % BLOCK:
         raise ValueError(
-            f"moments: fp8 requires hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a multiple of "
-            f"{BLOCK}"
+            f"optimizer.moments: fp8 requires hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a "
+            f"multiple of {BLOCK}"
         )
 
 
-def check_moments(moments: str, beta2: float) -> None:
+def check_moments(optimizer: Optimizer) -> None:
     """Raises ValueError for a beta2 at which FP8 second moments would not follow the gradients."""
-    if moments == "fp8" and beta2 > MAX_BETA2:
+    if optimizer.moments == "fp8" and optimizer.beta2 > MAX_BETA2:
         raise ValueError(
-            f"moments: fp8 requires beta2 of at most {MAX_BETA2}, not {beta2}, since FP8 rounding loses small changes "
-            "(at 0.99, after gradients shrink to a quarter, second moments stay 3.3 times too large, and 1 % of them "
-            "11 times); lower beta2 (DeepSeek-V3: 0.95) or set moments: float32"
+            f"optimizer.moments: fp8 requires beta2 of at most {MAX_BETA2}, not {optimizer.beta2}, since FP8 "
+            "rounding loses small changes (at 0.99, after gradients shrink to a quarter, second moments stay 3.3 times "
+            "too large, and 1 % of them 11 times); lower beta2 (DeepSeek-V3: 0.95) or set optimizer.moments: float32"
         )
 
 
-def check_backend(zero_stage: int, offload: bool, precision: str, moments: str) -> None:
+def check_backend(config: PretrainConfig) -> None:
     """Raises ValueError for an invalid combination of optimizer settings."""
-    if offload and not zero_stage:
-        raise ValueError("offload: true requires zero_stage 1 or 2, because at 0 the weights are the master weights")
-    if precision == "float64" and (zero_stage or moments == "fp8"):
+    zero_stage = config.parallel.zero_stage
+    if config.optimizer.offload and not zero_stage:
         raise ValueError(
-            "precision: float64 requires zero_stage 0 and moments: float32, because ZeRO's master weights are float32"
+            "optimizer.offload: true requires parallel.zero_stage 1 or 2, because at 0 the weights are the master "
+            "weights"
+        )
+    if config.precision == "float64" and (zero_stage or config.optimizer.moments == "fp8"):
+        raise ValueError(
+            "precision: float64 requires parallel.zero_stage 0 and optimizer.moments: float32, because ZeRO's master "
+            "weights are float32"
         )
 
 
@@ -214,11 +224,11 @@ def check_dispatch(dispatch: str, precision: str, hidden: int) -> None:
     if dispatch != "deepep":
         return
     if precision not in ("bf16", "fp8"):
-        raise ValueError(f"dispatch: deepep requires precision bf16 or fp8, not {precision}")
+        raise ValueError(f"parallel.dispatch: deepep requires precision bf16 or fp8, not {precision}")
     if hidden % 16:
         raise ValueError(
-            f"dispatch: deepep requires hidden_size ({hidden}) to be a multiple of 16, because it copies 16 bytes at a "
-            "time"
+            f"parallel.dispatch: deepep requires hidden_size ({hidden}) to be a multiple of 16, because it copies 16 "
+            "bytes at a time"
         )
 
 

@@ -85,34 +85,34 @@ class Worker:
 
 def overlaps(job: TrainingJob, mesh: Mesh) -> bool:
     """Whether micro-batches overlap. With EP 1 there is no all-to-all to overlap with."""
-    return job.config.overlap and mesh.ep > 1
+    return job.config.parallel.overlap and mesh.ep > 1
 
 
 def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     """The rank's model, optimizer and checkpoints. Initial weights do not depend on the layout."""
     config, folder = job.config, any_path(job.folder)
     # Not with ZeRO 2, which reduces gradients during the backward.
-    deferred = DeferredGradients() if overlaps(job, mesh) and config.zero_stage < 2 else None
+    deferred = DeferredGradients() if overlaps(job, mesh) and config.parallel.zero_stage < 2 else None
     model = _model(job, mesh, device, deferred)
     optimizer = sharded_optimizer(model, mesh, config, deferred)
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
-    guard = Guard(config.spikes, mesh.from_first(lambda: read_record(folder)))
+    guard = Guard(config.resilience.spikes, mesh.from_first(lambda: read_record(folder)))
     state = TrainingState(model, optimizer, ema, guard)
     archive = None
-    if config.archive and isinstance(folder, Path):
-        archive = Archive(config.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
-    keep = (config.keep_checkpoints, config.keep_checkpoint_hours)
+    if config.checkpoint.archive and isinstance(folder, Path):
+        archive = Archive(config.checkpoint.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
+    keep = (config.checkpoint.keep, config.checkpoint.keep_hours)
     return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), deferred)
 
 
 def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: DeferredGradients | None) -> Dispatcher:
-    config, group, experts = job.config, mesh.ep_group, job.model.n_routed_experts
+    config, group, experts = job.config.parallel, mesh.ep_group, job.model.n_routed_experts
     if mesh.ep == 1:
         return LocalDispatcher()
     assert group is not None
     if config.dispatch == "deepep":
-        sequences = config.micro_batch_sequences or max(batch_plan(config, job.sequence_length).sizes) // mesh.world
-        buffer = elastic_buffer(group, job.model, sequences * job.sequence_length, config.precision == "fp8")
+        sequences = config.micro_batch_sequences or max(batch_plan(job.config, job.sequence_length).sizes) // mesh.world
+        buffer = elastic_buffer(group, job.model, sequences * job.sequence_length, job.config.precision == "fp8")
         return DeepEPDispatcher(group, experts, buffer, mesh.clock.over, deferred)
     memory = connect(group) if config.shared_memory and device.type == "cpu" else None
     return ProcessGroupDispatcher(group, experts, mesh.clock.over, deferred, memory)
@@ -129,7 +129,7 @@ def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: Deferre
     if job.config.precision == "float64":
         model.double()
     model.train()
-    model.set_recompute(job.config.recompute)
+    model.set_recompute(job.config.parallel.recompute)
     if job.config.precision in ("bf16", "fp8"):
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -30,10 +30,12 @@ class StepConfig(BaseModel):
     """Base of every step's `with:` block: frozen, and unknown fields are errors.
 
     Operational fields and secrets may be given by reference (platform/core/references.py). A dumped or printed config
-    shows such a field as written in the recipe.
+    shows such a field as written in the recipe. `moved`: the new places of fields that recipes for older versions of
+    Moray have, for the error's hint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    moved: ClassVar[Mapping[str, str]] = {}
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)  # operational fields that were given by reference
 
     @field_validator("*", mode="wrap")
@@ -65,9 +67,22 @@ class StepConfig(BaseModel):
         return [(name, self._written.get(str(name), value)) for name, value in super().__repr_args__()]
 
 
+ConfigT = TypeVar("ConfigT", bound=StepConfig)
+
+
 def operational(default: Any, **rules: Any) -> Any:
     """A config field that affects how a step runs, not its result (workers, paths); excluded from the fingerprint."""
     return Field(default, json_schema_extra={"identity": False}, **rules)
+
+
+def section(kind: type[ConfigT]) -> Any:
+    """A config field that groups other fields by topic. The fingerprint has them as fields of the config itself, so
+    moving a field into a section changes no fingerprint."""
+    return Field(default_factory=kind, json_schema_extra={"section": True})
+
+
+def is_section(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("section") is True
 
 
 def is_operational(field: FieldInfo) -> bool:
@@ -94,6 +109,3 @@ def local_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Path]]:
 def user_path(path: Path) -> Path:
     """A path of a recipe as a path on this host: without `host:`, which says that all hosts have it."""
     return Path(str(path).removeprefix(ON_HOSTS)).expanduser()
-
-
-ConfigT = TypeVar("ConfigT", bound=StepConfig)

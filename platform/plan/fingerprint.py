@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from moray.platform.core.references import Secret
-from moray.platform.plan.config import is_operational
+from moray.platform.plan.config import is_operational, is_section
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.plan.step import ExternalFile
 
@@ -25,13 +25,15 @@ EARLIER = "earlier"  # the input for a step that continues from its own earlier 
 
 
 def identity(value: Any) -> Any:
-    """Converts a config to plain JSON data, without the fields marked `identity: False`, at any depth."""
+    """Converts a config to plain JSON data, without operational fields, at any depth. Sections are dissolved."""
     if isinstance(value, BaseModel):
-        return {
-            name: identity(getattr(value, name))
-            for name, field in type(value).model_fields.items()
-            if not is_operational(field)
-        }
+        plain: dict[str, Any] = {}
+        for name, field in type(value).model_fields.items():
+            if is_section(field):
+                plain |= identity(getattr(value, name))
+            elif not is_operational(field):
+                plain[name] = identity(getattr(value, name))
+        return plain
     if isinstance(value, Mapping):
         return {str(key): identity(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -311,6 +311,9 @@ def _explain(
     where = f"{path}:{lines.of(full)}: {'.'.join(full)}"
     if first["type"] == "extra_forbidden":
         _, models = _walk(model, first["loc"][:-1])
+        for one in models.values():
+            if issubclass(one, StepConfig) and fields[-1] in one.moved:
+                return RecipeError(f"{where}: unknown field", f"write it as {one.moved[fields[-1]]}")
         known = [name for one in models.values() for name in _named(one)]
         return RecipeError(f"{where}: unknown field", nearest(fields[-1], known))
     if "hint" in (context := first.get("ctx", {})):  # raised by Moray's own validators

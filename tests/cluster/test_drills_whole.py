@@ -30,7 +30,7 @@ from tests.small_run import recipe_text, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.evidence]
 
-_FOUR_RANKS = "steps: 12\n      workers: 4\n      expert_parallel: 2"
+_FOUR_RANKS = "steps: 12\n      parallel: {workers: 4, expert_parallel: 2}"
 _DOCUMENTS = "benchmarks/corpus/.cache/documents"
 
 

@@ -186,7 +186,12 @@ def test_training_that_can_never_start_is_an_error_too(flow: Flow) -> None:
     from ray.util.placement_group import PlacementGroup
 
     larger = Alone(Topology(8, 0, flow.cluster.topology().memory_bytes))
-    overrides = ["pretrain.workers=4", "pretrain.expert_parallel=1", "pretrain.steps=3", "pretrain.batch_sequences=8"]
+    overrides = [
+        "pretrain.parallel.workers=4",
+        "pretrain.parallel.expert_parallel=1",
+        "pretrain.steps=3",
+        "pretrain.batch_sequences=8",
+    ]
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(InputError, match="step 'pretrain': cannot be scheduled: it needs 4 CPU, but the cluster has 2"):
         run_small(flow.home, flow.folder, larger, overrides)

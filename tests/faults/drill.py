@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from moray.actors.data.token_set import open_token_sets
-from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.trainer import fit
 from moray.platform.core.cluster import Topology
 from tests.actors.data.test_token_set import LENGTH, write
+from tests.pipelines.pretrain.settings import pretrain_config
 from tests.pipelines.pretrain.training_ranks import MODEL
 
 
@@ -26,7 +27,7 @@ def main(folder: Path, settings: str) -> None:
     if not tokens.exists():
         write(tokens / "a", [[[(3 * i + k) % 997 + 3 for i in range(60)] for k in range(200)]])
     vocabulary = open_token_sets(str(tokens))["a"].vocabulary
-    config = PretrainConfig.model_validate(json.loads(settings))
+    config = pretrain_config(**json.loads(settings))
     model = dataclasses.replace(MODEL, vocab_size=vocabulary.size, max_position_embeddings=LENGTH)
     job = TrainingJob(config, model, LENGTH, str(folder / "run"), str(folder / "events"), "pretrain", threads=1)
     cpus = int(ray.cluster_resources()["CPU"])

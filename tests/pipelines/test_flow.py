@@ -181,7 +181,7 @@ def test_a_second_run_reuses_everything(flow: Flow) -> None:
 
 
 def test_other_workers_reuse_and_a_changed_file_runs_again(flow: Flow) -> None:
-    result, _ = flow.run("pretrain.data_workers=2", "pretrain.checkpoint_every=7")
+    result, _ = flow.run("pretrain.data_workers=2", "pretrain.checkpoint.every=7")
     assert all(row.reused for row in result.steps.values())
 
 
@@ -221,7 +221,7 @@ def test_a_killed_or_stopped_worker_changes_no_bit_of_the_result(
     struck: list[int] = []
     striker = threading.Thread(target=strike_a_training_worker, args=(home.root, number, struck))
     striker.start()
-    result, _ = run_small(home, flow.folder, flow.cluster, ("pretrain.hang_seconds=4",), until="export")
+    result, _ = run_small(home, flow.folder, flow.cluster, ("pretrain.resilience.hang_seconds=4",), until="export")
     striker.join()
     assert struck, "no worker was struck"
     said = [e.text for e in read_events(result.folder) if isinstance(e, NoteEvent)]

@@ -17,7 +17,8 @@ from tests.control_plane import ControlPlane, wait_for
 from tests.serving_load import Load, add_model
 
 SMALL = (
-    "pretrain.steps=12", "pretrain.workers=1", "pretrain.expert_parallel=1", "pretrain.schedule.peak=0.003",
+    "pretrain.steps=12", "pretrain.parallel.workers=1", "pretrain.parallel.expert_parallel=1",
+    "pretrain.schedule.peak=0.003",
     "pretrain.schedule.warmup_tokens=0", "evaluate.resamples=10", "tokenize.sequence_length=64",
     "benchmark.sources=[{name: python, path: '${python:stdlib}', include: ['[p-r]*.py'], license: PSF-2.0}]",
     "benchmark-tokens.sequence_length=64", "benchmark-split.heldout=0.15", "split.heldout=0.3",

@@ -108,8 +108,9 @@ class Fp8AdamW(torch.optim.Optimizer):
 
 def adamw(groups: list[dict[str, Any]], config: PretrainConfig) -> Fp32AdamW | Fp8AdamW:
     """The configured AdamW over torch's parameter groups."""
-    betas, epsilon, rate = (config.beta1, config.beta2), config.epsilon, config.schedule.peak
-    if config.moments == "fp8":
+    settings, rate = config.optimizer, config.schedule.peak
+    betas, epsilon = (settings.beta1, settings.beta2), settings.epsilon
+    if settings.moments == "fp8":
         return Fp8AdamW(groups, {"lr": rate, "betas": betas, "eps": epsilon, "weight_decay": 0.0})
     return Fp32AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
 

@@ -79,10 +79,10 @@ def sharded_optimizer(
 
     Raises ValueError for a model that the backend cannot train (`validate.py` checks it earlier).
     """
-    if config.moments == "fp8":
+    if config.optimizer.moments == "fp8":
         check_blocks(model.config)
     groups = flat_groups(model, mesh)
-    if not config.zero_stage:
+    if not config.parallel.zero_stage:
         return PlainOptimizer(model, groups, mesh, config, deferred)
     from moray.pipelines.pretrain.optim.zero import ZeroOptimizer  # imports deepspeed, which takes seconds
 
@@ -119,11 +119,13 @@ class PlainOptimizer:
         self._mesh = mesh
         self._groups = groups
         self._masters = [_flatten(group) for group in groups]
-        decays = [config.weight_decay if group.decays else 0.0 for group in groups]
+        decays = [config.optimizer.weight_decay if group.decays else 0.0 for group in groups]
         pairs = zip(self._masters, decays, strict=True)
         self._inner = adamw([{"params": [master], "weight_decay": decay} for master, decay in pairs], config)
         self._inner.prepare()
-        self._reduction = Reduction(model, mesh, list(self._gradients()), deferred, config.overlap and mesh.world > 1)
+        self._reduction = Reduction(
+            model, mesh, list(self._gradients()), deferred, config.parallel.overlap and mesh.world > 1
+        )
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self._reduction.begin(last)

@@ -47,7 +47,7 @@ class ZeroOptimizer:
         if dtype != torch.float32:
             raise ValueError(f"ZeRO requires float32 weights, not {dtype}; set zero_stage to 0")
         self._groups = groups
-        self._stage = config.zero_stage
+        self._stage = config.parallel.zero_stage
         self._clock = mesh.clock
         self._norm: torch.Tensor | None = None
         self._pads: list[torch.nn.Parameter] = []
@@ -128,7 +128,7 @@ class ZeroOptimizer:
             for parameter in parameters:
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = group.name  # type: ignore[attr-defined]
-        decay = config.weight_decay if group.decays else 0.0
+        decay = config.optimizer.weight_decay if group.decays else 0.0
         return {"params": parameters, "weight_decay": decay, "name": group.name, "moe": group.expert}
 
     def _check_layout(self) -> None:
@@ -170,10 +170,10 @@ def _deepspeed_optimizer(inner: Any, groups: list[FlatGroup], mesh: Mesh, config
         dp_process_group=dist.group.WORLD,
         expert_parallel_group={name: mesh.ep_group for name in experts},
         expert_data_parallel_group={name: mesh.edp_group for name in experts},
-        offload_optimizer_config=offload if config.offload else None,
+        offload_optimizer_config=offload if config.optimizer.offload else None,
         communication_data_type=torch.float32,
         gradient_accumulation_dtype=torch.float32,
         gradient_average=False,
-        partition_grads=config.zero_stage == 2,
+        partition_grads=config.parallel.zero_stage == 2,
         has_moe_layers=bool(experts),
     )

@@ -14,10 +14,11 @@ from moray.pipelines.pretrain.devices import cpu_share, device_text, resolved
 from moray.pipelines.pretrain.step import step
 from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, RecipeError
+from tests.pipelines.pretrain.settings import pretrain_config
 
 
 def config(**settings: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"steps": 1, "batch_sequences": 48, **settings})
+    return pretrain_config(**{"steps": 1, "batch_sequences": 48, **settings})
 
 
 def machine(gpus: int, cpus: int = 8) -> Topology:
@@ -32,13 +33,13 @@ def test_without_a_gpu_the_default_is_two_workers_on_cpus() -> None:
 def test_the_default_uses_the_gpus_there_are(gpus: int, workers: int, ep: int) -> None:
     """One GPU meets the default of two workers, and is used."""
     chosen = resolved(config(), machine(gpus))
-    assert (chosen.device, chosen.workers, chosen.expert_parallel) == ("gpu", workers, ep)
+    assert (chosen.parallel.device, chosen.parallel.workers, chosen.parallel.expert_parallel) == ("gpu", workers, ep)
 
 
 def test_a_given_expert_parallel_is_kept_or_refused() -> None:
     chosen = resolved(config(expert_parallel=4), machine(8))
-    assert (chosen.workers, chosen.expert_parallel) == (8, 4)
-    assert resolved(config(expert_parallel=4), machine(7)).workers == 4
+    assert (chosen.parallel.workers, chosen.parallel.expert_parallel) == (8, 4)
+    assert resolved(config(expert_parallel=4), machine(7)).parallel.workers == 4
     with pytest.raises(InputError, match=r"expert_parallel: 4 ranks require a GPU each, and the cluster has 3"):
         resolved(config(expert_parallel=4), machine(3))
     with pytest.raises(InputError, match=r"batches of 6 sequences cannot be divided among 4 ranks"):
@@ -51,9 +52,9 @@ def test_default_workers_are_checked_against_the_batch_size() -> None:
     step.check(odd, {})
     assert step.placement(odd, machine(1)) == "1 worker on a GPU"
     assert step.placement(odd, machine(3)) == "3 workers with a GPU each"
-    with pytest.raises(InputError, match=r"batch_sequences \(3\) must be a multiple of workers \(2\)"):
+    with pytest.raises(InputError, match=r"batch_sequences \(3\) must be a multiple of parallel\.workers \(2\)"):
         step.placement(odd, machine(0))
-    with pytest.raises(RecipeError, match=r"batch_sequences \(3\) must be a multiple of workers \(2\)"):
+    with pytest.raises(RecipeError, match=r"batch_sequences \(3\) must be a multiple of parallel\.workers \(2\)"):
         step.check(config(batch_sequences=3, workers=2), {})
 
 
@@ -65,14 +66,14 @@ def test_too_few_gpus_are_refused_by_name() -> None:
     assert device_text(resolved(config(workers=16, device="cpu"), machine(8))) == "16 workers on CPUs"
     assert device_text(resolved(config(workers=8), machine(8))) == "8 workers with a GPU each"
     assert device_text(resolved(config(workers=16, min_workers=4), machine(8))) == "4 to 16 workers with a GPU each"
-    with pytest.raises(InputError, match=r"pretrain\.min_workers: 12 workers"):
+    with pytest.raises(InputError, match=r"pretrain\.resilience\.min_workers: 12 workers"):
         resolved(config(workers=16, min_workers=12), machine(8))
 
 
 @given(st.integers(1, 512), st.integers(1, 4096))
 def test_all_workers_can_be_placed(cpus: int, workers: int) -> None:
     """In Ray's own arithmetic of 1/10,000: rounded up, 3 workers of 0.667 did not fit into 2 CPUs."""
-    share = cpu_share(config(workers=workers), cpus)
+    share = cpu_share(workers, cpus)
     assert 0 < round(share * 10_000) <= 10_000
     assert round(share * 10_000) * workers <= cpus * 10_000 or cpus >= workers
     gang = Demand(((("CPU", share),),) * min(workers, 64))

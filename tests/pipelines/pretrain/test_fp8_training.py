@@ -12,17 +12,18 @@ import torch
 from moray.actors.data.token_set import Batch
 from moray.models.presets import preset
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints, Restored
-from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.train_step import train_step
 from moray.pipelines.pretrain.worker import Worker, build
+from tests.pipelines.pretrain.settings import pretrain_config
 
 ALONE = Mesh.alone()
 
 
 def _worker(folder: Path, **config: object) -> Worker:
     model = dataclasses.replace(preset("tiny"), vocab_size=64, hidden_size=32, num_hidden_layers=2)
-    settings = PretrainConfig.model_validate({"steps": 8, "batch_sequences": 4, **config})
+    settings = pretrain_config(**{"steps": 8, "batch_sequences": 4, **config})
     job = TrainingJob(settings, model, sequence_length=16, folder=str(folder), events="", step="pretrain", threads=1)
     return build(job, ALONE, torch.device("cpu"))
 

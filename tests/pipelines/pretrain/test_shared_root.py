@@ -29,7 +29,7 @@ def test_a_fresh_machine_trains_from_the_bucket_to_the_same_bits(flow: Flow, tmp
     (tmp_path / "small.yaml").write_text(recipe_text(flow.folder, until="pretrain"))
     archive = f"s3://{BUCKET}/archive"
     command = [sys.executable, "-m", "moray", "run", str(tmp_path / "small.yaml")]
-    command += ["--set", "pretrain.stream_tokens=true", "--set", f"pretrain.archive={archive}"]
+    command += ["--set", "pretrain.stream_tokens=true", "--set", f"pretrain.checkpoint.archive={archive}"]
     environment = {**os.environ, "MORAY_HOME": str(tmp_path / "home"), "MORAY_ARTIFACTS": root}
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

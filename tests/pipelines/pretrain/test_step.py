@@ -14,7 +14,6 @@ from moray.actors.data.token_set import TokenVocabulary, write_index, write_toke
 from moray.models import checkpoint
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.step import step
 from moray.pipelines.tokenize.sequence_packing import pack_documents, plan_sequences
 from moray.platform.core.cluster import Topology
@@ -22,6 +21,7 @@ from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import Artifact
 from tests.actors.data.test_token_set import documents_of
+from tests.pipelines.pretrain.settings import pretrain_config
 from tests.s3 import BUCKET, Request, faulty_proxy
 from tests.step_contexts import context_for, manifest_of
 
@@ -58,7 +58,7 @@ def tokens(tmp_path: Path) -> Artifact:
 
 
 def error_of(tmp_path: Path, inputs: dict[str, Artifact], **settings: Any) -> InputError:
-    config = PretrainConfig.model_validate({"steps": 2, "batch_sequences": 2, **settings})
+    config = pretrain_config(**{"steps": 2, "batch_sequences": 2, **settings})
     context = context_for(
         "pretrain", config, inputs, tmp_path / "out", Home(tmp_path / "home"), tmp_path / "run", NeverStarted()
     )
@@ -130,21 +130,21 @@ def test_deepep_without_gpus_or_not_installed(
     tmp_path: Path, tokens: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
-    assert error.message == "pretrain.dispatch: deepep requires a GPU for each of 2 workers; the cluster has 0"
+    assert error.message == "pretrain.parallel.dispatch: deepep requires a GPU for each of 2 workers; the cluster has 0"
     monkeypatch.setattr(NeverStarted, "gpus", 2)
     error = error_of(tmp_path, {"tokens": tokens}, dispatch="deepep", precision="bf16")
-    assert error.message == "pretrain.dispatch: deepep requires the package deep_ep, which is not installed"
+    assert error.message == "pretrain.parallel.dispatch: deepep requires the package deep_ep, which is not installed"
 
 
 @pytest.mark.parametrize(("beta2", "refused"), [(0.95, False), (0.97, False), (0.98, True), (0.999, True)])
 def test_fp8_moments_require_a_small_beta2(beta2: float, refused: bool) -> None:
-    config = PretrainConfig.model_validate({"steps": 2, "moments": "fp8", "beta2": beta2})
+    config = pretrain_config(steps=2, moments="fp8", beta2=beta2)
     if refused:
-        with pytest.raises(RecipeError, match=f"moments: fp8 requires beta2 of at most 0.97, not {beta2}"):
+        with pytest.raises(RecipeError, match=f"optimizer.moments: fp8 requires beta2 of at most 0.97, not {beta2}"):
             step.check(config, {"tokens": "tokens"})
     else:
         step.check(config, {"tokens": "tokens"})
-    step.check(config.model_copy(update={"moments": "float32"}), {"tokens": "tokens"})
+    step.check(pretrain_config(steps=2, beta2=beta2), {"tokens": "tokens"})
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_fp8_moments_require_a_small_beta2(beta2: float, refused: bool) -> None:
     ],
 )
 def test_hidden_states_that_deepep_does_not_support(settings: dict[str, Any], says: str) -> None:
-    config = PretrainConfig.model_validate({"steps": 2, "dispatch": "deepep", **settings})
+    config = pretrain_config(steps=2, dispatch="deepep", **settings)
     with pytest.raises(RecipeError, match=says):
         step.check(config, {"tokens": "tokens"})
 

@@ -8,6 +8,7 @@ import pytest
 
 from moray.pipelines.pretrain.config import TrainingSchedule
 from moray.pipelines.pretrain.validate import check_backend, check_layout, check_schedule
+from tests.pipelines.pretrain.settings import pretrain_config
 
 
 @pytest.mark.parametrize(
@@ -22,15 +23,15 @@ def test_an_invalid_layout_is_refused(layout: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ((0, True, "float32", "float32"), "offload: true requires zero_stage 1 or 2"),
-        ((1, False, "float64", "float32"), "precision: float64 requires zero_stage 0"),
-        ((0, False, "float64", "fp8"), "precision: float64 requires zero_stage 0 and moments: float32"),
+        ({"offload": True}, "optimizer.offload: true requires parallel.zero_stage 1 or 2"),
+        ({"zero_stage": 1, "precision": "float64"}, "precision: float64 requires parallel.zero_stage 0"),
+        ({"precision": "float64", "moments": "fp8"}, "parallel.zero_stage 0 and optimizer.moments: float32"),
     ],
 )
-def test_invalid_optimizer_settings_are_refused(settings: tuple[int, bool, str, str], says: str) -> None:
+def test_invalid_optimizer_settings_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        check_backend(*settings)
-    check_backend(1, True, "bf16", "fp8")
+        check_backend(pretrain_config(steps=1, **settings))
+    check_backend(pretrain_config(steps=1, zero_stage=1, offload=True, precision="bf16", moments="fp8"))
 
 
 def test_a_schedule_with_more_tokens_than_the_run_is_refused() -> None:

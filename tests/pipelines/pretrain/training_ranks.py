@@ -16,12 +16,13 @@ import torch.distributed as dist
 from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import PretrainConfig, TrainingJob
+from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import reduction
 from moray.pipelines.pretrain.resilience.collectives import Collective, CollectiveTrace
 from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, train_step
 from moray.pipelines.pretrain.worker import Worker, build
+from tests.pipelines.pretrain.settings import pretrain_config
 
 Arrays = dict[str, npt.NDArray[Any]]
 reduction._MIN_ELEMENTS = 1  # else all of a toy's gradients would be reduced after the backward
@@ -77,10 +78,10 @@ def toy_worker(folder: str, **settings: Any) -> Worker:
         "ema_half_life_tokens": 2 * SEQUENCES * LENGTH,
         "schedule": {"peak": 1e-2, "bias_speed": 1e-2},
     }
-    config = PretrainConfig.model_validate(fields | settings)
+    config = pretrain_config(**fields | settings)
     job = TrainingJob(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
-    return build(job, Mesh.create(config.expert_parallel, device), device)
+    return build(job, Mesh.create(config.parallel.expert_parallel, device), device)
 
 
 def global_batch(step: int) -> Batch:
@@ -246,7 +247,7 @@ def archived(environment: dict[str, str], folder: str, settings: dict[str, Any])
 def lone_worker(folder: str, vocabulary: int = VOCABULARY, **settings: Any) -> Worker:
     """A worker in a process without other ranks."""
     fields = {"steps": 20, "batch_sequences": SEQUENCES, "workers": 1, "expert_parallel": 1, "moments": "fp8"}
-    config = PretrainConfig.model_validate(fields | settings)
+    config = pretrain_config(**fields | settings)
     model = dataclasses.replace(MODEL, vocab_size=vocabulary)
     job = TrainingJob(config, model, LENGTH, folder, "", "pretrain", threads=1)
     return build(job, Mesh.alone(), torch.device("cpu"))

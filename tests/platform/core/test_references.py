@@ -195,7 +195,8 @@ def test_a_recipes_mistakes_show_references(path: str, license_: str, files: str
 
 def test_a_bad_value_of_an_operational_field_is_not_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MORAY_TEST_WORKERS", "hunter2")
-    text = "name: demo\nsteps: {pretrain: {inputs: {tokens: tokenize}, with: {steps: 1, workers: '%s'}}, tokenize: {}}"
+    settings = "{steps: 1, parallel: {workers: '%s'}}"
+    text = f"name: demo\nsteps: {{pretrain: {{inputs: {{tokens: tokenize}}, with: {settings}}}, tokenize: {{}}}}"
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text % "${env:MORAY_TEST_WORKERS}", Path("demo.yaml"))
     assert "hunter2" not in caught.value.message + caught.value.hint

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.platform.plan.fingerprint import addresses, hash_external
+from moray.platform.plan.fingerprint import Address, addresses, hash_external, identity
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.plan.step import ExternalFile
+from tests.pipelines.pretrain.settings import pretrain_config
 
 TEXT = """
 name: demo
@@ -69,15 +71,12 @@ def test_a_config_field_changes_its_step_and_all_after_it_only(folder: Path) -> 
 
 
 def test_operational_fields_do_not_count() -> None:
-    from moray.pipelines.pretrain.config import PretrainConfig
-    from moray.platform.plan.fingerprint import identity
-
     one, other = (
-        PretrainConfig(steps=5, workers=2),
-        PretrainConfig(steps=5, workers=4, data_workers=3, checkpoint_every=1),
+        pretrain_config(steps=5, workers=2),
+        pretrain_config(steps=5, workers=4, data_workers=3, checkpoint_every=1),
     )
     assert identity(one) == identity(other)
-    assert identity(one) != identity(PretrainConfig(steps=6))
+    assert identity(one) != identity(pretrain_config(steps=6))
 
 
 names = st.text(min_size=1, max_size=5)
@@ -90,3 +89,21 @@ def test_the_order_in_which_files_are_found_does_not_count(found: list[ExternalF
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert hash_external(shuffled) == hash_external(found)
     assert hash_external([*found, ExternalFile("s", "k", 1, "h")]) != hash_external(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fingerprint"),
+    [
+        ({"steps": 5}, "38c392d05640c5a12cccd908e7c5cd4b"),
+        (
+            {
+                "steps": 200, "model": {"preset": "tiny", "hidden_size": 64}, "precision": "fp8", "moments": "fp8",
+                "beta2": 0.9, "clip": 0.5, "spikes": {"sigmas": None}, "workers": 4, "checkpoint_every": 3,
+            },
+            "56fb96e0f94e400495dd0d45dff37dce",
+        ),
+    ],
+)  # fmt: skip
+def test_results_of_pretraining_before_it_had_sections_are_still_found(settings: Any, fingerprint: str) -> None:
+    config = identity(pretrain_config(**settings))
+    assert Address("pretrain", 4, config, {"tokens": "0" * 32}, {}).fingerprint == fingerprint
