@@ -212,6 +212,13 @@ class CheckedFolder:
         _check_values(weight, self._shapes[name])
         return weight
 
+    def read_flat(self, name: str, offset: int, numel: int) -> Tensor:
+        """Elements [offset, offset + numel) of a flattened tensor, high precision."""
+        weight = self.read(name)
+        if weight.scales is not None:
+            return _dequantized(weight, torch.float32).flatten()[offset : offset + numel]
+        return weight.tensor.flatten()[offset : offset + numel]
+
     def weights(self) -> Iterator[Weight]:
         """Every tensor, in the order of the config."""
         self.check_copies()

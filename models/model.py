@@ -7,7 +7,6 @@ range. Weights are drawn per logical name, so a model starts from the same weigh
 Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache table, L MoE layers, E experts.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from moray.models.expert_parallel.dispatcher import dispatcher_for
 from moray.models.expert_parallel.interleave import Parts, run_alone
 from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, Routing, RoutingContext, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
+from moray.models.initial import initial_value
 from moray.models.linear import Embedding, Linear, RMSNorm
 from moray.models.loss import TrainingLoss, add_balance, counted_positions
 from moray.models.moe import MoE, Router, SwiGLU
@@ -211,15 +211,18 @@ class DeepseekV3(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initializes norms to one, biases to zero, and the rest from a normal distribution with `initializer_range`.
-        Each tensor is drawn from (seed, its name)."""
+        """Sets the initial weights (`initial.py`) and zero biases."""
         for name, view, _ in self.logical_parameters():
-            if name.endswith("norm.weight"):
-                view.fill_(1.0)
-            else:
-                view.copy_(_normal(view.shape, self.config.initializer_range, seed, name))
+            flat = initial_value(name, view.numel(), self.config.initializer_range, seed, view.device)
+            view.copy_(flat.view(view.shape))
         for _, bias_E in self.logical_biases():
             bias_E.zero_()
+
+    def allocate_buffers(self, device: torch.device) -> None:
+        """Creates the buffers on `device`, zero, for a model that was built on the meta device."""
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.zeros_like(buffer, device=device))
 
     def logical_parameters(self) -> Iterator[LogicalParameter]:
         """This rank's parameters by canonical Hugging Face name, one per expert."""
@@ -392,10 +395,3 @@ def _last_real(x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
     """Each row's token at its highest position: [B, 1, D]."""
     last_B = positions_BT.argmax(dim=1)
     return x_BTD.gather(1, last_B[:, None, None].expand(-1, 1, x_BTD.shape[-1]))
-
-
-def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
-    """Draws in FP32 on the CPU, so the result does not depend on the model's dtype and device."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

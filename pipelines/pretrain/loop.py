@@ -29,7 +29,7 @@ from moray.pipelines.pretrain.resilience.flight_recorder import position
 from moray.pipelines.pretrain.resilience.preemption import NoPreemption, PreemptionNotice
 from moray.pipelines.pretrain.resilience.routing_replay import Anticipation
 from moray.pipelines.pretrain.train_step import drop, measure, take
-from moray.pipelines.pretrain.worker import Worker, build
+from moray.pipelines.pretrain.worker import Worker, assemble, initialize
 from moray.platform.core.events import EventLog
 from moray.platform.store.paths import any_path
 from moray.platform.store.segments import event_log
@@ -81,7 +81,7 @@ def train_steps(settings: dict[str, Any]) -> None:
         return
     mesh = Mesh.create(ep, device)
     start.reached("groups")
-    worker = build(job, mesh, device)
+    worker = assemble(job, mesh, device)
     start.reached("model")
     team = mesh.from_first(lambda: secrets.token_hex(4))
     seconds = job.config.resilience.hang_seconds
@@ -103,7 +103,8 @@ def run_training(
     start: StartTimer | None = None,
     notice: PreemptionNotice | None = None,
 ) -> None:
-    """Trains to the last step, from the newest checkpoint if there is one. `events` is given on rank 0 only.
+    """Trains to the last step, from the newest checkpoint if there is one, else from the initial weights. `events` is
+    given on rank 0 only.
 
     `start` times the phases before the first step; `notice` reports machines that will be preempted. Raises
     CheckpointFailed if the final checkpoint, the result of training, cannot be written, and FloatingPointError if
@@ -112,6 +113,8 @@ def run_training(
     start = start or StartTimer()
     with worker.doing("reading a checkpoint"):
         restored = worker.checkpoints.restore(worker.state)
+        if not restored.steps:
+            initialize(worker)
     start.reached("checkpoint")
     report = Report(worker, events, restored.tokens)
     report.restored(restored)

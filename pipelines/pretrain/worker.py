@@ -12,7 +12,6 @@ import torch
 
 from moray.actors.data.batch_plan import BatchPlan
 from moray.kernels.util.deferred import DeferredGradients
-from moray.models.checkpoint import CheckedFolder, load_weights
 from moray.models.expert_parallel.deepep import DeepEPDispatcher, elastic_buffer
 from moray.models.expert_parallel.dispatcher import LocalDispatcher, ProcessGroupDispatcher
 from moray.models.expert_parallel.shared_memory import connect
@@ -22,12 +21,13 @@ from moray.pipelines.pretrain.checkpoint.archive import Archive
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.initial_state import draw_weights, read_weights
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.ema import Ema
 from moray.pipelines.pretrain.optim.optimizer import ShardedOptimizer, sharded_optimizer
 from moray.pipelines.pretrain.resilience.guard import Guard, read_record
-from moray.platform.store.paths import any_path, local_folder
+from moray.platform.store.paths import any_path
 
 
 @dataclass
@@ -89,12 +89,20 @@ def overlaps(job: TrainingJob, mesh: Mesh) -> bool:
 
 
 def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
-    """The rank's model, optimizer and checkpoints. Initial weights do not depend on the layout."""
+    """`assemble` with the initial weights."""
+    worker = assemble(job, mesh, device)
+    initialize(worker)
+    return worker
+
+
+def assemble(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
+    """The rank's model, optimizer and checkpoints, on `device`. The weights are NaN until `initialize` or a checkpoint
+    sets them."""
     config, folder = job.config, any_path(job.folder)
     # Not with ZeRO 2, which reduces gradients during the backward.
     deferred = DeferredGradients() if overlaps(job, mesh) and config.parallel.zero_stage < 2 else None
     model = _model(job, mesh, device, deferred)
-    optimizer = sharded_optimizer(model, mesh, config, deferred)
+    optimizer = sharded_optimizer(model, mesh, config, device, deferred)
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
     guard = Guard(config.resilience.spikes, mesh.from_first(lambda: read_record(folder)))
     state = TrainingState(model, optimizer, ema, guard)
@@ -103,6 +111,18 @@ def build(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
         archive = Archive(config.checkpoint.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
     keep = (config.checkpoint.keep, config.checkpoint.keep_hours)
     return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), deferred)
+
+
+def initialize(worker: Worker) -> None:
+    """Sets the initial weights: those of `job.initial`, or random ones, which do not depend on the layout."""
+    job, state = worker.job, worker.state
+    if job.initial is None:
+        draw_weights(state.optimizer, job.model.initializer_range, job.config.seed)
+    else:
+        read_weights(job.initial, state.model, state.optimizer)
+    state.optimizer.refresh_weights()
+    if state.ema:
+        state.ema.restart()
 
 
 def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: DeferredGradients | None) -> Dispatcher:
@@ -120,12 +140,9 @@ def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: De
 
 def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: DeferredGradients | None) -> DeepseekV3:
     dispatcher = _dispatcher(job, mesh, device, deferred)
-    model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher).to(device)
-    if job.initial is None:
-        model.init_weights(job.config.seed)
-    else:
-        with local_folder(any_path(job.initial)) as initial:
-            load_weights(model, CheckedFolder(initial))
+    with torch.device("meta"):  # the optimizer allocates the weights
+        model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher)
+    model.allocate_buffers(device)
     if job.config.precision == "float64":
         model.double()
     model.train()

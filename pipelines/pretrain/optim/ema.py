@@ -17,13 +17,13 @@ KIND = "ema"
 
 
 class Ema:
-    """Starts as a copy of the weights; a weight of `half_life` tokens ago counts half."""
+    """A weight of `half_life` tokens ago counts half. `restart` makes the average a copy of the weights."""
 
     def __init__(self, optimizer: ShardedOptimizer, half_life: int) -> None:
         owned = [fragment for fragment in optimizer.fragments(owned=True) if fragment.kind == "master"]
         self._half_life = half_life
         self._masters = [fragment.tensor for fragment in owned]
-        self._averages = [master.to("cpu", copy=True) for master in self._masters]
+        self._averages = [torch.zeros_like(master, device="cpu") for master in self._masters]
         self._fragments = [
             Fragment(KIND, fragment.name, fragment.offset, fragment.total, average)
             for fragment, average in zip(owned, self._averages, strict=True)
@@ -33,6 +33,11 @@ class Ema:
         self._copies = [torch.empty_like(a, pin_memory=True) for a in self._averages] if self._on_gpu else []
         self._thread = ThreadPoolExecutor(1, "ema")
         self._running: Future[None] | None = None
+
+    def restart(self) -> None:
+        self._wait()
+        for average, master in zip(self._averages, self._masters, strict=True):
+            average.copy_(master)
 
     def update(self, tokens: int) -> None:
         """Averages in the masters after a step of `tokens` tokens."""

@@ -73,9 +73,15 @@ class ShardedOptimizer(Protocol):
 
 
 def sharded_optimizer(
-    model: DeepseekV3, mesh: Mesh, config: PretrainConfig, deferred: DeferredGradients | None = None
+    model: DeepseekV3,
+    mesh: Mesh,
+    config: PretrainConfig,
+    device: torch.device,
+    deferred: DeferredGradients | None = None,
 ) -> ShardedOptimizer:
-    """The backend for `zero_stage`. deferred: weight gradients that the backward defers.
+    """The backend for `zero_stage`, which allocates the weights of a model on the meta device, on `device`. They are
+    NaN until the masters in `fragments()` are set and `refresh_weights` is called. deferred: weight gradients that the
+    backward defers.
 
     Raises ValueError for a model that the backend cannot train (`validate.py` checks it earlier).
     """
@@ -83,10 +89,10 @@ def sharded_optimizer(
         check_blocks(model.config)
     groups = flat_groups(model, mesh)
     if not config.parallel.zero_stage:
-        return PlainOptimizer(model, groups, mesh, config, deferred)
+        return PlainOptimizer(model, groups, mesh, config, device, deferred)
     from moray.pipelines.pretrain.optim.zero import ZeroOptimizer  # imports deepspeed, which takes seconds
 
-    return ZeroOptimizer(groups, mesh, config)
+    return ZeroOptimizer(groups, mesh, config, device)
 
 
 def fragments_of(
@@ -114,11 +120,12 @@ class PlainOptimizer:
         groups: list[FlatGroup],
         mesh: Mesh,
         config: PretrainConfig,
+        device: torch.device,
         deferred: DeferredGradients | None,
     ) -> None:
         self._mesh = mesh
         self._groups = groups
-        self._masters = [_flatten(group) for group in groups]
+        self._masters = [_flatten(group, device) for group in groups]
         decays = [config.optimizer.weight_decay if group.decays else 0.0 for group in groups]
         pairs = zip(self._masters, decays, strict=True)
         self._inner = adamw([{"params": [master], "weight_decay": decay} for master, decay in pairs], config)
@@ -182,14 +189,12 @@ class PlainOptimizer:
             yield group, master.grad
 
 
-def _flatten(group: FlatGroup) -> torch.nn.Parameter:
-    """Moves the group's weights and gradients into flat buffers, of which they become views."""
-    first = group.parameters[0]
-    flat = torch.nn.Parameter(torch.zeros(group.numel, dtype=first.dtype, device=first.device))
+def _flatten(group: FlatGroup, device: torch.device) -> torch.nn.Parameter:
+    """Allocates the group's weights, NaN, and gradients, zero, as views of flat buffers."""
+    flat = torch.nn.Parameter(torch.zeros(group.numel, dtype=group.parameters[0].dtype, device=device))
     flat.grad = torch.zeros_like(flat, requires_grad=False)
     for parameter, start in zip(group.parameters, group.starts, strict=True):
-        place = slice(start, start + parameter.numel())
-        flat.data[place] = parameter.data.flatten()
-        parameter.data = flat.data[place].view_as(parameter)
-        parameter.grad = flat.grad[place].view_as(parameter)
+        place, shape = slice(start, start + parameter.numel()), parameter.shape
+        torch.utils.swap_tensors(parameter, torch.nn.Parameter(flat.data[place].fill_(float("nan")).view(shape)))
+        parameter.grad = flat.grad[place].view(shape)
     return flat

@@ -41,8 +41,11 @@ _BUCKET = 1 << 26  # elements per reduction
 class ZeroOptimizer:
     """Masters are FP32 partitions. The model's weights are float32 and are gathered after each step."""
 
-    def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig) -> None:
+    def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig, device: torch.device) -> None:
         """Raises ValueError for weights that are not float32."""
+        for parameter in (parameter for group in groups for parameter in group.parameters):
+            unset = torch.full_like(parameter, float("nan"), device=device)
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(unset))
         dtype = groups[0].parameters[0].dtype
         if dtype != torch.float32:
             raise ValueError(f"ZeRO requires float32 weights, not {dtype}; set zero_stage to 0")

@@ -14,6 +14,7 @@ from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import PretrainConfig
+from moray.pipelines.pretrain.initial_state import draw_weights
 from moray.pipelines.pretrain.layout import BLOCK
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
@@ -83,12 +84,18 @@ def test_norms_do_not_decay_and_experts_are_apart() -> None:
     assert all(".mlp.experts." in t.name for t in groups["experts"].logical)
 
 
-def test_flattening_keeps_weights_and_makes_gradients_views() -> None:
-    model = DeepseekV3(SMALL)
-    model.init_weights(3)
-    before = {name: view.clone() for name, view, _ in model.logical_parameters()}
-    optimizer = sharded_optimizer(model, Mesh.alone(), PretrainConfig(steps=1))
+def test_weights_and_gradients_are_views_of_flat_buffers() -> None:
+    with torch.device("meta"):
+        model = DeepseekV3(SMALL)
+    model.allocate_buffers(torch.device("cpu"))
+    optimizer = sharded_optimizer(model, Mesh.alone(), PretrainConfig(steps=1), torch.device("cpu"))
     assert isinstance(optimizer, PlainOptimizer)
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+    draw_weights(optimizer, SMALL.initializer_range, 3)
+    optimizer.refresh_weights()
+    drawn = DeepseekV3(SMALL)
+    drawn.init_weights(3)
+    before = {name: view.clone() for name, view, _ in drawn.logical_parameters()}
     for name, view, _ in model.logical_parameters():
         assert torch.equal(view, before[name])
     ids = torch.arange(16).view(2, 8)

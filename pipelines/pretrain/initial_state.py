@@ -1,0 +1,37 @@
+"""The weights that training starts from, written into an optimizer's masters.
+
+A rank makes only what it holds, one tensor at a time: a drawn tensor on its own device, a tensor of a folder on the
+host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moray.models.checkpoint import CheckedFolder
+from moray.models.initial import initial_value
+from moray.models.model import DeepseekV3
+from moray.pipelines.pretrain.optim.optimizer import Fragment, ShardedOptimizer
+from moray.platform.store.paths import any_path, local_folder
+
+
+def draw_weights(optimizer: ShardedOptimizer, std: float, seed: int) -> None:
+    """Sets random weights (`models/initial.py`)."""
+    for master in _masters(optimizer):
+        whole = initial_value(master.name, master.total, std, seed, master.tensor.device)
+        master.tensor.copy_(whole[master.offset : master.offset + len(master.tensor)])
+
+
+def read_weights(folder: str, model: DeepseekV3, optimizer: ShardedOptimizer) -> None:
+    """Sets the weights and router biases of a Hugging Face folder, local or in a store."""
+    with local_folder(any_path(folder)) as local:
+        source = CheckedFolder(local)
+        source.check_copies()
+        for master in _masters(optimizer):
+            master.tensor.copy_(source.read_flat(master.name, master.offset, len(master.tensor)))
+        for name, bias_E in model.logical_biases():
+            bias_E.copy_(source.read(name).tensor)
+
+
+def _masters(optimizer: ShardedOptimizer) -> Iterator[Fragment]:
+    return (fragment for fragment in optimizer.fragments() if fragment.kind == "master")
