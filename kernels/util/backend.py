@@ -1,4 +1,4 @@
-"""Selects a kernel's backend: Triton on GPUs, the PyTorch reference elsewhere.
+"""Selects a kernel's backend: the PyTorch reference on the CPU, Triton elsewhere.
 
 Every kernel file defines `NAME_reference`, `NAME_triton` and `NAME`, which calls `backend()`. With
 `MORAY_KERNELS=reference` a GPU runs the references, to tell a wrong kernel from a wrong model. With
@@ -23,12 +23,12 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 def backend(tensor: Tensor) -> Literal["reference", "triton"]:
     """The backend for a tensor's device. Raises ValueError if MORAY_KERNELS requests an impossible one."""
-    wanted = os.environ.get("MORAY_KERNELS") or ("triton" if tensor.is_cuda else "reference")
+    wanted = os.environ.get("MORAY_KERNELS") or ("reference" if tensor.device.type == "cpu" else "triton")
     if wanted not in BACKENDS:
         raise ValueError(f"MORAY_KERNELS={wanted}: expected one of {', '.join(BACKENDS)}")
     if wanted == "reference":
         return "reference"
-    if not tensor.is_cuda and not INTERPRETED.value:
+    if tensor.device.type == "cpu" and not INTERPRETED.value:
         raise ValueError(f"MORAY_KERNELS=triton on device {tensor.device}: set TRITON_INTERPRET=1 as well, or unset it")
     return "triton"
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moray.kernels.util.device import runtime
 from moray.kernels.wire import pack_rows, packed_width, unpack_rows
 from moray.models.expert_parallel.all_to_all import AllToAll, PendingRows
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation
@@ -106,14 +107,11 @@ class CountExchange:
         """counts_E: pairs of this rank for each expert of all ranks."""
         self._sent_PX = torch.cat((counts_E.view(len(send_counts_P), -1), send_counts_P.unsqueeze(1)), dim=1)
         self._pending = all_to_all.start(self._sent_PX, None, None)
-        self._side = torch.cuda.Stream() if counts_E.is_cuda else None  # type: ignore[no-untyped-call]
+        self._side = runtime(counts_E.device).side_stream()
 
     def wait(self) -> RowCounts:
-        if self._side is None:
-            both = torch.stack((self._sent_PX, self._pending.wait()))
-        else:
-            with torch.cuda.stream(self._side):
-                both = torch.stack((self._sent_PX, self._pending.wait())).cpu()  # the only sync, of this stream alone
+        with self._side:
+            both = torch.stack((self._sent_PX, self._pending.wait())).cpu()  # the only sync, of this stream alone
         return RowCounts(both[0, :, -1].tolist(), both[1, :, -1].tolist(), both[1, :, :-1].sum(0))
 
 

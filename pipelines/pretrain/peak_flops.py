@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from moray.kernels.util.device import runtime
+
 # Dense BF16 FLOPS from the data sheets. MFU of FP8 training is relative to BF16 too, as DeepSeek reports it.
 _BF16 = {"A100": 312e12, "H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "B200": 2250e12}
 _SIZE = 768  # rows and columns of the matrices that measure an unknown device
@@ -23,8 +25,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 def _seconds(a: torch.Tensor) -> float:
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
+    runtime(a.device).synchronize()
     began = time.perf_counter()
     (a @ a)[0, 0].item()
     return time.perf_counter() - began

@@ -9,6 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
+from moray.kernels.util.device import runtime
 from moray.models.flops import utilisation
 from moray.pipelines.pretrain.checkpoint.archive import Archived
 from moray.pipelines.pretrain.checkpoint.checkpoints import Restored, Saved
@@ -156,9 +157,7 @@ class Report:
         biases = [bias_E.max() - bias_E.min() for _, bias_E in worker.model.logical_biases()]
         if biases:
             self._metric("train_bias_range", max(biases).item(), step)
-        on_gpu = worker.device.type == "cuda"
-        used = torch.cuda.max_memory_allocated(worker.device) if on_gpu else psutil.Process().memory_info().rss
-        self._metric("train_memory_bytes", used, step)
+        self._metric("train_memory_bytes", runtime(worker.device).peak_bytes(), step)
 
     def _load(self, load_L: torch.Tensor, tokens: int, step: int) -> None:
         """Reports the load of every MoE layer, LOAD_ROWS times per run, because a model may have 60 such layers."""

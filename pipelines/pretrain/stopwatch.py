@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from moray.kernels.util.device import Event, runtime
+
 
 class Stopwatch:
     """Sums the time spent in its `over` blocks: host time for CPU work, stream time for GPU work.
@@ -18,21 +20,21 @@ class Stopwatch:
     def __init__(self, on: bool = True) -> None:
         self._on = on
         self._seconds = 0.0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[tuple[Event, Event]] = []
 
     @contextmanager
     def over(self, device: torch.device) -> Iterator[None]:
         if not self._on:
             yield
             return
-        if device.type != "cuda":
+        if device.type == "cpu":
             began = time.perf_counter()
             try:
                 yield
             finally:
                 self._seconds += time.perf_counter() - began
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (runtime(device).event() for _ in range(2))
         begin.record()
         yield
         end.record()

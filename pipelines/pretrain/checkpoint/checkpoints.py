@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from moray.kernels.util.device import runtime
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.checkpoint.archive import Archive, Archived
 from moray.pipelines.pretrain.checkpoint.checkpoint_folder import open_checkpoints
@@ -155,15 +156,14 @@ class Checkpoints:
         if self._mesh.rank == 0:
             copy |= {key: self._host_copy(key, tensor) for key, tensor in state.shared()}
             copy[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
-        if any(tensor.device.type == "cuda" for tensor in state.model.parameters()):
-            torch.cuda.synchronize()
+        runtime(state.model.lm_head.weight.device).synchronize()
         return copy
 
     def _host_copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host, in a buffer that the next save reuses."""
         copy = self._copies.get(key)
         if copy is None:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            copy = runtime(tensor.device).host_tensor(tensor.shape, tensor.dtype)
             self._copies[key] = copy
         return copy.copy_(tensor, non_blocking=True)
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from moray.kernels.util.device import Event, runtime
 from moray.pipelines.pretrain.optim.optimizer import Fragment, ShardedOptimizer
 
 KIND = "ema"
@@ -23,14 +24,15 @@ class Ema:
         owned = [fragment for fragment in optimizer.fragments(owned=True) if fragment.kind == "master"]
         self._half_life = half_life
         self._masters = [fragment.tensor for fragment in owned]
-        self._averages = [torch.zeros_like(master, device="cpu") for master in self._masters]
+        self._device = self._masters[0].device if self._masters else torch.device("cpu")
+        self._averages = [self._host_tensor(master) for master in self._masters]
         self._fragments = [
             Fragment(KIND, fragment.name, fragment.offset, fragment.total, average)
             for fragment, average in zip(owned, self._averages, strict=True)
         ]
-        self._on_gpu = any(master.is_cuda for master in self._masters)
         # On a GPU, the end of each step copies the masters, and a thread averages them during the next step.
-        self._copies = [torch.empty_like(a, pin_memory=True) for a in self._averages] if self._on_gpu else []
+        self._in_place = self._device.type == "cpu"
+        self._copies = [] if self._in_place else [self._host_tensor(master) for master in self._masters]
         self._thread = ThreadPoolExecutor(1, "ema")
         self._running: Future[None] | None = None
 
@@ -43,12 +45,12 @@ class Ema:
         """Averages in the masters after a step of `tokens` tokens."""
         self._wait()
         weight = 1 - 0.5 ** (tokens / self._half_life)
-        if not self._on_gpu:
+        if self._in_place:
             torch._foreach_lerp_(self._averages, self._masters, weight)
             return
         for copy, master in zip(self._copies, self._masters, strict=True):
             copy.copy_(master, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied = runtime(self._device).event()
         copied.record()
         self._running = self._thread.submit(self._average, copied, weight)
 
@@ -57,7 +59,10 @@ class Ema:
         self._wait()
         yield from self._fragments
 
-    def _average(self, copied: torch.cuda.Event, weight: float) -> None:
+    def _host_tensor(self, master: torch.Tensor) -> torch.Tensor:
+        return runtime(self._device).host_tensor(master.shape, master.dtype)
+
+    def _average(self, copied: Event, weight: float) -> None:
         copied.synchronize()
         torch._foreach_lerp_(self._averages, self._copies, weight)
 

@@ -195,6 +195,7 @@ def _flatten(group: FlatGroup, device: torch.device) -> torch.nn.Parameter:
     flat.grad = torch.zeros_like(flat, requires_grad=False)
     for parameter, start in zip(group.parameters, group.starts, strict=True):
         place, shape = slice(start, start + parameter.numel()), parameter.shape
-        torch.utils.swap_tensors(parameter, torch.nn.Parameter(flat.data[place].fill_(float("nan")).view(shape)))
+        unset = flat.data[place].fill_(float("nan")).view(shape)
+        torch.utils.swap_tensors(parameter, torch.nn.Parameter(unset))  # type: ignore[no-untyped-call]
         parameter.grad = flat.grad[place].view(shape)
     return flat

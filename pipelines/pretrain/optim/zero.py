@@ -45,7 +45,7 @@ class ZeroOptimizer:
         """Raises ValueError for weights that are not float32."""
         for parameter in (parameter for group in groups for parameter in group.parameters):
             unset = torch.full_like(parameter, float("nan"), device=device)
-            torch.utils.swap_tensors(parameter, torch.nn.Parameter(unset))
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(unset))  # type: ignore[no-untyped-call]
         dtype = groups[0].parameters[0].dtype
         if dtype != torch.float32:
             raise ValueError(f"ZeRO requires float32 weights, not {dtype}; set zero_stage to 0")
