@@ -7,7 +7,7 @@ which share `TrainingCompute`:
 
     weights          gradients   Linear                SwiGLU             ExpertShard            used by
     high precision   backward    HighPrecisionLinear   UnfusedSwiGLU      HighPrecisionExperts   training, inference
-    high precision   deferred    DeferredLinear        UnfusedSwiGLU      DeferredExperts        ranks that overlap
+    high precision   deferred    DeferredLinear        UnfusedSwiGLU      HighPrecisionExperts   ranks that overlap
     trained in FP8   either      Fp8TrainedLinear      Fp8TrainedSwiGLU   Fp8TrainedExperts      `precision: fp8`
     stored in FP8    none        Fp8StoredLinear       UnfusedSwiGLU      Fp8StoredExperts       inference in FP8
 
@@ -25,7 +25,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.experts import experts, experts_deferred, experts_fp8
+from moray.kernels.experts import experts, experts_fp8
 from moray.kernels.fp8_experts import Fp8Experts, fp8_expert_weights, fp8_experts, fp8_mlp
 from moray.kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_linears, fp8_weight
 from moray.kernels.padding import pad_groups, unpad_groups
@@ -131,24 +131,15 @@ class ExpertsCompute(Protocol):
     ) -> Tensor: ...
 
 
-class HighPrecisionExperts:
-    fp8_rows: ClassVar[bool] = False
-
-    def __call__(
-        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
-    ) -> Tensor:
-        return experts(rows_RD, weights_R, counts_E, *(stack.to(rows_RD.dtype) for stack in stacks))
-
-
 @dataclass(frozen=True)
-class DeferredExperts:
-    deferred: DeferredGradients
+class HighPrecisionExperts:
+    deferred: DeferredGradients | None = None
     fp8_rows: ClassVar[bool] = False
 
     def __call__(
         self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
     ) -> Tensor:
-        return experts_deferred(rows_RD, weights_R, counts_E, *stacks, self.deferred)
+        return experts(rows_RD, weights_R, counts_E, *stacks, self.deferred)
 
 
 @dataclass(frozen=True)
@@ -194,6 +185,4 @@ class TrainingCompute:
         return Fp8TrainedSwiGLU(self.deferred) if self.fp8 else UnfusedSwiGLU()
 
     def experts(self) -> ExpertsCompute:
-        if self.fp8:
-            return Fp8TrainedExperts(self.deferred)
-        return HighPrecisionExperts() if self.deferred is None else DeferredExperts(self.deferred)
+        return Fp8TrainedExperts(self.deferred) if self.fp8 else HighPrecisionExperts(self.deferred)

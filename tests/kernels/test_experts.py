@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moray.kernels.experts import experts
+from moray.kernels.experts import experts, experts_grouped
+from moray.kernels.util.deferred import DeferredGradients
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 8, 0], [0, 0, 0, 0]])
@@ -30,3 +31,24 @@ def test_equals_one_row_at_a_time_with_gradients(counts):
     if rows:
         for a, b in zip(grads, torch.autograd.grad(plain.sin().sum(), [x, w, *stacks]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 8, 0], [0, 0, 0, 0]])
+def test_a_grouped_gemm_equals_the_loop(counts, deferred):
+    rows, hidden, inner = sum(counts), 16, 8
+    x = torch.randn(rows, hidden, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.rand(rows, requires_grad=True)
+    stacks = [
+        torch.randn(4, *shape, requires_grad=True) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+    ]
+    loop = experts(x, w, torch.tensor(counts), *stacks)
+    expected = torch.autograd.grad(loop.sum(), [x, w, *stacks])
+    queue = DeferredGradients() if deferred else None
+    grouped = experts_grouped(x, w, torch.tensor(counts), *stacks, queue)
+    torch.testing.assert_close(grouped, loop)
+    grouped.sum().backward()
+    if queue is not None:
+        queue.finish()
+    for tensor, gradient in zip((x, w, *stacks), expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=2e-2, atol=1e-2)

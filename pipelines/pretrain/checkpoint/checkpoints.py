@@ -94,7 +94,7 @@ class Checkpoints:
         """Starts to write the checkpoint after `steps` steps. Waits for the previous save first."""
         began = time.monotonic()
         self.wait()
-        copy = self._copy_owned(state, steps, tokens)
+        copy = self.copy_owned(state, steps, tokens)
         stalled = time.monotonic() - began
         self._writing = _PendingSave(lambda: self._write(copy, steps), steps, began, stalled)
 
@@ -147,7 +147,7 @@ class Checkpoints:
             self._on_all(self._rank_0_only(partial(self._folder.set_aside, newest)))
         return Restored(0, 0, tuple(notes))
 
-    def _copy_owned(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
+    def copy_owned(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
         """Copies of the tensors that this rank writes, by key."""
         copy: dict[str, torch.Tensor] = {}
         for fragment in state.fragments(owned=True):

@@ -191,11 +191,19 @@ class PlainOptimizer:
 
 def _flatten(group: FlatGroup, device: torch.device) -> torch.nn.Parameter:
     """Allocates the group's weights, NaN, and gradients, zero, as views of flat buffers."""
-    flat = torch.nn.Parameter(torch.zeros(group.numel, dtype=group.parameters[0].dtype, device=device))
-    flat.grad = torch.zeros_like(flat, requires_grad=False)
+    flat = _flat_weights(group, device)
+    flat.grad = _flat_gradients(flat)
     for parameter, start in zip(group.parameters, group.starts, strict=True):
         place, shape = slice(start, start + parameter.numel()), parameter.shape
         unset = flat.data[place].fill_(float("nan")).view(shape)
         torch.utils.swap_tensors(parameter, torch.nn.Parameter(unset))  # type: ignore[no-untyped-call]
         parameter.grad = flat.grad[place].view(shape)
     return flat
+
+
+def _flat_weights(group: FlatGroup, device: torch.device) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(group.numel, dtype=group.parameters[0].dtype, device=device))
+
+
+def _flat_gradients(weights: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(weights, requires_grad=False)

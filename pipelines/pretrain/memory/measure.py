@@ -1,0 +1,73 @@
+"""The memory of one rank in one training step: the real model, optimizer and step on the meta device (`meter.py`), in a
+process group of the full size (`stand_ins.py`).
+
+The first step of a run is measured, with as many micro-batches as change anything, and the copy for a checkpoint after
+it. Not included: CUDA's context, NCCL's channels, and the fragmentation of the allocator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moray.actors.data.token_set import Batch
+from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.lr_schedule import batch_plan
+from moray.pipelines.pretrain.memory.meter import Answer, HostRead, MemoryMeter, Place
+from moray.pipelines.pretrain.memory.row_counts import row_counts
+from moray.pipelines.pretrain.memory.stand_ins import metered, unsent_group, unsent_mesh
+from moray.pipelines.pretrain.train_step import measure, take
+from moray.pipelines.pretrain.worker import Worker, assemble
+
+# Where the host reads the rows of experts: between ranks, and of the loop over local experts, in FP32.
+_EXCHANGED, _LOOP = "models/expert_parallel/exchange.py:wait", ("experts_reference", "experts_deferred")
+_DEVICE = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """device, host: memory by part. reads: places where the host waits for the device in a step, with their number."""
+
+    device: Place
+    host: Place
+    reads: dict[HostRead, int]
+
+
+def step_memory(job: TrainingJob, world: int, imbalance: float = 1.0) -> StepMemory:
+    """The memory of rank 0 of `world`. imbalance: rows at its experts over the mean of all ranks."""
+    parallel = job.config.parallel
+    sequences = -(-max(batch_plan(job.config, job.sequence_length).sizes) // world)
+    micro = min(parallel.micro_batch_sequences or sequences, sequences)
+    ep = parallel.expert_parallel
+    counts = row_counts(job.model, ep, micro * job.sequence_length, imbalance)
+    meter = MemoryMeter(_answers(counts, ep))
+    with unsent_group(0, world), metered(meter):
+        worker = assemble(job, unsent_mesh(0, world, ep), _DEVICE)
+        meter.reads.clear()
+        _step(worker, _batch(job, min(sequences, _enough(worker) * micro)))
+        reads = dict(meter.reads)
+        worker.checkpoints.copy_owned(worker.state, 1, 0)
+    return StepMemory(meter.device, meter.host, reads)
+
+
+def _answers(counts: torch.Tensor, ep: int) -> dict[str, Answer]:
+    """What the host reads there. counts: of `row_counts`."""
+    pairs_L = counts[0, 0, :-1] if ep == 1 else counts[1, :, :-1].sum(0)
+    loops = {f"kernels/experts.py:{function}": lambda _: pairs_L for function in _LOOP}
+    return {_EXCHANGED: lambda _: counts, **loops}
+
+
+def _enough(worker: Worker) -> int:
+    """Micro-batches after which more of them need no more memory: the first backward's, and the last's."""
+    return 4 if worker.overlaps else 2
+
+
+def _batch(job: TrainingJob, sequences: int) -> Batch:
+    shape = (sequences, job.sequence_length)
+    return Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int32), np.ones(shape, np.bool_))
+
+
+def _step(worker: Worker, batch: Batch) -> None:
+    take(worker, batch, 0, measure(worker, batch, 0))

@@ -1,0 +1,42 @@
+"""The planner's peak is that of a real step, by the allocator's own records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moray.pipelines.pretrain.memory import meter
+from moray.pipelines.pretrain.memory.measure import step_memory
+from tests.pipelines.pretrain.memory.real_steps import gpu_code, job_of, real_step
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.ranks
+LONG = pytest.mark.evidence
+FP8 = {"precision": "fp8", "moments": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        pytest.param(1, {}, marks=LONG),
+        pytest.param(1, {"precision": "bf16", "micro_batch_sequences": 2}, marks=LONG),
+        (1, {"precision": "bf16", "recompute": True, "batch_sequences": 2}),
+        pytest.param(1, FP8, marks=LONG),
+        pytest.param(1, FP8 | {"recompute": True, "document_mask": True}, marks=LONG),
+        (2, {"precision": "bf16", "expert_parallel": 2, "batch_sequences": 4}),
+        pytest.param(2, {"precision": "fp8", "expert_parallel": 2}, marks=LONG),
+        pytest.param(4, {"precision": "bf16", "expert_parallel": 4, "overlap": False}, marks=LONG),
+        pytest.param(4, {"precision": "bf16", "expert_parallel": 2, "recompute": True}, marks=LONG),
+        pytest.param(4, FP8 | {"expert_parallel": 2, "recompute": True}, marks=LONG),
+    ],
+)
+def test_the_plan_is_the_memory_of_a_real_step(
+    ranks: RankPool, monkeypatch: pytest.MonkeyPatch, world: int, settings: dict[str, Any]
+) -> None:
+    settings = settings | {"workers": world}
+    real = ranks.run(world, real_step, settings)[0]
+    monkeypatch.setattr(meter, "_BLOCK", 1)  # the CPU's allocator does not round
+    with gpu_code():
+        planned = step_memory(job_of(settings), world, real.imbalance)
+    assert planned.device.peak == pytest.approx(real.peak, rel=0.05)
