@@ -19,6 +19,7 @@ Shapes: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,34 @@ _CHUNK_BYTES = 1 << 29
 
 # (hidden_CD, weight_VD, targets_C, keep_C, whether to compute gradients) -> (loss, its gradient by the logits)
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+_PRODUCT = 1 << 24  # elements of a part of the weight's gradient
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """Where the forward adds the weight's gradient: total_VD, FP32 or FP64. scale: the gradient of the whole loss by
+    the sum of cross entropies, which the caller knows in advance."""
+
+    total_VD: Tensor
+    scale: float
+
+    def add(self, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
+        """Adds a chunk's share, a part of the vocabulary at a time; products of BF16 are not rounded to it."""
+        dtype, rows = self.total_VD.dtype, max(1, _PRODUCT // hidden_CD.shape[1])
+        if d_logits_CV.dtype == dtype:
+            self.total_VD.addmm_(d_logits_CV.t(), hidden_CD, alpha=self.scale)
+            return
+        for begin in range(0, len(self.total_VD), rows):
+            part = slice(begin, begin + rows)
+            self.total_VD[part].add_(_wide_mm(d_logits_CV[:, part].t(), hidden_CD, dtype), alpha=self.scale)
+
+
+def _wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.device.type == "cpu":  # has no product with a wider result
+        return a.to(dtype) @ b.to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
 
 
 def _chunk_tokens(vocab: int, device: torch.device) -> int:
@@ -121,23 +150,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         compute_chunk: ChunkLoss,
         chunk: int,
         grads: bool,
+        into: WeightGradient | None,
     ) -> Tensor:
         compute_dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=compute_dtype, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if grads else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=compute_dtype) if grads else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=compute_dtype) if grads and into is None else None
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             chunk_loss, d_logits_CV = compute_chunk(hidden_TD[part], weight_VD, targets_T[part], keep_T[part], grads)
             loss += chunk_loss
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 torch.mm(d_logits_CV, weight_VD, out=grad_hidden[part])
-                if weight_VD.dtype == compute_dtype:
-                    grad_weight.addmm_(d_logits_CV.t(), hidden_TD[part])
-                else:
-                    grad_weight += d_logits_CV.t() @ hidden_TD[part]
+                target = WeightGradient(grad_weight, 1.0) if grad_weight is not None else into
+                assert target is not None
+                target.add(d_logits_CV, hidden_TD[part])
             del d_logits_CV  # or two chunks' logits would be in memory at once
-        if grad_hidden is not None and grad_weight is not None:
+        if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -146,31 +175,48 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = (grad_hidden * grads[0]).to(grad_hidden.dtype)
-        grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _sum(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, compute_chunk: ChunkLoss, chunk: int
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    keep_T: Tensor,
+    compute_chunk: ChunkLoss,
+    chunk: int,
+    into: WeightGradient | None,
 ) -> tuple[Tensor, Tensor]:
     grads = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, weight_VD, targets_T, keep_T, compute_chunk, chunk, grads
+        hidden_TD, weight_VD, targets_T, keep_T, compute_chunk, chunk, grads, into
     )
     return loss, keep_T.sum()
 
 
 def cross_entropy_sum_reference(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, chunk: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    keep_T: Tensor,
+    chunk: int | None = None,
+    into: WeightGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy_sum` in PyTorch, for any dtype; the softmax is FP32, or FP64 for FP64 inputs."""
     if chunk is None:
         chunk = _chunk_tokens(weight_VD.shape[0], weight_VD.device)
-    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_reference, chunk)
+    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_reference, chunk, into)
 
 
 def cross_entropy_sum_triton(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, chunk: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    keep_T: Tensor,
+    chunk: int | None = None,
+    into: WeightGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equals the reference up to the order of summation; an included target outside of the vocabulary gives a NaN loss.
 
@@ -183,18 +229,24 @@ def cross_entropy_sum_triton(
     check_tensor("keep_T", keep_T, (len(hidden_TD),), (torch.bool,), like=weight_VD)
     if chunk is None:
         chunk = max(128, _CHUNK_BYTES // (max(vocab, 1) * weight_VD.element_size()))
-    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_triton, chunk)
+    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_triton, chunk, into)
 
 
 def cross_entropy_sum(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, keep_T: Tensor, chunk: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    keep_T: Tensor,
+    chunk: int | None = None,
+    into: WeightGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the included tokens of -log softmax(hidden @ weight^T)[target].
 
     `targets_T` is int64, in [0, V) wherever `keep_T` (bool) is true; other targets are ignored. Returns (loss, FP32 or
     FP64 scalar; number of included tokens, int64 scalar). Differentiable once in `hidden_TD` and `weight_VD`. `chunk`:
-    tokens whose logits are held at a time.
+    tokens whose logits are held at a time. `into`: the forward adds the weight's gradient there, and the backward
+    computes none.
     """
     if hidden_TD.dtype == torch.float64 or backend(hidden_TD) == "reference":
-        return cross_entropy_sum_reference(hidden_TD, weight_VD, targets_T, keep_T, chunk)
-    return cross_entropy_sum_triton(hidden_TD, weight_VD, targets_T.contiguous(), keep_T.contiguous(), chunk)
+        return cross_entropy_sum_reference(hidden_TD, weight_VD, targets_T, keep_T, chunk, into)
+    return cross_entropy_sum_triton(hidden_TD, weight_VD, targets_T.contiguous(), keep_T.contiguous(), chunk, into)

@@ -35,6 +35,16 @@ class Fp8Experts:
     gate_up: Fp8Weight
     down: Fp8Weight
 
+    def clear(self) -> None:
+        """Frees the tensors."""
+        self.gate_up.clear()
+        self.down.clear()
+
+    def fill(self, other: "Fp8Experts") -> None:
+        """Takes the tensors of another quantization."""
+        self.gate_up.fill(other.gate_up)
+        self.down.fill(other.down)
+
 
 def fp8_expert_weights(w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor) -> Fp8Experts:
     """Quantizes the weights of a group of experts. The result is valid until they change."""

@@ -36,12 +36,24 @@ from moray.kernels.util.deferred import DeferredGradients, add_gradient
 Quantized = tuple[Tensor, Tensor]  # FP8 numbers and their scales
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fp8Weight:
-    """A quantized weight: E4M3 numbers [..., N, K] and power-of-two scales of blocks of 128 x 128."""
+    """A quantized weight: E4M3 numbers [..., N, K] and power-of-two scales of blocks of 128 x 128.
+
+    A backward keeps this object, not its tensors. So they may be cleared between forward and backward, if they are
+    filled again with the same quantization.
+    """
 
     fp8: Tensor
     scales: Tensor
+
+    def clear(self) -> None:
+        """Frees the tensors."""
+        self.__dict__.clear()
+
+    def fill(self, other: "Fp8Weight") -> None:
+        """Takes the tensors of another quantization."""
+        self.__dict__ |= other.__dict__
 
     @cached_property
     def transposed(self) -> Quantized:

@@ -25,6 +25,8 @@ def choose_experts(
 ) -> list[Tensor]:
     """Returns each router's chosen experts for these tokens, int64 [B * T, K]; 0 at padding, if `token_positions_R` is
     given. Does not change the routers' counts."""
+    if model.progress is not None:
+        model.progress.micro_batches = 1
     parts = model.routed_parts(ids_BT, targets_BT, document_ids_BT, token_positions_R=token_positions_R)
     _, routings = run_alone(parts)
     context = RoutingContext(token_positions_R)

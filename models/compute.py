@@ -102,12 +102,15 @@ class UnfusedSwiGLU:
 @dataclass(frozen=True)
 class Fp8TrainedSwiGLU:
     deferred: DeferredGradients | None = None
-    quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(fp8_expert_weights))
+    quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(_one_expert))
 
     def __call__(self, x_TD: Tensor, gate: LinearLayer, up: LinearLayer, down: LinearLayer) -> Tensor:
         weights = (gate.weight, up.weight, down.weight)
-        quantized = self.quantization.get(*(weight.unsqueeze(0) for weight in weights))
-        return fp8_mlp(x_TD, quantized, *weights, self.deferred)
+        return fp8_mlp(x_TD, self.quantization.get(*weights), *weights, self.deferred)
+
+
+def _one_expert(*weights: Tensor) -> Fp8Experts:
+    return fp8_expert_weights(*(weight.unsqueeze(0) for weight in weights))
 
 
 class ExpertStacks(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moray.kernels.embedding import embedding
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.rms_norm import rms_norm
 from moray.models.compute import Fp8StoredLinear, Fp8TrainedLinear, HighPrecisionLinear, LinearCompute
@@ -86,15 +87,20 @@ def linear_outputs(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
 
 
 class Embedding(nn.Module):
-    """Rows of a table by id, in the table's dtype or in `dtype`. All layers compute in the dtype of this output."""
+    """Rows of a table by id, in the table's dtype or in `dtype`. All layers compute in the dtype of this output.
+
+    in_place: the backward adds to the table's gradient itself (`kernels/embedding.py`).
+    """
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = unset_parameter(rows, width)
         self.dtype: torch.dtype | None = None
+        self.in_place = False
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight).to(self.dtype or self.weight.dtype)
+        rows = embedding(ids, self.weight) if self.in_place else F.embedding(ids, self.weight)
+        return rows.to(self.dtype or self.weight.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -29,6 +29,18 @@ class TrainingLoss:
         return TrainingLoss(*(mine + its for mine, its in terms))
 
 
+@dataclass(frozen=True)
+class LossWeights:
+    """The factors of `mtp` and `balance` in the loss whose gradient is computed; that of `main` is 1."""
+
+    mtp: float
+    balance: float
+
+    def of(self, loss: TrainingLoss) -> Tensor:
+        """The weighted sum of the terms."""
+        return loss.main + self.mtp * loss.mtp + self.balance * loss.balance
+
+
 def counted_positions(targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """bool [B, T]: positions whose target is not negative and, if there is a mask, whose mask is true."""
     keep_BT = targets_BT >= 0

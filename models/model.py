@@ -10,28 +10,29 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache tabl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moray.kernels.cross_entropy import cross_entropy_sum
+from moray.kernels.cross_entropy import WeightGradient, cross_entropy_sum
 from moray.kernels.rope import rope_table
-from moray.kernels.util.deferred import DeferredGradients
+from moray.kernels.util.deferred import DeferredGradients, gradient_of
 from moray.kernels.util.document_bounds import find_documents
 from moray.models.attention import RotaryTable
 from moray.models.cache import LatentCache
 from moray.models.compute import TrainingCompute
 from moray.models.config import ModelConfig
 from moray.models.decoder import Attend, DecoderLayer, attend_cached, attend_rows
-from moray.models.expert_parallel.backward_progress import Milestones
 from moray.models.expert_parallel.dispatcher import dispatcher_for
 from moray.models.expert_parallel.interleave import Parts, run_alone
+from moray.models.expert_parallel.layer_progress import LayerProgress
 from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, Routing, RoutingContext, layer_parts
 from moray.models.expert_shard import PROJECTIONS, ExpertShard
+from moray.models.fp8 import QuantizationCache
 from moray.models.initial import initial_value
 from moray.models.linear import Embedding, Linear, RMSNorm
-from moray.models.loss import TrainingLoss, add_balance, counted_positions
+from moray.models.loss import LossWeights, TrainingLoss, add_balance, counted_positions
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.mtp import MTPLayer, shift_left
 from moray.models.tensors import is_quantized, scale_name
@@ -88,7 +89,7 @@ class DeepseekV3(nn.Module):
         dispatcher = dispatcher_for(experts, config.n_routed_experts, dispatcher)
         self.model = Trunk(config, experts, dispatcher)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.milestones: Milestones | None = None
+        self.progress: LayerProgress | None = None
         self._training_compute = TrainingCompute()
 
     def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> ModelOutput:
@@ -97,7 +98,9 @@ class DeepseekV3(nn.Module):
         With `document_ids_BT` (runs of equal integers), positions restart and attention stops at each document.
         """
         hidden_BTD, _, _ = run_alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._contexts()))
-        return ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
+        output = ModelOutput(self.lm_head(hidden_BTD), hidden_BTD)
+        self._end()
+        return output
 
     def loss_sum(
         self,
@@ -112,7 +115,9 @@ class DeepseekV3(nn.Module):
         true. The full logits are never materialized.
         """
         hidden_BTD, _, _ = run_alone(self._hidden(ids_BT, self._attend(ids_BT, document_ids_BT), self._contexts()))
-        return self._cross_entropy(hidden_BTD, targets_BT, counted_positions(targets_BT, mask_BT))
+        summed = self._cross_entropy(hidden_BTD, targets_BT, counted_positions(targets_BT, mask_BT))
+        self._end()
+        return summed
 
     def training_loss(
         self,
@@ -122,6 +127,7 @@ class DeepseekV3(nn.Module):
         mask_BT: Tensor | None = None,
         token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
+        weights: LossWeights | None = None,
     ) -> TrainingLoss:
         """The terms of the training loss, for tokens that count as in `loss_sum`.
 
@@ -135,8 +141,12 @@ class DeepseekV3(nn.Module):
         routes: for each of `routers()`, int64 [B * T, K], the experts of each position, as returned by
         `choose_experts`. By default the routers choose. Raises ValueError if the number of routes differs from the
         number of routers.
+
+        weights: if given, the forward adds the head's gradient to its `.grad`, and a backward of `weights.of(loss)`
+        must follow.
         """
-        return run_alone(self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes))
+        parts = self.training_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes, weights)
+        return run_alone(parts)
 
     def training_parts(
         self,
@@ -146,11 +156,13 @@ class DeepseekV3(nn.Module):
         mask_BT: Tensor | None = None,
         token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
+        weights: LossWeights | None = None,
     ) -> Parts[TrainingLoss]:
         """`training_loss` as a generator that yields while hidden states are in flight, so that other micro-batches
         compute meanwhile (`expert_parallel/interleave.py`). Their backwards overlap too, if one backward covers the sum
         of the losses."""
-        loss, _ = yield from self.routed_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes)
+        parts = self.routed_parts(ids_BT, targets_BT, document_ids_BT, mask_BT, token_positions_R, routes, weights)
+        loss, _ = yield from parts
         return loss
 
     def routed_parts(
@@ -161,13 +173,16 @@ class DeepseekV3(nn.Module):
         mask_BT: Tensor | None = None,
         token_positions_R: Tensor | None = None,
         routes: Sequence[Tensor] | None = None,
+        weights: LossWeights | None = None,
     ) -> Parts[tuple[TrainingLoss, list[Routing]]]:
         """`training_parts` that also returns the routings of `routers()`."""
         attend = self._attend(ids_BT, document_ids_BT)
         keep_BT = counted_positions(targets_BT, mask_BT)
         contexts = self._contexts(RoutingContext(token_positions_R, weights_B=keep_BT.sum(1)), routes)
         hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, contexts)
-        main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT)
+        main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT, None if weights is None else 1.0)
+        depths = self.config.num_nextn_predict_layers
+        mtp_scale = None if weights is None or not depths else weights.mtp / depths
         mtp = torch.zeros_like(main)
         chain_BT = keep_BT
         for depth, layer in enumerate(self.mtp_layers(), start=1):
@@ -180,13 +195,22 @@ class DeepseekV3(nn.Module):
             balance = add_balance(balance, routing)
             if routing is not None:
                 routings.append(routing)
-            nll, _ = self._cross_entropy(hidden_BTD, shift_left(targets_BT, depth, -100), chain_BT)
-            mtp = mtp + nll / self.config.num_nextn_predict_layers
+            nll, _ = self._cross_entropy(hidden_BTD, shift_left(targets_BT, depth, -100), chain_BT, mtp_scale)
+            mtp = mtp + nll / depths
+        self._end()
         return TrainingLoss(main, mtp, balance, count), routings
 
-    def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(
+        self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of cross entropies and the number of tokens. scale: its factor in the loss, if the forward adds the
+        head's gradient."""
         weight_VD = self.lm_head.weight_in(hidden_BTD.dtype)
-        return cross_entropy_sum(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), keep_BT.flatten())
+        into = None
+        if scale is not None and torch.is_grad_enabled():
+            into = WeightGradient(gradient_of(self.lm_head.weight), scale)
+        rows, targets, keep = hidden_BTD.flatten(0, 1), targets_BT.flatten(), keep_BT.flatten()
+        return cross_entropy_sum(rows, weight_VD, targets, keep, into=into)
 
     @torch.no_grad()
     def forward_cached(
@@ -252,6 +276,19 @@ class DeepseekV3(nn.Module):
             if isinstance(module, ExpertShard) or (isinstance(module, Linear) and is_quantized(f"{prefix}.weight")):
                 module.store_fp8()
 
+    def quantizations(self) -> Iterator[tuple[QuantizationCache[Any], tuple[nn.Parameter, ...]]]:
+        """The caches of quantizations in FP8 training, each with the weights that it quantizes."""
+        for module in self.modules():
+            cache = getattr(getattr(module, "compute", None), "quantization", None)
+            if cache is None:
+                continue
+            if isinstance(module, SwiGLU):
+                yield cache, (module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
+            elif isinstance(module, ExpertShard):
+                yield cache, (module.w_gate_EFD, module.w_up_EFD, module.w_down_EDF)
+            elif isinstance(module, Linear):
+                yield cache, (module.weight,)
+
     def logical_biases(self) -> Iterator[tuple[str, Tensor]]:
         """The routers' correction biases by canonical name; FP32, sharing storage with the model."""
         for name, module in self.named_modules():
@@ -289,6 +326,10 @@ class DeepseekV3(nn.Module):
         statistics of norms, softmax and losses stay FP32."""
         self.model.embed_tokens.dtype = dtype
 
+    def add_gradients_in_place(self) -> None:
+        """Makes the embedding's backward add to the table's gradient itself. Hooks of the table do not run."""
+        self.model.embed_tokens.in_place = True
+
     def train_in_fp8(self) -> None:
         """Makes the linear layers of attention, MLPs and experts compute in FP8, forward and backward. Embedding, head,
         router, norms, attention's core and the projection of multi-token prediction do not change."""
@@ -311,10 +352,9 @@ class DeepseekV3(nn.Module):
                 quantized = is_quantized(f"{name}.weight") and ".mlp." not in name
                 module.compute = chosen.linear(quantized, shared_input=name.endswith(".o_proj"))
 
-    def milestone_of(self, name: str) -> int:
-        """The last milestone that a backward has passed when the gradient of a parameter, by its name, is complete. It
-        is the parameter's layer; the number of layers for parameters after the last layer; -1, the end, for the
-        embedding."""
+    def stage_of(self, name: str) -> int:
+        """The stage (`layer_progress.py`) that uses a parameter, by its name: its layer; -1 for the embedding, which
+        multi-token prediction uses too; the number of layers for everything after them."""
         kind, _, rest = name.removeprefix("model.").partition(".")
         if kind == "layers":
             return min(int(rest.partition(".")[0]), self.config.num_hidden_layers)
@@ -355,7 +395,8 @@ class DeepseekV3(nn.Module):
         else:
             documents = find_documents(document_ids_BT)
             positions_BT = documents.positions_BT
-        rotary = self._rotary(positions_BT, self.lm_head.weight.dtype)
+        lower = self.model.embed_tokens.dtype is not None  # than FP32, in which angles stay
+        rotary = self._rotary(positions_BT, torch.float32 if lower else self.lm_head.weight.dtype)
         return partial(attend_rows, rotary=rotary, documents=documents)
 
     def _contexts(
@@ -374,21 +415,27 @@ class DeepseekV3(nn.Module):
     ) -> Parts[tuple[Tensor, Tensor, list[Routing]]]:
         """The normalized hidden states after the last layer, the sum of the layers' balance losses, and their
         routings."""
+        if self.progress is not None:
+            self.progress.begin()
         x_BTD = self.model.embed_tokens(ids_BT)
         balance = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
         routings: list[Routing] = []
         for number, layer in enumerate(self._layers()):
-            self._set_milestone(x_BTD, number)
+            self._cross(x_BTD, number)
             x_BTD, routing = yield from layer_parts(layer, x_BTD, attend, contexts[number])
             balance = add_balance(balance, routing)
             if routing is not None:
                 routings.append(routing)
-        self._set_milestone(x_BTD, self.config.num_hidden_layers)
+        self._cross(x_BTD, self.config.num_hidden_layers)
         return self.model.norm(x_BTD), balance, routings
 
-    def _set_milestone(self, x_BTD: Tensor, number: int) -> None:
-        if self.milestones is not None:
-            self.milestones.set(x_BTD, number)
+    def _end(self) -> None:
+        if self.progress is not None:
+            self.progress.end()
+
+    def _cross(self, x_BTD: Tensor, boundary: int) -> None:
+        if self.progress is not None:
+            self.progress.cross(x_BTD, boundary)
 
 
 def _last_real(x_BTD: Tensor, positions_BT: Tensor) -> Tensor:

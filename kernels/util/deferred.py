@@ -50,11 +50,17 @@ class DeferredGradients:
             self._waiting.popleft()()
 
 
-def add_gradient(weight: Tensor, gradient: Tensor, index: int | None = None) -> None:
-    """Adds to the gradient of `weight`, or of `weight[index]`, in the weight's dtype."""
+def gradient_of(weight: Tensor) -> Tensor:
+    """The gradient of a leaf, which is zero at first."""
     if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    (weight.grad if index is None else weight.grad[index]).add_(gradient)
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    return weight.grad
+
+
+def add_gradient(weight: Tensor, gradient: Tensor, index: int | None = None) -> None:
+    """Adds to the gradient of `weight`, or of `weight[index]`, in the gradient's dtype."""
+    total = gradient_of(weight)
+    (total if index is None else total[index]).add_(gradient)
 
 
 class _DeferredLinear(torch.autograd.Function):

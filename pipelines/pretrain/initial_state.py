@@ -22,7 +22,7 @@ def draw_weights(optimizer: ShardedOptimizer, std: float, seed: int) -> None:
         master.tensor.copy_(whole[master.offset : master.offset + len(master.tensor)])
 
 
-def read_weights(folder: str, model: DeepseekV3, optimizer: ShardedOptimizer) -> None:
+def fill_weights(folder: str, model: DeepseekV3, optimizer: ShardedOptimizer) -> None:
     """Sets the weights and router biases of a Hugging Face folder, local or in a store."""
     with local_folder(any_path(folder)) as local:
         source = CheckedFolder(local)

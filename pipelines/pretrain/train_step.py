@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moray.actors.data.token_set import Batch
 from moray.models.balance import update_router_biases
 from moray.models.expert_parallel.interleave import interleave
-from moray.models.loss import TrainingLoss
+from moray.models.loss import LossWeights, TrainingLoss
 from moray.pipelines.pretrain.lr_schedule import bias_speed, learning_rate, prediction_weight
 from moray.pipelines.pretrain.worker import Worker
 
@@ -81,12 +81,11 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
     step.
     """
     config = worker.job.config
-    weight = prediction_weight(config.schedule, tokens, worker.total_tokens)
+    weights = LossWeights(prediction_weight(config.schedule, tokens, worker.total_tokens), config.balance_factor)
     totals = torch.zeros(5, dtype=torch.float64, device=worker.device)
     totals[4] = flag
-    for terms, last in _losses(worker, batch, routes):
-        loss = terms.main + weight * terms.mtp + config.balance_factor * terms.balance
-        worker.optimizer.backward(loss, last)
+    for terms, last in _losses(worker, batch, routes, weights):
+        worker.optimizer.backward(weights.of(terms), last)
         if worker.deferred is not None:
             worker.deferred.finish()
         sums = (terms.main, terms.mtp, terms.balance, terms.count)
@@ -135,16 +134,21 @@ def drop(worker: Worker) -> None:
     worker.model.reset_counters()
 
 
-def _losses(worker: Worker, batch: Batch, routes: Routes | None) -> Iterator[tuple[TrainingLoss, bool]]:
+def _losses(
+    worker: Worker, batch: Batch, routes: Routes | None, weights: LossWeights
+) -> Iterator[tuple[TrainingLoss, bool]]:
     """(loss, whether it is the batch's last) of each micro-batch; of each pair of micro-batches if they overlap."""
     model, together = worker.model, 2 if worker.overlaps else 1
+    in_place = weights if worker.optimizer.takes_gradients_in_place else None
     batches = list(micro_batches(worker, batch))
     for first in range(0, len(batches), together):
         group = range(first, min(first + together, len(batches)))
         works = [
-            model.training_parts(one.ids, one.targets, one.documents, token_positions_R=one.rows, routes=given)
+            model.training_parts(one.ids, one.targets, one.documents, None, one.rows, given, in_place)
             for one, given in ((batches[n], routes[n] if routes else None) for n in group)
         ]
+        if model.progress is not None:
+            model.progress.micro_batches = len(works)
         losses = interleave(works)
         yield sum(losses[1:], losses[0]), batches[group[-1]].last
 

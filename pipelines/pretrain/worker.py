@@ -21,7 +21,7 @@ from moray.pipelines.pretrain.checkpoint.archive import Archive
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.config import TrainingJob
-from moray.pipelines.pretrain.initial_state import draw_weights, read_weights
+from moray.pipelines.pretrain.initial_state import draw_weights, fill_weights
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.ema import Ema
@@ -103,6 +103,8 @@ def assemble(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     deferred = DeferredGradients() if overlaps(job, mesh) and config.parallel.zero_stage < 2 else None
     model = _model(job, mesh, device, deferred)
     optimizer = sharded_optimizer(model, mesh, config, device, deferred)
+    if optimizer.takes_gradients_in_place:
+        model.add_gradients_in_place()
     ema = Ema(optimizer, config.ema_half_life_tokens) if config.ema_half_life_tokens else None
     guard = Guard(config.resilience.spikes, mesh.from_first(lambda: read_record(folder)))
     state = TrainingState(model, optimizer, ema, guard)
@@ -119,7 +121,7 @@ def initialize(worker: Worker) -> None:
     if job.initial is None:
         draw_weights(state.optimizer, job.model.initializer_range, job.config.seed)
     else:
-        read_weights(job.initial, state.model, state.optimizer)
+        fill_weights(job.initial, state.model, state.optimizer)
     state.optimizer.refresh_weights()
     if state.ema:
         state.ema.restart()

@@ -41,7 +41,12 @@ class Fragment:
 
 
 class ShardedOptimizer(Protocol):
-    """Interface of an optimizer for the training loop and for checkpoints."""
+    """Interface of an optimizer for the training loop and for checkpoints.
+
+    takes_gradients_in_place: operations may add to the weights' `.grad` themselves, without autograd.
+    """
+
+    takes_gradients_in_place: bool
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulates a micro-batch's gradients. last: it is the step's last micro-batch."""
@@ -113,6 +118,8 @@ class PlainOptimizer:
     The master weights are the model's weights: each parameter is a view of its group's flat buffer, and so is its
     gradient.
     """
+
+    takes_gradients_in_place = True
 
     def __init__(
         self,

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from moray.kernels.util.deferred import DeferredGradients
-from moray.models.expert_parallel.backward_progress import Milestones
+from moray.models.expert_parallel.layer_progress import LayerProgress
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup
 
 _MIN_ELEMENTS = 1 << 18  # smallest all-reduce that is started during the backward
-_END = -1  # after the backward
+_END = -1  # the embedding: after the backward
 
 
 class Reduction:
@@ -43,10 +43,10 @@ class Reduction:
                 for number, begin, end in _cuts(model, group) if early else [(_END, 0, group.numel)]:
                     self._parts[number].append((gradient[begin:end], mesh.edp_group if group.expert else None))
         if early:
-            model.milestones = Milestones(self._passed)
+            model.progress = LayerProgress(self, model.config.num_hidden_layers)
         self._started: list[dist.Work] = []
         self._last = False
-        self._complete: tuple[int, int] | None = None  # the last milestone, and the deferred gradients before it
+        self._complete: tuple[int, int] | None = None  # the last stage that was left, and the deferred gradients then
 
     def begin(self, last: bool) -> None:
         """Must be called before each backward. last: it is the step's last one."""
@@ -62,7 +62,16 @@ class Reduction:
                 work.wait()
         self._started, self._last, self._complete = [], False, None
 
-    def _passed(self, number: int) -> None:
+    def forward_enters(self, stage: int) -> None:
+        pass
+
+    def forward_left(self, stage: int) -> None:
+        pass
+
+    def backward_enters(self, stage: int) -> None:
+        pass
+
+    def backward_left(self, stage: int) -> None:
         if not self._last:
             return
         if self._complete is not None:
@@ -70,7 +79,7 @@ class Reduction:
             if self._deferred is not None:
                 self._deferred.finish(added)
             self._start(before)
-        self._complete = (number, 0 if self._deferred is None else self._deferred.added)
+        self._complete = (stage, 0 if self._deferred is None else self._deferred.added)
 
     def _start(self, number: int) -> None:
         for part, group in self._parts[number]:
@@ -80,13 +89,13 @@ class Reduction:
 
 
 def _cuts(model: DeepseekV3, group: FlatGroup) -> Iterator[tuple[int, int, int]]:
-    """(milestone, begin, end), last layers first: at the milestone, elements [begin, end) of the flat buffer are
-    complete."""
-    milestones = [model.milestone_of(tensor.name) for tensor in group.logical]
-    assert milestones == sorted(milestones), "parameters are in the order of the forward"
+    """(stage, begin, end), last stages first: when the backward has left the stage, elements [begin, end) of the flat
+    buffer are complete."""
+    stages = [model.stage_of(tensor.name) for tensor in group.logical]
+    assert stages == sorted(stages), "parameters are in the order of the forward"
     end = group.numel
-    for number in sorted({*milestones} - {_END}, reverse=True):
-        begin = group.logical[milestones.index(number)].start
+    for number in sorted({*stages} - {_END}, reverse=True):
+        begin = group.logical[stages.index(number)].start
         if end - begin >= _MIN_ELEMENTS:
             yield number, begin, end
             end = begin

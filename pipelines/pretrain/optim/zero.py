@@ -41,6 +41,8 @@ _BUCKET = 1 << 26  # elements per reduction
 class ZeroOptimizer:
     """Masters are FP32 partitions. The model's weights are float32 and are gathered after each step."""
 
+    takes_gradients_in_place = False  # hooks of autograd reduce them
+
     def __init__(self, groups: list[FlatGroup], mesh: Mesh, config: PretrainConfig, device: torch.device) -> None:
         """Raises ValueError for weights that are not float32."""
         for parameter in (parameter for group in groups for parameter in group.parameters):
