@@ -118,10 +118,24 @@ class Parallel(StepConfig):
         description="run micro-batches in pairs: one computes while the other's tokens are exchanged between ranks; "
         "keeps the activations of both for the backward",
     )
-    zero_stage: Literal[0, 1, 2] = operational(
+    zero_stage: Literal[0, 1, 2, 3] = operational(
         0,
         description="0: no partitioning; 1: partition master weights and moments over the ranks that hold the same "
-        "weights; 2: gradients too",
+        "weights; 2: gradients too; 3: weights too",
+    )
+    expert_zero_stage: Literal[1, 2, 3] | None = operational(
+        None, description="zero_stage of experts, whose ranks are those with the same experts (default: zero_stage)"
+    )
+    shard_ranks: int | None = operational(
+        None,
+        gt=0,
+        description="zero_stage 3: consecutive ranks over which dense weights are sharded, such as those of a node "
+        "(default: all)",
+    )
+    reduce_dtype: Literal["float32", "bf16"] = operational(
+        "float32",
+        description="dtype in which zero_stage 1 to 3 sum the gradients of matrices over ranks; bf16 in bf16 and fp8 "
+        "training only. Micro-batches are summed in float32",
     )
     dispatch: Literal["collectives", "deepep"] = operational(
         "collectives",

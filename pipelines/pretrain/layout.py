@@ -9,6 +9,11 @@ from collections.abc import Sequence
 BLOCK = 128  # elements of an FP8 moment that share a scale
 
 
+def dense_ranks(world: int, wanted: int | None) -> int:
+    """Ranks over which dense weights are sharded: the largest number that divides both; all by default."""
+    return world if wanted is None else math.gcd(world, wanted)
+
+
 def usable_layout(world: int, ep: int, batches: Sequence[int]) -> tuple[int, int]:
     """(ranks, EP) to train with if `world` ranks are available and the requested EP is `ep`.
 

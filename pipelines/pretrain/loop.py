@@ -21,7 +21,7 @@ from moray.actors.rank_watch import Beat, Pulse
 from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import TrainingJob
-from moray.pipelines.pretrain.layout import usable_layout
+from moray.pipelines.pretrain.layout import dense_ranks, usable_layout
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.report import Report, StartTimer
@@ -79,7 +79,7 @@ def train_steps(settings: dict[str, Any]) -> None:
     world, ep = usable_layout(started, job.config.parallel.expert_parallel, sizes)
     if world < started and not Mesh.shrink(world, device):
         return
-    mesh = Mesh.create(ep, device)
+    mesh = Mesh.create(ep, device, dense_ranks(world, job.config.parallel.shard_ranks))
     start.reached("groups")
     worker = assemble(job, mesh, device)
     start.reached("model")

@@ -28,6 +28,9 @@ class Mesh:
     ep_group: ranks that partition the experts. edp_group: ranks with the same experts. io_group: all ranks over gloo,
     for work beside training, such as checkpoints. All groups are None in a process without other ranks. clock: measures
     exposed communication on rank 0, which reports it.
+
+    dense: consecutive ranks that share dense weights, all by default. dense_groups: these ranks, and those with the
+    same share, if neither is all ranks.
     """
 
     rank: int
@@ -37,9 +40,11 @@ class Mesh:
     edp_group: dist.ProcessGroup | None
     io_group: dist.ProcessGroup | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
+    dense: int = 0
+    dense_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
     @classmethod
-    def create(cls, ep: int, device: torch.device) -> Mesh:
+    def create(cls, ep: int, device: torch.device, dense: int = 0) -> Mesh:
         """Creates all groups on all ranks, in one order. torch.distributed must be initialised.
 
         Each group runs one collective here, because NCCL sets a group up at its first collective. Later, memory would
@@ -47,22 +52,19 @@ class Mesh:
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         check_layout(world, ep)
-        mine: dict[str, dist.ProcessGroup] = {}
-        for start in range(0, world, ep):
-            ranks = list(range(start, start + ep))
-            group = dist.new_group(ranks, group_desc="experts")
-            if rank in ranks:
-                mine["ep"] = group
-        for offset in range(ep):
-            ranks = list(range(offset, world, ep))
-            group = dist.new_group(ranks, group_desc="replicas of experts")
-            if rank in ranks:
-                mine["edp"] = group
-        for group in (dist.group.WORLD, mine["ep"], mine["edp"]):
+        dense = dense or world
+        ep_group, edp_group = _grid(rank, world, ep, "experts")
+        groups = [dist.group.WORLD, ep_group, edp_group]
+        dense_groups = None
+        if 1 < dense < world:
+            dense_groups = _grid(rank, world, dense, "dense weights")
+            groups += dense_groups
+        for group in groups:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
         io_group = dist.new_group(backend="gloo", group_desc="checkpoints")
         dist.all_reduce(torch.zeros(1), group=io_group)
-        return cls(rank, world, ep, mine["ep"], mine["edp"], io_group, Stopwatch(on=rank == 0))
+        clock = Stopwatch(on=rank == 0)
+        return cls(rank, world, ep, ep_group, edp_group, io_group, clock, dense, dense_groups)
 
     @staticmethod
     def shrink(world: int, device: torch.device) -> bool:
@@ -98,3 +100,17 @@ class Mesh:
         each = count // self.ep
         first = (self.rank % self.ep) * each
         return range(first, first + each)
+
+
+def _grid(rank: int, world: int, width: int, purpose: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's groups in a grid of rows of `width` consecutive ranks: its row, and its column."""
+    rows = [list(range(start, start + width)) for start in range(0, world, width)]
+    columns = [list(range(offset, world, width)) for offset in range(width)]
+    mine = []
+    for name, lines in ((purpose, rows), (f"copies of {purpose}", columns)):
+        for ranks in lines:
+            group = dist.new_group(ranks, group_desc=name)
+            if rank in ranks:
+                mine.append(group)
+    row, column = mine
+    return row, column

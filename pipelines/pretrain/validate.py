@@ -72,6 +72,8 @@ def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
     world = parallel.workers if given else parallel.expert_parallel
     experts = model.n_routed_experts if model else None
     check_layout(world, parallel.expert_parallel, experts, sizes if given else ())
+    if given and parallel.shard_ranks is not None and world % parallel.shard_ranks:
+        raise ValueError(f"parallel.workers ({world}) must be a multiple of shard_ranks ({parallel.shard_ranks})")
     if least and least > parallel.workers:
         raise ValueError(f"resilience.min_workers ({least}) must not exceed parallel.workers ({parallel.workers})")
 
@@ -206,16 +208,24 @@ def check_moments(optimizer: Optimizer) -> None:
 
 def check_backend(config: PretrainConfig) -> None:
     """Raises ValueError for an invalid combination of optimizer settings."""
-    zero_stage = config.parallel.zero_stage
-    if config.optimizer.offload and not zero_stage:
+    parallel, offload = config.parallel, config.optimizer.offload
+    if offload and (parallel.zero_stage not in (1, 2) or parallel.expert_zero_stage is not None):
         raise ValueError(
-            "optimizer.offload: true requires parallel.zero_stage 1 or 2, because at 0 the weights are the master "
-            "weights"
+            "optimizer.offload: true requires parallel.zero_stage 1 or 2 for all weights, because DeepSpeed's ZeRO "
+            "offloads"
         )
-    if config.precision == "float64" and (zero_stage or config.optimizer.moments == "fp8"):
+    if config.precision == "float64" and (offload or config.optimizer.moments == "fp8"):
         raise ValueError(
-            "precision: float64 requires parallel.zero_stage 0 and optimizer.moments: float32, because ZeRO's master "
-            "weights are float32"
+            "precision: float64 requires optimizer.offload: false and optimizer.moments: float32, because the others' "
+            "masters are float32"
+        )
+    if parallel.expert_zero_stage is not None and not parallel.zero_stage:
+        raise ValueError("parallel.expert_zero_stage requires parallel.zero_stage 1, 2 or 3")
+    if parallel.shard_ranks is not None and parallel.zero_stage != 3:
+        raise ValueError("parallel.shard_ranks requires parallel.zero_stage 3, at which weights are sharded")
+    if parallel.reduce_dtype == "bf16" and (config.precision not in ("bf16", "fp8") or not parallel.zero_stage):
+        raise ValueError(
+            "parallel.reduce_dtype: bf16 requires precision bf16 or fp8, and parallel.zero_stage 1, 2 or 3"
         )
 
 

@@ -99,8 +99,9 @@ def assemble(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     """The rank's model, optimizer and checkpoints, on `device`. The weights are NaN until `initialize` or a checkpoint
     sets them."""
     config, folder = job.config, any_path(job.folder)
-    # Not with ZeRO 2, which reduces gradients during the backward.
-    deferred = DeferredGradients() if overlaps(job, mesh) and config.parallel.zero_stage < 2 else None
+    # Not with DeepSpeed's ZeRO 2, which reduces gradients during the backward.
+    hooked = config.optimizer.offload and config.parallel.zero_stage == 2
+    deferred = DeferredGradients() if overlaps(job, mesh) and not hooked else None
     model = _model(job, mesh, device, deferred)
     optimizer = sharded_optimizer(model, mesh, config, device, deferred)
     if optimizer.takes_gradients_in_place:

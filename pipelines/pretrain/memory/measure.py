@@ -14,6 +14,7 @@ import torch
 
 from moray.actors.data.token_set import Batch
 from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.memory.meter import Answer, HostRead, MemoryMeter, Place
 from moray.pipelines.pretrain.memory.row_counts import row_counts
@@ -44,7 +45,9 @@ def step_memory(job: TrainingJob, world: int, imbalance: float = 1.0) -> StepMem
     counts = row_counts(job.model, ep, micro * job.sequence_length, imbalance)
     meter = MemoryMeter(_answers(counts, ep))
     with unsent_group(0, world), metered(meter):
-        worker = assemble(job, unsent_mesh(0, world, ep), _DEVICE)
+        mesh = unsent_mesh(0, world, ep, dense_ranks(world, parallel.shard_ranks))
+        worker = assemble(job, mesh, _DEVICE)
+        worker.optimizer.refresh_weights()
         meter.reads.clear()
         _step(worker, _batch(job, min(sequences, _enough(worker) * micro)))
         reads = dict(meter.reads)

@@ -97,8 +97,16 @@ def unsent_group(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def unsent_mesh(rank: int, world: int, ep: int) -> Mesh:
+def unsent_mesh(rank: int, world: int, ep: int, dense: int) -> Mesh:
     """The mesh of one rank in `unsent_group`."""
-    first = rank - rank % ep
-    groups = (range(first, first + ep), range(rank % ep, world, ep))
-    return Mesh(rank, world, ep, *(dist.new_group(list(ranks)) for ranks in groups))
+    ep_group, edp_group = _row_and_column(rank, world, ep)
+    groups = _row_and_column(rank, world, dense) if 1 < dense < world else None
+    return Mesh(rank, world, ep, ep_group, edp_group, dense=dense, dense_groups=groups)
+
+
+def _row_and_column(rank: int, world: int, width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    first = rank - rank % width
+    row, column = (
+        dist.new_group(list(ranks)) for ranks in (range(first, first + width), range(rank % width, world, width))
+    )
+    return row, column

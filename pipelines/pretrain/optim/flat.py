@@ -9,7 +9,7 @@ checkpoint does not depend on the partitioning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,8 @@ class Logical:
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Parameters that are reduced together and share a weight decay.
+    """Parameters that are reduced together and share a weight decay. stage: that uses them (`DeepseekV3.stage_of`), or
+    None for parameters of several stages.
 
     starts: offset of each parameter in the flat buffer of `numel` elements. replicas: number of ranks that hold the
     group, each the whole of it or one of `replicas` equal partitions.
@@ -56,6 +57,7 @@ class FlatGroup:
     logical: tuple[Logical, ...]
     numel: int
     replicas: int
+    stage: int | None = None
 
     @property
     def partition(self) -> int:
@@ -79,26 +81,51 @@ class FlatGroup:
 
 def flat_groups(model: DeepseekV3, mesh: Mesh) -> list[FlatGroup]:
     """The groups of the model's parameters: dense matrices, vectors, experts. Vectors (norms) have no weight decay."""
-    tensors: dict[int, list[tuple[str, int]]] = {}
-    owners: dict[int, torch.nn.Parameter] = {}
+
+    def kind_of(owner: torch.nn.Parameter, name: str) -> str:
+        return "experts" if _is_expert(name) else "dense" if owner.dim() >= 2 else "vectors"
+
+    return _groups(model, mesh, ["dense", "vectors", "experts"], lambda owner, name: (kind_of(owner, name), None))
+
+
+def stage_groups(model: DeepseekV3, mesh: Mesh) -> list[FlatGroup]:
+    """The groups of each stage: its dense matrices and its experts. Before them, over all stages, the vectors and the
+    matrices of routers, which are small."""
+
+    def place(owner: torch.nn.Parameter, name: str) -> tuple[str, int | None]:
+        if owner.dim() < 2:
+            return "vectors", None
+        if name.endswith(".mlp.gate.weight"):
+            return "routers", None
+        return "experts" if _is_expert(name) else "dense", model.stage_of(name)
+
+    return _groups(model, mesh, ["vectors", "routers", "dense", "experts"], place)
+
+
+def _is_expert(name: str) -> bool:
+    return ".mlp.experts." in name
+
+
+def _groups(
+    model: DeepseekV3,
+    mesh: Mesh,
+    kinds: Sequence[str],
+    place: Callable[[torch.nn.Parameter, str], tuple[str, int | None]],
+) -> list[FlatGroup]:
+    """place: (kind, stage) of a parameter, by the name of its first logical tensor."""
+    chosen: dict[tuple[str, int | None], dict[int, tuple[torch.nn.Parameter, list[tuple[str, int]]]]] = {}
     for name, view, owner in model.logical_parameters():
-        owners[id(owner)] = owner
-        tensors.setdefault(id(owner), []).append((name, view.numel()))
-    groups = []
-    for name, expert, matrix in (("dense", False, True), ("vectors", False, False), ("experts", True, True)):
-        chosen = [
-            (owner, tensors[key])
-            for key, owner in owners.items()
-            if (".mlp.experts." in tensors[key][0][0]) == expert and (owner.dim() >= 2) == matrix
-        ]
-        if chosen:
-            groups.append(_group(name, expert, matrix, chosen, mesh.edp if expert else mesh.world))
-    return groups
+        _, tensors = chosen.setdefault(place(owner, name), {}).setdefault(id(owner), (owner, []))
+        tensors.append((name, view.numel()))
+    ordered = sorted(chosen, key=lambda key: (-1 if key[1] is None else key[1] + 1, kinds.index(key[0])))
+    return [_group(kind, stage, list(chosen[kind, stage].values()), mesh) for kind, stage in ordered]
 
 
 def _group(
-    name: str, expert: bool, decays: bool, chosen: list[tuple[torch.nn.Parameter, list[tuple[str, int]]]], replicas: int
+    kind: str, stage: int | None, chosen: list[tuple[torch.nn.Parameter, list[tuple[str, int]]]], mesh: Mesh
 ) -> FlatGroup:
+    expert = kind == "experts"
+    replicas = mesh.edp if expert else mesh.world
     starts, logical, at = [], [], 0
     for owner, tensors in chosen:
         starts.append(at)
@@ -109,4 +136,6 @@ def _group(
         at += math.ceil(owner.numel() / BLOCK) * BLOCK
     whole = math.ceil(at / (BLOCK * replicas)) * BLOCK * replicas
     parameters = tuple(owner for owner, _ in chosen)
-    return FlatGroup(name, expert, decays, parameters, tuple(starts), tuple(logical), whole, replicas)
+    name = kind if stage is None else f"{kind} of stage {stage}"
+    decays = kind != "vectors"
+    return FlatGroup(name, expert, decays, parameters, tuple(starts), tuple(logical), whole, replicas, stage)

@@ -92,6 +92,10 @@ def sharded_optimizer(
     """
     if config.optimizer.moments == "fp8":
         check_blocks(model.config)
+    if config.parallel.zero_stage and not config.optimizer.offload:
+        from moray.pipelines.pretrain.optim.partitioned import PartitionedOptimizer
+
+        return PartitionedOptimizer(model, mesh, config, device, deferred)
     groups = flat_groups(model, mesh)
     if not config.parallel.zero_stage:
         return PlainOptimizer(model, groups, mesh, config, device, deferred)

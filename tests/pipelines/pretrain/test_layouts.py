@@ -61,6 +61,25 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
     assert alone[0].losses[-1] < alone[0].losses[0] - 0.1  # it learned: gradients were not zero
 
 
+@pytest.mark.parametrize(
+    ("ep", "edp", "settings"),
+    [
+        (2, 2, {"zero_stage": 3, "micro_batch_sequences": 1}),
+        (2, 2, {"zero_stage": 3, "shard_ranks": 2, "expert_zero_stage": 2, "micro_batch_sequences": 1}),
+        (4, 1, {"zero_stage": 1}),
+        (1, 4, {"zero_stage": 2, "micro_batch_sequences": 1}),
+    ],
+)
+def test_sharded_weights_train_as_whole_ones_do(
+    ranks: RankPool, exact: dict[tuple[int, int], list[Trace]], ep: int, edp: int, settings: dict[str, Any]
+) -> None:
+    alone = exact[1, 1]
+    found = ranks.run(ep * edp, train, STEPS, {"precision": "float64", "expert_parallel": ep, **settings})
+    np.testing.assert_allclose(found[0].losses, alone[0].losses, rtol=1e-9, atol=0)
+    np.testing.assert_allclose(found[0].norms, alone[0].norms, rtol=1e-9, atol=0)
+    assert off(whole(found), whole(alone)) <= 1e-9
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 1)])
 def test_experts_gradients_do_not_grow_with_ep(
     exact: dict[tuple[int, int], list[Trace]], layout: tuple[int, int]
@@ -98,6 +117,11 @@ ZERO = [
     pytest.param(4, 1, {"zero_stage": 1}, marks=LONG),
     pytest.param(2, 2, {"zero_stage": 2, "micro_batch_sequences": 1}),
     pytest.param(1, 4, {"zero_stage": 2}, marks=LONG),
+    pytest.param(1, 1, {"zero_stage": 3}, marks=LONG),
+    pytest.param(2, 2, {"zero_stage": 3, "micro_batch_sequences": 1}),
+    pytest.param(4, 1, {"zero_stage": 3, "overlap": False, "micro_batch_sequences": 1}, marks=LONG),
+    pytest.param(1, 4, {"zero_stage": 3, "shard_ranks": 2}, marks=LONG),
+    pytest.param(2, 2, {"zero_stage": 3, "expert_zero_stage": 1, "shard_ranks": 2, "micro_batch_sequences": 1}),
     pytest.param(2, 2, {"zero_stage": 1, "offload": True, "micro_batch_sequences": 1}, marks=LONG),
     pytest.param(4, 1, {"zero_stage": 2, "offload": True}),
 ]
@@ -175,7 +199,7 @@ def test_recompute_changes_nothing_and_counts_nothing_twice(ranks: RankPool) -> 
             np.testing.assert_array_equal(bias_E, second.biases[name])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_the_step(ranks: RankPool, stage: int) -> None:
     """DeepSpeed would silently skip the step."""
     for said, unchanged in ranks.run(2, failing_step, {"expert_parallel": 2, "zero_stage": stage}):
@@ -183,7 +207,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step(ranks: RankPool, stage: in
         assert unchanged
 
 
-def test_zero_refuses_float64(ranks: RankPool) -> None:
+def test_offload_refuses_float64(ranks: RankPool) -> None:
     """DeepSpeed would silently use float32 masters."""
-    said = ranks.run(1, refused, {"precision": "float64", "zero_stage": 1})
+    said = ranks.run(1, refused, {"precision": "float64", "zero_stage": 1, "offload": True})
     assert "ZeRO requires float32 weights" in said[0]

@@ -24,8 +24,12 @@ def test_an_invalid_layout_is_refused(layout: Any, message: str) -> None:
     ("settings", "says"),
     [
         ({"offload": True}, "optimizer.offload: true requires parallel.zero_stage 1 or 2"),
-        ({"zero_stage": 1, "precision": "float64"}, "precision: float64 requires parallel.zero_stage 0"),
-        ({"precision": "float64", "moments": "fp8"}, "parallel.zero_stage 0 and optimizer.moments: float32"),
+        ({"offload": True, "zero_stage": 3}, "optimizer.offload: true requires parallel.zero_stage 1 or 2"),
+        ({"expert_zero_stage": 1}, "parallel.expert_zero_stage requires parallel.zero_stage"),
+        ({"zero_stage": 2, "shard_ranks": 2}, "parallel.shard_ranks requires parallel.zero_stage 3"),
+        ({"zero_stage": 3, "reduce_dtype": "bf16"}, "parallel.reduce_dtype: bf16 requires precision bf16 or fp8"),
+        ({"zero_stage": 1, "offload": True, "precision": "float64"}, "float64 requires optimizer.offload: false"),
+        ({"precision": "float64", "moments": "fp8"}, "optimizer.offload: false and optimizer.moments: float32"),
     ],
 )
 def test_invalid_optimizer_settings_are_refused(settings: dict[str, Any], says: str) -> None:

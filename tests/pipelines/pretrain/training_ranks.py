@@ -17,6 +17,7 @@ from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import reduction
 from moray.pipelines.pretrain.resilience.collectives import Collective, CollectiveTrace
@@ -81,7 +82,9 @@ def toy_worker(folder: str, **settings: Any) -> Worker:
     config = pretrain_config(**fields | settings)
     job = TrainingJob(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
-    return build(job, Mesh.create(config.parallel.expert_parallel, device), device)
+    parallel = config.parallel
+    dense = dense_ranks(dist.get_world_size(), parallel.shard_ranks)
+    return build(job, Mesh.create(parallel.expert_parallel, device, dense), device)
 
 
 def global_batch(step: int) -> Batch:
