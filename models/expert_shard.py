@@ -2,7 +2,7 @@
 
 Training ranks and serving actors use the same shard, so serving runs the trained module. Weights are stacked over the
 experts so that one grouped GEMM covers all of them; the logical tensors of single experts are views into the stack.
-`load_E` counts the rows computed by each expert, in training and in serving, for placement and metrics.
+`load_E` counts the rows computed by each expert, in training with gradients and in serving, for placement and metrics.
 
 Shapes: R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F expert hidden
 size.
@@ -56,8 +56,9 @@ class ExpertShard(ExactModule):
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
         """The experts' outputs, times the router's weights, for rows sorted by local expert, `counts_E` rows each."""
-        with torch.no_grad():
-            self.load_E += counts_E.to(self.load_E.device, non_blocking=True)  # the counts may be on the host
+        if torch.is_grad_enabled() or not self.training:  # else a layer's first run, which the backward repeats
+            with torch.no_grad():
+                self.load_E += counts_E.to(self.load_E.device, non_blocking=True)  # the counts may be on the host
         stacks = ExpertStacks(self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
         scales = ExpertStacks(*(getattr(self, scale_name(name)) for name in PROJECTIONS)) if self.is_fp8 else None
         return self.compute(rows_RD, weights_R, counts_E, stacks, scales)

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N blocks of a cache tabl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from moray.models.loss import LossWeights, TrainingLoss, add_balance, counted_po
 from moray.models.moe import MoE, Router, SwiGLU
 from moray.models.mtp import MTPLayer, shift_left
 from moray.models.tensors import is_quantized, scale_name
+from moray.models.whole_layer import training_layer_parts
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class DeepseekV3(nn.Module):
             joined_BTD = layer.join(hidden_BTD, embedded_BTD)
             chain_BT = chain_BT & shift_left(keep_BT, depth, 0)
             learning = replace(contexts[self.config.num_hidden_layers + depth - 1], counted_T=chain_BT.flatten())
-            x_BTD, routing = yield from layer_parts(layer, joined_BTD, attend, learning)
+            x_BTD, routing = yield from training_layer_parts(layer, joined_BTD, attend, learning)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             balance = add_balance(balance, routing)
             if routing is not None:
@@ -315,11 +316,14 @@ class DeepseekV3(nn.Module):
         for shard in self.shards():
             shard.load_E.zero_()
 
-    def set_recompute(self, on: bool) -> None:
-        """Sets whether training recomputes tensors instead of saving them (`recompute.py`). Results are
-        bit-identical."""
-        for layer in (*self._layers(), *self.mtp_layers()):
-            layer.recompute = on
+    def set_recompute(self, policy: Literal["none", "v3", "layer"] | int) -> None:
+        """Sets what training recomputes instead of saving. "v3": norms and up-projections of attention
+        (`recompute.py`). "layer": all layers, of which only inputs are saved (`whole_layer.py`). A number n: every n-th
+        layer, and norms and up-projections in all. Results are bit-identical."""
+        every = policy if isinstance(policy, int) else 1 if policy == "layer" else 0
+        for number, layer in enumerate((*self._layers(), *self.mtp_layers()), start=1):
+            layer.recompute = policy != "none"
+            layer.recompute_whole = bool(every) and number % every == 0
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Makes the model compute in `dtype` from the embedding on, whatever the dtype of the weights. Routers,
@@ -422,7 +426,7 @@ class DeepseekV3(nn.Module):
         routings: list[Routing] = []
         for number, layer in enumerate(self._layers()):
             self._cross(x_BTD, number)
-            x_BTD, routing = yield from layer_parts(layer, x_BTD, attend, contexts[number])
+            x_BTD, routing = yield from training_layer_parts(layer, x_BTD, attend, contexts[number])
             balance = add_balance(balance, routing)
             if routing is not None:
                 routings.append(routing)

@@ -64,8 +64,9 @@ class Router(ExactModule):
         logits_TE = wide_linear(rows_TD, weight_ED)
         ids_RK, weights_RK, counts_E = self._route(logits_TE, context)
         balance = None
-        if self.training and torch.is_grad_enabled():
-            self._count(ids_RK, counts_E, context)
+        if self.training and (torch.is_grad_enabled() or context.run == "first"):
+            if context.run != "again":
+                self._count(ids_RK, counts_E, context)
             counted_T = context.counted(len(logits_TE), logits_TE.device)
             top_k = self.config.num_experts_per_tok
             balance = sequence_balance(logits_TE, top_k, sequences, counted_T, context.weights_B)

@@ -10,7 +10,7 @@ D hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,15 @@ class RoutingContext:
     token_positions_R: int64, the positions that hold a token, if there is padding; padding is sent to no expert and not
     counted. counted_T: bool, the positions whose pairs count for the load. weights_B: each sequence's weight in the
     balance loss, which is later divided by their sum. forced_ids_TK: int64, the experts of each position, replacing the
-    router's choice.
+    router's choice. run: "first" and "again" are the two runs of a layer that the backward recomputes, the first
+    without a graph; only the first counts.
     """
 
     token_positions_R: Tensor | None = None
     counted_T: Tensor | None = None
     weights_B: Tensor | None = None
     forced_ids_TK: Tensor | None = None
+    run: Literal["only", "first", "again"] = "only"
 
     def gather(self, values_TX: Tensor) -> Tensor:
         """The values at positions with a token: [R, ...]."""
@@ -145,8 +147,8 @@ def layer_parts(
     handle = layer.dispatch(attended)
     local_TD = layer.local(attended)
     handle.start_dispatch()
-    yield
+    yield None
     handle.start_combine(layer.experts(*handle.wait_dispatch()))
-    yield
+    yield None
     routed_TD = context.scatter(handle.wait_combine(), len(attended.rows_TD))
     return layer.aggregate(attended, local_TD, routed_TD), attended.routing

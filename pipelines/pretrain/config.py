@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, field_validator
+from pydantic_core import PydanticCustomError
 
 from moray.models.config import ModelConfig
 from moray.models.presets import PRESETS
@@ -99,6 +100,12 @@ class Optimizer(StepConfig):
     )
 
 
+class EveryLayers(StepConfig):
+    """Every n-th layer."""
+
+    every: int = Field(gt=0)
+
+
 class Parallel(StepConfig):
     """The ranks, what each of them holds, and how it computes its share."""
 
@@ -145,7 +152,20 @@ class Parallel(StepConfig):
     shared_memory: bool = operational(
         True, description="on CPUs, dispatch tokens between ranks of one host through shared memory"
     )
-    recompute: bool = operational(False, description="save memory: recompute norms and up-projections in the backward")
+    recompute: Literal["none", "v3", "layer"] | EveryLayers = operational(
+        "none",
+        description="tensors that the backward recomputes, to save memory. v3: norms and up-projections of attention; "
+        "layer: whole layers; {every: n}: every n-th layer whole, v3 in the others",
+    )
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticCustomError(
+                "recompute", "{message}", {"message": "must be a policy", "hint": f"write {'v3' if value else 'none'}"}
+            )
+        return value
 
 
 class Checkpoint(StepConfig):

@@ -15,17 +15,19 @@ def _step(model, ids, documents=None):
 
 @pytest.mark.parametrize("variant", [{}, {"q_lora_rank": None, "v_head_dim": 10, "first_k_dense_replace": 0}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_gradients_are_the_same_to_the_bit(make_model, variant, dtype):
+@pytest.mark.parametrize("policy", ["v3", "layer", 2])
+def test_gradients_are_the_same_to_the_bit(make_model, policy, variant, dtype):
     model = make_model(dtype, num_nextn_predict_layers=1, **variant).train()
     ids = torch.randint(0, 50, (2, 16))
     documents = torch.tensor([[0] * 5 + [1] * 11] * 2)
     plain = _step(model, ids, documents)
-    counts = model.router_counts()
-    model.set_recompute(True)
+    counts, loads = model.router_counts(), [shard.load_E.clone() for shard in model.shards()]
+    model.set_recompute(policy)
     again = _step(model, ids, documents)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
-    # Counted exactly once: the router does not run again.
+    # Counted exactly once, also where the router runs again.
     assert torch.equal(model.router_counts(), counts)
+    assert all(torch.equal(shard.load_E, load_E) for shard, load_E in zip(model.shards(), loads, strict=True))
 
 
 def _held(model, ids):
@@ -42,14 +44,21 @@ def test_recompute_saves_fewer_tensors_for_the_backward(make_model):
     model = make_model(torch.float32, num_attention_heads=8, **sizes).train()
     ids = torch.randint(0, 50, (4, 64))
     plain = _held(model, ids)
-    model.set_recompute(True)
+    model.set_recompute("v3")
+    only_v3 = _held(model, ids)
     # Queries, keys and values of 3 layers, 256 tokens, 8 heads, 36 elements, 4 bytes, alone:
-    assert plain - _held(model, ids) > 3 * 256 * 3 * 8 * 36 * 4
+    assert plain - only_v3 > 3 * 256 * 3 * 8 * 36 * 4
+    model.set_recompute("layer")
+    # The input of a layer, its experts, and what is outside of layers: ids, hidden states, the head's gradients.
+    held = _held(model, ids)
+    assert held < only_v3 / 2
+    model.set_recompute(3)
+    assert held < _held(model, ids) < only_v3
 
 
 def test_evaluation_runs_plain(make_model):
     model = make_model()
-    model.set_recompute(True)
+    model.set_recompute("v3")
     ids = torch.randint(0, 50, (2, 9))
     with torch.no_grad():
         expected = model.eval()(ids).logits

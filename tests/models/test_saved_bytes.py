@@ -71,7 +71,7 @@ def v3(layers: int, recompute: bool) -> DeepseekV3:
     model = DeepseekV3(config).train()
     model.compute_in(torch.bfloat16)
     model.train_in_fp8()
-    model.set_recompute(recompute)
+    model.set_recompute("v3" if recompute else "none")
     return model
 
 

@@ -170,7 +170,7 @@ CONTINUED = """
   pretrain:
     inputs: {{tokens: tokenize, model: import}}
     with:
-      {{steps: 3, batch_sequences: 8, schedule: {{peak: 1.0e-4}}, parallel: {{recompute: true}}, precision: fp8,
+      {{steps: 3, batch_sequences: 8, schedule: {{peak: 1.0e-4}}, parallel: {{recompute: v3}}, precision: fp8,
        optimizer: {{moments: fp8}}{more}}}
   export: {{inputs: {{checkpoint: pretrain, tokenizer: own}}, with: {{precision: fp8}}}}
   evaluate: {{inputs: {{model: export, tokens: tokenize, documents: split}}}}

@@ -24,9 +24,12 @@ _SOURCES = tuple(f"{_ROOT}{package}/" for package in ("kernels", "models", "acto
 _OWN = str(Path(__file__).parent)
 _BLOCK = 512  # torch's caching allocator rounds sizes up to this
 
+UNCOUNTED = "on the meta device in training too"  # where the model is built before the optimizer allocates it
+
 # The innermost of these functions that is running when a storage is created says what the storage is for: file ->
 # function -> part. "*" stands for the other functions of the file.
 PARTS: dict[str, dict[str, str]] = {
+    "models/linear.py": {"unset_parameter": UNCOUNTED},
     "pipelines/pretrain/optim/optimizer.py": {
         "_flat_weights": "weights",
         "_flat_gradients": "gradients",
@@ -142,15 +145,16 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._followed:
             return
         size, part = -(-storage.nbytes() // _BLOCK) * _BLOCK, _part()
-        if size:
-            place.add(part, size)
+        if part == UNCOUNTED:
+            size = 0
+        place.add(part, size)
 
-            def freed(_: Any) -> None:
-                del self._followed[key]
-                self._on_host.discard(key)
-                place.remove(part, size)
+        def freed(_: Any) -> None:
+            del self._followed[key]
+            self._on_host.discard(key)
+            place.remove(part, size)
 
-            self._followed[key] = weakref.ref(storage, freed)
+        self._followed[key] = weakref.ref(storage, freed)
 
 
 def _to_host(source: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.adamw import adamw, set_rate
 from moray.pipelines.pretrain.optim.flat import FlatGroup, stage_groups
 from moray.pipelines.pretrain.optim.optimizer import Fragment, fragments_of
-from moray.pipelines.pretrain.optim.unit import Cache, Ranks, Split, Unit
+from moray.pipelines.pretrain.optim.unit import Cache, RankSet, RankSplit, Unit
 
 _EMBEDDING = -1
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}  # of weights; BF16 in the other precisions
@@ -210,15 +210,17 @@ def _wide(config: PretrainConfig) -> torch.dtype:
     return torch.float64 if config.precision == "float64" else torch.float32
 
 
-def _splits(group: FlatGroup, mesh: Mesh, zero: int) -> tuple[Split, Split]:
+def _splits(group: FlatGroup, mesh: Mesh, zero: int) -> tuple[RankSplit, RankSplit]:
     """How a group's weights and its gradients are split."""
     if group.expert:
-        ranks = Ranks(mesh.edp, mesh.rank // mesh.ep, mesh.edp_group if mesh.edp > 1 else None)
+        ranks = RankSet(mesh.edp, mesh.rank // mesh.ep, mesh.edp_group if mesh.edp > 1 else None)
     else:
-        ranks = Ranks(mesh.world, mesh.rank, dist.group.WORLD if mesh.world > 1 else None)
-    whole, sharded = Split(Ranks.alone(), ranks), Split(ranks, Ranks.alone())
+        ranks = RankSet(mesh.world, mesh.rank, dist.group.WORLD if mesh.world > 1 else None)
+    whole, sharded = RankSplit(RankSet.alone(), ranks), RankSplit(ranks, RankSet.alone())
     if zero == 3 and not group.expert and mesh.dense_groups is not None:
         shards, copies = mesh.dense_groups
         width = mesh.dense
-        sharded = Split(Ranks(width, mesh.rank % width, shards), Ranks(mesh.world // width, mesh.rank // width, copies))
+        sharded = RankSplit(
+            RankSet(width, mesh.rank % width, shards), RankSet(mesh.world // width, mesh.rank // width, copies)
+        )
     return sharded if zero == 3 else whole, whole if zero == 1 else sharded

@@ -33,7 +33,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankSet:
     """Some of the ranks that hold a unit. group: None if this rank is the only one."""
 
     size: int
@@ -41,16 +41,16 @@ class Ranks:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def alone(cls) -> Ranks:
+    def alone(cls) -> RankSet:
         return cls(1, 0, None)
 
 
 @dataclass(frozen=True)
-class Split:
+class RankSplit:
     """The ranks that share a unit, and the ranks that have the same share."""
 
-    shards: Ranks
-    copies: Ranks
+    shards: RankSet
+    copies: RankSet
 
     @property
     def partition(self) -> int:
@@ -70,8 +70,8 @@ class Unit:
         group: FlatGroup,
         dtype: torch.dtype,
         device: torch.device,
-        weights: Split,
-        gradients: Split,
+        weights: RankSplit,
+        gradients: RankSplit,
         caches: Sequence[Cache],
         narrow: bool,
     ) -> None:
@@ -213,7 +213,7 @@ class Unit:
             if tensor is not None:
                 tensor.zero_()
 
-    def _start(self, gradient: torch.Tensor, ranks: Ranks) -> None:
+    def _start(self, gradient: torch.Tensor, ranks: RankSet) -> None:
         sent = gradient.bfloat16() if self._narrow else gradient
         part = sent.new_empty(sent.numel() // ranks.size)
         self._reducing = (_reduce_scatter(part, sent, group=ranks.group, async_op=True), sent, part)

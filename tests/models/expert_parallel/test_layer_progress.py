@@ -15,7 +15,7 @@ def _model(precision, recompute, deferred):
     model = DeepseekV3(CONFIG)
     model.init_weights(3)
     model.train()
-    model.set_recompute(recompute)
+    model.set_recompute("v3" if recompute else "none")
     if precision == "fp8":
         model.compute_in(torch.bfloat16)
         model.train_in_fp8()

@@ -190,9 +190,10 @@ def test_two_runs_of_one_layout_are_equal_to_the_bit(
             np.testing.assert_array_equal(tensor, second.state[name], err_msg=name)
 
 
-def test_recompute_changes_nothing_and_counts_nothing_twice(ranks: RankPool) -> None:
-    settings = {"expert_parallel": 2, "zero_stage": 1}
-    kept, computed = (ranks.run(4, train, 3, {**settings, "recompute": recompute}) for recompute in (False, True))
+@pytest.mark.parametrize("policy", ["v3", "layer", {"every": 2}], ids=str)
+def test_recompute_changes_nothing_and_counts_nothing_twice(ranks: RankPool, policy: Any) -> None:
+    settings = {"expert_parallel": 2, "zero_stage": 3, "micro_batch_sequences": 1}
+    kept, computed = (ranks.run(4, train, 3, {**settings, "recompute": one}) for one in ("none", policy))
     for first, second in zip(kept, computed, strict=True):
         assert first.losses == second.losses
         for name, bias_E in first.biases.items():

@@ -21,14 +21,14 @@ FP8 = {"precision": "fp8", "moments": "fp8"}
     [
         pytest.param(1, {}, marks=LONG),
         pytest.param(1, {"precision": "bf16", "micro_batch_sequences": 2}, marks=LONG),
-        (1, {"precision": "bf16", "recompute": True, "batch_sequences": 2}),
+        (1, {"precision": "bf16", "recompute": "v3", "batch_sequences": 2}),
         pytest.param(1, FP8, marks=LONG),
-        pytest.param(1, FP8 | {"recompute": True, "document_mask": True}, marks=LONG),
+        pytest.param(1, FP8 | {"recompute": "v3", "document_mask": True}, marks=LONG),
         (2, {"precision": "bf16", "expert_parallel": 2, "batch_sequences": 4}),
         pytest.param(2, {"precision": "fp8", "expert_parallel": 2}, marks=LONG),
         pytest.param(4, {"precision": "bf16", "expert_parallel": 4, "overlap": False}, marks=LONG),
-        pytest.param(4, {"precision": "bf16", "expert_parallel": 2, "recompute": True}, marks=LONG),
-        pytest.param(4, FP8 | {"expert_parallel": 2, "recompute": True}, marks=LONG),
+        pytest.param(4, {"precision": "bf16", "expert_parallel": 2, "recompute": "v3"}, marks=LONG),
+        pytest.param(4, FP8 | {"expert_parallel": 2, "recompute": "v3"}, marks=LONG),
     ],
 )
 def test_the_plan_is_the_memory_of_a_real_step(

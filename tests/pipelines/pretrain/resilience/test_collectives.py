@@ -67,7 +67,7 @@ def test_a_missing_collective_a_foreign_one_and_another_size_are_found() -> None
     "settings",
     [
         {"expert_parallel": 2},
-        {"expert_parallel": 2, "zero_stage": 1, "recompute": True, "micro_batch_sequences": 1},
+        {"expert_parallel": 2, "zero_stage": 1, "recompute": "v3", "micro_batch_sequences": 1},
         {"expert_parallel": 4, "zero_stage": 2, "precision": "fp8", "moments": "fp8"},
     ],
 )
