@@ -51,7 +51,7 @@ def block(worker: Worker, first: int, every: int, save: bool) -> float:
         if save and step == first:
             worker.checkpoints.save(worker.state, step, worker.tokens_before(step))
         ids = generator.integers(0, worker.job.model.vocab_size, shape)
-        train_step(worker, Batch(ids, np.zeros(shape, np.int32), np.ones(shape, np.bool_)), worker.tokens_before(step))
+        train_step(worker, Batch(ids, np.zeros(shape, np.int32), np.ones(shape, np.bool_)), step)
     return time.monotonic() - began
 
 

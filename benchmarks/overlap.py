@@ -112,7 +112,7 @@ def _batch(step: int, rank: int) -> Any:
 def _step(worker: Any, batch: Any) -> Metrics:
     from moray.pipelines.pretrain.train_step import measure, take
 
-    tokens, reduce, spent = worker.tokens_before(worker.step), worker.optimizer.reduce, []
+    reduce, spent = worker.optimizer.reduce, []
 
     def timed(count: Any) -> None:
         began = time.perf_counter()
@@ -121,10 +121,10 @@ def _step(worker: Any, batch: Any) -> Metrics:
 
     worker.optimizer.reduce = timed
     try:
-        measured = measure(worker, batch, tokens)
+        measured = measure(worker, batch, worker.step)
     finally:
         worker.optimizer.reduce = reduce
-    take(worker, batch, tokens, measured)
+    take(worker, worker.step, measured)
     worker.step += 1
     return {"loss": measured.loss, "reduction": spent[0]}
 

@@ -147,7 +147,7 @@ def ours(job: TrainingJob, device: torch.device) -> Callable[[int, Batch], None]
     worker = build(job, Mesh.create(1, device), device)
 
     def step(number: int, batch: Batch) -> None:
-        train_step(worker, batch, worker.tokens_before(number))
+        train_step(worker, batch, number)
 
     return step
 

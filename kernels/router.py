@@ -304,10 +304,11 @@ def sequence_balance_reference(
     router has learned, before the bias corrects it.
     """
     tokens, experts = logits_TE.shape
-    scores_BTE = torch.unflatten(logits_TE.sigmoid(), 0, (sequences, -1))
+    rows = (sequences, tokens // max(1, sequences))
+    scores_BTE = torch.unflatten(logits_TE.sigmoid(), 0, rows)
     if counted_T is None:
         counted_T = torch.ones(tokens, dtype=torch.bool, device=logits_TE.device)
-    counted_BT1 = torch.unflatten(counted_T, 0, (sequences, -1)).unsqueeze(-1).to(scores_BTE.dtype)
+    counted_BT1 = torch.unflatten(counted_T, 0, rows).unsqueeze(-1).to(scores_BTE.dtype)
     lengths_B1 = counted_BT1.sum(1)
     weights_B1 = lengths_B1 if weights_B is None else weights_B.unsqueeze(-1).to(scores_BTE.dtype)
     with torch.no_grad():

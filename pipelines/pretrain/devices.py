@@ -37,24 +37,17 @@ def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
 
 
 def _layout(config: PretrainConfig, gpus: int) -> dict[str, int]:
-    """The largest number of workers, up to one per GPU, that divides all batches, with an `expert_parallel` that
-    divides it."""
+    """One worker per GPU, or per sequence of the largest batch if these are fewer; in whole groups of
+    `expert_parallel`, which is reduced to a divisor unless it is given."""
     wanted, given = config.parallel.expert_parallel, "expert_parallel" in config.parallel.model_fields_set
     step = wanted if given else 1
-    sizes = batch_plan(config, sequence_length=1).sizes
-    fitting = (n for n in range(gpus - gpus % step, 0, -step) if not any(size % n for size in sizes))
-    workers = next(fitting, 0)
-    if not workers and gpus >= step:
-        raise InputError(
-            f"pretrain.batch_sequences: batches of {' and '.join(map(str, sorted(set(sizes))))} sequences cannot be "
-            f"divided among {step} ranks",
-            f"set batch sizes to multiples of {step}, or pretrain.parallel.expert_parallel to a divisor of them",
-        )
-    if not workers:
+    if gpus < step:
         raise InputError(
             f"pretrain.parallel.expert_parallel: {step} ranks require a GPU each, and the cluster has {_gpus(gpus)}",
             f"set pretrain.parallel.expert_parallel to {gpus} or less, or pretrain.parallel.device to cpu",
         )
+    most = min(gpus, max(step, *batch_plan(config, sequence_length=1).sizes))
+    workers = most - most % step
     return {"workers": workers, "expert_parallel": step if given else math.gcd(workers, wanted)}
 
 

@@ -4,7 +4,6 @@ without torch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 BLOCK = 128  # elements of an FP8 moment that share a scale
 
@@ -14,11 +13,11 @@ def dense_ranks(world: int, wanted: int | None) -> int:
     return world if wanted is None else math.gcd(world, wanted)
 
 
-def usable_layout(world: int, ep: int, batches: Sequence[int]) -> tuple[int, int]:
+def usable_layout(world: int, ep: int) -> tuple[int, int]:
     """(ranks, EP) to train with if `world` ranks are available and the requested EP is `ep`.
 
-    Ranks: the largest number up to `world` that divides all batch sizes; the remaining ranks stay idle. EP: the largest
-    that divides both the ranks and `ep`.
+    EP: the requested one, or the largest divisor of it that there are ranks for. Ranks: as many as there are, in whole
+    EP groups; the remaining ranks stay idle.
     """
-    size = next(size for size in range(world, 0, -1) if all(batch % size == 0 for batch in batches))
-    return size, math.gcd(size, ep)
+    usable = next(size for size in range(min(ep, world), 0, -1) if ep % size == 0)
+    return world - world % usable, usable

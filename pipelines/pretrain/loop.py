@@ -22,7 +22,6 @@ from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks, usable_layout
-from moray.pipelines.pretrain.lr_schedule import batch_plan
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.report import Report, StartTimer
 from moray.pipelines.pretrain.resilience.flight_recorder import position
@@ -75,8 +74,7 @@ def train_steps(settings: dict[str, Any]) -> None:
     keep_freed_memory()
     device = ray.train.torch.get_device()
     started = dist.get_world_size()
-    sizes = batch_plan(job.config, job.sequence_length).sizes
-    world, ep = usable_layout(started, job.config.parallel.expert_parallel, sizes)
+    world, ep = usable_layout(started, job.config.parallel.expert_parallel)
     if world < started and not Mesh.shrink(world, device):
         return
     mesh = Mesh.create(ep, device, dense_ranks(world, job.config.parallel.shard_ranks))
@@ -184,15 +182,14 @@ class Loop:
         worker, guard = self._worker, self._worker.state.guard
         if guard.skips(step):
             return True
-        tokens = worker.tokens_before(step)
         due = self._notice.is_due(self._save_seconds)
-        measured = measure(worker, batch, tokens, self._anticipation.routes(step), due)
+        measured = measure(worker, batch, step, self._anticipation.routes(step), due)
         self._preempted = measured.flags > 0
         if not measured.count:
             return self._skip_empty(step)
         decision = guard.decide(step, measured.loss, measured.norm)
         if decision == "take":
-            metrics, load_L = take(worker, batch, tokens, measured)
+            metrics, load_L = take(worker, step, measured)
             self._report.add(step + 1, worker.tokens_before(step + 1), metrics, load_L, waited)
             return True
         drop(worker)

@@ -51,7 +51,7 @@ class Measured:
 @dataclass(frozen=True)
 class MicroBatch:
     """Part of a rank's batch; tensors [n, T]. Targets are the next tokens; -100, which has no loss, if the next token
-    belongs to another document or is padding.
+    belongs to another document or is padding. n is 0 where other ranks have a sequence more.
 
     last: whether it is the batch's last. rows: int64, flat positions of tokens; None if there is no padding.
     """
@@ -63,28 +63,29 @@ class MicroBatch:
     rows: torch.Tensor | None = None
 
 
-def train_step(worker: Worker, batch: Batch, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Runs both halves for the batch after `tokens` tokens. Returns metrics and each MoE layer's load (see `take`).
+def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float], torch.Tensor]:
+    """Runs both halves for this rank's part of a step's batch. Returns metrics and each MoE layer's load (see `take`).
 
     Raises FloatingPointError, with unchanged weights, for a loss or gradient that is not finite.
     """
-    measured = measure(worker, batch, tokens)
+    measured = measure(worker, batch, step)
     if not measured.is_finite:
         raise FloatingPointError(f"the loss is {measured.loss}, the gradient norm {measured.norm}")
-    return take(worker, batch, tokens, measured)
+    return take(worker, step, measured)
 
 
-def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = None, flag: bool = False) -> Measured:
+def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = None, flag: bool = False) -> Measured:
     """Loss and gradient of this rank's part of the global batch, summed over ranks; the gradient is clipped.
 
     `routes` overrides the routers' choice of experts. `flag` signals a condition of this rank to all ranks at the same
     step.
     """
     config = worker.job.config
-    weights = LossWeights(prediction_weight(config.schedule, tokens, worker.total_tokens), config.balance_factor)
+    mtp = prediction_weight(config.schedule, worker.tokens_before(step), worker.total_tokens)
+    weights = LossWeights(mtp, config.balance_factor)
     totals = torch.zeros(5, dtype=torch.float64, device=worker.device)
     totals[4] = flag
-    for terms, last in _losses(worker, batch, routes, weights):
+    for terms, last in _losses(worker, batch, step, routes, weights):
         worker.optimizer.backward(weights.of(terms), last)
         if worker.deferred is not None:
             worker.deferred.finish()
@@ -99,17 +100,17 @@ def measure(worker: Worker, batch: Batch, tokens: int, routes: Routes | None = N
     return Measured(main / tokens, prediction / tokens, balance / (tokens * layers), norm, int(flags), int(count))
 
 
-def take(worker: Worker, batch: Batch, tokens: int, measured: Measured) -> tuple[dict[str, float], torch.Tensor]:
+def take(worker: Worker, step: int, measured: Measured) -> tuple[dict[str, float], torch.Tensor]:
     """Updates weights, EMA and router biases. A batch without targets changes no weight.
 
     Returns metrics by name, and each MoE layer's load [L]: tokens of its fullest expert over the mean, 1 if even.
     """
-    config = worker.job.config
+    config, tokens = worker.job.config, worker.tokens_before(step)
     rate = learning_rate(config.schedule, tokens, worker.total_tokens)
     if measured.count:
         worker.optimizer.step(rate)
         if worker.state.ema:
-            worker.state.ema.update(worker.mesh.world * batch.ids.size)
+            worker.state.ema.update(worker.tokens_before(step + 1) - tokens)
     else:
         drop(worker)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
@@ -135,12 +136,12 @@ def drop(worker: Worker) -> None:
 
 
 def _losses(
-    worker: Worker, batch: Batch, routes: Routes | None, weights: LossWeights
+    worker: Worker, batch: Batch, step: int, routes: Routes | None, weights: LossWeights
 ) -> Iterator[tuple[TrainingLoss, bool]]:
     """(loss, whether it is the batch's last) of each micro-batch; of each pair of micro-batches if they overlap."""
     model, together = worker.model, 2 if worker.overlaps else 1
     in_place = weights if worker.optimizer.takes_gradients_in_place else None
-    batches = list(micro_batches(worker, batch))
+    batches = list(micro_batches(worker, batch, step))
     for first in range(0, len(batches), together):
         group = range(first, min(first + together, len(batches)))
         works = [
@@ -153,10 +154,12 @@ def _losses(
         yield sum(losses[1:], losses[0]), batches[group[-1]].last
 
 
-def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
-    """The parts of this rank's batch, on its device."""
-    size = worker.job.config.parallel.micro_batch_sequences or len(batch.ids)
-    for start in range(0, len(batch.ids), size):
+def micro_batches(worker: Worker, batch: Batch, step: int) -> Iterator[MicroBatch]:
+    """The parts of this rank's batch, on its device; as many as on any other rank, because every one is a collective
+    computation."""
+    most = -(-worker.plan.size(step) // worker.mesh.world)
+    size = worker.job.config.parallel.micro_batch_sequences or most
+    for start in range(0, most, size):
         part = slice(start, start + size)
         ids = torch.from_numpy(batch.ids[part]).to(worker.device)
         documents = torch.from_numpy(batch.documents[part]).to(worker.device)
@@ -165,7 +168,7 @@ def micro_batches(worker: Worker, batch: Batch) -> Iterator[MicroBatch]:
         follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
         shown = documents if worker.job.config.document_mask else None
-        yield MicroBatch(ids, targets, shown, start + size >= len(batch.ids), _rows(batch.mask[part], worker.device))
+        yield MicroBatch(ids, targets, shown, start + size >= most, _rows(batch.mask[part], worker.device))
 
 
 def _rows(mask: npt.NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:

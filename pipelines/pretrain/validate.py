@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,13 +65,12 @@ def _check_model_section(section: Any, continues: bool) -> None:
 
 
 def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
-    """If `workers` is not given, it depends on the machines, and `check_machines` checks the batches."""
-    sizes = batch_plan(config, sequence_length=1).sizes
+    batch_plan(config, sequence_length=1)
     parallel, least = config.parallel, config.resilience.min_workers
     given = "workers" in parallel.model_fields_set
     world = parallel.workers if given else parallel.expert_parallel
     experts = model.n_routed_experts if model else None
-    check_layout(world, parallel.expert_parallel, experts, sizes if given else ())
+    check_layout(world, parallel.expert_parallel, experts)
     if given and parallel.shard_ranks is not None and world % parallel.shard_ranks:
         raise ValueError(f"parallel.workers ({world}) must be a multiple of shard_ranks ({parallel.shard_ranks})")
     if least and least > parallel.workers:
@@ -82,8 +81,7 @@ def check_machines(config: PretrainConfig, topology: Topology) -> PretrainConfig
     """`config` resolved for these machines (see `devices.resolved`). Raises InputError."""
     chosen = resolved(config, topology)
     with rule_errors("set pretrain.parallel.workers and pretrain.parallel.expert_parallel"):
-        sizes = batch_plan(chosen, sequence_length=1).sizes
-        check_layout(chosen.parallel.workers, chosen.parallel.expert_parallel, None, sizes)
+        check_layout(chosen.parallel.workers, chosen.parallel.expert_parallel)
     if chosen.parallel.dispatch == "deepep":
         _check_deepep(chosen, topology.gpus)
     return chosen
@@ -175,15 +173,12 @@ def _check_model(config: PretrainConfig, model: ModelConfig) -> None:
         check_blocks(model)
 
 
-def check_layout(world: int, ep: int, experts: int | None = None, batches: Sequence[int] = ()) -> None:
-    """Raises ValueError for an invalid layout: EP must divide world and experts, and world must divide all batches."""
+def check_layout(world: int, ep: int, experts: int | None = None) -> None:
+    """Raises ValueError for an invalid layout: EP must divide world and experts."""
     if world % ep:
         raise ValueError(f"parallel.workers ({world}) must be a multiple of parallel.expert_parallel ({ep})")
     if experts is not None and experts % ep:
         raise ValueError(f"n_routed_experts ({experts}) must be a multiple of parallel.expert_parallel ({ep})")
-    for size in batches:
-        if size % world:
-            raise ValueError(f"batch_sequences ({size}) must be a multiple of parallel.workers ({world})")
 
 
 def check_blocks(config: ModelConfig) -> None:

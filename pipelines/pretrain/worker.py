@@ -79,8 +79,8 @@ class Worker:
 
     def slots(self, step: int) -> tuple[int, int]:
         """This rank's slots [start, stop) of a step's global batch."""
-        each = self.plan.size(step) // self.mesh.world
-        return self.mesh.rank * each, (self.mesh.rank + 1) * each
+        size, rank, world = self.plan.size(step), self.mesh.rank, self.mesh.world
+        return size * rank // world, size * (rank + 1) // world
 
 
 def overlaps(job: TrainingJob, mesh: Mesh) -> bool:
@@ -134,7 +134,8 @@ def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: De
         return LocalDispatcher()
     assert group is not None
     if config.dispatch == "deepep":
-        sequences = config.micro_batch_sequences or max(batch_plan(job.config, job.sequence_length).sizes) // mesh.world
+        largest = max(batch_plan(job.config, job.sequence_length).sizes)
+        sequences = config.micro_batch_sequences or -(-largest // mesh.world)
         buffer = elastic_buffer(group, job.model, sequences * job.sequence_length, job.config.precision == "fp8")
         return DeepEPDispatcher(group, experts, buffer, mesh.clock.over, deferred)
     memory = connect(group) if config.shared_memory and device.type == "cpu" else None

@@ -7,6 +7,7 @@ it. Not included: CUDA's context, NCCL's channels, and the fragmentation of the 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from moray.pipelines.pretrain.memory.meter import Answer, HostRead, MemoryMeter,
 from moray.pipelines.pretrain.memory.row_counts import row_counts
 from moray.pipelines.pretrain.memory.stand_ins import metered, unsent_group, unsent_mesh
 from moray.pipelines.pretrain.train_step import measure, take
-from moray.pipelines.pretrain.worker import Worker, assemble
+from moray.pipelines.pretrain.worker import assemble
 
 # Where the host reads the rows of experts: between ranks, and of the loop over local experts, in FP32.
 _EXCHANGED, _LOOP = "models/expert_parallel/exchange.py:wait", ("experts_reference", "experts_deferred")
@@ -42,6 +43,10 @@ def step_memory(job: TrainingJob, world: int, imbalance: float = 1.0) -> StepMem
     sequences = -(-max(batch_plan(job.config, job.sequence_length).sizes) // world)
     micro = min(parallel.micro_batch_sequences or sequences, sequences)
     ep = parallel.expert_parallel
+    # More micro-batches need no more memory: the first backward's are here, and the last's.
+    enough = 4 if parallel.overlap and ep > 1 else 2
+    some = {"batch_sequences": world * min(sequences, enough * micro), "batch_ramp": None}
+    job = dataclasses.replace(job, config=job.config.model_copy(update=some))
     counts = row_counts(job.model, ep, micro * job.sequence_length, imbalance)
     meter = MemoryMeter(_answers(counts, ep))
     with unsent_group(0, world), metered(meter):
@@ -49,7 +54,8 @@ def step_memory(job: TrainingJob, world: int, imbalance: float = 1.0) -> StepMem
         worker = assemble(job, mesh, _DEVICE)
         worker.optimizer.refresh_weights()
         meter.reads.clear()
-        _step(worker, _batch(job, min(sequences, _enough(worker) * micro)))
+        measured = measure(worker, _batch(job, *worker.slots(0)), 0)
+        take(worker, 0, measured)
         reads = dict(meter.reads)
         worker.checkpoints.copy_owned(worker.state, 1, 0)
     return StepMemory(meter.device, meter.host, reads)
@@ -62,15 +68,6 @@ def _answers(counts: torch.Tensor, ep: int) -> dict[str, Answer]:
     return {_EXCHANGED: lambda _: counts, **loops}
 
 
-def _enough(worker: Worker) -> int:
-    """Micro-batches after which more of them need no more memory: the first backward's, and the last's."""
-    return 4 if worker.overlaps else 2
-
-
-def _batch(job: TrainingJob, sequences: int) -> Batch:
-    shape = (sequences, job.sequence_length)
+def _batch(job: TrainingJob, first: int, last: int) -> Batch:
+    shape = (last - first, job.sequence_length)
     return Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int32), np.ones(shape, np.bool_))
-
-
-def _step(worker: Worker, batch: Batch) -> None:
-    take(worker, batch, 0, measure(worker, batch, 0))

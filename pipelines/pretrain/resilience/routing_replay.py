@@ -34,7 +34,7 @@ class Anticipation:
             if upcoming not in self._routes and guard.anticipates(upcoming) and not guard.skips(upcoming):
                 self._routes[upcoming] = [
                     choose_experts(self._worker.model, part.ids, part.targets, part.documents, part.rows)
-                    for part in micro_batches(self._worker, self._batch_of(upcoming))
+                    for part in micro_batches(self._worker, self._batch_of(upcoming), upcoming)
                 ]
         return self._routes.pop(step)
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from moray.cluster.pending import Demand, Machine, PendingReport
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.devices import cpu_share, device_text, resolved
+from moray.pipelines.pretrain.layout import usable_layout
 from moray.pipelines.pretrain.step import step
 from moray.platform.core.cluster import Topology
-from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.core.errors import InputError
 from tests.pipelines.pretrain.settings import pretrain_config
 
 
@@ -29,7 +30,7 @@ def test_without_a_gpu_the_default_is_two_workers_on_cpus() -> None:
     assert device_text(resolved(config(), machine(0))) == "2 workers on CPUs"
 
 
-@pytest.mark.parametrize(("gpus", "workers", "ep"), [(1, 1, 1), (2, 2, 2), (3, 3, 1), (5, 4, 2), (8, 8, 2)])
+@pytest.mark.parametrize(("gpus", "workers", "ep"), [(1, 1, 1), (2, 2, 2), (3, 3, 1), (5, 5, 1), (8, 8, 2)])
 def test_the_default_uses_the_gpus_there_are(gpus: int, workers: int, ep: int) -> None:
     """One GPU meets the default of two workers, and is used."""
     chosen = resolved(config(), machine(gpus))
@@ -42,20 +43,21 @@ def test_a_given_expert_parallel_is_kept_or_refused() -> None:
     assert resolved(config(expert_parallel=4), machine(7)).parallel.workers == 4
     with pytest.raises(InputError, match=r"expert_parallel: 4 ranks require a GPU each, and the cluster has 3"):
         resolved(config(expert_parallel=4), machine(3))
-    with pytest.raises(InputError, match=r"batches of 6 sequences cannot be divided among 4 ranks"):
-        resolved(config(expert_parallel=4, batch_sequences=6), machine(8))
 
 
-def test_default_workers_are_checked_against_the_batch_size() -> None:
-    """Batches of three sequences fit one or three GPUs, but not the default of two workers on CPUs."""
+def test_the_default_is_no_more_workers_than_sequences() -> None:
     odd = config(batch_sequences=3)
     step.check(odd, {})
-    assert step.placement(odd, machine(1)) == "1 worker on a GPU"
-    assert step.placement(odd, machine(3)) == "3 workers with a GPU each"
-    with pytest.raises(InputError, match=r"batch_sequences \(3\) must be a multiple of parallel\.workers \(2\)"):
-        step.placement(odd, machine(0))
-    with pytest.raises(RecipeError, match=r"batch_sequences \(3\) must be a multiple of parallel\.workers \(2\)"):
-        step.check(config(batch_sequences=3, workers=2), {})
+    assert step.placement(odd, machine(8)) == "3 workers with a GPU each"
+    assert step.placement(odd, machine(0)) == "2 workers on CPUs"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ep", "layout"),
+    [(1016, 64, (960, 64)), (2040, 256, (1792, 256)), (7, 4, (4, 4)), (3, 4, (2, 2)), (5, 1, (5, 1))],
+)
+def test_lost_ranks_leave_whole_groups_of_experts(ranks: int, ep: int, layout: tuple[int, int]) -> None:
+    assert usable_layout(ranks, ep) == layout
 
 
 def test_too_few_gpus_are_refused_by_name() -> None:

@@ -34,7 +34,7 @@ def _batch(step: int) -> Batch:
 
 
 def _losses(worker: Worker, first: int, last: int) -> list[float]:
-    return [train_step(worker, _batch(step), step * 64)[0]["train_loss"] for step in range(first, last)]
+    return [train_step(worker, _batch(step), step)[0]["train_loss"] for step in range(first, last)]
 
 
 @pytest.mark.parametrize("form", ["float32", "bf16", "fp8"])

@@ -80,6 +80,27 @@ def test_sharded_weights_train_as_whole_ones_do(
     assert off(whole(found), whole(alone)) <= 1e-9
 
 
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (3, {"expert_parallel": 1, "zero_stage": 3, "micro_batch_sequences": 1}),  # 3, 3 and 2 sequences
+        (4, {"expert_parallel": 2, "batch_sequences": 2, "recompute": "layer", "zero_stage": 3}),  # none on two ranks
+        (4, {"expert_parallel": 4, "batch_sequences": 6, "micro_batch_sequences": 1}),
+        pytest.param(3, {"expert_parallel": 1, "batch_sequences": 2}, marks=pytest.mark.evidence),
+    ],
+)
+def test_batches_that_the_ranks_do_not_divide(ranks: RankPool, world: int, settings: dict[str, Any]) -> None:
+    """Ranks with fewer sequences, or none, run empty micro-batches, and enter every collective."""
+    shared = {"precision": "float64", "batch_sequences": settings.get("batch_sequences", 8)}
+    alone = ranks.run(1, train, 3, shared)
+    found = ranks.run(world, train, 3, shared | settings)
+    np.testing.assert_allclose(found[0].losses, alone[0].losses, rtol=1e-9, atol=0)
+    np.testing.assert_allclose(found[0].norms, alone[0].norms, rtol=1e-9, atol=0)
+    assert off(whole(found), whole(alone)) <= 1e-9
+    for name, bias_E in found[-1].biases.items():
+        np.testing.assert_array_equal(bias_E, alone[0].biases[name], err_msg=name)
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 1)])
 def test_experts_gradients_do_not_grow_with_ep(
     exact: dict[tuple[int, int], list[Trace]], layout: tuple[int, int]

@@ -13,7 +13,7 @@ from tests.pipelines.pretrain.settings import pretrain_config
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts"), ((2, 2, 8, (16, 15)), "batch_sequences")],
+    [((3, 2), "workers"), ((6, 3, 8), "n_routed_experts")],
 )
 def test_an_invalid_layout_is_refused(layout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

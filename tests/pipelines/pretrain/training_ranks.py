@@ -99,7 +99,7 @@ def global_batch(step: int) -> Batch:
 def steps(worker: Worker, first: int, last: int) -> Iterator[dict[str, float]]:
     """Trains steps [first, last)."""
     for step in range(first, last):
-        yield train_step(worker, part_of(worker, step), worker.tokens_before(step))[0]
+        yield train_step(worker, part_of(worker, step), step)[0]
 
 
 def part_of(worker: Worker, step: int) -> Batch:
@@ -161,7 +161,7 @@ def skipping(settings: dict[str, Any]) -> bool:
     batch = part_of(disturbed, 0)
     routes = [
         choose_experts(disturbed.model, part.ids, part.targets, part.documents)
-        for part in micro_batches(disturbed, batch)
+        for part in micro_batches(disturbed, batch, 0)
     ]
     assert measure(disturbed, batch, 0, routes) == measure(other, batch, 0)
     drop(disturbed)

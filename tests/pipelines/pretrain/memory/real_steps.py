@@ -53,7 +53,7 @@ def real_step(settings: dict[str, Any]) -> RealStep:
     job, cpu = job_of(settings), torch.device("cpu")
     with gpu_code(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         worker = build(job, Mesh.create(job.config.parallel.expert_parallel, cpu), cpu)
-        take(worker, batch := random_batch(worker), 0, measure(worker, batch, 0))
+        take(worker, 0, measure(worker, random_batch(worker), 0))
     loads = torch.stack([shard.load_E.sum() for shard in worker.model.shards()]).double()
     mean = loads.clone()
     dist.all_reduce(mean)

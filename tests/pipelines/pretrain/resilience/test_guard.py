@@ -90,7 +90,7 @@ def heldout(worker: Worker) -> float:
     """The mean loss of 64 batches that are not in the training data."""
     losses = []
     for step in range(64):
-        part = next(micro_batches(worker, noisy_batch(100_000 + step)))
+        part = next(micro_batches(worker, noisy_batch(100_000 + step), step))
         terms = worker.model.training_loss(part.ids, part.targets, part.documents)
         losses.append((terms.main / terms.count).item())
     return float(np.mean(losses))
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_is_skipped_at_once(tmp_path: Path) -> None:
     assert all(np.array_equal(before[key], after[key]) for key in before)
     clean = lone_worker(str(tmp_path), **SETTINGS)
     for one in (worker, clean):
-        take(one, global_batch(1), 128, measure(one, global_batch(1), 128))
+        take(one, 1, measure(one, global_batch(1), 1))
     after, expected = held(worker), held(clean)
     assert all(np.array_equal(after[key], expected[key]) for key in after), "nothing of the skipped batch is left"
 
