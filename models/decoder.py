@@ -44,12 +44,12 @@ class DecoderLayer(nn.Module):
     """Implements `stages.Layer`. `mlp` is a `SwiGLU` in the first dense layers and a `MoE` after them.
 
     With `recompute`, the outputs of norms and of attention's up-projections are not saved for the backward; with
-    `recompute_whole`, nothing but the input is.
+    `recompute_whole`, nothing but the input is, with `offload` on the host.
     """
 
     def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self.recompute = self.recompute_whole = False
+        self.recompute = self.recompute_whole = self.offload = False
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -316,13 +316,14 @@ class DeepseekV3(nn.Module):
         for shard in self.shards():
             shard.load_E.zero_()
 
-    def set_recompute(self, policy: Literal["none", "v3", "layer"] | int) -> None:
+    def set_recompute(self, policy: Literal["none", "v3", "layer"] | int, offload: bool = False) -> None:
         """Sets what training recomputes instead of saving. "v3": norms and up-projections of attention
         (`recompute.py`). "layer": all layers, of which only inputs are saved (`whole_layer.py`). A number n: every n-th
-        layer, and norms and up-projections in all. Results are bit-identical."""
+        layer, and norms and up-projections in all. offload: keep the inputs of these layers on the host. Results are
+        bit-identical."""
         every = policy if isinstance(policy, int) else 1 if policy == "layer" else 0
         for number, layer in enumerate((*self._layers(), *self.mtp_layers()), start=1):
-            layer.recompute = policy != "none"
+            layer.recompute, layer.offload = policy != "none", offload
             layer.recompute_whole = bool(every) and number % every == 0
 
     def compute_in(self, dtype: torch.dtype) -> None:

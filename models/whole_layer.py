@@ -1,5 +1,7 @@
 """A layer of which only the input is kept: the backward runs it again, with its router's choices and its exchanges.
 
+The input may be kept on the host (`offload`), which costs two copies over the bus to it.
+
 Micro-batches that run together recompute together, so that their exchanges overlap in the backward too. One node of
 autograd's graph stands for the layer of all of them.
 
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moray.kernels.util.device import runtime
 from moray.models.decoder import Attend, DecoderLayer
 from moray.models.expert_parallel.interleave import Parts, interleave
 from moray.models.expert_parallel.stages import Routing, RoutingContext, layer_parts
@@ -60,19 +63,33 @@ class _WholeLayers(torch.autograd.Function):
         ctx: Any, layers: Sequence[WholeLayer], routings: list[Routing | None], *xs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.layers = layers
-        ctx.save_for_backward(*xs)
+        ctx.offloaded = layers[0].layer.offload
+        if ctx.offloaded:
+            ctx.xs = [_to_host(x_BTD) for x_BTD in xs]
+        else:
+            ctx.save_for_backward(*xs)
         for layer in layers:
             layer.x_BTD = layer.x_BTD.new_empty(0)  # the graph keeps it
         return _tensors(interleave([layer.first(x) for layer, x in zip(layers, xs, strict=True)]), routings)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        xs = [x_BTD.detach().requires_grad_() for x_BTD in ctx.saved_tensors]
+        if ctx.offloaded:
+            kept = [torch.empty_like(x_BTD, device=grads[0].device).copy_(x_BTD, non_blocking=True) for x_BTD in ctx.xs]
+        else:
+            kept = ctx.saved_tensors
+        xs = [x_BTD.detach().requires_grad_() for x_BTD in kept]
+        layers, ctx.layers, ctx.xs = ctx.layers, None, None  # the loss may keep this node after the backward
         with torch.enable_grad():
-            outputs = _tensors(interleave([layer.again(x) for layer, x in zip(ctx.layers, xs, strict=True)]), [])
+            outputs = _tensors(interleave([layer.again(x) for layer, x in zip(layers, xs, strict=True)]), [])
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
         return None, None, *(x.grad for x in xs)
+
+
+def _to_host(x_BTD: Tensor) -> Tensor:
+    kept_BTD = runtime(x_BTD.device).host_tensor(x_BTD.shape, x_BTD.dtype)
+    return kept_BTD.copy_(x_BTD, non_blocking=True)  # the stream that frees x's memory copies it first
 
 
 def _tensors(outputs: Sequence[Output], routings: list[Routing | None]) -> tuple[Tensor, ...]:

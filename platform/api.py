@@ -25,6 +25,7 @@ from moray.platform.core.events import Event
 from moray.platform.core.home import Home
 from moray.platform.core.ports import check_port, free_port
 from moray.platform.core.serve_options import ServeOptions
+from moray.platform.plan.memory import MemoryRequest, Progress, StepMemoryPlan
 from moray.platform.plan.recipe import Recipe, load_recipe, parse_recipe
 from moray.platform.run.doctor import Finding, require_resources
 from moray.platform.run.runner import Decision, Runner, plan_steps
@@ -55,6 +56,15 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), home: Home | None = 
     """Decides for each step, in order, whether a run would execute or reuse it. Starts and writes nothing."""
     home = home or Home.from_environment()
     return plan_steps(open_recipe(recipe, overrides), ArtifactStore(home), embedded_cluster(home).topology())
+
+
+def memory_plans(
+    recipe: str | Path, overrides: Sequence[str], request: MemoryRequest, progress: Progress
+) -> list[StepMemoryPlan]:
+    """The memory that a rank of each training step would need. Starts nothing."""
+    opened = open_recipe(recipe, overrides)
+    plans = (planned.step.memory(planned, opened, request, progress) for planned in opened.steps)
+    return [one for one in plans if one is not None]
 
 
 def run(

@@ -137,13 +137,16 @@ Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 def layer_parts(
     layer: Layer[Attend], x_BTD: Tensor, attend: Attend, context: RoutingContext = DEFAULT_CONTEXT
 ) -> Parts[tuple[Tensor, Routing | None]]:
-    """Runs a layer; returns its output and its routing, if it has experts. Yields while rows are in flight.
+    """Runs a layer; returns its output and its routing, if it has experts. Yields while rows are in flight, and after a
+    layer without experts.
 
     The shared expert is computed while the ranks exchange the row counts.
     """
     attended = layer.attend_route(x_BTD, attend, context)
     if attended.routing is None:
-        return layer.aggregate(attended, layer.local(attended)), None
+        out_BTD = layer.aggregate(attended, layer.local(attended))
+        yield None  # micro-batches stay at most one layer apart, so that few layers' weights are in use
+        return out_BTD, None
     handle = layer.dispatch(attended)
     local_TD = layer.local(attended)
     handle.start_dispatch()

@@ -158,6 +158,11 @@ class Parallel(StepConfig):
         "layer: whole layers; {every: n}: every n-th layer whole, v3 in the others",
     )
 
+    offload_activations: bool = operational(
+        False,
+        description="keep the inputs of recomputed layers in the host's memory; requires recompute: layer or every",
+    )
+
     @field_validator("recompute", mode="before")
     @classmethod
     def _was_a_switch(cls, value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +26,8 @@ from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.events import Event, MetricEvent
 from moray.platform.plan.context import StepContext
+from moray.platform.plan.memory import MemoryRequest, Progress, StepMemoryPlan
+from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.plan.step import Step
 from moray.platform.store.artifacts import Artifact
 from moray.platform.store.paths import list_folders, remove_folder
@@ -51,6 +53,14 @@ class Pretrain(Step[PretrainConfig]):
 
     def placement(self, config: PretrainConfig, topology: Topology) -> str:
         return device_text(check_machines(config, topology))
+
+    def memory(
+        self, planned: PlannedStep, recipe: Recipe, request: MemoryRequest, progress: Progress
+    ) -> StepMemoryPlan | None:
+        from moray.pipelines.pretrain.memory.plan import plan_memory  # imports torch
+        from moray.pipelines.pretrain.memory.planned_job import planned_job
+
+        return plan_memory(planned_job(recipe, planned), request, progress)
 
     def run(self, ctx: StepContext[PretrainConfig]) -> None:
         if ctx.stored and ctx.config.checkpoint.archive:
@@ -79,6 +89,8 @@ class Pretrain(Step[PretrainConfig]):
         size = parameter_count(config)
         parameters = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
         ctx.note(f"{device_text(settings)}; {parameters}")
+        if settings.parallel.device == "gpu" and not settings.optimizer.offload:
+            _check_memory(job, ctx.note)
         try:
             fit(job, tokens, str(ctx.events_folder.parent / "train"), topology)
         except StepFailed as error:
@@ -102,6 +114,18 @@ class Pretrain(Step[PretrainConfig]):
             ctx.counts["final_loss"] = sum(tail) / len(tail)
             ctx.outcome = f"loss {curve[0][1]:.3f} -> {ctx.counts['final_loss']:.3f} nats/token, "
         ctx.outcome += f"{trained / available:.2f} epochs"
+
+
+def _check_memory(job: TrainingJob, note: Callable[[str], None]) -> None:
+    """Raises InputError if the job does not fit into the cluster's GPUs. Does nothing if their size is unknown."""
+    import ray
+
+    from moray.pipelines.pretrain.memory.gpus import gpu_of
+    from moray.pipelines.pretrain.memory.plan import check_memory  # imports torch
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if gpu := gpu_of(resources):
+        check_memory(job, gpu, lambda text: note(f"planning memory: {text}"))
 
 
 def _tokens(ctx: StepContext[PretrainConfig]) -> Artifact:

@@ -214,6 +214,11 @@ def check_backend(config: PretrainConfig) -> None:
             "precision: float64 requires optimizer.offload: false and optimizer.moments: float32, because the others' "
             "masters are float32"
         )
+    if parallel.offload_activations and parallel.recompute in ("none", "v3"):
+        raise ValueError(
+            "parallel.offload_activations requires parallel.recompute: layer or {every: n}, whose layers' inputs it "
+            "offloads"
+        )
     if parallel.expert_zero_stage is not None and not parallel.zero_stage:
         raise ValueError("parallel.expert_zero_stage requires parallel.zero_stage 1, 2 or 3")
     if parallel.shard_ranks is not None and parallel.zero_stage != 3:

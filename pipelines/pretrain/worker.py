@@ -150,8 +150,9 @@ def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: Deferre
     if job.config.precision == "float64":
         model.double()
     model.train()
-    policy = job.config.parallel.recompute
-    model.set_recompute(policy if isinstance(policy, str) else policy.every)
+    parallel = job.config.parallel
+    policy = parallel.recompute
+    model.set_recompute(policy if isinstance(policy, str) else policy.every, parallel.offload_activations)
     if job.config.precision in ("bf16", "fp8"):
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":

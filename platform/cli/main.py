@@ -122,10 +122,33 @@ def _run_elsewhere(
 
 
 @app.command(name="plan")
-def plan_command(recipe: str, /, *, set_: Overrides = None, json_: Json = False) -> int:
-    """Show for each step whether a run would execute or reuse it, and why. Starts and writes nothing."""
+def plan_command(
+    recipe: str,
+    /,
+    *,
+    memory: Annotated[bool, Parameter(help="show the memory that each rank of a training step would need")] = False,
+    world: Annotated[int | None, Parameter(help="with --memory: number of ranks (default: the recipe's)")] = None,
+    gpu: Annotated[str, Parameter(help="with --memory: the GPU of each rank, such as h100-80gb")] = "h100-80gb",
+    imbalance: Annotated[
+        float, Parameter(help="with --memory: rows at the busiest rank's experts over the mean of all ranks")
+    ] = 1.0,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> int:
+    """Show for each step whether a run would execute or reuse it, and why. Starts and writes nothing.
+
+    With --memory, show the bytes of one rank of each training step by part, from the real code without data. Exit 1 if
+    a step does not fit.
+    """
     from moray.platform.api import plan as plan_recipe
 
+    if memory:
+        from moray.platform.cli.memory_table import show_memory
+        from moray.platform.plan.memory import MemoryRequest
+
+        if imbalance < 1 or (world is not None and world < 1):
+            raise InputError("--imbalance and --world must be at least 1")
+        return show_memory(recipe, set_ or [], MemoryRequest(gpu, world, imbalance), json_)
     decisions = plan_recipe(recipe, set_ or [])
     if json_:
         rows = [

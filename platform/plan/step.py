@@ -21,9 +21,11 @@ from moray.platform.core.cluster import Topology
 from moray.platform.core.errors import RecipeError, nearest
 from moray.platform.plan.config import ConfigT, StepConfig, local_paths
 from moray.platform.plan.context import StepContext
+from moray.platform.plan.memory import MemoryRequest, Progress, StepMemoryPlan
 from moray.platform.store.submitted import files_below
 
 if TYPE_CHECKING:
+    from moray.platform.plan.recipe import PlannedStep, Recipe
     from moray.platform.store.manifest import Manifest
 
 Upload = Callable[[Mapping[str, Path]], str]  # uploads files by key; returns the address of their tree
@@ -94,6 +96,15 @@ class Step(ABC, Generic[ConfigT]):
         Raises InputError if the machines cannot run the step. Called before anything starts.
         """
         return ""
+
+    def memory(
+        self, planned: PlannedStep, recipe: Recipe, request: MemoryRequest, progress: Progress
+    ) -> StepMemoryPlan | None:
+        """The memory that a rank of the step would need on a GPU; None for steps without ranks. Starts nothing.
+
+        Raises InputError if the recipe does not tell. progress: is told what is being computed.
+        """
+        return None
 
     @abstractmethod
     def run(self, ctx: StepContext[ConfigT]) -> None:

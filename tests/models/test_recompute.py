@@ -15,14 +15,14 @@ def _step(model, ids, documents=None):
 
 @pytest.mark.parametrize("variant", [{}, {"q_lora_rank": None, "v_head_dim": 10, "first_k_dense_replace": 0}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("policy", ["v3", "layer", 2])
+@pytest.mark.parametrize("policy", [("v3",), ("layer",), (2,), ("layer", True)])
 def test_gradients_are_the_same_to_the_bit(make_model, policy, variant, dtype):
     model = make_model(dtype, num_nextn_predict_layers=1, **variant).train()
     ids = torch.randint(0, 50, (2, 16))
     documents = torch.tensor([[0] * 5 + [1] * 11] * 2)
     plain = _step(model, ids, documents)
     counts, loads = model.router_counts(), [shard.load_E.clone() for shard in model.shards()]
-    model.set_recompute(policy)
+    model.set_recompute(*policy)
     again = _step(model, ids, documents)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     # Counted exactly once, also where the router runs again.

@@ -53,6 +53,7 @@ PARTS: dict[str, dict[str, str]] = {
     "models/expert_parallel/exchange.py": {"*": "communication"},
     "models/expert_parallel/send_plan.py": {"*": "communication"},
     "kernels/cross_entropy.py": {"*": "head"},
+    "models/whole_layer.py": {"_to_host": "offloaded activations"},
     "pipelines/pretrain/optim/ema.py": {"*": "moving average"},
     "pipelines/pretrain/checkpoint/checkpoints.py": {"*": "checkpoint copy"},
     "pipelines/pretrain/train_step.py": {"micro_batches": "batch", "_rows": "batch"},
@@ -107,8 +108,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A meta tensor that stands for one on the host."""
         with torch.utils._python_dispatch._disable_current_modes():
             tensor = torch.empty(shape, dtype=dtype, device="meta")
-        self._follow(tensor, self.host)
         self._on_host.add(tensor.untyped_storage()._cdata)
+        self._follow(tensor, self.host)
         return tensor
 
     def note(self, what: str) -> None:

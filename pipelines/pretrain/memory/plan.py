@@ -1,0 +1,131 @@
+"""`moray plan --memory` of a pretrain step: the memory of one rank, and the changes that would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from moray.pipelines.pretrain.config import EveryLayers, PretrainConfig, TrainingJob
+from moray.pipelines.pretrain.memory.gpus import usable_bytes
+from moray.pipelines.pretrain.memory.measure import StepMemory, step_memory
+from moray.pipelines.pretrain.validate import MAX_BETA2, check_layout
+from moray.platform.core.errors import InputError
+from moray.platform.plan.memory import MemoryChange, MemoryRequest, Progress, StepMemoryPlan
+
+_SHOWN = 2  # changes
+
+
+def plan_memory(job: TrainingJob, request: MemoryRequest, progress: Progress) -> StepMemoryPlan:
+    """Raises InputError for an unknown GPU, or a layout that is impossible."""
+    capacity = usable_bytes(request.gpu)
+    if request.world is not None:
+        job = _with(job, job.config.with_parallel(workers=request.world))
+    _check(job)
+    progress(f"{job.step}: one rank's step")
+    found = _measured(job, request)
+    changes = () if found.device.peak <= capacity else tuple(_changes(job, request, capacity, progress))
+    return StepMemoryPlan(
+        step=job.step,
+        world=job.config.parallel.workers,
+        gpu=request.gpu,
+        capacity=capacity,
+        device=_sorted(found.device.at_peak),
+        largest=_sorted(found.device.largest),
+        host=_sorted(found.host.at_peak),
+        reads={f"{read.where} {read.what}": count for read, count in found.reads.items()},
+        changes=changes,
+    )
+
+
+def check_memory(job: TrainingJob, gpu: str, progress: Progress) -> None:
+    """Raises InputError if a step of the job does not fit into this GPU: by how much, and what would make it fit."""
+    plan = plan_memory(job, MemoryRequest(gpu), progress)
+    if plan.fits:
+        return
+    part, size = next(iter(plan.device.items()))
+    raise InputError(
+        f"{job.step}: a step needs {plan.needed / 1e9:.1f} GB on rank 0 of {plan.world}, and {gpu} has "
+        f"{plan.capacity / 1e9:.1f} GB for tensors; the largest part is {part}, {size / 1e9:.1f} GB",
+        "; or ".join(f"set {change.text} ({change.bytes / 1e9:.1f} GB)" for change in plan.changes)
+        or "use more ranks or larger GPUs (moray plan RECIPE --memory)",
+    )
+
+
+def _check(job: TrainingJob) -> None:
+    parallel = job.config.parallel
+    try:
+        check_layout(parallel.workers, parallel.expert_parallel, job.model.n_routed_experts)
+    except ValueError as error:
+        raise InputError(f"{job.step}: {error}", "give --world a multiple of expert_parallel") from error
+    if job.config.optimizer.offload:
+        raise InputError(
+            f"{job.step}: the memory of optimizer.offload cannot be planned, because DeepSpeed allocates it",
+            "set optimizer.offload to false, or parallel.zero_stage to 3",
+        )
+
+
+def _measured(job: TrainingJob, request: MemoryRequest) -> StepMemory:
+    return step_memory(job, job.config.parallel.workers, request.imbalance)
+
+
+def _changes(job: TrainingJob, request: MemoryRequest, capacity: int, progress: Progress) -> Iterator[MemoryChange]:
+    """The first changes that fit alone; if none does, the first that do together."""
+
+    def needed(text: str, config: PretrainConfig) -> int:
+        progress(f"{job.step} with {text}")
+        return _measured(_with(job, config), request).device.peak
+
+    fitting = 0
+    for text, config in cheapest_first(job.config, job.model.n_routed_experts):
+        if (size := needed(text, config)) <= capacity:
+            fitting += 1
+            yield MemoryChange(text, size)
+        if fitting == _SHOWN:
+            return
+    config, texts = job.config, list[str]()
+    while not fitting:
+        found = next(cheapest_first(config, job.model.n_routed_experts), None)
+        if found is None:
+            return
+        text, config = found
+        texts = [one for one in texts if one.partition(":")[0] != text.partition(":")[0]] + [text]
+        if (size := needed(together := ", ".join(texts), config)) <= capacity:
+            yield MemoryChange(together, size)
+            return
+
+
+def cheapest_first(config: PretrainConfig, experts: int) -> Iterator[tuple[str, PretrainConfig]]:
+    """Changes that save memory, (as text, the changed config), those that slow training least first."""
+    parallel = config.parallel
+    if config.optimizer.moments == "float32" and config.optimizer.beta2 <= MAX_BETA2 and config.precision != "float64":
+        moments = config.optimizer.model_copy(update={"moments": "fp8"})
+        yield "optimizer.moments: fp8", config.model_copy(update={"optimizer": moments})
+    if parallel.zero_stage < 3 and parallel.workers > 1:
+        yield "parallel.zero_stage: 3", config.with_parallel(zero_stage=3, expert_zero_stage=None)
+    if parallel.recompute == "none":
+        yield "parallel.recompute: v3", config.with_parallel(recompute="v3")
+    if parallel.micro_batch_sequences != 1:
+        yield "parallel.micro_batch_sequences: 1", config.with_parallel(micro_batch_sequences=1)
+    if parallel.recompute in ("none", "v3"):
+        yield "parallel.recompute: {every: 2}", config.with_parallel(recompute=EveryLayers(every=2))
+    if parallel.recompute != "layer":
+        yield "parallel.recompute: layer", config.with_parallel(recompute="layer")
+    wider = 2 * parallel.expert_parallel
+    if parallel.workers % wider == 0 and experts % wider == 0:
+        yield f"parallel.expert_parallel: {wider}", config.with_parallel(expert_parallel=wider)
+    if parallel.overlap and parallel.expert_parallel > 1:
+        yield "parallel.overlap: false", config.with_parallel(overlap=False)
+    if parallel.zero_stage == 3 and parallel.expert_zero_stage in (1, 2):
+        yield "parallel.expert_zero_stage: 3", config.with_parallel(expert_zero_stage=3)
+    if parallel.shard_ranks is not None:
+        yield "parallel.shard_ranks: null", config.with_parallel(shard_ranks=None)
+    if parallel.recompute == "layer" and not parallel.offload_activations:
+        yield "parallel.offload_activations: true", config.with_parallel(offload_activations=True)
+
+
+def _with(job: TrainingJob, config: PretrainConfig) -> TrainingJob:
+    return dataclasses.replace(job, config=config)
+
+
+def _sorted(parts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(((part, size) for part, size in parts.items() if size), key=lambda item: -item[1]))
