@@ -1,4 +1,4 @@
-"""The memory of one rank in the training steps of four recipes, from the real model, optimizer and step on the meta device.
+"""The memory of one rank in the training steps of four recipes: the real model, optimizer and step on the meta device.
 
 `moray plan RECIPE --memory` prints the same. Numbers are bytes at the moment of the largest sum.
 

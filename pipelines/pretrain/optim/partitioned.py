@@ -36,7 +36,7 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32}  # of weights; BF
 
 
 class PartitionedOptimizer:
-    """Implements `ShardedOptimizer`, and `LayerObserver`."""
+    """Implements `ShardedOptimizer`, and `LayerObserver`. units: of all stages, and of several."""
 
     takes_gradients_in_place = True
 
@@ -51,15 +51,15 @@ class PartitionedOptimizer:
         self._mesh, self._deferred, self._device = mesh, deferred, device
         self._end = model.config.num_hidden_layers
         caches = list(model.quantizations())
-        self._units = [_unit(group, mesh, config, device, caches) for group in stage_groups(model, mesh)]
+        self.units = [_unit(group, mesh, config, device, caches) for group in stage_groups(model, mesh)]
         self._stages: dict[int, list[Unit]] = {stage: [] for stage in range(_EMBEDDING, self._end + 1)}
-        for unit in self._units:
+        for unit in self.units:
             if unit.group.stage is not None:
                 self._stages[unit.group.stage].append(unit)
         if model.config.num_nextn_predict_layers:
             self._stages[self._end] += self._stages[_EMBEDDING]
-        decays = [config.optimizer.weight_decay if unit.group.decays else 0.0 for unit in self._units]
-        pairs = zip(self._units, decays, strict=True)
+        decays = [config.optimizer.weight_decay if unit.group.decays else 0.0 for unit in self.units]
+        pairs = zip(self.units, decays, strict=True)
         self._inner = adamw([{"params": [unit.master], "weight_decay": decay} for unit, decay in pairs], config)
         self._inner.prepare()
         self._last = False
@@ -79,7 +79,7 @@ class PartitionedOptimizer:
 
     def reduce(self, tokens: torch.Tensor) -> None:
         with self._mesh.clock.over(tokens.device):
-            for unit in self._units:
+            for unit in self.units:
                 if unit.group.stage is None:
                     unit.reduce(last=True)
                     unit.finish_reduction()
@@ -106,16 +106,16 @@ class PartitionedOptimizer:
         self.refresh_weights()
 
     def skip(self) -> None:
-        for unit in self._units:
+        for unit in self.units:
             unit.clear_gradient()
 
     def fragments(self, owned: bool = False) -> Iterator[Fragment]:  # a rank holds only the part that it owns
-        for unit in self._units:
+        for unit in self.units:
             group, begin = unit.group, unit.begin
             yield from fragments_of(group, begin, begin + group.partition, unit.master, self._inner, begin)
 
     def refresh_weights(self) -> None:
-        for unit in self._units:
+        for unit in self.units:
             unit.refresh()
         weights_changed()
 
@@ -183,7 +183,7 @@ class PartitionedOptimizer:
         self._reducing.clear()
 
     def _gradients(self) -> list[torch.Tensor]:
-        gradients = [unit.master.grad for unit in self._units]
+        gradients = [unit.master.grad for unit in self.units]
         return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -20,6 +20,7 @@ from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import reduction
+from moray.pipelines.pretrain.optim.partitioned import PartitionedOptimizer
 from moray.pipelines.pretrain.resilience.collectives import Collective, CollectiveTrace
 from moray.pipelines.pretrain.train_step import drop, measure, micro_batches, train_step
 from moray.pipelines.pretrain.worker import Worker, build
@@ -68,7 +69,7 @@ def logical(states: list[Arrays]) -> Arrays:
     return {name: np.concatenate([at[offset] for offset in sorted(at, key=int)]) for name, at in parts.items()}
 
 
-def toy_worker(folder: str, **settings: Any) -> Worker:
+def toy_worker(folder: str, experts: int = MODEL.n_routed_experts, **settings: Any) -> Worker:
     """This rank's worker. The process group must exist."""
     fields = {
         "steps": 20,
@@ -80,7 +81,8 @@ def toy_worker(folder: str, **settings: Any) -> Worker:
         "schedule": {"peak": 1e-2, "bias_speed": 1e-2},
     }
     config = pretrain_config(**fields | settings)
-    job = TrainingJob(config, MODEL, LENGTH, folder, "", "pretrain", threads=1)
+    model = dataclasses.replace(MODEL, n_routed_experts=experts)
+    job = TrainingJob(config, model, LENGTH, folder, "", "pretrain", threads=1)
     device = torch.device("cpu")
     parallel = config.parallel
     dense = dense_ranks(dist.get_world_size(), parallel.shard_ranks)
@@ -136,6 +138,19 @@ def train(count: int, settings: dict[str, Any]) -> Trace:
         trace.losses.append(metrics["train_loss"])
         trace.norms.append(metrics["train_grad_norm"])
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
+    trace.state = held(worker)
+    return trace
+
+
+def train_one_expert(count: int, settings: dict[str, Any]) -> Trace:
+    """`train` with biases that send every token to the first expert of the first group, and to another."""
+    worker = toy_worker("unused", **settings)
+    for router in worker.model.routers():
+        router.e_score_correction_bias[0] = 100.0
+    trace = Trace()
+    for metrics in steps(worker, 0, count):
+        trace.losses.append(metrics["train_loss"])
+        trace.norms.append(metrics["train_grad_norm"])
     trace.state = held(worker)
     return trace
 
@@ -213,6 +228,10 @@ def restore(folders: list[str], settings: dict[str, Any]) -> list[Read]:
         worker = toy_worker(folder, **settings)
         restored = worker.checkpoints.restore(worker.state)
         position = (restored.steps, restored.tokens)
+        if isinstance(worker.optimizer, PartitionedOptimizer):
+            for unit in worker.optimizer.units:
+                unit.gather()
+                unit.wait()
         weights = {name: view.numpy().copy() for name, view, _ in worker.model.logical_parameters()}
         biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
         found.append(Read(position, held(worker), biases, weights))

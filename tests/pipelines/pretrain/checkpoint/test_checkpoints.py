@@ -22,11 +22,20 @@ from tests.pipelines.pretrain.training_ranks import (
 from tests.ranks import RankPool
 
 COUNT = 3  # steps before the save
-ZERO1, ZERO2 = {"zero_stage": 1}, {"zero_stage": 2}
-# (EP, EDP, settings): every one loads what every other saved, and its own: 9 pairs in a test, 2 * 49 as evidence.
+ZERO1, ZERO2, ZERO3 = ({"zero_stage": stage} for stage in (1, 2, 3))
+# (EP, EDP, settings): every one loads what every other saved, and its own: 9 pairs in a test, 2 * 100 as evidence.
 Topology = tuple[int, int, dict[str, Any]]
-SHORT: list[Topology] = [(1, 1, {}), (2, 2, ZERO1), (4, 1, {**ZERO1, "offload": True})]
-ALL: list[Topology] = [*SHORT, (1, 1, ZERO1), (1, 2, ZERO1), (2, 1, {}), (1, 4, ZERO2)]
+SHORT: list[Topology] = [(1, 1, {}), (2, 2, ZERO3), (4, 1, {**ZERO1, "offload": True})]
+ALL: list[Topology] = [
+    *SHORT,
+    (1, 1, ZERO1),
+    (1, 2, ZERO1),
+    (2, 1, {}),
+    (1, 4, ZERO2),
+    (1, 4, {**ZERO3, "shard_ranks": 2}),
+    (4, 1, ZERO3),
+    (2, 2, {**ZERO3, "expert_zero_stage": 1, "recompute": "layer"}),
+]
 
 
 class Saved:
