@@ -18,6 +18,8 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.layout import BLOCK
 from moray.pipelines.pretrain.mesh import Mesh
 
+_SQUARES = 1 << 24
+
 
 @dataclass(frozen=True)
 class PartitionPiece:
@@ -77,6 +79,12 @@ class FlatGroup:
             first, last = max(begin, tensor.start), min(end, tensor.start + tensor.numel)
             if first < last:
                 yield PartitionPiece(tensor.name, first - tensor.start, last - first, tensor.numel, first - begin)
+
+
+def square_sum(flat: torch.Tensor) -> torch.Tensor:
+    """The sum of squares, a part at a time, so that the squares take little memory. (`vector_norm` takes none, but adds
+    up FP32 numbers in sequence.)"""
+    return torch.stack([part.square().sum() for part in flat.split(_SQUARES)]).sum()
 
 
 def flat_groups(model: DeepseekV3, mesh: Mesh) -> list[FlatGroup]:

@@ -21,7 +21,7 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.adamw import AdamW, MasterState, adamw, set_rate
-from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups
+from moray.pipelines.pretrain.optim.flat import FlatGroup, flat_groups, square_sum
 from moray.pipelines.pretrain.optim.reduction import Reduction
 from moray.pipelines.pretrain.validate import check_blocks
 
@@ -158,9 +158,9 @@ class PlainOptimizer:
         dense = experts = self._masters[0].new_zeros(())
         for group, grad in self._gradients():
             if group.expert:
-                experts = experts + grad.square().sum()
+                experts = experts + square_sum(grad)
             else:
-                dense = dense + grad.square().sum()
+                dense = dense + square_sum(grad)
         if self._mesh.ep > 1:
             with self._mesh.clock.over(experts.device):
                 dist.all_reduce(experts, group=self._mesh.ep_group)

@@ -27,7 +27,7 @@ from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.adamw import adamw, set_rate
-from moray.pipelines.pretrain.optim.flat import FlatGroup, stage_groups
+from moray.pipelines.pretrain.optim.flat import FlatGroup, square_sum, stage_groups
 from moray.pipelines.pretrain.optim.optimizer import Fragment, fragments_of
 from moray.pipelines.pretrain.optim.unit import Cache, RankSet, RankSplit, Unit
 
@@ -64,6 +64,7 @@ class PartitionedOptimizer:
         self._inner.prepare()
         self._last = False
         self._left: tuple[int, int] | None = None  # the stage that the backward left, and the deferred gradients then
+        self._entered = self._end  # the stage that the backward entered last
         self._reducing: list[Unit] = []
         model.progress = self._progress = LayerProgress(self, self._end)
 
@@ -89,7 +90,7 @@ class PartitionedOptimizer:
 
     def clip(self, largest: float) -> torch.Tensor:
         gradients = self._gradients()
-        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        square = torch.stack([square_sum(gradient) for gradient in gradients]).sum()
         if self._mesh.world > 1:
             with self._mesh.clock.over(square.device):
                 dist.all_reduce(square)
@@ -135,6 +136,7 @@ class PartitionedOptimizer:
             self._release(stage)
 
     def backward_enters(self, stage: int) -> None:
+        self._entered = stage
         if stage != _EMBEDDING:  # whose backward uses no weights
             self._wait(stage)
         if stage > 0:
@@ -173,8 +175,10 @@ class PartitionedOptimizer:
             self._deferred.finish(added)
         self._finish_reductions()
         for unit in self._stages[stage]:
-            unit.reduce(self._last and unit.group.stage == stage)
-            self._reducing.append(unit)
+            own = unit.group.stage == stage
+            if own or self._entered > _EMBEDDING:  # else the embedding's own stage adds to its gradient already
+                unit.reduce(self._last and own)
+                self._reducing.append(unit)
 
     def _finish_reductions(self) -> None:
         with self._mesh.clock.over(self._device):

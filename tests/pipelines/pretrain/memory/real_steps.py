@@ -21,7 +21,9 @@ from moray.actors.data.token_set import Batch
 from moray.kernels.util.deferred import DeferredGradients
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.optim import unit
 from moray.pipelines.pretrain.train_step import measure, take
 from moray.pipelines.pretrain.worker import Worker, build
 from tests.pipelines.pretrain.settings import pretrain_config
@@ -52,7 +54,9 @@ def job_of(settings: dict[str, Any]) -> TrainingJob:
 def real_step(settings: dict[str, Any]) -> RealStep:
     job, cpu = job_of(settings), torch.device("cpu")
     with gpu_code(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        worker = build(job, Mesh.create(job.config.parallel.expert_parallel, cpu), cpu)
+        parallel = job.config.parallel
+        dense = dense_ranks(dist.get_world_size(), parallel.shard_ranks)
+        worker = build(job, Mesh.create(parallel.expert_parallel, cpu, dense), cpu)
         take(worker, 0, measure(worker, random_batch(worker), 0))
     loads = torch.stack([shard.load_E.sum() for shard in worker.model.shards()]).double()
     mean = loads.clone()
@@ -77,18 +81,50 @@ def allocated(profiled: Any) -> int:
 
 @contextmanager
 def gpu_code() -> Iterator[None]:
-    """Kernels are Triton's, and a wait for a transfer computes all deferred gradients, as a GPU's host does, which runs
-    ahead of the device."""
+    """Kernels are Triton's; a wait for a transfer computes all deferred gradients, as a GPU's host does, which runs
+    ahead; and sharded weights are exchanged without copies, which gloo makes and NCCL does not."""
     environment, fill = dict(os.environ), DeferredGradients.fill
+    exchanges = unit._all_gather, unit._reduce_scatter
     os.environ["MORAY_KERNELS"] = "triton"
 
     def fill_all(self: DeferredGradients, done: Callable[[], bool]) -> None:
         fill(self, done if done.__name__ == "<lambda>" else lambda: False)
 
     DeferredGradients.fill = fill_all  # type: ignore[method-assign]
+    if dist.is_initialized():
+        unit._all_gather, unit._reduce_scatter = gathered, reduced_and_scattered
     try:
         yield
     finally:
         DeferredGradients.fill = fill  # type: ignore[method-assign]
+        unit._all_gather, unit._reduce_scatter = exchanges
         os.environ.clear()
         os.environ.update(environment)
+
+
+class Done:
+    """A transfer that has ended."""
+
+    def wait(self) -> None:
+        pass
+
+
+def gathered(out: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool = False) -> Done:
+    for index, (source, view) in enumerate(zip(_members(group), out.chunk(dist.get_world_size(group)), strict=True)):
+        if index == dist.get_rank(group):
+            view.copy_(part)
+        dist.broadcast(view, source, group=group)
+    return Done()
+
+
+def reduced_and_scattered(part: torch.Tensor, whole: torch.Tensor, group: Any, async_op: bool = False) -> Done:
+    for index, (target, view) in enumerate(zip(_members(group), whole.chunk(dist.get_world_size(group)), strict=True)):
+        dist.reduce(view, target, group=group)
+        if index == dist.get_rank(group):
+            part.copy_(view)
+    return Done()
+
+
+def _members(group: Any) -> list[int]:
+    ranks: list[int] = dist.get_process_group_ranks(group)
+    return ranks

@@ -13,6 +13,7 @@ from tests.ranks import RankPool
 
 pytestmark = pytest.mark.ranks
 LONG = pytest.mark.evidence
+FP8_EXPERTS = {"expert_zero_stage": 1, "reduce_dtype": "bf16"}
 FP8 = {"precision": "fp8", "moments": "fp8"}
 
 
@@ -20,15 +21,15 @@ FP8 = {"precision": "fp8", "moments": "fp8"}
     ("world", "settings"),
     [
         pytest.param(1, {}, marks=LONG),
-        pytest.param(1, {"precision": "bf16", "micro_batch_sequences": 2}, marks=LONG),
         (1, {"precision": "bf16", "recompute": "v3", "batch_sequences": 2}),
-        pytest.param(1, FP8, marks=LONG),
-        pytest.param(1, FP8 | {"recompute": "v3", "document_mask": True}, marks=LONG),
-        (2, {"precision": "bf16", "expert_parallel": 2, "batch_sequences": 4}),
-        pytest.param(2, {"precision": "fp8", "expert_parallel": 2}, marks=LONG),
+        pytest.param(1, FP8 | {"document_mask": True}, marks=LONG),
+        pytest.param(1, FP8 | {"recompute": "layer", "zero_stage": 3}, marks=LONG),
+        (2, {"precision": "bf16", "expert_parallel": 2, "batch_sequences": 4, "zero_stage": 3}),
+        pytest.param(2, {"precision": "fp8", "expert_parallel": 2, "zero_stage": 1}, marks=LONG),
+        pytest.param(2, {"precision": "bf16", "zero_stage": 2, "micro_batch_sequences": 2}, marks=LONG),
         pytest.param(4, {"precision": "bf16", "expert_parallel": 4, "overlap": False}, marks=LONG),
-        pytest.param(4, {"precision": "bf16", "expert_parallel": 2, "recompute": "v3"}, marks=LONG),
-        pytest.param(4, FP8 | {"expert_parallel": 2, "recompute": "v3"}, marks=LONG),
+        pytest.param(4, {"expert_parallel": 2, "recompute": "layer", "zero_stage": 3, "shard_ranks": 2}, marks=LONG),
+        pytest.param(4, FP8 | {"expert_parallel": 2, "recompute": "v3", "zero_stage": 3, **FP8_EXPERTS}, marks=LONG),
     ],
 )
 def test_the_plan_is_the_memory_of_a_real_step(
