@@ -84,7 +84,7 @@ class FlatGroup:
 def square_sum(flat: torch.Tensor) -> torch.Tensor:
     """The sum of squares, a part at a time, so that the squares take little memory. (`vector_norm` takes none, but adds
     up FP32 numbers in sequence.)"""
-    return torch.stack([part.square().sum() for part in flat.split(_SQUARES)]).sum()
+    return torch.stack([part.square().sum() for part in torch.split(flat, _SQUARES)]).sum()
 
 
 def flat_groups(model: DeepseekV3, mesh: Mesh) -> list[FlatGroup]:
