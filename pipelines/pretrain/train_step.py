@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.data.token_set import Batch
+from moray.kernels.util.device import runtime
 from moray.models.balance import update_router_biases
 from moray.models.expert_parallel.interleave import interleave
 from moray.models.loss import LossWeights, TrainingLoss
@@ -161,9 +163,9 @@ def micro_batches(worker: Worker, batch: Batch, step: int) -> Iterator[MicroBatc
     size = worker.job.config.parallel.micro_batch_sequences or most
     for start in range(0, most, size):
         part = slice(start, start + size)
-        ids = torch.from_numpy(batch.ids[part]).to(worker.device)
-        documents = torch.from_numpy(batch.documents[part]).to(worker.device)
-        mask = torch.from_numpy(batch.mask[part]).to(worker.device)
+        ids, documents, mask = (
+            _on_device(array[part], worker.device) for array in (batch.ids, batch.documents, batch.mask)
+        )
         targets = torch.full_like(ids, _IGNORED)
         follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
@@ -173,7 +175,14 @@ def micro_batches(worker: Worker, batch: Batch, step: int) -> Iterator[MicroBatc
 
 def _rows(mask: npt.NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
     """Flat positions of tokens, computed on the host, which holds the batch; None if there is no padding."""
-    return None if mask.all() else torch.from_numpy(np.flatnonzero(mask)).to(device)
+    return None if mask.all() else _on_device(np.flatnonzero(mask), device)
+
+
+def _on_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for."""
+    source = torch.from_numpy(array)
+    held = runtime(device).host_tensor(source.shape, source.dtype).copy_(source)
+    return held.to(device, non_blocking=True)
 
 
 def _sum_over_ranks(worker: Worker, tensor: torch.Tensor) -> None:

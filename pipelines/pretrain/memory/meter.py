@@ -56,7 +56,7 @@ PARTS: dict[str, dict[str, str]] = {
     "models/whole_layer.py": {"_to_host": "offloaded activations"},
     "pipelines/pretrain/optim/ema.py": {"*": "moving average"},
     "pipelines/pretrain/checkpoint/checkpoints.py": {"*": "checkpoint copy"},
-    "pipelines/pretrain/train_step.py": {"micro_batches": "batch", "_rows": "batch"},
+    "pipelines/pretrain/train_step.py": {"micro_batches": "batch", "_on_device": "batch"},
 }
 OTHER = "activations"
 Answer = Callable[[Tensor], Tensor]  # the tensor that the host reads -> what it finds
@@ -87,7 +87,7 @@ class Place:
 
 @dataclass(frozen=True)
 class HostRead:
-    """A place where the host waits for the device: file:function, and what it does there."""
+    """A place where the host waits for the device, or may: file:function, and what it does there."""
 
     where: str
     what: str
@@ -123,6 +123,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 1
         if func is torch.ops.aten._to_copy.default and _to_host(args[0], kwargs):
             return self._read(args[0], kwargs.get("dtype"))
+        if func is torch.ops.aten._to_copy.default and _to_device(args[0], kwargs):
+            self.note("copies a tensor to the device")
         if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu" and args[1].is_meta:
             self._read(args[1], args[0].dtype)
             return args[0]
@@ -161,6 +163,13 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _to_host(source: Any, kwargs: Mapping[str, Any]) -> bool:
     device = kwargs.get("device")
     return device is not None and torch.device(device).type == "cpu" and bool(source.is_meta)
+
+
+def _to_device(source: Any, kwargs: Mapping[str, Any]) -> bool:
+    """A copy that does not wait (`non_blocking`) keeps the host from nothing."""
+    device = kwargs.get("device")
+    waits = not kwargs.get("non_blocking", False)
+    return device is not None and torch.device(device).type == "meta" and source.device.type == "cpu" and waits
 
 
 def _frames() -> Any:
