@@ -18,8 +18,9 @@ from moray.platform.store.paths import any_path, local_folder
 def draw_weights(optimizer: ShardedOptimizer, std: float, seed: int) -> None:
     """Sets random weights (`models/initial.py`)."""
     for master in _masters(optimizer):
-        whole = initial_value(master.name, master.total, std, seed, master.tensor.device)
-        master.tensor.copy_(whole[master.offset : master.offset + len(master.tensor)])
+        part = slice(master.offset, master.offset + len(master.tensor))
+        # Not in a variable, which would keep one tensor while the next is drawn.
+        master.tensor.copy_(initial_value(master.name, master.total, std, seed, master.tensor.device)[part])
 
 
 def fill_weights(folder: str, model: DeepseekV3, optimizer: ShardedOptimizer) -> None:
