@@ -18,7 +18,7 @@ from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import assemble, initialize
 from tests.pipelines.pretrain.settings import pretrain_config
 
-MODEL = dataclasses.replace(preset("tiny"), vocab_size=1 << 17, num_hidden_layers=2, hidden_size=128)
+MODEL = dataclasses.replace(preset("tiny"), vocab_size=1 << 15, num_hidden_layers=2, hidden_size=128)
 CHECKED = 80_000_000  # for the values of a tensor that is read, whatever its size: they are checked in chunks
 LARGEST = MODEL.vocab_size * MODEL.hidden_size * 4
 
