@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO as a backend of the ShardedOptimizer contract. The only file that imports deepspeed.
+"""DeepSpeed's ZeRO as a backend of the ShardedOptimizer contract, for `optimizer.offload`. The only file that imports
+deepspeed.
 
 Stage 1 partitions masters and moments of a flat group over the ranks that hold the same parameters: dense parameters
 over all ranks, experts over EDP. Stage 2 also reduces gradients during the backward, and keeps only the partition's.
