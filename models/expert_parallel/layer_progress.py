@@ -8,13 +8,13 @@ gradients of the stage's weights. (torch's engine adds a finished gradient to it
 
 from collections import Counter
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
 
-class LayerObserver(Protocol):
-    """Is told when micro-batches enter and leave stages. In the forward stages ascend, in the backward they descend."""
+class LayerObserver:
+    """Is told when micro-batches enter and leave stages, and does nothing by default. In the forward stages ascend, in
+    the backward they descend."""
 
     def forward_enters(self, stage: int) -> None:
         """The first micro-batch is about to run the stage."""

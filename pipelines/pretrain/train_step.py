@@ -147,7 +147,9 @@ def _losses(
     for first in range(0, len(batches), together):
         group = range(first, min(first + together, len(batches)))
         works = [
-            model.training_parts(one.ids, one.targets, one.documents, None, one.rows, given, in_place)
+            model.training_parts(
+                one.ids, one.targets, one.documents, token_positions_R=one.rows, routes=given, weights=in_place
+            )
             for one, given in ((batches[n], routes[n] if routes else None) for n in group)
         ]
         if model.progress is not None:

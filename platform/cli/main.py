@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shlex
 import shutil
@@ -128,10 +129,11 @@ def plan_command(
     *,
     memory: Annotated[bool, Parameter(help="show the memory that each rank of a training step would need")] = False,
     world: Annotated[int | None, Parameter(help="with --memory: number of ranks (default: the recipe's)")] = None,
-    gpu: Annotated[str, Parameter(help="with --memory: the GPU of each rank, such as h100-80gb")] = "h100-80gb",
+    gpu: Annotated[str | None, Parameter(help="with --memory: the GPU of each rank (default: h100-80gb)")] = None,
     imbalance: Annotated[
-        float, Parameter(help="with --memory: rows at the busiest rank's experts over the mean of all ranks")
-    ] = 1.0,
+        float | None,
+        Parameter(help="with --memory: rows at the busiest rank's experts over the mean of all ranks (default: 1)"),
+    ] = None,
     set_: Overrides = None,
     json_: Json = False,
 ) -> int:
@@ -146,9 +148,13 @@ def plan_command(
         from moray.platform.cli.memory_table import show_memory
         from moray.platform.plan.memory import MemoryRequest
 
-        if imbalance < 1 or (world is not None and world < 1):
-            raise InputError("--imbalance and --world must be at least 1")
-        return show_memory(recipe, set_ or [], MemoryRequest(gpu, world, imbalance), json_)
+        busiest = 1.0 if imbalance is None else imbalance
+        if not 1 <= busiest < math.inf or (world is not None and world < 1):
+            raise InputError("--imbalance and --world must be numbers of at least 1")
+        request = MemoryRequest(gpu or "h100-80gb", world, busiest)
+        return show_memory(recipe, set_ or [], request, json_)
+    if (world, gpu, imbalance) != (None, None, None):
+        raise InputError("--world, --gpu and --imbalance are options of --memory", "add --memory")
     decisions = plan_recipe(recipe, set_ or [])
     if json_:
         rows = [

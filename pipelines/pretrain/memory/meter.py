@@ -48,7 +48,7 @@ PARTS: dict[str, dict[str, str]] = {
     "pipelines/pretrain/optim/adamw.py": {"prepare": "masters and moments", "step": "optimizer step"},
     "models/fp8.py": {"get": "quantized weights", "hold": "quantized weights"},
     "kernels/fp8_linear.py": {"transposed": "quantized weights"},
-    "kernels/util/deferred.py": {"add_gradient": "gradients"},
+    "kernels/util/deferred.py": {"gradient_of": "gradients"},
     "models/expert_parallel/all_to_all.py": {"*": "communication"},
     "models/expert_parallel/exchange.py": {"*": "communication"},
     "models/expert_parallel/send_plan.py": {"*": "communication"},

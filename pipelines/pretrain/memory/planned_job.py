@@ -3,7 +3,6 @@ will make them."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from moray.models.config import ModelConfig
@@ -47,8 +46,7 @@ def _made_by(steps: dict[str, PlannedStep], source: PlannedStep) -> ModelConfig:
         raise InputError(
             f"{source.key}: the shape of its model is unknown before it has run", "run the recipe up to this step"
         )
-    config = ModelConfig.from_hf(json.loads(file.read_text()))
-    return dataclasses.replace(config)
+    return ModelConfig.from_hf(json.loads(file.read_text()))
 
 
 def _vocabulary(steps: dict[str, PlannedStep], planned: PlannedStep) -> int:

@@ -37,6 +37,7 @@ class Ema:
         self._running: Future[None] | None = None
 
     def restart(self) -> None:
+        """Makes the average a copy of the masters."""
         self._wait()
         for average, master in zip(self._averages, self._masters, strict=True):
             average.copy_(master)

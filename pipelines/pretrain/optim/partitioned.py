@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from moray.kernels.util.deferred import DeferredGradients
-from moray.models.expert_parallel.layer_progress import LayerProgress
+from moray.models.expert_parallel.layer_progress import LayerObserver, LayerProgress
 from moray.models.fp8 import weights_changed
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.config import PretrainConfig
@@ -35,8 +35,8 @@ _EMBEDDING = -1
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}  # of weights; BF16 in the other precisions
 
 
-class PartitionedOptimizer:
-    """Implements `ShardedOptimizer`, and `LayerObserver`. units: of all stages, and of several."""
+class PartitionedOptimizer(LayerObserver):
+    """Implements `ShardedOptimizer`. units: of all stages, and of several."""
 
     takes_gradients_in_place = True
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moray.kernels.util.deferred import DeferredGradients
-from moray.models.expert_parallel.layer_progress import LayerProgress
+from moray.models.expert_parallel.layer_progress import LayerObserver, LayerProgress
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim.flat import FlatGroup
@@ -23,7 +23,7 @@ _MIN_ELEMENTS = 1 << 18  # smallest all-reduce that is started during the backwa
 _END = -1  # the embedding: after the backward
 
 
-class Reduction:
+class Reduction(LayerObserver):
     """Sums the flat groups' gradients over ranks, in place."""
 
     def __init__(
@@ -61,15 +61,6 @@ class Reduction:
             for work in self._started:
                 work.wait()
         self._started, self._last, self._complete = [], False, None
-
-    def forward_enters(self, stage: int) -> None:
-        pass
-
-    def forward_left(self, stage: int) -> None:
-        pass
-
-    def backward_enters(self, stage: int) -> None:
-        pass
 
     def backward_left(self, stage: int) -> None:
         if not self._last:

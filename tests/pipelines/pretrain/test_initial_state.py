@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,6 +15,7 @@ from moray.models.presets import preset
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.worker import assemble, initialize
+from tests.pipelines.pretrain.memory.real_steps import allocated
 from tests.pipelines.pretrain.settings import pretrain_config
 
 MODEL = dataclasses.replace(preset("tiny"), vocab_size=1 << 15, num_hidden_layers=2, hidden_size=128)
@@ -27,8 +27,7 @@ def peak(action: Callable[[], None]) -> int:
     """Bytes that torch allocates at most, beyond what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         action()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda one: one.start_ns())]).max())
+    return allocated(profiled)
 
 
 def test_a_host_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
