@@ -61,9 +61,16 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), home: Home | None = 
 def memory_plans(
     recipe: str | Path, overrides: Sequence[str], request: MemoryRequest, progress: Progress
 ) -> list[StepMemoryPlan]:
-    """The memory that a rank of each training step would need. Starts nothing."""
+    """The memory that a rank of each training step, or of the step of the request, would need. Starts nothing.
+
+    Raises InputError for a step that the recipe does not have.
+    """
     opened = open_recipe(recipe, overrides)
-    plans = (planned.step.memory(planned, opened, request, progress) for planned in opened.steps)
+    keys = [planned.key for planned in opened.steps]
+    if request.step not in (None, *keys):
+        raise InputError(f"--step: {opened.name} has no step {request.step!r}", nearest(str(request.step), keys))
+    chosen = [planned for planned in opened.steps if request.step in (None, planned.key)]
+    plans = (planned.step.memory(planned, opened, request, progress) for planned in chosen)
     return [one for one in plans if one is not None]
 
 

@@ -134,6 +134,7 @@ def plan_command(
         float | None,
         Parameter(help="with --memory: rows at the busiest rank's experts over the mean of all ranks (default: 1)"),
     ] = None,
+    step: Annotated[str | None, Parameter(help="with --memory: plan this step only")] = None,
     set_: Overrides = None,
     json_: Json = False,
 ) -> int:
@@ -151,10 +152,10 @@ def plan_command(
         busiest = 1.0 if imbalance is None else imbalance
         if not 1 <= busiest < math.inf or (world is not None and world < 1):
             raise InputError("--imbalance and --world must be numbers of at least 1")
-        request = MemoryRequest(gpu or "h100-80gb", world, busiest)
+        request = MemoryRequest(gpu or "h100-80gb", world, busiest, step)
         return show_memory(recipe, set_ or [], request, json_)
-    if (world, gpu, imbalance) != (None, None, None):
-        raise InputError("--world, --gpu and --imbalance are options of --memory", "add --memory")
+    if (world, gpu, imbalance, step) != (None, None, None, None):
+        raise InputError("--world, --gpu, --imbalance and --step are options of --memory", "add --memory")
     decisions = plan_recipe(recipe, set_ or [])
     if json_:
         rows = [

@@ -17,7 +17,8 @@ def show_memory(recipe: str, overrides: Sequence[str], request: MemoryRequest, a
     with err().status("planning") as status:
         plans = memory_plans(recipe, overrides, request, lambda text: status.update(f"planning {text}"))
     if not plans:
-        raise InputError(f"{recipe} trains no model", "--memory plans the steps `pretrain` of a recipe")
+        what = f"the step {request.step} of {recipe}" if request.step else recipe
+        raise InputError(f"{what} trains no model", "--memory plans the steps `pretrain` of a recipe")
     if as_json:
         print_json([dataclasses.asdict(one) | {"needed": one.needed, "fits": one.fits} for one in plans])
     else:
@@ -44,7 +45,9 @@ def _show(plan: StepMemoryPlan) -> None:
     for change in plan.changes:
         out().print(f"  fits with {change.text}: {_gb(change.bytes)}")
     if not plan.changes:
-        out().print("  no change of `parallel` or `optimizer` makes it fit: use more ranks or larger GPUs")
+        out().print(
+            "  no change of `parallel` or `optimizer` makes it fit: use more ranks, larger GPUs or shorter sequences"
+        )
     out().print()
 
 

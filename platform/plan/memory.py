@@ -11,11 +11,12 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True)
 class MemoryRequest:
     """world: ranks, by default the recipe's. gpu: a name of `GPUS`. imbalance: rows at the busiest rank's experts over
-    the mean."""
+    the mean. step: the only step to plan, by its key in the recipe."""
 
     gpu: str
     world: int | None = None
     imbalance: float = 1.0
+    step: str | None = None
 
 
 @dataclass(frozen=True)
