@@ -46,11 +46,14 @@ class Fp8Experts:
         self.down.fill(other.down)
 
 
-def fp8_expert_weights(w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor) -> Fp8Experts:
+def fp8_expert_weights(
+    w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, keep_transpose: bool = True
+) -> Fp8Experts:
     """Quantizes the weights of a group of experts. The result is valid until they change."""
     more = -w_gate_EFD.shape[1] % BLOCK
     gate, up = (F.pad(w.detach(), (0, 0, 0, more)) for w in (w_gate_EFD, w_up_EFD))
-    return Fp8Experts(fp8_weight(torch.cat((gate, up), dim=1)), fp8_weight(F.pad(w_down_EDF.detach(), (0, more))))
+    gate_up = fp8_weight(torch.cat((gate, up), dim=1), keep_transpose)
+    return Fp8Experts(gate_up, fp8_weight(F.pad(w_down_EDF.detach(), (0, more)), keep_transpose))
 
 
 def _grouped(x: Quantized, weight: Fp8Weight, offsets_E1: Tensor, dtype: torch.dtype) -> Tensor:

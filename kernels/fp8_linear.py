@@ -41,11 +41,12 @@ class Fp8Weight:
     """A quantized weight: E4M3 numbers [..., N, K] and power-of-two scales of blocks of 128 x 128.
 
     A backward keeps this object, not its tensors. So they may be cleared between forward and backward, if they are
-    filled again with the same quantization.
+    filled again with the same quantization. keep_transpose: the first backward's transposed form serves all later ones.
     """
 
     fp8: Tensor
     scales: Tensor
+    keep_transpose: bool = True
 
     def clear(self) -> None:
         """Frees the tensors."""
@@ -55,9 +56,16 @@ class Fp8Weight:
         """Takes the tensors of another quantization."""
         self.__dict__ |= other.__dict__
 
-    @cached_property
+    @property
     def transposed(self) -> Quantized:
         """The transposed quantization, for the input's gradient on tensor cores, which require the summed axis last."""
+        return self._kept_transpose if self.keep_transpose else self._transpose()
+
+    @cached_property
+    def _kept_transpose(self) -> Quantized:
+        return self._transpose()
+
+    def _transpose(self) -> Quantized:
         return self.fp8.transpose(-1, -2).contiguous(), self.scales.transpose(-1, -2).contiguous()
 
     @cached_property
@@ -78,9 +86,9 @@ class Fp8Weight:
         return dequantize(*dy, dtype=dtype) @ self.dequantized.to(dtype)
 
 
-def fp8_weight(weight: Tensor) -> Fp8Weight:
+def fp8_weight(weight: Tensor, keep_transpose: bool = True) -> Fp8Weight:
     """Quantizes a weight, or a stack of weights. The result is valid until it changes."""
-    return Fp8Weight(*quantize(weight.detach(), WEIGHT_BLOCKS, power_of_two=True))
+    return Fp8Weight(*quantize(weight.detach(), WEIGHT_BLOCKS, power_of_two=True), keep_transpose)
 
 
 class _Fp8Linears(torch.autograd.Function):

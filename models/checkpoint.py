@@ -9,6 +9,7 @@ Reading and writing both check the tensors against the config: a missing, extra,
 an error with its name.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ _FP8_CONFIG = {
 }
 _BLOCK = (BLOCK, BLOCK)
 _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
-_CHUNK = 1 << 23  # elements of a large tensor that are checked, or converted, at once
+_CHUNK = 1 << 20  # elements of a large tensor that are checked, converted or compared at once
 
 
 class Weight(NamedTuple):
@@ -133,12 +134,20 @@ def _check_values(weight: Weight, shape: Shape) -> None:
         raise ValueError(f"tensor {weight.name!r} has shape {tuple(weight.tensor.shape)}, the config requires {shape}")
     if weight.scales is not None:
         fp8_blocks.check_scales(weight.tensor, weight.scales, _BLOCK)
-        if not (_is_finite(weight.scales) and (weight.scales > 0).all()):
-            raise ValueError(f"tensor {scale_name(weight.name)!r} holds scales that are not positive and finite")
-        if not _is_finite(weight.scales.float() * _LARGEST_FP8):
-            raise ValueError(f"tensor {scale_name(weight.name)!r} holds scales that make weights overflow FP32")
-    if not _is_finite(weight.tensor):
-        raise ValueError(f"tensor {weight.name!r} holds values that are not finite (NaN or infinite)")
+        _check_scales(scale_name(weight.name), weight.scales)
+    _check_finite(weight.name, weight.tensor)
+
+
+def _check_scales(name: str, scales: Tensor) -> None:
+    if not (_is_finite(scales) and (scales > 0).all()):
+        raise ValueError(f"tensor {name!r} holds scales that are not positive and finite")
+    if not _is_finite(scales.float() * _LARGEST_FP8):
+        raise ValueError(f"tensor {name!r} holds scales that make weights overflow FP32")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not _is_finite(tensor):
+        raise ValueError(f"tensor {name!r} holds values that are not finite (NaN or infinite)")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -149,16 +158,22 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in parts)
 
 
-def _bands(tensor: Tensor) -> Iterator[slice]:
-    """Slices of a matrix's rows, whole blocks, of about `_CHUNK` elements."""
-    rows = max(1, _CHUNK // (tensor.shape[-1] * BLOCK)) * BLOCK
-    yield from (slice(begin, begin + rows) for begin in range(0, tensor.shape[0], rows))
+def _bands(shape: Shape, first: int = 0, last: int | None = None) -> Iterator[slice]:
+    """Slices of whole blocks of a tensor's rows, about `_CHUNK` elements each, that contain rows [first, last)."""
+    rows = max(1, _CHUNK // (math.prod(shape[1:]) * BLOCK)) * BLOCK
+    end = shape[0] if last is None else last
+    yield from (slice(begin, min(begin + rows, shape[0])) for begin in range(first // BLOCK * BLOCK, end, rows))
+
+
+def _blocks(band: slice) -> slice:
+    """The rows of scales that belong to a band."""
+    return slice(band.start // BLOCK, -(-band.stop // BLOCK))
 
 
 def _to_fp8(weight: Weight) -> tuple[Tensor, Tensor]:
     if weight.scales is not None:
         return weight.tensor, weight.scales
-    parts = [fp8_blocks.quantize(weight.tensor.detach()[band], _BLOCK) for band in _bands(weight.tensor)]
+    parts = [fp8_blocks.quantize(weight.tensor.detach()[band], _BLOCK) for band in _bands(tuple(weight.tensor.shape))]
     return torch.cat([fp8 for fp8, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
@@ -179,8 +194,8 @@ def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     if weight.scales is None:
         return weight.tensor.detach().to("cpu", dtype)
     converted = torch.empty(weight.tensor.shape, dtype=dtype)
-    for band in _bands(converted):
-        scales = weight.scales[band.start // BLOCK : -(-band.stop // BLOCK)]
+    for band in _bands(tuple(converted.shape)):
+        scales = weight.scales[_blocks(band)]
         converted[band] = fp8_blocks.dequantize(weight.tensor[band], scales, _BLOCK, dtype)
     return converted
 
@@ -212,12 +227,22 @@ class CheckedFolder:
         _check_values(weight, self._shapes[name])
         return weight
 
-    def read_flat(self, name: str, offset: int, numel: int) -> Tensor:
-        """Elements [offset, offset + numel) of a flattened tensor, high precision."""
-        weight = self.read(name)
-        if weight.scales is not None:
-            return _dequantized(weight, torch.float32).flatten()[offset : offset + numel]
-        return weight.tensor.flatten()[offset : offset + numel]
+    def read_flat(self, name: str, offset: int, target: Tensor) -> None:
+        """Copies elements [offset, offset + len(target)) of a flattened tensor, dequantized if FP8, into `target`, of
+        any float dtype and device. Holds about `_CHUNK` of them, and checks the values of the rows that it reads."""
+        shape = self._shapes[name]
+        width, end = math.prod(shape[1:]), offset + len(target)
+        scales = self._reader.read(scale_name(name)) if self._is_fp8(name) else None
+        if scales is not None:
+            _check_scales(scale_name(name), scales)
+        for band in _bands(shape, offset // width, -(-end // width)):
+            rows = self._reader.read(name, band)
+            _check_finite(name, rows)
+            if scales is not None:
+                rows = fp8_blocks.dequantize(rows, scales[_blocks(band)], _BLOCK, torch.float32)
+            start = band.start * width
+            begin, stop = max(offset, start), min(end, band.stop * width)
+            target[begin - offset : stop - offset].copy_(rows.flatten()[begin - start : stop - start])
 
     def weights(self) -> Iterator[Weight]:
         """Every tensor, in the order of the config."""
@@ -227,8 +252,12 @@ class CheckedFolder:
     def check_copies(self) -> None:
         """Raises ValueError if a copy of a shared tensor differs from the tensor."""
         for copy, source in shared_tensors(self.config).items():
-            if copy in self._reader and not torch.equal(self._reader.read(copy), self._reader.read(source)):
+            if copy in self._reader and not self._equal(copy, source):
                 raise ValueError(f"tensor {copy!r} differs from {source!r}, which it must share")
+
+    def _equal(self, name: str, other: str) -> bool:
+        read, bands = self._reader.read, _bands(self._shapes[other])
+        return all(torch.equal(read(name, band), read(other, band)) for band in bands)
 
     def _is_fp8(self, name: str) -> bool:
         return self.precision == "fp8" and is_quantized(name)

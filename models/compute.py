@@ -18,9 +18,10 @@ Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E ex
 expert hidden size, N outputs, K inputs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +33,8 @@ from moray.kernels.padding import pad_groups, unpad_groups
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.util.deferred import DeferredGradients, deferred_linear
 from moray.models.fp8 import QuantizationCache
+
+Form = TypeVar("Form", Fp8Weight, Fp8Experts)
 
 
 class LinearCompute(Protocol):
@@ -58,9 +61,9 @@ class DeferredLinear:
 class Fp8TrainedLinear:
     """shared_input: another operation saves the input for the backward anyway (`kernels/fp8_linear.py`)."""
 
+    quantization: QuantizationCache[Fp8Weight]
     deferred: DeferredGradients | None = None
     shared_input: bool = False
-    quantization: QuantizationCache[Fp8Weight] = field(default_factory=lambda: QuantizationCache(fp8_weight))
 
     def __call__(self, x: Tensor, weight_NK: Tensor, scales: Tensor | None) -> Tensor:
         return fp8_linear(x, weight_NK, self.quantization.get(weight_NK), self.shared_input, self.deferred)
@@ -101,16 +104,16 @@ class UnfusedSwiGLU:
 
 @dataclass(frozen=True)
 class Fp8TrainedSwiGLU:
+    quantization: QuantizationCache[Fp8Experts]
     deferred: DeferredGradients | None = None
-    quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(_one_expert))
 
     def __call__(self, x_TD: Tensor, gate: LinearLayer, up: LinearLayer, down: LinearLayer) -> Tensor:
         weights = (gate.weight, up.weight, down.weight)
         return fp8_mlp(x_TD, self.quantization.get(*weights), *weights, self.deferred)
 
 
-def _one_expert(*weights: Tensor) -> Fp8Experts:
-    return fp8_expert_weights(*(weight.unsqueeze(0) for weight in weights))
+def _one_expert(gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, keep_transpose: bool) -> Fp8Experts:
+    return fp8_expert_weights(gate_FD[None], up_FD[None], down_DF[None], keep_transpose)
 
 
 class ExpertStacks(NamedTuple):
@@ -147,8 +150,8 @@ class HighPrecisionExperts:
 
 @dataclass(frozen=True)
 class Fp8TrainedExperts:
+    quantization: QuantizationCache[Fp8Experts]
     deferred: DeferredGradients | None = None
-    quantization: QuantizationCache[Fp8Experts] = field(default_factory=lambda: QuantizationCache(fp8_expert_weights))
     fp8_rows: ClassVar[bool] = True
 
     def __call__(
@@ -173,19 +176,26 @@ class Fp8StoredExperts:
 
 @dataclass(frozen=True)
 class TrainingCompute:
-    """Strategies of a model with high-precision weights. fp8: train in FP8. deferred: defer weight gradients."""
+    """Strategies of a model with high-precision weights. fp8: train in FP8. keep_transposes: of quantized weights, for
+    later backwards. deferred: defer weight gradients."""
 
     fp8: bool = False
+    keep_transposes: bool = True
     deferred: DeferredGradients | None = None
 
     def linear(self, quantized: bool, shared_input: bool) -> LinearCompute:
         """Strategy of a linear layer. quantized: whether FP8 training quantizes its weight."""
         if self.fp8 and quantized:
-            return Fp8TrainedLinear(self.deferred, shared_input)
+            return Fp8TrainedLinear(self._cache(fp8_weight), self.deferred, shared_input)
         return HighPrecisionLinear() if self.deferred is None else DeferredLinear(self.deferred)
 
     def swiglu(self) -> SwiGLUCompute:
-        return Fp8TrainedSwiGLU(self.deferred) if self.fp8 else UnfusedSwiGLU()
+        return Fp8TrainedSwiGLU(self._cache(_one_expert), self.deferred) if self.fp8 else UnfusedSwiGLU()
 
     def experts(self) -> ExpertsCompute:
-        return Fp8TrainedExperts(self.deferred) if self.fp8 else HighPrecisionExperts(self.deferred)
+        if self.fp8:
+            return Fp8TrainedExperts(self._cache(fp8_expert_weights), self.deferred)
+        return HighPrecisionExperts(self.deferred)
+
+    def _cache(self, make: Callable[..., Form]) -> QuantizationCache[Form]:
+        return QuantizationCache(partial(make, keep_transpose=self.keep_transposes))

@@ -335,10 +335,14 @@ class DeepseekV3(nn.Module):
         """Makes the embedding's backward add to the table's gradient itself. Hooks of the table do not run."""
         self.model.embed_tokens.in_place = True
 
-    def train_in_fp8(self) -> None:
+    def train_in_fp8(self, keep_transposes: bool = True) -> None:
         """Makes the linear layers of attention, MLPs and experts compute in FP8, forward and backward. Embedding, head,
-        router, norms, attention's core and the projection of multi-token prediction do not change."""
-        self._compute_as(replace(self._training_compute, fp8=True))
+        router, norms, attention's core and the projection of multi-token prediction do not change.
+
+        keep_transposes: of quantized weights, from the first backward until the weights change; else each backward
+        makes them.
+        """
+        self._compute_as(replace(self._training_compute, fp8=True, keep_transposes=keep_transposes))
 
     def defer_gradients(self, deferred: DeferredGradients | None) -> None:
         """Defers the weight gradients of linear layers and experts: they are complete after `deferred.finish()`. The

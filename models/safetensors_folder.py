@@ -135,19 +135,21 @@ class FolderReader:
         """A tensor's safetensors dtype and shape, without reading it."""
         return self._places[name].dtype, self._places[name].shape
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, whose dtype must be one of `DTYPES`."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The tensor, whose dtype must be one of `DTYPES`, or consecutive rows of it."""
         place = self._places[name]
-        raw = np.fromfile(place.path, np.uint8, place.size, offset=place.offset)
-        if raw.nbytes != place.size:
+        begin, end, _ = rows.indices(place.shape[0])
+        row = place.size // max(1, place.shape[0])
+        raw = np.fromfile(place.path, np.uint8, (end - begin) * row, offset=place.offset + begin * row)
+        if raw.nbytes != (end - begin) * row:
             raise ValueError(f"tensor {name!r} cannot be read from {place.path}: the file is truncated")
-        return torch.from_numpy(raw).view(DTYPES[place.dtype]).view(place.shape)
+        return torch.from_numpy(raw).view(DTYPES[place.dtype]).view(end - begin, *place.shape[1:])
 
 
 def _places(path: Path) -> Iterator[tuple[str, _Place]]:
     """The tensors of one file by name, after the library has validated it."""
     try:
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None

@@ -157,10 +157,14 @@ class Parallel(StepConfig):
         description="tensors that the backward recomputes, to save memory. v3: norms and up-projections of attention; "
         "layer: whole layers; {every: n}: every n-th layer whole, v3 in the others",
     )
-
     offload_activations: bool = operational(
         False,
         description="keep the inputs of recomputed layers in the host's memory; requires recompute: layer or every",
+    )
+    keep_fp8_transposes: bool = operational(
+        True,
+        description="fp8 training on GPUs: keep the transposed quantized weights from the first backward until the "
+        "weights change; false: each backward makes them",
     )
 
     @field_validator("recompute", mode="before")

@@ -1,7 +1,7 @@
 """The weights that training starts from, written into an optimizer's masters.
 
-A rank makes only what it holds, one tensor at a time: a drawn tensor on its own device, a tensor of a folder on the
-host.
+A rank makes only what it holds: it draws one tensor at a time, on its own device, and reads parts of a tensor of a
+folder, on the host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fill_weights(folder: str, model: DeepseekV3, optimizer: ShardedOptimizer) ->
         source = CheckedFolder(local)
         source.check_copies()
         for master in _masters(optimizer):
-            master.tensor.copy_(source.read_flat(master.name, master.offset, len(master.tensor)))
+            source.read_flat(master.name, master.offset, master.tensor)
         for name, bias_E in model.logical_biases():
             bias_E.copy_(source.read(name).tensor)
 

@@ -71,8 +71,8 @@ def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
     world = parallel.workers if given else parallel.expert_parallel
     experts = model.n_routed_experts if model else None
     check_layout(world, parallel.expert_parallel, experts)
-    if given and parallel.shard_ranks is not None and world % parallel.shard_ranks:
-        raise ValueError(f"parallel.workers ({world}) must be a multiple of shard_ranks ({parallel.shard_ranks})")
+    if given:
+        check_shards(world, parallel.shard_ranks)
     if least and least > parallel.workers:
         raise ValueError(f"resilience.min_workers ({least}) must not exceed parallel.workers ({parallel.workers})")
 
@@ -82,6 +82,8 @@ def check_machines(config: PretrainConfig, topology: Topology) -> PretrainConfig
     chosen = resolved(config, topology)
     with rule_errors("set pretrain.parallel.workers and pretrain.parallel.expert_parallel"):
         check_layout(chosen.parallel.workers, chosen.parallel.expert_parallel)
+    with rule_errors("set pretrain.parallel.workers and pretrain.parallel.shard_ranks"):
+        check_shards(chosen.parallel.workers, chosen.parallel.shard_ranks)
     if chosen.parallel.dispatch == "deepep":
         _check_deepep(chosen, topology.gpus)
     return chosen
@@ -179,6 +181,12 @@ def check_layout(world: int, ep: int, experts: int | None = None) -> None:
         raise ValueError(f"parallel.workers ({world}) must be a multiple of parallel.expert_parallel ({ep})")
     if experts is not None and experts % ep:
         raise ValueError(f"n_routed_experts ({experts}) must be a multiple of parallel.expert_parallel ({ep})")
+
+
+def check_shards(world: int, shard_ranks: int | None) -> None:
+    """Raises ValueError unless whole groups of `shard_ranks` share the weights."""
+    if shard_ranks is not None and world % shard_ranks:
+        raise ValueError(f"parallel.workers ({world}) must be a multiple of parallel.shard_ranks ({shard_ranks})")
 
 
 def check_blocks(config: ModelConfig) -> None:

@@ -156,6 +156,6 @@ def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: Deferre
     if job.config.precision in ("bf16", "fp8"):
         model.compute_in(torch.bfloat16)
     if job.config.precision == "fp8":
-        model.train_in_fp8()
+        model.train_in_fp8(parallel.keep_fp8_transposes)
     model.defer_gradients(deferred)
     return model

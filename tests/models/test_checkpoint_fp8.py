@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moray.kernels.quantize import BLOCK, dequantize
+from moray.models import checkpoint
 from moray.models.cache import LatentCache
-from moray.models.checkpoint import convert, load, save
+from moray.models.checkpoint import CheckedFolder, convert, load, save
 from moray.models.tensors import is_quantized, parameter_shapes, scale_name
 
 # Sizes above a block, and not multiples of one.
@@ -53,6 +54,19 @@ def test_the_layout_is_the_official_one(folder):
     assert "mlp.gate.weight" not in quantized
     assert "eh_proj.weight" not in quantized
     assert "self_attn.kv_a_proj_with_mqa.weight" in quantized
+
+
+@pytest.mark.parametrize("precision", ["wide", "fp8"])
+def test_a_part_of_a_flattened_tensor_is_read_in_bands(folder, monkeypatch, precision):
+    monkeypatch.setattr(checkpoint, "_CHUNK", 1000)  # bands of one block's rows
+    whole = dict(load(folder / precision, dequantize=True).named_parameters())
+    source = CheckedFolder(folder / precision)
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
+        flat = whole[name].detach().flatten()
+        for begin, end in ((0, len(flat)), (1, 2), (len(flat) // 3, len(flat) - 1), (len(flat), len(flat))):
+            part = torch.full((end - begin,), float("nan"))
+            source.read_flat(name, begin, part)
+            assert torch.equal(part, flat[begin:end]), (name, begin, end)
 
 
 def test_fp8_weights_are_copied_bit_for_bit(folder):

@@ -75,6 +75,18 @@ def test_recompute_changes_no_bit(precision):
     assert _trained(precision, steps=2) == _trained(precision, recompute=True, steps=2)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_transposed_form_is_kept_by_choice(kept):
+    weight = fp8_weight(torch.randn(130, 200), kept)
+    first, again = weight.transposed, weight.transposed
+    assert torch.equal(first[0].view(torch.uint8), weight.fp8.t().view(torch.uint8))
+    assert torch.equal(first[1], weight.scales.t())
+    assert (first[0] is again[0]) == kept
+    weight.clear()
+    weight.fill(fp8_weight(torch.zeros(130, 200), kept))
+    assert not weight.transposed[0].float().any()
+
+
 def test_modules_that_do_not_compute_in_fp8():
     model = DeepseekV3(SMALL)
     model.train_in_fp8()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from moray.pipelines.pretrain.config import EveryLayers, PretrainConfig, TrainingJob
 from moray.pipelines.pretrain.memory.gpus import usable_bytes
 from moray.pipelines.pretrain.memory.measure import StepMemory, step_memory
-from moray.pipelines.pretrain.validate import MAX_BETA2, check_layout
+from moray.pipelines.pretrain.validate import MAX_BETA2, check_layout, check_shards
 from moray.platform.core.errors import InputError
 from moray.platform.plan.memory import MemoryChange, MemoryRequest, Progress, StepMemoryPlan
 
@@ -57,6 +57,10 @@ def _check(job: TrainingJob) -> None:
         check_layout(parallel.workers, parallel.expert_parallel, job.model.n_routed_experts)
     except ValueError as error:
         raise InputError(f"{job.step}: {error}", "give --world a multiple of expert_parallel") from error
+    try:
+        check_shards(parallel.workers, parallel.shard_ranks)
+    except ValueError as error:
+        raise InputError(f"{job.step}: {error}", "give --world a multiple of shard_ranks") from error
     if job.config.optimizer.offload:
         raise InputError(
             f"{job.step}: the memory of optimizer.offload cannot be planned, because DeepSpeed allocates it",
@@ -100,6 +104,8 @@ def cheapest_first(config: PretrainConfig, experts: int) -> Iterator[tuple[str, 
     if config.optimizer.moments == "float32" and config.optimizer.beta2 <= MAX_BETA2 and config.precision != "float64":
         moments = config.optimizer.model_copy(update={"moments": "fp8"})
         yield "optimizer.moments: fp8", config.model_copy(update={"optimizer": moments})
+    if config.precision == "fp8" and parallel.keep_fp8_transposes:
+        yield "parallel.keep_fp8_transposes: false", config.with_parallel(keep_fp8_transposes=False)
     if parallel.zero_stage < 3 and parallel.workers > 1:
         yield "parallel.zero_stage: 3", config.with_parallel(zero_stage=3, expert_zero_stage=None)
     if parallel.recompute == "none":

@@ -11,8 +11,6 @@ from moray.platform.core.errors import InputError
 from moray.platform.plan.config import user_path
 from moray.platform.plan.recipe import PlannedStep, Recipe
 
-_ASSUMED = 1 << 16  # vocabulary of a tokenizer that the recipe loads
-
 
 def planned_job(recipe: Recipe, planned: PlannedStep) -> TrainingJob:
     """Raises InputError if the recipe does not say what the model is."""
@@ -50,7 +48,12 @@ def _made_by(steps: dict[str, PlannedStep], source: PlannedStep) -> ModelConfig:
 
 
 def _vocabulary(steps: dict[str, PlannedStep], planned: PlannedStep) -> int:
-    tokens = steps[planned.inputs["tokens"]]
-    tokenizer = steps.get(tokens.inputs.get("tokenizer", ""))
-    size = getattr(tokenizer.config, "vocab_size", None) if tokenizer else None
-    return int(size) if size else _ASSUMED
+    tokenizer = steps[steps[planned.inputs["tokens"]].inputs["tokenizer"]]
+    if "model" in tokenizer.inputs:  # model-tokenizer
+        return _made_by(steps, steps[tokenizer.inputs["model"]]).vocab_size
+    size = getattr(tokenizer.config, "vocab_size", None)
+    if size is None:
+        raise InputError(
+            f"{tokenizer.key}: the size of its vocabulary is unknown before it has run", "use the step `tokenizer`"
+        )
+    return int(size)

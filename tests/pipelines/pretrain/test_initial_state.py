@@ -19,7 +19,6 @@ from tests.pipelines.pretrain.memory.real_steps import allocated
 from tests.pipelines.pretrain.settings import pretrain_config
 
 MODEL = dataclasses.replace(preset("tiny"), vocab_size=1 << 15, num_hidden_layers=2, hidden_size=128)
-CHECKED = 80_000_000  # for the values of a tensor that is read, whatever its size: they are checked in chunks
 LARGEST = MODEL.vocab_size * MODEL.hidden_size * 4
 
 
@@ -39,8 +38,7 @@ def test_a_host_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         job = TrainingJob(settings, MODEL, 16, str(tmp_path / "run"), "", "pretrain", 1, initial)
         worker = assemble(job, Mesh.alone(), torch.device("cpu"))
         assert all(parameter.isnan().all() for parameter in worker.model.parameters())
-        checked = 0 if initial is None else CHECKED
-        assert peak(lambda worker=worker: initialize(worker)) <= 1.2 * LARGEST + checked
+        assert peak(lambda worker=worker: initialize(worker)) <= 1.2 * LARGEST
         expected = {name: view for name, view, _ in source.logical_parameters()}
         for name, view, _ in worker.model.logical_parameters():
             assert torch.equal(view, expected[name]), name

@@ -26,6 +26,7 @@ FP8 = {"precision": "fp8", "moments": "fp8"}
         pytest.param(1, FP8 | {"recompute": "layer", "zero_stage": 3}, marks=LONG),
         (2, {"precision": "bf16", "expert_parallel": 2, "batch_sequences": 4, "zero_stage": 3}),
         pytest.param(2, {"precision": "fp8", "expert_parallel": 2, "zero_stage": 1}, marks=LONG),
+        pytest.param(2, FP8 | {"expert_parallel": 2, "zero_stage": 2, "keep_fp8_transposes": False}, marks=LONG),
         pytest.param(2, {"precision": "bf16", "zero_stage": 2, "micro_batch_sequences": 2}, marks=LONG),
         pytest.param(4, {"precision": "bf16", "expert_parallel": 4, "overlap": False}, marks=LONG),
         pytest.param(4, {"expert_parallel": 2, "recompute": "layer", "zero_stage": 3, "shard_ranks": 2}, marks=LONG),

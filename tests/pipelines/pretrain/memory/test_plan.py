@@ -53,6 +53,12 @@ def test_sharding_and_recompute_save_what_they_should() -> None:
         step_memory(job_of(recompute=policy), 512).device.largest["activations"] for policy in ("none", "v3", "layer")
     )
     assert kept > v3 > layer
+    forms = [
+        step_memory(job_of(expert_zero_stage=1, keep_fp8_transposes=keep), 512).device.largest["quantized weights"]
+        for keep in (True, False)
+    ]
+    experts = 2 * (256 // 64) * 3 * 2048 * 7168  # of two layers, one byte each
+    assert forms[0] - forms[1] > 0.5 * experts
     offloaded = step_memory(job_of(recompute="layer", offload_activations=True), 512)
     assert offloaded.device.largest["activations"] < layer
     inputs = offloaded.host.largest["offloaded activations"]
@@ -90,6 +96,7 @@ def test_what_fits_nowhere_says_so() -> None:
     [
         (MemoryRequest("h100"), {}, "unknown GPU 'h100'"),
         (MemoryRequest("h100-80gb", world=500), {}, "must be a multiple of parallel.expert_parallel"),
+        (MemoryRequest("h100-80gb", world=64), {"shard_ranks": 128}, "must be a multiple of parallel.shard_ranks"),
         (MemoryRequest("h100-80gb"), {"zero_stage": 1, "offload": True}, "cannot be planned"),
     ],
 )
