@@ -1,6 +1,6 @@
 """Cached FP8 quantizations of weights, valid until the weights change.
 
-A weight is quantized once per optimizer step, not once per micro-batch.
+A weight that stays in memory is quantized once per optimizer step, not once per micro-batch.
 
 Notable: torch counts the in-place changes of a tensor, except those by its fused optimizers. So the cache is also
 invalidated after any step of any torch optimizer. Code that changes weights in another way must call `weights_changed`.

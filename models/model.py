@@ -323,8 +323,8 @@ class DeepseekV3(nn.Module):
         bit-identical."""
         every = policy if isinstance(policy, int) else 1 if policy == "layer" else 0
         for number, layer in enumerate((*self._layers(), *self.mtp_layers()), start=1):
-            layer.recompute, layer.offload = policy != "none", offload
             layer.recompute_whole = bool(every) and number % every == 0
+            layer.recompute, layer.offload = policy != "none" and not layer.recompute_whole, offload
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Makes the model compute in `dtype` from the embedding on, whatever the dtype of the weights. Routers,

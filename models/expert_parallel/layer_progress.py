@@ -62,12 +62,13 @@ class LayerProgress:
 
     def _count(self, boundary: int) -> None:
         self._crossed[boundary] += 1
-        if self._crossed[boundary] == 1 and boundary <= self._last:
-            self._observer.forward_enters(boundary)
-        if self._crossed[boundary] == self.micro_batches:
+        first, all_ = self._crossed[boundary] == 1, self._crossed[boundary] == self.micro_batches
+        if all_:  # first, so that an observer frees before it allocates
             self._crossed[boundary] = 0
             if boundary > -1:
                 self._observer.forward_left(boundary - 1)
+        if first and boundary <= self._last:
+            self._observer.forward_enters(boundary)
 
     def _reach(self, boundary: int, _: Tensor) -> None:
         self._reached[boundary] += 1

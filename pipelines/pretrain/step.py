@@ -89,7 +89,7 @@ class Pretrain(Step[PretrainConfig]):
         size = parameter_count(config)
         parameters = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
         ctx.note(f"{device_text(settings)}; {parameters}")
-        if settings.parallel.device == "gpu" and not settings.optimizer.offload:
+        if settings.parallel.device == "gpu":
             _check_memory(job, ctx.note)
         try:
             fit(job, tokens, str(ctx.events_folder.parent / "train"), topology)
@@ -117,14 +117,15 @@ class Pretrain(Step[PretrainConfig]):
 
 
 def _check_memory(job: TrainingJob, note: Callable[[str], None]) -> None:
-    """Raises InputError if the job does not fit into the cluster's GPUs. Does nothing if their size is unknown."""
+    """Raises InputError if the job does not fit into the cluster's GPUs. Does nothing if their size is unknown, or the
+    job cannot be planned."""
     import ray
 
     from moray.pipelines.pretrain.memory.gpus import gpu_of
-    from moray.pipelines.pretrain.memory.plan import check_memory  # imports torch
+    from moray.pipelines.pretrain.memory.plan import check_memory, unplanned  # imports torch
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if gpu := gpu_of(resources):
+    if (gpu := gpu_of(resources)) and not unplanned(job.config):
         check_memory(job, gpu, lambda text: note(f"planning memory: {text}"))
 
 

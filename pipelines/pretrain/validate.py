@@ -151,12 +151,12 @@ def check_job(config: PretrainConfig, model: ModelConfig, tokens: Mapping[str, T
 
 
 @contextmanager
-def rule_errors(hint: str) -> Iterator[None]:
+def rule_errors(hint: str, step: str = "pretrain") -> Iterator[None]:
     """Converts the ValueError of a rule to an InputError with this hint."""
     try:
         yield
     except ValueError as error:
-        raise InputError(f"pretrain: {error}", hint) from error
+        raise InputError(f"{step}: {error}", hint) from error
 
 
 def check_context(section: Any) -> None:
@@ -189,10 +189,15 @@ def check_shards(world: int, shard_ranks: int | None) -> None:
         raise ValueError(f"parallel.workers ({world}) must be a multiple of parallel.shard_ranks ({shard_ranks})")
 
 
+def has_whole_blocks(config: ModelConfig) -> bool:
+    """Whether an expert's matrix consists of whole blocks of FP8 moments."""
+    return not config.moe_layers or config.moe_intermediate_size * config.hidden_size % BLOCK == 0
+
+
 def check_blocks(config: ModelConfig) -> None:
-    """Raises ValueError if FP8 moments do not fit the model: an expert's matrix must consist of whole blocks."""
+    """Raises ValueError if FP8 moments do not fit the model."""
     inner, hidden = config.moe_intermediate_size, config.hidden_size
-    if config.moe_layers and inner * hidden % BLOCK:
+    if not has_whole_blocks(config):
         raise ValueError(
             f"optimizer.moments: fp8 requires hidden_size x moe_intermediate_size ({hidden} x {inner}) to be a "
             f"multiple of {BLOCK}"
@@ -231,6 +236,10 @@ def check_backend(config: PretrainConfig) -> None:
         raise ValueError("parallel.expert_zero_stage requires parallel.zero_stage 1, 2 or 3")
     if parallel.shard_ranks is not None and parallel.zero_stage != 3:
         raise ValueError("parallel.shard_ranks requires parallel.zero_stage 3, at which weights are sharded")
+    if parallel.reduce_dtype == "bf16" and offload:
+        raise ValueError(
+            "parallel.reduce_dtype: bf16 requires optimizer.offload: false, because DeepSpeed sums float32"
+        )
     if parallel.reduce_dtype == "bf16" and (config.precision not in ("bf16", "fp8") or not parallel.zero_stage):
         raise ValueError(
             "parallel.reduce_dtype: bf16 requires precision bf16 or fp8, and parallel.zero_stage 1, 2 or 3"

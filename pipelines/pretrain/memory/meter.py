@@ -109,7 +109,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch.utils._python_dispatch._disable_current_modes():
             tensor = torch.empty(shape, dtype=dtype, device="meta")
         self._on_host.add(tensor.untyped_storage()._cdata)
-        self._follow(tensor, self.host)
+        # PyTorch's allocator of pinned memory rounds up to powers of two.
+        self._follow(tensor, self.host, 1 << (tensor.untyped_storage().nbytes() - 1).bit_length())
         return tensor
 
     def note(self, what: str) -> None:
@@ -142,12 +143,12 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._answers[caller](tensor)
         return torch.ones(tensor.shape, dtype=dtype or tensor.dtype, device="cpu")
 
-    def _follow(self, tensor: Tensor, place: Place) -> None:
+    def _follow(self, tensor: Tensor, place: Place, taken: int | None = None) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._followed:
             return
-        size, part = -(-storage.nbytes() // _BLOCK) * _BLOCK, _part()
+        size, part = taken or -(-storage.nbytes() // _BLOCK) * _BLOCK, _part()
         if part == UNCOUNTED:
             size = 0
         place.add(part, size)

@@ -9,8 +9,9 @@ Layers run as generators, several micro-batches in turns, so hooks of modules do
 stage is entered and left. These points are the same on all ranks, and so is the order of collectives.
 
 Notable: a stage's gradients are reduced when the backward has left the stage before it. This delay of one stage leaves
-time to compute deferred weight gradients (`kernels/util/deferred.py`). At most three stages are in memory at a time:
-the one in use, the next, and one in reduction.
+time to compute deferred weight gradients (`kernels/util/deferred.py`). The weights of two stages are in memory at a
+time, the one in use and the next, or three with micro-batches that take turns; and so are the gradients of the stage in
+use and of those in reduction.
 """
 
 from __future__ import annotations
@@ -116,8 +117,9 @@ class PartitionedOptimizer(LayerObserver):
             yield from fragments_of(group, begin, begin + group.partition, unit.master, self._inner, begin)
 
     def refresh_weights(self) -> None:
-        for unit in self.units:
-            unit.refresh()
+        with self._mesh.clock.over(self._device):
+            for unit in self.units:
+                unit.refresh()
         weights_changed()
 
     def set_steps(self, steps: int) -> None:

@@ -90,7 +90,7 @@ def test_a_stage_is_entered_before_it_runs_and_left_after_all_have_run_it(batche
     assert [stage for told, stage in observer.told if told == "leave"] == list(range(-1, LAYERS + 1))
     at = {told: number for number, told in enumerate(observer.told)}
     overlapping = [stage for stage in range(LAYERS) if at["leave", stage] > at["enter", stage + 1]]
-    assert overlapping == list(range(LAYERS))
+    assert overlapping == ([] if batches == 1 else list(range(LAYERS)))  # one frees a stage before it allocates
     observer.told.clear()
     model.progress.begin_backward()
     sum(loss.main + loss.mtp for loss in losses).backward()

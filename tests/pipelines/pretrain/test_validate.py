@@ -27,6 +27,10 @@ def test_an_invalid_layout_is_refused(layout: Any, message: str) -> None:
         ({"offload": True, "zero_stage": 3}, "optimizer.offload: true requires parallel.zero_stage 1 or 2"),
         ({"offload_activations": True, "recompute": "v3"}, "parallel.offload_activations requires"),
         ({"expert_zero_stage": 1}, "parallel.expert_zero_stage requires parallel.zero_stage"),
+        (
+            {"zero_stage": 1, "offload": True, "reduce_dtype": "bf16", "precision": "bf16"},
+            "reduce_dtype: bf16 requires optimizer.offload: false",
+        ),
         ({"zero_stage": 2, "shard_ranks": 2}, "parallel.shard_ranks requires parallel.zero_stage 3"),
         ({"zero_stage": 3, "reduce_dtype": "bf16"}, "parallel.reduce_dtype: bf16 requires precision bf16 or fp8"),
         ({"zero_stage": 1, "offload": True, "precision": "float64"}, "float64 requires optimizer.offload: false"),

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from moray.models.presets import preset
-from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.config import Parallel, TrainingJob
 from moray.pipelines.pretrain.memory.gpus import gpu_of
 from moray.pipelines.pretrain.memory.measure import step_memory
-from moray.pipelines.pretrain.memory.plan import check_memory, plan_memory
+from moray.pipelines.pretrain.memory.plan import cheapest_first, check_memory, plan_memory
 from moray.pipelines.pretrain.memory.planned_job import planned_job
 from moray.platform.api import open_recipe
 from moray.platform.core.errors import InputError
@@ -62,7 +62,7 @@ def test_sharding_and_recompute_save_what_they_should() -> None:
     offloaded = step_memory(job_of(recompute="layer", offload_activations=True), 512)
     assert offloaded.device.largest["activations"] < layer
     inputs = offloaded.host.largest["offloaded activations"]
-    assert inputs == 2 * 6 * 4096 * 7168 * 2  # two micro-batches, six layers, BF16
+    assert inputs == 2 * 6 * 2**26  # two micro-batches, six layers; 4096 x 7168 in BF16 take 64 MiB when pinned
 
 
 def test_an_imbalance_needs_more_memory() -> None:
@@ -97,12 +97,38 @@ def test_what_fits_nowhere_says_so() -> None:
         (MemoryRequest("h100"), {}, "unknown GPU 'h100'"),
         (MemoryRequest("h100-80gb", world=500), {}, "must be a multiple of parallel.expert_parallel"),
         (MemoryRequest("h100-80gb", world=64), {"shard_ranks": 128}, "must be a multiple of parallel.shard_ranks"),
-        (MemoryRequest("h100-80gb"), {"zero_stage": 1, "offload": True}, "cannot be planned"),
+        (MemoryRequest("h100-80gb"), {"zero_stage": 1, "offload": True}, "optimizer.offload cannot be planned"),
+        (MemoryRequest("h100-80gb"), {"dispatch": "deepep"}, "deepep cannot be planned"),
+        (MemoryRequest("h100-80gb"), {"precision": "float64", "moments": "float32"}, "float64 cannot be planned"),
     ],
 )
 def test_bad_requests(request_: MemoryRequest, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_memory(job_of(**settings), request_, lambda text: None)
+
+
+def test_ranks_that_the_recipe_does_not_name_are_those_of_a_cluster_of_such_gpus() -> None:
+    job = dataclasses.replace(job_of(), model=preset("tiny"), sequence_length=16)
+
+    def world(request: MemoryRequest, **parallel: Any) -> int:
+        section = Parallel.model_validate(parallel)
+        config = job.config.model_copy(update={"parallel": section, "precision": "bf16"})
+        return plan_memory(dataclasses.replace(job, config=config), request, lambda text: None).world
+
+    assert world(MemoryRequest("h100-80gb")) == 1
+    assert world(MemoryRequest("h100-80gb", world=4)) == 4
+    assert world(MemoryRequest("h100-80gb"), expert_parallel=4) == 4
+    assert world(MemoryRequest("h100-80gb"), workers=2) == 2
+    assert world(MemoryRequest("h100-80gb", world=1), workers=2, expert_parallel=1) == 1
+
+
+def test_a_change_that_the_model_does_not_allow_is_not_offered() -> None:
+    odd = dataclasses.replace(preset("tiny"), hidden_size=66, moe_intermediate_size=31)
+    config = job_of(moments="float32", zero_stage=2, expert_zero_stage=1).config
+    texts = [text for text, _ in cheapest_first(config, odd)]
+    assert "optimizer.moments: fp8" not in texts
+    assert "optimizer.moments: fp8" in [text for text, _ in cheapest_first(config, preset("tiny"))]
+    assert "parallel.zero_stage: 3, parallel.expert_zero_stage: null" in texts
 
 
 def test_a_recipe_tells_the_shape_of_each_of_its_models() -> None:
