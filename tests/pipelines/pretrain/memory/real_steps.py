@@ -6,6 +6,7 @@ Both take the code path of a GPU: in the real step, Triton's interpreter runs th
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
+from triton.runtime.interpreter import GridExecutor
 
 from moray.actors.data.token_set import Batch
 from moray.kernels.util.deferred import DeferredGradients
@@ -82,14 +84,22 @@ def allocated(profiled: Any) -> int:
 @contextmanager
 def gpu_code() -> Iterator[None]:
     """Kernels are Triton's; a wait for a transfer computes all deferred gradients, as a GPU's host does, which runs
-    ahead; and sharded weights are exchanged without copies, which gloo makes and NCCL does not."""
-    environment, fill = dict(os.environ), DeferredGradients.fill
+    ahead; and sharded weights are exchanged without copies, which gloo makes and NCCL does not. A kernel's interpreter
+    leaves cycles of objects that hold its tensors; they are collected at once, since a GPU has none."""
+    environment, fill, launch = dict(os.environ), DeferredGradients.fill, GridExecutor.__call__
     exchanges = unit._all_gather, unit._reduce_scatter
     os.environ["MORAY_KERNELS"] = "triton"
 
     def fill_all(self: DeferredGradients, done: Callable[[], bool]) -> None:
         fill(self, done if done.__name__ == "<lambda>" else lambda: False)
 
+    def launch_and_collect(self: Any, *arguments: Any, **options: Any) -> None:
+        launch(self, *arguments, **options)
+        gc.collect(0)
+
+    gc.collect()
+    gc.disable()
+    GridExecutor.__call__ = launch_and_collect
     DeferredGradients.fill = fill_all  # type: ignore[method-assign]
     if dist.is_initialized():
         unit._all_gather, unit._reduce_scatter = gathered, reduced_and_scattered
@@ -97,6 +107,8 @@ def gpu_code() -> Iterator[None]:
         yield
     finally:
         DeferredGradients.fill = fill  # type: ignore[method-assign]
+        GridExecutor.__call__ = launch
+        gc.enable()
         unit._all_gather, unit._reduce_scatter = exchanges
         os.environ.clear()
         os.environ.update(environment)
