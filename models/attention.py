@@ -27,7 +27,7 @@ from moray.models.config import ModelConfig
 from moray.models.linear import Linear, RMSNorm, linear_outputs
 from moray.models.recompute import Recompute
 
-_LATENT_EPS = 1e-6
+LATENT_EPS = 1e-6  # of the norms within the latents
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class LatentAttention(nn.Module):
             self.q_proj = Linear(hidden, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(hidden, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, _LATENT_EPS)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
         self.scale = config.softmax_scale

@@ -2,7 +2,7 @@
 
 Multi-head latent attention caches, per token and layer, one normalized latent and one rotated key shared by all heads:
 576 elements in V3, compared with 40,960 for 128 plain heads. Storage is paged: `[layer, block, slot, latent + rope]`.
-The cache allocates blocks; the caller keeps each sequence's block table.
+The caller knows which blocks are free, and each sequence's block table.
 
 Notable: `CacheView` resolves a step's positions to slots once, and every layer reuses it.
 
@@ -10,20 +10,18 @@ Shapes: B sequences, T new tokens of each, K blocks, N of them in a table, S slo
 elements, M written tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moray.kernels.cached_step import SLACK
 from moray.models.config import ModelConfig
 
 
-class CacheFullError(RuntimeError):
-    """The cache has fewer free blocks than requested."""
-
-
 class LatentCache:
-    """Paged storage and its free blocks. Blocks are numbered from 0; a freed block keeps its old contents."""
+    """Paged storage. Blocks are numbered from 0."""
 
     def __init__(
         self,
@@ -38,39 +36,10 @@ class LatentCache:
         self.block_size = block_size
         width = config.kv_lora_rank + config.qk_rope_head_dim
         shape = (config.num_hidden_layers, blocks, block_size, width)
-        # Zeros, not uninitialized memory: a masked score of NaN would still be NaN.
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        self._free = list(range(blocks - 1, -1, -1))
-        self._taken: set[int] = set()
-
-    @property
-    def blocks(self) -> int:
-        return self.storage.shape[1]
-
-    @property
-    def blocks_free(self) -> int:
-        return len(self._free)
-
-    def blocks_for(self, tokens: int) -> int:
-        """Number of blocks for `tokens` positions."""
-        return -(-tokens // self.block_size)
-
-    def allocate(self, count: int) -> list[int]:
-        """Allocates `count` blocks. Raises CacheFullError, and allocates none, if fewer are free."""
-        if count < 0:
-            raise ValueError(f"cannot allocate {count} blocks")
-        if count > len(self._free):
-            raise CacheFullError(f"{count} blocks requested, {len(self._free)} of {self.blocks} free")
-        taken = [self._free.pop() for _ in range(count)]
-        self._taken.update(taken)
-        return taken
-
-    def free(self, blocks: list[int]) -> None:
-        """Frees blocks. Raises ValueError if one of them is not allocated."""
-        if len(set(blocks)) != len(blocks) or not self._taken.issuperset(blocks):
-            raise ValueError(f"blocks {blocks} are not all allocated")
-        self._taken.difference_update(blocks)
-        self._free.extend(reversed(blocks))
+        # Zeros, not uninitialized memory: a masked score of NaN would still be NaN. On a CPU, the system provides the
+        # memory page by page, as it is written. The compiled step reads up to one vector beyond the end.
+        flat = torch.zeros(math.prod(shape) + SLACK, dtype=dtype, device=device)
+        self.storage = flat[: math.prod(shape)].view(shape)
 
     def view(self, positions_BT: Tensor, tables_BN: Tensor) -> "CacheView":
         """Maps the tokens at `positions_BT` (-1: padding) to slots and visible positions, by `tables_BN`.

@@ -227,6 +227,11 @@ class CheckedFolder:
         _check_values(weight, self._shapes[name])
         return weight
 
+    def read_wide(self, name: str) -> Tensor:
+        """A tensor in high precision, dequantized to FP32 if it is FP8."""
+        weight = self.read(name)
+        return weight.tensor if weight.scales is None else _dequantized(weight, torch.float32)
+
     def read_flat(self, name: str, offset: int, target: Tensor) -> None:
         """Copies elements [offset, offset + len(target)) of a flattened tensor, dequantized if FP8, into `target`, of
         any float dtype and device. Holds about `_CHUNK` of them, and checks the values of the rows that it reads."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _HEALTH_SECONDS = 1.0  # until Serve notices that a replica has died
-MOST_REQUESTS = 256  # at once in a replica; the engine queues requests that it does not run yet
+MOST_REQUESTS = 2048  # at once in a replica, whose engine refuses more answers than it can queue
+_MOST_QUEUED = 1024  # in a proxy, while replicas are busy or start; more get status 503
 
 
 class ModelReplica:
@@ -73,6 +74,7 @@ def build_application(model: ServedModel) -> Any:
         num_replicas=model.options.replicas,
         ray_actor_options=dict(model.resources),
         max_ongoing_requests=MOST_REQUESTS,
+        max_queued_requests=_MOST_QUEUED,
         graceful_shutdown_timeout_s=model.drain_seconds,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=_HEALTH_SECONDS,

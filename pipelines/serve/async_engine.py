@@ -28,6 +28,10 @@ class EngineStoppedError(RuntimeError):
     """The engine has stopped or was never started."""
 
 
+class QueueFullError(RuntimeError):
+    """The engine has as many open requests as it takes."""
+
+
 class _Stream:
     """The answers to one caller's requests, on that caller's event loop."""
 
@@ -49,15 +53,18 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Owns an engine and its thread. threads: number of threads that torch may use for one operation.
+    """Owns an engine and its thread. threads: number of threads that torch may use for one operation. most_open:
+    answers that may be open at a time.
 
     The default is one thread, because on a shared machine two threads that wait for each other are slower: beside
     another busy process on two cores, a tiny model's decode step took 4 ms with one thread and 300 ms with two.
     """
 
-    def __init__(self, engine: Engine, threads: int = 1) -> None:
+    def __init__(self, engine: Engine, threads: int = 1, most_open: int = 1024) -> None:
         self.engine = engine
         self._threads = threads
+        self._most_open = most_open
+        self._open = 0
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[Answer, tuple[_Stream, int]] = {}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -90,10 +97,15 @@ class AsyncEngine:
         engine = self.engine
         return {
             "running": len(engine.running),
-            "waiting": len(engine.waiting),
-            "cache": round(1 - engine.cache.blocks_free / max(1, engine.cache.blocks), 4),
+            "waiting": len(engine.sequences) - len(engine.running),
+            "cache": round(1 - engine.pool.blocks_free / engine.pool.blocks, 4),
             "expert_load": engine.expert_load(),
         }
+
+    def check_room(self, answers: int) -> None:
+        """Raises QueueFullError if so many more answers cannot be open."""
+        if self._open + answers > self._most_open:
+            raise QueueFullError(f"the server has {self._open} open requests, of up to {self._most_open}; try later")
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Yields the answer's deltas. Leaving the iterator early cancels the request. Raises the request's error."""
@@ -105,22 +117,26 @@ class AsyncEngine:
     async def generate_many(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Yields the deltas of several requests, in lists of (index of the request, delta).
 
-        Raises ValueError before anything runs if one of the requests is invalid. The failure of one ends the others.
+        Raises ValueError before anything runs if one of the requests is invalid, QueueFullError if there is no room for
+        all of them. The failure of one ends the others.
         """
         for request in requests:
             self.engine.check(request)
+        self.check_room(len(requests))
         stream = _Stream()
         with self._gate:  # no command may follow the final None in the inbox
             if not self.alive:
                 raise EngineStoppedError("the engine is not running")
             self._inbox.put(lambda: self._admit(stream, requests))
         left = len(requests)
+        self._open += left
         try:
             while left:
                 deltas = [(index, _unless_error(result)) for index, result in await stream.take()]
                 left -= sum(delta.finish_reason is not None for _, delta in deltas)
                 yield deltas
         finally:
+            self._open -= len(requests)
             if left:
                 self._inbox.put(lambda: self._cancel(stream))
 
@@ -145,8 +161,13 @@ class AsyncEngine:
         return commands
 
     def _admit(self, stream: _Stream, requests: Sequence[Request]) -> None:
+        """Requests with the prompt of the one before let the first of them read it."""
+        leader: Answer | None = None
         for index, request in enumerate(requests):
-            answer = self.engine.submit(request)
+            if leader is not None and (request.prompt, request.bare) != (leader.request.prompt, leader.request.bare):
+                leader = None
+            answer = self.engine.submit(request, None if request.echo else leader)
+            leader = leader or answer
             stream.answers.append(answer)
             self._streams[answer] = (stream, index)
 

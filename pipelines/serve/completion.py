@@ -21,12 +21,13 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Completion:
-    """The response to one API call, and its token usage. model: the model name in the response."""
+    """The response to one API call, and its token usage. model: the model name in the response. choices: consecutive
+    requests that have one prompt, which is counted once."""
 
-    def __init__(self, engine: Engine, model: str, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: Engine, model: str, requests: Sequence[Request], choices: int = 1) -> None:
         self._vocabulary = engine.vocabulary
         self._scored = bool(requests) and requests[0].logprobs is not None
-        self.prompt_tokens = sum(engine.prompt_tokens(request) for request in requests)
+        self.prompt_tokens = sum(engine.prompt_tokens(request) for request in requests[::choices])
         self._generated = [0] * len(requests)
         self._envelope = {
             "id": f"cmpl-{secrets.token_hex(12)}",

@@ -1,30 +1,35 @@
 """The inference engine: runs many requests concurrently on one model and one latent cache.
 
-`step()` runs the scheduler's plan (prompts, then one token of each decoding sequence) and returns the delta of each
-answer. It is plain synchronous Python: `async_engine.py` calls it from a thread, tests and benchmarks call it directly.
+`step()` runs the scheduler's plan, one forward, and returns the delta of each answer. It is plain synchronous Python:
+`async_engine.py` calls it from a thread, tests and benchmarks call it directly.
 
 Notable: an error ends only its own request. A failed batch is repeated one sequence at a time, which is safe because
 rewriting a latent gives the same latent, and only the failing sequence ends with the error.
 
-Shapes: B sequences, T ids of each in this step, N blocks of a table, V vocabulary.
+Shapes: W tokens whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moray.models.cache import LatentCache
 from moray.models.config import ModelConfig
-from moray.models.model import DeepseekV3
+from moray.models.rows import RowModel, Span
+from moray.pipelines.serve.adjustments import adjustment
+from moray.pipelines.serve.block_pool import BlockPool
 from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
 from moray.pipelines.serve.sampler import Draw, sample, score_tokens
 from moray.pipelines.serve.scheduler import Chunk, EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Delta, Request, Sequence
+
+_PROMPT_SECONDS = 0.02  # of a step, for prompts, while others decode: the next token of those waits for it
+_LEAST_ROWS = 16
 
 
 class ContextLengthError(ValueError):
@@ -40,51 +45,53 @@ class Output:
 
 
 class Engine:
-    """Runs requests on a model (in eval mode, on its own device). Not thread-safe."""
+    """Runs requests on a model. Not thread-safe."""
 
-    def __init__(self, model: DeepseekV3, vocabulary: ServingVocabulary, limits: EngineLimits | None = None) -> None:
+    def __init__(self, model: RowModel, vocabulary: ServingVocabulary, limits: EngineLimits | None = None) -> None:
         limits = limits or EngineLimits()
         self.model = model
         self.config = model.config
         self.vocabulary = vocabulary
         # The last rows of a padded vocabulary are not tokens.
         named = max(len(vocabulary.pieces), max(vocabulary.ends, default=-1) + 1)
-        self._tokens = min(named, model.config.vocab_size)
+        self.tokens = min(named, model.config.vocab_size)
         # Bytes of the longest text that fits into the context.
         self.longest_text = model.config.max_position_embeddings * vocabulary.longest_piece
-        weight = model.lm_head.weight
-        self._device = weight.device
-        blocks = cache_blocks(model.config, limits, weight.element_size())
-        self.cache = LatentCache(model.config, blocks, limits.block_size, weight.dtype, weight.device)
-        self._scheduler = Scheduler(self.cache, limits)
+        blocks = cache_blocks(model.config, limits, model.element_bytes)
+        self.pool = BlockPool(blocks, limits.block_size)
+        self._cache = model.cache(blocks, limits.block_size)
+        self._scheduler = Scheduler(self.pool, limits)
+        self._row_seconds = 0.0  # of a prompt's row, lately
 
     @property
     def busy(self) -> bool:
         return self._scheduler.busy
 
     @property
-    def running(self) -> list[Sequence]:
+    def running(self) -> tuple[Sequence, ...]:
+        """Those of the last step."""
         return self._scheduler.running
 
     @property
-    def waiting(self) -> Collection[Sequence]:
-        return self._scheduler.waiting
+    def sequences(self) -> list[Sequence]:
+        """All open sequences."""
+        return self._scheduler.sequences
 
     def expert_load(self) -> tuple[float, ...]:
         """By MoE layer: rows of the most loaded expert over the mean, since the start; 0 before the first row."""
-        loads = [shard.load_E.tolist() for shard in self.model.shards()]
+        rows_LE = self.model.expert_rows()
+        loads = [rows_LE[layer].tolist() for layer in self.config.moe_layers]
         return tuple(round(max(load) * len(load) / sum(load), 3) if sum(load) else 0.0 for load in loads)
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All sequences that are waiting or running."""
-        return [*self._scheduler.running, *self._scheduler.waiting]
-
     def check(self, request: Request) -> None:
-        """Raises ValueError for an invalid request, ContextLengthError for one that is too long."""
+        """Raises ValueError for an invalid request, with the name of its field first, and ContextLengthError for one
+        that is too long."""
         for index in (min(request.prompt), max(request.prompt)) if request.prompt else ():
-            if not 0 <= index < self._tokens:
-                raise ValueError(f"prompt: id {index} is outside the vocabulary of {self._tokens}")
+            if not 0 <= index < self.tokens:
+                raise ValueError(f"prompt: id {index} is outside the vocabulary of {self.tokens}")
+        for name, given in (("logit_bias", dict(request.logit_bias)), ("stop_token_ids", request.stop_ids)):
+            if given and not 0 <= min(given) <= max(given) < self.tokens:
+                raise ValueError(f"{name}: an id is outside the vocabulary of {self.tokens}")
         ids = self._ids(request)
         if not ids:
             raise ValueError("prompt: must not be empty, because this model uses no bos")
@@ -95,23 +102,23 @@ class Engine:
                 f"requested ({len(ids)} in the prompt, {request.max_tokens} in max_tokens)"
             )
         positions = len(ids) + max(request.max_tokens - 1, 0)
-        if self.cache.blocks_for(positions) > self.cache.blocks:
+        if self.pool.blocks_for(positions) > self.pool.blocks:
             raise ContextLengthError(
-                f"the request requires {positions} positions in the cache, which has {self.cache.blocks} blocks of "
-                f"{self.cache.block_size}"
+                f"the request requires {positions} positions in the cache, which has {self.pool.blocks} blocks of "
+                f"{self.pool.block_size}"
             )
 
     def prompt_tokens(self, request: Request) -> int:
         """Number of ids that the model reads for this prompt, with bos."""
         return len(self._ids(request))
 
-    def submit(self, request: Request) -> Sequence:
-        """Queues a request. Raises the errors of `check`."""
+    def submit(self, request: Request, leader: Sequence | None = None) -> Sequence:
+        """Queues a request. leader: a sequence with the same prompt, which this one lets read it. Raises the errors of
+        `check`."""
         self.check(request)
         ids = self._ids(request)
-        sequence = Sequence(
-            request, ids, len(ids), TextStream(self.vocabulary, request.stop), _generator(request, self._device)
-        )
+        text = TextStream(self.vocabulary, request.stop)
+        sequence = Sequence(request, ids, len(ids), text, _generator(request), leader)
         if request.echo:
             # The remaining prompt tokens are added when they are scored. An id without a predecessor has no score.
             unscored = max(0, 1 - (len(ids) - len(request.prompt))) if sequence.scores_prompt else len(request.prompt)
@@ -126,12 +133,20 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Runs one step. Returns an empty list if there is nothing to run."""
-        plan = self._scheduler.plan()
-        return [output for chunks in (plan.prefill, plan.decode) if chunks for output in self._advance(chunks)]
+        rows = max(_LEAST_ROWS, int(_PROMPT_SECONDS / self._row_seconds)) if self._row_seconds else None
+        chunks = self._scheduler.plan(rows)
+        started = time.perf_counter()
+        outputs = list(self._advance(chunks)) if chunks else []
+        read = sum(chunk.tokens for chunk in chunks if chunk.tokens > 1)
+        if read > _LEAST_ROWS:  # else the rows that decode take most of the time
+            seconds = (time.perf_counter() - started) / read
+            self._row_seconds = seconds if not self._row_seconds else 0.8 * self._row_seconds + 0.2 * seconds
+        return outputs
 
     def _advance(self, chunks: tuple[Chunk, ...]) -> Iterator[Output]:
         try:
-            logits_BTV = self._forward(chunks)
+            spans = [_span(chunk) for chunk in chunks]
+            found = self.model.forward(spans, self._cache)
         except Exception as error:
             if len(chunks) == 1:
                 yield self._fail(chunks[0].sequence, error)
@@ -139,26 +154,32 @@ class Engine:
                 for chunk in chunks:
                     yield from self._advance((chunk,))
             return
-        last_BV = logits_BTV[:, -1]
-        ready: list[int] = []
-        for row, finite in enumerate(last_BV.isfinite().all(-1).tolist()):
-            sequence = chunks[row].sequence
-            if not finite:
+        ready: list[tuple[Sequence, int]] = []  # and the row of their last logits
+        row = 0
+        for chunk, span in zip(chunks, spans, strict=True):
+            sequence, first, row = chunk.sequence, row, row + span.wanted
+            if -1 in found.best[first:row]:
                 yield self._fail(sequence, FloatingPointError("the model's output is not finite (NaN or infinite)"))
                 continue
-            _record(chunks[row], logits_BTV[row])
-            if sequence.prefilling:
+            _record(chunk, found.logits_WV[first:row, : self.tokens])
+            sequence.seal_blocks(self.pool)
+            if sequence.pending:
                 continue
             if sequence.generated == 0 and (delta := sequence.after_prefill()):
                 yield self._output(sequence, delta)
             if sequence.finish_reason is None:
-                ready.append(row)
+                ready.append((sequence, row - 1))
         if ready:
-            yield from self._sample([chunks[row].sequence for row in ready], last_BV[ready])
+            yield from self._sample(ready, found.logits_WV, found.best)
 
-    def _sample(self, sequences: list[Sequence], logits_BV: Tensor) -> Iterator[Output]:
-        tokens = sample(logits_BV, [_draw(sequence) for sequence in sequences])
-        for sequence, token in zip(sequences, tokens, strict=True):
+    def _sample(self, ready: list[tuple[Sequence, int]], logits_WV: Tensor, best: list[int]) -> Iterator[Output]:
+        draws = [_draw(sequence, self.vocabulary.ends) for sequence, _ in ready]
+        plain = [draw.greedy and best[row] < self.tokens for draw, (_, row) in zip(draws, ready, strict=True)]
+        left = [(row, draw) for draw, (_, row), known in zip(draws, ready, plain, strict=True) if not known]
+        rows_BV = logits_WV[[row for row, _ in left], : self.tokens]
+        sampled = iter(sample(rows_BV, [draw for _, draw in left]) if left else ())
+        for (sequence, row), known in zip(ready, plain, strict=True):
+            token = Token(best[row]) if known else next(sampled)
             try:
                 delta = sequence.accept(token, self.vocabulary.ends)
             except Exception as error:
@@ -167,46 +188,19 @@ class Engine:
             if delta:
                 yield self._output(sequence, delta)
 
-    def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
-        """FP32 logits of the chunks: [B, T, V] if a prompt is to be scored, else only of the last ids, [B, 1, V].
-
-        Rows are padded on the left, so that the last column has the last id of each sequence.
-        """
-        width = max(chunk.tokens for chunk in chunks)
-        depth = max(self.cache.blocks_for(chunk.end) for chunk in chunks)
-        ids, positions, tables = [], [], []
-        for chunk in chunks:
-            start, padding = chunk.sequence.computed, width - chunk.tokens
-            table = chunk.sequence.blocks[:depth]
-            ids.append([0] * padding + chunk.sequence.ids[start : chunk.end])
-            positions.append([-1] * padding + list(range(start, chunk.end)))
-            tables.append(table + [-1] * (depth - len(table)))
-        logits: Tensor = self.model.forward_cached(
-            self._tensor(ids),
-            self._tensor(positions),
-            self.cache,
-            self._tensor(tables),
-            last_only=not any(chunk.sequence.scores_prompt and chunk.sequence.prefilling for chunk in chunks),
-        )
-        logits = logits[..., : self._tokens]
-        return logits.float() if logits.dtype != torch.float64 else logits
-
     def _output(self, sequence: Sequence, delta: Delta) -> Output:
         if delta.finish_reason is not None:
             self._scheduler.remove(sequence)
         return Output(sequence, delta)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Output:
-        self._scheduler.remove(sequence)
+        self._scheduler.remove(sequence, forget=True)
         return Output(sequence, error)
 
     def _ids(self, request: Request) -> list[int]:
         """The prompt with bos, as training documents have; a prompt that starts with bos gets no second one."""
         bos, prompt = self.vocabulary.bos, request.prompt
         return list(prompt) if request.bare or bos is None or prompt[:1] == (bos,) else [bos, *prompt]
-
-    def _tensor(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, device=self._device)
 
 
 def cache_blocks(config: ModelConfig, limits: EngineLimits, element_bytes: int) -> int:
@@ -217,24 +211,36 @@ def cache_blocks(config: ModelConfig, limits: EngineLimits, element_bytes: int) 
     return max(1, min(most, limits.cache_bytes // block_bytes))
 
 
-def _record(chunk: Chunk, logits_TV: Tensor) -> None:
-    """Marks a chunk as computed and, if requested, scores the prompt ids that it predicts."""
+def _span(chunk: Chunk) -> Span:
     sequence = chunk.sequence
-    if sequence.scores_prompt and sequence.prefilling:
-        following = sequence.ids[sequence.computed + 1 : chunk.end + 1]  # the last id of the prompt has no successor
+    scored = sequence.scores_prompt and sequence.computed < sequence.prompt_length
+    wanted = chunk.tokens if scored else int(chunk.end == len(sequence.ids))
+    return Span(sequence.ids[sequence.computed : chunk.end], sequence.computed, sequence.blocks, wanted)
+
+
+def _record(chunk: Chunk, logits_WV: Tensor) -> None:
+    """Marks a chunk as computed and, if requested, scores the prompt ids that it predicts."""
+    sequence, begin = chunk.sequence, chunk.sequence.computed
+    if sequence.scores_prompt and begin < sequence.prompt_length:
+        # The last id of the prompt has no successor. Ids that were scored before are read again after a preemption.
+        first = max(begin, sequence.scored)
+        following = sequence.ids[first + 1 : min(chunk.end + 1, sequence.prompt_length)]
         if following:
-            first = logits_TV.shape[0] - chunk.tokens
             alternatives = [sequence.request.logprobs or 0] * len(following)
-            sequence.prompt_tokens += score_tokens(logits_TV[first : first + len(following)], following, alternatives)
+            rows = logits_WV[first - begin : first - begin + len(following)]
+            sequence.prompt_tokens += score_tokens(rows, following, alternatives)
+            sequence.scored = first + len(following)
     sequence.computed = chunk.end
 
 
-def _draw(sequence: Sequence) -> Draw:
-    request = sequence.request
-    return Draw(request.temperature, request.top_p, sequence.generator, request.logprobs)
+def _draw(sequence: Sequence, ends: frozenset[int]) -> Draw:
+    request, adjust = sequence.request, adjustment(sequence, ends)
+    return Draw(
+        request.temperature, request.top_p, sequence.generator, request.logprobs, request.top_k, request.min_p, adjust
+    )
 
 
-def _generator(request: Request, device: torch.device) -> torch.Generator | None:
+def _generator(request: Request) -> torch.Generator | None:
     """The request's random generator, on the CPU, so that a seed gives the same result on every device."""
     if request.temperature == 0:
         return None

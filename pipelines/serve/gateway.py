@@ -278,7 +278,7 @@ async def _read(receive: Receive) -> bytes | None:
 async def _answer(send: Send, status: int, body: Mapping[str, Any]) -> None:
     data = json.dumps(body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    if status == 503:
+    if status in (429, 503):
         headers.append((b"retry-after", b"1"))
     if status == 413:  # the client may still send
         headers.append((b"connection", b"close"))

@@ -84,7 +84,7 @@ class Intake:
         requests = parsed.requests(vocabulary)
         _check(self._engine, requests)
         with_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-        return Call(requests, Completion(self._engine, self._name, requests), parsed.stream, with_usage)
+        return Call(requests, Completion(self._engine, self._name, requests, parsed.n), parsed.stream, with_usage)
 
     async def _read(self, http: Request) -> bytes:
         parts, size = [], 0
@@ -159,4 +159,5 @@ def _check(engine: Engine, requests: list[EngineRequest]) -> None:
     except ContextLengthError as error:
         raise context_length_error(str(error)) from error
     except ValueError as error:
-        raise ApiError(400, str(error), "prompt") from error
+        field = str(error).partition(":")[0]
+        raise ApiError(400, str(error), field if field in CompletionRequest.model_fields else "prompt") from error

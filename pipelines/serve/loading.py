@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import psutil
 import torch
 
+from moray.kernels.cached_step import BuildError
 from moray.models import checkpoint
+from moray.models.compiled import CompiledModel
+from moray.models.eager import EagerModel
+from moray.models.rows import RowModel
 from moray.pipelines.serve.cache_size import BLOCK_SIZE, cache_bytes
 from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.scheduler import EngineLimits
+from moray.platform.core.errors import InputError
+from moray.platform.core.home import Home
 from moray.platform.core.serve_options import ServeOptions
 
+_log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")
+_FIX = "install a C compiler, such as gcc, or name one in $CC"
 
 
 def load_engine(folder: Path, options: ServeOptions) -> Engine:
@@ -22,12 +31,25 @@ def load_engine(folder: Path, options: ServeOptions) -> Engine:
     torch.set_num_threads(options.threads)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
-    dtype = _dtype(options, device)
-    model = checkpoint.load(folder, dtype, mtp=False)
+    model = _model(folder, options, device)
     vocabulary = ServingVocabulary.load(folder, model.config.bos_token_id, model.config.eos_token_id)
-    model = model.to(device)
-    memory = cache_bytes(model.config, options, dtype.itemsize, free_bytes(device))
+    memory = cache_bytes(model.config, options, model.element_bytes, free_bytes(device))
     return Engine(model, vocabulary, EngineLimits(options.step_tokens, options.max_running, memory, BLOCK_SIZE))
+
+
+def _model(folder: Path, options: ServeOptions, device: torch.device) -> RowModel:
+    dtype = _dtype(options, device)
+    if device.type == "cpu":
+        weights = options.quantize or ("float32" if dtype == torch.float32 else "bfloat16")
+        try:
+            return CompiledModel.from_folder(folder, Home.from_environment().cache / "native", weights, options.threads)
+        except BuildError as error:
+            if options.quantize:
+                raise InputError(f"--quantize {options.quantize} needs the compiled step: {error}", _FIX) from error
+            _log.warning("serving by PyTorch, which is some ten times slower: %s (%s)", error, _FIX)
+    elif options.quantize:
+        raise InputError(f"--quantize {options.quantize} is for CPUs only", "leave it out, or use --device cpu")
+    return EagerModel(checkpoint.load(folder, dtype, mtp=False).to(device))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ApiError
-from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
+from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, QueueFullError
 from moray.pipelines.serve.completion import DONE, Completion, completion_json, event
 from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
@@ -30,6 +30,7 @@ from moray.pipelines.serve.sequence import Delta
 from moray.platform.core.serving import ServedModel
 
 _log = logging.getLogger(__name__)
+_RETRY_AFTER = "1"  # seconds
 # Schema of the body in /openapi.json, because the body is parsed here and not by FastAPI.
 _SCHEMA = CompletionRequest.model_json_schema()
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
@@ -71,6 +72,11 @@ def build_serving_app(
         try:
             call = await intake.call(http)
         except ApiError:
+            report.refuse()
+            raise
+        try:
+            engine.check_room(len(call.requests))
+        except QueueFullError:
             report.refuse()
             raise
         tally = report.request(call.completion.prompt_tokens)
@@ -135,6 +141,10 @@ def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None
     async def stopped(request: Request, error: EngineStoppedError) -> Response:
         return _answer(ApiError(503, str(error)))
 
+    @app.exception_handler(QueueFullError)
+    async def full(request: Request, error: QueueFullError) -> Response:
+        return _answer(ApiError(429, str(error), code="queue_full"))
+
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         response = _answer(_unexpected(error))  # outside of all middleware
@@ -144,7 +154,8 @@ def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None
 
 
 def _answer(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status)
+    headers = {"Retry-After": _RETRY_AFTER} if error.status in (429, 503) else None
+    return JSONResponse(error.body(), error.status, headers)
 
 
 def _unexpected(error: Exception) -> ApiError:

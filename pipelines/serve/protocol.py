@@ -8,6 +8,7 @@ means the default.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -20,25 +21,21 @@ from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.sequence import SEEDS, Request
 
 MOST_PROMPTS = 128
+MOST_CHOICES = 128
+MOST_ANSWERS = 256  # prompts times choices
+MOST_BIASES = 300
+MOST_STOP_IDS = 64
 MOST_STOPS = 4
 LONGEST_STOP = 1024  # characters, because every token searches the answer for it
 MOST_LOGPROBS = 5
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the choices' seeds differ
 
 # Unsupported fields, of OpenAI's API and then of vLLM's and SGLang's extensions, with their neutral values. `True` is
 # neutral for add_special_tokens and skip_special_tokens, because prompts get a bos and special tokens have no text.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
     "length_penalty": (1,),
     "use_beam_search": (False,),
@@ -90,18 +87,18 @@ class CompletionRequest(BaseModel):
     ignore_eos: bool = Field(
         False, description="continue generating after an end-of-document token; an extension for benchmarks"
     )
-    n: Any = None
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=MOST_BIASES)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    top_k: int = Field(0, ge=-1, description="ids to sample from, the most likely ones; 0 and -1: all")
+    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    min_tokens: int = Field(0, ge=0, description="ids before which none of those that end an answer is generated")
+    stop_token_ids: tuple[int, ...] = Field((), max_length=MOST_STOP_IDS)
     best_of: Any = None
     suffix: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
     response_format: Any = None
-    top_k: Any = None
-    min_p: Any = None
-    min_tokens: Any = None
-    stop_token_ids: Any = None
     bad_words: Any = None
     length_penalty: Any = None
     use_beam_search: Any = None
@@ -144,6 +141,19 @@ class CompletionRequest(BaseModel):
             raise PydanticCustomError("stop", f"strings may have up to {LONGEST_STOP} characters")
         return tuple(stops)
 
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _stop_ids(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, bias in value.items():
+            if not name.isdecimal() or not -100 <= bias <= 100:
+                raise PydanticCustomError("logit_bias", f"{name}: maps token ids to numbers from -100 to 100")
+        return value
+
     @field_validator("seed")
     @classmethod
     def _seed(cls, value: int | None) -> int | None:
@@ -160,6 +170,15 @@ class CompletionRequest(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _limits(self) -> CompletionRequest:
+        if self.n * len(self.prompt) > MOST_ANSWERS:
+            raise PydanticCustomError("n", f"n times prompts may be up to {MOST_ANSWERS}", {"param": "n"})
+        if self.min_tokens > self.max_tokens:
+            message = "must not exceed max_tokens"
+            raise PydanticCustomError("min_tokens", message, {"param": "min_tokens"})
+        return self
+
+    @model_validator(mode="after")
     def _options_need_stream(self) -> CompletionRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
@@ -168,26 +187,37 @@ class CompletionRequest(BaseModel):
         return self
 
     def requests(self, vocabulary: ServingVocabulary) -> list[Request]:
-        """One engine request per prompt. Raises ApiError for text that cannot be encoded.
+        """`n` engine requests per prompt, one after the other. Raises ApiError for text that cannot be encoded.
 
         A text prompt gets a bos if the model's tokenizer adds one. A prompt of ids gets a bos unless the tokenizer's
-        files disable it.
+        files disable it. The choices of a prompt have seeds of their own.
         """
         return [
-            Request(
-                prompt=_encode(prompt, vocabulary) if isinstance(prompt, str) else prompt,
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                stop=self.stop,
-                seed=self.seed,
-                logprobs=self.logprobs,
-                echo=self.echo,
-                ignore_eos=self.ignore_eos,
-                bare=not vocabulary.adds_bos if isinstance(prompt, str) else vocabulary.adds_bos is False,
-            )
-            for prompt in self.prompt
+            dataclasses.replace(request, seed=None if self.seed is None else _choice_seed(self.seed, choice))
+            for request in (self._request(prompt, vocabulary) for prompt in self.prompt)
+            for choice in range(self.n)
         ]
+
+    def _request(self, prompt: Prompt, vocabulary: ServingVocabulary) -> Request:
+        return Request(
+            prompt=_encode(prompt, vocabulary) if isinstance(prompt, str) else prompt,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((int(name), bias) for name, bias in self.logit_bias.items()),
+            stop=self.stop,
+            stop_ids=frozenset(self.stop_token_ids),
+            logprobs=self.logprobs,
+            echo=self.echo,
+            ignore_eos=self.ignore_eos,
+            bare=not vocabulary.adds_bos if isinstance(prompt, str) else vocabulary.adds_bos is False,
+        )
 
 
 def validation_error(errors: list[Any]) -> ApiError:
@@ -215,6 +245,11 @@ def check_model(model: str, name: str) -> None:
     if model not in (name, ALIAS):
         message = f"the model {model!r} does not exist; this server serves {name!r}"
         raise ApiError(404, message, "model", "model_not_found")
+
+
+def _choice_seed(seed: int, choice: int) -> int:
+    """The first choice has the seed itself, so that it is the answer to a request without `n`."""
+    return (seed + choice * _SEED_STEP - SEEDS.start) % (SEEDS.stop - SEEDS.start) + SEEDS.start
 
 
 def _did_you_mean(name: str, fields: list[str]) -> str:

@@ -1,37 +1,33 @@
-"""Scheduling of sequences: continuous batching (Yu et al., Orca, 2022) with a token budget per step.
+"""Scheduling of sequences: continuous batching (Yu et al., Orca, 2022) with a budget of rows per step.
 
-Each decoding sequence gets one token first. The rest of the budget is used for prompts in order of arrival; long
-prompts are split into chunks. A waiting sequence is admitted when the cache has free blocks for its maximum length
-(prompt + max_tokens), so a running sequence is never preempted. Only the first waiting sequence is considered, so small
-requests cannot starve a large one.
+A step runs rows: one of each sequence that decodes, and chunks of prompts. Sequences take turns by the rows they have
+had: `turn` counts 16 decoded ids, or 128 ids of a prompt, as one, and a new sequence begins with the turn of those who
+are least served. So nobody waits for others to end: with more sequences than `max_running`, each decodes 16 ids, then
+the next ones do.
 
-Notable: pure bookkeeping without tensors. A BlockPool (`LatentCache`) allocates the blocks.
+Blocks of the cache are taken as they are needed. If none is free, the sequence that would be served last gives up its
+own and reads its ids again when its turn comes. Whoever has no block yet takes only free ones, unless it has waited for
+`_PATIENCE` steps: else sequences that do not fit together would read their ids again in every turn.
+
+Notable: pure bookkeeping without tensors.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
+from moray.pipelines.serve.block_pool import BlockPool
 from moray.pipelines.serve.sequence import Sequence
 
-
-class BlockPool(Protocol):
-    """Interface of the cache for the scheduler."""
-
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def blocks_free(self) -> int: ...
-    def blocks_for(self, tokens: int) -> int: ...
-    def allocate(self, count: int) -> list[int]: ...
-    def free(self, blocks: list[int]) -> None: ...
+_TURN = 16  # decoded ids
+_PROMPT_SHARE = 8  # ids of a prompt that count as one decoded id
+_PATIENCE = 64  # steps
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """step_tokens: maximum ids per step, with padding. max_running: maximum sequences that decode together.
+    """step_tokens: maximum rows per step. max_running: maximum sequences that decode in one step.
 
     cache_bytes: maximum memory of the latent cache; less if max_running sequences of full length need less.
     """
@@ -47,7 +43,7 @@ class EngineLimits:
         if self.step_tokens <= self.max_running:
             raise ValueError(
                 f"step_tokens = {self.step_tokens} must exceed max_running = {self.max_running}, because prompts use "
-                "the tokens that decoding leaves"
+                "the rows that decoding leaves"
             )
 
 
@@ -63,70 +59,94 @@ class Chunk:
         return self.sequence.computed + self.tokens
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One step: prompts (padded to the longest chunk), then one token of each decoding sequence."""
-
-    prefill: tuple[Chunk, ...] = ()
-    decode: tuple[Chunk, ...] = ()
-
-
 class Scheduler:
-    """Queue of waiting sequences and list of running ones. Allocates and frees their blocks."""
+    """The open sequences, and their blocks."""
 
-    def __init__(self, cache: BlockPool, limits: EngineLimits) -> None:
-        self._cache = cache
+    def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
+        self._pool = pool
         self._limits = limits
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self._open: dict[Sequence, None] = {}  # in order of arrival
+        self.running: tuple[Sequence, ...] = ()  # in the last step
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._open)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All open sequences, in order of arrival."""
+        return list(self._open)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.served = min((one.served for one in self._open), default=0.0)
+        self._open[sequence] = None
 
-    def remove(self, sequence: Sequence) -> None:
-        """Removes a waiting or running sequence and frees its blocks. Does nothing for other sequences."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._cache.free(sequence.blocks)
-            sequence.blocks = []
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+    def remove(self, sequence: Sequence, forget: bool = False) -> None:
+        """Removes a sequence and releases its blocks. Does nothing for one that is not open. forget: its blocks'
+        contents must not be used again."""
+        if sequence in self._open:
+            del self._open[sequence]
+            sequence.closed = True
+            self._release(sequence, forget)
+            self.running = tuple(one for one in self.running if one is not sequence)
 
-    def plan(self) -> Plan:
-        """Plans the next step and admits waiting sequences. A busy scheduler's plan runs at least one token."""
-        decode = tuple(Chunk(sequence, 1) for sequence in self.running if not sequence.prefilling)
-        prefill: list[Chunk] = []
-        budget = self._limits.step_tokens - len(decode)
-        widest = 0
-        for sequence in [s for s in self.running if s.prefilling]:
-            if not (chunk := self._chunk(sequence, prefill, widest, budget)):
+    def plan(self, prompt_rows: int | None = None) -> tuple[Chunk, ...]:
+        """The chunks of the next step; at least one if a sequence is open.
+
+        prompt_rows: at most so many rows of prompts, beside sequences that decode.
+        """
+        order = sorted(self._open, key=lambda one: one.served // _TURN)  # stable: then by arrival
+        decoding = min(self._limits.max_running, sum(not one.reading for one in order))
+        left = self._limits.step_tokens - decoding
+        if decoding and prompt_rows is not None:
+            left = min(left, prompt_rows)
+        chunks: list[Chunk] = []
+        for one in order:
+            if len(chunks) == self._limits.max_running:
                 break
-            prefill.append(chunk)
-            widest = max(widest, chunk.tokens)
-        while self._admissible() and (chunk := self._chunk(self.waiting[0], prefill, widest, budget)):
-            self._admit()
-            prefill.append(chunk)
-            widest = max(widest, chunk.tokens)
-        return Plan(tuple(prefill), decode)
+            if one.waits or (one.reading and left <= 0):
+                continue
+            if chunk := self._chunk(one, left if one.reading else 1, order, chunks):
+                chunks.append(chunk)
+                left -= chunk.tokens if one.reading else 0
+        self._account(order, chunks)
+        return tuple(chunks)
 
-    def _chunk(self, sequence: Sequence, prefill: list[Chunk], widest: int, budget: int) -> Chunk | None:
-        """The largest chunk of a prompt that fits beside `prefill`, with all rows padded to the widest; None if none
-        fits."""
-        available = budget // (len(prefill) + 1)
-        if available < max(widest, 1):
+    def _account(self, order: list[Sequence], chunks: list[Chunk]) -> None:
+        self.running = tuple(chunk.sequence for chunk in chunks)
+        for one in order:
+            one.waited += 1
+        for chunk in chunks:
+            chunk.sequence.waited = 0
+            chunk.sequence.served += chunk.tokens / (_PROMPT_SHARE if chunk.sequence.reading else 1)
+
+    def _chunk(self, one: Sequence, rows: int, order: list[Sequence], chunks: list[Chunk]) -> Chunk | None:
+        """The next rows of a sequence, with blocks for them; None if there is no block."""
+        if not one.blocks:
+            one.find_blocks(self._pool)
+        tokens = min(one.pending, rows)
+        needed = self._pool.blocks_for(one.computed + tokens) - len(one.blocks)
+        if needed > self._pool.blocks_free and (one.blocks or one.waited >= _PATIENCE or not chunks):
+            self._preempt(needed, one, order, chunks)
+        free = self._pool.blocks_free
+        if needed > free:
+            needed, tokens = free, (len(one.blocks) + free) * self._pool.block_size - one.computed
+        if tokens <= 0:
+            if not one.computed:
+                self._release(one)
             return None
-        return Chunk(sequence, min(sequence.pending, available))
+        one.blocks += self._pool.take(max(0, needed))
+        return Chunk(one, tokens)
 
-    def _admissible(self) -> bool:
-        if not self.waiting or len(self.running) >= self._limits.max_running:
-            return False
-        return self._cache.blocks_for(self.waiting[0].reserved_positions) <= self._cache.blocks_free
+    def _preempt(self, needed: int, one: Sequence, order: list[Sequence], chunks: Iterable[Chunk]) -> None:
+        """Takes the blocks of those who would be served last."""
+        kept = {chunk.sequence for chunk in chunks} | {one}
+        for victim in reversed(order):
+            if self._pool.blocks_free >= needed:
+                return
+            if victim.blocks and victim not in kept:
+                self._release(victim)
 
-    def _admit(self) -> None:
-        sequence = self.waiting.popleft()
-        sequence.blocks = self._cache.allocate(self._cache.blocks_for(sequence.reserved_positions))
-        self.running.append(sequence)
+    def _release(self, sequence: Sequence, forget: bool = False) -> None:
+        self._pool.release(sequence.blocks, forget)
+        sequence.lose_blocks()

@@ -1,19 +1,24 @@
 """Requests, and the sequences that answer them.
 
 Notable: a sequence is a list of ids (bos, prompt, generated) and the number `computed` of ids whose latents are in the
-cache. Prefill, a chunk of a long prefill, and decode are then the same operation: run the ids from `computed`.
+cache. Prefill, a chunk of a long prefill, decode, and reading everything again after its blocks were taken, are then
+the same operation: run the ids from `computed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+import math
+from collections import Counter
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from moray.pipelines.serve.block_pool import BlockPool, Key, next_key
 from moray.pipelines.serve.detokenizer import Released, TextStream, Token
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 SEEDS = range(-(1 << 63), 1 << 63)
@@ -24,15 +29,28 @@ class Request:
     """One prompt and its generation parameters. Raises ValueError naming the field for a value out of range.
 
     prompt: ids without bos, which is prepended unless `bare`. max_tokens: maximum ids to generate; 0 only reads the
-    prompt. temperature: 0 is greedy. seed: None draws a random one. logprobs: None for none, else the number of best
-    alternatives to report in addition to each token's own. echo: whether the answer starts with the prompt.
+    prompt. min_tokens: ids before which no end id is generated. temperature: 0 is greedy. top_k: 0 for all. min_p: the
+    least probability, over the largest one. seed: None draws a random one. logprobs: None for none, else the number of
+    best alternatives to report in addition to each token's own. echo: whether the answer starts with the prompt.
+
+    presence_penalty, frequency_penalty: subtracted from the logits of generated ids, once and by their number.
+    repetition_penalty: divides positive logits, and multiplies negative ones, of ids in the prompt or the answer.
+    logit_bias: (id, added to its logit). stop_ids: end the answer, as end-of-document ids do.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     logprobs: int | None = None
     echo: bool = False
@@ -44,8 +62,14 @@ class Request:
             raise ValueError(f"max_tokens = {self.max_tokens} must not be negative")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature} must be a finite number of at least 0")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p = {self.top_p} must be between 0 and 1")
+        for name in ("top_p", "min_p"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be between 0 and 1")
+        for name in ("top_k", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty = {self.repetition_penalty} must be a positive number")
         if "" in self.stop:
             raise ValueError("stop must not contain an empty string")
         if self.seed is not None and self.seed not in SEEDS:
@@ -66,17 +90,33 @@ class Delta:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request being answered. ids: bos, prompt and generated ids. blocks: cache blocks, allocated on admission."""
+    """A request being answered.
+
+    ids: bos, prompt and generated ids. blocks: that it holds in the cache. cached: ids of the prompt whose latents were
+    there before. leader: another sequence with the same prompt, whose blocks this one shares once they are full.
+    mask: the ids that may follow these generated ones, bool [V]. scored: ids of the prompt that have their scores.
+    served, waited: the scheduler's. closed: whether it is no longer open.
+    """
 
     request: Request
     ids: list[int]
     prompt_length: int
     text: TextStream
     generator: torch.Generator | None
+    leader: Sequence | None = None
+    mask: Callable[[list[int]], Tensor] | None = None
+    scored: int = 0
     computed: int = 0
+    cached: int = 0
+    served: float = 0.0
+    waited: int = 0
+    closed: bool = False
     blocks: list[int] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)  # of generated ids
     prompt_tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    _keys: list[Key] = field(default_factory=list)
+    _sealed: int = 0
 
     @property
     def pending(self) -> int:
@@ -84,17 +124,19 @@ class Sequence:
         return len(self.ids) - self.computed
 
     @property
-    def prefilling(self) -> bool:
-        return self.computed < self.prompt_length
+    def reading(self) -> bool:
+        """Whether ids other than the last generated one are to be run."""
+        return self.pending > 1 or not self.generated
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for its leader to read the prompt."""
+        leader = self.leader
+        return leader is not None and not leader.closed and leader.reading and not self.blocks
 
     @property
     def generated(self) -> int:
         return len(self.ids) - self.prompt_length
-
-    @property
-    def reserved_positions(self) -> int:
-        """Maximum positions that the sequence can need; the last generated id is never run."""
-        return self.prompt_length + max(self.request.max_tokens - 1, 0)
 
     @property
     def tokens_left(self) -> int:
@@ -104,6 +146,35 @@ class Sequence:
     @property
     def scores_prompt(self) -> bool:
         return self.request.echo and self.request.logprobs is not None
+
+    def find_blocks(self, pool: BlockPool) -> None:
+        """Takes the blocks of the cache that begin with the same ids. The last id is left to be run."""
+        if self.scores_prompt:
+            return
+        whole = (len(self.ids) - 1) // pool.block_size
+        self._extend_keys(whole, pool.block_size)
+        self.blocks = pool.find(self._keys[:whole])
+        self.computed = len(self.blocks) * pool.block_size
+        self._sealed = len(self.blocks)
+        if not self.generated:
+            self.cached = self.computed
+
+    def seal_blocks(self, pool: BlockPool) -> None:
+        """Makes the blocks that are full known to other sequences."""
+        full = self.computed // pool.block_size
+        self._extend_keys(full, pool.block_size)
+        for index in range(self._sealed, full):
+            pool.seal(self.blocks[index], self._keys[index])
+        self._sealed = max(self._sealed, full)
+
+    def lose_blocks(self) -> None:
+        """Its blocks have been released."""
+        self.blocks, self.computed, self._sealed = [], 0, 0
+
+    def _extend_keys(self, count: int, size: int) -> None:
+        for index in range(len(self._keys), count):
+            before = self._keys[-1] if self._keys else b""
+            self._keys.append(next_key(before, self.ids[index * size : (index + 1) * size]))
 
     def after_prefill(self) -> Delta | None:
         """The delta after the prompt was read: the echo, and the end if max_tokens is 0; None if it is empty."""
@@ -116,8 +187,10 @@ class Sequence:
     def accept(self, token: Token, ends: Container[int]) -> Delta | None:
         """Appends the next token. Returns the delta, None if it is empty. ends: ids that end an answer."""
         self.ids.append(token.id)
+        self.counts[token.id] += 1
         released = self.text.push(token)
-        if self.text.stopped or (token.id in ends and not self.request.ignore_eos):
+        ended = (token.id in ends and not self.request.ignore_eos) or token.id in self.request.stop_ids
+        if self.text.stopped or ended:
             self.finish_reason = "stop"
         elif self.generated >= self.request.max_tokens:
             self.finish_reason = "length"

@@ -43,9 +43,10 @@ def deploy(
     ] = None,
     memory: Annotated[str, Parameter(help="memory that a replica reserves, such as 8GB")] = "",
     device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="auto: a GPU if there is one")] = "auto",
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Parameter(help="of weights and cache")] = "auto",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Parameter(help="of weights")] = "auto",
+    quantize: Annotated[Literal["", "int8"], Parameter(help="on CPUs: INT8 weights, a scale per output")] = "",
     cache_bytes: Annotated[str, Parameter(help="memory of a replica's cache, such as 8GB")] = "",
-    max_running: Annotated[int, Parameter(help="sequences that decode at the same time, in each replica")] = 64,
+    max_running: Annotated[int, Parameter(help="sequences that decode at the same time, in each replica")] = 256,
     threads: Annotated[int, Parameter(help="CPU threads of each replica")] = 1,
     target_tokens: Annotated[
         int, Parameter(help="with MIN..MAX: tokens that the requests of a replica still read or write")
@@ -62,7 +63,8 @@ def deploy(
 
     least, most = _range(replicas)
     options: dict[str, Any] = {
-        "device": device, "dtype": dtype, "cache_bytes": parse_size(cache_bytes) if cache_bytes else 0,
+        "device": device, "dtype": dtype, "quantize": quantize,
+        "cache_bytes": parse_size(cache_bytes) if cache_bytes else 0,
         "max_running": max_running, "threads": threads, "replicas": least, "most_replicas": most, "cpus": cpus,
         "gpus": -1 if gpus is None else gpus, "memory_bytes": parse_size(memory) if memory else 0,
         "target_tokens": target_tokens,

@@ -191,12 +191,13 @@ def serve(
     device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="auto: a GPU if there is one")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Parameter(help="of weights and cache; auto: bfloat16 on a GPU, float32 on a CPU. FP8 weights stay FP8"),
+        Parameter(help="of weights; auto: bfloat16 on a GPU, float32 on a CPU. FP8 weights stay FP8 on a GPU"),
     ] = "auto",
+    quantize: Annotated[Literal["", "int8"], Parameter(help="on CPUs: INT8 weights, a scale per output")] = "",
     cache_bytes: Annotated[
         str, Parameter(help="memory of the cache, such as 8GB (default: as needed, up to half of what is free)")
     ] = "",
-    max_running: Annotated[int, Parameter(help="sequences that decode at the same time, in each replica")] = 64,
+    max_running: Annotated[int, Parameter(help="sequences that decode at the same time, in each replica")] = 256,
     threads: Annotated[int, Parameter(help="CPU threads of each replica")] = 1,
     replicas: Annotated[int, Parameter(help="copies of the model that share the requests")] = 1,
 ) -> int:
@@ -213,7 +214,9 @@ def serve(
     from moray.platform.core.units import parse_size
 
     size = parse_size(cache_bytes) if cache_bytes else 0
-    options = ServeOptions(device, dtype, size, max_running, threads, replicas)
+    options = ServeOptions(
+        device, dtype, quantize, cache_bytes=size, max_running=max_running, threads=threads, replicas=replicas
+    )
     try:
         with until_interrupted(), serving(model, host=host, port=port, cpus=cpus, options=options) as url:
             _announce(url, model)

@@ -24,7 +24,8 @@ class ServeOptions:
     """Options of a replica, and the number of replicas.
 
     device: `auto` is a GPU if the replica has one. dtype: of the weights and of the cache; `auto` is bfloat16 on a GPU
-    and float32 on a CPU. FP8 weights stay FP8. cache_bytes: memory of the latent cache; 0 takes what is needed, up to
+    and float32 on a CPU. FP8 weights stay FP8 on a GPU. quantize: form of the weights on a CPU, `int8` with a scale per
+    output, or "". cache_bytes: memory of the latent cache; 0 takes what is needed, up to
     half of what is free. max_running: sequences that decode at the same time. threads: of torch.
 
     replicas: at least. most_replicas: with autoscaling; 0 for a fixed number. target_tokens: with autoscaling, the
@@ -37,8 +38,9 @@ class ServeOptions:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["", "int8"] = ""
     cache_bytes: Int = 0
-    max_running: Int = 64
+    max_running: Int = 256
     threads: Int = 1
     replicas: Int = 1
     cpus: Annotated[float, Strict()] = 0.0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moray.models.cache import CacheFullError, LatentCache
+from moray.models.cache import LatentCache
 
 
 @pytest.fixture
@@ -11,28 +11,6 @@ def cache(config):
 
 def test_storage_is_one_latent_and_one_key_per_token(cache):
     assert cache.storage.shape == (3, 4, 4, 8 + 4)
-
-
-def test_blocks_are_allocated_once_and_freed(cache):
-    first = cache.allocate(3)
-    assert cache.blocks_free == 1
-    with pytest.raises(CacheFullError, match="2 blocks requested, 1 of 4 free"):
-        cache.allocate(2)
-    assert cache.blocks_free == 1
-    cache.free(first[:2])
-    assert not set(cache.allocate(3)) & {first[2]}
-
-
-def test_freeing_an_unallocated_block_is_refused(cache):
-    taken = cache.allocate(2)
-    for blocks in ([3], [taken[0], taken[0]]):
-        with pytest.raises(ValueError, match="not all allocated"):
-            cache.free(blocks)
-    assert cache.blocks_free == 2
-
-
-def test_blocks_for_rounds_up(cache):
-    assert [cache.blocks_for(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
 
 
 def test_a_view_writes_real_tokens_to_their_blocks_only(cache):

@@ -10,6 +10,8 @@ import pytest
 import torch
 import uvicorn
 
+from moray.models.compiled import CompiledModel
+from moray.models.eager import EagerModel
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
 from moray.pipelines.serve.async_engine import AsyncEngine
@@ -18,6 +20,7 @@ from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.openai_api import build_serving_app
 from moray.pipelines.serve.scheduler import EngineLimits
 from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
+from tests.native import NATIVE
 
 TEXT = (
     "In the beginning was the word. Grüße aus Zürich, naïve café. こんにちは世界 🙂🙃 def main(argument): return 42\n"
@@ -54,22 +57,27 @@ def model(tokenizer) -> DeepseekV3:
     return model
 
 
+@pytest.fixture(scope="session")
+def compiled(model) -> CompiledModel:
+    return CompiledModel.of(model, NATIVE)
+
+
 @pytest.fixture
-def make_engine(model, vocabulary) -> Callable[..., Engine]:
-    def make(limits: EngineLimits | None = None, blocks: int | None = None) -> Engine:
+def make_engine(model, compiled, vocabulary) -> Callable[..., Engine]:
+    def make(limits: EngineLimits | None = None, blocks: int | None = None, eager: bool = False) -> Engine:
         limits = limits or EngineLimits(step_tokens=64, max_running=8, block_size=8)
         if blocks is not None:
             width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
             block_bytes = model.config.num_hidden_layers * limits.block_size * width * 4
             limits = replace(limits, cache_bytes=blocks * block_bytes)
-        return Engine(model, vocabulary, limits)
+        return Engine(EagerModel(model) if eager else compiled, vocabulary, limits)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def shared_engine(model, vocabulary) -> Engine:
-    return Engine(model, vocabulary, EngineLimits(step_tokens=64, max_running=8, block_size=8))
+def shared_engine(compiled, vocabulary) -> Engine:
+    return Engine(compiled, vocabulary, EngineLimits(step_tokens=64, max_running=8, block_size=8))
 
 
 @pytest.fixture(scope="session")

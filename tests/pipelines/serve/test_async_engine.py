@@ -50,7 +50,7 @@ def test_leaving_early_frees_the_blocks(make_engine, vocabulary):
             async with aclosing(front.generate(request(vocabulary, max_tokens=200))) as deltas:
                 async for _ in deltas:
                     break
-            await until(lambda: engine.cache.blocks_free == engine.cache.blocks and not engine.busy)
+            await until(lambda: engine.pool.blocks_free == engine.pool.blocks and not engine.busy)
 
     asyncio.run(scenario())
 
@@ -65,9 +65,9 @@ def test_a_cancelled_task_frees_the_blocks_of_many(make_engine, vocabulary):
     async def scenario():
         async with started(engine) as front:
             task = asyncio.create_task(consume(front))
-            await until(lambda: engine.cache.blocks_free < engine.cache.blocks)
+            await until(lambda: engine.pool.blocks_free < engine.pool.blocks)
             task.cancel()
-            await until(lambda: engine.cache.blocks_free == engine.cache.blocks and not engine.busy)
+            await until(lambda: engine.pool.blocks_free == engine.pool.blocks and not engine.busy)
 
     asyncio.run(scenario())
 
@@ -88,7 +88,7 @@ def test_the_thread_outlives_a_step_that_fails(make_engine, vocabulary, monkeypa
         async with started(engine) as front:
             with pytest.raises(RuntimeError, match="a bug"):
                 await answer(front, request(vocabulary))
-            assert engine.cache.blocks_free == engine.cache.blocks
+            assert engine.pool.blocks_free == engine.pool.blocks
             assert len(await answer(front, request(vocabulary))) > 0
 
     asyncio.run(scenario())

@@ -101,7 +101,7 @@ def test_a_stop_string_across_tokens_ends_the_answer(vocabulary, make_engine):
     assert text_of(deltas) == full[: full.find(stop)]
     assert deltas[-1].finish_reason == "stop"
     assert deltas[-1].generated < 30
-    assert engine.cache.blocks_free == engine.cache.blocks
+    assert engine.pool.blocks_free == engine.pool.blocks
 
 
 def test_no_delta_ends_within_a_code_point(vocabulary, make_engine):
@@ -151,18 +151,22 @@ def test_an_empty_prompt_starts_a_document(model, vocabulary, make_engine):
     assert ids_of(deltas) == greedy_ids(model, [0], 5)
 
 
-def test_a_full_cache_makes_requests_wait_not_fail(vocabulary, make_engine):
-    engine = make_engine(blocks=5)  # 40 positions: room for one of these at a time
-    requests = [greedy(vocabulary, text, 18) for text in ("In the", "was the", "word")]
+def test_a_full_cache_makes_sequences_read_again_not_fail(vocabulary, make_engine):
+    requests = [greedy(vocabulary, text, 30, logprobs=1, echo=True) for text in ("In the", "was the", "word")]
+    alone = [run(make_engine(), [request])[0] for request in requests]
+    engine = make_engine(blocks=7)  # 56 positions, of which each needs up to 34
     sequences = [engine.submit(request) for request in requests]
-    finished = []
-    most = 0
+    lost, answers = 0, [[] for _ in requests]
     while engine.busy:
-        finished += [o.sequence for o in engine.step() if isinstance(o.result, Delta) and o.result.finish_reason]
-        most = max(most, sum(bool(sequence.blocks) for sequence in sequences))
-    assert finished == sequences
-    assert most == 1
-    assert engine.cache.blocks_free == 5
+        computed = [sequence.computed for sequence in sequences]
+        for output in engine.step():
+            answers[sequences.index(output.sequence)].append(output.result)
+        lost += sum(sequence.computed < before for sequence, before in zip(sequences, computed, strict=True))
+    assert lost
+    for found, expected in zip(answers, alone, strict=True):
+        tokens = [[token for delta in deltas for token in delta.tokens] for deltas in (found, expected)]
+        assert tokens[0] == tokens[1]  # scores too, to the bit
+    assert engine.pool.blocks_free == 7
 
 
 def test_a_request_that_can_never_fit_is_refused(vocabulary, make_engine):
@@ -179,12 +183,12 @@ def test_cancelling_frees_all_blocks_whether_running_or_waiting(vocabulary, make
     sequences = [engine.submit(greedy(vocabulary, "In the beginning " * 3, 40)) for _ in range(4)]
     for _ in range(5):
         engine.step()
-    assert engine.cache.blocks_free < engine.cache.blocks
+    assert engine.pool.blocks_free < engine.pool.blocks
     for sequence in sequences:
         engine.cancel(sequence)
         engine.cancel(sequence)  # twice is no error
     assert not engine.busy
-    assert engine.cache.blocks_free == engine.cache.blocks
+    assert engine.pool.blocks_free == engine.pool.blocks
 
 
 def test_cancelling_one_does_not_disturb_the_others(vocabulary, make_engine):
@@ -200,7 +204,7 @@ def test_cancelling_one_does_not_disturb_the_others(vocabulary, make_engine):
 
 
 def test_a_failure_ends_only_the_request_at_fault(vocabulary, make_engine, model, monkeypatch):
-    engine = make_engine()
+    engine = make_engine(eager=True)
     good = engine.submit(greedy(vocabulary, "In the", 10))
     bad = engine.submit(greedy(vocabulary, "was the", 10))
     forward = model.forward_cached
@@ -218,11 +222,11 @@ def test_a_failure_ends_only_the_request_at_fault(vocabulary, make_engine, model
     assert [(output.sequence, str(output.result)) for output in errors] == [(bad, "broken on purpose")]
     assert good.finish_reason == "length"
     assert good.ids[good.prompt_length :] == greedy_ids(model, good.ids[: good.prompt_length], 10)
-    assert engine.cache.blocks_free == engine.cache.blocks
+    assert engine.pool.blocks_free == engine.pool.blocks
 
 
 def test_output_that_is_not_finite_is_an_error_not_a_token(vocabulary, make_engine, model, monkeypatch):
-    engine = make_engine()
+    engine = make_engine(eager=True)
     forward = model.forward_cached
     monkeypatch.setattr(model, "forward_cached", lambda *a, **k: forward(*a, **k) * float("nan"))
     engine.submit(greedy(vocabulary, "In the"))

@@ -92,6 +92,36 @@ def test_a_seed_repeats(client):
     assert first == second
 
 
+def test_n_choices_of_a_prompt(client):
+    one = ask(client, temperature=1.5, seed=9, max_tokens=12).json()
+    body = ask(client, temperature=1.5, seed=9, max_tokens=12, n=3, prompt=["In the", "世界"]).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    texts = [choice["text"] for choice in body["choices"]]
+    assert len(set(texts[:3])) == 3
+    assert texts[0] == ask(client, temperature=1.5, seed=9, max_tokens=12, prompt="In the").json()["choices"][0]["text"]
+    assert body["usage"]["completion_tokens"] == 6 * 12
+    two = ask(client, prompt=["In the", "世界"], max_tokens=12).json()
+    assert body["usage"]["prompt_tokens"] == two["usage"]["prompt_tokens"]
+    assert one["usage"]["completion_tokens"] == 12
+
+
+def test_ids_are_biased_penalized_and_stop(client):
+    def ids(**options):
+        logprobs = ask(client, logprobs=0, max_tokens=12, **options).json()["choices"][0]["logprobs"]
+        return logprobs["tokens"]
+
+    plain = ids()
+    assert ids(logit_bias={"40": 100}) == [ids(logit_bias={"40": 100})[0]] * 12
+    assert len(set(ids(frequency_penalty=2.0, presence_penalty=2.0, logit_bias={"40": 100, "41": 99}))) > 1
+    assert plain[0] == ids(top_k=1, temperature=1.5)[0]
+    assert plain == ids(min_p=1.0, temperature=1.5)
+    stopped = ask(client, max_tokens=12, logit_bias={"40": 100}, stop_token_ids=[40])
+    assert stopped.json()["choices"][0]["finish_reason"] == "stop"
+    assert stopped.json()["usage"]["completion_tokens"] == 1
+    longer = ask(client, max_tokens=12, logit_bias={"40": 100}, stop_token_ids=[40], min_tokens=5)
+    assert longer.json()["usage"]["completion_tokens"] == 6
+
+
 def test_a_stream_joins_to_the_whole(client):
     whole = ask(client, logprobs=1, echo=True, prompt=["In the", "世界"], max_tokens=12).json()
     response = ask(client, logprobs=1, echo=True, prompt=["In the", "世界"], max_tokens=12, stream=True)
@@ -137,18 +167,26 @@ def test_a_stream_reports_usage_only_on_request(client):
         ({"seed": 1 << 63}, "seed", "64 bits"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"logprobs": True}, "logprobs", "valid integer"),
-        ({"n": 2}, "n", "not supported"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": True}, "n", "valid integer"),
+        ({"n": 100, "prompt": ["a"] * 3}, "n", "up to 256"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "outside the vocabulary"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream"),
         ({"stop": ["x" * 1025]}, "stop", "up to 1024 characters"),
         ({"prompt": ["a"] * 129}, "prompt", "up to 128 prompts"),
         ({"prompt": [[1]] * 129}, "prompt", "up to 128 prompts"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"min_tokens": 4}, "min_tokens", "not supported"),
-        ({"stop_token_ids": [5]}, "stop_token_ids", "not supported"),
+        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens", "must not exceed max_tokens"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids", "outside the vocabulary"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids", "valid integer"),
         ({"add_special_tokens": False}, "add_special_tokens", "not supported"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
         ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
@@ -284,7 +322,7 @@ def test_a_failure_of_the_model_is_one_error_and_the_next_request_is_answered(cl
         raise RuntimeError("secret path")
 
     with monkeypatch.context() as broken:
-        broken.setattr(shared_engine.model, "forward_cached", failing)
+        broken.setattr(shared_engine.model, "forward", failing)
         response = ask(client)
         streamed = events(ask(client, stream=True))
     assert response.status_code == 500
@@ -303,3 +341,16 @@ def test_a_stopped_engine_is_not_healthy(make_engine):
         assert (stopped.status_code, VERSION.decode() in stopped.headers) == (503, False)
         assert ask(client).status_code == 503
         engine.stop = lambda: None  # it has ended; the lifespan need not
+
+
+def test_a_full_queue_is_429_and_has_room_later(make_engine):
+    engine = AsyncEngine(make_engine(), most_open=3)
+    with TestClient(build_serving_app(engine, "tiny")) as client:
+        response = ask(client, prompt=["a", "b"], n=2)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        assert ask(client, prompt=["a", "b"], n=2, stream=True).status_code == 429
+        for _ in range(3):
+            assert ask(client, prompt=["a", "b", "c"]).status_code == 200

@@ -18,7 +18,7 @@ def client(url):
 
 def wait_until_idle(engine) -> None:
     deadline = time.monotonic() + 10
-    while engine.busy or engine.cache.blocks_free < engine.cache.blocks:
+    while engine.busy or engine.pool.blocks_free < engine.pool.blocks:
         assert time.monotonic() < deadline, "blocks were not freed"
         time.sleep(0.001)
 
@@ -72,7 +72,7 @@ def test_an_error_within_a_stream_is_raised(client, shared_engine, monkeypatch):
     def failing(*arguments, **options):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(shared_engine.model, "forward_cached", failing)
+    monkeypatch.setattr(shared_engine.model, "forward", failing)
     with pytest.raises(openai.APIError, match="failed on this request"):
         list(client.completions.create(prompt=PROMPT, stream=True, **GREEDY))
 

@@ -82,3 +82,37 @@ def test_rows_get_as_many_alternatives_as_each_asked_for():
 def test_the_lowest_draw_skips_ids_of_probability_zero(monkeypatch):
     monkeypatch.setattr("moray.pipelines.serve.sampler._uniform", lambda generator: 0.0)
     assert sample(torch.tensor([[-math.inf, 0.0, 1.0]]), [warm(0)])[0].id == 1
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(1, {0}), (2, {0, 1}), (3, {0, 1, 2}), (9, {0, 1, 2}), (0, {0, 1, 2})])
+def test_top_k_keeps_the_most_likely(top_k, kept):
+    logits_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    draw = Draw(1.0, 1.0, torch.Generator().manual_seed(3), None, top_k=top_k)
+    assert {token.id for token in sample(logits_V.expand(400, 3), [draw] * 400)} == kept
+
+
+def test_top_p_is_of_what_top_k_keeps():
+    logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+    draw = Draw(1.0, 0.7, torch.Generator().manual_seed(3), None, top_k=2)  # 4/7 and 3/7 of the two
+    assert {token.id for token in sample(logits_V.expand(400, 4), [draw] * 400)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.0, {0, 1, 2}), (0.39, {0, 1, 2}), (0.41, {0, 1}), (0.61, {0}), (1.0, {0})]
+)
+def test_min_p_is_over_the_largest(min_p, kept):
+    logits_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    draw = Draw(1.0, 1.0, torch.Generator().manual_seed(3), None, min_p=min_p)
+    assert {token.id for token in sample(logits_V.expand(400, 3), [draw] * 400)} == kept
+
+
+def test_an_adjustment_changes_its_row_only_and_no_log_probability():
+    logits_BV = torch.tensor([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0]])
+
+    def ban(logits_V: torch.Tensor) -> None:
+        logits_V[1] = -math.inf
+
+    tokens = sample(logits_BV, [Draw(0.0, 1.0, None, 0, adjust=ban), Draw(0.0, 1.0, None, 0)])
+    assert [token.id for token in tokens] == [2, 1]
+    assert tokens[0].logprob == pytest.approx(logits_BV[0].log_softmax(-1)[2].item())
+    assert logits_BV[0, 1] == 3.0

@@ -4,110 +4,142 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.pipelines.serve.block_pool import BlockPool
+from moray.pipelines.serve.detokenizer import TextStream
 from moray.pipelines.serve.scheduler import EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Request, Sequence
 from tests.examples import examples
 
-
-class Pool:
-    """Blocks without a cache behind them."""
-
-    def __init__(self, blocks: int, block_size: int) -> None:
-        self.blocks = blocks
-        self._size = block_size
-        self.out: set[int] = set()
-
-    @property
-    def blocks_free(self) -> int:
-        return self.blocks - len(self.out)
-
-    def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._size)
-
-    def allocate(self, count: int) -> list[int]:
-        taken = sorted(set(range(self.blocks)) - self.out)[:count]
-        assert len(taken) == count
-        self.out.update(taken)
-        return taken
-
-    def free(self, blocks: list[int]) -> None:
-        assert self.out.issuperset(blocks)
-        self.out.difference_update(blocks)
+SIZE = 8
 
 
-def sequence(vocabulary, prompt: int, max_tokens: int) -> Sequence:
-    from moray.pipelines.serve.detokenizer import TextStream
-
-    request = Request(tuple([5] * prompt), max_tokens=max_tokens)
-    return Sequence(request, [5] * prompt, prompt, TextStream(vocabulary), None)
+def sequence(vocabulary, prompt: list[int], max_tokens: int, leader: Sequence | None = None) -> Sequence:
+    request = Request(tuple(prompt), max_tokens=max_tokens)
+    return Sequence(request, list(prompt), len(prompt), TextStream(vocabulary, ()), None, leader)
 
 
-def advance(scheduler: Scheduler, chunks) -> None:
-    """Executes a plan like the engine, without a model."""
+def advance(scheduler: Scheduler, pool: BlockPool, chunks) -> list[Sequence]:
+    """Executes a plan like the engine, without a model. Returns those that have ended."""
+    ended = []
     for chunk in chunks:
-        chunk.sequence.computed = chunk.end
-        if not chunk.sequence.prefilling:
-            chunk.sequence.ids.append(7)
-            if chunk.sequence.generated >= chunk.sequence.request.max_tokens:
-                scheduler.remove(chunk.sequence)
+        one = chunk.sequence
+        assert len(one.blocks) * SIZE >= chunk.end > one.computed
+        one.computed = chunk.end
+        one.seal_blocks(pool)
+        if not one.pending:
+            one.ids.append(7)
+            if one.generated >= one.request.max_tokens:
+                scheduler.remove(one)
+                ended.append(one)
+    return ended
 
 
-traffic = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20), st.booleans()), min_size=1, max_size=15)
+traffic = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=15
+)
 
 
-@given(traffic, st.integers(1, 5), st.integers(1, 40), st.integers(10, 30))
+@given(traffic, st.integers(1, 5), st.integers(1, 40), st.integers(13, 30), st.one_of(st.none(), st.integers(1, 9)))
 @settings(max_examples=examples(150), deadline=None)
-def test_invariants_hold_under_any_traffic(vocabulary, requests, max_running, extra, blocks):
-    limits = EngineLimits(step_tokens=max_running + extra, max_running=max_running, block_size=8)
-    pool = Pool(blocks, 8)
+def test_invariants_hold_under_any_traffic(vocabulary, requests, max_running, extra, blocks, prompt_rows):
+    """Prompts of two kinds, so that some share a beginning; some are cancelled; some follow the one before."""
+    limits = EngineLimits(step_tokens=max_running + extra, max_running=max_running, block_size=SIZE)
+    pool = BlockPool(blocks, SIZE)
     scheduler = Scheduler(pool, limits)
-    todo = [(sequence(vocabulary, p, m), cancelled) for p, m, cancelled in requests]
-    order = [one for one, _ in todo]
-    started: list[Sequence] = []
-    for step in range(2000):
+    todo: list[Sequence] = []
+    for prompt, most, kind, fate in requests:
+        leader = todo[-1] if fate == 4 and todo else None
+        ids = todo[-1].ids[: todo[-1].prompt_length] if leader else [kind] * prompt
+        todo.append(sequence(vocabulary, ids, most, leader))
+    cancelled = {one for one, (*_, fate) in zip(todo, requests, strict=True) if fate == 0}
+    ended: set[Sequence] = set()
+    for step in range(6000):
         if step < len(todo):
-            scheduler.add(todo[step][0])
-        if step >= 3 and step - 3 < len(todo) and todo[step - 3][1]:
-            scheduler.remove(todo[step - 3][0])
-            order.remove(todo[step - 3][0]) if todo[step - 3][0] not in started else None
+            scheduler.add(todo[step])
+        if step >= 3 and step - 3 < len(todo) and todo[step - 3] in cancelled:
+            scheduler.remove(todo[step - 3])
         if not scheduler.busy and step >= len(todo) + 3:
             break
-        plan = scheduler.plan()
-        started += [chunk.sequence for chunk in plan.prefill if chunk.sequence not in started]
-        padded = len(plan.prefill) * max((chunk.tokens for chunk in plan.prefill), default=0)
-        assert padded + len(plan.decode) <= limits.step_tokens
-        assert len(scheduler.running) <= max_running
-        assert plan.prefill or plan.decode or not scheduler.busy
-        assert {chunk.sequence for chunk in plan.decode} == {s for s in scheduler.running if not s.prefilling}
-        held = [block for one in scheduler.running for block in one.blocks]
-        assert sorted(held) == sorted(pool.out)
-        assert all(len(one.blocks) * 8 >= one.reserved_positions for one in scheduler.running)
-        assert all(chunk.end <= chunk.sequence.reserved_positions for chunk in plan.prefill + plan.decode)
-        advance(scheduler, plan.prefill + plan.decode)
+        chunks = scheduler.plan(prompt_rows)
+        assert bool(chunks) == scheduler.busy
+        assert sum(chunk.tokens for chunk in chunks) <= limits.step_tokens
+        assert len({chunk.sequence for chunk in chunks}) == len(chunks) <= max_running
+        if prompt_rows and any(not chunk.sequence.reading for chunk in chunks):
+            assert sum(chunk.tokens for chunk in chunks if chunk.sequence.reading) <= prompt_rows
+        held = {block for one in scheduler.sequences for block in one.blocks}
+        assert len(held) == pool.blocks - pool.blocks_free
+        written = [block for chunk in chunks for block in chunk.sequence.blocks[chunk.sequence.computed // SIZE :]]
+        assert len(set(written)) == len(written)  # nobody writes into a block that another one holds
+        ended |= set(advance(scheduler, pool, chunks))
     assert not scheduler.busy
     assert pool.blocks_free == blocks
-    assert started == [one for one in order if one in started]  # first come, first served
+    assert ended >= set(todo) - cancelled
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode(vocabulary):
-    scheduler = Scheduler(Pool(100, 8), EngineLimits(step_tokens=10, max_running=4, block_size=8))
-    short, long = sequence(vocabulary, 3, 9), sequence(vocabulary, 25, 2)
+def test_a_long_prompt_is_read_in_chunks_while_others_decode(vocabulary):
+    pool = BlockPool(100, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=10, max_running=4, block_size=SIZE))
+    short, long = sequence(vocabulary, [5] * 3, 9), sequence(vocabulary, [6] * 25, 2)
     scheduler.add(short)
-    advance(scheduler, scheduler.plan().prefill)
+    advance(scheduler, pool, scheduler.plan())
     scheduler.add(long)
     sizes = []
-    while long.prefilling:
-        plan = scheduler.plan()
-        sizes.append((len(plan.decode), [chunk.tokens for chunk in plan.prefill]))
-        advance(scheduler, plan.prefill + plan.decode)
-    assert sizes == [(1, [9]), (1, [9]), (1, [7])]
+    while long.reading:
+        chunks = scheduler.plan()
+        sizes.append([chunk.tokens for chunk in chunks])
+        advance(scheduler, pool, chunks)
+    assert sizes == [[1, 9], [1, 9], [1, 7]]
 
 
-def test_prompts_of_like_length_share_a_step(vocabulary):
-    scheduler = Scheduler(Pool(100, 8), EngineLimits(step_tokens=40, max_running=4, block_size=8))
-    for length in (12, 10, 12, 3):
-        scheduler.add(sequence(vocabulary, length, 2))
-    assert [chunk.tokens for chunk in scheduler.plan().prefill] == [12, 10, 12]
+def test_prompts_share_a_step_whatever_their_lengths(vocabulary):
+    scheduler = Scheduler(BlockPool(100, SIZE), EngineLimits(step_tokens=40, max_running=4, block_size=SIZE))
+    for kind, length in enumerate((12, 10, 12, 9)):
+        scheduler.add(sequence(vocabulary, [kind] * length, 2))
+    assert [chunk.tokens for chunk in scheduler.plan()] == [12, 10, 12, 6]
+
+
+def test_a_short_request_is_not_starved_by_long_ones(vocabulary):
+    pool = BlockPool(1000, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=40, max_running=4, block_size=SIZE))
+    for kind in range(66):
+        scheduler.add(sequence(vocabulary, [kind] * 5, 2000))
+    for _ in range(200):
+        advance(scheduler, pool, scheduler.plan())
+    one = sequence(vocabulary, [99], 1)
+    scheduler.add(one)
+    ended: list[Sequence] = []
+    steps = 0
+    while one not in ended:
+        ended += advance(scheduler, pool, scheduler.plan())
+        steps += 1
+    assert steps <= 16 * (66 // 4 + 1)  # a turn of those who came before
+
+
+def test_followers_read_only_what_their_leader_did_not(vocabulary):
+    pool = BlockPool(100, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=64, max_running=8, block_size=SIZE))
+    leader = sequence(vocabulary, [5] * 21, 4)
+    followers = [sequence(vocabulary, [5] * 21, 4, leader) for _ in range(3)]
+    for one in (leader, *followers):
+        scheduler.add(one)
+    chunks = scheduler.plan()
+    assert [(chunk.sequence, chunk.tokens) for chunk in chunks] == [(leader, 21)]
+    advance(scheduler, pool, chunks)
+    chunks = scheduler.plan()
+    assert [chunk.tokens for chunk in chunks] == [1, 5, 5, 5]
+    assert {tuple(chunk.sequence.blocks[:2]) for chunk in chunks} == {tuple(leader.blocks[:2])}
+    assert [one.cached for one in followers] == [16] * 3
+
+
+def test_followers_of_a_leader_that_is_gone_read_for_themselves(vocabulary):
+    pool = BlockPool(100, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=64, max_running=8, block_size=SIZE))
+    leader = sequence(vocabulary, [5] * 21, 4)
+    follower = sequence(vocabulary, [5] * 21, 4, leader)
+    for one in (leader, follower):
+        scheduler.add(one)
+    scheduler.remove(leader)
+    assert [chunk.tokens for chunk in scheduler.plan()] == [21]
 
 
 def test_a_budget_that_decoding_alone_would_use_up_is_refused():

@@ -552,7 +552,7 @@ def test_a_new_version_has_the_options_of_the_one_that_serves(plane: Plane) -> N
     plane.run()
     plane.alias("bb")
     plane.run()
-    assert (plane.get().live.reference, plane.get().live.model.options.max_running) == ("export/bb", 64)
+    assert (plane.get().live.reference, plane.get().live.model.options.max_running) == ("export/bb", 256)
 
 
 def test_a_model_that_was_replaced_at_its_start_is_followed_again(plane: Plane) -> None:

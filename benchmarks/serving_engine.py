@@ -1,0 +1,281 @@
+"""Greedy decoding on one CPU thread: Moray's engine compared with transformers' `generate`, on the same weights.
+
+Models have random weights, large enough that routers and next ids differ. Each contestant reads prompts of 64 ids and
+writes 64 more, at batch 1 and 8; rounds are interleaved. A rate is that of the ids after the first, over the CPU time
+of the process, in the median round. transformers runs each implementation of experts and of attention; the fastest
+counts. All ids of all rounds are compared with those of transformers in FP32: they may differ only from where its two
+best logits differ by less than 1e-4.
+
+The limit of a decode step is the time to read the weights that its rows use, once: the larger of two rates of reading,
+of memory (over four times the last cache) and of the model's own packed weights. At batch n, n rows use
+E (1 - (1 - K / E)^n) experts of a layer, on average over uniform routing.
+
+Usage: python benchmarks/serving_engine.py [rounds=5]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from harness.result import Bar, report
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+
+from moray.kernels.cached_step import padded
+from moray.models import checkpoint
+from moray.models.compiled import CompiledModel
+from moray.models.config import ModelConfig
+from moray.models.model import DeepseekV3
+from moray.models.presets import preset
+from moray.pipelines.serve.detokenizer import ServingVocabulary
+from moray.pipelines.serve.engine import Engine
+from moray.pipelines.serve.scheduler import EngineLimits
+from moray.pipelines.serve.sequence import Request
+from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
+from moray.platform.core.home import Home
+
+PROMPT, NEW = 64, 64
+NEAR = 1e-4
+MODELS = {
+    "quickstart 3.7 M": preset("tiny"),
+    "tiny 8 M": ModelConfig(
+        8192, 256, 768, 160, 4, 4, 8, 2, 64, 32, 16, 32, first_k_dense_replace=1, max_position_embeddings=8192
+    ),
+    "mid 104 M": ModelConfig(
+        8192, 512, 1536, 256, 8, 8, 32, 4, 128, 64, 32, 64, first_k_dense_replace=1, max_position_embeddings=8192
+    ),
+}
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+FORMS = ("float32", "bfloat16", "int8")
+GOALS = {("quickstart 3.7 M", 1): 12, ("quickstart 3.7 M", 8): 8, ("tiny 8 M", 1): 7, ("tiny 8 M", 8): 5}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """ids: generated, by prompt. first: CPU seconds until the first ids. rest: CPU seconds for the others."""
+
+    ids: list[list[int]]
+    first: float
+    rest: float
+
+
+Run = Callable[[list[list[int]]], Timed]
+
+
+class Clock(LogitsProcessor):
+    """Notes the time of each forward's end, and how close the two best logits were."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.gaps: list[list[float]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.process_time())
+        best = scores.topk(2).values
+        self.gaps.append((best[:, 0] - best[:, 1]).tolist())
+        return scores
+
+
+def theirs(folder: Path, experts: str, attention: str) -> tuple[Run, Clock]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    model.set_experts_implementation(experts)
+    clock = Clock()
+
+    def run(prompts: list[list[int]]) -> Timed:
+        clock.times, clock.gaps = [], []
+        began = time.process_time()
+        with torch.inference_mode():
+            out = model.generate(
+                torch.tensor(prompts), attention_mask=torch.ones(len(prompts), PROMPT, dtype=torch.int64),
+                max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0,
+                eos_token_id=None, logits_processor=LogitsProcessorList([clock]),
+            )  # fmt: skip
+        ended = time.process_time()
+        return Timed(out[:, PROMPT:].tolist(), clock.times[0] - began, ended - clock.times[0])
+
+    return run, clock
+
+
+def ours(folder: Path, form: str, vocabulary: ServingVocabulary) -> tuple[Run, CompiledModel]:
+    model = CompiledModel.from_folder(folder, Home.from_environment().cache / "native", form)
+    engine = Engine(model, vocabulary, EngineLimits(step_tokens=1024, max_running=256))
+
+    def run(prompts: list[list[int]]) -> Timed:
+        request = Request((), NEW, temperature=0.0, ignore_eos=True, bare=True)
+        began = time.process_time()
+        sequences = [engine.submit(dataclasses.replace(request, prompt=tuple(prompt))) for prompt in prompts]
+        engine.step()
+        first = time.process_time()
+        while engine.busy:
+            engine.step()
+        ended = time.process_time()
+        return Timed([sequence.ids[PROMPT:] for sequence in sequences], first - began, ended - first)
+
+    return run, model
+
+
+def words(config: ModelConfig) -> ServingVocabulary:
+    """A vocabulary of the model's size, most of whose ids have no text."""
+    tokenizer = train_tokenizer(iter(["the quick brown fox"] * 4), TokenizerConfig(vocab_size=300))
+    tokenizer.add_tokens([f"<{index}>" for index in range(config.vocab_size - tokenizer.get_vocab_size())])
+    return ServingVocabulary(tokenizer, bos=None, eos=None)
+
+
+def save_random(config: ModelConfig, folder: Path) -> None:
+    model = DeepseekV3(dataclasses.replace(config, initializer_range=1.2 * config.hidden_size**-0.5))
+    model.init_weights(seed=1)
+    checkpoint.save(model, folder)
+
+
+def active_bytes(config: ModelConfig, form: str, batch: int) -> float:
+    """Bytes of packed weights that a step of `batch` rows reads, each once."""
+    wide, width = 4, {"float32": 4, "bfloat16": 2, "int8": 1}[form]
+    total = config.hidden_size * padded(config.vocab_size) * width
+    heads, experts = config.num_attention_heads, config.n_routed_experts
+    used = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
+
+    def matrix(inputs: int, outputs: int) -> int:
+        return inputs * padded(outputs) * width
+
+    def swiglu(inner: int) -> int:
+        return 2 * matrix(config.hidden_size, inner) + matrix(inner, config.hidden_size)
+
+    for layer in range(config.num_hidden_layers):
+        queries = heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            total += matrix(config.hidden_size, queries)
+        else:
+            total += matrix(config.hidden_size, config.q_lora_rank) + matrix(config.q_lora_rank, queries)
+        total += matrix(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim)
+        total += heads * (matrix(config.qk_nope_head_dim, config.kv_lora_rank))
+        total += heads * (matrix(config.kv_lora_rank, config.v_head_dim)) + matrix(
+            heads * config.v_head_dim, config.hidden_size
+        )
+        if layer not in config.moe_layers:
+            total += swiglu(config.intermediate_size)
+            continue
+        total += config.hidden_size * padded(experts) * wide + used * swiglu(config.moe_intermediate_size)
+        total += swiglu(config.n_shared_experts * config.moe_intermediate_size)
+    return total
+
+
+@numba.njit(fastmath=True)
+def total_of(values: Any) -> float:
+    total = np.float32(0)
+    for index in range(len(values)):
+        total += values[index]
+    return total
+
+
+def read_rate(arrays: list[np.ndarray[Any, Any]]) -> float:
+    """Bytes per second of CPU time, the best of five passes over all arrays."""
+    size, best = sum(array.nbytes for array in arrays), 0.0
+    for _ in range(6):
+        began = time.process_time()
+        for array in arrays:
+            total_of(array)
+        best = max(best, size / (time.process_time() - began))
+    return best
+
+
+def packed(model: CompiledModel) -> list[np.ndarray[Any, Any]]:
+    return [tensor.view(torch.float32).flatten().numpy() for tensor in model.packed() if tensor.nbytes % 4 == 0]
+
+
+def agreement(found: list[list[int]], expected: list[list[int]], gaps: list[list[float]]) -> tuple[int, int]:
+    """(sequences that differ where nothing was near, sequences that differ where the two best were near)."""
+    wrong = near = 0
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        place = next((place for place in range(NEW) if one[place] != other[place]), None)
+        if place is not None and gaps[place][number] < NEAR:
+            near += 1
+        elif place is not None:
+            wrong += 1
+    return wrong, near
+
+
+def measured(name: str, config: ModelConfig, rounds: int, memory: float) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(0, config.vocab_size, (32, PROMPT), generator=generator).tolist()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        save_random(config, folder)
+        peers = {f"{e}, {a}": theirs(folder, e, a) for e in EXPERTS for a in ("eager", "sdpa")}
+        mine = {form: ours(folder, form, words(config)) for form in FORMS}
+        reference, clock = peers["eager, eager"]
+        expected = reference(prompts)
+        gaps = clock.gaps
+        for form, (run, _) in mine.items():
+            wrong, near = agreement(run(prompts).ids, expected.ids, gaps)
+            rows.append({"model": name, "who": f"Moray {form}", "batch": 32, "different": wrong, "near": near})
+        for batch in (1, 8):
+            times: dict[str, list[Timed]] = {who: [] for who in (*peers, *mine)}
+            for round_ in range(rounds + 1):
+                some = prompts[round_ * batch % 24 : round_ * batch % 24 + batch]
+                for who, (run, *_) in (*peers.items(), *mine.items()):
+                    times[who].append(run(some))
+            for who, all_ in times.items():
+                rate = statistics.median(batch * (NEW - 1) / one.rest for one in all_[1:])
+                first = statistics.median(batch * PROMPT / one.first for one in all_[1:])
+                row: dict[str, Any] = {
+                    "model": name,
+                    "who": f"Moray {who}" if who in mine else f"transformers {who}",
+                    "batch": batch,
+                }
+                row |= {"tokens_s": rate, "prompt_tokens_s": first}
+                if who in mine:
+                    limit = max(memory, read_rate(packed(mine[who][1])))
+                    row["limit_bytes_s"] = limit
+                    row["share_of_limit"] = rate / batch * active_bytes(config, who, batch) / limit
+                rows.append(row)
+    best = {
+        batch: max(row["tokens_s"] for row in rows if row["batch"] == batch and row["who"].startswith("transformers"))
+        for batch in (1, 8)
+    }
+    for row in rows:
+        if "tokens_s" in row and row["who"].startswith("Moray"):
+            row["over_transformers"] = row["tokens_s"] / best[row["batch"]]
+    return rows
+
+
+def main() -> int:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    torch.set_num_threads(1)
+    memory = read_rate([np.ones(1 << 26, np.float32)])
+    rows: list[dict[str, Any]] = [{"memory_bytes_s": memory}]
+    for name, config in MODELS.items():
+        rows += measured(name, config, rounds, memory)
+        gc.collect()
+    found = {(row.get("model"), row.get("who"), row.get("batch")): row for row in rows}
+    bars = [
+        Bar(f"{name}, batch {batch}, FP32 over transformers", found[name, "Moray float32", batch]["over_transformers"],
+            goal, "higher")
+        for (name, batch), goal in GOALS.items()
+    ]  # fmt: skip
+    mid = "mid 104 M"
+    wide, int8 = (found[mid, f"Moray {form}", 1] for form in ("float32", "int8"))
+    bars += [
+        Bar(f"{mid}, batch 1, FP32, share of the limit", wide["share_of_limit"], 0.8, "higher"),
+        Bar(f"{mid}, batch 1, INT8 over transformers", int8["over_transformers"], 7, "higher"),
+        Bar(
+            "FP32 answers that differ where no two ids are near",
+            sum(row.get("different", 0) for row in rows if row.get("who") == "Moray float32"), 0, "lower",
+        ),
+    ]  # fmt: skip
+    return report("serving_engine", rows, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

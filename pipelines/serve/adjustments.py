@@ -1,0 +1,48 @@
+"""Changes of a sequence's logits before sampling: penalties, biases, least lengths, and a mask.
+
+The formulas are those of OpenAI's API (presence, frequency), and of CTRL (repetition; Keskar et al. 2019).
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from moray.pipelines.serve.sequence import Sequence
+
+
+def adjustment(sequence: Sequence, ends: Collection[int]) -> Callable[[Tensor], None] | None:
+    """Changes logits_V in place for the sequence's next id; None if the request changes nothing. ends: ids that end an
+    answer."""
+    request = sequence.request
+    short = sequence.generated < request.min_tokens
+    penalized = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
+    if not (short or penalized or request.logit_bias or sequence.mask):
+        return None
+
+    def adjust(logits_V: Tensor) -> None:
+        if request.repetition_penalty != 1:
+            _repetition(logits_V, sequence.ids, request.repetition_penalty)
+        if (request.presence_penalty or request.frequency_penalty) and sequence.counts:
+            ids = torch.tensor(list(sequence.counts), device=logits_V.device)
+            counts = torch.tensor(list(sequence.counts.values()), dtype=logits_V.dtype, device=logits_V.device)
+            logits_V[ids] -= request.presence_penalty + request.frequency_penalty * counts
+        for index, bias in request.logit_bias:
+            logits_V[index] += bias
+        if short:
+            logits_V[torch.tensor(sorted({*ends, *request.stop_ids}), dtype=torch.int64)] = -torch.inf
+        if sequence.mask is not None:
+            allowed_V = sequence.mask(sequence.ids[sequence.prompt_length :])
+            logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
+
+    return adjust
+
+
+def _repetition(logits_V: Tensor, ids: list[int], penalty: float) -> None:
+    seen = torch.tensor(sorted(set(ids)), device=logits_V.device)
+    values = logits_V[seen]
+    logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
