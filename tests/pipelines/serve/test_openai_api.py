@@ -253,7 +253,7 @@ def test_a_body_larger_than_the_limit(client):
     for content in (body, pieces):
         response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 413
-        assert "the body exceeds 4,194,304 bytes" in response.json()["error"]["message"]
+        assert "the body exceeds 1,048,576 bytes" in response.json()["error"]["message"]
     assert ask(client).status_code == 200
 
 

@@ -1,0 +1,271 @@
+"""Serving over HTTP: what Ray Serve adds to the engine, and what other requests do to a well-behaved stream.
+
+One replica serves a model of the size of the quickstart's, with random weights, as `moray serve` does. Clients in one
+asyncio process stream greedy answers. The engine alone runs in another process without HTTP; rounds of both take turns.
+Each attack runs beside a stream of its own, whose longest time between two events counts, from before
+the attack until it has been answered.
+
+Usage: python benchmarks/serving_http.py [rounds=5]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from harness.result import Bar, report
+
+CLIENTS, PROMPT, NEW = 8, 64, 128
+CONTEXT, VOCABULARY = 4096, 4096
+MEASURES = ("moray.pipelines.serve.application", "moray.pipelines.serve.gateway", "moray.pipelines.serve.openai_api")
+
+
+def make_model(folder: Path) -> None:
+    import dataclasses
+
+    from transformers import PreTrainedTokenizerFast
+
+    from moray.models import checkpoint
+    from moray.models.model import DeepseekV3
+    from moray.models.presets import preset
+    from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
+
+    config = dataclasses.replace(preset("tiny"), max_position_embeddings=CONTEXT, initializer_range=0.1)
+    model = DeepseekV3(config)
+    model.init_weights(seed=1)
+    checkpoint.save(model, folder)
+    text = "the quick brown fox jumps over the lazy dog\n"
+    tokenizer = train_tokenizer(iter([text] * 4), TokenizerConfig(vocab_size=300))
+    tokenizer.add_tokens([f"<{index}>" for index in range(VOCABULARY - tokenizer.get_vocab_size())])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def engine_alone(folder: str, pipe: Connection) -> None:
+    """Answers (seconds to the first token, tokens per second) for each number of clients that it is sent."""
+    from moray.pipelines.serve.loading import load_engine
+    from moray.pipelines.serve.sequence import Request
+    from moray.platform.core.serve_options import ServeOptions
+
+    engine = load_engine(Path(folder), ServeOptions())
+    while (clients := pipe.recv()) is not None:
+        began = time.perf_counter()
+        for number in range(clients):
+            request = Request(tuple(ids(number, time.monotonic_ns())), NEW, temperature=0.0, ignore_eos=True)
+            engine.submit(request)
+        engine.step()
+        first = time.perf_counter()
+        while engine.busy:
+            engine.step()
+        pipe.send((first - began, clients * (NEW - 1) / (time.perf_counter() - first)))
+
+
+def ids(number: int, salt: int, count: int = PROMPT) -> list[int]:
+    """A prompt that no other request shares."""
+    return [300 + (salt * 31 + number * 977 + place * (salt % 89 + 7)) % (VOCABULARY - 300) for place in range(count)]
+
+
+class Client:
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session, self._url = session, f"{url}/v1/completions"
+
+    async def stream(self, prompt: Any, tokens: int = NEW, **options: Any) -> AsyncIterator[float]:
+        """The times of the events of an answer. Raises RuntimeError for an answer that is no stream."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True, **options}
+        async with self._session.post(self._url, json=body) as response:
+            if response.status != 200:
+                raise RuntimeError(f"{response.status}: {(await response.text())[:200]}")
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    if b'"error"' in line:
+                        raise RuntimeError(line.decode())
+                    yield time.perf_counter()
+
+    async def status(self, body: Any) -> tuple[int, float]:
+        """The status and the seconds of a request with a body, as bytes, chunks of bytes, or JSON."""
+        began = time.perf_counter()
+        content = body if isinstance(body, bytes) or hasattr(body, "__aiter__") else json.dumps(body)
+        headers = {"content-type": "application/json"}
+        with contextlib.suppress(aiohttp.ClientError):
+            async with self._session.post(self._url, data=content, headers=headers) as response:
+                await response.read()
+                return response.status, time.perf_counter() - began
+        return 0, time.perf_counter() - began
+
+
+async def first_token(client: Client, prompt: list[int]) -> float:
+    began = time.perf_counter()
+    async for at in client.stream(prompt, 2):
+        return at - began
+    raise RuntimeError("no event")
+
+
+async def together(client: Client, clients: int) -> tuple[float, float]:
+    """(median seconds to the first token, tokens per second) of so many streams at the same time."""
+    began, salt = time.perf_counter(), time.monotonic_ns()
+
+    async def one(number: int) -> list[float]:
+        return [at async for at in client.stream(ids(number, salt))]
+
+    times = await asyncio.gather(*(one(number) for number in range(clients)))
+    firsts = [found[0] - began for found in times]
+    last = max(found[-1] for found in times)
+    return statistics.median(firsts), clients * (NEW - 1) / (last - statistics.median(found[0] for found in times))
+
+
+async def beside(client: Client, attack: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
+    """The longest time between two events of a stream while the attack runs, and the attack's result."""
+    done = asyncio.Event()
+    gaps: list[float] = []
+
+    async def listen() -> None:
+        salt = 0
+        while not done.is_set():
+            salt += 1
+            last: float | None = None
+            async for at in client.stream(ids(salt, time.monotonic_ns()), 1000):
+                if last is not None:
+                    gaps.append(at - last)
+                last = at
+                if done.is_set():
+                    return
+
+    listener = asyncio.create_task(listen())
+    while len(gaps) < 50:
+        await asyncio.sleep(0.01)
+    result = await attack()
+    await asyncio.sleep(0.5)
+    done.set()
+    await listener
+    return max(gaps), result
+
+
+async def many_streams(client: Client, streams: int, tokens: int) -> tuple[float, float]:
+    """(95th percentile of the times between events, the slowest stream's rate over the median)."""
+    salt = time.monotonic_ns()
+
+    async def one(number: int) -> list[float]:
+        return [at async for at in client.stream(ids(number, salt), tokens)]
+
+    times = await asyncio.gather(*(one(number) for number in range(streams)))
+    gaps = sorted(later - earlier for found in times for earlier, later in itertools.pairwise(found))
+    rates = [1 / (found[-1] - found[0]) for found in times]
+    return gaps[int(0.95 * len(gaps))], min(rates) / statistics.median(rates)
+
+
+def resident() -> int:
+    """Bytes of all processes of this one's session that serve."""
+    total = 0
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        name = " ".join(process.info["cmdline"] or [])
+        if "ServeReplica" in name or "ProxyActor" in name:
+            total += process.info["memory_info"].rss
+    return total
+
+
+async def attacks(client: Client) -> list[dict[str, Any]]:
+    async def chunked(size: int) -> AsyncIterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(size >> 20):
+            yield b"x" * (1 << 20)
+
+    async def long_answers() -> list[float]:
+        salt = time.monotonic_ns()
+        tasks = [asyncio.ensure_future(anext(client.stream(ids(n, salt), 1500))) for n in range(66)]
+        await asyncio.gather(*tasks)
+        return [await first_token(client, ids(1, time.monotonic_ns(), 2))]
+
+    async def nothing() -> None:
+        await asyncio.sleep(2)
+
+    named: dict[str, Callable[[], Awaitable[Any]]] = {
+        "none": nothing,
+        "a body of 100 MB": lambda: client.status(b'{"prompt": "' + b"x" * 100_000_000 + b'"}'),
+        "a body of 100 MB in chunks": lambda: client.status(chunked(100_000_000)),
+        "5 million ids": lambda: client.status({"prompt": [5] * 5_000_000}),
+        "10,000 prompts": lambda: client.status({"prompt": ["x"] * 10_000}),
+        "a prompt of the whole context": lambda: client.status({"prompt": ids(3, 5, CONTEXT - 8), "max_tokens": 4}),
+        "66 long answers, then a short one": long_answers,
+    }
+    rows = []
+    for name, attack in named.items():
+        before = resident()
+        gap, result = await beside(client, attack)
+        row = {"attack": name, "longest_gap_ms": 1e3 * gap, "rss_rise": resident() - before, "result": str(result)}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[str, Any]], list[Bar]]:
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:
+        client = Client(session, url)
+        await together(client, CLIENTS)
+        found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for _ in range(rounds):
+            for clients in (1, CLIENTS):
+                engine.send(clients)
+                alone = await asyncio.to_thread(engine.recv)
+                found.setdefault(("engine", clients), []).append(alone)
+                found.setdefault(("Serve", clients), []).append(await together(client, clients))
+        rows: list[dict[str, Any]] = [
+            {"who": who, "clients": clients, "first_token_ms": 1e3 * statistics.median(first for first, _ in pairs),
+             "tokens_s": statistics.median(rate for _, rate in pairs)}
+            for (who, clients), pairs in found.items()
+        ]  # fmt: skip
+        prefixes = []
+        for number in range(rounds):
+            prompt = ids(number, time.monotonic_ns(), 2000)
+            prefixes.append([await first_token(client, [*prompt, 7]), await first_token(client, [*prompt, 8])])
+        ratio = statistics.median(again / first for first, again in prefixes)
+        rows.append({"who": "a shared prefix of 2,000 ids", "first_token_ms": 1e3 * prefixes[-1][0], "again": ratio})
+        flood = await attacks(client)
+        p95, slowest = await many_streams(client, 300, 64)
+        rows += [*flood, {"who": "300 streams", "p95_gap_ms": 1e3 * p95, "slowest_over_median": slowest}]
+    at = {(row["who"], row.get("clients")): row for row in rows if "who" in row}
+    added = at["Serve", 1]["first_token_ms"] - at["engine", 1]["first_token_ms"]
+    share = at["Serve", CLIENTS]["tokens_s"] / at["engine", CLIENTS]["tokens_s"]
+    bars = [
+        Bar("tokens/s through Serve at 8 clients, of the engine's", share, 0.92, "higher"),
+        Bar("time to the first token that Serve adds at 1 client, ms", added, 5, "lower"),
+        Bar("a second request on a prefix of 2,000 ids, time to the first token", ratio, 0.1, "lower"),
+        *(Bar(f"longest gap beside {row['attack']}, ms", row["longest_gap_ms"], 100, "lower") for row in flood[1:]),
+        Bar("95th percentile of gaps of 300 streams, ms", 1e3 * p95, 300, "lower"),
+        Bar("slowest of 300 streams over the median", slowest, 0.5, "higher"),
+    ]
+    return rows, bars
+
+
+def main() -> int:
+    from moray.platform.api import serving
+
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "model")
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        engine = spawn.Process(target=engine_alone, args=(str(Path(folder) / "model"), theirs), daemon=True)
+        engine.start()
+        with serving(str(Path(folder) / "model"), port=0) as url:
+            rows, bars = asyncio.run(measure(url, ours, rounds))
+        ours.send(None)
+        engine.join()
+    return report("serving_http", rows, bars, MEASURES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
