@@ -233,12 +233,11 @@ static void gate_up(Thread *t, const Matrix *gate, const Matrix *up, int number,
                     const float *row_weights, int rows) {
   int64_t stride = padded(gate->outputs);
   Share mine = share(panels(gate), t->thread, t->threads);
-  for (int p = mine.first; p < mine.last; p++) {
-    panel_product(gate, number, p, all(inner, stride), x, rows);
-    panel_product(up, number, p, all(up_rows, stride), x, rows);
+  for (int p = mine.first; p < mine.last; p++) panel_product(gate, number, p, all(inner, stride), x, rows);
+  for (int p = mine.first; p < mine.last; p++) panel_product(up, number, p, all(up_rows, stride), x, rows);
+  for (int p = mine.first; p < mine.last; p++)
     for (int r = 0; r < rows; r++)
       gated(inner + r * stride + p * PANEL, up_rows + r * stride + p * PANEL, row_weights ? row_weights[r] : 1.0f);
-  }
 }
 
 // Sorts the slots by expert: each slot's place, each place's row and weight. All threads compute the same places.

@@ -9,6 +9,7 @@ Shapes: N outputs, K inputs of a matrix, P panels of 32 outputs.
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -30,6 +31,7 @@ _SOURCES = (_HERE / "cached_step.c", *sorted((_HERE / "native").glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 _LIBRARIES = ("-lm",)
 _COMPILE_SECONDS = 300
+_CHUNK = 1 << 26
 
 
 class BuildError(RuntimeError):
@@ -139,6 +141,27 @@ def _build(compiler: str, path: Path) -> None:
         if done.returncode:
             raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
         made.replace(path)
+
+
+class HugePages:
+    """Memory for tensors that are kept together, in pages of 2 MiB where the system has them: with pages of 4 KiB, a
+    core reads large weights at 0.6 times the rate."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 1)
+        self._used = 1
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy, aligned to 64 bytes."""
+        begin = -(-self._used // 64) * 64
+        if begin + tensor.nbytes > len(self._memory):
+            begin, size = 0, max(_CHUNK, tensor.nbytes)
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._used = begin + tensor.nbytes
+        place = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=begin)
+        return place.view(tensor.shape).copy_(tensor)
 
 
 def padded(size: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moray.kernels import cached_step
-from moray.kernels.cached_step import FORMATS, CMatrix, pack, padded
+from moray.kernels.cached_step import FORMATS, CMatrix, HugePages, pack, padded
 from moray.kernels.rope import rope_table
 from moray.models.attention import LATENT_EPS
 from moray.models.cache import LatentCache
@@ -115,6 +115,7 @@ class _Packer:
 
     def __init__(self, config: ModelConfig, read: Read, weights: str, kept: list[Tensor]) -> None:
         self._config, self._read, self._form, self._kept = config, read, weights, kept
+        self._memory = HugePages()
 
     def model(self) -> cached_step.CModel:
         config, model = self._config, cached_step.CModel()
@@ -206,5 +207,5 @@ class _Packer:
         return torch.stack([table[0] for table in rope_table(positions, dim, theta, torch.float32, *more)], dim=-1)
 
     def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor.contiguous())
+        self._kept.append(self._memory.keep(tensor))
         return self._kept[-1].data_ptr()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -15,8 +15,7 @@ from moray.models.cache import LatentCache
 from moray.models.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Consecutive tokens of one sequence, at positions `start` and on; the sequence's block table; and how many of the
     last tokens' logits are wanted."""
 

@@ -15,14 +15,26 @@ from torch import Tensor
 from moray.pipelines.serve.sequence import Sequence
 
 
+def is_greedy(sequence: Sequence) -> bool:
+    """Whether the next id is that of the largest logit, and nothing else is reported."""
+    request = sequence.request
+    return request.temperature == 0 and request.logprobs is None and not _adjusts(sequence)
+
+
+def _adjusts(sequence: Sequence) -> bool:
+    request = sequence.request
+    penalized = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
+    short = sequence.generated < request.min_tokens
+    return bool(short or penalized or request.logit_bias or sequence.mask)
+
+
 def adjustment(sequence: Sequence, ends: Collection[int]) -> Callable[[Tensor], None] | None:
     """Changes logits_V in place for the sequence's next id; None if the request changes nothing. ends: ids that end an
     answer."""
     request = sequence.request
-    short = sequence.generated < request.min_tokens
-    penalized = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
-    if not (short or penalized or request.logit_bias or sequence.mask):
+    if not _adjusts(sequence):
         return None
+    short = sequence.generated < request.min_tokens
 
     def adjust(logits_V: Tensor) -> None:
         if request.repetition_penalty != 1:

@@ -12,7 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ class TextStream:
         return last + Released(tokens=tuple(self._waiting))
 
     def _append(self, token: Token) -> None:
-        self._waiting.append(replace(token, offset=self._released + len(self._held)))
+        self._waiting.append(Token(token.id, token.logprob, token.top, self._released + len(self._held)))
         self._held += self._decoder.decode(self._vocabulary.piece(token.id))
 
     def _possible_stop(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moray.models.config import ModelConfig
 from moray.models.rows import RowModel, Span
-from moray.pipelines.serve.adjustments import adjustment
+from moray.pipelines.serve.adjustments import adjustment, is_greedy
 from moray.pipelines.serve.block_pool import BlockPool
 from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
 from moray.pipelines.serve.sampler import Draw, sample, score_tokens
@@ -173,13 +173,13 @@ class Engine:
             yield from self._sample(ready, found.logits_WV, found.best)
 
     def _sample(self, ready: list[tuple[Sequence, int]], logits_WV: Tensor, best: list[int]) -> Iterator[Output]:
-        draws = [_draw(sequence, self.vocabulary.ends) for sequence, _ in ready]
-        plain = [draw.greedy and best[row] < self.tokens for draw, (_, row) in zip(draws, ready, strict=True)]
-        left = [(row, draw) for draw, (_, row), known in zip(draws, ready, plain, strict=True) if not known]
-        rows_BV = logits_WV[[row for row, _ in left], : self.tokens]
-        sampled = iter(sample(rows_BV, [draw for _, draw in left]) if left else ())
-        for (sequence, row), known in zip(ready, plain, strict=True):
-            token = Token(best[row]) if known else next(sampled)
+        drawn: dict[Sequence, Token] = {}
+        if left := [(one, row) for one, row in ready if best[row] >= self.tokens or not is_greedy(one)]:
+            draws = [_draw(one, self.vocabulary.ends) for one, _ in left]
+            tokens = sample(logits_WV[[row for _, row in left], : self.tokens], draws)
+            drawn = {one: token for (one, _), token in zip(left, tokens, strict=True)}
+        for sequence, row in ready:
+            token = drawn.get(sequence) or Token(best[row])
             try:
                 delta = sequence.accept(token, self.vocabulary.ends)
             except Exception as error:

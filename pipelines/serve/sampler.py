@@ -33,11 +33,6 @@ class Draw:
     adjust: Callable[[Tensor], None] | None = None
 
     @property
-    def greedy(self) -> bool:
-        """Whether the id is that of the largest logit, and nothing else is reported."""
-        return self.temperature == 0 and self.logprobs is None and self.adjust is None
-
-    @property
     def sorted(self) -> bool:
         return self.top_p < 1 or self.top_k > 0
 

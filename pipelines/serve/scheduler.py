@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moray.pipelines.serve.block_pool import BlockPool
 from moray.pipelines.serve.sequence import Sequence
@@ -47,8 +48,7 @@ class EngineLimits:
             )
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The next `tokens` ids of a sequence, to be run in this step."""
 
     sequence: Sequence
@@ -96,7 +96,8 @@ class Scheduler:
         prompt_rows: at most so many rows of prompts, beside sequences that decode.
         """
         order = sorted(self._open, key=lambda one: one.served // _TURN)  # stable: then by arrival
-        decoding = min(self._limits.max_running, sum(not one.reading for one in order))
+        reading = {one for one in order if one.reading}
+        decoding = min(self._limits.max_running, len(order) - len(reading))
         left = self._limits.step_tokens - decoding
         if decoding and prompt_rows is not None:
             left = min(left, prompt_rows)
@@ -104,21 +105,21 @@ class Scheduler:
         for one in order:
             if len(chunks) == self._limits.max_running:
                 break
-            if one.waits or (one.reading and left <= 0):
+            decodes = one not in reading and one.blocks  # an earlier one may have taken its blocks
+            if decodes:
+                chunk = self._chunk(one, 1, order, chunks)
+            elif left > 0 and not one.waits:
+                chunk = self._chunk(one, left, order, chunks)
+            else:
                 continue
-            if chunk := self._chunk(one, left if one.reading else 1, order, chunks):
-                chunks.append(chunk)
-                left -= chunk.tokens if one.reading else 0
-        self._account(order, chunks)
-        return tuple(chunks)
-
-    def _account(self, order: list[Sequence], chunks: list[Chunk]) -> None:
-        self.running = tuple(chunk.sequence for chunk in chunks)
-        for one in order:
             one.waited += 1
-        for chunk in chunks:
-            chunk.sequence.waited = 0
-            chunk.sequence.served += chunk.tokens / (_PROMPT_SHARE if chunk.sequence.reading else 1)
+            if chunk is not None:
+                chunks.append(chunk)
+                left -= 0 if decodes else chunk.tokens
+                one.waited = 0
+                one.served += 1 if decodes else chunk.tokens / _PROMPT_SHARE
+        self.running = tuple(chunk.sequence for chunk in chunks)
+        return tuple(chunks)
 
     def _chunk(self, one: Sequence, rows: int, order: list[Sequence], chunks: list[Chunk]) -> Chunk | None:
         """The next rows of a sequence, with blocks for them; None if there is no block."""
@@ -135,7 +136,8 @@ class Scheduler:
             if not one.computed:
                 self._release(one)
             return None
-        one.blocks += self._pool.take(max(0, needed))
+        if needed > 0:
+            one.blocks += self._pool.take(needed)
         return Chunk(one, tokens)
 
     def _preempt(self, needed: int, one: Sequence, order: list[Sequence], chunks: Iterable[Chunk]) -> None:
