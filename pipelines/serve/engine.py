@@ -24,12 +24,10 @@ from moray.models.rows import RowModel, Span
 from moray.pipelines.serve.adjustments import adjustment, is_greedy
 from moray.pipelines.serve.block_pool import BlockPool
 from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
+from moray.pipelines.serve.prompt_pace import PromptPace
 from moray.pipelines.serve.sampler import Draw, sample, score_tokens
 from moray.pipelines.serve.scheduler import Chunk, EngineLimits, Scheduler
 from moray.pipelines.serve.sequence import Delta, Request, Sequence
-
-_PROMPT_SECONDS = 0.02  # of a step, for prompts, while others decode: the next token of those waits for it
-_LEAST_ROWS = 16
 
 
 class ContextLengthError(ValueError):
@@ -61,7 +59,7 @@ class Engine:
         self.pool = BlockPool(blocks, limits.block_size)
         self._cache = model.cache(blocks, limits.block_size)
         self._scheduler = Scheduler(self.pool, limits)
-        self._row_seconds = 0.0  # of a prompt's row, lately
+        self._pace = PromptPace()
 
     @property
     def busy(self) -> bool:
@@ -133,14 +131,11 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Runs one step. Returns an empty list if there is nothing to run."""
-        rows = max(_LEAST_ROWS, int(_PROMPT_SECONDS / self._row_seconds)) if self._row_seconds else None
-        chunks = self._scheduler.plan(rows)
+        chunks = self._scheduler.plan(self._pace.rows)
         started = time.perf_counter()
         outputs = list(self._advance(chunks)) if chunks else []
         read = sum(chunk.tokens for chunk in chunks if chunk.tokens > 1)
-        if read > _LEAST_ROWS:  # else the rows that decode take most of the time
-            seconds = (time.perf_counter() - started) / read
-            self._row_seconds = seconds if not self._row_seconds else 0.8 * self._row_seconds + 0.2 * seconds
+        self._pace.note(time.perf_counter() - started, read)
         return outputs
 
     def _advance(self, chunks: tuple[Chunk, ...]) -> Iterator[Output]:
