@@ -39,7 +39,7 @@ typedef struct {
 } Model;
 
 // A step's rows. tables: [sequences][table_width] blocks of the cache. wanted: the rows whose logits are computed.
-// cache: [layer][block][slot][latent + rope]; it may be read up to 60 bytes beyond its end. logits: [wanted][vocab
+// cache: [layer][block][group of 16 positions][latent + rope][16]; slots: positions of a block. logits: [wanted][vocab
 // padded]. best: the largest logit's id by wanted row, -1 if one is not finite. load: [layer][expert], rows are added.
 typedef struct {
   int32_t rows, table_width, wanted_rows, slots, tokens;
@@ -90,7 +90,7 @@ static void rotate(float *y, const float *x, const float *turn, int pairs) {
 
 // Buffers of one step, in `scratch`. inner: rows of experts by place, wide enough for a dense MLP; up: the same.
 typedef struct {
-  float *x, *normed, *query_low, *query, *low, *absorbed, *mixed, *values, *head_values, *out, *inner, *up, *outputs, *scores, *choice;
+  float *x, *normed, *query_low, *query, *low, *absorbed, *mixed, *values, *head_values, *lanes, *out, *inner, *up, *outputs, *scores, *choice;
   float *weights, *placed_weights;
   int32_t *ids, *places, *rows;  // of each slot: its expert, its place; of each place: its row
   int32_t *first;                // of each thread and expert: the first place
@@ -117,6 +117,7 @@ static int64_t lay_out(const Model *m, int64_t rows, int threads, float *base, B
   b->mixed = take(&next, rows * m->heads * mixed);
   b->values = take(&next, rows * padded((int64_t)m->heads * m->value));
   b->head_values = take(&next, threads * rows * padded(m->value));
+  b->lanes = take(&next, (int64_t)threads * TOGETHER * m->latent * GROUP);
   b->out = take(&next, rows * hidden);
   b->inner = take(&next, widest);
   b->up = take(&next, widest);
@@ -169,6 +170,12 @@ static void norm_rows(Thread *t, const float *weight) {
   barrier(t->team);
 }
 
+static Latents latents_of(const Thread *t, float *cache, int r) {
+  const Batch *batch = t->batch;
+  const int32_t *table = batch->tables + (int64_t)batch->sequences[r] * batch->table_width;
+  return (Latents){cache, table, batch->slots, t->m->latent, t->m->latent + t->m->rope};
+}
+
 // Queries' latents are normed; keys' latents are normed, rotated, and written to the cache.
 static void write_latents(Thread *t, const Layer *layer, float *cache) {
   const Model *m = t->m;
@@ -183,11 +190,9 @@ static void write_latents(Thread *t, const Layer *layer, float *cache) {
     memcpy(rope, low + m->latent, sizeof rope);
     memset(low + m->latent, 0, sizeof rope);  // the norm is over the latent only
     norm(low, low, layer->kv_norm, m->latent, m->latent_eps);
-    int position = batch->positions[r];
-    int64_t block = batch->tables[(int64_t)batch->sequences[r] * batch->table_width + position / batch->slots];
-    float *slot = cache + (block * batch->slots + position % batch->slots) * width;
-    memcpy(slot, low, sizeof(float) * m->latent);
-    rotate(slot + m->latent, rope, m->rotary + (int64_t)position * m->rope, m->rope / 2);
+    rotate(low + m->latent, rope, m->rotary + (int64_t)batch->positions[r] * m->rope, m->rope / 2);
+    Latents latents = latents_of(t, cache, r);
+    write_latent(&latents, batch->positions[r], low);
   }
 }
 
@@ -214,10 +219,16 @@ static void attention(Thread *t, const Layer *layer, float *cache) {
     for (int r = 0; r < rows; r++) {
       const float *turn = m->rotary + (int64_t)t->batch->positions[r] * m->rope;
       rotate(row(to, r) + m->latent, row(from, r) + m->nope, turn, m->rope / 2);
-      const int32_t *table = t->batch->tables + (int64_t)t->batch->sequences[r] * t->batch->table_width;
-      Latents latents = {cache, table, t->batch->slots, m->latent, width};
-      attend(&latents, t->batch->positions[r], m->score_scale, row(to, r), b.mixed + (r * (int64_t)m->heads + h) * mixed);
     }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int h = mine.first; h < mine.last; h += TOGETHER) {
+      Latents latents = latents_of(t, cache, r);
+      int heads = mine.last - h < TOGETHER ? mine.last - h : TOGETHER;
+      attend(&latents, t->batch->positions[r], m->score_scale, heads, b.absorbed + (r * (int64_t)m->heads + h) * each, each,
+             b.mixed + (r * (int64_t)m->heads + h) * mixed, mixed, b.lanes + (int64_t)t->thread * TOGETHER * m->latent * GROUP);
+    }
+  for (int h = mine.first; h < mine.last; h++) {
     Rows made = all(b.head_values + t->thread * rows * padded(m->value), padded(m->value));
     for (int p = 0; p < panels(&layer->value); p++)
       panel_product(&layer->value, h, p, made, all(b.mixed + h * mixed, m->heads * mixed), rows);

@@ -25,7 +25,7 @@ from torch import Tensor
 
 PANEL = 32
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
-SLACK = 16  # floats that may be read beyond the end of the cache
+GROUP = 16  # positions whose latents are interleaved in the cache
 _HERE = Path(__file__).parent
 _SOURCES = (_HERE / "cached_step.c", *sorted((_HERE / "native").glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC", "-pthread")

@@ -10,13 +10,11 @@ Shapes: B sequences, T new tokens of each, K blocks, N of them in a table, S slo
 elements, M written tokens.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moray.kernels.cached_step import SLACK
 from moray.models.config import ModelConfig
 
 
@@ -37,9 +35,8 @@ class LatentCache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         shape = (config.num_hidden_layers, blocks, block_size, width)
         # Zeros, not uninitialized memory: a masked score of NaN would still be NaN. On a CPU, the system provides the
-        # memory page by page, as it is written. The compiled step reads up to one vector beyond the end.
-        flat = torch.zeros(math.prod(shape) + SLACK, dtype=dtype, device=device)
-        self.storage = flat[: math.prod(shape)].view(shape)
+        # memory page by page, as it is written.
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
 
     def view(self, positions_BT: Tensor, tables_BN: Tensor) -> "CacheView":
         """Maps the tokens at `positions_BT` (-1: padding) to slots and visible positions, by `tables_BN`.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moray.kernels import cached_step
-from moray.kernels.cached_step import FORMATS, CMatrix, HugePages, pack, padded
+from moray.kernels.cached_step import FORMATS, GROUP, CMatrix, HugePages, pack, padded
 from moray.kernels.rope import rope_table
 from moray.models.attention import LATENT_EPS
 from moray.models.cache import LatentCache
@@ -78,6 +78,9 @@ class CompiledModel:
         return self._rows_LE
 
     def cache(self, blocks: int, block_size: int) -> LatentCache:
+        """Latents of 16 positions are interleaved in it. Raises ValueError for another block size than a multiple."""
+        if block_size % GROUP:
+            raise ValueError(f"block_size = {block_size} must be a multiple of {GROUP}")
         return LatentCache(self.config, blocks, block_size)
 
     def forward(self, spans: Sequence[Span], cache: LatentCache) -> RowLogits:

@@ -65,7 +65,7 @@ def compiled(model) -> CompiledModel:
 @pytest.fixture
 def make_engine(model, compiled, vocabulary) -> Callable[..., Engine]:
     def make(limits: EngineLimits | None = None, blocks: int | None = None, eager: bool = False) -> Engine:
-        limits = limits or EngineLimits(step_tokens=64, max_running=8, block_size=8)
+        limits = limits or EngineLimits(step_tokens=64, max_running=8, block_size=16)
         if blocks is not None:
             width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
             block_bytes = model.config.num_hidden_layers * limits.block_size * width * 4
@@ -77,7 +77,7 @@ def make_engine(model, compiled, vocabulary) -> Callable[..., Engine]:
 
 @pytest.fixture(scope="session")
 def shared_engine(compiled, vocabulary) -> Engine:
-    return Engine(compiled, vocabulary, EngineLimits(step_tokens=64, max_running=8, block_size=8))
+    return Engine(compiled, vocabulary, EngineLimits(step_tokens=64, max_running=8, block_size=16))
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,8 @@ def test_many_at_once_answer_as_each_alone(vocabulary, make_engine):
 
 def test_a_prompt_in_chunks_is_answered_as_in_one_piece(vocabulary, make_engine):
     request = greedy(vocabulary, "In the beginning was the word. " * 4, 8)
-    whole = run(make_engine(EngineLimits(step_tokens=200, max_running=2, block_size=8)), [request])
-    pieces = run(make_engine(EngineLimits(step_tokens=7, max_running=2, block_size=8)), [request])
+    whole = run(make_engine(EngineLimits(step_tokens=200, max_running=2, block_size=16)), [request])
+    pieces = run(make_engine(EngineLimits(step_tokens=7, max_running=2, block_size=16)), [request])
     assert len(request.prompt) > 20
     assert ids_of(pieces[0]) == ids_of(whole[0])
 
@@ -116,7 +116,7 @@ def test_no_delta_ends_within_a_code_point(vocabulary, make_engine):
 def test_log_probabilities_equal_those_of_a_whole_forward(model, vocabulary, make_engine):
     """FP32 in another order of operations (absorbed attention, chunks): 1e-4 nats."""
     request = greedy(vocabulary, "In the beginning was the word.", 6, logprobs=3, echo=True)
-    (deltas,) = run(make_engine(EngineLimits(step_tokens=9, max_running=2, block_size=8)), [request])
+    (deltas,) = run(make_engine(EngineLimits(step_tokens=9, max_running=2, block_size=16)), [request])
     tokens = [token for delta in deltas for token in delta.tokens]
     ids = [0, *(token.id for token in tokens)]
     assert tuple(ids[1 : 1 + len(request.prompt)]) == request.prompt
@@ -154,7 +154,7 @@ def test_an_empty_prompt_starts_a_document(model, vocabulary, make_engine):
 def test_a_full_cache_makes_sequences_read_again_not_fail(vocabulary, make_engine):
     requests = [greedy(vocabulary, text, 30, logprobs=1, echo=True) for text in ("In the", "was the", "word")]
     alone = [run(make_engine(), [request])[0] for request in requests]
-    engine = make_engine(blocks=7)  # 56 positions, of which each needs up to 34
+    engine = make_engine(blocks=4)  # 64 positions, of which each needs up to 34
     sequences = [engine.submit(request) for request in requests]
     lost, answers = 0, [[] for _ in requests]
     while engine.busy:
@@ -166,20 +166,20 @@ def test_a_full_cache_makes_sequences_read_again_not_fail(vocabulary, make_engin
     for found, expected in zip(answers, alone, strict=True):
         tokens = [[token for delta in deltas for token in delta.tokens] for deltas in (found, expected)]
         assert tokens[0] == tokens[1]  # scores too, to the bit
-    assert engine.pool.blocks_free == 7
+    assert engine.pool.blocks_free == 4
 
 
 def test_a_request_that_can_never_fit_is_refused(vocabulary, make_engine):
     with pytest.raises(ContextLengthError, match=r"maximum context length is 256 tokens.*\(2 in the prompt, 255"):
         make_engine().submit(Request((5,), max_tokens=255))
-    with pytest.raises(ContextLengthError, match="cache, which has 2 blocks of 8"):
-        make_engine(blocks=2).submit(Request((5,), max_tokens=16))
+    with pytest.raises(ContextLengthError, match="cache, which has 1 blocks of 16"):
+        make_engine(blocks=1).submit(Request((5,), max_tokens=16))
     with pytest.raises(ValueError, match="id 340 is outside the vocabulary of 340"):
         make_engine().submit(Request((340,)))
 
 
 def test_cancelling_frees_all_blocks_whether_running_or_waiting(vocabulary, make_engine):
-    engine = make_engine(EngineLimits(step_tokens=16, max_running=2, block_size=8))
+    engine = make_engine(EngineLimits(step_tokens=16, max_running=2, block_size=16))
     sequences = [engine.submit(greedy(vocabulary, "In the beginning " * 3, 40)) for _ in range(4)]
     for _ in range(5):
         engine.step()
