@@ -215,6 +215,8 @@ def measured(name: str, config: ModelConfig, rounds: int, memory: float) -> list
         save_random(config, folder)
         peers = {f"{e}, {a}": theirs(folder, e, a) for e in EXPERTS for a in ("eager", "sdpa")}
         mine = {form: ours(folder, form, words(config)) for form in FORMS}
+        gc.collect()
+        gc.freeze()  # as a server does: else the garbage collector visits the models' objects again and again
         reference, clock = peers["eager, eager"]
         expected = reference(prompts)
         gaps = clock.gaps

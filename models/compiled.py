@@ -9,10 +9,10 @@ position, C latent elements, P rotated elements.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class CompiledModel:
         self._layers = self._model.layer  # ctypes does not keep it
         self._threads = threads
         self._team = self._library.cached_step_start(threads)
-        self._scratch = torch.empty(0)
+        self._scratch, self._logits = torch.empty(0), torch.empty(0)
         self._rows_LE = torch.zeros(config.num_hidden_layers, config.n_routed_experts, dtype=torch.int64)
         self.element_bytes = 4
 
@@ -84,33 +84,35 @@ class CompiledModel:
         return LatentCache(self.config, blocks, block_size)
 
     def forward(self, spans: Sequence[Span], cache: LatentCache) -> RowLogits:
-        """`Rows.forward` of `rows.py`."""
-        rows = sum(len(span.ids) for span in spans)
-        wanted = sum(span.wanted for span in spans)
-        ids, positions, sequences = (np.empty(rows, np.int32) for _ in range(3))
-        tables = np.zeros((len(spans), max(len(span.table) for span in spans)), np.int32)
-        chosen, row = np.empty(wanted, np.int32), 0
-        taken = 0
+        """`RowModel.forward`."""
+        ids, positions, sequences, tables, chosen = (array("i") for _ in range(5))
+        depth = max(len(span.table) for span in spans)
         for number, span in enumerate(spans):
-            end = row + len(span.ids)
-            ids[row:end], sequences[row:end] = span.ids, number
-            positions[row:end] = range(span.start, span.start + len(span.ids))
-            tables[number, : len(span.table)] = span.table
-            chosen[taken : taken + span.wanted] = range(end - span.wanted, end)
-            row, taken = end, taken + span.wanted
-        logits = torch.empty(wanted, padded(self.config.vocab_size))
-        best = np.empty(wanted, np.int32)
-        needed = self._library.cached_step_floats(self._model, rows, self._threads)
-        if len(self._scratch) < needed:
-            self._scratch = torch.empty(needed)
+            count = len(span.ids)
+            ids.extend(span.ids)
+            positions.extend(range(span.start, span.start + count))
+            sequences.extend([number] * count)
+            tables.extend(span.table)
+            tables.extend([0] * (depth - len(span.table)))
+            chosen.extend(range(len(ids) - span.wanted, len(ids)))
+        best, width = array("i", [0]) * len(chosen), padded(self.config.vocab_size)
+        needed = self._library.cached_step_floats(self._model, len(ids), self._threads)
+        self._scratch = _room(self._scratch, needed)
+        self._logits = _room(self._logits, len(chosen) * width)
         batch = cached_step.CBatch(
-            rows, tables.shape[1], wanted, cache.block_size, self.config.vocab_size,
-            *(array.ctypes.data for array in (ids, positions, sequences, tables, chosen)),
-            cache.storage.data_ptr(), cache.storage.stride(0), logits.data_ptr(), best.ctypes.data,
+            len(ids), depth, len(chosen), cache.block_size, self.config.vocab_size,
+            *(values.buffer_info()[0] for values in (ids, positions, sequences, tables, chosen)),
+            cache.storage.data_ptr(), cache.storage.stride(0), self._logits.data_ptr(), best.buffer_info()[0],
             self._rows_LE.data_ptr(),
         )  # fmt: skip
         self._library.cached_step(self._team, self._model, batch, self._scratch.data_ptr())
-        return RowLogits(logits[:, : self.config.vocab_size], best.tolist())
+        logits_WV = self._logits[: len(chosen) * width].view(-1, width)[:, : self.config.vocab_size]
+        return RowLogits(logits_WV, best.tolist())
+
+
+def _room(buffer: Tensor, needed: int) -> Tensor:
+    """The buffer, or a larger one."""
+    return buffer if len(buffer) >= needed else torch.empty(needed)
 
 
 class _Packer:

@@ -50,5 +50,5 @@ class RowModel(Protocol):
         """A cache for `forward`."""
 
     def forward(self, spans: Sequence[Span], cache: LatentCache) -> RowLogits:
-        """Writes the tokens' latents into the cache, and returns the logits that are wanted. Each token attends to all
-        positions of its sequence up to its own."""
+        """Writes the tokens' latents into the cache, and returns the logits that are wanted, which are valid until the
+        next call. Each token attends to all positions of its sequence up to its own."""

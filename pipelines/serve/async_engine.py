@@ -8,6 +8,7 @@ slow consumer receives all results since its last read in one list, so slow clie
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import threading
 from collections import defaultdict
@@ -72,6 +73,8 @@ class AsyncEngine:
         self._closed = True
 
     def start(self) -> None:
+        gc.collect()
+        gc.freeze()  # a collection of everything that was loaded takes as long as many steps
         self._closed = False
         self._thread.start()
 

@@ -64,7 +64,7 @@ def reference(model, ids):
 
 def whole(compiled, ids, block_size=16):
     cache = compiled.cache(16, block_size)
-    return compiled.forward([Span(ids, 0, range(16), len(ids))], cache).logits_WV
+    return compiled.forward([Span(ids, 0, range(16), len(ids))], cache).logits_WV.clone()
 
 
 def distance(found, expected):
@@ -79,7 +79,7 @@ def test_it_is_the_reference(name):
     assert distance(whole(compiled, ids), reference(model, ids)) <= 1e-5
     one_by_one, cache = [], compiled.cache(16, 16)
     for position, index in enumerate(ids):
-        one_by_one.append(compiled.forward([Span([index], position, range(15, -1, -1), 1)], cache).logits_WV[0])
+        one_by_one.append(compiled.forward([Span([index], position, range(15, -1, -1), 1)], cache).logits_WV[0].clone())
     assert torch.equal(torch.stack(one_by_one), whole(compiled, ids))
     assert set(compiled.expert_rows().sum(1).tolist()) <= {0, 3 * LENGTH * model.config.num_experts_per_tok}
 
