@@ -2,8 +2,8 @@
 
 One replica serves a model of the size of the quickstart's, with random weights, as `moray serve` does. Clients in one
 asyncio process stream greedy answers. The engine alone runs in another process without HTTP; rounds of both take turns.
-Each attack runs beside a stream of its own, whose longest time between two events counts, from before
-the attack until it has been answered.
+Each attack, from a process of its own, runs beside a stream of its own. The longest time between two of the stream's
+events counts, from before the attack until it has been answered.
 
 Usage: python benchmarks/serving_http.py [rounds=5]
 """
@@ -15,11 +15,13 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import aiohttp
 import psutil
 from harness.result import Bar, report
 
-CLIENTS, PROMPT, NEW = 8, 64, 128
+CLIENTS, PROMPT, NEW = 8, 64, 1000
 CONTEXT, VOCABULARY = 4096, 4096
 MEASURES = ("moray.pipelines.serve.application", "moray.pipelines.serve.gateway", "moray.pipelines.serve.openai_api")
 
@@ -79,7 +81,8 @@ def ids(number: int, salt: int, count: int = PROMPT) -> list[int]:
 
 class Client:
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self._session, self._url = session, f"{url}/v1/completions"
+        self._session, self.url = session, url
+        self._url = f"{url}/v1/completions"
 
     async def stream(self, prompt: Any, tokens: int = NEW, **options: Any) -> AsyncIterator[float]:
         """The times of the events of an answer. Raises RuntimeError for an answer that is no stream."""
@@ -94,12 +97,11 @@ class Client:
                     yield time.perf_counter()
 
     async def status(self, body: Any) -> tuple[int, float]:
-        """The status and the seconds of a request with a body, as bytes, chunks of bytes, or JSON."""
+        """The status and the seconds of a request with a body, as bytes or chunks of bytes."""
         began = time.perf_counter()
-        content = body if isinstance(body, bytes) or hasattr(body, "__aiter__") else json.dumps(body)
         headers = {"content-type": "application/json"}
         with contextlib.suppress(aiohttp.ClientError):
-            async with self._session.post(self._url, data=content, headers=headers) as response:
+            async with self._session.post(self._url, data=body, headers=headers) as response:
                 await response.read()
                 return response.status, time.perf_counter() - began
         return 0, time.perf_counter() - began
@@ -175,12 +177,37 @@ def resident() -> int:
     return total
 
 
-async def attacks(client: Client) -> list[dict[str, Any]]:
-    async def chunked(size: int) -> AsyncIterator[bytes]:
-        yield b'{"prompt": "'
-        for _ in range(size >> 20):
-            yield b"x" * (1 << 20)
+async def chunks() -> AsyncIterator[bytes]:
+    yield b'{"prompt": "'
+    for _ in range(100):
+        yield b"x" * 1_000_000
 
+
+BODIES: dict[str, Callable[[], Any]] = {
+    "a body of 100 MB": lambda: b'{"prompt": "' + b"x" * 100_000_000 + b'"}',
+    "a body of 100 MB in chunks": chunks,
+    "5 million ids": lambda: json.dumps({"prompt": [5] * 5_000_000}).encode(),
+    "10,000 prompts": lambda: json.dumps({"prompt": ["x"] * 10_000}).encode(),
+    "a prompt of the whole context": lambda: json.dumps({"prompt": ids(3, 5, CONTEXT - 8), "max_tokens": 4}).encode(),
+}
+
+
+async def elsewhere(url: str, name: str) -> str:
+    """The status and the seconds of a request with this body, from a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    made = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, "--send", url, name, stdout=asyncio.subprocess.PIPE, env=environment
+    )
+    printed, _ = await made.communicate()
+    return printed.decode().strip()
+
+
+async def send(url: str, name: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        print(await Client(session, url).status(BODIES[name]()))
+
+
+async def attacks(client: Client) -> list[dict[str, Any]]:
     async def long_answers() -> list[float]:
         salt = time.monotonic_ns()
         tasks = [asyncio.ensure_future(anext(client.stream(ids(n, salt), 1500))) for n in range(66)]
@@ -192,11 +219,7 @@ async def attacks(client: Client) -> list[dict[str, Any]]:
 
     named: dict[str, Callable[[], Awaitable[Any]]] = {
         "none": nothing,
-        "a body of 100 MB": lambda: client.status(b'{"prompt": "' + b"x" * 100_000_000 + b'"}'),
-        "a body of 100 MB in chunks": lambda: client.status(chunked(100_000_000)),
-        "5 million ids": lambda: client.status({"prompt": [5] * 5_000_000}),
-        "10,000 prompts": lambda: client.status({"prompt": ["x"] * 10_000}),
-        "a prompt of the whole context": lambda: client.status({"prompt": ids(3, 5, CONTEXT - 8), "max_tokens": 4}),
+        **{name: partial(elsewhere, client.url, name) for name in BODIES},
         "66 long answers, then a short one": long_answers,
     }
     rows = []
@@ -253,6 +276,9 @@ async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[
 def main() -> int:
     from moray.platform.api import serving
 
+    if sys.argv[1:2] == ["--send"]:
+        asyncio.run(send(*sys.argv[2:4]))
+        return 0
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")

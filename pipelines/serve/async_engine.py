@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,10 @@ from moray.pipelines.serve.sequence import Delta, Request
 from moray.pipelines.serve.sequence import Sequence as Answer
 
 Item: TypeAlias = "tuple[int, Delta | Exception]"
+
+# Seconds between the events of a stream, at least: for each open answer, and limits of that. A small model writes an id
+# in 0.2 ms, and an event takes 1 ms of the replica and 1 ms of Ray Serve's proxy, whatever is in it.
+_EVENT_SECONDS, _LEAST_SECONDS, _MOST_SECONDS = 0.005, 0.01, 0.05
 
 
 class EngineStoppedError(RuntimeError):
@@ -38,18 +42,28 @@ class _Stream:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.items: asyncio.Queue[Item] = asyncio.Queue()
         self.answers: list[Answer] = []
+        self._items: list[Item] = []
+        self._some, self._ended = asyncio.Event(), asyncio.Event()
+        self._next = 0.0  # when the next items may be taken
 
     def put(self, items: list[Item]) -> None:
-        for item in items:
-            self.items.put_nowait(item)
+        self._items += items
+        self._some.set()
+        if any(isinstance(result, Exception) or result.finish_reason is not None for _, result in items):
+            self._ended.set()
 
-    async def take(self) -> list[Item]:
-        """All items received so far; waits for the first one."""
-        items = [await self.items.get()]
-        while not self.items.empty():
-            items.append(self.items.get_nowait())
+    async def take(self, apart: float) -> list[Item]:
+        """All items received so far; waits for the first one, and until the last ones are so many seconds ago, unless
+        an answer has ended."""
+        await self._some.wait()
+        if (left := self._next - self.loop.time()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), left)
+        self._next = self.loop.time() + apart
+        self._some.clear()
+        self._ended.clear()
+        items, self._items = self._items, []
         return items
 
 
@@ -105,6 +119,11 @@ class AsyncEngine:
             "expert_load": engine.expert_load(),
         }
 
+    @property
+    def _apart(self) -> float:
+        """Seconds between the events of a stream, at least."""
+        return min(max(_LEAST_SECONDS, _EVENT_SECONDS * self._open), _MOST_SECONDS)
+
     def check_room(self, answers: int) -> None:
         """Raises QueueFullError if so many more answers cannot be open."""
         if self._open + answers > self._most_open:
@@ -135,7 +154,7 @@ class AsyncEngine:
         self._open += left
         try:
             while left:
-                deltas = [(index, _unless_error(result)) for index, result in await stream.take()]
+                deltas = [(index, _unless_error(result)) for index, result in await stream.take(self._apart)]
                 left -= sum(delta.finish_reason is not None for _, delta in deltas)
                 yield deltas
         finally:
