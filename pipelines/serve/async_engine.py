@@ -1,32 +1,25 @@
 """asyncio interface of the engine: one thread runs its steps, and any number of coroutines wait for answers.
 
 Notable: only the engine's thread touches the engine. Coroutines post commands to an inbox that the thread reads between
-steps, so no coroutine waits for a lock while the model runs. The results of a step reach an event loop in one call. A
-slow consumer receives all results since its last read in one list, so slow clients get fewer and larger chunks.
+steps, so no coroutine waits for a lock while the model runs. A slow consumer receives all results since its last read in
+one list, so slow clients get fewer and larger chunks.
 """
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
-from typing import Any, TypeAlias
+from contextlib import aclosing
+from typing import Any
 
 import torch
 
 from moray.pipelines.serve.engine import Engine, Output
 from moray.pipelines.serve.sequence import Delta, Request
 from moray.pipelines.serve.sequence import Sequence as Answer
-
-Item: TypeAlias = "tuple[int, Delta | Exception]"
-
-# Seconds between the events of a stream, at least: for each open answer, and limits of that. A small model writes an id
-# in 0.2 ms, and an event takes 1 ms of the replica and 1 ms of Ray Serve's proxy, whatever is in it.
-_EVENT_SECONDS, _LEAST_SECONDS, _MOST_SECONDS = 0.005, 0.01, 0.05
+from moray.pipelines.serve.streams import AnswerStream, Delivery, seconds_apart
 
 
 class EngineStoppedError(RuntimeError):
@@ -35,36 +28,6 @@ class EngineStoppedError(RuntimeError):
 
 class QueueFullError(RuntimeError):
     """The engine has as many open requests as it takes."""
-
-
-class _Stream:
-    """The answers to one caller's requests, on that caller's event loop."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.answers: list[Answer] = []
-        self._items: list[Item] = []
-        self._some, self._ended = asyncio.Event(), asyncio.Event()
-        self._next = 0.0  # when the next items may be taken
-
-    def put(self, items: list[Item]) -> None:
-        self._items += items
-        self._some.set()
-        if any(isinstance(result, Exception) or result.finish_reason is not None for _, result in items):
-            self._ended.set()
-
-    async def take(self, apart: float) -> list[Item]:
-        """All items received so far; waits for the first one, and until the last ones are so many seconds ago, unless
-        an answer has ended."""
-        await self._some.wait()
-        if (left := self._next - self.loop.time()) > 0:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), left)
-        self._next = self.loop.time() + apart
-        self._some.clear()
-        self._ended.clear()
-        items, self._items = self._items, []
-        return items
 
 
 class AsyncEngine:
@@ -80,8 +43,9 @@ class AsyncEngine:
         self._threads = threads
         self._most_open = most_open
         self._open = 0
+        self._delivery = Delivery()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[Answer, tuple[_Stream, int]] = {}
+        self._streams: dict[Answer, tuple[AnswerStream, int]] = {}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._gate = threading.Lock()
         self._closed = True
@@ -119,11 +83,6 @@ class AsyncEngine:
             "expert_load": engine.expert_load(),
         }
 
-    @property
-    def _apart(self) -> float:
-        """Seconds between the events of a stream, at least."""
-        return min(max(_LEAST_SECONDS, _EVENT_SECONDS * self._open), _MOST_SECONDS)
-
     def check_room(self, answers: int) -> None:
         """Raises QueueFullError if so many more answers cannot be open."""
         if self._open + answers > self._most_open:
@@ -145,7 +104,7 @@ class AsyncEngine:
         for request in requests:
             self.engine.check(request)
         self.check_room(len(requests))
-        stream = _Stream()
+        stream = AnswerStream()
         with self._gate:  # no command may follow the final None in the inbox
             if not self.alive:
                 raise EngineStoppedError("the engine is not running")
@@ -154,7 +113,9 @@ class AsyncEngine:
         self._open += left
         try:
             while left:
-                deltas = [(index, _unless_error(result)) for index, result in await stream.take(self._apart)]
+                deltas = [
+                    (index, _unless_error(result)) for index, result in await stream.take(seconds_apart(self._open))
+                ]
                 left -= sum(delta.finish_reason is not None for _, delta in deltas)
                 yield deltas
         finally:
@@ -182,7 +143,7 @@ class AsyncEngine:
             commands.append(self._inbox.get())
         return commands
 
-    def _admit(self, stream: _Stream, requests: Sequence[Request]) -> None:
+    def _admit(self, stream: AnswerStream, requests: Sequence[Request]) -> None:
         """Requests with the prompt of the one before let the first of them read it."""
         leader: Answer | None = None
         for index, request in enumerate(requests):
@@ -193,7 +154,7 @@ class AsyncEngine:
             stream.answers.append(answer)
             self._streams[answer] = (stream, index)
 
-    def _cancel(self, stream: _Stream) -> None:
+    def _cancel(self, stream: AnswerStream) -> None:
         for answer in stream.answers:
             self.engine.cancel(answer)
             self._streams.pop(answer, None)
@@ -206,18 +167,14 @@ class AsyncEngine:
         self._deliver([Output(answer, error) for answer in answers])
 
     def _deliver(self, outputs: list[Output]) -> None:
-        """Sends a step's results to their streams, with one call per stream."""
-        grouped: dict[_Stream, list[Item]] = defaultdict(list)
         for output in outputs:
             ended = isinstance(output.result, Exception) or output.result.finish_reason is not None
             found = self._streams.pop(output.sequence, None) if ended else self._streams.get(output.sequence)
             if found is not None:
-                grouped[found[0]].append((found[1], output.result))
-        for stream, items in grouped.items():
-            try:
-                stream.loop.call_soon_threadsafe(stream.put, items)
-            except RuntimeError:  # its event loop is closed, so there is no reader
-                self._cancel(stream)
+                stream, index = found
+                self._delivery.add(stream, (index, output.result))
+        for stream in self._delivery.send():
+            self._cancel(stream)
 
 
 def _unless_error(result: Delta | Exception) -> Delta:
