@@ -1,8 +1,8 @@
 """asyncio interface of the engine: one thread runs its steps, and any number of coroutines wait for answers.
 
 Notable: only the engine's thread touches the engine. Coroutines post commands to an inbox that the thread reads between
-steps, so no coroutine waits for a lock while the model runs. A slow consumer receives all results since its last read in
-one list, so slow clients get fewer and larger chunks.
+steps, so no coroutine waits for a lock while the model runs. A slow consumer receives all results since its last read
+in one list, so slow clients get fewer and larger chunks.
 """
 
 from __future__ import annotations
@@ -113,9 +113,8 @@ class AsyncEngine:
         self._open += left
         try:
             while left:
-                deltas = [
-                    (index, _unless_error(result)) for index, result in await stream.take(seconds_apart(self._open))
-                ]
+                items = await stream.take(seconds_apart(self._open))
+                deltas = [(index, _unless_error(result)) for index, result in items]
                 left -= sum(delta.finish_reason is not None for _, delta in deltas)
                 yield deltas
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SECONDS = 0.02  # of a step, for prompts
+_SECONDS = 0.015  # of a step, for prompts
 _LEAST, _FIRST = 16, 64  # rows: always, and before anything is known
 _WEIGHT = 0.2  # of the newest measurement
 

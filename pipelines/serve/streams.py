@@ -18,7 +18,7 @@ from moray.pipelines.serve.sequence import Sequence as Answer
 Item: TypeAlias = "tuple[int, Delta | Exception]"
 
 # Seconds between the events of a stream, at least: for each open answer, and limits of that.
-_EVENT_SECONDS, _LEAST_SECONDS, _MOST_SECONDS = 0.005, 0.01, 0.05
+_EVENT_SECONDS, _LEAST_SECONDS, _MOST_SECONDS = 0.005, 0.01, 0.04
 _WAKE_SECONDS = 0.004  # between wakes of event loops
 
 
