@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link is outside the checkout, because Ray packs the checkout with its links.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data pages teacher compat format install clean
+.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data bench-serve pages teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -76,6 +76,12 @@ $(TEACHER)/.installed:
 DATA_BENCHMARKS := dedup_quality dedup_engine dedup_pipeline dedup_parts encoding packing extraction filters decontamination
 bench-data: $(VENV)/.installed-dev
 	failed=; for name in $(DATA_BENCHMARKS); do \
+	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
+	$(MAKE) --no-print-directory pages; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
+
+# Serving on this machine: the engine beside transformers, and Ray Serve beside the engine.
+bench-serve: $(VENV)/.installed-dev
+	failed=; for name in serving_engine serving_http; do \
 	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 	$(MAKE) --no-print-directory pages; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
 
