@@ -1,7 +1,7 @@
 """A model whose forward over the latent cache is compiled (`kernels/cached_step.c`), for inference on CPUs.
 
-Notable: weights are packed one tensor at a time as they are read, and the originals are not kept. Activations, norms,
-routers and the cache are FP32 whatever the weights' form.
+Notable: weights are packed as they are read, a matrix or a stack of experts at a time, and the originals are not kept.
+Activations, norms, routers and the cache are FP32 whatever the weights' form.
 
 Shapes: V vocabulary, W rows whose logits are wanted, L layers, E experts, D hidden size, N elements of a head without
 position, C latent elements, P rotated elements.
@@ -40,7 +40,6 @@ class CompiledModel:
         self._library = cached_step.library(folder)
         self._kept: list[Tensor] = []
         self._model = _Packer(config, read, weights, self._kept).model()
-        self._layers = self._model.layer  # ctypes does not keep it
         self._threads = threads
         self._team = self._library.cached_step_start(threads)
         self._scratch, self._logits = torch.empty(0), torch.empty(0)

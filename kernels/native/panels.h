@@ -81,7 +81,7 @@ INLINE void panel_of(const int format, const Matrix *m, int number, int panel, R
     for (int i = 0; i < together; i++) of[i] = row(x, r + i), to[i] = row(y, r + i) + panel * PANEL;
     // As many sums as fit the registers: 16 of 32 with AVX-512, 8 of 16 with AVX2.
     if (together == 4) tile(4, BYTES == 32 ? 1 : 2, format, to, of, from, scales, m->inputs);
-    else if (together == 2) tile(2, BYTES == 32 ? 2 : 2, format, to, of, from, scales, m->inputs);
+    else if (together == 2) tile(2, 2, format, to, of, from, scales, m->inputs);
     else tile(1, BYTES == 64 ? 2 : 4, format, to, of, from, scales, m->inputs);
     r += together;
   }

@@ -78,14 +78,16 @@ static void end_team(Team *team) {
 // A team of threads; fewer than asked for if the system starts no more.
 static Team *start_team(int threads) {
   Team *team = calloc(1, sizeof(Team));
-  Worker **workers = calloc(threads, sizeof(Worker *));
   team->workers = calloc(threads, sizeof(pthread_t));
   team->threads = threads;
   for (int thread = 1; thread < threads; thread++) {
     Worker *worker = malloc(sizeof(Worker));
     *worker = (Worker){team, thread};
-    if (pthread_create(&team->workers[thread], NULL, work, worker)) abort();
+    if (pthread_create(&team->workers[thread], NULL, work, worker)) {
+      free(worker);
+      team->threads = thread;  // those that wait at the barrier are too few for either number
+      break;
+    }
   }
-  free(workers);
   return team;
 }
