@@ -72,7 +72,7 @@ def test_plan_as_json_lists_every_step(tmp_path: Path) -> None:
         (["plan", "quickstart", "--gpu", "h100-80gb"], "are options of --memory", "add --memory"),
         (["plan", "quickstart", "--memory", "--imbalance", "nan"], "at least 1", ""),
         (["plan", "quickstart", "--memory", "--gpu", "h100"], "unknown GPU 'h100'", "h100-80gb"),
-        (["plan", "corpus-demo", "--memory"], "trains no model", "pretrain"),
+        (["plan", "synthesize-demo", "--memory"], "trains no model", "pretrain"),
         (["plan", "v3-671b", "--memory", "--step", "extend-64k"], "has no step 'extend-64k'", "extend-32k"),
         (["plan", "quickstart", "--memory", "--step", "dedup"], "step dedup of quickstart trains no model", "pretrain"),
         (["plan", "quickstart", "--step", "pretrain"], "are options of --memory", "add --memory"),
