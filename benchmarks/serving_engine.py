@@ -1,10 +1,13 @@
-"""Greedy decoding on one CPU thread: Moray's engine compared with transformers' `generate`, on the same weights.
+"""Greedy decoding on one CPU thread: Moray's engine, transformers' `generate` and llama.cpp, on the same weights.
 
 Models have random weights, large enough that routers and next ids differ. Each contestant reads prompts of 64 ids and
 writes 64 more, at batch 1 and 8; rounds are interleaved. A rate is that of the ids after the first, over the CPU time
 of the process, in the median round. transformers runs each implementation of experts and of attention once; the two
-fastest run on, and the fastest counts. The ids of 32 answers are compared with those of transformers in FP32: they may
-differ only from where its two best logits differ by less than 1e-4.
+fastest run on, and the fastest counts. llama.cpp runs with flash attention and a cache in F16, its fastest form.
+
+The ids of 32 answers are compared with those of transformers in FP32: they may differ only from where its two best
+logits differ by less than 1e-4. llama.cpp shows with a cache in F32 that it has the same weights. Rounded weights
+belong to another model: BF16 and INT8 are compared with transformers on the weights as Moray rounds them.
 
 The limit of a decode step is the time to read the weights that its rows use, once: the larger of two rates of reading,
 of memory (over four times the last cache) and of the model's own packed weights. At batch n, n rows use
@@ -15,13 +18,16 @@ Usage: python benchmarks/serving_engine.py [rounds=5]
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,7 @@ import numba
 import numpy as np
 import torch
 from harness.result import Bar, report
+from harness.rounded import round_weights
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from moray.kernels.cached_step import padded
@@ -45,20 +52,51 @@ from moray.pipelines.serve.sequence import Request
 from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
 from moray.platform.core.home import Home
 
+HERE = Path(__file__).resolve().parent
 PROMPT, NEW = 64, 64
+LONG = 4096  # positions of context, before each of the last ids is timed
 _KEPT = 2
 NEAR = 1e-4
 MODELS = {
     "quickstart 3.7 M": preset("tiny"),
     "tiny 8 M": ModelConfig(
-        8192, 256, 768, 160, 4, 4, 8, 2, 64, 32, 16, 32, first_k_dense_replace=1, max_position_embeddings=8192
+        8192,
+        256,
+        768,
+        160,
+        4,
+        4,
+        8,
+        2,
+        64,
+        32,
+        16,
+        32,
+        q_lora_rank=128,
+        first_k_dense_replace=1,
+        max_position_embeddings=8192,
     ),
     "mid 104 M": ModelConfig(
-        8192, 512, 1536, 256, 8, 8, 32, 4, 128, 64, 32, 64, first_k_dense_replace=1, max_position_embeddings=8192
+        8192,
+        512,
+        1536,
+        256,
+        8,
+        8,
+        32,
+        4,
+        128,
+        64,
+        32,
+        64,
+        q_lora_rank=256,
+        first_k_dense_replace=1,
+        max_position_embeddings=8192,
     ),
 }
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 FORMS = ("float32", "bfloat16", "int8")
+LLAMA = ("f32", "q8_0")
 GOALS = {("quickstart 3.7 M", 1): 12, ("quickstart 3.7 M", 8): 8, ("tiny 8 M", 1): 7, ("tiny 8 M", 8): 5}
 
 
@@ -71,7 +109,7 @@ class Timed:
     rest: float
 
 
-Run = Callable[[list[list[int]]], Timed]
+Run = Callable[..., Timed]  # of prompts and, except for transformers, the number of ids to generate
 
 
 class Clock(LogitsProcessor):
@@ -112,18 +150,49 @@ def ours(folder: Path, form: str, vocabulary: ServingVocabulary) -> tuple[Run, C
     model = CompiledModel.from_folder(folder, Home.from_environment().cache / "native", form)
     engine = Engine(model, vocabulary, EngineLimits(step_tokens=1024, max_running=256))
 
-    def run(prompts: list[list[int]]) -> Timed:
-        request = Request((), NEW, temperature=0.0, ignore_eos=True, bare=True)
+    def run(prompts: list[list[int]], new: int = NEW) -> Timed:
+        request = Request((), new, temperature=0.0, ignore_eos=True, bare=True)
         began = time.process_time()
         sequences = [engine.submit(dataclasses.replace(request, prompt=tuple(prompt))) for prompt in prompts]
-        engine.step()
+        while any(not sequence.generated for sequence in sequences):
+            engine.step()
         first = time.process_time()
         while engine.busy:
             engine.step()
         ended = time.process_time()
-        return Timed([sequence.ids[PROMPT:] for sequence in sequences], first - began, ended - first)
+        return Timed([one.ids[one.prompt_length :] for one in sequences], first - began, ended - first)
 
     return run, model
+
+
+@contextlib.contextmanager
+def llama(folder: Path, form: str, sequences: int = 8, context: int = 2 * (PROMPT + NEW)) -> Iterator[Run]:
+    """llama.cpp in a process of its own, which measures its own CPU time."""
+    python = HERE / "peers" / ".venv" / "bin" / "python"
+    if not python.exists():
+        raise SystemExit("error: the peers are not installed: make bench-peers")
+    weights, _, exact = form.partition(", ")
+    script = [str(python), str(HERE / "peers" / "llama.py"), str(folder), weights, exact or "fast"]
+    command = [*script, str(sequences), str(context)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        asked, answered = process.stdin, process.stdout
+        assert asked is not None
+        assert answered is not None
+        if not (version := answered.readline()):
+            raise SystemExit("error: llama.cpp did not start: make bench-peers")
+        print(f"llama.cpp {form}: {version.strip()}", file=sys.stderr)
+
+        def run(prompts: list[list[int]], new: int = NEW) -> Timed:
+            parts = [prompts[start : start + sequences] for start in range(0, len(prompts), sequences)]
+            found = []
+            for part in parts:
+                asked.write(json.dumps({"prompts": part, "new": new}) + "\n")
+                found.append(json.loads(answered.readline()))
+            ids = [one for part in found for one in part["ids"]]
+            return Timed(ids, sum(part["first"] for part in found), sum(part["rest"] for part in found))
+
+        yield run
+        asked.close()
 
 
 def words(config: ModelConfig) -> ServingVocabulary:
@@ -209,53 +278,85 @@ def agreement(found: list[list[int]], expected: list[list[int]], gaps: list[list
 def measured(name: str, config: ModelConfig, rounds: int, memory: float) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(5)
     prompts = torch.randint(0, config.vocab_size, (32, PROMPT), generator=generator).tolist()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = Path(temporary) / "model"
         save_random(config, folder)
-        peers = {f"{e}, {a}": theirs(folder, e, a) for e in EXPERTS for a in ("eager", "sdpa")}
         mine = {form: ours(folder, form, words(config)) for form in FORMS}
+        rows = correctness(name, folder, prompts, {form: run for form, (run, _) in mine.items()})
+        peers = {f"transformers {e}, {a}": theirs(folder, e, a)[0] for e in EXPERTS for a in ("eager", "sdpa")}
+        peers |= {f"llama.cpp {form}": stack.enter_context(llama(folder, form)) for form in LLAMA}
+        runs = peers | {f"Moray {form}": run for form, (run, _) in mine.items()}
         gc.collect()
         gc.freeze()  # as a server does: else the garbage collector visits the models' objects again and again
-        reference, clock = peers["eager, eager"]
-        expected = reference(prompts)
-        gaps = clock.gaps
-        for form, (run, _) in mine.items():
-            wrong, near = agreement(run(prompts).ids, expected.ids, gaps)
-            rows.append({"model": name, "who": f"Moray {form}", "batch": 32, "different": wrong, "near": near})
         for batch in (1, 8):
-            times: dict[str, list[Timed]] = {who: [] for who in (*peers, *mine)}
-            for round_ in range(rounds + 1):
-                some = prompts[round_ * batch % 24 : round_ * batch % 24 + batch]
-                for who, (run, *_) in (*peers.items(), *mine.items()):
-                    if who in times:
-                        times[who].append(run(some))
-                if not round_:  # those that are not among the fastest of the first round do not run again
-                    slow = sorted(peers, key=lambda who: times[who][0].rest)[_KEPT:]
-                    times = {who: found for who, found in times.items() if who not in slow}
-                print(f"{name}, batch {batch}: round {round_} of {rounds}", file=sys.stderr, flush=True)
-            for who, all_ in times.items():
-                rate = statistics.median(batch * (NEW - 1) / one.rest for one in all_[1:])
-                first = statistics.median(batch * PROMPT / one.first for one in all_[1:])
-                row: dict[str, Any] = {
-                    "model": name,
-                    "who": f"Moray {who}" if who in mine else f"transformers {who}",
-                    "batch": batch,
-                }
-                row |= {"tokens_s": rate, "prompt_tokens_s": first}
-                if who in mine:
-                    limit = max(memory, read_rate(packed(mine[who][1])))
-                    row["limit_bytes_s"] = limit
-                    row["share_of_limit"] = rate / batch * active_bytes(config, who, batch) / limit
+            times = timed(name, runs, prompts, batch, rounds)
+            rates = {who: statistics.median(batch * (NEW - 1) / one.rest for one in times[who]) for who in times}
+            best = max(rate for who, rate in rates.items() if who.startswith("transformers"))
+            for who, rate in rates.items():
+                first = statistics.median(batch * PROMPT / one.first for one in times[who])
+                row = {"model": name, "who": who, "batch": batch, "tokens_s": rate, "prompt_tokens_s": first}
+                if who.startswith("Moray"):
+                    form = who.removeprefix("Moray ")
+                    limit = max(memory, read_rate(packed(mine[form][1])))
+                    row |= {"over_transformers": rate / best, "over_llama": rate / rates["llama.cpp f32"]}
+                    row |= {"over_llama_q8": rate / rates["llama.cpp q8_0"], "limit_bytes_s": limit}
+                    row["share_of_limit"] = rate / batch * active_bytes(config, form, batch) / limit
                 rows.append(row)
-    best = {
-        batch: max(row["tokens_s"] for row in rows if row["batch"] == batch and row["who"].startswith("transformers"))
-        for batch in (1, 8)
-    }
-    for row in rows:
-        if "tokens_s" in row and row["who"].startswith("Moray"):
-            row["over_transformers"] = row["tokens_s"] / best[row["batch"]]
     return rows
+
+
+def correctness(name: str, folder: Path, prompts: list[list[int]], mine: dict[str, Run]) -> list[dict[str, Any]]:
+    """How many answers differ from those of transformers on the same, or as Moray rounds them, weights."""
+    rows = []
+    for form, run in mine.items():
+        with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+            checkpoint.save(round_weights(checkpoint.load(folder), form), Path(temporary) / "model", "float32")
+            reference, clock = theirs(Path(temporary) / "model", "eager", "eager")
+            expected = reference(prompts).ids
+            found = {f"Moray {form}": run}
+            if form == "float32":
+                found["llama.cpp f32, exact"] = stack.enter_context(llama(folder, "f32, exact"))
+            for who, contestant in found.items():
+                wrong, near = agreement(contestant(prompts).ids, expected, clock.gaps)
+                rows.append({"model": name, "who": who, "batch": 32, "different": wrong, "near": near})
+    return rows
+
+
+def timed(name: str, runs: dict[str, Run], prompts: list[list[int]], batch: int, rounds: int) -> dict[str, list[Timed]]:
+    """All rounds of each contestant but the first, which chooses the fastest forms of transformers."""
+    times: dict[str, list[Timed]] = {who: [] for who in runs}
+    for round_ in range(rounds + 1):
+        some = prompts[round_ * batch % 24 : round_ * batch % 24 + batch]
+        for who, found in times.items():
+            found.append(runs[who](some))
+        if not round_:
+            peers = sorted((who for who in times if who.startswith("transformers")), key=lambda who: times[who][0].rest)
+            times = {who: [] for who in times if who not in peers[_KEPT:]}
+        print(f"{name}, batch {batch}: round {round_} of {rounds}", file=sys.stderr, flush=True)
+    return times
+
+
+def long_context(name: str, rounds: int) -> list[dict[str, Any]]:
+    """The time of one id after 4,096 others."""
+    config, new = MODELS[name], 33
+    generator = torch.Generator().manual_seed(7)
+    prompt = torch.randint(0, config.vocab_size, (1, LONG), generator=generator).tolist()
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = Path(temporary) / "model"
+        save_random(config, folder)
+        forms = [*LLAMA, "f32, exact"]
+        runs = {f"llama.cpp {form}": stack.enter_context(llama(folder, form, 1, LONG + 256)) for form in forms}
+        runs |= {f"Moray {form}": ours(folder, form, words(config))[0] for form in FORMS}
+        times: dict[str, list[float]] = {who: [] for who in runs}
+        for round_ in range(rounds):
+            for who, run in runs.items():
+                fresh = [[(prompt[0][0] + round_) % config.vocab_size, *prompt[0][1:]]]  # not in the prefix cache
+                times[who].append(run(fresh, new).rest / (new - 1))
+            print(f"{name}, {LONG} positions: round {round_ + 1} of {rounds}", file=sys.stderr, flush=True)
+    return [
+        {"model": name, "who": who, "context": LONG, "token_ms": 1e3 * statistics.median(found)}
+        for who, found in times.items()
+    ]
 
 
 def main() -> int:
@@ -266,21 +367,34 @@ def main() -> int:
     for name, config in MODELS.items():
         rows += measured(name, config, rounds, memory)
         gc.collect()
+    rows += long_context("tiny 8 M", rounds)
     found = {(row.get("model"), row.get("who"), row.get("batch")): row for row in rows}
     bars = [
         Bar(f"{name}, batch {batch}, FP32 over transformers", found[name, "Moray float32", batch]["over_transformers"],
             goal, "higher")
         for (name, batch), goal in GOALS.items()
     ]  # fmt: skip
+    long = {
+        who: min(row["token_ms"] for row in rows if "context" in row and row["who"] in forms)
+        for who, forms in (("Moray", ("Moray float32",)), ("llama.cpp", ("llama.cpp f32", "llama.cpp f32, exact")))
+    }
     mid = "mid 104 M"
     wide, int8 = (found[mid, f"Moray {form}", 1] for form in ("float32", "int8"))
     bars += [
         Bar(f"{mid}, batch 1, FP32, share of the limit", wide["share_of_limit"], 0.8, "higher"),
         Bar(f"{mid}, batch 1, INT8 over transformers", int8["over_transformers"], 7, "higher"),
-        Bar(
-            "FP32 answers that differ where no two ids are near",
-            sum(row.get("different", 0) for row in rows if row.get("who") == "Moray float32"), 0, "lower",
+        *(
+            Bar(f"{name}, batch {batch}, FP32 over llama.cpp", found[name, "Moray float32", batch]["over_llama"],
+                {1: 1.1, 8: 1.5}[batch], "higher")
+            for name in ("tiny 8 M", mid) for batch in (1, 8)
         ),
+        Bar(f"tiny 8 M, FP32, an id after {LONG}, over llama.cpp", long["llama.cpp"] / long["Moray"], 1.5, "higher"),
+        Bar(
+            "answers that differ where no two ids are near",
+            sum(row.get("different", 0) for row in rows if "Moray" in row.get("who", "")), 0, "lower",
+        ),
+        Bar("the same for llama.cpp in its exact form", sum(
+            row.get("different", 0) for row in rows if "llama" in row.get("who", "")), 0, "lower"),
     ]  # fmt: skip
     return report("serving_engine", rows, bars)
 

@@ -114,7 +114,8 @@ class Gateway:
         deadline, pause, deaths = time.monotonic() + _RETRY_SECONDS, _PAUSE_SECONDS, 0
         while True:
             attempt = _Attempt(send)
-            await self._app(scope, _Replayed(body, receive), attempt)
+            # A copy, because the proxy takes the route off the path and adds to the headers.
+            await self._app({**scope, "headers": list(scope["headers"])}, _Replayed(body, receive), attempt)
             if await attempt.finish():
                 return
             deaths += not attempt.started

@@ -86,11 +86,11 @@ def test_it_is_the_reference(name):
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 def test_other_forms_are_the_reference_with_rounded_weights(form):
-    """Every matrix but the router's is rounded; the absorbed halves of kv_b_proj have scales of their own outputs."""
+    """Routers are rounded in INT8 only. The absorbed halves of kv_b_proj have scales of their own outputs."""
     model = drawn(replace(BASE, q_lora_rank=None))
     rounded = drawn(model.config)
     for name, view, _ in rounded.logical_parameters():
-        if view.dim() == 1 or name.endswith("gate.weight"):
+        if view.dim() == 1 or (form == "bfloat16" and name.endswith("gate.weight")):
             continue
         if form == "bfloat16" or "embed" in name:
             view.copy_(view.bfloat16().float())

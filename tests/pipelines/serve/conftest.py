@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def model(tokenizer) -> DeepseekV3:
     model = DeepseekV3(config).eval()
     model.init_weights(seed=3)
     return model
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path) -> Path:
+    from moray.models import checkpoint
+
+    checkpoint.save(model, tmp_path / "model")
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path / "model"
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 
@@ -188,6 +190,32 @@ def test_cancelling_frees_all_blocks_whether_running_or_waiting(vocabulary, make
         engine.cancel(sequence)
         engine.cancel(sequence)  # twice is no error
     assert not engine.busy
+    assert engine.pool.blocks_free == engine.pool.blocks
+
+
+def test_a_thousand_random_requests_and_cancellations_leak_no_block(vocabulary, make_engine):
+    """A cache for three answers at a time: many lose their blocks to others, and what was read is overwritten."""
+    draw = random.Random(5)
+    engine = make_engine(EngineLimits(step_tokens=24, max_running=6, block_size=16), blocks=7)
+    alone = [ids_of(run(make_engine(), [greedy(vocabulary, text, 40)])[0]) for text in PROMPTS]
+    preempted = 0
+    for _ in range(1000):
+        text, leader = draw.choice(PROMPTS), None
+        for _ in range(draw.choice([0, 1, 1, 3])):  # choices of one prompt
+            answer = engine.submit(greedy(vocabulary, text, draw.randint(1, 40)), leader)
+            leader = leader or answer
+        before = {one: one.computed for one in engine.sequences}
+        engine.step()
+        preempted += sum(one.computed < computed for one, computed in before.items() if not one.closed)
+        while len(engine.sequences) > 9 or (engine.busy and draw.random() < 0.2):
+            engine.cancel(draw.choice(engine.sequences))
+        held = {block for one in engine.sequences for block in one.blocks}
+        assert len(held) == engine.pool.blocks - engine.pool.blocks_free
+    last = [engine.submit(greedy(vocabulary, text, 40)) for text in PROMPTS]
+    while engine.busy:
+        engine.step()
+    assert [one.ids[one.prompt_length :] for one in last] == alone
+    assert preempted > 50, preempted
     assert engine.pool.blocks_free == engine.pool.blocks
 
 

@@ -6,22 +6,12 @@ import subprocess
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from moray.pipelines.serve.session import open_session
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, free_port
-
-
-@pytest.fixture
-def folder(model, tokenizer, tmp_path) -> Path:
-    from moray.models import checkpoint
-
-    checkpoint.save(model, tmp_path / "model")
-    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-    return tmp_path / "model"
 
 
 def test_a_folder_without_a_model_is_refused_before_ray_is_used(tmp_path):
