@@ -79,9 +79,10 @@ bench-data: $(VENV)/.installed-dev
 	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 	$(MAKE) --no-print-directory pages; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
 
-# Serving on this machine: the engine beside transformers, and Ray Serve beside the engine.
+# Serving on this machine: the engine beside transformers and llama.cpp (`make bench-peers` first), Ray Serve beside the
+# engine, and faults.
 bench-serve: $(VENV)/.installed-dev
-	failed=; for name in serving_engine serving_http; do \
+	failed=; for name in serving_engine serving_http serving_faults; do \
 	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 	$(MAKE) --no-print-directory pages; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
 
