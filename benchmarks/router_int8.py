@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from harness.heldout import heldout_windows, model_and_training
 from harness.result import Bar, report
 
-from moray.actors.data.token_set import open_token_sets
 from moray.models import checkpoint
 from moray.models.config import ModelConfig
 from moray.models.model import DeepseekV3
 from moray.models.presets import PRESETS
-from moray.pipelines.evaluate.step import heldout_documents, split_windows, window_bits
+from moray.pipelines.evaluate.step import window_bits
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore
-from moray.platform.store.search import find_artifact
-
-WINDOWS = 16
 
 
 class Agreement:
@@ -45,30 +41,19 @@ class Agreement:
         self.both.append(same.double().mean().item())
 
 
-def windows(tokens: Any) -> Iterator[tuple[list[Any], int]]:
-    """Batches of held-out windows, with the bytes of each document counted in its first batch."""
-    for token_set in open_token_sets(str(tokens / "heldout")).values():
-        for ids, size in heldout_documents(token_set):
-            cut = list(split_windows(ids, token_set.sequence_length))
-            batches = [cut[i : i + WINDOWS] for i in range(0, len(cut), WINDOWS)]
-            yield from ((batch, size if not i else 0) for i, batch in enumerate(batches))
-
-
 def router_bytes(config: ModelConfig, element: int) -> int:
     return len(config.moe_layers) * config.n_routed_experts * config.hidden_size * element
 
 
 def main(model: str = "quickstart@newest") -> int:
     store = ArtifactStore(Home.from_environment())
-    exported = find_artifact(store, model)
-    trained = find_artifact(store, exported.manifest.inputs["checkpoint"])
-    tokens = store.fetch(find_artifact(store, trained.manifest.inputs["tokens"])).folder
+    exported, trained = model_and_training(store, model)
     wide = checkpoint.load(exported.folder, mtp=False)
     small = checkpoint.load(exported.folder, mtp=False, int8_routers=True)
     agreement = Agreement(wide)
     bits, total = np.zeros(2), 0
     with torch.inference_mode():
-        for batch, count in windows(tokens):
+        for batch, count in heldout_windows(store, trained):
             bits += [window_bits(wide, batch), window_bits(small, batch)]
             total += count
     wide_bits, small_bits = bits / total

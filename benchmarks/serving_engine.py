@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -292,6 +293,10 @@ def measured(name: str, config: ModelConfig, rounds: int, memory: float) -> list
             times = timed(name, runs, prompts, batch, rounds)
             rates = {who: statistics.median(batch * (NEW - 1) / one.rest for one in times[who]) for who in times}
             best = max(rate for who, rate in rates.items() if who.startswith("transformers"))
+            rows.append(
+                {"model": name, "who": "all", "batch": batch, "transformers": best}
+                | {re.sub(r"\W", "_", who): rate for who, rate in rates.items() if who.startswith(("Moray", "llama"))}
+            )
             for who, rate in rates.items():
                 first = statistics.median(batch * PROMPT / one.first for one in times[who])
                 row = {"model": name, "who": who, "batch": batch, "tokens_s": rate, "prompt_tokens_s": first}

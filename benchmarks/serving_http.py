@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -127,8 +128,9 @@ async def together(client: Client, clients: int) -> tuple[float, float]:
     return statistics.median(firsts), clients * (NEW - 1) / (last - statistics.median(found[0] for found in times))
 
 
-async def beside(client: Client, attack: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
-    """The longest time between two events of a stream while the attack runs, and the attack's result."""
+async def beside(client: Client, attack: Callable[[], Awaitable[Any]]) -> tuple[float, int, Any]:
+    """The longest time between two events of a stream while the attack runs, the rise of memory, and the attack's
+    result."""
     done = asyncio.Event()
     gaps: list[float] = []
 
@@ -147,11 +149,12 @@ async def beside(client: Client, attack: Callable[[], Awaitable[Any]]) -> tuple[
     listener = asyncio.create_task(listen())
     while len(gaps) < 50:
         await asyncio.sleep(0.01)
-    result = await attack()
-    await asyncio.sleep(0.5)
+    with Memory() as memory:
+        result = await attack()
+        await asyncio.sleep(0.5)
     done.set()
     await listener
-    return max(gaps), result
+    return max(gaps), memory.rise, result
 
 
 async def many_streams(client: Client, streams: int, tokens: int) -> tuple[float, float]:
@@ -167,14 +170,34 @@ async def many_streams(client: Client, streams: int, tokens: int) -> tuple[float
     return gaps[int(0.95 * len(gaps))], min(rates) / statistics.median(rates)
 
 
-def resident() -> int:
-    """Bytes of all processes of this one's session that serve."""
-    total = 0
-    for process in psutil.process_iter(["cmdline", "memory_info"]):
-        name = " ".join(process.info["cmdline"] or [])
-        if "ServeReplica" in name or "ProxyActor" in name:
-            total += process.info["memory_info"].rss
-    return total
+class Memory:
+    """The memory of proxy and replica together, sampled by a thread while the block runs. rise: bytes, at its peak."""
+
+    def __init__(self) -> None:
+        self.rise = 0
+        self._ended = threading.Event()
+        self._processes = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if (process.info["cmdline"] or [""])[0].startswith(("ray::ServeReplica", "ray::ProxyActor"))
+        ]
+
+    def __enter__(self) -> Memory:
+        self._before = self._now()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _now(self) -> int:
+        return sum(process.memory_info().rss for process in self._processes)
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.01):
+            self.rise = max(self.rise, self._now() - self._before)
 
 
 async def chunks() -> AsyncIterator[bytes]:
@@ -224,9 +247,8 @@ async def attacks(client: Client) -> list[dict[str, Any]]:
     }
     rows = []
     for name, attack in named.items():
-        before = resident()
-        gap, result = await beside(client, attack)
-        row = {"attack": name, "longest_gap_ms": 1e3 * gap, "rss_rise": resident() - before, "result": str(result)}
+        gap, memory, result = await beside(client, attack)
+        row = {"attack": name, "longest_gap_ms": 1e3 * gap, "rss_rise": memory, "result": str(result)}
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -257,6 +279,9 @@ async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[
         ratio = statistics.median(again / first for first, again in prefixes)
         rows.append({"who": "a shared prefix of 2,000 ids", "first_token_ms": 1e3 * prefixes[-1][0], "again": ratio})
         flood = await attacks(client)
+        async with session.get(f"{url}/v1/models") as response:
+            limit = (await response.json())["data"][0]["max_body_bytes"]
+        rows.append({"who": "the limit of a body", "bytes": limit})
         p95, slowest = await many_streams(client, 300, 64)
         rows += [*flood, {"who": "300 streams", "p95_gap_ms": 1e3 * p95, "slowest_over_median": slowest}]
     at = {(row["who"], row.get("clients")): row for row in rows if "who" in row}
@@ -269,6 +294,12 @@ async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[
         *(Bar(f"longest gap beside {row['attack']}, ms", row["longest_gap_ms"], 100, "lower") for row in flood[1:]),
         Bar("95th percentile of gaps of 300 streams, ms", 1e3 * p95, 300, "lower"),
         Bar("slowest of 300 streams over the median", slowest, 0.5, "higher"),
+        Bar(
+            "rise of the memory of proxy and replica beside a large body, over its limit",
+            max(row["rss_rise"] for row in flood if row["attack"] in BODIES) / limit,
+            3,
+            "lower",
+        ),
     ]
     return rows, bars
 

@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -26,17 +27,16 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
+from moray.pipelines.serve.request_body import LIMIT, MOST, read_body
 from moray.platform.core.serving import PREFIX
 
 VERSION = b"x-moray-version"  # header: the version of the deployment that answered
-MOST_BODY = 16 << 20  # bytes; a deployment's own limit, from the context of its model, is lower
 _RETRY_SECONDS = 20.0  # for which a request is sent again, from its arrival
 _MOST_DEATHS = 5  # of replicas during one request
 _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
 _GONE = 499  # Serve's status for a client that has closed its connection
-_DRAINED = 64 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
 
 
 def middlewares() -> list[Middleware]:
@@ -69,7 +69,7 @@ class Gateway:
             if path == "/v1/models":
                 await _answer(send, 200, {"object": "list", "data": await self._cards(names)})
                 return
-            body = await _read(receive)
+            body = await read_body(receive, partial(self._largest_body, names))
             if body is None:
                 return
             name = _deployment(path, body, names)
@@ -107,6 +107,10 @@ class Gateway:
             json.loads(response.body) if response.status == 200 and task not in late else _card(name)
             for name, response, task in zip(names, responses, asked, strict=True)
         ]
+
+    async def _largest_body(self, names: Sequence[str]) -> int:
+        """Bytes of the largest body that one of the models accepts. Each replica checks its own limit again."""
+        return max(int(card.get(LIMIT, MOST)) for card in await self._cards(names))
 
     async def _forward(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Sends a request until a replica responds. Raises ApiError if none does in time, or if so many died of it that
@@ -255,25 +259,6 @@ def _model(path: str, body: bytes, several: bool) -> str:
 
 def _first(path: str) -> str:
     return path.split("/", 2)[1] if path.startswith("/") else ""
-
-
-async def _read(receive: Receive) -> bytes | None:
-    """The body of a request; None if the client is gone. Raises ApiError if it is too large."""
-    parts, size, more = [], 0, True
-    while more and size <= MOST_BODY + _DRAINED:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size <= MOST_BODY:
-            parts.append(part)
-        else:
-            parts.clear()
-        more = message.get("more_body", False)
-    if size > MOST_BODY:
-        raise ApiError(413, f"the body exceeds {MOST_BODY:,} bytes, the limit of this server")
-    return b"".join(parts)
 
 
 async def _answer(send: Send, status: int, body: Mapping[str, Any]) -> None:

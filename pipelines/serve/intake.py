@@ -26,9 +26,9 @@ from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.completion import Completion
 from moray.pipelines.serve.engine import ContextLengthError, Engine
 from moray.pipelines.serve.protocol import CompletionRequest, check_model, context_length_error, validation_error
+from moray.pipelines.serve.request_body import LEAST_LIMIT
 from moray.pipelines.serve.sequence import Request as EngineRequest
 
-_LEAST_BODY = 1 << 20  # smallest limit of a body in bytes
 _CONTEXTS = 16  # full contexts of ids that a body may contain
 _ID_BYTES = 8  # of JSON per id
 _DRAINED = 16 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
@@ -58,7 +58,7 @@ class Intake:
         self._prompts = ThreadPoolExecutor(_THREADS, thread_name_prefix="prompts")
         self._answers = ThreadPoolExecutor(_THREADS, thread_name_prefix="answers")
         context = engine.config.max_position_embeddings
-        self.body_bytes = max(_LEAST_BODY, _CONTEXTS * context * _ID_BYTES, engine.longest_text)
+        self.body_bytes = max(LEAST_LIMIT, _CONTEXTS * context * _ID_BYTES, engine.longest_text)
 
     async def call(self, http: Request) -> Call:
         """Reads and validates a request. Raises ApiError; status 413 for a body of more than `body_bytes`."""

@@ -26,6 +26,7 @@ from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
 from moray.pipelines.serve.protocol import CompletionRequest, check_model
 from moray.pipelines.serve.report import RequestTally, ServingReport
+from moray.pipelines.serve.request_body import LIMIT
 from moray.pipelines.serve.sequence import Delta
 from moray.platform.core.serving import ServedModel
 
@@ -59,7 +60,7 @@ def build_serving_app(
     app = FastAPI(title="Moray", lifespan=lifespan)
     app.add_middleware(_Versioned, engine=engine, version=version)
     _add_error_handlers(app, engine, version)
-    _add_models(app, engine, name)
+    _add_models(app, engine, name, intake.body_bytes)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -107,13 +108,14 @@ class _Versioned:
         await self._app(scope, receive, versioned)
 
 
-def _add_models(app: FastAPI, engine: AsyncEngine, name: str) -> None:
+def _add_models(app: FastAPI, engine: AsyncEngine, name: str, body_bytes: int) -> None:
     card = {
         "id": name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "moray",
         "max_model_len": engine.engine.config.max_position_embeddings,
+        LIMIT: body_bytes,
     }
 
     @app.get("/v1/models")

@@ -14,7 +14,8 @@ import pytest
 import requests
 import uvicorn
 
-from moray.pipelines.serve.gateway import MOST_BODY, VERSION, Gateway
+from moray.pipelines.serve.gateway import VERSION, Gateway
+from moray.pipelines.serve.request_body import LIMIT, MOST
 from tests.checkout import ROOT
 
 JSON = (b"content-type", b"application/json")
@@ -28,6 +29,7 @@ class Proxy:
         self.names = ["one", "two"]
         self.others = {"/chat": "somebody's"}
         self.starting = 0  # requests for routes that are answered by 503
+        self.limit = 0  # of a body for the model `one`, if set
         self.script: list[str] = []
         self.calls: list[tuple[str, bytes]] = []
         self.gone = Counter()
@@ -55,7 +57,10 @@ class Proxy:
 
     async def echo(self, path, receive, send) -> None:
         if "/v1/models/" in path:
-            await self.answer(send, 200, json.dumps({"id": path.split("/")[1]}).encode(), JSON, (VERSION, b"1"))
+            limit = {LIMIT: self.limit if path.startswith("/one/") else 5} if self.limit else {}
+            await self.answer(
+                send, 200, json.dumps({"id": path.split("/")[1], **limit}).encode(), JSON, (VERSION, b"1")
+            )
             return
         await self.answer(send, 200, json.dumps({"path": path}).encode(), JSON, (VERSION, b"1"))
 
@@ -242,10 +247,18 @@ def test_a_client_that_leaves_is_noticed(proxy: Proxy, url: str) -> None:
     assert proxy.gone == {"/one/v1/completions": 1}
 
 
-def test_a_body_without_end_is_refused(url: str) -> None:
+@pytest.mark.parametrize(("megabytes", "status"), [(1, 200), (3, 200), (4, 413), (30, 413)])
+def test_a_body_may_be_what_the_largest_model_accepts(proxy: Proxy, url: str, megabytes: int, status: int) -> None:
+    proxy.limit = 3 << 20
     part = b"x" * (1 << 20)
-    response = requests.post(f"{url}/v1/completions", data=(part for _ in range((MOST_BODY >> 20) + 2)), timeout=60)
-    assert response.status_code == 413
+    response = requests.post(f"{url}/one/v1/completions", data=(part for _ in range(megabytes)), timeout=60)
+    assert response.status_code == status
+    assert max((len(body) for _, body in proxy.calls), default=0) <= 3 << 20
+
+
+def test_models_that_do_not_tell_accept_what_the_gateway_does(proxy: Proxy, url: str) -> None:
+    assert requests.post(f"{url}/one/v1/completions", data=b"x" * (2 << 20), timeout=60).status_code == 200
+    assert requests.post(f"{url}/one/v1/completions", data=b"x" * (MOST + 1), timeout=60).status_code == 413
 
 
 def test_a_proxy_loads_nothing_heavy() -> None:

@@ -1,0 +1,37 @@
+"""Reading of request bodies in the gateway, within the limits of the models that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.types import Receive
+
+from moray.pipelines.serve.api_error import ApiError
+
+LEAST_LIMIT = 1 << 20  # bytes that every model accepts
+MOST = 16 << 20  # bytes, if no model says what it accepts
+LIMIT = "max_body_bytes"  # of a model's card: what its replicas accept
+_DRAINED = 64 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
+
+
+async def read_body(receive: Receive, limit: Callable[[], Awaitable[int]]) -> bytes | None:
+    """The body of a request; None if the client is gone. Raises ApiError if it is too large. No more is held.
+
+    limit: the bytes of the largest body that a model accepts; called for bodies of more than `LEAST_LIMIT`.
+    """
+    parts, size, most, asked, more = [], 0, LEAST_LIMIT, False, True
+    while more and size <= most + _DRAINED:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        size += len(message.get("body", b""))
+        if size > most and not asked:
+            most, asked = await limit(), True
+        if size <= most:
+            parts.append(message.get("body", b""))
+        else:
+            parts.clear()
+        more = message.get("more_body", False)
+    if size > most:
+        raise ApiError(413, f"the body exceeds {most:,} bytes, the limit for requests to this server's models")
+    return b"".join(parts)
