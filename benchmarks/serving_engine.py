@@ -3,7 +3,8 @@
 Models have random weights, large enough that routers and next ids differ. Each contestant reads prompts of 64 ids and
 writes 64 more, at batch 1 and 8; rounds are interleaved. A rate is that of the ids after the first, over the CPU time
 of the process, in the median round. transformers runs each implementation of experts and of attention once; the two
-fastest run on, and the fastest counts. llama.cpp runs with flash attention and a cache in F16, its fastest form.
+fastest run on, and the fastest counts. llama.cpp runs with flash attention and a cache in F16, its fastest form. vLLM
+is reported where `make bench-vllm` has installed it.
 
 The ids of 32 answers are compared with those of transformers in FP32: they may differ only from where its two best
 logits differ by less than 1e-4. llama.cpp shows with a cache in F32 that it has the same weights. Rounded weights
@@ -98,6 +99,7 @@ MODELS = {
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 FORMS = ("float32", "bfloat16", "int8")
 LLAMA = ("f32", "q8_0")
+VLLM = ".venv-vllm"
 GOALS = {("quickstart 3.7 M", 1): 12, ("quickstart 3.7 M", 8): 8, ("tiny 8 M", 1): 7, ("tiny 8 M", 8): 5}
 
 
@@ -167,33 +169,42 @@ def ours(folder: Path, form: str, vocabulary: ServingVocabulary) -> tuple[Run, C
 
 
 @contextlib.contextmanager
-def llama(folder: Path, form: str, sequences: int = 8, context: int = 2 * (PROMPT + NEW)) -> Iterator[Run]:
-    """llama.cpp in a process of its own, which measures its own CPU time."""
-    python = HERE / "peers" / ".venv" / "bin" / "python"
-    if not python.exists():
-        raise SystemExit("error: the peers are not installed: make bench-peers")
-    weights, _, exact = form.partition(", ")
-    script = [str(python), str(HERE / "peers" / "llama.py"), str(folder), weights, exact or "fast"]
-    command = [*script, str(sequences), str(context)]
+def elsewhere(environment: str, script: str, *arguments: str, sequences: int, context: int) -> Iterator[Run]:
+    """A peer in a process and an environment of its own, which measures its own CPU time."""
+    command = [str(HERE / "peers" / environment / "bin" / "python"), str(HERE / "peers" / script), *arguments]
+    command += [str(sequences), str(context)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
         asked, answered = process.stdin, process.stdout
         assert asked is not None
         assert answered is not None
         if not (version := answered.readline()):
-            raise SystemExit("error: llama.cpp did not start: make bench-peers")
-        print(f"llama.cpp {form}: {version.strip()}", file=sys.stderr)
+            raise SystemExit(f"error: {script} did not start")
+        print(f"{script}: {version.strip()}", file=sys.stderr)
 
         def run(prompts: list[list[int]], new: int = NEW) -> Timed:
-            parts = [prompts[start : start + sequences] for start in range(0, len(prompts), sequences)]
             found = []
-            for part in parts:
-                asked.write(json.dumps({"prompts": part, "new": new}) + "\n")
+            for start in range(0, len(prompts), sequences):
+                asked.write(json.dumps({"prompts": prompts[start : start + sequences], "new": new}) + "\n")
                 found.append(json.loads(answered.readline()))
             ids = [one for part in found for one in part["ids"]]
             return Timed(ids, sum(part["first"] for part in found), sum(part["rest"] for part in found))
 
         yield run
         asked.close()
+
+
+def llama(
+    folder: Path, form: str, sequences: int = 8, context: int = 2 * (PROMPT + NEW)
+) -> contextlib.AbstractContextManager[Run]:
+    if not (HERE / "peers" / ".venv").exists():
+        raise SystemExit("error: the peers are not installed: make bench-peers")
+    weights, _, exact = form.partition(", ")
+    arguments = (str(folder), weights, exact or "fast")
+    return elsewhere(".venv", "llama.py", *arguments, sequences=sequences, context=context)
+
+
+def vllm(folder: Path) -> contextlib.AbstractContextManager[Run]:
+    return elsewhere(VLLM, "vllm_cpu.py", str(folder), sequences=8, context=2 * (PROMPT + NEW))
 
 
 def words(config: ModelConfig) -> ServingVocabulary:
@@ -286,6 +297,8 @@ def measured(name: str, config: ModelConfig, rounds: int, memory: float) -> list
         rows = correctness(name, folder, prompts, {form: run for form, (run, _) in mine.items()})
         peers = {f"transformers {e}, {a}": theirs(folder, e, a)[0] for e in EXPERTS for a in ("eager", "sdpa")}
         peers |= {f"llama.cpp {form}": stack.enter_context(llama(folder, form)) for form in LLAMA}
+        if (HERE / "peers" / VLLM).exists():
+            peers["vLLM float32"] = stack.enter_context(vllm(folder))
         runs = peers | {f"Moray {form}": run for form, (run, _) in mine.items()}
         gc.collect()
         gc.freeze()  # as a server does: else the garbage collector visits the models' objects again and again
@@ -295,7 +308,7 @@ def measured(name: str, config: ModelConfig, rounds: int, memory: float) -> list
             best = max(rate for who, rate in rates.items() if who.startswith("transformers"))
             rows.append(
                 {"model": name, "who": "all", "batch": batch, "transformers": best}
-                | {re.sub(r"\W", "_", who): rate for who, rate in rates.items() if who.startswith(("Moray", "llama"))}
+                | {re.sub(r"\W", "_", who): rate for who, rate in rates.items() if not who.startswith("tr")}
             )
             for who, rate in rates.items():
                 first = statistics.median(batch * PROMPT / one.first for one in times[who])
@@ -321,6 +334,8 @@ def correctness(name: str, folder: Path, prompts: list[list[int]], mine: dict[st
             found = {f"Moray {form}": run}
             if form == "float32":
                 found["llama.cpp f32, exact"] = stack.enter_context(llama(folder, "f32, exact"))
+                if (HERE / "peers" / VLLM).exists():
+                    found["vLLM float32"] = stack.enter_context(vllm(folder))
             for who, contestant in found.items():
                 wrong, near = agreement(contestant(prompts).ids, expected, clock.gaps)
                 rows.append({"model": name, "who": who, "batch": 32, "different": wrong, "near": near})

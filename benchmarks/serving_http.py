@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -170,17 +171,30 @@ async def many_streams(client: Client, streams: int, tokens: int) -> tuple[float
     return gaps[int(0.95 * len(gaps))], min(rates) / statistics.median(rates)
 
 
+def serving_processes() -> dict[str, psutil.Process]:
+    """The replica, the proxy and this client."""
+    found = {"client": psutil.Process()}
+    for process in psutil.process_iter(["cmdline"]):
+        title = (process.info["cmdline"] or [""])[0]
+        for begin, name in (("ray::ServeReplica", "replica"), ("ray::ProxyActor", "proxy")):
+            if title.startswith(begin):
+                found[name] = process
+    return found
+
+
+def cpu_seconds() -> dict[str, float]:
+    times = {name: process.cpu_times() for name, process in serving_processes().items()}
+    return {name: found.user + found.system for name, found in times.items()}
+
+
 class Memory:
     """The memory of proxy and replica together, sampled by a thread while the block runs. rise: bytes, at its peak."""
 
     def __init__(self) -> None:
         self.rise = 0
         self._ended = threading.Event()
-        self._processes = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if (process.info["cmdline"] or [""])[0].startswith(("ray::ServeReplica", "ray::ProxyActor"))
-        ]
+        found = serving_processes()
+        self._processes = [found["replica"], found["proxy"]]
 
     def __enter__(self) -> Memory:
         self._before = self._now()
@@ -261,17 +275,24 @@ async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[
         client = Client(session, url)
         await together(client, CLIENTS)
         found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        spent = Counter[tuple[str, int]]()
         for _ in range(rounds):
             for clients in (1, CLIENTS):
                 engine.send(clients)
                 alone = await asyncio.to_thread(engine.recv)
                 found.setdefault(("engine", clients), []).append(alone)
+                before = cpu_seconds()
                 found.setdefault(("Serve", clients), []).append(await together(client, clients))
+                spent.update({(who, clients): used - before[who] for who, used in cpu_seconds().items()})
         rows: list[dict[str, Any]] = [
             {"who": who, "clients": clients, "first_token_ms": 1e3 * statistics.median(first for first, _ in pairs),
              "tokens_s": statistics.median(rate for _, rate in pairs)}
             for (who, clients), pairs in found.items()
         ]  # fmt: skip
+        rows += [
+            {"cpu_of": who, "clients": clients, "ms_per_1000_ids": 1e6 * used / (rounds * clients * NEW)}
+            for (who, clients), used in sorted(spent.items())
+        ]
         prefixes = []
         for number in range(rounds):
             prompt = ids(number, time.monotonic_ns(), 2000)
