@@ -158,6 +158,17 @@ async def beside(client: Client, attack: Callable[[], Awaitable[Any]]) -> tuple[
     return max(gaps), memory.rise, result
 
 
+async def refused(client: Client) -> tuple[float, int]:
+    """The longest of 20 refusals while the queue is full, in seconds, and how many of them had status 429."""
+    salt = time.monotonic_ns()
+    answers = [client.stream(ids(n, salt), 1000, n=128) for n in range(8)]  # 1,024 of them
+    await asyncio.gather(*(anext(answer) for answer in answers))
+    body = json.dumps({"prompt": ids(1, salt), "max_tokens": 1}).encode()
+    found = [await client.status(body) for _ in range(20)]
+    await asyncio.gather(*(answer.aclose() for answer in answers))
+    return max(seconds for _, seconds in found), sum(status == 429 for status, _ in found)
+
+
 async def many_streams(client: Client, streams: int, tokens: int) -> tuple[float, float]:
     """(95th percentile of the times between events, the slowest stream's rate over the median)."""
     salt = time.monotonic_ns()
@@ -304,6 +315,8 @@ async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[
             limit = (await response.json())["data"][0]["max_body_bytes"]
         rows.append({"who": "the limit of a body", "bytes": limit})
         p95, slowest = await many_streams(client, 300, 64)
+        longest, count = await refused(client)
+        rows.append({"who": "20 requests to a full queue", "longest_ms": 1e3 * longest, "status_429": count})
         rows += [*flood, {"who": "300 streams", "p95_gap_ms": 1e3 * p95, "slowest_over_median": slowest}]
     at = {(row["who"], row.get("clients")): row for row in rows if "who" in row}
     added = at["Serve", 1]["first_token_ms"] - at["engine", 1]["first_token_ms"]
@@ -321,6 +334,10 @@ async def measure(url: str, engine: Connection, rounds: int) -> tuple[list[dict[
             3,
             "lower",
         ),
+    ]
+    bars += [
+        Bar("longest refusal of a full queue, ms", 1e3 * longest, 50, "lower"),
+        Bar("of 20 requests to a full queue, refused", count, 20, "higher"),
     ]
     return rows, bars
 

@@ -38,12 +38,13 @@ typedef struct {
   const Layer *layer;
 } Model;
 
-// A step's rows. tables: [sequences][table_width] blocks of the cache. wanted: the rows whose logits are computed.
+// A step's rows. tables: blocks of the cache. table: where in them the table of a row's sequence begins. wanted: the rows
+// whose logits are computed.
 // cache: [layer][block][group of 16 positions][latent + rope][16]; slots: positions of a block. logits: [wanted][vocab
 // padded]. best: the largest logit's id by wanted row, -1 if one is not finite. load: [layer][expert], rows are added.
 typedef struct {
-  int32_t rows, table_width, wanted_rows, slots, tokens;
-  const int32_t *ids, *positions, *sequences, *tables, *wanted;
+  int32_t rows, wanted_rows, slots, tokens;
+  const int32_t *ids, *positions, *table, *tables, *wanted;
   float *cache;
   int64_t layer_stride;
   float *logits;
@@ -172,8 +173,7 @@ static void norm_rows(Thread *t, const float *weight) {
 
 static Latents latents_of(const Thread *t, float *cache, int r) {
   const Batch *batch = t->batch;
-  const int32_t *table = batch->tables + (int64_t)batch->sequences[r] * batch->table_width;
-  return (Latents){cache, table, batch->slots, t->m->latent, t->m->latent + t->m->rope};
+  return (Latents){cache, batch->tables + batch->table[r], batch->slots, t->m->latent, t->m->latent + t->m->rope};
 }
 
 // Queries' latents are normed; keys' latents are normed, rotated, and written to the cache.

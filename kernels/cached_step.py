@@ -71,8 +71,8 @@ class CModel(Structure):
 
 class CBatch(Structure):
     _fields_ = (
-        *_all(c_int32, "rows table_width wanted_rows slots tokens"),
-        *_all(c_void_p, "ids positions sequences tables wanted cache"),
+        *_all(c_int32, "rows wanted_rows slots tokens"),
+        *_all(c_void_p, "ids positions table tables wanted cache"),
         ("layer_stride", c_int64),
         *_all(c_void_p, "logits best load"),
     )

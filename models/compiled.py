@@ -84,23 +84,21 @@ class CompiledModel:
 
     def forward(self, spans: Sequence[Span], cache: LatentCache) -> RowLogits:
         """`RowModel.forward`."""
-        ids, positions, sequences, tables, chosen = (array("i") for _ in range(5))
-        depth = max(len(span.table) for span in spans)
-        for number, span in enumerate(spans):
+        ids, positions, table, tables, chosen = (array("i") for _ in range(5))
+        for span in spans:
             count = len(span.ids)
             ids.extend(span.ids)
             positions.extend(range(span.start, span.start + count))
-            sequences.extend([number] * count)
+            table.extend([len(tables)] * count)
             tables.extend(span.table)
-            tables.extend([0] * (depth - len(span.table)))
             chosen.extend(range(len(ids) - span.wanted, len(ids)))
         best, width = array("i", [0]) * len(chosen), padded(self.config.vocab_size)
         needed = self._library.cached_step_floats(self._model, len(ids), self._threads)
         self._scratch = _room(self._scratch, needed)
         self._logits = _room(self._logits, len(chosen) * width)
         batch = cached_step.CBatch(
-            len(ids), depth, len(chosen), cache.block_size, self.config.vocab_size,
-            *(values.buffer_info()[0] for values in (ids, positions, sequences, tables, chosen)),
+            len(ids), len(chosen), cache.block_size, self.config.vocab_size,
+            *(values.buffer_info()[0] for values in (ids, positions, table, tables, chosen)),
             cache.storage.data_ptr(), cache.storage.stride(0), self._logits.data_ptr(), best.buffer_info()[0],
             self._rows_LE.data_ptr(),
         )  # fmt: skip

@@ -40,14 +40,15 @@ class EagerModel:
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span], cache: LatentCache) -> RowLogits:
-        """Prompt chunks and single tokens are two calls, since a batch is padded to its longest span, on the left."""
+        """A batch is padded on the left to its longest span, so it has only spans of more than half that length."""
         parts: dict[int, Tensor] = {}
-        singles = [number for number, span in enumerate(spans) if len(span.ids) == 1]
-        longer = [number for number, span in enumerate(spans) if len(span.ids) > 1]
-        for numbers in (singles, longer):
-            if numbers:
-                found = self._padded([spans[number] for number in numbers], cache)
-                parts |= dict(zip(numbers, found, strict=True))
+        left = sorted(range(len(spans)), key=lambda number: len(spans[number].ids), reverse=True)
+        while left:
+            width = len(spans[left[0]].ids)
+            numbers = [number for number in left if 2 * len(spans[number].ids) > width]
+            left = left[len(numbers) :]
+            found = self._padded([spans[number] for number in numbers], cache)
+            parts |= dict(zip(numbers, found, strict=True))
         logits_WV = torch.cat([parts[number] for number in range(len(spans))])
         logits_WV = logits_WV if logits_WV.dtype == torch.float64 else logits_WV.float()
         best = torch.where(logits_WV.isfinite().all(-1), logits_WV.argmax(-1), -1)

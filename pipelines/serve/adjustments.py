@@ -7,7 +7,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -38,15 +38,17 @@ def adjustment(sequence: Sequence, ends: Collection[int]) -> Callable[[Tensor], 
 
     def adjust(logits_V: Tensor) -> None:
         if request.repetition_penalty != 1:
-            _repetition(logits_V, sequence.ids, request.repetition_penalty)
+            _repetition(logits_V, sequence, request.repetition_penalty)
         if (request.presence_penalty or request.frequency_penalty) and sequence.counts:
             ids = torch.tensor(list(sequence.counts), device=logits_V.device)
             counts = torch.tensor(list(sequence.counts.values()), dtype=logits_V.dtype, device=logits_V.device)
             logits_V[ids] -= request.presence_penalty + request.frequency_penalty * counts
-        for index, bias in request.logit_bias:
-            logits_V[index] += bias
+        if request.logit_bias:
+            places, biases = zip(*request.logit_bias, strict=True)
+            logits_V.index_add_(0, _ids(places, logits_V), torch.tensor(biases).to(logits_V))
         if short:
-            logits_V[torch.tensor(sorted({*ends, *request.stop_ids}), dtype=torch.int64)] = -torch.inf
+            own = (index for index in {*ends, *request.stop_ids} if index < len(logits_V))
+            logits_V[_ids(own, logits_V)] = -torch.inf
         if sequence.mask is not None:
             allowed_V = sequence.mask(sequence.ids[sequence.prompt_length :])
             logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
@@ -54,7 +56,12 @@ def adjustment(sequence: Sequence, ends: Collection[int]) -> Callable[[Tensor], 
     return adjust
 
 
-def _repetition(logits_V: Tensor, ids: list[int], penalty: float) -> None:
-    seen = torch.tensor(sorted(set(ids)), device=logits_V.device)
+def _ids(ids: Iterable[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+
+
+def _repetition(logits_V: Tensor, sequence: Sequence, penalty: float) -> None:
+    """An id may be in both tensors: it then gets the same value twice."""
+    seen = torch.cat([sequence.prompt_set.to(logits_V.device), _ids(sequence.counts, logits_V)])
     values = logits_V[seen]
     logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)

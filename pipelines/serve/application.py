@@ -37,6 +37,11 @@ class ModelReplica:
         self._engine = AsyncEngine(engine, self._model.options.threads)
         self._report = ServingReport(self._model, self._engine, replica_id())
 
+    def check_health(self) -> None:
+        """Ray Serve calls it, and replaces a replica for which it raises."""
+        if self._engine.failed:
+            raise RuntimeError("the engine has ended")
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `scaling.py` decides by; Ray Serve calls it."""
         return {TOKENS: float(self._engine.tokens_in_flight)}

@@ -69,6 +69,11 @@ class AsyncEngine:
         return self._thread.is_alive() and not self._closed
 
     @property
+    def failed(self) -> bool:
+        """Whether the engine's thread has ended without being stopped."""
+        return not self._closed and not self._thread.is_alive()
+
+    @property
     def tokens_in_flight(self) -> int:
         """Ids that all open requests still read or write. Called from any thread."""
         return sum(one.tokens_left for one in self.engine.sequences)
@@ -98,11 +103,9 @@ class AsyncEngine:
     async def generate_many(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Yields the deltas of several requests, in lists of (index of the request, delta).
 
-        Raises ValueError before anything runs if one of the requests is invalid, QueueFullError if there is no room for
-        all of them. The failure of one ends the others.
+        Raises ValueError if one of the requests is invalid, QueueFullError if there is no room for all of them. The
+        failure of one ends the others.
         """
-        for request in requests:
-            self.engine.check(request)
         self.check_room(len(requests))
         stream = AnswerStream()
         with self._gate:  # no command may follow the final None in the inbox
@@ -124,16 +127,23 @@ class AsyncEngine:
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
-        while True:
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._abort(EngineStoppedError("the engine is shutting down"))
+
+    def _turn(self) -> bool:
+        """Runs the posted commands and a step. Returns False at the end."""
+        try:
             for command in self._commands():
                 if command is None:
-                    self._abort(EngineStoppedError("the engine is shutting down"))
-                    return
+                    return False
                 command()
-            try:
-                self._deliver(self.engine.step())
-            except Exception as error:  # a bug: fails the current requests, but later ones must still be answered
-                self._abort(error)
+            self._deliver(self.engine.step())
+        except Exception as error:  # a bug: fails the current requests, but later ones must still be answered
+            self._abort(error)
+        return True
 
     def _commands(self) -> list[Callable[[], None] | None]:
         """All posted commands. Waits for one if the engine is idle."""
@@ -148,7 +158,12 @@ class AsyncEngine:
         for index, request in enumerate(requests):
             if leader is not None and (request.prompt, request.bare) != (leader.request.prompt, leader.request.bare):
                 leader = None
-            answer = self.engine.submit(request, None if request.echo else leader)
+            try:
+                answer = self.engine.submit(request, None if request.echo and request.logprobs is not None else leader)
+            except Exception as error:
+                self._cancel(stream)
+                self._delivery.add(stream, (index, error))
+                return
             leader = leader or answer
             stream.answers.append(answer)
             self._streams[answer] = (stream, index)
@@ -159,8 +174,8 @@ class AsyncEngine:
             self._streams.pop(answer, None)
 
     def _abort(self, error: Exception) -> None:
-        """Ends all unfinished requests with `error`."""
-        answers = self.engine.sequences
+        """Ends all unfinished requests with `error`, also those that the engine has just forgotten."""
+        answers = list(dict.fromkeys([*self._streams, *self.engine.sequences]))
         for answer in answers:
             self.engine.cancel(answer)
         self._deliver([Output(answer, error) for answer in answers])

@@ -30,6 +30,7 @@ class BlockPool:
         self._holders: dict[int, int] = {}
         self._keys: dict[int, Key] = {}
         self._by_key: dict[Key, int] = {}
+        self._fresh: list[int] = []
 
     @property
     def blocks_free(self) -> int:
@@ -45,7 +46,13 @@ class BlockPool:
             raise PoolEmptyError(f"{count} blocks requested, {self.blocks_free} of {self.blocks} free")
         taken = [self._unused.popleft() if self._unused else self._evict() for _ in range(count)]
         self._holders |= dict.fromkeys(taken, 1)
+        self._fresh += taken
         return taken
+
+    def fresh(self) -> list[int]:
+        """The blocks taken since the last call, which may have old contents."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def find(self, keys: Iterable[Key]) -> list[int]:
         """Holds and returns the blocks of the first keys, up to the first one that is not here."""

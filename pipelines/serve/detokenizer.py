@@ -208,8 +208,12 @@ class TextStream:
 
     def echo(self, tokens: Iterable[Token]) -> Released:
         """Adds the prompt, which is released in full; stop strings in it are ignored."""
+        pieces, offset = [self._held], self._released + len(self._held)
         for token in tokens:
-            self._append(token)
+            self._waiting.append(Token(token.id, token.logprob, token.top, offset))
+            pieces.append(self._decoder.decode(self._vocabulary.piece(token.id)))
+            offset += len(pieces[-1])
+        self._held = "".join(pieces)
         return self._release(len(self._held))
 
     def push(self, token: Token) -> Released:

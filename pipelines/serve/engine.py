@@ -3,8 +3,9 @@
 `step()` runs the scheduler's plan, one forward, and returns the delta of each answer. It is plain synchronous Python:
 `async_engine.py` calls it from a thread, tests and benchmarks call it directly.
 
-Notable: an error ends only its own request. A failed batch is repeated one sequence at a time, which is safe because
-rewriting a latent gives the same latent, and only the failing sequence ends with the error.
+Notable: an error ends only its own request. A forward or a draw that fails is repeated one sequence at a time, which is
+safe because rewriting a latent gives the same latent, and only the failing sequence ends with the error. Blocks are
+zeroed when they are taken: positions after a sequence's last have weight 0, and 0 times an old NaN would be NaN.
 
 Shapes: W tokens whose logits are wanted, V vocabulary.
 """
@@ -112,9 +113,10 @@ class Engine:
 
     def submit(self, request: Request, leader: Sequence | None = None) -> Sequence:
         """Queues a request. leader: a sequence with the same prompt, which this one lets read it. Raises the errors of
-        `check`."""
-        self.check(request)
-        ids = self._ids(request)
+        `check`; a request with a leader must be valid."""
+        if leader is None:
+            self.check(request)
+        ids = leader.ids[: leader.prompt_length] if leader else self._ids(request)
         text = TextStream(self.vocabulary, request.stop)
         sequence = Sequence(request, ids, len(ids), text, _generator(request), leader)
         if request.echo:
@@ -133,6 +135,9 @@ class Engine:
         """Runs one step. Returns an empty list if there is nothing to run."""
         chunks = self._scheduler.plan(self._pace.rows)
         started = time.perf_counter()
+        if fresh := self.pool.fresh():
+            storage = self._cache.storage
+            storage.index_fill_(1, torch.tensor(fresh, device=storage.device), 0)
         outputs = list(self._advance(chunks)) if chunks else []
         read = sum(chunk.tokens for chunk in chunks if chunk.tokens > 1)
         self._pace.note(time.perf_counter() - started, read)
@@ -156,32 +161,47 @@ class Engine:
             if -1 in found.best[first:row]:
                 yield self._fail(sequence, FloatingPointError("the model's output is not finite (NaN or infinite)"))
                 continue
-            _record(chunk, found.logits_WV[first:row, : self.tokens])
-            sequence.seal_blocks(self.pool)
-            if sequence.pending:
+            try:
+                _record(chunk, found.logits_WV[first:row, : self.tokens])
+                sequence.seal_blocks(self.pool)
+                begun = not sequence.pending and sequence.generated == 0
+                delta = sequence.after_prefill() if begun else None
+            except Exception as error:
+                yield self._fail(sequence, error)
                 continue
-            if sequence.generated == 0 and (delta := sequence.after_prefill()):
+            if delta:
                 yield self._output(sequence, delta)
-            if sequence.finish_reason is None:
+            if not sequence.pending and sequence.finish_reason is None:
                 ready.append((sequence, row - 1))
         if ready:
             yield from self._sample(ready, found.logits_WV, found.best)
 
     def _sample(self, ready: list[tuple[Sequence, int]], logits_WV: Tensor, best: list[int]) -> Iterator[Output]:
-        drawn: dict[Sequence, Token] = {}
-        if left := [(one, row) for one, row in ready if best[row] >= self.tokens or not is_greedy(one)]:
-            draws = [_draw(one, self.vocabulary.ends) for one, _ in left]
-            tokens = sample(logits_WV[[row for _, row in left], : self.tokens], draws)
-            drawn = {one: token for (one, _), token in zip(left, tokens, strict=True)}
+        left = [(one, row) for one, row in ready if best[row] >= self.tokens or not is_greedy(one)]
+        drawn = self._draws(left, logits_WV)
         for sequence, row in ready:
             token = drawn.get(sequence) or Token(best[row])
             try:
+                if isinstance(token, Exception):
+                    raise token
                 delta = sequence.accept(token, self.vocabulary.ends)
             except Exception as error:
                 yield self._fail(sequence, error)
                 continue
             if delta:
                 yield self._output(sequence, delta)
+
+    def _draws(self, left: list[tuple[Sequence, int]], logits_WV: Tensor) -> dict[Sequence, Token | Exception]:
+        if not left:
+            return {}
+        try:
+            draws = [_draw(one, self.vocabulary.ends) for one, _ in left]
+            tokens = sample(logits_WV[[row for _, row in left], : self.tokens], draws)
+            return {one: token for (one, _), token in zip(left, tokens, strict=True)}
+        except Exception as error:
+            if len(left) == 1:
+                return {left[0][0]: error}
+            return {one: token for pair in left for one, token in self._draws([pair], logits_WV).items()}
 
     def _output(self, sequence: Sequence, delta: Delta) -> Output:
         if delta.finish_reason is not None:

@@ -32,7 +32,7 @@ from moray.platform.core.serving import PREFIX
 
 VERSION = b"x-moray-version"  # header: the version of the deployment that answered
 _RETRY_SECONDS = 20.0  # for which a request is sent again, from its arrival
-_MOST_DEATHS = 5  # of replicas during one request
+_MOST_DEATHS = 3  # of replicas during one request
 _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models

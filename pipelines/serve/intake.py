@@ -3,8 +3,8 @@
 Notable: one event loop serves all clients, so work that grows with the size of a body runs in threads: parsing,
 validation, tokenization, and building the response. The size of a body is limited before it is parsed, and the size of
 a text before it is tokenized, by the length of a context. Tokenization releases the GIL and JSON is written in slices,
-so the event loop can run. Parsing JSON holds the GIL, about 6 ms for a megabyte of ids; the limit of the body bounds
-that too.
+so the event loop can run. Parsing JSON holds the GIL, about 6 ms for a megabyte of ids, so the number of commas in a
+body is limited too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from moray.pipelines.serve.protocol import CompletionRequest, check_model, conte
 from moray.pipelines.serve.request_body import LEAST_LIMIT
 from moray.pipelines.serve.sequence import Request as EngineRequest
 
-_CONTEXTS = 16  # full contexts of ids that a body may contain
+_CONTEXTS = 4  # full contexts of ids that a body may contain
+_LEAST_ELEMENTS = 1 << 18  # smallest limit of ids in a body
 _ID_BYTES = 8  # of JSON per id
 _DRAINED = 16 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
 _SMALL = 4096  # bytes; work of this size takes less time than starting it in a thread
@@ -72,6 +73,9 @@ class Intake:
 
     def parse(self, body: bytes, content_type: str = "application/json") -> Call:
         """Parses and validates a body. Raises ApiError."""
+        most = max(_LEAST_ELEMENTS, _CONTEXTS * self._engine.config.max_position_embeddings)
+        if body.count(b",") > most:  # each of them costs the parser some 30 ns, in which no other thread runs
+            raise ApiError(413, f"the body has more than {most:,} commas, the limit for requests to this model")
         parsed = _validated(_json(body, content_type))
         check_model(parsed.model, self._name)
         longest, vocabulary = self._engine.longest_text, self._engine.vocabulary
@@ -83,7 +87,7 @@ class Intake:
                     f"and a prompt of {len(prompt):,} characters has more"
                 )
         requests = parsed.requests(vocabulary)
-        _check(self._engine, requests)
+        _check(self._engine, requests[:: parsed.n])  # the choices of a prompt differ by their seeds
         with_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
         return Call(requests, Completion(self._engine, self._name, requests, parsed.n), parsed.stream, with_usage)
 

@@ -164,6 +164,8 @@ def _unexpected(error: Exception) -> ApiError:
     """The error for clients; its details are only logged."""
     if isinstance(error, EngineStoppedError):
         return ApiError(503, str(error))
+    if isinstance(error, QueueFullError):  # between its admission and its first step
+        return ApiError(429, str(error), code="queue_full")
     _log.error("a request failed", exc_info=error)
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 

@@ -28,6 +28,7 @@ MOST_STOP_IDS = 64
 MOST_STOPS = 4
 LONGEST_STOP = 1024  # characters, because every token searches the answer for it
 MOST_LOGPROBS = 5
+_LONGEST_ID = 10  # digits
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the choices' seeds differ
 
 # Unsupported fields, of OpenAI's API and then of vLLM's and SGLang's extensions, with their neutral values. `True` is
@@ -50,7 +51,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # Ignored fields of OpenAI's API and other servers; they do not affect the answer.
 _IGNORED = frozenset(
     (
-        "cache_salt", "metadata", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
+        "metadata", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
         "safety_identifier", "service_tier", "store", "user",
     )
 )  # fmt: skip
@@ -96,6 +97,7 @@ class CompletionRequest(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     min_tokens: int = Field(0, ge=0, description="ids before which none of those that end an answer is generated")
     stop_token_ids: tuple[int, ...] = Field((), max_length=MOST_STOP_IDS)
+    cache_salt: str = Field("", max_length=256, description="only requests with the same one share cached prompts")
     best_of: Any = None
     suffix: Any = None
     response_format: Any = None
@@ -150,8 +152,10 @@ class CompletionRequest(BaseModel):
     @classmethod
     def _biases(cls, value: dict[str, float]) -> dict[str, float]:
         for name, bias in value.items():
-            if not name.isdecimal() or not -100 <= bias <= 100:
-                raise PydanticCustomError("logit_bias", f"{name}: maps token ids to numbers from -100 to 100")
+            if not (name.isascii() and name.isdecimal() and len(name) <= _LONGEST_ID) or not -100 <= bias <= 100:
+                raise PydanticCustomError("logit_bias", f"{name:.20}: maps token ids to numbers from -100 to 100")
+        if len({int(name) for name in value}) < len(value):
+            raise PydanticCustomError("logit_bias", "names an id twice")
         return value
 
     @field_validator("seed")
@@ -205,7 +209,7 @@ class CompletionRequest(BaseModel):
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=max(self.top_k, 0),
+            top_k=min(max(self.top_k, 0), len(vocabulary.pieces)),
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -216,6 +220,7 @@ class CompletionRequest(BaseModel):
             logprobs=self.logprobs,
             echo=self.echo,
             ignore_eos=self.ignore_eos,
+            cache_salt=self.cache_salt,
             bare=not vocabulary.adds_bos if isinstance(prompt, str) else vocabulary.adds_bos is False,
         )
 

@@ -1,9 +1,10 @@
 """Scheduling of sequences: continuous batching (Yu et al., Orca, 2022) with a budget of rows per step.
 
 A step runs rows: one of each sequence that decodes, and chunks of prompts. Sequences take turns by the rows they have
-had: `turn` counts 16 decoded ids, or 128 ids of a prompt, as one, and a new sequence begins with the turn of those who
-are least served. So nobody waits for others to end: with more sequences than `max_running`, each decodes 16 ids, then
-the next ones do.
+had: a turn is 16 decoded ids, or 128 ids of a prompt. With more sequences than `max_running`, each decodes 16 ids, then
+the next ones do. A clock counts what a sequence has had that always got its fair share (the virtual time of Parekh and
+Gallager, 1993), and a new sequence begins at the clock's turn. So nobody waits for others to end, and none of those who
+are here waits for those who keep arriving.
 
 Blocks of the cache are taken as they are needed. If none is free, the sequence that would be served last gives up its
 own and reads its ids again when its turn comes. Whoever has no block yet takes only free ones, unless it has waited for
@@ -66,6 +67,7 @@ class Scheduler:
         self._pool = pool
         self._limits = limits
         self._open: dict[Sequence, None] = {}  # in order of arrival
+        self._clock = 0.0
         self.running: tuple[Sequence, ...] = ()  # in the last step
 
     @property
@@ -78,7 +80,7 @@ class Scheduler:
         return list(self._open)
 
     def add(self, sequence: Sequence) -> None:
-        sequence.served = min((one.served for one in self._open), default=0.0)
+        sequence.served = max(self._clock, min((one.served for one in self._open), default=0.0))
         self._open[sequence] = None
 
     def remove(self, sequence: Sequence, forget: bool = False) -> None:
@@ -117,7 +119,9 @@ class Scheduler:
                 chunks.append(chunk)
                 left -= 0 if decodes else chunk.tokens
                 one.waited = 0
-                one.served += 1 if decodes else chunk.tokens / _PROMPT_SHARE
+                served = 1 if decodes else chunk.tokens / _PROMPT_SHARE
+                one.served += served
+                self._clock += served / len(order)
         self.running = tuple(chunk.sequence for chunk in chunks)
         return tuple(chunks)
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from moray.pipelines.serve.block_pool import BlockPool, Key, next_key
@@ -36,6 +37,7 @@ class Request:
     presence_penalty, frequency_penalty: subtracted from the logits of generated ids, once and by their number.
     repetition_penalty: divides positive logits, and multiplies negative ones, of ids in the prompt or the answer.
     logit_bias: (id, added to its logit). stop_ids: end the answer, as end-of-document ids do.
+    cache_salt: only requests with the same one share blocks of the cache.
     """
 
     prompt: tuple[int, ...]
@@ -56,6 +58,7 @@ class Request:
     echo: bool = False
     ignore_eos: bool = False
     bare: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -147,11 +150,20 @@ class Sequence:
     def scores_prompt(self) -> bool:
         return self.request.echo and self.request.logprobs is not None
 
+    @cached_property
+    def prompt_set(self) -> Tensor:
+        """The ids of the prompt, each once, int64."""
+        import torch
+
+        return torch.tensor(sorted(set(self.ids[: self.prompt_length])))
+
     def find_blocks(self, pool: BlockPool) -> None:
         """Takes the blocks of the cache that begin with the same ids. The last id is left to be run."""
         if self.scores_prompt:
             return
         whole = (len(self.ids) - 1) // pool.block_size
+        if self.leader is not None and not self._keys:
+            self._keys = self.leader._keys[: self.prompt_length // pool.block_size]
         self._extend_keys(whole, pool.block_size)
         self.blocks = pool.find(self._keys[:whole])
         self.computed = len(self.blocks) * pool.block_size
@@ -173,7 +185,7 @@ class Sequence:
 
     def _extend_keys(self, count: int, size: int) -> None:
         for index in range(len(self._keys), count):
-            before = self._keys[-1] if self._keys else b""
+            before = self._keys[-1] if self._keys else self.request.cache_salt.encode()
             self._keys.append(next_key(before, self.ids[index * size : (index + 1) * size]))
 
     def after_prefill(self) -> Delta | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.kernels import cached_step
 from moray.kernels.cached_step import padded
 from moray.models import checkpoint
 from moray.models.cache import LatentCache
@@ -82,6 +85,23 @@ def test_it_is_the_reference(name):
         one_by_one.append(compiled.forward([Span([index], position, range(15, -1, -1), 1)], cache).logits_WV[0].clone())
     assert torch.equal(torch.stack(one_by_one), whole(compiled, ids))
     assert set(compiled.expert_rows().sum(1).tolist()) <= {0, 3 * LENGTH * model.config.num_experts_per_tok}
+
+
+@pytest.mark.parametrize("machine", ["haswell", "x86-64-v2"])
+def test_narrower_vectors_are_the_reference_and_keep_the_law(machine, monkeypatch):
+    """AVX2, and 128 bits, on whatever machine this is that has them."""
+    if platform.machine() != "x86_64" or (machine == "haswell" and "avx2" not in Path("/proc/cpuinfo").read_text()):
+        pytest.skip(f"this machine does not run code for {machine}")
+    flags = [f"-march={machine}" if flag == "-march=native" else flag for flag in cached_step._FLAGS]
+    monkeypatch.setattr(cached_step, "_FLAGS", tuple(flags))
+    for name in ("groups", "odd sizes"):
+        model, ids = drawn(FAMILY[name]), ids_of(FAMILY[name])
+        compiled = CompiledModel.of(model, NATIVE / machine, threads=2)
+        logits, cache = whole(compiled, ids), compiled.cache(16, 16)
+        assert distance(logits, reference(model, ids)) <= 1e-5
+        parts = [compiled.forward([Span(ids[at : at + 7], at, range(16), 7)], cache) for at in range(0, 42, 7)]
+        assert torch.equal(logits[35:42], parts[-1].logits_WV)
+        compiled.close()
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])

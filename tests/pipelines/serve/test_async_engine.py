@@ -5,7 +5,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
-from moray.pipelines.serve.sequence import Request
+from moray.pipelines.serve.sequence import Delta, Request
 
 
 @asynccontextmanager
@@ -92,6 +92,51 @@ def test_the_thread_outlives_a_step_that_fails(make_engine, vocabulary, monkeypa
             assert len(await answer(front, request(vocabulary))) > 0
 
     asyncio.run(scenario())
+
+
+def test_no_answer_waits_after_a_failure_in_the_middle_of_a_step(make_engine, vocabulary, monkeypatch):
+    """Also those that the engine had ended in that step, whose last outputs are lost."""
+    engine = make_engine()
+    advance = engine._advance
+
+    def failing(chunks):
+        for output in advance(chunks):
+            if isinstance(output.result, Delta) and output.result.finish_reason:
+                raise RuntimeError("a bug")
+            yield output
+
+    monkeypatch.setattr(engine, "_advance", failing)
+
+    async def scenario():
+        async with started(engine) as front:
+            found = await asyncio.gather(
+                *(answer(front, request(vocabulary)) for _ in range(3)), return_exceptions=True
+            )
+            assert [str(one) for one in found] == ["a bug"] * 3
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ends_is_not_healthy(make_engine, vocabulary, monkeypatch):
+    engine = make_engine()
+
+    def dying():
+        raise SystemExit
+
+    async def scenario():
+        front = AsyncEngine(engine)
+        assert not front.failed
+        front.start()
+        monkeypatch.setattr(engine, "step", dying)
+        with pytest.raises(EngineStoppedError):
+            await answer(front, request(vocabulary))
+        front._thread.join()
+        assert front.failed
+        front.stop()
+        assert not front.failed
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def test_an_invalid_request_raises_in_its_caller(make_engine):

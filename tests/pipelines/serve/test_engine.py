@@ -3,9 +3,13 @@ import random
 import pytest
 import torch
 
+from moray.models.compiled import CompiledModel
+from moray.models.eager import EagerModel
+from moray.models.model import DeepseekV3
 from moray.pipelines.serve.engine import ContextLengthError, Engine
 from moray.pipelines.serve.scheduler import EngineLimits
 from moray.pipelines.serve.sequence import Delta, Request
+from tests.native import NATIVE
 
 PROMPTS = ["In the beginning", "def main(", "こんにちは", "x", "Grüße aus Zürich, naïve café."]
 
@@ -251,6 +255,56 @@ def test_a_failure_ends_only_the_request_at_fault(vocabulary, make_engine, model
     assert good.finish_reason == "length"
     assert good.ids[good.prompt_length :] == greedy_ids(model, good.ids[: good.prompt_length], 10)
     assert engine.pool.blocks_free == engine.pool.blocks
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_value_that_is_not_finite_stays_in_its_request(vocabulary, model, eager):
+    """The failed one's blocks are used again. Positions after a sequence's last have weight 0, which NaN ignores."""
+    broken = DeepseekV3(model.config).eval()
+    broken.load_state_dict(model.state_dict())
+    embedding = next(view for name, view, _ in broken.logical_parameters() if "embed_tokens" in name)
+    embedding[7] = float("nan")
+    compiled = EagerModel(broken) if eager else CompiledModel.of(broken, NATIVE)
+    engine = Engine(compiled, vocabulary, EngineLimits(64, 8, 1, block_size=16))
+    clean, bad = Request((9, 10, 11), 4, temperature=0.0, ignore_eos=True), Request((9, 7, 11, 12), 4, temperature=0.0)
+    expected = run(engine, [clean])
+    for _ in range(3):
+        engine.submit(bad)
+        assert [type(output.result) for output in engine.step()] == [FloatingPointError]
+        assert run(engine, [clean]) == expected
+
+
+def test_a_draw_that_fails_ends_only_its_own_request(vocabulary, make_engine, monkeypatch):
+    from moray.pipelines.serve import engine as module
+
+    sampled = module.sample
+
+    def failing(logits_BV, draws):
+        if any(draw.top_k == 3 for draw in draws):
+            raise OverflowError("too large")
+        return sampled(logits_BV, draws)
+
+    monkeypatch.setattr(module, "sample", failing)
+    engine = make_engine()
+    sequences = [engine.submit(Request((9, 10), 5, seed=1, top_k=top_k, ignore_eos=True)) for top_k in (2, 3, 4)]
+    failed = [output.sequence for output in engine.step() if isinstance(output.result, Exception)]
+    assert failed == [sequences[1]]
+    while engine.busy:
+        engine.step()
+    assert [one.generated for one in sequences] == [5, 0, 5]
+
+
+def test_a_salt_separates_what_is_cached(vocabulary, make_engine):
+    engine = make_engine()
+    prompt = tuple(vocabulary.encode("In the beginning was the word. " * 4))
+    cached = []
+    for salt in ("", "a", "a", ""):
+        one = engine.submit(Request(prompt, 1, temperature=0.0, cache_salt=salt))
+        engine.step()
+        cached.append(one.cached > 0)
+        while engine.busy:
+            engine.step()
+    assert cached == [False, False, True, True]
 
 
 def test_output_that_is_not_finite_is_an_error_not_a_token(vocabulary, make_engine, model, monkeypatch):

@@ -174,6 +174,8 @@ def test_a_stream_reports_usage_only_on_request(client):
         ({"suffix": "end"}, "suffix", "not supported"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"5": 60, "05": 60}}, "logit_bias", "names an id twice"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "outside the vocabulary"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
@@ -255,6 +257,20 @@ def test_a_body_larger_than_the_limit(client):
         assert response.status_code == 413
         assert "the body exceeds 1,048,576 bytes" in response.json()["error"]["message"]
     assert ask(client).status_code == 200
+
+
+def test_more_ids_than_fit_several_contexts_are_refused_before_they_are_parsed(client):
+    response = client.post(
+        "/v1/completions",
+        content=b'{"prompt": [' + b"5," * 300_000 + b"5]}",
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 413
+    assert "commas" in response.json()["error"]["message"]
+
+
+def test_a_top_k_beyond_any_float_is_all_ids(client):
+    assert ask(client, top_k=10**400, seed=4).json()["choices"] == ask(client, seed=4, top_k=340).json()["choices"]
 
 
 def test_a_text_longer_than_any_context_is_refused_before_it_is_tokenised(client, vocabulary, monkeypatch):

@@ -15,8 +15,9 @@ def settled(row: float, step: float, most: int = 512) -> int:
 
 @pytest.mark.parametrize("step", [0.0, 0.001, 0.1])
 @pytest.mark.parametrize(("row", "rows"), [(1e-4, 150), (5e-4, 30), (1.0, 16), (1e-6, 15_000)])
-def test_a_step_reads_for_15_ms_whatever_decoding_takes(row, rows, step):
-    assert settled(row, step) == pytest.approx(rows, rel=0.01, abs=1)
+def test_a_step_reads_for_15_ms_or_as_long_as_decoding_takes(row, rows, step):
+    rows = max(rows, int(step / row))
+    assert settled(row, step, most=1 << 20) == pytest.approx(rows, rel=0.01, abs=1)
 
 
 def test_a_first_prompt_beside_others_is_read_in_small_chunks():

@@ -79,6 +79,17 @@ def test_rows_get_as_many_alternatives_as_each_asked_for():
     assert [len(token.top) for token in tokens] == [0, 4, 1]
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.3, 0), (0.95, 0), (0.999999, 0), (1.0, 40), (0.9, 40), (0.9, 3000)])
+def test_the_most_likely_of_a_large_vocabulary_are_those_of_a_sort(top_p, top_k, monkeypatch):
+    """Whether few ids are sorted or all of them; flat rows keep more than the few."""
+    logits_BV = torch.randn(24, 5000, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 6, 24)[:, None]
+    draws = [Draw(1.0, top_p, torch.Generator().manual_seed(row), None, top_k=top_k) for row in range(24)]
+    few = [token.id for token in sample(logits_BV, draws)]
+    monkeypatch.setattr("moray.pipelines.serve.sampler._HEAD", 1 << 20)
+    draws = [Draw(1.0, top_p, torch.Generator().manual_seed(row), None, top_k=top_k) for row in range(24)]
+    assert few == [token.id for token in sample(logits_BV, draws)]
+
+
 def test_the_lowest_draw_skips_ids_of_probability_zero(monkeypatch):
     monkeypatch.setattr("moray.pipelines.serve.sampler._uniform", lambda generator: 0.0)
     assert sample(torch.tensor([[-math.inf, 0.0, 1.0]]), [warm(0)])[0].id == 1

@@ -1,5 +1,7 @@
 """The scheduler with random traffic: its invariants hold in every step."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -115,6 +117,23 @@ def test_a_short_request_is_not_starved_by_long_ones(vocabulary):
         ended += advance(scheduler, pool, scheduler.plan())
         steps += 1
     assert steps <= 16 * (66 // 4 + 1)  # a turn of those who came before
+
+
+@pytest.mark.parametrize(("prompt", "most"), [(5, 2000), (20_000, 1)])
+def test_a_long_request_has_its_share_beside_short_ones_that_never_end(vocabulary, prompt, most):
+    """32 clients ask for 12 ids, again and again. 16 decode at a time."""
+    pool = BlockPool(5000, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=80, max_running=16, block_size=SIZE))
+    kinds = itertools.count()
+    long = sequence(vocabulary, [next(kinds)] * prompt, most)
+    scheduler.add(long)
+    for _ in range(32):
+        scheduler.add(sequence(vocabulary, [next(kinds)] * 2, 12))
+    for _ in range(1500):
+        for one in advance(scheduler, pool, scheduler.plan()):
+            if one is not long:
+                scheduler.add(sequence(vocabulary, [next(kinds)] * 2, 12))
+    assert long.generated >= 300 or long.closed or long.computed >= 2400  # of 600 to 700 ids, or 4,800 of the prompt
 
 
 def test_followers_read_only_what_their_leader_did_not(vocabulary):
