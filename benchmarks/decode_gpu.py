@@ -98,6 +98,7 @@ def rows(config: ModelConfig, copy_bytes_s: float) -> list[dict[str, Any]]:
     found = []
     for batch in BATCHES:
         prompts = torch.randint(0, config.vocab_size, (batch, CONTEXT)).tolist()
+        Sequences(eager, prompts, CONTEXT + BLOCK).step()  # compiles what it needs
         sequences = Sequences(eager, prompts, CONTEXT + 2 * (STEPS + WARM_UP))
         times = []
         for _ in range(1 + WARM_UP + STEPS):

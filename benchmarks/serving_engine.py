@@ -222,7 +222,7 @@ def save_random(config: ModelConfig, folder: Path) -> None:
 
 def active_bytes(config: ModelConfig, form: str, batch: int) -> float:
     """Bytes of packed weights that a step of `batch` rows reads, each once."""
-    wide, width = 4, {"float32": 4, "bfloat16": 2, "int8": 1}[form]
+    wide, width = (1 if form == "int8" else 4), {"float32": 4, "bfloat16": 2, "int8": 1}[form]
     total = config.hidden_size * padded(config.vocab_size) * width
     heads, experts = config.num_attention_heads, config.n_routed_experts
     used = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -86,7 +86,7 @@ class Client:
         self._session, self.url = session, url
         self._url = f"{url}/v1/completions"
 
-    async def stream(self, prompt: Any, tokens: int = NEW, **options: Any) -> AsyncIterator[float]:
+    async def stream(self, prompt: Any, tokens: int = NEW, **options: Any) -> AsyncGenerator[float, None]:
         """The times of the events of an answer. Raises RuntimeError for an answer that is no stream."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True, **options}
         async with self._session.post(self._url, json=body) as response:
@@ -156,6 +156,11 @@ async def beside(client: Client, attack: Callable[[], Awaitable[Any]]) -> tuple[
     done.set()
     await listener
     return max(gaps), memory.rise, result
+
+
+async def drain(answer: AsyncIterator[float]) -> None:
+    async for _ in answer:
+        pass
 
 
 async def refused(client: Client) -> tuple[float, int]:
@@ -231,13 +236,18 @@ async def chunks() -> AsyncIterator[bytes]:
         yield b"x" * 1_000_000
 
 
+# A model of 4,096 positions accepts 1 MiB and 65,536 ids; what is above is refused before it is parsed.
 BODIES: dict[str, Callable[[], Any]] = {
     "a body of 100 MB": lambda: b'{"prompt": "' + b"x" * 100_000_000 + b'"}',
     "a body of 100 MB in chunks": chunks,
     "5 million ids": lambda: json.dumps({"prompt": [5] * 5_000_000}).encode(),
+    "60,000 ids": lambda: b'{"prompt": [' + b"5," * 60_000 + b"5]}",
     "10,000 prompts": lambda: json.dumps({"prompt": ["x"] * 10_000}).encode(),
     "a prompt of the whole context": lambda: json.dumps({"prompt": ids(3, 5, CONTEXT - 8), "max_tokens": 4}).encode(),
 }
+
+
+STATUS = {"10,000 prompts": 400, "60,000 ids": 400, "a prompt of the whole context": 200}  # else 413
 
 
 async def elsewhere(url: str, name: str) -> str:
@@ -247,6 +257,8 @@ async def elsewhere(url: str, name: str) -> str:
         sys.executable, __file__, "--send", url, name, stdout=asyncio.subprocess.PIPE, env=environment
     )
     printed, _ = await made.communicate()
+    if not printed.decode().startswith(f"({STATUS.get(name, 413)},"):
+        raise RuntimeError(f"{name}: {printed.decode()!r}")
     return printed.decode().strip()
 
 
@@ -258,9 +270,12 @@ async def send(url: str, name: str) -> None:
 async def attacks(client: Client) -> list[dict[str, Any]]:
     async def long_answers() -> list[float]:
         salt = time.monotonic_ns()
-        tasks = [asyncio.ensure_future(anext(client.stream(ids(n, salt), 1500))) for n in range(66)]
-        await asyncio.gather(*tasks)
-        return [await first_token(client, ids(1, time.monotonic_ns(), 2))]
+        answers = [client.stream(ids(n, salt), 400) for n in range(66)]
+        await asyncio.gather(*(anext(answer) for answer in answers))
+        rest = asyncio.gather(*(drain(answer) for answer in answers))
+        short = await first_token(client, ids(1, time.monotonic_ns(), 2))
+        await rest
+        return [short]
 
     async def nothing() -> None:
         await asyncio.sleep(2)
@@ -268,7 +283,7 @@ async def attacks(client: Client) -> list[dict[str, Any]]:
     named: dict[str, Callable[[], Awaitable[Any]]] = {
         "none": nothing,
         **{name: partial(elsewhere, client.url, name) for name in BODIES},
-        "66 long answers, then a short one": long_answers,
+        "66 answers of 400 ids, and a short one": long_answers,
     }
     rows = []
     for name, attack in named.items():

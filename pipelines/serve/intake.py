@@ -30,7 +30,7 @@ from moray.pipelines.serve.request_body import LEAST_LIMIT
 from moray.pipelines.serve.sequence import Request as EngineRequest
 
 _CONTEXTS = 4  # full contexts of ids that a body may contain
-_LEAST_ELEMENTS = 1 << 18  # smallest limit of ids in a body
+_LEAST_ELEMENTS = 1 << 16  # smallest limit of ids in a body
 _ID_BYTES = 8  # of JSON per id
 _DRAINED = 16 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
 _SMALL = 4096  # bytes; work of this size takes less time than starting it in a thread

@@ -11,7 +11,7 @@ from moray.pipelines.serve.api_error import ApiError
 LEAST_LIMIT = 1 << 20  # bytes that every model accepts
 MOST = 16 << 20  # bytes, if no model says what it accepts
 LIMIT = "max_body_bytes"  # of a model's card: what its replicas accept
-_DRAINED = 64 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
+_DRAINED = 128 << 20  # bytes of a too large body that are read and discarded, so that its sender receives the response
 
 
 async def read_body(receive: Receive, limit: Callable[[], Awaitable[int]]) -> bytes | None:
