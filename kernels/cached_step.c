@@ -196,46 +196,69 @@ static void write_latents(Thread *t, const Layer *layer, float *cache) {
   }
 }
 
-static void attention(Thread *t, const Layer *layer, float *cache) {
+// Query heads of this thread, multiplied with the key's half of kv_b: scores are then products with latents.
+static void absorb_queries(Thread *t, const Layer *layer, Share heads) {
   const Model *m = t->m;
-  Buffers b = t->b;
-  int rows = t->rows, head = m->nope + m->rope, width = m->latent + m->rope;
-  int64_t hidden = padded(m->hidden), query = padded((int64_t)m->heads * head), each = padded(width);
-  int64_t values = padded((int64_t)m->heads * m->value), mixed = padded(m->latent);
-  Rows normed = all(b.normed, hidden), queries = all(b.query, query), low = all(b.query_low, padded(m->q_rank));
-  product(m->q_rank ? &layer->q_a : &layer->q_b, m->q_rank ? low : queries, normed, rows, t->thread, t->threads);
-  product(&layer->kv_a, all(b.low, each), normed, rows, t->thread, t->threads);
-  barrier(t->team);
-  write_latents(t, layer, cache);
-  barrier(t->team);
-  if (m->q_rank) {
-    product(&layer->q_b, queries, low, rows, t->thread, t->threads);
-    barrier(t->team);
-  }
-  Share mine = share(m->heads, t->thread, t->threads);
-  for (int h = mine.first; h < mine.last; h++) {
-    Rows to = all(b.absorbed + h * each, m->heads * each), from = all(b.query + h * head, query);
-    for (int p = 0; p < panels(&layer->key); p++) panel_product(&layer->key, h, p, to, from, rows);
-    for (int r = 0; r < rows; r++) {
+  int head = m->nope + m->rope;
+  int64_t query = padded((int64_t)m->heads * head), each = padded(m->latent + m->rope);
+  for (int h = heads.first; h < heads.last; h++) {
+    Rows to = all(t->b.absorbed + h * each, m->heads * each), from = all(t->b.query + h * head, query);
+    for (int p = 0; p < panels(&layer->key); p++) panel_product(&layer->key, h, p, to, from, t->rows);
+    for (int r = 0; r < t->rows; r++) {
       const float *turn = m->rotary + (int64_t)t->batch->positions[r] * m->rope;
       rotate(row(to, r) + m->latent, row(from, r) + m->nope, turn, m->rope / 2);
     }
   }
-  for (int r = 0; r < rows; r++)
-    for (int h = mine.first; h < mine.last; h += TOGETHER) {
+}
+
+static void attend_rows(Thread *t, float *cache, Share heads) {
+  const Model *m = t->m;
+  int64_t each = padded(m->latent + m->rope), mixed = padded(m->latent);
+  float *lanes = t->b.lanes + (int64_t)t->thread * TOGETHER * m->latent * GROUP;
+  for (int r = 0; r < t->rows; r++)
+    for (int h = heads.first; h < heads.last; h += TOGETHER) {
       Latents latents = latents_of(t, cache, r);
-      int heads = mine.last - h < TOGETHER ? mine.last - h : TOGETHER;
-      attend(&latents, t->batch->positions[r], m->score_scale, heads, b.absorbed + (r * (int64_t)m->heads + h) * each, each,
-             b.mixed + (r * (int64_t)m->heads + h) * mixed, mixed, b.lanes + (int64_t)t->thread * TOGETHER * m->latent * GROUP);
+      int count = heads.last - h < TOGETHER ? heads.last - h : TOGETHER;
+      int64_t first = r * (int64_t)m->heads + h;
+      attend(&latents, t->batch->positions[r], m->score_scale, count, t->b.absorbed + first * each, each,
+             t->b.mixed + first * mixed, mixed, lanes);
     }
-  for (int h = mine.first; h < mine.last; h++) {
-    Rows made = all(b.head_values + t->thread * rows * padded(m->value), padded(m->value));
+}
+
+// Mixed latents of this thread's heads, multiplied with the value's half of kv_b.
+static void expand_values(Thread *t, const Layer *layer, Share heads) {
+  const Model *m = t->m;
+  int64_t values = padded((int64_t)m->heads * m->value), mixed = padded(m->latent);
+  Rows made = all(t->b.head_values + t->thread * t->rows * padded(m->value), padded(m->value));
+  for (int h = heads.first; h < heads.last; h++) {
     for (int p = 0; p < panels(&layer->value); p++)
-      panel_product(&layer->value, h, p, made, all(b.mixed + h * mixed, m->heads * mixed), rows);
-    for (int r = 0; r < rows; r++) memcpy(b.values + r * values + h * m->value, row(made, r), sizeof(float) * m->value);
+      panel_product(&layer->value, h, p, made, all(t->b.mixed + h * mixed, m->heads * mixed), t->rows);
+    for (int r = 0; r < t->rows; r++)
+      memcpy(t->b.values + r * values + h * m->value, row(made, r), sizeof(float) * m->value);
   }
+}
+
+static void attention(Thread *t, const Layer *layer, float *cache) {
+  const Model *m = t->m;
+  Buffers b = t->b;
+  int rows = t->rows;
+  Rows normed = all(b.normed, padded(m->hidden)), low = all(b.query_low, padded(m->q_rank));
+  Rows queries = all(b.query, padded((int64_t)m->heads * (m->nope + m->rope)));
+  product(m->q_rank ? &layer->q_a : &layer->q_b, m->q_rank ? low : queries, normed, rows, t->thread, t->threads);
+  product(&layer->kv_a, all(b.low, padded(m->latent + m->rope)), normed, rows, t->thread, t->threads);
+  barrier(t->team);  // products share outputs among threads; the next two share rows
+  write_latents(t, layer, cache);
+  barrier(t->team);  // rows attend to latents that others wrote
+  if (m->q_rank) {
+    product(&layer->q_b, queries, low, rows, t->thread, t->threads);
+    barrier(t->team);
+  }
+  Share heads = share(m->heads, t->thread, t->threads);  // of this thread, up to its part of `values`
+  absorb_queries(t, layer, heads);
+  attend_rows(t, cache, heads);
+  expand_values(t, layer, heads);
   barrier(t->team);
-  product(&layer->o, all(b.out, hidden), all(b.values, values), rows, t->thread, t->threads);
+  product(&layer->o, all(b.out, padded(m->hidden)), all(b.values, padded((int64_t)m->heads * m->value)), rows, t->thread, t->threads);
   barrier(t->team);
 }
 
@@ -270,33 +293,40 @@ static void sort_slots(Thread *t, int32_t *first, int layer) {
   barrier(t->team);
 }
 
+// Routes this thread's rows, then computes its panels of all experts' outputs, in the order of `places`.
+static void routed_experts(Thread *t, const Layer *layer, int number) {
+  const Model *m = t->m;
+  Buffers b = t->b;
+  int k = m->router.top_k;
+  int64_t hidden = padded(m->hidden), inner = padded(m->inner), expert = padded(m->expert_inner), scores = padded(m->router.experts);
+  float *expert_inner = b.inner + t->rows * inner, *expert_up = b.up + t->rows * inner;
+  for (int r = t->mine.first; r < t->mine.last; r++)
+    route(&m->router, layer->bias, b.scores + r * scores, b.choice + t->thread * scores, b.ids + r * k, b.weights + r * k);
+  barrier(t->team);  // the sort reads the routes of all rows
+  int32_t *first = b.first + t->thread * (m->router.experts + 1);
+  sort_slots(t, first, number);
+  for (int e = 0; e < m->router.experts; e++) {
+    Rows from = {b.normed, hidden, b.rows + first[e]};
+    int64_t at = first[e] * expert;
+    gate_up(t, &layer->e_gate, &layer->e_up, e, expert_inner + at, expert_up + at, from, b.placed_weights + first[e], first[e + 1] - first[e]);
+  }
+  barrier(t->team);  // an output needs all of its row's inner values
+  Share mine = share(panels(&layer->e_down), t->thread, t->threads);
+  for (int e = 0; e < m->router.experts; e++)
+    for (int p = mine.first; p < mine.last; p++)
+      panel_product(&layer->e_down, e, p, all(b.outputs + first[e] * hidden, hidden), all(expert_inner + first[e] * expert, expert), first[e + 1] - first[e]);
+}
+
 static void feed_forward(Thread *t, const Layer *layer, int number) {
   const Model *m = t->m;
   Buffers b = t->b;
   int rows = t->rows, k = m->router.top_k;
-  int64_t hidden = padded(m->hidden), inner = padded(m->inner), expert = padded(m->expert_inner);
+  int64_t hidden = padded(m->hidden);
   Rows normed = all(b.normed, hidden);
-  float *expert_inner = b.inner + rows * inner, *expert_up = b.up + rows * inner;
   if (layer->gate.outputs) gate_up(t, &layer->gate, &layer->up, 0, b.inner, b.up, normed, NULL, rows);
   if (layer->moe) product(&layer->router, all(b.scores, padded(m->router.experts)), normed, rows, t->thread, t->threads);
   barrier(t->team);
-  int32_t *first = b.first + t->thread * (m->router.experts + 1);
-  if (layer->moe) {
-    for (int r = t->mine.first; r < t->mine.last; r++)
-      route(&m->router, layer->bias, b.scores + r * padded(m->router.experts), b.choice + t->thread * padded(m->router.experts), b.ids + r * k, b.weights + r * k);
-    barrier(t->team);
-    sort_slots(t, first, number);
-    for (int e = 0; e < m->router.experts; e++) {
-      Rows from = {b.normed, hidden, b.rows + first[e]};
-      int64_t at = first[e] * expert;
-      gate_up(t, &layer->e_gate, &layer->e_up, e, expert_inner + at, expert_up + at, from, b.placed_weights + first[e], first[e + 1] - first[e]);
-    }
-    barrier(t->team);
-    Share mine = share(panels(&layer->e_down), t->thread, t->threads);
-    for (int e = 0; e < m->router.experts; e++)
-      for (int p = mine.first; p < mine.last; p++)
-        panel_product(&layer->e_down, e, p, all(b.outputs + first[e] * hidden, hidden), all(expert_inner + first[e] * expert, expert), first[e + 1] - first[e]);
-  }
+  if (layer->moe) routed_experts(t, layer, number);
   if (layer->gate.outputs) product(&layer->down, all(b.out, hidden), all(b.inner, padded(layer->gate.outputs)), rows, t->thread, t->threads);
   barrier(t->team);
   for (int r = t->mine.first; r < t->mine.last; r++) {

@@ -9,12 +9,14 @@ Shapes: N outputs, K inputs of a matrix, P panels of 32 outputs.
 import ctypes
 import functools
 import hashlib
+import math
 import mmap
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -153,15 +155,18 @@ class HugePages:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A copy, aligned to 64 bytes."""
-        begin = -(-self._used // 64) * 64
-        if begin + tensor.nbytes > len(self._memory):
-            begin, size = 0, max(_CHUNK, tensor.nbytes)
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeros, aligned to 64 bytes, that take memory when they are written."""
+        begin, count = -(-self._used // 64) * 64, math.prod(shape)
+        if begin + count * dtype.itemsize > len(self._memory):
+            begin, size = 0, max(_CHUNK, count * dtype.itemsize)
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._used = begin + tensor.nbytes
-        place = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=begin)
-        return place.view(tensor.shape).copy_(tensor)
+        self._used = begin + count * dtype.itemsize
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=begin).view(*shape)
 
 
 def padded(size: int) -> int:

@@ -166,7 +166,10 @@ class _Packer:
         layer.kv_a, layer.o = weight("self_attn.kv_a_proj_with_mqa"), weight("self_attn.o_proj")
         stacked = torch.unflatten(self._read(f"{attention}kv_b_proj.weight"), 0, (config.num_attention_heads, -1))
         keys_HNC, values_HVC = torch.split(stacked, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        layer.key, layer.value = self._stack(keys_HNC.transpose(1, 2)), self._stack(values_HVC)
+        layer.key, layer.value = (
+            self._stack(len(keys_HNC), keys_HNC.transpose(1, 2)),
+            self._stack(len(values_HVC), values_HVC),
+        )
         layer.moe = index in config.moe_layers
         mlp = "mlp.shared_experts." if layer.moe else "mlp."
         if not layer.moe or config.n_shared_experts:
@@ -181,22 +184,24 @@ class _Packer:
         for name in ("gate", "up", "down"):
             experts = range(self._config.n_routed_experts)
             weights = (self._read(f"{prefix}experts.{expert}.{name}_proj.weight") for expert in experts)
-            setattr(layer, f"e_{name}", self._stack(weights))
+            setattr(layer, f"e_{name}", self._stack(len(experts), weights))
 
     def _matrix(self, weight: Tensor, form: str = "") -> CMatrix:
-        return self._stack([weight], form)
+        return self._stack(1, [weight], form)
 
-    def _stack(self, weights: Iterable[Tensor], form: str = "") -> CMatrix:
-        """Matrices of one shape, packed one after the other."""
+    def _stack(self, count: int, weights: Iterable[Tensor], form: str = "") -> CMatrix:
+        """`count` matrices of one shape, one after the other. Each is packed into its place, so that only one is held
+        twice: the experts of a layer of V3 are 15 GB in FP32."""
         form = form or self._form
-        packed = []
-        shape = torch.Size()
-        for weight in weights:
-            shape = weight.shape
-            packed.append(pack(weight, form))
-        panels = self._keep(torch.cat([panels for panels, _ in packed]))
-        scales = [scales for _, scales in packed if scales is not None]
-        return CMatrix(panels, self._keep(torch.cat(scales)) if scales else None, *shape, FORMATS[form])
+        panels, scales, shape = torch.empty(0), [], torch.Size()
+        for number, weight in enumerate(weights):
+            part, scale = pack(weight, form)
+            if not number:
+                panels, shape = self._memory.empty((count, *part.shape), part.dtype), weight.shape
+            panels[number] = part
+            scales += [] if scale is None else [scale]
+        self._kept.append(panels)
+        return CMatrix(panels.data_ptr(), self._keep(torch.cat(scales)) if scales else None, *shape, FORMATS[form])
 
     def _vector(self, name: str) -> int:
         vector = self._read(name).float()

@@ -27,7 +27,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
-from moray.pipelines.serve.request_body import LIMIT, MOST, read_body
+from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory, read_body
 from moray.platform.core.serving import PREFIX
 
 VERSION = b"x-moray-version"  # header: the version of the deployment that answered
@@ -49,6 +49,7 @@ class Gateway:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._memory = BodyMemory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
@@ -69,14 +70,15 @@ class Gateway:
             if path == "/v1/models":
                 await _answer(send, 200, {"object": "list", "data": await self._cards(names)})
                 return
-            body = await read_body(receive, partial(self._largest_body, names))
-            if body is None:
-                return
-            name = _deployment(path, body, names)
-            if name != _first(path):
-                raw = scope.get("raw_path") or path.encode()
-                scope = {**scope, "path": f"/{name}{path}", "raw_path": f"/{name}".encode() + raw}
-            await self._forward(scope, body, receive, send)
+            with self._memory.hold() as take:
+                body = await read_body(receive, partial(self._largest_body, names), take)
+                if body is None:
+                    return
+                name = _deployment(path, body, names)
+                if name != _first(path):
+                    raw = scope.get("raw_path") or path.encode()
+                    scope = {**scope, "path": f"/{name}{path}", "raw_path": f"/{name}".encode() + raw}
+                await self._forward(scope, body, receive, send)
         except ApiError as error:
             await _answer(send, error.status, error.body())
 

@@ -14,8 +14,9 @@ import pytest
 import requests
 import uvicorn
 
+from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.gateway import VERSION, Gateway
-from moray.pipelines.serve.request_body import LIMIT, MOST
+from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory
 from tests.checkout import ROOT
 
 JSON = (b"content-type", b"application/json")
@@ -259,6 +260,18 @@ def test_a_body_may_be_what_the_largest_model_accepts(proxy: Proxy, url: str, me
 def test_models_that_do_not_tell_accept_what_the_gateway_does(proxy: Proxy, url: str) -> None:
     assert requests.post(f"{url}/one/v1/completions", data=b"x" * (2 << 20), timeout=60).status_code == 200
     assert requests.post(f"{url}/one/v1/completions", data=b"x" * (MOST + 1), timeout=60).status_code == 413
+
+
+def test_a_proxy_holds_only_so_many_bytes_of_bodies() -> None:
+    memory = BodyMemory(10)
+    with memory.hold() as take:
+        take(6)
+        with memory.hold() as other:
+            other(3)
+            with pytest.raises(ApiError, match="too many large requests"):
+                other(2)
+        assert memory.used == 6
+    assert memory.used == 0
 
 
 def test_a_proxy_loads_nothing_heavy() -> None:
