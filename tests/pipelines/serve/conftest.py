@@ -97,7 +97,8 @@ def url(shared_engine) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # from here on a client that is faster than the server waits, instead of being refused
         app = build_serving_app(AsyncEngine(shared_engine), "tiny")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
