@@ -37,6 +37,29 @@ _PLACES = {
     "mlp.gate.weight": "ffn_gate_inp.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
 }
+# llama.cpp's names of the config's numbers.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "head_count": "num_attention_heads",
+    "layer_norm_rms_eps": "rms_norm_eps",
+    "rope_dimension_count": "qk_rope_head_dim",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "value_length_mla": "v_head_dim",
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+}
 
 
 def tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
@@ -72,32 +95,14 @@ def write(folder: Path, path: Path, form: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "deepseek2")
     writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-    writer.add_head_count(config["num_attention_heads"])
+    for name, field in _FIELDS.items():
+        if config.get(field) is not None:
+            getattr(writer, f"add_{name}")(config[field])
     writer.add_head_count_kv(1)  # all heads read one latent
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(float(config["rope_theta"]))
-    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
-    if config.get("q_lora_rank") is not None:
-        writer.add_q_lora_rank(config["q_lora_rank"])
-    writer.add_kv_lora_rank(config["kv_lora_rank"])
     writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
     writer.add_value_length(config["kv_lora_rank"])
     writer.add_key_length_mla(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
-    writer.add_value_length_mla(config["v_head_dim"])
-    writer.add_expert_count(config["n_routed_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_shared_count(config["n_shared_experts"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_expert_group_count(config["n_group"])
-    writer.add_expert_group_used_count(config["topk_group"])
-    writer.add_expert_weights_scale(config["routed_scaling_factor"])
-    writer.add_expert_weights_norm(config["norm_topk_prob"])
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     kind = gguf.GGMLQuantizationType.Q8_0
     for name, tensor in tensors(folder, config):
