@@ -1,7 +1,7 @@
 """A model whose forward over the latent cache is compiled (`kernels/cached_step.c`), for inference on CPUs.
 
 Notable: weights are packed as they are read, a matrix or a stack of experts at a time, and the originals are not kept.
-Activations, norms, routers and the cache are FP32 whatever the weights' form.
+Activations, norms and the cache are FP32 whatever the weights' form; routers are FP32 unless it is INT8.
 
 Shapes: V vocabulary, W rows whose logits are wanted, L layers, E experts, D hidden size, N elements of a head without
 position, C latent elements, P rotated elements.
