@@ -6,17 +6,19 @@ can read the folder (docs/models.md lists the converter's options). All of them 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
-from moray.pipelines.tokenizer.bos import write_with_bos
+from moray.pipelines.shared.chat_files import PLAIN_CHAT, TEMPLATE
+from moray.pipelines.tokenizer.bos import CONFIG, read_object_or_empty, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
 from moray.platform.core.errors import InputError
-from moray.platform.plan.config import StepConfig
+from moray.platform.plan.config import StepConfig, added
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
 
@@ -25,6 +27,9 @@ class ExportConfig(StepConfig):
     precision: Literal["float32", "bf16", "fp8"] = "float32"
     weights: Literal["last", "ema"] = Field(
         "last", description="weights of the last step, or their exponential moving average (EMA)"
+    )
+    chat_template: Literal["none", "plain"] = added(
+        "none", description="how messages become a prompt, unless the tokenizer has a template: as a plain dialogue"
     )
 
 
@@ -49,6 +54,8 @@ class Export(Step[ExportConfig]):
         hugging_face.write_folder(ctx.folder, config, _tensors(ctx), ctx.config.precision)
         bos = special_ids(tokenizer.folder)["bos"]
         write_with_bos(tokenizer.folder, ctx.folder, load_tokenizer(tokenizer.folder).id_to_token(bos), bos)
+        if ctx.config.chat_template == "plain" and "chat_template" not in read_object_or_empty(ctx.folder / CONFIG):
+            shutil.copyfile(PLAIN_CHAT, ctx.folder / TEMPLATE)
         write_json(
             ctx.folder / "generation_config.json",
             {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": True},

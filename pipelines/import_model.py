@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from moray.models.files import model_files, read_object
+from moray.pipelines.shared.chat_files import TEMPLATE
 from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, adds_bos_token, named_token, processor_bos, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer
 from moray.platform.core.errors import InputError
@@ -37,6 +38,7 @@ _COMPANIONS = (
     "README*",
 )
 _COPY_BYTES = 16_000_000
+_WEIGHTS = (".safetensors", ".bin")
 
 
 class ImportConfig(StepConfig):
@@ -44,6 +46,7 @@ class ImportConfig(StepConfig):
     precision: Literal["as-is", "float32", "bf16", "fp8"] = Field(
         "as-is", description="as-is: copy the weights unchanged; else convert them"
     )
+    chat_template: Path | None = operational(None, description="file of a chat template to use, instead of its own")
 
 
 class ImportModel(Step[ImportConfig]):
@@ -55,7 +58,11 @@ class ImportModel(Step[ImportConfig]):
     def external(self, config: ImportConfig) -> list[ExternalFile]:
         folder = user_path(config.path)
         paths = [(name, folder / name) for name in _files(folder, config.precision)]
-        return [ExternalFile("model", name, path.stat().st_size, hash_file(path)) for name, path in paths]
+        found = [ExternalFile("model", name, path.stat().st_size, hash_file(path)) for name, path in paths]
+        if config.chat_template is not None:
+            path = user_path(config.chat_template)
+            found.append(ExternalFile("chat-template", TEMPLATE, path.stat().st_size, hash_file(path)))
+        return found
 
     def run(self, ctx: StepContext[ImportConfig]) -> None:
         from moray.models.checkpoint import CheckedFolder, write_weights
@@ -76,6 +83,9 @@ class ImportModel(Step[ImportConfig]):
                 str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
             ) from error
         _copy(ctx, folder, _companions(folder, ctx.config.precision))
+        if ctx.config.chat_template is not None:
+            (ctx.folder / TEMPLATE).unlink(missing_ok=True)  # it may be a link to the model's own
+            shutil.copyfile(user_path(ctx.config.chat_template), ctx.folder / TEMPLATE)
         _agree_on_bos(ctx, read_object(folder / "config.json").get("bos_token_id"))
         size = parameter_count(checked.config)
         ctx.counts |= {"out:parameters": size.total + size.mtp, "active_parameters": size.active}
@@ -144,14 +154,28 @@ def _with_progress(ctx: StepContext[ImportConfig], phase: str, checked: Any) -> 
 def _copy(ctx: StepContext[ImportConfig], folder: Path, names: list[str]) -> None:
     total = sum((folder / name).stat().st_size for name in names)
     done = 0
+    in_store = folder.is_relative_to(ctx.home.artifacts)
     for name in names:
         (ctx.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if in_store and name.endswith(_WEIGHTS) and _link(folder / name, ctx.folder / name):
+            done += (folder / name).stat().st_size
+            continue
         with (folder / name).open("rb") as source, (ctx.folder / name).open("wb") as target:
             while part := source.read(_COPY_BYTES):
                 target.write(part)
                 done += len(part)
                 ctx.progress("copying", done, total, "bytes")
         shutil.copymode(folder / name, ctx.folder / name)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Makes `target` the same file as `source`, a file of an artifact, which nobody changes. Returns False if the file
+    system cannot."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return False
+    return True
 
 
 step = ImportModel()

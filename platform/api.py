@@ -102,25 +102,71 @@ def import_model(
     name: str | None = None,
     precision: str = "as-is",
     *,
+    chat_template: Path | None = None,
     home: Home | None = None,
     listeners: Sequence[Callable[[Event], None]] = (),
 ) -> tuple[str, Artifact]:
     """Imports a model in the Hugging Face layout; returns its alias, `NAME@newest`, and its artifact.
 
-    precision: "as-is", "float32", "bf16" or "fp8". Importing the same model again reuses the first copy. Raises
-    InputError that names the problem if the model is invalid.
+    precision: "as-is", "float32", "bf16" or "fp8". chat_template: a file to use instead of the model's own. Importing
+    the same model again reuses the first copy. Raises InputError that names the problem if the model is invalid.
     """
     home = home or Home.from_environment()
     folder = Path(path).expanduser().absolute()
     name = name or re.sub(r"[^a-z0-9_-]+", "-", folder.name.lower()).strip("-_")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InputError(f"model name {name!r} may contain only a-z, 0-9, - and _", "set another with --name")
-    step = {"uses": "import-model", "with": {"path": str(folder), "precision": precision}}
+    config = {"path": str(folder), "precision": precision}
+    if chat_template is not None:
+        config["chat_template"] = str(chat_template.expanduser().absolute())
+    step = {"uses": "import-model", "with": config}
     recipe = parse_recipe(yaml.safe_dump({"name": name, "steps": {"import": step}}), Path(f"import of {folder.name}"))
     result = Runner(home, embedded_cluster(home), list(listeners)).run(recipe)
     artifact = result.steps["import"].artifact
     ArtifactStore(home).aliases.set(name, NEWEST, artifact.reference)
     return f"{name}@{NEWEST}", artifact
+
+
+def chat_template(model: str, *, home: Home | None = None) -> str | None:
+    """The source of a model's chat template; None if it has none. Raises InputError."""
+    from moray.pipelines.serve.chat_template import ChatTemplate, ChatTemplateError
+
+    folder = model_folder(model, home or Home.from_environment())
+    try:
+        found = ChatTemplate.load(folder, {})
+    except ChatTemplateError as error:
+        raise InputError(f"{model}: {error}", "give the model another one: moray models template MODEL FILE") from error
+    return found.source if found else None
+
+
+def give_chat_template(
+    model: str,
+    template: str | Path,
+    name: str | None = None,
+    *,
+    home: Home | None = None,
+    listeners: Sequence[Callable[[Event], None]] = (),
+) -> tuple[str, Artifact]:
+    """Makes a model with another chat template, which shares the weights where the disk allows it; returns its alias,
+    `NAME@newest`, and its artifact.
+
+    template: a file with Jinja, or "plain" for Moray's form of a dialogue. name: by default that of the model. Raises
+    InputError.
+    """
+    from moray.pipelines.serve.chat_template import ChatTemplate, ChatTemplateError
+    from moray.pipelines.shared.chat_files import PLAIN_CHAT
+
+    home = home or Home.from_environment()
+    folder = model_folder(model, home)
+    file = PLAIN_CHAT if template == "plain" else Path(template).expanduser()
+    try:
+        ChatTemplate({"default": file.read_text("utf-8")}, {})
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}", "name a file with a Jinja template, or `plain`") from error
+    except (ChatTemplateError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}", "correct the file") from error
+    name = name or (model.partition("@")[0] if "@" in model else None)
+    return import_model(folder, name, chat_template=file, home=home, listeners=listeners)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Changes of a sequence's logits before sampling: penalties, biases, least lengths, and a mask.
+"""Changes of a sequence's logits before sampling: penalties, biases, least lengths, and grammars.
 
 The formulas are those of OpenAI's API (presence, frequency), and of CTRL (repetition; Keskar et al. 2019).
 
@@ -25,7 +25,7 @@ def _adjusts(sequence: Sequence) -> bool:
     request = sequence.request
     penalized = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
     short = sequence.generated < request.min_tokens
-    return bool(short or penalized or request.logit_bias or sequence.mask)
+    return bool(short or penalized or request.logit_bias or sequence.grammar)
 
 
 def adjustment(sequence: Sequence, ends: Collection[int]) -> Callable[[Tensor], None] | None:
@@ -49,9 +49,8 @@ def adjustment(sequence: Sequence, ends: Collection[int]) -> Callable[[Tensor], 
         if short:
             own = (index for index in {*ends, *request.stop_ids} if index < len(logits_V))
             logits_V[_ids(own, logits_V)] = -torch.inf
-        if sequence.mask is not None:
-            allowed_V = sequence.mask(sequence.ids[sequence.prompt_length :])
-            logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
+        if sequence.grammar is not None:
+            sequence.grammar.mask(logits_V, short)
 
     return adjust
 

@@ -28,12 +28,14 @@ class ModelReplica:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         from moray.pipelines.serve.async_engine import AsyncEngine
+        from moray.pipelines.serve.chat_prompt import Chat
         from moray.pipelines.serve.loading import load_engine
         from moray.pipelines.serve.report import ServingReport, replica_id
 
         self._model = ServedModel.model_validate(arguments)
         with local_folder(any_path(self._model.folder)) as local:
             engine = load_engine(local, self._model.options)
+            self._chat = Chat.load(local, engine.vocabulary)
         self._engine = AsyncEngine(engine, self._model.options.threads)
         self._report = ServingReport(self._model, self._engine, replica_id())
 
@@ -49,7 +51,7 @@ class ModelReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from moray.pipelines.serve.openai_api import build_serving_app
 
-        return build_serving_app(self._engine, self._model.name, self._model.version, self._report)
+        return build_serving_app(self._engine, self._model.name, self._model.version, self._report, self._chat)
 
 
 def application_name(name: str) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,7 @@ class ServingVocabulary:
         Names of other control tokens are plain characters. Raises ValueError for text with lone surrogates, which UTF-8
         cannot encode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the text contains a lone surrogate, which is not a character") from None
+        _checked(text)
         if self._names_bos(text):
             assert self.bos is not None
             return [self.bos, *self._plain(text[len(self.label(self.bos)) :])]
@@ -112,6 +111,23 @@ class ServingVocabulary:
     def _plain(self, text: str) -> list[int]:
         # As a batch, because `encode` holds the GIL until it returns.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of control tokens by name: those of the tokenizer that have no text."""
+        return {str(added.content): index for index, added in self._added.items() if added.special and added.content}
+
+    def encode_rendered(self, text: str, mark: str) -> list[int]:
+        """Ids of a rendered chat template: names of control tokens are their ids, and `mark` is nothing. So a name with
+        a mark inside is plain characters. Raises ValueError for text with lone surrogates."""
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        ids: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]:
+            if piece in self.control_tokens:
+                ids.append(self.control_tokens[piece])
+            elif piece := piece.replace(mark, ""):
+                ids += self._plain(_checked(piece))
         return ids
 
     @property
@@ -159,6 +175,15 @@ class ServingVocabulary:
         return bytes(table[character] for character in spelling)
 
 
+def _checked(text: str) -> str:
+    """`text`, if UTF-8 can encode it. Raises ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text contains a lone surrogate, which is not a character") from None
+    return text
+
+
 def _most_shrinking(normalizer: Any) -> float:
     """Upper bound of the factor by which a normalizer shortens a text in UTF-8 bytes; infinite if unknown.
 
@@ -195,11 +220,15 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 class TextStream:
-    """The text of one answer, released piece by piece. stopped: whether a stop string was found."""
+    """The text of one answer, released piece by piece. stopped: whether a stop string was found. shown: ids of control
+    tokens whose names are part of the text."""
 
-    def __init__(self, vocabulary: ServingVocabulary, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, vocabulary: ServingVocabulary, stop: tuple[str, ...] = (), shown: Collection[int] = frozenset()
+    ) -> None:
         self._vocabulary = vocabulary
         self._stop = stop
+        self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._released = 0
@@ -233,7 +262,10 @@ class TextStream:
 
     def _append(self, token: Token) -> None:
         self._waiting.append(Token(token.id, token.logprob, token.top, self._released + len(self._held)))
-        self._held += self._decoder.decode(self._vocabulary.piece(token.id))
+        shown = token.id in self._shown
+        self._held += self._decoder.decode(
+            self._vocabulary.label(token.id).encode() if shown else self._vocabulary.piece(token.id)
+        )
 
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the held text that is a prefix of a stop string."""

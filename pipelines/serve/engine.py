@@ -107,6 +107,11 @@ class Engine:
                 f"{self.pool.block_size}"
             )
 
+    def room(self, prompt: int) -> int:
+        """The most ids that may be generated after a prompt of so many ids; less than 1 if there is no room."""
+        positions = min(self.config.max_position_embeddings, self.pool.blocks * self.pool.block_size + 1)
+        return positions - prompt
+
     def prompt_tokens(self, request: Request) -> int:
         """Number of ids that the model reads for this prompt, with bos."""
         return len(self._ids(request))
@@ -117,8 +122,9 @@ class Engine:
         if leader is None:
             self.check(request)
         ids = leader.ids[: leader.prompt_length] if leader else self._ids(request)
-        text = TextStream(self.vocabulary, request.stop)
-        sequence = Sequence(request, ids, len(ids), text, _generator(request), leader)
+        text = TextStream(self.vocabulary, request.stop, request.shown)
+        grammar = request.grammar.start() if request.grammar else None
+        sequence = Sequence(request, ids, len(ids), text, _generator(request), leader, grammar)
         if request.echo:
             # The remaining prompt tokens are added when they are scored. An id without a predecessor has no score.
             unscored = max(0, 1 - (len(ids) - len(request.prompt))) if sequence.scores_prompt else len(request.prompt)

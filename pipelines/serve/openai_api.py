@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP application of one engine: health, models, completions.
+"""The OpenAI-compatible HTTP application of one engine: health, models, completions, chat, tokens.
 
 All errors, including malformed JSON and unknown paths, are OpenAI error objects. If a client disconnects, its requests
 are cancelled, streamed or not.
@@ -9,44 +9,52 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ApiError
+from moray.pipelines.serve.api_response import ApiResponse, event, response_json
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, QueueFullError
-from moray.pipelines.serve.completion import DONE, Completion, completion_json, event
+from moray.pipelines.serve.chat_prompt import Chat
+from moray.pipelines.serve.chat_request import ChatRequest
+from moray.pipelines.serve.completion_request import CompletionRequest
 from moray.pipelines.serve.gateway import VERSION
+from moray.pipelines.serve.grammar import GrammarError
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
-from moray.pipelines.serve.protocol import CompletionRequest, check_model
+from moray.pipelines.serve.protocol import check_model
 from moray.pipelines.serve.report import RequestTally, ServingReport
 from moray.pipelines.serve.request_body import LIMIT
 from moray.pipelines.serve.sequence import Delta
+from moray.pipelines.serve.token_routes import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from moray.platform.core.serving import ServedModel
 
 _log = logging.getLogger(__name__)
 _RETRY_AFTER = "1"  # seconds
-# Schema of the body in /openapi.json, because the body is parsed here and not by FastAPI.
-_SCHEMA = CompletionRequest.model_json_schema()
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
 
 
 def build_serving_app(
-    engine: AsyncEngine, name: str, version: str = "", report: ServingReport | None = None
+    engine: AsyncEngine,
+    name: str,
+    version: str = "",
+    report: ServingReport | None = None,
+    chat: Chat | None = None,
 ) -> FastAPI:
     """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine and its report.
+    chat: the model's chat form.
 
     Responses name the version of the deployment in a header, except those of a replica that is stopping: without the
     header, the gateway asks another replica.
     """
 
-    intake = Intake(engine.engine, name)
+    intake = Intake(engine.engine, name, chat)
     report = report or ServingReport(ServedModel(folder="", name=name), engine, "")
 
     @asynccontextmanager
@@ -68,28 +76,42 @@ def build_serving_app(
             raise ApiError(503, "the engine is not running")
         return {"status": "ok"}
 
-    @app.post("/v1/completions", openapi_extra=_BODY)
+    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def completions(http: Request) -> Response:
-        try:
-            call = await intake.call(http)
-        except ApiError:
-            report.refuse()
-            raise
-        try:
-            engine.check_room(len(call.requests))
-        except QueueFullError:
-            report.refuse()
-            raise
-        tally = report.request(call.completion.prompt_tokens)
-        if not call.stream:
-            return Response(await unless_gone(http, _whole(engine, intake, call, tally)), media_type="application/json")
-        return StreamingResponse(
-            _events(engine, intake, call, tally),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        return await _respond(http, engine, intake, report, intake.completion)
 
+    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    async def chats(http: Request) -> Response:
+        return await _respond(http, engine, intake, report, intake.chat)
+
+    _add_tokens(app, engine, intake)
     return app
+
+
+def _body(kind: type[BaseModel]) -> dict[str, Any]:
+    """Schema of a body in /openapi.json, because bodies are parsed here and not by FastAPI."""
+    content = {"application/json": {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def _respond(
+    http: Request, engine: AsyncEngine, intake: Intake, report: ServingReport, read: Callable[[bytes, str], Call]
+) -> Response:
+    """The response to a request for answers, whole or streamed. read: parses its body."""
+    try:
+        call = await intake.read(http, read)
+        engine.check_room(len(call.requests))
+    except (ApiError, QueueFullError):
+        report.refuse()
+        raise
+    tally = report.request(call.response.prompt_tokens)
+    if not call.stream:
+        return Response(await unless_gone(http, _whole(engine, intake, call, tally)), media_type="application/json")
+    return StreamingResponse(
+        _events(engine, intake, call, tally),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
 
 
 class _Versioned:
@@ -128,6 +150,23 @@ def _add_models(app: FastAPI, engine: AsyncEngine, name: str, body_bytes: int) -
         return card
 
 
+def _add_tokens(app: FastAPI, engine: AsyncEngine, intake: Intake) -> None:
+    @app.post("/tokenize", openapi_extra=_body(TokenizeRequest))
+    async def tokenizing(http: Request) -> Response:
+        found = await intake.read(http, partial(tokenize, engine.engine, intake))
+        return Response(
+            await intake.answer(8 * found["count"], partial(response_json, found)), media_type="application/json"
+        )
+
+    @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest))
+    async def detokenizing(http: Request) -> dict[str, str]:
+        return await intake.read(http, partial(detokenize, engine.engine, intake))
+
+    @app.get("/tokenizer_info")
+    async def info() -> dict[str, Any]:
+        return tokenizer_info(engine.engine.vocabulary, intake.chat_form)
+
+
 def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None:
     @app.exception_handler(ApiError)
     async def ours(request: Request, error: ApiError) -> Response:
@@ -146,6 +185,10 @@ def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> Response:
         return _answer(ApiError(429, str(error), code="queue_full"))
+
+    @app.exception_handler(GrammarError)
+    async def complex_grammar(request: Request, error: GrammarError) -> Response:
+        return _answer(_unexpected(error))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
@@ -166,6 +209,8 @@ def _unexpected(error: Exception) -> ApiError:
         return ApiError(503, str(error))
     if isinstance(error, QueueFullError):  # between its admission and its first step
         return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="grammar_too_complex")
     _log.error("a request failed", exc_info=error)
     return ApiError(500, f"the server failed on this request ({type(error).__name__})")
 
@@ -179,12 +224,11 @@ async def _whole(engine: AsyncEngine, intake: Intake, call: Call, tally: Request
             for index, delta in deltas:
                 answers[index].append(delta)
                 size += _size(delta)
-        return await intake.answer(size, lambda: completion_json(call.completion.whole(answers)))
+        return await intake.answer(size, lambda: response_json(call.response.whole(answers)))
 
 
 async def _events(engine: AsyncEngine, intake: Intake, call: Call, tally: RequestTally) -> AsyncIterator[bytes]:
     """The events of a stream. A late error becomes its last event, because the status is already sent."""
-    completion, with_usage = call.completion, call.with_usage
     try:
         # Closed now, not by garbage collection.
         async with aclosing(engine.generate_many(call.requests)) as answers:
@@ -192,15 +236,15 @@ async def _events(engine: AsyncEngine, intake: Intake, call: Call, tally: Reques
                 async for deltas in answers:
                     tally.add(deltas)
                     size = sum(_size(delta) for _, delta in deltas)
-                    yield await intake.answer(size, partial(_chunks, completion, deltas, with_usage))
+                    yield await intake.answer(size, partial(_chunks, call.response, deltas))
     except Exception as error:
         yield event(_unexpected(error).body())
         return
-    yield completion.usage_chunk() + DONE if with_usage else DONE
+    yield call.response.end()
 
 
-def _chunks(completion: Completion, deltas: Sequence[tuple[int, Delta]], with_usage: bool) -> bytes:
-    return b"".join(completion.chunk(index, delta, with_usage) for index, delta in deltas)
+def _chunks(response: ApiResponse, deltas: Sequence[tuple[int, Delta]]) -> bytes:
+    return b"".join(response.chunk(index, delta) for index, delta in deltas)
 
 
 def _size(delta: Delta) -> int:

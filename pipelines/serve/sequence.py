@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +20,8 @@ from moray.pipelines.serve.detokenizer import Released, TextStream, Token
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from moray.pipelines.serve.grammar import Grammar, GrammarState
 
 FinishReason = Literal["stop", "length"]
 SEEDS = range(-(1 << 63), 1 << 63)
@@ -37,7 +39,8 @@ class Request:
     presence_penalty, frequency_penalty: subtracted from the logits of generated ids, once and by their number.
     repetition_penalty: divides positive logits, and multiplies negative ones, of ids in the prompt or the answer.
     logit_bias: (id, added to its logit). stop_ids: end the answer, as end-of-document ids do.
-    cache_salt: only requests with the same one share blocks of the cache.
+    cache_salt: only requests with the same one share blocks of the cache. grammar: that the answer follows, to its end.
+    shown: ids of control tokens that have text in the answer: their names.
     """
 
     prompt: tuple[int, ...]
@@ -59,6 +62,8 @@ class Request:
     ignore_eos: bool = False
     bare: bool = False
     cache_salt: str = ""
+    grammar: Grammar | None = None
+    shown: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -83,12 +88,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Delta:
-    """The part of an answer that one step added. generated: ids generated so far, including those not yet released."""
+    """The part of an answer that one step added. generated: ids generated so far, including those not yet released.
+    cached: ids of the prompt that were in the cache."""
 
     text: str
     tokens: tuple[Token, ...] = ()
     generated: int = 0
     finish_reason: FinishReason | None = None
+    cached: int = 0
 
 
 @dataclass(eq=False)
@@ -97,7 +104,7 @@ class Sequence:
 
     ids: bos, prompt and generated ids. blocks: that it holds in the cache. cached: ids of the prompt whose latents were
     there before. leader: another sequence with the same prompt, whose blocks this one shares once they are full.
-    mask: the ids that may follow these generated ones, bool [V]. scored: ids of the prompt that have their scores.
+    grammar: the place of the answer in its grammar. scored: ids of the prompt that have their scores.
     served, waited: the scheduler's. closed: whether it is no longer open.
     """
 
@@ -107,7 +114,7 @@ class Sequence:
     text: TextStream
     generator: torch.Generator | None
     leader: Sequence | None = None
-    mask: Callable[[list[int]], Tensor] | None = None
+    grammar: GrammarState | None = None
     scored: int = 0
     computed: int = 0
     cached: int = 0
@@ -200,8 +207,11 @@ class Sequence:
         """Appends the next token. Returns the delta, None if it is empty. ends: ids that end an answer."""
         self.ids.append(token.id)
         self.counts[token.id] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token.id)
         released = self.text.push(token)
         ended = (token.id in ends and not self.request.ignore_eos) or token.id in self.request.stop_ids
+        ended = ended or (self.grammar is not None and self.grammar.ended)
         if self.text.stopped or ended:
             self.finish_reason = "stop"
         elif self.generated >= self.request.max_tokens:
@@ -213,4 +223,4 @@ class Sequence:
     def _delta(self, released: Released) -> Delta | None:
         if not released.text and not released.tokens and self.finish_reason is None:
             return None
-        return Delta(released.text, released.tokens, self.generated, self.finish_reason)
+        return Delta(released.text, released.tokens, self.generated, self.finish_reason, self.cached)

@@ -1,17 +1,21 @@
-"""`moray models`: import models."""
+"""`moray models`: import models, and give them chat templates."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from moray.platform.core.errors import InputError
 from moray.platform.run.console import Json, err, out, print_json
 
-app = App(name="models", help="Import models.", help_format="plaintext")
+if TYPE_CHECKING:
+    from moray.platform.store.artifacts import Artifact
+
+app = App(name="models", help="Import models, and give them chat templates.", help_format="plaintext")
 
 
 @app.command(name="import")
@@ -34,15 +38,44 @@ def import_(
 
     with Terminal(err()) as terminal, redirect_stdout(sys.stderr):
         alias, artifact = import_model(path, name, precision, listeners=[terminal])
-    if json_:
-        print_json(
-            {
-                "alias": alias,
-                "artifact": artifact.reference,
-                "folder": str(artifact.folder),
-                "outcome": artifact.manifest.outcome,
-            }
-        )
+    return _print_model(alias, artifact, json_)
+
+
+@app.command
+def template(
+    model: str,
+    file: str | None = None,
+    /,
+    *,
+    name: Annotated[str | None, Parameter(help="name of the new model (default: that of MODEL)")] = None,
+    json_: Json = False,
+) -> int:
+    """Show a model's chat template, or make a model with another one as NAME@newest.
+
+    MODEL is an alias, an artifact or a folder. FILE has the template in Jinja, as transformers reads it; `plain` is
+    Moray's form of a dialogue, for models that were not trained to chat. The new model shares the weights of MODEL.
+    """
+    from moray.platform.api import chat_template, give_chat_template
+    from moray.platform.run.terminal import Terminal
+
+    if file is None:
+        source = chat_template(model)
+        if json_:
+            print_json({"chat_template": source})
+        elif source is None:
+            raise InputError(f"{model} has no chat template", f"give it one: moray models template {model} FILE|plain")
+        else:
+            out().print(source, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    with Terminal(err()) as terminal, redirect_stdout(sys.stderr):
+        alias, artifact = give_chat_template(model, file, name, listeners=[terminal])
+    return _print_model(alias, artifact, json_)
+
+
+def _print_model(alias: str, artifact: Artifact, as_json: bool) -> int:
+    if as_json:
+        found = {"alias": alias, "artifact": artifact.reference, "folder": str(artifact.folder)}
+        print_json({**found, "outcome": artifact.manifest.outcome})
         return 0
     out().print(f"{alias}: {artifact.manifest.outcome}", markup=False)
     out().print(f"try next: moray serve {alias}", markup=False)

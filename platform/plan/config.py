@@ -75,6 +75,12 @@ def operational(default: Any, **rules: Any) -> Any:
     return Field(default, json_schema_extra={"identity": False}, **rules)
 
 
+def added(default: Any, **rules: Any) -> Any:
+    """A config field that a step got later. The fingerprint has it only if it is not the default, so that earlier
+    results are still found."""
+    return Field(default, json_schema_extra={"added": True}, **rules)
+
+
 def section(kind: type[ConfigT]) -> Any:
     """A config field that groups other fields by topic. The fingerprint has them as fields of the config itself, so
     moving a field into a section changes no fingerprint."""
@@ -83,6 +89,10 @@ def section(kind: type[ConfigT]) -> Any:
 
 def is_section(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("section") is True
+
+
+def is_added(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("added") is True
 
 
 def is_operational(field: FieldInfo) -> bool:

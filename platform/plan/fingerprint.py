@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from moray.platform.core.references import Secret
-from moray.platform.plan.config import is_operational, is_section
+from moray.platform.plan.config import is_added, is_operational, is_section
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.plan.step import ExternalFile
 
@@ -31,7 +31,7 @@ def identity(value: Any) -> Any:
         for name, field in type(value).model_fields.items():
             if is_section(field):
                 plain |= identity(getattr(value, name))
-            elif not is_operational(field):
+            elif not (is_operational(field) or (is_added(field) and getattr(value, name) == field.default)):
                 plain[name] = identity(getattr(value, name))
         return plain
     if isinstance(value, Mapping):

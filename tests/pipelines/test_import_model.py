@@ -110,6 +110,33 @@ def test_a_model_can_be_converted(folder: Path, home: Home) -> None:
     assert artifact.manifest.outcome.endswith("fp8")
 
 
+def test_a_model_gets_a_chat_template_and_shares_its_weights(folder: Path, home: Home, tmp_path: Path) -> None:
+    (folder / "chat_template.jinja").write_text("old")
+    alias, before = api.import_model(folder, home=home)
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    again, after = api.give_chat_template(alias, template, home=home)
+    assert (again, api.chat_template(alias, home=home)) == (alias, template.read_text())
+    assert api.chat_template(before.reference, home=home) == "old"
+    assert (after.folder / "model.safetensors").samefile(before.folder / "model.safetensors")
+    assert not (after.folder / "config.json").samefile(before.folder / "config.json")
+    plain, _ = api.give_chat_template(str(folder), "plain", "talker", home=home)
+    assert "Assistant:" in (api.chat_template(plain, home=home) or "")
+    assert (folder / "chat_template.jinja").read_text() == "old"
+
+
+@pytest.mark.parametrize(("source", "says"), [(None, "No such file"), ("{% if %}", "line 1"), (b"\xff", "decode")])
+def test_a_chat_template_that_cannot_be_used(
+    folder: Path, home: Home, tmp_path: Path, source: str | bytes | None, says: str
+) -> None:
+    template = tmp_path / "template.jinja"
+    if source is not None:
+        template.write_bytes(source if isinstance(source, bytes) else source.encode())
+    with pytest.raises(InputError, match=says):
+        api.give_chat_template(str(folder), template, home=home)
+    assert not list(home.aliases.glob("*"))
+
+
 def test_a_corrupt_model_is_refused_by_tensor_and_nothing_is_kept(folder: Path, home: Home) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[TENSOR][0, 0] = float("nan")

@@ -9,8 +9,9 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moray.pipelines.serve.api_response import response_json
 from moray.pipelines.serve.async_engine import AsyncEngine
-from moray.pipelines.serve.completion import Completion, completion_json
+from moray.pipelines.serve.completion_response import CompletionResponse
 from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.openai_api import build_serving_app
 
@@ -47,7 +48,12 @@ def test_a_completion(client, vocabulary):
     (choice,) = body["choices"]
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
     prompt = 1 + len(vocabulary.encode(BODY["prompt"]))
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 8, "total_tokens": prompt + 8}
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 8,
+        "total_tokens": prompt + 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_the_same_prompt_as_ids_and_in_lists(client, vocabulary):
@@ -185,13 +191,15 @@ def test_a_stream_reports_usage_only_on_request(client):
         ({"stop": ["x" * 1025]}, "stop", "up to 1024 characters"),
         ({"prompt": ["a"] * 129}, "prompt", "up to 128 prompts"),
         ({"prompt": [[1]] * 129}, "prompt", "up to 128 prompts"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "json"}}, "response_format", "response_format.type: input should be 'text'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema must be given"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "/v1/chat/completions"),
         ({"min_tokens": 4, "max_tokens": 3}, "min_tokens", "must not exceed max_tokens"),
         ({"stop_token_ids": [99999]}, "stop_token_ids", "outside the vocabulary"),
         ({"stop_token_ids": ["5"]}, "stop_token_ids", "valid integer"),
         ({"add_special_tokens": False}, "add_special_tokens", "not supported"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
-        ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "use structured_outputs"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
         ({"temprature": 0.5}, "temprature", "did you mean temperature?"),
         (
@@ -283,7 +291,7 @@ def test_a_text_longer_than_any_context_is_refused_before_it_is_tokenised(client
 def test_work_that_grows_with_a_request_does_not_block_the_event_loop(client, vocabulary, monkeypatch):
     """Tokenizing and building a response wait here until the server has answered another client."""
     started, answered = threading.Event(), threading.Event()
-    encode, whole = vocabulary.encode, Completion.whole
+    encode, whole = vocabulary.encode, CompletionResponse.whole
 
     def slowly(work):
         def run(*arguments):
@@ -293,7 +301,7 @@ def test_work_that_grows_with_a_request_does_not_block_the_event_loop(client, vo
 
         return run
 
-    for patched, name, work in ((vocabulary, "encode", encode), (Completion, "whole", whole)):
+    for patched, name, work in ((vocabulary, "encode", encode), (CompletionResponse, "whole", whole)):
         started.clear()
         answered.clear()
         with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
@@ -322,9 +330,9 @@ def test_the_description_of_the_api_has_the_body(client):
     st.integers(0, 1500),
 )
 def test_json_in_slices_is_the_same_json(value, repeats):
-    assert json.loads(completion_json(value)) == value
+    assert json.loads(response_json(value)) == value
     many = {"list": [value] * repeats}
-    assert completion_json(many) == json.dumps(many, ensure_ascii=False, separators=(",", ":")).encode()
+    assert response_json(many) == json.dumps(many, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def test_unknown_paths_and_methods(client):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from moray.pipelines.serve.completion_request import CompletionRequest
 from moray.pipelines.serve.detokenizer import ServingVocabulary
-from moray.pipelines.serve.protocol import CompletionRequest
 from moray.pipelines.tokenizer.bos import adds_bos_token, processor_bos, write_with_bos
 from moray.pipelines.tokenizer.train import TokenizerConfig, hugging_face_config, load_tokenizer, train_tokenizer
 
@@ -35,7 +35,7 @@ def write(folder: Path, content: dict[str, Any], **said: Any) -> Path:
 def served(folder: Path) -> list[list[int]]:
     """The ids that the engine reads for a text: bos, unless bare, and the prompt."""
     vocabulary = ServingVocabulary.load(folder, 0, 1)
-    requests = CompletionRequest(prompt=TEXTS).requests(vocabulary)
+    requests = CompletionRequest(prompt=TEXTS).prompts(vocabulary)
     return [[*(() if request.bare else (vocabulary.bos,)), *request.prompt] for request in requests]
 
 
@@ -66,7 +66,7 @@ def test_a_tokenizer_without_bos_is_served_without(tmp_path: Path, content: dict
     write(tmp_path, content, add_bos_token=said)
     assert adds_bos_token(tmp_path) is said
     assert served(tmp_path) == read(tmp_path)
-    request = CompletionRequest(prompt=[5, 6]).requests(ServingVocabulary.load(tmp_path, 0, 1))[0]
+    request = CompletionRequest(prompt=[5, 6]).prompts(ServingVocabulary.load(tmp_path, 0, 1))[0]
     assert request.bare is (said is False), "ids get a bos unless the tokenizer says that it gives none"
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moray.platform.plan.config import StepConfig, added
 from moray.platform.plan.fingerprint import Address, addresses, hash_external, identity
 from moray.platform.plan.recipe import parse_recipe
 from moray.platform.plan.step import ExternalFile
@@ -107,3 +108,12 @@ def test_the_order_in_which_files_are_found_does_not_count(found: list[ExternalF
 def test_results_of_pretraining_before_it_had_sections_are_still_found(settings: Any, fingerprint: str) -> None:
     config = identity(pretrain_config(**settings))
     assert Address("pretrain", 4, config, {"tokens": "0" * 32}, {}).fingerprint == fingerprint
+
+
+def test_a_field_that_was_added_later_counts_only_if_it_is_set() -> None:
+    class Added(StepConfig):
+        old: int = 1
+        new: str = added("none")
+
+    assert identity(Added()) == {"old": 1}
+    assert identity(Added(new="other")) == {"old": 1, "new": "other"}
