@@ -151,8 +151,12 @@ def _application(order: ServeOrder, runtime_env: Mapping[str, Any]) -> dict[str,
         "import_path": _BUILDER,
         "args": dict(order.arguments),
         "runtime_env": dict(runtime_env),
-        "deployments": [{"name": UNIT, **_scale(order)}],
+        "deployments": [{"name": UNIT, **_scale(order), **_settings(order)}],
     }
+
+
+def _settings(order: ServeOrder) -> dict[str, Any]:
+    return {} if order.settings is None else {"user_config": dict(order.settings)}
 
 
 def _scale(order: ServeOrder) -> dict[str, Any]:
@@ -197,4 +201,5 @@ def _order(application: Mapping[str, Any]) -> ServeOrder | None:
     least = scale.get("min_replicas", unit.get("num_replicas") or 1)
     most = scale.get("max_replicas", least)
     target = ((scale.get("policy") or {}).get("policy_kwargs") or {}).get("target", 0)
-    return ServeOrder(config["name"].removeprefix(PREFIX), config.get("args") or {}, least, most, target)
+    name, arguments = config["name"].removeprefix(PREFIX), config.get("args") or {}
+    return ServeOrder(name, arguments, least, most, target, unit.get("user_config"))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,6 +20,7 @@ from moray.platform.control.jobs import Job, Submission
 from moray.platform.control.profiles import Profile, load_profile
 from moray.platform.control.remote_run import run_on_cluster
 from moray.platform.control.upload import upload_files
+from moray.platform.core.api_keys import check_guarded, served_keys
 from moray.platform.core.cluster import BackendUnreachableError, Cluster, Usage
 from moray.platform.core.errors import InputError, StepFailed, nearest
 from moray.platform.core.events import Event
@@ -34,6 +36,11 @@ from moray.platform.store.aliases import NEWEST
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.search import find_artifact
 
+if TYPE_CHECKING:
+    from moray.pipelines.serve.session import ServingSession
+
+_log = logging.getLogger("moray")
+_KEYS_SECONDS = 1.0  # between looks at the keys while a model is served
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -187,6 +194,7 @@ def serving(
     from moray.pipelines.serve.session import open_session
 
     home = home or Home.from_environment()
+    check_guarded(home, host)
     folder = model_folder(model, home)
     require_resources()
     cluster = embedded_cluster(home, cpus)
@@ -195,13 +203,38 @@ def serving(
     check_port(host, port)
     try:
         gpus = cluster.ensure().gpus
-        session = open_session(folder, model_name(model, folder), host, port, options, gpus)
+        session = open_session(folder, model_name(model, folder), host, port, options, gpus, served_keys(home))
         try:
-            yield session.url
+            with _follow_keys(home, session):
+                yield session.url
         finally:
             session.stop()
     finally:
         cluster.stop()
+
+
+@contextmanager
+def _follow_keys(home: Home, session: ServingSession) -> Iterator[None]:
+    """Tells the server of keys that are made or revoked during the block."""
+    ended, told = threading.Event(), served_keys(home)
+
+    def follow() -> None:
+        nonlocal told
+        while not ended.wait(_KEYS_SECONDS):
+            try:
+                if (keys := served_keys(home)) != told:
+                    session.accept_keys(keys or [])
+                    told = keys
+            except Exception as error:
+                _log.warning("the keys are still those of before: %s", error)
+
+    thread = threading.Thread(target=follow, name="keys", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def model_folder(model: str, home: Home) -> Path:

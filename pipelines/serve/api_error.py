@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from starlette.responses import JSONResponse, Response
+
 ALIAS = "default"  # stands for the served model
+_RETRY_AFTER = "1"  # seconds
+_KINDS = {429: "rate_limit_error"}
 
 
 class ApiError(Exception):
     """An error response: status 4xx for client errors, 5xx for server errors."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self._headers = headers
 
     def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        elif self.status >= 500:
-            kind = "server_error"
+        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the response, besides those of its body."""
+        if self._headers is not None:
+            return dict(self._headers)
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": _RETRY_AFTER} if self.status in (429, 503) else {}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body(), self.status, self.headers)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moray.pipelines.serve.scaling import TOKENS
-from moray.platform.core.serving import PREFIX, UNIT, ServedModel
+from moray.platform.core.api_keys import ApiKey
+from moray.platform.core.serving import PREFIX, UNIT, ServedModel, key_settings
 from moray.platform.store.paths import any_path, local_folder
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class ModelReplica:
     def __init__(self, arguments: dict[str, Any]) -> None:
         from moray.pipelines.serve.async_engine import AsyncEngine
         from moray.pipelines.serve.chat_prompt import Chat
+        from moray.pipelines.serve.key_check import KeyCheck
         from moray.pipelines.serve.loading import load_engine
         from moray.pipelines.serve.report import ServingReport, replica_id
 
@@ -36,8 +39,14 @@ class ModelReplica:
         with local_folder(any_path(self._model.folder)) as local:
             engine = load_engine(local, self._model.options)
             self._chat = Chat.load(local, engine.vocabulary)
+        self._keys = KeyCheck(shared=True)
         self._engine = AsyncEngine(engine, self._model.options.threads)
         self._report = ServingReport(self._model, self._engine, replica_id())
+
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Ray Serve calls it before the first request, and when the keys have changed. settings: `key_settings`."""
+        self._keys.required = True
+        self._keys.update(settings["keys"])
 
     def check_health(self) -> None:
         """Ray Serve calls it, and replaces a replica for which it raises."""
@@ -51,7 +60,9 @@ class ModelReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from moray.pipelines.serve.openai_api import build_serving_app
 
-        return build_serving_app(self._engine, self._model.name, self._model.version, self._report, self._chat)
+        return build_serving_app(
+            self._engine, self._model.name, self._model.version, self._report, self._chat, self._keys
+        )
 
 
 def application_name(name: str) -> str:
@@ -69,8 +80,9 @@ def build_by_name(arguments: dict[str, Any]) -> Any:
     return build_application(ServedModel.model_validate(arguments))
 
 
-def build_application(model: ServedModel) -> Any:
-    """The Serve application of a model."""
+def build_application(model: ServedModel, keys: Sequence[ApiKey] | None = None) -> Any:
+    """The Serve application of a model. keys: that requests need; None for none. If only they differ, Serve keeps the
+    replicas."""
     serve = import_serve()
     from ray.serve.schema import LoggingConfig
 
@@ -89,6 +101,9 @@ def build_application(model: ServedModel) -> Any:
         max_surge_percent=1,  # rounded up: a new version starts one replica, then stops an old one, and so on
         logging_config=quiet,
     )
+    if keys is not None:
+        # With a version, Serve compares what differs. It is the one that Serve makes of a declarative configuration.
+        replica = replica.options(user_config=key_settings(keys), version=model.version or None, _internal=True)
     return replica.bind(model.model_dump())
 
 

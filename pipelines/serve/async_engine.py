@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import queue
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -43,6 +44,7 @@ class AsyncEngine:
         self._threads = threads
         self._most_open = most_open
         self._open = 0
+        self._by_tenant: Counter[str] = Counter()
         self._delivery = Delivery()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[Answer, tuple[AnswerStream, int]] = {}
@@ -88,10 +90,14 @@ class AsyncEngine:
             "expert_load": engine.expert_load(),
         }
 
-    def check_room(self, answers: int) -> None:
-        """Raises QueueFullError if so many more answers cannot be open."""
-        if self._open + answers > self._most_open:
-            raise QueueFullError(f"the server has {self._open} open requests, of up to {self._most_open}; try later")
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Raises QueueFullError if these cannot be open too. A tenant may have three quarters of all."""
+        tenant = requests[0].tenant if requests else ""
+        mine, most = self._by_tenant[tenant], self._most_open
+        if self._open + len(requests) > most:
+            raise QueueFullError(f"the server has {self._open} open requests, of up to {most}; try later")
+        if tenant and mine + len(requests) > (share := most - most // 4):
+            raise QueueFullError(f"this key has {mine} open requests, of up to {share}; try later")
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Yields the answer's deltas. Leaving the iterator early cancels the request. Raises the request's error."""
@@ -106,14 +112,16 @@ class AsyncEngine:
         Raises ValueError if one of the requests is invalid, QueueFullError if there is no room for all of them. The
         failure of one ends the others.
         """
-        self.check_room(len(requests))
+        self.check_room(requests)
         stream = AnswerStream()
         with self._gate:  # no command may follow the final None in the inbox
             if not self.alive:
                 raise EngineStoppedError("the engine is not running")
             self._inbox.put(lambda: self._admit(stream, requests))
         left = len(requests)
+        tenant = requests[0].tenant if requests else ""
         self._open += left
+        self._by_tenant[tenant] += left
         try:
             while left:
                 items = await stream.take(seconds_apart(self._open))
@@ -122,6 +130,9 @@ class AsyncEngine:
                 yield deltas
         finally:
             self._open -= len(requests)
+            self._by_tenant[tenant] -= len(requests)
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
             if left:
                 self._inbox.put(lambda: self._cancel(stream))
 

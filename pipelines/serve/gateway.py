@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 from starlette.middleware import Middleware
@@ -36,7 +36,10 @@ _MOST_DEATHS = 3  # of replicas during one request
 _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
+_BODIES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")  # paths whose body names the model
 _GONE = 499  # Serve's status for a client that has closed its connection
+
+Header: TypeAlias = tuple[bytes, bytes]
 
 
 def middlewares() -> list[Middleware]:
@@ -68,10 +71,10 @@ class Gateway:
             if path == "/v1/models" and scope["method"] not in ("GET", "HEAD"):
                 raise ApiError(405, f"{scope['method']} {path}: only GET is possible", code="method_not_allowed")
             if path == "/v1/models":
-                await _answer(send, 200, {"object": "list", "data": await self._cards(names)})
+                await _answer(send, 200, {"object": "list", "data": await self._cards(names, _authorization(scope))})
                 return
             with self._memory.hold() as take:
-                body = await read_body(receive, partial(self._largest_body, names), take)
+                body = await read_body(receive, partial(self._largest_body, names, _authorization(scope)), take)
                 if body is None:
                     return
                 name = _deployment(path, body, names)
@@ -80,7 +83,7 @@ class Gateway:
                     scope = {**scope, "path": f"/{name}{path}", "raw_path": f"/{name}".encode() + raw}
                 await self._forward(scope, body, receive, send)
         except ApiError as error:
-            await _answer(send, error.status, error.body())
+            await _answer(send, error.status, error.body(), error.headers)
 
     async def _routes(self) -> Mapping[str, str]:
         """The proxy's own route table: names of applications by path. Waits for it after the start of the proxy. Raises
@@ -95,24 +98,32 @@ class Gateway:
                 raise ApiError(503, "the server is starting")
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _cards(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The models, as their replicas describe them. A model that does not answer in time is listed by its name."""
+    async def _cards(self, names: Sequence[str], headers: Sequence[Header]) -> list[dict[str, Any]]:
+        """The models, as their replicas describe them. A model that does not answer in time is listed by its name.
+        headers: with the client's key. Raises ApiError if it is not valid."""
         responses = [_Collected() for _ in names]
         asked = [
-            asyncio.ensure_future(self._app(_get(f"/{name}/v1/models/{name}"), _Replayed(b"", _never), response))
+            asyncio.ensure_future(
+                self._app(_get(f"/{name}/v1/models/{name}", headers), _Replayed(b"", _never), response)
+            )
             for name, response in zip(names, responses, strict=True)
         ]
         _, late = await asyncio.wait(asked, timeout=_CARD_SECONDS)
         for task in late:
             task.cancel()
+        for response in responses:
+            if response.status == 401:
+                error = json.loads(response.body)["error"]
+                raise ApiError(401, error["message"], code=error["code"])
         return [
             json.loads(response.body) if response.status == 200 and task not in late else _card(name)
             for name, response, task in zip(names, responses, asked, strict=True)
         ]
 
-    async def _largest_body(self, names: Sequence[str]) -> int:
-        """Bytes of the largest body that one of the models accepts. Each replica checks its own limit again."""
-        return max(int(card.get(LIMIT, MOST)) for card in await self._cards(names))
+    async def _largest_body(self, names: Sequence[str], headers: Sequence[Header]) -> int:
+        """Bytes of the largest body that one of the models accepts. Each replica checks its own limit again. Raises
+        ApiError, so nobody without a key sends a large one."""
+        return max(int(card.get(LIMIT, MOST)) for card in await self._cards(names, headers))
 
     async def _forward(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Sends a request until a replica responds. Raises ApiError if none does in time, or if so many died of it that
@@ -231,7 +242,7 @@ def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
     """The name of the deployment that a request is for. Raises ApiError."""
     if (first := _first(path)) in names:
         return first
-    if len(names) == 1 and path == "/v1/completions":
+    if len(names) == 1 and path in _BODIES:
         return names[0]  # which checks the name itself, so a body of megabytes is not parsed here
     given = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else _model(path, body, len(names) > 1)
     if given in names:
@@ -239,7 +250,7 @@ def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
     if len(names) == 1 and (given in ("", ALIAS) or not path.startswith("/v1/")):
         return names[0]
     known = ", ".join(names)
-    if not path.startswith("/v1/"):
+    if not (path.startswith("/v1/") or path in _BODIES):
         raise ApiError(404, f"{path} does not exist; deployed models: {known}", code="unknown_url")
     if given in ("", ALIAS):
         raise ApiError(400, f"model: name one of {known}", "model")
@@ -247,9 +258,9 @@ def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
 
 
 def _model(path: str, body: bytes, several: bool) -> str:
-    """The model that a request names, in its path or its body; "" for none. Raises ApiError for an invalid body if
+    """The model that a request names in its body; "" for none. Raises ApiError for an invalid body if
     there are several deployments."""
-    if not path.startswith("/v1/") or not body:
+    if not (path.startswith("/v1/") or path in _BODIES) or not body:
         return ""
     try:
         return _Named.model_validate_json(body).model or ""
@@ -263,11 +274,10 @@ def _first(path: str) -> str:
     return path.split("/", 2)[1] if path.startswith("/") else ""
 
 
-async def _answer(send: Send, status: int, body: Mapping[str, Any]) -> None:
+async def _answer(send: Send, status: int, body: Mapping[str, Any], more: Mapping[str, str] | None = None) -> None:
     data = json.dumps(body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    if status in (429, 503):
-        headers.append((b"retry-after", b"1"))
+    headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
     if status == 413:  # the client may still send
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -278,10 +288,15 @@ def _card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "moray"}
 
 
-def _get(path: str) -> Scope:
+def _authorization(scope: Scope) -> list[Header]:
+    """The header with the client's key."""
+    return [(name, value) for name, value in scope["headers"] if name == b"authorization"]
+
+
+def _get(path: str, headers: Sequence[Header] = ()) -> Scope:
     return {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [],
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": list(headers),
         "client": None, "server": None,
     }  # fmt: skip
 

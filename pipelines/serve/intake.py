@@ -50,11 +50,17 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Call:
-    """A validated API call: the engine's requests, and the form of the response."""
+    """A validated API call: the engine's requests, and the form of the response. asked: tokens that it asks to
+    generate, in all choices; 0 for as many as there is room for."""
 
     requests: list[EngineRequest]
     response: ApiResponse
     stream: bool
+    asked: int
+
+    def of_tenant(self, tenant: str) -> Call:
+        """The call, by whom the engine's work is shared fairly."""
+        return dataclasses.replace(self, requests=[dataclasses.replace(one, tenant=tenant) for one in self.requests])
 
 
 class Intake:
@@ -97,7 +103,7 @@ class Intake:
         requests = [choice for prompt in prompts for choice in choices(prompt, parsed)]
         by_id = parsed.return_tokens_as_token_ids
         response = CompletionResponse(self._engine, self._name, requests, parsed.n, parsed.stream_options, by_id)
-        return Call(requests, response, parsed.stream)
+        return Call(requests, response, parsed.stream, parsed.max_tokens * len(requests))
 
     def chat(self, body: bytes, content_type: str = "application/json") -> Call:
         """Parses and validates a body of /v1/chat/completions. Raises ApiError."""
@@ -118,7 +124,7 @@ class Intake:
         requests = choices(request, parsed)
         by_id = parsed.return_tokens_as_token_ids
         response = ChatResponse(self._engine, self._name, requests, prompt, parsed.stream_options, by_id)
-        return Call(requests, response, parsed.stream)
+        return Call(requests, response, parsed.stream, (parsed.limit or 0) * len(requests))
 
     def parse(self, body: bytes, content_type: str, kind: type[Body]) -> Body:
         """A body as an object of the type `kind`, for the served model. Raises ApiError."""

@@ -11,11 +11,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,15 +30,16 @@ from moray.pipelines.serve.completion_request import CompletionRequest
 from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.grammar import GrammarError
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
+from moray.pipelines.serve.key_check import KeyCheck, KeyRequired, check_quota, key_of
 from moray.pipelines.serve.protocol import check_model
 from moray.pipelines.serve.report import RequestTally, ServingReport
 from moray.pipelines.serve.request_body import LIMIT
 from moray.pipelines.serve.sequence import Delta
 from moray.pipelines.serve.token_routes import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
+from moray.platform.core.api_keys import ApiKey
 from moray.platform.core.serving import ServedModel
 
 _log = logging.getLogger(__name__)
-_RETRY_AFTER = "1"  # seconds
 
 
 def build_serving_app(
@@ -46,9 +48,10 @@ def build_serving_app(
     version: str = "",
     report: ServingReport | None = None,
     chat: Chat | None = None,
+    keys: KeyCheck | None = None,
 ) -> FastAPI:
     """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine and its report.
-    chat: the model's chat form.
+    chat: the model's chat form. keys: that requests need; by default none.
 
     Responses name the version of the deployment in a header, except those of a replica that is stopping: without the
     header, the gateway asks another replica.
@@ -56,6 +59,8 @@ def build_serving_app(
 
     intake = Intake(engine.engine, name, chat)
     report = report or ServingReport(ServedModel(folder="", name=name), engine, "")
+    keys = keys or KeyCheck()
+    answering = _Answering(engine, intake, report, keys)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,6 +71,7 @@ def build_serving_app(
         await asyncio.to_thread(report.close)
 
     app = FastAPI(title="Moray", lifespan=lifespan)
+    app.add_middleware(KeyRequired, keys=keys)
     app.add_middleware(_Versioned, engine=engine, version=version)
     _add_error_handlers(app, engine, version)
     _add_models(app, engine, name, intake.body_bytes)
@@ -78,11 +84,11 @@ def build_serving_app(
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def completions(http: Request) -> Response:
-        return await _respond(http, engine, intake, report, intake.completion)
+        return await answering.respond(http, intake.completion)
 
     @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
     async def chats(http: Request) -> Response:
-        return await _respond(http, engine, intake, report, intake.chat)
+        return await answering.respond(http, intake.chat)
 
     _add_tokens(app, engine, intake)
     return app
@@ -94,24 +100,53 @@ def _body(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-async def _respond(
-    http: Request, engine: AsyncEngine, intake: Intake, report: ServingReport, read: Callable[[bytes, str], Call]
-) -> Response:
-    """The response to a request for answers, whole or streamed. read: parses its body."""
-    try:
-        call = await intake.read(http, read)
-        engine.check_room(len(call.requests))
-    except (ApiError, QueueFullError):
-        report.refuse()
-        raise
-    tally = report.request(call.response.prompt_tokens)
-    if not call.stream:
-        return Response(await unless_gone(http, _whole(engine, intake, call, tally)), media_type="application/json")
-    return StreamingResponse(
-        _events(engine, intake, call, tally),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+@dataclass(frozen=True)
+class _Answering:
+    """What answers a request: the engine, within the limits of keys, and counted by the report."""
+
+    engine: AsyncEngine
+    intake: Intake
+    report: ServingReport
+    keys: KeyCheck
+
+    async def respond(self, http: Request, read: Callable[[bytes, str], Call]) -> Response:
+        """The response to a request for answers, whole or streamed. read: parses its body."""
+        key = key_of(http.scope)
+        try:
+            call = await self.intake.read(http, read)
+            if key is not None:
+                call = call.of_tenant(key.name)
+            self.engine.check_room(call.requests)
+            headers = await self._take(key, call)
+        except (ApiError, QueueFullError):
+            self.report.refuse()
+            raise
+        tally = self.report.request(
+            call.response.prompt_tokens, key.name if key else "", partial(self._give, key, call)
+        )
+        if not call.stream:
+            body = await unless_gone(http, _whole(self.engine, self.intake, call, tally))
+            return Response(body, media_type="application/json", headers=headers)
+        return StreamingResponse(
+            _events(self.engine, self.intake, call, tally),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
+        )
+
+    async def _take(self, key: ApiKey | None, call: Call) -> dict[str, str]:
+        """Takes a request and its tokens from a key's limits. Returns headers of the response. Raises ApiError."""
+        if key is None:
+            return {}
+        tokens = call.response.prompt_tokens + call.asked
+        quota = await self.keys.meter.take(key, tokens)
+        check_quota(quota, tokens)
+        return quota.headers
+
+    def _give(self, key: ApiKey | None, call: Call, generated: int | None) -> None:
+        """Gives back what a request did not generate; everything, if it is asked again elsewhere (None)."""
+        if key is not None:
+            unused = call.response.prompt_tokens if generated is None else -generated
+            self.keys.meter.give(key, call.asked + unused)
 
 
 class _Versioned:
@@ -170,37 +205,32 @@ def _add_tokens(app: FastAPI, engine: AsyncEngine, intake: Intake) -> None:
 def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None:
     @app.exception_handler(ApiError)
     async def ours(request: Request, error: ApiError) -> Response:
-        return _answer(error)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
         detail = f"{error.detail}: {request.method} {request.url.path}"
-        return _answer(ApiError(error.status_code, detail, code=code))
+        return ApiError(error.status_code, detail, code=code).response()
 
     @app.exception_handler(EngineStoppedError)
     async def stopped(request: Request, error: EngineStoppedError) -> Response:
-        return _answer(ApiError(503, str(error)))
+        return ApiError(503, str(error)).response()
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> Response:
-        return _answer(ApiError(429, str(error), code="queue_full"))
+        return ApiError(429, str(error), code="queue_full").response()
 
     @app.exception_handler(GrammarError)
     async def complex_grammar(request: Request, error: GrammarError) -> Response:
-        return _answer(_unexpected(error))
+        return _unexpected(error).response()
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        response = _answer(_unexpected(error))  # outside of all middleware
+        response = _unexpected(error).response()  # outside of all middleware
         if engine.alive:  # not to be sent to another replica, where it would fail too
             response.headers[VERSION.decode()] = version
         return response
-
-
-def _answer(error: ApiError) -> Response:
-    headers = {"Retry-After": _RETRY_AFTER} if error.status in (429, 503) else None
-    return JSONResponse(error.body(), error.status, headers)
 
 
 def _unexpected(error: Exception) -> ApiError:

@@ -8,12 +8,13 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
+from moray.pipelines.serve.grammar import GrammarError
 from moray.pipelines.serve.sequence import Delta
 from moray.platform.core.events import EventLog, ServingEvent
 from moray.platform.core.serving import ServedModel
@@ -29,10 +30,19 @@ _MOST_RECENT = 1000
 
 
 class RequestTally:
-    """One accepted request: a context manager around its answer, to which the answer's deltas are added."""
+    """One accepted request: a context manager around its answer, to which the answer's deltas are added.
 
-    def __init__(self, report: ServingReport, prompt_tokens: int) -> None:
-        self._report, self._prompt_tokens = report, prompt_tokens
+    key: the name of its key. ended: called with the number of generated tokens, or None if another replica answers.
+    """
+
+    def __init__(
+        self,
+        report: ServingReport,
+        prompt_tokens: int,
+        key: str = "",
+        ended: Callable[[int | None], None] | None = None,
+    ) -> None:
+        self._report, self._prompt_tokens, self._key, self._ended = report, prompt_tokens, key, ended
         self._began = time.monotonic()
         self._generated: dict[int, int] = {}
 
@@ -49,12 +59,19 @@ class RequestTally:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, EngineStoppedError):
-            return  # another replica answers
+        elsewhere = isinstance(error, EngineStoppedError)  # another replica answers
+        generated = sum(self._generated.values())
+        if self._ended is not None:
+            self._ended(None if elsewhere else generated)
+        if elsewhere:
+            return
         gone = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or (
             isinstance(error, ApiError) and error.status == 499
         )
-        self._report.end(self._prompt_tokens, failed=error is not None and not gone, cancelled=gone)
+        failed = error is not None and not gone and not isinstance(error, GrammarError)
+        self._report.end(self._prompt_tokens, failed=failed, cancelled=gone)
+        if self._key:
+            self._report.use(self._key, self._prompt_tokens, generated)
 
 
 class ServingReport:
@@ -64,6 +81,7 @@ class ServingReport:
         self._model, self._engine, self._replica = model, engine, replica
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()  # by field of ServingEvent
+        self._keys: dict[str, tuple[int, int, int]] = {}
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_MOST_RECENT)
         self._began = time.monotonic()
         self._last: ServingEvent | None = None
@@ -81,9 +99,11 @@ class ServingReport:
         if self._thread.is_alive():
             self._thread.join()
 
-    def request(self, prompt_tokens: int) -> RequestTally:
+    def request(
+        self, prompt_tokens: int, key: str = "", ended: Callable[[int | None], None] | None = None
+    ) -> RequestTally:
         """Begins to count a request."""
-        return RequestTally(self, prompt_tokens)
+        return RequestTally(self, prompt_tokens, key, ended)
 
     def refuse(self) -> None:
         """Counts an invalid request."""
@@ -103,11 +123,17 @@ class ServingReport:
             ended = {"requests": 1, "prompt_tokens": prompt_tokens, "failed": failed, "cancelled": cancelled}
             self._counts.update({name: int(count) for name, count in ended.items()})
 
+    def use(self, key: str, prompt_tokens: int, generated: int) -> None:
+        """Counts a request of a key that has ended."""
+        with self._lock:
+            before = self._keys.get(key, (0, 0, 0))
+            self._keys[key] = (before[0] + 1, before[1] + prompt_tokens, before[2] + generated)
+
     def event(self) -> ServingEvent:
         """The counts until now, and the state of the engine."""
         now = time.monotonic()
         with self._lock:
-            counts = dict(self._counts)
+            counts, keys = dict(self._counts), dict(self._keys)
             recent = [seconds for at, seconds in self._first_tokens if now - at <= _RECENT_SECONDS]
         before = self._last.completion_tokens if self._last else 0
         rate = (counts.get("completion_tokens", 0) - before) / max(now - self._last_time, 1e-3)
@@ -121,6 +147,7 @@ class ServingReport:
             gpus=self._model.resources.get("num_gpus", 0.0),
             first_token=_percentiles(recent),
             tokens_per_second=round(rate, 3),
+            keys=keys,
             **counts,
             **self._engine.state(),
         )

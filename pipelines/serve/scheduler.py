@@ -4,7 +4,7 @@ A step runs rows: one of each sequence that decodes, and chunks of prompts. Sequ
 had: a turn is 16 decoded ids, or 128 ids of a prompt. With more sequences than `max_running`, each decodes 16 ids, then
 the next ones do. A clock counts what a sequence has had that always got its fair share (the virtual time of Parekh and
 Gallager, 1993), and a new sequence begins at the clock's turn. So nobody waits for others to end, and none of those who
-are here waits for those who keep arriving.
+are here waits for those who keep arriving. Tenants take turns in the same way (`tenants.py`).
 
 Blocks of the cache are taken as they are needed. If none is free, the sequence that would be served last gives up its
 own and reads its ids again when its turn comes. Whoever has no block yet takes only free ones, unless it has waited for
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moray.pipelines.serve.block_pool import BlockPool
-from moray.pipelines.serve.sequence import Sequence
+from moray.pipelines.serve.sequence import PROMPT_SHARE, Sequence
+from moray.pipelines.serve.tenants import Tenants
 
 _TURN = 16  # decoded ids
-_PROMPT_SHARE = 8  # ids of a prompt that count as one decoded id
 _PATIENCE = 64  # steps
 
 
@@ -68,6 +68,7 @@ class Scheduler:
         self._limits = limits
         self._open: dict[Sequence, None] = {}  # in order of arrival
         self._clock = 0.0
+        self._tenants = Tenants()
         self.running: tuple[Sequence, ...] = ()  # in the last step
 
     @property
@@ -97,7 +98,7 @@ class Scheduler:
 
         prompt_rows: at most so many rows of prompts, beside sequences that decode.
         """
-        order = sorted(self._open, key=lambda one: one.served // _TURN)  # stable: then by arrival
+        order = self._tenants.order(sorted(self._open, key=lambda one: one.served // _TURN))  # stable: then by arrival
         reading = {one for one in order if one.reading}
         decoding = min(self._limits.max_running, len(order) - len(reading))
         left = self._limits.step_tokens - decoding
@@ -119,8 +120,9 @@ class Scheduler:
                 chunks.append(chunk)
                 left -= 0 if decodes else chunk.tokens
                 one.waited = 0
-                served = 1 if decodes else chunk.tokens / _PROMPT_SHARE
+                served = 1 if decodes else chunk.tokens / PROMPT_SHARE
                 one.served += served
+                self._tenants.serve(one.request.tenant, served)
                 self._clock += served / len(order)
         self.running = tuple(chunk.sequence for chunk in chunks)
         return tuple(chunks)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moray.pipelines.serve.grammar import Grammar, GrammarState
 
 FinishReason = Literal["stop", "length"]
+PROMPT_SHARE = 8  # ids of a prompt that count as one decoded id
 SEEDS = range(-(1 << 63), 1 << 63)
 
 
@@ -40,7 +41,8 @@ class Request:
     repetition_penalty: divides positive logits, and multiplies negative ones, of ids in the prompt or the answer.
     logit_bias: (id, added to its logit). stop_ids: end the answer, as end-of-document ids do.
     cache_salt: only requests with the same one share blocks of the cache. grammar: that the answer follows, to its end.
-    shown: ids of control tokens that have text in the answer: their names.
+    shown: ids of control tokens that have text in the answer: their names. tenant: all tenants get the same share of
+    the engine's work.
     """
 
     prompt: tuple[int, ...]
@@ -64,6 +66,7 @@ class Request:
     cache_salt: str = ""
     grammar: Grammar | None = None
     shown: frozenset[int] = frozenset()
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -137,6 +140,11 @@ class Sequence:
     def reading(self) -> bool:
         """Whether ids other than the last generated one are to be run."""
         return self.pending > 1 or not self.generated
+
+    @property
+    def cost(self) -> float:
+        """What its next turn takes, in decoded ids: the rest of its prompt, or one id."""
+        return self.pending / PROMPT_SHARE if self.reading else 1.0
 
     @property
     def waits(self) -> bool:

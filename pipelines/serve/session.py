@@ -14,8 +14,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from moray.pipelines.serve.application import application_name, build_application, import_serve, route_name
 from moray.pipelines.serve.gateway import VERSION
+from moray.platform.core.api_keys import ApiKey
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, free_port, is_free
 from moray.platform.core.serve_options import ServeOptions
@@ -42,6 +43,12 @@ class ServingSession:
 
     url: str
     name: str
+    model: ServedModel | None = field(default=None, compare=False, repr=False)
+
+    def accept_keys(self, keys: Sequence[ApiKey]) -> None:
+        """Requests need one of these keys from now on. The replicas go on."""
+        assert self.model is not None
+        import_serve().run_many([_target(self.model, keys)], wait_for_applications_running=False)
 
     def stop(self) -> None:
         """Waits for running requests, up to DRAIN_SECONDS. Then shuts Serve down and frees the port, unless other
@@ -61,12 +68,13 @@ def open_session(
     port: int | None = None,
     options: ServeOptions | None = None,
     gpus: int = 0,
+    keys: Sequence[ApiKey] | None = None,
 ) -> ServingSession:
     """Serves the model in `folder` as `name`, in lower case and without spaces.
 
     Returns once the model answers over HTTP. port: None takes that of a Serve instance that runs already, or else a
-    free one. gpus: of the cluster, so that a replica gets one. Raises InputError for an unusable folder, address or
-    option, StepFailed if the model does not start.
+    free one. gpus: of the cluster, so that a replica gets one. keys: that requests need; None for none. Raises
+    InputError for an unusable folder, address or option, StepFailed if the model does not start.
     """
     options = options or ServeOptions()
     if isinstance(folder, Path):
@@ -89,12 +97,15 @@ def open_session(
         resources=resources,
         drain_seconds=DRAIN_SECONDS,
     )
+    session = replace(session, model=model)
     if application_name(model.name) in status.applications and _version(session) == model.version:
+        if keys is not None:
+            session.accept_keys(keys)
         return session
     try:
-        _start(serve, model, host, urlsplit(session.url).port or 0)
+        _start(serve, model, host, urlsplit(session.url).port or 0, keys)
         if port is None:  # another process may have started Serve at the same moment
-            session = ServingSession("http://{}:{}".format(*_reachable_address()), session.name)
+            session = replace(session, url="http://{}:{}".format(*_reachable_address()))
         _wait_until_running(serve, model)
         _wait_until_healthy(f"{session.url}/{session.name}")
     except BaseException as error:
@@ -157,7 +168,7 @@ def _identity(folder: AnyPath, options: ServeOptions) -> str:
     return hashlib.sha256(f"{folder}\n{version}\n{options}".encode()).hexdigest()[:12]
 
 
-def _start(serve: Any, model: ServedModel, host: str, port: int) -> None:
+def _start(serve: Any, model: ServedModel, host: str, port: int, keys: Sequence[ApiKey] | None) -> None:
     from ray.exceptions import RayTaskError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -168,8 +179,13 @@ def _start(serve: Any, model: ServedModel, host: str, port: int) -> None:
     except RayTaskError:  # raised by the proxy, which listens on the port
         check_port(host, port)
         raise
-    wanted = serve.RunTarget(build_application(model), name=application_name(model.name), route_prefix=f"/{model.name}")
-    serve.run_many([wanted], wait_for_applications_running=False)
+    serve.run_many([_target(model, keys)], wait_for_applications_running=False)
+
+
+def _target(model: ServedModel, keys: Sequence[ApiKey] | None) -> Any:
+    application = build_application(model, keys)
+    target = import_serve().RunTarget(application, name=application_name(model.name), route_prefix=f"/{model.name}")
+    return target
 
 
 def _wait_until_running(serve: Any, model: ServedModel) -> None:

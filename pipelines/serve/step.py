@@ -8,6 +8,7 @@ because FP32 sums in another order can change the choice between two almost equa
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from moray.platform.core.api_keys import ApiKey, hash_key, is_loopback
 from moray.platform.core.atomic import write_json, write_text
 from moray.platform.core.errors import StepFailed
 from moray.platform.plan.config import StepConfig, operational
@@ -102,10 +104,14 @@ def _serve_once(
 
     clear_sessions(PREFIX)  # a killed run may have left its model on a cluster that outlives its runs
     ctx.progress("deploying", 0, 1, "replicas")
-    session = open_session(folder, PREFIX + name, host, gpus=ctx.cluster.topology().gpus)
+    key, keys = "none", None
+    if not is_loopback(host):  # other machines reach the model while it is tested
+        key = secrets.token_urlsafe(32)
+        keys = [ApiKey(name="smoke-serve", sha256=hash_key(key))]
+    session = open_session(folder, PREFIX + name, host, gpus=ctx.cluster.topology().gpus, keys=keys)
     try:
         ctx.progress("deploying", 1, 1, "replicas")
-        client = SmokeClient(f"{session.url}/v1", session.name, ctx.config)
+        client = SmokeClient(f"{session.url}/v1", session.name, ctx.config, key)
         client.check_model_listed()
         return _send_all(ctx, client)
     finally:
@@ -115,10 +121,10 @@ def _serve_once(
 class SmokeClient:
     """Sends this step's prompts with the `openai` package."""
 
-    def __init__(self, url: str, model: str, config: SmokeServeConfig) -> None:
+    def __init__(self, url: str, model: str, config: SmokeServeConfig, key: str) -> None:
         import openai
 
-        self._openai = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        self._openai = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=300)
         self._model = model
         self._config = config
 

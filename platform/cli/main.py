@@ -25,6 +25,7 @@ from moray.platform.cli import (
     deployment_commands,
     explain_command,
     job_commands,
+    key_commands,
     model_commands,
     run_commands,
     schedule_commands,
@@ -49,6 +50,7 @@ app.command(cluster_commands.app)
 app.command(run_commands.app)
 app.command(artifact_commands.app)
 app.command(model_commands.app)
+app.command(key_commands.app)
 
 Cpus = Annotated[int | None, Parameter(name="--cpus", help="CPU cores to use (default: all)")]
 

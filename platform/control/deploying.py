@@ -7,6 +7,7 @@ from moray.platform.control.deployments import Deployment, Deployments, NewDeplo
 from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.room import check_fit
 from moray.platform.control.served_models import ServedModels
+from moray.platform.core.api_keys import check_guarded
 from moray.platform.core.cluster import BackendUnreachableError, Usage
 from moray.platform.core.errors import UnavailableError
 from moray.platform.core.home import Home
@@ -23,6 +24,8 @@ def make_deployment(
     UnavailableError if the cluster does not respond and the options do not say whether a replica gets a GPU.
     """
     cluster = serving.cluster
+    if cluster.serving is not None:
+        check_guarded(home, cluster.serving.host)
     found = ServedModels(home, cluster).find(new.model)
     gpus = _check_resources(cluster, new.options)
     current = serving.seen.port if serving.seen else 0

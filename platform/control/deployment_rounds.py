@@ -7,7 +7,7 @@ it: a replica, a proxy, Serve's controller, Ray's head, a cluster that was recre
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moray.platform.control.deployment_rules import Answers, DeploymentAction, DeploymentSight, decide_deployment
@@ -16,11 +16,12 @@ from moray.platform.control.managed_cluster import ManagedCluster
 from moray.platform.control.room import room_reason
 from moray.platform.control.served_models import FoundModel, ServedModels
 from moray.platform.control.serving_reports import ServingReports
+from moray.platform.core.api_keys import served_keys
 from moray.platform.core.cluster import BackendUnreachableError
 from moray.platform.core.errors import MorayError
 from moray.platform.core.home import Home
 from moray.platform.core.ports import is_free
-from moray.platform.core.serving import DeploymentSeen, ServeOrder, ServingBackend, ServingSeen
+from moray.platform.core.serving import DeploymentSeen, ServeOrder, ServingBackend, ServingSeen, key_settings
 
 _ALIAS_SECONDS = 10.0  # between readings of aliases in a remote store
 _MARK_SECONDS = 60.0  # between checks of the alias NAME@deployed
@@ -69,6 +70,7 @@ class DeploymentRounds:
         self._home, self._deployments, self._log = home, deployments, log
         self._memory: dict[str, _Memory] = {}
         self._models = ServedModels(home, cluster)
+        self._settings: Mapping[str, object] | None = None  # of all replicas
 
     def set_cluster(self, cluster: ManagedCluster) -> None:
         """Uses another address or other credentials from now on."""
@@ -104,6 +106,7 @@ class DeploymentRounds:
     def _carry_out(self, mine: Sequence[Deployment], seen: ServingSeen) -> None:
         running = [one for one in mine if one.wanted == "running"]
         port = running[0].port if running else 0
+        self._settings = self._key_settings()
         blocked = self._blocked(port, seen) if port else ""
         orders = [order for one in running if (order := self._guarded(one, seen, blocked))]
         told = [one.order for one in seen.deployments.values() if one.order and one.state != "removing"]
@@ -112,6 +115,17 @@ class DeploymentRounds:
             self._log(f"cluster {self.cluster.name}: serves {', '.join(one.name for one in orders) or 'nothing'}")
             self._serve.apply(port or seen.port, by_name)
         self._end(mine, seen)
+
+    def _key_settings(self) -> Mapping[str, object] | None:
+        """The keys that replicas accept; those of before if they cannot be read, and none at first."""
+        try:
+            keys = served_keys(self._home)
+        except MorayError as error:
+            if error.message != self.error:
+                self._log(error.message)
+            self.error = error.message
+            return self._settings or key_settings([])
+        return None if keys is None else key_settings(keys)
 
     def _guarded(self, deployment: Deployment, seen: ServingSeen, blocked: str) -> ServeOrder | None:
         """Advances one deployment. Returns what Serve is to run for it: the same as before, if an error keeps that from
@@ -148,7 +162,7 @@ class DeploymentRounds:
         if action.state == "running" and after.live:
             self._mark(after.name, after.live.reference, memory)
         version = after.live if action.live else after.desired if action.order else None
-        return _order(after, version) if version else None
+        return _order(after, version, self._settings) if version else None
 
     def _find_target(
         self, deployment: Deployment, sight: DeploymentSight
@@ -302,10 +316,10 @@ def _is_told(seen: DeploymentSeen | None, version: Version | None) -> bool:
     return dict(seen.order.arguments) == _arguments(version)
 
 
-def _order(deployment: Deployment, version: Version) -> ServeOrder:
+def _order(deployment: Deployment, version: Version, settings: Mapping[str, object] | None) -> ServeOrder:
     most = max(deployment.most_replicas, deployment.replicas)
     target = deployment.target_tokens if most > deployment.replicas else 0
-    return ServeOrder(deployment.name, _arguments(version), deployment.replicas, most, target)
+    return ServeOrder(deployment.name, _arguments(version), deployment.replicas, most, target, settings)
 
 
 def _arguments(version: Version) -> dict[str, object]:

@@ -106,7 +106,7 @@ class ServingEvent(_Event):
     the replica, for which it held `cpus` and `gpus`. running, waiting: sequences now. cache: share of the cache in use.
     first_token: seconds from a request to its first token, median and 95th percentile of the last minute, if there was
     one. tokens_per_second: since the event before. expert_load: by MoE layer, the load of the most loaded expert over
-    the mean.
+    the mean. keys: by name of a key, its requests that have ended, and their prompt and completion tokens.
     """
 
     kind: Literal["serving"] = "serving"
@@ -129,6 +129,7 @@ class ServingEvent(_Event):
     first_token: tuple[float, float] | None = None
     tokens_per_second: float = 0.0
     expert_load: tuple[float, ...] = ()
+    keys: dict[str, tuple[int, int, int]] = {}
 
 
 Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent | ServingEvent

@@ -94,6 +94,11 @@ class Home:
         return self.root / "token"
 
     @property
+    def keys(self) -> Path:
+        """The keys of served models (mode 0600), as hashes."""
+        return self.root / "keys.json"
+
+    @property
     def up(self) -> Path:
         """State of `moray up`: its services' pids, ports, logs, sockets."""
         return self.root / "up"

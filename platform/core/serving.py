@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moray.platform.core.api_keys import ApiKey
 from moray.platform.core.errors import InputError
 from moray.platform.core.serve_options import ServeOptions
 
@@ -58,11 +59,17 @@ class ServedModel(BaseModel):
     starts: int = 1
 
 
+def key_settings(keys: Sequence[ApiKey]) -> dict[str, Any]:
+    """The `user_config` of a model's replicas, which Serve passes to `ModelReplica.reconfigure`."""
+    return {"keys": [key.model_dump(mode="json", exclude={"prefix", "created", "revoked"}) for key in keys]}
+
+
 @dataclass(frozen=True)
 class ServeOrder:
     """A deployment that Serve is to run: the arguments of its application, as JSON, and its number of replicas.
 
-    target_tokens: tokens in flight for each replica, by which their number changes (`ServeOptions`).
+    target_tokens: tokens in flight for each replica, by which their number changes (`ServeOptions`). settings: that
+    replicas get without being replaced (`key_settings`); None if requests need no keys.
     """
 
     name: str
@@ -70,6 +77,7 @@ class ServeOrder:
     replicas: int
     most_replicas: int
     target_tokens: int = 0
+    settings: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from moray.platform.control.controller import Controller
 from moray.platform.control.deploying import make_deployment
 from moray.platform.control.deployments import NewDeployment
+from moray.platform.core.api_keys import page_key
 from moray.platform.core.home import Home
 from moray.platform.server.deployment_view import deployment_json
 
@@ -78,17 +79,19 @@ def deployment_router(home: Home, controller: Controller) -> APIRouter:
         found = await run_in_threadpool(lambda: deployment_json(deployments.get(name), controller))
         if not found["urls"]:
             return JSONResponse({"error": f"deployment {name!r} is {found['state']}", "hint": found["reason"]}, 503)
-        return await _forwarded(f"{found['urls'][0].removesuffix('/v1')}/{name}/v1/completions", await request.body())
+        url = f"{found['urls'][0].removesuffix('/v1')}/{name}/v1/completions"
+        return await _forwarded(url, await request.body(), page_key(home))
 
     return router
 
 
-async def _forwarded(url: str, body: bytes) -> Response:
+async def _forwarded(url: str, body: bytes, key: str) -> Response:
     """The response to a POST of JSON, streamed."""
     # A long answer takes longer than any fixed time; a server that says nothing for minutes is gone.
     session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=300))
     try:
-        answer = await session.post(url, data=body, headers={"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        answer = await session.post(url, data=body, headers=headers)
     except (aiohttp.ClientError, OSError) as error:
         await session.close()
         return JSONResponse({"error": f"{url} does not answer: {type(error).__name__}", "hint": "try again"}, 503)

@@ -77,6 +77,10 @@ class Proxy:
     async def own_error(self, path, receive, send) -> None:
         await self.answer(send, 500, b'{"error": {}}', JSON, (VERSION, b"1"))
 
+    async def needs_key(self, path, receive, send) -> None:
+        body = ApiError(401, "this server needs a key", code="no_api_key").body()
+        await self.answer(send, 401, json.dumps(body).encode(), JSON, (VERSION, b"1"))
+
     async def stream(self, path, receive, send) -> None:
         await self.answer(send, 200, b"data: 1\n\n", SSE, (VERSION, b"1"), more=True)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
@@ -281,3 +285,12 @@ def test_a_proxy_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_nobody_without_a_key_sends_a_large_body(proxy: Proxy, url: str) -> None:
+    proxy.script = ["needs_key", "needs_key"]
+    response = requests.post(f"{url}/v1/completions", data=b"x" * (2 << 20), timeout=20)
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "no_api_key")
+    assert [path for path, _ in proxy.calls] == ["/one/v1/models/one", "/two/v1/models/two"]
+    proxy.script = ["needs_key", "needs_key"]
+    assert requests.get(f"{url}/v1/models", timeout=20).headers["www-authenticate"] == "Bearer"

@@ -166,3 +166,44 @@ def test_followers_of_a_leader_that_is_gone_read_for_themselves(vocabulary):
 def test_a_budget_that_decoding_alone_would_use_up_is_refused():
     with pytest.raises(ValueError, match="step_tokens = 8 must exceed max_running = 8"):
         EngineLimits(step_tokens=8, max_running=8)
+
+
+@pytest.mark.parametrize("noisy", [10, 100])
+def test_a_tenant_with_few_requests_does_not_wait_for_one_with_many(vocabulary, noisy):
+    """A prompt of the quiet tenant is read after at most two of the noisy one, however many those are."""
+    pool = BlockPool(10_000, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=33, max_running=16, block_size=SIZE))
+    salts = itertools.count()
+
+    def add(tenant: str) -> Sequence:
+        request = Request(tuple([1] * 30), max_tokens=20, tenant=tenant, cache_salt=f"{next(salts)}")
+        one = Sequence(request, list(request.prompt), 30, TextStream(vocabulary, ()), None)
+        scheduler.add(one)
+        return one
+
+    for _ in range(noisy):
+        add("noisy")
+    for _ in range(7):
+        advance(scheduler, pool, scheduler.plan())
+    quiet = add("quiet")
+    steps = 0
+    while quiet.reading:
+        advance(scheduler, pool, scheduler.plan())
+        steps += 1
+    assert steps <= 4
+
+
+def test_tenants_share_what_is_decoded_whatever_they_send(vocabulary):
+    pool = BlockPool(10_000, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=64, max_running=4, block_size=SIZE))
+    sequences = []
+    for tenant, count in (("a", 12), ("b", 2), ("c", 5)):
+        for _ in range(count):
+            request = Request((1, 2), max_tokens=10_000, tenant=tenant)
+            one = Sequence(request, [1, 2], 2, TextStream(vocabulary, ()), None)
+            scheduler.add(one)
+            sequences.append(one)
+    for _ in range(600):
+        advance(scheduler, pool, scheduler.plan())
+    had = {name: sum(one.generated for one in sequences if one.request.tenant == name) for name in "abc"}
+    assert max(had.values()) - min(had.values()) < 0.1 * sum(had.values())
