@@ -41,7 +41,8 @@ class ModelReplica:
             self._chat = Chat.load(local, engine.vocabulary)
         self._keys = KeyCheck(shared=True)
         self._engine = AsyncEngine(engine, self._model.options.threads)
-        self._report = ServingReport(self._model, self._engine, replica_id())
+        self._replica = replica_id()
+        self._report = ServingReport(self._model, self._engine, self._replica)
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Ray Serve calls it before the first request, and when the keys have changed. settings: `key_settings`."""
@@ -61,7 +62,7 @@ class ModelReplica:
         from moray.pipelines.serve.openai_api import build_serving_app
 
         return build_serving_app(
-            self._engine, self._model.name, self._model.version, self._report, self._chat, self._keys
+            self._engine, self._model.name, self._model.version, self._report, self._chat, self._keys, self._replica
         )
 
 

@@ -37,6 +37,7 @@ _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
 _BODIES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")  # paths whose body names the model
+JSON, METRICS = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"  # kinds of content
 _GONE = 499  # Serve's status for a client that has closed its connection
 
 Header: TypeAlias = tuple[bytes, bytes]
@@ -65,13 +66,7 @@ class Gateway:
                 await self._app(scope, receive, send)
                 return
             names = _names(routes)
-            if scope["method"] in ("GET", "HEAD") and path == "/health":
-                await _answer(send, 200, {"status": "ok", "models": names})
-                return
-            if path == "/v1/models" and scope["method"] not in ("GET", "HEAD"):
-                raise ApiError(405, f"{scope['method']} {path}: only GET is possible", code="method_not_allowed")
-            if path == "/v1/models":
-                await _answer(send, 200, {"object": "list", "data": await self._cards(names, _authorization(scope))})
+            if await self._answers(scope, send, names):
                 return
             with self._memory.hold() as take:
                 body = await read_body(receive, partial(self._largest_body, names, _authorization(scope)), take)
@@ -84,6 +79,25 @@ class Gateway:
                 await self._forward(scope, body, receive, send)
         except ApiError as error:
             await _answer(send, error.status, error.body(), error.headers)
+
+    async def _answers(self, scope: Scope, send: Send, names: Sequence[str]) -> bool:
+        """Whether a request is for a path of the gateway itself, which it then answers. Raises ApiError."""
+        path = scope["path"]
+        if path not in ("/health", "/ready", "/metrics", "/v1/models"):
+            return False
+        if scope["method"] not in ("GET", "HEAD"):
+            raise ApiError(405, f"{scope['method']} {path}: only GET is possible", code="method_not_allowed")
+        if path == "/health":
+            await _answer(send, 200, {"status": "ok", "models": names})
+        elif path == "/ready":
+            await self._tell_ready(send, names)
+        else:
+            cards = await self._cards(names, _authorization(scope))
+            if path == "/metrics":
+                await _send(send, 200, await _metrics(), METRICS)
+            else:
+                await _answer(send, 200, {"object": "list", "data": cards})
+        return True
 
     async def _routes(self) -> Mapping[str, str]:
         """The proxy's own route table: names of applications by path. Waits for it after the start of the proxy. Raises
@@ -101,24 +115,34 @@ class Gateway:
     async def _cards(self, names: Sequence[str], headers: Sequence[Header]) -> list[dict[str, Any]]:
         """The models, as their replicas describe them. A model that does not answer in time is listed by its name.
         headers: with the client's key. Raises ApiError if it is not valid."""
-        responses = [_Collected() for _ in names]
-        asked = [
-            asyncio.ensure_future(
-                self._app(_get(f"/{name}/v1/models/{name}", headers), _Replayed(b"", _never), response)
-            )
-            for name, response in zip(names, responses, strict=True)
-        ]
-        _, late = await asyncio.wait(asked, timeout=_CARD_SECONDS)
-        for task in late:
-            task.cancel()
+        responses = await self._ask([f"/{name}/v1/models/{name}" for name in names], headers)
         for response in responses:
             if response.status == 401:
                 error = json.loads(response.body)["error"]
                 raise ApiError(401, error["message"], code=error["code"])
         return [
-            json.loads(response.body) if response.status == 200 and task not in late else _card(name)
-            for name, response, task in zip(names, responses, asked, strict=True)
+            json.loads(response.body) if response.status == 200 else _card(name)
+            for name, response in zip(names, responses, strict=True)
         ]
+
+    async def _tell_ready(self, send: Send, names: Sequence[str]) -> None:
+        """200 if a replica of every model answers, or else 503 with those of which none does."""
+        responses = await self._ask([f"/{name}/ready" for name in names], ())
+        missing = [name for name, response in zip(names, responses, strict=True) if response.status != 200]
+        status = 503 if missing else 200
+        await _answer(send, status, {"status": "not ready" if missing else "ok", "models": names, "missing": missing})
+
+    async def _ask(self, paths: Sequence[str], headers: Sequence[Header]) -> list[_Collected]:
+        """The responses of replicas to GET; those that do not come in time have status 0."""
+        responses = [_Collected() for _ in paths]
+        asked = [
+            asyncio.ensure_future(self._app(_get(path, headers), _Replayed(b"", _never), response))
+            for path, response in zip(paths, responses, strict=True)
+        ]
+        _, late = await asyncio.wait(asked, timeout=_CARD_SECONDS)
+        for task in late:
+            task.cancel()
+        return [_Collected() if task in late else response for task, response in zip(asked, responses, strict=True)]
 
     async def _largest_body(self, names: Sequence[str], headers: Sequence[Header]) -> int:
         """Bytes of the largest body that one of the models accepts. Each replica checks its own limit again. Raises
@@ -274,9 +298,18 @@ def _first(path: str) -> str:
     return path.split("/", 2)[1] if path.startswith("/") else ""
 
 
+async def _metrics() -> bytes:
+    from moray.pipelines.serve.metrics import as_text, read_board
+
+    return as_text(await read_board())
+
+
 async def _answer(send: Send, status: int, body: Mapping[str, Any], more: Mapping[str, str] | None = None) -> None:
-    data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await _send(send, status, json.dumps(body).encode(), JSON, more)
+
+
+async def _send(send: Send, status: int, data: bytes, kind: bytes, more: Mapping[str, str] | None = None) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
     if status == 413:  # the client may still send
         headers.append((b"connection", b"close"))

@@ -48,7 +48,8 @@ class KeyRequired:
         self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        # Serve puts the route of the model before the path, and into root_path.
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
             headers = dict(scope["headers"])
             try:
                 scope[_STATE] = self._keys.find(headers.get(b"authorization", b"").decode("latin-1"))

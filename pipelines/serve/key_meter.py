@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moray.pipelines.serve.shared_actor import shared_actor
 from moray.platform.core.api_keys import ApiKey
 
 _log = logging.getLogger(__name__)
-_NAME, _NAMESPACE = "moray-key-meter", "moray"
 _MINUTE = 60.0
 
 
@@ -123,12 +123,7 @@ class SharedMeter:
 
     def _reached(self) -> Any:
         if self._actor is None:
-            import ray
-
-            actor = ray.remote(num_cpus=0, max_restarts=-1)(KeyMeter)
-            self._actor = actor.options(
-                name=_NAME, namespace=_NAMESPACE, get_if_exists=True, lifetime="detached"
-            ).remote()
+            self._actor = shared_actor(KeyMeter)
         return self._actor
 
     def _lost(self, error: Exception) -> None:

@@ -31,6 +31,7 @@ from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.grammar import GrammarError
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
 from moray.pipelines.serve.key_check import KeyCheck, KeyRequired, check_quota, key_of
+from moray.pipelines.serve.metrics import CONTENT_TYPE, as_text, publish_metrics
 from moray.pipelines.serve.protocol import check_model
 from moray.pipelines.serve.report import RequestTally, ServingReport
 from moray.pipelines.serve.request_body import LIMIT
@@ -49,9 +50,11 @@ def build_serving_app(
     report: ServingReport | None = None,
     chat: Chat | None = None,
     keys: KeyCheck | None = None,
+    replica: str = "",
 ) -> FastAPI:
     """The application that serves `engine`'s model as `name`; its lifespan starts and stops the engine and its report.
-    chat: the model's chat form. keys: that requests need; by default none.
+    chat: the model's chat form. keys: that requests need; by default none. replica: its id in Ray Serve, if
+    it publishes its metrics for all proxies of the cluster.
 
     Responses name the version of the deployment in a header, except those of a replica that is stopping: without the
     header, the gateway asks another replica.
@@ -66,7 +69,10 @@ def build_serving_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         report.start()
+        publishing = asyncio.create_task(publish_metrics(replica, report.collect)) if replica else None
         yield
+        if publishing:
+            publishing.cancel()
         await asyncio.to_thread(engine.stop)
         await asyncio.to_thread(report.close)
 
@@ -77,10 +83,15 @@ def build_serving_app(
     _add_models(app, engine, name, intake.body_bytes)
 
     @app.get("/health")
+    @app.get("/ready")
     async def health() -> dict[str, str]:
         if not engine.alive:
             raise ApiError(503, "the engine is not running")
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(as_text(report.collect()), media_type=CONTENT_TYPE)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def completions(http: Request) -> Response:

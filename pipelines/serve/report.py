@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
+from prometheus_client.metrics_core import Metric
+
 from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError
 from moray.pipelines.serve.grammar import GrammarError
+from moray.pipelines.serve.metrics import ReplicaMetrics
 from moray.pipelines.serve.sequence import Delta
 from moray.platform.core.events import EventLog, ServingEvent
 from moray.platform.core.serving import ServedModel
@@ -45,6 +48,8 @@ class RequestTally:
         self._report, self._prompt_tokens, self._key, self._ended = report, prompt_tokens, key, ended
         self._began = time.monotonic()
         self._generated: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+        self._first: float | None = None  # seconds to the first token
 
     def add(self, deltas: Iterable[tuple[int, Delta]]) -> None:
         """Counts new tokens, by index of the prompt."""
@@ -53,7 +58,10 @@ class RequestTally:
         for index, delta in deltas:
             tokens += max(0, delta.generated - self._generated.get(index, 0))
             self._generated[index] = max(delta.generated, self._generated.get(index, 0))
-        self._report.add_tokens(tokens, time.monotonic() - self._began if first and self._generated else None)
+            self._cached[index] = delta.cached
+        if first and self._generated:
+            self._first = time.monotonic() - self._began
+        self._report.add_tokens(tokens, self._first if first else None)
 
     def __enter__(self) -> RequestTally:
         return self
@@ -69,9 +77,17 @@ class RequestTally:
             isinstance(error, ApiError) and error.status == 499
         )
         failed = error is not None and not gone and not isinstance(error, GrammarError)
-        self._report.end(self._prompt_tokens, failed=failed, cancelled=gone)
+        self._report.end(self._prompt_tokens, self._cached.get(0, 0), failed=failed, cancelled=gone)
+        self._report.metrics.observe(self._first, self._per_token())
         if self._key:
             self._report.use(self._key, self._prompt_tokens, generated)
+
+    def _per_token(self) -> float | None:
+        """Seconds between the tokens of an answer, on average over its choices."""
+        most = max(self._generated.values(), default=0)
+        if self._first is None or most < 2:
+            return None
+        return (time.monotonic() - self._began - self._first) / (most - 1)
 
 
 class ServingReport:
@@ -79,6 +95,7 @@ class ServingReport:
 
     def __init__(self, model: ServedModel, engine: AsyncEngine, replica: str) -> None:
         self._model, self._engine, self._replica = model, engine, replica
+        self.metrics = ReplicaMetrics(model.name, replica)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()  # by field of ServingEvent
         self._keys: dict[str, tuple[int, int, int]] = {}
@@ -117,17 +134,22 @@ class ServingReport:
             if first is not None:
                 self._first_tokens.append((time.monotonic(), first))
 
-    def end(self, prompt_tokens: int, failed: bool, cancelled: bool) -> None:
+    def end(self, prompt_tokens: int, cached_tokens: int, failed: bool, cancelled: bool) -> None:
         """Counts the end of a request."""
         with self._lock:
-            ended = {"requests": 1, "prompt_tokens": prompt_tokens, "failed": failed, "cancelled": cancelled}
-            self._counts.update({name: int(count) for name, count in ended.items()})
+            ended = {"requests": 1, "prompt_tokens": prompt_tokens, "cached_tokens": cached_tokens}
+            ended |= {"failed": int(failed), "cancelled": int(cancelled)}
+            self._counts.update(ended)
 
     def use(self, key: str, prompt_tokens: int, generated: int) -> None:
         """Counts a request of a key that has ended."""
         with self._lock:
             before = self._keys.get(key, (0, 0, 0))
             self._keys[key] = (before[0] + 1, before[1] + prompt_tokens, before[2] + generated)
+
+    def collect(self) -> list[Metric]:
+        """All metrics of the replica."""
+        return self.metrics.collect(self.event())
 
     def event(self) -> ServingEvent:
         """The counts until now, and the state of the engine."""

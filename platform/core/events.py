@@ -106,7 +106,8 @@ class ServingEvent(_Event):
     the replica, for which it held `cpus` and `gpus`. running, waiting: sequences now. cache: share of the cache in use.
     first_token: seconds from a request to its first token, median and 95th percentile of the last minute, if there was
     one. tokens_per_second: since the event before. expert_load: by MoE layer, the load of the most loaded expert over
-    the mean. keys: by name of a key, its requests that have ended, and their prompt and completion tokens.
+    the mean. cached_tokens: of prompts, in the cache. keys: by name of a key, its requests that have ended, and their
+    prompt and completion tokens.
     """
 
     kind: Literal["serving"] = "serving"
@@ -119,6 +120,7 @@ class ServingEvent(_Event):
     cancelled: int = 0
     refused: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
     cpus: float = 0.0

@@ -21,7 +21,17 @@ from moray.platform.core.serve_options import ServeOptions
 PREFIX = "moray-"  # of the names of Moray's applications in Ray Serve
 UNIT = "model"  # the only Serve deployment of an application
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_RESERVED = ("v1", "health", "docs", "redoc", "static")  # paths of the server
+_RESERVED = (
+    "v1",
+    "health",
+    "ready",
+    "metrics",
+    "tokenize",
+    "detokenize",
+    "docs",
+    "redoc",
+    "static",
+)  # paths of the server
 _SMOKE = "smoke-"  # names of the models that smoke-serve serves
 
 

@@ -294,3 +294,16 @@ def test_nobody_without_a_key_sends_a_large_body(proxy: Proxy, url: str) -> None
     assert [path for path, _ in proxy.calls] == ["/one/v1/models/one", "/two/v1/models/two"]
     proxy.script = ["needs_key", "needs_key"]
     assert requests.get(f"{url}/v1/models", timeout=20).headers["www-authenticate"] == "Bearer"
+
+
+def test_ready_names_the_models_that_do_not_answer(proxy: Proxy, url: str) -> None:
+    assert requests.get(f"{url}/ready", timeout=20).json()["status"] == "ok"
+    proxy.script = ["echo", "unavailable"]
+    response = requests.get(f"{url}/ready", timeout=20)
+    assert (response.status_code, response.json()["missing"]) == (503, ["two"])
+
+
+def test_metrics_without_any_replica_are_empty(proxy: Proxy, url: str) -> None:
+    response = requests.get(f"{url}/metrics", timeout=20)
+    assert (response.status_code, response.text) == (200, "")
+    assert requests.post(f"{url}/metrics", timeout=20).status_code == 405

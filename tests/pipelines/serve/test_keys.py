@@ -8,13 +8,16 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.key_check import KeyCheck
 from moray.pipelines.serve.key_meter import KeyMeter
+from moray.pipelines.serve.metrics import ReplicaMetrics, as_text
 from moray.pipelines.serve.openai_api import build_serving_app
 from moray.pipelines.serve.report import ServingReport
 from moray.platform.core.api_keys import ApiKey, hash_key
+from moray.platform.core.events import ServingEvent
 from moray.platform.core.serving import ServedModel, key_settings
 
 BODY = {"prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -68,6 +71,14 @@ def test_headers_that_are_no_key(served, header):
 
 def test_health_needs_no_key(served):
     assert served[0].get("/health").status_code == 200
+
+
+def test_health_below_a_route_needs_no_key(served):
+    """Named after a bug: Serve's paths have the route of the model, so a server with keys never became healthy."""
+    http, _, _ = served
+    below = TestClient(http.app, root_path="/tiny")
+    assert below.get("/tiny/health").status_code == 200
+    assert below.get("/tiny/v1/models").status_code == 401
 
 
 def test_the_clients_own_exceptions(served):
@@ -186,3 +197,39 @@ def test_no_minute_has_more_than_its_limit_and_a_full_bucket(steps):
             meter.give(one, back)
             taken -= back
         assert taken <= 100 + (clock.now - 100.0) * 100 / 60 + 1e-6
+
+
+def test_metrics_of_a_replica(served):
+    http, _, _ = served
+    for text in ("mk-open", "mk-limited"):
+        ask(http, text)
+    ask(http, "mk-open", top_p=2)
+    shown = http.get("/metrics", headers={"Authorization": "Bearer mk-open"})
+    assert shown.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(shown.text)
+        for sample in family.samples
+    }
+    here = (("model", "tiny"), ("replica", ""))
+    assert found["moray_requests_total", (("model", "tiny"), ("outcome", "answered"), ("replica", ""))] == 2
+    assert found["moray_requests_total", (("model", "tiny"), ("outcome", "refused"), ("replica", ""))] == 1
+    assert found["moray_completion_tokens_total", here] == 16
+    assert found["moray_time_to_first_token_seconds_count", here] == 2
+    assert found["moray_time_per_output_token_seconds_count", here] == 2
+    assert found["moray_key_requests_total", (("key", "open"), *here)] == 1
+    assert ("moray_requests_waiting", here) in found
+    assert any(name == "moray_expert_load_ratio" for name, _ in found)
+
+
+def test_metrics_of_several_replicas_are_one_family():
+    metrics = [
+        metric
+        for replica in ("a", "b")
+        for metric in ReplicaMetrics("m", replica).collect(
+            ServingEvent(deployment="m", version="", reference="", replica=replica)
+        )
+    ]
+    text = as_text(metrics).decode()
+    assert text.count("# TYPE moray_requests_waiting gauge") == 1
+    assert text.count("moray_requests_waiting{") == 2
