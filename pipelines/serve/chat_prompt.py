@@ -13,6 +13,7 @@ from moray.pipelines.serve.chat_template import ChatTemplate, ChatTemplateError,
 from moray.pipelines.serve.detokenizer import ServingVocabulary
 from moray.pipelines.serve.grammar import GrammarText
 from moray.pipelines.serve.tool_format import ToolFormat, after_reasoning, format_of
+from moray.pipelines.shared.chat_files import PLAIN_CHAT
 
 _VARIABLES = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 _OBJECTS = re.compile(r"arguments\s*(\.items|\|\s*items|is mapping)")
@@ -56,6 +57,13 @@ class Chat:
             return cls(vocabulary, ChatTemplate.load(folder, tokens))
         except ChatTemplateError as error:
             return cls(vocabulary, problem=str(error))
+
+    @property
+    def kind(self) -> str | None:
+        """Where the template is from: `own` of the model, or Moray's `plain` form; None without one."""
+        if self.template is None:
+            return None
+        return "plain" if self.template.source == PLAIN_CHAT.read_text("utf-8") else "own"
 
     def prompt(self, request: ChatRequest, answer: GrammarText | None) -> ChatPrompt:
         """The prompt of a request. answer: what its content must follow. Raises ApiError."""

@@ -27,6 +27,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
+from moray.pipelines.serve.chat_page import PAGE, PAGE_HEADERS, page_file
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory, read_body
 from moray.platform.core.serving import PREFIX
 
@@ -83,11 +84,13 @@ class Gateway:
     async def _answers(self, scope: Scope, send: Send, names: Sequence[str]) -> bool:
         """Whether a request is for a path of the gateway itself, which it then answers. Raises ApiError."""
         path = scope["path"]
-        if path not in ("/health", "/ready", "/metrics", "/v1/models"):
+        if path not in ("/health", "/ready", "/metrics", "/v1/models", *PAGE):
             return False
         if scope["method"] not in ("GET", "HEAD"):
             raise ApiError(405, f"{scope['method']} {path}: only GET is possible", code="method_not_allowed")
-        if path == "/health":
+        if path in PAGE:
+            await _send(send, 200, *page_file(path), PAGE_HEADERS)
+        elif path == "/health":
             await _answer(send, 200, {"status": "ok", "models": names})
         elif path == "/ready":
             await self._tell_ready(send, names)

@@ -80,7 +80,7 @@ def build_serving_app(
     app.add_middleware(KeyRequired, keys=keys)
     app.add_middleware(_Versioned, engine=engine, version=version)
     _add_error_handlers(app, engine, version)
-    _add_models(app, engine, name, intake.body_bytes)
+    _add_models(app, engine, name, intake)
 
     @app.get("/health")
     @app.get("/ready")
@@ -176,14 +176,15 @@ class _Versioned:
         await self._app(scope, receive, versioned)
 
 
-def _add_models(app: FastAPI, engine: AsyncEngine, name: str, body_bytes: int) -> None:
+def _add_models(app: FastAPI, engine: AsyncEngine, name: str, intake: Intake) -> None:
     card = {
         "id": name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "moray",
         "max_model_len": engine.engine.config.max_position_embeddings,
-        LIMIT: body_bytes,
+        LIMIT: intake.body_bytes,
+        "chat_template": intake.chat_form.kind,
     }
 
     @app.get("/v1/models")

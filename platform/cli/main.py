@@ -21,6 +21,7 @@ from rich.console import Console
 
 from moray.platform.cli import (
     artifact_commands,
+    chat_command,
     cluster_commands,
     deployment_commands,
     explain_command,
@@ -45,6 +46,7 @@ up_commands.register_up(app)
 job_commands.register_jobs(app)
 explain_command.register_explain(app)
 deployment_commands.register_deploy(app)
+chat_command.register_chat(app)
 app.command(schedule_commands.app)
 app.command(cluster_commands.app)
 app.command(run_commands.app)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -307,3 +308,15 @@ def test_metrics_without_any_replica_are_empty(proxy: Proxy, url: str) -> None:
     response = requests.get(f"{url}/metrics", timeout=20)
     assert (response.status_code, response.text) == (200, "")
     assert requests.post(f"{url}/metrics", timeout=20).status_code == 405
+
+
+def test_the_chat_page_is_small_and_needs_nothing_from_elsewhere(proxy: Proxy, url: str) -> None:
+    page = requests.get(f"{url}/", timeout=20)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    parts = [requests.get(f"{url}{path}", timeout=20) for path in re.findall(r'(?:src|href)="(/[^"]+)"', page.text)]
+    assert [part.status_code for part in parts] == [200, 200]
+    text = page.text + "".join(part.text for part in parts)
+    assert len(text.encode()) < 60_000
+    assert "http" not in text.replace("https://huggingface", "")
+    assert proxy.calls == []
