@@ -45,10 +45,10 @@ PLAIN = PLAIN_CHAT.read_text()
 TEXT = 'In the beginning was the word. {"a": 1, "name": [true, null]} Grüße 🙂 def main(argument): return 42\n'
 
 
-def chat_vocabulary() -> ServingVocabulary:
+def chat_vocabulary(ends: tuple[int, ...] = (1,)) -> ServingVocabulary:
     tokenizer = train_tokenizer(iter([TEXT] * 20), TokenizerConfig(vocab_size=380))
     tokenizer.add_special_tokens(MARKS)
-    return ServingVocabulary(tokenizer, bos=0, eos=1)
+    return ServingVocabulary(tokenizer, bos=0, eos=1, ends=ends)
 
 
 def chat_engine(vocabulary: ServingVocabulary, context: int = 1024) -> Engine:

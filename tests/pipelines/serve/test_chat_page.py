@@ -46,9 +46,9 @@ class Routed:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    vocabulary, keys = chat_vocabulary(), KeyCheck(required=True)
+    vocabulary, keys = chat_vocabulary(ends=()), KeyCheck(required=True)  # answers end at their limits only
     keys.update(key_settings([ApiKey(name="page", sha256=hash_key(KEY))])["keys"])
-    engines = {name: AsyncEngine(chat_engine(vocabulary, 4096)) for name in ("plain", "thinker", "mute")}
+    engines = {name: AsyncEngine(chat_engine(vocabulary, 16_384)) for name in ("plain", "thinker", "mute")}
     templates = {"plain": PLAIN, "thinker": REASONING, "mute": None}
     apps = {
         name: build_serving_app(engine, name, "1", chat=chat_form(vocabulary, templates[name]), keys=keys)
@@ -114,9 +114,9 @@ def test_an_answer_comes_and_the_conversation_stays(page: Page) -> None:
     ask(page, "plain", "In the beginning <b>was</b>")
     expect(page.locator(".assistant .foot")).to_contain_text("12 tokens")
     expect(page.locator("#notice")).to_contain_text("base model")
-    expect(page.locator(".user .text")).to_have_text("In the beginning <b>was</b>")
+    expect(page.locator(".user > .text")).to_have_text("In the beginning <b>was</b>")
     page.reload()
-    expect(page.locator(".user .text")).to_have_text("In the beginning <b>was</b>")
+    expect(page.locator(".user > .text")).to_have_text("In the beginning <b>was</b>")
     page.get_by_role("button", name="Retry").click()
     expect(page.locator(".message")).to_have_count(2)
     expect(page.locator(".assistant .foot")).to_contain_text("12 tokens")

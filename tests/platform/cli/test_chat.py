@@ -28,7 +28,7 @@ from tests.pipelines.serve.chats import REASONING, chat_engine, chat_form, chat_
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    engine = chat_engine(chat_vocabulary())
+    engine = chat_engine(chat_vocabulary(ends=()), 4096)  # answers end at their limits only
     app = build_serving_app(AsyncEngine(engine), "tiny", chat=chat_form(engine.vocabulary, REASONING))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -87,7 +87,7 @@ def test_commands(talk: Conversation, tmp_path: Path) -> None:
 
 def test_a_message_that_is_refused_is_not_kept(talk: Conversation) -> None:
     with pytest.raises(MorayError, match="maximum context length"):
-        talk.answer("ab" * 3000, io.StringIO())
+        talk.answer("ab" * 9000, io.StringIO())
     assert talk.messages == []
 
 
@@ -131,7 +131,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, url: str) -
 
     until(b"> ")
     os.write(terminal, b"In the beginning\n")
-    until(b"(thinking) ")  # 1,000 tokens follow
+    until(b"(thinking) ")  # 4,000 tokens follow
     os.write(terminal, b"\x03")
     until(b"(stopped)")
     shown = b""
