@@ -145,24 +145,29 @@ class Conversation:
 
 
 def _converse(talk: Conversation) -> None:
-    """Reads lines until the end of the input."""
-    while True:
+    """Reads lines until the end of the input. Ctrl-C never ends it."""
+    goes_on = True
+    while goes_on:
         try:
-            line = _read()
-        except EOFError:
-            sys.stdout.write("\n")
-            return
+            goes_on = _turn(talk)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            continue
-        try:
-            if line.startswith("/"):
-                if not obey(talk, line, sys.stdout):
-                    return
-            elif line.strip():
-                talk.answer(line, sys.stdout)
         except MorayError as error:
             err().print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
+
+
+def _turn(talk: Conversation) -> bool:
+    """Reads a line and does what it says. Returns False for the end of the chat."""
+    try:
+        line = _read()
+    except EOFError:
+        sys.stdout.write("\n")
+        return False
+    if line.startswith("/"):
+        return obey(talk, line, sys.stdout)
+    if line.strip():
+        talk.answer(line, sys.stdout)
+    return True
 
 
 def obey(talk: Conversation, line: str, target: TextIO) -> bool:
