@@ -40,6 +40,8 @@ class EmbeddedCluster(Cluster):
     fixed = True
 
     def __init__(self, home: Home, cpus: int | None = None) -> None:
+        if cpus is not None and cpus < 1:
+            raise InputError(f"--cpus {cpus}", "use at least 1, or leave it out for all cores")
         self._home = home
         self._cpus = cpus
         self._folder: Path | None = None

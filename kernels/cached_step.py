@@ -89,12 +89,10 @@ def library(folder: Path) -> ctypes.CDLL:
 def _load(folder: Path) -> ctypes.CDLL:
     compiler = _compiler()
     path = folder / f"cached_step-{_identity(compiler)}.so"
-    if not path.is_file():
-        _build(compiler, path)
     try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}") from error
+        loaded = _built(compiler, path)
+    except OSError as error:  # of the folder, or of a library that does not fit this machine
+        raise BuildError(f"{path} cannot be made or loaded: {error}") from error
     for name, result, arguments in (
         ("cached_step_floats", c_int64, (POINTER(CModel), c_int64, c_int32)),
         ("cached_step_start", c_void_p, (c_int32,)),
@@ -104,6 +102,17 @@ def _load(folder: Path) -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+def _built(compiler: str, path: Path) -> ctypes.CDLL:
+    """The library, compiled if it is not there or cannot be loaded. Raises BuildError, OSError."""
+    if path.is_file():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged
+            path.unlink()
+    _build(compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 def _compiler() -> str:
@@ -140,7 +149,7 @@ def _build(compiler: str, path: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{compiler} took more than {_COMPILE_SECONDS} s for {_SOURCES[0].name}") from error
-        if done.returncode:
+        if done.returncode or not made.is_file():
             raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
         made.replace(path)
 

@@ -194,16 +194,18 @@ def serving(
     from moray.pipelines.serve.session import open_session
 
     home = home or Home.from_environment()
+    check_port(host, port)
     check_guarded(home, host)
     folder = model_folder(model, home)
     require_resources()
     cluster = embedded_cluster(home, cpus)
     cluster.on_pending = cluster.on_unsatisfiable = logging.getLogger("moray").warning
     port = port or free_port(host)
-    check_port(host, port)
     try:
         gpus = cluster.ensure().gpus
         session = open_session(folder, model_name(model, folder), host, port, options, gpus, served_keys(home))
+        if session.notice:
+            _log.warning(session.notice)
         try:
             with _follow_keys(home, session):
                 yield session.url

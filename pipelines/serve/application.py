@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from moray.pipelines.serve.scaling import TOKENS
 from moray.platform.core.api_keys import ApiKey
-from moray.platform.core.serving import PREFIX, UNIT, ServedModel, key_settings
+from moray.platform.core.errors import InputError, MorayError
+from moray.platform.core.serving import PREFIX, RESERVED_NAMES, UNIT, ServedModel, key_settings, told_error
 from moray.platform.store.paths import any_path, local_folder
 
 if TYPE_CHECKING:
@@ -36,9 +37,12 @@ class ModelReplica:
         from moray.pipelines.serve.report import ServingReport, replica_id
 
         self._model = ServedModel.model_validate(arguments)
-        with local_folder(any_path(self._model.folder)) as local:
-            engine = load_engine(local, self._model.options)
-            self._chat = Chat.load(local, engine.vocabulary)
+        try:
+            with local_folder(any_path(self._model.folder)) as local:
+                engine = load_engine(local, self._model.options)
+                self._chat = Chat.load(local, engine.vocabulary)
+        except (MorayError, ValueError, FileNotFoundError) as error:  # of the user: Serve tells only the text
+            raise InputError(told_error(error)) from error
         self._keys = KeyCheck(shared=True)
         self._engine = AsyncEngine(engine, self._model.options.threads)
         self._replica = replica_id()
@@ -72,8 +76,9 @@ def application_name(name: str) -> str:
 
 
 def route_name(model: str) -> str:
-    """The name for a model's route and id: a-z, 0-9, dots, dashes and underscores."""
-    return re.sub(r"[^a-z0-9._-]+", "-", model.lower()).strip("-._") or "model"
+    """The name for a model's route and id: a-z, 0-9, dots, dashes and underscores; none of the server's own paths."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", model.lower()).strip("-._") or "model"
+    return f"{name}-model" if name in RESERVED_NAMES else name
 
 
 def build_by_name(arguments: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ PAGE_HEADERS = {
 
 
 @cache
-def page_file(path: str) -> tuple[bytes, bytes]:
+def chat_page_file(path: str) -> tuple[bytes, bytes]:
     """Content and content type of one of the paths of `PAGE`."""
     name, kind = PAGE[path]
     return (_FOLDER / name).read_bytes(), kind

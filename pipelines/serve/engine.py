@@ -44,10 +44,13 @@ class Output:
 
 
 class Engine:
-    """Runs requests on a model. Not thread-safe."""
+    """Runs requests on a model. Not thread-safe. notice: what whoever serves the model should know."""
 
-    def __init__(self, model: RowModel, vocabulary: ServingVocabulary, limits: EngineLimits | None = None) -> None:
+    def __init__(
+        self, model: RowModel, vocabulary: ServingVocabulary, limits: EngineLimits | None = None, notice: str = ""
+    ) -> None:
         limits = limits or EngineLimits()
+        self.notice = notice
         self.model = model
         self.config = model.config
         self.vocabulary = vocabulary

@@ -27,7 +27,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
-from moray.pipelines.serve.chat_page import PAGE, PAGE_HEADERS, page_file
+from moray.pipelines.serve.chat_page import PAGE, PAGE_HEADERS, chat_page_file
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory, read_body
 from moray.platform.core.serving import PREFIX
 
@@ -39,6 +39,9 @@ _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
 _BODIES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")  # paths whose body names the model
 JSON, METRICS = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"  # kinds of content
+# Headers by which clients would change how Serve treats their requests: a time after which it gives up, for instance.
+_ORDERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")
+_LONGEST_REQUEST_ID = 128
 _GONE = 499  # Serve's status for a client that has closed its connection
 
 Header: TypeAlias = tuple[bytes, bytes]
@@ -58,10 +61,16 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
-        if scope["type"] != "http" or path.startswith("/-/"):
+        if scope["type"] not in ("http", "websocket") or path.startswith("/-/"):
             await self._app(scope, receive, send)
             return
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+            return
+        scope = {**scope, "headers": _passed(scope["headers"])}
         try:
+            if not path.startswith("/"):
+                raise ApiError(404, f"{path:.80} does not exist", code="unknown_url")
             routes = await self._routes()
             if _is_others(path, routes):
                 await self._app(scope, receive, send)
@@ -81,6 +90,13 @@ class Gateway:
         except ApiError as error:
             await _answer(send, error.status, error.body(), error.headers)
 
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Models have none, but other applications may."""
+        if _is_others(scope["path"], await self._routes()):
+            await self._app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close"})  # answered with status 403
+
     async def _answers(self, scope: Scope, send: Send, names: Sequence[str]) -> bool:
         """Whether a request is for a path of the gateway itself, which it then answers. Raises ApiError."""
         path = scope["path"]
@@ -89,7 +105,7 @@ class Gateway:
         if scope["method"] not in ("GET", "HEAD"):
             raise ApiError(405, f"{scope['method']} {path}: only GET is possible", code="method_not_allowed")
         if path in PAGE:
-            await _send(send, 200, *page_file(path), PAGE_HEADERS)
+            await _send(send, 200, *chat_page_file(path), PAGE_HEADERS)
         elif path == "/health":
             await _answer(send, 200, {"status": "ok", "models": names})
         elif path == "/ready":
@@ -250,7 +266,7 @@ def _names(routes: Mapping[str, str]) -> list[str]:
     """The names of all deployments. Raises ApiError if there are none."""
     names = sorted(route[1:] for route, application in routes.items() if application == f"{PREFIX}{route[1:]}")
     if not names:
-        raise ApiError(503, "no model is deployed yet")
+        raise ApiError(503, "no model is served here: not yet, or not any more")
     return names
 
 
@@ -314,7 +330,7 @@ async def _answer(send: Send, status: int, body: Mapping[str, Any], more: Mappin
 async def _send(send: Send, status: int, data: bytes, kind: bytes, more: Mapping[str, str] | None = None) -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
-    if status == 413:  # the client may still send
+    if status in (408, 413):  # the client may still send
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data, "more_body": False})
@@ -322,6 +338,17 @@ async def _send(send: Send, status: int, data: bytes, kind: bytes, more: Mapping
 
 def _card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "moray"}
+
+
+def _passed(headers: Sequence[Header]) -> list[Header]:
+    """The headers of a client without those that Ray Serve takes as orders, or cannot read."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name not in _ORDERS
+        and not name.startswith(b"x-serve-")
+        and (name != b"x-request-id" or (value.isascii() and len(value) <= _LONGEST_REQUEST_ID))
+    ]
 
 
 def _authorization(scope: Scope) -> list[Header]:

@@ -233,7 +233,8 @@ def _json(body: bytes, content_type: str) -> Any:
     message["content-type"] = content_type
     subtype = message.get_content_subtype()
     if message.get_content_maintype() != "application" or not (subtype == "json" or subtype.endswith("+json")):
-        return None  # validation then reports that the body is not an object
+        given = f"not {content_type:.80}" if content_type else "which this request has not"
+        raise ApiError(400, f"the body must be sent as Content-Type: application/json, {given}")
     try:
         return from_json(body)
     except ValueError:  # invalid, or an escape of half a character, which the slower parser reads
@@ -242,8 +243,12 @@ def _json(body: bytes, content_type: str) -> Any:
         return json.loads(body)
     except RecursionError:
         raise ApiError(400, "the JSON of the body is nested too deeply") from None
-    except ValueError as error:  # also for invalid UTF-8
-        raise ApiError(400, f"the body is not JSON: {getattr(error, 'msg', error)}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"the body is not JSON: {where}: {error.msg}") from None
+    except ValueError as error:  # invalid UTF-8, or a number of thousands of digits
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a number has too many digits"
+        raise ApiError(400, f"the body is not JSON: {reason}") from None
 
 
 def _answer_text(parsed: AnswerFields) -> GrammarText | None:

@@ -31,25 +31,30 @@ def load_engine(folder: Path, options: ServeOptions) -> Engine:
     torch.set_num_threads(options.threads)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
-    model = _model(folder, options, device)
+    model, notice = _model(folder, options, device)
     vocabulary = ServingVocabulary.load(folder, model.config.bos_token_id, model.config.eos_token_id)
     memory = cache_bytes(model.config, options, model.element_bytes, free_bytes(device))
-    return Engine(model, vocabulary, EngineLimits(options.step_tokens, options.max_running, memory, BLOCK_SIZE))
+    limits = EngineLimits(options.step_tokens, options.max_running, memory, BLOCK_SIZE)
+    return Engine(model, vocabulary, limits, notice)
 
 
-def _model(folder: Path, options: ServeOptions, device: torch.device) -> RowModel:
+def _model(folder: Path, options: ServeOptions, device: torch.device) -> tuple[RowModel, str]:
+    """The model, and what to tell whoever serves it."""
+    notice = ""
     dtype = _dtype(options, device)
     if device.type == "cpu":
         weights = options.quantize or ("float32" if dtype == torch.float32 else "bfloat16")
         try:
-            return CompiledModel.from_folder(folder, Home.from_environment().cache / "native", weights, options.threads)
+            native = Home.from_environment().cache / "native"
+            return CompiledModel.from_folder(folder, native, weights, options.threads), notice
         except BuildError as error:
             if options.quantize:
                 raise InputError(f"--quantize {options.quantize} needs the compiled step: {error}", _FIX) from error
-            _log.warning("serving by PyTorch, which is some ten times slower: %s (%s)", error, _FIX)
+            notice = f"serving by PyTorch, which is some ten times slower: {error} ({_FIX})"
+            _log.warning(notice)
     elif options.quantize:
         raise InputError(f"--quantize {options.quantize} is for CPUs only", "leave it out, or use --device cpu")
-    return EagerModel(checkpoint.load(folder, dtype, mtp=False).to(device))
+    return EagerModel(checkpoint.load(folder, dtype, mtp=False).to(device)), notice
 
 
 def free_bytes(device: torch.device) -> int:

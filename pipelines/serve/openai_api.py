@@ -87,7 +87,7 @@ def build_serving_app(
     async def health() -> dict[str, str]:
         if not engine.alive:
             raise ApiError(503, "the engine is not running")
-        return {"status": "ok"}
+        return {"status": "ok", **({"notice": engine.engine.notice} if engine.engine.notice else {})}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -222,8 +222,9 @@ def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-        detail = f"{error.detail}: {request.method} {request.url.path}"
-        return ApiError(error.status_code, detail, code=code).response()
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+        detail = f"{error.detail}: {request.method} {path:.200}"
+        return ApiError(error.status_code, detail, code=code, headers=error.headers).response()
 
     @app.exception_handler(EngineStoppedError)
     async def stopped(request: Request, error: EngineStoppedError) -> Response:

@@ -28,6 +28,7 @@ MOST_STOP_IDS = 64
 MOST_STOPS = 4
 LONGEST_STOP = 1024  # characters, because every token searches the answer for it
 _LONGEST_ID = 10  # digits
+_SHOWN = 120  # characters of a name in an error
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the choices' seeds differ
 
 # Ignored fields of OpenAI's API and other servers; they do not affect the answer.
@@ -73,7 +74,7 @@ class AnswerFields(BaseModel):
     logit_bias: dict[str, float] = Field(default_factory=dict, max_length=MOST_BIASES)
     presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, allow_inf_nan=False)
     top_k: int = Field(0, ge=-1, description="ids to sample from, the most likely ones; 0 and -1: all")
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     min_tokens: int = Field(0, ge=0, description="ids before which none of those that end an answer is generated")
@@ -181,10 +182,14 @@ def validation_error(errors: list[Any], kind: type[BaseModel]) -> ApiError:
         param = location[0]
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
+    message = (
+        message.replace("valid tuple", "list").replace("valid list", "list").replace("valid dictionary", "JSON object")
+    )
     if first["type"] == "extra_forbidden":
         fields = [*kind.model_fields, *getattr(kind, "neutral", ()), *IGNORED] if len(location) == 1 else []
         message = "is not supported: remove it" + _did_you_mean(location[-1], fields)
-    return ApiError(400, f"{'.'.join(location)}: {message}", param)
+    written = message.encode("utf-8", "backslashreplace").decode()
+    return ApiError(400, f"{_printable('.'.join(location))}: {written}", _printable(param))
 
 
 def context_length_error(message: str) -> ApiError:
@@ -206,6 +211,11 @@ def field_error(field: str, message: str) -> PydanticCustomError:
 def choices(request: Request, fields: AnswerFields) -> list[Request]:
     """The engine's requests for all choices of a prompt."""
     return [dataclasses.replace(request, seed=fields.choice_seed(choice)) for choice in range(fields.n)]
+
+
+def _printable(text: str) -> str:
+    """A name from a body, short and as UTF-8 can write it."""
+    return text[:_SHOWN].encode("utf-8", "backslashreplace").decode()
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:

@@ -8,7 +8,12 @@ are here waits for those who keep arriving. Tenants take turns in the same way (
 
 Blocks of the cache are taken as they are needed. If none is free, the sequence that would be served last gives up its
 own and reads its ids again when its turn comes. Whoever has no block yet takes only free ones, unless it has waited for
-`_PATIENCE` steps: else sequences that do not fit together would read their ids again in every turn.
+`_PATIENCE` steps.
+
+Sequences that do not fit together must not read their ids in turn and never decode. So whoever takes its first blocks
+keeps them until it has decoded a turn, or, if that is more, as many ids as reading counts for. Until then only those
+who took theirs earlier may have them; the earliest always gets on. A small request that has waited for `_PATIENCE`
+steps takes the few blocks that it needs from the end of the longest sequence, whatever that one is at.
 
 Notable: pure bookkeeping without tensors.
 """
@@ -25,6 +30,7 @@ from moray.pipelines.serve.tenants import Tenants
 
 _TURN = 16  # decoded ids
 _PATIENCE = 64  # steps
+_SMALL_SHARE = 16  # a small request needs at most this part of all blocks
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Scheduler:
         self._open: dict[Sequence, None] = {}  # in order of arrival
         self._clock = 0.0
         self._tenants = Tenants()
+        self._starts = 0
         self.running: tuple[Sequence, ...] = ()  # in the last step
 
     @property
@@ -131,6 +138,12 @@ class Scheduler:
         """The next rows of a sequence, with blocks for them; None if there is no block."""
         if not one.blocks:
             one.find_blocks(self._pool)
+            whole = self._pool.blocks_for(len(one.ids) + 1) - len(one.blocks)
+            if whole > self._pool.blocks_free and one.waited < _PATIENCE and chunks:
+                self._release(one)
+                return None  # it would lose what it reads to those who are here
+            self._starts += 1
+            one.since, one.goal = self._starts, one.generated + max(_TURN, int(one.pending / PROMPT_SHARE))
         tokens = min(one.pending, rows)
         needed = self._pool.blocks_for(one.computed + tokens) - len(one.blocks)
         if needed > self._pool.blocks_free and (one.blocks or one.waited >= _PATIENCE or not chunks):
@@ -147,14 +160,34 @@ class Scheduler:
         return Chunk(one, tokens)
 
     def _preempt(self, needed: int, one: Sequence, order: list[Sequence], chunks: Iterable[Chunk]) -> None:
-        """Takes the blocks of those who would be served last."""
+        """Takes the blocks of those who would be served last, as far as they may lose them."""
         kept = {chunk.sequence for chunk in chunks} | {one}
         for victim in reversed(order):
             if self._pool.blocks_free >= needed:
                 return
-            if victim.blocks and victim not in kept:
+            if victim.blocks and victim not in kept and (not _keeps(victim) or _is_before(one, victim)):
                 self._release(victim)
+        whole = self._pool.blocks_for(len(one.ids) + _TURN)
+        if one.waited >= _PATIENCE and whole * _SMALL_SHARE <= self._pool.blocks:
+            self._shorten(needed, [victim for victim in order if victim not in kept])
+
+    def _shorten(self, needed: int, others: Iterable[Sequence]) -> None:
+        """Takes the last blocks of the longest sequence."""
+        longest = max(others, key=lambda other: len(other.blocks), default=None)
+        while longest is not None and longest.blocks and self._pool.blocks_free < needed:
+            self._pool.release(longest.blocks[-1:])
+            longest.lose_blocks(len(longest.blocks) - 1, self._pool.block_size)
 
     def _release(self, sequence: Sequence, forget: bool = False) -> None:
         self._pool.release(sequence.blocks, forget)
         sequence.lose_blocks()
+
+
+def _keeps(one: Sequence) -> bool:
+    """Whether a sequence has not yet decoded what it took its blocks for."""
+    return bool(one.blocks) and one.generated < one.goal
+
+
+def _is_before(one: Sequence, other: Sequence) -> bool:
+    """Whether a sequence that keeps its blocks took its first ones before another did."""
+    return _keeps(one) and one.since < other.since

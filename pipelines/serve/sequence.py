@@ -108,7 +108,7 @@ class Sequence:
     ids: bos, prompt and generated ids. blocks: that it holds in the cache. cached: ids of the prompt whose latents were
     there before. leader: another sequence with the same prompt, whose blocks this one shares once they are full.
     grammar: the place of the answer in its grammar. scored: ids of the prompt that have their scores.
-    served, waited: the scheduler's. closed: whether it is no longer open.
+    served, waited, since, goal: the scheduler's. closed: whether it is no longer open.
     """
 
     request: Request
@@ -123,6 +123,8 @@ class Sequence:
     cached: int = 0
     served: float = 0.0
     waited: int = 0
+    since: int = 0
+    goal: int = 0
     closed: bool = False
     blocks: list[int] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)  # of generated ids
@@ -194,9 +196,11 @@ class Sequence:
             pool.seal(self.blocks[index], self._keys[index])
         self._sealed = max(self._sealed, full)
 
-    def lose_blocks(self) -> None:
-        """Its blocks have been released."""
-        self.blocks, self.computed, self._sealed = [], 0, 0
+    def lose_blocks(self, kept: int = 0, block_size: int = 1) -> None:
+        """Its blocks after the first `kept` have been released."""
+        self.blocks = self.blocks[:kept]
+        self.computed = min(self.computed, kept * block_size)
+        self._sealed = min(self._sealed, kept)
 
     def _extend_keys(self, count: int, size: int) -> None:
         for index in range(len(self._keys), count):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import json
 import socket
 import time
 import urllib.error
@@ -27,7 +28,7 @@ from moray.platform.core.api_keys import ApiKey
 from moray.platform.core.errors import InputError, StepFailed
 from moray.platform.core.ports import check_port, free_port, is_free
 from moray.platform.core.serve_options import ServeOptions
-from moray.platform.core.serving import UNIT, ServedModel, reason_in
+from moray.platform.core.serving import UNIT, ServedModel, read_told
 from moray.platform.store.paths import AnyPath
 
 ANY_HOST = "0.0.0.0"  # every address of a machine
@@ -35,6 +36,7 @@ _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # Ray's
 _HEAD = "node:__internal_head__"  # a resource of Ray's head
 START_SECONDS = 300.0  # for placing a replica on the cluster and loading the model
 DRAIN_SECONDS = 20.0
+_LOGS = "see Ray's logs, of an embedded cluster in $MORAY_HOME/logs"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ServingSession:
     url: str
     name: str
     model: ServedModel | None = field(default=None, compare=False, repr=False)
+    notice: str = field(default="", compare=False)  # what whoever serves the model should know
 
     def accept_keys(self, keys: Sequence[ApiKey]) -> None:
         """Requests need one of these keys from now on. The replicas go on."""
@@ -108,6 +111,7 @@ def open_session(
             session = replace(session, url="http://{}:{}".format(*_reachable_address()))
         _wait_until_running(serve, model)
         _wait_until_healthy(f"{session.url}/{session.name}")
+        session = replace(session, notice=_notice(f"{session.url}/{session.name}/health"))
     except BaseException as error:
         if application_name(model.name) not in status.applications:
             serve.delete(application_name(model.name))
@@ -195,7 +199,9 @@ def _wait_until_running(serve: Any, model: ServedModel) -> None:
         replicas = application.deployments.get(UNIT)
         report = replicas.message if replicas else application.message
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StepFailed(f"the model in {model.folder} failed to start: {reason_in(report)}", "see Ray's logs")
+            reason, hint, mendable = read_told(report)
+            kind, fix = (InputError, "correct the model's files") if mendable else (StepFailed, _LOGS)
+            raise kind(f"the model in {model.folder} does not start: {reason}", hint or fix)
         if time.monotonic() > deadline:
             raise StepFailed(
                 f"the model in {model.folder} did not start within {START_SECONDS:.0f} s: {report}",
@@ -273,8 +279,17 @@ def _wait_until_healthy(url: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while _status(f"{url}/health") != HTTPStatus.OK:
         if time.monotonic() > deadline:
-            raise StepFailed(f"{url}/health did not answer within {seconds:.0f} s", "see Ray's logs")
+            raise StepFailed(f"{url}/health did not answer within {seconds:.0f} s", _LOGS)
         time.sleep(0.05)
+
+
+def _notice(url: str) -> str:
+    """What a replica has to tell in its health."""
+    try:
+        with _opener().open(url, timeout=5) as response:
+            return str(json.load(response).get("notice", ""))
+    except (OSError, http.client.HTTPException, ValueError):
+        return ""
 
 
 def _version(session: ServingSession) -> str | None:
@@ -289,15 +304,18 @@ def _status(url: str) -> int | None:
 
 def _get(url: str) -> tuple[int | None, Mapping[str, str]]:
     """Status and headers of the response; None without one."""
-    # No proxy, because with http_proxy set even loopback requests would be sent to it.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=5) as response:
+        with _opener().open(url, timeout=5) as response:
             return int(response.status), dict(response.headers)
     except urllib.error.HTTPError as error:
         return error.code, dict(error.headers)
     except (OSError, http.client.HTTPException):
         return None, {}
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Without a proxy, because with http_proxy set even loopback requests would be sent to it."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _reachable(host: str) -> str:

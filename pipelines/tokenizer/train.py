@@ -150,11 +150,15 @@ def hugging_face_config() -> dict[str, Any]:
 
 
 def load_tokenizer(folder: AnyPath) -> Any:
-    """The `tokenizers.Tokenizer` of a folder, without the truncation and padding of its file, as in transformers."""
+    """The `tokenizers.Tokenizer` of a folder, without the truncation and padding of its file, as in transformers.
+    Raises ValueError for a file that is none."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
     with local_file(folder / "tokenizer.json") as local:
-        tokenizer = HuggingFaceTokenizer.from_file(str(local))
+        try:
+            tokenizer = HuggingFaceTokenizer.from_file(str(local))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

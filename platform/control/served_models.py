@@ -41,7 +41,8 @@ class ServedModels:
     def find(self, model: str) -> FoundModel:
         """The model behind an alias (`NAME` stands for `NAME@newest`), an artifact or an absolute path of a folder.
         Raises InputError."""
-        if model.startswith("/") and (folder := _readable_folder(model)):
+        folder = _readable_folder(model) if model.startswith("/") else None
+        if folder is not None and not folder.is_relative_to(self._store.root):  # there it is an artifact
             return self._folder(folder)
         aliases = self._store.aliases.all()
         name = f"{model}@{NEWEST}" if f"{model}@{NEWEST}" in aliases else model
@@ -86,10 +87,9 @@ class ServedModels:
 
 
 def _readable_folder(path: str) -> Path | None:
-    """The folder at a path, unless it is an artifact. Raises InputError for a path that cannot be read."""
+    """The folder at a path, if there is one. Raises InputError for a path that cannot be read."""
     try:
-        folder = Path(path)
-        return folder if folder.is_dir() and not (folder / "manifest.json").exists() else None
+        return Path(path) if Path(path).is_dir() else None
     except OSError as error:
         raise InputError(
             f"{path:.100} cannot be read: {error.strerror}", "give a folder in the Hugging Face layout"

@@ -14,6 +14,7 @@ from pathlib import Path
 from moray.platform.core.errors import InputError
 
 _LOOPBACK = "127.0.0.1"
+_LAST_PORT = 65_535
 _FIRST = 20_000  # Ray gives its workers 10002 to 19999
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _ATTEMPTS = 100
@@ -44,6 +45,10 @@ def is_free(port: int, host: str = _LOOPBACK) -> bool:
 
 def check_port(host: str, port: int) -> None:
     """Raises InputError, with a free port in its hint, if a server cannot listen on `host:port`."""
+    if not host:
+        raise InputError("--host is empty", "leave it out for 127.0.0.1, or use 0.0.0.0 for all addresses")
+    if not 0 <= port <= _LAST_PORT:
+        raise InputError(f"--port {port}", f"use a port from 0 (any free one) to {_LAST_PORT}")
     try:
         _bind(host, port)
     except OSError as error:

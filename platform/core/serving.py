@@ -15,23 +15,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moray.platform.core.api_keys import ApiKey
-from moray.platform.core.errors import InputError
+from moray.platform.core.errors import InputError, MorayError
 from moray.platform.core.serve_options import ServeOptions
 
 PREFIX = "moray-"  # of the names of Moray's applications in Ray Serve
 UNIT = "model"  # the only Serve deployment of an application
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_RESERVED = (
-    "v1",
-    "health",
-    "ready",
-    "metrics",
-    "tokenize",
-    "detokenize",
-    "docs",
-    "redoc",
-    "static",
-)  # paths of the server
+# Paths of the server.
+RESERVED_NAMES = ("v1", "health", "ready", "metrics", "tokenize", "detokenize", "docs", "redoc", "static", "-")
 _SMOKE = "smoke-"  # names of the models that smoke-serve serves
 
 
@@ -40,7 +31,7 @@ def checked_deployment_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         hint = "use --name: a lower-case letter, then up to 62 lower-case letters, digits, - and _"
         raise InputError(f"invalid deployment name {name!r:.80}", hint)
-    if name in _RESERVED:
+    if name in RESERVED_NAMES:
         raise InputError(f"{name!r} cannot be the name of a deployment: it is a path of the server", "use --name")
     if name.startswith(_SMOKE):
         raise InputError(f"{name!r} cannot be the name of a deployment: runs use names with {_SMOKE!r}", "use --name")
@@ -133,6 +124,22 @@ def reason_in(report: str) -> str:
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ":" in line]
     found = errors[-1] if errors else (lines or ["no reason given"])[0]
     return re.sub(r"^moray\.[\w.]+: ", "", found)[:500]  # a user's mistake: its class says nothing
+
+
+_HINT = "  hint: "
+
+
+def told_error(error: Exception) -> str:
+    """A user's error in one line, for `read_told`."""
+    if isinstance(error, MorayError):
+        return error.message + (f"{_HINT}{error.hint}" if error.hint else "")
+    return str(error)
+
+
+def read_told(report: str) -> tuple[str, str, bool]:
+    """Reason and hint in Serve's report on replicas that did not start, and whether the user can mend it."""
+    reason, _, hint = reason_in(report).partition(_HINT)
+    return reason, hint, "moray.platform.core.errors.InputError" in report
 
 
 class ServingBackend(ABC):

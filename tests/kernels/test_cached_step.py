@@ -42,8 +42,29 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, fake
 
 def test_a_library_that_does_not_load_is_an_error(tmp_path: Path, fake_compiler) -> None:
     fake_compiler('for last; do :; done; while [ "$1" != -o ]; do shift; done; echo text > "$2"')
-    with pytest.raises(BuildError, match="cannot be loaded"):
+    with pytest.raises(BuildError, match="cannot be made or loaded"):
         library(tmp_path / "native")
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    library(tmp_path / "native")
+    (made,) = (tmp_path / "native").iterdir()
+    cached_step._load.cache_clear()
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / made.name).write_bytes(made.read_bytes()[:100])
+    library(copied)
+    assert (copied / made.name).stat().st_size == made.stat().st_size
+
+
+def test_a_folder_that_cannot_be_written_is_no_library(tmp_path: Path, fake_compiler) -> None:
+    (tmp_path / "native").touch()
+    with pytest.raises(BuildError, match="cannot be made or loaded"):
+        library(tmp_path / "native")
+    cached_step._load.cache_clear()
+    fake_compiler("exit 0")  # and makes nothing
+    with pytest.raises(BuildError, match="failed"):
+        library(tmp_path / "other")
 
 
 def test_it_is_built_once_for_each_compiler(tmp_path: Path, fake_compiler) -> None:

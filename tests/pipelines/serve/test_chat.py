@@ -393,7 +393,7 @@ def test_tokenize_and_back(http, engine):
         ("/tokenize", {"model": "other", "prompt": "x"}, "does not exist"),
         ("/detokenize", {"tokens": [10**6]}, "outside the vocabulary"),
         ("/detokenize", {"tokens": [-1]}, "outside the vocabulary"),
-        ("/detokenize", {"tokens": "x"}, "valid list"),
+        ("/detokenize", {"tokens": "x"}, "should be a list"),
     ],
 )
 def test_bad_bodies_of_the_token_routes(http, path, body, says):

@@ -34,6 +34,7 @@ class Proxy:
         self.limit = 0  # of a body for the model `one`, if set
         self.script: list[str] = []
         self.calls: list[tuple[str, bytes]] = []
+        self.headers: dict[bytes, bytes] = {}
         self.gone = Counter()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -46,6 +47,7 @@ class Proxy:
             body = json.dumps({f"/{name}": f"moray-{name}" for name in self.names} | self.others)
             await self.answer(send, 200, body.encode(), JSON)
             return
+        self.headers = dict(scope["headers"])
         scope["path"] = "/" + path.split("/", 2)[-1]  # Serve changes the scope that it is given
         scope["headers"].append((b"x-request-id", b"5"))
         message = await receive()
@@ -268,15 +270,73 @@ def test_models_that_do_not_tell_accept_what_the_gateway_does(proxy: Proxy, url:
 
 
 def test_a_proxy_holds_only_so_many_bytes_of_bodies() -> None:
-    memory = BodyMemory(10)
+    memory, small = BodyMemory(10), 64 << 10
     with memory.hold() as take:
+        take(small)
+        assert memory.used == 0
         take(6)
         with memory.hold() as other:
-            other(3)
+            other(small - 1)
+            other(4)
             with pytest.raises(ApiError, match="too many large requests"):
                 other(2)
+            with memory.hold() as third:
+                third(small)  # small bodies are always held
         assert memory.used == 6
     assert memory.used == 0
+
+
+def test_a_body_that_does_not_come_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named after a breaker's finding: 272 connections that sent half a body shut everybody else out."""
+    from moray.pipelines.serve import request_body
+
+    async def limit() -> int:
+        return 1 << 20
+
+    async def half() -> dict:
+        if sent:
+            await asyncio.get_running_loop().create_future()
+        sent.append(1)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def drips() -> dict:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    monkeypatch.setattr(request_body, "_SILENT_SECONDS", 0.01)
+    monkeypatch.setattr(request_body, "_WHOLE_SECONDS", 0.05)
+    for receive in (half, drips):
+        sent: list[int] = []
+        memory = BodyMemory(10)
+        with pytest.raises(ApiError, match="did not arrive in time") as raised, memory.hold() as take:
+            asyncio.run(request_body.read_body(receive, limit, take))
+        assert raised.value.status == 408
+
+
+def test_clients_cannot_order_ray_serve(proxy: Proxy, url: str) -> None:
+    """Named after a breaker's finding: with this header the gateway ran one request again and again for 20 s."""
+    headers = {"x-request-timeout-seconds": "0.5", "x-serve-router-x": "1", "serve_multiplexed_model_id": "a"}
+    headers |= {"X-Request-Disconnect-Disabled": "1", "x-request-id": "kept"}
+    requests.post(f"{url}/v1/completions", json={"model": "one"}, headers=headers, timeout=20)
+    assert {name for name in proxy.headers if name.startswith((b"x-", b"serve"))} == {b"x-request-id"}
+    requests.post(f"{url}/v1/completions", json={"model": "one"}, headers={"x-request-id": "\xff"}, timeout=20)
+    assert b"x-request-id" not in proxy.headers
+
+
+def test_a_target_that_is_no_path(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        client.settimeout(20)
+        assert client.recv(100).startswith(b"HTTP/1.1 404")
+
+
+def test_there_are_no_websockets(proxy: Proxy, url: str) -> None:
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    response = requests.get(f"{url}/v1/completions", headers=upgrade, timeout=20)
+    assert response.status_code in (403, 404)
+    assert proxy.calls in ([], [("/one/v1/completions", b"")]) or response.status_code == 403
 
 
 def test_a_proxy_loads_nothing_heavy() -> None:

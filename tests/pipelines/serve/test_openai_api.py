@@ -184,7 +184,7 @@ def test_a_stream_reports_usage_only_on_request(client):
         ({"logit_bias": {"5": 60, "05": 60}}, "logit_bias", "names an id twice"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "outside the vocabulary"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream"),

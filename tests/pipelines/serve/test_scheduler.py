@@ -207,3 +207,73 @@ def test_tenants_share_what_is_decoded_whatever_they_send(vocabulary):
         advance(scheduler, pool, scheduler.plan())
     had = {name: sum(one.generated for one in sequences if one.request.tenant == name) for name in "abc"}
     assert max(had.values()) - min(had.values()) < 0.1 * sum(had.values())
+
+
+LONG = [(65, 1900, 100, 2), (65, 1900, 100, 4), (90, 1900, 100, 2), (65, 1000, 1000, 2), (1024, 15_000, 100, 8)]
+
+
+@pytest.mark.parametrize(("blocks", "prompt", "most", "count"), LONG)
+def test_prompts_that_do_not_fit_together_are_read_and_answered(vocabulary, blocks, prompt, most, count):
+    """Named after a breaker's finding: each took the other's blocks after every chunk, and none ever decoded."""
+    pool = BlockPool(blocks, 32)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=512, max_running=4, block_size=32))
+    for kind in range(count):
+        request = Request(tuple([kind] * prompt), max_tokens=most)
+        scheduler.add(Sequence(request, [kind] * prompt, prompt, TextStream(vocabulary, ()), None))
+    read = decoded = 0
+    while scheduler.busy:
+        for chunk in (chunks := scheduler.plan()):
+            chunk.sequence.computed = chunk.end
+            read += chunk.tokens if chunk.tokens > 1 else 0
+            chunk.sequence.seal_blocks(pool)
+        for chunk in chunks:
+            if not chunk.sequence.pending:
+                decoded += 1
+                chunk.sequence.ids.append(7)
+                if chunk.sequence.generated == most:
+                    scheduler.remove(chunk.sequence)
+        assert read <= 3 * count * prompt + 10 * decoded
+    assert decoded == count * most
+
+
+def test_a_small_request_waits_for_no_long_one_that_holds_the_cache(vocabulary):
+    pool = BlockPool(640, 32)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=512, max_running=4, block_size=32))
+    long = sequence(vocabulary, [1] * 20_000, 480)
+    scheduler.add(long)
+    while long.reading:
+        for chunk in scheduler.plan():
+            chunk.sequence.computed = chunk.end
+        if not long.pending:
+            long.ids.append(7)
+    pool.take(pool.blocks_free)  # somebody else's
+    small = sequence(vocabulary, [2] * 10, 1)
+    scheduler.add(small)
+    steps = 0
+    while small.pending:
+        for chunk in scheduler.plan():
+            chunk.sequence.computed = chunk.end
+            if chunk.sequence is long and not long.pending:
+                long.ids.append(7)
+        steps += 1
+    assert steps <= 70
+    assert len(long.blocks) >= 600  # it has lost no more than was needed
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40)), min_size=1, max_size=12),
+    st.integers(0, 10),
+    st.integers(1, 6),
+)
+@settings(max_examples=examples(100), deadline=None)
+def test_all_requests_that_fit_alone_end(vocabulary, requests, more, max_running):
+    pool = BlockPool(30 + more, SIZE)
+    scheduler = Scheduler(pool, EngineLimits(step_tokens=max_running + 16, max_running=max_running, block_size=SIZE))
+    for kind, (prompt, most) in enumerate(requests):
+        scheduler.add(sequence(vocabulary, [kind] * prompt, most))
+    needed = sum(prompt + most for prompt, most in requests)
+    steps = 0
+    while scheduler.busy:
+        advance(scheduler, pool, scheduler.plan())
+        steps += 1
+        assert steps <= 20 * needed + 64 * len(requests)

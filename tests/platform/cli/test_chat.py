@@ -118,10 +118,11 @@ def test_nobody_answers(tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, url: str) -> None:
     """In a terminal of its own, so that the key reaches the program as a signal."""
     environment = {"MORAY_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "TERM": "dumb"}
-    command = [sys.executable, str(ROOT / "moray.py"), "chat", url, "--temperature", "1"]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, command, environment)
+    terminal, inner = pty.openpty()
+    # setsid makes the terminal the program's own, as in a login.
+    command = ["setsid", "--ctty", sys.executable, str(ROOT / "moray.py"), "chat", url, "--temperature", "1"]
+    program = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment)
+    os.close(inner)
     shown = b""
 
     def until(text: bytes) -> None:
@@ -141,4 +142,5 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, url: str) -
     os.write(terminal, b"\x03")  # at the prompt: another prompt
     until(b"> ")
     os.write(terminal, b"\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert program.wait(60) == 0
+    os.close(terminal)
