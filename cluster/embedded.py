@@ -31,6 +31,7 @@ from moray.cluster.pending import PendingWatcher
 from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
+from moray.platform.core.interrupts import interrupts_deferred
 from moray.platform.store.lease import is_alive
 
 
@@ -62,7 +63,7 @@ class EmbeddedCluster(Cluster):
         self._folder = self._temporary_folder()
         self.logs = self._home.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         quiet_logging(self.logs / "driver.log")
-        with signal_handlers_kept():
+        with interrupts_deferred(), signal_handlers_kept():
             ray.init(
                 address="local",
                 num_cpus=topology.cpus,
@@ -86,7 +87,8 @@ class EmbeddedCluster(Cluster):
         assert self.logs is not None
         self._watcher.stop()
         _keep_logs(self._folder, self.logs)
-        ray.shutdown()
+        with interrupts_deferred():
+            ray.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
 

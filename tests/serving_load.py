@@ -69,6 +69,7 @@ class Load:
     clients: int = 4
     retries: int = 0
     tokens: int = 48
+    key: str = "none"
     counts: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     cut_errors: list[str] = field(default_factory=list)
@@ -101,7 +102,7 @@ class Load:
     def _ask(self, index: int) -> None:
         import openai
 
-        client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=self.retries, timeout=60)
+        client = openai.OpenAI(base_url=self.url, api_key=self.key, max_retries=self.retries, timeout=60)
         while not self._end.is_set():
             began = time.monotonic()
             outcome = self._once(client, stream=index % 2 == 1)

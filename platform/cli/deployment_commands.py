@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
+from moray.platform.cli.first_requests import show_first_requests
 from moray.platform.cli.parameters import ClusterName
 from moray.platform.control.choices import LOCAL
 from moray.platform.core.errors import InputError, StepFailed
@@ -258,12 +259,7 @@ def _announce(found: dict[str, Any]) -> None:
     out().print(f"{found['name']}: {found['state']}, {version}", markup=False)
     if found["reason"]:
         out().print(f"  {found['reason']}", markup=False, soft_wrap=True)
-    err().print(
-        f"try: curl {url}/completions -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{found["name"]}", "prompt": "In the beginning", "max_tokens": 40}}'""",
-        markup=False,
-        soft_wrap=True,
-    )
+    show_first_requests(url, found["name"])
 
 
 def _version(found: dict[str, Any]) -> str:

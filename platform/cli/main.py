@@ -32,6 +32,7 @@ from moray.platform.cli import (
     schedule_commands,
     up_commands,
 )
+from moray.platform.cli.first_requests import show_first_requests
 from moray.platform.cli.parameters import Overrides, UploadAnyway, transfer_progress
 from moray.platform.core.errors import InputError, MorayError, nearest
 from moray.platform.run.console import Json, err, lenient_streams, out, print_json, print_table
@@ -267,12 +268,7 @@ def _print_closings(result: Any) -> None:
 
 def _announce(url: str, model: str) -> None:
     out().print(f"serving {model} at {url}/v1   (Ctrl-C stops it)", markup=False)
-    err().print(
-        f"try: curl {url}/v1/completions -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "default", "prompt": "In the beginning", "max_tokens": 40}}'""",
-        markup=False,
-        soft_wrap=True,
-    )
+    show_first_requests(f"{url}/v1", "default")
 
 
 def _run_as_json(result: Any) -> dict[str, Any]:

@@ -36,6 +36,27 @@ def until_interrupted(notice: Callable[[], None] = lambda: None) -> Iterator[Non
             signal.signal(number, handler)
 
 
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM that arrive inside the block are handled at its end. For native code that an exception in its
+    midst would leave in a state in which the process ends with a segmentation fault."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
+
+
 _handled: list[bool] = []  # one for each active `until_interrupted`
 
 

@@ -53,19 +53,29 @@ def test_a_deployment_outlives_the_laptop_a_host_and_the_head(tmp_path: Path) ->
         add_model(store, "aa", seed=3, alias="prose")
         add_model(store, "bb", seed=4)
         moray(drill, "up", "--cpus", "1")
+        refused = subprocess.run(
+            drill.moray("deploy", "prose", "--cluster", "drill"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert refused.returncode == 2
+        assert "moray keys add" in refused.stderr  # its hosts listen on all addresses
+        key = json.loads(moray(drill, "keys", "add", "load", "--json"))["key"]
         said = moray(drill, "deploy", "prose", "--cluster", "drill", "--replicas", "2")
         print(said)
         found = settle(drill, "export/aa")
         assert {f"http://{node.address}:8000/v1" for node in drill.nodes} <= set(found["urls"])
         first, second = (f"http://{node.address}:8000/v1" for node in drill.nodes)
-        with Load(first, "prose") as load:
+        with Load(first, "prose", key=key) as load:
             load.wait_for_more()
             store.aliases.set("prose", "newest", "export/bb")
             settle(drill, "export/bb")
             load.wait_for_more()
         assert not load.errors + load.cut_errors, load.errors + load.cut_errors
         wait_for(lambda: deployment(drill)["served"]["requests"] >= load.answered, "the requests are counted")
-        with Load(second, "prose", retries=2) as load:
+        with Load(second, "prose", retries=2, key=key) as load:
             load.wait_for_more()
             drill.network.cut_power(drill.laptop)
             load.wait_for_more()
@@ -79,9 +89,9 @@ def test_a_deployment_outlives_the_laptop_a_host_and_the_head(tmp_path: Path) ->
         print(load.counts, set(load.errors + load.cut_errors), f"longest {load.longest:.1f} s")
         assert not load.errors, load.errors
         lose_head_and_state(drill, print)
-        wait_for(lambda: answers(second), "the model answers again", 180.0)
+        wait_for(lambda: answers(second, key), "the model answers again", 180.0)
         settle(drill, "export/bb")
-        with Load(second, "prose") as load:
+        with Load(second, "prose", key=key) as load:
             load.wait_for_more()
         assert not load.errors + load.cut_errors
         moray(drill, "deployments", "stop", "prose")
@@ -89,10 +99,11 @@ def test_a_deployment_outlives_the_laptop_a_host_and_the_head(tmp_path: Path) ->
         assert not left
 
 
-def answers(url: str) -> bool:
+def answers(url: str, key: str) -> bool:
     body = {"model": "prose", "prompt": "In the", "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {key}"}
     try:
-        return requests.post(f"{url}/completions", json=body, timeout=5).status_code == 200
+        return requests.post(f"{url}/completions", json=body, headers=headers, timeout=5).status_code == 200
     except requests.RequestException:
         return False
 
