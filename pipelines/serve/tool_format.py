@@ -72,7 +72,7 @@ class ToolFormat:
         return GrammarText(f"{answer} | {begins} {calls}{rules}", {**(text.parts if text else {}), **parts})
 
     def _call(self, tool: Tool, vocabulary: ServingVocabulary) -> str:
-        schema = of_schema({"type": "object", **tool.parameters}, lenient=not tool.strict)
+        schema = of_schema(_closed(tool.parameters), lenient=not tool.strict)
         before, after = (_literal(text, vocabulary) for text in (f"{self.call}{tool.name}{self.middle}", self.close))
         return f"start: {before} {schema.rule} {after}"
 
@@ -101,6 +101,13 @@ _HERMES = ToolFormat(
     between="\n<tool_call>",
     end="",
 )
+
+
+def _closed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A schema of arguments without others than it names, unless it speaks of others: few functions take them."""
+    open_by = ("additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
+    closed = {} if any(key in parameters for key in open_by) else {"additionalProperties": False}
+    return {"type": "object", "properties": {}, **closed, **parameters}
 
 
 def format_of(template: str) -> ToolFormat | None:
