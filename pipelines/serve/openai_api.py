@@ -102,13 +102,31 @@ def build_serving_app(
         return await answering.respond(http, intake.chat)
 
     _add_tokens(app, engine, intake)
+    _define(app)
     return app
+
+
+def _schema(kind: type[BaseModel]) -> dict[str, Any]:
+    return kind.model_json_schema(ref_template="#/components/schemas/{model}")
 
 
 def _body(kind: type[BaseModel]) -> dict[str, Any]:
     """Schema of a body in /openapi.json, because bodies are parsed here and not by FastAPI."""
-    content = {"application/json": {"schema": kind.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+    schema = {key: part for key, part in _schema(kind).items() if key != "$defs"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _define(app: FastAPI) -> None:
+    """Adds to /openapi.json what the schemas of bodies refer to."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = generate()
+        for kind in (CompletionRequest, ChatRequest, TokenizeRequest):
+            found.setdefault("components", {}).setdefault("schemas", {}).update(_schema(kind).get("$defs", {}))
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

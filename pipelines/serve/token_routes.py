@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
 from moray.pipelines.serve.chat_prompt import Chat
-from moray.pipelines.serve.chat_request import ChatRequest, FunctionTool, Message
+from moray.pipelines.serve.chat_request import ChatRequest, FunctionTool, Message, check_continued
 from moray.pipelines.serve.completion_request import encode_text
 from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.intake import Intake
+from moray.pipelines.serve.protocol import field_error
 
 
 class TokenizeRequest(BaseModel):
@@ -23,7 +23,7 @@ class TokenizeRequest(BaseModel):
 
     model: str = ALIAS
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
     tools: list[FunctionTool] = Field(default_factory=list)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -34,7 +34,9 @@ class TokenizeRequest(BaseModel):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("value", "give prompt or messages", {"param": "prompt"})
+            raise field_error("prompt", "give prompt or messages")
+        if self.messages is not None and self.continue_final_message:
+            check_continued(self.messages)
         return self
 
 

@@ -389,6 +389,8 @@ def test_tokenize_and_back(http, engine):
         ("/tokenize", {}, "give prompt or messages"),
         ("/tokenize", {"prompt": "x", "messages": MESSAGES}, "give prompt or messages"),
         ("/tokenize", {"prompt": 5}, "valid string"),
+        ("/tokenize", {"messages": [], "continue_final_message": True}, "at least 1"),
+        ("/tokenize", {"messages": MESSAGES, "continue_final_message": True}, "role assistant"),
         ("/tokenize", {"prompt": "x", "promt": 1}, "did you mean prompt?"),
         ("/tokenize", {"model": "other", "prompt": "x"}, "does not exist"),
         ("/detokenize", {"tokens": [10**6]}, "outside the vocabulary"),

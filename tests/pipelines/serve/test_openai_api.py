@@ -1,6 +1,7 @@
 """The HTTP application, through FastAPI's client: shapes, usage, and every error as an OpenAI error object."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +40,14 @@ def test_health_and_models(client):
     assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "moray")
     assert client.get("/v1/models/tiny").json() == card
     assert client.get("/v1/models/default").json() == card
+
+
+def test_every_reference_in_the_openapi_document_is_defined(client):
+    document = client.get("/openapi.json").json()
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert named
+    assert named <= set(document["components"]["schemas"])
+    assert "$defs" not in json.dumps(document)
 
 
 def test_a_completion(client, vocabulary):
