@@ -13,7 +13,7 @@ import pytest
 
 from moray.cluster.pending import Demand, Machine, PendingReport, PendingWatcher
 from moray.platform.core.cluster import Cluster, Topology
-from moray.platform.core.errors import InputError, StepFailed
+from moray.platform.core.errors import InputError
 from moray.platform.core.events import Event, NoteEvent
 from moray.platform.core.home import Home
 from moray.platform.core.ports import free_port
@@ -220,7 +220,7 @@ def test_a_replica_that_cannot_be_placed_is_reported(ray_cluster: Cluster, tmp_p
     def serve() -> None:
         try:
             open_session(tmp_path, "m", port=free_port())
-        except StepFailed as error:  # a model of two empty files, once there is room to look at it
+        except InputError as error:  # a model of two empty files, once there is room to look at it
             ended.append(error)
 
     thread = threading.Thread(target=serve)

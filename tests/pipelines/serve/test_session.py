@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from moray.pipelines.serve.session import open_session
-from moray.platform.core.errors import InputError, StepFailed
+from moray.platform.core.errors import InputError
 from moray.platform.core.ports import check_port, free_port
 
 
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_serve_without_an_error(folder, tmp_path):
 def test_a_model_that_does_not_load_is_an_error_with_the_reason(ray_cluster, folder, capfd):
     (folder / "model.safetensors").write_bytes(b"not weights")
     port = free_port()
-    with pytest.raises(StepFailed, match=r"model\.safetensors is not a safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is not a safetensors file"):
         open_session(folder, "broken", "127.0.0.1", port)
     check_port("127.0.0.1", port)  # nothing is left
     assert capfd.readouterr() == ("", "")
