@@ -27,7 +27,7 @@ from serving_http import ids, make_model
 PROMPT, NEW, CLIENTS = 64, 32, 16
 OVERLOAD_SECONDS = 3  # times as long, so that the queue fills
 MEASURES = ("moray.pipelines.serve.application", "moray.pipelines.serve.gateway", "moray.pipelines.serve.openai_api")
-HOSTILE = [
+HOSTILE: list[dict[str, Any]] = [
     {"enum": [f"value {number}" for number in range(10_000)]},
     {"type": "string", "pattern": "(a|b|ab)*c" * 50},
     {"allOf": [{"anyOf": [{"type": "object", "properties": {f"p{a}{b}": {}}} for a in range(12)]} for b in range(12)]},
@@ -75,7 +75,8 @@ class Asker:
                     seen.other.append(line.decode()[:200])
                 elif line.startswith(b"data: {"):
                     times.append(time.perf_counter())
-        seen.first.append(times[0] - began)
+        if times:
+            seen.first.append(times[0] - began)
         return times
 
     async def poisson(self, rate: float, seconds: float, seed: int) -> tuple[Seen, float]:

@@ -31,6 +31,19 @@ class QueueFullError(RuntimeError):
     """The engine has as many open requests as it takes."""
 
 
+class Reservation:
+    """Room for requests in the engine's queue, until it is released."""
+
+    def __init__(self, release: Callable[[], None] | None = None) -> None:
+        self._release = release
+
+    def release(self) -> None:
+        """Does nothing the second time."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
 class AsyncEngine:
     """Owns an engine and its thread. threads: number of threads that torch may use for one operation. most_open:
     answers that may be open at a time.
@@ -90,14 +103,23 @@ class AsyncEngine:
             "expert_load": engine.expert_load(),
         }
 
-    def check_room(self, requests: Sequence[Request]) -> None:
-        """Raises QueueFullError if these cannot be open too. A tenant may have three quarters of all."""
+    def reserve(self, requests: Sequence[Request]) -> Reservation:
+        """Counts these requests as open until the reservation is released, so that they will have room. Raises
+        QueueFullError if there is none. A tenant may have three quarters of all."""
         tenant = requests[0].tenant if requests else ""
         mine, most = self._by_tenant[tenant], self._most_open
         if self._open + len(requests) > most:
             raise QueueFullError(f"the server has {self._open} open requests, of up to {most}; try later")
         if tenant and mine + len(requests) > (share := most - most // 4):
             raise QueueFullError(f"this key has {mine} open requests, of up to {share}; try later")
+        self._count(tenant, len(requests))
+        return Reservation(lambda: self._count(tenant, -len(requests)))
+
+    def _count(self, tenant: str, answers: int) -> None:
+        self._open += answers
+        self._by_tenant[tenant] += answers
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Yields the answer's deltas. Leaving the iterator early cancels the request. Raises the request's error."""
@@ -106,33 +128,30 @@ class AsyncEngine:
                 for _, delta in items:
                     yield delta
 
-    async def generate_many(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+    async def generate_many(
+        self, requests: Sequence[Request], reserved: bool = False
+    ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Yields the deltas of several requests, in lists of (index of the request, delta).
 
-        Raises ValueError if one of the requests is invalid, QueueFullError if there is no room for all of them. The
-        failure of one ends the others.
+        reserved: whether the caller has reserved room for them. Raises ValueError if one of the requests is invalid,
+        QueueFullError if there is no room for all of them. The failure of one ends the others.
         """
-        self.check_room(requests)
+        reservation = Reservation() if reserved else self.reserve(requests)
         stream = AnswerStream()
-        with self._gate:  # no command may follow the final None in the inbox
-            if not self.alive:
-                raise EngineStoppedError("the engine is not running")
-            self._inbox.put(lambda: self._admit(stream, requests))
-        left = len(requests)
-        tenant = requests[0].tenant if requests else ""
-        self._open += left
-        self._by_tenant[tenant] += left
+        left = 0
         try:
+            with self._gate:  # no command may follow the final None in the inbox
+                if not self.alive:
+                    raise EngineStoppedError("the engine is not running")
+                self._inbox.put(lambda: self._admit(stream, requests))
+            left = len(requests)
             while left:
                 items = await stream.take(seconds_apart(self._open))
                 deltas = [(index, _unless_error(result)) for index, result in items]
                 left -= sum(delta.finish_reason is not None for _, delta in deltas)
                 yield deltas
         finally:
-            self._open -= len(requests)
-            self._by_tenant[tenant] -= len(requests)
-            if not self._by_tenant[tenant]:
-                del self._by_tenant[tenant]
+            reservation.release()
             if left:
                 self._inbox.put(lambda: self._cancel(stream))
 

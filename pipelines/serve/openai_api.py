@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.api_response import ApiResponse, event, response_json
-from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, QueueFullError
+from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, QueueFullError, Reservation
 from moray.pipelines.serve.chat_prompt import Chat
 from moray.pipelines.serve.chat_request import ChatRequest
 from moray.pipelines.serve.completion_request import CompletionRequest
@@ -129,6 +129,20 @@ def _define(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+class _Stream(StreamingResponse):
+    """A stream that releases its room in the queue, also if its client is gone before it begins."""
+
+    def __init__(self, content: AsyncIterator[bytes], room: Reservation, **settings: Any) -> None:
+        super().__init__(content, **settings)
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._room.release()
+
+
 @dataclass(frozen=True)
 class _Answering:
     """What answers a request: the engine, within the limits of keys, and counted by the report."""
@@ -145,9 +159,21 @@ class _Answering:
             call = await self.intake.read(http, read)
             if key is not None:
                 call = call.of_tenant(key.name)
-            self.engine.check_room(call.requests)
-            headers = await self._take(key, call)
+            room = self.engine.reserve(call.requests)
         except (ApiError, QueueFullError):
+            self.report.refuse()
+            raise
+        try:
+            return await self._reserved(http, call, key, room)
+        except BaseException:
+            room.release()
+            raise
+
+    async def _reserved(self, http: Request, call: Call, key: ApiKey | None, room: Reservation) -> Response:
+        """The response to a request for which there is room."""
+        try:
+            headers = await self._take(key, call)
+        except ApiError:
             self.report.refuse()
             raise
         tally = self.report.request(
@@ -155,9 +181,11 @@ class _Answering:
         )
         if not call.stream:
             body = await unless_gone(http, _whole(self.engine, self.intake, call, tally))
+            room.release()
             return Response(body, media_type="application/json", headers=headers)
-        return StreamingResponse(
+        return _Stream(
             _events(self.engine, self.intake, call, tally),
+            room,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
@@ -268,8 +296,6 @@ def _unexpected(error: Exception) -> ApiError:
     """The error for clients; its details are only logged."""
     if isinstance(error, EngineStoppedError):
         return ApiError(503, str(error))
-    if isinstance(error, QueueFullError):  # between its admission and its first step
-        return ApiError(429, str(error), code="queue_full")
     if isinstance(error, GrammarError):
         return ApiError(400, str(error), code="grammar_too_complex")
     _log.error("a request failed", exc_info=error)
@@ -280,7 +306,7 @@ async def _whole(engine: AsyncEngine, intake: Intake, call: Call, tally: Request
     answers: list[list[Delta]] = [[] for _ in call.requests]
     size = 0
     with tally:
-        async for deltas in engine.generate_many(call.requests):
+        async for deltas in engine.generate_many(call.requests, reserved=True):
             tally.add(deltas)
             for index, delta in deltas:
                 answers[index].append(delta)
@@ -292,7 +318,7 @@ async def _events(engine: AsyncEngine, intake: Intake, call: Call, tally: Reques
     """The events of a stream. A late error becomes its last event, because the status is already sent."""
     try:
         # Closed now, not by garbage collection.
-        async with aclosing(engine.generate_many(call.requests)) as answers:
+        async with aclosing(engine.generate_many(call.requests, reserved=True)) as answers:
             with tally:
                 async for deltas in answers:
                     tally.add(deltas)

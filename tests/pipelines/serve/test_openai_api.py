@@ -1,5 +1,7 @@
 """The HTTP application, through FastAPI's client: shapes, usage, and every error as an OpenAI error object."""
 
+import asyncio
+import contextlib
 import json
 import re
 import threading
@@ -387,3 +389,38 @@ def test_a_full_queue_is_429_and_has_room_later(make_engine):
         assert ask(client, prompt=["a", "b"], n=2, stream=True).status_code == 429
         for _ in range(3):
             assert ask(client, prompt=["a", "b", "c"]).status_code == 200
+
+
+def test_a_burst_is_refused_before_its_streams_begin(make_engine):
+    """Named after a bug that a load test found: requests that arrived together passed the queue's check together, and
+    some then ended with an error inside of a stream."""
+    engine = AsyncEngine(make_engine(), most_open=3)
+    with TestClient(build_serving_app(engine, "tiny"), raise_server_exceptions=False) as client:
+        with ThreadPoolExecutor(12) as pool:
+            responses = list(pool.map(lambda _: ask(client, stream=True, max_tokens=40), range(24)))
+        assert {response.status_code for response in responses} == {200, 429}
+        assert all("error" not in response.text for response in responses if response.status_code == 200)
+        assert ask(client, n=4).status_code == 429
+        assert ask(client, n=3).status_code == 200
+        assert engine._open == 0
+
+
+def test_room_is_released_if_nobody_reads_the_stream(make_engine):
+    engine = AsyncEngine(make_engine(), most_open=3)
+    app = build_serving_app(engine, "tiny")
+    body = json.dumps({**BODY, "stream": True}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": "",
+        "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}, "http_version": "1.1",
+    }  # fmt: skip
+    messages = [{"type": "http.request", "body": body}, *[{"type": "http.disconnect"}] * 9]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        raise OSError("the client is gone")
+
+    with TestClient(app), contextlib.suppress(Exception):
+        asyncio.run(app(scope, receive, send))
+    assert engine._open == 0
