@@ -89,7 +89,7 @@ bench-data: $(VENV)/.installed-dev
 # Serving on this machine: the engine beside transformers and llama.cpp (`make bench-peers` first), Ray Serve beside the
 # engine, and faults.
 bench-serve: $(VENV)/.installed-dev
-	failed=; for name in serving_engine serving_http serving_faults; do \
+	failed=; for name in serving_engine serving_http serving_faults serving_load; do \
 	    echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 	$(MAKE) --no-print-directory pages; [ -z "$$failed" ] || { echo "error: not all hold:$$failed"; exit 1; }
 

@@ -16,7 +16,7 @@ def delta(text: str, end: bool = False) -> Delta:
 
 
 def test_events_are_further_apart_the_more_answers_are_open() -> None:
-    assert [seconds_apart(answers) for answers in (0, 1, 4, 1000)] == [0.01, 0.01, 0.02, 0.04]
+    assert [seconds_apart(answers) for answers in (0, 1, 4, 20, 100, 1000)] == [0.01, 0.01, 0.02, 0.04, 0.1, 0.25]
 
 
 def test_what_is_neither_first_nor_last_waits_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
