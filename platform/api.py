@@ -240,14 +240,18 @@ def _follow_keys(home: Home, session: ServingSession) -> Iterator[None]:
 
 
 def model_folder(model: str, home: Home) -> Path:
-    """The Hugging Face folder behind an alias, an artifact reference or a path. Raises InputError."""
+    """The Hugging Face folder behind an alias (`NAME` stands for `NAME@newest`), an artifact or a path. Raises
+    InputError."""
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path} has no config.json", "give a folder in the Hugging Face layout")
         return path
+    if model.startswith(("/", ".", "~")):
+        raise InputError(f"there is no folder {path}", "give a folder in the Hugging Face layout, or NAME@newest")
     store = ArtifactStore(home)
-    artifact = find_artifact(store, model)
+    newest = f"{model}@{NEWEST}"
+    artifact = find_artifact(store, newest if newest in store.aliases.all() else model)
     if artifact.manifest.produces != "model":
         raise InputError(
             f"{model!r} is an artifact of kind {artifact.manifest.produces!r}, not a model", "name an `export` artifact"
@@ -257,7 +261,8 @@ def model_folder(model: str, home: Home) -> Path:
 
 def model_name(model: str, folder: Path) -> str:
     """The name a model is served under: the alias without its version, or the folder's name."""
-    return model.partition("@")[0] if "@" in model else folder.name
+    named = "@" in model or not ("/" in model or Path(model).expanduser().is_dir())
+    return model.partition("@")[0] if named else folder.name
 
 
 def run_on(

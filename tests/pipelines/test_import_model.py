@@ -59,7 +59,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_model_is_imported_bit_for_bit_and_only_once(folder: Path, home: Home) -> None:
     alias, artifact = api.import_model(folder, home=home)
     assert alias == "some-model@newest"
-    assert api.model_folder(alias, home) == artifact.folder
+    assert api.model_folder(alias, home) == api.model_folder("some-model", home) == artifact.folder
+    assert api.model_name("some-model", artifact.folder) == api.model_name(alias, artifact.folder) == "some-model"
+    assert api.model_name(str(folder), folder) == "Some Model"
     kept = {path.name for path in artifact.folder.iterdir()} - {"manifest.json"}
     assert kept == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
     for name in kept:
