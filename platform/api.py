@@ -38,6 +38,7 @@ from moray.platform.store.search import find_artifact
 
 if TYPE_CHECKING:
     from moray.pipelines.serve.session import ServingSession
+    from moray.pipelines.tasks.intervals import Comparison
 
 _log = logging.getLogger("moray")
 _KEYS_SECONDS = 1.0  # between looks at the keys while a model is served
@@ -174,6 +175,23 @@ def give_chat_template(
         raise InputError(f"{file}: {error}", "correct the file") from error
     name = name or (model.partition("@")[0] if "@" in model else None)
     return import_model(folder, name, chat_template=file, home=home, listeners=listeners)
+
+
+def compare_models(first: str, second: str, *, home: Home | None = None) -> dict[tuple[str, str], Comparison]:
+    """Compares two evaluations by `evaluate-tasks` item by item, by (task, metric). first, second: their artifacts.
+    Raises InputError."""
+    from moray.pipelines.tasks.compare import compare_evaluations
+
+    store = ArtifactStore(home or Home.from_environment())
+    folders = []
+    for reference in (first, second):
+        artifact = find_artifact(store, reference)
+        if artifact.manifest.step != "evaluate-tasks":
+            raise InputError(
+                f"{reference!r} is made by {artifact.manifest.step}", "name two `evaluate-tasks` artifacts"
+            )
+        folders.append(store.fetch(artifact).folder)
+    return compare_evaluations(*folders)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"corpus", "quality", "split", "tokenizer"},
         {"coverage", "decontaminate", "dedup", "evaluate", "filter", "import_model", "pretrain", "serve", "synthesize",
          "tokenize"},
-        {"deploy", "export", "register"},
+        {"deploy", "export", "register", "tasks"},
     ],
 }  # fmt: skip
 # Modules that a package must be importable without; no import anywhere, not even inside functions.

@@ -179,7 +179,7 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-def check_continued(messages: list[Message]) -> None:
+def check_last_message(messages: list[Message]) -> None:
     """Raises a pydantic error if the last message cannot be continued."""
     if messages[-1].role != "assistant" or not messages[-1].content:
         raise field_error("continue_final_message", "is only allowed when the last message is a text of role assistant")
@@ -243,7 +243,7 @@ class ChatRequest(AnswerFields):
         if self.limit is not None and self.min_tokens > self.limit:
             raise field_error("min_tokens", "must not exceed max_completion_tokens")
         if self.continue_final_message:
-            check_continued(self.messages)
+            check_last_message(self.messages)
         if (
             self.continue_final_message
             and "add_generation_prompt" in self.model_fields_set

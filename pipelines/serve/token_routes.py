@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moray.pipelines.serve.api_error import ALIAS, ApiError
 from moray.pipelines.serve.chat_prompt import Chat
-from moray.pipelines.serve.chat_request import ChatRequest, FunctionTool, Message, check_continued
+from moray.pipelines.serve.chat_request import ChatRequest, FunctionTool, Message, check_last_message
 from moray.pipelines.serve.completion_request import encode_text
 from moray.pipelines.serve.detokenizer import ServingVocabulary, TextStream, Token
 from moray.pipelines.serve.engine import Engine
@@ -36,7 +36,7 @@ class TokenizeRequest(BaseModel):
         if (self.prompt is None) == (self.messages is None):
             raise field_error("prompt", "give prompt or messages")
         if self.messages is not None and self.continue_final_message:
-            check_continued(self.messages)
+            check_last_message(self.messages)
         return self
 
 

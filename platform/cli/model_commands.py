@@ -1,21 +1,22 @@
-"""`moray models`: import models, and give them chat templates."""
+"""`moray models`: import models, give them chat templates, and compare them."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from moray.platform.core.errors import InputError
-from moray.platform.run.console import Json, err, out, print_json
+from moray.platform.run.console import Json, err, out, print_json, print_table
 
 if TYPE_CHECKING:
     from moray.platform.store.artifacts import Artifact
 
-app = App(name="models", help="Import models, and give them chat templates.", help_format="plaintext")
+app = App(name="models", help="Import models, give them chat templates, compare them.", help_format="plaintext")
 
 
 @app.command(name="import")
@@ -70,6 +71,36 @@ def template(
     with Terminal(err()) as terminal, redirect_stdout(sys.stderr):
         alias, artifact = give_chat_template(model, file, name, listeners=[terminal])
     return _print_model(alias, artifact, json_)
+
+
+@app.command
+def compare(first: str, second: str, /, *, json_: Json = False) -> int:
+    """Compare two models item by item: FIRST and SECOND are artifacts of `evaluate-tasks` on the same task files.
+
+    Prints the difference with its 95 % interval, and p of McNemar's exact test.
+    """
+    from moray.platform.api import compare_models
+
+    found = compare_models(first, second)
+    if json_:
+        print_json([{"task": task, "metric": metric, **asdict(one)} for (task, metric), one in found.items()])
+        return 0
+    rows = [
+        [
+            task,
+            metric,
+            f"{one.n:,}",
+            f"{one.first:.1%}",
+            f"{one.second:.1%}",
+            f"{one.difference:+.1%} ({one.interval[0]:+.1%} to {one.interval[1]:+.1%})",
+            f"{one.only_first} : {one.only_second}",
+            f"{one.p:.3f}",
+        ]
+        for (task, metric), one in found.items()
+    ]
+    names = ["task", "metric", "items>", "first>", "second>", "difference (95 %)", "only one right>", "p>"]
+    print_table(names, rows)
+    return 0
 
 
 def _print_model(alias: str, artifact: Artifact, as_json: bool) -> int:

@@ -169,6 +169,27 @@ TABLE: dict[str, Metric] = {
             digits=0,
         ),
         Metric(
+            "task_accuracy",
+            "Accuracy on a task",
+            "share",
+            "Share of items whose right choice is the most likely one",
+            ("task",),
+        ),
+        Metric(
+            "task_accuracy_per_byte",
+            "Accuracy on a task, per byte",
+            "share",
+            "The same with log-likelihoods divided by the choices' bytes",
+            ("task",),
+        ),
+        Metric(
+            "task_complete",
+            "Complete answers on a task",
+            "share",
+            "Share of items whose answer is complete JSON of their schema",
+            ("task",),
+        ),
+        Metric(
             "eval_bits_per_byte",
             "Held-out bits per byte",
             "bits/byte",
