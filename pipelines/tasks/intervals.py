@@ -38,7 +38,7 @@ def compare_items(first: Sequence[float], second: Sequence[float]) -> Comparison
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(b > a for a, b in zip(first, second, strict=True))
     difference = (only_second - only_first) / n
-    # Half an item more in each of the four cells, so that the interval also holds for few items (Agresti and Min, 2005).
+    # Half an item more in each of the four cells, so that it holds for few items too (Agresti and Min, 2005).
     more = n + 2
     middle = (only_second - only_first) / more
     half = _Z * math.sqrt(only_first + only_second + 1 - (only_second - only_first) ** 2 / more) / more
