@@ -12,18 +12,27 @@ _NAMESPACE = "moray"
 
 
 def shared_actor(kind: type) -> Any:
-    """The handle of the only actor of a class on this cluster, which is made if there is none."""
-    import ray
+    """The handle of the only actor of a class on this cluster, which is made if there is none.
 
+    Raises ValueError if this process is not connected to a cluster.
+    """
+    ray = _connected()
     actor: Any = ray.remote(num_cpus=0)(kind)
     return actor.options(name=_name(kind), namespace=_NAMESPACE, get_if_exists=True).remote()
 
 
 def find_shared_actor(kind: type) -> Any:
     """The handle of that actor. Raises ValueError if there is none."""
+    return _connected().get_actor(_name(kind), namespace=_NAMESPACE)
+
+
+def _connected() -> Any:
+    """Ray, which would otherwise start a cluster in this process."""
     import ray
 
-    return ray.get_actor(_name(kind), namespace=_NAMESPACE)
+    if not ray.is_initialized():
+        raise ValueError("this process is not connected to a Ray cluster")
+    return ray
 
 
 def _name(kind: type) -> str:
