@@ -1,15 +1,11 @@
 """A tiny model with random weights, a byte-level tokenizer trained on a few sentences, engines over them."""
 
-import asyncio
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 
 from moray.models.compiled import CompiledModel
 from moray.models.eager import EagerModel
@@ -21,6 +17,7 @@ from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.openai_api import build_serving_app
 from moray.pipelines.serve.scheduler import EngineLimits
 from moray.pipelines.tokenizer.train import TokenizerConfig, train_tokenizer
+from tests.loopback import serve_app
 from tests.native import NATIVE
 
 TEXT = (
@@ -93,14 +90,5 @@ def shared_engine(compiled, vocabulary) -> Engine:
 @pytest.fixture(scope="session")
 def url(shared_engine) -> Iterator[str]:
     """A real server on loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # from here on a client that is faster than the server waits, instead of being refused
-        app = build_serving_app(AsyncEngine(shared_engine), "tiny")
-        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with serve_app(build_serving_app(AsyncEngine(shared_engine), "tiny")) as served:
+        yield served

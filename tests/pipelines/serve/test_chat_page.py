@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 from playwright.sync_api import Page, expect, sync_playwright
 
 from moray.pipelines.serve.async_engine import AsyncEngine
@@ -20,6 +16,7 @@ from moray.pipelines.serve.key_check import KeyCheck
 from moray.pipelines.serve.openai_api import build_serving_app
 from moray.platform.core.api_keys import ApiKey, hash_key
 from moray.platform.core.serving import key_settings
+from tests.loopback import serve_app
 from tests.pipelines.serve.chats import PLAIN, REASONING, chat_engine, chat_form, chat_vocabulary
 
 pytestmark = pytest.mark.browser
@@ -56,16 +53,8 @@ def url() -> Iterator[str]:
     }
     for engine in engines.values():
         engine.start()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        config = uvicorn.Config(Gateway(Routed(apps)), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with serve_app(Gateway(Routed(apps)), lifespan="off") as served:
+        yield served
     for engine in engines.values():
         engine.stop()
 

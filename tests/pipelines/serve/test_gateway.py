@@ -6,19 +6,18 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 
 import openai
 import pytest
 import requests
-import uvicorn
 
 from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.gateway import VERSION, Gateway
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory
 from tests.checkout import ROOT
+from tests.loopback import serve_app
 
 JSON = (b"content-type", b"application/json")
 SSE = (b"content-type", b"text/event-stream")
@@ -110,15 +109,8 @@ def proxy() -> Proxy:
 
 @pytest.fixture
 def url(proxy: Proxy) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(Gateway(proxy), log_level="critical", lifespan="off"))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with serve_app(Gateway(proxy), lifespan="off", log_level="critical") as served:
+        yield served
 
 
 def ask(url: str, path: str = "/v1/completions", **body: object) -> requests.Response:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
 import pty
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.openai_api import build_serving_app
 from moray.platform.cli.chat_command import Conversation, obey
 from moray.platform.core.errors import InputError, MorayError
 from tests.checkout import ROOT
+from tests.loopback import serve_app
 from tests.pipelines.serve.chats import REASONING, chat_engine, chat_form, chat_vocabulary
 
 
@@ -30,16 +27,8 @@ from tests.pipelines.serve.chats import REASONING, chat_engine, chat_form, chat_
 def url() -> Iterator[str]:
     engine = chat_engine(chat_vocabulary(ends=()), 4096)  # answers end at their limits only
     app = build_serving_app(AsyncEngine(engine), "tiny", chat=chat_form(engine.vocabulary, REASONING))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with serve_app(app) as served:
+        yield served
 
 
 @pytest.fixture
