@@ -10,6 +10,7 @@ Usage: python benchmarks/serving_load.py [seconds=20]
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import random
@@ -44,8 +45,12 @@ class Seen:
     other: list[str] = field(default_factory=list)
 
     def percentile(self, share: float) -> float:
-        ordered = sorted(self.first)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return _percentile(self.first, share)
+
+
+def _percentile(seconds: list[float], share: float) -> float:
+    ordered = sorted(seconds)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 class Asker:
@@ -121,6 +126,8 @@ async def beside_grammars(asker: Asker, other: Asker) -> float:
 
 
 async def measure(url: str, keys: dict[str, str], seconds: float) -> tuple[list[dict[str, Any]], list[Bar]]:
+    gc.collect()
+    gc.disable()  # the clients' own collections would count as the server's time
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
         quiet, noisy = (Asker(session, url, keys[name]) for name in ("quiet", "noisy"))
@@ -135,7 +142,9 @@ async def measure(url: str, keys: dict[str, str], seconds: float) -> tuple[list[
             sheds = max(seen.refused, default=0.0)
             rows.append(
                 {"load": f"{share} of capacity", "answers_s": answered[share], "refused": len(seen.refused),
-                 "other": len(seen.other), "longest_refusal_ms": 1e3 * sheds,
+                 "other": len(seen.other),
+                 "refusal_ms_p50": 1e3 * _percentile(seen.refused, 0.5),
+                 "refusal_ms_p99": 1e3 * _percentile(seen.refused, 0.99), "longest_refusal_ms": 1e3 * sheds,
                  "first_token_ms_p50": 1e3 * seen.percentile(0.5), "first_token_ms_p95": 1e3 * seen.percentile(0.95)}
             )  # fmt: skip
         rate = 0.07 * most  # with ten times as much from another key: 0.77 of the capacity

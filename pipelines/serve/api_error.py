@@ -8,8 +8,15 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 ALIAS = "default"  # stands for the served model
+FULL = "x-moray-queue-full"  # header of refusals for lack of room for even one answer
 _RETRY_AFTER = "1"  # seconds
 _KINDS = {429: "rate_limit_error"}
+
+
+def queue_full(message: str, entirely: bool) -> ApiError:
+    """The error for a request that a server has no room for now. entirely: nor for any other of this client."""
+    headers = {"Retry-After": _RETRY_AFTER, **({FULL: "1"} if entirely else {})}
+    return ApiError(429, message, code="queue_full", headers=headers)
 
 
 class ApiError(Exception):

@@ -28,7 +28,11 @@ class EngineStoppedError(RuntimeError):
 
 
 class QueueFullError(RuntimeError):
-    """The engine has as many open requests as it takes."""
+    """The engine has as many open requests as it takes. entirely: whether there is not even room for one answer."""
+
+    def __init__(self, message: str, entirely: bool = False) -> None:
+        super().__init__(message)
+        self.entirely = entirely
 
 
 class Reservation:
@@ -107,13 +111,18 @@ class AsyncEngine:
         """Counts these requests as open until the reservation is released, so that they will have room. Raises
         QueueFullError if there is none. A tenant may have three quarters of all."""
         tenant = requests[0].tenant if requests else ""
-        mine, most = self._by_tenant[tenant], self._most_open
-        if self._open + len(requests) > most:
-            raise QueueFullError(f"the server has {self._open} open requests, of up to {most}; try later")
-        if tenant and mine + len(requests) > (share := most - most // 4):
-            raise QueueFullError(f"this key has {mine} open requests, of up to {share}; try later")
+        self.check_room(tenant, len(requests))
         self._count(tenant, len(requests))
         return Reservation(lambda: self._count(tenant, -len(requests)))
+
+    def check_room(self, tenant: str, answers: int) -> None:
+        """Raises QueueFullError if a tenant may not open so many more answers."""
+        mine, most = self._by_tenant.get(tenant, 0), self._most_open
+        if self._open + answers > most:
+            message = f"the server has {self._open} open requests, of up to {most}; try later"
+            raise QueueFullError(message, self._open >= most)
+        if tenant and mine + answers > (share := most - most // 4):
+            raise QueueFullError(f"this key has {mine} open requests, of up to {share}; try later", mine >= share)
 
     def _count(self, tenant: str, answers: int) -> None:
         self._open += answers

@@ -15,9 +15,10 @@ cut later ends with an error event. Responses of replicas have the header `VERSI
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,8 +27,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moray.pipelines.serve.api_error import ALIAS, ApiError
+from moray.pipelines.serve.api_error import ALIAS, FULL, ApiError, queue_full
 from moray.pipelines.serve.chat_page import PAGE, PAGE_HEADERS, chat_page_file
+from moray.pipelines.serve.interpreter import CollectsWhenCalm, serving_interpreter
+from moray.pipelines.serve.known_limits import KnownLimits
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory, read_body
 from moray.platform.core.serving import PREFIX
 
@@ -49,7 +52,9 @@ Header: TypeAlias = tuple[bytes, bytes]
 
 def middlewares() -> list[Middleware]:
     """Called by each proxy of Ray Serve at its start; named in `cluster/machine.py`."""
-    return [Middleware(Gateway)]
+    gc.freeze()
+    serving_interpreter().__enter__()  # until the proxy ends
+    return [Middleware(CollectsWhenCalm), Middleware(Gateway)]
 
 
 class Gateway:
@@ -58,6 +63,7 @@ class Gateway:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._memory = BodyMemory()
+        self._limits = KnownLimits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
@@ -86,7 +92,7 @@ class Gateway:
                 if name != _first(path):
                     raw = scope.get("raw_path") or path.encode()
                     scope = {**scope, "path": f"/{name}{path}", "raw_path": f"/{name}".encode() + raw}
-                await self._forward(scope, body, receive, send)
+                await self._admit((name, *_authorization(scope)), scope, body, receive, send)
         except ApiError as error:
             await _answer(send, error.status, error.body(), error.headers)
 
@@ -168,16 +174,28 @@ class Gateway:
         ApiError, so nobody without a key sends a large one."""
         return max(int(card.get(LIMIT, MOST)) for card in await self._cards(names, headers))
 
-    async def _forward(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Sends a request until a replica responds. Raises ApiError if none does in time, or if so many died of it that
-        the request may be the reason."""
+    async def _admit(self, client: Hashable, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Sends a request to a replica, unless the replicas are known to have no room for it. Raises ApiError."""
+        if not self._limits.enter(client):
+            raise queue_full(
+                "the server has as many open requests from you as it has room for; try later", entirely=True
+            )
+        refused = False
+        try:
+            refused = await self._forward(scope, body, receive, send)
+        finally:
+            self._limits.leave(client, refused)
+
+    async def _forward(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
+        """Sends a request until a replica responds. Returns whether it had no room for the request. Raises ApiError if
+        none responds in time, or if so many died of it that the request may be the reason."""
         deadline, pause, deaths = time.monotonic() + _RETRY_SECONDS, _PAUSE_SECONDS, 0
         while True:
             attempt = _Attempt(send)
             # A copy, because the proxy takes the route off the path and adds to the headers.
             await self._app({**scope, "headers": list(scope["headers"])}, _Replayed(body, receive), attempt)
             if await attempt.finish():
-                return
+                return attempt.refused
             deaths += not attempt.started
             if deaths >= _MOST_DEATHS:
                 raise ApiError(503, f"{deaths} replicas stopped during this request", code="replica_lost")
@@ -208,7 +226,7 @@ class _Attempt:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._start: Message | None = None
-        self.started = False
+        self.started = self.refused = False
         self._streams = self._forwarded = self._complete = self._failed = False
 
     async def __call__(self, message: Message) -> None:
@@ -218,6 +236,7 @@ class _Attempt:
             self.started = True
             headers = dict(message.get("headers", ()))
             self._failed = VERSION not in headers and message["status"] != _GONE
+            self.refused = FULL.encode() in headers
             self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
             self._start = message
             return

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moray.pipelines.serve.api_error import ApiError
+from moray.pipelines.serve.api_error import ApiError, queue_full
 from moray.pipelines.serve.api_response import ApiResponse, event, response_json
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, QueueFullError, Reservation
 from moray.pipelines.serve.chat_prompt import Chat
@@ -30,6 +30,7 @@ from moray.pipelines.serve.completion_request import CompletionRequest
 from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.grammar import GrammarError
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
+from moray.pipelines.serve.interpreter import CollectsWhenCalm, serving_interpreter
 from moray.pipelines.serve.key_check import KeyCheck, KeyRequired, check_quota, key_of
 from moray.pipelines.serve.metrics import CONTENT_TYPE, as_text, publish_metrics
 from moray.pipelines.serve.protocol import check_model
@@ -70,7 +71,8 @@ def build_serving_app(
         engine.start()
         report.start()
         publishing = asyncio.create_task(publish_metrics(replica, report.collect)) if replica else None
-        yield
+        with serving_interpreter():
+            yield
         if publishing:
             publishing.cancel()
         await asyncio.to_thread(engine.stop)
@@ -79,6 +81,7 @@ def build_serving_app(
     app = FastAPI(title="Moray", lifespan=lifespan)
     app.add_middleware(KeyRequired, keys=keys)
     app.add_middleware(_Versioned, engine=engine, version=version)
+    app.add_middleware(CollectsWhenCalm)
     _add_error_handlers(app, engine, version)
     _add_models(app, engine, name, intake)
 
@@ -156,9 +159,9 @@ class _Answering:
         """The response to a request for answers, whole or streamed. read: parses its body."""
         key = key_of(http.scope)
         try:
-            call = await self.intake.read(http, read)
-            if key is not None:
-                call = call.of_tenant(key.name)
+            tenant = key.name if key else ""
+            self.engine.check_room(tenant, 1)  # before the body is read, so that refusals cost little
+            call = (await self.intake.read(http, read)).of_tenant(tenant)
             room = self.engine.reserve(call.requests)
         except (ApiError, QueueFullError):
             self.report.refuse()
@@ -278,7 +281,7 @@ def _add_error_handlers(app: FastAPI, engine: AsyncEngine, version: str) -> None
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> Response:
-        return ApiError(429, str(error), code="queue_full").response()
+        return queue_full(str(error), error.entirely).response()
 
     @app.exception_handler(GrammarError)
     async def complex_grammar(request: Request, error: GrammarError) -> Response:

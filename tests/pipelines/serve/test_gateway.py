@@ -6,14 +6,16 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import requests
 
-from moray.pipelines.serve.api_error import ApiError
+from moray.pipelines.serve.api_error import FULL, ApiError
 from moray.pipelines.serve.gateway import VERSION, Gateway
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory
 from tests.checkout import ROOT
@@ -35,6 +37,7 @@ class Proxy:
         self.calls: list[tuple[str, bytes]] = []
         self.headers: dict[bytes, bytes] = {}
         self.gone = Counter()
+        self.let_go = threading.Event()
 
     async def __call__(self, scope, receive, send) -> None:
         path = scope["path"]
@@ -100,6 +103,14 @@ class Proxy:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.gone[path] += 1
+
+    async def full(self, path, receive, send) -> None:
+        await self.answer(send, 429, b"{}", JSON, (VERSION, b"1"), (FULL.encode(), b"1"))
+
+    async def holds(self, path, receive, send) -> None:
+        while not self.let_go.is_set():
+            await asyncio.sleep(0.001)
+        await self.echo(path, receive, send)
 
 
 @pytest.fixture
@@ -375,3 +386,22 @@ def test_the_chat_page_is_small_and_needs_nothing_from_elsewhere(proxy: Proxy, u
     assert len(text.encode()) < 60_000
     assert "http" not in text.replace("https://huggingface", "")
     assert proxy.calls == []
+
+
+def test_what_a_replica_would_refuse_is_refused_in_the_proxy(proxy: Proxy, url: str) -> None:
+    """Other clients' requests still reach the replicas, and so do this one's when it has fewer open."""
+    proxy.script = ["holds", "full"]
+    with ThreadPoolExecutor(1) as pool:
+        open_one = pool.submit(ask, url, model="one")
+        while not proxy.calls:
+            pass
+        assert ask(url, model="one").status_code == 429
+        refused = ask(url, model="one")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert (refused.headers["retry-after"], len(proxy.calls)) == ("1", 2)
+        assert ask(url, model="two").status_code == 200
+        with_key = requests.post(f"{url}/one/v1/completions", json={}, headers={"Authorization": "Bearer k"}, timeout=9)
+        assert with_key.status_code == 200
+        proxy.let_go.set()
+        assert open_one.result().status_code == 200
+    assert ask(url, model="one").status_code == 200

@@ -386,6 +386,7 @@ def test_a_full_queue_is_429_and_has_room_later(make_engine):
         assert response.headers["retry-after"] == "1"
         error = response.json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        assert "x-moray-queue-full" not in response.headers  # a smaller request has room
         assert ask(client, prompt=["a", "b"], n=2, stream=True).status_code == 429
         for _ in range(3):
             assert ask(client, prompt=["a", "b", "c"]).status_code == 200
