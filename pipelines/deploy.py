@@ -105,7 +105,7 @@ def decide_approval(rule: str, report: EvalReport, deployed: list[EvalReport] | 
     if not rows:
         return False, f"{shown}, but the deployed model was not evaluated on the same data"
     theirs = rows[0]
-    bound = mine.interval[1] if match["how"] == "better" else mine.value
+    bound = mine.interval[1] if match["how"] == "better" and mine.interval else mine.value
     return bound <= theirs.value, f"{shown}, deployed {theirs.value:.4g}"
 
 

@@ -178,7 +178,7 @@ def give_chat_template(
 
 
 def compare_models(first: str, second: str, *, home: Home | None = None) -> dict[tuple[str, str], Comparison]:
-    """Compares two evaluations by `evaluate-tasks` item by item, by (task, metric). first, second: their artifacts.
+    """Compares two evaluations of tasks item by item, by (task, metric). first, second: their artifacts.
     Raises InputError."""
     from moray.pipelines.tasks.compare import compare_evaluations
 
@@ -186,9 +186,10 @@ def compare_models(first: str, second: str, *, home: Home | None = None) -> dict
     folders = []
     for reference in (first, second):
         artifact = find_artifact(store, reference)
-        if artifact.manifest.step != "evaluate-tasks":
+        if artifact.manifest.step not in ("evaluate-tasks", "evaluate-harness"):
             raise InputError(
-                f"{reference!r} is made by {artifact.manifest.step}", "name two `evaluate-tasks` artifacts"
+                f"{reference!r} is made by {artifact.manifest.step}",
+                "name two artifacts of `evaluate-tasks` or `evaluate-harness`",
             )
         folders.append(store.fetch(artifact).folder)
     return compare_evaluations(*folders)

@@ -12,15 +12,16 @@ REPORT = "report.json"
 
 
 class EvalRow(BaseModel):
-    """One result. labels: distinguish rows of one metric. interval: 95 % bootstrap confidence interval of `value`."""
+    """One result. labels: distinguish rows of one metric. interval: 95 % confidence interval of `value`; None if
+    unknown."""
 
     model_config = ConfigDict(frozen=True)
 
     metric: str
     labels: dict[str, str]
     value: float
-    n: int  # documents
-    interval: tuple[float, float]
+    n: int  # documents or items
+    interval: tuple[float, float] | None
     data: str  # fingerprint of the data it was measured on
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from moray.pipelines.serve.detokenizer import Token
 from moray.pipelines.serve.engine import ContextLengthError, Engine
 from moray.pipelines.serve.grammar import GrammarCompiler, GrammarError, of_schema
 from moray.pipelines.serve.sequence import Request
-from moray.pipelines.serve.sequence import Sequence as Answer
 from moray.pipelines.tasks.task_file import TaskItem
 from moray.platform.core.errors import InputError
 
@@ -77,39 +77,47 @@ class _Requests:
         return Request(prompt, max_tokens=self._max_tokens, temperature=0.0, grammar=grammar)
 
 
+@dataclass
+class Answered:
+    """What the engine answered to one request. tokens: those with a log probability. ended: by itself, not cut."""
+
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+
+
 def _choices(engine: Engine, requests: _Requests, items: Sequence[TaskItem]) -> Iterator[ItemResult]:
     asked = [[requests.choice(item, choice) for choice in item.choices] for item in items]
-    told = _run(engine, [request for pairs in asked for request, _ in pairs])
+    told = iter(answer_requests(engine, [request for pairs in asked for request, _ in pairs]))
     for item, pairs in zip(items, asked, strict=True):
-        scores = [next(told)[0] for _ in pairs]
-        sums = [sum(values[-count:]) for values, (_, count) in zip(scores, pairs, strict=True)]
+        sums = [sum(token.logprob or 0.0 for token in next(told).tokens[-count:]) for _, count in pairs]
         yield ItemResult(item, tuple(sums))
 
 
 def _schemas(engine: Engine, requests: _Requests, items: Sequence[TaskItem]) -> Iterator[ItemResult]:
-    told = _run(engine, [requests.schema(item) for item in items])
-    for item in items:
-        _, text, ended = next(told)
-        if ended:
-            json.loads(text)
-        yield ItemResult(item, answer=text, complete=ended)
+    told = answer_requests(engine, [requests.schema(item) for item in items])
+    for item, answered in zip(items, told, strict=True):
+        if answered.ended:
+            json.loads(answered.text)
+        yield ItemResult(item, answer=answered.text, complete=answered.ended)
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[list[float], str, bool]]:
-    """Log probabilities of the ids, the text, and whether the answer ended by itself, of each request in order."""
+def answer_requests(engine: Engine, requests: Sequence[Request]) -> list[Answered]:
+    """The answers to requests, in order, computed together. Raises InputError for one that does not fit the model."""
     try:
         answers = [engine.submit(request) for request in requests]
     except (ContextLengthError, ValueError) as error:
         raise InputError(f"an item does not fit the model: {error}", "shorten it") from error
-    values: dict[Answer, list[float]] = {one: [] for one in answers}
-    texts = dict.fromkeys(answers, "")
+    told = {one: Answered() for one in answers}
     while engine.busy:
         for output in engine.step():
             if isinstance(output.result, Exception):
                 raise output.result
-            texts[output.sequence] += output.result.text
-            values[output.sequence] += [token.logprob for token in output.result.tokens if token.logprob is not None]
-    return iter([(values[one], texts[one], one.finish_reason == "stop") for one in answers])
+            told[output.sequence].text += output.result.text
+            told[output.sequence].tokens += [one for one in output.result.tokens if one.logprob is not None]
+    for answer, one in told.items():
+        one.ended = answer.finish_reason == "stop"
+    return list(told.values())
 
 
 def _best(values: Sequence[float]) -> int:

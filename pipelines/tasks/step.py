@@ -68,6 +68,7 @@ class EvaluateTasks(Step[EvaluateTasksConfig]):
         write_text(ctx.folder / "closing.txt", task_table(report))
         for row in rows:
             ctx.metric(row.metric, row.value, task=row.labels["task"])
+            ctx.score(row.labels["task"], row.metric.removeprefix("task_"), row.value, row.n, row.interval)
         ctx.counts |= {"in:items": len(lines)}
         ctx.outcome = ", ".join(f"{row.labels['task']} {row.value:.1%}" for row in rows if row.metric != _PER_BYTE)
 
@@ -94,11 +95,14 @@ def task_table(report: EvalReport) -> str:
     width = max(len(row.labels["task"]) for row in report.rows) + 2
     lines = [f"{'task':<{width}}{'metric':<26}{'value':>8}{'95 % interval':>20}{'items':>8}"]
     for row in report.rows:
-        low, high = row.interval
-        lines.append(
-            f"{row.labels['task']:<{width}}{row.metric:<26}{row.value:8.1%}{f'{low:.1%} to {high:.1%}':>20}{row.n:8,}"
-        )
+        interval = "unknown" if row.interval is None else " to ".join(map(_told, row.interval))
+        lines.append(f"{row.labels['task']:<{width}}{row.metric:<26}{_told(row.value):>8}{interval:>20}{row.n:8,}")
     return "\n".join(lines) + "\n"
+
+
+def _told(value: float) -> str:
+    """A share as a percentage; a perplexity, for instance, as it is."""
+    return f"{value:.1%}" if -1 < value <= 1 else f"{value:.3f}"
 
 
 step = EvaluateTasks()

@@ -75,7 +75,7 @@ def template(
 
 @app.command
 def compare(first: str, second: str, /, *, json_: Json = False) -> int:
-    """Compare two models item by item: FIRST and SECOND are artifacts of `evaluate-tasks` on the same task files.
+    """Compare two models item by item: FIRST and SECOND are evaluations of the same tasks.
 
     Prints the difference with its 95 % interval, and p of McNemar's exact test.
     """

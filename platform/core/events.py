@@ -97,6 +97,18 @@ class NoteEvent(_Event):
     text: str
 
 
+class ScoreEvent(_Event):
+    """A result of an evaluation, for the page: `metric` on `task`, of `n` items. interval: 95 %; None if unknown."""
+
+    kind: Literal["score"] = "score"
+    step: str
+    task: str
+    metric: str
+    value: float
+    n: int
+    interval: tuple[float, float] | None = None
+
+
 class ServingEvent(_Event):
     """What a replica of a deployment has done since it started, and what it does now. Each replica writes a segment
     below `deployments/NAME/events/`; counts are cumulative, so its last event has them all.
@@ -134,7 +146,7 @@ class ServingEvent(_Event):
     keys: dict[str, tuple[int, int, int]] = {}
 
 
-Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent | ServingEvent
+Event = RunEvent | StepEvent | ProgressEvent | MetricEvent | UsageEvent | NoteEvent | ScoreEvent | ServingEvent
 _FREE_TEXT = ("detail", "why", "outcome", "text")  # fields with text from a step or an error
 _BLOCK = 1 << 20  # bytes of a segment read at a time
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

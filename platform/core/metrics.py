@@ -190,6 +190,13 @@ TABLE: dict[str, Metric] = {
             ("task",),
         ),
         Metric(
+            "harness_score",
+            "Score on a harness task",
+            "",
+            "Score of the Language Model Evaluation Harness",
+            ("task", "score"),
+        ),
+        Metric(
             "eval_bits_per_byte",
             "Held-out bits per byte",
             "bits/byte",

@@ -11,7 +11,7 @@ from typing import Generic
 from moray.platform.core.atomic import is_full, write_text
 from moray.platform.core.cluster import Cluster
 from moray.platform.core.errors import Cancelled
-from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, read_events
+from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, ScoreEvent, read_events
 from moray.platform.core.home import Home
 from moray.platform.plan.config import ConfigT
 from moray.platform.store.artifacts import Artifact, ArtifactStore
@@ -81,6 +81,10 @@ class StepContext(Generic[ConfigT]):
 
     def metric(self, name: str, value: float, at: int = 0, **labels: str) -> None:
         self.emit(MetricEvent(step=self.step, name=name, value=value, at=at, labels=labels))
+
+    def score(self, task: str, metric: str, value: float, n: int, interval: tuple[float, float] | None) -> None:
+        """Reports the result of an evaluation with its 95 % interval."""
+        self.emit(ScoreEvent(step=self.step, task=task, metric=metric, value=value, n=n, interval=interval))
 
     def note(self, text: str, level: str = "info") -> None:
         self.emit(NoteEvent(step=self.step, level="warning" if level == "warning" else "info", text=text))

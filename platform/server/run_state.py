@@ -22,6 +22,7 @@ from moray.platform.core.events import (
     NoteEvent,
     ProgressEvent,
     RunEvent,
+    ScoreEvent,
     StepEvent,
     parse_event,
 )
@@ -36,7 +37,7 @@ EXPERT_LOAD = "train_expert_load"
 FIRST_CURVES = ("train_loss", "train_tokens_per_second")
 _RUNNING = ("waiting", "started")
 _MOST_RUNS = 32  # kept in memory; other runs are read again on request
-_MOST_NOTES = 200
+_MOST_NOTES, _MOST_SCORES = 200, 500  # of a step
 _listed = lru_cache(maxsize=_MOST_RUNS)(listed_steps)  # cached, because every poll needs the same recipe
 
 
@@ -50,9 +51,10 @@ class _Step:
     progress: ProgressEvent | None = None
     rate: Rate = field(default_factory=Rate)
     notes: list[NoteEvent] = field(default_factory=list)
+    scores: dict[tuple[str, str], ScoreEvent] = field(default_factory=dict)  # by task and metric
     last: float = 0.0
 
-    def add(self, event: StepEvent | ProgressEvent | NoteEvent) -> None:
+    def add(self, event: StepEvent | ProgressEvent | NoteEvent | ScoreEvent) -> None:
         self.last = max(self.last, event.time)
         match event:
             case StepEvent() if self.state is None or event.time >= self.state.time:
@@ -67,6 +69,8 @@ class _Step:
                 self.progress = event
             case NoteEvent() if len(self.notes) < _MOST_NOTES:
                 self.notes.append(event)
+            case ScoreEvent() if len(self.scores) < _MOST_SCORES:
+                self.scores[event.task, event.metric] = event
             case _:
                 pass
 
@@ -89,6 +93,10 @@ class _Step:
             "notes": [
                 {"time": note.time, "level": note.level, "text": note.text}
                 for note in sorted(self.notes, key=lambda note: note.time)
+            ],
+            "scores": [
+                {name: getattr(score, name) for name in ("task", "metric", "value", "n", "interval")}
+                for score in self.scores.values()
             ],
             "progress": self._progress() if state in _RUNNING and not lost else None,
         }
@@ -131,7 +139,7 @@ class _Run:
                     self._began = event
                 case RunEvent():
                     self._ended = event
-                case StepEvent() | ProgressEvent() | NoteEvent():
+                case StepEvent() | ProgressEvent() | NoteEvent() | ScoreEvent():
                     self._steps.setdefault(event.step, _Step()).add(event)
                 case MetricEvent():
                     self._metric(event)

@@ -3,6 +3,7 @@
 import { h } from "./dom.js";
 import { clock, count, duration, figure, percent } from "./format.js";
 import { bar, empty, icon } from "./parts.js";
+import { scoreTable } from "./scores.js";
 
 /** The step shown by default: the running one, else the one that failed, else the last one that started. */
 export function interesting(steps) {
@@ -85,6 +86,7 @@ export function stepDetail(step) {
           )
         : null,
     ),
+    step.scores.length ? scoreTable(step.scores) : null,
     step.notes.length
       ? h(
           "ul",

@@ -149,7 +149,8 @@ def test_the_step_writes_a_report_and_every_item(engine, tmp_path: Path, monkeyp
     )
     config = EvaluateTasks.Config(tasks=tasks, max_tokens=80)
     assert {file.key for file in EvaluateTasks().external(config)} == {"words", "people"}
-    folders = []
+    folders: list[Path] = []
+    scores: list[tuple] = []
 
     def note(name: str, value: float, **labels: str) -> None:
         assert metric(name).labels == tuple(labels)
@@ -164,6 +165,7 @@ def test_the_step_writes_a_report_and_every_item(engine, tmp_path: Path, monkeyp
             cluster=SimpleNamespace(topology=lambda: SimpleNamespace(cpus=1)),
             progress=lambda *_: None,
             metric=note,
+            score=lambda *told: scores.append(told),
             counts={},
             outcome="",
         )
@@ -176,6 +178,7 @@ def test_the_step_writes_a_report_and_every_item(engine, tmp_path: Path, monkeyp
     assert report.value("task_complete", task="people") == 1.0
     assert len((folders[0] / ITEMS).read_text().splitlines()) == 4
     assert "words" in (folders[0] / "closing.txt").read_text()
+    assert ("people", "complete", 1.0, 1) in [told[:4] for told in scores]
     same = compare_evaluations(*folders)
     assert {one.difference for one in same.values()} == {0.0}
     assert {one.p for one in same.values()} == {1.0}

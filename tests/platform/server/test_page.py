@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, 
 
 from moray.platform.control import serving_reports
 from moray.platform.control.jobs import Job
-from moray.platform.core.events import MetricEvent, RunEvent
+from moray.platform.core.events import MetricEvent, RunEvent, ScoreEvent
 from moray.platform.core.serving import ReplicaSeen
 from tests.checkout import ROOT
 from tests.page_server import (
@@ -339,6 +339,26 @@ def test_a_run_is_followed_as_it_writes_its_events(server: PageServer, page: Pag
     expect(page.locator(".run-head")).to_contain_text("took")
     expect(page.get_by_role("button", name="Stop")).to_have_count(0)
     expect(page.get_by_role("log")).to_contain_text("+ pretrain done")
+
+
+def test_scores_of_an_evaluation_have_their_intervals(server: PageServer, page: Page) -> None:
+    job = server.submit()
+    log = server.start(job)
+    up_to_pretrain(log)
+    for n, (task, metric, value, interval) in enumerate(
+        [("geography", "accuracy", 0.812, (0.7, 0.9)), ("people", "word_perplexity", 31.4, None)]
+    ):
+        log.append(
+            ScoreEvent(step="pretrain", task=task, metric=metric, value=value, n=40 * (n + 1), interval=interval)
+        )
+    page.goto(f"{server.url}/jobs/{job.id}")
+    rows = page.locator(".scores tbody tr")
+    expect(rows.nth(0)).to_contain_text("81.2 %")
+    expect(rows.nth(0)).to_contain_text("70.0 % to 90.0 %")
+    expect(rows.nth(0).locator(".interval i")).to_have_attribute("style", re.compile(r"left: 70%; width: 20%"))
+    expect(rows.nth(1)).to_contain_text("word perplexity")
+    expect(rows.nth(1)).to_contain_text("unknown")
+    expect(rows.nth(1).locator(".interval")).to_have_count(0)
 
 
 def test_charts_answer_to_pointer_and_keys(server: PageServer, page: Page) -> None:

@@ -9,7 +9,16 @@ import pytest
 
 from moray.platform.control.database import Database
 from moray.platform.control.jobs import Job, Jobs, Submission
-from moray.platform.core.events import Event, EventLog, MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent
+from moray.platform.core.events import (
+    Event,
+    EventLog,
+    MetricEvent,
+    NoteEvent,
+    ProgressEvent,
+    RunEvent,
+    ScoreEvent,
+    StepEvent,
+)
 from moray.platform.core.home import Home
 from moray.platform.core.metrics import TABLE
 from moray.platform.server.curves import MOST_POINTS, Curve
@@ -98,6 +107,8 @@ def test_steps_have_the_values_of_their_events(control: Control) -> None:
         step("corpus", "reused", why="have ffff", counts={"out:documents": 3.0}, outcome="3 kept"),
         step("filter", "started", why="never run"),
         NoteEvent(step="filter", level="warning", text="slow disk"),
+        ScoreEvent(step="filter", task="letters", metric="acc", value=0.5, n=12, interval=(0.2, 0.8)),
+        ScoreEvent(step="filter", task="letters", metric="acc", value=0.6, n=12),
         ProgressEvent(step="filter", phase="filtering", done=2, total=8, unit="documents"),
     )
     view = control.views.view(control.job)
@@ -110,6 +121,7 @@ def test_steps_have_the_values_of_their_events(control: Control) -> None:
         {"out:documents": 3.0},
     )
     assert (current["state"], current["why"], current["notes"][0]["text"]) == ("started", "never run", "slow disk")
+    assert current["scores"] == [{"task": "letters", "metric": "acc", "value": 0.6, "n": 12, "interval": None}]
     assert current["progress"]["done"] == 2
     assert current["progress"]["rate"] is None, "one report makes no rate"
     assert pending["state"] == "pending"

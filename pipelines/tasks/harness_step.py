@@ -1,0 +1,166 @@
+"""evaluate-harness: tasks of the Language Model Evaluation Harness, on the serving engine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from moray.pipelines.evaluate.eval_report import EvalReport, EvalRow
+from moray.pipelines.tasks.step import ITEMS, task_table
+from moray.platform.core.atomic import write_text
+from moray.platform.core.errors import InputError
+from moray.platform.plan.config import StepConfig, operational, user_path
+from moray.platform.plan.context import StepContext
+from moray.platform.plan.step import ExternalFile, Step
+from moray.platform.store.manifest import hash_file
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".parquet", ".csv")  # of a folder of tasks
+_SEED = 1234
+_WIDTH = 1.959963984540054  # standard errors on each side of a 95 % interval
+
+
+class EvaluateHarnessConfig(StepConfig):
+    tasks: tuple[str, ...] = Field(..., min_length=1, description="names of tasks, of the harness or in `task_folder`")
+    task_folder: Path | None = operational(None, description="a folder with YAML files of tasks")
+    shots: int | None = Field(None, ge=0, description="examples before each question; by default what the task says")
+    limit: int | None = Field(None, ge=1, description="use only so many items of each task")
+    downloads: bool = operational(False, description="let tasks download their data from Hugging Face")
+
+
+class EvaluateHarness(Step[EvaluateHarnessConfig]):
+    name: ClassVar[str] = "evaluate-harness"
+    version: ClassVar[int] = 1
+    Config = EvaluateHarnessConfig
+    inputs: ClassVar[dict[str, str]] = {"model": "model"}
+    produces: ClassVar[str] = "evaluation"
+
+    def external(self, config: EvaluateHarnessConfig) -> list[ExternalFile]:
+        if config.task_folder is None:
+            return []
+        folder = user_path(config.task_folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"evaluate-harness.task_folder: {folder} is no folder", "name one with YAML files of tasks"
+            )
+        files = sorted(path for path in folder.rglob("*") if path.suffix in _FILES and path.is_file())
+        return [
+            ExternalFile("task_folder", str(path.relative_to(folder)), path.stat().st_size, hash_file(path))
+            for path in files
+        ]
+
+    def run(self, ctx: StepContext[EvaluateHarnessConfig]) -> None:
+        found = _evaluate(ctx)
+        lines = [json.dumps(line) for task, samples in found["samples"].items() for line in _lines(task, samples)]
+        report = EvalReport(model=ctx.inputs["model"].reference, rows=tuple(_rows(found)))
+        report.write(ctx.folder)
+        write_text(ctx.folder / ITEMS, "\n".join(lines) + "\n")
+        write_text(ctx.folder / "closing.txt", task_table(report))
+        for row in report.rows:
+            ctx.metric("harness_score", row.value, task=row.labels["task"], score=row.metric)
+            ctx.score(row.labels["task"], row.metric, row.value, row.n, row.interval)
+        ctx.counts |= {"in:items": len(lines)}
+        first = {row.labels["task"]: row for row in reversed(report.rows)}
+        ctx.outcome = ", ".join(f"{task} {row.metric} {row.value:.3g}" for task, row in first.items())
+
+
+def _evaluate(ctx: StepContext[EvaluateHarnessConfig]) -> Mapping[str, Any]:
+    """What the harness's `simple_evaluate` returns. Raises InputError."""
+    config = ctx.config
+    tasks = _task_manager(config)
+    missing = [name for name in config.tasks if name not in tasks.all_tasks]
+    if missing:
+        raise InputError(f"evaluate-harness.tasks: no task {', '.join(missing)}", _nearest(missing[0], tasks))
+    from lm_eval.evaluator import simple_evaluate
+
+    from moray.pipelines.serve.loading import load_engine
+    from moray.pipelines.tasks.harness import EngineLM
+    from moray.platform.core.serve_options import ServeOptions
+
+    engine = load_engine(ctx.inputs["model"].folder, ServeOptions(threads=ctx.cluster.topology().cpus))
+    folder = contextlib.nullcontext() if config.task_folder is None else contextlib.chdir(user_path(config.task_folder))
+    try:
+        with folder:  # to which paths of data in a task's file are relative
+            found = simple_evaluate(
+                EngineLM(engine, lambda done, total: ctx.progress("answering", done, total, "requests")),
+                tasks=list(config.tasks),
+                num_fewshot=config.shots,
+                limit=config.limit,
+                task_manager=tasks,
+                bootstrap_iters=1000,
+                random_seed=_SEED,
+                numpy_random_seed=_SEED,
+                torch_random_seed=_SEED,
+                fewshot_random_seed=_SEED,
+            )
+    except OSError as error:  # of `datasets`, for data that is neither here nor may be downloaded
+        hint = "check the paths in the task's file" if config.downloads else "set `downloads: true`, or use local files"
+        raise InputError(f"evaluate-harness: the data of a task cannot be read: {error}", hint) from error
+    return found or {"results": {}, "samples": {}}
+
+
+def _task_manager(config: EvaluateHarnessConfig) -> TaskManager:
+    _allow_downloads(config.downloads)
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError("evaluate-harness needs lm-eval", "pip install 'moray[eval]'") from error
+    if config.task_folder is not None:
+        folder = str(user_path(config.task_folder))
+        own = TaskManager(include_path=folder, include_defaults=False)
+        # Reading the thousands of files of the harness's own tasks takes seconds.
+        return own if set(config.tasks) <= set(own.all_tasks) else TaskManager(include_path=folder)
+    return TaskManager()
+
+
+def _allow_downloads(allowed: bool) -> None:
+    """Moray's processes work offline by default; two libraries read that when they are imported."""
+    os.environ["HF_HUB_OFFLINE"] = "0" if allowed else "1"
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = not allowed  # type: ignore[attr-defined]
+
+
+def _nearest(name: str, tasks: TaskManager) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, tasks.all_tasks, 3)
+    return f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists the harness's own"
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[EvalRow]:
+    """A row for each metric of each task and group. Their keys are `acc,none`, and `acc_stderr,none` for the error."""
+    for task, metrics in found["results"].items():
+        samples = found["samples"].get(task, [])
+        data = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()
+        count = len(samples) or sum(len(found["samples"][one]) for one in found.get("group_subtasks", {}).get(task, ()))
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            interval = None
+            if isinstance(error, int | float):
+                interval = (value - _WIDTH * error, value + _WIDTH * error)
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            yield EvalRow(metric=name, labels={"task": task}, value=value, n=count, interval=interval, data=data)
+
+
+def _lines(task: str, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each item's id and the metrics that are 0 or 1 for it."""
+    for sample in samples:
+        right = {name: float(sample[name]) for name in sample["metrics"] if sample[name] in (0, 1)}
+        yield {"task": task, "id": str(sample["doc_id"]), **right}
+
+
+step = EvaluateHarness()
