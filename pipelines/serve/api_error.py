@@ -41,6 +41,14 @@ class ApiError(Exception):
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same error with other names of fields."""
+        if self.param not in names:
+            return self
+        name = names[self.param]
+        message = name + self.message.removeprefix(self.param) if self.message.startswith(self.param) else self.message
+        return ApiError(self.status, message, name, self.code, self._headers)
+
     @property
     def headers(self) -> dict[str, str]:
         """Of the response, besides those of its body."""

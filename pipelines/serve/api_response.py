@@ -28,10 +28,6 @@ class ApiResponse(ABC):
     options: of a stream. by_id: whether tokens are named by their ids.
     """
 
-    prefix: str  # of the response's id
-    kind: str  # `object` of the response
-    chunk_kind: str  # `object` of an event
-
     def __init__(
         self,
         engine: Engine,
@@ -48,11 +44,51 @@ class ApiResponse(ABC):
         self._scored = bool(requests) and requests[0].logprobs is not None
         self.prompt_tokens = sum(engine.prompt_tokens(request) for request in requests[::choices])
         self._generated, self._cached = [0] * len(requests), [0] * len(requests)
+        self._model, self._created = model, int(time.time())
+
+    @abstractmethod
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        """The events of a stream for one delta, if any."""
+
+    @abstractmethod
+    def end(self) -> bytes:
+        """The last events of a stream."""
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+        """The unstreamed response, with the deltas of each request."""
+
+    def label(self, index: int) -> str:
+        """The name of a token in logprobs."""
+        return f"token_id:{index}" if self._by_id else self._vocabulary.label(index)
+
+    def _count(self, index: int, delta: Delta) -> None:
+        self._generated[index] = max(self._generated[index], delta.generated)
+        self._cached[index] = delta.cached
+
+    @property
+    def generated_tokens(self) -> int:
+        """With end-of-document tokens, which have no text."""
+        return sum(self._generated)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Ids of prompts that were in the cache."""
+        return sum(self._cached[:: self._choices])
+
+
+class ChoicesResponse(ApiResponse):
+    """A response with `choices`, and a stream of chunks that have them too."""
+
+    prefix: str  # of the response's id
+    kind: str  # `object` of the response
+    chunk_kind: str  # `object` of an event
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._envelope = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": model,
-        }
+            "id": f"{self.prefix}-{secrets.token_hex(12)}", "created": self._created, "model": self._model
+        }  # fmt: skip
 
     @abstractmethod
     def choice(self, index: int, delta: Delta) -> dict[str, Any] | None:
@@ -63,7 +99,7 @@ class ApiResponse(ABC):
         """A whole answer as an element of `choices`."""
 
     def chunk(self, index: int, delta: Delta) -> bytes:
-        """One event of a stream, or nothing. `usage: null` announces a final event with the usage."""
+        # `usage: null` announces a final event with the usage.
         self._count(index, delta)
         choice = self.choice(index, delta)
         if choice is None:
@@ -74,37 +110,24 @@ class ApiResponse(ABC):
         return event({**body, "usage": None} if self._options.include_usage else body)
 
     def end(self) -> bytes:
-        """The last events of a stream."""
         if not self._options.include_usage:
             return DONE
         return event({**self._envelope, "object": self.chunk_kind, "choices": [], "usage": self.usage()}) + DONE
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
-        """The unstreamed response, with the joined deltas of each request."""
-        joined = [_joined(deltas) for deltas in answers]
+        joined = [joined_deltas(deltas) for deltas in answers]
         for index, delta in enumerate(joined):
             self._count(index, delta)
         choices = [self.whole_choice(index, delta) for index, delta in enumerate(joined)]
         return {**self._envelope, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Prompt tokens (with bos), those of them that were in the cache, and generated tokens (with an end-of-document
-        token, which has no text)."""
-        generated = sum(self._generated)
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": self.prompt_tokens + generated,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached[:: self._choices])},
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
-
-    def label(self, index: int) -> str:
-        """The name of a token in logprobs."""
-        return f"token_id:{index}" if self._by_id else self._vocabulary.label(index)
-
-    def _count(self, index: int, delta: Delta) -> None:
-        self._generated[index] = max(self._generated[index], delta.generated)
-        self._cached[index] = delta.cached
 
 
 def response_json(value: Any) -> bytes:
@@ -126,12 +149,14 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def event(body: dict[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + response_json(body) + b"\n\n"
+def event(body: dict[str, Any], kind: str = "") -> bytes:
+    """A server-sent event. kind: its name, if it has one."""
+    name = f"event: {kind}\n".encode() if kind else b""
+    return name + b"data: " + response_json(body) + b"\n\n"
 
 
-def _joined(deltas: Sequence[Delta]) -> Delta:
+def joined_deltas(deltas: Sequence[Delta]) -> Delta:
+    """All of an answer as one."""
     last = deltas[-1]
     return Delta(
         text="".join(delta.text for delta in deltas),

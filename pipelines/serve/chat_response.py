@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moray.pipelines.serve.answer_parser import Piece
-from moray.pipelines.serve.api_response import ApiResponse
+from moray.pipelines.serve.api_response import ChoicesResponse
 from moray.pipelines.serve.chat_prompt import ChatPrompt
 from moray.pipelines.serve.detokenizer import Token
 from moray.pipelines.serve.engine import Engine
@@ -18,7 +18,7 @@ from moray.pipelines.serve.protocol import StreamOptions
 from moray.pipelines.serve.sequence import Delta, Request
 
 
-class ChatResponse(ApiResponse):
+class ChatResponse(ChoicesResponse):
     """Its choices have a `message`, or `delta` in a stream."""
 
     prefix = "chatcmpl"

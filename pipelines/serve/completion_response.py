@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moray.pipelines.serve.api_response import ApiResponse
+from moray.pipelines.serve.api_response import ChoicesResponse
 from moray.pipelines.serve.detokenizer import Token
 from moray.pipelines.serve.sequence import Delta
 
 
-class CompletionResponse(ApiResponse):
+class CompletionResponse(ChoicesResponse):
     """Its choices have `text`, and log probabilities as parallel lists."""
 
     prefix = "cmpl"

@@ -16,6 +16,7 @@ import json
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -34,6 +35,8 @@ from moray.pipelines.serve.engine import ContextLengthError, Engine
 from moray.pipelines.serve.grammar import Grammar, GrammarCompiler, GrammarError, GrammarText
 from moray.pipelines.serve.protocol import AnswerFields, check_model, choices, context_length_error, validation_error
 from moray.pipelines.serve.request_body import LEAST_LIMIT
+from moray.pipelines.serve.responses_request import FIELDS, ResponsesRequest
+from moray.pipelines.serve.responses_response import ResponsesResponse
 from moray.pipelines.serve.sequence import Request as EngineRequest
 
 _CONTEXTS = 4  # full contexts of ids that a body may contain
@@ -107,7 +110,21 @@ class Intake:
 
     def chat(self, body: bytes, content_type: str = "application/json") -> Call:
         """Parses and validates a body of /v1/chat/completions. Raises ApiError."""
-        parsed = self.parse(body, content_type, ChatRequest)
+        return self._chat(self.parse(body, content_type, ChatRequest), ChatResponse)
+
+    def response(self, body: bytes, content_type: str = "application/json") -> Call:
+        """Parses and validates a body of /v1/responses. Raises ApiError."""
+        parsed = self.parse(body, content_type, ResponsesRequest)
+        try:
+            chat = parsed.chat()
+        except ValidationError as error:
+            raise validation_error(list(error.errors(include_url=False)), ChatRequest).renamed(FIELDS) from None
+        try:
+            return self._chat(chat, partial(ResponsesResponse, parsed))
+        except ApiError as error:
+            raise error.renamed(FIELDS) from None
+
+    def _chat(self, parsed: ChatRequest, respond: Callable[..., ApiResponse]) -> Call:
         prompt = self.chat_form.prompt(parsed, _answer_text(parsed))
         ids = self.rendered_ids(prompt.text, prompt.mark)
         room = self._engine.room(len(ids))
@@ -123,7 +140,7 @@ class Intake:
         self._check([request], parsed)
         requests = choices(request, parsed)
         by_id = parsed.return_tokens_as_token_ids
-        response = ChatResponse(self._engine, self._name, requests, prompt, parsed.stream_options, by_id)
+        response = respond(self._engine, self._name, requests, prompt, parsed.stream_options, by_id)
         return Call(requests, response, parsed.stream, (parsed.limit or 0) * len(requests))
 
     def parse(self, body: bytes, content_type: str, kind: type[Body]) -> Body:

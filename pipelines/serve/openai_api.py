@@ -36,6 +36,7 @@ from moray.pipelines.serve.metrics import CONTENT_TYPE, as_text, publish_metrics
 from moray.pipelines.serve.protocol import check_model
 from moray.pipelines.serve.report import RequestTally, ServingReport
 from moray.pipelines.serve.request_body import LIMIT
+from moray.pipelines.serve.responses_request import ResponsesRequest
 from moray.pipelines.serve.sequence import Delta
 from moray.pipelines.serve.token_routes import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from moray.platform.core.api_keys import ApiKey
@@ -104,6 +105,10 @@ def build_serving_app(
     async def chats(http: Request) -> Response:
         return await answering.respond(http, intake.chat)
 
+    @app.post("/v1/responses", openapi_extra=_body(ResponsesRequest))
+    async def responses(http: Request) -> Response:
+        return await answering.respond(http, intake.response)
+
     _add_tokens(app, engine, intake)
     _define(app)
     return app
@@ -125,7 +130,7 @@ def _define(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         found = generate()
-        for kind in (CompletionRequest, ChatRequest, TokenizeRequest):
+        for kind in (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest):
             found.setdefault("components", {}).setdefault("schemas", {}).update(_schema(kind).get("$defs", {}))
         return found
 
