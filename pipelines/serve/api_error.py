@@ -43,7 +43,7 @@ class ApiError(Exception):
 
     def renamed(self, names: Mapping[str, str]) -> ApiError:
         """The same error with other names of fields."""
-        if self.param not in names:
+        if self.param is None or self.param not in names:
             return self
         name = names[self.param]
         message = name + self.message.removeprefix(self.param) if self.message.startswith(self.param) else self.message
