@@ -39,7 +39,7 @@ typedef struct {
 } Model;
 
 // A step's rows. tables: blocks of the cache. table: where in them the table of a row's sequence begins. wanted: the rows
-// whose logits are computed.
+// whose logits are computed, and whose states before the head are in hidden: [wanted][hidden padded].
 // cache: [layer][block][group of 16 positions][latent + rope][16]; slots: positions of a block. logits: [wanted][vocab
 // padded]. best: the largest logit's id by wanted row, -1 if one is not finite. load: [layer][expert], rows are added.
 typedef struct {
@@ -47,7 +47,7 @@ typedef struct {
   const int32_t *ids, *positions, *table, *tables, *wanted;
   float *cache;
   int64_t layer_stride;
-  float *logits;
+  float *logits, *hidden;
   int32_t *best;
   int64_t *load;
 } Batch;
@@ -376,9 +376,9 @@ static void run(Team *team, int thread, const void *argument) {
   barrier(team);
   Share wanted = share(batch->wanted_rows, thread, team->threads);
   for (int w = wanted.first; w < wanted.last; w++)
-    norm(t.b.normed + w * hidden, t.b.x + batch->wanted[w] * hidden, m->final_norm, m->hidden, m->eps);
+    norm(batch->hidden + w * hidden, t.b.x + batch->wanted[w] * hidden, m->final_norm, m->hidden, m->eps);
   barrier(team);
-  product(&m->head, all(batch->logits, vocab), all(t.b.normed, hidden), batch->wanted_rows, thread, team->threads);
+  product(&m->head, all(batch->logits, vocab), all(batch->hidden, hidden), batch->wanted_rows, thread, team->threads);
   barrier(team);
   for (int w = wanted.first; w < wanted.last; w++) batch->best[w] = best_of(batch->logits + w * vocab, batch->tokens);
 }

@@ -76,7 +76,7 @@ class CBatch(Structure):
         *_all(c_int32, "rows wanted_rows slots tokens"),
         *_all(c_void_p, "ids positions table tables wanted cache"),
         ("layer_stride", c_int64),
-        *_all(c_void_p, "logits best load"),
+        *_all(c_void_p, "logits hidden best load"),
     )
 
 

@@ -42,7 +42,7 @@ class CompiledModel:
         self._model = _Packer(config, read, weights, self._kept).model()
         self._threads = threads
         self._team = self._library.cached_step_start(threads)
-        self._scratch, self._logits = torch.empty(0), torch.empty(0)
+        self._scratch, self._logits, self._hidden = torch.empty(0), torch.empty(0), torch.empty(0)
         self._rows_LE = torch.zeros(config.num_hidden_layers, config.n_routed_experts, dtype=torch.int64)
         self.element_bytes = 4
 
@@ -96,15 +96,19 @@ class CompiledModel:
         needed = self._library.cached_step_floats(self._model, len(ids), self._threads)
         self._scratch = _room(self._scratch, needed)
         self._logits = _room(self._logits, len(chosen) * width)
+        deep = padded(self.config.hidden_size)
+        self._hidden = _room(self._hidden, len(chosen) * deep)
         batch = cached_step.CBatch(
             len(ids), len(chosen), cache.block_size, self.config.vocab_size,
             *(values.buffer_info()[0] for values in (ids, positions, table, tables, chosen)),
-            cache.storage.data_ptr(), cache.storage.stride(0), self._logits.data_ptr(), best.buffer_info()[0],
+            cache.storage.data_ptr(), cache.storage.stride(0), self._logits.data_ptr(), self._hidden.data_ptr(),
+            best.buffer_info()[0],
             self._rows_LE.data_ptr(),
         )  # fmt: skip
         self._library.cached_step(self._team, self._model, batch, self._scratch.data_ptr())
         logits_WV = self._logits[: len(chosen) * width].view(-1, width)[:, : self.config.vocab_size]
-        return RowLogits(logits_WV, best.tolist())
+        hidden_WD = self._hidden[: len(chosen) * deep].view(-1, deep)[:, : self.config.hidden_size]
+        return RowLogits(logits_WV, best.tolist(), hidden_WD)
 
 
 def _room(buffer: Tensor, needed: int) -> Tensor:

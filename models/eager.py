@@ -49,10 +49,11 @@ class EagerModel:
             left = left[len(numbers) :]
             found = self._padded([spans[number] for number in numbers], cache)
             parts |= dict(zip(numbers, found, strict=True))
-        logits_WV = torch.cat([parts[number] for number in range(len(spans))])
+        hidden_WD = torch.cat([parts[number] for number in range(len(spans))])
+        logits_WV = self._model.lm_head(hidden_WD)
         logits_WV = logits_WV if logits_WV.dtype == torch.float64 else logits_WV.float()
         best = torch.where(logits_WV.isfinite().all(-1), logits_WV.argmax(-1), -1)
-        return RowLogits(logits_WV, best.tolist())
+        return RowLogits(logits_WV, best.tolist(), hidden_WD)
 
     def _padded(self, spans: list[Span], cache: LatentCache) -> list[Tensor]:
         width, depth = max(len(span.ids) for span in spans), max(len(span.table) for span in spans)
@@ -64,5 +65,5 @@ class EagerModel:
             tables.append(list(span.table) + [-1] * (depth - len(span.table)))
         last_only = max(span.wanted for span in spans) <= 1
         given = [torch.tensor(rows, device=self._weight.device) for rows in (ids, positions, tables)]
-        logits_BTV = self._model.forward_cached(given[0], given[1], cache, given[2], last_only)
-        return [rows[len(rows) - span.wanted :] for rows, span in zip(logits_BTV, spans, strict=True)]
+        hidden_BTD = self._model.hidden_cached(given[0], given[1], cache, given[2], last_only)
+        return [rows[len(rows) - span.wanted :] for rows, span in zip(hidden_BTD, spans, strict=True)]

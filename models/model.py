@@ -218,10 +218,18 @@ class DeepseekV3(nn.Module):
         self, ids_BT: Tensor, positions_BT: Tensor, cache: LatentCache, tables_BN: Tensor, last_only: bool = False
     ) -> Tensor:
         """Prefill and decode: logits_BTV of the given tokens, or logits_B1V of each row's last token with `last_only`.
+        Of `hidden_cached`, by the head."""
+        logits: Tensor = self.lm_head(self.hidden_cached(ids_BT, positions_BT, cache, tables_BN, last_only))
+        return logits
+
+    def hidden_cached(
+        self, ids_BT: Tensor, positions_BT: Tensor, cache: LatentCache, tables_BN: Tensor, last_only: bool = False
+    ) -> Tensor:
+        """States after the last norm: hidden_BTD of the given tokens, or hidden_B1D of the last ones with `last_only`.
 
         Writes the tokens' latents at `positions_BT` (ascending in each row) into the blocks of `tables_BN` (int, [B,
         N]) and attends over all positions up to each token's own. Position -1 marks padding, which is not written. Its
-        id must be valid, and its logits are undefined.
+        id must be valid, and its state is undefined.
         """
         view = cache.view(positions_BT, tables_BN)
         x_BTD = self.model.embed_tokens(ids_BT)
@@ -231,8 +239,8 @@ class DeepseekV3(nn.Module):
             x_BTD, _ = run_alone(layer_parts(layer, x_BTD, attend))
         if last_only:
             x_BTD = _last_real(x_BTD, positions_BT)
-        logits: Tensor = self.lm_head(self.model.norm(x_BTD))
-        return logits
+        hidden: Tensor = self.model.norm(x_BTD)
+        return hidden
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -164,4 +164,5 @@ def joined_deltas(deltas: Sequence[Delta]) -> Delta:
         generated=last.generated,
         finish_reason=last.finish_reason,
         cached=last.cached,
+        embedding=last.embedding,
     )

@@ -48,15 +48,7 @@ class CompletionRequest(AnswerFields):
     @field_validator("prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     @classmethod
     def _prompts(cls, value: Any) -> tuple[Prompt, ...]:
-        prompts = value if isinstance(value, list) and not are_ids(value) else [value]
-        found = tuple(tuple(p) if isinstance(p, list) and are_ids(p) else p for p in prompts)
-        if not found or not all(isinstance(prompt, str | tuple) for prompt in found):
-            raise PydanticCustomError(
-                "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
-            )
-        if len(found) > MOST_PROMPTS:
-            raise PydanticCustomError("prompt", f"may have up to {MOST_PROMPTS} prompts; send several requests")
-        return found
+        return as_prompts(value)
 
     @model_validator(mode="after")
     def _limits(self) -> Self:
@@ -76,22 +68,41 @@ class CompletionRequest(AnswerFields):
 
     def _request(self, prompt: Prompt, vocabulary: ServingVocabulary) -> Request:
         return Request(
-            prompt=encode_text(prompt, vocabulary) if isinstance(prompt, str) else prompt,
             max_tokens=self.max_tokens,
             logprobs=self.logprobs,
             echo=self.echo,
-            bare=not vocabulary.adds_bos if isinstance(prompt, str) else vocabulary.adds_bos is False,
+            **prompt_fields(prompt, vocabulary, "prompt"),
             **self.sampling(vocabulary),
         )
+
+
+def as_prompts(value: Any) -> tuple[Prompt, ...]:
+    """One or several prompts, each a text or a list of ids. Raises a pydantic error."""
+    prompts = value if isinstance(value, list) and not are_ids(value) else [value]
+    found = tuple(tuple(p) if isinstance(p, list) and are_ids(p) else p for p in prompts)
+    if not found or not all(isinstance(prompt, str | tuple) for prompt in found):
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
+        )
+    if len(found) > MOST_PROMPTS:
+        raise PydanticCustomError("prompt", f"may have up to {MOST_PROMPTS} prompts; send several requests")
+    return found
+
+
+def prompt_fields(prompt: Prompt, vocabulary: ServingVocabulary, field: str) -> dict[str, Any]:
+    """The fields of the engine's request for a prompt. Raises ApiError for text that cannot be encoded."""
+    if isinstance(prompt, str):
+        return {"prompt": encode_text(prompt, vocabulary, field), "bare": not vocabulary.adds_bos}
+    return {"prompt": prompt, "bare": vocabulary.adds_bos is False}
 
 
 def are_ids(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(index, int) and not isinstance(index, bool) for index in value)
 
 
-def encode_text(text: str, vocabulary: ServingVocabulary) -> tuple[int, ...]:
+def encode_text(text: str, vocabulary: ServingVocabulary, field: str = "prompt") -> tuple[int, ...]:
     """Raises ApiError for text that cannot be encoded."""
     try:
         return tuple(vocabulary.encode(text))
     except ValueError as error:
-        raise ApiError(400, f"prompt: {error}", "prompt") from error
+        raise ApiError(400, f"{field}: {error}", field) from error

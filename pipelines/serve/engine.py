@@ -171,7 +171,7 @@ class Engine:
                 yield self._fail(sequence, FloatingPointError("the model's output is not finite (NaN or infinite)"))
                 continue
             try:
-                _record(chunk, found.logits_WV[first:row, : self.tokens])
+                _record(chunk, found.logits_WV[first:row, : self.tokens], found.hidden_WD[first:row])
                 sequence.seal_blocks(self.pool)
                 begun = not sequence.pending and sequence.generated == 0
                 delta = sequence.after_prefill() if begun else None
@@ -237,13 +237,13 @@ def cache_blocks(config: ModelConfig, limits: EngineLimits, element_bytes: int) 
 
 def _span(chunk: Chunk) -> Span:
     sequence = chunk.sequence
-    scored = sequence.scores_prompt and sequence.computed < sequence.prompt_length
+    scored = sequence.wants_prompt and sequence.computed < sequence.prompt_length
     wanted = chunk.tokens if scored else int(chunk.end == len(sequence.ids))
     return Span(sequence.ids[sequence.computed : chunk.end], sequence.computed, sequence.blocks, wanted)
 
 
-def _record(chunk: Chunk, logits_WV: Tensor) -> None:
-    """Marks a chunk as computed and, if requested, scores the prompt ids that it predicts."""
+def _record(chunk: Chunk, logits_WV: Tensor, hidden_WD: Tensor) -> None:
+    """Marks a chunk as computed and, if requested, scores the prompt ids that it predicts, or adds its states up."""
     sequence, begin = chunk.sequence, chunk.sequence.computed
     if sequence.scores_prompt and begin < sequence.prompt_length:
         # The last id of the prompt has no successor. Ids that were scored before are read again after a preemption.
@@ -254,6 +254,10 @@ def _record(chunk: Chunk, logits_WV: Tensor) -> None:
             rows = logits_WV[first - begin : first - begin + len(following)]
             sequence.prompt_tokens += score_tokens(rows, following, alternatives)
             sequence.scored = first + len(following)
+    if sequence.request.embed and chunk.end > sequence.scored:
+        states_D = hidden_WD[max(begin, sequence.scored) - begin :].float().sum(0)
+        sequence.states = states_D if sequence.states is None else sequence.states + states_D
+        sequence.scored = chunk.end
     sequence.computed = chunk.end
 
 

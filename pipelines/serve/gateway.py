@@ -41,7 +41,8 @@ _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
 # Paths whose body names the model.
-_BODIES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize")
+_ANSWERS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
+_BODIES = (*_ANSWERS, "/tokenize", "/detokenize")
 JSON, METRICS = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"  # kinds of content
 # Headers by which clients would change how Serve treats their requests: a time after which it gives up, for instance.
 _ORDERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")

@@ -29,8 +29,9 @@ from moray.pipelines.serve.api_response import ApiResponse
 from moray.pipelines.serve.chat_prompt import Chat
 from moray.pipelines.serve.chat_request import ChatRequest
 from moray.pipelines.serve.chat_response import ChatResponse
-from moray.pipelines.serve.completion_request import CompletionRequest
+from moray.pipelines.serve.completion_request import CompletionRequest, prompt_fields
 from moray.pipelines.serve.completion_response import CompletionResponse
+from moray.pipelines.serve.embeddings import EmbeddingsRequest, EmbeddingsResponse
 from moray.pipelines.serve.engine import ContextLengthError, Engine
 from moray.pipelines.serve.grammar import Grammar, GrammarCompiler, GrammarError, GrammarText
 from moray.pipelines.serve.protocol import AnswerFields, check_model, choices, context_length_error, validation_error
@@ -102,7 +103,7 @@ class Intake:
                 self.check_length(prompt)
         grammar = self._compiled(_answer_text(parsed), parsed)
         prompts = [_with_grammar(one, grammar) for one in parsed.prompts(self._engine.vocabulary)]
-        self._check(prompts, parsed)
+        self._check(prompts, type(parsed))
         requests = [choice for prompt in prompts for choice in choices(prompt, parsed)]
         by_id = parsed.return_tokens_as_token_ids
         response = CompletionResponse(self._engine, self._name, requests, parsed.n, parsed.stream_options, by_id)
@@ -124,6 +125,22 @@ class Intake:
         except ApiError as error:
             raise error.renamed(FIELDS) from None
 
+    def embeddings(self, body: bytes, content_type: str = "application/json") -> Call:
+        """Parses and validates a body of /v1/embeddings. Raises ApiError."""
+        parsed = self.parse(body, content_type, EmbeddingsRequest)
+        requests = []
+        for prompt in parsed.input:
+            if isinstance(prompt, str):
+                self.check_length(prompt)
+            fields = prompt_fields(prompt, self._engine.vocabulary, "input")
+            requests.append(EngineRequest(**fields, max_tokens=0, temperature=0.0, embed=True))
+        try:
+            self._check(requests, CompletionRequest)
+        except ApiError as error:
+            raise error.renamed({"prompt": "input", "max_tokens": "input"}) from error
+        response = EmbeddingsResponse(self._engine, self._name, requests, parsed.encoding_format)
+        return Call(requests, response, stream=False, asked=0)
+
     def _chat(self, parsed: ChatRequest, respond: Callable[..., ApiResponse]) -> Call:
         prompt = self.chat_form.prompt(parsed, _answer_text(parsed))
         ids = self.rendered_ids(prompt.text, prompt.mark)
@@ -137,7 +154,7 @@ class Intake:
             shown=frozenset(self._engine.vocabulary.control_tokens[name] for name in prompt.shown),
             **parsed.sampling(self._engine.vocabulary),
         )
-        self._check([request], parsed)
+        self._check([request], type(parsed))
         requests = choices(request, parsed)
         by_id = parsed.return_tokens_as_token_ids
         response = respond(self._engine, self._name, requests, prompt, parsed.stream_options, by_id)
@@ -189,9 +206,9 @@ class Intake:
         except GrammarError as error:
             raise ApiError(400, f"{field}: {error}", field) from error
 
-    def _check(self, requests: list[EngineRequest], parsed: AnswerFields) -> None:
+    def _check(self, requests: list[EngineRequest], kind: type[AnswerFields]) -> None:
         """Raises ApiError for an invalid request before a stream starts."""
-        prompt = "messages" if isinstance(parsed, ChatRequest) else "prompt"
+        prompt = "messages" if kind is ChatRequest else "prompt"
         try:
             for request in requests:
                 self._engine.check(request)
@@ -199,7 +216,7 @@ class Intake:
             raise context_length_error(str(error)) from error
         except ValueError as error:
             field = str(error).partition(":")[0]
-            raise ApiError(400, str(error), field if field in type(parsed).model_fields else prompt) from error
+            raise ApiError(400, str(error), field if field in kind.model_fields else prompt) from error
 
     async def _read(self, http: Request) -> bytes:
         parts, size = [], 0

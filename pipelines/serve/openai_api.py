@@ -27,6 +27,7 @@ from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, 
 from moray.pipelines.serve.chat_prompt import Chat
 from moray.pipelines.serve.chat_request import ChatRequest
 from moray.pipelines.serve.completion_request import CompletionRequest
+from moray.pipelines.serve.embeddings import EmbeddingsRequest
 from moray.pipelines.serve.gateway import VERSION
 from moray.pipelines.serve.grammar import GrammarError
 from moray.pipelines.serve.intake import Call, Intake, unless_gone
@@ -108,6 +109,10 @@ def build_serving_app(
     @app.post("/v1/responses", openapi_extra=_body(ResponsesRequest))
     async def responses(http: Request) -> Response:
         return await answering.respond(http, intake.response)
+
+    @app.post("/v1/embeddings", openapi_extra=_body(EmbeddingsRequest))
+    async def embeddings(http: Request) -> Response:
+        return await answering.respond(http, intake.embeddings)
 
     _add_tokens(app, engine, intake)
     _define(app)

@@ -42,7 +42,7 @@ class Request:
     logit_bias: (id, added to its logit). stop_ids: end the answer, as end-of-document ids do.
     cache_salt: only requests with the same one share blocks of the cache. grammar: that the answer follows, to its end.
     shown: ids of control tokens that have text in the answer: their names. tenant: all tenants get the same share of
-    the engine's work.
+    the engine's work. embed: whether the answer has the mean of the prompt's states; then max_tokens is 0.
     """
 
     prompt: tuple[int, ...]
@@ -67,6 +67,7 @@ class Request:
     grammar: Grammar | None = None
     shown: frozenset[int] = frozenset()
     tenant: str = ""
+    embed: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -87,18 +88,22 @@ class Request:
             raise ValueError(f"seed = {self.seed} must fit into 64 bits")
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs = {self.logprobs} must not be negative")
+        if self.embed and (self.max_tokens or self.echo):
+            raise ValueError("embed reads the prompt only: max_tokens must be 0, and echo false")
 
 
 @dataclass(frozen=True)
 class Delta:
     """The part of an answer that one step added. generated: ids generated so far, including those not yet released.
-    cached: ids of the prompt that were in the cache."""
+    cached: ids of the prompt that were in the cache. embedding: the mean of the prompt's states, if it was asked for,
+    float32 [D]."""
 
     text: str
     tokens: tuple[Token, ...] = ()
     generated: int = 0
     finish_reason: FinishReason | None = None
     cached: int = 0
+    embedding: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -107,7 +112,8 @@ class Sequence:
 
     ids: bos, prompt and generated ids. blocks: that it holds in the cache. cached: ids of the prompt whose latents were
     there before. leader: another sequence with the same prompt, whose blocks this one shares once they are full.
-    grammar: the place of the answer in its grammar. scored: ids of the prompt that have their scores.
+    grammar: the place of the answer in its grammar. scored: ids of the prompt that
+    have their scores, or whose states are in the sum `states` [D].
     served, waited, since, goal: the scheduler's. closed: whether it is no longer open.
     """
 
@@ -119,6 +125,7 @@ class Sequence:
     leader: Sequence | None = None
     grammar: GrammarState | None = None
     scored: int = 0
+    states: Tensor | None = None
     computed: int = 0
     cached: int = 0
     served: float = 0.0
@@ -167,6 +174,11 @@ class Sequence:
     def scores_prompt(self) -> bool:
         return self.request.echo and self.request.logprobs is not None
 
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether it needs the model's output for each id of the prompt."""
+        return self.scores_prompt or self.request.embed
+
     @cached_property
     def prompt_set(self) -> Tensor:
         """The ids of the prompt, each once, int64."""
@@ -176,7 +188,7 @@ class Sequence:
 
     def find_blocks(self, pool: BlockPool) -> None:
         """Takes the blocks of the cache that begin with the same ids. The last id is left to be run."""
-        if self.scores_prompt:
+        if self.wants_prompt:
             return
         whole = (len(self.ids) - 1) // pool.block_size
         if self.leader is not None and not self._keys:
@@ -235,4 +247,5 @@ class Sequence:
     def _delta(self, released: Released) -> Delta | None:
         if not released.text and not released.tokens and self.finish_reason is None:
             return None
-        return Delta(released.text, released.tokens, self.generated, self.finish_reason, self.cached)
+        embedding = None if self.states is None else self.states / self.prompt_length
+        return Delta(released.text, released.tokens, self.generated, self.finish_reason, self.cached, embedding)

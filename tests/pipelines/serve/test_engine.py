@@ -239,14 +239,14 @@ def test_a_failure_ends_only_the_request_at_fault(vocabulary, make_engine, model
     engine = make_engine(eager=True)
     good = engine.submit(greedy(vocabulary, "In the", 10))
     bad = engine.submit(greedy(vocabulary, "was the", 10))
-    forward = model.forward_cached
+    forward = model.hidden_cached
 
     def failing(ids, positions, cache, tables, last_only=False):
         if any(bad.blocks and bad.blocks[0] in row for row in tables.tolist()) and bad.generated == 3:
             raise RuntimeError("broken on purpose")
         return forward(ids, positions, cache, tables, last_only=last_only)
 
-    monkeypatch.setattr(model, "forward_cached", failing)
+    monkeypatch.setattr(model, "hidden_cached", failing)
     outputs = []
     while engine.busy:
         outputs += engine.step()
@@ -309,8 +309,8 @@ def test_a_salt_separates_what_is_cached(vocabulary, make_engine):
 
 def test_output_that_is_not_finite_is_an_error_not_a_token(vocabulary, make_engine, model, monkeypatch):
     engine = make_engine(eager=True)
-    forward = model.forward_cached
-    monkeypatch.setattr(model, "forward_cached", lambda *a, **k: forward(*a, **k) * float("nan"))
+    forward = model.hidden_cached
+    monkeypatch.setattr(model, "hidden_cached", lambda *a, **k: forward(*a, **k) * float("nan"))
     engine.submit(greedy(vocabulary, "In the"))
     (output,) = engine.step()
     assert isinstance(output.result, FloatingPointError)
