@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 
 from moray.cluster.machine import (
-    cores,
     gpus,
     job_config,
     memory_bytes,
@@ -32,6 +31,7 @@ from moray.platform.core.cluster import Cluster, Topology
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
 from moray.platform.core.interrupts import interrupts_deferred
+from moray.platform.core.processes import usable_cores
 from moray.platform.store.lease import is_alive
 
 
@@ -49,7 +49,7 @@ class EmbeddedCluster(Cluster):
         self._watcher = PendingWatcher(self.report_pending)
 
     def topology(self) -> Topology:
-        return Topology(self._cpus or cores(), gpus(), memory_bytes())
+        return Topology(self._cpus or usable_cores(), gpus(), memory_bytes())
 
     def ensure(self) -> Topology:
         topology = self.topology()

@@ -29,7 +29,7 @@ from moray.platform.core.atomic import create_bytes
 from moray.platform.core.cluster import BackendUnreachableError
 from moray.platform.core.errors import InputError
 from moray.platform.core.home import Home
-from moray.platform.core.processes import marked
+from moray.platform.core.processes import marked, usable_cores
 
 WORKER = "ray-worker"  # service
 DRIVER = "moray_driver"  # custom resource; each job's driver takes one unit
@@ -204,13 +204,13 @@ def default_options(
     ports: Mapping[str, int], *, cpus: int | None = None, gpus: int | None = None, slots: int | None = None
 ) -> LocalOptions:
     """Chooses options for this machine; None means automatic. Raises InputError if the machine lacks a resource."""
-    for name, requested, least, available in (("cpus", cpus, 1, machine.cores()), ("gpus", gpus, 0, machine.gpus())):
+    for name, requested, least, available in (("cpus", cpus, 1, usable_cores()), ("gpus", gpus, 0, machine.gpus())):
         if requested is not None and not least <= requested <= available:
             hint = f"use {least} to {available}, or omit --{name}"
             raise InputError(f"--{name} {requested}: this machine has {available}", hint)
     if slots is not None and slots < 1:
         raise InputError(f"--slots {slots}: at least one slot is required", "use 1 or more")
-    chosen = cpus or machine.cores()
+    chosen = cpus or usable_cores()
     return LocalOptions(
         cpus=chosen,
         gpus=machine.gpus() if gpus is None else gpus,

@@ -115,10 +115,6 @@ def usable_by_ray(folder: Path) -> bool:
     return len(os.fsencode(folder)) <= LONGEST_FOLDER and bool(re.fullmatch(r"[\w./-]+", str(folder), re.ASCII))
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def gpus() -> int:
     """The number of visible NVIDIA devices, counted without importing torch (which takes seconds)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

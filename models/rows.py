@@ -27,8 +27,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLogits:
-    """logits_WV: FP32, or FP64 for an FP64 model, one row per wanted token, in order. hidden_WD: the states that the head
-    turns into them, after the last norm.
+    """logits_WV: FP32, or FP64 for an FP64 model, one row per wanted token, in order. hidden_WD: the states
+    that the head turns into them, after the last norm.
 
     best: the id of each row's largest logit, the first among equal ones, or -1 if a logit is not finite.
     """

@@ -21,6 +21,7 @@ from moray.pipelines.evaluate.eval_report import EvalReport, EvalRow
 from moray.pipelines.shared.documents import read_shard, shard_paths
 from moray.pipelines.split import PARTS
 from moray.platform.core.errors import InputError
+from moray.platform.core.processes import usable_cores
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import Step
@@ -85,7 +86,7 @@ class Evaluate(Step[EvaluateConfig]):
 
         from moray.models import checkpoint
 
-        torch.set_num_threads(ctx.cluster.topology().cpus)
+        torch.set_num_threads(min(ctx.cluster.topology().cpus, usable_cores()))
         folder = ctx.inputs["model"].folder
         model = checkpoint.load(folder, mtp=False)
         total, done = sum(token_set.tokens for token_set in heldout.values()), 0

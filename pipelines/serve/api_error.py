@@ -41,6 +41,10 @@ class ApiError(Exception):
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    def event(self) -> dict[str, Any]:
+        """The last event of a stream of any route: /v1/responses has typed events."""
+        return {"type": "error", "code": self.code, "message": self.message, "param": self.param, **self.body()}
+
     def renamed(self, names: Mapping[str, str]) -> ApiError:
         """The same error with other names of fields."""
         if self.param is None or self.param not in names:

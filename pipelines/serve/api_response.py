@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.protocol import StreamOptions
 from moray.pipelines.serve.sequence import Delta, Request
@@ -53,6 +54,10 @@ class ApiResponse(ABC):
     @abstractmethod
     def end(self) -> bytes:
         """The last events of a stream."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of a stream that cannot go on."""
+        return event(error.body())
 
     @abstractmethod
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:

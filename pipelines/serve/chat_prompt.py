@@ -97,8 +97,10 @@ class Chat:
             raise ApiError(400, "tools: the model's chat template has no tools", "tools")
         objects = _OBJECTS.search(template.source) is not None
         messages = [message.variables(objects) for message in request.messages]
+        if not template.uses("developer"):  # OpenAI's newer name of the role, which most templates would leave out
+            messages = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
         try:
-            given, mark = plain_text([messages, request.shown_tools], self._vocabulary.control_tokens)
+            given, mark = plain_text([messages, request.shown_tools], self._vocabulary.control_names)
             generate = request.add_generation_prompt and not request.continue_final_message
             text = template.render(given[0], given[1], variables, generate)
         except ChatTemplateError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,6 +18,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from moray.pipelines.serve.name_pattern import NamePattern
 from moray.pipelines.shared.chat_files import TEMPLATE
 from moray.pipelines.tokenizer.bos import CONFIG, read_object_or_empty
 
@@ -89,21 +90,20 @@ class ChatTemplate:
             raise ChatTemplateError("the messages are nested too deeply") from error
 
 
-def plain_text(values: Plain, names: Iterable[str]) -> tuple[Plain, str]:
-    """`values` (JSON) with a mark inside each of `names` in its texts, and the mark, which nothing else contains.
+def plain_text(values: Plain, names: NamePattern) -> tuple[Plain, str]:
+    """`values` (JSON) with a mark inside each of the names in its texts, and the mark, which nothing else contains.
 
     Raises ChatTemplateError if no mark is left.
     """
     text = json.dumps(values, ensure_ascii=False)
-    names = sorted(filter(None, names), key=len, reverse=True)
     mark = next((mark for mark in _MARKS if mark not in text), None)
     if mark is None:
         raise ChatTemplateError("the messages contain all of the noncharacters U+FDD0 to U+FDEF")
-    if not any(json.dumps(name, ensure_ascii=False)[1:-1] in text for name in names):
-        return values, mark
-    pattern = re.compile("|".join(map(re.escape, names)))
-    marked = _map_texts(values, lambda one: pattern.sub(lambda found: found[0][:1] + mark + found[0][1:], one))
-    return cast(Plain, marked), mark
+
+    def change(text: str) -> str:
+        return "".join(piece[:1] + mark + piece[1:] if named else piece for piece, named in names.pieces(text))
+
+    return cast(Plain, _map_texts(values, change)), mark
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

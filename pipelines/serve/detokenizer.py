@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import re
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moray.pipelines.serve.name_pattern import NamePattern
 from moray.pipelines.tokenizer.bos import adds_bos_token, processor_bos, read_object_or_empty
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer
 
@@ -118,13 +118,16 @@ class ServingVocabulary:
         """Ids of control tokens by name: those of the tokenizer that have no text."""
         return {str(added.content): index for index, added in self._added.items() if added.special and added.content}
 
+    @cached_property
+    def control_names(self) -> NamePattern:
+        return NamePattern(self.control_tokens)
+
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a rendered chat template: names of control tokens are their ids, and `mark` is nothing. So a name with
         a mark inside is plain characters. Raises ValueError for text with lone surrogates."""
-        names = sorted(self.control_tokens, key=len, reverse=True)
         ids: list[int] = []
-        for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]:
-            if piece in self.control_tokens:
+        for piece, is_name in self.control_names.pieces(text):
+            if is_name:
                 ids.append(self.control_tokens[piece])
             elif piece := piece.replace(mark, ""):
                 ids += self._plain(_checked(piece))

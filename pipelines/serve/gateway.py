@@ -39,6 +39,8 @@ _RETRY_SECONDS = 20.0  # for which a request is sent again, from its arrival
 _MOST_DEATHS = 3  # of replicas during one request
 _PAUSE_SECONDS = 0.1  # before the first repetition, then doubled
 _LONGEST_PAUSE = 1.0
+_MOST_COMMAS = 1 << 21  # of a body that is parsed; each takes 30 ns, in which the event loop stands still
+_SMALL = 1 << 16  # bytes of a body that is parsed at once
 _CARD_SECONDS = 0.5  # for the answers of replicas to /v1/models
 # Paths whose body names the model.
 _ANSWERS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
@@ -90,7 +92,7 @@ class Gateway:
                 body = await read_body(receive, partial(self._largest_body, names, _authorization(scope)), take)
                 if body is None:
                     return
-                name = _deployment(path, body, names)
+                name = await _deployment(path, body, names)
                 if name != _first(path):
                     raw = scope.get("raw_path") or path.encode()
                     scope = {**scope, "path": f"/{name}{path}", "raw_path": f"/{name}".encode() + raw}
@@ -120,10 +122,14 @@ class Gateway:
             await self._tell_ready(send, names)
         else:
             cards = await self._cards(names, _authorization(scope))
-            if path == "/metrics":
+            if path != "/metrics":
+                await _answer(
+                    send, 200, {"object": "list", "data": [card or _card(name) for name, card in cards.items()]}
+                )
+            elif any(cards.values()):
                 await _send(send, 200, await _metrics(), METRICS)
-            else:
-                await _answer(send, 200, {"object": "list", "data": cards})
+            else:  # nobody has accepted the key
+                raise ApiError(503, "no replica answers")
         return True
 
     async def _routes(self) -> Mapping[str, str]:
@@ -139,18 +145,18 @@ class Gateway:
                 raise ApiError(503, "the server is starting")
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _cards(self, names: Sequence[str], headers: Sequence[Header]) -> list[dict[str, Any]]:
-        """The models, as their replicas describe them. A model that does not answer in time is listed by its name.
-        headers: with the client's key. Raises ApiError if it is not valid."""
+    async def _cards(self, names: Sequence[str], headers: Sequence[Header]) -> dict[str, dict[str, Any]]:
+        """The models by name, as their replicas describe them; empty for one that does not answer in time. headers:
+        with the client's key. Raises ApiError if it is not valid."""
         responses = await self._ask([f"/{name}/v1/models/{name}" for name in names], headers)
         for response in responses:
             if response.status == 401:
                 error = json.loads(response.body)["error"]
                 raise ApiError(401, error["message"], code=error["code"])
-        return [
-            json.loads(response.body) if response.status == 200 else _card(name)
+        return {
+            name: json.loads(response.body) if response.status == 200 else {}
             for name, response in zip(names, responses, strict=True)
-        ]
+        }
 
     async def _tell_ready(self, send: Send, names: Sequence[str]) -> None:
         """200 if a replica of every model answers, or else 503 with those of which none does."""
@@ -174,10 +180,13 @@ class Gateway:
     async def _largest_body(self, names: Sequence[str], headers: Sequence[Header]) -> int:
         """Bytes of the largest body that one of the models accepts. Each replica checks its own limit again. Raises
         ApiError, so nobody without a key sends a large one."""
-        return max(int(card.get(LIMIT, MOST)) for card in await self._cards(names, headers))
+        return max(int(card.get(LIMIT, MOST)) for card in (await self._cards(names, headers)).values())
 
     async def _admit(self, client: Hashable, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Sends a request to a replica, unless the replicas are known to have no room for it. Raises ApiError."""
+        if scope["method"] != "POST" or not scope["path"].endswith(_ANSWERS):
+            await self._forward(scope, body, receive, send)
+            return
         if not self._limits.enter(client):
             raise queue_full(
                 "the server has as many open requests from you as it has room for; try later", entirely=True
@@ -258,7 +267,7 @@ class _Attempt:
             return False
         if not self._complete and self._streams:
             error = ApiError(503, "the replica stopped during this response", code="replica_lost")
-            event = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+            event = b"data: " + json.dumps(error.event()).encode() + b"\n\n"
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         return True  # of an incomplete response that is no stream, the server closes the connection
 
@@ -302,13 +311,18 @@ def _is_others(path: str, routes: Mapping[str, str]) -> bool:
     return not (longest == "/" and models and (path == "/health" or path.startswith("/v1/")))
 
 
-def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
+async def _deployment(path: str, body: bytes, names: Sequence[str]) -> str:
     """The name of the deployment that a request is for. Raises ApiError."""
     if (first := _first(path)) in names:
         return first
     if len(names) == 1 and path in _BODIES:
         return names[0]  # which checks the name itself, so a body of megabytes is not parsed here
-    given = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else _model(path, body, len(names) > 1)
+    if path.startswith("/v1/models/"):
+        given = path.removeprefix("/v1/models/")
+    elif len(body) < _SMALL:
+        given = _model(path, body, len(names) > 1)
+    else:
+        given = await asyncio.to_thread(_model, path, body, len(names) > 1)
     if given in names:
         return given
     if len(names) == 1 and (given in ("", ALIAS) or not path.startswith("/v1/")):
@@ -326,6 +340,8 @@ def _model(path: str, body: bytes, several: bool) -> str:
     there are several deployments."""
     if not (path.startswith("/v1/") or path in _BODIES) or not body:
         return ""
+    if body.count(b",") > _MOST_COMMAS:
+        raise ApiError(413, f"the body has more than {_MOST_COMMAS:,} commas, the limit for requests to any model")
     try:
         return _Named.model_validate_json(body).model or ""
     except ValidationError:  # the only deployment reports what is wrong

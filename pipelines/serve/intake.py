@@ -54,13 +54,14 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Call:
-    """A validated API call: the engine's requests, and the form of the response. asked: tokens that it asks to
-    generate, in all choices; 0 for as many as there is room for."""
+    """A validated API call: the engine's requests, and the form of the response. most: tokens
+    that it may generate, in all choices. unlimited: whether it did not say how many."""
 
     requests: list[EngineRequest]
     response: ApiResponse
     stream: bool
-    asked: int
+    most: int
+    unlimited: bool = False
 
     def of_tenant(self, tenant: str) -> Call:
         """The call, by whom the engine's work is shared fairly."""
@@ -100,7 +101,7 @@ class Intake:
         parsed = self.parse(body, content_type, CompletionRequest)
         for prompt in parsed.prompt:
             if isinstance(prompt, str):
-                self.check_length(prompt)
+                self.check_length(len(prompt))
         grammar = self._compiled(_answer_text(parsed), parsed)
         prompts = [_with_grammar(one, grammar) for one in parsed.prompts(self._engine.vocabulary)]
         self._check(prompts, type(parsed))
@@ -131,7 +132,7 @@ class Intake:
         requests = []
         for prompt in parsed.input:
             if isinstance(prompt, str):
-                self.check_length(prompt)
+                self.check_length(len(prompt))
             fields = prompt_fields(prompt, self._engine.vocabulary, "input")
             requests.append(EngineRequest(**fields, max_tokens=0, temperature=0.0, embed=True))
         try:
@@ -139,9 +140,10 @@ class Intake:
         except ApiError as error:
             raise error.renamed({"prompt": "input", "max_tokens": "input"}) from error
         response = EmbeddingsResponse(self._engine, self._name, requests, parsed.encoding_format)
-        return Call(requests, response, stream=False, asked=0)
+        return Call(requests, response, stream=False, most=0)
 
     def _chat(self, parsed: ChatRequest, respond: Callable[..., ApiResponse]) -> Call:
+        self.check_length(sum(len(message.content or "") for message in parsed.messages))
         prompt = self.chat_form.prompt(parsed, _answer_text(parsed))
         ids = self.rendered_ids(prompt.text, prompt.mark)
         room = self._engine.room(len(ids))
@@ -158,7 +160,8 @@ class Intake:
         requests = choices(request, parsed)
         by_id = parsed.return_tokens_as_token_ids
         response = respond(self._engine, self._name, requests, prompt, parsed.stream_options, by_id)
-        return Call(requests, response, parsed.stream, (parsed.limit or 0) * len(requests))
+        most = sum(one.max_tokens for one in requests)
+        return Call(requests, response, parsed.stream, most, unlimited=parsed.limit is None)
 
     def parse(self, body: bytes, content_type: str, kind: type[Body]) -> Body:
         """A body as an object of the type `kind`, for the served model. Raises ApiError."""
@@ -174,13 +177,13 @@ class Intake:
         check_model(getattr(parsed, "model", self._name), self._name)
         return parsed
 
-    def check_length(self, text: str) -> None:
+    def check_length(self, characters: int) -> None:
         """Raises ApiError for a text of so many characters that it has too many ids, because an id stands for a bounded
         number of bytes."""
-        if len(text) > self._engine.longest_text * self._engine.vocabulary.shrinks:
+        if characters > self._engine.longest_text * self._engine.vocabulary.shrinks:
             raise context_length_error(
                 f"this model's maximum context length is {self._engine.config.max_position_embeddings} tokens, "
-                f"and a prompt of {len(text):,} characters has more"
+                f"and a prompt of {characters:,} characters has more"
             )
 
     def rendered(self, request: ChatRequest) -> tuple[int, ...]:
@@ -188,7 +191,7 @@ class Intake:
         return self.rendered_ids(*self.chat_form.render(request))
 
     def rendered_ids(self, text: str, mark: str) -> tuple[int, ...]:
-        self.check_length(text)
+        self.check_length(len(text))
         try:
             return tuple(self._engine.vocabulary.encode_rendered(text, mark))
         except ValueError as error:

@@ -2,16 +2,18 @@
 
 A refusal by the proxy takes a tenth of the time of one by a replica. The proxy does not know the limits, because they
 depend on the number of replicas and on other proxies. So it remembers how many requests a client had open when a
-replica refused one. After three seconds it tries one more, and then more and more, until one is refused again.
+replica refused one. After a second it tries one more, and then more and more, until one is refused again. When half of
+them have ended, the limit is forgotten: a queue counts answers, of which each request may have several.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-_DOUBLING_SECONDS = 3.0  # of the number that is tried beyond a limit
+_DOUBLING_SECONDS = 1.0  # of the number that is tried beyond a limit
 _MOST_DOUBLINGS = 64.0
 
 
@@ -20,7 +22,7 @@ class _Client:
     """limit: of open requests, learned at `time`; infinite until one is refused."""
 
     open: int = 0
-    limit: float = float("inf")
+    limit: float = math.inf
     time: float = 0.0
 
 
@@ -46,5 +48,7 @@ class KnownLimits:
         one.open -= 1
         if refused:
             one.limit, one.time = float(one.open), self._clock()
+        elif one.open <= one.limit / 2 < math.inf:
+            one.limit = math.inf
         if not one.open:
             del self._clients[client]

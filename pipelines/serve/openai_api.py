@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ApiError, queue_full
-from moray.pipelines.serve.api_response import ApiResponse, event, response_json
+from moray.pipelines.serve.api_response import ApiResponse, response_json
 from moray.pipelines.serve.async_engine import AsyncEngine, EngineStoppedError, QueueFullError, Reservation
 from moray.pipelines.serve.chat_prompt import Chat
 from moray.pipelines.serve.chat_request import ChatRequest
@@ -44,6 +44,7 @@ from moray.platform.core.api_keys import ApiKey
 from moray.platform.core.serving import ServedModel
 
 _log = logging.getLogger(__name__)
+_UNLIMITED_SHARE = 16  # of a key's tokens per minute: what a request counts for that does not say how many it wants
 
 
 def build_serving_app(
@@ -143,17 +144,18 @@ def _define(app: FastAPI) -> None:
 
 
 class _Stream(StreamingResponse):
-    """A stream that releases its room in the queue, also if its client is gone before it begins."""
+    """A stream that releases its room in the queue and ends its tally, also if its client is gone before it begins."""
 
-    def __init__(self, content: AsyncIterator[bytes], room: Reservation, **settings: Any) -> None:
+    def __init__(self, content: AsyncIterator[bytes], room: Reservation, tally: RequestTally, **settings: Any) -> None:
         super().__init__(content, **settings)
-        self._room = room
+        self._room, self._tally = room, tally
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._room.release()
+            self._tally.leave()
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class _Answering:
         return _Stream(
             _events(self.engine, self.intake, call, tally),
             room,
+            tally,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
@@ -207,7 +210,7 @@ class _Answering:
         """Takes a request and its tokens from a key's limits. Returns headers of the response. Raises ApiError."""
         if key is None:
             return {}
-        tokens = call.response.prompt_tokens + call.asked
+        tokens = call.response.prompt_tokens + _expected(key, call)
         quota = await self.keys.meter.take(key, tokens)
         check_quota(quota, tokens)
         return quota.headers
@@ -216,7 +219,12 @@ class _Answering:
         """Gives back what a request did not generate; everything, if it is asked again elsewhere (None)."""
         if key is not None:
             unused = call.response.prompt_tokens if generated is None else -generated
-            self.keys.meter.give(key, call.asked + unused)
+            self.keys.meter.give(key, _expected(key, call) + unused)
+
+
+def _expected(key: ApiKey, call: Call) -> int:
+    """The tokens that a request takes from its key's limit for its answer, until it ends."""
+    return min(call.most, key.tokens // _UNLIMITED_SHARE) if call.unlimited else call.most
 
 
 class _Versioned:
@@ -338,7 +346,7 @@ async def _events(engine: AsyncEngine, intake: Intake, call: Call, tally: Reques
                     size = sum(_size(delta) for _, delta in deltas)
                     yield await intake.answer(size, partial(_chunks, call.response, deltas))
     except Exception as error:
-        yield event(_unexpected(error).body())
+        yield call.response.failure(_unexpected(error))
         return
     yield call.response.end()
 

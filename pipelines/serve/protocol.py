@@ -34,7 +34,7 @@ _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the choices' seeds differ
 # Ignored fields of OpenAI's API and other servers; they do not affect the answer.
 IGNORED = frozenset(
     (
-        "metadata", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
+        "client_metadata", "metadata", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
         "safety_identifier", "service_tier", "store", "user",
     )
 )  # fmt: skip

@@ -50,6 +50,7 @@ class RequestTally:
         self._generated: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._first: float | None = None  # seconds to the first token
+        self._entered = False
 
     def add(self, deltas: Iterable[tuple[int, Delta]]) -> None:
         """Counts new tokens, by index of the prompt."""
@@ -63,7 +64,13 @@ class RequestTally:
             self._first = time.monotonic() - self._began
         self._report.add_tokens(tokens, self._first if first else None)
 
+    def leave(self) -> None:
+        """Ends it as cancelled, unless its answer has begun."""
+        if not self._entered:
+            self.__exit__(None, asyncio.CancelledError(), None)
+
     def __enter__(self) -> RequestTally:
+        self._entered = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

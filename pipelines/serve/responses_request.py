@@ -198,7 +198,9 @@ class ResponsesRequest(AnswerFields):
         if self.text.format is not None:
             given["response_format"] = self.text.format.response_format()
         if self.structured_outputs is not None:
-            given["structured_outputs"] = self.structured_outputs.model_dump(exclude_none=True, by_alias=True)
+            given["structured_outputs"] = self.structured_outputs.model_dump(
+                mode="json", exclude_none=True, by_alias=True
+            )
         return ChatRequest.model_validate(
             {
                 **given,

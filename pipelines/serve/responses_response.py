@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moray.pipelines.serve.answer_parser import Piece
+from moray.pipelines.serve.api_error import ApiError
 from moray.pipelines.serve.api_response import ApiResponse, event, joined_deltas
 from moray.pipelines.serve.chat_prompt import ChatPrompt
 from moray.pipelines.serve.engine import Engine
@@ -48,6 +49,15 @@ class ResponsesResponse(ApiResponse):
     def end(self) -> bytes:
         kind = "response.incomplete" if self._reason == "length" else "response.completed"
         return self._event(kind, response=self._body())
+
+    def failure(self, error: ApiError) -> bytes:
+        began = b"" if self._number else self._begin()
+        failed = {
+            **self._body(),
+            "status": "failed",
+            "error": {"code": error.code or "server_error", "message": error.message},
+        }
+        return began + self._event("response.failed", response=failed) + event(error.event())
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
         for _ in self._events(joined_deltas(answers[0])):

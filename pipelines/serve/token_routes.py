@@ -59,7 +59,7 @@ def tokenize(engine: Engine, intake: Intake, body: bytes, content_type: str) -> 
         ids = intake.rendered(ChatRequest.model_construct(**given, add_generation_prompt=generate))
     else:
         assert parsed.prompt is not None
-        intake.check_length(parsed.prompt)
+        intake.check_length(len(parsed.prompt))
         ids = encode_text(parsed.prompt, engine.vocabulary)
         bos = engine.vocabulary.bos
         if parsed.add_special_tokens and engine.vocabulary.adds_bos and bos is not None and ids[:1] != (bos,):

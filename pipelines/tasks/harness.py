@@ -21,6 +21,7 @@ from moray.pipelines.tasks.scoring import Answered, answer_requests
 Pair: TypeAlias = "tuple[Any, list[int], list[int]]"  # texts, ids of the context, ids that are scored
 
 _TOGETHER = 64  # requests at a time
+_SEED = 1234  # of the first generation; the next ones have the next seeds
 _MAX_TOKENS = 256  # of a generation, if the task does not say
 
 
@@ -58,7 +59,7 @@ class EngineLM(TemplateLM):
         return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        asked = [self._generation(*request.args) for request in requests]
+        asked = [self._generation(request.args[0], request.args[1], _SEED + n) for n, request in enumerate(requests)]
         return [answered.text for answered in self._answers(asked)]
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **options: Any) -> list[tuple[float, bool]]:
@@ -73,7 +74,7 @@ class EngineLM(TemplateLM):
         pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
         return [(None, *make_disjoint_window(pair)) for pair in pairs]
 
-    def _generation(self, context: str, settings: dict[str, Any]) -> Request:
+    def _generation(self, context: str, settings: dict[str, Any], seed: int) -> Request:
         options = normalize_gen_kwargs(settings, _MAX_TOKENS)
         ids, most = maybe_truncate(self.tok_encode(context), options["max_gen_toks"], self.max_length, verbose=False)
         return Request(
@@ -83,6 +84,7 @@ class EngineLM(TemplateLM):
             top_p=options.get("top_p", 1.0),
             top_k=options.get("top_k", 0),
             stop=tuple(options["until"]),
+            seed=seed,
             bare=True,
         )
 

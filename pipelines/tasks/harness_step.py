@@ -17,6 +17,7 @@ from moray.pipelines.evaluate.eval_report import EvalReport, EvalRow
 from moray.pipelines.tasks.step import ITEMS, task_table
 from moray.platform.core.atomic import write_text
 from moray.platform.core.errors import InputError
+from moray.platform.core.processes import usable_cores
 from moray.platform.plan.config import StepConfig, operational, user_path
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
@@ -25,7 +26,6 @@ from moray.platform.store.manifest import hash_file
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".parquet", ".csv")  # of a folder of tasks
 _SEED = 1234
 _WIDTH = 1.959963984540054  # standard errors on each side of a 95 % interval
 
@@ -53,7 +53,7 @@ class EvaluateHarness(Step[EvaluateHarnessConfig]):
             raise InputError(
                 f"evaluate-harness.task_folder: {folder} is no folder", "name one with YAML files of tasks"
             )
-        files = sorted(path for path in folder.rglob("*") if path.suffix in _FILES and path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and _counts(path.relative_to(folder)))
         return [
             ExternalFile("task_folder", str(path.relative_to(folder)), path.stat().st_size, hash_file(path))
             for path in files
@@ -87,7 +87,9 @@ def _evaluate(ctx: StepContext[EvaluateHarnessConfig]) -> Mapping[str, Any]:
     from moray.pipelines.tasks.harness import EngineLM
     from moray.platform.core.serve_options import ServeOptions
 
-    engine = load_engine(ctx.inputs["model"].folder, ServeOptions(threads=ctx.cluster.topology().cpus))
+    engine = load_engine(
+        ctx.inputs["model"].folder, ServeOptions(threads=min(ctx.cluster.topology().cpus, usable_cores()))
+    )
     folder = contextlib.nullcontext() if config.task_folder is None else contextlib.chdir(user_path(config.task_folder))
     try:
         with folder:  # to which paths of data in a task's file are relative
@@ -138,12 +140,16 @@ def _nearest(name: str, tasks: TaskManager) -> str:
     return f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists the harness's own"
 
 
+def _counts(path: Path) -> bool:
+    """Whether a file of a folder of tasks may affect them: one that is neither hidden nor compiled."""
+    return not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
 def _rows(found: Mapping[str, Any]) -> Iterator[EvalRow]:
     """A row for each metric of each task and group. Their keys are `acc,none`, and `acc_stderr,none` for the error."""
     for task, metrics in found["results"].items():
-        samples = found["samples"].get(task, [])
-        data = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()
-        count = len(samples) or sum(len(found["samples"][one]) for one in found.get("group_subtasks", {}).get(task, ()))
+        documents = _documents(found, task)
+        data = hashlib.sha256("".join(documents).encode()).hexdigest()
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -152,15 +158,43 @@ def _rows(found: Mapping[str, Any]) -> Iterator[EvalRow]:
             interval = None
             if isinstance(error, int | float):
                 interval = (value - _WIDTH * error, value + _WIDTH * error)
-            name = metric if kind == "none" else f"{metric} ({kind})"
-            yield EvalRow(metric=name, labels={"task": task}, value=value, n=count, interval=interval, data=data)
+            yield EvalRow(
+                metric=_named(metric, kind),
+                labels={"task": task},
+                value=value,
+                n=len(documents),
+                interval=interval,
+                data=data,
+            )
+
+
+def _named(metric: str, kind: str) -> str:
+    """kind: the filter of answers whose score it is."""
+    return metric if kind == "none" else f"{metric} ({kind})"
+
+
+def _documents(found: Mapping[str, Any], task: str) -> list[str]:
+    """Hashes of the documents of a task, or of all tasks of a group."""
+    if task in found["samples"]:  # which has a document once for each filter
+        return list({sample["doc_id"]: sample["doc_hash"] for sample in found["samples"][task]}.values())
+    members = found.get("group_subtasks", {}).get(task, ())
+    return [document for member in members for document in _documents(found, member)]
 
 
 def _lines(task: str, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each item's id and the metrics that are 0 or 1 for it."""
+    """Each item's id, and the metrics that are 0 or 1 for all items."""
+    items: dict[Any, dict[str, Any]] = {}
     for sample in samples:
-        right = {name: float(sample[name]) for name in sample["metrics"] if sample[name] in (0, 1)}
-        yield {"task": task, "id": str(sample["doc_id"]), **right}
+        scores = {_named(name, sample.get("filter", "none")): sample[name] for name in sample["metrics"]}
+        items.setdefault(sample["doc_id"], {}).update(scores)
+    names = {name for scores in items.values() for name in scores}
+    binary = sorted(name for name in names if all(_is_binary(scores.get(name)) for scores in items.values()))
+    for number, scores in sorted(items.items()):
+        yield {"task": task, "id": str(number), **{name: float(scores[name]) for name in binary}}
+
+
+def _is_binary(score: Any) -> bool:
+    return isinstance(score, int | float) and score in (0, 1)
 
 
 step = EvaluateHarness()

@@ -13,6 +13,7 @@ from moray.pipelines.tasks.intervals import wilson
 from moray.pipelines.tasks.task_file import TaskItem, read_task
 from moray.platform.core.atomic import write_text
 from moray.platform.core.errors import InputError
+from moray.platform.core.processes import usable_cores
 from moray.platform.plan.config import StepConfig, operational, user_path
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step
@@ -78,7 +79,9 @@ class EvaluateTasks(Step[EvaluateTasksConfig]):
         from moray.pipelines.tasks.scoring import answer_items
         from moray.platform.core.serve_options import ServeOptions
 
-        engine = load_engine(ctx.inputs["model"].folder, ServeOptions(threads=ctx.cluster.topology().cpus))
+        engine = load_engine(
+            ctx.inputs["model"].folder, ServeOptions(threads=min(ctx.cluster.topology().cpus, usable_cores()))
+        )
         total, done = sum(map(len, items.values())), 0
         for name, task in items.items():
             for result in answer_items(engine, task, ctx.config.max_tokens):

@@ -87,6 +87,11 @@ class Process:
                 os.kill(self.pid, number)
 
 
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def module_folders() -> list[str]:
     """PYTHONPATH as absolute paths, for child processes that may run in another current folder."""
     return [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]

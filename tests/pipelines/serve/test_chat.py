@@ -104,6 +104,20 @@ def test_a_prompt_without_room(http):
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_a_developer_is_the_system_for_templates_that_know_only_that(engine):
+    """Named after messages that vanished: Qwen's and DeepSeek's templates have no role `developer`."""
+    one = "{% if m.role in ('system', 'user') %}{{ m.role }}: {{ m.content }}\n{% endif %}"
+    loop = "{% for m in messages %}" + one + "{% endfor %}"
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    for template, seen in (
+        (loop, "system: Be brief."),
+        (loop.replace("'system'", "'developer'"), "developer: Be brief."),
+    ):
+        with chat_client(chat_engine(engine.vocabulary), template) as http:
+            ids = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+            assert http.post("/detokenize", json={"tokens": ids}).json()["prompt"].startswith(seen)
+
+
 def test_contents_as_parts(http):
     parts = [{"type": "text", "text": "In the"}, {"type": "text", "text": "beginning"}]
     one = ask(http, messages=[{"role": "user", "content": parts}]).json()

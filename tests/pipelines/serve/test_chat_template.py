@@ -1,13 +1,16 @@
 """Chat templates: read, sandboxed, and rendered as transformers renders them."""
 
 import json
+import re
 
 import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moray.pipelines.serve import name_pattern
 from moray.pipelines.serve.chat_template import ArgumentText, ChatTemplate, ChatTemplateError, plain_text
+from moray.pipelines.serve.name_pattern import NamePattern
 from tests.pipelines.serve.chats import DIRECT, MARKS, PLAIN, REASONING, chat_vocabulary
 
 MESSAGES = [
@@ -118,12 +121,39 @@ def test_what_a_message_spells_is_plain_text(texts, spelled):
     """Named after a common hole: a user who writes a control token ends their turn and begins the assistant's."""
     vocabulary = chat_vocabulary()
     messages = [{"role": "user", "content": spelled.join(["", *texts, ""]).encode("utf-8", "replace").decode()}]
-    marked, mark = plain_text(messages, vocabulary.control_tokens)
+    marked, mark = plain_text(messages, vocabulary.control_names)
     ids = vocabulary.encode_rendered(marked[0]["content"], mark)
     assert not set(ids) & set(vocabulary.control_tokens.values())
     assert b"".join(map(vocabulary.piece, ids)).decode() == messages[0]["content"]
 
 
+def test_names_are_found_as_by_an_alternation_in_any_window(monkeypatch):
+    monkeypatch.setattr(name_pattern, "_WINDOW", 3)
+    names = ["<|a|>", "<|a|>b", "<|ab|>", "<", "<|", "é\n", "<|a"]
+    expression = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    pattern = NamePattern(names)
+
+    @given(st.lists(st.sampled_from([*names, "a", "|", ">", "é"]), max_size=12).map("".join))
+    def holds(text):
+        pieces = list(pattern.pieces(text))
+        assert "".join(piece for piece, _ in pieces) == text
+        assert [piece for piece, named in pieces if named] == expression.findall(text)
+
+    holds()
+    assert list(NamePattern([]).pieces("ab")) == [("ab", False)]
+
+
+def test_hundreds_of_names_take_no_longer_than_one():
+    """Named after a message that stopped a replica for a second: beginnings of DeepSeek-V3's 800 names."""
+    names = [f"<|place holder no {n}|>" for n in range(800)]
+    text = "<|place holder" * 70_000 + names[5]
+    pieces = list(NamePattern(names).pieces(text))
+    assert [(len(piece), named) for piece, named in pieces] == [
+        (len(text) - len(names[5]), False),
+        (len(names[5]), True),
+    ]
+
+
 def test_all_marks_taken():
     with pytest.raises(ChatTemplateError, match="noncharacters"):
-        plain_text(["".join(map(chr, range(0xFDD0, 0xFDF0)))], ["<a>"])
+        plain_text(["".join(map(chr, range(0xFDD0, 0xFDF0)))], NamePattern(["<a>"]))

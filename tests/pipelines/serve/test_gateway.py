@@ -15,6 +15,7 @@ import openai
 import pytest
 import requests
 
+from moray.pipelines.serve import gateway
 from moray.pipelines.serve.api_error import FULL, ApiError
 from moray.pipelines.serve.gateway import VERSION, Gateway
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory
@@ -386,6 +387,25 @@ def test_the_chat_page_is_small_and_needs_nothing_from_elsewhere(proxy: Proxy, u
     assert len(text.encode()) < 60_000
     assert "http" not in text.replace("https://huggingface", "")
     assert proxy.calls == []
+
+
+def test_metrics_are_for_nobody_while_no_replica_has_seen_the_key(proxy: Proxy, url: str, monkeypatch) -> None:
+    monkeypatch.setattr(gateway, "_CARD_SECONDS", 0.05)
+    proxy.script = ["hangs", "hangs"]
+    assert requests.get(f"{url}/metrics", timeout=9).status_code == 503
+
+
+def test_other_requests_take_no_place_in_a_queue(proxy: Proxy, url: str) -> None:
+    proxy.script = ["holds", "full"]
+    with ThreadPoolExecutor(1) as pool:
+        open_one = pool.submit(ask, url, model="one")
+        while not proxy.calls:
+            pass
+        assert [ask(url, model="one").status_code for _ in range(2)] == [429, 429]
+        assert requests.get(f"{url}/one/health", timeout=9).status_code == 200
+        assert ask(url, "/one/tokenize").status_code == 200
+        proxy.let_go.set()
+        assert open_one.result().status_code == 200
 
 
 def test_what_a_replica_would_refuse_is_refused_in_the_proxy(proxy: Proxy, url: str) -> None:

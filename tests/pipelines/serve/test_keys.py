@@ -19,6 +19,7 @@ from moray.pipelines.serve.report import ServingReport
 from moray.platform.core.api_keys import ApiKey, hash_key
 from moray.platform.core.events import ServingEvent
 from moray.platform.core.serving import ServedModel, key_settings
+from tests.pipelines.serve.chats import PLAIN, chat_form
 
 BODY = {"prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 OPEN = ApiKey(name="open", sha256=hash_key("mk-open"))
@@ -138,6 +139,20 @@ def test_what_was_asked_for_and_not_generated_is_given_back(served):
     left = ask(http, "mk-limited", max_tokens=1).headers["x-ratelimit-remaining-tokens"]
     spent = reply.json()["usage"]["total_tokens"] + ask(http, "mk-open", max_tokens=1).json()["usage"]["total_tokens"]
     assert int(left) == 1000 - spent
+
+
+def test_a_request_without_max_tokens_takes_a_sixteenth_of_a_minute(make_engine, vocabulary):
+    """Named after a key that was locked out for half an hour: its requests took nothing until they had ended."""
+    keys, clock = KeyCheck(required=True), Clock()
+    keys.update(key_settings([LIMITED])["keys"])
+    keys.meter._own._clock = clock
+    engine = AsyncEngine(make_engine())
+    with TestClient(build_serving_app(engine, "tiny", keys=keys, chat=chat_form(vocabulary, PLAIN))) as http:
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        headers = {"Authorization": "Bearer mk-limited"}
+        reply = http.post("/v1/chat/completions", json=body, headers=headers)
+        left = int(reply.headers["x-ratelimit-remaining-tokens"])
+        assert 1000 - 1000 // 16 - 60 < left <= 1000 - 1000 // 16
 
 
 def test_usage_is_counted_by_key(served):

@@ -16,7 +16,11 @@ from moray.pipelines.serve.api_response import response_json
 from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.completion_response import CompletionResponse
 from moray.pipelines.serve.gateway import VERSION
+from moray.pipelines.serve.key_check import KeyCheck
 from moray.pipelines.serve.openai_api import build_serving_app
+from moray.pipelines.serve.report import ServingReport
+from moray.platform.core.api_keys import ApiKey, hash_key
+from moray.platform.core.serving import ServedModel
 
 BODY = {"model": "tiny", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
@@ -406,13 +410,17 @@ def test_a_burst_is_refused_before_its_streams_begin(make_engine):
         assert engine._open == 0
 
 
-def test_room_is_released_if_nobody_reads_the_stream(make_engine):
-    engine = AsyncEngine(make_engine(), most_open=3)
-    app = build_serving_app(engine, "tiny")
+def test_room_and_tokens_are_released_if_nobody_reads_the_stream(make_engine):
+    engine, keys = AsyncEngine(make_engine(), most_open=3), KeyCheck(required=True)
+    report = ServingReport(ServedModel(folder="", name="tiny"), engine, "")
+    key = ApiKey(name="k", sha256=hash_key("mk-k"), tokens=60)
+    keys.update([key.model_dump()])
+    app = build_serving_app(engine, "tiny", report=report, keys=keys)
     body = json.dumps({**BODY, "stream": True}).encode()
     scope = {
         "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": "",
-        "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}, "http_version": "1.1",
+        "headers": [(b"content-type", b"application/json"), (b"authorization", b"Bearer mk-k")],
+        "asgi": {"version": "3.0"}, "http_version": "1.1",
     }  # fmt: skip
     messages = [{"type": "http.request", "body": body}, *[{"type": "http.disconnect"}] * 9]
 
@@ -425,3 +433,6 @@ def test_room_is_released_if_nobody_reads_the_stream(make_engine):
     with TestClient(app), contextlib.suppress(Exception):
         asyncio.run(app(scope, receive, send))
     assert engine._open == 0
+    assert (report.event().requests, report.event().cancelled) == (1, 1)
+    prompt = report.event().prompt_tokens
+    assert keys.meter._own._bucket(key, "tokens", 60).left == pytest.approx(60 - prompt, abs=2)

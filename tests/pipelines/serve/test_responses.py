@@ -128,6 +128,38 @@ def test_structured_output(http) -> None:
     assert parsed.status == "incomplete" or isinstance(parsed.output_parsed, City)
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": PARAMETERS},
+        {"regex": "[ab]"},
+        {"choice": ["yes", "no"]},
+        {"grammar": 'start: "a"'},
+        {"json_object": True},
+    ],
+)
+def test_structured_outputs_of_all_kinds(http, wanted) -> None:
+    response = http.post("/v1/responses", json={"input": "x", "structured_outputs": wanted, "max_output_tokens": 90})
+    assert response.status_code == 200, response.text
+
+
+def test_a_failure_in_a_stream_is_typed(engine, monkeypatch) -> None:
+    """As Codex reads it, which ignores events without a type; `openai` raises the error."""
+    mine = chat_engine(engine.vocabulary)
+
+    def failing(*arguments, **options):
+        raise RuntimeError("broken on purpose")
+
+    with chat_client(mine, PLAIN) as http:
+        monkeypatch.setattr(mine.model, "forward", failing)
+        text = http.post("/v1/responses", json={"input": "x", "stream": True}).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+        assert [one["type"] for one in events[-2:]] == ["response.failed", "error"]
+        assert "failed on this request" in events[-2]["response"]["error"]["message"]
+        with pytest.raises(openai.APIError, match="failed on this request"):
+            list(client_of(http).responses.create(**SETTINGS, stream=True))
+
+
 def test_items_of_a_turn_are_one_message() -> None:
     items = [
         {"role": "user", "content": "a"},

@@ -36,6 +36,22 @@ doc_to_target: answer
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """
+GROUPED = "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+FILTERED = """
+task: spelled
+dataset_path: json
+dataset_kwargs: {data_files: {test: letters.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {do_sample: true, temperature: 1.0, max_gen_toks: 4, until: []}
+filter_list:
+  - {name: first, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+  - {name: whole, filter: [{function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
 LONG = TEXT * 12  # longer than the context
 
 
@@ -138,6 +154,25 @@ def test_the_step_writes_a_report_that_can_be_compared(folder: Path, tasks: Path
     assert limited.rows[0].n == 5
     with pytest.raises(InputError, match="share no task"):
         compare_evaluations(tmp_path / "a", tmp_path / "c")
+
+
+def test_groups_of_groups_and_filters(folder: Path, tasks: Path, tmp_path: Path) -> None:
+    """The harness has a sample for each document and filter, and gives groups the names of their members only."""
+    (tasks / "_default_template_yaml").write_text(TASK.replace("task: letters\n", ""))
+    (tasks / "more.yaml").write_text("include: _default_template_yaml\ntask: more\n")
+    (tasks / "spelled.yaml").write_text(FILTERED)
+    (tasks / "inner.yaml").write_text("group: inner\ntask: [letters, more]\n" + GROUPED)
+    (tasks / "outer.yaml").write_text("group: outer\ntask: [inner]\n" + GROUPED)
+    report, _ = run(folder, tmp_path / "a", tasks=("outer", "spelled"), task_folder=tasks)
+    counts = {(row.labels["task"], row.metric): row.n for row in report.rows}
+    assert (counts["letters", "acc"], counts["more", "acc"], counts["inner", "acc"], counts["outer", "acc"]) == (
+        12, 12, 24, 24,
+    )  # fmt: skip
+    assert counts["spelled", "exact_match (first)"] == counts["spelled", "exact_match (whole)"] == 12
+    run(folder, tmp_path / "b", tasks=("outer", "spelled"), task_folder=tasks)
+    found = compare_evaluations(tmp_path / "a", tmp_path / "b")
+    assert found["spelled", "exact_match (first)"].n == found["letters", "acc"].n == 12
+    assert {one.difference for one in found.values()} == {0.0}  # also of the sampled answers
 
 
 def test_files_of_a_folder_of_tasks_count_in_the_fingerprint(tasks: Path) -> None:
