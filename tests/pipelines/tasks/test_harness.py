@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,15 @@ from moray.models import checkpoint
 from moray.models.model import DeepseekV3
 from moray.models.presets import preset
 from moray.pipelines.evaluate.eval_report import EvalReport
+from moray.pipelines.serve.async_engine import AsyncEngine
 from moray.pipelines.serve.loading import load_engine
+from moray.pipelines.serve.openai_api import build_serving_app
 from moray.pipelines.tasks.compare import compare_evaluations
 from moray.pipelines.tasks.harness_step import EvaluateHarness
 from moray.platform.core.errors import InputError
 from moray.platform.core.metrics import metric
 from moray.platform.core.serve_options import ServeOptions
+from tests.loopback import serve_app
 from tests.pipelines.serve.chats import TEXT, chat_vocabulary
 
 pytest.importorskip("lm_eval")
@@ -106,6 +110,31 @@ def test_generations_are_those_of_the_hf_backend(backends) -> None:
     prompts = [(text, {"until": ["e"], "max_gen_toks": 24}) for text in ("In the", "def main(", LONG, "name")]
     ours, theirs = (backend.generate_until(asked(*prompts)) for backend in backends)
     assert ours == theirs
+
+
+def test_a_served_model_has_the_same_loglikelihoods(folder: Path, tmp_path: Path) -> None:
+    """By the harness's own client, which asks the server for ids and for log probabilities of prompts."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from moray.pipelines.tasks.harness import EngineLM
+
+    model = shutil.copytree(folder, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"add_bos_token": True})
+    )  # as `export` writes it
+    app = build_serving_app(AsyncEngine(load_engine(model, ServeOptions())), "tiny")
+    with serve_app(app, log_level="critical") as url:
+        client = LocalCompletionsAPI(
+            base_url=f"{url}/v1/completions", model="tiny", tokenizer_backend="remote", max_length=256, batch_size=4
+        )
+        pairs = [("In the", " beginning"), ("def main(", "argument): return 42"), ("Grüße", " 🙂"), ("x", "y")]
+        ours, theirs = (
+            backend.loglikelihood(asked(*pairs)) for backend in (EngineLM(load_engine(model, ServeOptions())), client)
+        )
+    for (mine, greedy), (served, served_greedy) in zip(ours, theirs, strict=True):
+        assert abs(mine - served) <= 4e-5 * max(1.0, abs(served))
+        assert greedy == served_greedy
 
 
 @pytest.fixture
