@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,12 +47,10 @@ class ApiError(Exception):
         return {"type": "error", "code": self.code, "message": self.message, "param": self.param, **self.body()}
 
     def renamed(self, names: Mapping[str, str]) -> ApiError:
-        """The same error with other names of fields."""
-        if self.param is None or self.param not in names:
-            return self
-        name = names[self.param]
-        message = name + self.message.removeprefix(self.param) if self.message.startswith(self.param) else self.message
-        return ApiError(self.status, message, name, self.code, self._headers)
+        """The same error with other names of fields, also in its text."""
+        pattern = r"\b(" + "|".join(sorted(names, key=len, reverse=True)) + r")\b"
+        message = re.sub(pattern, lambda found: names[found[0]], self.message)
+        return ApiError(self.status, message, names.get(self.param or "", self.param), self.code, self._headers)
 
     @property
     def headers(self) -> dict[str, str]:

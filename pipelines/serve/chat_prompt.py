@@ -96,7 +96,10 @@ class Chat:
         if request.shown_tools and not template.has_tools:
             raise ApiError(400, "tools: the model's chat template has no tools", "tools")
         objects = _OBJECTS.search(template.source) is not None
-        messages = [message.variables(objects) for message in request.messages]
+        try:
+            messages = [message.variables(objects) for message in request.messages]
+        except ValueError as error:
+            raise ApiError(400, f"messages: {error}", "messages") from error
         if not template.uses("developer"):  # OpenAI's newer name of the role, which most templates would leave out
             messages = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
         try:

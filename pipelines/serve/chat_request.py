@@ -48,18 +48,17 @@ class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     name: str
-    arguments: str = "{}"
+    arguments: str = "{}"  # no JSON, if the answer was cut
 
-    @field_validator("arguments")
-    @classmethod
-    def _is_object(cls, value: str) -> str:
+    def as_object(self) -> dict[str, Any]:
+        """The arguments for templates that read an object. Raises ValueError."""
         try:
-            valid = isinstance(json.loads(value), dict)
+            found = json.loads(self.arguments)
         except (ValueError, RecursionError):
-            valid = False
-        if not valid:
-            raise PydanticCustomError("arguments", "must be a JSON object, as a string")
-        return value
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"the arguments of a call of {self.name:.80} must be a JSON object, as a string")
+        return found
 
 
 class ToolCall(BaseModel):
@@ -108,7 +107,7 @@ class Message(BaseModel):
         return self
 
     def variables(self, arguments_as_objects: bool) -> dict[str, Any]:
-        """The message as chat templates read it."""
+        """The message as chat templates read it. Raises ValueError for arguments that are no object."""
         found: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         for name in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, name)) is not None:
@@ -120,7 +119,7 @@ class Message(BaseModel):
                     "type": "function",
                     "function": {
                         "name": call.function.name,
-                        "arguments": json.loads(call.function.arguments)
+                        "arguments": call.function.as_object()
                         if arguments_as_objects
                         else ArgumentText(call.function.arguments),
                     },
@@ -179,6 +178,14 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
+def checked_tool_choice(value: Any, form: str) -> Any:
+    """Raises a pydantic error for what is neither a word nor looks like the named tool in the given form."""
+    fields = set(json.loads(form.replace("NAME", '""')))
+    if value not in ("none", "auto", "required") and not (isinstance(value, dict) and set(value) == fields):
+        raise PydanticCustomError("tool_choice", "must be none, auto, required or {form}", {"form": form})
+    return value
+
+
 def check_last_message(messages: list[Message]) -> None:
     """Raises a pydantic error if the last message cannot be continued."""
     if messages[-1].role != "assistant" or not messages[-1].content:
@@ -226,6 +233,11 @@ class ChatRequest(AnswerFields):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="variables of the template")
     add_generation_prompt: bool = True
     continue_final_message: bool = Field(False, description="continues the last message instead of answering it")
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _is_choice(cls, value: Any) -> Any:
+        return checked_tool_choice(value, '{"type": "function", "function": {"name": NAME}}')
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

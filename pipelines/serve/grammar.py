@@ -149,6 +149,10 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():  # of a recursion without an end, for instance
+            raise GrammarError(_reason(first.get_error()))
         grammar = Grammar(matcher, self._vocabulary.ends, len(self._vocabulary.pieces))
         with self._lock:
             self._kept[source] = grammar
@@ -179,6 +183,8 @@ def _tokenizer(vocabulary: ServingVocabulary) -> LLTokenizer:
 def _reason(error: str) -> str:
     """One sentence of llguidance's message."""
     keys = re.search(r"Unimplemented keys: \[(.*)\]", error)
+    if "NoExtensionBias" in error:
+        return "no text follows it"
     if "recursion limit" in error:
         return "nested too deeply"
     if keys:

@@ -138,7 +138,7 @@ class Intake:
         try:
             self._check(requests, CompletionRequest)
         except ApiError as error:
-            raise error.renamed({"prompt": "input", "max_tokens": "input"}) from error
+            raise ApiError(error.status, error.message.replace("prompt", "input"), "input", error.code) from error
         response = EmbeddingsResponse(self._engine, self._name, requests, parsed.encoding_format)
         return Call(requests, response, stream=False, most=0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -174,7 +175,8 @@ def validation_error(errors: list[Any], kind: type[BaseModel]) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    location = [str(part) for part in first["loc"] if part != "body"]
+    # Without names of alternatives and of our classes, such as `dict[str,any]`.
+    location = [str(part) for part in first["loc"] if part != "body" and not re.search(r"\[|^[A-Z]\w*$", str(part))]
     param = location[0] if location else None
     message = first["msg"][:1].lower() + first["msg"][1:]
     if named := first.get("ctx", {}).get("param"):
@@ -183,7 +185,9 @@ def validation_error(errors: list[Any], kind: type[BaseModel]) -> ApiError:
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
     message = (
-        message.replace("valid tuple", "list").replace("valid list", "list").replace("valid dictionary", "JSON object")
+        re.sub(r"valid dictionary( or instance of \w+| or object to extract fields from)?", "JSON object", message)
+        .replace("valid tuple", "list")
+        .replace("valid list", "list")
     )
     if first["type"] == "extra_forbidden":
         fields = [*kind.model_fields, *getattr(kind, "neutral", ()), *IGNORED] if len(location) == 1 else []

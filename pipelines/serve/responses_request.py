@@ -6,12 +6,19 @@ Nothing is stored: each request holds the whole conversation, as `input`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from moray.pipelines.serve.chat_request import MOST_MESSAGES, MOST_TOOLS, CalledFunction, ChatRequest, Function, Text
+from moray.pipelines.serve.chat_request import (
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    ChatRequest,
+    Function,
+    Text,
+    checked_tool_choice,
+)
 from moray.pipelines.serve.output_format import JsonSchema
 from moray.pipelines.serve.protocol import AnswerFields, field_error
 
@@ -19,6 +26,7 @@ from moray.pipelines.serve.protocol import AnswerFields, field_error
 FIELDS = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
     "response_format": "text",
     "reasoning_effort": "reasoning",
 }
@@ -42,11 +50,6 @@ class InputCall(_Item):
     call_id: str
     name: str
     arguments: str
-
-    @model_validator(mode="after")
-    def _is_call(self) -> Self:
-        CalledFunction(name=self.name, arguments=self.arguments)
-        return self
 
 
 class InputResult(_Item):
@@ -168,13 +171,20 @@ class ResponsesRequest(AnswerFields):
     max_tool_calls: int | None = Field(None, ge=1, description="of tools of the server, which has none")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="variables of the template")
 
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _is_choice(cls, value: Any) -> Any:
+        return checked_tool_choice(value, '{"type": "function", "name": NAME}')
+
     @field_validator("input", mode="before")
     @classmethod
     def _items(cls, value: Any) -> Any:
         if isinstance(value, str) and value:
             return [{"role": "user", "content": value}]
         if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
-            raise PydanticCustomError("input", "must be a text, or a list of up to {n} items", {"n": MOST_MESSAGES})
+            raise PydanticCustomError(
+                "input", "must be a text that is not empty, or a list of 1 to {n} items", {"n": MOST_MESSAGES}
+            )
         return value
 
     def chat(self) -> ChatRequest:

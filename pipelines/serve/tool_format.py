@@ -8,7 +8,6 @@ Grammars make a model write exactly this format, with arguments that are valid a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +61,15 @@ class ToolFormat:
         opening = _literal(self.opening, vocabulary)
         if required:
             return GrammarText(f"{opening} {calls}", parts)
+        if text is not None:  # free text before a call would be an answer without the form
+            return GrammarText(f"{text.rule} | {opening} {calls}", {**text.parts, **parts})
         if opening.startswith("<"):  # a control token, which is no text
             begins = f"TEXT {opening}"
             rules = f"\nTEXT: {_TEXT}"
         else:
             begins = "opening"
             rules = f"\nopening[lazy]: TEXT {opening}\nTEXT: {_TEXT}"
-        answer = text.rule if text else "TEXT"
-        return GrammarText(f"{answer} | {begins} {calls}{rules}", {**(text.parts if text else {}), **parts})
+        return GrammarText(f"TEXT | {begins} {calls}{rules}", parts)
 
     def _call(self, tool: Tool, vocabulary: ServingVocabulary) -> str:
         schema = of_schema(_closed(tool.parameters), lenient=not tool.strict)
@@ -129,7 +129,5 @@ def after_reasoning(end: str, answer: GrammarText | None, vocabulary: ServingVoc
 
 def _literal(text: str, vocabulary: ServingVocabulary) -> str:
     """A text in Lark: control tokens by their ids, everything else as strings."""
-    names = vocabulary.control_tokens
-    pattern = "(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")" if names else "($^)"
-    pieces = [piece for piece in re.split(pattern, text) if piece]
-    return " ".join(f"<[{names[piece]}]>" if piece in names else json.dumps(piece) for piece in pieces)
+    pieces = vocabulary.control_names.pieces(text)
+    return " ".join(f"<[{vocabulary.control_tokens[one]}]>" if named else json.dumps(one) for one, named in pieces)

@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from moray.pipelines.serve.engine import Engine
 from moray.pipelines.serve.sequence import Request
 from moray.pipelines.tasks.scoring import Answered, answer_requests
+from moray.platform.core.errors import InputError
 
 Pair: TypeAlias = "tuple[Any, list[int], list[int]]"  # texts, ids of the context, ids that are scored
 
@@ -76,6 +77,9 @@ class EngineLM(TemplateLM):
 
     def _generation(self, context: str, settings: dict[str, Any], seed: int) -> Request:
         options = normalize_gen_kwargs(settings, _MAX_TOKENS)
+        if options["max_gen_toks"] >= self.max_length:
+            told = f"max_gen_toks = {options['max_gen_toks']} leaves no room for a prompt in {self.max_length} ids"
+            raise InputError(told, "set a smaller one in generation_kwargs")
         ids, most = maybe_truncate(self.tok_encode(context), options["max_gen_toks"], self.max_length, verbose=False)
         return Request(
             tuple(ids),

@@ -95,7 +95,7 @@ _PER_BYTE = "task_accuracy_per_byte"
 
 def task_table(report: EvalReport) -> str:
     """The rows of a report for people."""
-    width = max(len(row.labels["task"]) for row in report.rows) + 2
+    width = max([4, *(len(row.labels["task"]) for row in report.rows)]) + 2
     lines = [f"{'task':<{width}}{'metric':<26}{'value':>8}{'95 % interval':>20}{'items':>8}"]
     for row in report.rows:
         interval = "unknown" if row.interval is None else " to ".join(map(_told, row.interval))

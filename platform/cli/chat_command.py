@@ -54,7 +54,7 @@ def chat(
     """
     home = Home.from_environment()
     with _server(model, home, key) as (url, own_key):
-        talk = Conversation(_client(url, own_key), name, system, temperature, max_tokens)
+        talk = Conversation(_client(url, own_key), name, as_utf8(system), temperature, max_tokens)
         talk.choose_model()
         if not sys.stdin.isatty():
             return talk.answer(sys.stdin.read().strip(), sys.stdout)
@@ -212,7 +212,12 @@ def _read() -> str:
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         lines.append(input("  "))
-    return "\n".join(lines)
+    return as_utf8("\n".join(lines))
+
+
+def as_utf8(text: str) -> str:
+    """A text from the terminal, whose bytes that are not UTF-8 become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _greet(talk: Conversation, url: str) -> None:

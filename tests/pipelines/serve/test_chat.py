@@ -104,6 +104,35 @@ def test_a_prompt_without_room(http):
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"response_format": json_schema(PARAMETERS)}, {"structured_outputs": {"regex": "a{3}"}}]
+)
+def test_text_beside_tools_has_its_form(any_http, fields):
+    """Named after a form that was ignored: free text before a call that never came."""
+    if "tools" not in any_http.get("/tokenizer_info").json()["chat_template"]:
+        pytest.skip("the template has no tools")
+    for seed in range(4):
+        body = ask(any_http, tools=[WEATHER], seed=seed, max_tokens=200, temperature=1.5, **fields).json()
+        message = body["choices"][0]["message"]
+        if message.get("tool_calls") or body["choices"][0]["finish_reason"] == "length":
+            continue
+        assert re.fullmatch("a{3}", message["content"]) or json.loads(message["content"])
+
+
+def test_a_call_that_was_cut_can_be_sent_back(any_http):
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{"}}
+    messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}, *MESSAGES]
+    response = ask(any_http, messages=messages)
+    if response.status_code == 400:  # of a template that reads an object
+        assert response.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("wanted", [{"json": {"$ref": "#"}}, {"grammar": "start: start"}, {"regex": r"[^\s\S]"}])
+def test_a_form_that_nothing_has(http, wanted):
+    error = ask(http, structured_outputs=wanted).json()["error"]
+    assert (error["param"], error["message"]) == ("structured_outputs", "structured_outputs: no text follows it")
+
+
 def test_a_developer_is_the_system_for_templates_that_know_only_that(engine):
     """Named after messages that vanished: Qwen's and DeepSeek's templates have no role `developer`."""
     one = "{% if m.role in ('system', 'user') %}{{ m.role }}: {{ m.content }}\n{% endif %}"

@@ -186,12 +186,12 @@ def test_items_of_a_turn_are_one_message() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"input": []}, "input", "a text, or a list"),
-        ({"input": ""}, "input", "a text, or a list"),
+        ({"input": []}, "input", "a text that is not empty"),
+        ({"input": ""}, "input", "a text that is not empty"),
         ({}, "input", "required"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "type message, function_call"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "input_image"),
-        ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input", "JSON object"),
+        
         ({"previous_response_id": "resp_1"}, "previous_response_id", "stores no responses"),
         ({"conversation": "c"}, "conversation", "stores no conversations"),
         ({"messages": []}, "messages", "use input"),
@@ -208,7 +208,9 @@ def test_items_of_a_turn_are_one_message() -> None:
         ({"reasoning": {"effort": "high"}}, "reasoning", "does not read"),
         ({"reasoning": {"summary": "auto"}}, "reasoning", "none"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
-        ({"max_output_tokens": 5000}, "max_tokens", "maximum context length"),
+        ({"max_output_tokens": 5000}, "max_output_tokens", "5000 in max_output_tokens"),
+        ({"max_output_tokens": 5, "min_tokens": 6}, "min_tokens", "must not exceed max_output_tokens"),
+        ({"tool_choice": {"type": "function", "function": {}}, "tools": [WEATHER]}, "tool_choice", '"name": NAME'),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"uniqueItems": True}}}}, "text", "unique"),
         ({"instruction": "x"}, "instruction", "did you mean instructions"),
         ({"model": "other"}, "model", "does not exist"),

@@ -20,6 +20,7 @@ from moray.pipelines.serve.loading import load_engine
 from moray.pipelines.serve.openai_api import build_serving_app
 from moray.pipelines.tasks.compare import compare_evaluations
 from moray.pipelines.tasks.harness_step import EvaluateHarness
+from moray.pipelines.tasks.intervals import wilson
 from moray.platform.core.errors import InputError
 from moray.platform.core.metrics import metric
 from moray.platform.core.serve_options import ServeOptions
@@ -56,6 +57,14 @@ filter_list:
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
+BROKEN = [
+    ("split", TASK.replace("letters\n", "broken\n").replace("test_split: test", "test_split: nope"), "nope"),
+    ("metric", TASK.replace("letters\n", "broken\n").replace("metric: acc", "metric: accc"), "broken has no scores"),
+    ("field", TASK.replace("letters\n", "broken\n") + "color: red\n", "color"),
+    ("jinja", TASK.replace("letters\n", "broken\n").replace("{{prompt}}", "{{prompt"), "broken cannot be loaded"),
+    ("group", "group: broken\ntask: [nobody]\n", "broken cannot be loaded"),
+    ("room", FILTERED.replace("spelled\n", "broken\n").replace("max_gen_toks: 4", "max_gen_toks: 9999"), "no room"),
+]
 LONG = TEXT * 12  # longer than the context
 
 
@@ -147,6 +156,12 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_folder_of_tasks_may_be_relative(folder: Path, tasks: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report, _ = run(folder, tmp_path / "a", tasks=("letters",), task_folder=Path("tasks"), limit=2)
+    assert report.rows
+
+
 def run(model: Path, out: Path, **config) -> tuple[EvalReport, list]:
     out.mkdir()
     seen: list = []
@@ -169,6 +184,7 @@ def run(model: Path, out: Path, **config) -> tuple[EvalReport, list]:
 def test_the_step_writes_a_report_that_can_be_compared(folder: Path, tasks: Path, tmp_path: Path) -> None:
     report, seen = run(folder, tmp_path / "a", tasks=("letters",), task_folder=tasks)
     (row,) = [row for row in report.rows if row.metric == "acc"]
+    assert row.interval == wilson(12 * row.value, 12)
     assert (row.labels, row.n) == ({"task": "letters"}, 12)
     assert row.interval[0] < row.value < row.interval[1]
     assert ("harness_score", row.value, {"task": "letters", "score": "acc"}) in seen
@@ -216,6 +232,15 @@ def test_mistakes_are_told(folder: Path, tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task leters") as told:
         run(folder, tmp_path / "a", tasks=("leters",), task_folder=tasks)
     assert "letters" in told.value.hint
+    for name, content, says in BROKEN:
+        (tasks / "broken.yaml").write_text(content)
+        with pytest.raises(InputError, match=says):
+            run(folder, tmp_path / name, tasks=("broken",), task_folder=tasks)
+    for content, says in (("task: [", "line 1"), ("", "no YAML mapping"), ("- a", "no YAML mapping")):
+        (tasks / "broken.yaml").write_text(content)
+        with pytest.raises(InputError, match=says):
+            EvaluateHarness().external(EvaluateHarness.Config(tasks=("broken",), task_folder=tasks))
+    (tasks / "broken.yaml").unlink()
     with pytest.raises(InputError, match="is no folder"):
         EvaluateHarness().external(EvaluateHarness.Config(tasks=("x",), task_folder=tasks / "no"))
     (tasks / "letters.jsonl").unlink()
