@@ -244,8 +244,8 @@ def test_mistakes_are_told(folder: Path, tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder"):
         EvaluateHarness().external(EvaluateHarness.Config(tasks=("x",), task_folder=tasks / "no"))
     (tasks / "letters.jsonl").unlink()
-    with pytest.raises(InputError, match=r"data of a task cannot be read: .*letters\.jsonl"):
+    with pytest.raises(InputError, match=r"data of letters cannot be read: .*letters\.jsonl"):
         run(folder, tmp_path / "b", tasks=("letters",), task_folder=tasks)
-    with pytest.raises(InputError, match="data of a task cannot be read") as told:
+    with pytest.raises(InputError, match="data of hellaswag cannot be read") as told:
         run(folder, tmp_path / "c", tasks=("hellaswag",))
     assert "downloads" in told.value.hint
