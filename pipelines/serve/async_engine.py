@@ -110,13 +110,15 @@ class AsyncEngine:
     def reserve(self, requests: Sequence[Request]) -> Reservation:
         """Counts these requests as open until the reservation is released, so that they will have room. Raises
         QueueFullError if there is none. A tenant may have three quarters of all."""
-        tenant = requests[0].tenant if requests else ""
-        self.check_room(tenant, len(requests))
-        self._count(tenant, len(requests))
-        return Reservation(lambda: self._count(tenant, -len(requests)))
+        return self.reserve_room(requests[0].tenant if requests else "", len(requests))
 
-    def check_room(self, tenant: str, answers: int) -> None:
-        """Raises QueueFullError if a tenant may not open so many more answers."""
+    def reserve_room(self, tenant: str, answers: int) -> Reservation:
+        """Counts so many answers of a tenant as open, as `reserve` does."""
+        self._check_room(tenant, answers)
+        self._count(tenant, answers)
+        return Reservation(lambda: self._count(tenant, -answers))
+
+    def _check_room(self, tenant: str, answers: int) -> None:
         mine, most = self._by_tenant.get(tenant, 0), self._most_open
         if self._open + answers > most:
             message = f"the server has {self._open} open requests, of up to {most}; try later"

@@ -172,8 +172,11 @@ class _Answering:
         key = key_of(http.scope)
         try:
             tenant = key.name if key else ""
-            self.engine.check_room(tenant, 1)  # before the body is read, so that refusals cost little
-            call = (await self.intake.read(http, read)).of_tenant(tenant)
+            first = self.engine.reserve_room(tenant, 1)  # before the body is read, so that refusals cost little
+            try:
+                call = (await self.intake.read(http, read)).of_tenant(tenant)
+            finally:
+                first.release()
             room = self.engine.reserve(call.requests)
         except (ApiError, QueueFullError):
             self.report.refuse()
