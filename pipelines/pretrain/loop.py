@@ -45,13 +45,13 @@ class BatchSource(Protocol):
 
 
 class Loaders:
-    """DataWorker actors as a BatchSource, in round-robin order by step."""
+    """DataWorker actors as the BatchSource of one rank. The ranks ask different ones in each step, and take turns."""
 
-    def __init__(self, actors: list[Any]) -> None:
-        self._actors = actors
+    def __init__(self, actors: list[Any], rank: int, world: int) -> None:
+        self._actors, self._rank, self._world = actors, rank, world
 
     def request(self, step: int, start: int, stop: int) -> Any:
-        return self._actors[step % len(self._actors)].batch.remote(step, start, stop)
+        return self._actors[(step * self._world + self._rank) % len(self._actors)].batch.remote(step, start, stop)
 
     def receive(self, handle: Any) -> Batch:
         import ray
@@ -86,7 +86,7 @@ def train_steps(settings: dict[str, Any]) -> None:
     pulse = Pulse(settings["watch"], team, world, mesh.rank, seconds, lambda: _beat(worker))
     log = event_log(any_path(job.events), f"train-{mesh.rank}") if mesh.rank == 0 else contextlib.nullcontext()
     with pulse, log as events:
-        run_training(worker, Loaders(settings["loaders"]), events, start, PreemptionNotice())
+        run_training(worker, Loaders(settings["loaders"], mesh.rank, world), events, start, PreemptionNotice())
 
 
 def _beat(worker: Worker) -> Beat:
