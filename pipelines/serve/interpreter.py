@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,15 +26,24 @@ _FEW = 16  # open requests
 _CALM_SECONDS, _BUSY_SECONDS, _IDLE_SECONDS = 10.0, 120.0, 1.0
 
 
+_lock = threading.Lock()
+_before: list[tuple[tuple[int, int, int], float]] = []  # settings, once for each server
+
+
 @contextmanager
 def serving_interpreter() -> Iterator[None]:
-    """Full collections run only when they are called for, and threads switch soon."""
-    thresholds, seconds = gc.get_threshold(), sys.getswitchinterval()
-    gc.set_threshold(_YOUNG, _MIDDLE, _NEVER)
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    """Full collections run only when they are called for, and threads switch soon. The last one that ends restores what
+    the first one found, because a process may have several servers."""
+    with _lock:
+        _before.append(_before[-1] if _before else (gc.get_threshold(), sys.getswitchinterval()))
+        gc.set_threshold(_YOUNG, _MIDDLE, _NEVER)
+        sys.setswitchinterval(_SWITCH_SECONDS)
     yield
-    gc.set_threshold(*thresholds)
-    sys.setswitchinterval(seconds)
+    with _lock:
+        thresholds, seconds = _before.pop()
+        if not _before:
+            gc.set_threshold(*thresholds)
+            sys.setswitchinterval(seconds)
 
 
 class CollectsWhenCalm:
