@@ -11,6 +11,7 @@ ends, if there is none. A rule compares with the model that is deployed now, on 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, ClassVar, Self
 
@@ -105,7 +106,8 @@ def decide_approval(rule: str, report: EvalReport, deployed: list[EvalReport] | 
     if not rows:
         return False, f"{shown}, but the deployed model was not evaluated on the same data"
     theirs = rows[0]
-    bound = mine.interval[1] if match["how"] == "better" and mine.interval else mine.value
+    high = mine.interval[1] if mine.interval else math.inf  # unknown: nobody can say that it is better
+    bound = high if match["how"] == "better" else mine.value
     return bound <= theirs.value, f"{shown}, deployed {theirs.value:.4g}"
 
 

@@ -53,6 +53,12 @@ def test_rules(rule: str, deployed: list[EvalReport] | None, approved: bool, sai
     assert (decision, said in why) == (approved, True), why
 
 
+def test_nothing_without_an_interval_is_better() -> None:
+    unsure = EvalReport(model="m", rows=tuple(one.model_copy(update={"interval": None}) for one in report(2.0).rows))
+    assert not decide_approval("bits_per_byte better than deployed", unsure, [report(9.0)])[0]
+    assert decide_approval("bits_per_byte not worse than deployed", unsure, [report(9.0)])[0]
+
+
 @pytest.mark.parametrize("rule", ["", "sometimes", "bits_per_byte", "bits_per_byte < deployed", "a better than b"])
 def test_a_rule_that_is_none_is_refused(rule: str) -> None:
     with pytest.raises(ValueError, match="must be `always`"):
