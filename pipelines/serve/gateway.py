@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moray.pipelines.serve.api_error import ALIAS, FULL, ApiError, queue_full
 from moray.pipelines.serve.chat_page import PAGE, PAGE_HEADERS, chat_page_file
-from moray.pipelines.serve.interpreter import CollectsWhenCalm, serving_interpreter
+from moray.pipelines.serve.interpreter import CollectsWhenCalm, tune_interpreter
 from moray.pipelines.serve.known_limits import KnownLimits
 from moray.pipelines.serve.request_body import LIMIT, MOST, BodyMemory, read_body
 from moray.platform.core.serving import PREFIX
@@ -57,7 +57,7 @@ Header: TypeAlias = tuple[bytes, bytes]
 def middlewares() -> list[Middleware]:
     """Called by each proxy of Ray Serve at its start; named in `cluster/machine.py`."""
     gc.freeze()
-    serving_interpreter().__enter__()  # until the proxy ends
+    tune_interpreter()
     return [Middleware(CollectsWhenCalm), Middleware(Gateway)]
 
 

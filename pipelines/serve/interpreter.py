@@ -30,20 +30,26 @@ _lock = threading.Lock()
 _before: list[tuple[tuple[int, int, int], float]] = []  # settings, once for each server
 
 
+def tune_interpreter() -> None:
+    """From now on full collections run only when they are called for, and threads switch soon."""
+    gc.set_threshold(_YOUNG, _MIDDLE, _NEVER)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+
+
 @contextmanager
 def serving_interpreter() -> Iterator[None]:
-    """Full collections run only when they are called for, and threads switch soon. The last one that ends restores what
-    the first one found, because a process may have several servers."""
+    """`tune_interpreter` for one of a process's servers. The last one that ends restores what the first one found."""
     with _lock:
         _before.append(_before[-1] if _before else (gc.get_threshold(), sys.getswitchinterval()))
-        gc.set_threshold(_YOUNG, _MIDDLE, _NEVER)
-        sys.setswitchinterval(_SWITCH_SECONDS)
-    yield
-    with _lock:
-        thresholds, seconds = _before.pop()
-        if not _before:
-            gc.set_threshold(*thresholds)
-            sys.setswitchinterval(seconds)
+        tune_interpreter()
+    try:
+        yield
+    finally:
+        with _lock:
+            thresholds, seconds = _before.pop()
+            if not _before:
+                gc.set_threshold(*thresholds)
+                sys.setswitchinterval(seconds)
 
 
 class CollectsWhenCalm:

@@ -105,8 +105,10 @@ def open_session(
         if keys is not None:
             session.accept_keys(keys)
         return session
+    started = False
     try:
         _start(serve, model, host, urlsplit(session.url).port or 0, keys)
+        started = True
         if port is None:  # another process may have started Serve at the same moment
             session = replace(session, url="http://{}:{}".format(*_reachable_address()))
         _wait_until_running(serve, model)
@@ -116,8 +118,8 @@ def open_session(
         if application_name(model.name) not in status.applications:
             serve.delete(application_name(model.name))
         if not status.proxies and not serve.status().applications:  # this call started Serve
-            # After an InputError, another process has the port, so do not wait for it to become free.
-            _shut_down(serve, "" if isinstance(error, InputError) else session.url)
+            # If it did not start for an InputError, another process has the port: do not wait for it to become free.
+            _shut_down(serve, "" if isinstance(error, InputError) and not started else session.url)
         raise
     return session
 
