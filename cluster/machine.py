@@ -82,6 +82,8 @@ def ray_environment(home: Home) -> dict[str, str]:
         "RAY_task_oom_retries": "5",  # of a task killed for lack of memory; unlimited by default
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCH_FR_BUFFER_SIZE": "2000",
+        # gloo would connect each rank with all others: 2,047 sockets. Its collectives use a few of them.
+        "TORCH_GLOO_LAZY_INIT": "1",
         "NUMBA_CACHE_DIR": str(numba_cache(home.cache / "numba")),
         "TRITON_CACHE_DIR": str(home.cache / "triton"),
         "HF_HUB_OFFLINE": "1",

@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if index in config.moe_layers:
-            self.mlp = MoE(config, experts, dispatcher)
+            self.mlp = MoE(config, index, experts, dispatcher)
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 

@@ -106,9 +106,9 @@ class Router(ExactModule):
 class MoE(nn.Module):
     """Routed experts, of which this rank holds a shard, and the shared expert, which processes every token."""
 
-    def __init__(self, config: ModelConfig, experts: range, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, index: int, experts: range, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self.dispatcher = dispatcher
+        self.index, self.dispatcher = index, dispatcher
         self.gate = Router(config)
         self.experts = ExpertShard(experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_experts: SwiGLU | None = None
@@ -121,7 +121,7 @@ class MoE(nn.Module):
         return routing
 
     def dispatch(self, rows_TD: Tensor, routing: Routing) -> DispatchHandle:
-        return self.dispatcher.dispatch(rows_TD, routing, fp8=self.experts.compute.fp8_rows)
+        return self.dispatcher.dispatch(rows_TD, routing, fp8=self.experts.compute.fp8_rows, layer=self.index)
 
     def local(self, rows_TD: Tensor) -> Tensor | None:
         """The shared expert's output, if there is one."""

@@ -122,8 +122,8 @@ def flow(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Flow
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    """Four processes for jobs that need ranks."""
-    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    """Processes for jobs that need ranks."""
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
 

@@ -1,4 +1,4 @@
-"""One pool of spawned processes for everything that needs ranks: started once in a test run, used again and again.
+"""One pool of spawned processes for everything that needs ranks: started in a test run when needed, and used again.
 
 A job is a function of a module under tests/, which every rank calls with the same arguments inside a fresh gloo process
 group. It runs on the first `world` ranks of the pool.
@@ -22,17 +22,16 @@ _spawn = multiprocessing.get_context("spawn")
 
 
 class RankPool:
-    """`size` processes, each with torch imported and one thread."""
+    """Processes, each with torch imported and one thread, as many as a job has needed so far."""
 
-    def __init__(self, size: int, folder: Path) -> None:
-        self.size = size
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._jobs = 0
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `job(*arguments)` returned on each rank. Raises AssertionError with the first rank's traceback."""
-        if not self._ranks:
+        while len(self._ranks) < world:
             self._start()
         self._jobs += 1
         store = str(self._folder / f"store-{self._jobs}")
@@ -66,12 +65,11 @@ class RankPool:
         self._ranks = []
 
     def _start(self) -> None:
-        for _ in range(self.size):
-            ours, theirs = _spawn.Pipe()
-            process = _spawn.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+        ours, theirs = _spawn.Pipe()
+        process = _spawn.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._ranks.append((process, ours))
 
 
 def _serve(connection: Connection) -> None:

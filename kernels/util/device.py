@@ -6,6 +6,7 @@ nothing to wait for.
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -26,8 +27,29 @@ class Event(Protocol):
         """Milliseconds from this point to another."""
 
 
+class StartedWork(Protocol):
+    """Work of a `WorkQueue`, and the tensor it makes."""
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would not block."""
+
+    def wait(self) -> Tensor:
+        """Orders what follows on the current stream after the work; on the CPU, blocks until it has ended. Raises the
+        work's error. Called once."""
+
+
+class WorkQueue(Protocol):
+    """Runs work beside the caller's, one at a time and in order."""
+
+    def start(self, work: Callable[[], Tensor]) -> StartedWork:
+        """Starts `work` without autograd, after all work that was issued so far."""
+
+
 class Runtime(Protocol):
     """The runtime of one device."""
+
+    def queue(self) -> WorkQueue:
+        """A new queue."""
 
     def side_stream(self) -> AbstractContextManager[Any]:
         """A context whose work runs beside the current stream. A copy to the host in it waits for this work only."""
@@ -58,7 +80,31 @@ class _HostEvent:
         return (end._at - self._at) * 1e3
 
 
+class _ThreadWork:
+    def __init__(self, future: "Future[Tensor]") -> None:
+        self._future = future
+
+    def is_completed(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> Tensor:
+        return self._future.result()
+
+
+class _ThreadQueue:
+    """A thread."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="queue")
+
+    def start(self, work: Callable[[], Tensor]) -> StartedWork:
+        return _ThreadWork(self._thread.submit(torch.no_grad()(work)))
+
+
 class HostRuntime:
+    def queue(self) -> WorkQueue:
+        return _ThreadQueue()
+
     def side_stream(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -78,9 +124,44 @@ class HostRuntime:
         return used
 
 
+class _StreamWork:
+    """Work that was issued to a stream. `work` holds the tensors that it reads: their memory belongs to the stream that
+    waits, and may be used again only after it has waited."""
+
+    def __init__(self, work: Callable[[], Tensor], out: Tensor, device: torch.device) -> None:
+        self._work: Callable[[], Tensor] | None = work
+        self._out, self._device = out, device
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def is_completed(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Tensor:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+        self._work = None
+        return self._out
+
+
+class _StreamQueue:
+    """A stream. Work begins after the caller's stream has done what was issued to it. So when work allocates memory
+    that an earlier result used, the caller's stream has read the result."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start(self, work: Callable[[], Tensor]) -> StartedWork:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            return _StreamWork(work, work(), self._device)
+
+
 class CudaRuntime:
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def queue(self) -> WorkQueue:
+        return _StreamQueue(self._device)
 
     def side_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moray.kernels.util.deferred import DeferredGradients
+from moray.kernels.util.device import StartedWork, WorkQueue
 from moray.kernels.wire import packed_width
 from moray.models.expert_parallel.shared_memory import PeerMemory
 
@@ -80,12 +81,16 @@ class AllToAll:
         width = packed_width(rows_TD.shape[1]) + metadata_TN.shape[1]
         return self._announce(number, recv_counts, torch.empty(0, width, dtype=torch.uint8))
 
-    def wait(self, transfer: Transfer, device: torch.device) -> None:
-        """Computes deferred gradients until the transfer is complete, then waits for it."""
+    def later(self, queue: WorkQueue, work: Callable[[], Tensor], device: torch.device) -> PendingRows:
+        """Starts transfers that `queue` runs; `work` returns the rows of the last one."""
+        return _PendingWork(self, queue.start(work), device)
+
+    def wait(self, transfer: Transfer, device: torch.device) -> Any:
+        """Computes deferred gradients until the transfer is complete, then waits for it and returns its result."""
         if self.deferred is not None:
             self.deferred.fill(transfer.is_completed)
         with self.timed(device):
-            transfer.wait()
+            return transfer.wait()
 
     def _announce(self, number: int, recv_counts: Sequence[int], like: Tensor) -> PendingRows:
         """Notifies all ranks, by a small collective, that exchange `number` of this rank is written."""
@@ -95,6 +100,19 @@ class AllToAll:
         return _PendingRead(
             self, self.memory, transfer, received, number, recv_counts, like.new_empty(0, *like.shape[1:])
         )
+
+
+@dataclass(frozen=True)
+class _PendingWork:
+    """Rows that a queue's work returns."""
+
+    owner: AllToAll
+    work: StartedWork
+    device: torch.device
+
+    def wait(self) -> Tensor:
+        rows: Tensor = self.owner.wait(self.work, self.device)
+        return rows
 
 
 @dataclass(frozen=True)

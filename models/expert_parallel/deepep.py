@@ -23,8 +23,9 @@ from moray.kernels.util.deferred import DeferredGradients
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
 from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher
-from moray.models.expert_parallel.exchange import Exchange, Payload, PendingPayload
+from moray.models.expert_parallel.exchange import Exchange
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation
+from moray.models.expert_parallel.routes import Payload, PendingPayload
 from moray.models.expert_parallel.stages import Routing
 
 
@@ -114,7 +115,7 @@ class DeepEPDispatcher(ProcessGroupDispatcher):
         super().__init__(group, num_experts, timed, deferred)
         self._buffer = buffer
 
-    def exchange(self, routing: Routing, fp8: bool) -> Exchange:
+    def exchange(self, routing: Routing, fp8: bool, layer: int) -> Exchange:
         return DeepEPExchange(self._buffer, self.all_to_all, routing, self.num_experts, fp8)
 
 

@@ -5,7 +5,7 @@ reverse and sends gradients through the same two exchanges in the other directio
 
     stage                            tensor                  where
     1 SendPlan.gather                sent [C, D]             rank of the token; FP8 in FP8 training
-    2 AllToAll.start    } dispatch
+    2 AllToAll.start    } dispatch                           in two hops between nodes (`two_hop.py`)
     3 PendingRows.wait  }            received [A, D]         rank of the expert; with ids and weights
     4 ExpertPermutation.expand       at experts [R, D]       by expert
       (experts: results times the router's weights)  [R, D]
@@ -34,10 +34,13 @@ from torch import Tensor
 
 from moray.kernels.util.deferred import DeferredGradients
 from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
-from moray.models.expert_parallel.exchange import AllToAllExchange, Exchange, LocalExchange, Payload, PendingPayload
+from moray.models.expert_parallel.exchange import Exchange, LocalExchange, RoutedExchange
+from moray.models.expert_parallel.exchange_check import ExchangeCheck
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation
+from moray.models.expert_parallel.routes import DirectRoute, LayerRouting, Payload, PendingPayload
 from moray.models.expert_parallel.shared_memory import PeerMemory
 from moray.models.expert_parallel.stages import Dispatcher, Routing
+from moray.models.expert_parallel.two_hop import Nodes, TwoHopRoute
 
 Direction = Literal["dispatch", "combine"]
 _GRADIENT: dict[Direction, Direction] = {"dispatch": "combine", "combine": "dispatch"}
@@ -134,16 +137,16 @@ class _Wait(torch.autograd.Function):
 class LocalDispatcher:
     """A dispatcher for local experts only."""
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> LayerDispatch:
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False, layer: int = 0) -> LayerDispatch:
         return LayerDispatch(rows_TD, routing.weights_TK, LocalExchange(routing, fp8))
 
 
 class ProcessGroupDispatcher:
     """A dispatcher for experts distributed evenly over the ranks of a torch.distributed group.
 
-    `experts`: the range that this rank must hold. `deferred`: weight gradients to compute while waiting. `memory`:
-    shared memory of the group's ranks, if rows are sent through it. Raises ValueError if the experts are not divisible
-    by the ranks.
+    `experts`: the range that this rank must hold. `check`: of all exchanges. `deferred`: weight gradients to compute
+    while waiting. `memory`: shared memory of the group's ranks, if rows are sent through it. `nodes`: if rows are sent
+    in two hops. Raises ValueError if the experts are not divisible by the ranks.
     """
 
     def __init__(
@@ -153,7 +156,10 @@ class ProcessGroupDispatcher:
         timed: Timed = untimed,
         deferred: DeferredGradients | None = None,
         memory: PeerMemory | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
+        self.check = ExchangeCheck()
+        self._nodes = nodes
         self.all_to_all = AllToAll(group, timed, deferred, memory)
         self.ranks = dist.get_world_size(group)
         if num_experts % self.ranks:
@@ -163,12 +169,18 @@ class ProcessGroupDispatcher:
         first = dist.get_rank(group) * local
         self.experts = range(first, first + local)
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> LayerDispatch:
-        return LayerDispatch(rows_TD, routing.weights_TK, self.exchange(routing, fp8))
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False, layer: int = 0) -> LayerDispatch:
+        return LayerDispatch(rows_TD, routing.weights_TK, self.exchange(routing, fp8, layer))
 
-    def exchange(self, routing: Routing, fp8: bool) -> Exchange:
+    def exchange(self, routing: Routing, fp8: bool, layer: int) -> Exchange:
         """The exchange of one layer."""
-        return AllToAllExchange(self.all_to_all, routing, self.experts, self.ranks, fp8)
+        of_layer = LayerRouting(layer, routing.ids_TK, routing.counts_E, self.experts)
+        route: DirectRoute | TwoHopRoute
+        if self._nodes is None:
+            route = DirectRoute(self.all_to_all, of_layer, self.check)
+        else:
+            route = TwoHopRoute(self.all_to_all, self._nodes, of_layer, self.check)
+        return RoutedExchange(route, routing.ids_TK, self.experts, fp8)
 
 
 def dispatcher_for(experts: range, num_experts: int, given: Dispatcher | None) -> Dispatcher:

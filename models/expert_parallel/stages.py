@@ -96,9 +96,9 @@ class Dispatcher(Protocol):
     """Exchanges rows between tokens and experts. Every rank must make the same calls in the same order, because each
     may be a collective."""
 
-    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False) -> DispatchHandle:
+    def dispatch(self, rows_TD: Tensor, routing: Routing, fp8: bool = False, layer: int = 0) -> DispatchHandle:
         """Prepares to send row t to the experts `routing.ids_TK[t]`, and starts sending their ranks the row counts.
-        With `fp8`, rows are sent in FP8, and so are the gradients of the results."""
+        With `fp8`, rows are sent in FP8, and so are the gradients of the results. `layer` is named in errors."""
         ...
 
 

@@ -149,6 +149,12 @@ class Parallel(StepConfig):
         description="transport of expert-parallel dispatch and combine: torch.distributed, or DeepEP's kernels "
         "(deepep: experimental, not yet run on any machine)",
     )
+    node_ranks: int | None = operational(
+        None,
+        gt=0,
+        description="consecutive ranks of a node: tokens are sent once to each node, and forwarded within it (default: "
+        "the ranks of a host, if all hosts have as many; 1: tokens are sent once to each rank)",
+    )
     shared_memory: bool = operational(
         True, description="on CPUs, dispatch tokens between ranks of one host through shared memory"
     )

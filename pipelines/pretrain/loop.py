@@ -77,7 +77,8 @@ def train_steps(settings: dict[str, Any]) -> None:
     world, ep = usable_layout(started, job.config.parallel.expert_parallel)
     if world < started and not Mesh.shrink(world, device):
         return
-    mesh = Mesh.create(ep, device, dense_ranks(world, job.config.parallel.shard_ranks))
+    parallel = job.config.parallel
+    mesh = Mesh.create(ep, device, dense_ranks(world, parallel.shard_ranks), parallel.node_ranks)
     start.reached("groups")
     worker = assemble(job, mesh, device)
     start.reached("model")

@@ -2,13 +2,20 @@
 enough of them.
 
 All ranks use the dense parameters; the ranks of one EDP group use the same experts.
+
+A rank makes only its own groups, all ranks in one order, and none of one rank. On GPUs a group has both backends: NCCL
+for the device's tensors, gloo for the host's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,17 +27,20 @@ from moray.platform.core.ports import free_port
 
 T = TypeVar("T")
 
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 @dataclass(frozen=True)
 class Mesh:
     """This rank's position and process groups.
 
-    ep_group: ranks that partition the experts. edp_group: ranks with the same experts. io_group: all ranks over gloo,
-    for work beside training, such as checkpoints. All groups are None in a process without other ranks. clock: measures
-    exposed communication on rank 0, which reports it.
+    ep_group: ranks that partition the experts. edp_group: ranks with the same experts. Both are None if they have one
+    rank. io_group: all ranks over gloo, for work beside training, such as checkpoints. clock: measures exposed
+    communication on rank 0, which reports it.
 
     dense: consecutive ranks that share dense weights, all by default. dense_groups: these ranks, and those with the
-    same share, if neither is all ranks.
+    same share, if neither is all ranks. node_groups: the ranks of the EP group with this one's number in their node,
+    and the ranks of this node, if tokens are dispatched in two hops.
     """
 
     rank: int
@@ -42,34 +52,38 @@ class Mesh:
     clock: Stopwatch = field(default_factory=Stopwatch)
     dense: int = 0
     dense_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    node_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
     @classmethod
-    def create(cls, ep: int, device: torch.device, dense: int = 0) -> Mesh:
-        """Creates all groups on all ranks, in one order. torch.distributed must be initialised.
+    def create(cls, ep: int, device: torch.device, dense: int = 0, node_ranks: int | None = None) -> Mesh:
+        """Creates this rank's groups. torch.distributed must be initialised.
 
-        Each group runs one collective here, because NCCL sets a group up at its first collective. Later, memory would
-        be full and the ranks would reach that collective at different times.
+        node_ranks: ranks of a node, for dispatch in two hops (default: as the ranks find them; 1: one hop). Each group
+        runs one collective here, because NCCL sets a group up at its first collective. Later, memory would be full and
+        the ranks would reach that collective at different times.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         check_layout(world, ep)
         dense = dense or world
-        ep_group, edp_group = _grid(rank, world, ep, "experts")
-        groups = [dist.group.WORLD, ep_group, edp_group]
-        dense_groups = None
+        _ready(dist.group.WORLD, device)
+        ep_group, edp_group = _grid(rank, world, ep, "experts", device)
+        dense_groups = node_groups = None
         if 1 < dense < world:
-            dense_groups = _grid(rank, world, dense, "dense weights")
-            groups += dense_groups
-        for group in groups:
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
+            dense_groups = _both(_grid(rank, world, dense, "dense weights", device))
+        width = node_ranks or _ranks_of_nodes(ep_group, device)
+        if 1 < width < ep and ep % width == 0:
+            within, between = _both(_grid(rank, ep, width, "experts of a node", device))
+            node_groups = between, within
         io_group = dist.new_group(backend="gloo", group_desc="checkpoints")
-        dist.all_reduce(torch.zeros(1), group=io_group)
+        _ready(io_group, torch.device("cpu"))
+        _bind(device)
         clock = Stopwatch(on=rank == 0)
-        return cls(rank, world, ep, ep_group, edp_group, io_group, clock, dense, dense_groups)
+        return cls(rank, world, ep, ep_group, edp_group, io_group, clock, dense, dense_groups, node_groups)
 
     @staticmethod
     def shrink(world: int, device: torch.device) -> bool:
         """Makes the first `world` ranks the whole process group. Returns False on the other ranks, which leave it."""
-        rank, backend = dist.get_rank(), dist.get_backend()
+        rank, backend = dist.get_rank(), dist.get_backend_config()
         address: list[Any] = [f"tcp://{os.environ['MASTER_ADDR']}:{free_port()}" if rank == 0 else None]
         dist.broadcast_object_list(address, 0, device=device)
         dist.destroy_process_group()
@@ -102,15 +116,75 @@ class Mesh:
         return range(first, first + each)
 
 
-def _grid(rank: int, world: int, width: int, purpose: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This rank's groups in a grid of rows of `width` consecutive ranks: its row, and its column."""
-    rows = [list(range(start, start + width)) for start in range(0, world, width)]
-    columns = [list(range(offset, world, width)) for offset in range(width)]
-    mine = []
-    for name, lines in ((purpose, rows), (f"copies of {purpose}", columns)):
-        for ranks in lines:
-            group = dist.new_group(ranks, group_desc=name)
-            if rank in ranks:
-                mine.append(group)
-    row, column = mine
+def grid(rank: int, ranks: int, width: int) -> tuple[range, range]:
+    """This rank's row and column, if each `ranks` consecutive ranks are a grid with rows of `width`."""
+    begin = rank - rank % ranks
+    row = rank - rank % width
+    return range(row, row + width), range(begin + (rank - begin) % width, begin + ranks, width)
+
+
+def _grid(
+    rank: int, ranks: int, width: int, purpose: str, device: torch.device
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The groups of this rank's row and column in a grid."""
+    row, column = grid(rank, ranks, width)
+    return _group(row, purpose, device), _group(column, f"copies of {purpose}", device)
+
+
+def _group(ranks: range, purpose: str, device: torch.device) -> dist.ProcessGroup | None:
+    """Only these ranks make the group: if all ranks made all groups, 2,048 ranks would meet for each of hundreds."""
+    if len(ranks) == 1:
+        return None
+    gpu = None if device.type == "cpu" else device
+    group = dist.new_group(list(ranks), group_desc=purpose, use_local_synchronization=True, device_id=gpu)
+    _ready(group, device)
+    return group
+
+
+def _bind(device: torch.device) -> None:
+    """Tells the world's group which GPU this rank uses, so that NCCL does not guess it at each barrier. Not earlier:
+    torch would then split new groups off the world's communicator, for which all ranks would have to meet."""
+    if device.type == "cuda":
+        world: Any = dist.group.WORLD
+        world.bound_device_id = device
+
+
+def _ready(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+
+def _both(
+    groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    row, column = groups
+    assert row is not None
+    assert column is not None
     return row, column
+
+
+def _ranks_of_nodes(ep_group: dist.ProcessGroup | None, device: torch.device) -> int:
+    """Ranks of each node, if all nodes of all EP groups have as many and they are consecutive; else 1."""
+    if ep_group is None:
+        return 1
+    mine = torch.tensor([host_number()], device=device)
+    hosts = torch.empty(dist.get_world_size(ep_group), dtype=torch.int64, device=device)
+    _all_gather(hosts, mine, group=ep_group)
+    width = even_runs(hosts.tolist())
+    bounds = torch.tensor([width, -width], device=device)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    largest, smallest = bounds.tolist()
+    return int(largest) if largest == -smallest else 1
+
+
+def even_runs(hosts: Sequence[int]) -> int:
+    """The length of the runs of equal numbers, if all have one length and no number has two runs; else 1."""
+    runs = [(host, len(list(same))) for host, same in itertools.groupby(hosts)]
+    lengths = {length for _, length in runs}
+    return lengths.pop() if len(lengths) == 1 and len({host for host, _ in runs}) == len(runs) else 1
+
+
+def host_number() -> int:
+    """The same for processes of one host, also in different containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = boot.read_text() if boot.exists() else socket.gethostname()
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")

@@ -20,12 +20,14 @@ import torch.distributed as dist
 from moray.actors.data.token_set import Batch
 from moray.kernels.util.device import runtime
 from moray.models.balance import update_router_biases
+from moray.models.expert_parallel.exchange_check import CorruptExchange
 from moray.models.expert_parallel.interleave import interleave
 from moray.models.loss import LossWeights, TrainingLoss
 from moray.pipelines.pretrain.lr_schedule import bias_speed, learning_rate, prediction_weight
 from moray.pipelines.pretrain.worker import Worker
 
 _IGNORED = -100
+_NAMED = 8  # exchanges in an error
 
 Routes = Sequence[Sequence[torch.Tensor]]  # by micro-batch and router: the chosen experts
 
@@ -80,12 +82,12 @@ def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = Non
     """Loss and gradient of this rank's part of the global batch, summed over ranks; the gradient is clipped.
 
     `routes` overrides the routers' choice of experts. `flag` signals a condition of this rank to all ranks at the same
-    step.
+    step. Raises CorruptExchange on all ranks if one received other tokens than were sent to it.
     """
     config = worker.job.config
     mtp = prediction_weight(config.schedule, worker.tokens_before(step), worker.total_tokens)
     weights = LossWeights(mtp, config.balance_factor)
-    totals = torch.zeros(5, dtype=torch.float64, device=worker.device)
+    totals = torch.zeros(6, dtype=torch.float64, device=worker.device)
     totals[4] = flag
     for terms, last in _losses(worker, batch, step, routes, weights):
         worker.optimizer.backward(weights.of(terms), last)
@@ -93,13 +95,28 @@ def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = Non
             worker.deferred.finish()
         sums = (terms.main, terms.mtp, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
+    if worker.check is not None:
+        totals[5] = worker.check.total()
     _sum_over_ranks(worker, totals)
-    main, prediction, balance, count, flags = totals.tolist()
+    main, prediction, balance, count, flags, corrupt = totals.tolist()
+    if corrupt:
+        raise CorruptExchange(_corrupt(worker, step))
     worker.optimizer.reduce(totals[3].clamp(min=1).to(torch.float32))
     norm = worker.optimizer.clip(config.optimizer.clip).item()
     layers = max(1, len(worker.job.model.moe_layers))
     tokens = max(1.0, count)
     return Measured(main / tokens, prediction / tokens, balance / (tokens * layers), norm, int(flags), int(count))
+
+
+def _corrupt(worker: Worker, step: int) -> str:
+    """Which ranks received other rows than were sent, and in which layers. All ranks must call this."""
+    assert worker.check is not None
+    everyone: list[Any] = [None] * worker.mesh.world
+    dist.all_gather_object(everyone, list(worker.check.found())[:_NAMED], worker.mesh.io_group)
+    found = [(layer, sender, rank) for rank, pairs in enumerate(everyone) for layer, sender in pairs]
+    texts = [f"rank {rank} from rank {sender} in layer {layer}" for layer, sender, rank in sorted(found)[:_NAMED]]
+    more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"step {step}: tokens arrived with other expert ids than were sent: {'; '.join(texts)}{more}"
 
 
 def take(worker: Worker, step: int, measured: Measured) -> tuple[dict[str, float], torch.Tensor]:

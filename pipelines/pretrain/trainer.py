@@ -79,7 +79,7 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: str, topol
     return Trainer(
         train_steps,
         train_loop_config=settings,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
         scaling_config=scaling(
             num_workers=(least, workers) if least else workers,
             use_gpu=gpu,

@@ -12,10 +12,14 @@ import torch
 
 from moray.actors.data.batch_plan import BatchPlan
 from moray.kernels.util.deferred import DeferredGradients
+from moray.kernels.util.device import runtime
+from moray.models.expert_parallel.all_to_all import AllToAll
 from moray.models.expert_parallel.deepep import DeepEPDispatcher, elastic_buffer
 from moray.models.expert_parallel.dispatcher import LocalDispatcher, ProcessGroupDispatcher
+from moray.models.expert_parallel.exchange_check import ExchangeCheck
 from moray.models.expert_parallel.shared_memory import connect
 from moray.models.expert_parallel.stages import Dispatcher
+from moray.models.expert_parallel.two_hop import Nodes
 from moray.models.model import DeepseekV3
 from moray.pipelines.pretrain.checkpoint.archive import Archive
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
@@ -40,6 +44,7 @@ class Worker:
     state: TrainingState
     checkpoints: Checkpoints
     deferred: DeferredGradients | None = None  # weight gradients, computed while the rank waits for communication
+    check: ExchangeCheck | None = None  # of what the ranks send each other
     step: int = 0  # the current step
     busy: str = ""  # a long operation outside of steps, such as saving
 
@@ -102,7 +107,8 @@ def assemble(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     # Not with DeepSpeed's ZeRO 2, which reduces gradients during the backward.
     hooked = config.optimizer.offload and config.parallel.zero_stage == 2
     deferred = DeferredGradients() if overlaps(job, mesh) and not hooked else None
-    model = _model(job, mesh, device, deferred)
+    dispatcher = _dispatcher(job, mesh, device, deferred)
+    model = _model(job, mesh, device, dispatcher, deferred)
     optimizer = sharded_optimizer(model, mesh, config, device, deferred)
     if optimizer.takes_gradients_in_place:
         model.add_gradients_in_place()
@@ -113,7 +119,9 @@ def assemble(job: TrainingJob, mesh: Mesh, device: torch.device) -> Worker:
     if config.checkpoint.archive and isinstance(folder, Path):
         archive = Archive(config.checkpoint.archive, folder.name, folder / "checkpoints", (mesh.rank, mesh.world))
     keep = (config.checkpoint.keep, config.checkpoint.keep_hours)
-    return Worker(job, mesh, device, state, Checkpoints(folder / "checkpoints", mesh, *keep, archive), deferred)
+    checkpoints = Checkpoints(folder / "checkpoints", mesh, *keep, archive)
+    check = dispatcher.check if isinstance(dispatcher, ProcessGroupDispatcher) else None
+    return Worker(job, mesh, device, state, checkpoints, deferred, check)
 
 
 def initialize(worker: Worker) -> None:
@@ -138,12 +146,22 @@ def _dispatcher(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: De
         sequences = config.micro_batch_sequences or -(-largest // mesh.world)
         buffer = elastic_buffer(group, job.model, sequences * job.sequence_length, job.config.precision == "fp8")
         return DeepEPDispatcher(group, experts, buffer, mesh.clock.over, deferred)
-    memory = connect(group) if config.shared_memory and device.type == "cpu" else None
-    return ProcessGroupDispatcher(group, experts, mesh.clock.over, deferred, memory)
+    shares = config.shared_memory and device.type == "cpu"
+    if mesh.node_groups is None:
+        return ProcessGroupDispatcher(group, experts, mesh.clock.over, deferred, connect(group) if shares else None)
+    between, within = mesh.node_groups
+    memory = connect(within) if shares else None
+    nodes = Nodes(AllToAll(between), AllToAll(within, memory=memory), runtime(device).queue())
+    return ProcessGroupDispatcher(group, experts, mesh.clock.over, deferred, nodes=nodes)
 
 
-def _model(job: TrainingJob, mesh: Mesh, device: torch.device, deferred: DeferredGradients | None) -> DeepseekV3:
-    dispatcher = _dispatcher(job, mesh, device, deferred)
+def _model(
+    job: TrainingJob,
+    mesh: Mesh,
+    device: torch.device,
+    dispatcher: Dispatcher,
+    deferred: DeferredGradients | None,
+) -> DeepseekV3:
     with torch.device("meta"):  # the optimizer allocates the weights
         model = DeepseekV3(job.model, mesh.experts(job.model.n_routed_experts), dispatcher)
     model.allocate_buffers(device)

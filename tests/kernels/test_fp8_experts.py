@@ -44,8 +44,8 @@ def _off(found, expected):
 
 
 # Intermediate results are FP32 here and float64 there, so a number on the edge between two E4M3 numbers may fall to the
-# other side; a wrong tile, scale or row would be off by more than FP8's own 2 %.
-EDGES = 3e-3
+# other side: with few rows, one such number is 0.4 %. A wrong tile, scale or row would be off by more than FP8's 2 %.
+EDGES = 1e-2
 
 
 @given(

@@ -24,7 +24,9 @@ from moray.pipelines.pretrain.train_step import measure, take
 from moray.pipelines.pretrain.worker import assemble
 
 # Where the host reads the rows of experts: between ranks, and of the loop over local experts, in FP32.
-_EXCHANGED, _LOOP = "models/expert_parallel/exchange.py:wait", ("experts_reference", "experts_deferred")
+_EXCHANGED, _LOOP = "models/expert_parallel/count_exchange.py:wait", ("experts_reference", "experts_deferred")
+_SUMS = "pipelines/pretrain/train_step.py:measure"
+_NODE_RANKS = 8  # GPUs of a host, if `parallel.node_ranks` does not say
 _DEVICE = torch.device("meta")
 
 
@@ -47,10 +49,12 @@ def step_memory(job: TrainingJob, world: int, imbalance: float = 1.0) -> StepMem
     enough = 4 if parallel.overlap and ep > 1 else 2
     some = {"batch_sequences": world * min(sequences, enough * micro), "batch_ramp": None}
     job = dataclasses.replace(job, config=job.config.model_copy(update=some))
-    counts = row_counts(job.model, ep, micro * job.sequence_length, imbalance)
-    meter = MemoryMeter(_answers(counts, ep))
+    width = parallel.node_ranks or _NODE_RANKS
+    width = width if ep % width == 0 and ep > width else 1
+    counts, pairs_L = row_counts(job.model, ep, width, micro * job.sequence_length, imbalance)
+    meter = MemoryMeter(_answers(counts, pairs_L))
     with unsent_group(0, world), metered(meter):
-        mesh = unsent_mesh(0, world, ep, dense_ranks(world, parallel.shard_ranks))
+        mesh = unsent_mesh(0, world, ep, dense_ranks(world, parallel.shard_ranks), width)
         worker = assemble(job, mesh, _DEVICE)
         worker.optimizer.refresh_weights()
         meter.reads.clear()
@@ -61,11 +65,11 @@ def step_memory(job: TrainingJob, world: int, imbalance: float = 1.0) -> StepMem
     return StepMemory(meter.device, meter.host, reads)
 
 
-def _answers(counts: torch.Tensor, ep: int) -> dict[str, Answer]:
-    """What the host reads there. counts: of `row_counts`."""
-    pairs_L = counts[0, 0, :-1] if ep == 1 else counts[1, :, :-1].sum(0)
+def _answers(counts: torch.Tensor, pairs_L: torch.Tensor) -> dict[str, Answer]:
+    """What the host reads there, both of `row_counts`."""
     loops = {f"kernels/experts.py:{function}": lambda _: pairs_L for function in _LOOP}
-    return {_EXCHANGED: lambda _: counts, **loops}
+    intact = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.float64)  # the step's sums; the last counts corrupt rows
+    return {_EXCHANGED: lambda _: counts, _SUMS: lambda _: intact, **loops}
 
 
 def _batch(job: TrainingJob, first: int, last: int) -> Batch:

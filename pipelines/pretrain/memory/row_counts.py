@@ -6,19 +6,24 @@ Shapes: P ranks, L experts of a rank, E experts, T tokens, K slots.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from moray.kernels.router import route_reference
 from moray.models.config import ModelConfig
+from moray.models.expert_parallel.count_exchange import check_sum
 from moray.models.expert_parallel.send_plan import SendPlan
 
 _SAMPLE = 4096  # tokens that are routed
 
 
-def row_counts(config: ModelConfig, ranks: int, tokens: int, imbalance: float) -> torch.Tensor:
-    """What a rank learns from the exchange of counts (`models/expert_parallel/exchange.py`): int64 [2, P, L + 1], sent
-    and received, pairs by expert and rows.
+def row_counts(
+    config: ModelConfig, ranks: int, node_ranks: int, tokens: int, imbalance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank learns from the exchange of counts: int64 [2, P, X], sent and received, in the columns of
+    `models/expert_parallel/routes.py`, or of `two_hop.py` if nodes have more than one rank; and the pairs of each local
+    expert, int64 [L].
 
     Every rank has `tokens` tokens. This rank's experts receive `imbalance` times the mean.
     """
@@ -34,10 +39,26 @@ def row_counts(config: ModelConfig, ranks: int, tokens: int, imbalance: float) -
         scale=config.routed_scaling_factor,
     )
     local = config.n_routed_experts // ranks
-    rows_P = SendPlan.of(ids_TK, ranks, local).send_counts()
-    sent = torch.cat((counts_E.view(ranks, local), rows_P.unsqueeze(1)), dim=1) * tokens // sampled
-    rows = math.ceil(rows_P.double().mean().item() / sampled * tokens * imbalance)
+    plan = SendPlan.of(ids_TK, ranks, local)
     pairs = math.ceil(config.num_experts_per_tok / config.n_routed_experts * tokens * imbalance)
-    received = torch.full_like(sent, pairs)
-    received[:, -1] = min(rows, tokens)
-    return torch.stack((sent, received))
+    # Sums of expert ids are compared on the device, where they have no values here.
+    sent = [counts_E.view(ranks, local) * tokens // sampled, torch.zeros(ranks, 1, dtype=torch.int64)]
+    received = [torch.full((ranks, local), pairs), sent[1]]
+    for rows_PX in _rows(plan, node_ranks):
+        sent.append(rows_PX * tokens // sampled)
+        mean = rows_PX.double().mean().item() / sampled * tokens
+        received.append(torch.full_like(rows_PX, min(math.ceil(mean * imbalance), tokens)))
+    both = torch.stack((torch.cat(sent, dim=1), torch.cat(received, dim=1)))
+    return torch.cat((both, check_sum(both)), dim=2), both[1, :, :local].sum(0)
+
+
+def _rows(plan: SendPlan, node_ranks: int) -> Iterator[torch.Tensor]:
+    """The columns that count sampled rows."""
+    rows_P1 = plan.send_counts().unsqueeze(1)
+    if node_ranks == 1:
+        yield rows_P1
+        return
+    nodes_P1 = plan.grouped(node_ranks).send_counts().repeat_interleave(node_ranks).unsqueeze(1)
+    yield nodes_P1
+    yield torch.zeros_like(nodes_P1)
+    yield rows_P1.view(-1, node_ranks).repeat_interleave(node_ranks, 0)

@@ -8,7 +8,7 @@ the sizes. `tests/pipelines/pretrain/memory/test_kernels.py` compares these with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from moray.kernels.util import device
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
-from moray.pipelines.pretrain.mesh import Mesh
+from moray.pipelines.pretrain.mesh import Mesh, grid
 
 _BACKEND = "unsent"  # of torch.distributed
 
@@ -37,8 +37,28 @@ class _Event:
         return 0.0
 
 
+class _Done:
+    def __init__(self, out: torch.Tensor) -> None:
+        self._out = out
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> torch.Tensor:
+        return self._out
+
+
+class _Queue:
+    def start(self, work: Callable[[], torch.Tensor]) -> device.StartedWork:
+        with torch.no_grad():
+            return _Done(work())
+
+
 class _Runtime:
     """Implements `kernels.util.device.Runtime`."""
+
+    def queue(self) -> device.WorkQueue:
+        return _Queue()
 
     def __init__(self, meter: MemoryMeter) -> None:
         self._meter = meter
@@ -97,16 +117,17 @@ def unsent_group(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def unsent_mesh(rank: int, world: int, ep: int, dense: int) -> Mesh:
-    """The mesh of one rank in `unsent_group`."""
+def unsent_mesh(rank: int, world: int, ep: int, dense: int, node_ranks: int) -> Mesh:
+    """The mesh of one rank in `unsent_group`. node_ranks: 1 for dispatch in one hop."""
     ep_group, edp_group = _row_and_column(rank, world, ep)
     groups = _row_and_column(rank, world, dense) if 1 < dense < world else None
-    return Mesh(rank, world, ep, ep_group, edp_group, dense=dense, dense_groups=groups)
+    nodes = None
+    if 1 < node_ranks < ep:
+        within, between = _row_and_column(rank, ep, node_ranks)
+        nodes = between, within
+    return Mesh(rank, world, ep, ep_group, edp_group, dense=dense, dense_groups=groups, node_groups=nodes)
 
 
-def _row_and_column(rank: int, world: int, width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    first = rank - rank % width
-    row, column = (
-        dist.new_group(list(ranks)) for ranks in (range(first, first + width), range(rank % width, world, width))
-    )
+def _row_and_column(rank: int, ranks: int, width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    row, column = (dist.new_group(list(line)) for line in grid(rank, ranks, width))
     return row, column

@@ -174,8 +174,8 @@ def _deepspeed_optimizer(inner: Any, groups: list[FlatGroup], mesh: Mesh, config
         verbose=False,
         reduce_bucket_size=min(_BUCKET, max(group.numel for group in groups)),
         dp_process_group=dist.group.WORLD,
-        expert_parallel_group={name: mesh.ep_group for name in experts},
-        expert_data_parallel_group={name: mesh.edp_group for name in experts},
+        expert_parallel_group={name: mesh.ep_group or _alone(mesh) for name in experts},
+        expert_data_parallel_group={name: mesh.edp_group or _alone(mesh) for name in experts},
         offload_optimizer_config=offload if config.optimizer.offload else None,
         communication_data_type=torch.float32,
         gradient_accumulation_dtype=torch.float32,
@@ -183,3 +183,10 @@ def _deepspeed_optimizer(inner: Any, groups: list[FlatGroup], mesh: Mesh, config
         partition_grads=config.parallel.zero_stage == 2,
         has_moe_layers=bool(experts),
     )
+
+
+def _alone(mesh: Mesh) -> dist.ProcessGroup:
+    """A group of this rank."""
+    group = dist.new_group([mesh.rank], use_local_synchronization=True)
+    assert group is not None
+    return group

@@ -31,7 +31,7 @@ class RecordingDispatcher:
     def __init__(self, log):
         self._inner, self._log = LocalDispatcher(), log
 
-    def dispatch(self, rows_TD, routing, fp8=False):
+    def dispatch(self, rows_TD, routing, fp8=False, layer=0):
         handle = self._inner.dispatch(rows_TD, routing, fp8)
         start, finish = handle.start, handle.finish
 

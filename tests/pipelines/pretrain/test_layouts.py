@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.pipelines.pretrain.training_ranks import MODEL, Arrays, Trace, failing_step, logical, refused, train
+from tests.pipelines.pretrain.training_ranks import (
+    MODEL,
+    Arrays,
+    Trace,
+    corrupted_step,
+    failing_step,
+    logical,
+    refused,
+    train,
+)
 from tests.ranks import RankPool
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]  # (EP, EDP)
@@ -67,6 +76,7 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
         (2, 2, {"zero_stage": 3, "micro_batch_sequences": 1}),
         (2, 2, {"zero_stage": 3, "shard_ranks": 2, "expert_zero_stage": 2, "micro_batch_sequences": 1}),
         (4, 1, {"zero_stage": 1}),
+        (4, 1, {"zero_stage": 3, "node_ranks": 2, "micro_batch_sequences": 1}),
         (1, 4, {"zero_stage": 2, "micro_batch_sequences": 1}),
     ],
 )
@@ -233,3 +243,16 @@ def test_offload_refuses_float64(ranks: RankPool) -> None:
     """DeepSpeed would silently use float32 masters."""
     said = ranks.run(1, refused, {"precision": "float64", "zero_stage": 1, "offload": True})
     assert "ZeRO requires float32 weights" in said[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"node_ranks": 2}])
+def test_tokens_that_arrive_shifted_stop_the_step_and_are_named(ranks: RankPool, settings: dict[str, Any]) -> None:
+    """NCCL has delivered token ids shifted by bytes, and only a check of the ids stopped the run."""
+    found = ranks.run(4, corrupted_step, 2, {"expert_parallel": 4, "shared_memory": False, "overlap": False} | settings)
+    texts = {text for text, _ in found}
+    assert len(texts) == 1, "every rank knows"
+    (text,) = texts
+    assert text.startswith("step 0: tokens arrived with other expert ids than were sent: rank 1 from rank "), text
+    assert "in layer 2" in text
+    assert "in layer 1" not in text
+    assert all(unchanged for _, unchanged in found)

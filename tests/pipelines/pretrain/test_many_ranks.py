@@ -20,7 +20,7 @@ EXACT = {"precision": "float64", "experts": EXPERTS}
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(16, tmp_path_factory.mktemp("ranks"))
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
 
@@ -37,6 +37,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
         (8, 2, {"zero_stage": 3, "recompute": "layer", "batch_sequences": 20, "micro_batch_sequences": 1}),
         (4, 4, {"zero_stage": 3, "shard_ranks": 4, "expert_zero_stage": 1}),
         (1, 16, {"zero_stage": 3}),
+        (8, 2, {"zero_stage": 3, "node_ranks": 4, "micro_batch_sequences": 1}),
+        (16, 1, {"zero_stage": 3, "node_ranks": 4, "recompute": "layer"}),
     ],
 )
 def test_losses_and_weights_do_not_depend_on_the_layout(

@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 import torch.distributed as dist
 
 from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
+from moray.models.expert_parallel.all_to_all import _PendingCollective
+from moray.models.expert_parallel.exchange_check import CorruptExchange
+from moray.models.moe import MoE
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
@@ -86,7 +90,7 @@ def toy_worker(folder: str, experts: int = MODEL.n_routed_experts, **settings: A
     device = torch.device("cpu")
     parallel = config.parallel
     dense = dense_ranks(dist.get_world_size(), parallel.shard_ranks)
-    return build(job, Mesh.create(parallel.expert_parallel, device, dense), device)
+    return build(job, Mesh.create(parallel.expert_parallel, device, dense, parallel.node_ranks), device)
 
 
 def global_batch(step: int) -> Batch:
@@ -167,6 +171,35 @@ def failing_step(settings: dict[str, Any]) -> tuple[str, bool]:
     except FloatingPointError as error:
         after = held(worker)
         return str(error), all(np.array_equal(before[key], after[key]) for key in before)
+    return "", False
+
+
+def corrupted_step(layer: int, settings: dict[str, Any]) -> tuple[str, bool]:
+    """What a step says if rank 1 receives the tokens of one layer shifted by a byte, and whether all weights are as
+    they were."""
+    worker = toy_worker("unused", **settings)
+    before = held(worker)
+    wait, now = _PendingCollective.wait, [-1]
+    dispatch = MoE.dispatch
+
+    def entered(moe: MoE, *arguments: Any) -> Any:
+        now[0] = moe.index
+        return dispatch(moe, *arguments)
+
+    def shifted(pending: _PendingCollective) -> torch.Tensor:
+        rows = wait(pending)
+        if rows.dtype == torch.uint8 and now[0] == layer and dist.get_rank() == 1:
+            rows.view(-1)[1:] = rows.flatten()[:-1].clone()
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoE, "dispatch", entered)
+        patch.setattr(_PendingCollective, "wait", shifted)
+        try:
+            list(steps(worker, 0, 1))
+        except CorruptExchange as error:
+            after = held(worker)
+            return str(error), all(np.array_equal(before[key], after[key]) for key in before)
     return "", False
 
 

@@ -84,14 +84,32 @@ def allocated(profiled: Any) -> int:
 @contextmanager
 def gpu_code() -> Iterator[None]:
     """Kernels are Triton's; a wait for a transfer computes all deferred gradients, as a GPU's host does, which runs
-    ahead; and sharded weights are exchanged without copies, which gloo makes and NCCL does not. A kernel's interpreter
-    leaves cycles of objects that hold its tensors; they are collected at once, since a GPU has none."""
-    environment, fill, launch = dict(os.environ), DeferredGradients.fill, GridExecutor.__call__
+    ahead; and sharded weights are exchanged without copies, which gloo makes and NCCL does not."""
+    environment, fill = dict(os.environ), DeferredGradients.fill
     exchanges = unit._all_gather, unit._reduce_scatter
     os.environ["MORAY_KERNELS"] = "triton"
 
     def fill_all(self: DeferredGradients, done: Callable[[], bool]) -> None:
         fill(self, done if done.__name__ == "<lambda>" else lambda: False)
+
+    DeferredGradients.fill = fill_all  # type: ignore[method-assign]
+    if dist.is_initialized():
+        unit._all_gather, unit._reduce_scatter = gathered, reduced_and_scattered
+    try:
+        with collected_launches():
+            yield
+    finally:
+        DeferredGradients.fill = fill  # type: ignore[method-assign]
+        unit._all_gather, unit._reduce_scatter = exchanges
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextmanager
+def collected_launches() -> Iterator[None]:
+    """A kernel's interpreter leaves cycles of objects that hold its tensors. They are collected at once, since a GPU has
+    none."""
+    launch = GridExecutor.__call__
 
     def launch_and_collect(self: Any, *arguments: Any, **options: Any) -> None:
         launch(self, *arguments, **options)
@@ -100,18 +118,11 @@ def gpu_code() -> Iterator[None]:
     gc.collect()
     gc.disable()
     GridExecutor.__call__ = launch_and_collect
-    DeferredGradients.fill = fill_all  # type: ignore[method-assign]
-    if dist.is_initialized():
-        unit._all_gather, unit._reduce_scatter = gathered, reduced_and_scattered
     try:
         yield
     finally:
-        DeferredGradients.fill = fill  # type: ignore[method-assign]
         GridExecutor.__call__ = launch
         gc.enable()
-        unit._all_gather, unit._reduce_scatter = exchanges
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 class Done:

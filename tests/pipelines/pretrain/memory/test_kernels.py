@@ -6,8 +6,7 @@ The real ones run in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from moray.kernels.wire import pack_rows, unpack_rows
 from moray.pipelines.pretrain.memory import meter
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
 from moray.pipelines.pretrain.memory.stand_ins import no_launches
+from tests.pipelines.pretrain.memory.real_steps import collected_launches
 
 Make = Callable[..., Tensor]
 BF16 = torch.bfloat16
@@ -102,20 +102,10 @@ def _slots(make: Make) -> list[Tensor]:
     return [sum_slots(x.detach(), places)]
 
 
-@pytest.fixture
-def prompt_collection() -> Iterator[None]:
-    """Triton's interpreter leaves its arguments in reference cycles, which hold them until a collection."""
-    before = gc.get_threshold()
-    gc.set_threshold(1)
-    yield
-    gc.set_threshold(*before)
-
-
 def _with_gradients(out: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
-@pytest.mark.usefixtures("prompt_collection")
 @pytest.mark.parametrize(
     "case",
     [_linear, _experts, _attention, _norm, _rope, _route, _cross_entropy, _adamw, _wire, _quantized, _slots],
@@ -128,7 +118,7 @@ def test_launched_or_not_a_kernel_allocates_the_same(case: Any, monkeypatch: pyt
     def make(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
         return torch.ones(shape, dtype=dtype, device=device).requires_grad_()
 
-    with MemoryMeter() as real:
+    with collected_launches(), MemoryMeter() as real:
         launched = case(make)
     with no_launches(), MemoryMeter() as planned:
         not_launched = case(lambda *shape, **options: make(*shape, **options, device="meta"))

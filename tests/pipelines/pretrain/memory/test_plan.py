@@ -37,7 +37,7 @@ def test_the_host_waits_for_the_device_at_these_places_only() -> None:
     layers, batches = 2 + 1, 4  # with MTP
     found = step_memory(job_of(), 512).reads
     assert {(read.where, read.what): count for read, count in found.items()} == {
-        ("models/expert_parallel/exchange.py:wait", "copies a tensor to the host"): layers * batches,
+        ("models/expert_parallel/count_exchange.py:wait", "copies a tensor to the host"): layers * batches,
         ("pipelines/pretrain/train_step.py:measure", "copies a tensor to the host"): 1,  # the sums of the losses
         ("pipelines/pretrain/train_step.py:measure", "reads a number"): 1,  # the norm of the gradient
         ("pipelines/pretrain/train_step.py:take", "reads a number"): 1,  # the worst overload

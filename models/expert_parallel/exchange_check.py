@@ -1,0 +1,50 @@
+"""Checks that ranks receive what was sent to them.
+
+A transport that delivers wrong bytes raises no error: NCCL has delivered token ids shifted by bytes. So before its rows
+a rank sends the sum of their expert ids, and the receiver compares. The result stays on the device, where a training
+step adds it to its loss; so a check costs a few small kernels and no synchronization.
+
+Shapes: P senders, A received rows, K slots.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class CorruptExchange(RuntimeError):
+    """Ranks received other rows, or other counts, than were sent."""
+
+
+class ExchangeCheck:
+    """Counts the exchanges that delivered something else, by layer and sender."""
+
+    def __init__(self) -> None:
+        self._wrong: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # (layer, ranks that sent) -> [P]
+        self._total: Tensor | None = None
+
+    def compare(self, layer: int, senders: tuple[int, ...], sums_P: Tensor, rows_P: Tensor, ids_AK: Tensor) -> None:
+        """Compares the sums of ids that rank `senders[p]` announced with those of its rows_P[p] rows of ids_AK, which
+        are in the order of senders."""
+        totals_A1 = torch.zeros(len(ids_AK) + 1, dtype=torch.int64, device=ids_AK.device)
+        torch.cumsum(ids_AK.sum(1), 0, out=totals_A1[1:])
+        ends_P = rows_P.cumsum(0)
+        wrong_P = (totals_A1[ends_P] - totals_A1[ends_P - rows_P] != sums_P).long()
+        place = (layer, senders)
+        if self._total is None:
+            self._total = torch.zeros((), dtype=torch.int64, device=ids_AK.device)
+        self._total += wrong_P.sum()
+        self._wrong[place] = self._wrong[place] + wrong_P if place in self._wrong else wrong_P
+
+    def total(self) -> Tensor | int:
+        """How many comparisons failed since `clear`, on the device."""
+        return 0 if self._total is None else self._total
+
+    def found(self) -> Iterator[tuple[int, int]]:
+        """(layer, rank that sent) of comparisons that failed."""
+        for (layer, senders), wrong_P in sorted(self._wrong.items(), key=lambda item: item[0]):
+            yield from ((layer, senders[at]) for at in wrong_P.nonzero().flatten().tolist())
+
+    def clear(self) -> None:
+        self._wrong, self._total = {}, None
