@@ -107,7 +107,7 @@ def gpu_code() -> Iterator[None]:
 
 @contextmanager
 def collected_launches() -> Iterator[None]:
-    """A kernel's interpreter leaves cycles of objects that hold its tensors. They are collected at once, since a GPU has
+    """A kernel's interpreter leaves cycles of objects that hold its tensors. They are collected at once: a GPU has
     none."""
     launch = GridExecutor.__call__
 
