@@ -72,7 +72,7 @@ def worker_of(model: ModelConfig, length: int, steps: int, form: str) -> Worker:
 def train(name: str, worker: Worker, data: DataWorker, steps: int) -> np.ndarray[Any, Any]:
     losses, began = [], time.monotonic()
     for step in range(steps):
-        figures, _ = train_step(worker, data.batch(step, 0, BATCH), step)
+        figures, _ = train_step(worker, data.batch(step, 0, BATCH).unpacked(), step)
         losses.append(figures["train_loss"])
         if step % 50 == 49:
             pace = (time.monotonic() - began) / (step + 1)

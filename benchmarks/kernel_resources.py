@@ -1,4 +1,4 @@
-"""Registers and shared memory of every Triton kernel, compiled for an H100 (`sm_90`) on a machine without one.
+"""Registers, shared memory and machine instructions of every Triton kernel, compiled for an H100 (`sm_90`) without one.
 
 Usage: python benchmarks/kernel_resources.py
 """
@@ -28,11 +28,22 @@ def main() -> int:
         )
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     rows: list[dict[str, Any]] = [
-        {"kernel": one["specimen"], "registers": one["registers"], "shared_KiB": one["shared"] / 1024}
+        {
+            "kernel": one["specimen"],
+            "registers": one["registers"],
+            "shared_KiB": one["shared"] / 1024,
+            "instructions": one["machine"],
+        }
         for one in compiled
     ]
     bars = [
         Bar("registers spilled to memory, bytes, most", max(one["stack"] for one in compiled), 0, "lower"),
+        Bar(
+            "kernels whose products the assembler serializes",
+            sum(bool(one["serialized"]) for one in compiled),
+            0,
+            "lower",
+        ),
         Bar("shared memory, bytes, most", max(one["shared"] for one in compiled), SHARED_LIMIT, "lower"),
     ]
     return report("kernel_resources", rows, bars, ["moray.kernels." + path.stem for path in KERNELS])

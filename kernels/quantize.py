@@ -116,10 +116,13 @@ def quantize_both_reference(
 @triton.jit
 def tile_scales(largest, POWER_OF_TWO: tl.constexpr):
     """Scales of blocks, given the bits of their largest magnitudes; NaN for a block that is not finite."""
-    scales = tl.maximum(tl.math.div_rn(largest.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
     if POWER_OF_TWO:
-        bits = scales.to(tl.int32, bitcast=True)
-        scales = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        # 448 is 1.75 * 2^8. So the scale's exponent is that of the magnitude less 8, and one more if the mantissa is
+        # above 1.75, whose bits are 0x600000: adding 0x1FFFFF then carries into the exponent.
+        bits = ((largest + 0x1FFFFF) & 0x7F800000) - (8 << 23)
+        scales = tl.maximum(bits, 1 << 23).to(tl.float32, bitcast=True)
+    else:
+        scales = tl.maximum(tl.math.div_rn(largest.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
     return tl.where(largest < 0x7F800000, scales, float("nan"))
 
 
@@ -127,13 +130,12 @@ def tile_scales(largest, POWER_OF_TWO: tl.constexpr):
 def scaled_e4m3(x, scales, POWER_OF_TWO: tl.constexpr):
     """Divides x by its scales and converts it to FP8."""
     if POWER_OF_TWO:
-        # The inverse of a power of two is a power of two: exact, and an eighth of a division's instructions.
+        # The inverse of a power of two is a power of two: exact, and an eighth of a division's instructions. No product
+        # exceeds 448. A NaN belongs into the inverse, of which there is one per tile.
         inverse = (0x7F000000 - scales.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-        quotient = tl.where(scales == scales, x * inverse, float("nan"))
-    else:
-        quotient = tl.math.div_rn(x, scales)
-    limited = tl.where(quotient != quotient, quotient, tl.minimum(tl.maximum(quotient, -448.0), 448.0))
-    return to_e4m3(limited)
+        return to_e4m3(x * tl.where(scales == scales, inverse, float("nan")))
+    quotient = tl.math.div_rn(x, scales)  # of the largest number: possibly just above 448
+    return to_e4m3(tl.where(quotient != quotient, quotient, tl.minimum(tl.maximum(quotient, -448.0), 448.0)))
 
 
 @triton.jit

@@ -13,27 +13,26 @@ import numpy as np
 
 from moray.actors.data.batch_plan import BatchPlan
 from moray.actors.data.mixture import Mixture
-from moray.actors.data.token_set import Batch, open_token_sets
+from moray.actors.data.token_set import StoredSequences, open_token_sets
 
 
 class DataWorker:
     """Serves batches from the token sets under a folder or an `s3://` address. Runs as a Ray actor."""
 
     def __init__(self, address: str, weights: Mapping[str, float], seed: int, plan: BatchPlan) -> None:
-        self._sets = open_token_sets(address)
+        self._sets = open_token_sets(address, check=False)  # once for all workers, before they start
         self._mixture = Mixture({name: s.sequences for name, s in self._sets.items()}, weights, seed, plan)
 
-    def batch(self, step: int, start: int, stop: int) -> Batch:
+    def batch(self, step: int, start: int, stop: int) -> StoredSequences:
         """Slots [start, stop) of the global batch of `step`, in slot order."""
         sources, numbers = self._mixture.batch(step, start, stop)
-        length = next(iter(self._sets.values())).sequence_length
-        shape = (stop - start, length)
-        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int32), np.empty(shape, np.bool_))
+        first = next(iter(self._sets.values()))
+        vocabulary = first.vocabulary
+        ids = np.empty((stop - start, first.sequence_length), vocabulary.dtype)
         for source in np.unique(sources):
             rows = sources == source
-            part = self._sets[self._mixture.sources[source]].batch(numbers[rows].tolist())
-            batch.ids[rows], batch.documents[rows], batch.mask[rows] = part.ids, part.documents, part.mask
-        return batch
+            ids[rows] = self._sets[self._mixture.sources[source]].stored(numbers[rows].tolist())
+        return StoredSequences(ids, vocabulary.eos, vocabulary.pad)
 
 
 CALL_RETRIES = 20  # of one call, so that a call that kills the actor does not restart it indefinitely

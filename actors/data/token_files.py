@@ -1,4 +1,4 @@
-"""Access to a token set's files: memory-mapped in a folder, or by ranged requests in an S3 bucket.
+"""Access to a token set's files: reads at positions in a folder, or ranged requests in an S3 bucket.
 
 A batch reads sequences at random positions. Each costs a page on disk, or a request to S3; many requests run at once.
 Requests are retried after 5xx responses, broken connections and timeouts (`platform/store/bucket.py`).
@@ -6,10 +6,12 @@ Requests are retried after 5xx responses, broken connections and timeouts (`plat
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,8 @@ import numpy.typing as npt
 from moray.platform.store.paths import StorePath, local_file
 
 _CONCURRENT_REQUESTS = 32
+_OPEN = 256  # files
+_AHEAD = 32  # places that the system reads ahead
 _READ_TIMEOUT = 10.0  # seconds without data after which a request is retried
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,11 +43,11 @@ class TokenFiles(Protocol):
 
 
 class FolderFiles:
-    """Files under a folder."""
+    """Files under a folder. At most _OPEN of them are open: a corpus has hundreds of thousands."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._maps: dict[str, Bytes] = {}
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()  # the last used is last
 
     def __str__(self) -> str:
         return str(self._folder)
@@ -59,11 +63,26 @@ class FolderFiles:
 
     def rows(self, places: Sequence[tuple[str, int]], width: int) -> Bytes:
         rows = np.empty((len(places), width), np.uint8)
-        for row, (path, number) in zip(rows, places, strict=True):
-            if path not in self._maps:
-                self._maps[path] = np.memmap(self._folder / path, np.uint8, "r")
-            row[:] = self._maps[path][number * width : (number + 1) * width]
+        for path, number in places[:_AHEAD]:
+            self._announce(path, number * width, width)
+        for at, (row, (path, number)) in enumerate(zip(rows, places, strict=True)):
+            for path_ahead, number_ahead in places[at + _AHEAD : at + _AHEAD + 1]:
+                self._announce(path_ahead, number_ahead * width, width)
+            if os.preadv(self._file(path).fileno(), [row.data], number * width) != width:
+                raise ValueError(f"{self._folder / path} ends before its index says")
         return rows
+
+    def _announce(self, path: str, begin: int, size: int) -> None:
+        """Makes the system read ahead, so that slow storage reads many places at once."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file(path).fileno(), begin, size, os.POSIX_FADV_WILLNEED)
+
+    def _file(self, path: str) -> BinaryIO:
+        file = self._open.pop(path, None) or (self._folder / path).open("rb", buffering=0)
+        self._open[path] = file
+        if len(self._open) > _OPEN:
+            self._open.popitem(last=False)[1].close()
+        return file
 
 
 class BucketFiles:

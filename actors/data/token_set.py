@@ -65,6 +65,23 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class StoredSequences:
+    """Packed sequences as they are stored and sent to ranks: ids [n, sequence_length], uint16 or uint32."""
+
+    ids: npt.NDArray[np.unsignedinteger]
+    eos: int
+    pad: int
+
+    def unpacked(self) -> Batch:
+        """Documents and padding follow from the tokens, so they are not sent."""
+        ids = self.ids.astype(np.int64)
+        mask = np.logical_or.accumulate(ids[:, ::-1] != self.pad, axis=1)[:, ::-1]
+        ends = (ids == self.eos).astype(np.int32)
+        documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # number of documents that ended before
+        return Batch(ids, documents, mask)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Packed sequences; all arrays [n, sequence_length].
 
@@ -112,8 +129,9 @@ def write_index(folder: Path, shards: Sequence[Shard], sequence_length: int, voc
 class TokenSet:
     """One source's token set. Sequences are numbered over all shards. Only requested parts of the files are read."""
 
-    def __init__(self, files: TokenFiles, source: str) -> None:
-        """Raises ValueError if a file's size does not match the index, or if an id is outside the vocabulary."""
+    def __init__(self, files: TokenFiles, source: str, check: bool = True) -> None:
+        """Raises ValueError if an id is outside the vocabulary, and with `check`, if a file's size does not match the
+        index. Many readers of one folder need not all ask for the sizes of hundreds of thousands of files."""
         index = json.loads(files.read(f"{source}/index.json"))
         if index["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
@@ -128,7 +146,7 @@ class TokenSet:
         self._ends = np.cumsum([shard.sequences for shard in self.shards], dtype=np.int64)
         for shard in self.shards:
             path, expected = self._tokens(shard), shard.sequences * self._width
-            if (found := files.size(path)) != expected:
+            if check and (found := files.size(path)) != expected:
                 raise ValueError(f"{files}/{path} has {found} bytes; its index requires {expected}")
             if shard.largest >= self.vocabulary.size:
                 raise ValueError(f"{files}/{path}: {self._outside(shard.largest)}")
@@ -146,19 +164,20 @@ class TokenSet:
         return sum(shard.bytes for shard in self.shards)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The sequences with these numbers, in this order. Raises ValueError for an id outside the vocabulary, which
-        the index did not record."""
+        """The sequences with these numbers, in this order. Raises ValueError as `stored` does."""
+        return StoredSequences(self.stored(numbers), self.vocabulary.eos, self.vocabulary.pad).unpacked()
+
+    def stored(self, numbers: Sequence[int]) -> npt.NDArray[np.unsignedinteger]:
+        """The ids of the sequences with these numbers, in this order, in the vocabulary's dtype. Raises ValueError for
+        an id outside the vocabulary, which the index did not record."""
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         withins = [n - (int(self._ends[shard - 1]) if shard else 0) for n, shard in zip(numbers, shards, strict=True)]
         places = [(self._tokens(self.shards[shard]), n) for shard, n in zip(shards, withins, strict=True)]
-        ids = self._files.rows(places, self._width).view(self.vocabulary.dtype).astype(np.int64)
+        ids = self._files.rows(places, self._width).view(self.vocabulary.dtype)
         if (largest := ids.max(initial=0)) >= self.vocabulary.size:
             row = shards[int(ids.max(axis=1).argmax())]
             raise ValueError(f"{self._files}/{self._tokens(self.shards[row])}: {self._outside(largest)}")
-        mask = np.logical_or.accumulate(ids[:, ::-1] != self.vocabulary.pad, axis=1)[:, ::-1]
-        ends = (ids == self.vocabulary.eos).astype(np.int32)
-        documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # number of documents that ended before
-        return Batch(ids, documents, mask)
+        return ids
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, npt.NDArray[np.int64], int]]:
         """(id, token ids with bos and eos, UTF-8 bytes) of every document of a shard, in the order of their first piece
@@ -197,13 +216,13 @@ class TokenSet:
         return f"{self.source}/tokens-{shard.number:05d}.bin"
 
 
-def open_token_sets(address: str) -> dict[str, TokenSet]:
-    """The token sets under a folder or an `s3://` address, by source.
+def open_token_sets(address: str, check: bool = True) -> dict[str, TokenSet]:
+    """The token sets under a folder or an `s3://` address, by source. check: the sizes of all files.
 
     Raises ValueError if there are none, or if their tokenizers or sequence lengths differ.
     """
     files = files_at(address)
-    sets = {source: TokenSet(files, source) for source in files.sources()}
+    sets = {source: TokenSet(files, source, check) for source in files.sources()}
     if not sets:
         raise ValueError(f"{address} contains no token set (*/index.json)")
     if len({(s.vocabulary, s.sequence_length) for s in sets.values()}) > 1:

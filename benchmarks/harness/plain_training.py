@@ -56,7 +56,7 @@ class Reader:
         return step, start, stop
 
     def receive(self, handle: Any) -> Batch:
-        return self._reader.batch(*handle)
+        return self._reader.batch(*handle).unpacked()
 
 
 def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:

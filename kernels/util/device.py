@@ -46,7 +46,12 @@ class WorkQueue(Protocol):
 
 
 class Runtime(Protocol):
-    """The runtime of one device."""
+    """The runtime of one device.
+
+    runs_ahead: whether the host issues work and does not wait for it.
+    """
+
+    runs_ahead: bool
 
     def queue(self) -> WorkQueue:
         """A new queue."""
@@ -102,6 +107,8 @@ class _ThreadQueue:
 
 
 class HostRuntime:
+    runs_ahead = False
+
     def queue(self) -> WorkQueue:
         return _ThreadQueue()
 
@@ -157,6 +164,8 @@ class _StreamQueue:
 
 
 class CudaRuntime:
+    runs_ahead = True
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 

@@ -53,6 +53,11 @@ class AllToAll:
     deferred: DeferredGradients | None = None
     memory: PeerMemory | None = None
 
+    def beside(self) -> "AllToAll":
+        """For transfers that are waited for on another stream: deferred gradients must not run there, and the wait is
+        not exposed communication."""
+        return AllToAll(self.group)
+
     def start(self, rows: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None) -> PendingRows:
         """Starts sending `send_counts[p]` rows to rank p and receiving `recv_counts[p]` from it. None means equal
         shares, which are small and always use a collective."""

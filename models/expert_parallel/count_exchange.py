@@ -33,8 +33,10 @@ class CountExchange:
     def __init__(self, all_to_all: AllToAll, counts_PX: Tensor, layer: int) -> None:
         """counts_PX: the numbers for each rank. layer: to be named in errors."""
         self._sent_PX = torch.cat((counts_PX, check_sum(counts_PX)), dim=1)
-        self._pending = all_to_all.start(self._sent_PX, None, None)
-        self._side = runtime(counts_PX.device).side_stream()
+        device = runtime(counts_PX.device)
+        small = all_to_all.beside() if device.runs_ahead else all_to_all
+        self._pending = small.start(self._sent_PX, None, None)
+        self._side = device.side_stream()
         self._group, self._layer = all_to_all.group, layer
 
     def wait(self) -> ExchangedCounts:

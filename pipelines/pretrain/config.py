@@ -167,6 +167,12 @@ class Parallel(StepConfig):
         False,
         description="keep the inputs of recomputed layers in the host's memory; requires recompute: layer or every",
     )
+    collect_every: int = operational(
+        50,
+        gt=0,
+        description="steps between garbage collections of Python, which all ranks run at the same steps; none waits "
+        "for another's",
+    )
     keep_fp8_transposes: bool = operational(
         True,
         description="fp8 training on GPUs: keep the transposed quantized weights from the first backward until the "

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from moray.actors.data.token_set import Batch
+from moray.actors.data.token_set import Batch, StoredSequences
 from moray.actors.rank_watch import Beat, Pulse
 from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.garbage import StepCollector, collected_by_steps
 from moray.pipelines.pretrain.layout import dense_ranks, usable_layout
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.report import Report, StartTimer
@@ -56,8 +57,8 @@ class Loaders:
     def receive(self, handle: Any) -> Batch:
         import ray
 
-        batch: Batch = ray.get(handle)
-        return batch
+        stored: StoredSequences = ray.get(handle)
+        return stored.unpacked()
 
 
 def train_steps(settings: dict[str, Any]) -> None:
@@ -119,8 +120,9 @@ def run_training(
     report.restored(restored)
     loop = Loop(worker, source, report, start, notice or NoPreemption())
     at = restored.steps
-    while at < worker.job.config.steps:
-        at = loop.advance(at)
+    with collected_by_steps(worker.job.config.parallel.collect_every) as garbage:
+        while at < worker.job.config.steps:
+            at = loop.advance(at, garbage)
     if not worker.state.guard.taken(at):
         raise ValueError(f"nothing was trained: none of the {at} batches has a token with a target")
     with worker.doing("writing a checkpoint"):
@@ -143,7 +145,7 @@ class Loop:
         self._preempted = False  # a machine will be preempted soon: save now
         self._anticipation = Anticipation(worker, self._batch_of)
 
-    def advance(self, first: int) -> int:
+    def advance(self, first: int, garbage: StepCollector) -> int:
         """Trains from step `first` to the last step. Returns the step to continue at, which is earlier after a
         rollback."""
         worker, checkpoints, steps = self._worker, self._worker.checkpoints, self._worker.job.config.steps
@@ -155,6 +157,7 @@ class Loop:
                 self._start.reached("first step")
                 self._report.started(self._start)
             done = step + 1
+            garbage.after(done)
             if self._preempted:
                 self._save_before_preemption(done)
             elif done == steps or done % worker.job.config.checkpoint.every == 0:

@@ -4,12 +4,15 @@ Triton includes NVIDIA's assembler, so everything except the launch runs on any 
 call kernels' public functions with small tensors that have the properties of real models' tensors: sizes are divisible
 by 16, rows are aligned. Instead of launching a kernel, this compiles it, with the specializations (alignment,
 constants, tensor descriptors) that follow from the call. Prints one JSON line per compiled kernel: registers, bytes of
-stack that a thread spills to, bytes of shared memory, and the tensor-core instructions.
+stack that a thread spills to, bytes of shared memory, the number of machine instructions, the tensor-core instructions,
+and the assembler's warnings that it serializes asynchronous products (C75xx), which makes them slow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -43,14 +46,19 @@ class Absent:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and shared memory as reported by NVIDIA's tool."""
+    """Registers, stack, shared memory and machine instructions as reported by NVIDIA's tools."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = _said("cuobjdump", "--dump-resource-usage", file.name)
+        code = _said("nvdisasm", "--print-code", file.name)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
-    return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"]}
+    machine = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE))
+    return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "machine": machine}
+
+
+def _said(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def compile_instead_of_launching() -> list[Any]:
@@ -78,18 +86,22 @@ def specimens() -> dict[str, Callable[[], object]]:
 
 def main(names: list[str]) -> None:
     compiled = compile_instead_of_launching()
+    triton.knobs.nvidia.dump_ptxas_log = True  # printed by each compilation
     for name, call in specimens().items():
         if names and name not in names:
             continue
         compiled.clear()
-        call()
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            call()
+        serialized = sorted(set(re.findall(r"C75\d\d", log.getvalue())))
         for kernel in dict.fromkeys(compiled):
             instructions = Counter(
                 re.findall(r"wgmma\.mma_async\.sync\.aligned[\w.]*|cp\.async\.bulk", kernel.asm["ptx"])
             )
             row = {"specimen": name, "kernel": kernel.name, **usage(kernel.asm["cubin"])}
             row["shared"] = max(row["shared"], kernel.metadata.shared)
-            print(json.dumps({**row, "warps": kernel.metadata.num_warps, "instructions": instructions}), flush=True)
+            row |= {"warps": kernel.metadata.num_warps, "instructions": instructions, "serialized": serialized}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,19 @@ def test_a_power_of_two_scale_is_kept_if_the_quotient_is_exactly_one():
     assert scales.item() == 0.25
 
 
+def test_a_power_of_two_scale_grows_where_the_mantissa_exceeds_that_of_448():
+    """All exponents, and all mantissas near 1.75. The scale itself is a power of two, computed without a division."""
+    mantissas = torch.cat((torch.arange(0x5FFFF8, 0x600009), torch.tensor([0, 1, 0x400000, 0x7FFFFF])))
+    bits = (torch.arange(0xFF)[:, None] << 23) | mantissas
+    x = bits.int().view(torch.float32).view(-1, 1)
+    expected = quantize_reference(x, (1, 128), True)
+    for found, one in zip(quantize_triton(x, (1, 128), True), expected, strict=True):
+        same_bits(found, one)
+    scaled = x.double() / expected[1].double()
+    assert scaled.max() <= E4M3_MAX
+    assert (scaled[expected[1] > 2.0**-126] > E4M3_MAX / 2).all()
+
+
 def test_scales_that_do_not_fit_are_named():
     fp8, scales = quantize(torch.zeros(3, 200), (1, 128))
     with pytest.raises(ValueError, match=r"scales have shape \(3, 2\), blocks of \(128, 128\) need \(1, 2\)"):

@@ -57,6 +57,8 @@ class _Queue:
 class _Runtime:
     """Implements `kernels.util.device.Runtime`."""
 
+    runs_ahead = True
+
     def queue(self) -> device.WorkQueue:
         return _Queue()
 

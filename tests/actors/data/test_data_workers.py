@@ -37,8 +37,8 @@ def test_a_data_worker_that_dies_is_replaced_without_a_lost_or_repeated_sequence
                 victim = loaders[step // 2 % 2]
                 os.kill(ray.get(victim.__ray_call__.remote(lambda worker: os.getpid())), signal.SIGKILL)
                 killed += 1
-            parts = ray.get(asked)
-            whole = here.batch(step, 0, PLAN.size(step))
+            parts = [part.unpacked() for part in ray.get(asked)]
+            whole = here.batch(step, 0, PLAN.size(step)).unpacked()
             np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
             np.testing.assert_array_equal(np.concatenate([part.documents for part in parts]), whole.documents)
         assert killed == 2

@@ -39,7 +39,7 @@ def uploaded(folder: Path, s3: Any) -> None:
 def assert_same_batches(folder: Path, address: str = ADDRESS) -> None:
     here, there = (DataWorker(where, {"a": 2.0, "b": 1.0}, 5, PLAN) for where in (str(folder), address))
     for step in range(3):
-        expected, found = here.batch(step, 0, 16), there.batch(step, 0, 16)
+        expected, found = (worker.batch(step, 0, 16).unpacked() for worker in (here, there))
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.documents, expected.documents)
         np.testing.assert_array_equal(found.mask, expected.mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,22 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
         token_set(tmp_path)
 
 
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    tokens = write(tmp_path, [[[5] * 30]])
+    path = tmp_path / "tokens-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"tokens-00000\.bin ends before its index says"):
+        tokens.batch([0, 1])
+
+
+def test_few_files_are_open_however_many_there_are(tmp_path: Path) -> None:
+    """Named after a run that died at the limit on descriptors: each file it had read stayed open."""
+    tokens = write(tmp_path, [[[number + 3] * 5] for number in range(300)])
+    assert tokens.batch(range(300)).ids[:, 1].tolist() == [number + 3 for number in range(300)]
+    links = list(Path("/proc/self/fd").iterdir())
+    assert sum(str(tmp_path) in os.path.realpath(link) for link in links) <= 256
+
+
 def test_token_sets_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[5]]])
     write(tmp_path / "b", [[[5]]], TokenVocabulary(tokenizer="other", size=1000, bos=0, eos=1, pad=2))
@@ -154,7 +171,9 @@ def test_a_data_worker_serves_the_mixtures_sequences(tmp_path: Path) -> None:
     sets = {name: write(tmp_path / name, [[[i + 3] * 100 for i in range(5)]]) for name in "ab"}
     plan = BatchPlan.constant(8)
     worker = DataWorker(str(tmp_path), {}, seed=3, plan=plan)
-    whole = worker.batch(2, 0, 8)
+    stored = worker.batch(2, 0, 8)
+    assert stored.ids.dtype == VOCABULARY.dtype, "two bytes a token are sent"
+    whole = stored.unpacked()
     assert whole.ids.shape == (8, LENGTH)
     np.testing.assert_array_equal(np.concatenate([worker.batch(2, 0, 3).ids, worker.batch(2, 3, 8).ids]), whole.ids)
     mixture = Mixture({name: s.sequences for name, s in sets.items()}, {}, 3, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -144,6 +145,15 @@ def train(count: int, settings: dict[str, Any]) -> Trace:
     trace.biases = {name: bias_E.numpy().copy() for name, bias_E in worker.model.logical_biases()}
     trace.state = held(worker)
     return trace
+
+
+def step_by(kernels: str, settings: dict[str, Any]) -> tuple[float, float]:
+    """Loss and gradient norm of the toy model with one backend of the kernels: "reference" or "triton"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MORAY_KERNELS", kernels)
+        worker = toy_worker("unused", **settings)
+        (metrics,) = steps(worker, 0, 1)
+        return metrics["train_loss"], metrics["train_grad_norm"]
 
 
 def train_one_expert(count: int, settings: dict[str, Any]) -> Trace:
@@ -312,3 +322,20 @@ def state_of(worker: Worker) -> dict[str, bytes]:
     """Everything that a checkpoint holds, comparable."""
     biases = {name: bias_E.numpy().tobytes() for name, bias_E in worker.model.logical_biases()}
     return biases | {name: tensor.tobytes() for name, tensor in held(worker).items()}
+
+
+def left_in_cycles(settings: dict[str, Any]) -> list[str]:
+    """The tensors that a step leaves in reference cycles, with their sizes."""
+    worker = toy_worker("unused", **settings)
+    list(steps(worker, 0, 2))
+    gc.collect()
+    gc.disable()
+    try:
+        list(steps(worker, 2, 3))
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        return [f"{tuple(found.shape)} {found.dtype}" for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
