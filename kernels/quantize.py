@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.util.arguments import FLOAT_DTYPES, check_tensor
-from moray.kernels.util.backend import backend, contiguous_blocks, magnitude_bits, row_offset, to_e4m3
+from moray.kernels.util.backend import backend, contiguous_blocks, magnitude_bits, rounded, row_offset, to_e4m3
 
 E4M3_MAX = 448.0
 _SMALLEST_SCALE = 2.0**-126
@@ -262,4 +262,53 @@ def quantize_both(x_MK: Tensor, power_of_two: bool = False) -> tuple[tuple[Tenso
     return quantize_both_reference(x_MK, power_of_two)
 
 
-dequantize = dequantize_reference
+@triton.jit
+def _dequantize(
+    fp8_ptr, scale_ptr, out_ptr, M, K, stride, block_rows, block_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `_quantize`. stride: from one row of FP8 numbers to the next."""
+    row, column, stack = tl.program_id(1), tl.program_id(0), tl.program_id(2)
+    rows, columns = row * HEIGHT + tl.arange(0, HEIGHT), column * WIDTH + tl.arange(0, WIDTH)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    number = row_offset(stack, M) + rows[:, None]
+    x = tl.load(fp8_ptr + row_offset(number, stride) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    i = row * (HEIGHT // ROWS) + tl.arange(0, HEIGHT // ROWS)
+    j = column * (WIDTH // COLUMNS) + tl.arange(0, WIDTH // COLUMNS)
+    at = row_offset(row_offset(stack, block_rows) + i[:, None], block_columns) + j[None, :]
+    scales = tl.load(scale_ptr + at, mask=(i[:, None] < block_rows) & (j[None, :] < block_columns), other=0.0)
+    tl.store(
+        out_ptr + row_offset(number, K) + columns[None, :], rounded(x * scales, out_ptr.dtype.element_ty), mask=inside
+    )
+
+
+def dequantize_triton(
+    fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int] = ROW_TILES, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The same numbers as `dequantize_reference`, in one launch. Rows of a matrix may be apart, as in messages that
+    carry more than the numbers."""
+    if block not in _PARTS:
+        raise ValueError(f"block = {block}, expected one of {', '.join(map(str, _PARTS))}")
+    check_scales(fp8_XMK, scales_XIJ, block)
+    *lead, rows, columns = fp8_XMK.shape
+    if lead or fp8_XMK.stride(-1) != 1:
+        fp8_XMK = fp8_XMK.contiguous()
+    out_XMK = torch.empty(fp8_XMK.shape, dtype=dtype, device=fp8_XMK.device)
+    if out_XMK.numel():
+        height, width = _PARTS[block]
+        stack = out_XMK.numel() // (rows * columns)
+        grid = (triton.cdiv(columns, width), triton.cdiv(rows, height), stack)
+        _dequantize[grid](
+            fp8_XMK, scales_XIJ.contiguous(), out_XMK, rows, columns, fp8_XMK.stride(-2), *scales_XIJ.shape[-2:],
+            ROWS=block[0], COLUMNS=block[1], HEIGHT=height, WIDTH=width,
+        )  # fmt: skip
+    return out_XMK
+
+
+def dequantize(
+    fp8_XMK: Tensor, scales_XIJ: Tensor, block: tuple[int, int] = ROW_TILES, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """FP8 numbers times their scales, in FP32 and then in `dtype`."""
+    if backend(fp8_XMK) == "triton" and dtype in FLOAT_DTYPES:
+        return dequantize_triton(fp8_XMK, scales_XIJ, block, dtype)
+    return dequantize_reference(fp8_XMK, scales_XIJ, block, dtype)

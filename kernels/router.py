@@ -29,10 +29,11 @@ from moray.kernels.util.arguments import check_tensor
 from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
 
 # Keeps the normalization finite when every chosen score underflows to zero.
-_TINY = 1e-20
+TINY = 1e-20
 
 
-def _best(scores_XE: Tensor, k: int) -> Tensor:
+def best(scores_XE: Tensor, k: int) -> Tensor:
+    """The columns of the k largest scores, the lower one first among equal ones."""
     return torch.sort(scores_XE, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -41,7 +42,7 @@ def _outside_best_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Te
     grouped_TGX = torch.unflatten(choice_TE, -1, (n_group, -1))
     group_score_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1)
     dropped_TG = torch.ones_like(group_score_TG, dtype=torch.bool)
-    dropped_TG.scatter_(-1, _best(group_score_TG, topk_group), False)
+    dropped_TG.scatter_(-1, best(group_score_TG, topk_group), False)
     return dropped_TG.unsqueeze(-1).expand_as(grouped_TGX).flatten(-2)
 
 
@@ -65,7 +66,7 @@ def route_reference(
         if topk_group < n_group:
             # -inf and not 0: a bias may make the scores of kept experts negative.
             choice_TE.masked_fill_(_outside_best_groups(choice_TE, n_group, topk_group), float("-inf"))
-        ids_TK = _best(choice_TE, top_k)
+        ids_TK = best(choice_TE, top_k)
     return ids_TK, *weigh(logits_TE, ids_TK, normalise=normalise, scale=scale)
 
 
@@ -74,7 +75,7 @@ def weigh(logits_TE: Tensor, ids_TK: Tensor, *, normalise: bool = True, scale: f
     expert."""
     weights_TK = logits_TE.sigmoid().gather(-1, ids_TK)
     if normalise:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _TINY)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
     flat = ids_TK.flatten()
     counts_E = torch.zeros(logits_TE.shape[-1], dtype=torch.int64, device=flat.device)
     counts_E.scatter_add_(0, flat, torch.ones_like(flat))
@@ -96,12 +97,12 @@ def _check(logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_gro
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return tl.math.div_rn(1.0, 1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _rank(x):
+def rank_of(x):
     """Maps FP32 numbers to int32 with the same order, NaN above all. The minimum is -2139095041, for -infinity."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
@@ -109,12 +110,12 @@ def _rank(x):
 
 @triton.jit
 def _number(rank):
-    """Inverse of `_rank`."""
+    """Inverse of `rank_of`."""
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _first_of_best(rank, index, AXIS: tl.constexpr):
+def first_of_best(rank, index, AXIS: tl.constexpr):
     """Returns the lowest index with the highest rank along an axis; the axis is kept."""
     best = tl.max(rank, axis=AXIS, keep_dims=True)
     return tl.min(tl.where(rank == best, index, 0x7FFFFFFF), axis=AXIS, keep_dims=True)
@@ -130,10 +131,10 @@ def _limit_groups(
     cube = tl.reshape(rank, (TOKENS, G, X))
     within, group = tl.arange(0, X)[None, None, :], tl.arange(0, G)[None, :, None]
     best = _number(tl.max(cube, axis=2, keep_dims=True))
-    others = tl.where(within == _first_of_best(cube, within, 2), NOTHING, cube)
-    rest = tl.where(group < GROUPS, _rank(best + _number(tl.max(others, axis=2, keep_dims=True))), NOTHING)
+    others = tl.where(within == first_of_best(cube, within, 2), NOTHING, cube)
+    rest = tl.where(group < GROUPS, rank_of(best + _number(tl.max(others, axis=2, keep_dims=True))), NOTHING)
     for _ in tl.static_range(KEPT):
-        rest = tl.where(group == _first_of_best(rest, group, 1), NOTHING, rest)
+        rest = tl.where(group == first_of_best(rest, group, 1), NOTHING, rest)
     limited = tl.where((rest == NOTHING) | (cube == NOTHING), cube, -2139095041)
     return tl.reshape(limited, (TOKENS, G * X))
 
@@ -152,8 +153,8 @@ def _route(
     expert = column // X * MEMBERS + column % X
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     at = logits_ptr + row_offset(token, E) + expert
-    scores = _sigmoid(tl.load(at, mask=(token < T) & is_expert, other=0.0))
-    rank = _rank(scores + tl.load(bias_ptr + expert, mask=is_expert, other=0.0))
+    scores = sigmoid(tl.load(at, mask=(token < T) & is_expert, other=0.0))
+    rank = rank_of(scores + tl.load(bias_ptr + expert, mask=is_expert, other=0.0))
     rank = tl.where(is_expert, rank, NOTHING)
     if KEPT < GROUPS:
         rank = _limit_groups(rank, TOKENS, GROUPS, KEPT, G, X)
@@ -161,7 +162,7 @@ def _route(
     chosen = tl.zeros((TOKENS, SLOTS), tl.int32)
     weights = tl.zeros((TOKENS, SLOTS), tl.float32)
     for k in tl.static_range(K):
-        best = _first_of_best(rank, column, 1)
+        best = first_of_best(rank, column, 1)
         score = tl.sum(tl.where(column == best, scores, 0.0), axis=1, keep_dims=True)
         chosen = tl.where(slot == k, best, chosen)
         weights = tl.where(slot == k, score, weights)
@@ -191,20 +192,20 @@ def _route_backward(
         ids = tl.load(ids_ptr + row_offset(token, K) + slot, mask=inside, other=0)
         logits = tl.load(logits_ptr + row_offset(token, E) + ids, mask=inside, other=0.0)
         grads = tl.load(grad_ptr + row_offset(token, K) + slot, mask=inside, other=0.0)
-        scores = tl.where(inside, _sigmoid(logits), 0.0)
+        scores = tl.where(inside, sigmoid(logits), 0.0)
         inverse = tl.math.div_rn(1.0, tl.sum(scores, axis=1, keep_dims=True) + 1e-20)
         mean = tl.sum(grads * (scores * inverse), axis=1, keep_dims=True)
     d_logits = tl.zeros((TOKENS, WIDTH), tl.float32)
     for k in tl.static_range(K):
         id_of_slot = tl.load(ids_ptr + row_offset(token, K) + k, mask=token < T, other=0)
-        score = _sigmoid(tl.load(logits_ptr + row_offset(token, E) + id_of_slot, mask=token < T, other=0.0))
+        score = sigmoid(tl.load(logits_ptr + row_offset(token, E) + id_of_slot, mask=token < T, other=0.0))
         grad = tl.load(grad_ptr + row_offset(token, K) + k, mask=token < T, other=0.0)
         slope = scale * (grad - mean) * inverse * (score * (1.0 - score))
         d_logits = tl.where(expert == id_of_slot, slope, d_logits)
     tl.store(d_logits_ptr + row_offset(token, E) + expert, d_logits, mask=(token < T) & (expert < E))
 
 
-def _tokens_per_program(columns: int) -> int:
+def tokens_per_program(columns: int) -> int:
     return max(1, min(32, 2048 // columns))
 
 
@@ -219,7 +220,7 @@ class _Route(torch.autograd.Function):
         weights_TK = torch.empty((tokens, top_k), dtype=torch.float32, device=device)
         counts_E = torch.zeros(experts, dtype=torch.int64, device=device)
         g, x = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
-        together = _tokens_per_program(g * x)
+        together = tokens_per_program(g * x)
         if tokens:
             _route[(contiguous_blocks(tokens, together),)](
                 logits_TE, bias_E, ids_TK, weights_TK, counts_E, tokens, experts, scale,
@@ -237,7 +238,7 @@ class _Route(torch.autograd.Function):
         (tokens, experts), top_k = logits_TE.shape, ids_TK.shape[1]
         d_logits_TE = torch.empty_like(logits_TE)
         width = triton.next_power_of_2(experts)
-        together = _tokens_per_program(width)
+        together = tokens_per_program(width)
         if tokens:
             _route_backward[(contiguous_blocks(tokens, together),)](
                 grads[1].contiguous(), logits_TE, ids_TK, d_logits_TE, tokens, experts, ctx.scale,
@@ -284,40 +285,3 @@ def route(
     if backend(logits_TE) == "triton" and logits_TE.dtype != torch.float64:
         return route_triton(logits_TE.contiguous(), bias_E.contiguous(), **options)
     return route_reference(logits_TE, bias_E, **options)
-
-
-def sequence_balance_reference(
-    logits_TE: Tensor,
-    top_k: int,
-    sequences: int,
-    counted_T: Tensor | None = None,
-    weights_B: Tensor | None = None,
-) -> Tensor:
-    """The sequence-wise balance loss of one layer without its factor alpha (DeepSeek-V3 §2.1.2, equations 17-20).
-
-    For each of `sequences` equal runs of tokens: the sum over experts of f (its share of the tokens' top K, times E /
-    K) times P (its mean share of a token's scores). 1 is even. Only tokens of `counted_T` (bool; all by default) are
-    included. Returns the sum over sequences, each times its weight, by default the number of its tokens, so that
-    dividing by the sum of all weights gives the mean. Differentiable in the logits through P.
-
-    Notable: f counts the top K of the unbiased scores, without group limit, as in the paper. The loss measures what the
-    router has learned, before the bias corrects it.
-    """
-    tokens, experts = logits_TE.shape
-    rows = (sequences, tokens // max(1, sequences))
-    scores_BTE = torch.unflatten(logits_TE.sigmoid(), 0, rows)
-    if counted_T is None:
-        counted_T = torch.ones(tokens, dtype=torch.bool, device=logits_TE.device)
-    counted_BT1 = torch.unflatten(counted_T, 0, rows).unsqueeze(-1).to(scores_BTE.dtype)
-    lengths_B1 = counted_BT1.sum(1)
-    weights_B1 = lengths_B1 if weights_B is None else weights_B.unsqueeze(-1).to(scores_BTE.dtype)
-    with torch.no_grad():
-        ids_BTK = _best(scores_BTE, top_k)
-        share_BE = scores_BTE.new_zeros(sequences, experts)
-        share_BE.scatter_add_(1, ids_BTK.flatten(1), counted_BT1.expand_as(ids_BTK).flatten(1))
-        share_BE *= experts * weights_B1 / (top_k * lengths_B1.clamp(min=1) ** 2)
-    sums_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + _TINY) * counted_BT1).sum(1)
-    return (share_BE * sums_BE).sum()
-
-
-sequence_balance = sequence_balance_reference

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moray.kernels.quantize import quantize_rows_int8
-from moray.kernels.router import route, sequence_balance, weigh
+from moray.kernels.router import route, weigh
+from moray.kernels.sequence_balance import sequence_balance
 from moray.kernels.wide_linear import wide_linear
 from moray.models.compute import SwiGLUCompute, UnfusedSwiGLU
 from moray.models.config import ModelConfig

@@ -21,8 +21,8 @@ class ExchangeCheck:
     """Counts the exchanges that delivered something else, by layer and sender."""
 
     def __init__(self) -> None:
-        self._wrong: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # (layer, ranks that sent) -> [P]
-        self._total: Tensor | None = None
+        # (layer, ranks that sent) -> [P]. Not one sum: hops of two streams, or threads, would add to it at once.
+        self._wrong: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def compare(self, layer: int, senders: tuple[int, ...], sums_P: Tensor, rows_P: Tensor, ids_AK: Tensor) -> None:
         """Compares the sums of ids that rank `senders[p]` announced with those of its rows_P[p] rows of ids_AK, which
@@ -32,14 +32,11 @@ class ExchangeCheck:
         ends_P = rows_P.cumsum(0)
         wrong_P = (totals_A1[ends_P] - totals_A1[ends_P - rows_P] != sums_P).long()
         place = (layer, senders)
-        if self._total is None:
-            self._total = torch.zeros((), dtype=torch.int64, device=ids_AK.device)
-        self._total += wrong_P.sum()
         self._wrong[place] = self._wrong[place] + wrong_P if place in self._wrong else wrong_P
 
     def total(self) -> Tensor | int:
-        """How many comparisons failed since `clear`, on the device."""
-        return 0 if self._total is None else self._total
+        """How many comparisons failed since `clear`, on the device. The rows must have been waited for."""
+        return torch.cat(list(self._wrong.values())).sum() if self._wrong else 0
 
     def found(self) -> Iterator[tuple[int, int]]:
         """(layer, rank that sent) of comparisons that failed."""
@@ -47,4 +44,4 @@ class ExchangeCheck:
             yield from ((layer, senders[at]) for at in wrong_P.nonzero().flatten().tolist())
 
     def clear(self) -> None:
-        self._wrong, self._total = {}, None
+        self._wrong = {}

@@ -7,6 +7,8 @@ from moray.kernels.quantize import (
     E4M3_MAX,
     check_scales,
     dequantize,
+    dequantize_reference,
+    dequantize_triton,
     fp8_to_bf16,
     quantize,
     quantize_both_reference,
@@ -14,6 +16,7 @@ from moray.kernels.quantize import (
     quantize_reference,
     quantize_triton,
 )
+from moray.kernels.wire import pack_rows_reference
 from tests.examples import examples
 from tests.kernels.compare import draw, same_bits
 
@@ -21,10 +24,13 @@ BLOCKS = [(1, 128), (128, 1), (128, 128)]
 # Every non-negative E4M3 number.
 GRID = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 X = torch.zeros(256, 512, dtype=torch.bfloat16)
+FP8 = torch.zeros(256, 512, dtype=torch.float8_e4m3fn)
 SPECIMENS = {
     "quantize row tiles": lambda: quantize_triton(X, (1, 128), power_of_two=True),
     "quantize column tiles": lambda: quantize_triton(X, (128, 1), power_of_two=True),
     "quantize weight": lambda: quantize_triton(X.float(), (128, 128)),
+    "dequantize row tiles": lambda: dequantize_triton(FP8, torch.ones(256, 4), dtype=torch.bfloat16),
+    "dequantize weight": lambda: dequantize_triton(FP8, torch.ones(2, 4), (128, 128), torch.bfloat16),
     "quantize both": lambda: quantize_both_triton(X, power_of_two=True),
 }
 
@@ -167,6 +173,28 @@ def test_both_directions_in_one_pass(rows, columns, exponent, power_of_two, seed
     for found, expected in zip(quantize_both_triton(x, power_of_two), (rowwise, transposed), strict=True):
         same_bits(found[0], expected[0])
         same_bits(found[1], expected[1])
+
+
+@settings(max_examples=examples(60))
+@given(
+    block=st.sampled_from(BLOCKS),
+    rows=st.integers(0, 260),
+    columns=st.integers(0, 300),
+    stack=st.sampled_from([(), (2,)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_triton_dequantizes_to_the_references_numbers(block, rows, columns, stack, dtype, seed):
+    fp8, scales = quantize_reference(draw((*stack, rows, columns), 4, seed=seed), block, True)
+    same_bits(dequantize_triton(fp8, scales, block, dtype), dequantize_reference(fp8, scales, block, dtype))
+
+
+def test_rows_of_a_message_are_dequantized_where_they_are():
+    rows = draw((5, 200), seed=3)
+    packed = torch.cat((pack_rows_reference(rows), torch.full((5, 7), 255, dtype=torch.uint8)), dim=1)
+    fp8, scales = quantize_reference(rows, power_of_two=True)
+    found = dequantize_triton(packed[:, :200].view(torch.float8_e4m3fn), scales, dtype=torch.bfloat16)
+    same_bits(found, dequantize_reference(fp8, scales, dtype=torch.bfloat16))
 
 
 def test_wrong_arguments_are_named():

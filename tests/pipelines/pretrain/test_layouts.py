@@ -260,7 +260,7 @@ def test_tokens_that_arrive_shifted_stop_the_step_and_are_named(ranks: RankPool,
 
 
 def test_two_ranks_run_the_kernels_of_a_device(ranks: RankPool) -> None:
-    """Padding, permutation, wire format and products as on GPUs, in Triton's interpreter. Sums have another order, which
+    """Padding, permutation, wire format and products as on GPUs, in Triton's interpreter. Sums have another order: that
     may change the experts of one of the 30 tokens."""
     settings = {"expert_parallel": 2, "batch_sequences": 2, "shared_memory": False, "precision": "fp8"}
     loss, norm = ranks.run(2, step_by, "reference", settings)[0]
