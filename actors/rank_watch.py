@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,7 +171,8 @@ class RankWatch:
         self._detector: HangDetector | None = None
         self._places: dict[int, ProcessPlace] = {}
         self._warned = False  # about the current stall
-        self._lock = threading.Lock()
+        self._hangs: Counter[str] = Counter()  # by node
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def beat(self, member: Member, beat: Beat) -> None:
@@ -196,7 +198,18 @@ class RankWatch:
             if hang is None:
                 return None
             self._detector = None
-            return hang, [self._places[rank] for rank in hang.ranks]
+            places = [self._places[rank] for rank in hang.ranks]
+            self._hangs.update({place.node for place in places})
+            return hang, places
+
+    def blamed(self) -> list[str]:
+        """The nodes with ranks that hung more than once, since this actor started."""
+        with self._lock:
+            return [node for node, hangs in self._hangs.items() if hangs > 1]
+
+    def note(self, text: str) -> None:
+        """Writes a warning to the run's events."""
+        self._warn(text)
 
     def new_warning(self, now: float) -> str:
         """A warning about a stall whose hung rank is unknown, once per stall; else ""."""
@@ -220,7 +233,7 @@ class RankWatch:
                 _kill(place)
 
     def _warn(self, text: str) -> None:
-        with event_log(any_path(self._events), "watch") as log:
+        with self._writing, event_log(any_path(self._events), "watch") as log:
             log.append(NoteEvent(step=self._step, level="warning", text=text))
 
 

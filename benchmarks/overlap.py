@@ -6,8 +6,8 @@ and sharded weights (ZeRO 3). Ranks of a node share a core and memory. The rate 
 schedule spends 31 % (give or take 2) of its step waiting for the other rank. That share is a choice of this benchmark,
 high enough to leave something to hide. Then steps of both schedules alternate. If the sequential steps no longer have
 the share found by the search, because the machine has become faster or slower, the rate is corrected and both schedules
-are measured again. Both train the same model on the same batches with the product's own training step, so their losses
-must be equal. Exposed communication is the time that a rank waits for tokens, for counts, for sharded weights and for
+are measured again. Both train the same model on the same batches with the product's own training step, so the losses
+of the first steps must be equal. Exposed communication is the time that a rank waits for tokens, for counts, for sharded weights and for
 the reduction of gradients. It includes time in which another rank is merely late.
 
 Each measurement is repeated, because runs differ by a factor of two. The bars apply to the worst run.
@@ -38,8 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one hop": {"workers": 2, "expert_parallel": 2},
     "two hops, sharded weights": {"workers": 4, "expert_parallel": 4, "node_ranks": 2, "zero_stage": 3},
 }
-# Sharded gradients are summed over ranks after each micro-batch, or pair: another order, which BF16 steps amplify.
-LOSS_GOALS = {"one hop": 1e-6, "two hops, sharded weights": 1e-3}
+COMPARED = 2  # first steps whose losses must be equal; later ones amplify the rounding of sums in another order
 Metrics = dict[str, float]
 MEASURES = ("moray.pipelines.pretrain.train_step", "moray.pipelines.pretrain.worker")  # loaded only by the ranks
 
@@ -242,7 +241,7 @@ def one_run(layout: str, rounds: int) -> tuple[list[dict[str, Any]], float, floa
             }
         )
     sequential, overlapped = rows
-    losses = zip(*ranks.losses.values(), strict=False)  # the rate search took additional sequential steps
+    losses = zip(*(losses[:COMPARED] for losses in ranks.losses.values()), strict=True)
     difference = max(abs(one / other - 1) for one, other in losses)
     return rows, difference, sequential["step_s"] / overlapped["step_s"]
 
@@ -261,7 +260,7 @@ def main(rounds: str = "15", runs: str = "3") -> int:
         bars += [
             Bar(f"{layout}, sequential: largest distance of the exposed share from {GOAL}", off, TOLERANCE, "lower"),
             Bar(f"{layout}, overlapped: largest exposed share", max(overlapped), 0.09, "lower"),
-            Bar(f"{layout}: largest relative difference of losses", difference, LOSS_GOALS[layout], "lower"),
+            Bar(f"{layout}: largest relative difference of the first losses", difference, 1e-6, "lower"),
         ]
         if layout == "one hop":  # where each rank has a core: no other rank computes while it waits
             bars.append(

@@ -52,13 +52,15 @@ def make_trainer(job: TrainingJob, settings: dict[str, Any], storage: str, topol
     import ray.train.torch
 
     from moray.pipelines.pretrain.loop import train_steps
+    from moray.pipelines.pretrain.resilience.spares import SpareHosts
 
     base: Any = ray.train.torch.TorchTrainer
 
     class Trainer(base):
         # Not public. If another version of Ray does not call this, the unused actors run as well.
         def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
+            default = [one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED]
+            return [*default, SpareHosts(settings["watch"])] if "watch" in settings else default
 
         # Not public either. Ray Train would install its own SIGINT handler and never remove it. That handler swallows
         # the signal that ends a step that can never start, and Ctrl-C in later steps.

@@ -153,6 +153,19 @@ def test_a_restarted_watch_continues_with_the_current_team(tmp_path: Path) -> No
     assert watch.new_hang(math.inf) is None, "reported once"
 
 
+def test_a_node_is_blamed_from_its_second_hang_on(tmp_path: Path) -> None:
+    watch = RankWatch(LIMIT, str(tmp_path), "pretrain")
+    for team, expected in (("one", []), ("two", ["bad"])):
+        for rank, node in enumerate(("good", "bad", "bad")):
+            watch.beat(Member(team, 3, rank, ProcessPlace(node, Process(100 + rank, "boot:1"))), Beat(4, 40))
+        late = time.monotonic() + 2 * LIMIT
+        detector = watch._detector
+        assert detector is not None
+        detector.record(late, 0, Beat(4, 40))
+        assert watch.new_hang(late) is not None
+        assert watch.blamed() == expected
+
+
 def test_a_team_that_has_left_is_not_watched(tmp_path: Path) -> None:
     watch = RankWatch(LIMIT, str(tmp_path), "pretrain")
     watch.beat(Member("team", 1, 0, ProcessPlace("node", Process(100, "boot:1"))), Beat(4, 40))
