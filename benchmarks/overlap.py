@@ -6,9 +6,9 @@ and sharded weights (ZeRO 3). Ranks of a node share a core and memory. The rate 
 schedule spends 31 % (give or take 2) of its step waiting for the other rank. That share is a choice of this benchmark,
 high enough to leave something to hide. Then steps of both schedules alternate. If the sequential steps no longer have
 the share found by the search, because the machine has become faster or slower, the rate is corrected and both schedules
-are measured again. Both train the same model on the same batches with the product's own training step, so the losses
-of the first steps must be equal. Exposed communication is the time that a rank waits for tokens, for counts, for sharded weights and for
-the reduction of gradients. It includes time in which another rank is merely late.
+are measured again. Both train the same model on the same batches with the product's own training step, so the losses of
+the first steps must be equal. Exposed communication is the time that a rank waits for tokens, for counts, for sharded
+weights and for the reduction of gradients. It includes time in which another rank is merely late.
 
 Each measurement is repeated, because runs differ by a factor of two. The bars apply to the worst run.
 

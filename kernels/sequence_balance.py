@@ -118,7 +118,7 @@ class _SequenceBalance(torch.autograd.Function):
         tokens, experts = logits_TE.shape
         length, device = tokens // max(1, sequences), logits_TE.device
         width = triton.next_power_of_2(experts)
-        together = tokens_per_program(width)
+        together = max(1, tokens_per_program(width) // 2)  # more spill registers
         parts = triton.cdiv(length, together * _ROUNDS)
         counts_BNE = torch.empty((sequences, parts, experts), dtype=torch.int32, device=device)
         sums_BNE = torch.empty((sequences, parts, experts), dtype=torch.float32, device=device)
