@@ -1,6 +1,6 @@
 """Python's garbage collection, by all ranks at the same steps.
 
-An automatic collection stops one rank for up to a tenth of a second, and all others wait for it at the next collective.
+An automatic collection stops one rank for up to a fifth of a second, and all others wait for it at the next collective.
 With many ranks, some rank collects in nearly every step.
 
 Tensors of a step are in no reference cycles, so reference counts free them without a collection. A test checks this.
