@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from harness.result import Bar, report
 from torch import Tensor, multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from moray.kernels.router import route
 from moray.kernels.util.device import runtime
@@ -94,7 +95,7 @@ def exchange(dispatcher: ProcessGroupDispatcher, now: list[str], rows_TD: Tensor
 def count_bytes(rank: int, store: str, tokens: int, results: Any) -> None:
     """The life of one rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     config = preset("v3")
     rows_TD = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(rank)).bfloat16()
     routing = drawn_routing(tokens)
@@ -106,8 +107,8 @@ def count_bytes(rank: int, store: str, tokens: int, results: Any) -> None:
             first, column = node() * RANKS_OF_NODE, range(rank % RANKS_OF_NODE, RANKS, RANKS_OF_NODE)
             within = dist.new_group(range(first, first + RANKS_OF_NODE), use_local_synchronization=True)
             between = dist.new_group(column, use_local_synchronization=True)
-            hops = (CountedAllToAll(group, sent=sent, now=now) for group in (between, within))
-            nodes = Nodes(*hops, runtime(rows_TD.device).queue())
+            one, other = (CountedAllToAll(group, sent=sent, now=now) for group in (between, within))
+            nodes = Nodes(one, other, runtime(rows_TD.device).queue())
         dispatcher = ProcessGroupDispatcher(dist.group.WORLD, config.n_routed_experts, nodes=nodes)
         dispatcher.all_to_all = CountedAllToAll(dist.group.WORLD, sent=sent, now=now)
         sums.append(exchange(dispatcher, now, rows_TD, routing))
@@ -124,7 +125,7 @@ def main(tokens: str = "256") -> int:
     results = multiprocessing.get_context("fork").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (str(Path(folder) / "store"), int(tokens), results)
-        started = multiprocessing.start_processes(count_bytes, arguments, RANKS, join=False, start_method="fork")
+        started = start_processes(count_bytes, arguments, RANKS, join=False, start_method="fork")
         found = [results.get() for _ in range(RANKS)]
         started.join()
     totals: dict[str, Counter[str]] = {method: Counter() for method in ("naive", "direct", "two hops")}

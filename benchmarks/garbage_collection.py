@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from harness.result import Bar, report
 from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from moray.actors.data.token_set import Batch
 from moray.models.presets import preset
@@ -83,7 +84,7 @@ def run_rank(rank: int, ranks: int, store: str, blocks: int, steps: int, results
 
     assert ray.train.torch  # loaded, as in a training worker
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     worker, step, found = build_worker(ranks), 0, []
     for block in range(blocks + 1):
         for kind in KINDS:
@@ -108,7 +109,7 @@ def main(ranks: str = "2", blocks: str = "10", steps: str = "50") -> int:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (int(ranks), str(Path(folder) / "store"), int(blocks), int(steps), results)
-        started = multiprocessing.spawn(run_rank, arguments, int(ranks), join=False)
+        started = spawn(run_rank, arguments, int(ranks), join=False)
         found = [results.get() for _ in range(int(ranks))]
         started.join()
     rows: list[dict[str, Any]] = []

@@ -33,7 +33,7 @@ class SpareHosts(ControllerCallback):
             blamed: list[str] = ray.get(self._watch.blamed.remote(), timeout=_SECONDS)
         except ray.exceptions.RayError:  # the watch restarts, and has forgotten
             return None
-        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        nodes = {node["NodeID"]: node["Resources"] for node in _nodes() if node["Alive"]}
         if not (left_out := [node for node in blamed if node in nodes]):
             return None
         others = [resources for node, resources in nodes.items() if node not in left_out]
@@ -51,7 +51,12 @@ def room_for(hosts: Sequence[Mapping[str, float]], worker: Mapping[str, float]) 
 
 
 def _hosts(nodes: Sequence[str]) -> str:
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in _nodes()}
+    return f"{'host' if len(nodes) == 1 else 'hosts'} {', '.join(names.get(node, node) for node in nodes)}"
+
+
+def _nodes() -> list[dict[str, Any]]:
     import ray
 
-    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    return f"{'host' if len(nodes) == 1 else 'hosts'} {', '.join(names.get(node, node) for node in nodes)}"
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
