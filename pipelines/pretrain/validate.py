@@ -71,6 +71,7 @@ def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
     world = parallel.workers if given else parallel.expert_parallel
     experts = model.n_routed_experts if model else None
     check_layout(world, parallel.expert_parallel, experts)
+    check_nodes(parallel.expert_parallel, parallel.node_ranks)
     if given:
         check_shards(world, parallel.shard_ranks)
     if least and least > parallel.workers:
@@ -181,6 +182,12 @@ def check_layout(world: int, ep: int, experts: int | None = None) -> None:
         raise ValueError(f"parallel.workers ({world}) must be a multiple of parallel.expert_parallel ({ep})")
     if experts is not None and experts % ep:
         raise ValueError(f"n_routed_experts ({experts}) must be a multiple of parallel.expert_parallel ({ep})")
+
+
+def check_nodes(ep: int, node_ranks: int | None) -> None:
+    """Raises ValueError unless the ranks that share a set of experts are in one node, or are whole nodes."""
+    if node_ranks is not None and ep > node_ranks and ep % node_ranks:
+        raise ValueError(f"parallel.expert_parallel ({ep}) must be a multiple of parallel.node_ranks ({node_ranks})")
 
 
 def check_shards(world: int, shard_ranks: int | None) -> None:

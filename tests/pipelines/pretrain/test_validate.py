@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moray.pipelines.pretrain.config import TrainingSchedule
-from moray.pipelines.pretrain.validate import check_backend, check_layout, check_schedule
+from moray.pipelines.pretrain.validate import check_backend, check_layout, check_nodes, check_schedule
 from tests.pipelines.pretrain.settings import pretrain_config
 
 
@@ -18,6 +18,13 @@ from tests.pipelines.pretrain.settings import pretrain_config
 def test_an_invalid_layout_is_refused(layout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(*layout)
+
+
+def test_ranks_that_share_experts_are_in_one_node_or_are_whole_nodes() -> None:
+    for ep, node_ranks in ((8, None), (8, 8), (4, 8), (16, 8), (12, 1)):
+        check_nodes(ep, node_ranks)
+    with pytest.raises(ValueError, match=r"expert_parallel \(12\) must be a multiple of parallel.node_ranks \(8\)"):
+        check_nodes(12, 8)
 
 
 @pytest.mark.parametrize(
