@@ -78,7 +78,7 @@ class StoredSequences:
         mask = np.logical_or.accumulate(ids[:, ::-1] != self.pad, axis=1)[:, ::-1]
         ends = (ids == self.eos).astype(np.int32)
         documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # number of documents that ended before
-        return Batch(ids, documents, mask)
+        return Batch(ids, documents, np.ascontiguousarray(mask))  # torch takes no reversed arrays
 
 
 @dataclass(frozen=True)

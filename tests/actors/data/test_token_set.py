@@ -174,6 +174,7 @@ def test_a_data_worker_serves_the_mixtures_sequences(tmp_path: Path) -> None:
     stored = worker.batch(2, 0, 8)
     assert stored.ids.dtype == VOCABULARY.dtype, "two bytes a token are sent"
     whole = stored.unpacked()
+    assert all(array.flags.c_contiguous for array in (whole.ids, whole.documents, whole.mask)), "torch takes no others"
     assert whole.ids.shape == (8, LENGTH)
     np.testing.assert_array_equal(np.concatenate([worker.batch(2, 0, 3).ids, worker.batch(2, 3, 8).ids]), whole.ids)
     mixture = Mixture({name: s.sequences for name, s in sets.items()}, {}, 3, plan)
