@@ -40,7 +40,7 @@ class CountExchange:
         self._group, self._layer = all_to_all.group, layer
 
     def wait(self) -> ExchangedCounts:
-        """Raises CorruptExchange if other numbers were received than sent."""
+        """Raises CorruptExchange on this rank if the received numbers do not have the sum that came with them."""
         with self._side:
             received_PX = self._pending.wait()
             both = torch.stack((self._sent_PX, received_PX)).cpu()  # the only sync, of this stream alone

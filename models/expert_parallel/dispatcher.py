@@ -16,8 +16,9 @@ reverse and sends gradients through the same two exchanges in the other directio
 
 Stages 1 and 8 are skipped if all experts are local. Shared memory does stage 1, quantization and stage 2 in one pass
 (`kernels/push.py`). Expert e is on rank e // (E / ranks). Dispatch sends the router's weights with the rows, and they
-multiply the experts' results, so each rank returns one sum per row. In FP8 training that sum is rounded to BF16 once
-per rank. Only this rounding depends on the number of ranks.
+multiply the experts' results, so each rank returns one sum per row. In FP8 and BF16 training that sum is rounded to
+BF16 once per rank, and in two hops the sum of a node's ranks once more. Only these roundings depend on the number of
+ranks, and on how nodes hold them.
 
 Notable: the start and the wait of an exchange are two nodes of autograd's graph. So computation between them, forward
 and backward, hides the transfer (`interleave.py`). All ranks must run the same layers in the same order; a rank that

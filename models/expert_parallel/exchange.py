@@ -1,9 +1,9 @@
 """One layer's exchange of rows between ranks: dispatch to the ranks of the experts, combine of partial sums of results.
 
 Rows go along a route (`routes.py`). In the forward pass dispatch also sends the ids of the token's experts and the
-router's weights. In FP8 training dispatch sends FP8 (`kernels/wire.py`):
-tokens in the forward pass, gradients of results in the backward pass. Combine returns one row per received row, in the
-rows' own dtype (DeepSeek-V3 §3.3.3), and sums them on the token's rank.
+router's weights. In FP8 training dispatch sends FP8 (`kernels/wire.py`): tokens in the forward pass, gradients of
+results in the backward pass. Combine returns one row per received row, in the rows' own dtype (DeepSeek-V3 §3.3.3), and
+sums them on the token's rank; in two hops, also on the rank that forwarded the token.
 
 Shapes: T tokens of this rank, A received rows, K slots, E experts, L local experts, D hidden size, N bytes of metadata.
 """

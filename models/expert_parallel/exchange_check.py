@@ -1,8 +1,11 @@
-"""Checks that ranks receive what was sent to them.
+"""Checks that ranks receive the expert ids that were sent to them.
 
 A transport that delivers wrong bytes raises no error: NCCL has delivered token ids shifted by bytes. So before its rows
-a rank sends the sum of their expert ids, and the receiver compares. The result stays on the device, where a training
-step adds it to its loss; so a check costs a few small kernels and no synchronization.
+a rank sends the sum of their expert ids, and the receiver compares. The result stays on the device, and a training step
+reads it with its loss; so a check costs a few small kernels and no synchronization.
+
+It is cheap, not complete: it finds rows that are shifted, missing or from elsewhere, but not two rows in each other's
+place, and not a wrong number in a row. Sums and gradients carry no ids.
 
 Shapes: P senders, A received rows, K slots.
 """
@@ -14,11 +17,11 @@ from torch import Tensor
 
 
 class CorruptExchange(RuntimeError):
-    """Ranks received other rows, or other counts, than were sent."""
+    """Ranks received rows with other expert ids, or other counts, than were sent."""
 
 
 class ExchangeCheck:
-    """Counts the exchanges that delivered something else, by layer and sender."""
+    """Counts the exchanges that delivered other ids, by layer and sender, since it was made: one is the end of a run."""
 
     def __init__(self) -> None:
         # (layer, ranks that sent) -> [P]. Not one sum: hops of two streams, or threads, would add to it at once.
@@ -32,16 +35,13 @@ class ExchangeCheck:
         ends_P = rows_P.cumsum(0)
         wrong_P = (totals_A1[ends_P] - totals_A1[ends_P - rows_P] != sums_P).long()
         place = (layer, senders)
-        self._wrong[place] = self._wrong[place] + wrong_P if place in self._wrong else wrong_P
+        self._wrong[place] = self._wrong[place].add_(wrong_P) if place in self._wrong else wrong_P
 
     def total(self) -> Tensor | int:
-        """How many comparisons failed since `clear`, on the device. The rows must have been waited for."""
+        """How many comparisons failed, on the device. The rows must have been waited for."""
         return torch.cat(list(self._wrong.values())).sum() if self._wrong else 0
 
     def found(self) -> Iterator[tuple[int, int]]:
         """(layer, rank that sent) of comparisons that failed."""
         for (layer, senders), wrong_P in sorted(self._wrong.items(), key=lambda item: item[0]):
             yield from ((layer, senders[at]) for at in wrong_P.nonzero().flatten().tolist())
-
-    def clear(self) -> None:
-        self._wrong = {}

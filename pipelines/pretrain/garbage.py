@@ -1,7 +1,7 @@
 """Python's garbage collection, by all ranks at the same steps.
 
-An automatic collection stops one rank for up to a fifth of a second, and all others wait for it at the next collective.
-With many ranks, some rank collects in nearly every step.
+An automatic collection stops one rank, and all others wait for it at the next collective. The more ranks, the more
+often one of them collects.
 
 Tensors of a step are in no reference cycles, so reference counts free them without a collection. A test checks this.
 """

@@ -76,7 +76,6 @@ class Mesh:
             node_groups = between, within
         io_group = dist.new_group(backend="gloo", group_desc="checkpoints")
         _ready(io_group, torch.device("cpu"))
-        _bind(device)
         clock = Stopwatch(on=rank == 0)
         return cls(rank, world, ep, ep_group, edp_group, io_group, clock, dense, dense_groups, node_groups)
 
@@ -132,21 +131,14 @@ def _grid(
 
 
 def _group(ranks: range, purpose: str, device: torch.device) -> dist.ProcessGroup | None:
-    """Only these ranks make the group: if all ranks made all groups, 2,048 ranks would meet for each of hundreds."""
+    """Only these ranks make the group: if all ranks made all groups, 2,048 ranks would meet for each of hundreds. The
+    group knows its GPU, and the world's does not: torch would split new groups off it, for which all ranks meet."""
     if len(ranks) == 1:
         return None
     gpu = None if device.type == "cpu" else device
     group = dist.new_group(list(ranks), group_desc=purpose, use_local_synchronization=True, device_id=gpu)
     _ready(group, device)
     return group
-
-
-def _bind(device: torch.device) -> None:
-    """Tells the world's group which GPU this rank uses, so that NCCL does not guess it at each barrier. Not earlier:
-    torch would then split new groups off the world's communicator, for which all ranks would have to meet."""
-    if device.type == "cuda":
-        world: Any = dist.group.WORLD
-        world.bound_device_id = device
 
 
 def _ready(group: dist.ProcessGroup | None, device: torch.device) -> None:

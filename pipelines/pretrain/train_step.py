@@ -112,7 +112,7 @@ def _corrupt(worker: Worker, step: int) -> str:
     """Which ranks received other rows than were sent, and in which layers. All ranks must call this."""
     assert worker.check is not None
     everyone: list[Any] = [None] * worker.mesh.world
-    dist.all_gather_object(everyone, list(worker.check.found())[:_NAMED], worker.mesh.io_group)
+    dist.all_gather_object(everyone, list(worker.check.found())[:_NAMED])  # a save may be using the group for it
     found = [(layer, sender, rank) for rank, pairs in enumerate(everyone) for layer, sender in pairs]
     texts = [f"rank {rank} from rank {sender} in layer {layer}" for layer, sender, rank in sorted(found)[:_NAMED]]
     more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
