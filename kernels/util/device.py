@@ -4,10 +4,12 @@ Code asks `runtime(device)` instead of testing for CUDA, so that it has one form
 nothing to wait for.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +41,7 @@ class StartedWork(Protocol):
 
 
 class WorkQueue(Protocol):
-    """Runs work beside the caller's, one at a time and in order."""
+    """Runs work beside the caller's, one at a time and in order. After an error, all later work raises it."""
 
     def start(self, work: Callable[[], Tensor]) -> StartedWork:
         """Starts `work` without autograd, after all work that was issued so far."""
@@ -97,13 +99,35 @@ class _ThreadWork:
 
 
 class _ThreadQueue:
-    """A thread."""
+    """A daemon thread, so that a process can end while its work waits for another process."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="queue")
+        self._works: SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None] = SimpleQueue()
+        threading.Thread(target=_run_works, args=(self._works,), name="queue", daemon=True).start()
+
+    def __del__(self) -> None:
+        self._works.put(None)
 
     def start(self, work: Callable[[], Tensor]) -> StartedWork:
-        return _ThreadWork(self._thread.submit(torch.no_grad()(work)))
+        future: Future[Tensor] = Future()
+        self._works.put((work, future))
+        return _ThreadWork(future)
+
+
+@torch.no_grad()
+def _run_works(works: "SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None]") -> None:
+    """After an error no work runs: its collectives would meet others of the peers, which are still before the error."""
+    failed: BaseException | None = None
+    while (one := works.get()) is not None:
+        work, future = one
+        try:
+            if failed is not None:
+                raise failed
+            future.set_result(work())
+        except BaseException as error:
+            failed = error
+            future.set_exception(error)
+        del one, work, future  # and with them the tensors
 
 
 class HostRuntime:

@@ -21,7 +21,7 @@ class CorruptExchange(RuntimeError):
 
 
 class ExchangeCheck:
-    """Counts the exchanges that delivered other ids, by layer and sender, since it was made: one is the end of a run."""
+    """Counts the exchanges of a run that delivered other ids, by layer and sender."""
 
     def __init__(self) -> None:
         # (layer, ranks that sent) -> [P]. Not one sum: hops of two streams, or threads, would add to it at once.

@@ -38,20 +38,24 @@ class _Event:
 
 
 class _Done:
-    def __init__(self, out: torch.Tensor) -> None:
-        self._out = out
+    """Like a GPU's, it holds what the work reads until it is waited for."""
+
+    def __init__(self, work: Callable[[], torch.Tensor]) -> None:
+        self._work = [work]
+        self._out = work()
 
     def is_completed(self) -> bool:
         return False  # a host that runs ahead sees no work completed
 
     def wait(self) -> torch.Tensor:
+        self._work.clear()
         return self._out
 
 
 class _Queue:
     def start(self, work: Callable[[], torch.Tensor]) -> device.StartedWork:
         with torch.no_grad():
-            return _Done(work())
+            return _Done(work)
 
 
 class _Runtime:
