@@ -1,7 +1,8 @@
 """A training step on recorded streams: what each operation reads and writes, and after which waits.
 
 The step is the product's, on the meta device, as the memory planner runs it. Streams, events and collectives are
-stand-ins that only keep order: every stream has a vector clock, and a wait merges another's. As with NCCL, a collective
+stand-ins that only keep order: every stream has a vector clock, and a wait merges another's. The queue of two-hop
+dispatch is that of CUDA, on these streams. As with NCCL, a collective
 runs on its group's own stream, after the work that its caller had issued, and `wait` orders the waiting stream after
 it; until then torch holds its tensors. As with torch's caching allocator, freed memory may be used again at once by the
 stream that allocated it. A copy to the host waits: what is issued later comes after it on all streams.
@@ -148,11 +149,8 @@ class Streams(TorchDispatchMode):
         return out
 
     def launch(self, kernel: Any, arguments: Sequence[Any]) -> None:
-        """A Triton kernel. Outputs are the tensors that nothing has written yet."""
-        tensors = [tensor for tensor in _tensors(arguments) if tensor.is_meta]
-        outputs = [tensor for tensor in tensors if self._storage(tensor).writer is None]
-        inputs = [tensor for tensor in tensors if not any(tensor is one for one in outputs)]
-        self.access(getattr(kernel, "__name__", "a kernel"), inputs, outputs)
+        """A Triton kernel. It may write all its tensors: nothing says which, and no two streams read one at once."""
+        self.access(getattr(kernel, "__name__", "a kernel"), [], _tensors(arguments))
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
@@ -181,12 +179,17 @@ class Transfer:
 
 
 class Event:
+    """As `torch.cuda.Event`."""
+
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self.at = Clock()
 
     def record(self) -> None:
         self.at = self._streams.now(self._streams.current)
+
+    def query(self) -> bool:
+        return False
 
     def synchronize(self) -> None:
         pass
@@ -195,31 +198,24 @@ class Event:
         return 0.0
 
 
-class Issued:
-    """Implements `device.StartedWork`, as on a GPU."""
+class Stream:
+    """As `torch.cuda.Stream`."""
 
-    def __init__(self, streams: Streams, stream: str, work: Callable[[], Tensor]) -> None:
-        self._streams, self._work = streams, [work]
-        with torch.no_grad(), streams.on(stream):
-            self._out = work()
-        self._event = streams.now(stream)
-
-    def is_completed(self) -> bool:
-        return False
-
-    def wait(self) -> Tensor:
-        self._streams.wait(self._streams.current, self._event)
-        self._work.clear()
-        return self._out
-
-
-class Queue:
     def __init__(self, streams: Streams) -> None:
-        self._streams, self._stream = streams, streams.new_stream("queue")
+        self._streams, self.name = streams, streams.new_stream("queue")
 
-    def start(self, work: Callable[[], Tensor]) -> Issued:
-        self._streams.wait(self._stream, self._streams.now(self._streams.current))
-        return Issued(self._streams, self._stream, work)
+    def wait_stream(self, other: Stream) -> None:
+        self._streams.wait(self.name, self._streams.now(other.name))
+
+    def wait_event(self, event: Event) -> None:
+        self._streams.wait(self.name, event.at)
+
+
+class Current(Stream):
+    """The stream that operations are issued to."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams, self.name = streams, streams.current
 
 
 class Runtime:
@@ -230,8 +226,8 @@ class Runtime:
     def __init__(self, streams: Streams, host: Callable[[Sequence[int], torch.dtype], Tensor]) -> None:
         self._streams, self.host_tensor = streams, host
 
-    def queue(self) -> Queue:
-        return Queue(self._streams)
+    def queue(self) -> device.WorkQueue:
+        return device._StreamQueue(torch.device("meta"))
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -281,6 +277,10 @@ def recorded(streams: Streams) -> Iterator[None]:
         streams.launch(kernel, arguments)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda _: Stream(streams))
+        patch.setattr(torch.cuda, "Event", lambda: Event(streams))
+        patch.setattr(torch.cuda, "current_stream", lambda _: Current(streams))
+        patch.setattr(torch.cuda, "stream", lambda stream: streams.on(stream.name))
         patch.setitem(device.RUNTIMES, "meta", lambda _: Runtime(streams, original.host_tensor))
         patch.setattr(dist, "all_to_all_single", collective(dist.all_to_all_single, 0, 1))
         patch.setattr(dist, "all_reduce", collective(dist.all_reduce, 0, 0))

@@ -10,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.kernels.permute import sum_slots
 from moray.kernels.util.deferred import DeferredGradients
-from moray.kernels.util.device import runtime
+from moray.kernels.util.device import _StreamWork, runtime
 from moray.models.expert_parallel.all_to_all import _PendingCollective
+from moray.models.expert_parallel.routes import Payload, PendingPayload
+from moray.models.expert_parallel.two_hop import TwoHopRoute
 from moray.pipelines.pretrain.memory.measure import _answers, _batch
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
 from moray.pipelines.pretrain.memory.row_counts import row_counts
@@ -20,7 +23,7 @@ from moray.pipelines.pretrain.memory.stand_ins import metered, unsent_group, uns
 from moray.pipelines.pretrain.train_step import measure, take
 from moray.pipelines.pretrain.worker import assemble
 from tests.examples import examples
-from tests.pipelines.pretrain.happens_before import MAIN, Issued, Queue, Streams, recorded
+from tests.pipelines.pretrain.happens_before import MAIN, Current, Stream, Streams, recorded
 from tests.pipelines.pretrain.memory.real_steps import LENGTH, job_of
 
 META = torch.device("meta")
@@ -64,20 +67,30 @@ def forgets_to_wait(patch: pytest.MonkeyPatch) -> None:
 
 
 def reads_before_a_queue_has_ended(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Issued, "wait", lambda issued: issued._out)
+    patch.setattr(Current, "wait_event", lambda stream, event: None)
 
 
 def starts_a_queue_before_its_input_exists(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Queue, "start", lambda queue, work: Issued(queue._streams, queue._stream, work))
+    patch.setattr(Stream, "wait_stream", lambda stream, other: None)
 
 
 def frees_what_a_queue_reads(patch: pytest.MonkeyPatch) -> None:
-    def forgetful(issued: Issued, streams: Streams, stream: str, work: Callable[[], torch.Tensor]) -> None:
-        start(issued, streams, stream, work)
-        issued._work.clear()
+    def forgetful(work: _StreamWork, run: Callable[[], torch.Tensor], out: torch.Tensor, of: torch.device) -> None:
+        made(work, run, out, of)
+        work._work = None
 
-    start = Issued.__init__
-    patch.setattr(Issued, "__init__", forgetful)
+    made = _StreamWork.__init__
+    patch.setattr(_StreamWork, "__init__", forgetful)
+
+
+def a_kernel_writes_what_a_queue_reads(patch: pytest.MonkeyPatch) -> None:
+    def combined(route: TwoHopRoute, payload: Payload) -> PendingPayload:
+        pending = combine(route, payload)
+        sum_slots(payload.rows, torch.zeros(1, 1, dtype=torch.int64, device=META))  # it may write all its tensors
+        return pending
+
+    combine = TwoHopRoute.start_combine
+    patch.setattr(TwoHopRoute, "start_combine", combined)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +100,7 @@ def frees_what_a_queue_reads(patch: pytest.MonkeyPatch) -> None:
         (reads_before_a_queue_has_ended, "on main reads what all_to_all_single made, before"),
         (starts_a_queue_before_its_input_exists, "on queue 1 reads what"),
         (frees_what_a_queue_reads, "on main may take the memory of"),
+        (a_kernel_writes_what_a_queue_reads, "_sum_slots on main writes what"),
     ],
     ids=lambda one: getattr(one, "__name__", "text"),
 )
