@@ -199,13 +199,15 @@ class RankWatch:
                 return None
             self._detector = None
             places = [self._places[rank] for rank in hang.ranks]
-            self._hangs.update({place.node for place in places})
+            nodes = {place.node for place in places}
+            if len(nodes) == 1:  # of several, the network may be the cause
+                self._hangs.update(nodes)
             return hang, places
 
-    def blamed(self) -> list[str]:
-        """The nodes with ranks that hung more than once, since this actor started."""
+    def blamed(self) -> tuple[list[str], int]:
+        """The nodes whose ranks alone hung more than once, and how many teams have started; since this actor did."""
         with self._lock:
-            return [node for node, hangs in self._hangs.items() if hangs > 1]
+            return [node for node, hangs in self._hangs.items() if hangs > 1], len(self._teams)
 
     def note(self, text: str) -> None:
         """Writes a warning to the run's events."""

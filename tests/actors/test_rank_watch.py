@@ -155,7 +155,7 @@ def test_a_restarted_watch_continues_with_the_current_team(tmp_path: Path) -> No
 
 def test_a_node_is_blamed_from_its_second_hang_on(tmp_path: Path) -> None:
     watch = RankWatch(LIMIT, str(tmp_path), "pretrain")
-    for team, expected in (("one", []), ("two", ["bad"])):
+    for team, expected in (("one", ([], 1)), ("two", (["bad"], 2))):
         for rank, node in enumerate(("good", "bad", "bad")):
             watch.beat(Member(team, 3, rank, ProcessPlace(node, Process(100 + rank, "boot:1"))), Beat(4, 40))
         late = time.monotonic() + 2 * LIMIT

@@ -2,12 +2,12 @@
 
 A GPU, or a link, that hangs once often hangs again, and each time all ranks lose their steps since the last checkpoint.
 Ray Train asks this callback for the hosts of each worker group that it starts, first or after a failure. Without a
-spare host training continues as before, on all of them.
+spare host training continues as before, on all of them. It also does if a start without the hosts led to nothing,
+because something else uses the others: their resources are known, but not who will free them.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,31 +16,35 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 _SECONDS = 10.0
 
-logger = logging.getLogger(__name__)
-
 
 class SpareHosts(ControllerCallback):
     """watch: the RankWatch actor, which counts the hangs of each host."""
 
     def __init__(self, watch: Any) -> None:
         self._watch = watch
+        self._asked = -1  # teams that had started when hosts were left out
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         """The label selector of the hosts to use; None for all."""
         import ray
 
         try:
-            blamed: list[str] = ray.get(self._watch.blamed.remote(), timeout=_SECONDS)
+            blamed, teams = ray.get(self._watch.blamed.remote(), timeout=_SECONDS)
         except ray.exceptions.RayError:  # the watch restarts, and has forgotten
             return None
         nodes = {node["NodeID"]: node["Resources"] for node in _nodes() if node["Alive"]}
         if not (left_out := [node for node in blamed if node in nodes]):
             return None
+        named = f"{_hosts(left_out)}, whose ranks hung more than once"
         others = [resources for node, resources in nodes.items() if node not in left_out]
         if room_for(others, scaling_config._resources_per_worker_not_none) < num_workers:
-            logger.warning("hosts %s hung more than once, but there is no spare for them", ", ".join(left_out))
+            self._watch.note.remote(f"there is no spare for {named}")
             return None
-        self._watch.note.remote(f"training starts without {_hosts(left_out)}, whose ranks hung more than once")
+        if teams == self._asked:
+            self._watch.note.remote(f"training could not start without {named}; it starts with all hosts")
+            return None
+        self._asked = teams
+        self._watch.note.remote(f"training starts without {named}")
         return {NODE_LABEL: f"!in({','.join(left_out)})"}
 
 

@@ -21,9 +21,11 @@ from triton.runtime.interpreter import GridExecutor
 
 from moray.actors.data.token_set import Batch
 from moray.kernels.util.deferred import DeferredGradients
+from moray.kernels.util.device import HostRuntime
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
+from moray.pipelines.pretrain.memory.stand_ins import _Queue
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import unit
 from moray.pipelines.pretrain.train_step import measure, take
@@ -58,7 +60,7 @@ def real_step(settings: dict[str, Any]) -> RealStep:
     with gpu_code(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         parallel = job.config.parallel
         dense = dense_ranks(dist.get_world_size(), parallel.shard_ranks)
-        worker = build(job, Mesh.create(parallel.expert_parallel, cpu, dense), cpu)
+        worker = build(job, Mesh.create(parallel.expert_parallel, cpu, dense, parallel.node_ranks), cpu)
         take(worker, 0, measure(worker, random_batch(worker), 0))
     loads = torch.stack([shard.load_E.sum() for shard in worker.model.shards()]).double()
     mean = loads.clone()
@@ -84,8 +86,9 @@ def allocated(profiled: Any) -> int:
 @contextmanager
 def gpu_code() -> Iterator[None]:
     """Kernels are Triton's; a wait for a transfer computes all deferred gradients, as a GPU's host does, which runs
-    ahead; and sharded weights are exchanged without copies, which gloo makes and NCCL does not."""
-    environment, fill = dict(os.environ), DeferredGradients.fill
+    ahead; a queue's work is issued at once; and sharded weights are exchanged without copies, which gloo makes and NCCL
+    does not."""
+    environment, fill, queue = dict(os.environ), DeferredGradients.fill, HostRuntime.queue
     exchanges = unit._all_gather, unit._reduce_scatter
     os.environ["MORAY_KERNELS"] = "triton"
 
@@ -93,6 +96,7 @@ def gpu_code() -> Iterator[None]:
         fill(self, done if done.__name__ == "<lambda>" else lambda: False)
 
     DeferredGradients.fill = fill_all  # type: ignore[method-assign]
+    HostRuntime.queue = lambda _: _Queue()  # type: ignore[method-assign]
     if dist.is_initialized():
         unit._all_gather, unit._reduce_scatter = gathered, reduced_and_scattered
     try:
@@ -100,6 +104,7 @@ def gpu_code() -> Iterator[None]:
             yield
     finally:
         DeferredGradients.fill = fill  # type: ignore[method-assign]
+        HostRuntime.queue = queue  # type: ignore[method-assign]
         unit._all_gather, unit._reduce_scatter = exchanges
         os.environ.clear()
         os.environ.update(environment)

@@ -29,6 +29,8 @@ FP8 = {"precision": "fp8", "moments": "fp8"}
         pytest.param(2, FP8 | {"expert_parallel": 2, "zero_stage": 2, "keep_fp8_transposes": False}, marks=LONG),
         pytest.param(2, {"precision": "bf16", "zero_stage": 2, "micro_batch_sequences": 2}, marks=LONG),
         pytest.param(4, {"precision": "bf16", "expert_parallel": 4, "overlap": False}, marks=LONG),
+        pytest.param(4, {"precision": "bf16", "expert_parallel": 4, "node_ranks": 2}, marks=LONG),
+        pytest.param(4, FP8 | {"expert_parallel": 4, "node_ranks": 2, "recompute": "layer"}, marks=LONG),
         pytest.param(4, {"expert_parallel": 2, "recompute": "layer", "zero_stage": 3, "shard_ranks": 2}, marks=LONG),
         pytest.param(4, FP8 | {"expert_parallel": 2, "recompute": "v3", "zero_stage": 3, **FP8_EXPERTS}, marks=LONG),
     ],

@@ -32,17 +32,20 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 nodes = [cluster.add_node(num_cpus=2).node_id for _ in range(3)]
 ray.init(cluster.address)
 watch = start_watch(100.0, sys.argv[1], "pretrain")
-asked = {}
 for blamed in ([], nodes[:1], nodes[:2]):
     ray.get(watch.__ray_call__.remote(lambda own, of: own._hangs.update({node: 2 for node in of}), blamed))
+    spares = SpareHosts(watch)
     for workers in (2, 4, 6):
         config = ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1})
-        selector = SpareHosts(watch).on_controller_start_worker_group(scaling_config=config, num_workers=workers)
+        ray.get(watch.__ray_call__.remote(lambda own: own._teams.append("another")))
+        selector = spares.on_controller_start_worker_group(scaling_config=config, num_workers=workers)
         group = placement_group([{"CPU": 1}] * workers, bundle_label_selector=[selector or {}] * workers)
         ray.get(group.ready(), timeout=60)
         used = set(placement_group_table(group)["bundles_to_node_id"].values())
         print(len(blamed), workers, selector is not None, bool(used & set(blamed)), flush=True)
         ray.util.remove_placement_group(group)
+        again = spares.on_controller_start_worker_group(scaling_config=config, num_workers=workers)
+        assert again is None, "no team has started since, so that hosts may be in use by others"
 """
 
 
