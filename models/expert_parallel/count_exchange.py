@@ -55,5 +55,5 @@ class CountExchange:
 
 
 def check_sum(counts_PX: Tensor) -> Tensor:
-    """What follows the counts, [P, 1]: their sum, and 1 so that zeros are no valid counts."""
+    """What follows the counts of each rank, [..., P, 1]: their sum, and 1 so that zeros are no valid counts."""
     return counts_PX.sum(-1, keepdim=True) + 1

@@ -38,7 +38,7 @@ from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
 from moray.models.expert_parallel.exchange import Exchange, LocalExchange, RoutedExchange
 from moray.models.expert_parallel.exchange_check import ExchangeCheck
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation
-from moray.models.expert_parallel.routes import DirectRoute, LayerRouting, Payload, PendingPayload
+from moray.models.expert_parallel.routes import DirectRoute, LayerRouting, Payload, PendingPayload, Route
 from moray.models.expert_parallel.shared_memory import PeerMemory
 from moray.models.expert_parallel.stages import Dispatcher, Routing
 from moray.models.expert_parallel.two_hop import Nodes, TwoHopRoute
@@ -145,9 +145,9 @@ class LocalDispatcher:
 class ProcessGroupDispatcher:
     """A dispatcher for experts distributed evenly over the ranks of a torch.distributed group.
 
-    `experts`: the range that this rank must hold. `check`: of all exchanges. `deferred`: weight gradients to compute
-    while waiting. `memory`: shared memory of the group's ranks, if rows are sent through it. `nodes`: if rows are sent
-    in two hops. Raises ValueError if the experts are not divisible by the ranks.
+    `experts`: the range that this rank must hold. `check`: compares what all exchanges deliver. `deferred`: weight
+    gradients to compute while waiting. `memory`: shared memory of the group's ranks, if rows are sent through it.
+    `nodes`: if rows are sent in two hops. Raises ValueError if the experts are not divisible by the ranks.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class ProcessGroupDispatcher:
     def exchange(self, routing: Routing, fp8: bool, layer: int) -> Exchange:
         """The exchange of one layer."""
         of_layer = LayerRouting(layer, routing.ids_TK, routing.counts_E, self.experts)
-        route: DirectRoute | TwoHopRoute
+        route: Route
         if self._nodes is None:
             route = DirectRoute(self.all_to_all, of_layer, self.check)
         else:
