@@ -81,7 +81,7 @@ def exchange(dispatcher: ProcessGroupDispatcher, now: list[str], rows_TD: Tensor
     now[0] = TRANSFERS[0]
     handle = dispatcher.dispatch(rows_TD, routing, fp8=True)
     handle.start_dispatch()
-    rows_RD, weights_R, _ = handle.wait_dispatch()
+    rows_RD, weights_R, *_ = handle.wait_dispatch()
     now[0] = TRANSFERS[1]
     handle.start_combine((rows_RD * weights_R.unsqueeze(1)).bfloat16())
     sums_TD = handle.wait_combine()

@@ -6,8 +6,9 @@ Each expert's rows begin at a multiple of 128, so no tile along the tokens holds
 zeros. Offsets stay on the device. Gate and up are one GEMM, forward and backward, over stacked weights. w are the
 router's weights, one per row. A dense MLP is one expert without them.
 
-The backward saves the input, gate and up in FP8: D + 2F bytes per row. Only six grouped GEMMs, two quantizations of
-rows in both layouts (x, dy) and two fused SwiGLUs (`kernels/swiglu.py`) read or write the rows.
+The backward saves the input, gate and up in FP8: D + 2F bytes per row. Rows and gradients that come in FP8
+(`kernels/fp8_rows.py`) are multiplied as they are; others are quantized in both layouts in one pass. Besides, only six
+grouped GEMMs and two fused SwiGLUs (`kernels/swiglu.py`) read or write the rows.
 
 Shapes: R padded rows, E experts, D hidden size, F expert hidden size, G = F rounded up to 128; the added columns are
 zero in every quantized tensor.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from moray.kernels.fp8_gemm import fp8_gemm_grouped_triton, fp8_gemm_k_grouped
 from moray.kernels.fp8_linear import Fp8Weight, Quantized, fp8_weight
+from moray.kernels.fp8_rows import Fp8Rows, transpose_fp8
 from moray.kernels.quantize import BLOCK, dequantize, quantize_both
 from moray.kernels.swiglu import swiglu_backward, swiglu_quantize
 from moray.kernels.util.backend import backend
@@ -81,6 +83,14 @@ def _grouped_on_cpu(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype
     return out_RN
 
 
+def _layouts(x_RD: Tensor) -> tuple[Quantized, Quantized, bool]:
+    """The quantized rows, the form from which a weight's gradient is computed, and whether that is transposed yet."""
+    if isinstance(x_RD, Fp8Rows):
+        rowwise = x_RD.fp8, x_RD.scales
+        return rowwise, rowwise, False
+    return *quantize_both(x_RD, power_of_two=True), True
+
+
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,10 +102,10 @@ class _Fp8Experts(torch.autograd.Function):
         deferred: DeferredGradients | None,
         *stacks: Tensor,
     ) -> Tensor:
-        rowwise, transposed = quantize_both(x_RD, power_of_two=True)
+        rowwise, kept, ctx.is_transposed = _layouts(x_RD)
         h_RH = _grouped(rowwise, quantized.gate_up, offsets_E1, x_RD.dtype)
         inner, gate_up = swiglu_quantize(h_RH, weights_R)
-        ctx.save_for_backward(*transposed, *gate_up, offsets_E1, weights_R)
+        ctx.save_for_backward(*kept, *gate_up, offsets_E1, weights_R)
         ctx.quantized, ctx.deferred, ctx.stacks = quantized, deferred, stacks
         return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
 
@@ -103,17 +113,20 @@ class _Fp8Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_RD,) = grads
         x_fp8, x_scales, gate_up_fp8, gate_up_scales, offsets_E1, weights_R = ctx.saved_tensors
-        rowwise, transposed = quantize_both(dy_RD, power_of_two=True)
+        x = x_fp8, x_scales
+        rowwise, dy, dy_is_transposed = _layouts(dy_RD)
         d_inner_RG = _grouped_input_gradient(rowwise, ctx.quantized.down, offsets_E1, dy_RD.dtype)
         d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG, weights_R)
         dx_RD = _grouped_input_gradient(d.rowwise, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
-        stacks = ctx.stacks
+        stacks, x_is_transposed = ctx.stacks, ctx.is_transposed
 
         def stack_gradients() -> tuple[Tensor, ...]:
             inner = stacks[0].shape[-2]
-            d_gate_up_EHD = fp8_gemm_k_grouped(*d.transposed, x_fp8, x_scales, offsets_E1)
+            x_transposed: Quantized = x if x_is_transposed else transpose_fp8(*x)
+            d_gate_up_EHD = fp8_gemm_k_grouped(*d.transposed, *x_transposed, offsets_E1)
             d_gate, d_up = (half[:, :inner] for half in d_gate_up_EHD.chunk(2, dim=1))
-            d_down = fp8_gemm_k_grouped(*transposed, *d.inner, offsets_E1)[..., :inner]
+            dy_transposed: Quantized = dy if dy_is_transposed else transpose_fp8(*dy)
+            d_down = fp8_gemm_k_grouped(*dy_transposed, *d.inner, offsets_E1)[..., :inner]
             shapes = (stack.shape for stack in stacks)
             return tuple(d_w.reshape(shape) for d_w, shape in zip((d_gate, d_up, d_down), shapes, strict=True))
 
@@ -141,7 +154,7 @@ def fp8_experts(
     deferred: DeferredGradients | None = None,
 ) -> Tensor:
     """Applies expert e to rows [offsets_e, offsets_e+1), in x's dtype (FP32 or BF16). Rows from the last offset on, and
-    their gradient, are undefined.
+    their gradient, are undefined. x, and the gradient of the result, may be `Fp8Rows`.
 
     R and the offsets (int32) are multiples of 128; weights_R is FP32. Differentiable in x, weights_R and the stacks;
     `quantized` is the quantization of the stacks. Their gradients are FP32. If `deferred` is given, it computes them,

@@ -1,22 +1,20 @@
-"""Sorts (token, slot) pairs by expert and permutes hidden states into that order.
+"""Sorts (token, slot) pairs by expert, copies FP8 rows into that order, and sums results over the slots.
 
 A `PaddedOrder` starts every expert at a multiple of `tile` rows, in a buffer whose size the host knows in advance. So a
 grouped GEMM of FP8 tiles is launched without waiting for the router.
 
-Notable: rows and orders are written without atomics. The backward of a gather by a permutation is the gather by its
-inverse, so gradients are bit-identical from run to run, also on a GPU, where a scatter-add is not. Both sorts are
-stable: an expert's rows keep the order of the tokens, whatever the other experts receive.
+Notable: rows and orders are written without atomics, and sums are FP32 in the order of the slots, so they are
+bit-identical from run to run, also on a GPU, where a scatter-add is not. Both sorts are stable: an expert's rows keep
+the order of the tokens, whatever the other experts receive.
 
 The Triton sort is a counting sort: a histogram per block of pairs, and its prefix sum over blocks. A pair's position is
 its expert's start, plus the expert's pairs in earlier blocks, plus the expert's earlier pairs in its own block. The
 last term comes from comparing the block's pairs with each other, so its cost does not depend on the number of experts.
 
-Shapes: T tokens, K slots, R rows: T * K pairs (pair t * K + k is slot k of token t) or the padded buffer's capacity, E
-experts, D row width, J scales per row.
+Shapes: T tokens, K slots, R rows: the padded buffer's capacity, E experts, D row width, J scales per row.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.util.arguments import FLOAT_DTYPES, FP8_DTYPES, check_tensor
-from moray.kernels.util.backend import backend, contiguous_blocks, row_offset
+from moray.kernels.util.arguments import FP8_DTYPES, check_tensor
+from moray.kernels.util.backend import backend, contiguous_blocks, rounded, row_offset
 
 TILE = 128
 # Pairs per CTA of the sort.
@@ -39,13 +37,13 @@ class PaddedOrder:
 
     positions_TK: the row of slot k of token t; -1 if its expert is not local. offsets_E1: the start of each expert's
     rows, followed by the end of the padded rows. counts_E: rows without padding. Expert e's rows are offsets[e] up to
-    offsets[e] + counts[e]; its padding extends to offsets[e + 1].
+    offsets[e] + counts[e]; its padding extends to offsets[e + 1]. capacity: rows of the buffer, at least offsets[E].
     """
 
     positions_TK: Tensor
     offsets_E1: Tensor
     counts_E: Tensor
-    tile: int = TILE
+    capacity: int
 
 
 def padded_capacity(pairs: int, experts: int, tile: int = TILE) -> int:
@@ -58,19 +56,26 @@ def padded_capacity(pairs: int, experts: int, tile: int = TILE) -> int:
     return (begun + (pairs - begun) // tile) * tile
 
 
-def _check_ids(expert_ids_TK: Tensor, num_experts: int, tile: int) -> None:
+def _checked_capacity(expert_ids_TK: Tensor, num_experts: int, tile: int, local: int | None) -> int:
+    """The capacity, after checks of the arguments."""
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), (torch.int64, torch.int32))
     for name, number in (("num_experts", num_experts), ("tile", tile)):
         if number < 1:
             raise ValueError(f"{name} = {number}, expected at least 1")
-    rows = padded_capacity(expert_ids_TK.numel(), num_experts, tile)
+    pairs = expert_ids_TK.numel()
+    if local is not None and not 0 <= local <= pairs:
+        raise ValueError(f"local = {local} pairs, expected 0 to {pairs}, the pairs of expert_ids_TK")
+    rows = padded_capacity(pairs if local is None else local, num_experts, tile)
     if rows > _MOST_ROWS:
         raise ValueError(f"expert_ids_TK may take {rows} padded rows, expected at most {_MOST_ROWS} (int32 positions)")
+    return rows
 
 
-def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
+def padded_order_reference(
+    expert_ids_TK: Tensor, num_experts: int, tile: int = TILE, local: int | None = None
+) -> PaddedOrder:
     """`padded_order` in PyTorch, without synchronizing with a device."""
-    _check_ids(expert_ids_TK, num_experts, tile)
+    capacity = _checked_capacity(expert_ids_TK, num_experts, tile, local)
     ids_R = expert_ids_TK.flatten().long()
     local_R = (ids_R >= 0) & (ids_R < num_experts)
     # Pairs of non-local experts are sorted after the last expert.
@@ -81,7 +86,7 @@ def padded_order_reference(expert_ids_TK: Tensor, num_experts: int, tile: int = 
     offsets_E1[1:] = ((counts_E + tile - 1) // tile * tile).cumsum(0)
     padded_R = (offsets_E1 - edges_E1)[sorted_R] + torch.arange(len(ids_R), device=ids_R.device)
     positions_R = torch.where(local_R, torch.empty_like(padded_R).index_copy_(0, order_R, padded_R), -1)
-    return PaddedOrder(positions_R.view(expert_ids_TK.shape).int(), offsets_E1.int(), counts_E.int(), tile)
+    return PaddedOrder(positions_R.view(expert_ids_TK.shape).int(), offsets_E1.int(), counts_E.int(), capacity)
 
 
 @triton.jit
@@ -141,9 +146,11 @@ def _place_pairs(
     tl.store(positions_ptr + pair, tl.where(local, start + before + rank, -1), mask=pair < P)
 
 
-def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
+def padded_order_triton(
+    expert_ids_TK: Tensor, num_experts: int, tile: int = TILE, local: int | None = None
+) -> PaddedOrder:
     """`padded_order` in three launches."""
-    _check_ids(expert_ids_TK, num_experts, tile)
+    capacity = _checked_capacity(expert_ids_TK, num_experts, tile, local)
     device, pairs = expert_ids_TK.device, expert_ids_TK.numel()
     blocks = contiguous_blocks(pairs, _PAIRS)
     bins = max(32, triton.next_power_of_2(num_experts))
@@ -161,50 +168,24 @@ def padded_order_triton(expert_ids_TK: Tensor, num_experts: int, tile: int = TIL
         expert_ids_TK, block_counts, counts_E, offsets_E1, positions_TK, pairs, num_experts,
         TILE=tile, PAIRS=_PAIRS, STEP=16, BINS=bins, num_warps=8,
     )  # fmt: skip
-    return PaddedOrder(positions_TK, offsets_E1, counts_E, tile)
+    return PaddedOrder(positions_TK, offsets_E1, counts_E, capacity)
 
 
-def padded_order(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE) -> PaddedOrder:
+def padded_order(expert_ids_TK: Tensor, num_experts: int, tile: int = TILE, local: int | None = None) -> PaddedOrder:
     """Sorts (token, slot) pairs stably by expert, with each expert starting at a multiple of `tile`.
 
     expert_ids_TK: int64 or int32. An id outside of 0 .. num_experts - 1 (by convention -1) belongs to no local expert.
-    Nothing waits for the device, because `padded_capacity` gives the buffer size without the ids. Raises ValueError for
-    ids of another shape or dtype, and if positions might exceed int32.
+    local: the number of pairs of local experts, if the host knows it; it makes the buffer smaller. Nothing waits for
+    the device, because `padded_capacity` gives the buffer's size without the ids. Raises ValueError for ids of another
+    shape or dtype, and if positions might exceed int32.
     """
     if backend(expert_ids_TK) == "triton":
-        return padded_order_triton(expert_ids_TK.contiguous(), num_experts, tile)
-    return padded_order_reference(expert_ids_TK.contiguous(), num_experts, tile)
-
-
-def check_permutation(order: PaddedOrder, like: Tensor, tokens: int, capacity: int) -> None:
-    """Raises ValueError if an order does not match the number of tokens, or a buffer of `capacity` rows."""
-    check_tensor("positions_TK", order.positions_TK, (tokens, None), (torch.int32,), like=like)
-    check_tensor("counts_E", order.counts_E, (None,), (torch.int32,), like=like)
-    experts = len(order.counts_E)
-    check_tensor("offsets_E1", order.offsets_E1, (experts + 1,), (torch.int32,), like=like)
-    least = padded_capacity(order.positions_TK.numel(), experts, order.tile)
-    if capacity < least:
-        raise ValueError(f"capacity = {capacity} rows, expected at least {least} (padded_capacity)")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums over rows of `dtype`: FP32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def permute_padded_reference(x_TD: Tensor, order: PaddedOrder, capacity: int, fill: float = 0.0) -> Tensor:
-    """`permute_padded` in PyTorch, differentiable, for any dtype. Rows that belong to no pair are set to `fill`."""
-    check_permutation(order, x_TD, len(x_TD), capacity)
-    # Pairs of non-local experts are written to one additional row, which is then removed.
-    places_R = torch.where(order.positions_TK < 0, capacity, order.positions_TK).flatten().long()
-    upcast_TD = x_TD.to(accumulation_dtype(x_TD.dtype)) if x_TD.is_floating_point() else x_TD
-    expanded_RD = upcast_TD.unsqueeze(1).expand(-1, order.positions_TK.shape[1], -1).flatten(0, 1)
-    rows_RD = expanded_RD.new_full((capacity + 1, x_TD.shape[1]), fill).index_copy(0, places_R, expanded_RD)
-    return rows_RD[:capacity].to(x_TD.dtype)
+        return padded_order_triton(expert_ids_TK.contiguous(), num_experts, tile, local)
+    return padded_order_reference(expert_ids_TK.contiguous(), num_experts, tile, local)
 
 
 @triton.jit
-def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl.constexpr, HEIGHT: tl.constexpr):
+def _fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl.constexpr, HEIGHT: tl.constexpr):
     """Fills some columns of the padding after an expert's rows."""
     end = tl.load(offsets_ptr + expert + 1)
     for first in range(tl.load(offsets_ptr + expert) + tl.load(counts_ptr + expert), end, HEIGHT):
@@ -215,16 +196,16 @@ def fill_padding(rows_ptr, offsets_ptr, counts_ptr, expert, columns, D, FILL: tl
 
 @triton.jit
 def _permute_columns(
-    x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, columns, D, E,
+    x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, columns, stride, D, E,
     K: tl.constexpr, FILL: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Writes some columns of one expert's padding, or of one token's rows."""
+    """Writes some columns of one expert's padding, or of one token's rows. stride: from one token to the next."""
     program = tl.program_id(0)
     if program < E:
-        fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, HEIGHT)
+        _fill_padding(rows_ptr, offsets_ptr, counts_ptr, program, columns, D, FILL, HEIGHT)
     else:
         token = program - E
-        x = tl.load(x_ptr + row_offset(token, D) + columns, mask=columns < D)
+        x = tl.load(x_ptr + row_offset(token, stride) + columns, mask=columns < D)
         positions_ptr += row_offset(token, K)
         for k in tl.static_range(K):
             position = tl.load(positions_ptr + k).to(tl.int64)
@@ -233,7 +214,7 @@ def _permute_columns(
 
 @triton.jit
 def _permute(
-    x_ptr, scales_ptr, rows_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, D, J, E,
+    x_ptr, scales_ptr, rows_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, stride, D, J, E,
     K: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """Writes the experts' padding, which takes longest and so starts first, then the tokens. The last part of a row is
@@ -241,33 +222,12 @@ def _permute(
     first = tl.program_id(1) * WIDTH
     if first < D:
         _permute_columns(
-            x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, first + tl.arange(0, WIDTH), D, E, K, 0, 4
+            x_ptr, rows_ptr, positions_ptr, offsets_ptr, counts_ptr, first + tl.arange(0, WIDTH), stride, D, E, K, 0, 4
         )
-    elif SCALES > 0:
+    else:
         _permute_columns(
-            scales_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, tl.arange(0, SCALES), J, E, K, 1, 4
+            scales_ptr, row_scales_ptr, positions_ptr, offsets_ptr, counts_ptr, tl.arange(0, SCALES), J, J, E, K, 1, 4
         )
-
-
-def _permute_triton(x_TD: Tensor, scales_TJ: Tensor | None, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
-    """Returns rows and their scales, if there are any."""
-    tokens, width = x_TD.shape
-    check_permutation(order, x_TD, tokens, capacity)
-    program_width = row_width(width)
-    parts, scales = contiguous_blocks(width, program_width), 0
-    rows_RD = torch.empty((capacity, width), dtype=x_TD.dtype, device=x_TD.device)
-    row_scales_RJ = x_TD.new_empty((capacity, 0), dtype=torch.float32)
-    if scales_TJ is not None:
-        scales = scales_TJ.shape[1]
-        row_scales_RJ = scales_TJ.new_empty((capacity, scales))
-    if rows_RD.numel():
-        experts, slots = len(order.counts_E), order.positions_TK.shape[1]
-        _permute[(experts + tokens, parts + (scales > 0))](
-            x_TD, scales_TJ if scales else row_scales_RJ, rows_RD, row_scales_RJ,
-            order.positions_TK, order.offsets_E1, order.counts_E, width, scales, experts,
-            K=slots, WIDTH=program_width, SCALES=triton.next_power_of_2(scales) if scales else 0,
-        )  # fmt: skip
-    return rows_RD, row_scales_RJ
 
 
 def row_width(columns: int) -> int:
@@ -276,9 +236,7 @@ def row_width(columns: int) -> int:
 
 
 @triton.jit
-def _sum_slots(
-    rows_ptr, weights_ptr, positions_ptr, out_ptr, D, K: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr
-):
+def _sum_slots(rows_ptr, positions_ptr, out_ptr, D, K: tl.constexpr, WIDTH: tl.constexpr):
     """Sums some columns of one token over its slots, in order."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -286,26 +244,21 @@ def _sum_slots(
     slots = row_offset(token, K)
     for k in tl.static_range(K):
         position = tl.load(positions_ptr + slots + k).to(tl.int64)
-        local = position >= 0
-        row = tl.load(rows_ptr + position * D + columns, mask=(columns < D) & local, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row *= tl.load(weights_ptr + slots + k, mask=local, other=0.0)
-        total += row
-    tl.store(out_ptr + row_offset(token, D) + columns, total, mask=columns < D)
+        inside = (columns < D) & (position >= 0)
+        total += tl.load(rows_ptr + position * D + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row_offset(token, D) + columns, rounded(total, out_ptr.dtype.element_ty), mask=columns < D)
 
 
-def sum_slots_triton(rows_RD: Tensor, weights_TK: Tensor | None, positions_TK: Tensor) -> Tensor:
-    """out[t]: the FP32 sum over k of (weights[t, k] times) rows[positions[t, k]], in the rows' dtype. A position of -1
-    adds nothing."""
+def sum_slots_triton(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
+    """`sum_slots` in one launch. Contiguous FP32, BF16 or FP16 rows."""
     tokens, slots = positions_TK.shape
     width = rows_RD.shape[1]
     out_TD = torch.empty((tokens, width), dtype=rows_RD.dtype, device=rows_RD.device)
     if out_TD.numel():
         program_width = row_width(width)
         _sum_slots[(tokens, contiguous_blocks(width, program_width))](
-            rows_RD, positions_TK if weights_TK is None else weights_TK, positions_TK, out_TD, width,
-            K=slots, WIDTH=program_width, WEIGHTED=weights_TK is not None,
-        )  # fmt: skip
+            rows_RD, positions_TK, out_TD, width, K=slots, WIDTH=program_width
+        )
     return out_TD
 
 
@@ -323,69 +276,55 @@ def sum_slots(rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
     A position (an integer) of -1 adds nothing. Not differentiable.
     """
     if backend(rows_RD) == "triton" and rows_RD.dtype != torch.float64:
-        return sum_slots_triton(rows_RD.contiguous(), None, positions_TK.contiguous())
+        return sum_slots_triton(rows_RD.contiguous(), positions_TK.contiguous())
     return sum_slots_reference(rows_RD, positions_TK)
 
 
-class _PermutePadded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
-        ctx.save_for_backward(order.positions_TK)
-        return _permute_triton(x_TD, None, order, capacity)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (positions_TK,) = ctx.saved_tensors
-        return sum_slots_triton(grads[0].contiguous(), None, positions_TK), None, None
+def _check_rows(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder) -> None:
+    tokens = len(order.positions_TK)
+    check_tensor("fp8_TD", fp8_TD, (tokens, None), FP8_DTYPES, strides=(None, 1))
+    check_tensor("scales_TJ", scales_TJ, (tokens, None), (torch.float32,), like=fp8_TD)
+    check_tensor("positions_TK", order.positions_TK, (tokens, None), (torch.int32,), like=fp8_TD)
 
 
-def permute_padded_triton(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
-    """`permute_padded` in one launch. Contiguous FP32, BF16 or FP16."""
-    check_tensor("x_TD", x_TD, (None, None), FLOAT_DTYPES)
-    rows_RD: Tensor = _PermutePadded.apply(x_TD, order, capacity)  # type: ignore[no-untyped-call]
-    return rows_RD
+def permute_fp8_reference(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder) -> tuple[Tensor, Tensor]:
+    """`permute_fp8` in PyTorch."""
+    _check_rows(fp8_TD, scales_TJ, order)
+    # Pairs of non-local experts are written to one additional row, which is then removed.
+    places_R = torch.where(order.positions_TK < 0, order.capacity, order.positions_TK).flatten().long()
+
+    def permuted(x_TX: Tensor, fill: int) -> Tensor:
+        expanded_RX = x_TX.repeat_interleave(order.positions_TK.shape[1], 0)
+        rows_RX = x_TX.new_full((order.capacity + 1, x_TX.shape[1]), fill)
+        return rows_RX.index_copy_(0, places_R, expanded_RX)[: order.capacity]
+
+    return permuted(fp8_TD.view(torch.uint8), 0).view(fp8_TD.dtype), permuted(scales_TJ, 1)
 
 
-def permute_padded(x_TD: Tensor, order: PaddedOrder, capacity: int) -> Tensor:
-    """Copies each token to its positions in a buffer of `capacity` rows: rows_RD, in the dtype of x.
-
-    The padding between experts is zeros. On a GPU, rows from offsets_E1[-1] on are not written, and neither is their
-    gradient; they must not be read. The gradient of a token is the sum over its slots, in FP32 and in order. Raises
-    ValueError if shapes, dtypes or devices do not match, or if `capacity` may be too small.
-    """
-    if backend(x_TD) == "triton" and x_TD.dtype != torch.float64:
-        return permute_padded_triton(x_TD.contiguous(), order, capacity)
-    return permute_padded_reference(x_TD, order, capacity)
-
-
-def _check_fp8(fp8_TD: Tensor, scales_TJ: Tensor) -> None:
-    check_tensor("fp8_TD", fp8_TD, (None, None), FP8_DTYPES)
-    check_tensor("scales_TJ", scales_TJ, (len(fp8_TD), None), (torch.float32,), like=fp8_TD)
-
-
-def permute_padded_fp8_reference(
-    fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """`permute_padded_fp8` in PyTorch."""
-    _check_fp8(fp8_TD, scales_TJ)
-    rows_RD = permute_padded_reference(fp8_TD.view(torch.uint8), order, capacity)
-    return rows_RD.view(fp8_TD.dtype), permute_padded_reference(scales_TJ, order, capacity, fill=1.0)
-
-
-def permute_padded_fp8_triton(
-    fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """`permute_padded_fp8` in one launch."""
-    _check_fp8(fp8_TD, scales_TJ)
-    rows_RD, row_scales_RJ = _permute_triton(fp8_TD.view(torch.uint8), scales_TJ, order, capacity)
+def permute_fp8_triton(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder) -> tuple[Tensor, Tensor]:
+    """`permute_fp8` in one launch."""
+    _check_rows(fp8_TD, scales_TJ, order)
+    (tokens, width), scales = fp8_TD.shape, scales_TJ.shape[1]
+    rows_RD = torch.empty((order.capacity, width), dtype=torch.uint8, device=fp8_TD.device)
+    row_scales_RJ = scales_TJ.new_empty((order.capacity, scales))
+    if rows_RD.numel():
+        program_width = row_width(width)
+        experts, slots = len(order.counts_E), order.positions_TK.shape[1]
+        _permute[(experts + tokens, contiguous_blocks(width, program_width) + 1)](
+            fp8_TD.view(torch.uint8), scales_TJ, rows_RD, row_scales_RJ,
+            order.positions_TK, order.offsets_E1, order.counts_E, fp8_TD.stride(0), width, scales, experts,
+            K=slots, WIDTH=program_width, SCALES=triton.next_power_of_2(scales),
+        )  # fmt: skip
     return rows_RD.view(fp8_TD.dtype), row_scales_RJ
 
 
-def permute_padded_fp8(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder, capacity: int) -> tuple[Tensor, Tensor]:
-    """`permute_padded` for float8_e4m3fn rows and their FP32 scales, not differentiable: (rows_RD, scales_RJ).
+def permute_fp8(fp8_TD: Tensor, scales_TJ: Tensor, order: PaddedOrder) -> tuple[Tensor, Tensor]:
+    """Copies each token, E4M3 numbers and FP32 scales, to the positions of its slots: (rows_RD, scales_RJ).
 
-    Padding rows are zeros with scale 1, so their products are zeros.
+    The padding between experts is zeros with scale 1, so its products are zeros. On a GPU, rows from offsets_E1[-1] on
+    are not written, and must not be read. Tokens may be apart, as in messages that carry more than the numbers. Raises
+    ValueError if shapes, dtypes or devices do not match.
     """
     if backend(fp8_TD) == "triton":
-        return permute_padded_fp8_triton(fp8_TD.contiguous(), scales_TJ.contiguous(), order, capacity)
-    return permute_padded_fp8_reference(fp8_TD, scales_TJ, order, capacity)
+        return permute_fp8_triton(fp8_TD, scales_TJ.contiguous(), order)
+    return permute_fp8_reference(fp8_TD, scales_TJ, order)

@@ -13,7 +13,8 @@ Shapes: T rows, D columns, J = ceil(D / 128) scales, W = D + J bytes.
 import torch
 from torch import Tensor
 
-from moray.kernels.quantize import dequantize, quantize
+from moray.kernels.fp8_rows import Fp8Rows
+from moray.kernels.quantize import quantize
 from moray.kernels.rows_cpu import compiles, pack_rows_compiled
 
 _MANTISSA_BITS = 23
@@ -36,12 +37,19 @@ def pack_rows(x_TD: Tensor) -> Tensor:
     return pack_rows_compiled(x_TD) if compiles(x_TD) else pack_rows_reference(x_TD)
 
 
-def unpack_rows(bytes_TW: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Unpacks rows packed by `pack_rows` to numbers of `dtype`: [T, columns]. Raises ValueError if the widths do not
-    match."""
+def unpack_rows(bytes_TW: Tensor, columns: int, dtype: torch.dtype) -> Fp8Rows:
+    """Rows packed by `pack_rows`, as a tensor [T, columns] of `dtype`; a view of the bytes. Raises ValueError if the
+    widths do not match."""
     if bytes_TW.shape[1] != packed_width(columns):
         raise ValueError(f"bytes_TW has {bytes_TW.shape[1]} columns, rows of {columns} take {packed_width(columns)}")
     fp8_TD = bytes_TW[:, :columns].view(torch.float8_e4m3fn)
     # 255 becomes an infinity, so all numbers of the tile are NaN.
     scales_TJ = (bytes_TW[:, columns:].int() << _MANTISSA_BITS).view(torch.float32)
-    return dequantize(fp8_TD, scales_TJ, dtype=dtype)
+    return Fp8Rows(fp8_TD, scales_TJ, dtype)
+
+
+def quantize_rows(x_TD: Tensor) -> Fp8Rows:
+    """What the receiver of `pack_rows` gets, without packing. Contiguous."""
+    if compiles(x_TD):
+        return unpack_rows(pack_rows_compiled(x_TD), x_TD.shape[1], x_TD.dtype)
+    return Fp8Rows(*quantize(x_TD, power_of_two=True), x_TD.dtype)

@@ -14,8 +14,7 @@ which share `TrainingCompute`:
 Notable: `UnfusedSwiGLU` calls the module's three linear layers, whose own strategies apply. In FP8 training, gate and
 up are one GEMM instead, and their own strategies are not used.
 
-Shapes: T tokens, R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F
-expert hidden size, N outputs, K inputs.
+Shapes: T tokens, R rows of experts, E experts of the shard, D hidden size, F expert hidden size, N outputs, K inputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +28,9 @@ from torch import Tensor
 from moray.kernels.experts import experts, experts_fp8
 from moray.kernels.fp8_experts import Fp8Experts, fp8_expert_weights, fp8_experts, fp8_mlp
 from moray.kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_linears, fp8_weight
-from moray.kernels.padding import pad_groups, unpad_groups
 from moray.kernels.quantize import BLOCK, dequantize
 from moray.kernels.util.deferred import DeferredGradients, deferred_linear
+from moray.models.expert_parallel.stages import ExpertRows
 from moray.models.fp8 import QuantizationCache
 
 Form = TypeVar("Form", Fp8Weight, Fp8Experts)
@@ -125,16 +124,14 @@ class ExpertStacks(NamedTuple):
 
 
 class ExpertsCompute(Protocol):
-    """Computes the experts' outputs, times the router's weights, for rows sorted by local expert, `counts_E` rows each.
-    `scales` are those of stacks stored in FP8, else None."""
+    """Computes the experts' outputs, times the router's weights: [R, D]. `scales` are those of stacks stored in FP8,
+    else None."""
 
     @property
     def fp8_rows(self) -> bool:
-        """Whether rows are quantized before the first GEMM, so that they may be sent in FP8."""
+        """Whether rows must be `Fp8Rows`. They are sent in FP8 then."""
 
-    def __call__(
-        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
-    ) -> Tensor: ...
+    def __call__(self, rows: ExpertRows, stacks: ExpertStacks, scales: ExpertStacks | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -142,10 +139,8 @@ class HighPrecisionExperts:
     deferred: DeferredGradients | None = None
     fp8_rows: ClassVar[bool] = False
 
-    def __call__(
-        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
-    ) -> Tensor:
-        return experts(rows_RD, weights_R, counts_E, *stacks, self.deferred)
+    def __call__(self, rows: ExpertRows, stacks: ExpertStacks, scales: ExpertStacks | None) -> Tensor:
+        return experts(rows.rows_RD, rows.weights_R, rows.counts_L, *stacks, self.deferred)
 
 
 @dataclass(frozen=True)
@@ -154,24 +149,19 @@ class Fp8TrainedExperts:
     deferred: DeferredGradients | None = None
     fp8_rows: ClassVar[bool] = True
 
-    def __call__(
-        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
-    ) -> Tensor:
-        padded_PD, weights_P, groups = pad_groups(rows_RD, weights_R, counts_E)
+    def __call__(self, rows: ExpertRows, stacks: ExpertStacks, scales: ExpertStacks | None) -> Tensor:
+        assert rows.offsets_L1 is not None, "the dispatcher pads FP8 rows"
         quantized = self.quantization.get(*stacks)
-        out_PD = fp8_experts(padded_PD, weights_P, groups.offsets_E1, quantized, *stacks, self.deferred)
-        return unpad_groups(out_PD, groups)
+        return fp8_experts(rows.rows_RD, rows.weights_R, rows.offsets_L1, quantized, *stacks, self.deferred)
 
 
 class Fp8StoredExperts:
     fp8_rows: ClassVar[bool] = False
 
-    def __call__(
-        self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, stacks: ExpertStacks, scales: ExpertStacks | None
-    ) -> Tensor:
+    def __call__(self, rows: ExpertRows, stacks: ExpertStacks, scales: ExpertStacks | None) -> Tensor:
         assert scales is not None
         gate, up, down = zip(stacks, scales, strict=True)
-        return experts_fp8(rows_RD, weights_R, counts_E, gate, up, down)
+        return experts_fp8(rows.rows_RD, rows.weights_R, rows.counts_L, gate, up, down)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from moray.kernels.util.document_bounds import DocumentBounds
 from moray.models.attention import LatentAttention, RotaryTable
 from moray.models.cache import CacheView
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import Attended, Dispatcher, DispatchHandle, RoutingContext
+from moray.models.expert_parallel.stages import Attended, Dispatcher, DispatchHandle, ExpertRows, RoutingContext
 from moray.models.linear import RMSNorm
 from moray.models.moe import MoE, SwiGLU
 from moray.models.recompute import Recompute
@@ -76,9 +76,9 @@ class DecoderLayer(nn.Module):
         with attended.recompute:
             return self.mlp.local(attended.rows_TD) if isinstance(self.mlp, MoE) else self.mlp(attended.rows_TD)
 
-    def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor:
+    def experts(self, rows: ExpertRows) -> Tensor:
         assert isinstance(self.mlp, MoE)
-        return self.mlp.compute(rows_RD, weights_R, counts_L)
+        return self.mlp.compute(rows)
 
     def aggregate(self, attended: Attended, *parts_TD: Tensor | None) -> Tensor:
         with attended.recompute as recompute:

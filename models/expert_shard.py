@@ -4,8 +4,7 @@ Training ranks and serving actors use the same shard, so serving runs the traine
 experts so that one grouped GEMM covers all of them; the logical tensors of single experts are views into the stack.
 `load_E` counts the rows computed by each expert, in training with gradients and in serving, for placement and metrics.
 
-Shapes: R rows sorted by expert, and the router's weight of each, E experts of the shard, D hidden size, F expert hidden
-size.
+Shapes: R rows, E experts of the shard, D hidden size, F expert hidden size.
 """
 
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moray.models.compute import ExpertsCompute, ExpertStacks, Fp8StoredExperts, HighPrecisionExperts
+from moray.models.expert_parallel.stages import ExpertRows
 from moray.models.linear import ExactModule, unset_fp8, unset_parameter
 from moray.models.tensors import scale_name
 
@@ -54,11 +54,11 @@ class ExpertShard(ExactModule):
     def exact_tensors(self) -> Iterable[str]:
         return (*PROJECTIONS, *map(scale_name, PROJECTIONS)) if self.is_fp8 else ()
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
-        """The experts' outputs, times the router's weights, for rows sorted by local expert, `counts_E` rows each."""
+    def forward(self, rows: ExpertRows) -> Tensor:
+        """The experts' outputs, times the router's weights: [R, D]."""
         if torch.is_grad_enabled() or not self.training:  # else a layer's first run, which the backward repeats
             with torch.no_grad():
-                self.load_E += counts_E.to(self.load_E.device, non_blocking=True)  # the counts may be on the host
+                self.load_E += rows.counts_L.to(self.load_E.device, non_blocking=True)  # the counts may be on the host
         stacks = ExpertStacks(self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
         scales = ExpertStacks(*(getattr(self, scale_name(name)) for name in PROJECTIONS)) if self.is_fp8 else None
-        return self.compute(rows_RD, weights_R, counts_E, stacks, scales)
+        return self.compute(rows, stacks, scales)

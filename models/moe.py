@@ -19,7 +19,14 @@ from moray.kernels.sequence_balance import sequence_balance
 from moray.kernels.wide_linear import wide_linear
 from moray.models.compute import SwiGLUCompute, UnfusedSwiGLU
 from moray.models.config import ModelConfig
-from moray.models.expert_parallel.stages import DEFAULT_CONTEXT, Dispatcher, DispatchHandle, Routing, RoutingContext
+from moray.models.expert_parallel.stages import (
+    DEFAULT_CONTEXT,
+    Dispatcher,
+    DispatchHandle,
+    ExpertRows,
+    Routing,
+    RoutingContext,
+)
 from moray.models.expert_shard import ExpertShard
 from moray.models.linear import ExactModule, Linear, unset_parameter
 
@@ -128,7 +135,7 @@ class MoE(nn.Module):
         """The shared expert's output, if there is one."""
         return None if self.shared_experts is None else self.shared_experts(rows_TD)
 
-    def compute(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor:
-        """The outputs of the local experts, times the router's weights."""
-        out_RD: Tensor = self.experts(rows_RD, weights_R, counts_L)
+    def compute(self, rows: ExpertRows) -> Tensor:
+        """The outputs of the local experts, times the router's weights: [R, D]."""
+        out_RD: Tensor = self.experts(rows)
         return out_RD

@@ -20,10 +20,10 @@ from torch import Tensor
 from moray.kernels import (
     adamw_fp8,
     attention,
-    combine,
     cross_entropy,
     fp8_experts,
     fp8_gemm,
+    fp8_rows,
     mla_decode,
     permute,
     quantize,
@@ -274,10 +274,9 @@ def moving(size: Sizes, device: str) -> Iterator[Case]:
     slots, tokens = 8, size.rows // 8
     ids = torch.rand(tokens, size.routed, device=device).topk(slots).indices
     order = permute.padded_order_triton(ids, size.routed)
-    capacity = permute.padded_capacity(ids.numel(), size.routed)
     x = quantize.quantize_triton(torch.randn(tokens, size.hidden, device=device, dtype=torch.bfloat16), ROWS, True)
-    rows = torch.randn(capacity, size.hidden, device=device, dtype=torch.bfloat16)
-    weights = torch.rand(tokens, slots, device=device)
+    permuted = permute.permute_fp8_triton(*x, order)
+    rows = torch.randn(order.capacity, size.hidden, device=device, dtype=torch.bfloat16)
     used = int(order.offsets_E1[-1])
 
     def order_check() -> None:
@@ -288,23 +287,18 @@ def moving(size: Sizes, device: str) -> Iterator[Case]:
         assert torch.equal(found.offsets_E1, expected.offsets_E1)
 
     def permute_check() -> None:
-        found, expected = (
-            form(*x, order, capacity)
-            for form in (permute.permute_padded_fp8_triton, permute.permute_padded_fp8_reference)
-        )
+        found, expected = (form(*x, order) for form in (permute.permute_fp8_triton, permute.permute_fp8_reference))
         assert torch.equal(found[0][:used].view(torch.uint8), expected[0][:used].view(torch.uint8))
         assert torch.equal(found[1][:used], expected[1][:used])
 
-    def combined(form: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        return with_gradients(lambda rows, weights: form(rows, weights, order), rows, weights)
+    def sum_check() -> None:
+        places = order.positions_TK
+        near(permute.sum_slots_triton(rows, places), permute.sum_slots_reference(rows, places.long()), 2.0**-7)
 
-    def combine_check() -> None:
-        found, expected = (combined(form) for form in (combine.combine_padded_triton, combine.combine_padded_reference))
-        out, d_rows, d_weights = found()
-        expected_out, expected_rows, expected_weights = expected()
-        near(out, expected_out, 2.0**-7)
-        near(d_rows[:used], expected_rows[:used], 2.0**-7)
-        near(d_weights, expected_weights, 2.0**-7)
+    def transpose_check() -> None:
+        found, expected = (f(*permuted) for f in (fp8_rows.transpose_fp8_triton, fp8_rows.transpose_fp8_reference))
+        assert torch.equal(found[0][:, :used].view(torch.uint8), expected[0][:, :used].view(torch.uint8))
+        assert torch.equal(found[1][:, : used // 128], expected[1][:, : used // 128])
 
     def unfused_order() -> None:
         _, sort = ids.flatten().sort(stable=True)
@@ -317,13 +311,18 @@ def moving(size: Sizes, device: str) -> Iterator[Case]:
     )  # fmt: skip
     each = size.hidden + size.hidden // 32
     yield Case(
-        "spread fp8 rows", partial(permute.permute_padded_fp8_triton, *x, order, capacity), permute_check,
-        (tokens + used) * each, 0, {"PyTorch": partial(permute.permute_padded_fp8_reference, *x, order, capacity)},
+        "spread fp8 rows", partial(permute.permute_fp8_triton, *x, order), permute_check,
+        (tokens + used) * each, 0, {"PyTorch": partial(permute.permute_fp8_reference, *x, order)},
     )  # fmt: skip
-    moved = size.hidden * 2 * (2 * (ids.numel() + tokens) + used)
     yield Case(
-        "combine, forward + backward", combined(combine.combine_padded_triton), combine_check, moved, 0,
-        {"PyTorch": combined(combine.combine_padded_reference)},
+        "transpose fp8 rows", partial(fp8_rows.transpose_fp8_triton, *permuted), transpose_check,
+        2 * order.capacity * each, 0, {"PyTorch": partial(fp8_rows.transpose_fp8_reference, *permuted)},
+    )  # fmt: skip
+    places = order.positions_TK
+    yield Case(
+        "sum over slots", partial(permute.sum_slots_triton, rows, places), sum_check,
+        2 * size.hidden * (ids.numel() + tokens), 0,
+        {"PyTorch": partial(permute.sum_slots_reference, rows, places.long())},
     )  # fmt: skip
 
 

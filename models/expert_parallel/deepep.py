@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moray.kernels.quantize import dequantize, quantize
+from moray.kernels.fp8_rows import Fp8Rows
+from moray.kernels.quantize import quantize
 from moray.kernels.util.deferred import DeferredGradients
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.all_to_all import AllToAll, Timed, untimed
 from moray.models.expert_parallel.dispatcher import ProcessGroupDispatcher
 from moray.models.expert_parallel.exchange import Exchange
-from moray.models.expert_parallel.expert_permutation import ExpertPermutation
+from moray.models.expert_parallel.expert_permutation import ExpertPermutation, expert_permutation
 from moray.models.expert_parallel.routes import Payload, PendingPayload
 from moray.models.expert_parallel.stages import Routing
 
@@ -57,7 +58,7 @@ class _Pending:
         self.all_to_all.wait(_Event(self.event), self.rows.device)
         if self.scales is None:
             return Payload(self.rows, self.weights)
-        return Payload(dequantize(self.rows, self.scales, dtype=self.dtype), self.weights)
+        return Payload(Fp8Rows(self.rows, self.scales, self.dtype), self.weights)
 
 
 class DeepEPExchange:
@@ -98,7 +99,7 @@ class DeepEPExchange:
     def permutation(self) -> ExpertPermutation:
         assert self._ids_AK is not None, "a dispatch with weights comes first"
         counts = self._handle.num_recv_tokens_per_expert_list
-        return ExpertPermutation.of(self._ids_AK, len(counts), sum(counts))
+        return expert_permutation(self._ids_AK, len(counts), sum(counts), self._fp8)
 
 
 class DeepEPDispatcher(ProcessGroupDispatcher):

@@ -7,7 +7,7 @@ reverse and sends gradients through the same two exchanges in the other directio
     1 SendPlan.gather                sent [C, D]             rank of the token; FP8 in FP8 training
     2 AllToAll.start    } dispatch                           in two hops between nodes (`two_hop.py`)
     3 PendingRows.wait  }            received [A, D]         rank of the expert; with ids and weights
-    4 ExpertPermutation.expand       at experts [R, D]       by expert
+    4 ExpertPermutation.expand       at experts [R, D]       by expert; FP8 as received, padded, in FP8 training
       (experts: results times the router's weights)  [R, D]
     5 ExpertPermutation.reduce       partial sums [A, D]     rank of the expert; BF16 in FP8 training
     6 AllToAll.start    } combine
@@ -40,7 +40,7 @@ from moray.models.expert_parallel.exchange_check import ExchangeCheck
 from moray.models.expert_parallel.expert_permutation import ExpertPermutation
 from moray.models.expert_parallel.routes import DirectRoute, LayerRouting, Payload, PendingPayload, Route
 from moray.models.expert_parallel.shared_memory import PeerMemory
-from moray.models.expert_parallel.stages import Dispatcher, Routing
+from moray.models.expert_parallel.stages import Dispatcher, ExpertRows, Routing
 from moray.models.expert_parallel.two_hop import Nodes, TwoHopRoute
 
 Direction = Literal["dispatch", "combine"]
@@ -64,10 +64,10 @@ class LayerDispatch:
         payload, self._payload = self._payload, None
         self._edge = _Start.apply(self, "dispatch", *payload)  # type: ignore[no-untyped-call]
 
-    def wait_dispatch(self) -> tuple[Tensor, Tensor, Tensor]:
+    def wait_dispatch(self) -> ExpertRows:
         edge, self._edge = self._edge, None
         rows_RD, weights_R = _Wait.apply(edge, self, "dispatch")  # type: ignore[no-untyped-call]
-        return rows_RD, weights_R, self._exchange.counts_L()
+        return ExpertRows(rows_RD, weights_R, self._exchange.counts_L(), self._order().offsets_L1)
 
     def start_combine(self, rows_RD: Tensor) -> None:
         self._edge = _Start.apply(self, "combine", rows_RD, None)  # type: ignore[no-untyped-call]

@@ -1,9 +1,10 @@
 """One layer's exchange of rows between ranks: dispatch to the ranks of the experts, combine of partial sums of results.
 
 Rows go along a route (`routes.py`). In the forward pass dispatch also sends the ids of the token's experts and the
-router's weights. In FP8 training dispatch sends FP8 (`kernels/wire.py`): tokens in the forward pass, gradients of
-results in the backward pass. Combine returns one row per received row, in the rows' own dtype (DeepSeek-V3 §3.3.3), and
-sums them on the token's rank; in two hops, also on the rank that forwarded the token.
+router's weights. In FP8 training dispatch sends FP8 (`kernels/wire.py`), and gives what it received as `Fp8Rows`:
+tokens in the forward pass, gradients of results in the backward pass. Combine returns one row per received row, in the
+rows' own dtype (DeepSeek-V3 §3.3.3), and sums them on the token's rank; in two hops, also on the rank that forwarded
+the token.
 
 Shapes: T tokens of this rank, A received rows, K slots, E experts, L local experts, D hidden size, N bytes of metadata.
 """
@@ -14,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moray.kernels.wire import pack_rows, packed_width, unpack_rows
+from moray.kernels.wire import packed_width, quantize_rows, unpack_rows
 from moray.models.expert_parallel.all_to_all import PendingRows
-from moray.models.expert_parallel.expert_permutation import ExpertPermutation
+from moray.models.expert_parallel.expert_permutation import ExpertPermutation, expert_permutation
 from moray.models.expert_parallel.routes import Payload, PendingPayload, Route, as_bytes, as_numbers
 from moray.models.expert_parallel.stages import Routing
 
@@ -58,7 +59,7 @@ class LocalExchange:
     def start_dispatch(self, payload: Payload) -> PendingPayload:
         rows_TD, weights_TK = payload
         if self._fp8:
-            rows_TD = unpack_rows(pack_rows(rows_TD), rows_TD.shape[1], rows_TD.dtype)
+            rows_TD = quantize_rows(rows_TD)
         return ReadyPayload(Payload(rows_TD, weights_TK))
 
     def start_combine(self, payload: Payload) -> PendingPayload:
@@ -68,7 +69,7 @@ class LocalExchange:
         return self._counts_E
 
     def permutation(self) -> ExpertPermutation:
-        return ExpertPermutation.of(self._ids_TK, len(self._counts_E), self._ids_TK.numel())
+        return expert_permutation(self._ids_TK, len(self._counts_E), self._ids_TK.numel(), self._fp8)
 
 
 class RoutedExchange:
@@ -92,7 +93,7 @@ class RoutedExchange:
 
     def permutation(self) -> ExpertPermutation:
         assert self._ids_AK is not None, "a dispatch with weights comes first"
-        return ExpertPermutation.of(self._ids_AK, len(self._experts), int(self.counts_L().sum()))
+        return expert_permutation(self._ids_AK, len(self._experts), int(self.counts_L().sum()), self._fp8)
 
     def received(self, ids_AK: Tensor) -> None:
         """Sets the global expert ids of the received rows."""

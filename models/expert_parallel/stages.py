@@ -10,7 +10,7 @@ D hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,16 +74,28 @@ class Routing:
     balance: Tensor | None
 
 
+class ExpertRows(NamedTuple):
+    """What the local experts compute. rows [R, D], sorted by expert; weights [R], the router's, by which they multiply
+    their results; counts [L], int64, the rows of each expert, on the host if the dispatcher needed them there.
+
+    offsets: int32 [L + 1], where each expert's rows begin and the last ones end, if they are `Fp8Rows`, which begin at
+    multiples of 128. None if nothing is between them.
+    """
+
+    rows_RD: Tensor
+    weights_R: Tensor
+    counts_L: Tensor
+    offsets_L1: Tensor | None = None
+
+
 class DispatchHandle(Protocol):
     """The exchange of one layer's rows. Its methods are called in this order, once each."""
 
     def start_dispatch(self) -> None:
         """Starts sending the rows to their experts."""
 
-    def wait_dispatch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Waits for the rows of the local experts. Returns rows_RD, sorted by expert; the router's weight of each,
-        weights_R; and counts_L, int64, the rows of each *local* expert, on the host if the dispatcher needed them
-        there."""
+    def wait_dispatch(self) -> ExpertRows:
+        """Waits for the rows of the local experts."""
 
     def start_combine(self, rows_RD: Tensor) -> None:
         """Starts returning the experts' results, already multiplied by the weights."""
@@ -127,7 +139,7 @@ class Layer(Protocol[A_contra]):
     def attend_route(self, x_BTD: Tensor, attend: A_contra, context: RoutingContext) -> Attended: ...
     def dispatch(self, attended: Attended) -> DispatchHandle: ...
     def local(self, attended: Attended) -> Tensor | None: ...
-    def experts(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor: ...
+    def experts(self, rows: ExpertRows) -> Tensor: ...
     def aggregate(self, attended: Attended, *parts_TD: Tensor | None) -> Tensor: ...
 
 
@@ -151,7 +163,7 @@ def layer_parts(
     local_TD = layer.local(attended)
     handle.start_dispatch()
     yield None
-    handle.start_combine(layer.experts(*handle.wait_dispatch()))
+    handle.start_combine(layer.experts(handle.wait_dispatch()))
     yield None
     routed_TD = context.scatter(handle.wait_combine(), len(attended.rows_TD))
     return layer.aggregate(attended, local_TD, routed_TD), attended.routing

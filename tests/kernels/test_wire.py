@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moray.kernels.quantize import COLUMN_TILES, dequantize, quantize
-from moray.kernels.wire import pack_rows, packed_width, unpack_rows
+from moray.kernels.wire import pack_rows, packed_width, quantize_rows, unpack_rows
 from tests.kernels.compare import same_bits
 
 
@@ -25,14 +25,15 @@ def test_a_packed_row_unpacks_to_its_quantization_and_packs_to_itself(rows, colu
     packed = pack_rows(x)
     assert packed.dtype == torch.uint8
     assert packed.shape == (rows, packed_width(columns))
-    read = unpack_rows(packed, columns, dtype)
+    read = unpack_rows(packed, columns, dtype).dequantized()
+    same_bits(quantize_rows(x).dequantized(), read)
     same_bits(read, dequantize(*quantize(x, power_of_two=True), dtype=dtype))
-    same_bits(unpack_rows(pack_rows(read), columns, dtype), read)
+    same_bits(unpack_rows(pack_rows(read), columns, dtype).dequantized(), read)
 
 
 def test_a_packed_row_loses_nothing_more_when_its_columns_are_quantised():
     x = torch.randn(256, 300, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 300)
-    read = unpack_rows(pack_rows(x), 300, torch.float32)
+    read = unpack_rows(pack_rows(x), 300, torch.float32).dequantized()
     near = read.abs() > read.abs().amax(0) * 2.0**-13
     transposed = dequantize(*quantize(read, COLUMN_TILES, power_of_two=True), COLUMN_TILES)
     assert torch.equal(transposed[near], read[near])

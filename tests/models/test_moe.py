@@ -16,7 +16,7 @@ def _run(moe, rows_TD):
     routing = moe.route(rows_TD, 1)
     dispatch = moe.dispatch(rows_TD, routing)
     dispatch.start_dispatch()
-    dispatch.start_combine(moe.compute(*dispatch.wait_dispatch()))
+    dispatch.start_combine(moe.compute(dispatch.wait_dispatch()))
     return dispatch.wait_combine() + moe.local(rows_TD)
 
 

@@ -116,7 +116,7 @@ def check_empty_rank(group, dispatching):
     weights_TK = torch.rand(tokens, 2, requires_grad=True)
     dispatch = dispatcher.dispatch(rows_TD, routing_to(ids_TK, weights_TK, 8))
     dispatch.start_dispatch()
-    rows_RD, weights_R, counts_L = dispatch.wait_dispatch()
+    rows_RD, weights_R, counts_L, _ = dispatch.wait_dispatch()
     assert counts_L.sum() == len(rows_RD) == len(weights_R)
     expert_R = torch.repeat_interleave(torch.tensor(dispatcher.experts), counts_L)
     dispatch.start_combine(rows_RD * (weights_R * (1 + expert_R))[:, None])

@@ -18,13 +18,14 @@ from moray.kernels.attention import causal_attention
 from moray.kernels.cross_entropy import cross_entropy_sum
 from moray.kernels.fp8_experts import fp8_expert_weights, fp8_experts
 from moray.kernels.fp8_linear import fp8_linear, fp8_weight
-from moray.kernels.padding import pad_groups, unpad_groups
 from moray.kernels.permute import sum_slots
 from moray.kernels.quantize import quantize, quantize_both
 from moray.kernels.rms_norm import rms_norm
 from moray.kernels.rope import rope, rope_table
 from moray.kernels.router import route
 from moray.kernels.wire import pack_rows, unpack_rows
+from moray.models.expert_parallel.dispatcher import LocalDispatcher
+from moray.models.expert_parallel.stages import Routing
 from moray.pipelines.pretrain.memory import meter
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
 from moray.pipelines.pretrain.memory.stand_ins import no_launches
@@ -42,10 +43,13 @@ def _linear(make: Make) -> list[Tensor]:
 def _experts(make: Make) -> list[Tensor]:
     x, w = make(60, 128, dtype=BF16), make(60)
     stacks = [make(2, 128, 128), make(2, 128, 128), make(2, 128, 128)]
-    counts = torch.full((2,), 30, device=x.device)
-    padded, factors, groups = pad_groups(x, w, counts)
-    out = fp8_experts(padded, factors, groups.offsets_E1, fp8_expert_weights(*stacks), *stacks)
-    return _with_gradients(unpad_groups(out, groups), x, w, *stacks)
+    ids = torch.arange(60, device=x.device).unsqueeze(1) % 2
+    handle = LocalDispatcher().dispatch(x, Routing(ids, w.unsqueeze(1), ids.new_full((2,), 30), None), fp8=True)
+    handle.start_dispatch()
+    rows = handle.wait_dispatch()
+    quantized = fp8_expert_weights(*stacks)
+    handle.start_combine(fp8_experts(rows.rows_RD, rows.weights_R, rows.offsets_L1, quantized, *stacks))
+    return _with_gradients(handle.wait_combine(), x, w, *stacks)
 
 
 def _attention(make: Make) -> list[Tensor]:
@@ -87,7 +91,7 @@ def _adamw(make: Make) -> list[Tensor]:
 
 def _wire(make: Make) -> list[Tensor]:
     packed = pack_rows(make(20, 256, dtype=BF16).detach())
-    return [packed, unpack_rows(packed, 256, BF16)]
+    return [packed, unpack_rows(packed, 256, BF16).dequantized()]
 
 
 def _quantized(make: Make) -> list[Tensor]:
