@@ -1,7 +1,8 @@
 """Measures tile shapes of the FP8 products on the available GPU, and writes the table that the kernels read.
 
 `kernels/tuned/DEVICE.json` holds, for each product and size, the fastest shape with a correct result and its measured
-speed. It also records the command and the machine. Nothing is tuned at run time.
+speed, and the time of experts' weight gradients in FP8 and BF16. It also records the command and the machine. Nothing
+is tuned at run time.
 
 Usage: PYTHONPATH=. python benchmarks/tune_gpu.py          needs torch and triton, not Ray
        TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/tune_gpu.py --small     without a GPU: checks a few shapes
@@ -24,6 +25,7 @@ from kernels_gpu import Clock, has_gpu
 from torch import Tensor
 
 from moray.kernels import fp8_gemm, quantize
+from moray.kernels.fp8_experts import Factor, stack_gradient_bf16, stack_gradient_fp8
 from moray.kernels.quantize import ROW_TILES, WEIGHT_BLOCKS
 from moray.kernels.tuning import Tiles, table_file
 
@@ -79,6 +81,29 @@ def products(size: Sizes, device: str) -> Iterator[Product]:
         )
 
 
+def weight_gradients(size: Sizes, device: str) -> dict[str, Callable[[], Any]]:
+    """The weight gradients of a layer's experts, in either precision, from what the backward has: rows and gradients as
+    they arrive, and the outputs of SwiGLU's backward."""
+    offsets = offsets_of(size, False, device)
+
+    def factor(columns: int, is_transposed: bool) -> Factor:
+        wide = torch.randn(size.rows, columns, device=device, dtype=torch.bfloat16)
+        return Factor(*quantize.quantize_both(wide, True)[is_transposed], is_transposed)
+
+    x, dy = factor(size.hidden, False), factor(size.hidden, False)
+    d_gate_up, inner = factor(2 * size.inner, True), factor(size.inner, True)
+    return {
+        name: lambda form=form: (form(d_gate_up, x, offsets), form(dy, inner, offsets))
+        for name, form in (("fp8", stack_gradient_fp8), ("bf16", stack_gradient_bf16))
+    }
+
+
+def check_gradients(forms: dict[str, Callable[[], Any]]) -> None:
+    """Raises AssertionError if the two precisions disagree by more than a rounding to BF16, and FP8's second one."""
+    for found, expected in zip(forms["bf16"](), forms["fp8"](), strict=True):
+        assert (found.float() - expected).norm() < 2.0**-6 * expected.norm()
+
+
 def best_of(product: Product, clock: Clock) -> dict[str, Any]:
     """The fastest shape. Skips a shape that exceeds the device's resources; raises AssertionError on a wrong result."""
     expected, measured = product.expected(), {}
@@ -105,6 +130,8 @@ def check_small() -> int:
         for shape in (Tiles(64, 64), Tiles(), Tiles(128, product.columns[-1])):
             near(product.run(shape=shape), expected, 2.0**-7)
         print(f"shapes agree: {product.kernel} {product.size}", flush=True)
+    check_gradients(weight_gradients(SMALL, "cpu"))
+    print("weight gradients agree: fp8, bf16", flush=True)
     return 0
 
 
@@ -120,6 +147,10 @@ def main(*arguments: str) -> int:
     path = table_file(torch.cuda.get_device_name())
     path.parent.mkdir(exist_ok=True)
     content = {"command": "python benchmarks/tune_gpu.py", "machine": machine(), "kernels": kernels}
+    path.write_text(json.dumps(content, indent=1) + "\n")  # with its shapes, the gradients are as in training
+    forms = weight_gradients(V3, "cuda")
+    check_gradients(forms)
+    content["weight_gradient_ms"] = {name: round(clock.milliseconds(run), 3) for name, run in forms.items()}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
     return 0

@@ -6,10 +6,11 @@ contiguous, so the keys visible to a block of queries are one range, and so are 
 keys. The ranges are read on the device, and blocks outside them are skipped.
 
 PyTorch's fused attention (SDPA) is faster on an H100 where it applies: on whole sequences, this kernel has 0.74 of its
-speed forward and 0.80 with the backward (docs/kernels.md). But SDPA supports packed documents only through a T x T
-mask, and then also computes the blocks between documents; one call per document would need their lengths on the host.
-This kernel also supports value heads that are narrower than query heads, as in multi-head latent attention; SDPA's
-FlashAttention backend does not. Its gradients are bit-identical in every run.
+speed forward and 0.80 with the backward (docs/kernels.md). So whole sequences go to cuDNN's kernel, which supports
+value heads narrower than query heads, as in multi-head latent attention. It is not used where cuDNN lacks the head
+sizes, nor with `torch.use_deterministic_algorithms`: this kernel's gradients are bit-identical in every run, cuDNN's
+are not. SDPA supports packed documents only through a T x T mask, and then also computes the blocks between documents;
+one call per document would need their lengths on the host.
 
 The reference (CPUs) is SDPA. On the CPU it requires equal head sizes, so values are padded with zeros. With packed
 documents, the CPU runs one fused call per document instead of masking whole sequences, so it never computes the blocks
@@ -36,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moray.kernels.attention_backward import SavedTensors, attention_backward
 from moray.kernels.attention_forward import attention_forward
@@ -51,6 +54,13 @@ def _fused(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, mask: T
     q, k, v = q_BTHA.transpose(1, 2), k_BTHA.transpose(1, 2), v_BTHA.transpose(1, 2)
     out_BHTA = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out_BHTA.transpose(1, 2)
+
+
+def _suits_cudnn(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHV: Tensor) -> bool:
+    if not q_BTHA.is_cuda:
+        return False
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHA, k_BTHA, v_BTHV))
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, False))  # no mask, no dropout, causal, no GQA
 
 
 def _per_document(q_BTHA: Tensor, k_BTHA: Tensor, v_BTHA: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
@@ -173,4 +183,8 @@ def causal_attention(
     if attention_backend(q_BTHA) == "reference":
         return causal_attention_reference(q_BTHA, k_BTHA, v_BTHV, scale, documents)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHA, k_BTHA, v_BTHV))
+    if documents is None and _suits_cudnn(q, k, v):
+        _check_width(q, v)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _fused(q, k, v, scale, None)
     return causal_attention_triton(q, k, v, scale, documents)

@@ -8,14 +8,15 @@ router's weights, one per row. A dense MLP is one expert without them.
 
 The backward saves the input, gate and up in FP8: D + 2F bytes per row. Rows and gradients that come in FP8
 (`kernels/fp8_rows.py`) are multiplied as they are; others are quantized in both layouts in one pass. Besides, only six
-grouped GEMMs and two fused SwiGLUs (`kernels/swiglu.py`) read or write the rows.
+grouped GEMMs and two fused SwiGLUs (`kernels/swiglu.py`) read or write the rows. The GEMMs of weight gradients multiply
+FP8, or the same numbers in BF16 where that is faster (`kernels/tuning.py`).
 
 Shapes: R padded rows, E experts, D hidden size, F expert hidden size, G = F rounded up to 128; the added columns are
 zero in every quantized tensor.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from moray.kernels.fp8_linear import Fp8Weight, Quantized, fp8_weight
 from moray.kernels.fp8_rows import Fp8Rows, transpose_fp8
 from moray.kernels.quantize import BLOCK, dequantize, quantize_both
 from moray.kernels.swiglu import swiglu_backward, swiglu_quantize
+from moray.kernels.tuning import weight_gradients_in_bf16
 from moray.kernels.util.backend import backend
 from moray.kernels.util.deferred import DeferredGradients, add_gradient
 
@@ -83,12 +85,46 @@ def _grouped_on_cpu(x: Quantized, factors_EKN: Tensor, offsets_E1: Tensor, dtype
     return out_RN
 
 
-def _layouts(x_RD: Tensor) -> tuple[Quantized, Quantized, bool]:
-    """The quantized rows, the form from which a weight's gradient is computed, and whether that is transposed yet."""
+class Factor(NamedTuple):
+    """A factor of a weight's gradient, which is summed over rows: quantized rows [R, K], or their transpose [K, R]."""
+
+    fp8: Tensor
+    scales: Tensor
+    is_transposed: bool
+
+    def transposed(self) -> Quantized:
+        """The transpose, quantized along the rows."""
+        return (self.fp8, self.scales) if self.is_transposed else transpose_fp8(self.fp8, self.scales)
+
+    def wide(self) -> Tensor:
+        """The rows in BF16, [R, K], of any strides."""
+        numbers = dequantize(self.fp8, self.scales, dtype=torch.bfloat16)
+        return numbers.t() if self.is_transposed else numbers
+
+
+def stack_gradient_fp8(dy: Factor, x: Factor, offsets_E1: Tensor) -> Tensor:
+    """Sums of dy^T x over the rows of each expert: FP32 [E, N, K]. dy [R, N], x [R, K]."""
+    return fp8_gemm_k_grouped(*dy.transposed(), *x.transposed(), offsets_E1)
+
+
+def stack_gradient_bf16(dy: Factor, x: Factor, offsets_E1: Tensor) -> Tensor:
+    """`stack_gradient_fp8` of the same numbers in BF16: FP32 sums, rounded to BF16."""
+    d_w_ENK = F.grouped_mm(dy.wide().t(), x.wide(), offs=offsets_E1[1:])
+    return d_w_ENK.masked_fill_((offsets_E1.diff() == 0)[:, None, None], 0)  # of an expert without rows: undefined
+
+
+def _stack_gradient(dy: Factor, x: Factor, offsets_E1: Tensor) -> Tensor:
+    if backend(x.fp8) == "triton" and weight_gradients_in_bf16(x.fp8.device):
+        return stack_gradient_bf16(dy, x, offsets_E1)
+    return stack_gradient_fp8(dy, x, offsets_E1)
+
+
+def _layouts(x_RD: Tensor) -> tuple[Quantized, Factor]:
+    """The quantized rows, and the factor of a weight's gradient."""
     if isinstance(x_RD, Fp8Rows):
-        rowwise = x_RD.fp8, x_RD.scales
-        return rowwise, rowwise, False
-    return *quantize_both(x_RD, power_of_two=True), True
+        return (x_RD.fp8, x_RD.scales), Factor(x_RD.fp8, x_RD.scales, is_transposed=False)
+    rowwise, transposed = quantize_both(x_RD, power_of_two=True)
+    return rowwise, Factor(*transposed, is_transposed=True)
 
 
 class _Fp8Experts(torch.autograd.Function):
@@ -102,31 +138,29 @@ class _Fp8Experts(torch.autograd.Function):
         deferred: DeferredGradients | None,
         *stacks: Tensor,
     ) -> Tensor:
-        rowwise, kept, ctx.is_transposed = _layouts(x_RD)
+        rowwise, x = _layouts(x_RD)
         h_RH = _grouped(rowwise, quantized.gate_up, offsets_E1, x_RD.dtype)
         inner, gate_up = swiglu_quantize(h_RH, weights_R)
-        ctx.save_for_backward(*kept, *gate_up, offsets_E1, weights_R)
-        ctx.quantized, ctx.deferred, ctx.stacks = quantized, deferred, stacks
+        ctx.save_for_backward(x.fp8, x.scales, *gate_up, offsets_E1, weights_R)
+        ctx.quantized, ctx.deferred, ctx.stacks, ctx.x_is_transposed = quantized, deferred, stacks, x.is_transposed
         return _grouped(inner, quantized.down, offsets_E1, x_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_RD,) = grads
         x_fp8, x_scales, gate_up_fp8, gate_up_scales, offsets_E1, weights_R = ctx.saved_tensors
-        x = x_fp8, x_scales
-        rowwise, dy, dy_is_transposed = _layouts(dy_RD)
+        x = Factor(x_fp8, x_scales, ctx.x_is_transposed)
+        rowwise, dy = _layouts(dy_RD)
         d_inner_RG = _grouped_input_gradient(rowwise, ctx.quantized.down, offsets_E1, dy_RD.dtype)
         d = swiglu_backward((gate_up_fp8, gate_up_scales), d_inner_RG, weights_R)
         dx_RD = _grouped_input_gradient(d.rowwise, ctx.quantized.gate_up, offsets_E1, dy_RD.dtype)
-        stacks, x_is_transposed = ctx.stacks, ctx.is_transposed
+        stacks = ctx.stacks
 
         def stack_gradients() -> tuple[Tensor, ...]:
             inner = stacks[0].shape[-2]
-            x_transposed: Quantized = x if x_is_transposed else transpose_fp8(*x)
-            d_gate_up_EHD = fp8_gemm_k_grouped(*d.transposed, *x_transposed, offsets_E1)
+            d_gate_up_EHD = _stack_gradient(Factor(*d.transposed, is_transposed=True), x, offsets_E1)
             d_gate, d_up = (half[:, :inner] for half in d_gate_up_EHD.chunk(2, dim=1))
-            dy_transposed: Quantized = dy if dy_is_transposed else transpose_fp8(*dy)
-            d_down = fp8_gemm_k_grouped(*dy_transposed, *d.inner, offsets_E1)[..., :inner]
+            d_down = _stack_gradient(dy, Factor(*d.inner, is_transposed=True), offsets_E1)[..., :inner]
             shapes = (stack.shape for stack in stacks)
             return tuple(d_w.reshape(shape) for d_w, shape in zip((d_gate, d_up, d_down), shapes, strict=True))
 
@@ -157,8 +191,8 @@ def fp8_experts(
     their gradient, are undefined. x, and the gradient of the result, may be `Fp8Rows`.
 
     R and the offsets (int32) are multiples of 128; weights_R is FP32. Differentiable in x, weights_R and the stacks;
-    `quantized` is the quantization of the stacks. Their gradients are FP32. If `deferred` is given, it computes them,
-    and the stacks must be leaves.
+    `quantized` is the quantization of the stacks. Their gradients are FP32 sums. If `deferred` is given, it computes
+    them, and the stacks must be leaves.
     """
     out: Tensor = _Fp8Experts.apply(  # type: ignore[no-untyped-call]
         x_RD, weights_R, offsets_E1, quantized, deferred, w_gate_EFD, w_up_EFD, w_down_EDF

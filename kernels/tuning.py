@@ -1,14 +1,15 @@
-"""Tile shapes for GEMMs, by device, kernel and size.
+"""Tile shapes for GEMMs, by device, kernel and size, and the precision of weight gradients, by device.
 
 `benchmarks/tune_gpu.py` measures the candidates on the available GPU and writes `tuned/DEVICE.json`, which is
-committed. A device without a table gets the default. Nothing is tuned at run time, so a training job's first step is as
-fast as its second, and two runs compute in the same order.
+committed. A device without a table gets the defaults. Nothing is tuned at run time, so a training job's first step is
+as fast as its second, and two runs compute in the same order.
 """
 
 import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,10 +38,14 @@ def table_file(device_name: str) -> Path:
 
 
 @functools.cache
-def _table(device_name: str) -> dict[str, list[dict[str, int]]]:
+def _table(device_name: str) -> dict[str, Any]:
     path = table_file(device_name)
-    kernels: dict[str, list[dict[str, int]]] = json.loads(path.read_text())["kernels"] if path.exists() else {}
-    return kernels
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return table
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache
@@ -50,7 +55,7 @@ def nearest_shape(device_name: str, kernel: str, m: int, n: int, k: int) -> Tile
     def distance(row: dict[str, int]) -> float:
         return sum(abs((want / max(row[name], 1)) ** 0.5 - 1) for name, want in (("m", m), ("n", n), ("k", k)))
 
-    rows = _table(device_name).get(kernel)
+    rows = _table(device_name).get("kernels", {}).get(kernel)
     if not rows:
         return DEFAULT
     best = min(rows, key=distance)
@@ -59,5 +64,11 @@ def nearest_shape(device_name: str, kernel: str, m: int, n: int, k: int) -> Tile
 
 def tiles(kernel: str, device: torch.device, m: int, n: int, k: int) -> Tiles:
     """The tile shape for a GEMM of this size on this device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return nearest_shape(name, kernel, m, n, k)
+    return nearest_shape(_device_name(device), kernel, m, n, k)
+
+
+def weight_gradients_in_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies the factors of experts' weight gradients faster in BF16, with the time to dequantize
+    them, than in FP8, with the time to transpose them."""
+    measured = _table(_device_name(device)).get("weight_gradient_ms")
+    return measured is not None and measured["bf16"] < measured["fp8"]

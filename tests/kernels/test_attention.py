@@ -1,7 +1,9 @@
+import contextlib
 import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,3 +235,28 @@ def test_wrong_arguments_are_named():
     wide = torch.zeros(1, 1, 1, 257)
     with pytest.raises(ValueError, match="query heads of 257, expected 256 at most"):
         causal_attention_triton(wide, wide, wide, 1.0)
+
+
+@pytest.mark.parametrize("suits", [False, True])
+def test_whole_rows_go_to_cudnn_where_it_suits_and_documents_do_not(monkeypatch, suits):
+    q, k, v = (draw((2, 9, 3, width), seed=width).requires_grad_() for width in (12, 12, 8))
+    asked = []
+
+    def sdpa(*arguments, **options):
+        asked.append(options)
+        return _sdpa(*arguments, **options)
+
+    _sdpa = F.scaled_dot_product_attention
+    monkeypatch.setenv("MORAY_KERNELS", "triton")
+    monkeypatch.setattr("moray.kernels.attention._suits_cudnn", lambda *_: suits)
+    monkeypatch.setattr("moray.kernels.attention.sdpa_kernel", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    out = causal_attention(q, k, v, 0.25)
+    assert [one["is_causal"] for one in asked] == ([True] if suits else [])
+    found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    expected = torch.autograd.grad(causal_attention_reference(q, k, v, 0.25).square().sum(), (q, k, v))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    asked.clear()
+    causal_attention(q, k, v, 0.25, find_documents(torch.zeros(2, 9, dtype=torch.int64)))
+    assert not asked

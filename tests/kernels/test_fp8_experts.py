@@ -6,8 +6,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.kernels.fp8_experts import fp8_expert_weights, fp8_experts, fp8_mlp
-from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize
+from moray.kernels import tuning
+from moray.kernels.fp8_experts import (
+    Factor,
+    fp8_expert_weights,
+    fp8_experts,
+    fp8_mlp,
+    stack_gradient_bf16,
+    stack_gradient_fp8,
+)
+from moray.kernels.quantize import COLUMN_TILES, ROW_TILES, WEIGHT_BLOCKS, dequantize, quantize, quantize_both
 from tests.examples import examples
 from tests.kernels.compare import draw
 
@@ -53,10 +61,11 @@ EDGES = 1e-2
     hidden=st.sampled_from([64, 200]),
     inner=st.sampled_from([96, 128]),
     backend=st.sampled_from(["reference", "triton"]),
+    bf16=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=examples(8))
-def test_forward_and_backward(counts, hidden, inner, backend, seed):
+def test_forward_and_backward(counts, hidden, inner, backend, bf16, seed):
     weights = _weights(len(counts), hidden, inner, seed)
     sizes = [-(-count // 128) * 128 for count in counts]
     offsets = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -70,6 +79,7 @@ def test_forward_and_backward(counts, hidden, inner, backend, seed):
     x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MORAY_KERNELS", backend)
+        patch.setattr("moray.kernels.fp8_experts.weight_gradients_in_bf16", lambda device: bf16)
         y = fp8_experts(x, w, offsets, fp8_expert_weights(*weights), *weights)
         y.backward(dy)
     for expert, (begin, size) in enumerate(zip(starts, sizes, strict=True)):
@@ -104,3 +114,29 @@ def test_rows_in_bf16_stay_in_bf16():
     y = fp8_mlp(x, fp8_expert_weights(*weights), *weights)
     y.sum().backward()
     assert (y.dtype, x.grad.dtype, weights[0].grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("counts", [(256, 0, 128), (0, 0), (128,)])
+def test_weight_gradients_in_bf16_are_those_in_fp8(counts, is_transposed):
+    rows = sum(counts) + 128  # the last ones belong to no expert
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    dy, x = (
+        Factor(*quantize_both(draw((rows, columns), seed=columns), power_of_two=True)[is_transposed], is_transposed)
+        for columns in (64, 200)
+    )
+    dy.scales[-1], x.scales[-1] = (float("nan"),) * 2 if not is_transposed else (dy.scales[-1], x.scales[-1])
+    found, expected = (form(dy, x, offsets) for form in (stack_gradient_bf16, stack_gradient_fp8))
+    assert found.shape == expected.shape == (len(counts), 64, 200)
+    assert _off(found, expected.double()) < 2.0**-7
+
+
+def test_the_precision_of_weight_gradients_is_the_faster_measured_one(monkeypatch):
+    device = torch.device("cpu")
+    for table, expected in (
+        ({}, False),
+        ({"weight_gradient_ms": {"fp8": 5.0, "bf16": 4.5}}, True),
+        ({"weight_gradient_ms": {"fp8": 4.0, "bf16": 4.5}}, False),
+    ):
+        monkeypatch.setattr(tuning, "_table", lambda _, table=table: table)
+        assert tuning.weight_gradients_in_bf16(device) == expected
