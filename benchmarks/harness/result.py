@@ -114,7 +114,13 @@ def report(name: str, rows: list[dict[str, Any]], bars: list[Bar], measures: Ite
         sign = ">=" if bar.better == "higher" else "<="
         error = f" +- {bar.standard_error:.2g}" if bar.standard_error else ""
         print(f"{bar.outcome}: {bar.name} {bar.value:.4g}{error} {sign} {bar.goal:.4g}")
-    RESULTS.mkdir(exist_ok=True)
+    write(name, rows, bars, measures)
+    return 0 if all(bar.outcome == "holds" for bar in bars) else 1
+
+
+def write(name: str, rows: list[dict[str, Any]], bars: list[Bar], measures: Iterable[str] = ()) -> None:
+    """Writes the JSON, replacing an existing one."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     content = {
         "measured": revision(),
         "code": measured_code(measures),
@@ -124,4 +130,3 @@ def report(name: str, rows: list[dict[str, Any]], bars: list[Bar], measures: Ite
         "bars": [{**asdict(bar), "outcome": bar.outcome} for bar in bars],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    return 0 if all(bar.outcome == "holds" for bar in bars) else 1

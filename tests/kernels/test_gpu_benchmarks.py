@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
+from moray.pipelines.pretrain.config import ModelSection, model_config
 from tests.checkout import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -23,6 +25,9 @@ def _python(code, *arguments, **environment):
     )
 
 
+RUN = PRELUDE + "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("script", "agreed"),
@@ -32,8 +37,7 @@ def _python(code, *arguments, **environment):
     ],
 )
 def test_every_case_agrees_with_its_reference(script, agreed):
-    run = PRELUDE + "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = _python(run, str(BENCHMARKS / script), "--small", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    done = _python(RUN, str(BENCHMARKS / script), "--small", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-4000:]
     assert sum(line.startswith(agreed) for line in done.stdout.splitlines()) >= 12
 
@@ -55,10 +59,43 @@ def test_without_a_gpu_they_report_an_error():
         "kernels_gpu.py": "hint: TRITON_INTERPRET=1",
         "tune_gpu.py": "hint: TRITON_INTERPRET=1",
         "train_step_gpu.py": "hint: python benchmarks/train_step_cpu.py",
+        "lease.py": "hint: TRITON_INTERPRET=1",
     }
     scripts = [str(BENCHMARKS / name) for name in hints]
     done = _python(PRELUDE + ONE_AFTER_ANOTHER, *scripts)
     assert done.stdout.splitlines() == [f"{script} 2" for script in scripts], done.stderr
     lines = done.stderr.splitlines()
-    assert lines[::2] == ["error: no GPU here, so nothing was measured"] * 3
+    assert lines[::2] == ["error: no GPU here, so nothing was measured"] * 4
     assert all(line.startswith(hint) for line, hint in zip(lines[1::2], hints.values(), strict=True))
+
+
+BARE = ("ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "psutil", "boto3", "numba", "yaml", "transformers")
+
+
+@pytest.mark.heavy
+def test_every_part_of_a_lease_runs_without_a_gpu_and_other_packages_than_torch(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({BARE}))\n")
+    path = os.pathsep.join((str(tmp_path), str(ROOT), str(BENCHMARKS)))
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = _python(RUN, str(BENCHMARKS / "lease.py"), "--dry-run", **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    ended = [line for line in lines if line.startswith("part ") and "  ended " in line]
+    assert len(ended) == 7
+    assert all(line.endswith("  ended done") for line in ended)
+    assert not [line for line in lines if line.startswith("fails: ")]
+
+
+def test_a_lease_trains_the_model_of_the_recipe():
+    code = "from harness.lease_parts import moe_1b; print(moe_1b())"
+    done = _python(code)
+    recipe = yaml.safe_load((ROOT / "recipes" / "moe-1b.yaml").read_text())["steps"]
+    section = ModelSection(**recipe["pretrain"]["with"]["model"])
+    vocabulary = recipe["tokenizer"]["with"]["vocab_size"]
+    assert done.stdout.strip() == str(model_config(section, vocabulary)), done.stderr
+
+
+def test_a_lease_names_its_parts():
+    done = _python(RUN, str(BENCHMARKS / "lease.py"), "decoding")
+    assert done.returncode == 2
+    assert "unknown part 'decoding'; the parts are one rank, bf16" in done.stderr

@@ -1,5 +1,5 @@
 """The memory of one rank in one training step: the real model, optimizer and step on the meta device (`meter.py`), in a
-process group of the full size (`stand_ins.py`).
+process group of the full size (`launches.py`, `stand_ins.py`).
 
 The first step of a run is measured, with as many micro-batches as change anything, and the copy for a checkpoint after
 it. Not included: CUDA's context, NCCL's channels, and the fragmentation of the allocator.
@@ -17,9 +17,10 @@ from moray.actors.data.token_set import Batch
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.lr_schedule import batch_plan
+from moray.pipelines.pretrain.memory.launches import metered
 from moray.pipelines.pretrain.memory.meter import Answer, HostRead, MemoryMeter, Place
 from moray.pipelines.pretrain.memory.row_counts import row_counts
-from moray.pipelines.pretrain.memory.stand_ins import metered, unsent_group, unsent_mesh
+from moray.pipelines.pretrain.memory.stand_ins import unsent_group, unsent_mesh
 from moray.pipelines.pretrain.train_step import measure, take
 from moray.pipelines.pretrain.worker import assemble
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moray.kernels.fp8_rows import Fp8Rows
 from moray.models.expert_parallel.expert_permutation import expert_permutation
-from moray.pipelines.pretrain.memory.stand_ins import no_launches
+from moray.pipelines.pretrain.memory.launches import no_launches
 from tests.examples import examples
 
 

@@ -16,10 +16,11 @@ from moray.kernels.util.device import _StreamWork, runtime
 from moray.models.expert_parallel.all_to_all import _PendingCollective
 from moray.models.expert_parallel.routes import Payload, PendingPayload
 from moray.models.expert_parallel.two_hop import TwoHopRoute
+from moray.pipelines.pretrain.memory.launches import metered
 from moray.pipelines.pretrain.memory.measure import _answers, _batch
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
 from moray.pipelines.pretrain.memory.row_counts import row_counts
-from moray.pipelines.pretrain.memory.stand_ins import metered, unsent_group, unsent_mesh
+from moray.pipelines.pretrain.memory.stand_ins import unsent_group, unsent_mesh
 from moray.pipelines.pretrain.train_step import measure, take
 from moray.pipelines.pretrain.worker import assemble
 from tests.examples import examples

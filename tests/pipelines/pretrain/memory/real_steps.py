@@ -25,7 +25,7 @@ from moray.kernels.util.device import HostRuntime
 from moray.models.presets import preset
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
-from moray.pipelines.pretrain.memory.stand_ins import _Queue
+from moray.pipelines.pretrain.memory.launches import _Queue
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import unit
 from moray.pipelines.pretrain.train_step import measure, take

@@ -27,8 +27,8 @@ from moray.kernels.wire import pack_rows, unpack_rows
 from moray.models.expert_parallel.dispatcher import LocalDispatcher
 from moray.models.expert_parallel.stages import Routing
 from moray.pipelines.pretrain.memory import meter
+from moray.pipelines.pretrain.memory.launches import no_launches
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
-from moray.pipelines.pretrain.memory.stand_ins import no_launches
 from tests.pipelines.pretrain.memory.real_steps import collected_launches
 
 Make = Callable[..., Tensor]
