@@ -22,7 +22,12 @@ class StepCollector:
     def after(self, steps: int) -> None:
         """Must be called on all ranks after their step number `steps`, counted from 1."""
         if steps % self._every == 0:
-            gc.collect()
+            self.now()
+
+    def now(self) -> None:
+        """Must be called on all ranks at the same point: after a checkpoint was loaded, whose copies of tensors may be
+        in cycles."""
+        gc.collect()
 
 
 @contextmanager

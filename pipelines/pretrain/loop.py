@@ -123,6 +123,7 @@ def run_training(
     with collected_by_steps(worker.job.config.parallel.collect_every) as garbage:
         while at < worker.job.config.steps:
             at = loop.advance(at, garbage)
+            garbage.now()
     if not worker.state.guard.taken(at):
         raise ValueError(f"nothing was trained: none of the {at} batches has a token with a target")
     with worker.doing("writing a checkpoint"):
