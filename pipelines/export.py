@@ -68,7 +68,8 @@ class Export(Step[ExportConfig]):
 def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:
     """(name, tensor in its final shape) of every weight; reports progress."""
     from moray.models.tensors import checkpoint_shapes
-    from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed, read_weights
+    from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
+    from moray.pipelines.pretrain.checkpoint.stored_weights import read_weights
 
     source = ctx.inputs["checkpoint"].folder
     shapes = checkpoint_shapes(read_model_config(source))

@@ -19,7 +19,7 @@ import torch
 
 from moray.actors.data.token_set import open_token_sets
 from moray.pipelines.evaluate.eval_report import EvalReport
-from moray.pipelines.pretrain.checkpoint.checkpoints import read_weights
+from moray.pipelines.pretrain.checkpoint.stored_weights import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder, loss_curve
 from moray.pipelines.shared.documents import document_id, read_shard, shard_paths
 from moray.platform.core.events import MetricEvent, NoteEvent, ProgressEvent, RunEvent, StepEvent, read_events

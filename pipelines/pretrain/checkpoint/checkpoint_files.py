@@ -25,6 +25,7 @@ from moray.platform.core.atomic import write_text
 from moray.platform.store.manifest import FileEntry, hash_file
 
 CHECKSUMS = "checksums.json"
+INDEX = ".metadata"  # torch's name
 
 
 class Checksums(BaseModel):

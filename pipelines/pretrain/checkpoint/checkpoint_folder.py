@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
-from moray.pipelines.pretrain.checkpoint.checkpoint_files import CHECKSUMS, Checksums
+from moray.pipelines.pretrain.checkpoint.checkpoint_files import CHECKSUMS, INDEX, Checksums
+from moray.platform.core.atomic import write_bytes
 from moray.platform.store.manifest import FileEntry
 from moray.platform.store.object_reader import ObjectReader
 from moray.platform.store.paths import (
@@ -48,8 +49,11 @@ class CheckpointFolder(Protocol):
     def writer(self, steps: int) -> FileSystemWriter:
         """The writer of a new checkpoint."""
 
+    def write_index(self, steps: int, index: bytes) -> None:
+        """Writes torch's index of the tensors of a new checkpoint."""
+
     def written(self, steps: int, rank: int) -> list[FileEntry]:
-        """The files that a rank has written."""
+        """The files that a rank has written; the index is among those of rank 0."""
 
     def commit(self, steps: int, files: Sequence[FileEntry]) -> None:
         """Makes a written checkpoint a complete one, atomically and durably."""
@@ -89,6 +93,9 @@ class DiskFolder:
 
     def writer(self, steps: int) -> FileSystemWriter:
         return FileSystemWriter(checkpoint_files.unfinished_path(self._folder, steps))
+
+    def write_index(self, steps: int, index: bytes) -> None:
+        write_bytes(checkpoint_files.unfinished_path(self._folder, steps) / INDEX, index)
 
     def written(self, steps: int, rank: int) -> list[FileEntry]:
         unfinished = checkpoint_files.unfinished_path(self._folder, steps)
@@ -139,8 +146,11 @@ class StoreFolder:
         writer.fs, writer.path = StoreFileSystem(), self._path(steps)  # type: ignore[assignment]
         return writer
 
+    def write_index(self, steps: int, index: bytes) -> None:
+        write_file(self._path(steps) / INDEX, index)
+
     def written(self, steps: int, rank: int) -> list[FileEntry]:
-        beginnings = [f"__{rank}_", *([".metadata"] if rank == 0 else [])]
+        beginnings = [f"__{rank}_", *([INDEX] if rank == 0 else [])]
         return [entry for one in beginnings for entry in entries_below(self._path(steps), one)]
 
     def commit(self, steps: int, files: Sequence[FileEntry]) -> None:
@@ -224,4 +234,4 @@ class StoreFileSystem(FileSystemBase):
 
 
 def _patterns(rank: int) -> list[str]:
-    return [f"__{rank}_*.distcp", *([".metadata"] if rank == 0 else [])]
+    return [f"__{rank}_*.distcp", *([INDEX] if rank == 0 else [])]

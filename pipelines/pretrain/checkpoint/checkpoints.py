@@ -1,9 +1,11 @@
 """Checkpoints by torch.distributed.checkpoint, as logical tensors: one key per parameter, and one per expert.
 
 The keys of a checkpoint do not depend on the layout that wrote it; each rank loads the keys that it holds. Training
-pauses only while every rank copies its own part. A thread then writes and hashes the copy, with a process group of its
-own, and rank 0 renames the folder when all ranks are done (`checkpoint_files.py`). A failed save is reported; training
-continues, and the previous checkpoint is kept.
+pauses only while every rank copies its own part (`host_copy.py`). A thread then writes and hashes the copy
+(`rank_writer.py`), with a process group of its own, and rank 0 renames the folder when all ranks are done
+(`checkpoint_files.py`). The index of the tensors is made at a process's first save, in another process, and is the same
+for later ones (`checkpoint_index.py`). A failed save is reported; training continues, and the previous checkpoint is
+kept.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,22 +24,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from moray.kernels.util.device import runtime
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.checkpoint.archive import Archive, Archived
 from moray.pipelines.pretrain.checkpoint.checkpoint_folder import open_checkpoints
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import build_index
+from moray.pipelines.pretrain.checkpoint.host_copy import POSITION, HostCopy
+from moray.pipelines.pretrain.checkpoint.rank_writer import RankWriter
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 from moray.pipelines.pretrain.checkpoint.training_state import TrainingState
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.platform.core.errors import InputError
+from moray.platform.store.manifest import FileEntry
 from moray.platform.store.paths import AnyPath
 
-# The position in training: steps and tokens. The step is also the data cursor. Training draws no random numbers after
-# initialisation, so there is no generator state to store.
-POSITION = "position"
-_READ_BYTES = 1 << 28  # read at once
 T = TypeVar("T")
 
 
@@ -86,7 +86,10 @@ class Checkpoints:
         self._mesh = mesh
         self._keep, self._hours = keep, keep_hours
         self._archive = archive
-        self._copies: dict[str, torch.Tensor] = {}  # host buffers by key, reused by the next save
+        self._copy = HostCopy(shared=mesh.rank == 0)
+        self._writer = RankWriter(mesh.rank)
+        self._indexed: list[str] = []  # digests of the listings, by rank, that the index is of
+        self._index = b""  # on rank 0
         self._writing: _PendingSave | None = None
         self._ended: list[Saved] = []
 
@@ -147,44 +150,52 @@ class Checkpoints:
             self._on_all(self._rank_0_only(partial(self._folder.set_aside, newest)))
         return Restored(0, 0, tuple(notes))
 
-    def copy_owned(self, state: TrainingState, steps: int, tokens: int) -> dict[str, torch.Tensor]:
-        """Copies of the tensors that this rank writes, by key."""
-        copy: dict[str, torch.Tensor] = {}
-        for fragment in state.fragments(owned=True):
-            key = f"{fragment.kind}/{fragment.name}"
-            copy[key] = StoredPart(self._host_copy(key, fragment.tensor), fragment.offset, fragment.total)
-        if self._mesh.rank == 0:
-            copy |= {key: self._host_copy(key, tensor) for key, tensor in state.shared()}
-            copy[POSITION] = torch.tensor([steps, tokens], dtype=torch.int64)
-        runtime(state.model.lm_head.weight.device).synchronize()
-        return copy
+    def copy_owned(self, state: TrainingState, steps: int, tokens: int) -> dict[str, StoredPart]:
+        """Copies of the tensors that this rank writes, by key. The next call overwrites them."""
+        return self._copy.update(state, steps, tokens)
 
-    def _host_copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host, in a buffer that the next save reuses."""
-        copy = self._copies.get(key)
-        if copy is None:
-            copy = runtime(tensor.device).host_tensor(tensor.shape, tensor.dtype)
-            self._copies[key] = copy
-        return copy.copy_(tensor, non_blocking=True)
-
-    def _write(self, copy: dict[str, torch.Tensor], steps: int) -> int:
+    def _write(self, copy: dict[str, StoredPart], steps: int) -> int:
         """The part of a save that runs beside training. Returns the bytes that all ranks wrote."""
         self._on_all(self._rank_0_only(lambda: self._folder.prepare(steps)))
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                writer = self._folder.writer(steps)
-                save(copy, storage_writer=writer, process_group=self._mesh.io_group, no_dist=self._alone)
-        except CheckpointException as error:
-            raise CheckpointFailed(_first_reason(error)) from None
-        by_rank = self._on_all(lambda: self._folder.written(steps, self._mesh.rank))
+        self._update_index(self._on_all(lambda: self._write_part(copy, steps)))
+        by_rank = self._on_all(lambda: self._written(steps))
         files = [entry for files in by_rank for entry in files]
         self._on_all(self._rank_0_only(lambda: self._finish(steps, files)))
         if self._archive:
             self._archive.start()
         return sum(entry.size for entry in files)
 
-    def _finish(self, steps: int, files: list[Any]) -> None:
+    def _write_part(self, copy: dict[str, StoredPart], steps: int) -> str:
+        """Writes this rank's tensors. Returns the digest of their listing."""
+        self._writer.write(copy, self._folder.writer(steps))
+        return self._writer.digest
+
+    def _update_index(self, digests: list[str]) -> None:
+        """Makes the index on rank 0, if the listing of any rank has changed. digests: of the listings, by rank."""
+        if digests == self._indexed:
+            return
+        listings = self._gather_to_0(self._writer.listing)
+        self._on_all(self._rank_0_only(lambda: self._make_index(listings)))
+        self._indexed = digests
+
+    def _make_index(self, listings: list[bytes]) -> None:
+        self._index = build_index(listings)
+
+    def _gather_to_0(self, data: bytes) -> list[bytes]:
+        """The data of all ranks, by rank, on rank 0; an empty list on others."""
+        if self._alone:
+            return [data]
+        gathered: list[Any] | None = [None] * self._mesh.world if self._mesh.rank == 0 else None
+        dist.gather_object(data, gathered, dst=0, group=self._mesh.io_group)
+        return gathered or []
+
+    def _written(self, steps: int) -> list[FileEntry]:
+        """The files of this rank, on rank 0 with the index, which it writes."""
+        if self._mesh.rank == 0:
+            self._folder.write_index(steps, self._index)
+        return self._folder.written(steps, self._mesh.rank)
+
+    def _finish(self, steps: int, files: list[FileEntry]) -> None:
         self._folder.commit(steps, files)
         for old in self._folder.outdated(self._keep, self._hours):
             if self._may_remove(old):
@@ -294,35 +305,6 @@ class _PendingSave:
         except Exception as error:  # training continues after any error, and reports it
             reason = str(error) or type(error).__name__
         self._outcome = Saved(self._steps, self._stalled, time.monotonic() - self._began, written, reason)
-
-
-def read_weights(folder: Path, weights: str = "master") -> Iterator[tuple[str, torch.Tensor]]:
-    """(logical name, flat float32 tensor) of every weight and router bias of a checkpoint, about 256 MB at a time.
-
-    weights: "master" or "ema". Raises CheckpointFailed if the checkpoint has no such weights.
-    """
-    metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    if not any(key.startswith(f"{weights}/") for key in metadata):
-        raise CheckpointFailed(f"{folder} has no {weights} weights")
-    chunk: dict[str, torch.Tensor] = {}
-    size = 0
-    for key, entry in sorted(metadata.items()):
-        if key.partition("/")[0] in (weights, "buffer"):
-            properties = getattr(entry, "properties")  # noqa: B009 - a union without a common attribute
-            chunk[key] = torch.empty(getattr(entry, "size"), dtype=properties.dtype)  # noqa: B009
-            size += chunk[key].nbytes
-        if size >= _READ_BYTES:
-            yield from _read(chunk, folder)
-            chunk, size = {}, 0
-    yield from _read(chunk, folder)
-
-
-def _read(tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Fills the tensors, given by key. Many are loaded at once, because every load reads the whole index."""
-    if tensors:
-        _load(dict(tensors), FileSystemReader(folder), None, alone=True)
-    for key, tensor in tensors.items():
-        yield key.partition("/")[2], tensor
 
 
 def _load(state: dict[str, Any], reader: FileSystemReader, group: dist.ProcessGroup | None, alone: bool) -> None:

@@ -39,6 +39,11 @@ class StoredPart(torch.Tensor):
             return args[0]
         raise NotImplementedError(f"{func} is not supported for a part of a tensor")
 
+    def fits(self, source: torch.Tensor, offset: int, total: int) -> bool:
+        """Whether `source`, at `offset` of `total` elements, can be copied to this part."""
+        held = self.part.shape, self.part.dtype, self.offset, self.numel()
+        return held == (source.shape, source.dtype, offset, total)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredPart([{self.offset}, {self.offset + len(self.part)}) of {self.numel()})"
 

@@ -59,7 +59,7 @@ PARTS: dict[str, dict[str, str]] = {
     "kernels/cross_entropy.py": {"*": "head"},
     "models/whole_layer.py": {"_to_host": "offloaded activations"},
     "pipelines/pretrain/optim/ema.py": {"*": "moving average"},
-    "pipelines/pretrain/checkpoint/checkpoints.py": {"*": "checkpoint copy"},
+    "pipelines/pretrain/checkpoint/host_copy.py": {"*": "checkpoint copy"},
     "pipelines/pretrain/train_step.py": {"micro_batches": "batch", "_on_device": "batch"},
 }
 OTHER = "activations"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moray.pipelines.pretrain.checkpoint.checkpoints import read_weights
+from moray.pipelines.pretrain.checkpoint.stored_weights import read_weights
 from moray.pipelines.pretrain.step import checkpoint_folder
 from moray.platform.core.home import Home
 from moray.platform.store.artifacts import ArtifactStore

@@ -21,6 +21,8 @@ from moray.models.expert_parallel.all_to_all import _PendingCollective
 from moray.models.expert_parallel.exchange_check import CorruptExchange
 from moray.models.moe import MoE
 from moray.models.presets import preset
+from moray.pipelines.pretrain.checkpoint import checkpoints
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import build_index
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.mesh import Mesh
@@ -339,3 +341,24 @@ def left_in_cycles(settings: dict[str, Any]) -> list[str]:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def index_builds(folder: str, saves: int) -> tuple[int, list[str]]:
+    """How often this rank makes an index in a number of saves, the first of which fails, and the saves' errors."""
+    built = 0
+
+    def build(listings: list[bytes]) -> bytes:
+        nonlocal built
+        built += 1
+        if built == 1:
+            raise ValueError("no index")
+        return build_index(listings)
+
+    worker = toy_worker(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "build_index", build)
+        for step in range(1, saves + 1):
+            worker.checkpoints.save(worker.state, step, worker.tokens_before(step))
+        worker.checkpoints.wait()
+    assert worker.checkpoints.restore(worker.state).steps == saves
+    return built, [saved.error for saved in worker.checkpoints.ended()]

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed, read_weights
+from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
+from moray.pipelines.pretrain.checkpoint.stored_weights import read_weights
 from tests.pipelines.pretrain.training_ranks import LENGTH, SEQUENCES, held, lone_worker, steps
 
 HALF_LIFE = 3 * SEQUENCES * LENGTH
